@@ -1,0 +1,9 @@
+"""Published policies, one a file, each with a β map of ours so that any can serve."""
+
+from controllers.baselines.asc import AdaptiveConsistency
+from controllers.baselines.cmc import CMC
+from controllers.baselines.parallel_probe import ParallelProbe
+from controllers.baselines.self_consistency import SelfConsistency
+from controllers.baselines.single import Single
+
+__all__ = ["CMC", "AdaptiveConsistency", "ParallelProbe", "SelfConsistency", "Single"]

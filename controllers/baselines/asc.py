@@ -1,0 +1,27 @@
+"""Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860): sample chain by chain until the majority looks safe."""
+
+from __future__ import annotations
+
+from controllers.actions import TO_END, Action, advance, answer, branch
+from controllers.dial import check_beta, doubling
+from controllers.state import State
+from controllers.voting import confidence, top_two
+
+MOST_SAMPLES = 64
+THRESHOLD = 0.95  # the published setting
+
+
+class AdaptiveConsistency:
+    """At most N chains, N from 1 at β = 0 to 64 at β = 1, one after the other: frugal with tokens, not with time."""
+
+    def __init__(self, beta: float) -> None:
+        self.samples = doubling(MOST_SAMPLES, check_beta(beta))
+
+    def decide(self, state: State) -> list[Action]:
+        active = state.active
+        if active:  # the cap cut it short
+            return [advance(i, TO_END) for i in active]
+        sure = confidence(*top_two(state.votes)) >= THRESHOLD
+        if sure or state.width >= self.samples or not state.room:
+            return [answer(state.leader())]
+        return [branch(TO_END)]

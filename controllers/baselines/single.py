@@ -1,0 +1,21 @@
+"""One chain, read to its end: what a model does by itself."""
+
+from __future__ import annotations
+
+from controllers.actions import TO_END, Action, advance, answer, branch
+from controllers.dial import check_beta
+from controllers.state import State
+
+
+class Single:
+    """β changes nothing: there is nothing to scale."""
+
+    def __init__(self, beta: float) -> None:
+        check_beta(beta)
+
+    def decide(self, state: State) -> list[Action]:
+        if not state.width:
+            return [branch(TO_END)]
+        if state.branches[0].active:  # the cap cut it short
+            return [advance(0, TO_END)]
+        return [answer(state.leader())]

@@ -1,0 +1,22 @@
+"""β, the one dial, and how a controller's numbers follow it."""
+
+from __future__ import annotations
+
+from controllers.errors import BetaError
+
+
+def check_beta(beta: float) -> float:
+    """`beta` as a float. Raises BetaError unless it is a number in [0, 1]."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise BetaError(f"beta must be a number from 0 to 1, not {beta!r}")
+    return float(beta)
+
+
+def linear(low: float, high: float, beta: float) -> float:
+    """From `low` at β = 0 to `high` at β = 1, in a straight line."""
+    return low + (high - low) * beta
+
+
+def doubling(high: int, beta: float) -> int:
+    """From 1 at β = 0 to `high` at β = 1, by equal factors: each step of β costs as many times the one before."""
+    return round(float(high) ** beta)

@@ -1,0 +1,49 @@
+"""Counting votes. `votes` maps a label to its count, in the order the labels were first seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from math import comb
+
+
+def tally(labels: Iterable[int | None]) -> dict[int, int]:
+    """Count `labels`; None does not vote."""
+    votes: dict[int, int] = {}
+    for label in labels:
+        if label is not None:
+            votes[label] = votes.get(label, 0) + 1
+    return votes
+
+
+def plurality(votes: Mapping[int, int]) -> int | None:
+    """The label with most votes; of equals the one seen first; None if nobody voted."""
+    best, most = None, 0
+    for label, count in votes.items():
+        if count > most:
+            best, most = label, count
+    return best
+
+
+def top_two(votes: Mapping[int, int]) -> tuple[int, int]:
+    """The two highest counts, highest first; 0 where there is none."""
+    first = second = 0
+    for count in votes.values():
+        if count > first:
+            first, second = count, first
+        elif count > second:
+            second = count
+    return first, second
+
+
+@lru_cache(maxsize=1 << 14)
+def confidence(first: int, second: int) -> float:
+    """How sure it is that the leading label is the likelier of the top two, in [0, 1].
+
+    1 - BetaCDF(1/2; first + 1, second + 1), the stopping rule of Adaptive-Consistency (arXiv 2305.11860). With
+    whole counts it is a binomial tail, summed exactly. 0 if nobody voted.
+    """
+    if first == 0:
+        return 0.0
+    throws = first + second + 1
+    return float(sum(comb(throws, k) for k in range(first + 1)) / 2**throws)

@@ -1,0 +1,1 @@
+"""The offline side: what recorded answers mean, and, as it grows, replay, evaluation and discovery."""

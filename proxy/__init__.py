@@ -1,0 +1,1 @@
+"""The live side: an OpenAI-compatible server that runs a controller for each request over a vLLM backend."""

@@ -1,0 +1,282 @@
+"""The HTTP server: routes, and what a client is told when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from proxy import chat, dial, errors, passthrough, reply, schema
+from proxy.engine import Engine, Model
+from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
+from proxy.metrics import CONTENT_TYPE, Metrics
+from proxy.settings import Settings
+from proxy.stream import ClientGone, Stream, chat_events, unless_gone
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody reads it but the access log."""
+
+
+class Service:
+    """What the routes share: one upstream, its settings and metrics."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.metrics = Metrics()
+        self._models: dict[str, Model] = {}
+
+    async def models(self) -> dict[str, Model]:
+        """The upstream's models by name, asked anew. Raises UpstreamError."""
+        self._models = {model.id: model for model in await self.engine.models()}
+        return self._models
+
+    async def find_model(self, name: str | None) -> tuple[Model, float | None]:
+        """The model `name` means, and the β its alias sets. Raises NotFound, BadRequest or UpstreamError."""
+        name = name or self.settings.model
+        known = self._models or await self.models()
+        if name is None:
+            if not known:
+                raise errors.UpstreamNonsense(f"{self.engine.url} serves no model")
+            return next(iter(known.values())), None
+        if name in known or name in await self.models():
+            return self._models[name], None
+        plain, beta = dial.split_alias(name) if "@" in name else (name, None)
+        if plain in self._models:
+            return self._models[plain], beta
+        raise NotFound(
+            f"there is no model {name!r}; there are {', '.join(self._models)}", param="model", code="model_not_found"
+        )
+
+    # Chat
+
+    async def complete_chat(self, request: Request) -> Response:
+        """A chat completion: by a controller where it can be, else by the upstream alone."""
+        parsed, body = schema.parse(await _read(request, self.settings.max_body_bytes))
+        model, alias = await self.find_model(parsed.model)
+        turned = dial.resolve(
+            request.headers.getlist(dial.HEADER),
+            body=parsed.tts.beta,
+            effort=parsed.reasoning_effort,
+            alias=alias,
+            model=model.id,
+            default=self.settings.beta,
+        )
+        reason = _why_not(parsed, turned)
+        if turned is None or reason is not None:
+            return await self._pass(request, parsed, body, model, reason or "no_beta")
+        plan = await chat.plan(self.engine, self.settings, model, parsed, turned)
+        work = chat.serve(self.engine, self.metrics, plan)
+        if not parsed.stream:
+            served = await self._finished(request, plan, work)
+            return JSONResponse(_completion(served), headers=served.headers)
+        head = {
+            "id": plan.request_id,
+            "object": "chat.completion.chunk",
+            "created": plan.created,
+            "model": plan.prompt.model,
+        }
+        events = chat_events(head, self._counted(plan, work), usage=parsed.wants_usage, ping_s=self.settings.ping_s)
+        return Stream(events, headers=reply.known_headers(plan))
+
+    async def _finished(self, request: Request, plan: chat.Plan, work: Any) -> reply.Reply:
+        served: reply.Reply = await unless_gone(request.receive, self._counted(plan, work))
+        return served
+
+    async def _counted(self, plan: chat.Plan, work: Any) -> reply.Reply:
+        """The reply of `work`, its outcome counted."""
+        outcome = "disconnected"
+        try:
+            served: reply.Reply = await work
+            outcome = "answered"
+        except ApiError:
+            outcome = "failed"
+            raise
+        finally:
+            self.metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
+        return served
+
+    async def _pass(
+        self, request: Request, parsed: schema.ChatRequest, body: dict[str, Any], model: Model, reason: str
+    ) -> Response:
+        if parsed.tts.required:
+            raise BadRequest(
+                f"a controller cannot serve this request ({reason}) and tts.required is set",
+                param=None if reason == "no_beta" else reason,
+                code="tts_not_applicable",
+            )
+        body.pop("tts", None)
+        body["model"] = model.id
+        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
+        return await self._forward(request, json.dumps(body).encode(), headers, model.id, "application/json")
+
+    # The rest
+
+    async def forward(self, request: Request) -> Response:
+        """Another endpoint of the upstream's, untouched."""
+        body = await _read(request, self.settings.max_body_bytes)
+        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": "endpoint"}
+        return await self._forward(request, body, headers)
+
+    async def _forward(
+        self,
+        request: Request,
+        body: bytes,
+        headers: Mapping[str, str],
+        model: str = "",
+        content_type: str | None = None,
+    ) -> Response:
+        self.metrics.requests.labels(model, "", "passed_through").inc()
+        work = passthrough.forward(self.engine, request, body, headers, content_type)
+        return await unless_gone(request.receive, work)
+
+    async def list_models(self, request: Request) -> Response:
+        """The upstream's models, as it lists them."""
+        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": "endpoint"}
+        return await passthrough.forward(self.engine, request, b"", headers)
+
+    async def health(self, _: Request) -> Response:
+        """The process is alive."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """The upstream is well and serves a model."""
+        try:
+            up = await self.engine.healthy() and bool(await self.models())
+        except UpstreamError:
+            up = False
+        self.metrics.upstream_up.set(up)
+        status = HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({"ready": up, "upstream": self.engine.url, "models": list(self._models)}, status)
+
+    async def page(self, _: Request) -> Response:
+        """Prometheus' page."""
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The proxy over `settings.upstream`, which must be set."""
+    if settings.upstream is None:
+        raise errors.SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(_session(settings))
+            engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+            app.state.service = Service(settings, engine)
+            yield
+
+    app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None)
+    routes = [
+        ("/v1/chat/completions", "POST", "complete_chat"),
+        ("/v1/models", "GET", "list_models"),
+        ("/health", "GET", "health"),
+        ("/ready", "GET", "ready"),
+        ("/metrics", "GET", "page"),
+        *((path, "POST", "forward") for path in passthrough.PATHS),
+    ]
+    for path, method, name in routes:
+        app.add_route(path, _endpoint(name), methods=[method])
+    app.add_exception_handler(ApiError, _tell)
+    app.add_exception_handler(HTTPException, _tell_http)
+    app.add_exception_handler(ClientGone, _tell_nobody)
+    app.add_exception_handler(Exception, _tell_unforeseen)
+    return app
+
+
+def _endpoint(name: str) -> Any:
+    async def endpoint(request: Request) -> Response:
+        response: Response = await getattr(request.app.state.service, name)(request)
+        return response
+
+    return endpoint
+
+
+def _session(settings: Settings) -> aiohttp.ClientSession:
+    """Connections to the upstream: as many as branches need, not the library's 100."""
+    key = settings.upstream_api_key
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
+        headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+        auto_decompress=False,
+        json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
+    )
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The request's body. Raises TooLarge."""
+    body = bytearray()
+    async for data in request.stream():
+        body += data
+        if len(body) > most:
+            raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
+    return bytes(body)
+
+
+def _why_not(parsed: schema.ChatRequest, turned: dial.Dial | None) -> str | None:
+    """Why no controller serves a request, or None."""
+    reason = schema.unserved(parsed)
+    if reason is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
+        return "temperature"
+    return reason
+
+
+def _completion(served: reply.Reply) -> dict[str, Any]:
+    message = served.message
+    content = {"role": "assistant", "content": message.content, "refusal": None}
+    if message.reasoning:
+        content |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    return {
+        "id": served.plan.request_id,
+        "object": "chat.completion",
+        "created": served.plan.created,
+        "model": served.plan.prompt.model,
+        "choices": [{"index": 0, "message": content, "logprobs": None, "finish_reason": message.finish_reason}],
+        "usage": served.usage,
+        "tts": served.tts,
+    }
+
+
+def _request_id() -> str:
+    return f"req-{uuid4().hex}"
+
+
+async def _tell(_: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    headers = {"x-request-id": _request_id()}
+    if error.spent:  # a client's retry would buy every branch again
+        headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}
+    return JSONResponse(errors.body(error), error.status, headers)
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    told = NotFound(message, code="not_found") if error.status_code == HTTPStatus.NOT_FOUND else BadRequest(message)
+    return JSONResponse(errors.body(told), error.status_code, {**(error.headers or {}), "x-request-id": _request_id()})
+
+
+async def _tell_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _tell_unforeseen(request: Request, _: Exception) -> Response:
+    """A fault of ours. The traceback goes to the log, never to the client."""
+    told = ApiError("the proxy failed; its log tells more", code="internal_error")
+    return JSONResponse(errors.body(told), told.status, {"x-request-id": _request_id()})

@@ -1,0 +1,200 @@
+"""The life of one request a controller serves: plan, run, reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
+
+from controllers import Action, Controller, ControllerError, Limits, State, Stop, UnknownController, run_episode
+from controllers.registry import create, find
+from proxy import probing
+from proxy.dial import Dial
+from proxy.engine import Engine, Model
+from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
+from proxy.live import LiveEnvironment, Prompt, Sizes
+from proxy.metrics import Metrics
+from proxy.reply import Closing, Reply, compose
+from proxy.schema import SAMPLING, ChatRequest
+from proxy.settings import Settings
+
+T = TypeVar("T", int, float)
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TAIL = 8
+"""Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything about a request that is settled before its first branch."""
+
+    request_id: str
+    created: int  # seconds since the epoch
+    started: float  # by the monotonic clock
+    dial: Dial
+    controller: str
+    prompt: Prompt
+    sizes: Sizes
+    limits: Limits
+    closing: Closing
+    deadline_s: float | None
+    temperature: float | None  # of the branches; None leaves it to the model's own default
+
+
+class _Bounds(NamedTuple):
+    sizes: Sizes
+    limits: Limits
+    closing: Closing
+
+
+async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRequest, dial: Dial) -> Plan:
+    """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
+    controller = request.tts.controller or settings.controller
+    try:
+        find(controller)
+    except UnknownController as error:
+        raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
+    started = time.monotonic()
+    ids = await engine.tokenise_chat({"model": model.id, "messages": request.messages, **request.template_fields})
+    tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
+    bounds = await _bounds(engine, settings, model, request, len(ids))
+    sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    if sampling.get("temperature") == 0:
+        sampling["temperature"] = settings.branch_temperature
+    return Plan(
+        request_id=f"chatcmpl-{uuid4().hex}",
+        created=int(time.time()),
+        started=started,
+        dial=dial,
+        controller=controller,
+        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer),
+        sizes=bounds.sizes,
+        limits=bounds.limits,
+        closing=bounds.closing,
+        deadline_s=_least(request.tts.deadline_s, settings.deadline_s),
+        temperature=sampling.get("temperature"),
+    )
+
+
+async def _bounds(engine: Engine, settings: Settings, model: Model, request: ChatRequest, prompt: int) -> _Bounds:
+    """Token bounds under which a branch, its probes and its closing fit the model's context and the request's cap."""
+    close = len(await engine.tokenise_suffix(model.id, probing.LONGEST_CLOSING))
+    suffix = len(await engine.tokenise_suffix(model.id, probing.LONGEST_SUFFIX))
+    cap = _least(request.tts.max_total_tokens, settings.max_total_tokens)
+    probe = settings.probe_tokens
+    finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
+    if cap is not None:
+        finalise = max(probe, min(finalise, cap // 4))
+    room = model.max_length - prompt - max(close + finalise, suffix + max(probe, finalise))
+    if room < 1:
+        raise BadRequest(
+            f"the prompt has {prompt} tokens, too many for a reply within the model's {model.max_length}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    branch = min(room, request.branch_limit or room)
+    reserve = close + finalise + suffix + probe
+    least = reserve + min(settings.interval, branch)
+    if cap is not None and cap < least:
+        raise BadRequest(
+            f"max_total_tokens is {cap}; one interval and its answer need {least} here",
+            param="tts.max_total_tokens",
+            code="cap_too_small",
+        )
+    limits = Limits(
+        interval=settings.interval,
+        max_branches=settings.max_branches,
+        branch_tokens=branch,
+        probe_tokens=suffix + probe,
+        max_tokens=None if cap is None else cap - reserve,
+    )
+    return _Bounds(Sizes(settings.interval, branch, probe), limits, Closing(finalise, probe))
+
+
+async def serve(engine: Engine, metrics: Metrics, plan: Plan) -> Reply:
+    """Run the episode and compose its reply.
+
+    Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
+    is counted either way.
+    """
+    environment = LiveEnvironment(engine, plan.prompt, plan.sizes)
+    state = State(plan.limits)
+    reply: Reply | None = None
+    try:
+        with metrics.in_flight.track_inprogress():
+            failure = await _run(metrics, plan, environment, state)
+            reply = await _compose(plan, environment, state, failure)
+        return reply
+    except ApiError as error:
+        error.spent = environment.meter.billed
+        raise
+    finally:
+        if reply is None:
+            environment.salvage()
+        _count(metrics, plan, environment, state, reply)
+
+
+async def _run(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
+    """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
+    controller = _Timed(create(plan.controller, plan.dial.beta), metrics.decision_seconds.labels(plan.controller))
+    try:
+        async with asyncio.timeout(plan.deadline_s):
+            await run_episode(controller, environment, state)
+    except TimeoutError:
+        environment.salvage()
+        state.end(Stop.DEADLINE)
+    except ControllerError as error:
+        logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
+        state.end(Stop.CONTROLLER_ERROR)
+    except UpstreamError as error:
+        logger.warning("%s: %s", plan.request_id, error)
+        environment.salvage()
+        state.end(Stop.UPSTREAM_ERROR)
+        return error
+    return None
+
+
+async def _compose(plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None) -> Reply:
+    """The reply from what there is; if that is nothing, the error that left it so."""
+    if failure is not None and state.answer is None and not state.finished:
+        raise failure
+    if not environment.branches:
+        raise UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
+    try:
+        return await compose(plan, environment, state)
+    except UpstreamError as error:
+        raise failure or error from None
+
+
+def _count(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state: State, reply: Reply | None) -> None:
+    by_dial = (plan.prompt.model, plan.controller, plan.dial.bucket)
+    kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
+    for kind, tokens in kinds.items():
+        metrics.tokens.labels(*by_dial, kind).inc(tokens)
+    metrics.branches.labels(*by_dial).inc(len(environment.branches))
+    metrics.rounds.labels(*by_dial).inc(state.rounds)
+    metrics.stops.labels(plan.prompt.model, plan.controller, state.stop or "disconnected").inc()
+    if reply is not None:
+        metrics.seconds.labels(plan.prompt.model, plan.controller).observe(time.monotonic() - plan.started)
+
+
+class _Timed:
+    """A controller whose decisions are timed."""
+
+    def __init__(self, controller: Controller, seconds: Any) -> None:
+        self._controller = controller
+        self._seconds = seconds
+
+    def decide(self, state: State) -> Sequence[Action]:
+        with self._seconds.time():
+            return self._controller.decide(state)
+
+
+def _least(*bounds: T | None) -> T | None:
+    return min((bound for bound in bounds if bound is not None), default=None)

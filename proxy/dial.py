@@ -1,0 +1,89 @@
+"""Where a request's β comes from: the first present of header, body, reasoning effort, model alias, server default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from proxy.errors import BadRequest
+
+HEADER: Final = "x-tts-beta"
+
+# A plain decimal in ASCII: float() would also take nan, 1e400, 1_000 and full-width digits.
+_DECIMAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})", re.ASCII)
+
+EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
+    {"none": 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
+)
+"""What `reasoning_effort` means as β, for models that do not read it themselves."""
+
+READS_EFFORT: Final = ("gpt-oss",)
+"""Parts of the names of models whose chat template reads `reasoning_effort`; it then sets no β."""
+
+
+class Source(StrEnum):
+    """Which of the ways it came by."""
+
+    HEADER = "header"
+    BODY = "body"
+    EFFORT = "reasoning_effort"
+    ALIAS = "model_alias"
+    DEFAULT = "default"
+
+
+class Dial(NamedTuple):
+    """A request's effective β."""
+
+    beta: float  # in [0, 1]
+    source: Source
+
+    @property
+    def explicit(self) -> bool:
+        """The client asked for it, rather than the operator."""
+        return self.source is not Source.DEFAULT
+
+    @property
+    def bucket(self) -> str:
+        """β to one decimal, for metrics: labels must be few."""
+        return f"{self.beta:.1f}"
+
+
+def parse_beta(text: str, param: str) -> float:
+    """β from client text. Raises BadRequest naming `param`."""
+    if not _DECIMAL.fullmatch(text) or not 0 <= float(text) <= 1:
+        raise BadRequest(
+            f"{param} must be a decimal number from 0 to 1 such as 0.5, not {text[:40]!r}", param=param, code="bad_beta"
+        )
+    return float(text)
+
+
+def split_alias(model: str) -> tuple[str, float | None]:
+    """`name@0.5` as its model and β; the β is None where the model has no `@`. Raises BadRequest."""
+    name, at, beta = model.rpartition("@")
+    return (name, parse_beta(beta, "model")) if at else (model, None)
+
+
+def resolve(
+    headers: Sequence[str],
+    *,
+    body: float | None,
+    effort: str | None,
+    alias: float | None,
+    model: str,
+    default: float | None,
+) -> Dial | None:
+    """The effective β, or None if there is none. `headers` are all values of the header. Raises BadRequest."""
+    if len(headers) > 1:
+        raise BadRequest(f"{HEADER} is given {len(headers)} times; send it once", param=HEADER, code="bad_beta")
+    if headers:
+        return Dial(parse_beta(headers[0], HEADER), Source.HEADER)
+    if body is not None:
+        return Dial(body, Source.BODY)
+    if effort is not None and effort in EFFORTS and not any(name in model.lower() for name in READS_EFFORT):
+        return Dial(EFFORTS[effort], Source.EFFORT)
+    if alias is not None:
+        return Dial(alias, Source.ALIAS)
+    return None if default is None else Dial(default, Source.DEFAULT)

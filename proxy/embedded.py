@@ -1,0 +1,134 @@
+"""The embedded model as a child process: started on loopback, watched, started again if it dies, stopped with us."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import aiohttp
+
+from proxy.errors import StartError
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 15
+POLL_S = 0.25
+MOST_RESTARTS = 5
+"""In a row, each after twice the wait of the one before; a server that came up healthy starts the count anew."""
+
+
+class EmbeddedServer:
+    """`deploy.embedded.server` on a free port of 127.0.0.1.
+
+    Use as an async context manager: entering waits until it is healthy, or raises StartError with the one line that
+    says why not; leaving stops it.
+    """
+
+    def __init__(self, command: list[str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port)]
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._log: Path | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    async def __aenter__(self) -> EmbeddedServer:
+        await self._start()
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._stop()
+
+    async def _start(self) -> None:
+        self._log = Path(tempfile.gettempdir()) / f"autotts-embedded-{self.port}.log"
+        try:
+            with self._log.open("wb") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+                )
+        except OSError as error:
+            raise StartError(f"the embedded model cannot start: {error.strerror}: {error.filename}") from None
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._healthy()
+        except TimeoutError:
+            await self._stop()
+            raise StartError(f"the embedded model was not up within {START_TIMEOUT_S} s; see {self._log}") from None
+        except (StartError, asyncio.CancelledError):
+            await self._stop()
+            raise
+
+    async def _healthy(self) -> None:
+        """Return when the server answers; raise StartError when its process ends first."""
+        process = self._process
+        async with aiohttp.ClientSession() as session:
+            while process is not None and process.returncode is None:
+                with suppress(aiohttp.ClientError):
+                    async with session.get(f"{self.url}/health") as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(POLL_S)
+        raise StartError(self._last_words())
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log else []
+        return lines[-1] if lines else "the embedded model ended without a word"
+
+    async def _watch(self) -> None:
+        """Start the server again whenever it ends, until that fails too often."""
+        failures = 0
+        while failures < MOST_RESTARTS:
+            if self._process is not None:
+                code = await self._process.wait()
+                logger.error("the embedded model ended with status %s; starting it again", code)
+            await asyncio.sleep(2**failures)
+            try:
+                await self._start()
+                failures = 0
+            except StartError as error:
+                failures += 1
+                logger.error("the embedded model does not start: %s", error)
+        logger.critical("the embedded model failed %s times in a row; it is left alone", MOST_RESTARTS)
+
+    async def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

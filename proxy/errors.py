@@ -1,0 +1,101 @@
+"""What can go wrong in the proxy, by the boundary it crossed, and how a client is told.
+
+ProxyError
+├── SettingsError            the operator's settings
+├── StartError               the machine: port taken, embedded model does not start
+├── ApiError                 told to the client: status, type, code, param
+│   ├── BadRequest           400, the request is at fault
+│   └── NotFound             404, no such model or path
+└── UpstreamError            the backend is at fault; told as its `status`
+    ├── UpstreamUnreachable  502, nothing answers
+    ├── UpstreamTimeout      504, it is silent
+    ├── UpstreamNonsense     502, it does not speak its protocol
+    └── UpstreamRefused      it answered with an error of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+
+class ProxyError(Exception):
+    """Base of every error raised in this package."""
+
+
+class SettingsError(ProxyError):
+    """A setting is wrong; the message names it."""
+
+
+class StartError(ProxyError):
+    """The proxy cannot start; the message is one line that says what to do."""
+
+
+class ApiError(ProxyError):
+    """An error as OpenAI's clients know it."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
+
+
+class BadRequest(ApiError):
+    """The request is at fault; `param` names the field."""
+
+    status = HTTPStatus.BAD_REQUEST
+    type = "invalid_request_error"
+
+
+class NotFound(ApiError):
+    """There is no such model, or no such path."""
+
+    status = HTTPStatus.NOT_FOUND
+    type = "invalid_request_error"
+
+
+class TooLarge(BadRequest):
+    """The body is over the limit."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class UpstreamError(ApiError):
+    """The backend failed."""
+
+    status = HTTPStatus.BAD_GATEWAY
+    type = "upstream_error"
+
+
+class UpstreamUnreachable(UpstreamError):
+    """Nothing answers at the backend's address."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """The backend is silent."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class UpstreamNonsense(UpstreamError):
+    """The backend does not speak its protocol: cut streams, bad JSON, sums that do not add up."""
+
+
+class UpstreamRefused(UpstreamError):
+    """The backend answered with an error of its own. A 4xx is the request's fault and passed on as such."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="upstream_refused")
+        if 400 <= status < 500 and status not in (401, 403):
+            self.status, self.type = HTTPStatus(status), "invalid_request_error"
+
+
+def body(error: ApiError) -> Mapping[str, Any]:
+    """The error as JSON: OpenAI's form."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}

@@ -1,0 +1,47 @@
+"""What Prometheus sees. Labels are few by construction: served models, controllers, β to one decimal, kinds."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_BY_DIAL = ("model", "controller", "beta")
+
+
+class Metrics:
+    """One app's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"), registry=self.registry
+        )
+        self.tokens = Counter(
+            "autotts_tokens", "Tokens by what they were spent on.", (*_BY_DIAL, "kind"), registry=self.registry
+        )
+        self.branches = Counter("autotts_branches", "Branches opened.", _BY_DIAL, registry=self.registry)
+        self.rounds = Counter("autotts_rounds", "Rounds carried out.", _BY_DIAL, registry=self.registry)
+        self.stops = Counter(
+            "autotts_stops", "Episodes by why they ended.", ("model", "controller", "reason"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "autotts_request_seconds",
+            "Seconds from request to reply, of requests a controller served.",
+            ("model", "controller"),
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+            registry=self.registry,
+        )
+        self.decision_seconds = Histogram(
+            "autotts_decision_seconds",
+            "Seconds a controller took to decide one round.",
+            ("controller",),
+            buckets=(1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.25, 1),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
+        self.upstream_up = Gauge("autotts_upstream_up", "Whether the upstream was well.", registry=self.registry)
+
+    def page(self) -> bytes:
+        """The exposition page."""
+        return generate_latest(self.registry)

@@ -1,0 +1,50 @@
+"""Requests handed to the upstream as they are, and its answers handed back as they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from proxy.engine import Engine
+from proxy.stream import Stream
+
+PATHS: Final = (
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/score",
+    "/v1/rerank",
+    "/tokenize",
+    "/detokenize",
+)
+"""What may be reached through the proxy besides chat. All else of the upstream is out of reach."""
+
+_REQUEST_HEADERS: Final = ("content-type", "accept")
+_RESPONSE_HEADERS: Final = ("content-type", "retry-after")
+
+
+async def forward(
+    engine: Engine, request: Request, body: bytes, headers: Mapping[str, str], content_type: str | None = None
+) -> Response:
+    """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
+
+    `content_type` is for a body the proxy wrote itself.
+    """
+    sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
+    if content_type is not None:
+        sent["content-type"] = content_type
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(engine.relay(request.method, request.url.path, body, sent))
+        kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
+        opened = stack.pop_all()
+
+    async def content() -> AsyncGenerator[bytes]:
+        async with opened:
+            async for data in upstream.content.iter_any():
+                yield data
+
+    return Stream(content(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)

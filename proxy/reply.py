@@ -1,0 +1,223 @@
+"""From a finished episode to the one message its client reads, and the bill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from controllers import State, Stop
+from discovery.answers import read
+from proxy import probing
+from proxy.live import LiveBranch, LiveEnvironment
+
+if TYPE_CHECKING:
+    from proxy.chat import Plan
+
+GREEDY: Final = {"temperature": 0.0}
+
+
+class Closing(NamedTuple):
+    """Token bounds for making an unfinished branch answer."""
+
+    free: int  # tokens of a reply in its own words
+    led: int  # tokens after the probe's lead-in, where time or money is short
+
+
+class Message(NamedTuple):
+    """What the client reads."""
+
+    content: str
+    reasoning: str | None
+    finish_reason: str  # "stop" or "length"
+    visible_tokens: int  # tokens of `content`
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A served request's outcome."""
+
+    plan: Plan
+    message: Message
+    tokens: Mapping[str, int]  # by what they were spent on; they add up to what the upstream did
+    usage: Mapping[str, Any]
+    tts: Mapping[str, Any]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the response's headers say."""
+        return {
+            **known_headers(self.plan),
+            "x-tts-branches": str(self.tts["branches"]),
+            "x-tts-rounds": str(self.tts["rounds"]),
+            "x-tts-tokens": str(self.tts["tokens"]["total"]),
+            "x-tts-stop": self.tts["stop"],
+        }
+
+
+def known_headers(plan: Plan) -> dict[str, str]:
+    """The headers that are known before the first branch."""
+    return {
+        "x-request-id": plan.request_id,
+        "x-tts-applied": "true",
+        "x-tts-beta": f"{plan.dial.beta:g}",
+        "x-tts-beta-source": plan.dial.source,
+        "x-tts-controller": plan.controller,
+    }
+
+
+async def compose(plan: Plan, environment: LiveEnvironment, state: State) -> Reply:
+    """The reply to a stopped episode that opened at least one branch. May raise UpstreamError."""
+    answer = None if state.answer is None else environment.answers[state.answer]
+    spent = environment.meter.billed
+    index = _spokesman(environment, state, answer)
+    branch = environment.branches[index]
+    if branch.finish is None:
+        message = await _close(plan, environment, index, answer, hurried=state.stop is Stop.DEADLINE)
+    else:
+        message = await _whole(environment, branch)
+    tokens = _ledger(environment, state, index, environment.meter.billed - spent)
+    return Reply(
+        plan=plan,
+        message=message,
+        tokens=tokens,
+        usage=_usage(plan, environment, message),
+        tts=_report(plan, environment, state, answer, message, tokens),
+    )
+
+
+def _spokesman(environment: LiveEnvironment, state: State, answer: str | None) -> int:
+    """The branch whose text the client reads: one that finished with the answer, the shortest; else one that leans to
+    it, the longest, pruned ones last; without an answer one that came to an end, else the longest."""
+    branches = environment.branches
+    if answer is None:
+        return max(range(len(branches)), key=lambda i: (branches[i].finish == "stop", len(branches[i].ids)))
+    finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.answer == answer]
+    if finished:
+        return min(finished, key=lambda i: len(branches[i].ids))
+    leaning = [i for i, known in enumerate(state.branches) if known.label == state.answer]
+    return max(
+        leaning or range(len(branches)),
+        key=lambda i: (
+            branches[i].finish is None,
+            not (i < state.width and state.branches[i].pruned),
+            len(branches[i].ids),
+        ),
+    )
+
+
+async def _whole(environment: LiveEnvironment, branch: LiveBranch) -> Message:
+    """A finished branch as it is. Text that came in pieces may have lost a character at a seam: ask for it whole."""
+    text = branch.text
+    if branch.pieces > 1 and not text.isascii() and not environment.prompt.stop:
+        end = len(branch.ids) - (branch.finish == "stop")
+        text = await environment.engine.detokenise(environment.prompt.model, branch.ids[:end])
+    return await _message(environment, text, branch.ids, branch.finish or "stop")
+
+
+async def _close(plan: Plan, environment: LiveEnvironment, index: int, answer: str | None, hurried: bool) -> Message:
+    """Make an unfinished branch close its thought and answer; led into the answer if its own words would not give it,
+    or if there is no time for them."""
+    thought = environment.branches[index].text
+    if not hurried:
+        closing = await environment.suffix(index, lead=False)
+        output = await environment.extend(index, closing, plan.closing.free, GREEDY)
+        content = output.text.strip()
+        if answer is None or read(content, plan.prompt.kind) == answer:
+            return Message(content, split(thought)[0], output.finish or "stop", len(output.ids))
+    suffix = await environment.suffix(index, lead=True)
+    output = await environment.extend(index, suffix, plan.closing.led, probing.sampling())
+    return Message(probing.led(output.text), split(thought)[0], "stop", len(suffix) + len(output.ids))
+
+
+async def _message(environment: LiveEnvironment, text: str, ids: list[int], finish: str) -> Message:
+    reasoning, content = split(text, opened=probing.thinking(environment.prompt.tail, ""))
+    marker = await environment.engine.tokenise_suffix(environment.prompt.model, probing.THINK_CLOSE)
+    end = _find_last(ids, marker)
+    return Message(content, reasoning, finish, len(ids) - end if reasoning is not None else len(ids))
+
+
+def split(text: str, opened: bool = True) -> tuple[str | None, str]:
+    """A branch's text as its thought, None if it has none, and what follows it. `opened`: the prompt began one."""
+    thought, close, rest = text.partition(probing.THINK_CLOSE)
+    if not close:
+        inside = opened or probing.THINK_OPEN in text
+        return (_bare(text), "") if inside and text else (None, text)
+    return _bare(thought), rest.strip("\n")
+
+
+def _bare(thought: str) -> str:
+    return thought.replace(probing.THINK_OPEN, "", 1).strip("\n")
+
+
+def _find_last(ids: list[int], marker: list[int]) -> int:
+    """Where what follows the last `marker` begins in `ids`; their end if there is none."""
+    for at in range(len(ids) - len(marker), -1, -1):
+        if ids[at : at + len(marker)] == marker:
+            return at + len(marker)
+    return len(ids)
+
+
+def _ledger(environment: LiveEnvironment, state: State, winner: int, finalise: int) -> dict[str, int]:
+    """Tokens by what they were spent on. What no fact accounts for was aborted."""
+    tokens = dict.fromkeys(("winner", "agreeing", "losing", "pruned", "probe", "finalise", "aborted"), 0)
+    for index, branch in enumerate(state.branches):
+        tokens["probe"] += branch.probe_tokens
+        if index == winner:
+            kind = "winner"
+        elif branch.pruned:
+            kind = "pruned"
+        else:
+            agrees = branch.label is not None and branch.label == state.answer
+            kind = "agreeing" if agrees else "losing"
+        tokens[kind] += branch.tokens
+    tokens["finalise"] = finalise
+    tokens["aborted"] = environment.meter.billed - sum(tokens.values())
+    return tokens
+
+
+def _usage(plan: Plan, environment: LiveEnvironment, message: Message) -> dict[str, Any]:
+    """OpenAI's usage, over all branches and probes. The prompt counts once, though every request re-sends it."""
+    meter = environment.meter
+    prompt = len(plan.prompt.ids) + meter.suffix_tokens
+    completion = meter.generated_tokens + meter.aborted_tokens
+    cached = None if meter.first_cached is None else min(meter.first_cached, prompt)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "completion_tokens_details": {"reasoning_tokens": max(0, completion - message.visible_tokens)},
+        "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+    }
+
+
+def _report(
+    plan: Plan,
+    environment: LiveEnvironment,
+    state: State,
+    answer: str | None,
+    message: Message,
+    tokens: Mapping[str, int],
+) -> dict[str, Any]:
+    """The `tts` object."""
+    meter = environment.meter
+    return {
+        "applied": True,
+        "beta": plan.dial.beta,
+        "beta_source": plan.dial.source,
+        "controller": plan.controller,
+        "branches": len(environment.branches),
+        "rounds": state.rounds,
+        "stop": str(state.stop),
+        "answer": answer,
+        "agreed": answer is None or read(message.content, plan.prompt.kind) == answer,
+        "votes": {environment.answers[label]: count for label, count in state.votes.items()},
+        "temperature": plan.temperature,
+        "interval": plan.sizes.interval,
+        "tokens": {"total": sum(tokens.values()), **tokens},
+        "upstream": {
+            "requests": meter.requests,
+            "prompt_tokens": meter.prompt_tokens,
+            "cached_tokens": meter.cached_tokens,
+        },
+    }

@@ -1,0 +1,71 @@
+"""Every setting of the proxy, with its unit. Read once, from flags, then `AUTOTTS_*` variables, then these defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AnyHttpUrl, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from controllers.errors import UnknownController
+from controllers.registry import find
+from proxy.errors import SettingsError
+
+Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """Frozen; one object is made at start and handed down."""
+
+    model_config = SettingsConfigDict(env_prefix="AUTOTTS_", frozen=True, extra="forbid")
+
+    upstream: AnyHttpUrl | None = Field(
+        None, description="vLLM's base URL, without /v1; none starts the embedded model"
+    )
+    upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
+    model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
+
+    controller: str = Field("cmc", description="controller that serves requests which name none")
+    beta: Beta | None = Field(None, description="β for requests that set none; none passes them through untouched")
+    max_branches: int = Field(64, ge=1, description="branches one request may open")
+    max_total_tokens: Tokens | None = Field(None, description="tokens one request may spend over all branches")
+    deadline_s: Seconds | None = Field(None, description="seconds one request may think")
+
+    interval: Tokens = Field(512, description="tokens of one interval, Δ")
+    branch_temperature: float = Field(
+        1.0, gt=0, le=2, description="temperature of branches when the request asks for 0: equal branches vote in vain"
+    )
+    probe_tokens: Tokens = Field(20, description="tokens a probe may generate")
+    finalise_tokens: Tokens = Field(512, description="tokens for closing an unfinished branch into a reply")
+
+    connect_timeout_s: Seconds = Field(5, description="seconds to connect to the upstream")
+    read_timeout_s: Seconds = Field(600, description="seconds the upstream may be silent")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="size of a request body")
+    ping_s: Seconds = Field(10, description="seconds between keep-alive comments on a stream that is thinking")
+
+
+EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8}
+"""Defaults that suit the embedded model, whose chains are a few hundred tokens long."""
+
+
+def load(**overrides: object) -> Settings:
+    """Settings from flags (`overrides`, None meaning not given) and the environment. Raises SettingsError."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        settings = Settings(**given)  # type: ignore[arg-type]
+        if settings.upstream is None:
+            unset = {name: value for name, value in EMBEDDED.items() if name not in settings.model_fields_set}
+            settings = settings.model_copy(update=unset)
+        find(settings.controller)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+    except UnknownController as error:
+        raise SettingsError(f"controller: {error}") from None
+    return settings
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors())
+    return "; ".join(problems)
