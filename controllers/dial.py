@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from controllers.errors import BetaError
 
 
@@ -19,4 +21,4 @@ def linear(low: float, high: float, beta: float) -> float:
 
 def doubling(high: int, beta: float) -> int:
     """From 1 at β = 0 to `high` at β = 1, by equal factors: each step of β costs as many times the one before."""
-    return round(float(high) ** beta)
+    return round(math.pow(high, beta))

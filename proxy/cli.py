@@ -21,7 +21,7 @@ from proxy import demo
 from proxy.app import create_app
 from proxy.dial import parse_beta
 from proxy.embedded import EmbeddedServer
-from proxy.errors import ApiError, ProxyError, StartError
+from proxy.errors import ApiError, ProxyError, SettingsError, StartError
 from proxy.settings import Settings, load
 
 BAD_INPUT = 2
@@ -42,7 +42,7 @@ def _beta(text: str | None) -> float | None:
     try:
         return parse_beta(text, "--beta")
     except ApiError as error:
-        raise typer.BadParameter(error.message) from None
+        raise SettingsError(error.message) from None
 
 
 @app.command()
@@ -59,7 +59,7 @@ def serve(
 ) -> None:
     """Serve, until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, markup=False)])
-    _run(_serve(host, port, upstream=upstream, model=model, controller=controller, beta=_beta(beta), interval=interval))
+    _run(_serve(host, port, upstream=upstream, model=model, controller=controller, beta=beta, interval=interval))
 
 
 @app.command("demo")
@@ -96,8 +96,8 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
     await task
 
 
-async def _serve(host: str, port: int, **given: Any) -> None:
-    settings = load(**given)
+async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> None:
+    settings = load(beta=_beta(beta), **given)
     with _listen(host, port) as listening:
         async with _upstream(settings) as ready:
             server = _Server(ready)

@@ -15,7 +15,7 @@ class ParallelProbe:
         check_beta(beta)
         self.width = round(linear(4, 64, beta))
         self.stable = round(linear(4, 40, beta))  # intervals the consensus must hold to stop
-        self.patience = round(linear(2, 7, beta))  # consecutive deviations a chain is forgiven
+        self.patience = round(linear(1, 7, beta))  # consecutive deviations a chain is forgiven
         self.warm_up = round(linear(2, 15, beta))  # intervals before deviations count
         self.interval = 0
         self.held = 0

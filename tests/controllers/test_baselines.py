@@ -1,0 +1,168 @@
+"""The baselines: what each does on chains whose course is known, and that β only ever adds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controllers import BetaError, State, Stop, UnknownController, Verb, run_episode, run_sync
+from controllers.baselines import CMC, ParallelProbe, SelfConsistency
+from controllers.dial import linear
+from controllers.registry import BUILT_IN, create, find
+from tests.fakes import Chain, ScriptedEnvironment, chain, episode
+
+INTERVAL = 40
+
+
+def play(
+    name: str, beta: float, chains: list[Chain], interval: int = INTERVAL, **limits: int
+) -> tuple[State, ScriptedEnvironment]:
+    environment = ScriptedEnvironment(chains, interval, probe_cost=3)
+    state = episode(interval, **limits)
+    run_sync(run_episode(create(name, beta), environment, state))
+    return state, environment
+
+
+def answered(state: State, environment: ScriptedEnvironment) -> str | None:
+    return None if state.answer is None else list(environment.labels)[state.answer]
+
+
+def crowd(seed: int, right: float = 0.6) -> list[Chain]:
+    """64 chains of one question: mostly 7, of varied length, hunches coming round half-way."""
+    rng = random.Random(seed)
+    chains = []
+    for i in range(64):
+        label = "7" if rng.random() < right else str(rng.randint(10, 14))
+        length = rng.randint(60, 480)
+        hunches = [""] * (length // INTERVAL // 2) + [label] * (length // INTERVAL + 1)
+        chains.append(chain(label, length, hunches, mark=chr(ord("a") + i % 26)))
+    return chains
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_each_finds_what_most_chains_say(name: str, beta: float) -> None:
+    state, environment = play(name, beta, crowd(seed=1, right=1.0))
+    assert state.stop is Stop.ANSWERED
+    assert answered(state, environment) == "7"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_mean_spend_does_not_fall_with_beta(name: str) -> None:
+    # CMC's schedule is made for chains of many intervals; on short ones all have finished before it may widen.
+    spend = [sum(play(name, b / 4, crowd(seed), interval=8)[0].spent for seed in range(12)) for b in range(5)]
+    assert spend == sorted(spend)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_same_chains_make_the_same_episode(name: str) -> None:
+    first, second = play(name, 0.7, crowd(3)), play(name, 0.7, crowd(3))
+    assert first[1].rounds == second[1].rounds
+    assert first[0].spent == second[0].spent
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(list(BUILT_IN)),
+    beta=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    cap=st.integers(INTERVAL, 4000),
+    width=st.integers(1, 64),
+)
+def test_each_ends_within_any_limits(name: str, beta: float, seed: int, cap: int, width: int) -> None:
+    limits = {"max_tokens": cap, "branch_tokens": 500, "probe_tokens": 3, "max_branches": width}
+    state, _ = play(name, beta, crowd(seed), **limits)
+    assert state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
+    assert state.spent <= cap
+    assert state.width <= width
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_each_ends_when_no_chain_says_anything(name: str) -> None:
+    mute = [Chain("<think>hm" * (i + 1)) for i in range(64)]
+    state, _ = play(name, 1, mute)
+    assert state.stop is Stop.ANSWERED
+    assert state.answer is None
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, True])
+def test_a_beta_that_is_none_is_refused(name: str, beta: float) -> None:
+    with pytest.raises(BetaError, match="from 0 to 1"):
+        create(name, beta)
+
+
+def test_unknown_names_are_told_the_known() -> None:
+    with pytest.raises(UnknownController, match="single, self_consistency, asc, parallel_probe, cmc"):
+        find("cmcc")
+
+
+def test_self_consistency_doubles() -> None:
+    assert [SelfConsistency(b / 6).samples for b in range(7)] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_asc_stops_once_the_lead_is_safe() -> None:
+    state, _ = play("asc", 1, [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)])
+    assert state.width == 4  # 31/32 is the first confidence past 0.95
+
+
+def test_parallel_probe_at_full_beta_is_as_published() -> None:
+    controller = ParallelProbe(1)
+    assert (controller.width, controller.stable, controller.patience, controller.warm_up) == (64, 40, 7, 15)
+
+
+def test_parallel_probe_prunes_the_deviant_and_stops_on_a_stable_consensus() -> None:
+    steady = [chain("7", 2000, ["7"], mark=m) for m in "abc"]
+    state, environment = play("parallel_probe", 0, [*steady, chain("9", 2000, ["9"], mark="z")])
+    assert [b.pruned for b in state.branches] == [False, False, False, True]
+    assert state.branches[0].intervals == ParallelProbe(0).stable
+    assert answered(state, environment) == "7"
+
+
+def test_cmc_schedule_is_as_published() -> None:
+    half = CMC(0.5)
+    assert (half.first_branches, half.most_branches, half.warm_up, half.patience, half.window.maxlen) == (5, 34, 6, 8, 5)
+    assert (half.burst, half.widen, half.min_finished) == (2, 2, 4)
+    assert (half.alpha, half.threshold, half.slack, half.trend) == pytest.approx((0.5, 0.91, 0.025, 0.025))
+
+
+def test_cmc_keeps_two_abandons_the_worst_and_bursts_the_agreeing() -> None:
+    short = [chain("7", 90, ["7"], mark="a"), chain("7", 95, ["7"], mark="b")]
+    agreeing = chain("7", 3000, ["7"], mark="c")
+    deviants = [chain("9", 3000, ["9"], mark=m) for m in "defgh"]
+    # Confidence of two equal votes, 0.875, stays under β = 1's threshold, so the long chains are reached.
+    state, environment = play("cmc", 1, [*short, agreeing, *deviants, *deviants, *crowd(1)])
+    assert sum(b.pruned for b in state.branches) >= 1
+    bursts = {a.branch for r in environment.rounds for a in r if a.verb is Verb.CONTINUE and a.intervals == 3}
+    assert 2 in bursts
+    assert not bursts & {3, 4, 5, 6, 7}
+
+
+def test_linear_runs_from_end_to_end() -> None:
+    assert [linear(2, 8, b) for b in (0, 0.5, 1)] == [2, 5, 8]
+
+
+def test_cmc_ends_when_every_chain_is_over_in_its_first_interval() -> None:
+    state, environment = play("cmc", 0, [chain("7", INTERVAL, mark=m) for m in "ab"])
+    assert answered(state, environment) == "7"
+    assert len(environment.rounds) == 2
+
+
+def test_a_cap_that_cuts_the_first_chain_is_the_reason_to_stop() -> None:
+    for name in ("single", "asc", "self_consistency"):
+        state, _ = play(name, 0, [chain("7", 300)], max_tokens=210, branch_tokens=400)
+        assert (state.stop, state.spent, state.answer) == (Stop.MAX_TOKENS, 200, None), name
+
+
+def test_a_chain_the_cap_cut_short_runs_on_when_others_cost_less_than_feared() -> None:
+    chains = [chain("7", 100, mark="a"), chain("7", 300, mark="b")]
+    state, environment = play("self_consistency", 1 / 6, chains, max_tokens=450, branch_tokens=400)
+    assert [[a.verb for a in r] for r in environment.rounds] == [
+        [Verb.BRANCH, Verb.BRANCH],
+        [Verb.CONTINUE],
+        [Verb.ANSWER],
+    ]
+    assert state.votes == {0: 2}

@@ -1,0 +1,220 @@
+"""State: what is legal, what facts change, what is spent, and that a refused move changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from controllers import (
+    TO_END,
+    Action,
+    Advanced,
+    BadFact,
+    Fact,
+    IllegalAction,
+    Limits,
+    Probed,
+    State,
+    Stop,
+    Verb,
+    advance,
+    answer,
+    branch,
+    probe,
+    prune,
+)
+from tests.fakes import episode
+
+
+def snapshot(state: State) -> Any:
+    return (
+        [(b.intervals, b.tokens, b.probe_tokens, b.label, b.probed, b.finished, b.pruned) for b in state.branches],
+        (list(state.finished), dict(state.votes), state.labels, state.rounds, state.spent, state.answer, state.stop),
+    )
+
+
+def grown(*, finished: int | None = None) -> State:
+    """Branch 0 running and probed, 1 running, 2 finished, 3 pruned."""
+    state = episode(max_branches=5)
+    state.apply(
+        [branch(), branch(), branch(), branch()],
+        [Advanced(i, 1, 10, i == 2, finished if i == 2 else None) for i in range(4)],
+    )
+    new = 0 if finished is None else finished + 1
+    state.apply([probe(0), prune(3)], [Probed(0, new, 4)])
+    return state
+
+
+def test_facts_are_taken_in() -> None:
+    state = grown(finished=0)
+    assert [b.tokens for b in state.branches] == [10, 10, 10, 10]
+    assert state.spent == 44
+    assert state.active == [0, 1]
+    assert state.finished == [2]
+    assert state.votes == {0: 1}
+    assert state.labels == 2
+    assert state.branches[0].label == 1
+    assert state.branches[0].active
+    assert not state.branches[3].active
+    assert state.width == 4
+    assert state.room == 1
+    assert state.remaining is None
+    assert state.rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("actions", "why"),
+    [
+        ([], "empty"),
+        ([branch(), branch()], "5 branches are the most"),
+        ([branch(0)], "intervals"),
+        ([branch(TO_END + 1)], "intervals"),
+        ([Action(Verb.BRANCH, -1, "2")], "intervals"),  # type: ignore[arg-type]
+        ([advance(4)], "no branch 4"),
+        ([advance(-1)], "no branch -1"),
+        ([advance("0")], "no branch 0"),  # type: ignore[arg-type]
+        ([advance(0, 0)], "intervals"),
+        ([advance(2)], "finished"),
+        ([advance(3)], "pruned"),
+        ([probe(0)], "not moved"),
+        ([probe(1), probe(1)], "not moved"),
+        ([probe(2)], "finished"),
+        ([prune(2)], "finished"),
+        ([prune(3)], "pruned"),
+        ([prune(0), advance(0)], "pruned"),
+        ([prune(0), prune(0)], "pruned"),
+        ([answer(0), advance(0)], "stands alone"),
+        ([answer(7)], "no such label"),
+        ([answer(-1)], "no such label"),
+        ([answer("0")], "no such label"),  # type: ignore[arg-type]
+        ([answer(None)], "label 0 leads"),
+    ],
+)
+def test_illegal_rounds_are_refused_and_change_nothing(actions: list[Action], why: str) -> None:
+    state = grown(finished=0)
+    before = snapshot(state)
+    with pytest.raises(IllegalAction, match=why):
+        state.check(actions)
+    assert snapshot(state) == before
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        [branch(), advance(4, TO_END), probe(4), advance(4), probe(4), prune(4)],
+        [advance(0), probe(0), advance(1, 3), prune(1)],
+        [probe(1), advance(1)],
+        [prune(0), prune(1)],
+        [answer(0)],
+        [answer(1)],
+    ],
+)
+def test_legal_rounds_pass_and_change_nothing(actions: list[Action]) -> None:
+    state = grown(finished=0)
+    before = snapshot(state)
+    state.check(actions)
+    assert snapshot(state) == before
+
+
+def test_answering_with_nothing_is_legal_where_nothing_leads() -> None:
+    state = episode()
+    state.check([answer(None)])
+    state.apply([branch()], [Advanced(0, 1, 3, True, None)])
+    state.check([answer(None)])
+    state.apply([answer(None)], [])
+    assert state.stop is Stop.ANSWERED
+    assert state.answer is None
+    with pytest.raises(IllegalAction, match="has ended"):
+        state.check([branch()])
+
+
+@pytest.mark.parametrize(
+    ("actions", "facts"),
+    [
+        ([advance(0)], []),
+        ([advance(0)], [Probed(0, None, 1)]),
+        ([probe(1)], [Advanced(1, 1, 10, False)]),
+        ([advance(0)], [Advanced(1, 1, 10, False)]),
+        ([advance(0)], [Advanced(0, 1, -1, False)]),
+        ([advance(0)], [Advanced(0, 1, 10, True, 5)]),
+        ([advance(0)], [Advanced(0, 1, 10, True, -1)]),
+        ([branch()], [Advanced(0, 1, 10, False)]),
+        ([advance(0)], [Advanced(0, 1, 10, False), Advanced(1, 1, 10, False)]),
+        ([prune(0)], [Probed(0, None, 0)]),
+    ],
+)
+def test_facts_that_do_not_answer_are_refused_and_change_nothing(actions: list[Action], facts: list[Fact]) -> None:
+    state = grown(finished=0)
+    before = snapshot(state)
+    with pytest.raises(BadFact):
+        state.apply(actions, facts)
+    assert snapshot(state) == before
+
+
+def test_a_branch_finished_earlier_in_the_round_counts_once() -> None:
+    state = episode()
+    state.apply([branch(), advance(0), probe(0)], [Advanced(0, 1, 7, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)])
+    assert state.finished == [0]
+    assert state.votes == {0: 1}
+    assert state.spent == 7
+
+
+def test_leader_prefers_finished_then_latest_labels_of_those_kept() -> None:
+    state = episode()
+    state.apply([branch(), branch(), branch()], [Advanced(i, 1, 10, False) for i in range(3)])
+    assert state.leader() is None
+    state.apply([probe(0), probe(1), probe(2)], [Probed(0, 0, 1), Probed(1, 1, 1), Probed(2, 1, 1)])
+    assert state.leader() == 1
+    state.apply([prune(1), prune(2)], [])
+    assert state.leader() == 0
+    state.apply([advance(0)], [Advanced(0, 1, 2, True, 2)])
+    assert state.leader() == 2
+
+
+def test_ending_from_outside_keeps_the_first_reason() -> None:
+    state = grown(finished=0)
+    state.end(Stop.DEADLINE)
+    state.end(Stop.UPSTREAM_ERROR)
+    assert state.stop is Stop.DEADLINE
+    assert state.answer == 0
+
+
+def test_what_fits_under_the_cap() -> None:
+    state = episode(interval=10, max_tokens=65, branch_tokens=25, probe_tokens=4)
+    plan = [branch(), probe(0), branch(2), branch(2), branch(2)]
+    assert state.affordable(plan) == [branch(), probe(0), branch(2), branch(2), branch(1)]  # 10 + 4 + 20 + 20, 11 left
+    assert state.affordable([branch(TO_END)] * 3) == [branch(TO_END), branch(TO_END), branch(1)]
+    state.apply([branch()], [Advanced(0, 1, 10, False)])
+    assert state.remaining == 55
+    assert state.affordable([advance(0, TO_END), prune(0)]) == [advance(0, TO_END), prune(0)]
+    assert state.affordable([advance(0), advance(0, 9), branch(TO_END), branch(TO_END)]) == [
+        advance(0),
+        advance(0, 9),  # the branch itself ends at 25
+        branch(TO_END),
+        branch(1),
+    ]
+    state.apply([branch()] * 5, [Advanced(i, 1, 10, False) for i in range(1, 6)])
+    assert state.remaining == 5
+    assert state.affordable([probe(1), probe(2)]) == [probe(1)]
+    assert state.affordable([advance(1)]) == []
+
+
+def test_without_a_cap_everything_fits() -> None:
+    state = episode()
+    plan = [branch(TO_END)] * 10
+    assert state.affordable(plan) is plan
+    assert state.worst_case(0, 3) == 30
+
+
+@pytest.mark.parametrize("limits", [{"interval": 0}, {"interval": 5, "max_branches": 0}, {"interval": 5, "max_tokens": 9}])
+def test_limits_that_mean_nothing_are_refused(limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"Limits\."):
+        Limits(**limits)
+
+
+def test_branches_print_their_fate() -> None:
+    state = grown(finished=0)
+    assert [repr(b).split()[1] for b in state.branches] == ["running", "running", "finished", "pruned"]
+    assert copy.copy(state.limits) == state.limits

@@ -1,0 +1,263 @@
+"""Stand-ins written by hand: a scripted environment, and a vLLM that speaks the same HTTP and writes what it is told.
+
+Both run the same `Chain`s, so a controller can be held to the same episode over either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from controllers import Action, Advanced, Fact, Limits, Probed, State, Verb
+from controllers.actions import TO_END
+from discovery.answers import read
+from proxy.probing import LEAD, LONGEST_CLOSING
+
+MODEL = "fake-model"
+MAX_LENGTH = 2000
+ASSISTANT = "<assistant>"
+EOS = 0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What one branch would write, a token a character, and what it says when probed after each interval."""
+
+    text: str
+    hunches: tuple[str, ...] = ("",)  # the last one holds from then on
+
+    @property
+    def tokens(self) -> int:
+        """Characters and the end token."""
+        return len(self.text) + 1
+
+    def hunch(self, tokens: int, interval: int) -> str:
+        return self.hunches[min(max(tokens // interval, 1), len(self.hunches)) - 1]
+
+
+def chain(answer: str, length: int, hunches: Sequence[str] = ("",), mark: str = "a") -> Chain:
+    """A chain of `length` tokens that ends in `answer`. `mark` tells it from others of the same answer."""
+    close = f"</think>\n\nIt is \\boxed{{{answer}}}"
+    thought = "<think>" + mark * (length - 1 - len("<think>") - len(close))
+    return Chain(thought + close, tuple(hunches))
+
+
+class ScriptedEnvironment:
+    """An environment without text or I/O: it never suspends."""
+
+    def __init__(self, chains: Sequence[Chain], interval: int, probe_cost: int = 0) -> None:
+        self.chains = chains
+        self.interval = interval
+        self.probe_cost = probe_cost
+        self.at: list[int] = []
+        self.labels: dict[str, int] = {}
+        self.rounds: list[Sequence[Action]] = []
+
+    async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        self.rounds.append(actions)
+        return [fact for action in actions if (fact := self._one(action)) is not None]
+
+    def _one(self, action: Action) -> Fact | None:
+        if action.verb is Verb.BRANCH:
+            self.at.append(0)
+            return self._advance(len(self.at) - 1, action.intervals)
+        if action.verb is Verb.CONTINUE:
+            return self._advance(action.branch, action.intervals)
+        if action.verb is Verb.PROBE:
+            chain, at = self.chains[action.branch], self.at[action.branch]
+            if at == chain.tokens:
+                return Probed(action.branch, self._label(read(chain.text)), 0)
+            hunch = read(LEAD + chain.hunch(at, self.interval) + "}")
+            return Probed(action.branch, self._label(hunch), self.probe_cost)
+        return None
+
+    def _advance(self, index: int, intervals: int) -> Advanced:
+        chain, before = self.chains[index], self.at[index]
+        self.at[index] = min(chain.tokens, before + min(intervals, TO_END) * self.interval)
+        tokens = self.at[index] - before
+        finished = self.at[index] == chain.tokens
+        label = self._label(read(chain.text)) if finished else None
+        return Advanced(index, -(-tokens // self.interval), tokens, finished, label)
+
+    def _label(self, answer: str | None) -> int | None:
+        return None if answer is None else self.labels.setdefault(answer, len(self.labels))
+
+
+def episode(interval: int = 10, **limits: Any) -> State:
+    """A fresh state with small limits."""
+    return State(Limits(interval, **limits))
+
+
+class FakeVLLM:
+    """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
+
+    `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign".
+    It applies from request number `fault_after` on.
+    """
+
+    def __init__(self, chains: Sequence[Chain] = (), interval: int = 10) -> None:
+        self.chains = list(chains)
+        self.interval = interval
+        self.opened = 0
+        self.generated = 0
+        self.running = 0
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fault = ""
+        self.fault_after = 0
+        self.hanging = asyncio.Event()  # a request hangs now
+        self.idle = asyncio.Event()  # none runs
+        self.idle.set()
+        self.url = ""
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[FakeVLLM]:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/tokenize", self._tokenise)
+        app.router.add_post("/detokenize", self._detokenise)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        if self.fault == "garbage":
+            return web.Response(text="<html>")
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _tokenise(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        text = body.get("prompt")
+        if text is None:
+            text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + ASSISTANT
+        ids = [ord(char) for char in text]
+        return web.json_response({"tokens": ids, "count": len(ids), "max_model_len": MAX_LENGTH})
+
+    async def _detokenise(self, request: web.Request) -> web.Response:
+        return web.json_response({"prompt": _text((await request.json())["tokens"])})
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        self.requests.append(await request.json())
+        self.headers.append(dict(request.headers))
+        return web.json_response({"id": "upstream", "choices": [], "echo": self.requests[-1]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        self.headers.append(dict(request.headers))
+        self.running += 1
+        self.idle.clear()
+        try:
+            return await self._generate(request, body)
+        finally:
+            self.running -= 1
+            if not self.running:
+                self.idle.set()
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        fault = self.fault if len(self.requests) > self.fault_after else ""
+        if fault == "refuse":
+            error = {"message": "no such thing", "type": "BadRequestError", "param": "top_k", "code": 400}
+            return web.json_response({"error": error}, status=400)
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        written = [self._write(prompt, body) for prompt in prompts for _ in range(body.get("n", 1))]
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(data: object) -> None:
+            await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+        for index, (ids, _) in enumerate(written):
+            await send({"choices": [_choice(index, ids[:1], None)]})
+        if fault == "hang":
+            self.hanging.set()
+            await asyncio.Event().wait()
+        if fault == "garbage":
+            await response.write(b"data: {not json\n\n")
+            return response
+        if fault == "foreign":
+            await send({"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": None}]})
+        if fault == "error_event":
+            await send({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
+            return response
+        if fault == "cut":
+            return response
+        for index, (ids, finish) in enumerate(written):
+            await send({"choices": [_choice(index, ids[1:], finish)]})
+        total = sum(len(ids) for ids, _ in written)
+        self.generated += total
+        usage = {
+            "prompt_tokens": sum(map(len, prompts)),
+            "completion_tokens": total + (fault == "lie"),
+            "prompt_tokens_details": {"cached_tokens": 3},
+        }
+        await send({"choices": [], "usage": usage})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    def _write(self, prompt: list[int], body: dict[str, Any]) -> tuple[list[int], str]:
+        text = _text(prompt).rpartition(ASSISTANT)[2]
+        if text.endswith(LEAD) or text.endswith(LONGEST_CLOSING):
+            return self._speak(text, body["max_tokens"])
+        if not text:
+            chain = self.chains[self.opened % len(self.chains)]
+            self.opened += 1
+        else:
+            chain = self._find(text)
+        ids = [*map(ord, chain.text), EOS][len(text) :][: body["max_tokens"]]
+        return ids, "stop" if ids[-1] == EOS else "length"
+
+    def _speak(self, text: str, most: int) -> tuple[list[int], str]:
+        """The answer to a probe, or the end of a reply that is being closed."""
+        thought = text.removesuffix(LEAD).removesuffix(LONGEST_CLOSING).removesuffix("\n\n")
+        hunch = self._find(thought).hunch(len(thought), self.interval)
+        said = f"{hunch}}}" if text.endswith(LEAD) else f"So \\boxed{{{hunch}}}"
+        ids = [*map(ord, said), EOS][:most]
+        return ids, "stop" if ids[-1] == EOS else "length"
+
+    def _find(self, text: str) -> Chain:
+        return next(chain for chain in self.chains if chain.text.startswith(text))
+
+
+def _choice(index: int, ids: Sequence[int], finish: str | None) -> dict[str, Any]:
+    return {"index": index, "text": _text(ids), "token_ids": list(ids), "finish_reason": finish, "stop_reason": None}
+
+
+def _text(ids: Sequence[int]) -> str:
+    return "".join(chr(i) for i in ids if i != EOS)
+
+
+Decide = Callable[[State], list[Action]]
+
+
+class Scripted:
+    """A controller that plays given rounds, then answers with the leader."""
+
+    def __init__(self, *rounds: Sequence[Action] | Decide) -> None:
+        self.rounds = list(rounds)
+
+    def decide(self, state: State) -> Sequence[Action]:
+        from controllers import answer
+
+        if not self.rounds:
+            return [answer(state.leader())]
+        nxt = self.rounds.pop(0)
+        return nxt(state) if callable(nxt) else nxt
