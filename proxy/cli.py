@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
-import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.logging import RichHandler
 
 from proxy import demo
-from proxy.app import create_app
 from proxy.dial import parse_beta
 from proxy.embedded import EmbeddedServer
-from proxy.errors import ApiError, ProxyError, SettingsError, StartError
+from proxy.errors import ApiError, ProxyError, SettingsError
+from proxy.server import Server, listen, running
 from proxy.settings import Settings, load
 
 BAD_INPUT = 2
@@ -71,7 +68,7 @@ def demonstrate(
     controller: Annotated[str | None, typer.Option(help="controller to show")] = None,
 ) -> None:
     """Ask the embedded model the same problems at several β and show what it bought."""
-    _run(_demo(problems, plot, load(controller=controller)))
+    _run(_demo(problems, plot, controller=controller))
 
 
 def main() -> None:
@@ -98,25 +95,19 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
 
 async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> None:
     settings = load(beta=_beta(beta), **given)
-    with _listen(host, port) as listening:
+    with listen(host, port) as listening:
         async with _upstream(settings) as ready:
-            server = _Server(ready)
+            server = Server(ready)
             url = f"http://{host}:{listening.getsockname()[1]}"
             console.print(welcome(url, settings.upstream is None), highlight=False, markup=False, soft_wrap=True)
             await server.serve(sockets=[listening])
 
 
-async def _demo(problems: int, plot: Path, settings: Settings) -> None:
+async def _demo(problems: int, plot: Path, **given: Any) -> None:
+    settings = load(**given)
     demo.check_plot(plot)
-    with _listen("127.0.0.1", 0) as listening:
-        async with _upstream(settings) as ready:
-            server = _Server(ready)
-            task = asyncio.create_task(server.serve(sockets=[listening]))
-            try:
-                await demo.run(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", problems, plot)
-            finally:
-                server.should_exit = True
-                await task
+    async with _upstream(settings) as ready, running(ready) as url:
+        await demo.run(f"{url}/v1", problems, plot)
 
 
 @asynccontextmanager
@@ -129,47 +120,6 @@ async def _upstream(settings: Settings) -> AsyncIterator[Settings]:
         with console.status("starting the embedded model (about 20 s)…"):
             server = await stack.enter_async_context(EmbeddedServer())
         yield settings.model_copy(update={"upstream": server.url})
-
-
-class _Server(uvicorn.Server):
-    """A server whose signals are ours: uvicorn would raise them again before the embedded model is stopped."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(
-            uvicorn.Config(
-                create_app(settings),
-                http="httptools",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=60,
-            )
-        )
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for each in signals:
-            loop.add_signal_handler(each, self.handle_exit, each, None)
-        yield
-        for each in signals:
-            loop.remove_signal_handler(each)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, bound before anything costly starts. Raises StartError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} of {host} is taken; stop what listens there or use --port") from None
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    return listening
 
 
 def welcome(url: str, is_embedded: bool) -> str:

@@ -124,7 +124,13 @@ def test_parallel_probe_prunes_the_deviant_and_stops_on_a_stable_consensus() -> 
 
 def test_cmc_schedule_is_as_published() -> None:
     half = CMC(0.5)
-    assert (half.first_branches, half.most_branches, half.warm_up, half.patience, half.window.maxlen) == (5, 34, 6, 8, 5)
+    assert (half.first_branches, half.most_branches, half.warm_up, half.patience, half.window.maxlen) == (
+        5,
+        34,
+        6,
+        8,
+        5,
+    )
     assert (half.burst, half.widen, half.min_finished) == (2, 2, 4)
     assert (half.alpha, half.threshold, half.slack, half.trend) == pytest.approx((0.5, 0.91, 0.025, 0.025))
 

@@ -155,7 +155,9 @@ def test_facts_that_do_not_answer_are_refused_and_change_nothing(actions: list[A
 
 def test_a_branch_finished_earlier_in_the_round_counts_once() -> None:
     state = episode()
-    state.apply([branch(), advance(0), probe(0)], [Advanced(0, 1, 7, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)])
+    state.apply(
+        [branch(), advance(0), probe(0)], [Advanced(0, 1, 7, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)]
+    )
     assert state.finished == [0]
     assert state.votes == {0: 1}
     assert state.spent == 7
@@ -208,7 +210,9 @@ def test_without_a_cap_everything_fits() -> None:
     assert state.worst_case(0, 3) == 30
 
 
-@pytest.mark.parametrize("limits", [{"interval": 0}, {"interval": 5, "max_branches": 0}, {"interval": 5, "max_tokens": 9}])
+@pytest.mark.parametrize(
+    "limits", [{"interval": 0}, {"interval": 5, "max_branches": 0}, {"interval": 5, "max_tokens": 9}]
+)
 def test_limits_that_mean_nothing_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"Limits\."):
         Limits(**limits)

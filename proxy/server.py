@@ -1,0 +1,80 @@
+"""The HTTP server around the app: a socket bound before anything costly starts, and signals that end it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+
+from proxy.app import create_app
+from proxy.errors import StartError
+from proxy.settings import Settings
+
+
+class Server(uvicorn.Server):
+    """A server whose signals are ours: uvicorn would raise them again before the embedded model is stopped."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.up = asyncio.Event()  # it accepts connections
+        super().__init__(
+            uvicorn.Config(
+                create_app(settings),
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=60,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for each in signals:
+            loop.add_signal_handler(each, self.handle_exit, each, None)
+        yield
+        for each in signals:
+            loop.remove_signal_handler(each)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before anything costly starts. Raises StartError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"port {port} of {host} is taken; stop what listens there or use --port") from None
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listening
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[str]:
+    """The URL of a proxy on a free port of 127.0.0.1 that runs as long as the context. Raises StartError."""
+    with listen("127.0.0.1", 0) as listening:
+        server = Server(settings)
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        up = asyncio.create_task(server.up.wait())
+        try:
+            await asyncio.wait({task, up}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                raise StartError("the proxy ended before it was up; its log tells more")
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            up.cancel()
+            server.should_exit = True
+            await task
