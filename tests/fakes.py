@@ -49,9 +49,9 @@ def chain(answer: str, length: int, hunches: Sequence[str] = ("",), mark: str = 
 
 
 class ScriptedEnvironment:
-    """An environment without text or I/O: it never suspends."""
+    """An environment without I/O: it never suspends. `probe_cost` tells what asking a branch of some text costs."""
 
-    def __init__(self, chains: Sequence[Chain], interval: int, probe_cost: int = 0) -> None:
+    def __init__(self, chains: Sequence[Chain], interval: int, probe_cost: Callable[[str], int] = lambda _: 0) -> None:
         self.chains = chains
         self.interval = interval
         self.probe_cost = probe_cost
@@ -74,7 +74,7 @@ class ScriptedEnvironment:
             if at == chain.tokens:
                 return Probed(action.branch, self._label(read(chain.text)), 0)
             hunch = read(LEAD + chain.hunch(at, self.interval) + "}")
-            return Probed(action.branch, self._label(hunch), self.probe_cost)
+            return Probed(action.branch, self._label(hunch), self.probe_cost(chain.text[:at]))
         return None
 
     def _advance(self, index: int, intervals: int) -> Advanced:
@@ -98,6 +98,7 @@ class FakeVLLM:
     """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
 
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign".
+    "no_models" makes /v1/models misbehave instead.
     It applies from request number `fault_after` on.
     """
 
@@ -136,7 +137,7 @@ class FakeVLLM:
             await runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
-        if self.fault == "garbage":
+        if self.fault == "no_models":
             return web.Response(text="<html>")
         return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
 

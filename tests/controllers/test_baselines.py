@@ -20,7 +20,7 @@ INTERVAL = 40
 def play(
     name: str, beta: float, chains: list[Chain], interval: int = INTERVAL, **limits: int
 ) -> tuple[State, ScriptedEnvironment]:
-    environment = ScriptedEnvironment(chains, interval, probe_cost=3)
+    environment = ScriptedEnvironment(chains, interval, probe_cost=lambda _: 3)
     state = episode(interval, **limits)
     run_sync(run_episode(create(name, beta), environment, state))
     return state, environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Proxy(NamedTuple):
         """Status, headers and JSON of a chat request; `fields` override its body."""
         body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], **fields}
         headers = {} if beta is None else {"x-tts-beta": beta}
-        sent: dict[str, Any] = {"json": body} if raw is None else {"data": raw}
+        sent: dict[str, Any] = {"json": body} if raw is None else {"data": io.BytesIO(raw)}
         async with self.http.post(f"{self.url}/v1/chat/completions", headers=headers, **sent) as response:
             return response.status, response.headers, await response.json(content_type=None)
 

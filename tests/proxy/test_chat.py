@@ -136,7 +136,7 @@ async def _post(proxy: Proxy, body: dict[str, Any]) -> None:
 async def _until_metric(proxy: Proxy, name: str, **labels: str) -> None:
     async with asyncio.timeout(5):
         while not await proxy.metric(name, **labels):
-            await asyncio.sleep(0)
+            pass  # asking is what gives way to the server
 
 
 async def test_a_hard_cap_is_never_passed(proxy: Proxy) -> None:

@@ -1,0 +1,152 @@
+"""One suite for every environment: the same controller on the same chains sees the same facts, plays the same episode.
+
+A new environment joins by adding itself to ENVIRONMENTS: a context that gives an environment over given chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import aiohttp
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from controllers import (
+    TO_END,
+    Advanced,
+    Environment,
+    Limits,
+    Probed,
+    Round,
+    State,
+    Stop,
+    advance,
+    branch,
+    probe,
+    prune,
+    run_episode,
+)
+from controllers.registry import BUILT_IN, create
+from proxy.engine import Engine
+from proxy.live import LiveEnvironment, Prompt, Sizes
+from proxy.probing import LONGEST_CLOSING, LONGEST_SUFFIX, suffix
+from tests.fakes import MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
+
+INTERVAL = 40
+PROBE = 12
+SAID = 3  # one digit, a brace and the end token
+PROBE_COST = len(LONGEST_SUFFIX) + SAID
+
+Factory = Callable[[Sequence[Chain]], AbstractAsyncContextManager[Environment]]
+
+
+@asynccontextmanager
+async def scripted(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
+    yield ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda text: len(suffix("", text)) + SAID)
+
+
+@asynccontextmanager
+async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
+    async with FakeVLLM(chains, INTERVAL).serve() as backend, aiohttp.ClientSession() as session:
+        engine = Engine(backend.url, session)
+        ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
+        yield LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), Sizes(INTERVAL, 10_000, PROBE))
+
+
+ENVIRONMENTS: dict[str, Factory] = {"scripted": scripted, "live": live}
+
+CHAINS = [
+    chain("7", 130, ["1", "7"], mark="a"),
+    chain("9", 70, ["9"], mark="b"),
+    chain("7", 300, ["2", "3", "7"], mark="c"),
+    chain("8", 39, ["8"], mark="d"),
+]
+
+
+@pytest.fixture(params=ENVIRONMENTS)
+def environment(request: pytest.FixtureRequest) -> Factory:
+    return ENVIRONMENTS[request.param]
+
+
+async def play(factory: Factory, controller: object, chains: Sequence[Chain] = CHAINS) -> tuple[State, list[Round]]:
+    rounds: list[Round] = []
+    state = State(Limits(INTERVAL))
+    async with factory(chains) as world:
+        await run_episode(controller, world, state, lambda _, r: rounds.append(r))  # type: ignore[arg-type]
+    return state, [Round(list(r.actions), list(r.facts)) for r in rounds]
+
+
+async def test_opening_runs_the_first_interval(environment: Factory) -> None:
+    state, rounds = await play(environment, Scripted([branch(2), branch(2)], [branch(TO_END)], [branch()]))
+    assert [fact for round_ in rounds for fact in round_.facts] == [
+        Advanced(0, 2, 80, False),
+        Advanced(1, 2, 70, True, 0),
+        Advanced(2, 8, 300, True, 1),
+        Advanced(3, 1, 39, True, 2),
+    ]
+    assert state.stop is Stop.ANSWERED
+    assert state.answer == 0
+
+
+async def test_facts_come_in_action_order_and_labels_by_first_reveal(environment: Factory) -> None:
+    _, rounds = await play(
+        environment,
+        Scripted([branch(), branch(), branch()], [probe(2), advance(1), probe(0)], [advance(0), probe(0), advance(2)]),
+    )
+    assert rounds[1].facts == [
+        Probed(2, 0, PROBE_COST),
+        Advanced(1, 1, 30, True, 1),
+        Probed(0, 2, PROBE_COST),
+    ]
+    assert rounds[2].facts == [
+        Advanced(0, 1, 40, False),
+        Probed(0, 3, PROBE_COST),
+        Advanced(2, 1, 40, False),
+    ]
+
+
+async def test_actions_of_one_branch_run_in_list_order(environment: Factory) -> None:
+    _, rounds = await play(
+        environment, Scripted([branch(), probe(0), advance(0), probe(0), advance(0), probe(0), advance(0)])
+    )
+    in_answer = PROBE_COST - len(LONGEST_CLOSING) + len("\n\n")  # the thought is closed by then
+    assert rounds[0].facts == [
+        Advanced(0, 1, 40, False),
+        Probed(0, 0, PROBE_COST),
+        Advanced(0, 1, 40, False),
+        Probed(0, 1, PROBE_COST),
+        Advanced(0, 1, 40, False),
+        Probed(0, 1, in_answer),
+        Advanced(0, 1, 10, True, 1),
+    ]
+
+
+async def test_what_a_round_finds_finished_is_free(environment: Factory) -> None:
+    _, rounds = await play(environment, Scripted([branch(4), advance(0), probe(0)]))
+    assert rounds[0].facts == [Advanced(0, 4, 130, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)]
+
+
+async def test_a_prune_brings_no_fact(environment: Factory) -> None:
+    _, rounds = await play(environment, Scripted([branch(), branch()], [prune(0), advance(1)]))
+    assert rounds[1].facts == [Advanced(1, 1, 30, True, 0)]
+
+
+def crowd(seed: int) -> list[Chain]:
+    lengths = [60 + (seed * 31 + i * 47) % 240 for i in range(64)]
+    answers = ["7" if (seed + i) % 3 else "8" for i in range(64)]
+    return [
+        chain(answer, length, ["?", answer], mark=chr(ord("0") + i))
+        for i, (answer, length) in enumerate(zip(answers, lengths, strict=True))
+    ]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(list(BUILT_IN)), beta=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
+async def test_every_controller_plays_the_same_episode_everywhere(name: str, beta: float, seed: int) -> None:
+    episodes = [await play(factory, create(name, beta), crowd(seed)) for factory in ENVIRONMENTS.values()]
+    first, first_rounds = episodes[0]
+    for state, rounds in episodes[1:]:
+        assert rounds == first_rounds
+        assert (state.answer, state.spent, state.stop) == (first.answer, first.spent, first.stop)

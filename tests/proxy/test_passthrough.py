@@ -1,0 +1,102 @@
+"""Requests no controller serves: handed on, and always said so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import SMALL, Proxy
+
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"messages": IMAGE}, "content"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "tools"),
+    ],
+)
+async def test_what_cannot_be_served_passes_through_and_says_so(
+    proxy: Proxy, fields: dict[str, Any], reason: str
+) -> None:
+    status, headers, reply = await proxy.ask("0.5", **fields, tts={"answer": "number"})
+    assert status == 200
+    assert (headers["x-tts-applied"], headers["x-tts-reason"]) == ("false", reason)
+    assert reply["echo"]["model"] == MODEL
+    assert "tts" not in reply["echo"]
+    assert reply["echo"].items() >= fields.items()
+    status, _, reply = await proxy.ask("0.5", **fields, tts={"required": True})
+    assert (status, reply["error"]["param"]) == (400, reason)
+    assert await proxy.metric("autotts_requests_total", outcome="passed_through") == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "tools": [], "presence_penalty": 0},
+        {"user": "me", "metadata": {"a": "b"}, "tool_choice": "none", "frequency_penalty": 0.0},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+    ],
+)
+async def test_fields_that_ask_for_nothing_are_no_hindrance(proxy: Proxy, fields: dict[str, Any]) -> None:
+    _, headers, _ = await proxy.ask("0", **fields)
+    assert headers["x-tts-applied"] == "true"
+
+
+async def test_without_beta_nothing_is_applied(proxy: Proxy) -> None:
+    _, headers, reply = await proxy.ask(None)
+    assert (headers["x-tts-applied"], headers["x-tts-reason"]) == ("false", "no_beta")
+    assert reply["id"] == "upstream"
+    status, _, reply = await proxy.ask(None, tts={"required": True})
+    assert (status, reply["error"]["code"]) == (400, "tts_not_applicable")
+
+
+async def test_an_alias_is_resolved_for_the_upstream(proxy: Proxy) -> None:
+    _, headers, reply = await proxy.ask(None, model=f"{MODEL}@0.5", n=2)
+    assert (headers["x-tts-reason"], reply["echo"]["model"]) == ("n", MODEL)
+
+
+async def test_only_named_headers_and_paths_go_through(proxy: Proxy) -> None:
+    secret = {"authorization": "Bearer client-secret", "cookie": "a=b", "x-custom": "1"}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=secret) as response:
+        assert response.status == 200
+    assert not {"authorization", "cookie", "x-custom"} & {name.lower() for name in proxy.backend.headers[-1]}
+    async with proxy.http.post(f"{proxy.url}/detokenize", json={"tokens": [104, 105]}) as response:
+        assert await response.json() == {"prompt": "hi"}
+        assert response.headers["x-tts-applied"] == "false"
+    for path in ("/v1/load_lora_adapter", "/sleep", "/v1/../health", "//health"):
+        async with proxy.http.post(f"{proxy.url}{path}", json={}) as response:
+            assert response.status in (404, 405)
+
+
+async def test_models_health_and_readiness(proxy: Proxy) -> None:
+    assert [model.id async for model in proxy.openai.models.list()] == [MODEL]
+    for path in ("/health", "/ready"):
+        async with proxy.http.get(proxy.url + path) as response:
+            assert response.status == 200
+    proxy.backend.fault = "no_models"
+    async with proxy.http.get(f"{proxy.url}/ready") as response:
+        assert response.status == 503
+    assert await proxy.metric("autotts_upstream_up") == 0
+
+
+async def test_a_default_beta_does_not_touch_greedy_requests() -> None:
+    async with FakeVLLM().serve() as backend:
+        settings = load(upstream=backend.url, beta=0.5, upstream_api_key="k", **SMALL)
+        async with running(settings) as url, aiohttp.ClientSession() as http:
+            body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+            async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+                assert response.headers["x-tts-reason"] == "temperature"
+        assert backend.headers[-1]["Authorization"] == "Bearer k"

@@ -1,0 +1,168 @@
+"""The main path on a real vLLM: bills against its own counters, aborts, caps, clients as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from controllers.registry import BUILT_IN
+from deploy.embedded.task import held_back
+from proxy.server import running
+from proxy.settings import EMBEDDED, load
+
+pytestmark = pytest.mark.vllm
+
+MODEL = "autotts-tiny"
+PROBLEMS = held_back(8)
+
+
+class Served:
+    """A proxy over the real vLLM."""
+
+    def __init__(self, vllm: str, url: str, http: aiohttp.ClientSession, openai: AsyncOpenAI) -> None:
+        self.vllm = vllm
+        self.url = url
+        self.http = http
+        self.openai = openai
+
+    async def counter(self, name: str) -> float:
+        """The sum of one of vLLM's own metrics."""
+        async with self.http.get(f"{self.vllm}/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+    async def ask(self, beta: float, problem: int = 0, **fields: Any) -> Any:
+        tts = {"beta": beta, **fields.pop("tts", {})}
+        reply = await self.openai.chat.completions.create(
+            model=MODEL, messages=messages(problem), extra_body={"tts": tts}, **fields
+        )
+        return reply
+
+
+def messages(problem: int = 0) -> Any:
+    return [{"role": "user", "content": PROBLEMS[problem].question}]
+
+
+@pytest_asyncio.fixture
+async def served(vllm: str) -> AsyncIterator[Served]:
+    async with (
+        running(load(upstream=vllm, **EMBEDDED)) as url,
+        aiohttp.ClientSession() as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+    ):
+        yield Served(vllm, url, http, openai)
+
+
+@pytest.mark.parametrize("controller", BUILT_IN)
+async def test_what_is_billed_is_what_vllm_generated(served: Served, controller: str) -> None:
+    before = await served.counter("vllm:generation_tokens_total")
+    reply = await served.ask(0.5, tts={"controller": controller})
+    after = await served.counter("vllm:generation_tokens_total")
+    assert reply.usage.completion_tokens == after - before
+    assert reply.tts["tokens"]["total"] == sum(v for k, v in reply.tts["tokens"].items() if k != "total")
+    assert reply.tts["tokens"]["aborted"] == 0
+    assert reply.tts["stop"] == "answered"
+    assert f"\\boxed{{{reply.tts['answer']}}}" in reply.choices[0].message.content
+
+
+async def test_when_the_client_leaves_vllm_stops(served: Served) -> None:
+    body = {"messages": messages(), "tts": {"beta": 1, "controller": "self_consistency"}}
+    session = aiohttp.ClientSession()
+    request = asyncio.create_task(session.post(f"{served.url}/v1/chat/completions", json=body))
+    async with asyncio.timeout(10):
+        while await served.counter("vllm:num_requests_running") < 8:
+            assert not request.done()
+    request.cancel()
+    await session.close()
+    async with asyncio.timeout(1):
+        while await served.counter("vllm:num_requests_running"):
+            pass
+
+
+async def test_beyond_a_cap_nothing_is_generated(served: Served) -> None:
+    for cap in (200, 500, 1500):
+        before = await served.counter("vllm:generation_tokens_total")
+        reply = await served.ask(1, tts={"max_total_tokens": cap})
+        generated = await served.counter("vllm:generation_tokens_total") - before
+        assert generated == reply.usage.completion_tokens <= reply.tts["tokens"]["total"] <= cap
+        assert reply.choices[0].message.content
+
+
+async def test_a_deadline_is_kept_and_something_is_said(served: Served) -> None:
+    reply = await served.ask(1, tts={"deadline_s": 0.15, "controller": "self_consistency"})
+    assert reply.tts["stop"] == "deadline"
+    assert "\\boxed{" in reply.choices[0].message.content
+    async with asyncio.timeout(1):
+        while await served.counter("vllm:num_requests_running"):
+            pass
+
+
+async def test_streaming_says_the_same_things(served: Served) -> None:
+    stream = await served.ask(0.5, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+    content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert f"\\boxed{{{chunks[-1].tts['answer']}}}" in content
+    assert chunks[-1].usage.completion_tokens + chunks[-1].usage.prompt_tokens == chunks[-1].usage.total_tokens
+
+
+async def test_the_synchronous_client(served: Served) -> None:
+    def ask() -> tuple[str | None, list[str]]:
+        with OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+            plain = client.chat.completions.create(model=f"{MODEL}@0.5", messages=messages())
+            stream = client.chat.completions.create(model=f"{MODEL}@0.5", messages=messages(), stream=True)
+            return plain.choices[0].message.content, [c.choices[0].delta.content or "" for c in stream]
+
+    plain, streamed = await asyncio.to_thread(ask)
+    assert threading.current_thread() is threading.main_thread()
+    assert "\\boxed{" in (plain or "")
+    assert "\\boxed{" in "".join(streamed)
+
+
+async def test_every_votable_reply_contains_its_answer(served: Served) -> None:
+    replies = await asyncio.gather(*(served.ask(beta, i) for i in range(8) for beta in (0, 0.3)))
+    assert all(reply.tts["answer"] is not None for reply in replies)
+    assert all(reply.tts["agreed"] for reply in replies)
+    assert all(f"\\boxed{{{reply.tts['answer']}}}" in reply.choices[0].message.content for reply in replies)
+
+
+async def test_a_fixed_seed_repeats_alone_and_in_company(served: Served) -> None:
+    async def ask(problem: int) -> tuple[str, int]:
+        reply = await served.ask(0.25, problem, seed=7, tts={"controller": "self_consistency"})
+        return reply.choices[0].message.content, reply.usage.completion_tokens
+
+    alone = [await ask(i) for i in range(8)]
+    again = [await ask(i) for i in range(8)]
+    together = await asyncio.gather(*(ask(i) for i in range(8)))
+    assert again == alone
+    assert together == alone
+
+
+async def test_untouched_requests_are_vllms_own(served: Served) -> None:
+    raw = await served.openai.chat.completions.with_raw_response.create(
+        model=MODEL, messages=messages(), temperature=0, max_tokens=300
+    )
+    assert raw.headers["x-tts-applied"] == "false"
+    direct = AsyncOpenAI(base_url=f"{served.vllm}/v1", api_key="unused")
+    async with direct:
+        own = await direct.chat.completions.create(model=MODEL, messages=messages(), temperature=0, max_tokens=300)
+    assert raw.parse().choices[0].message.content == own.choices[0].message.content
+
+
+async def test_messages_with_a_system_prompt_and_parts(served: Served) -> None:
+    parts = [{"type": "text", "text": PROBLEMS[0].question}]
+    for conversation in (
+        [{"role": "system", "content": "Be brief."}, *messages()],
+        [{"role": "user", "content": parts}],
+    ):
+        reply = await served.openai.chat.completions.create(
+            model=MODEL, messages=conversation, extra_body={"tts": {"beta": 0.25}}
+        )
+        assert reply.choices[0].finish_reason in ("stop", "length")
