@@ -1,0 +1,52 @@
+# Few verbs run the repo: make run, make test, make lint, make bench, make clean.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# Off this project's machines torch's CPU wheel comes from PyTorch's own index; where pip finds it anyway this is not asked.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+.PHONY: run demo test lint bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/embedded
+	$(BIN)/autotts serve $(ARGS)
+
+demo: $(VENV)/embedded
+	$(BIN)/autotts demo $(ARGS)
+
+test: $(VENV)/embedded $(VENV)/dev
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/embedded $(VENV)/dev
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+
+$(BIN)/python:
+	@command -v python3.11 >/dev/null || command -v python3 >/dev/null || { echo "make: Python 3.11 or later is needed"; exit 1; }
+	"$$(command -v python3.11 || command -v python3)" -m venv $(VENV)
+
+# The stamps below make set-up happen once, and again when what it installs has changed.
+$(VENV)/proxy: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/proxy
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/embedded: $(VENV)/proxy
+	$(PIP) install --quiet --constraint constraints.txt '$(TORCH)' || \
+	  $(PIP) install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[embedded]'
+	@touch $@

@@ -1,0 +1,143 @@
+"""The live path: what the proxy and its rounds cost beside plain vLLM."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import aiohttp
+
+from controllers import Action, Controller, Limits, State, advance, answer, branch, run_episode
+from controllers.baselines import CMC, SelfConsistency
+from deploy.embedded.task import held_back
+from proxy.engine import Call, Engine
+from proxy.live import LiveEnvironment, Prompt, Sizes
+
+MODEL = "autotts-tiny"
+INTERVAL = 64
+BRANCHES = 16
+LIMIT = 400
+REPEATS = 15
+QUESTION = held_back(1, lengths=(14, 16))[0].question
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    bench: str
+    measured: str
+    beside: str
+    ratio: str
+
+
+class Lockstep:
+    """All branches one interval at a time, to their ends: the most rounds an episode can have."""
+
+    def __init__(self, beta: float = 1) -> None: ...
+
+    def decide(self, state: State) -> Sequence[Action]:
+        if not state.width:
+            return [branch()] * BRANCHES
+        return [advance(i) for i in state.active] or [answer(state.leader())]
+
+
+async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession) -> list[Row]:
+    """Every row; each compares things measured by turns."""
+    engine = Engine(vllm, http)
+    ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]})
+    raw, through, stepped = await _by_turns(
+        lambda: _raw(engine, ids), lambda: _through(http, proxy), lambda: _stepped(engine, ids)
+    )
+    direct, passed = await _by_turns(
+        lambda: _completion(http, vllm, ids), lambda: _completion(http, proxy, ids), repeats=200
+    )
+    decision = await _decision()
+    return [
+        _row(f"SC@{BRANCHES} through the proxy, tokens/s", through, raw, "one raw request, n=16"),
+        _row(f"lockstep x{BRANCHES}, Δ={INTERVAL}, tokens/s", stepped, raw, "one raw request, n=16"),
+        _row("pass-through of one token, p50 ms", 1000 * passed, 1000 * direct, "direct"),
+        Row("a decision of cmc at β = 1, p50 µs", f"{1e6 * decision:,.0f}", "", ""),
+    ]
+
+
+def _row(bench: str, measured: float, beside: float, what: str) -> Row:
+    digits = 0 if measured > 100 else 2
+    return Row(bench, f"{measured:,.{digits}f}", f"{beside:,.{digits}f} {what}", f"{measured / beside:.2f}")
+
+
+async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int = REPEATS) -> list[float]:
+    """The median of each, taken by turns so that what disturbs one disturbs all; the first turn only warms up."""
+    taken: list[list[float]] = [[] for _ in measures]
+    for turn in range(repeats + 1):
+        for figures, measure in zip(taken, measures, strict=True):
+            figure = await measure()
+            if turn:
+                figures.append(figure)
+    return [statistics.median(figures) for figures in taken]
+
+
+async def _raw(engine: Engine, ids: list[int]) -> float:
+    """Tokens/s of one plain request for all branches."""
+    call = Call([ids], LIMIT, {}, n=BRANCHES)
+    started = time.perf_counter()
+    await engine.generate(MODEL, call)
+    return sum(len(output.ids) for output in call.outputs) / (time.perf_counter() - started)
+
+
+async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
+    """Tokens/s of a self-consistency episode, from request to reply."""
+    beta = 4 / 6
+    if SelfConsistency(beta).samples != BRANCHES:
+        raise RuntimeError(f"β = {beta} no longer means {BRANCHES} samples")
+    body = {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": LIMIT,
+        "tts": {"beta": beta, "controller": "self_consistency"},
+    }
+    started = time.perf_counter()
+    async with http.post(f"{proxy}/v1/chat/completions", json=body) as response:
+        reply = await response.json()
+    return float(reply["usage"]["completion_tokens"]) / (time.perf_counter() - started)
+
+
+async def _stepped(engine: Engine, ids: list[int]) -> float:
+    """Tokens/s of branches that all stop at every interval."""
+    environment = LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), Sizes(INTERVAL, LIMIT, 8))
+    state = State(Limits(INTERVAL))
+    started = time.perf_counter()
+    await run_episode(Lockstep(), environment, state)
+    return state.spent / (time.perf_counter() - started)
+
+
+async def _completion(http: aiohttp.ClientSession, url: str, ids: list[int]) -> float:
+    """Seconds of a one-token completion."""
+    body = {"model": MODEL, "prompt": ids, "max_tokens": 1}
+    started = time.perf_counter()
+    async with http.post(f"{url}/v1/completions", json=body) as response:
+        await response.read()
+    return time.perf_counter() - started
+
+
+async def _decision() -> float:
+    """Median seconds of one decision, over the episodes of a crowd of scripted chains."""
+    from tests.fakes import ScriptedEnvironment, chain
+
+    taken: list[float] = []
+
+    class Timed:
+        def __init__(self, controller: Controller) -> None:
+            self.controller = controller
+
+        def decide(self, state: State) -> Sequence[Action]:
+            started = time.perf_counter()
+            actions = self.controller.decide(state)
+            taken.append(time.perf_counter() - started)
+            return actions
+
+    chains = [chain("7" if i % 3 else "8", 300 + 37 * (i % 20), ["7"], mark=chr(48 + i)) for i in range(64)]
+    for _ in range(20):
+        state = State(Limits(10))
+        await run_episode(Timed(CMC(1)), ScriptedEnvironment(chains, 10), state)  # type: ignore[arg-type]
+    return statistics.median(taken)
