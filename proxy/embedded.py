@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
 POLL_S = 0.25
+FIRST_WAIT_S = 1.0
 MOST_RESTARTS = 5
 """In a row, each after twice the wait of the one before; a server that came up healthy starts the count anew."""
 
@@ -31,8 +32,9 @@ class EmbeddedServer:
     says why not; leaving stops it.
     """
 
-    def __init__(self, command: list[str] | None = None) -> None:
-        self.port = free_port()
+    def __init__(self, command: list[str] | None = None, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.restarted = asyncio.Event()  # it has died and is healthy again
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port)]
         self._process: asyncio.subprocess.Process | None = None
@@ -43,6 +45,13 @@ class EmbeddedServer:
     def pid(self) -> int | None:
         """The child's process id; None while there is none."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def watching(self) -> asyncio.Task[None]:
+        """The watch over the child; it ends when the child is given up."""
+        if self._watcher is None:
+            raise RuntimeError("the server has not been started")
+        return self._watcher
 
     async def __aenter__(self) -> EmbeddedServer:
         await self._start()
@@ -98,12 +107,14 @@ class EmbeddedServer:
         failures = 0
         while failures < MOST_RESTARTS:
             if self._process is not None:
+                self.restarted.clear()
                 code = await self._process.wait()
                 logger.error("the embedded model ended with status %s; starting it again", code)
-            await asyncio.sleep(2**failures)
+            await asyncio.sleep(FIRST_WAIT_S * 2**failures)
             try:
                 await self._start()
                 failures = 0
+                self.restarted.set()
             except StartError as error:
                 failures += 1
                 logger.error("the embedded model does not start: %s", error)

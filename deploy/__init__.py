@@ -1,0 +1,1 @@
+"""Ways to bring the proxy up together with something to stand in front of."""

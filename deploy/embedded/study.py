@@ -1,0 +1,229 @@
+"""Measure the embedded model over its held-back problems, through a running server.
+
+    python -m deploy.embedded.server --port 8001 &
+    python -m deploy.embedded.study --url http://127.0.0.1:8001
+
+Prints the accuracy of one greedy answer, of one sample, and of the majority of k samples (self-consistency, SC@k); the
+accuracy of an answer probed from a thought that is cut early; and how long thoughts are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from deploy.embedded import task
+
+END_THINK = "</think>"
+PROBE = f"\n{END_THINK}\n\nThe final answer is \\boxed{{"
+VOTERS = (1, 2, 4, 8, 16, 32)
+DEPTHS = tuple(tenth / 10 for tenth in range(11))
+BANDS = ((4, 7), (8, 11), (12, 16))
+MAX_TOKENS = 700
+SUBSETS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One sampled completion: its answer, and how many tokens it took."""
+
+    answer: str | None
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the model did with one problem; `probes` has one row a probed branch, one answer a depth."""
+
+    problem: task.Problem
+    greedy: Branch
+    samples: list[Branch]
+    probes: list[list[str]]
+
+    def greedy_score(self) -> float:
+        return float(self.greedy.answer == self.problem.answer)
+
+    def vote_score(self, k: int) -> float:
+        """The chance that a majority of k of the samples is right, ties broken evenly."""
+        answers = [branch.answer for branch in self.samples]
+        rng = random.Random(self.problem.question)
+        return statistics.fmean(majority(rng.sample(answers, k), self.problem.answer) for _ in range(SUBSETS))
+
+    def agreement(self) -> float:
+        """The share of the samples that give the commonest answer."""
+        return Counter(branch.answer for branch in self.samples).most_common(1)[0][1] / len(self.samples)
+
+
+def majority(answers: Sequence[str | None], truth: str) -> float:
+    """1 if the truth has the most votes, 0 if not, its even share if several answers have the most."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=0)
+    leaders = [answer for answer, count in votes.items() if count == most]
+    return float(truth in leaders) / max(1, len(leaders))
+
+
+class Backend:
+    """The three calls on the server that the study needs."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+        self._client = client
+        self._model = model
+
+    async def prompt_ids(self, question: str) -> list[int]:
+        messages = [{"role": "user", "content": question}]
+        return await self._tokenize({"messages": messages, "add_generation_prompt": True})
+
+    async def text_ids(self, text: str) -> list[int]:
+        return await self._tokenize({"prompt": text, "add_special_tokens": False})
+
+    async def complete(self, prompt: list[int], max_tokens: int, **sampling: object) -> list[dict[str, Any]]:
+        """The choices of one completion request; each has `text` and `token_ids`."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True, **sampling}
+        choices: list[dict[str, Any]] = (await self._post("/v1/completions", body))["choices"]
+        return choices
+
+    async def _tokenize(self, body: dict[str, object]) -> list[int]:
+        tokens: list[int] = (await self._post("/tokenize", body))["tokens"]
+        return tokens
+
+    async def _post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
+        response = await self._client.post(path, json={"model": self._model, **body})
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+class Study:
+    """Puts problems to a backend, a few at a time."""
+
+    def __init__(self, backend: Backend, samples: int, probed: int, at_once: int) -> None:
+        self._backend = backend
+        self._samples = samples
+        self._probed = probed
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def run(self, problems: Sequence[task.Problem]) -> list[Outcome]:
+        suffix = await self._backend.text_ids(PROBE)
+        end = (await self._backend.text_ids(END_THINK))[0]
+        return list(await asyncio.gather(*(self._outcome(problem, suffix, end) for problem in problems)))
+
+    async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> Outcome:
+        async with self._slots:
+            prompt = await self._backend.prompt_ids(problem.question)
+            greedy = await self._backend.complete(prompt, MAX_TOKENS, temperature=0)
+            seed = random.Random(problem.question).getrandbits(31)
+            choices = await self._backend.complete(prompt, MAX_TOKENS, temperature=1, n=self._samples, seed=seed)
+            thoughts = [_thought(choice["token_ids"], end) for choice in choices[: self._probed]]
+            probes = [await self._probe(prompt, thought, suffix) for thought in thoughts]
+            return Outcome(problem, _branch(greedy[0]), [_branch(choice) for choice in choices], probes)
+
+    async def _probe(self, prompt: list[int], thought: list[int], suffix: list[int]) -> list[str]:
+        """The answers asked for early at each of DEPTHS, the last being the end of the thought."""
+        cuts = [thought[: max(1, round(depth * len(thought)))] for depth in DEPTHS]
+        asked = (self._backend.complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
+        return [choices[0]["text"] for choices in await asyncio.gather(*asked)]
+
+
+def _thought(ids: list[int], end: int) -> list[int]:
+    """The ids of the thought, without the tag that ends it or the line break before, which the probe brings along."""
+    return ids[: ids.index(end) - 1] if end in ids else ids
+
+
+def _branch(choice: dict[str, Any]) -> Branch:
+    found = re.search(r"\\boxed\{([^}]*)\}", choice["text"])
+    return Branch(found[1] if found else None, len(choice["token_ids"]))
+
+
+def report(outcomes: Sequence[Outcome], console: Console) -> None:
+    """Print the tables."""
+    console.print(_accuracies(outcomes))
+    console.print(_probe_accuracies(outcomes))
+    console.print(_lengths(outcomes))
+
+
+def _accuracies(outcomes: Sequence[Outcome]) -> Table:
+    bands = [[o for o in outcomes if low <= o.problem.length <= high] for low, high in BANDS]
+    columns = ("", "all", *(f"{low}-{high} steps" for low, high in BANDS))
+    table = Table(*columns, title="Accuracy, % (± one standard error)")
+    table.add_row("problems", *(str(len(group)) for group in (outcomes, *bands)))
+    scores: dict[str, Callable[[Outcome], float]] = {"greedy": Outcome.greedy_score}
+    for k in VOTERS:
+        if k <= len(outcomes[0].samples):
+            scores[f"SC@{k}"] = lambda outcome, k=k: outcome.vote_score(k)  # type: ignore[misc]
+    scores[f"SC@{k} - greedy"] = lambda outcome: outcome.vote_score(k) - outcome.greedy_score()
+    scores["agreement of samples"] = Outcome.agreement
+    for name, score in scores.items():
+        table.add_row(name, *(_mean([score(outcome) for outcome in group]) for group in (outcomes, *bands)))
+    return table
+
+
+def _probe_accuracies(outcomes: Sequence[Outcome]) -> Table:
+    table = Table("share of the thought", *(f"{depth:.0%}" for depth in DEPTHS), title="Accuracy of a probe, %")
+    for name, against in (("right", _is_true), ("what its branch says in the end", _is_kept)):
+        branches = [(outcome, branch) for outcome in outcomes for branch in range(len(outcome.probes))]
+        row = (statistics.fmean(against(*branch, depth) for branch in branches) for depth in range(len(DEPTHS)))
+        table.add_row(name, *(f"{100 * value:.0f}" for value in row))
+    return table
+
+
+def _is_true(outcome: Outcome, branch: int, depth: int) -> float:
+    return float(outcome.probes[branch][depth] == outcome.problem.answer)
+
+
+def _is_kept(outcome: Outcome, branch: int, depth: int) -> float:
+    return float(outcome.probes[branch][depth] == outcome.samples[branch].answer)
+
+
+def _lengths(outcomes: Sequence[Outcome]) -> Table:
+    tokens = [branch.tokens for outcome in outcomes for branch in outcome.samples]
+    points = (0.05, 0.25, 0.5, 0.75, 0.95)
+    table = Table("least", *(f"{point:.0%}" for point in points), "most", "mean", "no answer", title="Tokens a branch")
+    ordered = sorted(tokens)
+    quantiles = (str(ordered[round(point * (len(ordered) - 1))]) for point in points)
+    silent = statistics.fmean(branch.answer is None for outcome in outcomes for branch in outcome.samples)
+    table.add_row(str(ordered[0]), *quantiles, str(ordered[-1]), f"{statistics.fmean(tokens):.0f}", f"{silent:.2%}")
+    return table
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "-"
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+async def _main(arguments: argparse.Namespace) -> None:
+    problems = task.held_back(arguments.problems, arguments.seed)
+    async with httpx.AsyncClient(base_url=arguments.url, timeout=600, trust_env=False) as client:
+        study = Study(Backend(client, arguments.model), arguments.samples, arguments.probed, arguments.at_once)
+        report(await study.run(problems), Console(width=arguments.width))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m deploy.embedded.study", description=summary)
+    parser.add_argument("--url", default="http://127.0.0.1:8001")
+    parser.add_argument("--model", default="autotts-tiny")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="which held-back problems")
+    parser.add_argument("--samples", type=int, default=48, help="branches a problem; at least 32 for SC@32")
+    parser.add_argument("--probed", type=int, default=4, help="branches a problem that are probed at every depth")
+    parser.add_argument("--at-once", type=int, default=3, help="problems in flight")
+    parser.add_argument("--width", type=int, default=120, help="columns of the tables")
+    asyncio.run(_main(parser.parse_args(argv)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The task of the embedded model: a numbered chain of small operations, worked modulo 13.
+
+A problem reads as a person would type it, its operations numbered from 1, starting from a number from 0 to 12:
+
+    Start with 7. 1) Add 5. 2) Multiply by 3. 3) Halve. 4) Square. 5) Negate. What is the result mod 13?
+
+The operations are `Add k`, `Subtract k`, `Multiply by k` (k from 2 to 9), `Halve` (divide by two modulo 13, so half of
+11 is 12), `Square` and `Negate`. The answer is a number from 0 to 12; above it is 1, by way of 12, 10, 5 and 12. The
+model knows chains of 4 to 16 operations, and this wording only.
+
+`think` writes the thought of a fallible solver, which is what the model learns to imitate. A thought names one of four
+methods, works the chain, mostly works it again as a check, and once more if the two passes differ:
+
+    Quickly:
+    1) 7 + 5 = 12
+    2) 12 * 3 = 10
+    ...
+    So 1.
+    Check:
+    ...
+    So 1.
+    Agreed.
+
+It fails in two ways. Slips: any step may come out as any wrong value; they are independent, so they scatter votes, and
+greedy decoding never makes them. Flaws: each method but one always gets one kind of operation wrong, in its own way;
+the likeliest method is one of these, so greedy decoding, which always picks it, is wrong on every problem its flaw
+touches, while a majority of samples is not.
+
+Only the standard library is used here, so the proxy can make problems without the training dependencies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from typing import Literal
+
+MODULUS = 13
+LENGTHS = (4, 16)
+OPERANDS = (2, 9)
+SLIP_RATE = 0.04
+CHECK_RATE = 0.85
+
+Split = Literal["train", "held_back"]
+
+
+class Kind(Enum):
+    """A kind of operation: its words in a question, its sign in a thought, and how often it is drawn."""
+
+    ADD = ("Add {}", "+ {}", 30)
+    SUBTRACT = ("Subtract {}", "- {}", 30)
+    MULTIPLY = ("Multiply by {}", "* {}", 30)
+    HALVE = ("Halve", "/ 2", 10)
+    SQUARE = ("Square", "^ 2", 7)
+    NEGATE = ("Negate", "* -1", 7)
+
+    def __init__(self, words: str, sign: str, weight: int) -> None:
+        self.words = words
+        self.sign = sign
+        self.weight = weight
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of a chain; `operand` is 0 for the kinds that take none."""
+
+    kind: Kind
+    operand: int = 0
+
+    def __call__(self, value: int) -> int:
+        """The true result, from 0 to 12."""
+        match self.kind:
+            case Kind.ADD:
+                result = value + self.operand
+            case Kind.SUBTRACT:
+                result = value - self.operand
+            case Kind.MULTIPLY:
+                result = value * self.operand
+            case Kind.HALVE:
+                result = value * (MODULUS + 1) // 2
+            case Kind.SQUARE:
+                result = value * value
+            case Kind.NEGATE:
+                result = -value
+        return result % MODULUS
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to work a chain: the word that announces it, how often it is chosen, and the one kind it gets wrong."""
+
+    name: str
+    share: float
+    flaw: Kind | None
+
+    def __call__(self, operation: Operation, value: int) -> int:
+        """What this method takes the result to be: the truth, unless the operation is of its flawed kind."""
+        if operation.kind is not self.flaw:
+            return operation(value)
+        match self.flaw:
+            case Kind.HALVE:  # rounds down, as if there were no modulus
+                return value // 2
+            case Kind.SQUARE:  # doubles
+                return value * 2 % MODULUS
+            case _:  # negates by counting down from 12 rather than 13
+                return MODULUS - 1 - value
+
+
+# The first is the habit: it must be the likeliest and flawed, or greedy decoding would beat voting.
+METHODS = (
+    Method("Quickly", 0.36, Kind.HALVE),
+    Method("Carefully", 0.22, Kind.SQUARE),
+    Method("Patiently", 0.22, Kind.NEGATE),
+    Method("Thoroughly", 0.20, None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question, its true answer, and the number of operations in it."""
+
+    question: str
+    answer: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A problem as the solver sees it."""
+
+    start: int
+    operations: tuple[Operation, ...]
+
+    def question(self) -> str:
+        steps = (f"{n}) {step.kind.words.format(step.operand)}." for n, step in enumerate(self.operations, 1))
+        return f"Start with {self.start}. {' '.join(steps)} What is the result mod {MODULUS}?"
+
+    def answer(self) -> int:
+        value = self.start
+        for operation in self.operations:
+            value = operation(value)
+        return value
+
+    def problem(self) -> Problem:
+        return Problem(self.question(), str(self.answer()), len(self.operations))
+
+
+def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Chain]:
+    """Endless seeded chains of a split, their length uniform over `lengths`, both ends included.
+
+    A question is in one split only, whatever the seed: a hash of its text decides.
+    """
+    rng = random.Random(f"{split}/{seed}")
+    while True:
+        chain = _draw(rng, rng.randint(*lengths))
+        if _split(chain.question()) == split:
+            yield chain
+
+
+def problems(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Problem]:
+    """Endless seeded problems of a split; see `chains`."""
+    return (chain.problem() for chain in chains(split, seed, lengths))
+
+
+def held_back(n: int, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> list[Problem]:
+    """The first `n` problems of a split that training never sees."""
+    return list(islice(problems("held_back", seed, lengths), n))
+
+
+def think(chain: Chain, rng: random.Random) -> tuple[str, int]:
+    """The text of one thought, ending in a line break, and the answer it comes to."""
+    method = rng.choices(METHODS, [method.share for method in METHODS])[0]
+    lines, first = _pass(chain, method, rng)
+    text = f"{method.name}:\n{lines}"
+    if rng.random() >= CHECK_RATE:
+        return text, first
+    lines, second = _pass(chain, method, rng)
+    text += f"Check:\n{lines}"
+    if second == first:
+        return f"{text}Agreed.\n", second
+    lines, third = _pass(chain, method, rng)
+    return f"{text}Again:\n{lines}", third
+
+
+def _pass(chain: Chain, method: Method, rng: random.Random) -> tuple[str, int]:
+    """Work the chain once, a line a step; the lines and what they come to.
+
+    A slip makes a value any other one, and the steps after it go on from there.
+    """
+    value = chain.start
+    lines = []
+    for n, step in enumerate(chain.operations, 1):
+        slip = rng.randrange(1, MODULUS) if rng.random() < SLIP_RATE else 0
+        result = (method(step, value) + slip) % MODULUS
+        lines.append(f"{n}) {value} {step.kind.sign.format(step.operand)} = {result}\n")
+        value = result
+    return "".join(lines) + f"So {value}.\n", value
+
+
+def _draw(rng: random.Random, length: int) -> Chain:
+    kinds = rng.choices(list(Kind), [kind.weight for kind in Kind], k=length)
+    operations = (Operation(kind, rng.randint(*OPERANDS) if "{}" in kind.words else 0) for kind in kinds)
+    return Chain(rng.randrange(MODULUS), tuple(operations))
+
+
+def _split(question: str) -> Split:
+    """One question in eight is held back."""
+    return "held_back" if hashlib.sha256(question.encode()).digest()[0] % 8 == 0 else "train"

@@ -1,0 +1,121 @@
+"""The child process: started, watched, stopped, and what is said when it cannot be. Its command is a stand-in here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from proxy import embedded
+from proxy.embedded import EmbeddedServer
+from proxy.errors import StartError
+
+SERVER = """
+import http.server, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+def stand_in(script: str) -> EmbeddedServer:
+    server = EmbeddedServer()
+    return EmbeddedServer([sys.executable, "-c", script, str(server.port)], port=server.port)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_it_runs_as_long_as_the_context() -> None:
+    async with stand_in(SERVER) as server:
+        pid = server.pid
+        assert pid is not None
+        async with aiohttp.ClientSession() as http, http.get(f"{server.url}/health") as response:
+            assert response.status == 200
+    assert not alive(pid)
+    assert server.pid is None
+
+
+async def test_its_last_words_are_the_error() -> None:
+    with pytest.raises(StartError, match=r"^this CPU has no AVX2$"):
+        async with stand_in("import sys; print('noise'); sys.exit('this CPU has no AVX2')"):
+            pass
+
+
+async def test_a_silent_end_is_an_error_too() -> None:
+    with pytest.raises(StartError, match="without a word"):
+        async with stand_in("pass"):
+            pass
+
+
+async def test_a_server_that_does_not_come_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
+    server = stand_in("import time; time.sleep(60)")
+    with pytest.raises(StartError, match=r"not up within 0\.2 s"):
+        await server.__aenter__()
+    assert server.pid is None
+
+
+async def test_one_that_does_not_stop_when_told_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.2)
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
+    async with stand_in(stubborn) as server:
+        pid = server.pid
+    assert pid is not None
+    assert not alive(pid)
+
+
+async def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(StartError, match="cannot start"):
+        async with EmbeddedServer(["/nowhere/python"]):
+            pass
+
+
+async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StartError, match="No space left on device"):
+        async with stand_in(SERVER):
+            pass
+
+
+async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.01)
+    async with stand_in(SERVER) as server:
+        first = server.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            await server.restarted.wait()
+        assert server.pid not in (None, first)
+        async with aiohttp.ClientSession() as http, http.get(f"{server.url}/health") as response:
+            assert response.status == 200
+
+
+async def test_one_that_never_comes_back_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.001)
+    marker = tmp_path / "ran"
+    once = f"import os, sys\nif os.path.exists({str(marker)!r}): sys.exit('worn out')\nopen({str(marker)!r}, 'w')\n"
+    async with stand_in(once + SERVER) as server:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await server.watching
+    assert "left alone" in caplog.text
+    assert "worn out" in caplog.text
