@@ -46,8 +46,8 @@ class Settings(BaseSettings):
     ping_s: Seconds = Field(10, description="seconds between keep-alive comments on a stream that is thinking")
 
 
-EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8}
-"""Defaults that suit the embedded model, whose chains are a few hundred tokens long."""
+EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
+"""Defaults that suit the embedded model, whose chains are a few hundred tokens: too short for CMC's schedule."""
 
 
 def load(**overrides: object) -> Settings:

@@ -75,7 +75,7 @@ class Trainer:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(loss.item())
 
 
 def schedule(progress: float) -> float:

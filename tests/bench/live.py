@@ -139,5 +139,5 @@ async def _decision() -> float:
     chains = [chain("7" if i % 3 else "8", 300 + 37 * (i % 20), ["7"], mark=chr(48 + i)) for i in range(64)]
     for _ in range(20):
         state = State(Limits(10))
-        await run_episode(Timed(CMC(1)), ScriptedEnvironment(chains, 10), state)  # type: ignore[arg-type]
+        await run_episode(Timed(CMC(1)), ScriptedEnvironment(chains, 10), state)
     return statistics.median(taken)

@@ -10,7 +10,8 @@ import pytest
 from openai import OpenAI
 
 from controllers.registry import BUILT_IN
-from tests.fakes import LEAD, MODEL, Chain, chain
+from proxy.probing import LEAD
+from tests.fakes import MODEL, Chain, chain
 from tests.proxy.conftest import INTERVAL, Proxy
 
 HEADERS = (

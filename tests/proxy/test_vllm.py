@@ -158,10 +158,11 @@ async def test_untouched_requests_are_vllms_own(served: Served) -> None:
 
 async def test_messages_with_a_system_prompt_and_parts(served: Served) -> None:
     parts = [{"type": "text", "text": PROBLEMS[0].question}]
-    for conversation in (
+    conversations: list[Any] = [
         [{"role": "system", "content": "Be brief."}, *messages()],
         [{"role": "user", "content": parts}],
-    ):
+    ]
+    for conversation in conversations:
         reply = await served.openai.chat.completions.create(
             model=MODEL, messages=conversation, extra_body={"tts": {"beta": 0.25}}
         )

@@ -1,0 +1,50 @@
+"""What is written about the project is held to the project."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from proxy.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("controllers", "discovery", "proxy", "deploy")
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_is_named_in_the_architecture(package: str) -> None:
+    modules = [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
+    assert modules
+    missing = [path.name for path in modules if f"`{path.name}`" not in text("ARCHITECTURE.md")]
+    assert missing == []
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    missing = [name for name in Settings.model_fields if f"`AUTOTTS_{name.upper()}`" not in text("README.md")]
+    assert missing == []
+
+
+def test_files_the_readme_names_are_there() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", text("README.md"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_top_level_holds_what_was_agreed() -> None:
+    agreed = {"proxy", "discovery", "controllers", "tests", "deploy", "README.md", "pyproject.toml"}
+    usual = {"ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"}
+    shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and "egg-info" not in path.name}
+    assert agreed <= shown
+    assert shown <= agreed | usual | {"build", "dist", "frontier.png"}
+
+
+def test_the_version_stands_once() -> None:
+    version = tomllib.loads(text("pyproject.toml"))["project"]["version"]
+    assert version not in text("README.md")
