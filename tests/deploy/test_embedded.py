@@ -1,0 +1,58 @@
+"""The embedded model's task, files and launcher; what it is good for is measured by its `study`, not here."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+
+from deploy.embedded import server, task
+from deploy.embedded.task import Chain, Kind, Operation, held_back, problems
+
+
+def test_a_problem_reads_as_the_readme_shows_it() -> None:
+    steps = (
+        Operation(Kind.ADD, 5),
+        Operation(Kind.MULTIPLY, 3),
+        Operation(Kind.HALVE),
+        Operation(Kind.SQUARE),
+        Operation(Kind.NEGATE),
+    )
+    chain = Chain(7, steps)
+    assert chain.question() == (
+        "Start with 7. 1) Add 5. 2) Multiply by 3. 3) Halve. 4) Square. 5) Negate. What is the result mod 13?"
+    )
+    assert chain.answer() == 1  # 12, 10, 5, 12, 1
+
+
+def test_halving_undoes_doubling() -> None:
+    for value in range(task.MODULUS):
+        assert Operation(Kind.HALVE)(value) * 2 % task.MODULUS == value
+
+
+def test_what_is_held_back_is_never_trained_on() -> None:
+    trained = {problem.question for problem in islice(problems("train"), 3000)}
+    held = held_back(500) + held_back(500, seed=1)
+    assert not trained & {problem.question for problem in held}
+    assert held_back(500) == held[:500]
+    assert {problem.length for problem in held} == set(range(4, 17))
+
+
+def test_the_committed_model_is_small_and_whole() -> None:
+    files = {path.name: path.stat().st_size for path in server.MODEL.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= set(files)
+    assert sum(files.values()) < 5 * 2**20
+    config = json.loads((server.MODEL / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_a_machine_without_avx2_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "_has_avx2", lambda: False)
+    assert server.main([]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "AVX2" in said
+    assert "--upstream" in said
