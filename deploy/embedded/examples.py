@@ -87,7 +87,7 @@ class Examples:
         return " ".join(words).capitalize() + "."
 
     def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 
 def _example(prompt: list[int], thinking: list[int], given: list[int], answer: list[int]) -> Example:

@@ -12,22 +12,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import httpx
+import aiohttp
 from rich.console import Console
 from rich.table import Table
 
 from deploy.embedded import task
+from discovery.answers import boxed
+from proxy import probing
+from proxy.engine import Call, Engine, Output
 
-END_THINK = "</think>"
-PROBE = f"\n{END_THINK}\n\nThe final answer is \\boxed{{"
 VOTERS = (1, 2, 4, 8, 16, 32)
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
 BANDS = ((4, 7), (8, 11), (12, 16))
@@ -74,66 +73,42 @@ def majority(answers: Sequence[str | None], truth: str) -> float:
     return float(truth in leaders) / max(1, len(leaders))
 
 
-class Backend:
-    """The three calls on the server that the study needs."""
-
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
-        self._client = client
-        self._model = model
-
-    async def prompt_ids(self, question: str) -> list[int]:
-        messages = [{"role": "user", "content": question}]
-        return await self._tokenize({"messages": messages, "add_generation_prompt": True})
-
-    async def text_ids(self, text: str) -> list[int]:
-        return await self._tokenize({"prompt": text, "add_special_tokens": False})
-
-    async def complete(self, prompt: list[int], max_tokens: int, **sampling: object) -> list[dict[str, Any]]:
-        """The choices of one completion request; each has `text` and `token_ids`."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True, **sampling}
-        choices: list[dict[str, Any]] = (await self._post("/v1/completions", body))["choices"]
-        return choices
-
-    async def _tokenize(self, body: dict[str, object]) -> list[int]:
-        tokens: list[int] = (await self._post("/tokenize", body))["tokens"]
-        return tokens
-
-    async def _post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
-        response = await self._client.post(path, json={"model": self._model, **body})
-        response.raise_for_status()
-        answer: dict[str, Any] = response.json()
-        return answer
-
-
 class Study:
-    """Puts problems to a backend, a few at a time."""
+    """Puts problems to a server, a few at a time."""
 
-    def __init__(self, backend: Backend, samples: int, probed: int, at_once: int) -> None:
-        self._backend = backend
+    def __init__(self, engine: Engine, model: str, samples: int, probed: int, at_once: int) -> None:
+        self._engine = engine
+        self._model = model
         self._samples = samples
         self._probed = probed
         self._slots = asyncio.Semaphore(at_once)
 
     async def run(self, problems: Sequence[task.Problem]) -> list[Outcome]:
-        suffix = await self._backend.text_ids(PROBE)
-        end = (await self._backend.text_ids(END_THINK))[0]
+        suffix = await self._engine.tokenise_suffix(self._model, probing.LONGEST_SUFFIX)
+        end = (await self._engine.tokenise_suffix(self._model, probing.THINK_CLOSE))[0]
         return list(await asyncio.gather(*(self._outcome(problem, suffix, end) for problem in problems)))
 
     async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> Outcome:
         async with self._slots:
-            prompt = await self._backend.prompt_ids(problem.question)
-            greedy = await self._backend.complete(prompt, MAX_TOKENS, temperature=0)
+            messages = [{"role": "user", "content": problem.question}]
+            prompt = await self._engine.tokenise_chat({"model": self._model, "messages": messages})
+            [greedy] = await self._complete(prompt, MAX_TOKENS, temperature=0)
             seed = random.Random(problem.question).getrandbits(31)
-            choices = await self._backend.complete(prompt, MAX_TOKENS, temperature=1, n=self._samples, seed=seed)
-            thoughts = [_thought(choice["token_ids"], end) for choice in choices[: self._probed]]
+            outputs = await self._complete(prompt, MAX_TOKENS, n=self._samples, temperature=1, seed=seed)
+            thoughts = [_thought(output.ids, end) for output in outputs[: self._probed]]
             probes = [await self._probe(prompt, thought, suffix) for thought in thoughts]
-            return Outcome(problem, _branch(greedy[0]), [_branch(choice) for choice in choices], probes)
+            return Outcome(problem, _branch(greedy), [_branch(output) for output in outputs], probes)
 
     async def _probe(self, prompt: list[int], thought: list[int], suffix: list[int]) -> list[str]:
         """The answers asked for early at each of DEPTHS, the last being the end of the thought."""
         cuts = [thought[: max(1, round(depth * len(thought)))] for depth in DEPTHS]
-        asked = (self._backend.complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
-        return [choices[0]["text"] for choices in await asyncio.gather(*asked)]
+        asked = (self._complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
+        return [output.text for [output] in await asyncio.gather(*asked)]
+
+    async def _complete(self, prompt: list[int], most: int, n: int = 1, **sampling: object) -> list[Output]:
+        call = Call([prompt], most, sampling, n=n)
+        await self._engine.generate(self._model, call)
+        return call.outputs
 
 
 def _thought(ids: list[int], end: int) -> list[int]:
@@ -141,9 +116,8 @@ def _thought(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) - 1] if end in ids else ids
 
 
-def _branch(choice: dict[str, Any]) -> Branch:
-    found = re.search(r"\\boxed\{([^}]*)\}", choice["text"])
-    return Branch(found[1] if found else None, len(choice["token_ids"]))
+def _branch(output: Output) -> Branch:
+    return Branch(boxed(output.text), len(output.ids))
 
 
 def report(outcomes: Sequence[Outcome], console: Console) -> None:
@@ -205,8 +179,9 @@ def _mean(values: Sequence[float]) -> str:
 
 async def _main(arguments: argparse.Namespace) -> None:
     problems = task.held_back(arguments.problems, arguments.seed)
-    async with httpx.AsyncClient(base_url=arguments.url, timeout=600, trust_env=False) as client:
-        study = Study(Backend(client, arguments.model), arguments.samples, arguments.probed, arguments.at_once)
+    async with aiohttp.ClientSession() as session:
+        engine = Engine(arguments.url, session)
+        study = Study(engine, arguments.model, arguments.samples, arguments.probed, arguments.at_once)
         report(await study.run(problems), Console(width=arguments.width))
 
 
