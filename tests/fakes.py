@@ -228,8 +228,11 @@ class FakeVLLM:
 
     def _speak(self, text: str, most: int) -> tuple[list[int], str]:
         """The answer to a probe, or the end of a reply that is being closed."""
-        thought = text.removesuffix(LEAD).removesuffix(LONGEST_CLOSING).removesuffix("\n\n")
-        hunch = self._find(thought).hunch(len(thought), self.interval)
+        context = text.removesuffix(LEAD)
+        closings = ("", LONGEST_CLOSING, "\n\n")  # as `probing.closing` may have chosen
+        thoughts = [context.removesuffix(closing) for closing in closings]
+        thought, chain = next((t, c) for t in thoughts for c in self.chains if c.text.startswith(t))
+        hunch = chain.hunch(len(thought), self.interval)
         said = f"{hunch}}}" if text.endswith(LEAD) else f"So \\boxed{{{hunch}}}"
         ids = [*map(ord, said), EOS][:most]
         return ids, "stop" if ids[-1] == EOS else "length"
