@@ -208,10 +208,13 @@ def _endpoint(name: str) -> Any:
 def _session(settings: Settings) -> aiohttp.ClientSession:
     """Connections to the upstream: as many as branches need, not the library's 100."""
     key = settings.upstream_api_key
+    headers = {"accept-encoding": "identity"}  # bodies are handed on as they come
+    if key is not None:
+        headers["authorization"] = f"Bearer {key.get_secret_value()}"
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
-        headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+        headers=headers,
         auto_decompress=False,
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )

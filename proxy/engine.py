@@ -60,7 +60,7 @@ class Engine:
     """One upstream. Every method raises a kind of UpstreamError and nothing else."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, *, read_timeout_s: float = 600) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/v1")
         self._session = session
         self._read_timeout_s = read_timeout_s
         self._suffixes: dict[tuple[str, str], list[int]] = {}
@@ -169,7 +169,9 @@ class Engine:
             total=timeout_s, sock_connect=self._session.timeout.sock_connect, sock_read=self._read_timeout_s
         )
         try:
-            async with self._session.request(method, self.url + path, timeout=timeout, **content) as response:
+            async with self._session.request(
+                method, self.url + path, timeout=timeout, allow_redirects=False, **content
+            ) as response:
                 yield response
         except aiohttp.ConnectionTimeoutError:
             raise UpstreamUnreachable(f"upstream {self.url} does not accept connections") from None

@@ -21,9 +21,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="AUTOTTS_", frozen=True, extra="forbid")
 
-    upstream: AnyHttpUrl | None = Field(
-        None, description="vLLM's base URL, without /v1; none starts the embedded model"
-    )
+    upstream: AnyHttpUrl | None = Field(None, description="vLLM's base URL; none starts the embedded model")
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
 

@@ -29,9 +29,12 @@ from controllers import (
     run_episode,
 )
 from controllers.registry import BUILT_IN, create
+from discovery.answers import read
+from discovery.recordings import RecordedBranch, make
+from discovery.replay import ReplayEnvironment
 from proxy.engine import Engine
 from proxy.live import LiveEnvironment, Prompt, Sizes
-from proxy.probing import LONGEST_CLOSING, LONGEST_SUFFIX, suffix
+from proxy.probing import LEAD, LONGEST_CLOSING, LONGEST_SUFFIX, suffix
 from tests.fakes import MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
 INTERVAL = 40
@@ -55,7 +58,20 @@ async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
         yield LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), Sizes(INTERVAL, 10_000, PROBE))
 
 
-ENVIRONMENTS: dict[str, Factory] = {"scripted": scripted, "live": live}
+@asynccontextmanager
+async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
+    yield ReplayEnvironment(make("hi", "7", INTERVAL, [_recorded(chain) for chain in chains]), range(len(chains)))
+
+
+def _recorded(chain: Chain) -> RecordedBranch:
+    """A chain as a collector would have recorded it: probed after each whole interval but the one it ends in."""
+    cuts = range(INTERVAL, chain.tokens, INTERVAL)
+    hunches = [read(LEAD + chain.hunch(at, INTERVAL) + "}") for at in cuts]
+    costs = [len(suffix("", chain.text[:at])) + SAID for at in cuts]
+    return RecordedBranch(hunches, chain.tokens, read(chain.text), costs)
+
+
+ENVIRONMENTS: dict[str, Factory] = {"scripted": scripted, "live": live, "replay": replayed}
 
 CHAINS = [
     chain("7", 130, ["1", "7"], mark="a"),
