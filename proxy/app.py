@@ -78,9 +78,8 @@ class Service:
         if turned is None or reason is not None:
             return await self._pass(request, parsed, body, model, reason or "no_beta")
         plan = await chat.plan(self.engine, self.settings, model, parsed, turned)
-        work = chat.serve(self.engine, self.metrics, plan)
         if not parsed.stream:
-            served = await self._finished(request, plan, work)
+            served = await unless_gone(request.receive, chat.serve(self.engine, self.metrics, plan))
             return JSONResponse(_completion(served), headers=served.headers)
         head = {
             "id": plan.request_id,
@@ -88,25 +87,13 @@ class Service:
             "created": plan.created,
             "model": plan.prompt.model,
         }
-        events = chat_events(head, self._counted(plan, work), usage=parsed.wants_usage, ping_s=self.settings.ping_s)
+        events = chat_events(
+            head,
+            lambda: chat.serve(self.engine, self.metrics, plan),
+            usage=parsed.wants_usage,
+            ping_s=self.settings.ping_s,
+        )
         return Stream(events, headers=reply.known_headers(plan))
-
-    async def _finished(self, request: Request, plan: chat.Plan, work: Any) -> reply.Reply:
-        served: reply.Reply = await unless_gone(request.receive, self._counted(plan, work))
-        return served
-
-    async def _counted(self, plan: chat.Plan, work: Any) -> reply.Reply:
-        """The reply of `work`, its outcome counted."""
-        outcome = "disconnected"
-        try:
-            served: reply.Reply = await work
-            outcome = "answered"
-        except ApiError:
-            outcome = "failed"
-            raise
-        finally:
-            self.metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
-        return served
 
     async def _pass(
         self, request: Request, parsed: schema.ChatRequest, body: dict[str, Any], model: Model, reason: str
@@ -258,9 +245,11 @@ def _request_id() -> str:
     return f"req-{uuid4().hex}"
 
 
-async def _tell(_: Request, error: Exception) -> Response:
+async def _tell(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
+    if isinstance(error, BadRequest | NotFound):
+        request.app.state.service.metrics.requests.labels("", "", "refused").inc()
     headers = {"x-request-id": _request_id()}
     if error.spent:  # a client's retry would buy every branch again
         headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}

@@ -126,17 +126,23 @@ async def serve(engine: Engine, metrics: Metrics, plan: Plan) -> Reply:
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes)
     state = State(plan.limits)
     reply: Reply | None = None
+    outcome = "failed"
     try:
         with metrics.in_flight.track_inprogress():
             failure = await _run(metrics, plan, environment, state)
             reply = await _compose(plan, environment, state, failure)
+        outcome = "answered"
         return reply
+    except asyncio.CancelledError:
+        outcome = "disconnected"
+        raise
     except ApiError as error:
         error.spent = environment.meter.billed
         raise
     finally:
         if reply is None:
             environment.salvage()
+        metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
         _count(metrics, plan, environment, state, reply)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -95,16 +95,16 @@ async def pings(work: asyncio.Task[T], every_s: float) -> AsyncIterator[bytes]:
 
 
 async def chat_events(
-    head: Mapping[str, Any], work: Coroutine[Any, Any, Reply], *, usage: bool, ping_s: float
+    head: Mapping[str, Any], serve: Callable[[], Coroutine[Any, Any, Reply]], *, usage: bool, ping_s: float
 ) -> AsyncGenerator[bytes]:
-    """A chat completion as chunks. `head` holds the id, object, created and model that each of them repeats."""
+    """What `serve` replies, as chunks. `head` holds the id, object, created and model that each of them repeats."""
 
     def chunk(delta: Mapping[str, Any], finish: str | None = None, **extra: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return event({**head, "choices": [choice], **extra})
 
     yield chunk({"role": "assistant", "content": ""})
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(serve())
     try:
         async for ping in pings(task, ping_s):
             yield ping

@@ -45,6 +45,7 @@ async def test_bad_headers_reach_nothing(proxy: Proxy, beta: str) -> None:
     status, _, reply = await proxy.ask(beta)
     check_error(reply, 400, status, param="x-tts-beta", code="bad_beta")
     assert proxy.backend.requests == []
+    assert await proxy.metric("autotts_requests_total", outcome="refused") == 1
 
 
 async def test_a_header_given_twice_is_refused(proxy: Proxy) -> None:
