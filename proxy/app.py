@@ -106,16 +106,15 @@ class Service:
             )
         body.pop("tts", None)
         body["model"] = model.id
-        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
-        return await self._forward(request, json.dumps(body).encode(), headers, model.id, "application/json")
+        content = json.dumps(body).encode()
+        return await self._forward(request, content, _untouched(reason), model.id, "application/json")
 
     # The rest
 
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
         body = await _read(request, self.settings.max_body_bytes)
-        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": "endpoint"}
-        return await self._forward(request, body, headers)
+        return await self._forward(request, body, _untouched("endpoint"))
 
     async def _forward(
         self,
@@ -131,8 +130,7 @@ class Service:
 
     async def list_models(self, request: Request) -> Response:
         """The upstream's models, as it lists them."""
-        headers = {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": "endpoint"}
-        return await passthrough.forward(self.engine, request, b"", headers)
+        return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
 
     async def health(self, _: Request) -> Response:
         """The process is alive."""
@@ -239,6 +237,11 @@ def _completion(served: reply.Reply) -> dict[str, Any]:
         "usage": served.usage,
         "tts": served.tts,
     }
+
+
+def _untouched(reason: str) -> dict[str, str]:
+    """The headers of a response no controller had a part in."""
+    return {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
 
 
 def _request_id() -> str:

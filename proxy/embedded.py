@@ -80,8 +80,9 @@ class EmbeddedServer:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._healthy()
         except TimeoutError:
+            words = self._last_words()  # stopping removes the log
             await self._stop()
-            raise StartError(f"the embedded model was not up within {START_TIMEOUT_S} s; see {self._log}") from None
+            raise StartError(f"the embedded model was not up within {START_TIMEOUT_S} s; it said: {words}") from None
         except (StartError, asyncio.CancelledError):
             await self._stop()
             raise

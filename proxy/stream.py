@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
-from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -59,12 +58,11 @@ class Stream(Response):
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str | None = "text/event-stream",
-        background: BackgroundTask | None = None,
     ) -> None:
         self.source = source
         self.status_code = status_code
         self.media_type = media_type
-        self.background = background
+        self.background = None
         self.init_headers({"cache-control": "no-cache", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

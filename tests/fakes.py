@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from controllers import Action, Advanced, Fact, Limits, Probed, State, Verb
+from controllers import Action, Advanced, Fact, Limits, Probed, State, Verb, answer
 from controllers.actions import TO_END
 from discovery.answers import read
 from proxy.probing import LEAD, LONGEST_CLOSING
@@ -259,8 +259,6 @@ class Scripted:
         self.rounds = list(rounds)
 
     def decide(self, state: State) -> Sequence[Action]:
-        from controllers import answer
-
         if not self.rounds:
             return [answer(state.leader())]
         nxt = self.rounds.pop(0)
