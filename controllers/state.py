@@ -11,12 +11,14 @@ Every legal round makes progress (opens, advances, probes what moved, or prunes)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from controllers.actions import TO_END, Action, Advanced, Fact, Probed, Verb
+from controllers.actions import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
 from controllers.errors import BadFact, IllegalAction
 from controllers.voting import plurality, tally
+
+UNTOUCHED, MOVED, ASKED = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,24 @@ class State:
     The caller owns it: after a failure the best answer so far is `leader()`.
     """
 
-    __slots__ = ("answer", "branches", "finished", "labels", "limits", "rounds", "spent", "stop", "votes")
+    __slots__ = (
+        "_alive",
+        "active",
+        "answer",
+        "branches",
+        "finished",
+        "labels",
+        "limits",
+        "rounds",
+        "spent",
+        "stop",
+        "votes",
+    )
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.branches: list[Branch] = []
+        self.active: tuple[int, ...] = ()  # ids of the branches neither finished nor pruned, in order
         self.finished: list[int] = []  # ids of finished branches, in the order they finished
         self.votes: dict[int, int] = {}  # finished branches by label, in the order first seen
         self.labels = 0  # labels revealed so far; they are 0 … labels - 1
@@ -90,16 +105,12 @@ class State:
         self.spent = 0  # tokens, probes included
         self.answer: int | None = None  # the label answered with
         self.stop: Stop | None = None  # why the episode ended; None while it runs
+        self._alive: set[int] = set()  # what `active` lists, to look up
 
     @property
     def width(self) -> int:
         """How many branches have been opened; the id the next one gets."""
         return len(self.branches)
-
-    @property
-    def active(self) -> list[int]:
-        """Ids of the branches neither finished nor pruned."""
-        return [i for i, branch in enumerate(self.branches) if not (branch.finished or branch.pruned)]
 
     @property
     def room(self) -> int:
@@ -125,54 +136,59 @@ class State:
         """Raise IllegalAction unless `actions` is a legal round; the state is not changed."""
         if self.stop is not None:
             raise IllegalAction(f"the episode has ended ({self.stop})")
+        if not isinstance(actions, (list, tuple)):
+            raise IllegalAction(f"a round is a list of actions, not {type(actions).__name__}")
         if not actions:
             raise IllegalAction("an empty round makes no progress; answer(state.leader()) ends the episode")
-        if any(action.verb is Verb.ANSWER for action in actions):
-            self._check_answer(actions)
-            return
-        width = len(self.branches)
-        moved: dict[int, bool] = {}  # branches of this round: moved since last probed? Pruned ones are popped
-        gone: set[int] = set()  # branches pruned in this round
+        branches, alive = self.branches, self._alive
+        since = [UNTOUCHED] * len(branches)  # what this round did last to each branch
         for action in actions:
+            if type(action) is not Action:
+                raise IllegalAction(f"{action!r} is no action; branch(), advance(), … make them")
             verb, index = action.verb, action.branch
-            if verb is Verb.BRANCH:
-                if width >= self.limits.max_branches:
-                    raise IllegalAction(f"branch(): {self.limits.max_branches} branches are the most")
-                self._check_intervals(action)
-                moved[width] = True
-                width += 1
-                continue
-            if not isinstance(index, int) or not 0 <= index < width:
-                raise IllegalAction(f"{verb.name}: there is no branch {index}; {width} are open")
-            if index in gone or (index < len(self.branches) and not self.branches[index].active):
-                fate = "pruned" if index in gone or self.branches[index].pruned else "finished"
-                raise IllegalAction(f"{verb.name}: branch {index} is {fate}")
-            if verb is Verb.CONTINUE:
-                self._check_intervals(action)
-                moved[index] = True
-            elif verb is Verb.PROBE:
-                fresh = moved.get(index)
-                if fresh is None:
-                    fresh = self.branches[index].probed < self.branches[index].intervals
-                if not fresh:
+            if verb is CONTINUE:
+                if index not in alive:
+                    raise self._no_branch(action, len(since))
+                since[index] = MOVED
+            elif verb is PROBE:
+                if index not in alive:
+                    raise self._no_branch(action, len(since))
+                last = since[index]
+                if last == ASKED or (last == UNTOUCHED and branches[index].probed == branches[index].intervals):
                     raise IllegalAction(f"PROBE: branch {index} has not moved since it was probed")
-                moved[index] = False
+                since[index] = ASKED
+            elif verb is BRANCH:
+                if len(since) >= self.limits.max_branches:
+                    raise IllegalAction(f"branch(): {self.limits.max_branches} branches are the most")
+                if alive is self._alive:
+                    alive = alive.copy()
+                alive.add(len(since))
+                since.append(MOVED)
+            elif verb is PRUNE:
+                if index not in alive:
+                    raise self._no_branch(action, len(since))
+                if alive is self._alive:
+                    alive = alive.copy()
+                alive.remove(index)
             else:
-                gone.add(index)
+                self._check_answer(actions, action.label)
 
-    def _check_answer(self, actions: Sequence[Action]) -> None:
+    def _no_branch(self, action: Action, width: int) -> IllegalAction:
+        """Why `action` is about no active branch; `width` counts those its round opens before it."""
+        verb, index = action.verb.name, action.branch
+        if not 0 <= index < width:
+            return IllegalAction(f"{verb}: there is no branch {index}; {width} are open")
+        finished = index < len(self.branches) and self.branches[index].finished
+        return IllegalAction(f"{verb}: branch {index} is {'finished' if finished else 'pruned'}")
+
+    def _check_answer(self, actions: Sequence[Action], label: int | None) -> None:
         if len(actions) > 1:
             raise IllegalAction("answer() stands alone in its round")
-        label = actions[0].label
         if label is None:
             if self.leader() is not None:
                 raise IllegalAction(f"answer(None): label {self.leader()} leads; None is for when nothing does")
-        elif not isinstance(label, int) or not 0 <= label < self.labels:
+        elif not 0 <= label < self.labels:
             raise IllegalAction(f"answer({label}): no such label; {self.labels} have appeared")
-
-    def _check_intervals(self, action: Action) -> None:
-        if not isinstance(action.intervals, int) or not 1 <= action.intervals <= TO_END:
-            raise IllegalAction(f"{action.verb.name}: intervals must be from 1 to TO_END, not {action.intervals}")
 
     # What it costs
 
@@ -189,18 +205,18 @@ class State:
         width = len(self.branches)
         fitting: list[Action] = []
         for action in actions:
-            if action.verb is Verb.PROBE:
+            if action.verb is PROBE:
                 cost = self.limits.probe_tokens
                 if cost > remaining:
                     break
-            elif action.verb in (Verb.BRANCH, Verb.CONTINUE):
-                index = width if action.verb is Verb.BRANCH else action.branch
-                width += action.verb is Verb.BRANCH
+            elif action.verb in (BRANCH, CONTINUE):
+                index = width if action.verb is BRANCH else action.branch
+                width += action.verb is BRANCH
                 tokens = grown.get(index, self.branches[index].tokens if index < len(self.branches) else 0)
                 cost = self.worst_case(tokens, action.intervals)
                 if cost > remaining:
                     if remaining >= interval:
-                        fitting.append(action._replace(intervals=remaining // interval))
+                        fitting.append(replace(action, intervals=remaining // interval))
                     break
                 grown[index] = tokens + cost
             else:
@@ -219,64 +235,93 @@ class State:
     # What happened
 
     def apply(self, actions: Sequence[Action], facts: Sequence[Fact]) -> None:
-        """Take a round's facts in. Raises BadFact, having changed nothing, if they do not answer `actions`."""
-        self._verify(actions, facts)
-        pending = iter(facts)
-        for action in actions:
-            verb = action.verb
-            if verb is Verb.PRUNE:
-                self.branches[action.branch].pruned = True
-            elif verb is Verb.ANSWER:
-                self.answer, self.stop = action.label, Stop.ANSWERED
-            else:
-                if verb is Verb.BRANCH:
-                    self.branches.append(Branch())
-                self._take(next(pending))
+        """Take a legal round's facts in.
+
+        Raises BadFact at the first fact that does not answer its action. Those before it stand, for they tell of
+        tokens that were spent; the round does not count, and nothing is pruned or answered by it.
+        """
+        asking = [action for action in actions if action.verb < PRUNE] if len(facts) != len(actions) else actions
+        if len(facts) != len(asking):
+            raise BadFact(f"{len(facts)} facts answer {len(asking)} actions")
+        branches, width, spent = self.branches, len(self.branches), 0
+        try:
+            for action, fact in zip(asking, facts, strict=True):
+                verb, index = action.verb, action.branch
+                if verb is CONTINUE:
+                    if type(fact) is not Advanced or fact.branch != index:
+                        raise _bad(action, fact)
+                    if fact.finished:
+                        self._finish(fact)
+                    branch, tokens = branches[index], fact.tokens
+                    branch.intervals += fact.intervals
+                    branch.tokens += tokens
+                    spent += tokens
+                elif verb is PROBE:
+                    if type(fact) is not Probed or fact.branch != index:
+                        raise _bad(action, fact)
+                    label, tokens = fact.label, fact.tokens
+                    if label is not None and label >= self.labels:
+                        self._reveal(fact, label)
+                    branch = branches[index]
+                    branch.label = label
+                    branch.probed = branch.intervals
+                    if tokens:
+                        branch.probe_tokens += tokens
+                        spent += tokens
+                else:
+                    if verb is not BRANCH or type(fact) is not Advanced or fact.branch != len(branches):
+                        raise _bad(action, fact)
+                    self._open(fact)
+                    spent += fact.tokens
+            if asking is not actions:
+                self._close_round(actions)
+        finally:
+            self.spent += spent
+            if len(branches) != width or len(self._alive) != len(self.active):
+                self.active = tuple(sorted(self._alive))
         self.rounds += 1
+
+    def _reveal(self, fact: Fact, label: int) -> None:
+        """Take notice of the label of `fact`."""
+        if label > self.labels:
+            raise BadFact(f"{fact}: labels are numbered by first reveal, the next new one is {self.labels}")
+        self.labels = max(self.labels, label + 1)
+
+    def _open(self, fact: Advanced) -> None:
+        if fact.label is not None:
+            self._reveal(fact, fact.label)
+        branch = Branch()
+        branch.intervals, branch.tokens = fact.intervals, fact.tokens
+        self.branches.append(branch)
+        self._alive.add(fact.branch)
+        if fact.finished:
+            self._finish(fact)
+
+    def _finish(self, fact: Advanced) -> None:
+        branch, label = self.branches[fact.branch], fact.label
+        if branch.finished:
+            return
+        if label is not None:
+            self._reveal(fact, label)
+            self.votes[label] = self.votes.get(label, 0) + 1
+        branch.finished, branch.label = True, label
+        self.finished.append(fact.branch)
+        self._alive.remove(fact.branch)
+
+    def _close_round(self, actions: Sequence[Action]) -> None:
+        """What brings no fact: prunes, and the answer."""
+        for action in actions:
+            if action.verb is PRUNE:
+                self.branches[action.branch].pruned = True
+                self._alive.discard(action.branch)
+            elif action.verb is ANSWER:
+                self.answer, self.stop = action.label, Stop.ANSWERED
 
     def end(self, stop: Stop) -> None:
         """End the episode from outside with the best answer so far; the first reason stays."""
         if self.stop is None:
             self.answer, self.stop = self.leader(), stop
 
-    def _take(self, fact: Fact) -> None:
-        branch = self.branches[fact.branch]
-        self.spent += fact.tokens
-        if fact.label is not None and fact.label >= self.labels:
-            self.labels = fact.label + 1
-        if isinstance(fact, Probed):
-            branch.probe_tokens += fact.tokens
-            branch.label = fact.label
-            branch.probed = branch.intervals
-            return
-        branch.intervals += fact.intervals
-        branch.tokens += fact.tokens
-        if fact.finished and not branch.finished:
-            branch.finished, branch.label = True, fact.label
-            self.finished.append(fact.branch)
-            if fact.label is not None:
-                self.votes[fact.label] = self.votes.get(fact.label, 0) + 1
 
-    def _verify(self, actions: Sequence[Action], facts: Sequence[Fact]) -> None:
-        width, labels = len(self.branches), self.labels
-        pending = iter(facts)
-        for action in actions:
-            verb = action.verb
-            if verb is Verb.PRUNE or verb is Verb.ANSWER:
-                continue
-            index = action.branch
-            if verb is Verb.BRANCH:
-                index = width
-                width += 1
-            fact = next(pending, None)
-            if fact is None or type(fact) is not (Probed if verb is Verb.PROBE else Advanced):
-                raise BadFact(f"{verb.name} of branch {index} is answered by {fact}")
-            if fact.branch != index or fact.tokens < 0:
-                raise BadFact(f"{verb.name} of branch {index} is answered by {fact}")
-            if fact.label is not None:
-                if not 0 <= fact.label <= labels:
-                    raise BadFact(f"{fact}: labels are numbered by first reveal, the next new one is {labels}")
-                labels = max(labels, fact.label + 1)
-        extra = next(pending, None)
-        if extra is not None:
-            raise BadFact(f"{extra} answers no action")
+def _bad(action: Action, fact: Fact) -> BadFact:
+    return BadFact(f"{action} is answered by {fact}")

@@ -5,10 +5,12 @@ Answers are interned: a recording keeps each distinct answer once and refers to 
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +32,16 @@ class RecordedBranch(NamedTuple):
     probe_tokens: Sequence[int] = ()  # what each probe cost; none means nothing
 
 
-@dataclass(frozen=True, slots=True)
+class RecordedRow(NamedTuple):
+    """One branch of a recording in plain ints, which a replay reads faster than arrays."""
+
+    probes: Sequence[int]
+    probe_tokens: Sequence[int]
+    tokens: int
+    final: int
+
+
+@dataclass(frozen=True)
 class Recording:
     """Every recorded branch of one question under one model.
 
@@ -47,6 +58,20 @@ class Recording:
     probe_tokens: NDArray[np.int32]  # (sum of probes,) what each cost
     tokens: NDArray[np.int32]  # (b,) length of each chain
     finals: NDArray[np.int32]  # (b,) what each finished chain says
+
+    @cached_property
+    def rows(self) -> list[RecordedRow]:
+        """The branches in plain ints."""
+        cuts = self.starts.tolist()
+        spans = [slice(*cut) for cut in itertools.pairwise(cuts)]
+        probes, costs = self.probes.tolist(), self.probe_tokens.tolist()
+        columns = zip(spans, self.tokens.tolist(), self.finals.tolist(), strict=True)
+        return [RecordedRow(probes[span], costs[span], tokens, final) for span, tokens, final in columns]
+
+    @cached_property
+    def priced(self) -> bool:
+        """Whether its probes cost anything."""
+        return bool(self.probe_tokens.any())
 
     @property
     def branches(self) -> int:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
-from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
+from controllers import TO_END, Action, Advanced, Fact, Probed
+from controllers.actions import BRANCH, CONTINUE, PROBE
 from discovery.errors import Censored
-from discovery.recordings import NO_ANSWER, Recording
+from discovery.recordings import RecordedRow, Recording
+
+SHORT = 8
+"""Advances of fewer intervals are looked up, not made."""
+UNSEEN = -1
+"""The label of an answer not revealed yet."""
 
 
 def shuffled(branches: int, seed: int) -> list[int]:
@@ -29,22 +37,48 @@ class ReplayEnvironment:
     def __init__(self, recording: Recording, order: Sequence[int], probe_tokens: int | None = None) -> None:
         self.recording = recording
         self.order = order
-        self.probe_tokens = probe_tokens
         self.revealed: list[int] = []  # the recording's number of each label
-        self._labels = [-1] * len(recording.answers)
-        self._intervals: list[int] = []  # run so far, of each opened branch
-        self._finals: list[int | None] = []  # label of each finished branch
-        self._finished: list[bool] = []
+        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; of NO_ANSWER, -1
+        self._rows = recording.rows
+        self._opened: list[RecordedRow] = []
+        self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
+        self._ends: list[int] = []  # how many those are
+        self._done: list[int] = []  # intervals each has run: one more than it has probes once it has finished
+        self._probe_tokens = probe_tokens or 0
+        self._priced = probe_tokens is None and recording.priced
+        self._steps = _steps(recording.interval, len(order))
+        self._asked = _asked(self._probe_tokens, len(order))
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         facts: list[Fact] = []
-        for verb, index, intervals, _ in actions:
-            if verb is Verb.CONTINUE:
-                facts.append(self._advance(index, intervals))
-            elif verb is Verb.PROBE:
-                facts.append(self._probe(index))
-            elif verb is Verb.BRANCH:
-                facts.append(self._open(intervals))
+        add = facts.append
+        done, ends, steps = self._done, self._ends, self._steps
+        probes, labels, asked = self._probes, self._labels, self._asked
+        for action in actions:
+            verb, index = action.verb, action.branch
+            if verb is CONTINUE:
+                intervals = action.intervals
+                after = done[index] + intervals
+                if after > ends[index]:
+                    add(self._finish(index))
+                else:
+                    done[index] = after
+                    add(steps[index][intervals] if intervals < SHORT else self._step(index, intervals))
+            elif verb is PROBE:
+                at = done[index]
+                if at > ends[index] or self._priced:
+                    add(self._ask(index))
+                    continue
+                answer = probes[index][at - 1]
+                label = labels[answer]
+                if label == UNSEEN:
+                    label = self._label(answer)
+                known = asked[index]
+                if label not in known:
+                    known[label] = Probed(index, label, self._probe_tokens)
+                add(known[label])
+            elif verb is BRANCH:
+                add(self._open(action.intervals))
         return facts
 
     def is_right(self, label: int | None) -> bool:
@@ -52,43 +86,56 @@ class ReplayEnvironment:
         return label is not None and self.revealed[label] == self.recording.reference
 
     def _open(self, intervals: int) -> Advanced:
-        index = len(self._intervals)
+        index = len(self._done)
         if index >= len(self.order):
             raise Censored(f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that")
-        self._intervals.append(0)
-        self._finals.append(None)
-        self._finished.append(False)
-        fact = self._advance(index, intervals)
-        if intervals == TO_END:
-            fact = fact._replace(tokens=int(self.recording.tokens[self.order[index]]))
-        return fact
+        row = self._rows[self.order[index]]
+        self._opened.append(row)
+        self._probes.append(row.probes)
+        self._ends.append(len(row.probes))
+        if intervals <= len(row.probes):
+            self._done.append(intervals)
+            return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
+        self._done.append(0)
+        fact = self._finish(index)
+        return replace(fact, tokens=row.tokens) if intervals == TO_END else fact
 
-    def _advance(self, index: int, intervals: int) -> Advanced:
-        if self._finished[index]:
-            return Advanced(index, 0, 0, True, self._finals[index])
-        recording, recorded, done = self.recording, self.order[index], self._intervals[index]
-        probes = int(recording.starts[recorded + 1] - recording.starts[recorded])
-        if done + intervals <= probes:
-            self._intervals[index] = done + intervals
-            return Advanced(index, intervals, intervals * recording.interval, False)
-        rest = max(0, int(recording.tokens[recorded]) - recording.interval * probes)
-        self._intervals[index] = probes + 1
-        self._finished[index] = True
-        final = self._finals[index] = self._label(int(recording.finals[recorded]))
-        return Advanced(index, probes + 1 - done, (probes - done) * recording.interval + rest, True, final)
+    def _step(self, index: int, intervals: int) -> Advanced:
+        return Advanced(index, intervals, intervals * self.recording.interval, False)
 
-    def _probe(self, index: int) -> Probed:
-        if self._finished[index]:
-            return Probed(index, self._finals[index], 0)
-        at = int(self.recording.starts[self.order[index]]) + self._intervals[index] - 1
-        cost = int(self.recording.probe_tokens[at]) if self.probe_tokens is None else self.probe_tokens
-        return Probed(index, self._label(int(self.recording.probes[at])), cost)
+    def _finish(self, index: int) -> Advanced:
+        """What is left of branch `index`; nothing if it has finished."""
+        row, done = self._opened[index], self._done[index]
+        whole, delta = len(row.probes), self.recording.interval
+        label = self._label(row.final)
+        if done > whole:
+            return Advanced(index, 0, 0, True, label)
+        self._done[index] = whole + 1
+        rest = max(0, row.tokens - whole * delta)
+        return Advanced(index, whole + 1 - done, (whole - done) * delta + rest, True, label)
+
+    def _ask(self, index: int) -> Probed:
+        """A probe at its recorded price; of a finished branch, its final label for nothing."""
+        row, at = self._opened[index], self._done[index] - 1
+        if at == len(row.probes):
+            return Probed(index, self._label(row.final), 0)
+        return Probed(index, self._label(row.probes[at]), row.probe_tokens[at])
 
     def _label(self, answer: int) -> int | None:
-        if answer == NO_ANSWER:
-            return None
         label = self._labels[answer]
-        if label < 0:
+        if label == UNSEEN:
             label = self._labels[answer] = len(self.revealed)
             self.revealed.append(answer)
         return label
+
+
+@lru_cache(maxsize=8)
+def _steps(delta: int, width: int) -> list[list[Advanced]]:
+    """By branch and intervals: the branch ran them all and did not finish."""
+    return [[Advanced(i, intervals, intervals * delta, False) for intervals in range(SHORT)] for i in range(width)]
+
+
+@lru_cache(maxsize=8)
+def _asked(tokens: int, width: int) -> list[dict[int | None, Probed]]:
+    """By branch and label: the branch was asked for that many tokens and said that. Filled in as it comes."""
+    return [{} for _ in range(width)]

@@ -2,11 +2,16 @@
 
 It votes among finished chains only, smooths the vote's confidence, runs chains that agree with the winner faster,
 abandons persistent deviants, widens while confidence stalls, and stops when it is high and not falling.
+
+What a running chain would answer matters only from the warm-up on and once there is a winner to agree with: until
+then nothing is probed, which saves most probes and changes no decision.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from functools import cache
 
 from controllers.actions import Action, advance, answer, branch, probe, prune
 from controllers.dial import check_beta
@@ -14,6 +19,7 @@ from controllers.state import State
 from controllers.voting import confidence, plurality, top_two
 
 MOST_ROUNDS = 500
+MOST_BRANCHES = 64
 
 
 class CMC:
@@ -22,7 +28,7 @@ class CMC:
     def __init__(self, beta: float) -> None:
         b = check_beta(beta)
         self.first_branches = max(2, round(2 + 6 * b))
-        self.most_branches = min(64, round(4 + 60 * b))
+        self.most_branches = min(MOST_BRANCHES, round(4 + 60 * b))
         self.warm_up = max(2, round(2 + 8 * b))  # rounds before pruning, bursts and stopping
         self.patience = max(3, round(3 + 9 * b))  # consecutive disagreements before a chain is abandoned
         self.alpha = 0.70 - 0.40 * b  # weight of the newest confidence in its moving average
@@ -32,35 +38,52 @@ class CMC:
         self.widen = max(1, round(1 + 3 * b))  # chains opened at a time
         self.trend = 0.04 - 0.03 * b  # rise of the average over the window that forbids widening
         self.min_finished = max(2, round(2 + 3 * b))
-        self.average = 0.0
-        self.window: deque[float] = deque(maxlen=max(2, round(2 + 6 * b)))
-        self.disagreements: dict[int, int] = {}
         self.round = 0
         self.stepped = False  # this round's step is out and its outcome not yet weighed
+        self.blind = False  # running chains may have moved on from their last probe
+        self.average = 0.0
+        self.window: deque[float] = deque(maxlen=max(2, round(2 + 6 * b)))
+        self.disagreements = [0] * self.most_branches
+        self.counted = 0  # finished chains the next two are of
+        self.winner: int | None = None
+        self.confidence = 0.0
 
-    def decide(self, state: State) -> list[Action]:
+    def decide(self, state: State) -> Sequence[Action]:
         if not state.width:
             return self._open(state, self.first_branches)
+        self._count(state)
         while True:
             if self.stepped:
-                self.stepped = False
-                self._observe(state)
+                self._observe()
                 self.window[-1] = self.average
                 if self._done(state):
-                    return [answer(state.leader())]
+                    return [answer(state.leader())] if self.winner is not None else self._fall_back(state)
+                self.stepped = False
                 self.round += 1
-                if self._stalled(state, self.round - 1):
+                if self._stalled(state):
                     return self._open(state, self.widen)
-            self._observe(state)
+            warm = self.round >= self.warm_up and self.winner is not None
+            if warm and self.blind:
+                self.blind = False
+                if unprobed := _unprobed(state):
+                    return unprobed
+            self._observe()
             self.window.append(self.average)
             self.stepped = True
-            actions = self._step(state)
+            actions = self._look_and_step(state) if warm else self._step(state)
             if actions:
                 return actions
 
-    def _observe(self, state: State) -> None:
+    def _count(self, state: State) -> None:
+        """Count the votes of the finished anew, if there are more of them."""
+        if len(state.finished) > self.counted:
+            self.counted = len(state.finished)
+            self.winner = plurality(state.votes)
+            self.confidence = confidence(*top_two(state.votes))
+
+    def _observe(self) -> None:
         """Move the average towards the confidence of the vote among finished chains."""
-        self.average = (1 - self.alpha) * self.average + self.alpha * confidence(*top_two(state.votes))
+        self.average = (1 - self.alpha) * self.average + self.alpha * self.confidence
 
     def _done(self, state: State) -> bool:
         if not state.active or self.round + 1 >= MOST_ROUNDS:
@@ -68,34 +91,57 @@ class CMC:
         settled = self.average >= self.threshold and self._rise() >= -self.slack
         return self.round >= self.warm_up and len(state.finished) >= self.min_finished and settled
 
-    def _stalled(self, state: State, round_: int) -> bool:
-        open_more = state.width < self.most_branches and round_ >= max(1, self.warm_up // 2)
-        return open_more and bool(state.room) and self._rise() <= self.trend and self.average < self.threshold
+    def _fall_back(self, state: State) -> Sequence[Action]:
+        """No finished chain has an answer: the plurality of what running ones would say, asked first."""
+        return _unprobed(state) or [answer(state.leader())]
+
+    def _stalled(self, state: State) -> bool:
+        if self.average >= self.threshold or state.width >= self.most_branches or not state.room:
+            return False
+        return self.round > max(1, self.warm_up // 2) and self._rise() <= self.trend
 
     def _rise(self) -> float:
         return self.window[-1] - self.window[0]
 
     def _open(self, state: State, count: int) -> list[Action]:
-        count = min(count, self.most_branches - state.width, state.room)
-        return [action for i in range(count) for action in (branch(), probe(state.width + i))]
+        self.blind = True
+        return [branch()] * min(count, self.most_branches - state.width, state.room)
 
-    def _step(self, state: State) -> list[Action]:
-        winner = plurality(state.votes)
-        warm = self.round >= self.warm_up and winner is not None
-        abandoned = self._abandon(state, winner) if warm else []
-        actions = [prune(i) for i in abandoned]
+    def _step(self, state: State) -> Sequence[Action]:
+        """Every running chain goes on."""
+        steps = _steps(1)
+        if self.winner is not None and self.round + 1 >= self.warm_up:  # the next round will look
+            return [action for i in state.active for action in steps[i]]
+        self.blind = True
+        return [steps[i][0] for i in state.active]
+
+    def _look_and_step(self, state: State) -> Sequence[Action]:
+        """Every running chain goes on, those that agree with the winner faster, and those that strayed for long go."""
+        branches, winner, disagreements = state.branches, self.winner, self.disagreements
+        alone, agreeing = _steps(1), _steps(self.burst)
+        strays: list[int] = []
+        actions: list[Action] = []
         for i in state.active:
-            if i not in abandoned:
-                agrees = warm and state.branches[i].label == winner
-                actions += (advance(i, self.burst if agrees else 1), probe(i))
-        return actions
+            if branches[i].label == winner:
+                disagreements[i] = 0
+                actions += agreeing[i]
+            else:
+                disagreements[i] += 1
+                if disagreements[i] >= self.patience:
+                    strays.append(i)
+                actions += alone[i]
+        if not strays:
+            return actions
+        strays.sort(key=lambda i: -disagreements[i])
+        abandoned = strays[: max(0, len(state.active) - 2)]  # the worst first, as long as two stay
+        return [prune(i) for i in abandoned] + [action for action in actions if action.branch not in abandoned]
 
-    def _abandon(self, state: State, winner: int | None) -> list[int]:
-        """Chains that disagreed for too long, worst first, as long as two stay."""
-        active = state.active
-        for i in active:
-            agrees = state.branches[i].label == winner
-            self.disagreements[i] = 0 if agrees else self.disagreements.get(i, 0) + 1
-        strays = [i for i in active if self.disagreements[i] >= self.patience]
-        strays.sort(key=lambda i: -self.disagreements[i])
-        return strays[: max(0, len(active) - 2)]
+
+def _unprobed(state: State) -> list[Action]:
+    return [probe(i) for i in state.active if state.branches[i].probed < state.branches[i].intervals]
+
+
+@cache
+def _steps(intervals: int) -> list[tuple[Action, Action]]:
+    """For every branch, the actions that run it on and ask it."""
+    return [(advance(i, intervals), probe(i)) for i in range(MOST_BRANCHES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_facts_are_taken_in() -> None:
     state = grown(finished=0)
     assert [b.tokens for b in state.branches] == [10, 10, 10, 10]
     assert state.spent == 44
-    assert state.active == [0, 1]
+    assert state.active == (0, 1)
     assert state.finished == [2]
     assert state.votes == {0: 1}
     assert state.labels == 2
@@ -65,17 +66,46 @@ def test_facts_are_taken_in() -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: branch(0), "BRANCH: intervals must be from 1 to TO_END, not 0"),
+        (lambda: branch(TO_END + 1), "intervals"),
+        (lambda: Action(Verb.BRANCH, -1, "2"), "intervals"),  # type: ignore[arg-type]
+        (lambda: advance("0"), "no branch '0'"),  # type: ignore[arg-type]
+        (lambda: advance(7.0), "no branch 7.0"),  # type: ignore[arg-type]
+        (lambda: advance(0, 0), "intervals"),
+        (lambda: answer("0"), "no label '0'"),  # type: ignore[arg-type]
+        (lambda: Action(1), "1 is no verb"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_action_is_well_formed_or_is_not_made(make: Callable[[], Action], why: str) -> None:
+    with pytest.raises(IllegalAction, match=why):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Advanced(0, 1, -1, False),
+        lambda: Advanced(0, -1, 1, False),
+        lambda: Advanced(0, 1, 10, True, -1),
+        lambda: Advanced(0, 1, 10, False, 0),
+        lambda: Probed(0, -1, 0),
+        lambda: Probed(0, None, -1),
+    ],
+)
+def test_a_fact_is_possible_or_is_not_made(make: Callable[[], Fact]) -> None:
+    with pytest.raises(BadFact):
+        make()
+
+
+@pytest.mark.parametrize(
     ("actions", "why"),
     [
         ([], "empty"),
         ([branch(), branch()], "5 branches are the most"),
-        ([branch(0)], "intervals"),
-        ([branch(TO_END + 1)], "intervals"),
-        ([Action(Verb.BRANCH, -1, "2")], "intervals"),  # type: ignore[arg-type]
         ([advance(4)], "no branch 4"),
         ([advance(-1)], "no branch -1"),
-        ([advance("0")], "no branch 0"),  # type: ignore[arg-type]
-        ([advance(0, 0)], "intervals"),
         ([advance(2)], "finished"),
         ([advance(3)], "pruned"),
         ([probe(0)], "not moved"),
@@ -88,8 +118,9 @@ def test_facts_are_taken_in() -> None:
         ([answer(0), advance(0)], "stands alone"),
         ([answer(7)], "no such label"),
         ([answer(-1)], "no such label"),
-        ([answer("0")], "no such label"),  # type: ignore[arg-type]
         ([answer(None)], "label 0 leads"),
+        ([(Verb.CONTINUE, 0, 1, None)], "is no action"),
+        ("advance", "a round is a list of actions, not str"),
     ],
 )
 def test_illegal_rounds_are_refused_and_change_nothing(actions: list[Action], why: str) -> None:
@@ -137,10 +168,11 @@ def test_answering_with_nothing_is_legal_where_nothing_leads() -> None:
         ([advance(0)], [Probed(0, None, 1)]),
         ([probe(1)], [Advanced(1, 1, 10, False)]),
         ([advance(0)], [Advanced(1, 1, 10, False)]),
-        ([advance(0)], [Advanced(0, 1, -1, False)]),
         ([advance(0)], [Advanced(0, 1, 10, True, 5)]),
-        ([advance(0)], [Advanced(0, 1, 10, True, -1)]),
         ([branch()], [Advanced(0, 1, 10, False)]),
+        ([branch()], [Advanced(4, 1, 10, True, 5)]),
+        ([branch()], [Probed(4, None, 0)]),
+        ([probe(1)], [Probed(1, 5, 0)]),
         ([advance(0)], [Advanced(0, 1, 10, False), Advanced(1, 1, 10, False)]),
         ([prune(0)], [Probed(0, None, 0)]),
     ],

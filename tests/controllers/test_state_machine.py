@@ -28,7 +28,7 @@ from controllers import (
 INTERVAL, CAP, BRANCH, PROBE = 8, 400, 60, 3
 
 indices = st.integers(-1, 9)
-intervals = st.sampled_from([0, 1, 2, TO_END])
+intervals = st.sampled_from([1, 2, TO_END])
 actions = st.lists(
     st.one_of(
         st.builds(branch, intervals),
@@ -57,7 +57,7 @@ class Episodes(RuleBasedStateMachine):
         width, gone, fresh = len(self.tokens), set(self.pruned), set(self.fresh)
         for action in actions:
             if action.verb is Verb.BRANCH:
-                if width == 8 or action.intervals < 1:
+                if width == 8:
                     return False
                 fresh.add(width)
                 width += 1
@@ -65,8 +65,6 @@ class Episodes(RuleBasedStateMachine):
             if not 0 <= action.branch < width or action.branch in gone or action.branch in self.finished:
                 return False
             if action.verb is Verb.CONTINUE:
-                if action.intervals < 1:
-                    return False
                 fresh.add(action.branch)
             elif action.verb is Verb.PROBE:
                 if action.branch not in fresh:
