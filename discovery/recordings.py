@@ -1,4 +1,4 @@
-"""Recorded branches of one question, dense and immutable, and the readers that make them.
+"""Recorded branches: as they were written down, and as replay wants them: dense, interned and immutable.
 
 Answers are interned: a recording keeps each distinct answer once and refers to it by number.
 """
@@ -6,30 +6,79 @@ Answers are interned: a recording keeps each distinct answer once and refers to 
 from __future__ import annotations
 
 import itertools
-import json
-import lzma
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.errors import BadRecording
-
 NO_ANSWER = -1
+
+
+class Split(StrEnum):
+    """What a question may be used for. It is fixed when the question is first taken in."""
+
+    SEARCH = "search"  # explorers may learn from it
+    VALIDATION = "validation"  # candidates are chosen on it
+    HELD_OUT = "held-out"  # the promotion gate alone looks at it
+
+
+class LabelSource(StrEnum):
+    """How the reference answer is known, surest first."""
+
+    REFERENCE = "reference"
+    FEEDBACK = "feedback"
+    CONSENSUS = "consensus"
+
+
+class Origin(StrEnum):
+    """Where a recording comes from."""
+
+    IMPORTED = "imported"
+    COLLECTED = "collected"
+    LIVE = "live"
 
 
 class RecordedBranch(NamedTuple):
     """One branch as it was recorded, answers as text."""
 
     probes: Sequence[str | None]  # what it said after each whole interval; None if nothing readable
-    tokens: int  # the whole chain's length
+    tokens: int  # the chain's length, as far as it is known
     final: str | None  # what the finished chain says
     probe_tokens: Sequence[int] = ()  # what each probe cost; none means nothing
+    complete: bool = True  # it ran to its end; if not it is censored: nobody knows what follows
+
+
+@dataclass(frozen=True)
+class RecordedQuestion:
+    """All branches recorded of one question under one model and one way of sampling, answers as text."""
+
+    question: str  # `question_id` of its text
+    model: str
+    benchmark: str  # what the question belongs to
+    interval: int  # tokens between probes, Δ
+    branches: Sequence[RecordedBranch]
+    reference: str | None = None  # the reference answer, if known
+    label_source: LabelSource = LabelSource.REFERENCE
+    split: Split = Split.SEARCH
+    text: str | None = None  # of the question, where it may be kept
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, …, as sent
+    probe_template: str = ""  # name and version of what probes append; empty if unknown
+    origin: Origin = Origin.IMPORTED
+
+    @property
+    def complete(self) -> bool:
+        """Whether every branch ran to its end; only such recordings are scored."""
+        return all(branch.complete for branch in self.branches)
+
+
+def question_id(text: str) -> str:
+    """What a question is known by: the SHA-256 of its text."""
+    return sha256(text.encode()).hexdigest()
 
 
 class RecordedRow(NamedTuple):
@@ -39,17 +88,18 @@ class RecordedRow(NamedTuple):
     probe_tokens: Sequence[int]
     tokens: int
     final: int
+    complete: bool
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Every recorded branch of one question under one model.
+    """Every recorded branch of one question under one model, answers as numbers.
 
     Shapes: `branches` b branches, `probes` one flat array of all branches' probe answers, branch i's from
     `starts[i]` to `starts[i + 1]`. All arrays are read-only.
     """
 
-    question: str  # hash of the question's text
+    question: str  # `question_id` of its text
     interval: int  # tokens between probes, Δ
     answers: tuple[str, ...]  # the distinct answers; the arrays hold their numbers, NO_ANSWER for none
     reference: int  # number of the reference answer; NO_ANSWER if no branch ever gave it
@@ -58,6 +108,7 @@ class Recording:
     probe_tokens: NDArray[np.int32]  # (sum of probes,) what each cost
     tokens: NDArray[np.int32]  # (b,) length of each chain
     finals: NDArray[np.int32]  # (b,) what each finished chain says
+    complete: NDArray[np.bool_]  # (b,) False where the branch is censored
 
     @cached_property
     def rows(self) -> list[RecordedRow]:
@@ -65,8 +116,8 @@ class Recording:
         cuts = self.starts.tolist()
         spans = [slice(*cut) for cut in itertools.pairwise(cuts)]
         probes, costs = self.probes.tolist(), self.probe_tokens.tolist()
-        columns = zip(spans, self.tokens.tolist(), self.finals.tolist(), strict=True)
-        return [RecordedRow(probes[span], costs[span], tokens, final) for span, tokens, final in columns]
+        columns = zip(spans, self.tokens.tolist(), self.finals.tolist(), self.complete.tolist(), strict=True)
+        return [RecordedRow(probes[span], costs[span], *column) for span, *column in columns]
 
     @cached_property
     def priced(self) -> bool:
@@ -79,73 +130,35 @@ class Recording:
         return len(self.tokens)
 
 
-def make(question: str, reference: str, interval: int, branches: Sequence[RecordedBranch]) -> Recording:
-    """A recording from branches as they were recorded; answers are the same if their texts are."""
+def intern(recorded: RecordedQuestion, read: Callable[[str], str | None] = str) -> Recording:
+    """The recording that replay runs. Answers are the same if `read` says the same of them; of None it is not asked."""
     numbers: dict[str, int] = {}
 
     def number(answer: str | None) -> int:
-        return NO_ANSWER if answer is None else numbers.setdefault(answer, len(numbers))
+        label = None if answer is None else read(answer)
+        return NO_ANSWER if label is None else numbers.setdefault(label, len(numbers))
 
+    branches = recorded.branches
     starts = np.cumsum([0, *(len(branch.probes) for branch in branches)])
     probes = [number(answer) for branch in branches for answer in branch.probes]
     costs = [cost for branch in branches for cost in branch.probe_tokens or [0] * len(branch.probes)]
     finals = [number(branch.final) for branch in branches]
+    reference = None if recorded.reference is None else read(recorded.reference)
     return Recording(
-        question=sha256(question.encode()).hexdigest(),
-        interval=interval,
+        question=recorded.question,
+        interval=recorded.interval,
         answers=tuple(numbers),
-        reference=numbers.get(reference, NO_ANSWER),
+        reference=NO_ANSWER if reference is None else numbers.get(reference, NO_ANSWER),
         starts=_frozen(starts),
         probes=_frozen(probes),
         probe_tokens=_frozen(costs),
         tokens=_frozen([branch.tokens for branch in branches]),
         finals=_frozen(finals),
+        complete=_frozen([branch.complete for branch in branches], np.bool_),
     )
 
 
-def _frozen(values: Any) -> NDArray[np.int32]:
-    array = np.asarray(values, dtype=np.int32)
+def _frozen(values: Any, dtype: Any = np.int32) -> NDArray[Any]:
+    array = np.asarray(values, dtype=dtype)
     array.setflags(write=False)
     return array
-
-
-def read_release(path: Path) -> list[Recording]:
-    """The recordings of one file of the AutoTTS release, `BENCHMARK.json` or `.json.xz`.
-
-    Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is taken.
-    """
-    try:
-        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
-            questions = json.load(file)
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        raise BadRecording(f"{path}: {error}") from None
-    if not isinstance(questions, list):
-        raise BadRecording(f"{path}: not a list of questions")
-    return [_question(path, number, question) for number, question in enumerate(questions)]
-
-
-def _question(path: Path, number: int, question: object) -> Recording:
-    try:
-        if not isinstance(question, Mapping):
-            raise TypeError("not an object")
-        branches = list(_branches(question["each_branch"]))
-        interval = question["probe_freq"]
-        if type(interval) is not int or interval < 1:
-            raise ValueError(f"probe_freq is {interval!r}, not a number of tokens")
-        return make(str(question["question"]), str(question["gold_answer"]), interval, branches)
-    except KeyError as error:
-        raise BadRecording(f"{path}: question {number} has no {error}") from None
-    except (TypeError, ValueError) as error:
-        raise BadRecording(f"{path}: question {number}: {error}") from None
-
-
-def _branches(branches: Sequence[Any]) -> Iterator[RecordedBranch]:
-    if not branches:
-        raise ValueError("no branches")
-    for index, branch in enumerate(branches):
-        probes, tokens, final = branch
-        if not isinstance(probes, list) or not all(isinstance(answer, str) for answer in [*probes, final]):
-            raise ValueError(f"branch {index}: answers must be strings")
-        if type(tokens) is not int or tokens < 0:
-            raise ValueError(f"branch {index}: {tokens!r} is no number of tokens")
-        yield RecordedBranch(probes, tokens, final)

@@ -106,6 +106,10 @@ class ReplayEnvironment:
     def _finish(self, index: int) -> Advanced:
         """What is left of branch `index`; nothing if it has finished."""
         row, done = self._opened[index], self._done[index]
+        if not row.complete:
+            raise Censored(
+                f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
+            )
         whole, delta = len(row.probes), self.recording.interval
         label = self._label(row.final)
         if done > whole:

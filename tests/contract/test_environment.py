@@ -30,7 +30,7 @@ from controllers import (
 )
 from controllers.registry import BUILT_IN, create
 from discovery.answers import read
-from discovery.recordings import RecordedBranch, make
+from discovery.recordings import RecordedBranch, RecordedQuestion, intern
 from discovery.replay import ReplayEnvironment
 from proxy.engine import Engine
 from proxy.live import LiveEnvironment, Prompt, Sizes
@@ -60,7 +60,9 @@ async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 
 @asynccontextmanager
 async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
-    yield ReplayEnvironment(make("hi", "7", INTERVAL, [_recorded(chain) for chain in chains]), range(len(chains)))
+    branches = [_recorded(chain) for chain in chains]
+    recorded = RecordedQuestion("hi", MODEL, "chains", INTERVAL, branches, "7")
+    yield ReplayEnvironment(intern(recorded), range(len(chains)))
 
 
 def _recorded(chain: Chain) -> RecordedBranch:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from controllers import Limits, State, branch, probe, run_episode, run_sync
+from controllers import Limits, State, advance, branch, probe, run_episode, run_sync
 from controllers.registry import create
 from discovery.errors import BadRecording, Censored
-from discovery.recordings import RecordedBranch, make, read_release
+from discovery.formats import read_release
+from discovery.recordings import RecordedBranch, RecordedQuestion, Recording, intern
 from discovery.replay import ReplayEnvironment, shuffled
 from tests.fakes import Scripted
 
@@ -20,6 +21,10 @@ RELEASE = Path(__file__).parents[3] / "shared" / "replay" / "autotts"
 SHUFFLES = 100
 
 GOOD = {"question": "q", "gold_answer": "7", "probe_freq": 500, "each_branch": [[["1", "7"], 1200, "7"]]}
+
+
+def recording_of(branches: list[RecordedBranch]) -> Recording:
+    return intern(RecordedQuestion("q", "m", "b", 10, branches, "7"))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +61,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_recording_cannot_be_changed() -> None:
-    recording = make("q", "7", 10, [RecordedBranch(["1", None], 25, "7")])
+    recording = recording_of([RecordedBranch(["1", None], 25, "7")])
     assert recording.answers == ("1", "7")
     with pytest.raises(ValueError, match="read-only"):
         recording.probes[0] = 3
 
 
 def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
-    recording = make("q", "7", 10, [RecordedBranch(["7"], 25, "7", [4])])
+    recording = recording_of([RecordedBranch(["7"], 25, "7", [4])])
     for supposed, spent in ((None, 14), (9, 19)):
         state = State(Limits(10))
         script = Scripted([branch(), probe(0)])
@@ -72,15 +77,24 @@ def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
 
 
 def test_more_branches_than_recorded_is_an_error_of_the_environment() -> None:
-    recording = make("q", "7", 10, [RecordedBranch(["1"], 25, "7")])
+    recording = recording_of([RecordedBranch(["1"], 25, "7")])
     with pytest.raises(Censored, match="only 1 branches"):
         run_sync(run_episode(Scripted([branch(), branch()]), ReplayEnvironment(recording, [0]), State(Limits(10))))
+
+
+def test_past_the_end_of_a_censored_branch_is_an_error_of_the_environment() -> None:
+    recording = recording_of([RecordedBranch(["1", "7"], 25, None, complete=False)])
+    state = State(Limits(10))
+    script = Scripted([branch(2), probe(0)], [advance(0)])
+    with pytest.raises(Censored, match="branch 0 was recorded for 2 intervals and not to its end"):
+        run_sync(run_episode(script, ReplayEnvironment(recording, [0]), state))
+    assert (state.spent, state.branches[0].label) == (20, 0)
 
 
 def evaluate(model: str, benchmark: str, controller: str, beta: float) -> tuple[float, float]:
     """Accuracy in percent and mean tokens over all shuffles."""
     right = tokens = episodes = 0
-    recordings = read_release(RELEASE / model / f"{benchmark}.json.xz")
+    recordings = [intern(recorded) for recorded in read_release(RELEASE / model / f"{benchmark}.json.xz")]
     for seed in range(SHUFFLES):
         order = shuffled(recordings[0].branches, seed)
         for recording in recordings:
