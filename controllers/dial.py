@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Final
 
 from controllers.errors import BetaError
+
+# A plain decimal in ASCII: float() would also take nan, 1e400, 1_000 and full-width digits.
+_DECIMAL: Final = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})", re.ASCII)
+
+
+def parse_beta(text: str, name: str) -> float:
+    """β from a user's text. Raises BetaError, which says that `name` is wrong."""
+    if not _DECIMAL.fullmatch(text) or not 0 <= float(text) <= 1:
+        raise BetaError(f"{name} must be a decimal number from 0 to 1 such as 0.5, not {text[:40]!r}")
+    return float(text)
 
 
 def check_beta(beta: float) -> float:

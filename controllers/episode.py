@@ -24,6 +24,10 @@ class Controller(Protocol):
         ...
 
 
+Factory = Callable[[float], Controller]
+"""Makes a fresh controller for one episode from its β. Raises BetaError."""
+
+
 class Round(NamedTuple):
     """One round as it was carried out: what a trace is made of."""
 
@@ -59,7 +63,10 @@ async def run_episode(
 def _decide(controller: Controller, state: State) -> Sequence[Action]:
     try:
         return controller.decide(state)
-    except Exception as error:  # a controller is foreign code: whatever it raises is its failure, not ours
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a controller is foreign code: whatever it raises is its failure, not ours
         raise ControllerError(f"{type(controller).__name__} raised {type(error).__name__}: {error}") from error
 
 

@@ -4,7 +4,8 @@ ControllersError
 ├── BetaError            a β outside [0, 1], or not a number
 ├── UnknownController    a name no controller answers to
 ├── ControllerError      the controller is at fault
-│   └── IllegalAction    it asked for what is not allowed; nothing has changed
+│   ├── IllegalAction    it asked for what is not allowed; nothing has changed
+│   └── BadController    its file cannot be read, or no object be made of it
 └── BadFact              the environment is at fault: its facts do not answer the actions; nothing has changed
 """
 
@@ -27,6 +28,10 @@ class ControllerError(ControllersError):
 
 class IllegalAction(ControllerError):
     """A move the state does not allow. The state is as it was."""
+
+
+class BadController(ControllerError):
+    """A file that holds no controller, or a constructor that fails."""
 
 
 class BadFact(ControllersError):

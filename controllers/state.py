@@ -130,6 +130,21 @@ class State:
             winner = plurality(tally(branch.label for branch in self.branches if not branch.pruned))
         return winner
 
+    def ledger(self, winner: int | None = None) -> dict[str, int]:
+        """Tokens by what they were spent on; they add up to `spent`. `winner` is the branch whose text is read."""
+        tokens = dict.fromkeys(("winner", "agreeing", "losing", "pruned", "probe"), 0)
+        for index, branch in enumerate(self.branches):
+            tokens["probe"] += branch.probe_tokens
+            if index == winner:
+                kind = "winner"
+            elif branch.pruned:
+                kind = "pruned"
+            else:
+                agrees = branch.label is not None and branch.label == self.answer
+                kind = "agreeing" if agrees else "losing"
+            tokens[kind] += branch.tokens
+        return tokens
+
     # What is legal
 
     def check(self, actions: Sequence[Action]) -> None:

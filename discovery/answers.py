@@ -34,14 +34,14 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 def read(text: str, kind: Kind = Kind.AUTO) -> str | None:
     """The canonical form of the answer `text` ends up giving, or None."""
     if kind is Kind.BOXED:
-        return _canonical(boxed(text))
+        return canonical(boxed(text))
     if kind is Kind.CHOICE:
         return _choice(boxed(text) or "") or _choice(text)
     if kind is Kind.NUMBER:
         return _number(boxed(text) or "") or _number(text)
     inner = boxed(text)
     if inner is not None:
-        return _canonical(inner)
+        return canonical(inner)
     return _last(_CHOICE, text) or _plain_number(_last(_STATED_NUMBER, text))
 
 
@@ -59,7 +59,7 @@ def boxed(text: str) -> str | None:
     return None if last is None else text[slice(*last)]
 
 
-def _canonical(inner: str | None) -> str | None:
+def canonical(inner: str | None) -> str | None:
     """One spelling for an expression: LaTeX's spacing and wrappers gone, numbers in plain digits."""
     if inner is None:
         return None

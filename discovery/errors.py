@@ -2,6 +2,10 @@
 
 DiscoveryError
 ├── BadRecording    a file that is not what it should be; the message names the record and the reason
+├── NotRecorded     what was asked for is not among the recordings there are
+├── EngineError     jobs cannot be run the way that was asked for
+├── NotWritten      a file cannot be written where it was asked for
+├── TraceError      a file of traces cannot be written or read
 └── Censored        a replay asked for more of a branch than was recorded
 """
 
@@ -12,6 +16,22 @@ class DiscoveryError(Exception):
 
 class BadRecording(DiscoveryError):
     """A recording is malformed. Nothing of its file is taken."""
+
+
+class NotRecorded(DiscoveryError):
+    """No recordings are where they were said to be, or none of what was asked for."""
+
+
+class EngineError(DiscoveryError):
+    """Jobs cannot be run the way that was asked for."""
+
+
+class NotWritten(DiscoveryError):
+    """A file cannot be written where it was asked for."""
+
+
+class TraceError(DiscoveryError):
+    """A file of traces cannot be written, or is none."""
 
 
 class Censored(DiscoveryError):

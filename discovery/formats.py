@@ -8,11 +8,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from discovery.errors import BadRecording
-from discovery.recordings import RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import BadRecording, NotRecorded
+from discovery.recordings import Cell, RecordedBranch, RecordedQuestion, Split, question_id
 
 RELEASE_SEARCH = "aime24"
 """The release's search split; its other benchmarks are held out."""
+
+
+def release_files(path: Path) -> list[Path]:
+    """The files of the release at `path`: one of them, a model's folder, or the folder of all. Raises NotRecorded."""
+    found = [path] if path.is_file() else [*path.glob("*.json*"), *path.glob("*/*.json*")]
+    files = sorted(file for file in found if file.name.removesuffix(".xz").endswith(".json"))
+    if not files:
+        raise NotRecorded(f"{path}: no MODEL/BENCHMARK.json or .json.xz of the AutoTTS release there")
+    return files
+
+
+def release_cell(path: Path) -> Cell:
+    """What a file of the release says by where it lies. Its search split is one benchmark, the others are held out."""
+    benchmark = path.name.split(".")[0]
+    split = Split.SEARCH if benchmark == RELEASE_SEARCH else Split.HELD_OUT
+    return Cell(path.resolve().parent.name, benchmark, split)
 
 
 def read_release(path: Path) -> list[RecordedQuestion]:
@@ -38,15 +54,15 @@ def _question(path: Path, number: int, question: object) -> RecordedQuestion:
         interval = question["probe_freq"]
         if type(interval) is not int or interval < 1:
             raise ValueError(f"probe_freq is {interval!r}, not a number of tokens")
-        text, benchmark = str(question["question"]), path.name.split(".")[0]
+        text, cell = str(question["question"]), release_cell(path)
         return RecordedQuestion(
             question=question_id(text),
-            model=path.resolve().parent.name,
-            benchmark=benchmark,
+            model=cell.model,
+            benchmark=cell.benchmark,
             interval=interval,
             branches=branches,
             reference=str(question["gold_answer"]),
-            split=Split.SEARCH if benchmark == RELEASE_SEARCH else Split.HELD_OUT,
+            split=cell.split,
             text=text,
         )
     except KeyError as error:

@@ -43,6 +43,14 @@ class Origin(StrEnum):
     LIVE = "live"
 
 
+class Cell(NamedTuple):
+    """Recordings that are scored together."""
+
+    model: str
+    benchmark: str
+    split: Split
+
+
 class RecordedBranch(NamedTuple):
     """One branch as it was recorded, answers as text."""
 

@@ -18,11 +18,12 @@ UNSEEN = -1
 """The label of an answer not revealed yet."""
 
 
-def shuffled(branches: int, seed: int) -> list[int]:
-    """The order in which branches are opened under a shuffle seed."""
+@lru_cache(maxsize=1024)
+def shuffled(branches: int, seed: int) -> Sequence[int]:
+    """The order in which branches are opened under a shuffle seed; the same object for every controller."""
     order = list(range(branches))
     random.Random(seed).shuffle(order)
-    return order
+    return tuple(order)
 
 
 class ReplayEnvironment:
@@ -38,6 +39,7 @@ class ReplayEnvironment:
         self.recording = recording
         self.order = order
         self.revealed: list[int] = []  # the recording's number of each label
+        self.critical_path = 0  # tokens generated one after the other: of each round, the branch that ran longest
         self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; of NO_ANSWER, -1
         self._rows = recording.rows
         self._opened: list[RecordedRow] = []
@@ -46,6 +48,8 @@ class ReplayEnvironment:
         self._done: list[int] = []  # intervals each has run: one more than it has probes once it has finished
         self._probe_tokens = probe_tokens or 0
         self._priced = probe_tokens is None and recording.priced
+        self._charged = self._priced or self._probe_tokens > 0
+        self._delta = recording.interval
         self._steps = _steps(recording.interval, len(order))
         self._asked = _asked(self._probe_tokens, len(order))
 
@@ -54,15 +58,25 @@ class ReplayEnvironment:
         add = facts.append
         done, ends, steps = self._done, self._ends, self._steps
         probes, labels, asked = self._probes, self._labels, self._asked
+        most = longest = 0  # intervals, tokens
+        before, repeated = -1, self._charged  # a branch that moves twice, or pays for probes, has to be summed up
         for action in actions:
             verb, index = action.verb, action.branch
             if verb is CONTINUE:
                 intervals = action.intervals
                 after = done[index] + intervals
+                if index <= before:
+                    repeated = True
+                before = index
                 if after > ends[index]:
-                    add(self._finish(index))
+                    fact = self._finish(index)
+                    add(fact)
+                    if fact.tokens > longest:
+                        longest = fact.tokens
                 else:
                     done[index] = after
+                    if intervals > most:
+                        most = intervals
                     add(steps[index][intervals] if intervals < SHORT else self._step(index, intervals))
             elif verb is PROBE:
                 at = done[index]
@@ -78,7 +92,12 @@ class ReplayEnvironment:
                     known[label] = Probed(index, label, self._probe_tokens)
                 add(known[label])
             elif verb is BRANCH:
-                add(self._open(action.intervals))
+                fact = self._open(action.intervals)
+                add(fact)
+                before = fact.branch
+                if fact.tokens > longest:
+                    longest = fact.tokens
+        self.critical_path += _longest(facts) if repeated else max(longest, most * self._delta)
         return facts
 
     def is_right(self, label: int | None) -> bool:
@@ -101,7 +120,7 @@ class ReplayEnvironment:
         return replace(fact, tokens=row.tokens) if intervals == TO_END else fact
 
     def _step(self, index: int, intervals: int) -> Advanced:
-        return Advanced(index, intervals, intervals * self.recording.interval, False)
+        return Advanced(index, intervals, intervals * self._delta, False)
 
     def _finish(self, index: int) -> Advanced:
         """What is left of branch `index`; nothing if it has finished."""
@@ -110,7 +129,7 @@ class ReplayEnvironment:
             raise Censored(
                 f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
             )
-        whole, delta = len(row.probes), self.recording.interval
+        whole, delta = len(row.probes), self._delta
         label = self._label(row.final)
         if done > whole:
             return Advanced(index, 0, 0, True, label)
@@ -131,6 +150,14 @@ class ReplayEnvironment:
             label = self._labels[answer] = len(self.revealed)
             self.revealed.append(answer)
         return label
+
+
+def _longest(facts: Sequence[Fact]) -> int:
+    """Tokens of the branch that a round gave most."""
+    spent: dict[int, int] = {}
+    for fact in facts:
+        spent[fact.branch] = spent.get(fact.branch, 0) + fact.tokens
+    return max(spent.values(), default=0)
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""`autotts`: the verbs of the project."""
+"""`autotts`: the verbs of the project. What only the live side needs is imported by the verbs that need it."""
 
 from __future__ import annotations
 
@@ -8,38 +8,50 @@ import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
-from proxy import demo
-from proxy.dial import parse_beta
-from proxy.embedded import EmbeddedServer
-from proxy.errors import ApiError, ProxyError, SettingsError
-from proxy.server import Server, listen, running
-from proxy.settings import Settings, load
+from controllers.dial import parse_beta
+from controllers.errors import ControllersError
+from discovery.commands.evaluate import evaluate
+from discovery.commands.trace import trace
+from discovery.errors import DiscoveryError
+from proxy.errors import ProxyError
+
+if TYPE_CHECKING:
+    from proxy.settings import Settings
 
 BAD_INPUT = 2
 """Exit status when what the user gave cannot be used, or the machine cannot do it."""
 
-app = typer.Typer(name="autotts", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
+
+
+class Verbs(TyperGroup):
+    """Tells in one line what the user can mend."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except (ProxyError, DiscoveryError, ControllersError) as error:
+            words = " ".join(str(error).split())
+            console.print(f"autotts: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(evaluate)
+app.add_typer(trace)
 
 
 @app.callback()
 def autotts() -> None:
     """An OpenAI-compatible proxy that spends test-time compute by a controller with one dial, β."""
-
-
-def _beta(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return parse_beta(text, "--beta")
-    except ApiError as error:
-        raise SettingsError(error.message) from None
 
 
 @app.command()
@@ -77,12 +89,9 @@ def main() -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a command; what the user can mend is told in one line. SIGTERM ends it as orderly as an interrupt does."""
+    """Run a command's work. SIGTERM ends it as orderly as an interrupt does."""
     try:
         asyncio.run(_interruptible(work))
-    except ProxyError as error:
-        console.print(f"autotts: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
 
@@ -94,7 +103,10 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> None:
-    settings = load(beta=_beta(beta), **given)
+    from proxy.server import Server, listen
+    from proxy.settings import load
+
+    settings = load(beta=None if beta is None else parse_beta(beta, "--beta"), **given)
     with listen(host, port) as listening:
         async with _upstream(settings) as ready:
             server = Server(ready)
@@ -104,8 +116,13 @@ async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> Non
 
 
 async def _demo(problems: int, plot: Path, **given: Any) -> None:
+    from discovery.picture import check_plot
+    from proxy import demo
+    from proxy.server import running
+    from proxy.settings import load
+
     settings = load(**given)
-    demo.check_plot(plot)
+    check_plot(plot)
     async with _upstream(settings) as ready, running(ready) as url:
         await demo.run(f"{url}/v1", problems, plot)
 
@@ -116,6 +133,8 @@ async def _upstream(settings: Settings) -> AsyncIterator[Settings]:
     if settings.upstream is not None:
         yield settings
         return
+    from proxy.embedded import EmbeddedServer
+
     async with AsyncExitStack() as stack:
         with console.status("starting the embedded model (about 20 s)…"):
             server = await stack.enter_async_context(EmbeddedServer())
@@ -124,8 +143,10 @@ async def _upstream(settings: Settings) -> AsyncIterator[Settings]:
 
 def welcome(url: str, is_embedded: bool) -> str:
     """What to type next: a curl and a Python snippet that work against this server."""
+    from deploy.embedded.task import held_back
+
     model = "autotts-tiny" if is_embedded else "your model"
-    question = demo.EXAMPLE if is_embedded else "What is 17 * 23? Put the answer in \\boxed{}."
+    question = held_back(1)[0].question if is_embedded else "What is 17 * 23? Put the answer in \\boxed{}."
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'.replace("\\", "\\\\")
     return f"""
 AutoTTS Proxy listens on {url}

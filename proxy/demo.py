@@ -17,13 +17,11 @@ from rich.table import Table
 
 from deploy.embedded.task import Problem, held_back
 from discovery.answers import read
-from proxy.errors import StartError
+from discovery.picture import Panel, Point, draw
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CONCURRENCY = 4
 """Requests under way at once, in every row alike: latencies are comparable with each other only."""
-
-EXAMPLE = held_back(1)[0].question
 
 
 class Setting(NamedTuple):
@@ -58,7 +56,7 @@ async def run(base_url: str, problems: int, plot: Path) -> None:
                 task = progress.add_task(setting.name, total=len(questions))
                 rows[setting] = await _ask_all(client, setting, questions, lambda task=task: progress.advance(task))
     console.print(table(rows))
-    draw(rows, plot)
+    draw({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
     console.print(f"picture: {plot}", highlight=False)
 
 
@@ -112,30 +110,13 @@ def table(rows: dict[Setting, list[Asked]]) -> Table:
     return shown
 
 
-def check_plot(path: Path) -> None:
-    """Raise StartError, before anything costly, if the picture could not be written to `path`."""
-    if path.suffix not in (".png", ".svg"):
-        raise StartError(f"--plot {path}: the name must end in .png or .svg")
-    if not path.resolve().parent.is_dir():
-        raise StartError(f"--plot {path}: there is no folder {path.resolve().parent}")
-
-
-def draw(rows: dict[Setting, list[Asked]], path: Path) -> None:
-    """The accuracy-token frontier as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    points = {s: (statistics.fmean(a.tokens for a in asked), *accuracy(asked)) for s, asked in rows.items()}
-    tokens, percents, errors = zip(*(p for s, p in points.items() if s.controller is None), strict=True)
-    axes.errorbar(tokens, percents, errors, marker="o", capsize=3, color="#2563eb", label="controller, by β")
-    for setting, (spent, percent, error) in points.items():
-        if setting.controller is not None:
-            axes.errorbar(spent, percent, error, marker="s", capsize=3, color="#b45309", label=setting.name)
+def panel(rows: dict[Setting, list[Asked]]) -> Panel:
+    """The rows as lines of a picture: the controller by β, and the single sample beside it."""
+    lines: dict[str, list[Point]] = {"controller, by β": []}
+    for setting, asked in rows.items():
+        spent = statistics.fmean(one.tokens for one in asked)
+        if setting.controller is None:
+            lines["controller, by β"].append(Point(spent, *accuracy(asked), setting.name))
         else:
-            axes.annotate(setting.name, (spent, percent), textcoords="offset points", xytext=(7, -12), fontsize=9)
-    axes.set(xscale="log", xlabel="tokens a question, all branches and probes", ylabel="accuracy, %")
-    axes.set_title("What β buys on the embedded model (bars: standard error)", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+            lines[setting.name] = [Point(spent, *accuracy(asked))]
+    return lines

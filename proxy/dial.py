@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from controllers.dial import parse_beta
+from controllers.errors import BetaError
 from proxy.errors import BadRequest
 
 HEADER: Final = "x-tts-beta"
-
-# A plain decimal in ASCII: float() would also take nan, 1e400, 1_000 and full-width digits.
-_DECIMAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})", re.ASCII)
 
 EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
     {"none": 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
@@ -51,19 +49,18 @@ class Dial(NamedTuple):
         return f"{self.beta:.1f}"
 
 
-def parse_beta(text: str, param: str) -> float:
+def _parse(text: str, param: str) -> float:
     """β from client text. Raises BadRequest naming `param`."""
-    if not _DECIMAL.fullmatch(text) or not 0 <= float(text) <= 1:
-        raise BadRequest(
-            f"{param} must be a decimal number from 0 to 1 such as 0.5, not {text[:40]!r}", param=param, code="bad_beta"
-        )
-    return float(text)
+    try:
+        return parse_beta(text, param)
+    except BetaError as error:
+        raise BadRequest(str(error), param=param, code="bad_beta") from None
 
 
 def split_alias(model: str) -> tuple[str, float | None]:
     """`name@0.5` as its model and β; the β is None where the model has no `@`. Raises BadRequest."""
     name, at, beta = model.rpartition("@")
-    return (name, parse_beta(beta, "model")) if at else (model, None)
+    return (name, _parse(beta, "model")) if at else (model, None)
 
 
 def resolve(
@@ -79,7 +76,7 @@ def resolve(
     if len(headers) > 1:
         raise BadRequest(f"{HEADER} is given {len(headers)} times; send it once", param=HEADER, code="bad_beta")
     if headers:
-        return Dial(parse_beta(headers[0], HEADER), Source.HEADER)
+        return Dial(_parse(headers[0], HEADER), Source.HEADER)
     if body is not None:
         return Dial(body, Source.BODY)
     if effort is not None and effort in EFFORTS and not any(name in model.lower() for name in READS_EFFORT):

@@ -160,17 +160,7 @@ def _find_last(ids: list[int], marker: list[int]) -> int:
 
 def _ledger(environment: LiveEnvironment, state: State, winner: int, finalise: int) -> dict[str, int]:
     """Tokens by what they were spent on. What no fact accounts for was aborted."""
-    tokens = dict.fromkeys(("winner", "agreeing", "losing", "pruned", "probe", "finalise", "aborted"), 0)
-    for index, branch in enumerate(state.branches):
-        tokens["probe"] += branch.probe_tokens
-        if index == winner:
-            kind = "winner"
-        elif branch.pruned:
-            kind = "pruned"
-        else:
-            agrees = branch.label is not None and branch.label == state.answer
-            kind = "agreeing" if agrees else "losing"
-        tokens[kind] += branch.tokens
+    tokens = state.ledger(winner)
     tokens["finalise"] = finalise
     tokens["aborted"] = environment.meter.billed - sum(tokens.values())
     return tokens

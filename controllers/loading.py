@@ -1,0 +1,100 @@
+"""Reading a controller from a file: its one class with a `decide`.
+
+What is read here runs with all the rights of its reader. Checks are advice to the author, not a boundary.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from controllers.episode import Controller, Factory
+from controllers.errors import BadController, ControllersError
+from controllers.registry import find
+
+LARGEST: Final = 64 * 1024
+"""Bytes a controller file may have."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which controller is meant, and everything another process needs to make it."""
+
+    name: str  # a registered name such as cmc or asc@64, or the stem of a file
+    source: str | None = None  # the file's text; None for a registered one
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it came from a file."""
+        return self.source is not None
+
+    @property
+    def chains(self) -> int:
+        """How many chains `NAME@N` asks for; 0 where the number follows β."""
+        _, _, number = self.name.partition("@")
+        return int(number) if self.source is None and number else 0
+
+    @property
+    def digest(self) -> str:
+        """A hash of the controller: of its text, or of its name if it is a registered one."""
+        return sha256((self.name if self.source is None else self.source).encode()).hexdigest()
+
+    @cached_property
+    def factory(self) -> Factory:
+        """What makes a fresh controller from β. Raises UnknownController or BadController."""
+        return find(self.name) if self.source is None else load(self.source, self.name)
+
+
+def parse_spec(text: str) -> Spec:
+    """`NAME`, `NAME@N` or `FILE.py` as a spec whose factory works. Raises UnknownController or BadController."""
+    spec = read(Path(text)) if text.endswith(".py") else Spec(text)
+    _ = spec.factory
+    return spec
+
+
+def read(path: Path) -> Spec:
+    """The controller in a file. Raises BadController, naming the file."""
+    try:
+        source = path.read_bytes()
+        if len(source) > LARGEST:
+            raise BadController(f"{path}: {len(source)} bytes; a controller file has {LARGEST} at most")
+        spec = Spec(path.stem, source.decode())
+        _ = spec.factory
+        return spec
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadController(f"{path}: {error}") from None
+
+
+def load(source: str, name: str) -> Factory:
+    """The one class with a `decide` that a controller file's text defines. Raises BadController."""
+    module = ModuleType(f"controller_{sha256(source.encode()).hexdigest()[:12]}")
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    try:
+        exec(compile(source, f"{name}.py", "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:  # foreign code: whatever it raises is its failure, not ours
+        raise BadController(f"{name}.py: {type(error).__name__}: {error}") from None
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and callable(getattr(value, "decide", None))
+    ]
+    if len(found) != 1:
+        names = ", ".join(sorted(value.__name__ for value in found)) or "none"
+        raise BadController(f"{name}.py: a controller file has one class with a decide method, not {names}")
+    made: type[Controller] = found[0]
+    return made
+
+
+def make(spec: Spec, beta: float) -> Controller:
+    """A fresh controller for one episode. Raises BetaError, or BadController on whatever its constructor raises."""
+    try:
+        return spec.factory(beta)
+    except ControllersError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadController(f"{spec.name}: its constructor raised {type(error).__name__}: {error}") from None

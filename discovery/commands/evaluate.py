@@ -1,0 +1,151 @@
+"""`autotts evaluate`: controllers scored on recordings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from controllers.dial import parse_beta
+from controllers.errors import BetaError, UnknownController
+from controllers.loading import parse_spec
+from discovery.curve import Difference, Score, differences
+from discovery.engines import EngineName, engine_called
+from discovery.evaluate import Answers, Evaluation
+from discovery.files import check_place, whole
+from discovery.picture import Panel, Point, check_plot, draw
+from discovery.playing import Rules
+from discovery.recordings import Split
+from discovery.source import choose, open_source
+
+
+def evaluate(
+    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
+    controllers: Annotated[str, typer.Option(help="names, NAME@N for N chains, or files: cmc,asc@64,mine.py")] = "cmc",
+    betas: Annotated[str, typer.Option(help="values of β")] = "0,0.5,1",
+    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
+    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
+    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
+    split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
+    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    probe_tokens: Annotated[
+        int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
+    ] = None,
+    max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
+    engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.LOCAL,
+    workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
+    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="where figures go as JSON")] = None,
+    traces: Annotated[Path | None, typer.Option(help="folder for every round of every episode")] = None,
+    plot: Annotated[Path | None, typer.Option(help="where the accuracy-token picture goes (.png or .svg)")] = None,
+) -> None:
+    """Score controllers on recorded branches, without a model."""
+    specs = [parse_spec(text) for text in _list(controllers)]
+    dials = [parse_beta(text, "--betas") for text in _list(betas)]
+    if not specs or not dials:
+        raise BetaError("--betas names none") if specs else UnknownController("--controllers names none")
+    if plot is not None:
+        check_plot(plot)
+    if json_to not in (None, "-"):
+        check_place(Path(json_to), "--json")
+    source = open_source(recordings)
+    cells = choose(source.cells(), _list(models), _list(benchmarks), split)
+    evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, Rules(max_branches, probe_tokens, traces))
+    with _progress(evaluation.work) as advance:
+        found = evaluation.run(engine_called(engine, workers), advance)
+    figures = json.dumps([score.as_json() for score in found], indent=2, ensure_ascii=False) + "\n"
+    if json_to == "-":
+        sys.stdout.write(figures)
+    else:
+        _show(found)
+    if json_to not in (None, "-"):
+        with whole(Path(json_to)) as file:
+            file.write(figures.encode())
+    if plot is not None:
+        draw(_panels(found), plot)
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that moves a bar on; there is one on a terminal only."""
+    console = Console(stderr=True)
+    columns = (TextColumn("shuffles"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _show(found: Sequence[Score]) -> None:
+    """The figures for people, and what went wrong."""
+    console = wide_console()
+    console.print(_table(found))
+    if compared := differences(found):
+        console.print(_differences(compared))
+    for score in found:
+        if score.failures:
+            words = (
+                f"{score.controller}, β = {score.beta:g}, {' '.join(score.cell)}: {len(score.failures)} episodes failed"
+            )
+            console.print(f"{words}: {score.failures[0].message}", style="red", markup=False, highlight=False)
+
+
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _table(found: Sequence[Score]) -> Table:
+    table = Table(title="per question; ± is a standard error over questions", title_justify="left")
+    left, right = ("controller", "model", "benchmark"), ("β", "accuracy %", "tokens", "probes", "rounds", "branches")
+    for heading in (left[0], right[0], *left[1:], *right[1:], "path", "path p95", "decisions/s"):
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=heading in right)
+    for score in found:
+        figures = score.as_json()
+        table.add_row(
+            score.controller,
+            f"{score.beta:g}",
+            score.cell.model,
+            f"{score.cell.benchmark} ({score.cell.split})",
+            f"{score.accuracy:.1f} ± {score.error:.1f}",
+            f"{figures['tokens']:,.0f}",
+            f"{figures['tokens_by_kind']['probe']:,.0f}",
+            f"{figures['rounds']:.1f}",
+            f"{figures['branches']:.1f}",
+            f"{figures['critical_path_mean']:,.0f}",
+            f"{figures['critical_path_p95']:,.0f}",
+            f"{figures['decisions_per_s']:,.0f}",
+        )
+    return table
+
+
+def _differences(compared: Sequence[Difference]) -> Table:
+    table = Table(title=f"against {compared[0].against}, 95 % interval paired by question", title_justify="left")
+    for heading in ("controller", "β", "model", "questions", "points", "interval", "tokens ×"):
+        table.add_column(heading, justify="left" if heading in ("controller", "model") else "right")
+    for one in compared:
+        interval = f"[{one.low:+.1f}, {one.high:+.1f}]"
+        cells = (f"{one.beta:g}", one.model, str(one.questions), f"{one.accuracy:+.1f}", interval, f"{one.tokens:.2f}")
+        table.add_row(one.controller, *cells)
+    return table
+
+
+def _panels(found: Sequence[Score]) -> dict[str, Panel]:
+    """A panel a cell, a line a controller."""
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for score in found:
+        lines = panels.setdefault(" ".join(score.cell), {})
+        point = Point(score.mean("tokens"), score.accuracy, score.error, f"β = {score.beta:g}")
+        lines.setdefault(score.controller, []).append(point)
+    return {title: {name: sorted(points) for name, points in lines.items()} for title, lines in panels.items()}

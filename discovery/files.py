@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from discovery.errors import NotWritten
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that takes the name `path` when the context ends well. Raises NotWritten."""
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.resolve().parent, prefix=".autotts-", delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                Path(file.name).chmod(0o644)
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise NotWritten(f"{path}: {error.strerror}") from None
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise NotWritten, before anything costly, if there is no folder for `path`."""
+    if not path.resolve().parent.is_dir():
+        raise NotWritten(f"{option} {path}: there is no folder {path.resolve().parent}")
+    if path.is_dir():
+        raise NotWritten(f"{option} {path}: that is a folder")
