@@ -46,7 +46,7 @@ class Action:
         verb = self.verb
         if type(verb) is not Verb:
             raise IllegalAction(f"{verb!r} is no verb")
-        if type(self.branch) is not int:
+        if type(self.branch) is not int or (self.branch < 0 and verb in (CONTINUE, PROBE, PRUNE)):
             raise IllegalAction(f"{verb.name}: there is no branch {self.branch!r}; they are numbered from 0")
         if verb <= CONTINUE and (type(self.intervals) is not int or not 1 <= self.intervals <= TO_END):
             raise IllegalAction(f"{verb.name}: intervals must be from 1 to TO_END, not {self.intervals!r}")

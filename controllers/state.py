@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import compress, count
 
 from controllers.actions import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
 from controllers.errors import BadFact, IllegalAction
 from controllers.voting import plurality, tally
 
-UNTOUCHED, MOVED, ASKED = range(3)
+GONE, UNTOUCHED, MOVED, ASKED = range(4)
+"""What a round did last to a branch; GONE for one that is finished or pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class State:
     """
 
     __slots__ = (
-        "_alive",
+        "_fresh",
+        "_gone",
         "active",
         "answer",
         "branches",
@@ -105,7 +108,8 @@ class State:
         self.spent = 0  # tokens, probes included
         self.answer: int | None = None  # the label answered with
         self.stop: Stop | None = None  # why the episode ended; None while it runs
-        self._alive: set[int] = set()  # what `active` lists, to look up
+        self._fresh: list[int] = []  # for each branch UNTOUCHED, or GONE: where a round begins
+        self._gone = 0  # how many of them are GONE
 
     @property
     def width(self) -> int:
@@ -155,44 +159,46 @@ class State:
             raise IllegalAction(f"a round is a list of actions, not {type(actions).__name__}")
         if not actions:
             raise IllegalAction("an empty round makes no progress; answer(state.leader()) ends the episode")
-        branches, alive = self.branches, self._alive
-        since = [UNTOUCHED] * len(branches)  # what this round did last to each branch
-        for action in actions:
-            if type(action) is not Action:
-                raise IllegalAction(f"{action!r} is no action; branch(), advance(), … make them")
-            verb, index = action.verb, action.branch
-            if verb is CONTINUE:
-                if index not in alive:
-                    raise self._no_branch(action, len(since))
-                since[index] = MOVED
-            elif verb is PROBE:
-                if index not in alive:
-                    raise self._no_branch(action, len(since))
-                last = since[index]
-                if last == ASKED or (last == UNTOUCHED and branches[index].probed == branches[index].intervals):
-                    raise IllegalAction(f"PROBE: branch {index} has not moved since it was probed")
-                since[index] = ASKED
-            elif verb is BRANCH:
-                if len(since) >= self.limits.max_branches:
-                    raise IllegalAction(f"branch(): {self.limits.max_branches} branches are the most")
-                if alive is self._alive:
-                    alive = alive.copy()
-                alive.add(len(since))
-                since.append(MOVED)
-            elif verb is PRUNE:
-                if index not in alive:
-                    raise self._no_branch(action, len(since))
-                if alive is self._alive:
-                    alive = alive.copy()
-                alive.remove(index)
-            else:
-                self._check_answer(actions, action.label)
+        since = self._fresh.copy()
+        try:
+            for action in actions:
+                if type(action) is not Action:
+                    raise IllegalAction(f"{action!r} is no action; branch(), advance(), … make them")
+                verb, index = action.verb, action.branch
+                if verb is CONTINUE:
+                    if since[index] == GONE:
+                        raise self._no_branch(action, since)
+                    since[index] = MOVED
+                elif verb is PROBE:
+                    if since[index] != MOVED:
+                        self._check_probe(action, since)
+                    since[index] = ASKED
+                elif verb is BRANCH:
+                    if len(since) >= self.limits.max_branches:
+                        raise IllegalAction(f"branch(): {self.limits.max_branches} branches are the most")
+                    since.append(MOVED)
+                elif verb is PRUNE:
+                    if since[index] == GONE:
+                        raise self._no_branch(action, since)
+                    since[index] = GONE
+                else:
+                    self._check_answer(actions, action.label)
+        except IndexError:
+            raise self._no_branch(action, since) from None
 
-    def _no_branch(self, action: Action, width: int) -> IllegalAction:
-        """Why `action` is about no active branch; `width` counts those its round opens before it."""
+    def _check_probe(self, action: Action, since: Sequence[int]) -> None:
+        """A branch that this round has not moved may be asked if an earlier round has."""
+        last, index = since[action.branch], action.branch
+        if last == GONE:
+            raise self._no_branch(action, since)
+        if last == ASKED or self.branches[index].probed == self.branches[index].intervals:
+            raise IllegalAction(f"PROBE: branch {index} has not moved since it was probed")
+
+    def _no_branch(self, action: Action, since: Sequence[int]) -> IllegalAction:
+        """Why `action` is about no active branch; `since` counts those its round opens before it."""
         verb, index = action.verb.name, action.branch
-        if not 0 <= index < width:
-            return IllegalAction(f"{verb}: there is no branch {index}; {width} are open")
+        if index >= len(since):
+            return IllegalAction(f"{verb}: there is no branch {index}; {len(since)} are open")
         finished = index < len(self.branches) and self.branches[index].finished
         return IllegalAction(f"{verb}: branch {index} is {'finished' if finished else 'pruned'}")
 
@@ -258,7 +264,7 @@ class State:
         asking = [action for action in actions if action.verb < PRUNE] if len(facts) != len(actions) else actions
         if len(facts) != len(asking):
             raise BadFact(f"{len(facts)} facts answer {len(asking)} actions")
-        branches, width, spent = self.branches, len(self.branches), 0
+        branches, width, gone, spent = self.branches, len(self.branches), self._gone, 0
         try:
             for action, fact in zip(asking, facts, strict=True):
                 verb, index = action.verb, action.branch
@@ -292,8 +298,8 @@ class State:
                 self._close_round(actions)
         finally:
             self.spent += spent
-            if len(branches) != width or len(self._alive) != len(self.active):
-                self.active = tuple(sorted(self._alive))
+            if len(branches) != width or self._gone != gone:
+                self.active = tuple(compress(count(), self._fresh))  # GONE is 0
         self.rounds += 1
 
     def _reveal(self, fact: Fact, label: int) -> None:
@@ -308,7 +314,7 @@ class State:
         branch = Branch()
         branch.intervals, branch.tokens = fact.intervals, fact.tokens
         self.branches.append(branch)
-        self._alive.add(fact.branch)
+        self._fresh.append(UNTOUCHED)
         if fact.finished:
             self._finish(fact)
 
@@ -321,14 +327,20 @@ class State:
             self.votes[label] = self.votes.get(label, 0) + 1
         branch.finished, branch.label = True, label
         self.finished.append(fact.branch)
-        self._alive.remove(fact.branch)
+        self._leave(fact.branch)
+
+    def _leave(self, index: int) -> None:
+        """Branch `index` is active no more."""
+        if self._fresh[index] != GONE:
+            self._fresh[index] = GONE
+            self._gone += 1
 
     def _close_round(self, actions: Sequence[Action]) -> None:
         """What brings no fact: prunes, and the answer."""
         for action in actions:
             if action.verb is PRUNE:
                 self.branches[action.branch].pruned = True
-                self._alive.discard(action.branch)
+                self._leave(action.branch)
             elif action.verb is ANSWER:
                 self.answer, self.stop = action.label, Stop.ANSWERED
 

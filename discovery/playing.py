@@ -6,7 +6,6 @@ ran it or in which order: engines agree to the bit.
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 import time
@@ -84,8 +83,6 @@ def jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: in
 
 def play(job: Job, recordings: Sequence[Recording], rules: Rules) -> Played:
     """Run every episode of `job`. Raises Censored, and TraceError if traces cannot be written."""
-    gc.collect()
-    gc.freeze()  # recordings and tables stay: no collection need look at them again
     began = time.perf_counter()
     tracer = None if rules.traces is None else TraceWriter(job.spec, job.beta, job.cell, recordings)
     outcomes = np.zeros((len(COLUMNS), len(job.shuffles), len(recordings)), np.int64)

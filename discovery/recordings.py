@@ -90,7 +90,11 @@ def question_id(text: str) -> str:
 
 
 class RecordedRow(NamedTuple):
-    """One branch of a recording in plain ints, which a replay reads faster than arrays."""
+    """One branch of a recording in plain ints, which a replay reads faster than arrays.
+
+    Probes stand last first: what is left to run of a branch is then where its latest probe stands. An answer that was
+    not readable has the number after those of all answers.
+    """
 
     probes: Sequence[int]
     probe_tokens: Sequence[int]
@@ -121,11 +125,14 @@ class Recording:
     @cached_property
     def rows(self) -> list[RecordedRow]:
         """The branches in plain ints."""
-        cuts = self.starts.tolist()
-        spans = [slice(*cut) for cut in itertools.pairwise(cuts)]
-        probes, costs = self.probes.tolist(), self.probe_tokens.tolist()
-        columns = zip(spans, self.tokens.tolist(), self.finals.tolist(), self.complete.tolist(), strict=True)
-        return [RecordedRow(probes[span], costs[span], *column) for span, *column in columns]
+        none = len(self.answers)
+        probes, finals = (np.where(numbers == NO_ANSWER, none, numbers) for numbers in (self.probes, self.finals))
+        spans = [slice(*cut) for cut in itertools.pairwise(self.starts.tolist())]
+        columns = zip(spans, self.tokens.tolist(), finals.tolist(), self.complete.tolist(), strict=True)
+        return [
+            RecordedRow(probes[span][::-1].tolist(), self.probe_tokens[span][::-1].tolist(), *column)
+            for span, *column in columns
+        ]
 
     @cached_property
     def priced(self) -> bool:

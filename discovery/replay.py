@@ -40,12 +40,11 @@ class ReplayEnvironment:
         self.order = order
         self.revealed: list[int] = []  # the recording's number of each label
         self.critical_path = 0  # tokens generated one after the other: of each round, the branch that ran longest
-        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; of NO_ANSWER, -1
+        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; then of none
         self._rows = recording.rows
         self._opened: list[RecordedRow] = []
         self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
-        self._ends: list[int] = []  # how many those are
-        self._done: list[int] = []  # intervals each has run: one more than it has probes once it has finished
+        self._left: list[int] = []  # whole intervals each can still run; -1 once it has finished
         self._probe_tokens = probe_tokens or 0
         self._priced = probe_tokens is None and recording.priced
         self._charged = self._priced or self._probe_tokens > 0
@@ -56,41 +55,44 @@ class ReplayEnvironment:
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         facts: list[Fact] = []
         add = facts.append
-        done, ends, steps = self._done, self._ends, self._steps
-        probes, labels, asked = self._probes, self._labels, self._asked
-        most = longest = 0  # intervals, tokens
+        left, steps, probes, labels, asked = self._left, self._steps, self._probes, self._labels, self._asked
+        priced, most, longest = self._priced, 0, 0  # intervals, tokens
         before, repeated = -1, self._charged  # a branch that moves twice, or pays for probes, has to be summed up
         for action in actions:
             verb, index = action.verb, action.branch
             if verb is CONTINUE:
                 intervals = action.intervals
-                after = done[index] + intervals
+                rest = left[index] - intervals
                 if index <= before:
                     repeated = True
                 before = index
-                if after > ends[index]:
+                if rest < 0:
                     fact = self._finish(index)
                     add(fact)
                     if fact.tokens > longest:
                         longest = fact.tokens
                 else:
-                    done[index] = after
+                    left[index] = rest
                     if intervals > most:
                         most = intervals
-                    add(steps[index][intervals] if intervals < SHORT else self._step(index, intervals))
+                    try:
+                        add(steps[index][intervals])
+                    except IndexError:
+                        add(self._step(index, intervals))
             elif verb is PROBE:
-                at = done[index]
-                if at > ends[index] or self._priced:
+                rest = left[index]
+                if rest < 0 or priced:
                     add(self._ask(index))
                     continue
-                answer = probes[index][at - 1]
+                answer = probes[index][rest]
                 label = labels[answer]
                 if label == UNSEEN:
                     label = self._label(answer)
-                known = asked[index]
-                if label not in known:
-                    known[label] = Probed(index, label, self._probe_tokens)
-                add(known[label])
+                try:
+                    add(asked[index][label])
+                except KeyError:
+                    asked[index][label] = Probed(index, label, self._probe_tokens)
+                    add(asked[index][label])
             elif verb is BRANCH:
                 fact = self._open(action.intervals)
                 add(fact)
@@ -105,17 +107,16 @@ class ReplayEnvironment:
         return label is not None and self.revealed[label] == self.recording.reference
 
     def _open(self, intervals: int) -> Advanced:
-        index = len(self._done)
+        index = len(self._left)
         if index >= len(self.order):
             raise Censored(f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that")
         row = self._rows[self.order[index]]
         self._opened.append(row)
         self._probes.append(row.probes)
-        self._ends.append(len(row.probes))
+        self._left.append(len(row.probes))
         if intervals <= len(row.probes):
-            self._done.append(intervals)
+            self._left[index] -= intervals
             return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
-        self._done.append(0)
         fact = self._finish(index)
         return replace(fact, tokens=row.tokens) if intervals == TO_END else fact
 
@@ -124,25 +125,25 @@ class ReplayEnvironment:
 
     def _finish(self, index: int) -> Advanced:
         """What is left of branch `index`; nothing if it has finished."""
-        row, done = self._opened[index], self._done[index]
+        row, left = self._opened[index], self._left[index]
         if not row.complete:
             raise Censored(
                 f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
             )
         whole, delta = len(row.probes), self._delta
         label = self._label(row.final)
-        if done > whole:
+        if left < 0:
             return Advanced(index, 0, 0, True, label)
-        self._done[index] = whole + 1
+        self._left[index] = -1
         rest = max(0, row.tokens - whole * delta)
-        return Advanced(index, whole + 1 - done, (whole - done) * delta + rest, True, label)
+        return Advanced(index, left + 1, left * delta + rest, True, label)
 
     def _ask(self, index: int) -> Probed:
         """A probe at its recorded price; of a finished branch, its final label for nothing."""
-        row, at = self._opened[index], self._done[index] - 1
-        if at == len(row.probes):
+        row, left = self._opened[index], self._left[index]
+        if left < 0:
             return Probed(index, self._label(row.final), 0)
-        return Probed(index, self._label(row.probes[at]), row.probe_tokens[at])
+        return Probed(index, self._label(row.probes[left]), row.probe_tokens[left])
 
     def _label(self, answer: int) -> int | None:
         label = self._labels[answer]

@@ -1,61 +1,80 @@
 """Traces: every round of every episode, its actions and its facts, in columns.
 
-Actions and facts are numbered where they first appear and kept once; an episode is two runs of those numbers. A file
-holds one job's episodes; a folder holds the files of one controller at one β over one cell.
+Facts are numbered where they first appear and kept once; an episode is a run of those numbers. A fact says which
+action it answers, but for how far a branch was asked to run when it finished earlier; that, and the actions that bring
+no fact, stand in columns of their own. A file holds one job's episodes.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import zipfile
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers import Action, Advanced, Fact, Limits, Probed, Round, State, Verb
+from controllers import Action, Advanced, Fact, Limits, Probed, Round, State, Verb, advance, branch, probe
+from controllers.actions import PRUNE
 from controllers.loading import Spec
 from discovery.errors import TraceError
 from discovery.files import whole
 from discovery.recordings import Cell, Recording
 
 FORMAT = 1
-_ADVANCED, _PROBED = 10, 11  # beside the verbs, in the first column of the table
-_NONE = -1
+ADVANCED, PROBED = 0, 1
+NONE = -1
+"""In place of a label where there is none."""
 
 
-class Codes:
-    """Numbers for actions and facts. Looking one up goes by identity: nearly all of them are interned."""
+class Codes(dict[int, int]):
+    """The number of each fact, by its identity: nearly all of them are interned, and hashing them would cost more."""
 
     def __init__(self) -> None:
-        self.items: list[Action | Fact] = []
-        self._by_id: dict[int, int] = {}
-        self._by_value: dict[Action | Fact, int] = {}
+        self._facts: list[Fact] = []  # by number; being here keeps a fact's id from being given to another
+        self._ends = bytearray()  # by number: whether a branch finished
 
-    def of(self, items: Sequence[Action | Fact]) -> list[int]:
-        """The number of each item."""
-        codes: list[Any] = list(map(self._by_id.get, map(id, items)))
-        if None in codes:
-            at = codes.index(None)
-            while True:
-                codes[at] = self._number(items[at])
-                try:
-                    at = codes.index(None, at + 1)
-                except ValueError:
-                    break
+    def __missing__(self, identity: int) -> int:
+        code = self[identity] = len(self)
+        return code
+
+    def of(self, facts: Sequence[Fact]) -> NDArray[np.uint32]:
+        """The numbers of some facts."""
+        mine = self._facts
+        known = len(mine)
+        codes = np.frombuffer(array("I", map(self.__getitem__, map(id, facts))), np.uint32)
+        if len(self) > known:
+            new = np.flatnonzero(codes >= known)
+            for at, code in zip(new.tolist(), codes[new].tolist(), strict=True):
+                if code == len(mine):
+                    mine.append(facts[at])
+            self._ends += bytes(type(fact) is Advanced and fact.finished for fact in mine[known:])
         return codes
 
-    def _number(self, item: Action | Fact) -> int:
-        code = self._by_value.get(item)
-        if code is None:
-            code = self._by_value[item] = len(self.items)
-            self.items.append(item)  # which also keeps its id from being given to another
-            self._by_id[id(item)] = code
-        return code
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Six figures a fact: what it is, branch, intervals, tokens, finished, label."""
+        advanced = [fact if type(fact) is Advanced else None for fact in self._facts]
+        columns = (
+            [PROBED if fact is None else ADVANCED for fact in advanced],
+            [fact.branch for fact in self._facts],
+            [0 if fact is None else fact.intervals for fact in advanced],
+            [fact.tokens for fact in self._facts],
+            self._ends,
+            [NONE if fact.label is None else fact.label for fact in self._facts],
+        )
+        return np.stack([np.array(column, np.int64) for column in columns], axis=1)
+
+    def ends(self, codes: NDArray[np.uint32]) -> list[int]:
+        """Where among `codes` branches finished."""
+        found: list[int] = np.flatnonzero(np.frombuffer(self._ends, np.bool_)[codes]).tolist()
+        return found
 
 
 class TraceWriter:
@@ -76,9 +95,10 @@ class TraceWriter:
         self._folder = Path(cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
         self._codes = Codes()
         self._rounds: list[Round] = []
-        self._actions: list[NDArray[Any]] = []
-        self._facts: list[NDArray[Any]] = []
-        self._lengths: list[int] = []  # actions of each round
+        self._facts: list[NDArray[np.uint32]] = []
+        self._counts: list[int] = []  # facts of each round
+        self._asked: list[int] = []  # intervals each finished branch was asked for
+        self._factless = array("q")  # five figures each: round, position in it, verb, branch, label
         self._episodes: list[tuple[int, ...]] = []
 
     def on_round(self, state: State, played: Round) -> None:
@@ -87,24 +107,39 @@ class TraceWriter:
 
     def end_episode(self, state: State, right: bool) -> None:
         """Take the rounds since the last episode as one."""
-        actions = list(itertools.chain.from_iterable(played.actions for played in self._rounds))
-        facts = list(itertools.chain.from_iterable(played.facts for played in self._rounds))
-        self._actions.append(np.array(self._codes.of(actions), np.uint32))
-        self._facts.append(np.array(self._codes.of(facts), np.uint32))
-        self._lengths += [len(played.actions) for played in self._rounds]
-        label = _NONE if state.answer is None else state.answer
-        self._episodes.append((len(self._rounds), len(actions), len(facts), label, right, state.limits.max_branches))
+        before = len(self._asked), len(self._factless)
+        facts: list[Fact] = []
+        starts: list[int] = []
+        for number, (actions, found) in enumerate(self._rounds):
+            starts.append(len(facts))
+            facts += found
+            missing = len(actions) - len(found)
+            if missing:
+                factless = (at for at, action in enumerate(actions) if action.verb >= PRUNE)
+                for at in islice(factless, missing):
+                    action = actions[at]
+                    self._factless.extend((number, at, action.verb, action.branch, _number(action.label)))
+        codes = self._codes.of(facts)
+        for at in self._codes.ends(codes):
+            number = bisect_right(starts, at) - 1
+            self._asked.append(_asking(self._rounds[number])[at - starts[number]].intervals)
+        self._facts.append(codes)
+        self._counts += map(int.__sub__, [*starts[1:], len(facts)], starts)
+        grown = len(self._asked) - before[0], (len(self._factless) - before[1]) // 5
+        lengths = (len(self._rounds), len(facts), *grown)
+        self._episodes.append((*lengths, _number(state.answer), right, state.limits.max_branches))
         self._rounds.clear()
 
     def save(self, folder: Path, shuffles: range) -> Path:
         """Write the file of the job that ran `shuffles`, below `folder`; it appears whole or not at all."""
         target = folder / self._folder / f"{shuffles.start:04d}.npz"
         columns = {
-            "table": np.array([_row(item) for item in self._codes.items], np.int64).reshape(-1, 6),
-            "actions": _small(self._actions),
+            "table": self._codes.table,
             "facts": _small(self._facts),
-            "lengths": np.array(self._lengths, np.uint16),
-            "episodes": np.array(self._episodes, np.int32).reshape(-1, 6),
+            "counts": np.array(self._counts, np.uint16),
+            "asked": np.array(self._asked, np.int32),
+            "factless": np.array(self._factless).reshape(-1, 5),
+            "episodes": np.array(self._episodes, np.int32).reshape(-1, 7),
         }
         about = json.dumps(self._about | {"shuffles": [shuffles.start, shuffles.stop]})
         try:
@@ -121,23 +156,23 @@ def _small(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return whole.astype(np.uint16 if whole.max(initial=0) < 1 << 16 else np.uint32)
 
 
-def _row(item: Action | Fact) -> tuple[int, int, int, int, int, int]:
-    if isinstance(item, Action):
-        return item.verb, item.branch, item.intervals, 0, 0, _NONE if item.label is None else item.label
-    label = _NONE if item.label is None else item.label
-    if isinstance(item, Advanced):
-        return _ADVANCED, item.branch, item.intervals, item.tokens, item.finished, label
-    return _PROBED, item.branch, 0, item.tokens, 0, label
+def _number(label: int | None) -> int:
+    return NONE if label is None else label
 
 
-def _item(row: Sequence[int]) -> Action | Fact:
+def _asking(played: Round) -> Sequence[Action]:
+    """The actions that facts answer."""
+    if len(played.actions) == len(played.facts):
+        return played.actions
+    return [action for action in played.actions if action.verb < PRUNE]
+
+
+def _fact(row: Sequence[int]) -> Fact:
     kind, branch, intervals, tokens, finished, number = row
-    label = None if number == _NONE else number
-    if kind == _ADVANCED:
+    label = None if number == NONE else number
+    if kind == ADVANCED:
         return Advanced(branch, intervals, tokens, bool(finished), label)
-    if kind == _PROBED:
-        return Probed(branch, label, tokens)
-    return Action(Verb(kind), branch, intervals, label)
+    return Probed(branch, label, tokens)
 
 
 class Episode(NamedTuple):
@@ -154,41 +189,50 @@ class Trace:
     """One file of traces."""
 
     about: dict[str, Any]  # controller, digest, beta, model, benchmark, split, interval, questions (hashes), shuffles
-    items: list[Action | Fact]
+    facts: list[Fact]  # by number
     arrays: dict[str, NDArray[Any]]
 
     def episodes(self) -> list[Episode]:
         """All of them, in the order they were run in."""
         width, first = len(self.about["questions"]), self.about["shuffles"][0]
         return [
-            Episode(at % width, first + at // width, None if label == _NONE else label, bool(right))
-            for at, (_, _, _, label, right, _) in enumerate(self.arrays["episodes"].tolist())
+            Episode(at % width, first + at // width, None if label == NONE else label, bool(right))
+            for at, (*_, label, right, _) in enumerate(self.arrays["episodes"].tolist())
         ]
 
     def rounds(self, at: int) -> list[Round]:
         """The rounds of the episode at position `at`."""
         episodes = self.arrays["episodes"]
-        lengths, actions, facts = (
-            self.arrays[name][begin : begin + count].tolist()
-            for name, begin, count in zip(
-                ("lengths", "actions", "facts"),
-                episodes[:at, :3].sum(axis=0).tolist(),
-                episodes[at, :3].tolist(),
+        counts, codes, asked, factless = (
+            self.arrays[name][begin : begin + length].tolist()
+            for name, begin, length in zip(
+                ("counts", "facts", "asked", "factless"),
+                episodes[:at, :4].sum(axis=0).tolist(),
+                episodes[at, :4].tolist(),
                 strict=True,
             )
         )
-        doing, done = iter(actions), iter(facts)
-        return [self._round(list(itertools.islice(doing, length)), done) for length in lengths]
-
-    def _round(self, codes: Sequence[int], facts: Iterator[int]) -> Round:
-        actions: list[Any] = [self.items[code] for code in codes]
-        count = sum(action.verb < Verb.PRUNE for action in actions)
-        answers: list[Any] = [self.items[code] for code in itertools.islice(facts, count)]
-        return Round(actions, answers)
+        facts, asking, width = iter([self.facts[code] for code in codes]), iter(asked), 0
+        rounds: list[Round] = []
+        for count in counts:
+            found = list(islice(facts, count))
+            actions: list[Action] = []
+            for fact in found:
+                if isinstance(fact, Probed):
+                    actions.append(probe(fact.branch))
+                    continue
+                intervals = next(asking) if fact.finished else fact.intervals
+                actions.append(branch(intervals) if fact.branch == width else advance(fact.branch, intervals))
+                width += fact.branch == width
+            rounds.append(Round(actions, found))
+        for number, place, verb, index, label in factless:
+            action = Action(Verb(verb), index, label=None if label == NONE else label)
+            rounds[number].actions.insert(place, action)
+        return rounds
 
     def states(self, at: int) -> Iterator[tuple[State, Round]]:
         """The state after each round of the episode at position `at`; it is one object that goes on changing."""
-        state = State(Limits(self.about["interval"], int(self.arrays["episodes"][at, 5])))
+        state = State(Limits(self.about["interval"], int(self.arrays["episodes"][at, 6])))
         for played in self.rounds(at):
             state.apply(played.actions, played.facts)
             yield state, played
@@ -202,7 +246,7 @@ def read_trace(path: Path) -> Trace:
         about = json.loads(str(arrays.pop("about")))
         if about["format"] != FORMAT:
             raise TraceError(f"{path}: written in format {about['format']}; this program reads {FORMAT}")
-        return Trace(about, [_item(row) for row in arrays["table"].tolist()], arrays)
+        return Trace(about, [_fact(row) for row in arrays.pop("table").tolist()], arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{path}: no file of traces ({error})") from None
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import comb
 
-from discovery.recordings import RecordedRow
+from discovery.recordings import RecordedRow, Recording
 
 
 @cache
@@ -18,6 +18,11 @@ def confidence(first: int, second: int) -> float:
     """1 - BetaCDF(1/2; first + 1, second + 1)."""
     throws = first + second + 1
     return sum(comb(throws, k) for k in range(first + 1)) / 2**throws if first else 0.0
+
+
+def forwards(recording: Recording) -> list[RecordedRow]:
+    """The rows of a recording, probes in the order they were made in."""
+    return [row._replace(probes=row.probes[::-1]) for row in recording.rows]
 
 
 def play(rows: Sequence[RecordedRow], order: Sequence[int], delta: int, b: float) -> tuple[int, int]:
@@ -54,7 +59,7 @@ def play(rows: Sequence[RecordedRow], order: Sequence[int], delta: int, b: float
 
     def open_one() -> None:
         row = rows[order[len(chains)]]
-        chains.append(row.probes)
+        chains.append(row.probes)  # first first, see `forwards`
         rests.append(max(0, row.tokens - delta * len(row.probes)))
         finals.append(row.final)
         at.append(0)

@@ -73,6 +73,7 @@ def test_facts_are_taken_in() -> None:
         (lambda: Action(Verb.BRANCH, -1, "2"), "intervals"),  # type: ignore[arg-type]
         (lambda: advance("0"), "no branch '0'"),  # type: ignore[arg-type]
         (lambda: advance(7.0), "no branch 7.0"),  # type: ignore[arg-type]
+        (lambda: advance(-1), "no branch -1"),
         (lambda: advance(0, 0), "intervals"),
         (lambda: answer("0"), "no label '0'"),  # type: ignore[arg-type]
         (lambda: Action(1), "1 is no verb"),  # type: ignore[arg-type]
@@ -105,7 +106,6 @@ def test_a_fact_is_possible_or_is_not_made(make: Callable[[], Fact]) -> None:
         ([], "empty"),
         ([branch(), branch()], "5 branches are the most"),
         ([advance(4)], "no branch 4"),
-        ([advance(-1)], "no branch -1"),
         ([advance(2)], "finished"),
         ([advance(3)], "pruned"),
         ([probe(0)], "not moved"),

@@ -27,7 +27,7 @@ from controllers import (
 
 INTERVAL, CAP, BRANCH, PROBE = 8, 400, 60, 3
 
-indices = st.integers(-1, 9)
+indices = st.integers(0, 9)
 intervals = st.sampled_from([1, 2, TO_END])
 actions = st.lists(
     st.one_of(
