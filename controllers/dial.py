@@ -31,6 +31,15 @@ def linear(low: float, high: float, beta: float) -> float:
     return low + (high - low) * beta
 
 
+MOST_CHAINS: Final = 64
+
+
+def chains(beta: float, pinned: int | None) -> int:
+    """How many chains a policy may sample: `pinned` if it is, else doubling from 1 at β = 0 to 64 at β = 1."""
+    beta = check_beta(beta)
+    return doubling(MOST_CHAINS, beta) if pinned is None else pinned
+
+
 def doubling(high: int, beta: float) -> int:
     """From 1 at β = 0 to `high` at β = 1, by equal factors: each step of β costs as many times the one before."""
     return round(math.pow(high, beta))

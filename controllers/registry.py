@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
-from controllers.baselines import CMC, AdaptiveConsistency, ParallelProbe, SelfConsistency, Single
-from controllers.episode import Controller
+from controllers.baselines import (
+    CMC,
+    AdaptiveConsistency,
+    AnswerConsistency,
+    EarlyStopping,
+    ParallelProbe,
+    SelfConsistency,
+    ShortestFirst,
+    Single,
+)
+from controllers.episode import Controller, Factory
 from controllers.errors import UnknownController
 
 BUILT_IN: Final = MappingProxyType[str, type[Controller]](
@@ -14,10 +24,16 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "single": Single,
         "self_consistency": SelfConsistency,
         "asc": AdaptiveConsistency,
+        "esc": EarlyStopping,
+        "answer_consistency": AnswerConsistency,
         "parallel_probe": ParallelProbe,
+        "short_m_at_k": ShortestFirst,
         "cmc": CMC,
     }
 )
+PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k"})
+"""Those that take a number of chains, as in `asc@64`."""
+MOST_CHAINS: Final = 1024
 
 
 def create(name: str, beta: float) -> Controller:
@@ -25,9 +41,19 @@ def create(name: str, beta: float) -> Controller:
     return find(name)(beta)
 
 
-def find(name: str) -> type[Controller]:
-    """The controller called `name`. Raises UnknownController, naming those there are."""
-    try:
-        return BUILT_IN[name]
-    except KeyError:
-        raise UnknownController(f"there is no controller {name!r}; there are {', '.join(BUILT_IN)}") from None
+def find(name: str) -> Factory:
+    """What makes the controller called `name`, or `name@N` for N chains whatever β is.
+
+    Raises UnknownController, naming those there are.
+    """
+    plain, at, number = name.partition("@")
+    made: Any = BUILT_IN.get(plain)
+    if made is None:
+        raise UnknownController(f"there is no controller {name!r}; there are {', '.join(BUILT_IN)}")
+    if not at:
+        return made  # type: ignore[no-any-return]
+    if plain not in PINNABLE:
+        raise UnknownController(f"{name}: {plain} takes no number of chains; {', '.join(sorted(PINNABLE))} do")
+    if not (number.isascii() and number.isdigit() and len(number) <= 4 and 1 <= int(number) <= MOST_CHAINS):
+        raise UnknownController(f"{name}: the number of chains must be from 1 to {MOST_CHAINS}, not {number!r}")
+    return partial(made, samples=int(number))

@@ -1,9 +1,21 @@
 """Published policies, one a file, each with a β map of ours so that any can serve."""
 
+from controllers.baselines.answer_consistency import AnswerConsistency
 from controllers.baselines.asc import AdaptiveConsistency
 from controllers.baselines.cmc import CMC
+from controllers.baselines.esc import EarlyStopping
 from controllers.baselines.parallel_probe import ParallelProbe
 from controllers.baselines.self_consistency import SelfConsistency
+from controllers.baselines.short_m_at_k import ShortestFirst
 from controllers.baselines.single import Single
 
-__all__ = ["CMC", "AdaptiveConsistency", "ParallelProbe", "SelfConsistency", "Single"]
+__all__ = [
+    "CMC",
+    "AdaptiveConsistency",
+    "AnswerConsistency",
+    "EarlyStopping",
+    "ParallelProbe",
+    "SelfConsistency",
+    "ShortestFirst",
+    "Single",
+]

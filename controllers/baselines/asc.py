@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from controllers.actions import TO_END, Action, advance, answer, branch
-from controllers.dial import check_beta, doubling
+from controllers.dial import chains
 from controllers.state import State
 from controllers.voting import confidence, top_two
 
-MOST_SAMPLES = 64
 THRESHOLD = 0.95  # the published setting
 
 
 class AdaptiveConsistency:
     """At most N chains, N from 1 at β = 0 to 64 at β = 1, one after the other: frugal with tokens, not with time."""
 
-    def __init__(self, beta: float) -> None:
-        self.samples = doubling(MOST_SAMPLES, check_beta(beta))
+    def __init__(self, beta: float, samples: int | None = None) -> None:
+        self.samples = chains(beta, samples)
 
     def decide(self, state: State) -> list[Action]:
         active = state.active

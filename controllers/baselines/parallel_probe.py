@@ -11,9 +11,9 @@ from controllers.voting import plurality, tally
 class ParallelProbe:
     """Width, stability, patience and warm-up grow with β; β = 1 is the published 64 chains, 40, 7 and 15 intervals."""
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, samples: int | None = None) -> None:
         check_beta(beta)
-        self.width = round(linear(4, 64, beta))
+        self.width = round(linear(4, 64, beta)) if samples is None else samples
         self.stable = round(linear(4, 40, beta))  # intervals the consensus must hold to stop
         self.patience = round(linear(1, 7, beta))  # consecutive deviations a chain is forgiven
         self.warm_up = round(linear(2, 15, beta))  # intervals before deviations count

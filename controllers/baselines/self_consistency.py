@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from controllers.actions import TO_END, Action, advance, answer, branch
-from controllers.dial import check_beta, doubling
+from controllers.dial import chains
 from controllers.state import State
-
-MOST_SAMPLES = 64
 
 
 class SelfConsistency:
     """N doubles six times from 1 at β = 0 to 64 at β = 1. All chains run at once."""
 
-    def __init__(self, beta: float) -> None:
-        self.samples = doubling(MOST_SAMPLES, check_beta(beta))
+    def __init__(self, beta: float, samples: int | None = None) -> None:
+        self.samples = chains(beta, samples)
 
     def decide(self, state: State) -> list[Action]:
         missing = min(self.samples - state.width, state.room)

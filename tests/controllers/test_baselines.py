@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controllers import BetaError, State, Stop, UnknownController, Verb, run_episode, run_sync
-from controllers.baselines import CMC, ParallelProbe, SelfConsistency
+from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
 from controllers.dial import linear
-from controllers.registry import BUILT_IN, create, find
+from controllers.registry import BUILT_IN, PINNABLE, create, find
 from tests.fakes import Chain, ScriptedEnvironment, chain, episode
 
 INTERVAL = 40
@@ -95,9 +95,66 @@ def test_a_beta_that_is_none_is_refused(name: str, beta: float) -> None:
         create(name, beta)
 
 
-def test_unknown_names_are_told_the_known() -> None:
-    with pytest.raises(UnknownController, match="single, self_consistency, asc, parallel_probe, cmc"):
-        find("cmcc")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cmcc", f"there are {', '.join(BUILT_IN)}"),
+        ("cmcc@8", "no controller 'cmcc@8'"),
+        ("cmc@8", "cmc takes no number of chains; asc, esc"),
+        ("asc@", "from 1 to 1024, not ''"),
+        ("asc@x", "from 1 to 1024, not 'x'"),
+        ("asc@0", "from 1 to 1024, not '0'"),
+        ("asc@1025", "from 1 to 1024"),
+        ("asc@٤", "from 1 to 1024"),
+    ],
+)
+def test_names_that_name_nothing(name: str, words: str) -> None:
+    with pytest.raises(UnknownController, match=words):
+        find(name)
+
+
+@pytest.mark.parametrize("name", sorted(PINNABLE))
+def test_a_number_pins_the_chains_whatever_beta_is(name: str) -> None:
+    opened = {beta: play(f"{name}@5", beta, [chain("7", 90, mark=m) for m in "abcdefgh"])[0].width for beta in (0, 1)}
+    assert len(set(opened.values())) == 1
+    assert 1 <= opened[0] <= 5
+    with pytest.raises(BetaError):
+        create(f"{name}@5", 2)
+
+
+def test_esc_stops_at_the_first_window_that_agrees() -> None:
+    mixed = [chain("7" if i else "9", 60 + i) for i in range(8)]
+    agreed = [chain("7", 80 + i) for i in range(8)]
+    state, environment = play("esc", 1, [*mixed, *agreed, *crowd(1)])
+    assert (state.width, answered(state, environment)) == (16, "7")
+    state, _ = play("esc@12", 1, [*mixed, *agreed])
+    assert state.width == 12  # half a window proves nothing, and there are no more chains
+
+
+def test_esc_does_not_take_silence_for_agreement() -> None:
+    state, environment = play("esc", 1, [*[Chain("<think>hm" * (i + 1)) for i in range(8)], *crowd(1)])
+    assert state.width > 8
+    assert answered(state, environment) == "7"
+
+
+def test_answer_consistency_stops_its_one_chain_when_probes_settle() -> None:
+    wandering = chain("9", 2000, ["1", "2", "", "", "7", "7", "7"])
+    state, environment = play("answer_consistency", 0, [wandering])
+    assert (state.width, state.branches[0].intervals, answered(state, environment)) == (1, 6, "7")
+    state, environment = play("answer_consistency", 1, [chain("9", 300, ["1", "2", "3", "7"])])
+    assert (state.branches[0].finished, answered(state, environment)) == (True, "9")
+
+
+def test_short_m_at_k_hears_the_shortest_only() -> None:
+    short = [chain("7", 60 + i, mark=chr(97 + i)) for i in range(4)]
+    state, environment = play("short_m_at_k@8", 0, [*[chain("9", 500 + i) for i in range(4)], *short])
+    assert answered(state, environment) == "7"
+    assert len(state.finished) == 4
+    assert sum(branch.tokens for branch in state.branches) < 8 * 2 * INTERVAL
+
+
+def test_short_m_at_k_waits_for_as_many_as_published() -> None:
+    assert [ShortestFirst(0, k).enough for k in (1, 8, 24, 64)] == [1, 4, 8, 16]
 
 
 def test_self_consistency_doubles() -> None:

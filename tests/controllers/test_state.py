@@ -65,6 +65,16 @@ def test_facts_are_taken_in() -> None:
     assert state.rounds == 2
 
 
+def test_the_ledger_adds_up_to_what_was_spent() -> None:
+    state = grown(finished=0)
+    state.apply([advance(1)], [Advanced(1, 1, 7, True, 0)])
+    assert state.ledger() == {"winner": 0, "agreeing": 0, "losing": 37, "pruned": 10, "probe": 4}
+    state.apply([answer(0)], [])
+    ledger = state.ledger(winner=2)
+    assert ledger == {"winner": 10, "agreeing": 17, "losing": 10, "pruned": 10, "probe": 4}
+    assert sum(ledger.values()) == state.spent
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [

@@ -1,0 +1,78 @@
+"""Controllers from files: what is read, and what is told about what cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from controllers import BetaError, UnknownController
+from controllers.errors import BadController
+from controllers.loading import LARGEST, Spec, make, parse_spec
+
+GOOD = """
+from __future__ import annotations
+from dataclasses import dataclass
+from controllers import State, advance, answer, branch, TO_END
+
+@dataclass
+class Mine:
+    beta: float
+
+    def decide(self, state: State) -> list:
+        return [answer(state.leader())] if state.width else [branch(TO_END)]
+"""
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "mine.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_a_file_is_a_controller_by_its_name(tmp_path: Path) -> None:
+    spec = parse_spec(write(tmp_path, GOOD))
+    assert (spec.name, spec.is_foreign, spec.chains) == ("mine", True, 0)
+    made = make(spec, 0.5)
+    assert type(made).__name__ == "Mine"
+    assert spec.digest != Spec("mine", GOOD + "#").digest
+
+
+def test_a_name_is_a_controller_there_is() -> None:
+    assert parse_spec("asc@12") == Spec("asc@12")
+    assert (Spec("asc@12").chains, Spec("cmc").chains, Spec("cmc").is_foreign) == (12, 0, False)
+    with pytest.raises(UnknownController, match="there is no controller 'nobody'"):
+        parse_spec("nobody")
+    with pytest.raises(BetaError):
+        make(Spec("cmc"), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("import nowhere", "ModuleNotFoundError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("x = 1", "one class with a decide method, not none"),
+        (GOOD + GOOD.replace("Mine", "Other").replace("from __future__ import annotations", ""), "not Mine, Other"),
+        (b"\xff\xfe", "codec can't decode"),
+        ("#" * (LARGEST + 1), "65537 bytes; a controller file has 65536 at most"),
+    ],
+)
+def test_files_that_hold_no_controller(tmp_path: Path, text: str | bytes, words: str) -> None:
+    with pytest.raises(BadController, match=words):
+        parse_spec(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadController, match="No such file"):
+        parse_spec(str(tmp_path / "none.py"))
+
+
+def test_a_constructor_that_fails_is_the_controllers_fault(tmp_path: Path) -> None:
+    failing = GOOD.replace(
+        "    beta: float\n", "    beta: float\n\n    def __post_init__(self):\n        raise SystemExit\n"
+    )
+    spec = parse_spec(write(tmp_path, failing))
+    with pytest.raises(BadController, match="mine: its constructor raised SystemExit"):
+        make(spec, 0)
