@@ -5,6 +5,8 @@ DiscoveryError
 ├── NotRecorded     what was asked for is not among the recordings there are
 ├── EngineError     jobs cannot be run the way that was asked for
 ├── NotWritten      a file cannot be written where it was asked for
+├── StoreError      the store cannot be opened, read or written
+│   └── CorruptRow  a row of it is not what was written
 ├── TraceError      a file of traces cannot be written or read
 └── Censored        a replay asked for more of a branch than was recorded
 """
@@ -28,6 +30,14 @@ class EngineError(DiscoveryError):
 
 class NotWritten(DiscoveryError):
     """A file cannot be written where it was asked for."""
+
+
+class StoreError(DiscoveryError):
+    """The store cannot be opened, read or written; the message names its file."""
+
+
+class CorruptRow(StoreError):
+    """A row of the store is not what was written."""
 
 
 class TraceError(DiscoveryError):

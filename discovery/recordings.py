@@ -84,6 +84,12 @@ class RecordedQuestion:
         return all(branch.complete for branch in self.branches)
 
 
+def split_of(question: str) -> Split:
+    """The split a question falls into by its `question_id`: six tenths search, two validation, two held-out."""
+    tenth = int(question[:8], 16) % 10
+    return Split.SEARCH if tenth < 6 else Split.VALIDATION if tenth < 8 else Split.HELD_OUT
+
+
 def question_id(text: str) -> str:
     """What a question is known by: the SHA-256 of its text."""
     return sha256(text.encode()).hexdigest()

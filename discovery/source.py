@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from discovery.errors import NotRecorded
-from discovery.formats import read_release, release_cell, release_files
+from discovery.formats import read_jsonl, read_release, release_cell, release_files
 from discovery.recordings import Cell, RecordedQuestion, Split
+from discovery.store import Store
 
 
 class Source(Protocol):
@@ -36,11 +38,51 @@ class ReleaseSource:
         return read_release(self._files[cell])
 
 
+class FileSource:
+    """A file of the generic format; it is read at once, for its lines say what they belong to."""
+
+    def __init__(self, path: Path) -> None:
+        self._questions: dict[Cell, list[RecordedQuestion]] = {}
+        for question in read_jsonl(path):
+            cell = Cell(question.model, question.benchmark, question.split)
+            self._questions.setdefault(cell, []).append(question)
+
+    def cells(self) -> Sequence[Cell]:
+        return list(self._questions)
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return self._questions[cell]
+
+
+class StoreSource:
+    """A replay store."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def cells(self) -> Sequence[Cell]:
+        return asyncio.run(self._cells())
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return asyncio.run(self._load(cell))
+
+    async def _cells(self) -> list[Cell]:
+        async with Store.open(self._path) as store:
+            return [one.cell for one in await store.summaries()]
+
+    async def _load(self, cell: Cell) -> list[RecordedQuestion]:
+        async with Store.open(self._path) as store:
+            return await store.load(cell)
+
+
 def open_source(path: Path) -> Source:
     """The recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
     if not path.exists():
         raise NotRecorded(f"{path}: no such file or folder; name a store, or a folder of recordings")
-    return ReleaseSource(path)
+    name = path.name.removesuffix(".xz")
+    if path.is_dir() or name.endswith(".json"):
+        return ReleaseSource(path)
+    return FileSource(path) if name.endswith(".jsonl") else StoreSource(path)
 
 
 def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[str], split: Split | None) -> list[Cell]:

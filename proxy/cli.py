@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError
 from discovery.commands.evaluate import evaluate
+from discovery.commands.store import importing, store
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
 from proxy.errors import ProxyError
@@ -46,7 +47,8 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(evaluate)
-app.add_typer(trace)
+for group in (importing, store, trace):
+    app.add_typer(group)
 
 
 @app.callback()

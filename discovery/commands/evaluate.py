@@ -17,6 +17,7 @@ from rich.table import Table
 from controllers.dial import parse_beta
 from controllers.errors import BetaError, UnknownController
 from controllers.loading import parse_spec
+from discovery.commands.console import names, wide_console
 from discovery.curve import Difference, Score, differences
 from discovery.engines import EngineName, engine_called
 from discovery.evaluate import Answers, Evaluation
@@ -47,8 +48,8 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="where the accuracy-token picture goes (.png or .svg)")] = None,
 ) -> None:
     """Score controllers on recorded branches, without a model."""
-    specs = [parse_spec(text) for text in _list(controllers)]
-    dials = [parse_beta(text, "--betas") for text in _list(betas)]
+    specs = [parse_spec(text) for text in names(controllers)]
+    dials = [parse_beta(text, "--betas") for text in names(betas)]
     if not specs or not dials:
         raise BetaError("--betas names none") if specs else UnknownController("--controllers names none")
     if plot is not None:
@@ -56,7 +57,7 @@ def evaluate(
     if json_to not in (None, "-"):
         check_place(Path(json_to), "--json")
     source = open_source(recordings)
-    cells = choose(source.cells(), _list(models), _list(benchmarks), split)
+    cells = choose(source.cells(), names(models), names(benchmarks), split)
     evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, Rules(max_branches, probe_tokens, traces))
     with _progress(evaluation.work) as advance:
         found = evaluation.run(engine_called(engine, workers), advance)
@@ -70,10 +71,6 @@ def evaluate(
             file.write(figures.encode())
     if plot is not None:
         draw(_panels(found), plot)
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 @contextmanager
@@ -98,12 +95,6 @@ def _show(found: Sequence[Score]) -> None:
                 f"{score.controller}, β = {score.beta:g}, {' '.join(score.cell)}: {len(score.failures)} episodes failed"
             )
             console.print(f"{words}: {score.failures[0].message}", style="red", markup=False, highlight=False)
-
-
-def wide_console() -> Console:
-    """Standard output; where it is no terminal, wide enough for every column."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 def _table(found: Sequence[Score]) -> Table:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from controllers import State, Verb
 from controllers.episode import Round
-from discovery.commands.evaluate import wide_console
+from discovery.commands.console import wide_console
 from discovery.errors import TraceError
 from discovery.traces import Trace, read_trace, trace_files
 

@@ -1,0 +1,183 @@
+"""`autotts import` and `autotts store`: recordings in and out of the replay store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from discovery.commands.console import names, wide_console
+from discovery.errors import StoreError
+from discovery.files import check_place, whole
+from discovery.formats import as_line, read_jsonl, read_release, release_files
+from discovery.recordings import Origin, RecordedQuestion, Split, split_of
+from discovery.source import choose, open_source
+from discovery.store import Store
+
+T = TypeVar("T")
+
+CORRUPT = 1
+"""Exit status of a store that is not what was written."""
+
+importing = typer.Typer(name="import", no_args_is_help=True, help="Take recordings into a replay store.")
+store = typer.Typer(name="store", no_args_is_help=True, help="Look at a replay store, and keep it.")
+
+Place = Annotated[Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="the store's file")]
+DEFAULT = Path("autotts.db")
+AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
+
+
+class SplitBy(StrEnum):
+    """Where imported questions go."""
+
+    SEARCH = "search"
+    VALIDATION = "validation"
+    HELD_OUT = "held-out"
+    HASH = "hash"  # by the question's hash
+
+
+@importing.command("autotts-release")
+def import_release(
+    paths: Annotated[list[Path], typer.Argument(help="files MODEL/BENCHMARK.json[.xz], or folders of them")],
+    place: Place = DEFAULT,
+    split: Annotated[SplitBy | None, typer.Option(help="without it as the release has them: aime24 is search")] = None,
+) -> None:
+    """The public release of the AutoTTS paper."""
+    files = [file for path in paths for file in release_files(path)]
+    _import(files, read_release, place, split)
+
+
+@importing.command("jsonl")
+def import_jsonl(
+    paths: Annotated[list[Path], typer.Argument(help="files of one JSON object a line, plain or .xz")],
+    place: Place = DEFAULT,
+    split: Annotated[SplitBy | None, typer.Option(help="without it as each line says, else by hash")] = None,
+) -> None:
+    """The generic format, described in the README."""
+    _import(paths, read_jsonl, place, split)
+
+
+def _import(
+    files: Sequence[Path],
+    read: Callable[[Path], list[RecordedQuestion]],
+    place: Path,
+    split: SplitBy | None,
+) -> None:
+    """Read every file, then write all or nothing."""
+    console = Console(stderr=True)
+    shown = track(files, "reading", console=console, transient=True, disable=not console.is_terminal)
+    recordings = [_put(recorded, split) for file in shown for recorded in read(file)]
+    added = _with(place, lambda opened: opened.add(recordings), create=True)
+    known = len(recordings) - added.recordings
+    wide_console().print(
+        f"{place}: {added.recordings} recordings of {added.questions} new questions, {added.branches} branches added; "
+        f"{known} were there already",
+        highlight=False,
+    )
+
+
+def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:
+    if split is None:
+        return recorded
+    return replace(recorded, split=split_of(recorded.question) if split is SplitBy.HASH else Split(split))
+
+
+def _with(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
+    """What `work` gives of the store at `place`."""
+
+    async def run() -> T:
+        async with Store.open(place, create=create) as opened:
+            return await work(opened)
+
+    return asyncio.run(run())
+
+
+@store.command()
+def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
+    """What there is, by model, benchmark and split."""
+    found = _with(place, Store.summaries)
+    if as_json:
+        figures = [one.cell._asdict() | dict(zip(one._fields[1:], one[1:], strict=True)) for one in found]
+        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        return
+    table = Table(title=str(place), title_justify="left")
+    for heading in ("model", "benchmark", "split", "questions", "recordings", "complete", "branches"):
+        table.add_column(heading, justify="left" if heading in ("model", "benchmark", "split") else "right")
+    for one in found:
+        table.add_row(*one.cell, *(f"{figure:,}" for figure in one[1:]))
+    wide_console().print(table)
+
+
+@store.command()
+def verify(place: Place = DEFAULT, as_json: AsJson = False) -> None:
+    """Whether every row is what was written; exit status 1 if one is not."""
+    found = _with(place, Store.verify)
+    if as_json:
+        sys.stdout.write(json.dumps({"rows": dict(found.rows), "bad": list(found.bad)}, indent=2) + "\n")
+    else:
+        console = wide_console()
+        counts = ", ".join(f"{count:,} {table}" for table, count in found.rows.items())
+        console.print(f"{place}: {counts}; {len(found.bad)} rows are bad", highlight=False)
+        for one in found.bad:
+            console.print(one, style="red", highlight=False, markup=False)
+    if found.bad:
+        raise typer.Exit(CORRUPT)
+
+
+@store.command()
+def export(
+    to: Annotated[Path, typer.Argument(help="file to write, in the generic format")],
+    place: Place = DEFAULT,
+    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
+    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
+    split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
+) -> None:
+    """Recordings as a file that `autotts import jsonl` reads."""
+    check_place(to, "export")
+    source = open_source(place)
+    cells = choose(source.cells(), names(models), names(benchmarks), split)
+    count = 0
+    with whole(to) as file:
+        for cell in cells:
+            for recorded in source.load(cell):
+                file.write(as_line(recorded).encode())
+                count += 1
+    wide_console().print(f"{to}: {count} recordings", highlight=False)
+
+
+@store.command()
+def prune(
+    place: Place = DEFAULT,
+    models: Annotated[str, typer.Option(help="drop recordings of these models")] = "",
+    benchmarks: Annotated[str, typer.Option(help="drop recordings of these benchmarks")] = "",
+    origin: Annotated[Origin | None, typer.Option(help="drop recordings that came this way")] = None,
+    corrupt: Annotated[bool, typer.Option("--corrupt", help="drop what is not what was written")] = False,
+) -> None:
+    """Drop recordings: those that meet all that is said of them, and with --corrupt those that are spoilt."""
+    by_model, by_benchmark = names(models), names(benchmarks)
+    if not (by_model or by_benchmark or origin or corrupt):
+        raise StoreError("prune: say what to drop, by --models, --benchmarks, --origin or --corrupt")
+
+    def picks(model: str, benchmark: str, came: str) -> bool:
+        return (
+            bool(by_model or by_benchmark or origin)
+            and (not by_model or model in by_model)
+            and (not by_benchmark or benchmark in by_benchmark)
+            and (origin is None or came == origin)
+        )
+
+    removed = _with(place, lambda opened: opened.prune(picks, corrupt))
+    wide_console().print(
+        f"{place}: dropped {removed.recordings} recordings, {removed.branches} branches, {removed.questions} questions",
+        highlight=False,
+    )

@@ -1,0 +1,111 @@
+"""The tables, as they came to be. A store is brought up to date when it is opened.
+
+Types and statements are such that PostgreSQL takes them as they are. Every row ends in a checksum over its other
+columns, in this order. Times are UTC in ISO 8601.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+Migration = Sequence[str]
+
+FIRST: Final[Migration] = (
+    """CREATE TABLE questions (
+        id TEXT PRIMARY KEY,
+        split TEXT NOT NULL,
+        reference TEXT,
+        label_source TEXT NOT NULL,
+        body TEXT,
+        added TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    """CREATE TABLE recordings (
+        id TEXT PRIMARY KEY,
+        number BIGINT NOT NULL UNIQUE,
+        question_id TEXT NOT NULL REFERENCES questions (id),
+        model TEXT NOT NULL,
+        benchmark TEXT NOT NULL,
+        sampling TEXT NOT NULL,
+        delta INTEGER NOT NULL,
+        probe_template TEXT NOT NULL,
+        origin TEXT NOT NULL,
+        complete INTEGER NOT NULL,
+        branches INTEGER NOT NULL,
+        added TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX recordings_of ON recordings (model, benchmark)",
+    """CREATE TABLE branches (
+        recording_id TEXT NOT NULL REFERENCES recordings (id),
+        number INTEGER NOT NULL,
+        tokens BIGINT NOT NULL,
+        complete INTEGER NOT NULL,
+        final TEXT,
+        probes TEXT NOT NULL,
+        probe_tokens TEXT NOT NULL,
+        checksum TEXT NOT NULL,
+        PRIMARY KEY (recording_id, number)
+    )""",
+    """CREATE TABLE episodes (
+        id TEXT PRIMARY KEY,
+        request_id TEXT NOT NULL,
+        question_id TEXT,
+        model TEXT NOT NULL,
+        controller TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        beta DOUBLE PRECISION NOT NULL,
+        rounds INTEGER NOT NULL,
+        branches INTEGER NOT NULL,
+        ledger TEXT NOT NULL,
+        stop TEXT NOT NULL,
+        answer TEXT,
+        created TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX episodes_of ON episodes (request_id)",
+    """CREATE TABLE feedback (
+        id TEXT PRIMARY KEY,
+        request_id TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        value TEXT NOT NULL,
+        created TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX feedback_of ON feedback (request_id)",
+)
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST,)
+"""What leads from each version to the next; the version of a store is how many of them it has seen."""
+
+COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {
+        "questions": ("id", "split", "reference", "label_source", "body", "added"),
+        "recordings": (
+            *("id", "number", "question_id", "model", "benchmark", "sampling", "delta"),
+            *("probe_template", "origin", "complete", "branches", "added"),
+        ),
+        "branches": ("recording_id", "number", "tokens", "complete", "final", "probes", "probe_tokens"),
+        "episodes": (
+            *("id", "request_id", "question_id", "model", "controller", "digest", "beta"),
+            *("rounds", "branches", "ledger", "stop", "answer", "created"),
+        ),
+        "feedback": ("id", "request_id", "kind", "value", "created"),
+    }
+)
+"""What a row's checksum is over, by table."""
+
+
+def insert(table: str) -> str:
+    """The statement that adds a row, or leaves the one that has its key."""
+    columns = (*COLUMNS[table], "checksum")
+    places = ", ".join("?" * len(columns))
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
+
+
+def select(table: str, rest: str = "") -> str:
+    """The statement that reads whole rows, checksum last."""
+    columns = ", ".join(f"{table}.{column}" for column in (*COLUMNS[table], "checksum"))
+    return f"SELECT {columns} FROM {table} {rest}"

@@ -1,0 +1,345 @@
+"""The store in one SQLite file, for one machine.
+
+WAL with `synchronous=FULL`: what was acknowledged survives a power cut. One task writes: it gathers what waits into one
+transaction, so that many writers share one sync, and no caller's cancellation can leave a transaction open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import aiosqlite
+
+from discovery.errors import CorruptRow, StoreError
+from discovery.recordings import Cell, Origin, RecordedQuestion, Split
+from discovery.store import rows
+from discovery.store.rows import Added, Episode, Feedback, Summary, Verified
+from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
+
+T = TypeVar("T")
+Work = Callable[[aiosqlite.Connection], Awaitable[Any]]
+
+MAGIC: Final = b"SQLite format 3\x00"
+WAIT_MS: Final = 10_000
+"""How long another process's transaction is waited for."""
+GROUP: Final = 256
+"""Writes that share one transaction at most."""
+
+
+class _Write(NamedTuple):
+    """Something to be done inside a transaction, and who waits for it."""
+
+    work: Work
+    done: asyncio.Future[Any]
+
+
+class Store:
+    """An open store. Made by `Store.open`."""
+
+    def __init__(self, path: Path, writing: aiosqlite.Connection, reading: aiosqlite.Connection) -> None:
+        self.path = path
+        self.transactions = 0  # committed by this object
+        self._writing = writing
+        self._reading = reading
+        self._queue: asyncio.Queue[_Write | None] = asyncio.Queue()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, path: Path, *, create: bool = False, migrations: Sequence[Migration] = MIGRATIONS
+    ) -> AsyncIterator[Store]:
+        """The store at `path`, brought up to date; a new one if there is none and `create` says so.
+
+        Leaving the context writes what still waits. Raises StoreError.
+        """
+        _check(path, create)
+        async with _connection(path) as writing, _connection(path) as reading:
+            await _migrate(path, writing, migrations)
+            await reading.execute("PRAGMA query_only = ON")
+            store = cls(path, writing, reading)
+            task = asyncio.create_task(store._write_all())
+            try:
+                yield store
+            finally:
+                store._queue.put_nowait(None)
+                await asyncio.shield(task)
+
+    # Writing
+
+    async def add(self, recordings: Sequence[RecordedQuestion]) -> Added:
+        """Add recordings, all or none; what is there already is left as it is.
+
+        A question keeps the split and the reference it came with first.
+        """
+
+        async def work(connection: aiosqlite.Connection) -> Added:
+            added, counts = rows.now(), [0, 0, 0]
+            number = await _one(connection, "SELECT COALESCE(MAX(number), -1) + 1 FROM recordings")
+            for recorded in recordings:
+                counts[0] += await _insert(connection, "questions", [rows.question_row(recorded, added)])
+                row = rows.recording_row(recorded, number, added)
+                if await _insert(connection, "recordings", [row]):
+                    number += 1
+                    counts[1] += 1
+                    counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded))
+            return Added(*counts)
+
+        return await self.write(work)
+
+    async def add_episode(self, episode: Episode) -> None:
+        """Add an episode; one of the same id is left as it is."""
+        await self.write(lambda connection: _insert(connection, "episodes", [rows.episode_row(episode)]))
+
+    async def add_feedback(self, feedback: Feedback) -> None:
+        """Add feedback; one of the same id is left as it is."""
+        await self.write(lambda connection: _insert(connection, "feedback", [rows.feedback_row(feedback)]))
+
+    async def prune(
+        self, cells: Callable[[str, str, Origin], bool] = lambda model, benchmark, origin: False, corrupt: bool = False
+    ) -> Added:
+        """Remove the recordings `cells` picks by model, benchmark and origin, and with `corrupt` every row that is not
+        what was written, whole recordings at a time. Questions nothing is recorded of go too."""
+
+        async def work(connection: aiosqlite.Connection) -> Added:
+            bad = await _corrupt(connection) if corrupt else {}
+            gone = {key[0] for table in ("recordings", "branches") for key in bad.get(table, ())}
+            lost = {key[0] for key in bad.get("questions", ())}
+            known = "SELECT id, question_id, model, benchmark, origin FROM recordings"
+            for recording, question, model, benchmark, origin in await _all(connection, known):
+                if question in lost or (recording not in gone and cells(model, benchmark, Origin(origin))):
+                    gone.add(recording)
+            branches = recordings = 0
+            for recording in sorted(gone):
+                branches += await _delete(connection, "branches WHERE recording_id = ?", recording)
+                recordings += await _delete(connection, "recordings WHERE id = ?", recording)
+            for table in ("episodes", "feedback"):
+                for key in bad.get(table, ()):
+                    await _delete(connection, f"{table} WHERE id = ?", *key)
+            unused = "NOT EXISTS (SELECT 1 FROM recordings WHERE recordings.question_id = questions.id)"
+            return Added(await _delete(connection, f"questions WHERE {unused}"), recordings, branches)
+
+        removed: Added = await self.write(work)
+        await self._outside("VACUUM")
+        await self._outside("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    async def write(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
+        """Do `work` inside a transaction, shared with what else waits, and return when it is on disk.
+
+        If it raises, only its own changes are undone. Cancelling the caller does not undo it.
+        """
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Write(work, done))
+        return await done
+
+    async def _write_all(self) -> None:
+        while (first := await self._queue.get()) is not None:
+            group = [first]
+            closing = False
+            while len(group) < GROUP and not self._queue.empty():
+                following = self._queue.get_nowait()
+                if following is None:
+                    closing = True
+                    break
+                group.append(following)
+            await self._commit(group)
+            if closing:
+                return
+
+    async def _commit(self, group: Sequence[_Write]) -> None:
+        """One transaction; a write that fails is rolled back alone."""
+        outcomes: list[tuple[_Write, Any, Exception | None]] = []
+        try:
+            await self._writing.execute("BEGIN IMMEDIATE")
+            for write in group:
+                await self._writing.execute("SAVEPOINT one")
+                try:
+                    outcomes.append((write, await write.work(self._writing), None))
+                except Exception as error:  # whatever it is, it is for the one who asked, and the others go on
+                    await self._writing.execute("ROLLBACK TO one")
+                    outcomes.append((write, None, error))
+                await self._writing.execute("RELEASE one")
+            await self._writing.execute("COMMIT")
+            self.transactions += 1
+        except sqlite3.Error as error:
+            if self._writing.in_transaction:
+                await self._writing.execute("ROLLBACK")
+            failure = StoreError(f"{self.path}: {error}; nothing of this was written")
+            outcomes = [(write, None, failure) for write in group]
+        for write, result, problem in outcomes:
+            if write.done.done():  # its caller has gone
+                continue
+            if problem is None:
+                write.done.set_result(result)
+            else:
+                write.done.set_exception(_told(self.path, problem))
+
+    async def _outside(self, statement: str) -> None:
+        """A statement that no transaction may be around; nothing else is writing in this process."""
+        try:
+            await self._writing.execute(statement)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {statement}: {error}") from None
+
+    # Reading
+
+    async def summaries(self) -> list[Summary]:
+        """What there is, cell by cell, in the order in which they came."""
+        found = await self._read(
+            "SELECT model, benchmark, split, COUNT(DISTINCT question_id), COUNT(*), SUM(complete), SUM(branches) "
+            "FROM recordings JOIN questions ON questions.id = recordings.question_id "
+            "GROUP BY model, benchmark, split ORDER BY MIN(number)"
+        )
+        return [Summary(Cell(model, benchmark, Split(split)), *rest) for model, benchmark, split, *rest in found]
+
+    async def load(self, cell: Cell) -> list[RecordedQuestion]:
+        """The recordings of a cell in the order in which they were added, every checksum verified."""
+        where = "WHERE recordings.model = ? AND recordings.benchmark = ? AND questions.split = ?"
+        joined = f"JOIN questions ON questions.id = recordings.question_id {where}"
+        order = "ORDER BY recordings.number"
+        recordings = await self._rows("recordings", f"{joined} {order}", cell)
+        identities = "SELECT question_id FROM recordings WHERE recordings.model = ? AND recordings.benchmark = ?"
+        questions = await self._rows("questions", f"WHERE id IN ({identities}) AND split = ?", cell)
+        branches = await self._rows(
+            "branches",
+            f"JOIN recordings ON recordings.id = branches.recording_id {joined} {order}, branches.number",
+            cell,
+        )
+        by_id = {question[0]: question for question in questions}
+        by_recording = {key: list(group) for key, group in groupby(branches, key=lambda row: row[0])}
+        found = []
+        for recording in recordings:
+            mine = by_recording.get(recording[0], [])
+            if len(mine) != recording[10]:
+                raise CorruptRow(
+                    f"{self.path}: recording {recording[0][:16]} has {len(mine)} of its {recording[10]} branches; "
+                    f"{rows.MEND}"
+                )
+            found.append(rows.recorded(recording, by_id[recording[2]], mine))
+        return found
+
+    async def episodes(self) -> list[Sequence[Any]]:
+        """All episodes, as `schema.COLUMNS` has them."""
+        return await self._rows("episodes", "ORDER BY created, id")
+
+    async def verify(self) -> Verified:
+        """Look at every row; raises nothing for bad ones."""
+        bad = await _corrupt(self._reading)
+        counts = {table: await _one(self._reading, f"SELECT COUNT(*) FROM {table}") for table in COLUMNS}
+        told = [f"{rows.describe(table, key)}: not what was written" for table, keys in bad.items() for key in keys]
+        return Verified(counts, told)
+
+    async def _rows(self, table: str, rest: str, values: Iterable[Any] = ()) -> list[Sequence[Any]]:
+        found = await self._read(select(table, rest), values)
+        return list(rows.opened(self.path, table, found))
+
+    async def _read(self, statement: str, values: Iterable[Any] = ()) -> list[Any]:
+        try:
+            return await _all(self._reading, statement, values)
+        except sqlite3.Error as error:
+            raise _told(self.path, error) from None
+
+
+def _check(path: Path, create: bool) -> None:
+    """Raise StoreError where no store is or can be, before anything is touched."""
+    if not path.exists():
+        if not create:
+            raise StoreError(f"{path}: there is no store; `autotts import` makes one")
+        if not path.resolve().parent.is_dir():
+            raise StoreError(f"{path}: there is no folder {path.resolve().parent}")
+        return
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(MAGIC))
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    if begin != MAGIC and not (create and not begin):
+        raise StoreError(f"{path}: not a store; name one that `autotts import` made, or a name that is free")
+
+
+@asynccontextmanager
+async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
+    try:
+        connection = await aiosqlite.connect(path, isolation_level=None)
+    except sqlite3.Error as error:
+        raise _told(path, error) from None
+    try:
+        for pragma in (f"busy_timeout = {WAIT_MS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            await connection.execute(f"PRAGMA {pragma}")
+        yield connection
+    except sqlite3.DatabaseError as error:
+        raise _told(path, error) from None
+    finally:
+        await connection.close()
+
+
+async def _migrate(path: Path, connection: aiosqlite.Connection, migrations: Sequence[Migration]) -> None:
+    """Bring a store up to date in one transaction. Raises StoreError if it is newer than this program, or none."""
+    await connection.execute("BEGIN IMMEDIATE")
+    try:
+        tables = {row[0] for row in await _all(connection, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and "autotts_store" not in tables:
+            raise StoreError(f"{path}: a database, but not a store of this program; name another file")
+        if not tables:
+            await connection.execute("CREATE TABLE autotts_store (version INTEGER NOT NULL)")
+            await connection.execute("INSERT INTO autotts_store (version) VALUES (0)")
+        version = await _one(connection, "SELECT version FROM autotts_store")
+        if version > len(migrations):
+            raise StoreError(
+                f"{path}: the store has version {version}, this program knows up to {len(migrations)}; upgrade autotts"
+            )
+        for migration in migrations[version:]:
+            for statement in migration:
+                await connection.execute(statement)
+        await connection.execute("UPDATE autotts_store SET version = ?", (len(migrations),))
+        await connection.execute("COMMIT")
+    except BaseException:
+        await connection.execute("ROLLBACK")
+        raise
+
+
+async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[tuple[Any, ...]]]:
+    """The keys of rows that are not what was written, and of recordings that lack branches, by table."""
+    bad: dict[str, list[tuple[Any, ...]]] = {}
+    for table in COLUMNS:
+        found = [row for row in await _all(connection, select(table)) if not rows.is_sound(row)]
+        if found:
+            bad[table] = [rows.key(table, row) for row in found]
+    short = await _all(
+        connection,
+        "SELECT id FROM recordings WHERE branches <> "
+        "(SELECT COUNT(*) FROM branches AS b WHERE b.recording_id = recordings.id)",
+    )
+    missing = [tuple(row) for row in short if tuple(row) not in bad.get("recordings", ())]
+    if missing:
+        bad["recordings"] = bad.get("recordings", []) + missing
+    return bad
+
+
+def _told(path: Path, error: Exception) -> Exception:
+    return StoreError(f"{path}: {error}") if isinstance(error, sqlite3.Error) else error
+
+
+async def _insert(connection: aiosqlite.Connection, table: str, values: Iterable[Sequence[Any]]) -> int:
+    cursor = await connection.executemany(insert(table), values)
+    return cursor.rowcount
+
+
+async def _delete(connection: aiosqlite.Connection, where: str, *values: Any) -> int:
+    cursor = await connection.execute(f"DELETE FROM {where}", values)
+    return cursor.rowcount
+
+
+async def _all(connection: aiosqlite.Connection, statement: str, values: Iterable[Any] = ()) -> list[Any]:
+    return list(await connection.execute_fetchall(statement, values))
+
+
+async def _one(connection: aiosqlite.Connection, statement: str) -> int:
+    found = await _all(connection, statement)
+    return int(found[0][0])

@@ -1,0 +1,262 @@
+"""The store: all or nothing, once, found again as it was; and what is told of stores that are not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import aiosqlite
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from discovery.errors import CorruptRow, StoreError
+from discovery.recordings import Cell, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.store import Added, Episode, Feedback, Store
+from discovery.store.schema import FIRST
+from tests.discovery.test_formats import recordings
+
+
+def some(text: str = "q", **changes: object) -> RecordedQuestion:
+    branches = [RecordedBranch(["1", None, "7"], 1700, "7", [9, 9, 9]), RecordedBranch([], 20, None, [])]
+    made = RecordedQuestion(question_id(text), "m", "b", 500, branches, "7", text=text, sampling={"temperature": 0.6})
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+CELL = Cell("m", "b", Split.SEARCH)
+
+
+async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> None:
+    given = [some(str(i)) for i in (5, 3, 9, 1)]
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        assert await store.add(given) == Added(4, 4, 8)
+        assert await store.load(CELL) == given
+    async with Store.open(tmp_path / "s.db") as store:
+        assert await store.load(CELL) == given
+        assert [tuple(one) for one in await store.summaries()] == [(CELL, 4, 4, 4, 8)]
+        assert (await store.verify()).bad == []
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(given=st.lists(recordings, min_size=1, max_size=3, unique_by=lambda one: one.question))
+def test_anything_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, given: list[RecordedQuestion]) -> None:
+    async def go() -> None:
+        async with Store.open(tmp_path_factory.mktemp("any") / "s.db", create=True) as store:
+            await store.add(given)
+            for one in given:
+                assert one in await store.load(Cell(one.model, one.benchmark, one.split))
+
+    asyncio.run(go())
+
+
+async def test_a_second_import_adds_nothing(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some()])
+        assert await store.add([some(), some("p")]) == Added(1, 1, 2)
+        assert await store.add([some(split=Split.HELD_OUT)]) == Added(0, 0, 0)
+        assert await store.add([some(model="n", split=Split.HELD_OUT)]) == Added(0, 1, 2)
+        assert [one.split for one in await store.load(Cell("n", "b", Split.SEARCH))] == [Split.SEARCH]
+
+
+async def test_all_or_nothing(tmp_path: Path) -> None:
+    broken = some("p", sampling={"temperature": object()})
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            await store.add([some(), broken])
+        assert await store.load(CELL) == []
+        assert await store.add([some()]) == Added(1, 1, 2)
+
+
+async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(tmp_path: Path) -> None:
+    async def fail(connection: aiosqlite.Connection) -> None:
+        await connection.execute("DELETE FROM feedback")
+        raise RuntimeError("mine alone")
+
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        writes = [store.add_feedback(Feedback(str(i), "r", "correct", "1")) for i in range(200)]
+        outcomes = await asyncio.gather(*writes[:100], store.write(fail), *writes[100:], return_exceptions=True)
+        assert [str(one) for one in outcomes if one is not None] == ["mine alone"]
+        assert store.transactions <= 3
+        assert (await store.verify()).rows["feedback"] == 200
+
+
+async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(connection: aiosqlite.Connection) -> None:
+        begun.set()
+        await go_on.wait()
+        await connection.execute("UPDATE feedback SET value = value")
+
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        task = asyncio.create_task(store.write(slow))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await store.add([some()])
+        async with Store.open(tmp_path / "s.db") as other:
+            assert await other.add([some("p")]) == Added(1, 1, 2)
+
+
+async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        waiting = [asyncio.ensure_future(store.add_feedback(Feedback(str(i), "r", "score", "1"))) for i in range(600)]
+        await asyncio.sleep(0)  # they are queued
+    await asyncio.gather(*waiting)
+    async with Store.open(tmp_path / "s.db") as store:
+        assert (await store.verify()).rows["feedback"] == 600
+
+
+async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
+    episode = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_episode(episode)
+        await store.add_episode(replace(episode, stop="deadline"))
+        (row,) = await store.episodes()
+    assert row[:6] == ("e", "r", None, "m", "cmc", "d")
+    assert row[6:12] == (0.5, 3, 4, '{"winner":5}', "answered", "7")
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from discovery.store import Feedback, Store
+
+async def main():
+    async with Store.open(Path(sys.argv[1]), create=True) as store:
+        async def one(name):
+            for i in range(10**6):
+                await store.add_feedback(Feedback(f"{name}-{i}", "r", "correct", "1"))
+                print(f"{name}-{i}", flush=True)
+        await asyncio.gather(*(one(f"{sys.argv[2]}{k}") for k in range(8)))
+
+asyncio.run(main())
+"""
+
+
+def writer(path: Path, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], stdout=subprocess.PIPE, text=True)
+
+
+async def test_two_processes_killed_at_work_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    acknowledged: set[str] = set()
+    processes = [writer(path, name) for name in "ab"]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            acknowledged |= {process.stdout.readline().strip() for _ in range(150)}
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            rest, _ = process.communicate()
+            acknowledged |= {line for line in rest.splitlines(keepends=True) if line.endswith("\n")}
+    acknowledged = {line.strip() for line in acknowledged}
+    async with Store.open(path) as store:
+        assert (await store.verify()).bad == []
+    with sqlite3.connect(path) as connection:
+        kept = {row[0] for row in connection.execute("SELECT id FROM feedback")}
+    connection.close()
+    assert len(acknowledged) >= 300
+    assert acknowledged <= kept
+
+
+def change(path: Path, statement: str) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE branches SET tokens = tokens + 1 WHERE number = 1", "/1 of branches is not what was written"),
+        ("UPDATE questions SET reference = '8' WHERE body = 'q'", "of questions is not what was written"),
+        ("UPDATE recordings SET checksum = 'x'", "of recordings is not what was written"),
+        ("DELETE FROM branches WHERE number = 0", "has 1 of its 2 branches"),
+    ],
+)
+async def test_a_row_that_was_changed_is_not_loaded(tmp_path: Path, statement: str, words: str) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([some(), some("sound", benchmark="other")])
+    change(path, statement)
+    async with Store.open(path) as store:
+        with pytest.raises(CorruptRow, match=words) as caught:
+            await store.load(CELL)
+        assert str(path) in str(caught.value)
+        assert "autotts store prune --corrupt" in str(caught.value)
+        assert len((await store.verify()).bad) >= 1
+        removed = await store.prune(corrupt=True)
+        assert removed.recordings >= 1
+        assert (await store.verify()).bad == []
+        await store.add([some()])
+        assert await store.load(CELL) == [some()]
+
+
+async def test_what_is_picked_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some(), some("p"), some(model="n"), some("l", origin=Origin.LIVE)])
+        assert await store.prune(lambda model, benchmark, origin: model == "n") == Added(0, 1, 2)
+        assert await store.prune(lambda model, benchmark, origin: origin is Origin.LIVE) == Added(1, 1, 2)
+        assert await store.load(CELL) == [some(), some("p")]
+
+
+async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True, migrations=[FIRST, ["CREATE TABLE later (x INTEGER)"]]):
+        pass
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="has version 2, this program knows up to 1; upgrade autotts"):
+        async with Store.open(path):
+            pass
+    assert path.read_bytes() == before
+
+
+async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([some()])
+    with pytest.raises(StoreError, match="syntax error"):
+        async with Store.open(path, migrations=[FIRST, ["ALTER TABLE feedback ADD COLUMN weight INTEGER", "NONSENSE"]]):
+            pass
+    async with Store.open(path) as store:
+        assert await store.load(CELL) == [some()]
+    async with Store.open(path, migrations=[FIRST, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
+        assert await store.load(CELL) == [some()]
+    with pytest.raises(StoreError, match="has version 2"):
+        async with Store.open(path):
+            pass
+
+
+async def test_what_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, I am a text")
+    change(tmp_path / "other.db", "CREATE TABLE mine (x INTEGER)")
+    for name, words in (
+        ("none.db", "there is no store"),
+        ("text", "not a store"),
+        ("other.db", "not a store of this program"),
+        (".", "Is a directory"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            async with Store.open(tmp_path / name):
+                pass
+    with pytest.raises(StoreError, match="there is no folder"):
+        async with Store.open(tmp_path / "no" / "s.db", create=True):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["other.db", "text"]  # nothing was made
+
+
+async def test_reading_cannot_write(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        with pytest.raises(StoreError, match="readonly"):
+            await store._read("DELETE FROM feedback")
