@@ -31,6 +31,7 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "cmc": CMC,
     }
 )
+ALIASES: Final = MappingProxyType({"sc": "self_consistency"})
 PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k"})
 """Those that take a number of chains, as in `asc@64`."""
 MOST_CHAINS: Final = 1024
@@ -47,6 +48,7 @@ def find(name: str) -> Factory:
     Raises UnknownController, naming those there are.
     """
     plain, at, number = name.partition("@")
+    plain = ALIASES.get(plain, plain)
     made: Any = BUILT_IN.get(plain)
     if made is None:
         raise UnknownController(f"there is no controller {name!r}; there are {', '.join(BUILT_IN)}")

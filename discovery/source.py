@@ -94,7 +94,9 @@ def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[st
     ):
         for name in wanted:
             if name not in there:
-                raise NotRecorded(f"no recordings of {what} {name!r}; there are {', '.join(sorted(there)) or 'none'}")
+                raise NotRecorded(
+                    f"no recordings of {what} {str(name)!r}; there are {', '.join(sorted(there)) or 'none'}"
+                )
     chosen = [
         cell
         for cell in cells

@@ -39,10 +39,15 @@ class Verbs(TyperGroup):
         """Run the verb that was asked for."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            self._tell(error.format_message())
         except (ProxyError, DiscoveryError, ControllersError) as error:
-            words = " ".join(str(error).split())
-            console.print(f"autotts: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(BAD_INPUT) from None
+            self._tell(str(error))
+        raise typer.Exit(BAD_INPUT)
+
+    def _tell(self, words: str) -> None:
+        line = " ".join(words.split())
+        console.print(f"autotts: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

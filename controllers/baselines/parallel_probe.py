@@ -1,6 +1,14 @@
-"""Parallel-Probe (arXiv 2602.03845): probe all chains every interval, prune deviants, stop on a stable consensus."""
+"""Parallel-Probe (arXiv 2602.03845): probe all chains every interval, prune deviants, stop on a stable consensus.
+
+Details the paper leaves open are as in the runs behind the AutoTTS paper's table (arXiv 2605.08083): the first interval
+has no vote; warm-up and stability count the votes that came before; of equals the answer of the chain opened first
+leads; when chains are pruned the rest vote anew.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
 
 from controllers.actions import Action, advance, answer, branch, probe, prune
 from controllers.dial import check_beta, linear
@@ -9,45 +17,50 @@ from controllers.voting import plurality, tally
 
 
 class ParallelProbe:
-    """Width, stability, patience and warm-up grow with β; β = 1 is the published 64 chains, 40, 7 and 15 intervals."""
+    """Width, stability, patience and warm-up grow with β; β = 1 is the published 64 chains, 40, 7 and 15 votes."""
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         check_beta(beta)
         self.width = round(linear(4, 64, beta)) if samples is None else samples
-        self.stable = round(linear(4, 40, beta))  # intervals the consensus must hold to stop
-        self.patience = round(linear(1, 7, beta))  # consecutive deviations a chain is forgiven
-        self.warm_up = round(linear(2, 15, beta))  # intervals before deviations count
-        self.interval = 0
-        self.held = 0
+        self.stable = round(linear(2, 40, beta))  # votes that must confirm a consensus to stop
+        self.patience = round(linear(2, 7, beta))  # deviations in a row at which a chain is pruned
+        self.warm_up = round(linear(0, 15, beta))  # votes before deviations count
+        self.confirmed = 0
         self.consensus: int | None = None
         self.deviations: dict[int, int] = {}
 
     def decide(self, state: State) -> list[Action]:
         if not state.width:
-            return [action for i in range(min(self.width, state.room)) for action in (branch(), probe(i))]
-        self.interval += 1
-        consensus = plurality(tally(branch.label for branch in state.branches if not branch.pruned))
-        self.held = self.held + 1 if consensus == self.consensus else 1
+            return [action for i in range(min(self.width, state.room)) for action in (branch(2), probe(i))]
+        consensus = _vote(state)
+        strays = self._strays(state, consensus)
+        if strays:
+            consensus = _vote(state, strays)
+        self.confirmed = self.confirmed + 1 if consensus == self.consensus else 0
         self.consensus = consensus
-        if consensus is not None and self.held >= self.stable:
+        running = [i for i in state.active if i not in strays]
+        if not running or (consensus is not None and self.confirmed >= self.stable):
             return [answer(consensus)]
-        actions = [prune(i) for i in self._deviants(state)]
-        gone = {action.branch for action in actions}
-        for i in state.active:
-            if i not in gone:
-                actions += (advance(i), probe(i))
-        if len(actions) == len(gone):  # nobody left to run
-            return [answer(consensus)]
-        return actions
+        steps = _steps(state.width)
+        return [prune(i) for i in strays] + [action for i in running for action in steps[i]]
 
-    def _deviants(self, state: State) -> list[int]:
-        """The running chains that have strayed from the consensus for longer than patience allows."""
-        if self.interval < self.warm_up:
+    def _strays(self, state: State, consensus: int | None) -> list[int]:
+        """The running chains that have deviated for as long as patience allows."""
+        if state.rounds <= self.warm_up:
             return []
-        deviants = []
         for i in state.active:
-            strayed = self.deviations.get(i, 0) + 1 if state.branches[i].label != self.consensus else 0
-            self.deviations[i] = strayed
-            if strayed > self.patience:
-                deviants.append(i)
-        return deviants
+            deviates = state.branches[i].label != consensus
+            self.deviations[i] = self.deviations.get(i, 0) + 1 if deviates else 0
+        return [i for i in state.active if self.deviations[i] >= self.patience]
+
+
+def _vote(state: State, without: Collection[int] = ()) -> int | None:
+    """What most chains that are not pruned say, finished or running."""
+    chains = state.branches
+    return plurality(tally([chain.label for i, chain in enumerate(chains) if not chain.pruned and i not in without]))
+
+
+@lru_cache(maxsize=8)
+def _steps(width: int) -> list[tuple[Action, Action]]:
+    """For every chain, the actions that run it on and ask it."""
+    return [(advance(i), probe(i)) for i in range(width)]

@@ -112,7 +112,7 @@ class Store:
             lost = {key[0] for key in bad.get("questions", ())}
             known = "SELECT id, question_id, model, benchmark, origin FROM recordings"
             for recording, question, model, benchmark, origin in await _all(connection, known):
-                if question in lost or (recording not in gone and cells(model, benchmark, Origin(origin))):
+                if question in lost or (origin in list(Origin) and cells(model, benchmark, Origin(origin))):
                     gone.add(recording)
             branches = recordings = 0
             for recording in sorted(gone):

@@ -113,6 +113,13 @@ def test_names_that_name_nothing(name: str, words: str) -> None:
         find(name)
 
 
+def test_sc_is_short_for_self_consistency() -> None:
+    assert find("sc") is find("self_consistency")
+    pinned = create("sc@40", 0)
+    assert isinstance(pinned, SelfConsistency)
+    assert pinned.samples == 40
+
+
 @pytest.mark.parametrize("name", sorted(PINNABLE))
 def test_a_number_pins_the_chains_whatever_beta_is(name: str) -> None:
     opened = {beta: play(f"{name}@5", beta, [chain("7", 90, mark=m) for m in "abcdefgh"])[0].width for beta in (0, 1)}
@@ -169,14 +176,47 @@ def test_asc_stops_once_the_lead_is_safe() -> None:
 def test_parallel_probe_at_full_beta_is_as_published() -> None:
     controller = ParallelProbe(1)
     assert (controller.width, controller.stable, controller.patience, controller.warm_up) == (64, 40, 7, 15)
+    assert (ParallelProbe(1, 8).width, ParallelProbe(0, 8).width) == (8, 8)
 
 
 def test_parallel_probe_prunes_the_deviant_and_stops_on_a_stable_consensus() -> None:
     steady = [chain("7", 2000, ["7"], mark=m) for m in "abc"]
     state, environment = play("parallel_probe", 0, [*steady, chain("9", 2000, ["9"], mark="z")])
     assert [b.pruned for b in state.branches] == [False, False, False, True]
-    assert state.branches[0].intervals == ParallelProbe(0).stable
+    # Votes begin with the second interval; the first of them makes the consensus, the others confirm it.
+    assert state.branches[0].intervals == 2 + ParallelProbe(0).stable
+    assert state.branches[3].intervals == 1 + ParallelProbe(0).patience
     assert answered(state, environment) == "7"
+
+
+def test_parallel_probe_counts_deviations_in_a_row_and_once_warm() -> None:
+    warm_up = ParallelProbe(0.4).warm_up  # 6 votes; patience is 4, stable 17
+    steady = [chain("7", 4000, ["7"], mark=m) for m in "abc"]
+    astray = [chain("9", 4000, ["9"] * 99, mark="y"), chain("9", 4000, ["9", "9", "7"] * 99, mark="z")]
+    state, _ = play("parallel_probe@5", 0.4, [*steady, *astray])
+    assert [b.pruned for b in state.branches] == [False, False, False, True, False]
+    assert state.branches[3].intervals == 1 + warm_up + ParallelProbe(0.4).patience
+
+
+def test_parallel_probe_votes_anew_when_chains_are_pruned() -> None:
+    # Three waver between 1 and 2 of their own. 7 leads, but for one vote; the strays of that vote leave, and 8 loses.
+    chains = [
+        chain("7", 4000, ["7"], mark="a"),
+        chain("7", 4000, ["7"], mark="b"),
+        chain("8", 4000, ["8"], mark="c"),
+        chain("8", 4000, ["8"], mark="d"),
+    ]
+    state, environment = play("parallel_probe", 0, chains)
+    assert [b.pruned for b in state.branches] == [False, False, True, True]  # of equals the first opened leads
+    assert answered(state, environment) == "7"
+
+
+def test_parallel_probe_ends_when_nobody_is_left_to_run() -> None:
+    chains = [chain("7", 100, ["7"], mark="a"), chain("7", 110, ["7"], mark="b"), chain("8", 900, ["8"], mark="c")]
+    state, environment = play("parallel_probe@3", 0, chains)
+    assert [b.pruned for b in state.branches] == [False, False, True]
+    assert answered(state, environment) == "7"
+    assert state.rounds == 3
 
 
 def test_cmc_schedule_is_as_published() -> None:

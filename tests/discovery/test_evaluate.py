@@ -1,0 +1,411 @@
+"""The evaluator: what it says of controllers, failing ones too; engines that agree; traces that hold all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from controllers import Limits, Round, State, run_episode, run_sync
+from controllers.loading import Spec, make, parse_spec
+from discovery.curve import Score, differences, frontier, paired_interval
+from discovery.engines import EngineName, engine_called
+from discovery.errors import EngineError, NotRecorded, TraceError
+from discovery.evaluate import Answers, Evaluation
+from discovery.playing import KINDS, Rules
+from discovery.recordings import Cell, LabelSource, RecordedBranch, RecordedQuestion, Split, intern, question_id
+from discovery.replay import ReplayEnvironment, shuffled
+from discovery.shelf import shelve, take
+from discovery.source import choose
+from discovery.traces import read_trace, trace_files
+
+CELL = Cell("m", "b", Split.SEARCH)
+
+
+class Given:
+    """A source of given recordings."""
+
+    def __init__(self, *recordings: RecordedQuestion) -> None:
+        self.recordings = recordings
+
+    def cells(self) -> Sequence[Cell]:
+        return list(dict.fromkeys(Cell(one.model, one.benchmark, one.split) for one in self.recordings))
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return [one for one in self.recordings if Cell(one.model, one.benchmark, one.split) == cell]
+
+
+def question(number: int, branches: int = 16, benchmark: str = "b", **changes: Any) -> RecordedQuestion:
+    """Chains of varied length, two thirds of which come round to 7."""
+    rng = np.random.default_rng(number)
+    chains = []
+    for _ in range(branches):
+        length = int(rng.integers(60, 900))
+        final = "7" if rng.random() < 0.67 else str(rng.integers(8, 12))
+        probes = [final if rng.random() < at / 9 else str(rng.integers(0, 12)) for at in range(length // 100)]
+        chains.append(RecordedBranch(probes, length, final, [3] * len(probes)))
+    about: dict[str, Any] = {"reference": "7", "interval": 100} | changes
+    return RecordedQuestion(question_id(str(number)), "m", benchmark, branches=chains, **about)
+
+
+SOURCE = Given(*(question(i) for i in range(6)), *(question(i, benchmark="c") for i in range(6, 10)))
+
+
+def scores(*names: str, source: Given = SOURCE, engine: EngineName = EngineName.LOCAL, **changes: Any) -> list[Score]:
+    about: dict[str, Any] = {"betas": [0.0, 1.0], "shuffles": 7} | changes
+    cells = about.pop("cells", source.cells())
+    rules = about.pop("rules", Rules(max_branches=16))
+    specs = [parse_spec(name) for name in names]
+    return Evaluation(source, cells, specs, rules=rules, **about).run(engine_called(engine, 2))
+
+
+def without_time(score: Score) -> dict[str, Any]:
+    return {key: value for key, value in score.as_json().items() if key not in ("seconds", "decisions_per_s")}
+
+
+def test_figures_are_those_of_the_episodes() -> None:
+    score = scores("cmc", betas=[0.5], cells=[CELL])[0]
+    right, tokens, paths, rounds, width = 0, 0, [], 0, 0
+    for recorded in SOURCE.load(CELL):
+        for shuffle in range(7):
+            environment = ReplayEnvironment(intern(recorded), shuffled(16, shuffle))
+            state = State(Limits(100, 16))
+            longest: list[int] = []
+
+            def on_round(state: State, played: Round, longest: list[int] = longest) -> None:
+                spent: dict[int, int] = {}
+                for fact in played.facts:
+                    spent[fact.branch] = spent.get(fact.branch, 0) + fact.tokens
+                longest.append(max(spent.values(), default=0))
+
+            run_sync(run_episode(make(Spec("cmc"), 0.5), environment, state, on_round))
+            right += environment.is_right(state.answer)
+            tokens += state.spent
+            rounds += state.rounds
+            width += state.width
+            paths.append(sum(longest))
+    figures = score.as_json()
+    assert " ".join(figures).startswith(
+        "controller beta model benchmark split episodes accuracy tokens tokens_by_kind "
+        "rounds branches critical_path_mean critical_path_p95 decisions_per_s seconds"
+    )
+    assert figures["episodes"] == 42
+    assert figures["accuracy"] == 100 * (right / 42)
+    assert figures["tokens"] == tokens / 42 == pytest.approx(sum(figures["tokens_by_kind"].values()))
+    assert figures["tokens_by_kind"]["probe"] > 0
+    assert set(figures["tokens_by_kind"]) == set(KINDS)
+    assert (figures["rounds"], figures["branches"]) == (rounds / 42, width / 42)
+    assert figures["critical_path_mean"] == sum(paths) / 42
+    assert figures["critical_path_p95"] == pytest.approx(np.percentile(paths, 95))
+
+
+@pytest.mark.parametrize("priced", [False, True])
+def test_the_critical_path_is_the_longest_branch_of_each_round(priced: bool) -> None:
+    controller = """
+from controllers import advance, answer, branch, probe, TO_END
+class Mine:
+    def __init__(self, beta): self.round = 0
+    def decide(self, state):
+        self.round += 1
+        if self.round == 1: return [branch(2), branch(), branch(9)]
+        if self.round == 2: return [advance(1), probe(1), advance(1, 2), advance(0)]
+        if self.round == 3: return [advance(1, TO_END), advance(0, TO_END)]
+        return [answer(state.leader())]
+"""
+    chains = [
+        RecordedBranch(["1"] * 20, 2050, "7"),
+        RecordedBranch(["1"] * 9, 905, "7"),
+        RecordedBranch(["1"] * 9, 990, "7"),
+    ]
+    recorded = intern(RecordedQuestion("q", "m", "b", 100, chains, "7"))
+    environment = ReplayEnvironment(recorded, [0, 1, 2], probe_tokens=11 if priced else None)
+    state = State(Limits(100))
+    run_sync(run_episode(make(Spec("mine", controller), 0), environment, state))
+    assert environment.critical_path == 900 + (300 + (11 if priced else 0)) + 1750
+
+
+@pytest.mark.parametrize("engine", [EngineName.PROCESS, EngineName.RAY])
+def test_engines_agree_to_the_bit(engine: EngineName, tmp_path: Path) -> None:
+    if engine is EngineName.RAY:
+        pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    names = ["cmc", "self_consistency@8", "parallel_probe"]
+    here, there = scores(*names), scores(*names, engine=engine)
+    assert [without_time(score) for score in there] == [without_time(score) for score in here]
+    for one, other in zip(here, there, strict=True):
+        assert (one.outcomes == other.outcomes).all()
+    assert differences(here) == differences(there)
+
+
+def test_shuffles_are_the_same_for_every_controller_and_run() -> None:
+    one, two, again = scores("cmc", "asc@16", betas=[1.0]), scores("asc@16", "cmc", betas=[1.0]), scores("cmc")
+    assert without_time(one[0]) == without_time(two[1])
+    assert without_time(one[0]) == without_time(again[1])
+
+
+FAULTY = {
+    "raises": "        raise ValueError('no idea')",
+    "exits": "        raise SystemExit('bye')",
+    "illegal": "        return [advance(3)]",
+    "empty": "        return []",
+    "nothing": "        return None",
+    "loops": "        while True:\n            try: pass\n            except Exception: pass",
+}
+WORDS = {
+    "raises": "Mine raised ValueError: no idea",
+    "exits": "Mine raised SystemExit: bye",
+    "illegal": "CONTINUE: there is no branch 3; 1 are open",
+    "empty": "an empty round makes no progress",
+    "nothing": "a round is a list of actions, not NoneType",
+    "loops": "an episode took longer than 0.2 s of processor time",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / f"{fault}.py"
+    path.write_text(
+        "from controllers import advance, branch\n"
+        "class Mine:\n"
+        "    def __init__(self, beta): pass\n"
+        "    def decide(self, state):\n"
+        "        if not state.width: return [branch()]\n" + FAULTY[fault]
+    )
+    found = scores(str(path), "single", betas=[1.0], cells=[CELL], rules=Rules(16, patience_s=0.2))
+    figures = found[0].as_json()
+    assert (figures["accuracy"], figures["episodes"], figures["failures"]) == (0, 42, 42)
+    assert WORDS[fault] in figures["failure"]
+    assert figures["tokens"] == (0 if fault == "loops" else pytest.approx(100, rel=0.2))
+    assert found[1].as_json()["failures"] == 0
+
+
+def test_a_constructor_that_fails_is_a_scored_failure(tmp_path: Path) -> None:
+    path = tmp_path / "late.py"
+    path.write_text("class Mine:\n    def __init__(self, beta): 1 / beta\n    def decide(self, state): return []\n")
+    figures = scores(str(path), betas=[0.0], cells=[CELL])[0].as_json()
+    assert (figures["failures"], figures["tokens"]) == (42, 0)
+    assert "its constructor raised ZeroDivisionError" in figures["failure"]
+
+
+def test_only_complete_recordings_with_a_reference_are_scored() -> None:
+    censored = question(1, split=Split.SEARCH)
+    censored.branches[0] = censored.branches[0]._replace(complete=False)  # type: ignore[index]
+    unknown = question(2, reference=None)
+    assert scores("single", source=Given(question(0), censored, unknown))[0].episodes == 7
+    with pytest.raises(NotRecorded, match="m b search: none of 2 recordings is complete and has a reference answer"):
+        scores("single", source=Given(censored, unknown))
+
+
+def test_recordings_of_two_kinds_are_not_mixed() -> None:
+    other = question(1, label_source=LabelSource.CONSENSUS, sampling={"temperature": 0.6})
+    with pytest.raises(NotRecorded, match="recordings of 2 kinds are not scored together: Δ 100, sampling"):
+        scores("single", source=Given(question(0), other))
+
+
+def test_more_chains_than_were_recorded_are_refused() -> None:
+    with pytest.raises(NotRecorded, match="asc@17 opens 17 branches; m b search has 16 a question"):
+        scores("asc@17", rules=Rules(max_branches=64))
+
+
+def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
+    chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
+    source = Given(RecordedQuestion("q", "m", "b", 100, chains, " 7 "))
+    exact, canonical = (
+        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=Rules(5))[0] for how in Answers
+    )
+    assert (exact.accuracy, canonical.accuracy) == (0, 100)
+
+
+def test_cells_that_are_not_there_are_named() -> None:
+    cells = [CELL, Cell("n", "c", Split.HELD_OUT)]
+    assert choose(cells, ["n"], [], None) == cells[1:]
+    assert choose(cells, [], [], Split.SEARCH) == cells[:1]
+    for models, benchmarks, split, words in (
+        (["x"], [], None, "no recordings of model 'x'; there are m, n"),
+        ([], ["x"], None, "no recordings of benchmark 'x'; there are b, c"),
+        ([], [], Split.VALIDATION, "no recordings of split 'validation'; there are held-out, search"),
+        (["m"], ["c"], None, "of all that was asked for at once; there are m b search; n c held-out"),
+    ):
+        with pytest.raises(NotRecorded, match=words):
+            choose(cells, models, benchmarks, split)
+
+
+def test_a_difference_is_paired_by_question() -> None:
+    found = scores("self_consistency@1", "self_consistency@16", betas=[1.0])
+    (one,) = differences(found)
+    assert (one.controller, one.against, one.questions) == ("self_consistency@16", "self_consistency@1", 10)
+    wins = np.concatenate([found[2 * i + 1].per_question("right") - found[2 * i].per_question("right") for i in (0, 1)])
+    assert one.accuracy == pytest.approx(100 * wins.mean())
+    assert one.low < one.accuracy < one.high
+    assert one.tokens == pytest.approx(16, rel=0.2)
+    assert differences(found[:1]) == []
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(60):
+        low, high = paired_interval(rng.normal(0.3, 1.0, 60))
+        hits += low <= 0.3 <= high
+    assert 50 <= hits <= 60  # 57 are expected; fewer than 50 come up in a run of ten thousand
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    assert frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
+
+
+def test_shelved_recordings_are_the_same_and_nobodys_to_change(tmp_path: Path) -> None:
+    recordings = [intern(one) for one in SOURCE.recordings]
+    taken = take(shelve(recordings, tmp_path / "shelf"))
+    for one, other in zip(recordings, taken, strict=True):
+        assert one.rows == other.rows
+        assert (one.question, one.answers, one.reference) == (other.question, other.answers, other.reference)
+        assert not other.probes.flags.owndata
+        with pytest.raises(ValueError, match="read-only"):
+            other.probes[0] = 1
+
+
+def test_traces_hold_every_round(tmp_path: Path) -> None:
+    rules = Rules(16, traces=tmp_path)
+    plain, traced = scores("cmc", "asc@16"), scores("cmc", "asc@16", rules=rules)
+    assert [without_time(one) for one in plain] == [without_time(one) for one in traced]
+    files = trace_files(tmp_path)
+    assert len(files) == 2 * 2 * 2 * 2  # cells, controllers, βs, jobs of five shuffles at most
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".npz"] == []
+    for file in files:
+        trace = read_trace(file)
+        cell = Cell(trace.about["model"], trace.about["benchmark"], Split(trace.about["split"]))
+        recordings = SOURCE.load(cell)
+        for at, episode in enumerate(trace.episodes()):
+            rounds: list[Round] = []
+            environment = ReplayEnvironment(intern(recordings[episode.question]), shuffled(16, episode.shuffle))
+            state = State(Limits(100, 16))
+            controller = make(Spec(trace.about["controller"]), trace.about["beta"])
+            run_sync(run_episode(controller, environment, state, lambda _, played: rounds.append(played)))  # noqa: B023
+            assert [(list(a), list(f)) for a, f in trace.rounds(at)] == [(list(a), list(f)) for a, f in rounds]
+            *_, (last, _) = trace.states(at)
+            assert (last.spent, last.answer, last.stop) == (state.spent, state.answer, state.stop)
+            assert (episode.answer, episode.right) == (state.answer, environment.is_right(state.answer))
+
+
+def test_what_is_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no traces there"):
+        trace_files(tmp_path)
+    (tmp_path / "x.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(TraceError, match=r"x\.npz: no file of traces"):
+        read_trace(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", about=np.array(json.dumps({"format": 99})))
+    with pytest.raises(TraceError, match="written in format 99; this program reads 1"):
+        read_trace(tmp_path / "y.npz")
+
+
+def test_a_worker_that_dies_is_told_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "dies.py"
+    path.write_text(
+        "import os\nclass Mine:\n    def __init__(self, beta): pass\n    def decide(self, state): os._exit(3)\n"
+    )
+    with pytest.raises(EngineError, match="a worker process died"):
+        scores(str(path), engine=EngineName.PROCESS)
+
+
+def autotts(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "proxy.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=folder, env=environment
+    )
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """A file of the generic format."""
+    from discovery.formats import as_line
+
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(map(as_line, SOURCE.recordings)))
+    return path
+
+
+def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) -> None:
+    done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (
+        0,
+        "s.db: 10 recordings of 10 new questions, 160 branches added; 0 were there already\n",
+    )
+    done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
+    assert "0 branches added; 10 were there already" in done.stdout
+    asked = ["--controllers", "cmc,asc@16", "--betas", "0,1", "--shuffles", "3", "--split", "search"]
+    asked += ["--max-branches", "16", "--json", "-"]
+    by_source = [
+        json.loads(autotts("evaluate", "--recordings", name, *asked, folder=tmp_path).stdout)
+        for name in ("s.db", "lines.jsonl")
+    ]
+    for rows in by_source:
+        for row in rows:
+            del row["seconds"], row["decisions_per_s"]
+    assert by_source[0] == by_source[1]
+    assert [(row["controller"], row["beta"], row["benchmark"]) for row in by_source[0]] == [
+        (name, beta, benchmark) for benchmark in "bc" for name in ("cmc", "asc@16") for beta in (0, 1)
+    ]
+    assert not any(math.isnan(row["tokens"]) for row in by_source[0])
+    shown = ["--max-branches", "16", "--shuffles", "2", "--engine", "process", "--traces", "tr", "--plot", "p.svg"]
+    done = autotts("evaluate", "--recordings", "s.db", "--json", "f.json", *shown, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy %" in done.stdout
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+    assert len(json.loads((tmp_path / "f.json").read_text())) == 6
+    done = autotts("trace", "show", "tr/m/b/search/cmc-beta-1", "--question", "2", "--shuffle", "1", folder=tmp_path)
+    assert "question 2, shuffle 1" in done.stdout
+    assert "answer" in done.stdout
+    assert "shuffles 0 to 1" in autotts("trace", "show", "tr", folder=tmp_path).stdout
+    exported = autotts("store", "export", "again.jsonl", "--store", "s.db", folder=tmp_path)
+    assert exported.stdout == "again.jsonl: 10 recordings\n"
+    assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(lines.read_text().splitlines())
+    assert '"feedback": 0' in autotts("store", "verify", "--json", "--store", "s.db", folder=tmp_path).stdout
+    assert (
+        json.loads(autotts("store", "info", "--json", "--store", "s.db", folder=tmp_path).stdout)[0]["branches"] == 96
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--controllers", "cmcc"], "there is no controller 'cmcc'; there are single"),
+        (["--controllers", "none.py"], "none.py: [Errno 2] No such file or directory"),
+        (["--controllers", ","], "--controllers names none"),
+        (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
+        (["--betas", "0,1.5"], "not '1.5'"),
+        (["--split", "validation"], "no recordings of split 'validation'; there are search"),
+        (["--split", "test"], "'test' is not one of 'search', 'validation', 'held-out'"),
+        (["--shuffles", "0"], "Invalid value for '--shuffles'"),
+        (["--recordings", "none.db"], "none.db: no such file or folder"),
+        (["--recordings", "lines.jsonl", "--plot", "p.gif"], "must end in .png or .svg"),
+        (["--json", "no/f.json"], "there is no folder"),
+        (["--controllers", "asc@99"], "asc@99 opens 99 branches"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(
+    tmp_path: Path, lines: Path, arguments: list[str], words: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    done = autotts("evaluate", "--recordings", "lines.jsonl", *arguments, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_breaks_off_imports_nothing(tmp_path: Path, lines: Path) -> None:
+    whole = lines.read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
+    done = autotts("import", "jsonl", "lines.jsonl", "cut.jsonl", "--store", "s.db", folder=tmp_path)
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "cut.jsonl:" in done.stderr
+    assert not (tmp_path / "s.db").exists()
