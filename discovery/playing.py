@@ -29,7 +29,7 @@ KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
 """What tokens are spent on, as in `State.ledger`."""
 COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_path", *KINDS)
 """What is known of an episode, all whole numbers; `critical_path` in tokens."""
-SHUFFLES_A_JOB: Final = 5
+SHUFFLES_A_JOB: Final = 10
 """Few enough for two workers to end together, enough for the rest not to matter."""
 PATIENCE_S: Final = 10.0
 """Seconds of processor time an episode of a controller from a file may take before it counts as looping."""

@@ -114,15 +114,18 @@ class TraceWriter:
             starts.append(len(facts))
             facts += found
             missing = len(actions) - len(found)
-            if missing:
-                factless = (at for at, action in enumerate(actions) if action.verb >= PRUNE)
-                for at in islice(factless, missing):
-                    action = actions[at]
+            for at, action in enumerate(actions) if missing else ():
+                if action.verb >= PRUNE:
                     self._factless.extend((number, at, action.verb, action.branch, _number(action.label)))
+                    missing -= 1
+                    if not missing:
+                        break
         codes = self._codes.of(facts)
         for at in self._codes.ends(codes):
             number = bisect_right(starts, at) - 1
-            self._asked.append(_asking(self._rounds[number])[at - starts[number]].intervals)
+            actions, found = self._rounds[number]
+            asking = actions if len(actions) == len(found) else [one for one in actions if one.verb < PRUNE]
+            self._asked.append(asking[at - starts[number]].intervals)
         self._facts.append(codes)
         self._counts += map(int.__sub__, [*starts[1:], len(facts)], starts)
         grown = len(self._asked) - before[0], (len(self._factless) - before[1]) // 5
@@ -158,13 +161,6 @@ def _small(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _number(label: int | None) -> int:
     return NONE if label is None else label
-
-
-def _asking(played: Round) -> Sequence[Action]:
-    """The actions that facts answer."""
-    if len(played.actions) == len(played.facts):
-        return played.actions
-    return [action for action in played.actions if action.verb < PRUNE]
 
 
 def _fact(row: Sequence[int]) -> Fact:

@@ -1,13 +1,12 @@
 """Parallel-Probe (arXiv 2602.03845): probe all chains every interval, prune deviants, stop on a stable consensus.
 
-Details the paper leaves open are as in the runs behind the AutoTTS paper's table (arXiv 2605.08083): the first interval
-has no vote; warm-up and stability count the votes that came before; of equals the answer of the chain opened first
-leads; when chains are pruned the rest vote anew.
+What the paper leaves open is as in the runs behind the AutoTTS paper's table (arXiv 2605.08083): voting begins with the
+second interval; warm-up and stability count the votes before the present one; of equals the answer of the chain opened
+first leads. A vote before pruning is one after it: those pruned did not vote for the consensus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import lru_cache
 
 from controllers.actions import Action, advance, answer, branch, probe, prune
@@ -23,7 +22,7 @@ class ParallelProbe:
         check_beta(beta)
         self.width = round(linear(4, 64, beta)) if samples is None else samples
         self.stable = round(linear(2, 40, beta))  # votes that must confirm a consensus to stop
-        self.patience = round(linear(2, 7, beta))  # deviations in a row at which a chain is pruned
+        self.patience = round(linear(2, 7, beta))  # deviations in a row for which a chain is pruned
         self.warm_up = round(linear(0, 15, beta))  # votes before deviations count
         self.confirmed = 0
         self.consensus: int | None = None
@@ -32,32 +31,24 @@ class ParallelProbe:
     def decide(self, state: State) -> list[Action]:
         if not state.width:
             return [action for i in range(min(self.width, state.room)) for action in (branch(2), probe(i))]
-        consensus = _vote(state)
-        strays = self._strays(state, consensus)
-        if strays:
-            consensus = _vote(state, strays)
+        consensus = plurality(tally([chain.label for chain in state.branches if not chain.pruned]))
         self.confirmed = self.confirmed + 1 if consensus == self.consensus else 0
         self.consensus = consensus
+        strays = self._strays(state)
         running = [i for i in state.active if i not in strays]
         if not running or (consensus is not None and self.confirmed >= self.stable):
             return [answer(consensus)]
         steps = _steps(state.width)
         return [prune(i) for i in strays] + [action for i in running for action in steps[i]]
 
-    def _strays(self, state: State, consensus: int | None) -> list[int]:
-        """The running chains that have deviated for as long as patience allows."""
+    def _strays(self, state: State) -> list[int]:
+        """The running chains that have deviated from the consensus for as long as patience allows."""
         if state.rounds <= self.warm_up:
             return []
         for i in state.active:
-            deviates = state.branches[i].label != consensus
+            deviates = state.branches[i].label != self.consensus
             self.deviations[i] = self.deviations.get(i, 0) + 1 if deviates else 0
         return [i for i in state.active if self.deviations[i] >= self.patience]
-
-
-def _vote(state: State, without: Collection[int] = ()) -> int | None:
-    """What most chains that are not pruned say, finished or running."""
-    chains = state.branches
-    return plurality(tally([chain.label for i, chain in enumerate(chains) if not chain.pruned and i not in without]))
 
 
 @lru_cache(maxsize=8)

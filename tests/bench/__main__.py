@@ -14,7 +14,7 @@ from rich.table import Table
 from proxy.embedded import EmbeddedServer
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from tests.bench import live
+from tests.bench import live, replay
 
 
 def machine() -> str:
@@ -25,6 +25,7 @@ def machine() -> str:
 
 
 async def main() -> None:
+    offline = list(replay.rows())
     async with EmbeddedServer() as server:
         settings = load(upstream=server.url, **{**EMBEDDED, "interval": live.INTERVAL})
         async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -32,7 +33,7 @@ async def main() -> None:
     table = Table(title=machine(), title_justify="left")
     for heading in ("bench", "measured", "beside", "ratio"):
         table.add_column(heading)
-    for row in rows:
+    for row in [*offline, *rows]:
         table.add_row(*row)
     Console(width=150).print(table)
 

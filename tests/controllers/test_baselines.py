@@ -198,25 +198,18 @@ def test_parallel_probe_counts_deviations_in_a_row_and_once_warm() -> None:
     assert state.branches[3].intervals == 1 + warm_up + ParallelProbe(0.4).patience
 
 
-def test_parallel_probe_votes_anew_when_chains_are_pruned() -> None:
-    # Three waver between 1 and 2 of their own. 7 leads, but for one vote; the strays of that vote leave, and 8 loses.
-    chains = [
-        chain("7", 4000, ["7"], mark="a"),
-        chain("7", 4000, ["7"], mark="b"),
-        chain("8", 4000, ["8"], mark="c"),
-        chain("8", 4000, ["8"], mark="d"),
-    ]
+def test_parallel_probe_follows_the_chain_opened_first_where_answers_are_equal() -> None:
+    chains = [chain(label, 4000, [label], mark=mark) for label, mark in ("7a", "8b", "8c", "7d")]
     state, environment = play("parallel_probe", 0, chains)
-    assert [b.pruned for b in state.branches] == [False, False, True, True]  # of equals the first opened leads
+    assert [b.pruned for b in state.branches] == [False, True, True, False]
     assert answered(state, environment) == "7"
 
 
-def test_parallel_probe_ends_when_nobody_is_left_to_run() -> None:
+def test_parallel_probe_ends_when_only_strays_are_left_to_run() -> None:
     chains = [chain("7", 100, ["7"], mark="a"), chain("7", 110, ["7"], mark="b"), chain("8", 900, ["8"], mark="c")]
     state, environment = play("parallel_probe@3", 0, chains)
-    assert [b.pruned for b in state.branches] == [False, False, True]
+    assert (state.branches[2].intervals, state.rounds) == (3, 3)
     assert answered(state, environment) == "7"
-    assert state.rounds == 3
 
 
 def test_cmc_schedule_is_as_published() -> None:
@@ -260,9 +253,18 @@ def test_a_cap_that_cuts_the_first_chain_is_the_reason_to_stop() -> None:
         assert (state.stop, state.spent, state.answer) == (Stop.MAX_TOKENS, 200, None), name
 
 
-def test_a_chain_the_cap_cut_short_runs_on_when_others_cost_less_than_feared() -> None:
+def test_a_probe_the_cap_did_not_allow_is_no_agreement() -> None:
+    # After 40 tokens 2 are left: too few for a probe, enough for the last token a branch may have.
+    chains = [chain("7", 41, ["7"])]
+    state, environment = play("answer_consistency", 0, chains, max_tokens=42, branch_tokens=41, probe_tokens=3)
+    assert [[a.verb for a in r] for r in environment.rounds] == [[Verb.BRANCH], [Verb.CONTINUE], [Verb.ANSWER]]
+    assert (answered(state, environment), state.spent) == ("7", 41)
+
+
+@pytest.mark.parametrize("name", ["self_consistency@2", "esc@2"])
+def test_a_chain_the_cap_cut_short_runs_on_when_others_cost_less_than_feared(name: str) -> None:
     chains = [chain("7", 100, mark="a"), chain("7", 300, mark="b")]
-    state, environment = play("self_consistency", 1 / 6, chains, max_tokens=450, branch_tokens=400)
+    state, environment = play(name, 0, chains, max_tokens=450, branch_tokens=400)
     assert [[a.verb for a in r] for r in environment.rounds] == [
         [Verb.BRANCH, Verb.BRANCH],
         [Verb.CONTINUE],

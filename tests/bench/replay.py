@@ -1,0 +1,174 @@
+"""Replay: the general runner beside a bare loop, traces, two cores beside one, memory. Needs the public recordings."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from controllers.loading import Spec
+from discovery.engines import EngineName, engine_called
+from discovery.evaluate import Evaluation
+from discovery.formats import read_release, release_cell
+from discovery.playing import Played, Rules, jobs, play
+from discovery.recordings import Cell, RecordedQuestion, Recording, intern
+from discovery.replay import shuffled
+from tests.bench import cmc_loop
+
+FILE: Final = Path(__file__).parents[3] / "shared" / "replay" / "autotts" / "Qwen3-1.7B" / "aime25.json.xz"
+SHUFFLES: Final = 100
+BLOCK: Final = 10
+"""Shuffles timed at a stretch, before it is the other's turn."""
+MEASURED: Final = "CMC β=1, Qwen3-1.7B aime25, 100 shuffles"
+
+Row = tuple[str, str, str, str]
+
+
+def rows() -> Iterator[Row]:
+    """What `make bench` shows of replay; nothing where the public recordings are not beside the project."""
+    if not FILE.exists():
+        return
+    recorded = read_release(FILE)
+    recordings = [intern(one) for one in recorded]
+    yield _runner(recordings)
+    yield _traces(recordings)
+    yield _cores(recorded)
+    yield _memory()
+
+
+def _runner(recordings: Sequence[Recording]) -> Row:
+    """The evaluator's way beside the bare loop; both must give the same figures."""
+    forwards = [cmc_loop.forwards(recording) for recording in recordings]
+    general: list[Played] = []
+    bare: list[tuple[bool, int]] = []
+
+    def loop(block: range) -> None:
+        for shuffle in block:
+            for recording, mine in zip(recordings, forwards, strict=True):
+                label, spent = cmc_loop.play(mine, shuffled(recording.branches, shuffle), recording.interval, 1.0)
+                bare.append((label == recording.reference, spent))
+
+    for block in _blocks()[:1]:  # warm up: every branch's plain rows, every table
+        _general(recordings, block, Rules())
+        loop(block)
+    bare.clear()
+    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, Rules())), loop)
+    assert sum(int(one.outcomes[0].sum()) for one in general) == sum(right for right, _ in bare)
+    assert sum(int(one.outcomes[2].sum()) for one in general) == sum(spent for _, spent in bare)
+    episodes = SHUFFLES * len(recordings)
+    return (
+        f"evaluator / bare loop: {MEASURED}",
+        f"{sum(took) / episodes * 1e3:.2f} ms an episode",
+        f"{sum(beside) / episodes * 1e3:.2f} ms, figures identical",
+        _ratio(took, beside),
+    )
+
+
+def _traces(recordings: Sequence[Recording]) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        traced = Rules(traces=Path(folder))
+        took, beside = _alternate(
+            lambda block: _general(recordings, block, traced), lambda block: _general(recordings, block, Rules())
+        )
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.npz"))
+    episodes = SHUFFLES * len(recordings)
+    return (
+        f"traces on / off: {MEASURED}",
+        f"{sum(took) / episodes * 1e3:.2f} ms, {size / episodes / 1e3:.1f} kB an episode",
+        f"{sum(beside) / episodes * 1e3:.2f} ms",
+        _ratio(took, beside),
+    )
+
+
+def _cores(recorded: Sequence[RecordedQuestion]) -> Row:
+    """Everything `evaluate` does once the file is read, on one core and on two."""
+    times: dict[EngineName, list[float]] = {EngineName.LOCAL: [], EngineName.PROCESS: []}
+    for _ in range(3):
+        for name, spent in times.items():
+            specs = [Spec("cmc"), Spec("parallel_probe")]
+            evaluation = Evaluation(_Held(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], SHUFFLES)
+            began = time.perf_counter()
+            evaluation.run(engine_called(name, 2))
+            spent.append(time.perf_counter() - began)
+    one, two = times.values()
+    return (
+        "--engine local / process, two workers: cmc and parallel_probe at three β",
+        f"{statistics.median(one):.1f} s",
+        f"{statistics.median(two):.1f} s",
+        _ratio(one, two),
+    )
+
+
+class _Held:
+    """A source of recordings that have been read."""
+
+    def __init__(self, recorded: Sequence[RecordedQuestion]) -> None:
+        self._recorded = list(recorded)
+
+    def cells(self) -> Sequence[Cell]:
+        return [release_cell(FILE)]
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return self._recorded
+
+
+MEMORY: Final = """
+import sys
+from pathlib import Path
+from controllers.loading import Spec
+from discovery.engines import EngineName, engine_called
+from discovery.evaluate import Evaluation
+from discovery.source import open_source
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+source = open_source(Path(sys.argv[1]))
+Evaluation(source, source.cells(), [Spec("cmc")], [1.0], 20).run(engine_called(EngineName.LOCAL))
+print(before, peak())
+"""
+
+
+def _memory() -> Row:
+    """Peak memory of a process that reads and scores one model and benchmark, beside one that only imports."""
+    command = [sys.executable, "-c", MEMORY, str(FILE)]
+    before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return (
+        "memory: one model and benchmark, read and scored",
+        f"{(after - before) / 1024:.0f} MiB more",
+        f"{before / 1024:.0f} MiB for imports",
+        f"{after / before:.2f}",
+    )
+
+
+def _blocks() -> list[range]:
+    return [range(begin, begin + BLOCK) for begin in range(0, SHUFFLES, BLOCK)]
+
+
+def _general(recordings: Sequence[Recording], block: range, rules: Rules) -> list[Played]:
+    """What the local engine does for these shuffles."""
+    split_up = jobs([Spec("cmc")], [1.0], release_cell(FILE), block.stop)
+    return [play(job, recordings, rules) for job in split_up if job.shuffles.start >= block.start]
+
+
+def _alternate(
+    measured: Callable[[range], object], beside: Callable[[range], object]
+) -> tuple[list[float], list[float]]:
+    """Seconds of both for each block, turn by turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for block in _blocks():
+        for run, spent in zip((measured, beside), times, strict=True):
+            began = time.perf_counter()
+            run(block)
+            spent.append(time.perf_counter() - began)
+    return times
+
+
+def _ratio(measured: Sequence[float], beside: Sequence[float]) -> str:
+    """The median over blocks."""
+    return f"{statistics.median(one / other for one, other in zip(measured, beside, strict=True)):.2f}"
