@@ -331,16 +331,16 @@ class State:
 
     def _leave(self, index: int) -> None:
         """Branch `index` is active no more."""
-        if self._fresh[index] != GONE:
-            self._fresh[index] = GONE
-            self._gone += 1
+        self._fresh[index] = GONE
+        self._gone += 1
 
     def _close_round(self, actions: Sequence[Action]) -> None:
         """What brings no fact: prunes, and the answer."""
         for action in actions:
             if action.verb is PRUNE:
-                self.branches[action.branch].pruned = True
-                self._leave(action.branch)
+                if self._fresh[action.branch] != GONE:  # else this round has finished it, and its vote stands
+                    self.branches[action.branch].pruned = True
+                    self._leave(action.branch)
             elif action.verb is ANSWER:
                 self.answer, self.stop = action.label, Stop.ANSWERED
 

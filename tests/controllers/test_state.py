@@ -65,6 +65,13 @@ def test_facts_are_taken_in() -> None:
     assert state.rounds == 2
 
 
+def test_a_branch_that_finishes_in_the_round_it_is_pruned_has_finished() -> None:
+    state = grown(finished=0)
+    state.apply([advance(0), prune(0), prune(1)], [Advanced(0, 1, 5, True, 0)])
+    assert [(branch.finished, branch.pruned) for branch in state.branches[:2]] == [(True, False), (False, True)]
+    assert (state.active, state.votes) == ((), {0: 2})
+
+
 def test_the_ledger_adds_up_to_what_was_spent() -> None:
     state = grown(finished=0)
     state.apply([advance(1)], [Advanced(1, 1, 7, True, 0)])

@@ -160,14 +160,16 @@ async def test_a_cap_too_small_for_any_answer_is_refused(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("controller", "content"),
+    ("controller", "after", "content"),
     [
-        pytest.param("parallel_probe", f"{LEAD}7}}", id="an answer leads and is led into"),
-        pytest.param("cmc", "It is \\boxed{7}", id="nothing was asked yet, so the thought is closed and answers"),
+        pytest.param("parallel_probe", 2, f"{LEAD}7}}", id="an answer leads and is led into"),
+        pytest.param("cmc", 4, "It is \\boxed{7}", id="nothing was asked yet, so the thought is closed and answers"),
     ],
 )
-async def test_at_the_deadline_the_best_so_far_goes_out(proxy: Proxy, controller: str, content: str) -> None:
-    proxy.backend.fault, proxy.backend.fault_after = "hang", 4
+async def test_at_the_deadline_the_best_so_far_goes_out(
+    proxy: Proxy, controller: str, after: int, content: str
+) -> None:
+    proxy.backend.fault, proxy.backend.fault_after = "hang", after
     request = asyncio.create_task(proxy.ask("0.5", tts={"deadline_s": 1.0, "controller": controller}))
     await proxy.backend.hanging.wait()
     proxy.backend.fault = ""
