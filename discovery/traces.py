@@ -1,6 +1,7 @@
 """Traces: every round of every episode, its actions and its facts, in columns.
 
-Facts are numbered where they first appear and kept once; an episode is a run of those numbers. A fact says which
+Facts are numbered where they first appear and kept once; an episode is a run of those numbers, in which a round that
+begins as an earlier one says so instead of repeating it. A fact says which
 action it answers, but for how far a branch was asked to run when it finished earlier; that, and the actions that bring
 no fact, stand in columns of their own. A file holds one job's episodes.
 """
@@ -97,6 +98,7 @@ class TraceWriter:
         self._rounds: list[Round] = []
         self._facts: list[NDArray[np.uint32]] = []
         self._counts: list[int] = []  # facts of each round
+        self._repeated: list[int] = []  # how many of them are those of its model
         self._asked: list[int] = []  # intervals each finished branch was asked for
         self._factless = array("q")  # five figures each: round, position in it, verb, branch, label
         self._episodes: list[tuple[int, ...]] = []
@@ -110,9 +112,19 @@ class TraceWriter:
         before = len(self._asked), len(self._factless)
         facts: list[Fact] = []
         starts: list[int] = []
+        repeated: list[int] = []
+        model: Sequence[Fact] = ()  # the last round of some size: what the next may begin as
         for number, (actions, found) in enumerate(self._rounds):
-            starts.append(len(facts))
-            facts += found
+            same = 0
+            if found[: len(model)] == model:
+                same = len(model)
+                facts += found[same:]
+            else:
+                facts += found
+            starts.append(len(facts) - len(found))
+            repeated.append(same)
+            if 2 * len(found) > len(model):
+                model = found
             missing = len(actions) - len(found)
             for at, action in enumerate(actions) if missing else ():
                 if action.verb >= PRUNE:
@@ -127,7 +139,8 @@ class TraceWriter:
             asking = actions if len(actions) == len(found) else [one for one in actions if one.verb < PRUNE]
             self._asked.append(asking[at - starts[number]].intervals)
         self._facts.append(codes)
-        self._counts += map(int.__sub__, [*starts[1:], len(facts)], starts)
+        self._repeated += repeated
+        self._counts += [len(played.facts) for played in self._rounds]
         grown = len(self._asked) - before[0], (len(self._factless) - before[1]) // 5
         lengths = (len(self._rounds), len(facts), *grown)
         self._episodes.append((*lengths, _number(state.answer), right, state.limits.max_branches))
@@ -140,6 +153,7 @@ class TraceWriter:
             "table": self._codes.table,
             "facts": _small(self._facts),
             "counts": np.array(self._counts, np.uint16),
+            "repeated": np.array(self._repeated, np.uint16),
             "asked": np.array(self._asked, np.int32),
             "factless": np.array(self._factless).reshape(-1, 5),
             "episodes": np.array(self._episodes, np.int32).reshape(-1, 7),
@@ -199,19 +213,19 @@ class Trace:
     def rounds(self, at: int) -> list[Round]:
         """The rounds of the episode at position `at`."""
         episodes = self.arrays["episodes"]
-        counts, codes, asked, factless = (
-            self.arrays[name][begin : begin + length].tolist()
-            for name, begin, length in zip(
-                ("counts", "facts", "asked", "factless"),
-                episodes[:at, :4].sum(axis=0).tolist(),
-                episodes[at, :4].tolist(),
-                strict=True,
-            )
+        columns = (("counts", 0), ("repeated", 0), ("facts", 1), ("asked", 2), ("factless", 3))
+        counts, repeated, codes, asked, factless = (
+            self.arrays[name][begin : begin + episodes[at, length]].tolist()
+            for name, length in columns
+            for begin in [episodes[:at, length].sum()]
         )
         facts, asking, width = iter([self.facts[code] for code in codes]), iter(asked), 0
         rounds: list[Round] = []
-        for count in counts:
-            found = list(islice(facts, count))
+        model: Sequence[Fact] = ()
+        for count, same in zip(counts, repeated, strict=True):
+            found = [*model[:same], *islice(facts, count - same)]
+            if 2 * count > len(model):
+                model = found
             actions: list[Action] = []
             for fact in found:
                 if isinstance(fact, Probed):

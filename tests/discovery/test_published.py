@@ -21,9 +21,12 @@ from discovery.recordings import Recording, intern
 FOLDER = Path(__file__).parents[3] / "shared" / "replay"
 SHUFFLES = 100
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "autotts").is_dir(), reason="the public recordings are not beside the project (../shared/replay)"
-)
+pytestmark = [
+    pytest.mark.no_cover,  # half a million episodes would take six times as long
+    pytest.mark.skipif(
+        not (FOLDER / "autotts").is_dir(), reason="the public recordings are not beside the project (../shared/replay)"
+    ),
+]
 
 MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B")
 BENCHMARKS = ("aime24", "aime25")
