@@ -40,9 +40,11 @@ class Codes(dict[int, int]):
     def __init__(self) -> None:
         self._facts: list[Fact] = []  # by number; being here keeps a fact's id from being given to another
         self._ends = bytearray()  # by number: whether a branch finished
+        self._next = 0
 
     def __missing__(self, identity: int) -> int:
-        code = self[identity] = len(self)
+        code = self[identity] = self._next
+        self._next += 1
         return code
 
     def of(self, facts: Sequence[Fact]) -> NDArray[np.uint32]:
@@ -50,12 +52,16 @@ class Codes(dict[int, int]):
         mine = self._facts
         known = len(mine)
         codes = np.frombuffer(array("I", map(self.__getitem__, map(id, facts))), np.uint32)
-        if len(self) > known:
+        if self._next > known:
             new = np.flatnonzero(codes >= known)
             for at, code in zip(new.tolist(), codes[new].tolist(), strict=True):
                 if code == len(mine):
                     mine.append(facts[at])
-            self._ends += bytes(type(fact) is Advanced and fact.finished for fact in mine[known:])
+            for fact in mine[known:]:
+                ended = type(fact) is Advanced and fact.finished
+                self._ends.append(ended)
+                if ended:  # it will not come again, and would only make the look-up slower
+                    del self[id(fact)]
         return codes
 
     @property
