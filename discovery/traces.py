@@ -47,22 +47,23 @@ class Codes(dict[int, int]):
         self._next += 1
         return code
 
-    def of(self, facts: Sequence[Fact]) -> NDArray[np.uint32]:
-        """The numbers of some facts."""
-        mine = self._facts
+    def of(self, facts: Sequence[Fact]) -> tuple[NDArray[np.uint32], list[int]]:
+        """The numbers of some facts, and where among them branches finished."""
+        mine, ends = self._facts, self._ends
         known = len(mine)
         codes = np.frombuffer(array("I", map(self.__getitem__, map(id, facts))), np.uint32)
+        finished: list[int] = []
         if self._next > known:
             new = np.flatnonzero(codes >= known)
             for at, code in zip(new.tolist(), codes[new].tolist(), strict=True):
                 if code == len(mine):
-                    mine.append(facts[at])
-            for fact in mine[known:]:
-                ended = type(fact) is Advanced and fact.finished
-                self._ends.append(ended)
-                if ended:  # it will not come again, and would only make the look-up slower
-                    del self[id(fact)]
-        return codes
+                    fact = facts[at]
+                    mine.append(fact)
+                    ends.append(type(fact) is Advanced and fact.finished)
+                if ends[code]:  # it is always new, for its id is forgotten: it will not come again
+                    finished.append(at)
+                    self.pop(id(facts[at]), None)
+        return codes, finished
 
     @property
     def table(self) -> NDArray[np.int64]:
@@ -77,11 +78,6 @@ class Codes(dict[int, int]):
             [NONE if fact.label is None else fact.label for fact in self._facts],
         )
         return np.stack([np.array(column, np.int64) for column in columns], axis=1)
-
-    def ends(self, codes: NDArray[np.uint32]) -> list[int]:
-        """Where among `codes` branches finished."""
-        found: list[int] = np.flatnonzero(np.frombuffer(self._ends, np.bool_)[codes]).tolist()
-        return found
 
 
 class TraceWriter:
@@ -138,8 +134,8 @@ class TraceWriter:
                     missing -= 1
                     if not missing:
                         break
-        codes = self._codes.of(facts)
-        for at in self._codes.ends(codes):
+        codes, finished = self._codes.of(facts)
+        for at in finished:
             number = bisect_right(starts, at) - 1
             actions, found = self._rounds[number]
             asking = actions if len(actions) == len(found) else [one for one in actions if one.verb < PRUNE]
