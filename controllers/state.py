@@ -49,6 +49,7 @@ class Stop(StrEnum):
     DEADLINE = "deadline"  # time was up
     CONTROLLER_ERROR = "controller_error"  # it raised, or moved illegally
     UPSTREAM_ERROR = "upstream_error"  # the backend failed midway
+    NOT_VOTABLE = "not_votable"  # the task has no answers that could be compared
 
 
 class Branch:
@@ -345,9 +346,9 @@ class State:
                 self.answer, self.stop = action.label, Stop.ANSWERED
 
     def end(self, stop: Stop) -> None:
-        """End the episode from outside with the best answer so far; the first reason stays."""
+        """End the episode from outside with the best answer so far, if it has answers; the first reason stays."""
         if self.stop is None:
-            self.answer, self.stop = self.leader(), stop
+            self.answer, self.stop = None if stop is Stop.NOT_VOTABLE else self.leader(), stop
 
 
 def _bad(action: Action, fact: Fact) -> BadFact:

@@ -46,3 +46,7 @@ class TraceError(DiscoveryError):
 
 class Censored(DiscoveryError):
     """A branch was recorded only so far, and the replay went past it."""
+
+
+class UnknownKind(DiscoveryError):
+    """There is no such kind of answers."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from controllers.loading import Spec
-from discovery.answers import canonical
+from discovery.answers import Judge, Labels, canonical
 from discovery.curve import Score, scores
 from discovery.engines import Batch, Engine
 from discovery.errors import NotRecorded
@@ -47,12 +47,13 @@ class Evaluation:
         `on_progress` is told how much of `work` has been done since it was last called. Raises NotRecorded,
         BadRecording, Censored, EngineError, TraceError.
         """
-        return list(scores(_told(engine(self._batches(), self.rules), on_progress)))
+        with Judge() as judge:
+            return list(scores(_told(engine(self._batches(judge), self.rules), on_progress)))
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, judge: Judge) -> Iterator[Batch]:
         """One batch a cell; its recordings are read when it is asked for."""
         for cell in self.cells:
-            recordings = [self._intern(recorded) for recorded in _scorable(cell, self.source.load(cell))]
+            recordings = [self._intern(recorded, judge) for recorded in _scorable(cell, self.source.load(cell))]
             most = min(recording.branches for recording in recordings)
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
@@ -62,8 +63,19 @@ class Evaluation:
                     )
             yield Batch(recordings, jobs(self.specs, self.betas, cell, self.shuffles))
 
-    def _intern(self, recorded: RecordedQuestion) -> Recording:
-        return intern(recorded) if self.answers is Answers.EXACT else intern(recorded, canonical)
+    def _intern(self, recorded: RecordedQuestion, judge: Judge) -> Recording:
+        return intern(recorded) if self.answers is Answers.EXACT else regrade(recorded, judge)
+
+
+def regrade(recorded: RecordedQuestion, judge: Judge | None = None) -> Recording:
+    """The recording with its answers read as the proxy reads them; what cannot be read answers nothing."""
+    labels = Labels(judge)
+
+    def label(answer: str) -> int | None:
+        form = canonical(answer)
+        return None if form is None else labels.number(form, answer)
+
+    return intern(recorded, label)
 
 
 def _told(outcomes: Iterator[tuple[Job, Played]], tell: Callable[[int], None]) -> Iterator[tuple[Job, Played]]:

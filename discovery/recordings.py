@@ -6,7 +6,7 @@ Answers are interned: a recording keeps each distinct answer once and refers to 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -79,6 +79,11 @@ class RecordedQuestion:
     origin: Origin = Origin.IMPORTED
 
     @property
+    def cell(self) -> Cell:
+        """What it is scored together with."""
+        return Cell(self.model, self.benchmark, self.split)
+
+    @property
     def complete(self) -> bool:
         """Whether every branch ran to its end; only such recordings are scored."""
         return all(branch.complete for branch in self.branches)
@@ -119,7 +124,9 @@ class Recording:
 
     question: str  # `question_id` of its text
     interval: int  # tokens between probes, Δ
-    answers: tuple[str, ...]  # the distinct answers; the arrays hold their numbers, NO_ANSWER for none
+    answers: tuple[
+        str, ...
+    ]  # the distinct answers, as first written; the arrays hold their numbers, NO_ANSWER for none
     reference: int  # number of the reference answer; NO_ANSWER if no branch ever gave it
     starts: NDArray[np.int32]  # (b + 1,)
     probes: NDArray[np.int32]  # (sum of probes,)
@@ -151,24 +158,30 @@ class Recording:
         return len(self.tokens)
 
 
-def intern(recorded: RecordedQuestion, read: Callable[[str], str | None] = str) -> Recording:
-    """The recording that replay runs. Answers are the same if `read` says the same of them; of None it is not asked."""
-    numbers: dict[str, int] = {}
+def intern(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = str) -> Recording:
+    """The recording that replay runs. Answers are the same if `tell` says the same of them, none if it says None."""
+    numbers: dict[Hashable, int] = {}
+    answers: list[str] = []  # each as it was first written
 
     def number(answer: str | None) -> int:
-        label = None if answer is None else read(answer)
-        return NO_ANSWER if label is None else numbers.setdefault(label, len(numbers))
+        told = None if answer is None else tell(answer)
+        if answer is None or told is None:
+            return NO_ANSWER
+        if told not in numbers:
+            numbers[told] = len(answers)
+            answers.append(answer)
+        return numbers[told]
 
     branches = recorded.branches
     starts = np.cumsum([0, *(len(branch.probes) for branch in branches)])
     probes = [number(answer) for branch in branches for answer in branch.probes]
     costs = [cost for branch in branches for cost in branch.probe_tokens or [0] * len(branch.probes)]
     finals = [number(branch.final) for branch in branches]
-    reference = None if recorded.reference is None else read(recorded.reference)
+    reference = None if recorded.reference is None else tell(recorded.reference)
     return Recording(
         question=recorded.question,
         interval=recorded.interval,
-        answers=tuple(numbers),
+        answers=tuple(answers),
         reference=NO_ANSWER if reference is None else numbers.get(reference, NO_ANSWER),
         starts=_frozen(starts),
         probes=_frozen(probes),

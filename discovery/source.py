@@ -44,8 +44,7 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self._questions: dict[Cell, list[RecordedQuestion]] = {}
         for question in read_jsonl(path):
-            cell = Cell(question.model, question.benchmark, question.split)
-            self._questions.setdefault(cell, []).append(question)
+            self._questions.setdefault(question.cell, []).append(question)
 
     def cells(self) -> Sequence[Cell]:
         return list(self._questions)

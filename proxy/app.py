@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from discovery.answers import Judge
 from proxy import chat, dial, errors, passthrough, reply, schema
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
@@ -36,6 +37,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.metrics = Metrics()
+        self.judge = Judge()
         self._models: dict[str, Model] = {}
 
     async def models(self) -> dict[str, Model]:
@@ -79,7 +81,7 @@ class Service:
             return await self._pass(request, parsed, body, model, reason or "no_beta")
         plan = await chat.plan(self.engine, self.settings, model, parsed, turned)
         if not parsed.stream:
-            served = await unless_gone(request.receive, chat.serve(self.engine, self.metrics, plan))
+            served = await unless_gone(request.receive, chat.serve(self.engine, self.judge, self.metrics, plan))
             return JSONResponse(_completion(served), headers=served.headers)
         head = {
             "id": plan.request_id,
@@ -89,7 +91,7 @@ class Service:
         }
         events = chat_events(
             head,
-            lambda: chat.serve(self.engine, self.metrics, plan),
+            lambda: chat.serve(self.engine, self.judge, self.metrics, plan),
             usage=parsed.wants_usage,
             ping_s=self.settings.ping_s,
         )
@@ -161,7 +163,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(_session(settings))
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
-            app.state.service = Service(settings, engine)
+            service = app.state.service = Service(settings, engine)
+            stack.callback(service.judge.close)
             yield
 
     app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -12,11 +12,12 @@ from uuid import uuid4
 
 from controllers import Action, Controller, ControllerError, Limits, State, Stop, UnknownController, run_episode
 from controllers.registry import create, find
+from discovery.answers import Judge, Way
 from proxy import probing
 from proxy.dial import Dial
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
-from proxy.live import LiveEnvironment, Prompt, Sizes
+from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
 from proxy.metrics import Metrics
 from proxy.reply import Closing, Reply, compose
 from proxy.schema import SAMPLING, ChatRequest
@@ -25,6 +26,9 @@ from proxy.settings import Settings
 T = TypeVar("T", int, float)
 
 logger = logging.getLogger(__name__)
+
+SCOUTED = (Way.AUTO, Way.CODE, Way.TEXT)
+"""Kinds of answers of which it is not known beforehand that there will be one."""
 
 PROMPT_TAIL = 8
 """Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
@@ -63,7 +67,8 @@ async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRe
     started = time.monotonic()
     ids = await engine.tokenise_chat({"model": model.id, "messages": request.messages, **request.template_fields})
     tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
-    bounds = await _bounds(engine, settings, model, request, len(ids))
+    template = probing.template_for(settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead)
+    bounds = await _bounds(engine, settings, model, request, len(ids), template)
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if sampling.get("temperature") == 0:
         sampling["temperature"] = settings.branch_temperature
@@ -73,7 +78,7 @@ async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRe
         started=started,
         dial=dial,
         controller=controller,
-        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer),
+        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template),
         sizes=bounds.sizes,
         limits=bounds.limits,
         closing=bounds.closing,
@@ -82,10 +87,12 @@ async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRe
     )
 
 
-async def _bounds(engine: Engine, settings: Settings, model: Model, request: ChatRequest, prompt: int) -> _Bounds:
+async def _bounds(
+    engine: Engine, settings: Settings, model: Model, request: ChatRequest, prompt: int, template: probing.Template
+) -> _Bounds:
     """Token bounds under which a branch, its probes and its closing fit the model's context and the request's cap."""
-    close = len(await engine.tokenise_suffix(model.id, probing.LONGEST_CLOSING))
-    suffix = len(await engine.tokenise_suffix(model.id, probing.LONGEST_SUFFIX))
+    close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
+    suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))
     cap = _least(request.tts.max_total_tokens, settings.max_total_tokens)
     probe = settings.probe_tokens
     finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
@@ -100,6 +107,10 @@ async def _bounds(engine: Engine, settings: Settings, model: Model, request: Cha
         )
     branch = min(room, request.branch_limit or room)
     reserve = close + finalise + suffix + probe
+    ahead = None
+    if cap is not None and request.tts.answer.way in SCOUTED:  # what finding out whether it can be voted on may cost
+        ahead = max(0, cap - reserve - min(settings.interval, branch)) // 8
+        reserve += ahead
     least = reserve + min(settings.interval, branch)
     if cap is not None and cap < least:
         raise BadRequest(
@@ -114,16 +125,16 @@ async def _bounds(engine: Engine, settings: Settings, model: Model, request: Cha
         probe_tokens=suffix + probe,
         max_tokens=None if cap is None else cap - reserve,
     )
-    return _Bounds(Sizes(settings.interval, branch, probe), limits, Closing(finalise, probe))
+    return _Bounds(Sizes(settings.interval, branch, probe, ahead), limits, Closing(finalise, probe))
 
 
-async def serve(engine: Engine, metrics: Metrics, plan: Plan) -> Reply:
+async def serve(engine: Engine, judge: Judge, metrics: Metrics, plan: Plan) -> Reply:
     """Run the episode and compose its reply.
 
     Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
     is counted either way.
     """
-    environment = LiveEnvironment(engine, plan.prompt, plan.sizes)
+    environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
     state = State(plan.limits)
     reply: Reply | None = None
     outcome = "failed"
@@ -155,6 +166,9 @@ async def _run(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state
     except TimeoutError:
         environment.salvage()
         state.end(Stop.DEADLINE)
+    except NotVotable:
+        environment.salvage()
+        state.end(Stop.NOT_VOTABLE)
     except ControllerError as error:
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
         state.end(Stop.CONTROLLER_ERROR)

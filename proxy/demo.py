@@ -84,7 +84,8 @@ async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked
     seconds = time.perf_counter() - started
     answer = read(reply.parse().choices[0].message.content or "")
     headers = reply.headers
-    return Asked(answer == problem.answer, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
+    right = answer is not None and answer.form.text == problem.answer
+    return Asked(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
 
 
 def accuracy(asked: Sequence[Asked]) -> tuple[float, float]:

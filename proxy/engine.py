@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -51,6 +51,7 @@ class Call:
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
+    on_finish: Callable[[Output], None] | None = None  # told of each output when it ends; may raise to cut the rest
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
@@ -133,6 +134,7 @@ class Engine:
             yield response
 
     def _take(self, call: Call, chunk: Mapping[str, Any]) -> None:
+        ended: list[Output] = []
         try:
             for choice in chunk["choices"]:
                 output = call.outputs[choice["index"]]
@@ -141,10 +143,14 @@ class Engine:
                 if choice["finish_reason"] is not None:
                     output.finish = choice["finish_reason"]
                     output.at_eos = output.finish == "stop" and choice.get("stop_reason") is None
+                    ended.append(output)
         except (KeyError, IndexError, TypeError):
             raise UpstreamNonsense(
                 f"{self.url}/v1/completions sent a chunk that is none of vLLM's; is it vLLM 0.10 or later?"
             ) from None
+        if call.on_finish is not None:
+            for output in ended:
+                call.on_finish(output)
 
     def _settle(self, call: Call, usage: Mapping[str, Any] | None) -> None:
         """Hold the server's usage against what arrived: a bill must add up."""

@@ -6,16 +6,19 @@ A round goes out in as few requests as can be: all branches that run equally lon
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from controllers import Action, Advanced, Fact, Probed, Verb
-from discovery.answers import Kind, read
+from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
+from discovery.answers import AUTO, VOTES_ALONE, Answer, Judge, Kind, Labels, Way, read
 from proxy import probing
 from proxy.engine import Call, Engine, Output
+
+UNASKED: Final = 2
+"""Branches that may be opened before it is known that the task can be voted on."""
 
 
 class Prompt(NamedTuple):
@@ -27,7 +30,8 @@ class Prompt(NamedTuple):
     sampling: Mapping[str, Any]  # of its branches, without seed and stop
     stop: Sequence[str] = ()
     seed: int | None = None
-    kind: Kind = Kind.AUTO
+    kind: Kind = AUTO
+    template: probing.Template = probing.TEMPLATES[probing.Family.QWEN3]
 
 
 class Sizes(NamedTuple):
@@ -36,6 +40,11 @@ class Sizes(NamedTuple):
     interval: int
     branch: int  # the most a branch may grow to
     probe: int  # the most a probe may generate
+    ahead: int | None = None  # the most a branch may be run ahead of what is asked for; None if to its end
+
+
+class NotVotable(Exception):
+    """The first branch to finish gives nothing that can be voted on."""
 
 
 @dataclass(slots=True)
@@ -46,7 +55,10 @@ class LiveBranch:
     text: str = ""
     pieces: int = 0  # requests it was generated in
     finish: str | None = None  # "stop", "length", or None while it runs
-    answer: str | None = None  # the canonical answer its text gives, once finished
+    answer: Answer | None = None  # what its reply answers, once finished
+    label: int | None = None  # the number of that answer, once a fact has told it
+    asked: bool = False  # whether it was asked if there is anything to vote on
+    ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
 
 @dataclass(slots=True)
@@ -84,6 +96,7 @@ class _Step(NamedTuple):
     branch: int
     output: Output
     most: int  # tokens it may generate
+    before: int = 0  # tokens it was given that had been run ahead
 
 
 class LiveEnvironment:
@@ -92,46 +105,147 @@ class LiveEnvironment:
     `execute` raises UpstreamError. When it fails or is cancelled, `salvage` keeps what had already been generated.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, sizes: Sizes) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, sizes: Sizes, judge: Judge | None = None) -> None:
         self.engine = engine
         self.prompt = prompt
         self.sizes = sizes
         self.branches: list[LiveBranch] = []
-        self.answers: list[str] = []  # canonical answer of each label
+        self.labels = Labels(judge)
         self.meter = Meter()
-        self._numbers: dict[str, int] = {}
-        self._flying: list[_Step] = []
+        self.votable = prompt.kind.way is not Way.AUTO and prompt.kind.votable  # as far as is known
+        self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
+        self.scouted = 0  # tokens of the probe that asked whether it is
+        self._scout: LiveBranch | None = None  # a branch run ahead that has not been opened yet
+        self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        await self._admit(actions)
         facts: dict[int, _Outcome] = {}
         for phase in _phases(actions, len(self.branches)):
             await self._run(phase, facts)
-        return [self._fact(facts[i]) for i in sorted(facts)]
+        return [await self._fact(facts[i]) for i in sorted(facts)]
 
-    def salvage(self) -> int:
-        """Append to the branches what requests that were cut had generated; returns how many tokens that was."""
-        salvaged = 0
-        for step in self._flying:
-            salvaged += len(step.output.ids)
-            if step.action.verb is not Verb.PROBE:
-                self._grow(self.branches[step.branch], step.output)
+    def salvage(self) -> None:
+        """Append to the branches what nobody was told of: what was run ahead, and what cut requests had generated."""
+        if self._scout is not None:
+            self.branches.append(self._scout)
+            self._scout = None
+        for branch in self.branches:
+            while branch.ahead:
+                self._grow(branch, branch.ahead.popleft())
+        for owner, output in self._flying:
+            self.meter.aborted_tokens += len(output.ids)
+            if owner is not None:
+                self._grow(owner, output)
         self._flying.clear()
-        self.meter.aborted_tokens += salvaged
-        return salvaged
+
+    async def number(self, answer: Answer | None) -> int | None:
+        """The label of an answer; one that takes thought is thought about in a thread."""
+        if answer is None:
+            return None
+        if self.labels.doubtful(answer.form):
+            return await asyncio.to_thread(self.labels.number, answer.form, answer.written)
+        return self.labels.number(answer.form, answer.written)
+
+    def read(self, text: str) -> Answer | None:
+        """What the reply in a branch's text answers."""
+        return read(self.prompt.template.split(self.prompt.tail, text)[1], self.prompt.kind)
 
     async def suffix(self, index: int, *, lead: bool) -> list[int]:
         """Ids that close branch `index`'s thought and, with `lead`, lead into its answer."""
-        text = self.branches[index].text
-        make = probing.suffix if lead else probing.closing
+        return await self._suffix(self.branches[index].text, lead=lead)
+
+    async def _suffix(self, text: str, *, lead: bool) -> list[int]:
+        make = self.prompt.template.suffix if lead else self.prompt.template.closing
         return await self.engine.tokenise_suffix(self.prompt.model, make(self.prompt.tail, text))
 
     async def extend(self, index: int, suffix: Sequence[int], most: int, sampling: Mapping[str, Any]) -> Output:
         """What follows branch `index` and `suffix`, outside the branch's own text."""
-        call = Call([[*self.prompt.ids, *self.branches[index].ids, *suffix]], most, sampling)
+        return await self._after([*self._context(index), *suffix], len(suffix), most, sampling)
+
+    async def _after(self, context: Sequence[int], suffix: int, most: int, sampling: Mapping[str, Any]) -> Output:
+        """What follows `context`, the last `suffix` tokens of which are ours."""
+        call = Call([context], most, sampling)
+        self._flying = [(None, call.outputs[0])]
         await self.engine.generate(self.prompt.model, call)
+        self._flying = []
         self.meter.add(call)
-        self.meter.suffix_tokens += len(suffix)
+        self.meter.suffix_tokens += suffix
         return call.outputs[0]
+
+    # Whether the task can be voted on
+
+    async def _admit(self, actions: Sequence[Action]) -> None:
+        """Before a third branch is opened, find out with one whether there is anything to vote on.
+
+        Its first interval is run ahead, and it is asked: an answer that is no mere word vouches for the task. Otherwise
+        it is run to its end, alone. Raises NotVotable if that gives no answer. What was run ahead is not wasted: it is
+        what the branch gets when the controller asks.
+        """
+        opening = sum(action.verb is Verb.BRANCH for action in actions)
+        if self.votable or not opening or len(self.branches) + opening <= UNASKED:
+            return
+        running = [branch for branch in self.branches if branch.finish is None]
+        if self.branches and not running:
+            return  # cut by their length: nothing is known, and nothing will be
+        if running:
+            scout = max(running, key=lambda branch: len(branch.ids))
+        else:
+            scout = self._scout = LiveBranch()
+            await self._run_ahead(scout)
+        while not self.votable and not self._ended(scout):
+            if not scout.asked:
+                scout.asked = True
+                self.votable = self.prompt.kind.probed and await self._vouches(scout)
+            else:
+                await self._run_ahead(scout)
+        self.votable = True
+
+    async def _run_ahead(self, branch: LiveBranch) -> None:
+        """One more interval of `branch`, kept until it is asked for. Raises NotVotable if it ends without an answer."""
+        ids, _ = _all_of(branch)
+        most = min(self.sizes.interval, self.sizes.branch - len(ids))
+        piece = branch.pieces + len(branch.ahead)
+        sampling = self._sampling(None if self.prompt.seed is None else (self._index(branch), piece))
+        call = Call([[*self.prompt.ids, *ids]], most, sampling)
+        self._flying = [(branch, call.outputs[0])]
+        await self.engine.generate(self.prompt.model, call)
+        self._flying = []
+        self.meter.add(call)
+        branch.ahead.append(call.outputs[0])
+        if call.outputs[0].finish == "stop":
+            self._look(_all_of(branch)[1])
+
+    async def _vouches(self, branch: LiveBranch) -> bool:
+        """Whether `branch`, asked now, gives an answer that is no mere word."""
+        ids, text = _all_of(branch)
+        suffix = await self._suffix(text, lead=True)
+        context = [*self.prompt.ids, *ids, *suffix]
+        output = await self._after(context, len(suffix), self.sizes.probe, self._greedy())
+        self.scouted += len(suffix) + len(output.ids)
+        answer = self.prompt.template.read(output.text, self.prompt.kind)
+        return answer is not None and answer.form.sort in VOTES_ALONE
+
+    def _ended(self, branch: LiveBranch) -> bool:
+        """Whether running `branch` ahead has come to an end."""
+        ahead = sum(len(output.ids) for output in branch.ahead)
+        if branch.ahead and branch.ahead[-1].finish == "stop":
+            return True
+        if self.sizes.ahead is not None and ahead + self.sizes.interval > self.sizes.ahead:
+            return True
+        return len(branch.ids) + ahead >= self.sizes.branch
+
+    def _look(self, text: str) -> None:
+        """At the first branch to finish: whether there is anything to vote on. Raises NotVotable."""
+        if self.votable_for_sure:
+            return
+        if self.read(text) is not None:
+            self.votable = self.votable_for_sure = True
+        elif self.prompt.template.split(self.prompt.tail, text)[1].strip():
+            raise NotVotable
+
+    def _index(self, branch: LiveBranch) -> int:
+        return next((i for i, one in enumerate(self.branches) if one is branch), len(self.branches))
 
     # One phase: at most one action a branch, all at once
 
@@ -140,59 +254,101 @@ class LiveEnvironment:
         suffixes: dict[int, list[int]] = {}
         for position, action, index in phase:
             if action.verb is Verb.BRANCH:
-                self.branches.append(LiveBranch())
+                self.branches.append(self._scout or LiveBranch())
+                self._scout = None
             if action.verb is Verb.PRUNE:
                 continue
-            if self.branches[index].finish is not None:  # finished earlier in this round
-                facts[position] = _Outcome(action, index, 0, 0, self.branches[index].answer, True)
+            branch = self.branches[index]
+            if branch.finish is not None:  # finished earlier in this round
+                facts[position] = _Outcome(action, index, 0, 0, branch.answer, True)
                 continue
             if action.verb is Verb.PROBE:
+                if not self.prompt.kind.probed:
+                    facts[position] = _Outcome(action, index, 0, 0, None, False)
+                    continue
                 suffixes[index] = await self.suffix(index, lead=True)
-            steps[position] = _Step(action, index, Output(), self._most(action, index))
+                steps[position] = _Step(action, index, Output(), self.sizes.probe)
+                continue
+            before = self._reveal(branch, action.intervals)
+            intervals = action.intervals if action.intervals == TO_END else action.intervals - self._intervals(before)
+            most = min(intervals * self.sizes.interval, self.sizes.branch - len(branch.ids))
+            if branch.finish is not None or most <= 0:
+                facts[position] = self._advanced(action, index, before)
+                continue
+            steps[position] = _Step(action, index, Output(), most, before)
         calls = list(self._calls(steps.values(), suffixes))
-        self._flying = list(steps.values())
+        self._flying = [
+            (None if step.action.verb is Verb.PROBE else self.branches[step.branch], step.output)
+            for step in steps.values()
+        ]
         await self._gather(calls)
         self._flying = []
         self.meter.suffix_tokens += sum(map(len, suffixes.values()))
         for position, step in steps.items():
             facts[position] = self._land(step, suffixes)
 
-    def _most(self, action: Action, index: int) -> int:
-        if action.verb is Verb.PROBE:
-            return self.sizes.probe
-        room = self.sizes.branch - len(self.branches[index].ids)
-        return min(action.intervals * self.sizes.interval, room)
+    def _reveal(self, branch: LiveBranch, intervals: int) -> int:
+        """Give `branch` of what it was run ahead; returns how many tokens that was."""
+        known = len(branch.ids)
+        while branch.ahead and intervals > 0 and branch.finish is None:
+            self._grow(branch, branch.ahead.popleft())
+            intervals -= 1
+        return len(branch.ids) - known
+
+    def _intervals(self, tokens: int) -> int:
+        return -(-tokens // self.sizes.interval)
 
     def _calls(self, steps: Iterable[_Step], suffixes: Mapping[int, list[int]]) -> Iterable[Call]:
         """The requests that carry `steps`, each step's output wired to its place in one of them."""
         groups: dict[tuple[bool, bool, int], list[_Step]] = defaultdict(list)
         for step in steps:
             is_probe = step.action.verb is Verb.PROBE
-            groups[is_probe, step.action.verb is Verb.BRANCH, step.most].append(step)
+            groups[is_probe, not is_probe and not self.branches[step.branch].ids, step.most].append(step)
         for (is_probe, opening, most), group in groups.items():
             if is_probe:
                 prompts = [self._context(step.branch) + suffixes[step.branch] for step in group]
-                yield _wire(Call(prompts, most, probing.sampling()), group)
+                yield _wire(Call(prompts, most, self._greedy()), group)
             elif self.prompt.seed is not None:
                 for step in group:
-                    yield _wire(Call([self._context(step.branch)], most, self._sampling(step)), [step])
+                    piece = step.branch, self.branches[step.branch].pieces
+                    yield self._watch(Call([self._context(step.branch)], most, self._sampling(piece)), [step])
             elif opening:
-                yield _wire(Call([self.prompt.ids], most, self._sampling(), n=len(group)), group)
+                yield self._watch(Call([self.prompt.ids], most, self._sampling(), n=len(group)), group)
             else:
                 prompts = [self._context(step.branch) for step in group]
-                yield _wire(Call(prompts, most, self._sampling()), group)
+                yield self._watch(Call(prompts, most, self._sampling()), group)
+
+    def _watch(self, call: Call, steps: Sequence[_Step]) -> Call:
+        """A call of branches: the first one to finish is looked at when it does, not when its round ends."""
+        _wire(call, steps)
+        texts = {id(step.output): self.branches[step.branch].text for step in steps}
+
+        def finished(output: Output) -> None:
+            if output.finish == "stop":
+                self._look(texts[id(output)] + output.text)
+
+        call.on_finish = finished
+        return call
 
     def _context(self, index: int) -> list[int]:
         return [*self.prompt.ids, *self.branches[index].ids]
 
-    def _sampling(self, step: _Step | None = None) -> dict[str, Any]:
-        """A shared request carries no seed: vLLM would give every prompt of it the same one, and equal branches."""
+    def _sampling(self, piece: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Of a branch's request; with `piece`, its branch and which of its requests it is, that has a seed of its own.
+
+        A shared request carries no seed: vLLM would give every prompt of it the same one, and equal branches.
+        """
         sampling = dict(self.prompt.sampling)
         if self.prompt.stop:
             sampling["stop"] = list(self.prompt.stop)
-        if step is not None and self.prompt.seed is not None:
-            sampling["seed"] = _derive(self.prompt.seed, step.branch, self.branches[step.branch].pieces)
+        if self.prompt.template.special:
+            sampling["skip_special_tokens"] = False
+        if piece is not None and self.prompt.seed is not None:
+            sampling["seed"] = _derive(self.prompt.seed, *piece)
         return sampling
+
+    def _greedy(self) -> Mapping[str, Any]:
+        return probing.sampling()
 
     async def _gather(self, calls: Sequence[Call]) -> None:
         """Run `calls` at once; the first to fail cancels the others and its error is raised."""
@@ -211,12 +367,16 @@ class LiveEnvironment:
     def _land(self, step: _Step, suffixes: Mapping[int, list[int]]) -> _Outcome:
         tokens = len(step.output.ids)
         if step.action.verb is Verb.PROBE:
-            answer = probing.read_probe(step.output.text, self.prompt.kind)
+            answer = self.prompt.template.read(step.output.text, self.prompt.kind)
             return _Outcome(step.action, step.branch, 0, tokens + len(suffixes[step.branch]), answer, False)
-        branch = self.branches[step.branch]
-        self._grow(branch, step.output)
-        intervals = max(1, -(-tokens // self.sizes.interval))
-        return _Outcome(step.action, step.branch, intervals, tokens, branch.answer, branch.finish is not None)
+        self._grow(self.branches[step.branch], step.output)
+        return self._advanced(step.action, step.branch, step.before + tokens)
+
+    def _advanced(self, action: Action, index: int, tokens: int) -> _Outcome:
+        branch = self.branches[index]
+        return _Outcome(
+            action, index, max(1, self._intervals(tokens)), tokens, branch.answer, branch.finish is not None
+        )
 
     def _grow(self, branch: LiveBranch, output: Output) -> None:
         known = len(branch.text)
@@ -229,23 +389,17 @@ class LiveEnvironment:
         if cut is not None:  # a stop string across two requests, which the server cannot see
             branch.text, branch.finish = branch.text[:cut], "stop"
         if branch.finish == "stop":
-            branch.answer = read(branch.text, self.prompt.kind)
+            branch.answer = self.read(branch.text)
         elif len(branch.ids) >= self.sizes.branch:
             branch.finish = "length"  # cut mid-thought: it answers nothing
 
-    def _fact(self, outcome: _Outcome) -> Fact:
-        label = self._label(outcome.answer)
+    async def _fact(self, outcome: _Outcome) -> Fact:
+        label = await self.number(outcome.answer)
+        if outcome.finished:
+            self.branches[outcome.branch].label = label
         if outcome.action.verb is Verb.PROBE:
             return Probed(outcome.branch, label, outcome.tokens)
         return Advanced(outcome.branch, outcome.intervals, outcome.tokens, outcome.finished, label)
-
-    def _label(self, answer: str | None) -> int | None:
-        if answer is None:
-            return None
-        if answer not in self._numbers:
-            self._numbers[answer] = len(self.answers)
-            self.answers.append(answer)
-        return self._numbers[answer]
 
 
 class _Outcome(NamedTuple):
@@ -255,7 +409,7 @@ class _Outcome(NamedTuple):
     branch: int
     intervals: int
     tokens: int
-    answer: str | None
+    answer: Answer | None
     finished: bool
 
 
@@ -280,6 +434,12 @@ def _phases(actions: Sequence[Action], width: int) -> list[list[tuple[int, Actio
 def _wire(call: Call, steps: Sequence[_Step]) -> Call:
     call.outputs = [step.output for step in steps]
     return call
+
+
+def _all_of(branch: LiveBranch) -> tuple[list[int], str]:
+    """Ids and text of `branch`, what was run ahead included."""
+    ids = [*branch.ids, *(i for output in branch.ahead for i in output.ids)]
+    return ids, branch.text + "".join(output.text for output in branch.ahead)
 
 
 def _derive(seed: int, branch: int, piece: int) -> int:

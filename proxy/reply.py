@@ -68,31 +68,36 @@ def known_headers(plan: Plan) -> dict[str, str]:
 
 async def compose(plan: Plan, environment: LiveEnvironment, state: State) -> Reply:
     """The reply to a stopped episode that opened at least one branch. May raise UpstreamError."""
-    answer = None if state.answer is None else environment.answers[state.answer]
     spent = environment.meter.billed
-    index = _spokesman(environment, state, answer)
+    index = _spokesman(environment, state, state.answer)
     branch = environment.branches[index]
     if branch.finish is None:
-        message = await _close(plan, environment, index, answer, hurried=state.stop is Stop.DEADLINE)
+        message, agreed = await _close(plan, environment, index, state)
     else:
         message = await _whole(environment, branch)
+        agreed = state.answer is None or await _says(environment, message.content, state.answer)
     tokens = _ledger(environment, state, index, environment.meter.billed - spent)
     return Reply(
         plan=plan,
         message=message,
         tokens=tokens,
         usage=_usage(plan, environment, message),
-        tts=_report(plan, environment, state, answer, message, tokens),
+        tts=_report(plan, environment, state, message, agreed, tokens),
     )
 
 
-def _spokesman(environment: LiveEnvironment, state: State, answer: str | None) -> int:
+async def _says(environment: LiveEnvironment, content: str, label: int) -> bool:
+    """Whether a reply gives the answer of `label`."""
+    return await environment.number(read(content, environment.prompt.kind)) == label
+
+
+def _spokesman(environment: LiveEnvironment, state: State, answer: int | None) -> int:
     """The branch whose text the client reads: one that finished with the answer, the shortest; else one that leans to
     it, the longest, pruned ones last; without an answer one that came to an end, else the longest."""
     branches = environment.branches
     if answer is None:
         return max(range(len(branches)), key=lambda i: (branches[i].finish == "stop", len(branches[i].ids)))
-    finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.answer == answer]
+    finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.label == answer]
     if finished:
         return min(finished, key=lambda i: len(branches[i].ids))
     leaning = [i for i, known in enumerate(state.branches) if known.label == state.answer]
@@ -115,39 +120,34 @@ async def _whole(environment: LiveEnvironment, branch: LiveBranch) -> Message:
     return await _message(environment, text, branch.ids, branch.finish or "stop")
 
 
-async def _close(plan: Plan, environment: LiveEnvironment, index: int, answer: str | None, hurried: bool) -> Message:
+async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
     """Make an unfinished branch close its thought and answer; led into the answer if its own words would not give it,
-    or if there is no time for them."""
-    thought = environment.branches[index].text
-    if not hurried:
+    or if there is no time for them. If it will not say what was voted for, the message states that and no more.
+
+    Also returns whether the branch agreed."""
+    template, answer = plan.prompt.template, state.answer
+    reasoning = template.split(plan.prompt.tail, environment.branches[index].text)[0]
+    if state.stop is not Stop.DEADLINE:
         closing = await environment.suffix(index, lead=False)
         output = await environment.extend(index, closing, plan.closing.free, GREEDY)
         content = output.text.strip()
-        if answer is None or read(content, plan.prompt.kind) == answer:
-            return Message(content, split(thought)[0], output.finish or "stop", len(output.ids))
+        if answer is None or await _says(environment, content, answer):
+            return Message(content, reasoning, output.finish or "stop", len(output.ids)), True
     suffix = await environment.suffix(index, lead=True)
     output = await environment.extend(index, suffix, plan.closing.led, probing.sampling())
-    return Message(probing.led(output.text), split(thought)[0], "stop", len(suffix) + len(output.ids))
+    content, visible = template.led(output.text), len(suffix) + len(output.ids)
+    if answer is None or await _says(environment, content, answer):
+        return Message(content, reasoning, "stop", visible), True
+    return Message(template.led(environment.labels.written(answer)), reasoning, "stop", 0), False
 
 
 async def _message(environment: LiveEnvironment, text: str, ids: list[int], finish: str) -> Message:
-    reasoning, content = split(text, opened=probing.thinking(environment.prompt.tail, ""))
-    marker = await environment.engine.tokenise_suffix(environment.prompt.model, probing.THINK_CLOSE)
-    end = _find_last(ids, marker)
-    return Message(content, reasoning, finish, len(ids) - end if reasoning is not None else len(ids))
-
-
-def split(text: str, opened: bool = True) -> tuple[str | None, str]:
-    """A branch's text as its thought, None if it has none, and what follows it. `opened`: the prompt began one."""
-    thought, close, rest = text.partition(probing.THINK_CLOSE)
-    if not close:
-        inside = opened or probing.THINK_OPEN in text
-        return (_bare(text), "") if inside and text else (None, text)
-    return _bare(thought), rest.strip("\n")
-
-
-def _bare(thought: str) -> str:
-    return thought.replace(probing.THINK_OPEN, "", 1).strip("\n")
+    template, tail = environment.prompt.template, environment.prompt.tail
+    reasoning, content = template.split(tail, text)
+    if reasoning is None or not template.ending:
+        return Message(content, reasoning, finish, len(ids))
+    marker = await environment.engine.tokenise_suffix(environment.prompt.model, template.ending)
+    return Message(content, reasoning, finish, len(ids) - _find_last(ids, marker))
 
 
 def _find_last(ids: list[int], marker: list[int]) -> int:
@@ -161,6 +161,9 @@ def _find_last(ids: list[int], marker: list[int]) -> int:
 def _ledger(environment: LiveEnvironment, state: State, winner: int, finalise: int) -> dict[str, int]:
     """Tokens by what they were spent on. What no fact accounts for was aborted."""
     tokens = state.ledger(winner)
+    if environment.branches[winner].finish == "stop":  # a round that was cut when it ended has told the state nothing
+        tokens["winner"] = len(environment.branches[winner].ids)
+    tokens["probe"] += environment.scouted
     tokens["finalise"] = finalise
     tokens["aborted"] = environment.meter.billed - sum(tokens.values())
     return tokens
@@ -185,12 +188,16 @@ def _report(
     plan: Plan,
     environment: LiveEnvironment,
     state: State,
-    answer: str | None,
     message: Message,
+    agreed: bool,
     tokens: Mapping[str, int],
 ) -> dict[str, Any]:
     """The `tts` object."""
     meter = environment.meter
+    written = {label: environment.labels.written(label) for label in state.votes}
+    if state.answer is not None:
+        said = read(message.content, plan.prompt.kind)
+        written[state.answer] = said.written if said is not None else environment.labels.written(state.answer)
     return {
         "applied": True,
         "beta": plan.dial.beta,
@@ -199,9 +206,11 @@ def _report(
         "branches": len(environment.branches),
         "rounds": state.rounds,
         "stop": str(state.stop),
-        "answer": answer,
-        "agreed": answer is None or read(message.content, plan.prompt.kind) == answer,
-        "votes": {environment.answers[label]: count for label, count in state.votes.items()},
+        "answer": None if state.answer is None else written[state.answer],
+        "answer_kind": str(plan.prompt.kind),
+        "probe_template": plan.prompt.template.name,
+        "agreed": agreed,
+        "votes": {written[label]: count for label, count in state.votes.items()},
         "temperature": plan.temperature,
         "interval": plan.sizes.interval,
         "tokens": {"total": sum(tokens.values()), **tokens},

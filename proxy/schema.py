@@ -7,12 +7,23 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from discovery.answers import Kind
+from discovery.answers import AUTO, Kind, parse_kind
+from discovery.errors import UnknownKind
 from proxy.errors import BadRequest
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
+
+
+def _kind_of(spec: object) -> object:
+    """A kind of answers by its name."""
+    if not isinstance(spec, str):
+        return spec
+    try:
+        return parse_kind(spec)
+    except UnknownKind as error:
+        raise ValueError(str(error)) from None
 
 
 class TtsOptions(BaseModel):
@@ -24,7 +35,7 @@ class TtsOptions(BaseModel):
     controller: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     max_total_tokens: Positive | None = None  # over all branches and probes
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
-    answer: Kind = Kind.AUTO  # how answers are read
+    answer: Annotated[Kind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
     required: Annotated[bool, Field(strict=True)] = False  # 400 rather than pass through when it cannot be served
 
 

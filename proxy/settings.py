@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from controllers.errors import UnknownController
 from controllers.registry import find
 from proxy.errors import SettingsError
+from proxy.probing import Family
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,6 +35,11 @@ class Settings(BaseSettings):
     interval: Tokens = Field(512, description="tokens of one interval, Δ")
     branch_temperature: float = Field(
         1.0, gt=0, le=2, description="temperature of branches when the request asks for 0: equal branches vote in vain"
+    )
+    probe_family: Family = Field(Family.AUTO, description="family of models by whose template probes are asked")
+    probe_close: str | None = Field(None, description="text that ends a thought, instead of the family's")
+    probe_lead: str | None = Field(
+        None, pattern=r"\{$", description="text that leads into the answer, instead of the family's; ends with a brace"
     )
     probe_tokens: Tokens = Field(20, description="tokens a probe may generate")
     finalise_tokens: Tokens = Field(512, description="tokens for closing an unfinished branch into a reply")

@@ -16,9 +16,10 @@ from aiohttp import web
 
 from controllers import Action, Advanced, Fact, Limits, Probed, State, Verb, answer
 from controllers.actions import TO_END
-from discovery.answers import read
-from proxy.probing import LEAD, LONGEST_CLOSING
+from discovery.answers import Answer, Labels, read
+from proxy.probing import LEAD, TEMPLATES, Family
 
+LONGEST_CLOSING = TEMPLATES[Family.QWEN3].close
 MODEL = "fake-model"
 MAX_LENGTH = 2000
 ASSISTANT = "<assistant>"
@@ -56,7 +57,7 @@ class ScriptedEnvironment:
         self.interval = interval
         self.probe_cost = probe_cost
         self.at: list[int] = []
-        self.labels: dict[str, int] = {}
+        self.labels = Labels()
         self.rounds: list[Sequence[Action]] = []
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
@@ -85,8 +86,8 @@ class ScriptedEnvironment:
         label = self._label(read(chain.text)) if finished else None
         return Advanced(index, -(-tokens // self.interval), tokens, finished, label)
 
-    def _label(self, answer: str | None) -> int | None:
-        return None if answer is None else self.labels.setdefault(answer, len(self.labels))
+    def _label(self, answer: Answer | None) -> int | None:
+        return None if answer is None else self.labels.number(answer.form, answer.written)
 
 
 def episode(interval: int = 10, **limits: Any) -> State:
@@ -216,7 +217,7 @@ class FakeVLLM:
 
     def _write(self, prompt: list[int], body: dict[str, Any]) -> tuple[list[int], str]:
         text = _text(prompt).rpartition(ASSISTANT)[2]
-        if text.endswith(LEAD) or text.endswith(LONGEST_CLOSING):
+        if text.endswith((LEAD, LONGEST_CLOSING)) or not any(chain.text.startswith(text) for chain in self.chains):
             return self._speak(text, body["max_tokens"])
         if not text:
             chain = self.chains[self.opened % len(self.chains)]

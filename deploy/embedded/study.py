@@ -27,6 +27,8 @@ from discovery.answers import boxed
 from proxy import probing
 from proxy.engine import Call, Engine, Output
 
+TEMPLATE = probing.TEMPLATES[probing.Family.QWEN3]
+
 VOTERS = (1, 2, 4, 8, 16, 32)
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
 BANDS = ((4, 7), (8, 11), (12, 16))
@@ -84,8 +86,8 @@ class Study:
         self._slots = asyncio.Semaphore(at_once)
 
     async def run(self, problems: Sequence[task.Problem]) -> list[Outcome]:
-        suffix = await self._engine.tokenise_suffix(self._model, probing.LONGEST_SUFFIX)
-        end = (await self._engine.tokenise_suffix(self._model, probing.THINK_CLOSE))[0]
+        suffix = await self._engine.tokenise_suffix(self._model, TEMPLATE.longest_suffix)
+        end = (await self._engine.tokenise_suffix(self._model, TEMPLATE.ending))[0]
         return list(await asyncio.gather(*(self._outcome(problem, suffix, end) for problem in problems)))
 
     async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> Outcome:

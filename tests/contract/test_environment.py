@@ -34,20 +34,21 @@ from discovery.recordings import RecordedBranch, RecordedQuestion, intern
 from discovery.replay import ReplayEnvironment
 from proxy.engine import Engine
 from proxy.live import LiveEnvironment, Prompt, Sizes
-from proxy.probing import LEAD, LONGEST_CLOSING, LONGEST_SUFFIX, suffix
-from tests.fakes import MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
+from proxy.probing import LEAD, TEMPLATES, Family
+from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
 INTERVAL = 40
 PROBE = 12
 SAID = 3  # one digit, a brace and the end token
-PROBE_COST = len(LONGEST_SUFFIX) + SAID
+TEMPLATE = TEMPLATES[Family.QWEN3]
+PROBE_COST = len(TEMPLATE.longest_suffix) + SAID
 
 Factory = Callable[[Sequence[Chain]], AbstractAsyncContextManager[Environment]]
 
 
 @asynccontextmanager
 async def scripted(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
-    yield ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda text: len(suffix("", text)) + SAID)
+    yield ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda text: len(TEMPLATE.suffix("", text)) + SAID)
 
 
 @asynccontextmanager
@@ -68,9 +69,14 @@ async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 def _recorded(chain: Chain) -> RecordedBranch:
     """A chain as a collector would have recorded it: probed after each whole interval but the one it ends in."""
     cuts = range(INTERVAL, chain.tokens, INTERVAL)
-    hunches = [read(LEAD + chain.hunch(at, INTERVAL) + "}") for at in cuts]
-    costs = [len(suffix("", chain.text[:at])) + SAID for at in cuts]
-    return RecordedBranch(hunches, chain.tokens, read(chain.text), costs)
+    hunches = [_written(LEAD + chain.hunch(at, INTERVAL) + "}") for at in cuts]
+    costs = [len(TEMPLATE.suffix("", chain.text[:at])) + SAID for at in cuts]
+    return RecordedBranch(hunches, chain.tokens, _written(chain.text), costs)
+
+
+def _written(text: str) -> str | None:
+    answer = read(text)
+    return None if answer is None else answer.written
 
 
 ENVIRONMENTS: dict[str, Factory] = {"scripted": scripted, "live": live, "replay": replayed}

@@ -27,7 +27,7 @@ def play(
 
 
 def answered(state: State, environment: ScriptedEnvironment) -> str | None:
-    return None if state.answer is None else list(environment.labels)[state.answer]
+    return None if state.answer is None else environment.labels.written(state.answer)
 
 
 def crowd(seed: int, right: float = 0.6) -> list[Chain]:

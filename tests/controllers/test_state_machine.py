@@ -156,7 +156,7 @@ class Episodes(RuleBasedStateMachine):
         assert [b.label for i, b in enumerate(state.branches) if b.finished] == [
             self.finished[i] for i in sorted(self.finished)
         ]
-        assert {i for i, b in enumerate(state.branches) if b.pruned} == self.pruned
+        assert {i for i, b in enumerate(state.branches) if b.pruned} == self.pruned - set(state.finished)
         assert sum(state.votes.values()) == sum(label is not None for label in self.finished.values())
         assert state.labels == self.labels
 

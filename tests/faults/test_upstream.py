@@ -46,10 +46,10 @@ async def test_a_fault_from_the_start_is_told(proxy: Proxy, fault: str, stream: 
 
 @pytest.mark.parametrize("fault", ["cut", "lie", "error_event", "garbage"])
 async def test_a_backend_that_fails_midway_leaves_the_best_so_far(proxy: Proxy, fault: str) -> None:
-    await proxy.ask("0.5")
+    await proxy.ask("0.5", tts={"answer": "boxed"})
     requests = len(proxy.backend.requests)
     proxy.backend.fault, proxy.backend.fault_after = fault, requests + requests - 2
-    status, headers, reply = await proxy.ask("0.5")
+    status, headers, reply = await proxy.ask("0.5", tts={"answer": "boxed"})
     assert status == 200, reply
     assert headers["x-tts-stop"] == "upstream_error"
     assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"

@@ -119,7 +119,7 @@ async def _some(lines: Any, count: int) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_stops_everything(proxy: Proxy, stream: bool) -> None:
     proxy.backend.fault = "hang"
-    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "tts": {"beta": 1}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "tts": {"beta": 1, "answer": "boxed"}}
     request = asyncio.create_task(_post(proxy, body))
     await proxy.backend.hanging.wait()
     request.cancel()
@@ -170,7 +170,9 @@ async def test_at_the_deadline_the_best_so_far_goes_out(
     proxy: Proxy, controller: str, after: int, content: str
 ) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
-    request = asyncio.create_task(proxy.ask("0.5", tts={"deadline_s": 1.0, "controller": controller}))
+    request = asyncio.create_task(
+        proxy.ask("0.5", tts={"deadline_s": 1.0, "controller": controller, "answer": "boxed"})
+    )
     await proxy.backend.hanging.wait()
     proxy.backend.fault = ""
     status, headers, reply = await request
@@ -191,7 +193,7 @@ async def test_greedy_requests_branch_at_the_servers_temperature(proxy: Proxy) -
 
 
 async def test_a_round_goes_out_in_as_few_requests_as_can_be(proxy: Proxy) -> None:
-    await proxy.ask("1", tts={"controller": "self_consistency"})
+    await proxy.ask("1", tts={"controller": "self_consistency", "answer": "boxed"})
     assert [r["n"] for r in proxy.backend.requests] == [64]
     proxy.backend.requests.clear()
     _, _, reply = await proxy.ask("0.5", tts={"controller": "cmc"})
@@ -211,7 +213,9 @@ async def test_a_seed_gives_every_request_of_every_branch_one_of_its_own(proxy: 
 
 
 async def test_max_tokens_bounds_each_branch(proxy: Proxy) -> None:
-    _, _, reply = await proxy.ask("0.5", max_tokens=INTERVAL + 5, tts={"controller": "self_consistency"})
+    _, _, reply = await proxy.ask(
+        "0.5", max_tokens=INTERVAL + 5, tts={"controller": "self_consistency", "answer": "boxed"}
+    )
     assert {r["max_tokens"] for r in proxy.backend.requests} == {INTERVAL + 5}
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["tts"]["answer"] is None

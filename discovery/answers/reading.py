@@ -1,0 +1,269 @@
+r"""Text → the answer it ends up giving, as it is written there, and the form by which it is compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+
+from discovery.answers.forms import Form, Sort, canonical, choice
+from discovery.answers.kinds import AUTO, Kind, Way
+
+LONGEST_LONE: Final = 80
+"""Characters of a text that is nothing but its answer."""
+MOST_TRIED: Final = 64
+"""Places of a text that are tried as the beginning of JSON."""
+
+VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
+
+
+class Answer(NamedTuple):
+    """An answer: `written` is a part of the text it was found in."""
+
+    written: str
+    form: Form
+
+
+_BOX = r"\\(?:boxed|fbox)\s{0,9}\{"
+_BRACE = re.compile(rf"{_BOX}|\\[{{}}]|[{{}}]")
+_JOINT = re.compile(rf"\}}[\s$.,;*]{{0,9}}(?:(?:\\text\{{)?\s{{0,9}}(?:and|or)\s{{0,9}}\}}?)?[\s$,;*]{{0,9}}{_BOX}")
+_LEAD = (
+    r"(?i:\b(?:answer|option|choice|result)(?:\s(?:choice|option))?(?:\s{0,9}[*_]{0,3}(?:\sis|\sare|\swould\sbe|:|=|→)){1,2}"
+    r"[\s*_:]{0,9}(?:(?:therefore|thus|option|choice|approximately)\s)?[*_]{0,3})"
+)
+_STATED_CHOICE = re.compile(rf"{_LEAD}[(\[]?([A-J])(?![A-Za-z0-9'])(?!\s+[a-z])")
+_LONE_CHOICE = re.compile(r"\W{0,20}([A-Ja-j])\W{0,20}")
+_LED_CHOICE = re.compile(r"[\s*_]*\(?([A-J])[).:*]+(?:\s.*)?")
+_DIGITS = r"[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+_QUANTITY = rf"(?:\\?[$€£¥])?{_DIGITS}(?:\s?/\s?[0-9]+)?(?:\s?(?:\\?%|°))?"
+_GOES_ON = r"(?![\w/^\\]|\s?[-+*/^=×]\s?[0-9(\\]|,\s?[0-9]|\s(?:and|or)\s[0-9])"
+_STATED_NUMBER = re.compile(rf"{_LEAD}\$?({_QUANTITY}){_GOES_ON}")
+_STATED_FORMULA = re.compile(rf"{_LEAD}(?:\$\$?|\\\(|\\\[)([^$\n]{{1,400}}?)(?:\$|\\\)|\\\])")
+_STATED_WORD = re.compile(rf"{_LEAD}(?i:(yes|no|true|false))\b")
+_HASHES = re.compile(r"(?m)^####\s?(\S[^\n]{0,80})$")
+_NUMBER = re.compile(rf"(?<![\w.,/]){_QUANTITY}(?![\w/])")
+_LONE = re.compile(
+    r"[\s*_`]*(?:(?:the )?answer:)?[\s*_`]*(?P<inner>\S.*?)[\s*_`]*\.?[\s*_`]*", re.DOTALL | re.IGNORECASE
+)
+_OPENING = re.compile(r"[{\[]")
+_FENCES: Final = ("```", "~~~")
+_YES_NO: Final = ("yes", "no", "true", "false")
+
+
+def read(text: str, kind: Kind = AUTO) -> Answer | None:
+    """The answer `text` ends up giving; None if there is none that can be read. Never raises."""
+    match kind.way:
+        case Way.AUTO:
+            return _auto(text)
+        case Way.BOXED:
+            return _boxed(text)
+        case Way.CHOICE:
+            return _choice(text)
+        case Way.NUMBER:
+            return _number(text)
+        case Way.JSON:
+            return _json(text)
+        case Way.REGEX:
+            return _pattern(text, kind)
+        case Way.CODE | Way.TEXT:
+            return _compared(text, kind)
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last complete `\boxed{…}` of `text` holds, braces balanced; None if there is none."""
+    span = _last_box(text)
+    return None if span is None else text[slice(*span)]
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the content of the last complete box begins and ends."""
+    boxes = _boxes(text)
+    return max(boxes) if boxes else None
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
+    opened: list[int] = []  # where the content of each open brace starts; negative if the brace is no box's
+    boxes: list[tuple[int, int]] = []
+    for token in _BRACE.finditer(text):
+        sign = token[0]
+        if sign == "}":
+            begin = opened.pop() if opened else -1
+            if begin >= 0:
+                boxes.append((begin, token.start()))
+        elif sign == "{":
+            opened.append(-1)
+        elif len(sign) > 2:
+            opened.append(token.end())
+    return boxes
+
+
+def _boxed(text: str) -> Answer | None:
+    """The last box; with those before it, if nothing but commas or an "and" is between them."""
+    boxes = sorted(_boxes(text))
+    if not boxes:
+        return None
+    begin, end = boxes[-1]
+    first, parts = begin, [text[begin:end]]
+    for earlier, close in reversed(boxes[:-1]):
+        joint = _JOINT.match(text, close)
+        if joint is None or joint.end() != first:
+            break
+        first = earlier
+        parts.append(text[earlier:close])
+    form = canonical(", ".join(reversed(parts))) if first != begin else None
+    if form is not None:
+        return Answer(text[text.rindex("\\", 0, first) : end + 1], form)
+    return _answer(parts[0])
+
+
+def _auto(text: str) -> Answer | None:
+    if "boxed" in text or "\\fbox" in text:
+        found = _boxed(text)
+        if found is not None or _last_box(text) is not None:
+            return found
+    stated = [last for pattern in _STATED if (last := _last(pattern, text)) is not None]
+    for _, written in sorted(stated, reverse=True):
+        found = _answer(written)
+        if found is not None and (found.form.sort in VOTES_ALONE or found.form.text in _YES_NO):
+            return found
+    return _lone(text)
+
+
+def _lone(text: str) -> Answer | None:
+    """A text that is nothing but its answer."""
+    if len(text) > LONGEST_LONE or (match := _LONE.fullmatch(text)) is None:
+        return None
+    found = _answer(match["inner"])
+    if found is None:
+        return None
+    form = found.form
+    if form.sort is Sort.WORDS:
+        return found if form.text in _YES_NO else None
+    is_formula = form.sort in (Sort.NUMBER, Sort.CHOICE) or match["inner"].startswith(("$", "\\"))
+    return found if is_formula and form.sort in VOTES_ALONE else None
+
+
+def _choice(text: str) -> Answer | None:
+    inner = boxed(text)
+    for part in (text,) if inner is None else (inner, text):
+        lone = _LONE_CHOICE.fullmatch(part)
+        if lone is not None:
+            return Answer(lone[1], choice(lone[1].upper()))
+        form = canonical(part)
+        if form is not None and form.sort is Sort.CHOICE:
+            return Answer(form.text, form)
+    found = _last(_STATED_CHOICE, text)
+    led = _LED_CHOICE.fullmatch(text.strip().rpartition("\n")[2]) if found is None else None
+    letter = found[1] if found is not None else led[1] if led is not None else None
+    return None if letter is None else Answer(letter, choice(letter))
+
+
+def _number(text: str) -> Answer | None:
+    inner = boxed(text)
+    if inner is not None and (found := _quantity(inner)) is not None:
+        return found
+    for pattern in (_STATED_NUMBER, _HASHES, _NUMBER):
+        last = _last(pattern, text if inner is None else inner) or _last(pattern, text)
+        if last is not None and (found := _quantity(last[1])) is not None:
+            return found
+    return None
+
+
+def _quantity(written: str) -> Answer | None:
+    found = _answer(written)
+    return found if found is not None and found.form.sort is Sort.NUMBER else None
+
+
+def _json(text: str) -> Answer | None:
+    found: Answer | None = None
+    at = 0
+    for _ in range(MOST_TRIED):
+        match = _OPENING.search(text, at)
+        if match is None:
+            break
+        begin, at = match.start(), match.end()
+        try:
+            value, at = _DECODER.raw_decode(text, begin)
+            spelled = "".join(_spell(value))
+        except (ValueError, RecursionError):
+            continue
+        found = Answer(text[begin:at], Form(spelled, Sort.OTHER))
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(constant)
+
+
+_DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse)
+
+
+def _spell(value: Any) -> Iterator[str]:
+    """JSON with keys in order and every number in one spelling."""
+    if isinstance(value, dict):
+        yield "{"
+        for position, key in enumerate(sorted(value)):
+            yield f"{',' if position else ''}{json.dumps(key)}:"
+            yield from _spell(value[key])
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for position, element in enumerate(value):
+            yield "," if position else ""
+            yield from _spell(element)
+        yield "]"
+    elif isinstance(value, Decimal):
+        yield str(value.normalize()) if value else "0"
+    else:
+        yield json.dumps(value)
+
+
+def _pattern(text: str, kind: Kind) -> Answer | None:
+    match = None
+    for match in kind.pattern.finditer(text):  # noqa: B007 - only the last one is wanted
+        pass
+    if match is None:
+        return None
+    written = match.group(1 if kind.pattern.groups else 0)
+    if not written:
+        return None
+    form = canonical(written)
+    return Answer(written, form if form is not None and form.sort is Sort.NUMBER else Form(written, Sort.OTHER))
+
+
+def _compared(text: str, kind: Kind) -> Answer | None:
+    written = _last_block(text) if kind.way is Way.CODE else text
+    spelled = kind.comparator(written)
+    return None if spelled is None else Answer(written, Form(spelled, Sort.OTHER))
+
+
+def _last_block(text: str) -> str:
+    """What the last complete fence encloses; all of `text` if there is none."""
+    found: str | None = None
+    block: list[str] | None = None
+    for line in text.splitlines(keepends=True):
+        if line.lstrip().startswith(_FENCES):
+            if block is not None:
+                found = "".join(block)
+            block = [] if block is None else None
+        elif block is not None:
+            block.append(line)
+    return text if found is None else found
+
+
+def _answer(written: str) -> Answer | None:
+    form = canonical(written)
+    return None if form is None else Answer(written.strip(), form)
+
+
+_STATED: Final = (_STATED_CHOICE, _STATED_NUMBER, _STATED_FORMULA, _STATED_WORD, _HASHES)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> tuple[int, str] | None:
+    """Where the last match of `pattern` captures, and what; the whole match if it captures nothing."""
+    match = None
+    for match in pattern.finditer(text):  # noqa: B007 - only the last one is wanted
+        pass
+    return None if match is None else (match.start(match.lastindex or 0), match[match.lastindex or 0])
