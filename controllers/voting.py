@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import comb
+from typing import Any
 
 
 def tally(labels: Iterable[int | None]) -> dict[int, int]:
@@ -25,7 +26,7 @@ def plurality(votes: Mapping[int, int]) -> int | None:
     return best
 
 
-def top_two(votes: Mapping[int, int]) -> tuple[int, int]:
+def top_two(votes: Mapping[Any, int]) -> tuple[int, int]:
     """The two highest counts, highest first; 0 where there is none."""
     first = second = 0
     for count in votes.values():

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from controllers import Action, Advanced, Fact, Limits, Probed, State, Verb, answer
+from controllers import Action, Advanced, Controller, Fact, Limits, Probed, State, Verb, answer, probe
 from controllers.actions import TO_END
 from discovery.answers import Answer, Labels, read
 from proxy.probing import LEAD, TEMPLATES, Family
@@ -264,3 +264,25 @@ class Scripted:
             return [answer(state.leader())]
         nxt = self.rounds.pop(0)
         return nxt(state) if callable(nxt) else nxt
+
+
+class Eager:
+    """A controller over another that asks every chain after every step, whether the other wants to know or not."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    def decide(self, state: State) -> Sequence[Action]:
+        while True:
+            actions: list[Action] = []
+            width = state.width
+            for action in self.controller.decide(state):
+                if action.verb is Verb.PROBE:
+                    continue
+                actions.append(action)
+                if action.verb in (Verb.BRANCH, Verb.CONTINUE):
+                    index = action.branch if action.verb is Verb.CONTINUE else width
+                    width += action.verb is Verb.BRANCH
+                    actions.append(probe(index))
+            if actions:
+                return actions

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controllers import BetaError, State, Stop, UnknownController, Verb, run_episode, run_sync
+from controllers import BetaError, Controller, State, Stop, UnknownController, Verb, run_episode, run_sync
 from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
 from controllers.dial import linear
 from controllers.registry import BUILT_IN, PINNABLE, create, find
-from tests.fakes import Chain, ScriptedEnvironment, chain, episode
+from tests.fakes import Chain, Eager, ScriptedEnvironment, chain, episode
 
 INTERVAL = 40
 
@@ -171,6 +171,43 @@ def test_self_consistency_doubles() -> None:
 def test_asc_stops_once_the_lead_is_safe() -> None:
     state, _ = play("asc", 1, [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)])
     assert state.width == 4  # 31/32 is the first confidence past 0.95
+
+
+def run(controller: Controller, chains: list[Chain]) -> tuple[object, int]:
+    """What came of an episode whose probes cost nothing, and how many there were."""
+    environment, state = ScriptedEnvironment(chains, INTERVAL), episode()
+    run_sync(run_episode(controller, environment, state))
+    what = answered(state, environment), [(b.tokens, b.finished, b.pruned) for b in state.branches]
+    return what, sum(action.verb is Verb.PROBE for actions in environment.rounds for action in actions)
+
+
+@pytest.mark.parametrize("name", ["cmc", "parallel_probe"])
+@pytest.mark.parametrize("beta", [0, 0.3, 0.6, 1])
+def test_who_asks_only_what_matters_decides_the_same(name: str, beta: float) -> None:
+    asked = eagerly = 0
+    for seed in range(8):
+        # half of them slow, all of several opinions on the way, some with nothing readable to say
+        chains = [*crowd(seed, right=0.5)[::2], *(wavering(seed * 64 + i) for i in range(32))]
+        random.Random(seed).shuffle(chains)
+        lazy, probes = run(create(name, beta), chains)
+        eager, all_probes = run(Eager(create(name, beta)), chains)
+        assert lazy == eager
+        assert probes <= all_probes
+        asked, eagerly = asked + probes, eagerly + all_probes
+    assert asked < eagerly or (name, beta) == ("parallel_probe", 0)  # which counts deviations from its first vote on
+
+
+def wavering(seed: int) -> Chain:
+    """A long chain that says something else now and then, for the most part the same."""
+    rng = random.Random(seed)
+    hunches = [rng.choice(["", "7", "7", "7", "8", "12"]) for _ in range(200)]
+    return chain(rng.choice(["7", "7", "8"]), rng.randint(300, 1900), hunches, mark=chr(ord("a") + seed % 26))
+
+
+def test_parallel_probe_has_no_consensus_while_most_say_nothing() -> None:
+    mute = [chain("7", 1500, [""], mark=chr(97 + i)) for i in range(3)]
+    state, environment = play("parallel_probe", 0, [*mute, chain("9", 1500, ["9"], mark="z")], max_branches=4)
+    assert answered(state, environment) != "9" or state.spent > 4 * 1000
 
 
 def test_parallel_probe_at_full_beta_is_as_published() -> None:
