@@ -77,8 +77,9 @@ class Template:
         return (self._bare(text), "") if text and self.thinking(prompt_tail, text) else (None, text)
 
     def read(self, continuation: str, kind: Kind) -> Answer | None:
-        """The answer in what the model wrote after the lead."""
-        return read(self.led(continuation) if boxed(self.lead + continuation) is not None else continuation, kind)
+        """The answer in what the model wrote after the lead; None if it did not get to the closing brace."""
+        said = self.lead + continuation
+        return None if boxed(said) is None else read(said, kind)
 
     def led(self, continuation: str) -> str:
         """A reply that the lead began: the answer with its box closed."""

@@ -12,6 +12,7 @@ import aiohttp
 from controllers import Action, Controller, Limits, State, advance, answer, branch, run_episode
 from controllers.baselines import CMC, SelfConsistency
 from deploy.embedded.task import held_back
+from discovery.answers import parse_kind
 from proxy.engine import Call, Engine
 from proxy.live import LiveEnvironment, Prompt, Sizes
 
@@ -94,7 +95,7 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
     body = {
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": LIMIT,
-        "tts": {"beta": beta, "controller": "self_consistency"},
+        "tts": {"beta": beta, "controller": "self_consistency", "answer": "boxed"},
     }
     started = time.perf_counter()
     async with http.post(f"{proxy}/v1/chat/completions", json=body) as response:
@@ -104,7 +105,9 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
 
 async def _stepped(engine: Engine, ids: list[int]) -> float:
     """Tokens/s of branches that all stop at every interval."""
-    environment = LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), Sizes(INTERVAL, LIMIT, 8))
+    environment = LiveEnvironment(
+        engine, Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed")), Sizes(INTERVAL, LIMIT, 8)
+    )
     state = State(Limits(INTERVAL))
     started = time.perf_counter()
     await run_episode(Lockstep(), environment, state)

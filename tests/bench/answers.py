@@ -1,0 +1,83 @@
+"""Answers: what bringing one to its canonical form takes, and what tasks cost of which some have no answer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+
+from discovery.answers.algebra import express
+from discovery.answers.forms import canonical
+from proxy.server import running
+from proxy.settings import load
+from tests.discovery.answer_pairs import DIFFERENT, SAME
+from tests.fakes import Chain, FakeVLLM, chain
+from tests.proxy.conftest import INTERVAL, SMALL
+
+Row = tuple[str, str, str, str]
+TIMES = 20
+
+
+def rows() -> Iterator[Row]:
+    """What `make bench` shows of answers."""
+    spellings = [one for group in SAME.values() for spelled in group for one in spelled]
+    spellings += [one for group in DIFFERENT.values() for pair in group for one in pair]
+    whole = [one for one in spellings if one.strip("-+").isdigit()]
+    yield (
+        f"canonical form, nothing remembered: {len(spellings)} answers of the tests' table",
+        f"{_median(spellings) * 1e6:.0f} µs (median)",
+        f"{_median(whole) * 1e6:.1f} µs for whole numbers",
+        f"{_median(spellings) / _median(whole):.0f}",
+    )
+
+
+async def mixed() -> AsyncIterator[Row]:
+    """Tokens of a set of tasks half of which are prose, beside the same set with every task taken to have an answer.
+
+    What a model writes is scripted (`tests/fakes.py`): costs are counts of tokens, not times.
+    """
+    prose = [
+        Chain(f"{mark * 40} and so on. " * length) for mark, length in zip("pqrstuvw", range(6, 30, 3), strict=True)
+    ]
+    tasks = [
+        chain("7", 40 * length, ["", "7"], mark=mark) for mark, length in zip("abcdefgh", range(6, 30, 3), strict=True)
+    ]
+    for controller in ("cmc", "parallel_probe", "self_consistency"):
+        for name, chains in (("prose", prose), ("votable", tasks)):
+            found_out = [await _cost(one, controller, "auto") for one in chains]
+            told = [await _cost(one, controller, "boxed") for one in chains]
+            yield (
+                f"tokens of a request, β=1, {controller}: 8 {name} tasks",
+                f"{statistics.fmean(tokens for tokens, _ in found_out):,.0f} under `auto`",
+                f"{statistics.fmean(tokens for tokens, _ in told):,.0f} under `boxed`",
+                f"{sum(t for t, _ in found_out) / sum(t for t, _ in told):.3f}; at most "
+                f"{max(tokens / one.tokens for (tokens, _), one in zip(found_out, chains, strict=True)):.1f} chains",
+            )
+
+
+async def _cost(one: Chain, controller: str, kind: str) -> tuple[int, str]:
+    """Tokens of a request whose branches all write `one`, and why it stopped."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"controller": controller, "answer": kind}}
+    async with (
+        FakeVLLM([one], INTERVAL).serve() as backend,
+        running(load(upstream=backend.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/chat/completions", json=body, headers={"x-tts-beta": "1"}) as response,
+    ):
+        reply = await response.json()
+    return reply["tts"]["tokens"]["total"], reply["tts"]["stop"]
+
+
+def _median(spellings: list[str]) -> float:
+    """Median over the answers of the median seconds each takes."""
+    return statistics.median(statistics.median(_seconds(written) for _ in range(TIMES)) for written in spellings)
+
+
+def _seconds(written: str) -> float:
+    canonical.cache_clear()
+    express.cache_clear()
+    began = time.perf_counter()
+    canonical(written)
+    return time.perf_counter() - began
