@@ -221,7 +221,7 @@ class LiveEnvironment:
         ids, text = _all_of(branch)
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
-        output = await self._after(context, len(suffix), self.sizes.probe, self._greedy())
+        output = await self._after(context, len(suffix), self.sizes.probe, probing.sampling())
         self.scouted += len(suffix) + len(output.ids)
         answer = self.prompt.template.read(output.text, self.prompt.kind)
         return answer is not None and answer.form.sort in VOTES_ALONE
@@ -307,7 +307,7 @@ class LiveEnvironment:
         for (is_probe, opening, most), group in groups.items():
             if is_probe:
                 prompts = [self._context(step.branch) + suffixes[step.branch] for step in group]
-                yield _wire(Call(prompts, most, self._greedy()), group)
+                yield _wire(Call(prompts, most, probing.sampling()), group)
             elif self.prompt.seed is not None:
                 for step in group:
                     piece = step.branch, self.branches[step.branch].pieces
@@ -346,9 +346,6 @@ class LiveEnvironment:
         if piece is not None and self.prompt.seed is not None:
             sampling["seed"] = _derive(self.prompt.seed, *piece)
         return sampling
-
-    def _greedy(self) -> Mapping[str, Any]:
-        return probing.sampling()
 
     async def _gather(self, calls: Sequence[Call]) -> None:
         """Run `calls` at once; the first to fail cancels the others and its error is raised."""
