@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from controllers import Action, Controller, ControllerError, Limits, State, Stop, UnknownController, run_episode
 from controllers.registry import create, find
-from discovery.answers import Judge, Way
+from discovery.answers import Judge
 from proxy import probing
 from proxy.dial import Dial
 from proxy.engine import Engine, Model
@@ -26,9 +26,6 @@ from proxy.settings import Settings
 T = TypeVar("T", int, float)
 
 logger = logging.getLogger(__name__)
-
-SCOUTED = (Way.AUTO, Way.CODE, Way.TEXT)
-"""Kinds of answers of which it is not known beforehand that there will be one."""
 
 PROMPT_TAIL = 8
 """Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
@@ -108,7 +105,8 @@ async def _bounds(
     branch = min(room, request.branch_limit or room)
     reserve = close + finalise + suffix + probe
     ahead = None
-    if cap is not None and request.tts.answer.way in SCOUTED:  # what finding out whether it can be voted on may cost
+    if cap is not None and not request.tts.answer.vouched:  # what finding out whether it can be voted on may cost
+        reserve += suffix + probe
         ahead = max(0, cap - reserve - min(settings.interval, branch)) // 8
         reserve += ahead
     least = reserve + min(settings.interval, branch)

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import AUTO, VOTES_ALONE, Answer, Judge, Kind, Labels, Way, read
+from discovery.answers import AUTO, VOTES_ALONE, Answer, Judge, Kind, Labels, read
 from proxy import probing
 from proxy.engine import Call, Engine, Output
 
@@ -57,7 +57,6 @@ class LiveBranch:
     finish: str | None = None  # "stop", "length", or None while it runs
     answer: Answer | None = None  # what its reply answers, once finished
     label: int | None = None  # the number of that answer, once a fact has told it
-    asked: bool = False  # whether it was asked if there is anything to vote on
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
 
@@ -112,7 +111,7 @@ class LiveEnvironment:
         self.branches: list[LiveBranch] = []
         self.labels = Labels(judge)
         self.meter = Meter()
-        self.votable = prompt.kind.way is not Way.AUTO and prompt.kind.votable  # as far as is known
+        self.votable = prompt.kind.vouched  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
         self.scouted = 0  # tokens of the probe that asked whether it is
         self._scout: LiveBranch | None = None  # a branch run ahead that has not been opened yet
@@ -165,12 +164,19 @@ class LiveEnvironment:
 
     async def _after(self, context: Sequence[int], suffix: int, most: int, sampling: Mapping[str, Any]) -> Output:
         """What follows `context`, the last `suffix` tokens of which are ours."""
+        output = await self._alone(context, most, sampling)
+        self.meter.suffix_tokens += suffix
+        return output
+
+    async def _alone(
+        self, context: Sequence[int], most: int, sampling: Mapping[str, Any], owner: LiveBranch | None = None
+    ) -> Output:
+        """What follows `context`, in a request of its own; if that is cut, `owner` keeps what there was."""
         call = Call([context], most, sampling)
-        self._flying = [(None, call.outputs[0])]
+        self._flying = [(owner, call.outputs[0])]
         await self.engine.generate(self.prompt.model, call)
         self._flying = []
         self.meter.add(call)
-        self.meter.suffix_tokens += suffix
         return call.outputs[0]
 
     # Whether the task can be voted on
@@ -193,12 +199,10 @@ class LiveEnvironment:
         else:
             scout = self._scout = LiveBranch()
             await self._run_ahead(scout)
+        if not self.votable and not self._ended(scout) and self.prompt.kind.probed:
+            self.votable = await self._vouches(scout)
         while not self.votable and not self._ended(scout):
-            if not scout.asked:
-                scout.asked = True
-                self.votable = self.prompt.kind.probed and await self._vouches(scout)
-            else:
-                await self._run_ahead(scout)
+            await self._run_ahead(scout)
         self.votable = True
 
     async def _run_ahead(self, branch: LiveBranch) -> None:
@@ -207,13 +211,9 @@ class LiveEnvironment:
         most = min(self.sizes.interval, self.sizes.branch - len(ids))
         piece = branch.pieces + len(branch.ahead)
         sampling = self._sampling(None if self.prompt.seed is None else (self._index(branch), piece))
-        call = Call([[*self.prompt.ids, *ids]], most, sampling)
-        self._flying = [(branch, call.outputs[0])]
-        await self.engine.generate(self.prompt.model, call)
-        self._flying = []
-        self.meter.add(call)
-        branch.ahead.append(call.outputs[0])
-        if call.outputs[0].finish == "stop":
+        output = await self._alone([*self.prompt.ids, *ids], most, sampling, branch)
+        branch.ahead.append(output)
+        if output.finish == "stop":
             self._look(_all_of(branch)[1])
 
     async def _vouches(self, branch: LiveBranch) -> bool:

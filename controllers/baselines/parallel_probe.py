@@ -12,6 +12,7 @@ all ends is known, and a chain that cannot be pruned by then is left in peace. N
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 from controllers.actions import Action, advance, answer, branch, probe, prune
@@ -54,14 +55,11 @@ class ParallelProbe:
         moves = [action for i in running for action in (steps[i] if i in asked else steps[i][:1])]
         return [prune(i) for i in strays] + moves
 
-    def _counts(self, state: State) -> dict[int | None, int]:
+    def _counts(self, state: State) -> Counter[int | None]:
         """What all chains but those pruned and those not asked say, None being one of the things they may say."""
         silent = set(self.silent)
-        counts: dict[int | None, int] = {}
-        for i, chain in enumerate(state.branches):
-            if not chain.pruned and i not in silent:
-                counts[chain.label] = counts.get(chain.label, 0) + 1
-        return counts
+        chains = enumerate(state.branches)
+        return Counter(chain.label for i, chain in chains if not chain.pruned and i not in silent)
 
     def _settled(self, state: State) -> bool:
         """Whether the consensus is what it is, whatever those not asked would say."""

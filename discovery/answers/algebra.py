@@ -156,7 +156,6 @@ class _Parser:
         self.at = 0
         self.depth = 0
         self.inside = 0  # function arguments open
-        self.inexact = False
         self.values: dict[str, complex | None] = {}  # of atoms that are no name, surd or constant
 
     # Reading
@@ -433,7 +432,6 @@ class _Parser:
 
     def symbol(self, name: str) -> Sum:
         if name in ("infty", "oo"):
-            self.inexact = True
             self.values["oo"] = None
             return {(("oo", 1),): 1}
         return {((name if name in _CONSTANTS or len(name.partition("_")[0]) == 1 else f"\\{name}", 1),): 1}
@@ -562,13 +560,12 @@ class _Parser:
 
     def absolute(self, inner: Sum) -> Sum:
         found = self.express(inner)
-        if found.value is not None and found.value.imag == 0 and not _variables(inner) and not self.inexact:
+        if found.value is not None and found.value.imag == 0 and not _variables(inner) and not self.values:
             return inner if found.value.real >= 0 else _scale(inner, -1)
         return self.atom(f"|{found.text}|", None if found.value is None else abs(found.value))
 
     def atom(self, text: str, value: complex | None, power: Number = 1, raised: complex | None = None) -> Sum:
         """What cannot be taken apart further."""
-        self.inexact = True
         self.values[text] = value
         return {((text, power),): 1}
 

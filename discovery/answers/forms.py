@@ -104,8 +104,8 @@ def canonical(written: str) -> Form | None:
         return _integer(text)
     if not text or len(text) > LONGEST:
         return None
-    if (lettered := _CHOICE.fullmatch(text)) is not None:
-        return choice(lettered[1] or lettered[2])
+    if (lettered := _lettered(text)) is not None:
+        return lettered
     try:
         text = tidy(text)
         if not text or not balanced(text) or _PLACEHOLDER.fullmatch(text):
@@ -120,16 +120,21 @@ def choice(letter: str) -> Form:
     return Form(letter, Sort.CHOICE, shape=letter)
 
 
+def _lettered(text: str) -> Form | None:
+    match = _CHOICE.fullmatch(text)
+    return None if match is None else choice(match[1] or match[2])
+
+
 def _integer(text: str) -> Form:
     digits = text.lstrip("+-").replace(",", "").lstrip("0") or "0"
     plain = f"-{digits}" if text[0] == "-" and digits != "0" else digits
     return Form(plain, Sort.NUMBER, shape="#", values=(complex(float(plain)) if len(plain) < 300 else None,))
 
 
-def _form(text: str, inside: bool = False) -> Form:
-    """The form of tidy `text`; `inside` a collection, where a comma never groups digits."""
-    if (lettered := _CHOICE.fullmatch(text)) is not None:
-        return choice(lettered[1] or lettered[2])
+def _form(text: str) -> Form:
+    """The form of tidy `text`."""
+    if (lettered := _lettered(text)) is not None:
+        return lettered
     if (found := _named(text)) is not None:
         return found
     if (matrix := _MATRIX.fullmatch(text)) is not None:
@@ -160,7 +165,7 @@ def _named(text: str) -> Form | None:
 
 def _union(text: str) -> Form | None:
     parts = pieces(text, _UNION)
-    return _unordered([_form(part.strip(), True) for part in parts], "\\cup ") if len(parts) > 1 else None
+    return _unordered([_form(part.strip()) for part in parts], "\\cup ") if len(parts) > 1 else None
 
 
 def _list(text: str) -> Form | None:
@@ -197,7 +202,7 @@ def _bracketed(text: str) -> Form | None:
         return None if is_set and re.search(r"[|:]", inner) else _form(inner)
     if not all(parts):
         return None
-    forms = [_form(part, True) for part in parts]
+    forms = [_form(part) for part in parts]
     if is_set:
         return _unordered(forms, ",", SET)
     ends = "(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing
@@ -227,7 +232,7 @@ def _compared(text: str) -> Form | None:
             return None
         variable, bounds = parts[1], (parts[0], parts[2]) if up[0] else (parts[2], parts[0])
         closed = loose if up[0] else loose[::-1]
-    forms = [_form(bound, True) for bound in bounds]
+    forms = [_form(bound) for bound in bounds]
     if any(form.sort not in (Sort.NUMBER, Sort.EXPRESSION, Sort.CHOICE) for form in forms):
         return None
     ends = "[" if closed[0] else "(", "]" if closed[1] else ")"
@@ -242,7 +247,7 @@ def _either_sign(text: str) -> Form | None:
 
 def _matrix(body: str) -> Form:
     rows = [[cell.strip() for cell in pieces(row, _COLUMN)] for row in pieces(body.strip(), _ROW) if row.strip()]
-    return _collect([_collect([_form(cell, True) for cell in row], ",", ROW) for row in rows], ",", ROW)
+    return _collect([_collect([_form(cell) for cell in row], ",", ROW) for row in rows], ",", ROW)
 
 
 def _unordered(forms: Sequence[Form], separator: str, ends: tuple[str, str] = ("", "")) -> Form:
@@ -286,7 +291,7 @@ def _single(text: str) -> Form:
 
 
 def _expression(text: str) -> Form | None:
-    if _PROSE.search(_MATHEMATICAL.sub(" 0 ", text)) or _is_word(text):
+    if _is_prose(text) or _is_word(text):
         return None
     try:
         found = express(text)
@@ -298,6 +303,10 @@ def _expression(text: str) -> Form | None:
     return Form(found.text, sort, exact=found.exact, shape=shape, values=() if sort is Sort.CHOICE else (found.value,))
 
 
+def _is_prose(text: str) -> bool:
+    return _PROSE.search(_MATHEMATICAL.sub(" 0 ", text)) is not None
+
+
 def _is_word(text: str) -> bool:
     return len(text) > 1 and text.isalpha() and text not in ("pi", "oo")
 
@@ -305,7 +314,7 @@ def _is_word(text: str) -> bool:
 def _equation(text: str) -> Form | None:
     """An equation of variables: everything on one side, in the sign that comes first."""
     sides = pieces(text, _EQUALS)
-    if len(sides) != 2 or not all(side.strip() for side in sides) or _PROSE.search(_MATHEMATICAL.sub(" 0 ", text)):
+    if len(sides) != 2 or not all(side.strip() for side in sides) or _is_prose(text):
         return None
     try:
         left, right = (express(f"({a})-({b})") for a, b in (sides, sides[::-1]))

@@ -49,6 +49,11 @@ class Kind:
         return self.way not in (Way.CODE, Way.TEXT) or bool(self.argument)
 
     @property
+    def vouched(self) -> bool:
+        """Whether a client that names it says there will be such an answer."""
+        return self.way is not Way.AUTO and self.votable
+
+    @property
     def probed(self) -> bool:
         """Whether a running branch can be asked for such an answer in a few words."""
         return self.way not in (Way.JSON, Way.CODE, Way.TEXT)

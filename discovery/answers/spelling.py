@@ -51,7 +51,6 @@ _FONT = re.compile(
 )
 _WHOLE_GROUP = re.compile(r"\{([^{}]*)\}")
 _BRACE = re.compile(r"\\.|[{}()\[\]]", re.DOTALL)
-_OPENED_BY: Final = MappingProxyType({")": "(", "]": "[", "}": "{", "\\}": "\\{"})
 
 
 def tidy(text: str) -> str:

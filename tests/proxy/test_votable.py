@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from controllers.registry import BUILT_IN
+from discovery.answers import parse_kind
+from proxy import chat, schema
+from proxy.dial import Dial, Source
+from proxy.engine import Engine
+from proxy.settings import load
 from tests.fakes import Chain, chain
-from tests.proxy.conftest import INTERVAL, Proxy
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 
 POEM = "Roses are red, violets are blue, " * 12 + "and that is all."
 CODE = "Here you are:\n\n```python\n" + "print('x')\n" * 20 + "```\nRun it with Python."
@@ -157,3 +162,20 @@ async def test_a_branch_that_will_not_say_it_leaves_the_vote_to_speak_for_itself
     )
     assert headers["x-tts-stop"] == "answered"
     assert reply["tts"]["answer"] in reply["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("auto", 2), ("text", 2), ("boxed", 1), ("text:words", 1)])
+async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
+    proxy: Proxy, kind: str, asked: int
+) -> None:
+    """What may be spent beside the rounds: closings in free words and led, and what is asked and run beforehand."""
+    cap, request = 1000, schema.ChatRequest(messages=[{"role": "user", "content": "hi"}])
+    request = request.model_copy(update={"tts": schema.TtsOptions(max_total_tokens=cap, answer=parse_kind(kind))})
+    engine = Engine(proxy.backend.url, proxy.http)
+    (model,) = await engine.models()
+    settings = load(upstream=proxy.backend.url, **SMALL)
+    plan = await chat.plan(engine, settings, model, request, Dial(1.0, Source.HEADER))
+    assert plan.limits.max_tokens is not None
+    beside = len(plan.prompt.template.longest_closing) + plan.closing.free + asked * plan.limits.probe_tokens
+    assert plan.limits.max_tokens + beside + (plan.sizes.ahead or 0) == cap
+    assert (plan.sizes.ahead is None) == (asked == 1)
