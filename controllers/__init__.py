@@ -7,16 +7,19 @@ A controller file imports from here and from the standard library only:
 
 from controllers.actions import TO_END, Action, Advanced, Fact, Probed, Verb, advance, answer, branch, probe, prune
 from controllers.environment import Environment
-from controllers.episode import Controller, Round, run_episode, run_sync
+from controllers.episode import Controller, run_episode, run_sync
 from controllers.errors import (
     BadFact,
     BetaError,
+    Boundary,
     ControllerError,
     ControllersError,
+    Crossed,
     IllegalAction,
     UnknownController,
+    Unsealed,
 )
-from controllers.state import Branch, Limits, State, Stop
+from controllers.state import Branch, Limits, Round, State, Stop
 
 __all__ = [
     "TO_END",
@@ -24,10 +27,12 @@ __all__ = [
     "Advanced",
     "BadFact",
     "BetaError",
+    "Boundary",
     "Branch",
     "Controller",
     "ControllerError",
     "ControllersError",
+    "Crossed",
     "Environment",
     "Fact",
     "IllegalAction",
@@ -37,6 +42,7 @@ __all__ = [
     "State",
     "Stop",
     "UnknownController",
+    "Unsealed",
     "Verb",
     "advance",
     "answer",

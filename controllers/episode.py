@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
-from controllers.actions import Action, Fact
+from controllers.actions import Action
 from controllers.environment import Environment
 from controllers.errors import ControllerError
-from controllers.state import State, Stop
+from controllers.state import Round, State, Stop
 
 T = TypeVar("T")
 
@@ -24,19 +24,20 @@ class Controller(Protocol):
         ...
 
 
+class Remote(Protocol):
+    """A controller that lives elsewhere: others go on while it decides."""
+
+    async def decide_later(self, state: State) -> Sequence[Action]:
+        """As `Controller.decide`. Raises ControllerError."""
+        ...
+
+
 Factory = Callable[[float], Controller]
 """Makes a fresh controller for one episode from its β. Raises BetaError."""
 
 
-class Round(NamedTuple):
-    """One round as it was carried out: what a trace is made of."""
-
-    actions: Sequence[Action]
-    facts: Sequence[Fact]
-
-
 async def run_episode(
-    controller: Controller,
+    controller: Controller | Remote,
     environment: Environment,
     state: State,
     on_round: Callable[[State, Round], None] | None = None,
@@ -44,10 +45,11 @@ async def run_episode(
     """Run `controller` until `state` stops, and return it.
 
     Raises IllegalAction on a forbidden move, ControllerError if `decide` raises, and whatever `execute` raises;
-    `state` is then as the last whole round left it, and the caller may `end` it.
+    `state` is then as the last whole round left it, and the caller may `end` it, or let another controller go on.
     """
+    later: Callable[[State], Awaitable[Sequence[Action]]] | None = getattr(controller, "decide_later", None)
     while state.stop is None:
-        actions = _decide(controller, state)
+        actions = _decide(controller, state) if later is None else await later(state)
         state.check(actions)
         actions = state.affordable(actions)
         if not actions:
@@ -55,19 +57,24 @@ async def run_episode(
             break
         facts = await environment.execute(actions)
         state.apply(actions, facts)
-        if on_round is not None:
-            on_round(state, Round(actions, facts))
+        if on_round is not None and state.last is not None:
+            on_round(state, state.last)
     return state
 
 
-def _decide(controller: Controller, state: State) -> Sequence[Action]:
+def _decide(controller: Any, state: State) -> Sequence[Action]:
     try:
-        return controller.decide(state)
+        return controller.decide(state)  # type: ignore[no-any-return]
     except (
         Exception,
         SystemExit,
     ) as error:  # a controller is foreign code: whatever it raises is its failure, not ours
-        raise ControllerError(f"{type(controller).__name__} raised {type(error).__name__}: {error}") from error
+        raise ControllerError(complaint(controller, error)) from error
+
+
+def complaint(controller: object, error: BaseException) -> str:
+    """What is told of a controller that raised."""
+    return f"{type(controller).__name__} raised {type(error).__name__}: {error}"
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:

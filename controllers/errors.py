@@ -5,9 +5,13 @@ ControllersError
 ├── UnknownController    a name no controller answers to
 ├── ControllerError      the controller is at fault
 │   ├── IllegalAction    it asked for what is not allowed; nothing has changed
-│   └── BadController    its file cannot be read, or no object be made of it
+│   ├── BadController    its file cannot be read, or no object be made of it
+│   └── Crossed          it crossed a boundary of its sandbox and was killed; it says which
+├── Unsealed             this machine cannot seal a controller, so no foreign one runs
 └── BadFact              the environment is at fault: its facts do not answer the actions; nothing has changed
 """
+
+from enum import StrEnum
 
 
 class ControllersError(Exception):
@@ -32,6 +36,27 @@ class IllegalAction(ControllerError):
 
 class BadController(ControllerError):
     """A file that holds no controller, or a constructor that fails."""
+
+
+class Boundary(StrEnum):
+    """What a sealed controller may not cross."""
+
+    LATE = "late"  # it decided for longer than allowed
+    DEAD = "dead"  # it ended: it left, crashed, or used up its processor time
+    CALL = "call"  # the kernel killed it at a system call it may not make
+    FRAME = "frame"  # what it sent is no answer to what it was asked
+
+
+class Crossed(ControllerError):
+    """A sealed controller crossed `boundary`. Its process is dead; the state is as it was."""
+
+    def __init__(self, boundary: Boundary, message: str) -> None:
+        super().__init__(f"{message} ({boundary})")
+        self.boundary = boundary
+
+
+class Unsealed(ControllersError):
+    """This machine cannot seal controllers; the message names the layer that is missing and what to do."""
 
 
 class BadFact(ControllersError):

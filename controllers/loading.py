@@ -1,6 +1,7 @@
-"""Reading a controller from a file: its one class with a `decide`.
+"""Controllers by name or from a file, as something another process can make them from.
 
-What is read here runs with all the rights of its reader. Checks are advice to the author, not a boundary.
+A file is checked by reading it (`controllers/advice.py`) and not run: `Spec.factory` of a file's controller runs its
+source with all the rights of whoever asks for it. Sealed children ask, and others on an operator's word only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from controllers.advice import advise
 from controllers.episode import Controller, Factory
 from controllers.errors import BadController, ControllersError
 from controllers.registry import find
@@ -46,32 +48,35 @@ class Spec:
 
     @cached_property
     def factory(self) -> Factory:
-        """What makes a fresh controller from β. Raises UnknownController or BadController."""
+        """What makes a fresh controller from β; runs a file's source. Raises UnknownController or BadController."""
         return find(self.name) if self.source is None else load(self.source, self.name)
 
 
 def parse_spec(text: str) -> Spec:
-    """`NAME`, `NAME@N` or `FILE.py` as a spec whose factory works. Raises UnknownController or BadController."""
-    spec = read(Path(text)) if text.endswith(".py") else Spec(text)
-    _ = spec.factory
-    return spec
+    """`NAME`, `NAME@N` or `FILE.py` as a spec. Raises UnknownController or BadController."""
+    if text.endswith(".py"):
+        return read(Path(text))
+    find(text)
+    return Spec(text)
 
 
 def read(path: Path) -> Spec:
-    """The controller in a file. Raises BadController, naming the file."""
+    """The controller in a file, which is not run. Raises BadController, naming the file and all that is wrong."""
     try:
-        source = path.read_bytes()
+        with path.open("rb") as file:
+            source = file.read(LARGEST + 1)
         if len(source) > LARGEST:
-            raise BadController(f"{path}: {len(source)} bytes; a controller file has {LARGEST} at most")
-        spec = Spec(path.stem, source.decode())
-        _ = spec.factory
-        return spec
+            raise BadController(f"{path}: more than {LARGEST} bytes; a controller file has no more")
+        text = source.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BadController(f"{path}: {error}") from None
+    if wrong := advise(text):
+        raise BadController(f"{path}: {'; '.join(wrong)}")
+    return Spec(path.stem, text)
 
 
 def load(source: str, name: str) -> Factory:
-    """The one class with a `decide` that a controller file's text defines. Raises BadController."""
+    """The one class with a `decide` that a controller file's text defines, by running it. Raises BadController."""
     module = ModuleType(f"controller_{sha256(source.encode()).hexdigest()[:12]}")
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import compress, count
+from typing import NamedTuple
 
 from controllers.actions import ANSWER, BRANCH, CONTINUE, PROBE, PRUNE, Action, Advanced, Fact, Probed
 from controllers.errors import BadFact, IllegalAction
@@ -50,6 +51,13 @@ class Stop(StrEnum):
     CONTROLLER_ERROR = "controller_error"  # it raised, or moved illegally
     UPSTREAM_ERROR = "upstream_error"  # the backend failed midway
     NOT_VOTABLE = "not_votable"  # the task has no answers that could be compared
+
+
+class Round(NamedTuple):
+    """One round as it was carried out: what a trace is made of."""
+
+    actions: Sequence[Action]
+    facts: Sequence[Fact]
 
 
 class Branch:
@@ -91,6 +99,7 @@ class State:
         "branches",
         "finished",
         "labels",
+        "last",
         "limits",
         "rounds",
         "spent",
@@ -106,6 +115,7 @@ class State:
         self.votes: dict[int, int] = {}  # finished branches by label, in the order first seen
         self.labels = 0  # labels revealed so far; they are 0 … labels - 1
         self.rounds = 0  # rounds carried out
+        self.last: Round | None = None  # the latest of them
         self.spent = 0  # tokens, probes included
         self.answer: int | None = None  # the label answered with
         self.stop: Stop | None = None  # why the episode ended; None while it runs
@@ -302,6 +312,7 @@ class State:
             if len(branches) != width or self._gone != gone:
                 self.active = tuple(compress(count(), self._fresh))  # GONE is 0
         self.rounds += 1
+        self.last = Round(actions, facts)
 
     def _reveal(self, fact: Fact, label: int) -> None:
         """Take notice of the label of `fact`."""

@@ -6,12 +6,13 @@ ran it or in which order: engines agree to the bit.
 
 from __future__ import annotations
 
-import signal
-import threading
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,8 +20,13 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers import ControllerError, Limits, State, Stop, run_episode, run_sync
+from controllers import Controller, ControllerError, Limits, Round, State, Stop, run_episode, run_sync
+from controllers.episode import Remote
+from controllers.errors import BadController
 from controllers.loading import Spec, make
+from controllers.sandbox.controller import Episode, run_together
+from controllers.sandbox.nursery import nursery
+from controllers.sandbox.worker import Worker
 from discovery.recordings import Cell, Recording
 from discovery.replay import ReplayEnvironment, shuffled
 from discovery.traces import TraceWriter
@@ -31,8 +37,20 @@ COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_p
 """What is known of an episode, all whole numbers; `critical_path` in tokens."""
 SHUFFLES_A_JOB: Final = 10
 """Few enough for two workers to end together, enough for the rest not to matter."""
-PATIENCE_S: Final = 10.0
-"""Seconds of processor time an episode of a controller from a file may take before it counts as looping."""
+CHILDREN: Final = 2
+"""Sealed children that play a job: while one decides, what the other has decided is carried out."""
+AUDITED: Final = 16
+"""One episode of so many is played again, alone in a child of its own."""
+FAR: Final = (1 << 30, 1 << 50)
+"""Tokens of a branch, and of an episode, that are never reached."""
+
+
+class Sealing(StrEnum):
+    """Which controllers decide in a sealed process."""
+
+    FOREIGN = "foreign"  # those from files
+    ALL = "all"
+    NONE = "none"  # an operator's word that those from files may do what he may
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +60,11 @@ class Rules:
     max_branches: int = 64
     probe_tokens: int | None = None  # what a probe costs; None for what was recorded
     traces: Path | None = None  # folder that traces are written to
-    patience_s: float = PATIENCE_S
+    sealing: Sealing = Sealing.FOREIGN
+
+    def seal(self, spec: Spec) -> bool:
+        """Whether a controller is to decide in a sealed process."""
+        return self.sealing is Sealing.ALL or (self.sealing is Sealing.FOREIGN and spec.is_foreign)
 
 
 class Job(NamedTuple):
@@ -71,8 +93,14 @@ class Played:
     seconds: float  # it took, loading left out
 
 
-class Looping(BaseException):
-    """Out of patience. Not an Exception: a controller that catches those must not catch this."""
+class _Outcome(NamedTuple):
+    """What came of an episode."""
+
+    column: list[int]  # a figure for each of COLUMNS
+    failure: str | None
+    state: State
+    rounds: Sequence[Round]  # none unless traces are wanted, or another episode is to be held against it
+    right: bool
 
 
 def jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: int) -> list[Job]:
@@ -82,86 +110,127 @@ def jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: in
 
 
 def play(job: Job, recordings: Sequence[Recording], rules: Rules) -> Played:
-    """Run every episode of `job`. Raises Censored, and TraceError if traces cannot be written."""
+    """Run every episode of `job`. Raises Censored, Unsealed, and TraceError if traces cannot be written."""
     began = time.perf_counter()
-    tracer = None if rules.traces is None else TraceWriter(job.spec, job.beta, job.cell, recordings)
+    table = _Table(job, recordings, rules)
+    played = table.play_sealed() if rules.seal(job.spec) else table.play_here()
     outcomes = np.zeros((len(COLUMNS), len(job.shuffles), len(recordings)), np.int64)
     failures: list[Failure] = []
-    looped: str | None = None
-    with _watch(job.spec) as start:
-        for row, shuffle in enumerate(job.shuffles):
-            for column, recording in enumerate(recordings):
-                if looped is not None:
-                    outcomes[1, row, column] = 1
-                    failures.append(Failure(column, shuffle, f"not run: {looped}"))
-                    continue
-                start(rules.patience_s)
-                try:
-                    outcome, failure = _play(job, recording, shuffle, rules, tracer)
-                except Looping:
-                    looped = f"an episode took longer than {rules.patience_s:g} s of processor time"
-                    outcome, failure = [0, 1] + [0] * (len(COLUMNS) - 2), looped
-                finally:
-                    start(0)
-                outcomes[:, row, column] = outcome
-                if failure is not None:
-                    failures.append(Failure(column, shuffle, failure))
-    if tracer is not None and rules.traces is not None:
+    for (question, shuffle), outcome in zip(table.episodes, played, strict=True):
+        outcomes[:, shuffle - job.shuffles.start, question] = outcome.column
+        if outcome.failure is not None:
+            failures.append(Failure(question, shuffle, outcome.failure))
+    if rules.traces is not None:
+        tracer = TraceWriter(job.spec, job.beta, job.cell, recordings)
+        for outcome in played:
+            tracer.add(outcome.state, outcome.rounds, outcome.right)
         tracer.save(rules.traces, job.shuffles)
     return Played(outcomes, failures, time.perf_counter() - began)
 
 
-def _play(
-    job: Job, recording: Recording, shuffle: int, rules: Rules, tracer: TraceWriter | None
-) -> tuple[list[int], str | None]:
-    """One episode: its column of numbers, and what its controller did wrong, if anything."""
-    order = shuffled(recording.branches, shuffle)
-    environment = ReplayEnvironment(recording, order, rules.probe_tokens)
-    state = State(Limits(recording.interval, min(rules.max_branches, recording.branches)))
-    failure = None
-    try:
-        controller = make(job.spec, job.beta)
-        run_sync(run_episode(controller, environment, state, None if tracer is None else tracer.on_round))
-    except ControllerError as error:
-        failure = str(error)
+class _Table:
+    """The episodes of a job, and how they are played: one after the other here, or together in sealed children."""
+
+    def __init__(self, job: Job, recordings: Sequence[Recording], rules: Rules) -> None:
+        self.episodes = [(question, shuffle) for shuffle in job.shuffles for question in range(len(recordings))]
+        self._job = job
+        self._recordings = recordings
+        self._rules = rules
+
+    def play_here(self) -> list[_Outcome]:
+        """Every episode, the controller in this process."""
+        make_one = partial(make, self._job.spec, self._job.beta)
+        return [run_sync(self._play(make_one, *episode)) for episode in self.episodes]
+
+    def play_sealed(self) -> list[_Outcome]:
+        """Every episode, the controller in sealed children, and some again. One that then decides otherwise has failed
+        them all: what it does depends on more than the episode."""
+        drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
+        audited = drawn.sample(range(len(self.episodes)), k=-(-len(self.episodes) // AUDITED))
+        kept = set(audited)
+        try:
+            seated = [self._seated(at, keep=at in kept) for at in range(len(self.episodes))]
+            played = self._together(seated, CHILDREN)
+            fault = next(filter(None, (self._audit(at, played[at]) for at in audited)), None)
+        except BadController as error:
+            return [self._failed(str(error), question) for question, _ in self.episodes]
+        if fault is None:
+            return played
+        return [one._replace(failure=one.failure or fault, column=_wrong(one.column), right=False) for one in played]
+
+    def _audit(self, at: int, played: _Outcome) -> str | None:
+        """Play an episode again as a live request would be: alone in a new child, under a cap. What was different."""
+        (again,) = self._together([self._seated(at, keep=True, far=True)], 1)
+        first, second = ((one.failure, [list(actions) for actions, _ in one.rounds]) for one in (played, again))
+        if first == second:
+            return None
+        question, shuffle = self.episodes[at]
+        return f"question {question}, shuffle {shuffle}: alone in its process, and under a cap, it decided otherwise"
+
+    def _together(self, episodes: Sequence[Episode[_Outcome]], children: int) -> list[_Outcome]:
+        limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
+        with ExitStack() as stack:
+            workers: list[Worker] = []
+            for _ in range(children):
+                worker = nursery().spawn()
+                stack.callback(worker.close)
+                worker.load(self._job.spec)
+                workers.append(worker)
+            return run_together(workers, self._job.beta, limits, episodes)
+
+    def _seated(self, at: int, keep: bool, far: bool = False) -> Episode[_Outcome]:
+        return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, far)
+
+    def _limits(self, recording: Recording, far: bool = False) -> Limits:
+        branch, cap = FAR if far else (None, None)
+        return Limits(recording.interval, min(self._rules.max_branches, recording.branches), branch, max_tokens=cap)
+
+    async def _play(
+        self,
+        make_one: Callable[[], Controller | Remote],
+        question: int,
+        shuffle: int,
+        keep: bool = False,
+        far: bool = False,
+    ) -> _Outcome:
+        """One episode; `keep` its rounds even if no traces are wanted, put a cap `far` away rather than nowhere."""
+        recording = self._recordings[question]
+        environment = ReplayEnvironment(recording, shuffled(recording.branches, shuffle), self._rules.probe_tokens)
+        state = State(self._limits(recording, far))
+        rounds: list[Round] = []
+        on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
+        failure = None
+        try:
+            await run_episode(make_one(), environment, state, on_round)
+        except ControllerError as error:
+            failure = str(error)
+            state.end(Stop.CONTROLLER_ERROR)
+        right = failure is None and environment.is_right(state.answer)
+        ledger = state.ledger(_spokesman(state))
+        column = [
+            right,
+            failure is not None,
+            state.spent,
+            state.rounds,
+            state.width,
+            environment.critical_path,
+            *(ledger[kind] for kind in KINDS),
+        ]
+        return _Outcome(column, failure, state, rounds, right)
+
+    def _failed(self, why: str, question: int) -> _Outcome:
+        """An episode that never began."""
+        state = State(self._limits(self._recordings[question]))
         state.end(Stop.CONTROLLER_ERROR)
-    right = failure is None and environment.is_right(state.answer)
-    ledger = state.ledger(_spokesman(state))
-    if tracer is not None:
-        tracer.end_episode(state, right)
-    return [
-        right,
-        failure is not None,
-        state.spent,
-        state.rounds,
-        state.width,
-        environment.critical_path,
-        *(ledger[kind] for kind in KINDS),
-    ], failure
+        return _Outcome(_wrong([0] * len(COLUMNS)), why, state, (), False)
+
+
+def _wrong(column: Sequence[int]) -> list[int]:
+    """The figures of an episode that counts as failed; what it spent stands."""
+    return [0, 1, *column[2:]]
 
 
 def _spokesman(state: State) -> int | None:
     """The branch whose text a client would read: the shortest that finished with the answer."""
     agreeing = [i for i in state.finished if state.branches[i].label == state.answer and state.answer is not None]
     return min(agreeing, key=lambda i: state.branches[i].tokens, default=None)
-
-
-@contextmanager
-def _watch(spec: Spec) -> Iterator[Callable[[float], object]]:
-    """Give a function that raises Looping in this thread after so many seconds of processor time, or, by 0, will not.
-
-    Only controllers from files are watched, and only where signals reach: in a main thread.
-    """
-    if not spec.is_foreign or threading.current_thread() is not threading.main_thread():
-        yield lambda seconds: None
-        return
-
-    def stop(*_: object) -> None:
-        raise Looping
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        yield lambda seconds: signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)

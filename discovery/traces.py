@@ -97,7 +97,6 @@ class TraceWriter:
         }
         self._folder = Path(cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
         self._codes = Codes()
-        self._rounds: list[Round] = []
         self._facts: list[NDArray[np.uint32]] = []
         self._counts: list[int] = []  # facts of each round
         self._repeated: list[int] = []  # how many of them are those of its model
@@ -105,18 +104,14 @@ class TraceWriter:
         self._factless = array("q")  # five figures each: round, position in it, verb, branch, label
         self._episodes: list[tuple[int, ...]] = []
 
-    def on_round(self, state: State, played: Round) -> None:
-        """For `run_episode`."""
-        self._rounds.append(played)
-
-    def end_episode(self, state: State, right: bool) -> None:
-        """Take the rounds since the last episode as one."""
+    def add(self, state: State, rounds: Sequence[Round], right: bool) -> None:
+        """Take the next episode, which ended as `state`."""
         before = len(self._asked), len(self._factless)
         facts: list[Fact] = []
         starts: list[int] = []
         repeated: list[int] = []
         model: Sequence[Fact] = ()  # the last round of some size: what the next may begin as
-        for number, (actions, found) in enumerate(self._rounds):
+        for number, (actions, found) in enumerate(rounds):
             same = 0
             if found[: len(model)] == model:
                 same = len(model)
@@ -137,16 +132,15 @@ class TraceWriter:
         codes, finished = self._codes.of(facts)
         for at in finished:
             number = bisect_right(starts, at) - 1
-            actions, found = self._rounds[number]
+            actions, found = rounds[number]
             asking = actions if len(actions) == len(found) else [one for one in actions if one.verb < PRUNE]
             self._asked.append(asking[at - starts[number]].intervals)
         self._facts.append(codes)
         self._repeated += repeated
-        self._counts += [len(played.facts) for played in self._rounds]
+        self._counts += [len(played.facts) for played in rounds]
         grown = len(self._asked) - before[0], (len(self._factless) - before[1]) // 5
-        lengths = (len(self._rounds), len(facts), *grown)
+        lengths = (len(rounds), len(facts), *grown)
         self._episodes.append((*lengths, _number(state.answer), right, state.limits.max_branches))
-        self._rounds.clear()
 
     def save(self, folder: Path, shuffles: range) -> Path:
         """Write the file of the job that ran `shuffles`, below `folder`; it appears whole or not at all."""

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from controllers import State, Verb
-from controllers.episode import Round
+from controllers import Round, State, Verb
 from discovery.commands.console import wide_console
 from discovery.errors import TraceError
 from discovery.traces import Trace, read_trace, trace_files

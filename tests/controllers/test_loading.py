@@ -51,17 +51,35 @@ def test_a_name_is_a_controller_there_is() -> None:
     ("text", "words"),
     [
         ("def f(:", "SyntaxError"),
-        ("import nowhere", "ModuleNotFoundError"),
-        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import nowhere", "line 1: import nowhere: a controller may import controllers, math"),
         ("x = 1", "one class with a decide method, not none"),
         (GOOD + GOOD.replace("Mine", "Other").replace("from __future__ import annotations", ""), "not Mine, Other"),
         (b"\xff\xfe", "codec can't decode"),
-        ("#" * (LARGEST + 1), "65537 bytes; a controller file has 65536 at most"),
+        ("#" * (LARGEST + 1), "more than 65536 bytes; a controller file has no more"),
     ],
 )
 def test_files_that_hold_no_controller(tmp_path: Path, text: str | bytes, words: str) -> None:
     with pytest.raises(BadController, match=words):
         parse_spec(write(tmp_path, text))
+
+
+def test_a_file_is_not_run_when_it_is_read(tmp_path: Path) -> None:
+    spec = parse_spec(write(tmp_path, GOOD + "raise SystemExit(3)"))
+    with pytest.raises(BadController, match="SystemExit: 3"):
+        _ = spec.factory
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import nowhere", "ModuleNotFoundError"),
+        ("x = 1", "one class with a decide method, not none"),
+        (GOOD + GOOD.replace("Mine", "Other").replace("from __future__ import annotations", ""), "not Mine, Other"),
+    ],
+)
+def test_what_was_not_checked_is_found_out_when_it_runs(text: str, words: str) -> None:
+    with pytest.raises(BadController, match=words):
+        _ = Spec("mine", text).factory
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""What is wrong with a controller file, told to whoever wrote it, by reading it alone.
+
+Advice to the author and never a boundary: what a file may do is for the kernel to say (`controllers/sandbox/`).
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from typing import Final
+
+IMPORTS: Final = (
+    *("controllers", "math", "statistics", "collections", "itertools", "dataclasses", "typing", "heapq", "bisect"),
+    *("functools", "__future__"),
+)
+"""Modules a controller may import, with what is below them."""
+CHANCE: Final = frozenset({"random", "secrets", "uuid", "numpy"})
+CLOCKS: Final = frozenset({"time", "datetime", "sched", "timeit"})
+BUILTINS: Final = {
+    **dict.fromkeys(("eval", "exec", "compile"), "a controller is all in its file"),
+    **dict.fromkeys(("open", "input", "print", "breakpoint"), "a controller reads and writes nothing"),
+    **dict.fromkeys(("globals", "locals", "vars"), "write what you mean by name"),
+    **dict.fromkeys(("id", "hash"), "it differs from run to run, and so would decisions"),
+}
+DEFINED: Final = frozenset({"__init__", "__post_init__", "__slots__", "__name__", "__doc__", "__all__"})
+"""Names with two underscores on each side that a controller has a use for."""
+STATELESS: Final = "one object serves one episode; keep what it learns in self"
+
+
+def advise(source: str) -> list[str]:
+    """What is wrong, a line each, in the order of the file; nothing if all is well."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes; they do no harm
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        return [f"{line}{type(error).__name__}: {getattr(error, 'msg', None) or error}"]
+    found = [*_everywhere(tree), *_classes(tree)]
+    return [f"line {line}: {words}" for line, words in sorted(dict.fromkeys(found))]
+
+
+def _everywhere(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and words of what is wrong wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _import(node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            yield from _import(node.lineno, "." * node.level + (node.module or ""))
+        elif isinstance(node, ast.Global):
+            yield node.lineno, f"global {', '.join(node.names)}: {STATELESS}"
+        elif isinstance(node, ast.Attribute) and _is_dunder(node.attr):
+            yield node.lineno, f".{node.attr}: a controller has no use for Python's insides"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
+            yield node.lineno, f"{node.func.id}(): {BUILTINS[node.func.id]}"
+        elif isinstance(node, ast.Name) and _is_dunder(node.id):
+            yield node.lineno, f"{node.id}: a controller has no use for Python's insides"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_dunder(node.value):
+            yield node.lineno, f"{node.value!r}: a controller has no use for Python's insides"
+        elif isinstance(node, ast.AsyncFunctionDef | ast.Await):
+            yield node.lineno, "async: a decision waits for nothing"
+
+
+def _import(line: int, module: str) -> Iterator[tuple[int, str]]:
+    top = module.partition(".")[0]
+    if top in IMPORTS:
+        return
+    if top in CHANCE:
+        reason = "no randomness: decisions follow from the states alone, or replay means nothing"
+    elif top in CLOCKS:
+        reason = "no clock: decisions follow from the states alone, or replay means nothing"
+    else:
+        reason = f"a controller may import {', '.join(IMPORTS[:-1])}"
+    yield line, f"import {module or '.'}: {reason}"
+
+
+def _is_dunder(name: str) -> bool:
+    return len(name) > 4 and name.startswith("__") and name.endswith("__") and name not in DEFINED
+
+
+def _classes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and words of what is wrong with the controller's class, or that there is not just one."""
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = [node for node in classes.values() if _method(node, "decide", classes) is not None]
+    if len(found) != 1:
+        names = ", ".join(sorted(node.name for node in found)) or "none"
+        line = found[1].lineno if found else 1
+        yield line, f"a controller file has one class with a decide method, not {names}"
+        return
+    (controller,) = found
+    decide, init = (_method(controller, name, classes) for name in ("decide", "__init__"))
+    if decide is not None and _parameters(decide) != 2:
+        yield decide.lineno, "decide takes self and the state, and nothing else"
+    takes = _fields(controller) if init is None else _parameters(init) - 1
+    if takes != 1:
+        line = (init or controller).lineno
+        yield line, f"{controller.name} takes β and nothing else: __init__(self, beta)"
+
+
+def _method(node: ast.ClassDef, name: str, classes: dict[str, ast.ClassDef], depth: int = 0) -> ast.FunctionDef | None:
+    """A method of a class, or of those of this file it is derived from."""
+    for statement in node.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == name:
+            return statement
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes and base.id != node.name and depth < len(classes):
+            found = _method(classes[base.id], name, classes, depth + 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _parameters(function: ast.FunctionDef) -> int:
+    """How many there are, self included; those with defaults count, for nobody would ever give them. -1 for `*`."""
+    arguments = function.args
+    if arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
+        return -1
+    return len(arguments.posonlyargs) + len(arguments.args)
+
+
+def _fields(node: ast.ClassDef) -> int:
+    """What a dataclass's constructor takes; a class that is none and has no __init__ takes nothing."""
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return 0
+    fields = [
+        one for one in node.body if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
+    ]
+    return sum(one.value is None or "init=False" not in ast.unparse(one.value) for one in fields)

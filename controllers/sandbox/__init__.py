@@ -1,0 +1,1 @@
+"""Controllers nobody has read, run in processes the kernel holds, or not at all."""

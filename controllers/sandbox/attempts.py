@@ -1,0 +1,110 @@
+"""What a child tries in order to prove that its seal holds. Each attempt is refused by the kernel or has escaped."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from controllers.sandbox.frames import pack, told
+from controllers.sandbox.seal import EVERY, MEMORY_BYTES, X32, Layer
+
+ESCAPED, REFUSED, UNSURE, NOT_SEALED = 0, 2, 3, 4
+"""Exit statuses. UNSURE: it failed for a reason that has nothing to do with a seal, which proves nothing. NOT_SEALED: a
+layer could not be put on. In all but ESCAPED the channel says more."""
+REFUSALS: Final = frozenset({errno.EACCES, errno.EPERM, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSYS})
+
+_GETPID: Final = 39  # x86-64's number, which x32 has too
+
+
+def read_file() -> None:
+    os.close(os.open("/", os.O_RDONLY))
+
+
+def open_socket() -> None:
+    socket.socket().close()
+
+
+def fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def execute() -> None:
+    os.execv("/proc/self/exe", ["python", "-c", ""])
+
+
+def call_x32() -> None:
+    if ctypes.CDLL(None, use_errno=True).syscall(X32 | _GETPID) == -1:
+        raise OSError(ctypes.get_errno(), "x32")
+
+
+def raise_limit() -> None:
+    import resource  # there is none on other systems, where this module only has to load
+
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except ValueError as error:  # what this function makes of EPERM
+        raise PermissionError(errno.EPERM, str(error)) from None
+
+
+def take_memory() -> None:
+    mmap.mmap(-1, 2 * MEMORY_BYTES).close()
+
+
+def make_code() -> None:
+    mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+
+
+def become_root() -> None:
+    os.setuid(0)
+
+
+def signal_owner() -> None:
+    os.kill(os.getppid(), 0)
+
+
+class Attempt(NamedTuple):
+    """Something to try, and the layers that must refuse it."""
+
+    what: str  # in words
+    layers: Layer
+    run: Callable[[], None]
+
+
+ATTEMPTS: Final[Sequence[Attempt]] = (
+    # Each layer by itself; what only an unprivileged process can be kept from, with its privileges dropped.
+    Attempt("become root", Layer.PRIVILEGES, become_root),
+    Attempt("raise a limit", Layer.PRIVILEGES | Layer.LIMITS, raise_limit),
+    Attempt("take memory", Layer.PRIVILEGES | Layer.LIMITS, take_memory),
+    Attempt("fork", Layer.PRIVILEGES | Layer.LIMITS, fork),
+    Attempt("read a file", Layer.PRIVILEGES | Layer.LANDLOCK, read_file),
+    Attempt("open a socket", Layer.PRIVILEGES | Layer.SECCOMP, open_socket),
+    Attempt("make memory executable", Layer.PRIVILEGES | Layer.SECCOMP, make_code),
+    Attempt("call as x32", Layer.PRIVILEGES | Layer.SECCOMP, call_x32),
+    # Everything together, as a controller is held.
+    Attempt("read a file", EVERY, read_file),
+    Attempt("open a socket", EVERY, open_socket),
+    Attempt("fork", EVERY, fork),
+    Attempt("execute", EVERY, execute),
+    Attempt("call as x32", EVERY, call_x32),
+    Attempt("raise a limit", EVERY, raise_limit),
+    Attempt("signal its parent", EVERY, signal_owner),
+)
+
+
+def run(number: int, channel: int) -> int:
+    """Make attempt `number`, say on `channel` how it was refused, and give the status to exit with."""
+    status, words = ESCAPED, ""
+    try:
+        ATTEMPTS[number].run()
+    except MemoryError:
+        status, words = REFUSED, "MemoryError"
+    except OSError as error:
+        status, words = REFUSED if error.errno in REFUSALS else UNSURE, str(error)
+    os.write(channel, pack(told(words)))
+    return status

@@ -1,0 +1,245 @@
+"""What a controller's owner and its sealed child say to each other: frames of whole numbers, both ways.
+
+    frame    = its length in bytes (4), then 64-bit numbers in the machine's order
+    owner    = LOAD, number, name, source                → child: number, text (empty, or a complaint)
+             | STEP, number, {turn} of several episodes  → child: number, {decision} in the same order
+    turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
+             | seat, FACTS, {fact}                       the round was carried out as it was asked for
+             | seat, ROUND, {action}, {fact}             the cap cut it short
+    decision = {action} | -1, complaint
+    {x}      = how many, then each
+    action   = one number: verb, branch, and intervals or label
+    fact     = intervals and fate, tokens | label, tokens   whichever the action brings
+    text     = how many, {code point}
+
+`number` counts the frames, so an answer to another question is known as such. An owner believes none of it: `decision`
+builds well-formed actions or raises, and whether they are legal only the owner's state says.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Final
+
+from controllers.actions import ANSWER, BRANCH, PROBE, PRUNE, Action, Advanced, Fact, Probed, Verb
+from controllers.errors import ControllersError
+from controllers.state import Limits, Round
+
+LARGEST: Final = 1 << 20
+"""Bytes a frame may have."""
+HEADER: Final = struct.Struct("=I")
+LOAD, STEP = 1, 2
+BEGIN, FACTS, ROUND = 0, 1, 2
+COMPLAINT: Final = -1
+LONGEST: Final = 500
+"""Characters of a complaint that are passed on."""
+NONE: Final = -1
+"""A bound that is not set."""
+REMEMBERED: Final = 1 << 16
+"""Actions, and facts, that are kept ready by their numbers."""
+
+_ACT, _AT = 3, 24  # bits below an action's branch, and below its intervals or label
+_MOST_BRANCH, _MOST_VALUE = 1 << (_AT - _ACT), 1 << 38
+_RAN = 32  # bits below a fact's intervals; its fate is in them
+_RUNNING, _SILENT = 0, 1  # fates; a branch that finished with label n has n + 2
+
+_actions: dict[int, Action] = {}
+_numbers: dict[int, tuple[Action, int]] = {}  # by id; the action is kept, so that its id is nobody else's
+_facts: dict[tuple[int, int, int], Advanced] = {}
+_said: dict[tuple[int, int, int], Probed] = {}
+
+
+class BadFrame(Exception):
+    """Numbers that mean nothing; only ever a child's fault."""
+
+
+def pack(numbers: Sequence[int]) -> bytes:
+    """A whole frame. Raises BadFrame if it would be too large."""
+    body = array("q", numbers).tobytes()
+    if len(body) > LARGEST:
+        raise BadFrame(f"a frame of {len(body)} bytes; {LARGEST} are the most")
+    return HEADER.pack(len(body)) + body
+
+
+def size(header: bytes) -> int:
+    """How many bytes follow a header. Raises BadFrame if that is too many or no whole number of numbers."""
+    (length,) = HEADER.unpack(header)
+    if length > LARGEST or length % 8:
+        raise BadFrame(f"a frame that claims {length} bytes; {LARGEST} are the most, in eights")
+    return int(length)
+
+
+def unpack(body: bytes | bytearray) -> list[int]:
+    """The numbers of a frame's body, a multiple of eight bytes."""
+    numbers = array("q")
+    numbers.frombytes(body)
+    return numbers.tolist()
+
+
+# Turns, from the owner
+
+
+def begin(seat: int, beta: float, limits: Limits) -> list[int]:
+    """The first turn of an episode."""
+    bounds = (limits.interval, limits.max_branches, limits.branch_tokens, limits.probe_tokens, limits.max_tokens)
+    (bits,) = struct.unpack("=q", struct.pack("=d", beta))
+    return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds)]
+
+
+def follow(seat: int, asked: Sequence[Action], last: Round) -> list[int]:
+    """A later turn: `last` is what was carried out of what was `asked` for, and what came of it."""
+    actions, facts = last
+    if actions is asked or list(actions) == list(asked):
+        turn = [seat, FACTS, len(facts)]
+    else:
+        turn = [seat, ROUND, len(actions), *map(encode, actions), len(facts)]
+    for fact in facts:
+        label = fact.label
+        if type(fact) is Advanced:
+            fate = _RUNNING if not fact.finished else _SILENT if label is None else label + 2
+            turn.append((fact.intervals << _RAN) + fate)
+        else:
+            turn.append(0 if label is None else label + 1)
+        turn.append(fact.tokens)
+    return turn
+
+
+def begun(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
+    """β and the limits that stand behind seat and kind, and where the next turn is."""
+    (beta,) = struct.unpack("=d", struct.pack("=q", numbers[at]))
+    interval, most, branch, probe, cap = numbers[at + 1 : at + 6]
+    limits = Limits(interval, most, None if branch == NONE else branch, probe, None if cap == NONE else cap)
+    return beta, limits, at + 6
+
+
+def carried_out(numbers: Sequence[int], at: int) -> tuple[list[Action], int]:
+    """The actions of a ROUND, behind seat and kind, and where what follows is."""
+    end = at + 1 + numbers[at]
+    return [decode(number) for number in numbers[at + 1 : end]], end
+
+
+def came_of(actions: Sequence[Action], width: int, numbers: Sequence[int], at: int) -> tuple[list[Fact], int]:
+    """The facts that answer `actions` in an episode of `width` branches, and where the next turn is."""
+    facts: list[Fact] = []
+    after = at + 1
+    for action in actions:
+        verb, branch = action.verb, action.branch
+        if verb >= PRUNE:
+            continue
+        if verb is BRANCH:
+            branch, width = width, width + 1
+        key = branch, numbers[after], numbers[after + 1]
+        try:
+            facts.append(_said[key] if verb is PROBE else _facts[key])
+        except KeyError:
+            facts.append(_asked(*key) if verb is PROBE else _ran(*key))
+        after += 2
+    return facts, after
+
+
+def _asked(branch: int, said: int, tokens: int) -> Probed:
+    fact = Probed(branch, None if said == 0 else said - 1, tokens)
+    if len(_said) < REMEMBERED:
+        _said[branch, said, tokens] = fact
+    return fact
+
+
+def _ran(branch: int, ran: int, tokens: int) -> Advanced:
+    intervals, fate = divmod(ran, 1 << _RAN)
+    fact = Advanced(branch, intervals, tokens, fate != _RUNNING, None if fate <= _SILENT else fate - 2)
+    if len(_facts) < REMEMBERED and fate == _RUNNING:  # how a branch ends is told once
+        _facts[branch, ran, tokens] = fact
+    return fact
+
+
+# Decisions, from the child
+
+
+def encode(action: Action) -> int:
+    """An action as a number. Raises BadFrame if it cannot be one, and whatever a thing that is no action raises."""
+    known = _numbers.get(id(action))
+    if known is not None:
+        return known[1]
+    value = action.intervals if action.label is None else action.label + 1
+    branch = action.branch + 1
+    if not (0 <= branch < _MOST_BRANCH and 0 <= value < _MOST_VALUE):
+        raise BadFrame(f"{action} is about no branch or label there could be")
+    number = action.verb + (branch << _ACT) + (value << _AT)
+    if len(_numbers) < REMEMBERED:
+        _numbers[id(action)] = action, number
+    return number
+
+
+def decode(number: int) -> Action:
+    """The action a number means. Raises BadFrame if it is none."""
+    try:
+        return _actions[number]
+    except KeyError:
+        action = _decode(number)
+        if len(_actions) < REMEMBERED:
+            _actions[number] = action
+        return action
+
+
+def _decode(number: int) -> Action:
+    try:
+        verb = Verb(number & (1 << _ACT) - 1)
+        branch, value = (number >> _ACT) % _MOST_BRANCH - 1, number >> _AT
+        about_none, valued = verb in (BRANCH, ANSWER), verb not in (PROBE, PRUNE)
+        if number < 0 or about_none != (branch == -1) or not (valued or value == 0):
+            raise BadFrame(f"{number} is no action")
+        if verb is ANSWER:
+            return Action(verb, label=None if value == 0 else value - 1)
+        return Action(verb, branch, value)
+    except (ValueError, ControllersError):
+        raise BadFrame(f"{number} is no action") from None
+
+
+def decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Action] | str, int]:
+    """The decision at `at`, of at most so many actions, or what the child complains of; and where the next one is.
+
+    Raises BadFrame.
+    """
+    try:
+        count = numbers[at]
+        if count == COMPLAINT:
+            return text(numbers, at + 1, LONGEST)
+    except IndexError:
+        raise BadFrame("a frame that ends in the middle") from None
+    end = at + 1 + count
+    if not 0 <= count <= most:
+        raise BadFrame(f"{count} actions in a round; {most} are the most that could be legal")
+    if end > len(numbers):
+        raise BadFrame("a frame that ends in the middle")
+    return [_actions.get(number) or decode(number) for number in numbers[at + 1 : end]], end
+
+
+def complain(error: str) -> list[int]:
+    """A decision that is none."""
+    return [COMPLAINT, *told(error[:LONGEST])]
+
+
+def told(words: str) -> list[int]:
+    """A text as numbers."""
+    return [len(words), *map(ord, words)]
+
+
+def text(numbers: Sequence[int], at: int, most: int) -> tuple[str, int]:
+    """The text at `at`, and where what follows is. Raises BadFrame if it is cut or has more than `most` characters."""
+    length = numbers[at] if at < len(numbers) else -1
+    end = at + 1 + length
+    if not 0 <= length <= most or end > len(numbers):
+        raise BadFrame(f"a text of {length} characters; {most} are the most")
+    return "".join(chr(point) if 0 <= point <= 0x10FFFF else "?" for point in numbers[at + 1 : end]), end
+
+
+def printable(words: str) -> str:
+    """`words` with everything that is no letter, sign or space replaced: nothing for a terminal or a log to obey."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
+
+
+def most_actions(limits: Limits) -> int:
+    """More actions than any sensible round has: every branch that is or may be open can move, be asked and pruned."""
+    return 8 * max(64, limits.max_branches)

@@ -1,0 +1,158 @@
+"""Where sealed children come from: a zygote process that forks them, and a proof that their seal holds.
+
+Nursery ──orders──▶ zygote ──forks──▶ child ◀──frames──▶ Worker
+"""
+
+from __future__ import annotations
+
+import atexit
+import socket
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from controllers.errors import Unsealed
+from controllers.sandbox import frames
+from controllers.sandbox.attempts import ATTEMPTS
+from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.proof import Outcome, Proof, prove
+from controllers.sandbox.seal import EVERY, Layer
+from controllers.sandbox.worker import HARD_S, Worker
+from controllers.sandbox.zygote import ORDER, REAP, REPLY, SPAWN, TRY
+
+PROVE_EVERY: Final = 100
+"""Children after which the seal is proven anew."""
+PATIENCE_S: Final = 10.0
+"""Seconds the zygote may take for what it is told, and a child for an attempt."""
+ADVICE: Final = "`autotts doctor` tells more; --allow-unsandboxed runs controllers from files with all your rights"
+ROOT: Final = Path(__file__).parents[2]
+_START: Final = "import sys; sys.path.append({root!r}); from controllers.sandbox.zygote import main; main({descriptor})"
+
+
+class Nursery:
+    """One zygote and its children. Threads may share it. Fewer `layers` are for proving that they are needed."""
+
+    def __init__(self, layers: Layer = EVERY, python: str = sys.executable) -> None:
+        self.layers = layers
+        self.proof: Proof | None = None  # the latest
+        self._python = python
+        self._lock = threading.RLock()
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._orders: socket.socket | None = None
+        self._spawned = 0  # since the latest proof
+
+    def check(self) -> Proof:
+        """Prove the seal now. Whatever goes wrong in doing so is a proof that it does not hold."""
+        with self._lock:
+            self._spawned = 0
+            if sys.platform != "linux":
+                self.proof = Proof(reason=f"only Linux can seal a process, this is {sys.platform}")
+            else:
+                try:
+                    self.proof = prove(self._attempt)
+                except Unsealed as error:
+                    self.proof = Proof(reason=str(error))
+            return self.proof
+
+    def spawn(self, hard_s: float = HARD_S) -> Worker:
+        """A new sealed child. Raises Unsealed, always once a proof has failed."""
+        with self._lock:
+            if self.layers == EVERY:
+                self._require_proof()
+            self._spawned += 1
+            process, channel = self._fork(SPAWN, self.layers)
+            return Worker(process, channel, self._reap, hard_s)
+
+    def close(self) -> None:
+        """End the zygote, and with it every child."""
+        with self._lock:
+            if self._zygote is not None and self._orders is not None:
+                self._orders.close()
+                self._zygote.kill()
+                self._zygote.wait()
+                self._zygote = self._orders = None
+
+    def _require_proof(self) -> None:
+        proof = self.proof
+        if proof is None or (proof.sealed and self._spawned >= PROVE_EVERY):
+            proof = self.check()
+        if not proof.sealed:
+            raise Unsealed(f"this machine cannot seal controllers: {proof.lacking}; {ADVICE}")
+
+    def _attempt(self, number: int) -> Outcome:
+        """Have a child try to break out."""
+        process, channel = self._fork(TRY, ATTEMPTS[number].layers, number)
+        with channel:
+            channel.settimeout(PATIENCE_S)
+            try:
+                said = b""
+                while more := channel.recv(frames.LARGEST):
+                    said += more
+                words = frames.text(frames.unpack(said[frames.HEADER.size :]), 0, frames.LARGEST)[0] if said else ""
+            except (TimeoutError, ValueError, BadFrame) as error:
+                words = f"{type(error).__name__}: {error}"
+        return Outcome(self._reap(process), frames.printable(words))
+
+    # What the zygote is told
+
+    def _fork(self, order: int, layers: Layer, attempt: int = 0) -> tuple[int, socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = self._order((order, int(layers), attempt), theirs)
+        return process, ours
+
+    def _reap(self, process: int) -> int:
+        try:
+            return self._order((REAP, process, 0))
+        except Unsealed:  # the zygote has gone, and with it all its children
+            return 0
+
+    def _order(self, message: tuple[int, int, int], channel: socket.socket | None = None) -> int:
+        with self._lock:
+            if message[0] != REAP and (self._zygote is None or self._zygote.poll() is not None):
+                self._start()
+            orders = self._orders
+            if orders is None:
+                raise Unsealed("the process that forks sealed children is not there")
+            try:
+                socket.send_fds(orders, [ORDER.pack(*message)], [] if channel is None else [channel.fileno()])
+                reply = orders.recv(REPLY.size)
+            except OSError as error:
+                reply, reason = b"", str(error)
+            else:
+                reason = "it ended"
+            if len(reply) != REPLY.size:
+                self.close()
+                raise Unsealed(f"the process that forks sealed children failed: {reason}")
+            return int(REPLY.unpack(reply)[0])
+
+    def _start(self) -> None:
+        self.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = _START.format(root=str(ROOT), descriptor=theirs.fileno())
+            try:
+                self._zygote = subprocess.Popen(
+                    [self._python, "-s", "-P", "-c", code],
+                    env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except OSError as error:
+                ours.close()
+                raise Unsealed(f"{self._python} does not start: {error}") from None
+        ours.settimeout(PATIENCE_S)
+        self._orders = ours
+
+
+@cache
+def nursery() -> Nursery:
+    """The one of this process."""
+    made = Nursery()
+    atexit.register(made.close)
+    return made

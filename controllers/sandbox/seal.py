@@ -1,0 +1,191 @@
+"""What the kernel takes away from a child before it reads a line of foreign code. Linux; x86-64 and arm64.
+
+Four layers, most of which hold if the others fail: no privileges to gain and none to use, no file to reach, no
+resource beyond its share, no system call but those a computation needs. `ctypes` calls the kernel, for Python has no
+names for most of this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from enum import IntFlag
+from functools import cache
+from typing import Final, NamedTuple
+
+NOBODY: Final = 65534
+MEMORY_BYTES: Final = 128 << 20
+CPU_S: Final = 600
+"""Seconds of processor time a child may use in its life: the last resort if nobody is left to watch its deadlines."""
+
+
+class Layer(IntFlag):
+    """One of the things that hold a child."""
+
+    PRIVILEGES = 1  # no_new_privs, another user if it was root, no capabilities, not to be read by others
+    LIMITS = 2  # memory, processor time, files, processes
+    LANDLOCK = 4  # no file, no TCP, no signal, no abstract socket
+    SECCOMP = 8  # no system call but `CALLS`, no executable memory
+
+
+EVERY: Final = Layer.PRIVILEGES | Layer.LIMITS | Layer.LANDLOCK | Layer.SECCOMP
+"""Without all of these nothing foreign runs."""
+
+
+class LayerMissing(Exception):
+    """The kernel refused a layer."""
+
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(f"{str(layer.name).lower()}: {reason}")
+        self.layer = layer
+        self.reason = reason
+
+
+class _Machine(NamedTuple):
+    """What differs between processors: <linux/audit.h> and the numbers of the system calls."""
+
+    audit: int
+    calls: dict[str, int]
+    x32: bool  # whether the same calls have a second set of numbers
+
+
+_MACHINES: Final = {
+    "x86_64": _Machine(
+        0xC000003E,
+        {
+            **{"read": 0, "write": 1, "munmap": 11, "brk": 12, "rt_sigprocmask": 14, "rt_sigreturn": 15},
+            **{"mremap": 25, "madvise": 28, "exit": 60, "futex": 202, "restart_syscall": 219, "exit_group": 231},
+            **{"mmap": 9, "mprotect": 10, "prctl": 157, "seccomp": 317},
+        },
+        x32=True,
+    ),
+    "aarch64": _Machine(
+        0xC00000B7,
+        {
+            **{"read": 63, "write": 64, "munmap": 215, "brk": 214, "rt_sigprocmask": 135, "rt_sigreturn": 139},
+            **{"mremap": 216, "madvise": 233, "exit": 93, "futex": 98, "restart_syscall": 128, "exit_group": 94},
+            **{"mmap": 222, "mprotect": 226, "prctl": 167, "seccomp": 277},
+        },
+        x32=False,
+    ),
+}
+CALLS: Final = (
+    *("read", "write", "munmap", "brk", "rt_sigprocmask", "rt_sigreturn", "mremap", "madvise"),
+    *("exit", "futex", "restart_syscall", "exit_group"),
+)
+"""What may be called with any arguments; mmap and mprotect may too, if nothing becomes executable."""
+
+X32: Final = 0x40000000
+_PROT_EXEC, _MAP_ANONYMOUS = 0x4, 0x20
+_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446  # the same on every processor
+_SETS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
+"""Rights over files Landlock knows, by version of its interface; the later ones know no more."""
+_PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
+
+
+def seal(layers: Layer) -> None:
+    """Put `layers` on this process, for good. Raises LayerMissing at one the kernel refuses."""
+    for layer, put_on in _STEPS:
+        if layer in layers:
+            try:
+                put_on()
+            except (OSError, ValueError, KeyError) as error:
+                raise LayerMissing(layer, str(error)) from None
+
+
+def _drop_privileges() -> None:
+    if os.geteuid() == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        except OSError:  # root that may not change its name: what it may do is taken all the same
+            pass
+    _call(_libc().capset, struct.pack("=Ii", 0x20080522, 0), bytes(24))
+    _prctl(_NO_NEW_PRIVS, 1)
+    _prctl(_DUMPABLE, 0)
+    _prctl(_PDEATHSIG, 9)
+
+
+def _limit() -> None:
+    import resource  # there is none on other systems, where this module only has to load
+
+    for name, most in {
+        "RLIMIT_AS": MEMORY_BYTES,
+        "RLIMIT_CPU": CPU_S,
+        "RLIMIT_NOFILE": 0,  # those that are open stay so
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_FSIZE": 0,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_SIGPENDING": 0,
+    }.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def _landlock() -> None:
+    version = _call(_libc().syscall, _LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    net = 3 if version >= 4 else 0  # bind and connect over TCP
+    scoped = 3 if version >= 6 else 0  # abstract sockets and signals
+    rights = struct.pack("=QQQ", _SETS.get(version, _SETS[5]), net, scoped)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    rules = _call(_libc().syscall, _LANDLOCK_CREATE, rights, ctypes.c_size_t(size), 0)
+    try:
+        _call(_libc().syscall, _LANDLOCK_RESTRICT, rules, 0)
+    finally:
+        os.close(rules)
+
+
+def _filter_calls() -> None:
+    program = _program(_MACHINES[platform.machine()])
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
+    _prctl(_SECCOMP, 2, header)
+
+
+def _program(machine: _Machine) -> bytes:
+    """The filter as BPF: kill whatever is not of this processor, not listed, or would make memory executable."""
+    load, equal, at_least, masked, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    kill, allow = (give, 0, 0, 0x80000000), (give, 0, 0, 0x7FFF0000)
+    third, fourth = 16 + 2 * 8, 16 + 3 * 8  # where the low halves of two arguments lie; a jump counts what it skips
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine.audit), kill, (load, 0, 0, 0)]
+    if machine.x32:
+        steps += [(at_least, 0, 1, X32), kill]
+    for name in CALLS:
+        steps += [(equal, 0, 1, machine.calls[name]), allow]
+    inspect_mprotect = [(load, 0, 0, third), (masked, 1, 0, _PROT_EXEC), allow, kill]
+    inspect_mmap = [(load, 0, 0, third), (masked, 3, 0, _PROT_EXEC), (load, 0, 0, fourth)]
+    inspect_mmap += [(masked, 0, 1, _MAP_ANONYMOUS), allow, kill]
+    steps += [(equal, 0, len(inspect_mprotect), machine.calls["mprotect"]), *inspect_mprotect]
+    steps += [(equal, 0, len(inspect_mmap), machine.calls["mmap"]), *inspect_mmap, kill]
+    return b"".join(struct.pack("=HBBI", *step) for step in steps)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, first: int, second: bytes | None = None) -> None:
+    zero = ctypes.c_ulong(0)
+    _call(_libc().prctl, option, ctypes.c_ulong(first), second or zero, zero, zero)
+
+
+def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> int:
+    """Raises OSError if the call fails."""
+    result: int = function(*arguments)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+_STEPS: Final = (
+    (Layer.PRIVILEGES, _drop_privileges),
+    (Layer.LANDLOCK, _landlock),  # needs a descriptor, which limits forbid
+    (Layer.LIMITS, _limit),
+    (Layer.SECCOMP, _filter_calls),  # last: it forbids the calls that put on the others
+)

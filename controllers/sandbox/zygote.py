@@ -1,0 +1,92 @@
+"""The process sealed children are forked from. It has loaded what they may use, and knows no secret.
+
+It is started with an empty environment, in the root folder, and does what its owner's orders say, one at a time:
+
+    SPAWN, layers + a socket  → the child's process id      the child seals itself and serves
+    TRY, layers, attempt + …  → the child's process id      the child seals itself and tries to break out
+    REAP, process id          → its wait status             waits for its end; until then the id is nobody else's
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import gc
+import heapq
+import itertools
+import math
+import os
+import random
+import resource
+import socket
+import statistics
+import struct
+import sys
+import typing
+from typing import Final, NoReturn
+
+import controllers.baselines
+from controllers.sandbox import attempts, child
+from controllers.sandbox.frames import pack, told
+from controllers.sandbox.seal import Layer, LayerMissing, seal
+
+PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statistics, typing, controllers.baselines)
+"""What controllers may import, and the seal: later nothing can be imported. This package itself brings the rest."""
+
+SPAWN, TRY, REAP = range(3)
+ORDER: Final = struct.Struct("=iii")  # what to do, layers or process id, attempt
+REPLY: Final = struct.Struct("=i")
+
+
+def main(descriptor: int) -> None:
+    """Serve the owner at the other end of `descriptor` until it leaves."""
+    owner = socket.socket(fileno=descriptor)
+    random.seed(0)  # `statistics` brings it along: what a controller draws from it is the same for all
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(owner, ORDER.size, 1)
+        if not message:
+            return
+        what, first, attempt = ORDER.unpack(message)
+        if what == REAP:
+            _, result = os.waitpid(first, 0)
+        else:
+            result = os.fork()
+            if result == 0:
+                _become_child(descriptors[0], Layer(first), attempt if what == TRY else None)
+            os.close(descriptors[0])
+        owner.sendall(REPLY.pack(result))
+
+
+def _become_child(channel: int, layers: Layer, attempt: int | None) -> NoReturn:
+    """Never returns, whatever happens."""
+    status = 1
+    try:
+        os.dup2(channel, child.CHANNEL)
+        os.closerange(child.CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(nowhere, standard)
+        os.close(nowhere)
+        os.environ.clear()
+        child.only_built_in_imports()
+        try:
+            seal(layers)
+        except LayerMissing as error:
+            status = attempts.NOT_SEALED
+            os.write(child.CHANNEL, pack(told(str(error))))
+        else:
+            status = 0
+            if attempt is None:
+                child.serve()
+            else:
+                status = attempts.run(attempt, child.CHANNEL)
+    except BaseException as error:  # a child must never come back into the zygote's loop
+        os.write(child.CHANNEL, pack(told(repr(error))))
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

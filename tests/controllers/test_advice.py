@@ -1,0 +1,97 @@
+"""The static check: what it says to whoever wrote the file, and that it leaves honest files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from controllers.advice import advise
+
+GOOD = """
+from controllers import State, answer, branch
+
+class Mine:
+    def __init__(self, beta):
+        self.beta = beta
+
+    def decide(self, state: State):
+        return [answer(state.leader())] if state.width else [branch()]
+"""
+BODY = "        return [answer(state.leader())]"
+
+
+def test_honest_files_are_left_alone() -> None:
+    assert advise(GOOD) == []
+    baselines = Path(__file__).parents[2] / "controllers" / "baselines"
+    for name in ("cmc", "single", "answer_consistency"):
+        assert advise((baselines / f"{name}.py").read_text()) == []
+
+
+def test_a_dataclass_takes_what_its_fields_say() -> None:
+    header = "from dataclasses import dataclass, field\nfrom typing import ClassVar\n@dataclass\nclass Mine:\n"
+    decide = "    def decide(self, state): return []\n"
+    others = "    seen: int = field(default=0, init=False)\n    MOST: ClassVar[int] = 3\n"
+    assert advise(f"{header}    beta: float\n{others}{decide}") == []
+    assert advise(f"{header}    beta: float\n    more: int = 3\n{decide}") == [
+        "line 4: Mine takes β and nothing else: __init__(self, beta)"
+    ]
+
+
+def test_what_a_class_inherits_is_its_own() -> None:
+    assert (
+        advise(
+            "class Base:\n    def __init__(self, beta): ...\n" + "class Mine(Base):\n    def decide(self, state): ..."
+        )
+        == []
+    )
+    loop = "class A(B):\n    def decide(self, state): ...\n    def __init__(self, beta): ...\nclass B(A): pass\n"
+    assert any("not A, B" in line for line in advise(loop))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("import os", "import os: a controller may import controllers, math"),
+        ("import os.path as p", "import os.path: a controller may import"),
+        ("from . import x", "import .: a controller may import"),
+        ("import random", "import random: no randomness"),
+        ("import time", "import time: no clock"),
+        ("from datetime import datetime", "import datetime: no clock"),
+        ("x = (1).__class__", ".__class__: a controller has no use for Python's insides"),
+        ("x = getattr(1, '__class__')", "'__class__': a controller has no use"),
+        ("x = __builtins__", "__builtins__: a controller has no use"),
+        ("x = eval('1')", "eval(): a controller is all in its file"),
+        ("x = open('f')", "open(): a controller reads and writes nothing"),
+        ("x = id(1)", "id(): it differs from run to run"),
+        ("x = 0\ndef f():\n    global x\n    x = 1", "global x: one object serves one episode"),
+        ("async def f(): ...", "async: a decision waits for nothing"),
+        ("class Other:\n    def decide(self, state): ...", "one class with a decide method, not Mine, Other"),
+    ],
+)
+def test_what_is_said_of_what_is_wrong(change: str, words: str) -> None:
+    (said,) = advise(GOOD + change)
+    assert words in said
+    assert said.startswith("line 1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("(self, beta)", "(self, beta, n=3)", "line 5: Mine takes β and nothing else"),
+        ("(self, beta)", "(self, *beta)", "line 5: Mine takes β and nothing else"),
+        ("    def __init__(self, beta):\n        self.beta = beta\n", "", "line 4: Mine takes β and nothing else"),
+        ("(self, state: State)", "(self, state, more)", "decide takes self and the state"),
+        ("class Mine", "class Mine(", "line 4: SyntaxError: invalid syntax"),
+        ("decide", "decides", "one class with a decide method, not none"),
+    ],
+)
+def test_what_is_said_of_a_class(old: str, new: str, words: str) -> None:
+    (said,) = advise(GOOD.replace(old, new))
+    assert words in said
+
+
+def test_whatever_is_in_the_file_something_is_said() -> None:
+    assert advise("\0") == ["SyntaxError: source code string cannot contain null bytes"]
+    assert len(advise("(" * 5000)) == 1
+    assert len(advise("-" * 60_000 + "1")) == 1
