@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from discovery.answers import Judge
 from proxy import chat, dial, errors, passthrough, reply, schema
+from proxy.casting import Casting
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
 from proxy.metrics import CONTENT_TYPE, Metrics
@@ -38,6 +39,7 @@ class Service:
         self.engine = engine
         self.metrics = Metrics()
         self.judge = Judge()
+        self.casting = Casting(settings, self.metrics)
         self._models: dict[str, Model] = {}
 
     async def models(self) -> dict[str, Model]:
@@ -79,9 +81,9 @@ class Service:
         reason = _why_not(parsed, turned)
         if turned is None or reason is not None:
             return await self._pass(request, parsed, body, model, reason or "no_beta")
-        plan = await chat.plan(self.engine, self.settings, model, parsed, turned)
+        plan = await chat.plan(self.engine, self.casting, self.settings, model, parsed, turned)
         if not parsed.stream:
-            served = await unless_gone(request.receive, chat.serve(self.engine, self.judge, self.metrics, plan))
+            served = await unless_gone(request.receive, self._serve(plan))
             return JSONResponse(_completion(served), headers=served.headers)
         head = {
             "id": plan.request_id,
@@ -91,11 +93,14 @@ class Service:
         }
         events = chat_events(
             head,
-            lambda: chat.serve(self.engine, self.judge, self.metrics, plan),
+            lambda: self._serve(plan),
             usage=parsed.wants_usage,
             ping_s=self.settings.ping_s,
         )
         return Stream(events, headers=reply.known_headers(plan))
+
+    def _serve(self, plan: chat.Plan) -> Coroutine[Any, Any, reply.Reply]:
+        return chat.serve(self.engine, self.judge, self.casting, self.metrics, plan)
 
     async def _pass(
         self, request: Request, parsed: schema.ChatRequest, body: dict[str, Any], model: Model, reason: str
@@ -139,14 +144,16 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """The upstream is well and serves a model."""
+        """The upstream is well and serves a model; and how controllers from files are held."""
         try:
             up = await self.engine.healthy() and bool(await self.models())
         except UpstreamError:
             up = False
         self.metrics.upstream_up.set(up)
         status = HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse({"ready": up, "upstream": self.engine.url, "models": list(self._models)}, status)
+        sandbox = {"level": self.casting.level, "lacking": self.casting.lacking}
+        told = {"ready": up, "upstream": self.engine.url, "models": list(self._models), "sandbox": sandbox}
+        return JSONResponse(told, status)
 
     async def page(self, _: Request) -> Response:
         """Prometheus' page."""
@@ -165,6 +172,8 @@ def create_app(settings: Settings) -> FastAPI:
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
             service = app.state.service = Service(settings, engine)
             stack.callback(service.judge.close)
+            await service.casting.open()
+            stack.push_async_callback(service.casting.close)
             yield
 
     app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None)

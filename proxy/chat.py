@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
-from controllers import Action, Controller, ControllerError, Limits, State, Stop, UnknownController, run_episode
-from controllers.registry import create, find
+from controllers import ControllerError, Limits, State, Stop, UnknownController
+from controllers.loading import Spec
 from discovery.answers import Judge
 from proxy import probing
+from proxy.casting import Cast, Casting
 from proxy.dial import Dial
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
@@ -39,13 +39,18 @@ class Plan:
     created: int  # seconds since the epoch
     started: float  # by the monotonic clock
     dial: Dial
-    controller: str
+    spec: Spec  # of the controller
     prompt: Prompt
     sizes: Sizes
     limits: Limits
     closing: Closing
     deadline_s: float | None
     temperature: float | None  # of the branches; None leaves it to the model's own default
+
+    @property
+    def controller(self) -> str:
+        """The controller's name."""
+        return self.spec.name
 
 
 class _Bounds(NamedTuple):
@@ -54,11 +59,12 @@ class _Bounds(NamedTuple):
     closing: Closing
 
 
-async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRequest, dial: Dial) -> Plan:
+async def plan(
+    engine: Engine, casting: Casting, settings: Settings, model: Model, request: ChatRequest, dial: Dial
+) -> Plan:
     """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
-    controller = request.tts.controller or settings.controller
     try:
-        find(controller)
+        spec = casting.find(request.tts.controller)
     except UnknownController as error:
         raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
     started = time.monotonic()
@@ -74,7 +80,7 @@ async def plan(engine: Engine, settings: Settings, model: Model, request: ChatRe
         created=int(time.time()),
         started=started,
         dial=dial,
-        controller=controller,
+        spec=spec,
         prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template),
         sizes=bounds.sizes,
         limits=bounds.limits,
@@ -126,7 +132,7 @@ async def _bounds(
     return _Bounds(Sizes(settings.interval, branch, probe, ahead), limits, Closing(finalise, probe))
 
 
-async def serve(engine: Engine, judge: Judge, metrics: Metrics, plan: Plan) -> Reply:
+async def serve(engine: Engine, judge: Judge, casting: Casting, metrics: Metrics, plan: Plan) -> Reply:
     """Run the episode and compose its reply.
 
     Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
@@ -134,12 +140,13 @@ async def serve(engine: Engine, judge: Judge, metrics: Metrics, plan: Plan) -> R
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
     state = State(plan.limits)
+    cast = casting.cast(plan.spec)
     reply: Reply | None = None
     outcome = "failed"
     try:
         with metrics.in_flight.track_inprogress():
-            failure = await _run(metrics, plan, environment, state)
-            reply = await _compose(plan, environment, state, failure)
+            failure = await _run(cast, plan, environment, state)
+            reply = await _compose(cast, plan, environment, state, failure)
         outcome = "answered"
         return reply
     except asyncio.CancelledError:
@@ -155,12 +162,11 @@ async def serve(engine: Engine, judge: Judge, metrics: Metrics, plan: Plan) -> R
         _count(metrics, plan, environment, state, reply)
 
 
-async def _run(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
+async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
     """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
-    controller = _Timed(create(plan.controller, plan.dial.beta), metrics.decision_seconds.labels(plan.controller))
     try:
         async with asyncio.timeout(plan.deadline_s):
-            await run_episode(controller, environment, state)
+            await cast.run(plan.dial.beta, environment, state)
     except TimeoutError:
         environment.salvage()
         state.end(Stop.DEADLINE)
@@ -178,14 +184,16 @@ async def _run(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state
     return None
 
 
-async def _compose(plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None) -> Reply:
+async def _compose(
+    cast: Cast, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
+) -> Reply:
     """The reply from what there is; if that is nothing, the error that left it so."""
     if failure is not None and state.answer is None and not state.finished:
         raise failure
     if not environment.branches:
         raise UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
     try:
-        return await compose(plan, environment, state)
+        return await compose(plan, environment, state, cast.fallback)
     except UpstreamError as error:
         raise failure or error from None
 
@@ -200,18 +208,6 @@ def _count(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state: St
     metrics.stops.labels(plan.prompt.model, plan.controller, state.stop or "disconnected").inc()
     if reply is not None:
         metrics.seconds.labels(plan.prompt.model, plan.controller).observe(time.monotonic() - plan.started)
-
-
-class _Timed:
-    """A controller whose decisions are timed."""
-
-    def __init__(self, controller: Controller, seconds: Any) -> None:
-        self._controller = controller
-        self._seconds = seconds
-
-    def decide(self, state: State) -> Sequence[Action]:
-        with self._seconds.time():
-            return self._controller.decide(state)
 
 
 def _least(*bounds: T | None) -> T | None:

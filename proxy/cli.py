@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError
+from discovery.commands.doctor import doctor
 from discovery.commands.evaluate import evaluate
 from discovery.commands.store import importing, store
 from discovery.commands.trace import trace
@@ -52,6 +53,7 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(evaluate)
+app.command()(doctor)
 for group in (importing, store, trace):
     app.add_typer(group)
 
@@ -69,13 +71,18 @@ def serve(
     model: Annotated[str | None, typer.Option(help="model for requests that name none")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8400,
-    controller: Annotated[str | None, typer.Option(help="controller that serves requests which name none")] = None,
+    controller: Annotated[str | None, typer.Option(help="for requests that name none: a name or FILE.py")] = None,
     beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
     interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
+    allow_unsandboxed: Annotated[
+        bool | None,
+        typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
+    ] = None,
 ) -> None:
     """Serve, until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, markup=False)])
-    _run(_serve(host, port, upstream=upstream, model=model, controller=controller, beta=beta, interval=interval))
+    given = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
+    _run(_serve(host, port, beta=beta, allow_unsandboxed=allow_unsandboxed, **given))
 
 
 @app.command("demo")

@@ -39,6 +39,29 @@ class Metrics:
             buckets=(1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.25, 1),
             registry=self.registry,
         )
+        self.fallbacks = Counter(
+            "autotts_fallbacks",
+            "Episodes the baseline decided in, by why the controller did not.",
+            ("controller", "reason"),
+            registry=self.registry,
+        )
+        self.slow = Counter(
+            "autotts_sandbox_slow_decisions",
+            "Decisions of sealed controllers that took longer than 50 ms.",
+            ("controller",),
+            registry=self.registry,
+        )
+        self.quarantined = Gauge(
+            "autotts_controller_quarantined",
+            "Controllers that are not asked any more.",
+            ("controller",),
+            registry=self.registry,
+        )
+        self.sandbox_level = Gauge(
+            "autotts_sandbox_level",
+            "How controllers from files are held: 2 sealed, 1 not at all, 0 refused.",
+            registry=self.registry,
+        )
         self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
         self.upstream_up = Gauge("autotts_upstream_up", "Whether the upstream was well.", registry=self.registry)
 

@@ -52,6 +52,7 @@ class Reply:
             "x-tts-rounds": str(self.tts["rounds"]),
             "x-tts-tokens": str(self.tts["tokens"]["total"]),
             "x-tts-stop": self.tts["stop"],
+            **({} if (reason := self.tts["fallback"]) is None else {"x-tts-fallback": reason}),
         }
 
 
@@ -66,8 +67,11 @@ def known_headers(plan: Plan) -> dict[str, str]:
     }
 
 
-async def compose(plan: Plan, environment: LiveEnvironment, state: State) -> Reply:
-    """The reply to a stopped episode that opened at least one branch. May raise UpstreamError."""
+async def compose(plan: Plan, environment: LiveEnvironment, state: State, fallback: str | None = None) -> Reply:
+    """The reply to a stopped episode that opened at least one branch. May raise UpstreamError.
+
+    `fallback` is why the baseline decided in it, if it did.
+    """
     spent = environment.meter.billed
     index = _spokesman(environment, state, state.answer)
     branch = environment.branches[index]
@@ -82,7 +86,7 @@ async def compose(plan: Plan, environment: LiveEnvironment, state: State) -> Rep
         message=message,
         tokens=tokens,
         usage=_usage(plan, environment, message),
-        tts=_report(plan, environment, state, message, agreed, tokens),
+        tts={**_report(plan, environment, state, message, agreed, tokens), "fallback": fallback},
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AnyHttpUrl, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from controllers.errors import UnknownController
-from controllers.registry import find
+from controllers.errors import ControllersError
+from controllers.loading import parse_spec
+from controllers.registry import ALIASES, BUILT_IN
 from proxy.errors import SettingsError
 from proxy.probing import Family
 
@@ -26,11 +28,17 @@ class Settings(BaseSettings):
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
 
-    controller: str = Field("cmc", description="controller that serves requests which name none")
+    controller: str = Field("cmc", description="controller that serves requests which name none: a name or FILE.py")
     beta: Beta | None = Field(None, description="β for requests that set none; none passes them through untouched")
     max_branches: int = Field(64, ge=1, description="branches one request may open")
     max_total_tokens: Tokens | None = Field(None, description="tokens one request may spend over all branches")
     deadline_s: Seconds | None = Field(None, description="seconds one request may think")
+
+    decision_s: Seconds = Field(0.25, description="seconds a sealed controller may decide before it is killed")
+    sandbox_pool: int = Field(8, ge=0, le=256, description="sealed processes kept ready for a controller from a file")
+    allow_unsandboxed: bool = Field(
+        False, description="run controllers from files with all of the proxy's rights, its keys included"
+    )
 
     interval: Tokens = Field(512, description="tokens of one interval, Δ")
     branch_temperature: float = Field(
@@ -62,11 +70,15 @@ def load(**overrides: object) -> Settings:
         if settings.upstream is None:
             unset = {name: value for name, value in EMBEDDED.items() if name not in settings.model_fields_set}
             settings = settings.model_copy(update=unset)
-        find(settings.controller)
+        spec = parse_spec(settings.controller)
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
-    except UnknownController as error:
+    except ControllersError as error:
         raise SettingsError(f"controller: {error}") from None
+    if spec.is_foreign and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", spec.name):
+        raise SettingsError(f"controller: {spec.name!r}: name the file by letters, digits, - and _, 64 at most")
+    if spec.is_foreign and (spec.name in BUILT_IN or spec.name in ALIASES):
+        raise SettingsError(f"controller: there is a built-in controller {spec.name}; give the file another name")
     return settings
 
 

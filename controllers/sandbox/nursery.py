@@ -46,25 +46,23 @@ class Nursery:
 
     def check(self) -> Proof:
         """Prove the seal now. Whatever goes wrong in doing so is a proof that it does not hold."""
-        with self._lock:
-            self._spawned = 0
-            if sys.platform != "linux":
-                self.proof = Proof(reason=f"only Linux can seal a process, this is {sys.platform}")
-            else:
-                try:
-                    self.proof = prove(self._attempt)
-                except Unsealed as error:
-                    self.proof = Proof(reason=str(error))
-            return self.proof
+        self._spawned = 0
+        if sys.platform != "linux":
+            self.proof = Proof(reason=f"only Linux can seal a process, this is {sys.platform}")
+        else:
+            try:
+                self.proof = prove(self._attempt)
+            except Unsealed as error:
+                self.proof = Proof(reason=str(error))
+        return self.proof
 
     def spawn(self, hard_s: float = HARD_S) -> Worker:
         """A new sealed child. Raises Unsealed, always once a proof has failed."""
-        with self._lock:
-            if self.layers == EVERY:
-                self._require_proof()
-            self._spawned += 1
-            process, channel = self._fork(SPAWN, self.layers)
-            return Worker(process, channel, self._reap, hard_s)
+        if self.layers == EVERY:
+            self._require_proof()
+        self._spawned += 1
+        process, channel = self._fork(SPAWN, self.layers)
+        return Worker(process, channel, self._reap, hard_s)
 
     def close(self) -> None:
         """End the zygote, and with it every child."""

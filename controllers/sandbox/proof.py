@@ -6,10 +6,25 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from controllers.sandbox.attempts import ATTEMPTS, ESCAPED, NOT_SEALED, REFUSED
 from controllers.sandbox.seal import EVERY, Layer
+
+
+class Level(StrEnum):
+    """How a controller is held, loosest last but for those nobody has to hold."""
+
+    SEALED = "sealed"  # by the kernel, proven
+    OPEN = "open"  # not at all, by an operator's word
+    REFUSED = "refused"  # it cannot be, so it does not run
+    TRUSTED = "trusted"  # it came with the program
+
+    @property
+    def rank(self) -> int:
+        """As a metric: 2 sealed, 1 open, 0 refused."""
+        return {"sealed": 2, "open": 1}.get(self, 0)
 
 
 class Outcome(NamedTuple):

@@ -15,15 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from controllers.dial import parse_beta
-from controllers.errors import BetaError, UnknownController
-from controllers.loading import parse_spec
+from controllers.errors import BetaError, UnknownController, Unsealed
+from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
 from discovery.curve import Difference, Score, differences
 from discovery.engines import EngineName, engine_called
 from discovery.evaluate import Answers, Evaluation
 from discovery.files import check_place, whole
 from discovery.picture import Panel, Point, check_plot, draw
-from discovery.playing import Rules
+from discovery.playing import Rules, Sealing
 from discovery.recordings import Split
 from discovery.source import choose, open_source
 
@@ -43,6 +43,10 @@ def evaluate(
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
     engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="seal built-in controllers too")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="run controllers from files with all your rights")
+    ] = False,
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="where figures go as JSON")] = None,
     traces: Annotated[Path | None, typer.Option(help="folder for every round of every episode")] = None,
     plot: Annotated[Path | None, typer.Option(help="where the accuracy-token picture goes (.png or .svg)")] = None,
@@ -58,7 +62,8 @@ def evaluate(
         check_place(Path(json_to), "--json")
     source = open_source(recordings)
     cells = choose(source.cells(), names(models), names(benchmarks), split)
-    evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, Rules(max_branches, probe_tokens, traces))
+    rules = Rules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
+    evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, rules)
     with _progress(evaluation.work) as advance:
         found = evaluation.run(engine_called(engine, workers), advance)
     figures = json.dumps([score.as_json() for score in found], indent=2, ensure_ascii=False) + "\n"
@@ -71,6 +76,17 @@ def evaluate(
             file.write(figures.encode())
     if plot is not None:
         draw(_panels(found), plot)
+
+
+def _sealing(specs: Sequence[Spec], everything: bool, nothing: bool) -> Sealing:
+    """Which controllers are sealed; that foreign ones are not is said aloud. Raises Unsealed."""
+    if everything and nothing:
+        raise Unsealed("--sandbox and --allow-unsandboxed exclude each other")
+    foreign = [spec.name for spec in specs if spec.is_foreign]
+    if nothing and foreign:
+        words = f"NOT SANDBOXED: {', '.join(foreign)} can read, write and send whatever you can"
+        Console(stderr=True).print(words, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return Sealing.ALL if everything else Sealing.NONE if nothing else Sealing.FOREIGN
 
 
 @contextmanager

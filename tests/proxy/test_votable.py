@@ -7,8 +7,10 @@ import pytest
 from controllers.registry import BUILT_IN
 from discovery.answers import parse_kind
 from proxy import chat, schema
+from proxy.casting import Casting
 from proxy.dial import Dial, Source
 from proxy.engine import Engine
+from proxy.metrics import Metrics
 from proxy.settings import load
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy
@@ -174,7 +176,7 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     engine = Engine(proxy.backend.url, proxy.http)
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
-    plan = await chat.plan(engine, settings, model, request, Dial(1.0, Source.HEADER))
+    plan = await chat.plan(engine, Casting(settings, Metrics()), settings, model, request, Dial(1.0, Source.HEADER))
     assert plan.limits.max_tokens is not None
     beside = len(plan.prompt.template.longest_closing) + plan.closing.free + asked * plan.limits.probe_tokens
     assert plan.limits.max_tokens + beside + (plan.sizes.ahead or 0) == cap

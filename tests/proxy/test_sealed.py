@@ -1,0 +1,204 @@
+"""Controllers from files behind the proxy: sealed or refused, and when they fail the baseline goes on unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from openai import AsyncOpenAI
+
+from controllers.sandbox import nursery as nurseries
+from controllers.sandbox.nursery import Nursery
+from controllers.sandbox.proof import Proof
+from proxy import casting
+from proxy.errors import SettingsError
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import FakeVLLM
+from tests.proxy.conftest import SMALL, Proxy
+
+LOCKSTEP = """
+from controllers import State, advance, answer, branch
+
+class Mine:
+    def __init__(self, beta: float) -> None:
+        self.most = 2 + round(6 * beta)
+
+    def decide(self, state: State):
+        if not state.width:
+            return [branch()] * self.most
+        {later}
+        return [advance(i) for i in state.active] or [answer(state.leader())]
+"""
+HONEST = LOCKSTEP.format(later="")
+FAULTS = {
+    "late": "while state.rounds == 1: pass",
+    "dead": "assert state.rounds < 1 or Mine.__init__.__globals__['__builtins__']['__import__']('posix')._exit(0)",
+    "call": "if state.rounds: Mine.__init__.__globals__['__builtins__']['__import__']('posix').open('/', 0)",
+    "raised": "if state.rounds: raise ValueError('no idea')",
+    "illegal": "if state.rounds: return [advance(99)]",
+}
+
+Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
+
+
+@pytest.fixture
+def serve(backend: FakeVLLM, tmp_path: Path) -> Serve:
+    """A proxy whose default controller is the file of a given text."""
+
+    @asynccontextmanager
+    async def with_source(source: str, **settings: Any) -> AsyncIterator[Proxy]:
+        path = tmp_path / "mine.py"
+        path.write_text(source)
+        given = {**SMALL, "decision_s": 5.0, **settings}  # generous: this machine may be busy
+        async with (
+            running(load(upstream=backend.url, controller=str(path), **given)) as url,
+            aiohttp.ClientSession() as http,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+        ):
+            yield Proxy(backend, url, http, openai)
+
+    return with_source
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The static check is advice: here files come as if it were not there."""
+    monkeypatch.setattr("controllers.loading.advise", lambda source: [])
+
+
+async def test_a_file_decides_in_a_sealed_process(serve: Serve) -> None:
+    async with serve(HONEST) as proxy:
+        status, headers, reply = await proxy.ask("1")
+        assert status == 200, reply
+        assert (headers["x-tts-controller"], headers["x-tts-branches"], headers["x-tts-stop"]) == (
+            "mine",
+            "8",
+            "answered",
+        )
+        assert "x-tts-fallback" not in headers
+        assert reply["tts"]["fallback"] is None
+        assert await proxy.metric("autotts_sandbox_level") == 2
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            assert (await response.json())["sandbox"] == {"level": "sealed", "lacking": None}
+
+
+async def test_many_at_once_and_by_name(serve: Serve) -> None:
+    async with serve(HONEST, sandbox_pool=2) as proxy:
+        replies = await asyncio.gather(*(proxy.ask("0.5", tts={"controller": "mine"}) for _ in range(8)))
+        assert [(status, headers["x-tts-branches"]) for status, headers, _ in replies] == [(200, "5")] * 8
+        status, _, reply = await proxy.ask("0.5", tts={"controller": "../mine.py"})
+        assert status == 400
+        assert reply["error"]["message"].endswith("short_m_at_k, cmc, mine")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_the_baseline_goes_on_where_a_controller_failed(serve: Serve, fault: str) -> None:
+    decision_s = 0.25 if fault == "late" else 5.0
+    async with serve(LOCKSTEP.format(later=FAULTS[fault]), decision_s=decision_s) as proxy:
+        status, headers, reply = await proxy.ask("1")
+        assert status == 200, reply
+        assert (headers["x-tts-stop"], headers["x-tts-fallback"]) == ("answered", fault)
+        assert headers["x-tts-branches"] == "8"  # what it had opened is what the baseline went on with
+        assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"
+        assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+        assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason=fault) == 1
+
+
+async def test_a_stream_says_so_in_its_last_chunk(serve: Serve) -> None:
+    async with serve(LOCKSTEP.format(later=FAULTS["raised"])) as proxy:
+        stream = await proxy.openai.chat.completions.create(
+            model="fake-model",
+            messages=[{"role": "user", "content": "hi"}],
+            extra_headers={"x-tts-beta": "1"},
+            stream=True,
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[-1].tts["fallback"] == "raised"  # type: ignore[attr-defined]
+
+
+async def test_three_failures_quarantine_a_controller(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
+        with caplog.at_level(logging.ERROR):
+            reasons = [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)]
+        assert reasons == ["illegal"] * 3 + ["quarantined"] * 2
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+        assert "controller mine" in caplog.text
+        assert "is quarantined: 3 failures" in caplog.text
+        assert "x-tts-fallback" not in (await proxy.ask("0", tts={"controller": "cmc"}))[1]
+
+
+async def test_failures_far_apart_do_not(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(casting, "WINDOW_S", 0.0)
+    async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
+        assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)] == ["illegal"] * 5
+
+
+async def test_a_file_that_does_not_load_is_a_failing_controller(serve: Serve) -> None:
+    async with serve(HONEST + "\nraise SystemExit(3)") as proxy:
+        status, headers, _ = await proxy.ask("0")
+        assert (status, headers["x-tts-fallback"]) == (200, "raised")
+
+
+async def test_a_client_that_leaves_takes_the_sealed_process_along(serve: Serve) -> None:
+    async with serve(LOCKSTEP.format(later="while True: pass"), decision_s=60.0) as proxy:
+        asking = asyncio.create_task(proxy.ask("1"))
+        while await proxy.metric("autotts_episodes_in_flight") == 0 or not proxy.backend.opened:
+            pass
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        while await proxy.metric("autotts_episodes_in_flight"):
+            pass
+        assert await proxy.metric("autotts_fallbacks_total") == 0
+
+
+@pytest.fixture
+def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which no proof succeeds."""
+    nursery = Nursery()
+    monkeypatch.setattr(
+        Nursery, "check", lambda self: setattr(self, "proof", Proof(reason="no landlock")) or self.proof
+    )
+    for module in (nurseries, casting):
+        monkeypatch.setattr(module, "nursery", lambda: nursery)
+
+
+@pytest.mark.usefixtures("unsealable")
+async def test_without_a_seal_files_are_refused_and_baselines_serve(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(HONEST) as proxy:
+        status, headers, _ = await proxy.ask("1")
+        assert (status, headers["x-tts-fallback"], headers["x-tts-stop"]) == (200, "unsealed", "answered")
+        assert "x-tts-fallback" not in (await proxy.ask("0", tts={"controller": "cmc"}))[1]
+        assert await proxy.metric("autotts_sandbox_level") == 0
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            assert response.status == 200
+            assert (await response.json())["sandbox"] == {"level": "refused", "lacking": "no landlock"}
+        assert "controllers from files are refused, baselines serve: no landlock" in caplog.text
+
+
+@pytest.mark.usefixtures("unsealable")
+async def test_only_an_operators_word_runs_them_unsealed_and_it_is_loud(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(HONEST, allow_unsandboxed=True) as proxy:
+        _, headers, _ = await proxy.ask("1")
+        assert headers["x-tts-branches"] == "8"
+        assert "x-tts-fallback" not in headers
+        assert await proxy.metric("autotts_sandbox_level") == 1
+        assert "NOT SANDBOXED" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "words"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file by")])
+def test_names_that_clients_could_not_tell_apart(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_text(HONEST)
+    with pytest.raises(SettingsError, match=words):
+        load(upstream="http://127.0.0.1:1", controller=str(tmp_path / name))
