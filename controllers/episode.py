@@ -65,6 +65,8 @@ async def run_episode(
 def _decide(controller: Any, state: State) -> Sequence[Action]:
     try:
         return controller.decide(state)  # type: ignore[no-any-return]
+    except ControllerError:
+        raise
     except (
         Exception,
         SystemExit,
@@ -73,7 +75,9 @@ def _decide(controller: Any, state: State) -> Sequence[Action]:
 
 
 def complaint(controller: object, error: BaseException) -> str:
-    """What is told of a controller that raised."""
+    """What is told of a controller that raised; a move that cannot even be made tells all itself."""
+    if isinstance(error, ControllerError):
+        return str(error)
     return f"{type(controller).__name__} raised {type(error).__name__}: {error}"
 
 

@@ -123,9 +123,8 @@ async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> Non
     settings = load(beta=None if beta is None else parse_beta(beta, "--beta"), **given)
     with listen(host, port) as listening:
         async with _upstream(settings) as ready:
-            server = Server(ready)
-            url = f"http://{host}:{listening.getsockname()[1]}"
-            console.print(welcome(url, settings.upstream is None), highlight=False, markup=False, soft_wrap=True)
+            text = welcome(f"http://{host}:{listening.getsockname()[1]}", settings.upstream is None)
+            server = Server(ready, lambda: console.print(text, highlight=False, markup=False, soft_wrap=True))
             await server.serve(sockets=[listening])
 
 

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -19,8 +19,9 @@ from proxy.settings import Settings
 class Server(uvicorn.Server):
     """A server whose signals are ours: uvicorn would raise them again before the embedded model is stopped."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
         self.up = asyncio.Event()  # it accepts connections
+        self._on_up = on_up
         super().__init__(
             uvicorn.Config(
                 create_app(settings),
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.up.set()
+        self._on_up()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,0 +1,5 @@
+"""Complains in control characters."""
+
+
+def attack(state):
+    raise ValueError("\x1b]0;owned\x07\x1b[2J\nERROR fake log line")

@@ -1,0 +1,5 @@
+"""Complains at length."""
+
+
+def attack(state):
+    raise ValueError("x" * (8 << 20))

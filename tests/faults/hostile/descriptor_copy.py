@@ -1,0 +1,7 @@
+"""Copies a descriptor."""
+
+import os
+
+
+def attack(state):
+    return os.dup(3)

@@ -1,0 +1,6 @@
+"""Reads a file everyone may read."""
+
+
+def attack(state):
+    with open("/etc/passwd") as file:
+        return file.readline()

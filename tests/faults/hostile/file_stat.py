@@ -1,0 +1,7 @@
+"""Asks what a file is."""
+
+import os
+
+
+def attack(state):
+    return os.stat("/etc/passwd")

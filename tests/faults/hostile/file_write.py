@@ -1,0 +1,6 @@
+"""Leaves a file behind."""
+
+
+def attack(state):
+    with open("/tmp/autotts-hostile", "w") as file:
+        return file.write("here")

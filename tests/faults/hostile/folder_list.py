@@ -1,0 +1,7 @@
+"""Lists the root folder."""
+
+import os
+
+
+def attack(state):
+    return os.listdir("/")

@@ -1,0 +1,7 @@
+"""Asks which folder it is in."""
+
+import os
+
+
+def attack(state):
+    return os.getcwd()

@@ -1,0 +1,7 @@
+"""Closes its end."""
+
+import os
+
+
+def attack(state):
+    os.close(3)

@@ -1,0 +1,14 @@
+"""Decides on a list that is longer than it says."""
+
+
+class Liar(list):
+    def __len__(self):
+        return 1 << 50
+
+
+class Hostile:
+    def __init__(self, beta):
+        pass
+
+    def decide(self, state):
+        return Liar()

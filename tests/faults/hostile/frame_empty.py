@@ -1,0 +1,8 @@
+"""Answers nothing."""
+
+import os
+import struct
+
+
+def attack(state):
+    os.write(3, struct.pack("=I", 0))

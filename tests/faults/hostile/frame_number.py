@@ -1,0 +1,8 @@
+"""Answers another question."""
+
+import os
+import struct
+
+
+def attack(state):
+    os.write(3, struct.pack("=Iqq", 16, 1 << 40, 0))

@@ -1,0 +1,20 @@
+"""Puts back the way modules are found, and imports one."""
+
+import importlib.machinery
+import sys
+
+
+def attack(state):
+    library = statistics_folder()
+    sys.path.append(library)
+    sys.path_hooks.append(importlib.machinery.FileFinder.path_hook((importlib.machinery.SourceFileLoader, [".py"])))
+    sys.meta_path.append(importlib.machinery.PathFinder)
+    import colorsys
+
+    return colorsys
+
+
+def statistics_folder():
+    import statistics
+
+    return statistics.__file__.rpartition("/")[0]

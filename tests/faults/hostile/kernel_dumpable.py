@@ -1,0 +1,7 @@
+"""Makes itself readable by others."""
+
+import ctypes
+
+
+def attack(state):
+    return ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0 and "it could"

@@ -1,0 +1,7 @@
+"""Takes its filter of system calls off."""
+
+import ctypes
+
+
+def attack(state):
+    return ctypes.CDLL(None).prctl(22, 0, 0, 0, 0) == 0 and "it could"

@@ -1,0 +1,4 @@
+"""Never comes back from being loaded."""
+
+while True:
+    pass

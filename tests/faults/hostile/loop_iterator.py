@@ -1,0 +1,5 @@
+"""Fills a list from an iterator that has no end."""
+
+
+def attack(state):
+    return list(iter(int, 1))

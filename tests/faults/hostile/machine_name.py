@@ -1,0 +1,7 @@
+"""Asks what the machine is called."""
+
+import os
+
+
+def attack(state):
+    return os.uname().nodename

@@ -1,0 +1,7 @@
+"""Makes a pipe."""
+
+import os
+
+
+def attack(state):
+    return os.pipe()

@@ -1,0 +1,7 @@
+"""Becomes another program."""
+
+import os
+
+
+def attack(state):
+    return os.execv("/bin/sh", ["sh", "-c", "exit 0"])

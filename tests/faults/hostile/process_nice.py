@@ -1,0 +1,7 @@
+"""Changes its priority."""
+
+import os
+
+
+def attack(state):
+    return os.nice(1)

@@ -1,0 +1,8 @@
+"""Has itself woken."""
+
+import _signal as signal
+
+
+def attack(state):
+    signal.alarm(1)
+    return signal.alarm(0)

@@ -1,0 +1,7 @@
+"""Makes a pair of sockets."""
+
+import socket
+
+
+def attack(state):
+    return socket.socketpair()

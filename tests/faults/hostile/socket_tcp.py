@@ -1,0 +1,7 @@
+"""Opens a TCP socket."""
+
+import socket
+
+
+def attack(state):
+    return socket.socket()

@@ -1,0 +1,8 @@
+"""Spoils its copy of the state, so that all looks free and finished."""
+
+
+def attack(state):
+    state.spent = -(1 << 60)
+    state.rounds = 0
+    for branch in state.branches:
+        branch.tokens = 0

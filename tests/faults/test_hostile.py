@@ -1,0 +1,187 @@
+"""Hostile controllers against the seal: every attack in `hostile/`, by two users; a suite that can fail; refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.embedded import free_port
+from tests.fakes import FakeVLLM, chain
+from tests.faults.attack import FOLDER, attacks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
+
+ROOT = Path(__file__).parents[2]
+NOBODY = [
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    # it is to start a Python that may lie where only root looks: reading is all it keeps
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+]
+CONTAINER = [
+    *("unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"),
+    *("sh", "-c", 'mount -t tmpfs none /tmp && exec "$@"', "sh"),
+]
+USERS = {"this user": [], "nobody": NOBODY}
+SUITE = [sys.executable, "-m", "tests.faults.attack"]
+
+# How an attack of a kind may end, by the beginning of its name. Anything else than what is named is a hole.
+ENDS = {
+    "raw ": {"call"},
+    "frame_": {"frame", "late", "illegal", "call", "raised"},
+    "loop_": {"late", "call"},
+    "loop": {"late"},
+    "crash_": {"dead", "late", "call", "raised"},
+    "memory_": {"call", "raised"},
+    "kernel_": {"call"},
+    "signal_": {"call"},
+    "socket_": {"call"},
+    "process_": {"call", "raised"},
+    "file_": {"call"},
+    "folder_": {"call"},
+    "limit_": {"call"},
+    "channel_": {"call"},
+    "environ": {"call", "harmless"},
+}
+
+
+def needs(*commands: str) -> None:
+    if os.geteuid() != 0 or any(shutil.which(command) is None for command in commands):
+        pytest.skip(f"needs root and {', '.join(commands)}")
+
+
+@cache
+def suite(*command: str) -> dict[str, Any]:
+    environment = {**os.environ, "AUTOTTS_UPSTREAM_API_KEY": "canary"}
+    done = subprocess.run(
+        [*command], capture_output=True, text=True, timeout=250, check=False, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_no_attack_gets_through(user: str) -> None:
+    if user == "nobody":
+        needs("setpriv")
+    found = suite(*USERS[user], *SUITE)
+    assert found["user"] == (65534 if user == "nobody" else os.geteuid())
+    outcomes = found["outcomes"]
+    assert {name: one["words"] for name, one in outcomes.items() if one["how"] == "escaped"} == {}
+    for name, one in outcomes.items():
+        for beginning, ends in ENDS.items():
+            if name.startswith(beginning):
+                assert one["how"] in ends, (name, one)
+                break
+    assert found["grown_kib"] < 64 * 1024  # whatever was announced, nothing large was taken in
+
+
+def test_there_are_enough_of_them() -> None:
+    names = attacks()
+    assert len(names) >= 100
+    assert len(list(FOLDER.glob("*.py"))) >= 60
+    if platform.machine() == "x86_64":
+        assert sum(name.startswith("raw ") for name in names) >= 50
+
+
+def test_without_the_seal_the_suite_reports_escapes() -> None:
+    """In a container of its own: namespaces, an empty /tmp, no network, and a user without rights."""
+    needs("setpriv", "unshare", "mount")
+    outcomes = suite(*CONTAINER, *NOBODY, *SUITE, "--open")["outcomes"]
+    escaped = {name for name, one in outcomes.items() if one["how"] == "escaped"}
+    assert len(escaped) >= 80
+    expected = {"environ_own", "file_read", "file_write", "socket_tcp", "process_fork", "process_shell", "thread"}
+    expected |= {"signal_parent", "memory_executable", "memory_mapped", "memory_owner", "limit_memory", "proc_maps"}
+    assert expected <= escaped
+
+
+# Where a layer is missing
+
+LAYERS = ("landlock", "seccomp")
+CONTROLLER = "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
+
+
+def without(layer: str, *command: str) -> list[str]:
+    if platform.machine() != "x86_64":
+        pytest.skip("the wrapper knows the system calls of x86-64 only")
+    return [sys.executable, "-m", "tests.faults.without", layer, *command]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_doctor_names_the_missing_layer(layer: str) -> None:
+    command = without(layer, sys.executable, "-m", "proxy.cli", "doctor", "--json")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["sealed"]) == (1, False)
+    assert layer in found["lacking"]
+    other = "seccomp" if layer == "landlock" else "landlock"
+    assert all(trial["held"] for trial in found["layers"][other])
+    assert not any(trial["held"] for trial in found["layers"][layer])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_evaluate_refuses_rather_than_run_unsealed(layer: str, tmp_path: Path) -> None:
+    from discovery.formats import as_line
+    from tests.discovery.test_evaluate import question
+
+    (tmp_path / "mine.py").write_text(CONTROLLER)
+    (tmp_path / "r.jsonl").write_text(as_line(question(0)))
+    about = ["--recordings", str(tmp_path / "r.jsonl"), "--controllers", str(tmp_path / "mine.py")]
+    command = without(layer, sys.executable, "-m", "proxy.cli", "evaluate", *about)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this machine cannot seal controllers" in done.stderr
+    assert layer in done.stderr
+    assert "--allow-unsandboxed" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CONTROLLER)
+    async with FakeVLLM([chain("7", 100)], 40).serve() as backend, aiohttp.ClientSession() as http:
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        about = ["--upstream", backend.url, "--port", str(port), "--controller", str(tmp_path / "mine.py")]
+        command = without(layer, sys.executable, "-m", "proxy.cli", "serve", *about, "--interval", "40")
+        environment = {**os.environ, "AUTOTTS_FINALISE_TOKENS": "60", "AUTOTTS_PROBE_TOKENS": "8", "COLUMNS": "200"}
+        serving = asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT, env=environment)
+        process = await serving
+        said = b""
+        try:
+            assert process.stderr is not None
+            while not said.rpartition(b"\n")[0].endswith(b"total_tokens)"):
+                said += await process.stderr.readline()
+            body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0}}
+            async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+                assert response.status == 200
+                assert response.headers["x-tts-fallback"] == "unsealed"
+            async with http.get(f"{url}/ready") as response:
+                sandbox = (await response.json())["sandbox"]
+                assert (response.status, sandbox["level"]) == (200, "refused")
+                assert layer in sandbox["lacking"]
+            async with http.get(f"{url}/metrics") as response:
+                assert "autotts_sandbox_level 0.0" in await response.text()
+        finally:
+            process.terminate()
+            said += (await process.communicate())[1]
+        assert "controllers from files are refused, baselines serve" in " ".join(said.decode().split())
+
+
+def test_what_is_no_linux_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from controllers import Unsealed
+    from controllers.sandbox.nursery import Nursery
+
+    monkeypatch.setattr("controllers.sandbox.nursery.sys.platform", "darwin")
+    with pytest.raises(Unsealed, match="only Linux can seal a process, this is darwin"):
+        Nursery().spawn()
