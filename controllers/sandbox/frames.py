@@ -162,9 +162,9 @@ def encode(action: Action) -> int:
     known = _numbers.get(id(action))
     if known is not None:
         return known[1]
-    value = action.intervals if action.label is None else action.label + 1
-    branch = action.branch + 1
-    if not (0 <= branch < _MOST_BRANCH and 0 <= value < _MOST_VALUE):
+    label, branch = action.label, action.branch + 1
+    value = action.intervals if label is None else label + 1
+    if not (0 <= branch < _MOST_BRANCH and (label is not None) <= value < _MOST_VALUE):
         raise BadFrame(f"{action} is about no branch or label there could be")
     number = action.verb + (branch << _ACT) + (value << _AT)
     if len(_numbers) < REMEMBERED:

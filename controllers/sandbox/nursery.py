@@ -99,8 +99,11 @@ class Nursery:
     def _fork(self, order: int, layers: Layer, attempt: int = 0) -> tuple[int, socket.socket]:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = self._order((order, int(layers), attempt), theirs)
-        return process, ours
+            try:
+                return self._order((order, int(layers), attempt), theirs), ours
+            except Unsealed:
+                ours.close()
+                raise
 
     def _reap(self, process: int) -> int:
         try:

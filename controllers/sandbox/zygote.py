@@ -41,7 +41,6 @@ REPLY: Final = struct.Struct("=i")
 def main(descriptor: int) -> None:
     """Serve the owner at the other end of `descriptor` until it leaves."""
     owner = socket.socket(fileno=descriptor)
-    random.seed(0)  # `statistics` brings it along: what a controller draws from it is the same for all
     gc.collect()
     gc.freeze()
     while True:
@@ -70,6 +69,7 @@ def _become_child(channel: int, layers: Layer, attempt: int | None) -> NoReturn:
             os.dup2(nowhere, standard)
         os.close(nowhere)
         os.environ.clear()
+        random.seed(0)  # `statistics` brings it along, and a fork sows it anew: what is drawn is the same for all
         child.only_built_in_imports()
         try:
             seal(layers)
