@@ -24,7 +24,7 @@ from controllers import Controller, ControllerError, Limits, Round, State, Stop,
 from controllers.episode import Remote
 from controllers.errors import BadController
 from controllers.loading import Spec, make
-from controllers.sandbox.controller import Episode, run_together
+from controllers.sandbox.controller import SEATS, Episode, run_together
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.worker import Worker
 from discovery.recordings import Cell, Recording
@@ -39,8 +39,9 @@ SHUFFLES_A_JOB: Final = 10
 """Few enough for two workers to end together, enough for the rest not to matter."""
 CHILDREN: Final = 2
 """Sealed children that play a job: while one decides, what the other has decided is carried out."""
-AUDITED: Final = 16
-"""One episode of so many is played again, alone in a child of its own."""
+AUDITED: Final = 32
+"""One episode of so many, and LEAST a job, is played again, alone in a child of its own."""
+LEAST: Final = 4
 FAR: Final = (1 << 30, 1 << 50)
 """Tokens of a branch, and of an episode, that are never reached."""
 
@@ -145,29 +146,32 @@ class _Table:
     def play_sealed(self) -> list[_Outcome]:
         """Every episode, the controller in sealed children, and some again. One that then decides otherwise has failed
         them all: what it does depends on more than the episode."""
+        every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
-        audited = drawn.sample(range(len(self.episodes)), k=-(-len(self.episodes) // AUDITED))
-        kept = set(audited)
+        audited = drawn.sample(every, k=min(len(every), max(LEAST, len(every) // AUDITED)))
         try:
-            seated = [self._seated(at, keep=at in kept) for at in range(len(self.episodes))]
-            played = self._together(seated, CHILDREN)
-            fault = next(filter(None, (self._audit(at, played[at]) for at in audited)), None)
+            kept = set(audited)
+            played = self._together([self._seated(at, keep=at in kept) for at in every], CHILDREN)
+            fault = self._audit([at for at in audited if played[at].failure is None], played)
         except BadController as error:
             return [self._failed(str(error), question) for question, _ in self.episodes]
         if fault is None:
             return played
         return [one._replace(failure=one.failure or fault, column=_wrong(one.column), right=False) for one in played]
 
-    def _audit(self, at: int, played: _Outcome) -> str | None:
-        """Play an episode again as a live request would be: alone in a new child, under a cap. What was different."""
-        (again,) = self._together([self._seated(at, keep=True, far=True)], 1)
-        first, second = ((one.failure, [list(actions) for actions, _ in one.rounds]) for one in (played, again))
-        if first == second:
-            return None
-        question, shuffle = self.episodes[at]
-        return f"question {question}, shuffle {shuffle}: alone in its process, and under a cap, it decided otherwise"
+    def _audit(self, audited: Sequence[int], played: Sequence[_Outcome]) -> str | None:
+        """Play episodes again as live requests would be: each alone in a new child, under a cap. What was different."""
+        again = self._together([self._seated(at, keep=True, far=True) for at in audited], len(audited), share=1)
+        for at, second in zip(audited, again, strict=True):
+            actions = ([list(one.actions) for one in outcome.rounds] for outcome in (played[at], second))
+            if second.failure is not None or next(actions) != next(actions):
+                question, shuffle = self.episodes[at]
+                return (
+                    f"question {question}, shuffle {shuffle}: alone in its process, under a cap, it decided otherwise"
+                )
+        return None
 
-    def _together(self, episodes: Sequence[Episode[_Outcome]], children: int) -> list[_Outcome]:
+    def _together(self, episodes: Sequence[Episode[_Outcome]], children: int, share: int = SEATS) -> list[_Outcome]:
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
         with ExitStack() as stack:
             workers: list[Worker] = []
@@ -176,7 +180,7 @@ class _Table:
                 stack.callback(worker.close)
                 worker.load(self._job.spec)
                 workers.append(worker)
-            return run_together(workers, self._job.beta, limits, episodes)
+            return run_together(workers, self._job.beta, limits, episodes, share)
 
     def _seated(self, at: int, keep: bool, far: bool = False) -> Episode[_Outcome]:
         return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, far)

@@ -10,19 +10,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from controllers.actions import Action
+from controllers.actions import Action, Fact
 from controllers.episode import Controller, complaint
 from controllers.loading import Spec, make
 from controllers.sandbox.frames import (
     BEGIN,
     HEADER,
     LOAD,
-    ROUND,
     begun,
-    came_of,
-    carried_out,
     complain,
-    encode,
+    encode_all,
+    followed,
+    learn,
     pack,
     size,
     text,
@@ -47,6 +46,7 @@ class _Seat:
 def serve() -> None:
     """Answer frames until the owner leaves."""
     seats: dict[int, _Seat] = {}
+    facts: list[Fact] = []
     spec: Spec | None = None
     while numbers := _read():
         kind, number = numbers[0], numbers[1]
@@ -54,9 +54,10 @@ def serve() -> None:
             spec, words = _load(numbers)
             _write([number, *told(words)])
         elif spec is not None:
-            reply, at = [number], 2
+            reply = [number]
+            at = learn(numbers, 2, facts)
             while at < len(numbers):
-                at = _turn(numbers, at, spec, seats, reply)
+                at = _turn(numbers, at, spec, seats, facts, reply)
             _write(reply)
 
 
@@ -80,10 +81,12 @@ def _load(numbers: Sequence[int]) -> tuple[Spec | None, str]:
         return None, str(error) or type(error).__name__
 
 
-def _turn(numbers: Sequence[int], at: int, spec: Spec, seats: dict[int, _Seat], reply: list[int]) -> int:
+def _turn(
+    numbers: Sequence[int], at: int, spec: Spec, seats: dict[int, _Seat], facts: Sequence[Fact], reply: list[int]
+) -> int:
     """Play the turn at `at`, add the decision to `reply`, and say where the next one is."""
-    number, kind = numbers[at], numbers[at + 1]
-    if kind == BEGIN:
+    if numbers[at + 1] == BEGIN:
+        number = numbers[at]
         beta, limits, at = begun(numbers, at + 2)
         try:
             seat = seats[number] = _Seat(make(spec, beta), State(limits))
@@ -91,17 +94,16 @@ def _turn(numbers: Sequence[int], at: int, spec: Spec, seats: dict[int, _Seat], 
             reply += complain(str(error))
             return at
     else:
-        seat = seats[number]
-        actions, at = carried_out(numbers, at + 2) if kind == ROUND else (seat.asked, at + 2)
-        facts, at = came_of(actions, seat.state.width, numbers, at)
-        seat.state.apply(actions, facts)
+        seat = seats[numbers[at]]
+        actions, brought, at = followed(numbers, at, seat.asked, facts)
+        seat.state.apply(actions, brought)
     try:
-        seat.asked = actions = seat.controller.decide(seat.state)
+        seat.asked = seat.controller.decide(seat.state)
     except BaseException as error:  # foreign code
         reply += complain(complaint(seat.controller, error))
         return at
     try:
-        reply += [len(actions), *map(encode, actions)]
+        reply += encode_all(seat.asked)
     except BaseException as error:  # foreign objects
         reply += complain(f"{type(seat.controller).__name__} decided on what is no list of actions: {error}")
     return at

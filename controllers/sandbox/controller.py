@@ -26,9 +26,10 @@ SEATS: Final = 64
 class _Seat:
     """An episode's place in a child."""
 
-    def __init__(self, number: int, beta: float) -> None:
+    def __init__(self, number: int, beta: float, codes: frames.Codes) -> None:
         self._number = number
         self._beta = beta
+        self._codes = codes
         self._rounds = 0  # of which the child knows
         self._asked: Sequence[Action] = ()
 
@@ -41,7 +42,7 @@ class _Seat:
             raise ControllerError(
                 "a sealed controller sees its episode from the first round to the last, or not at all"
             )
-        return frames.follow(self._number, self._asked, state.last)
+        return frames.follow(self._number, self._asked, state.last, self._codes)
 
     def take(self, decision: Decision) -> Sequence[Action]:
         """The actions of a decision. Raises ControllerError if the child complains instead."""
@@ -56,7 +57,7 @@ class SandboxedController:
 
     def __init__(self, worker: Worker, beta: float) -> None:
         self.worker = worker
-        self._seat = _Seat(0, beta)
+        self._seat = _Seat(0, beta, worker.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
         """As `Controller.decide`; the caller waits. Raises ControllerError, Crossed if the child had to be killed."""
@@ -77,8 +78,8 @@ class SandboxedController:
 class _Place:
     """A controller of one of many episodes in a child: deciding suspends it until all of them have asked."""
 
-    def __init__(self, number: int, beta: float) -> None:
-        self._seat = _Seat(number, beta)
+    def __init__(self, number: int, beta: float, codes: frames.Codes) -> None:
+        self._seat = _Seat(number, beta, codes)
 
     async def decide_later(self, state: State) -> Sequence[Action]:
         return self._seat.take(await _ask(self._seat.turn(state)))
@@ -98,8 +99,10 @@ def seats(limits: Limits) -> int:
     return max(1, min(SEATS, frames.LARGEST // 8 // (frames.most_actions(limits) + 2)))
 
 
-def run_together(workers: Sequence[Worker], beta: float, limits: Limits, episodes: Iterable[Episode[T]]) -> list[T]:
-    """Run episodes in some children, as many at a time as share a message; what they give, in order.
+def run_together(
+    workers: Sequence[Worker], beta: float, limits: Limits, episodes: Iterable[Episode[T]], share: int = SEATS
+) -> list[T]:
+    """Run episodes in some children, as many at a time in each as may share a message; what they give, in order.
 
     While one child decides its owner plays what another has decided. No episode's state may have wider limits than
     `limits`. A child that has to be killed fails its episodes and all that come to it later: each is told by Crossed
@@ -107,7 +110,7 @@ def run_together(workers: Sequence[Worker], beta: float, limits: Limits, episode
     """
     results: dict[int, T] = {}
     queue = enumerate(episodes)
-    tables = [_Table(worker, beta, limits, queue, results) for worker in workers]
+    tables = [_Table(worker, beta, limits, min(share, seats(limits)), queue, results) for worker in workers]
     try:
         for table in tables:
             table.deal()
@@ -129,6 +132,7 @@ class _Table(Generic[T]):
         worker: Worker,
         beta: float,
         limits: Limits,
+        share: int,
         queue: Iterator[tuple[int, Episode[T]]],
         results: dict[int, T],
     ) -> None:
@@ -136,7 +140,7 @@ class _Table(Generic[T]):
         self._worker = worker
         self._beta = beta
         self._most = frames.most_actions(limits)
-        self._free = list(range(seats(limits)))
+        self._free = list(range(share))
         self._queue = queue
         self._results = results
         self._crossed: Crossed | None = None
@@ -146,7 +150,7 @@ class _Table(Generic[T]):
         while self._free and (new := next(self._queue, None)) is not None:
             number, episode = new
             seat = self._free.pop()
-            running = episode(_Place(seat, self._beta))
+            running = episode(_Place(seat, self._beta, self._worker.codes))
             self._go_on(number, seat, running, partial(running.send, None))
         if self.asking:
             try:

@@ -2,14 +2,14 @@
 
     frame    = its length in bytes (4), then 64-bit numbers in the machine's order
     owner    = LOAD, number, name, source                → child: number, text (empty, or a complaint)
-             | STEP, number, {turn} of several episodes  → child: number, {decision} in the same order
+             | STEP, number, {fact}, turn of several …   → child: number, decision of each, in the same order
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
-             | seat, FACTS, {fact}                       the round was carried out as it was asked for
-             | seat, ROUND, {action}, {fact}             the cap cut it short
+             | seat, FACTS, {code}                       the round was carried out as it was asked for
+             | seat, ROUND, {action}, {code}             the cap cut it short
     decision = {action} | -1, complaint
     {x}      = how many, then each
     action   = one number: verb, branch, and intervals or label
-    fact     = intervals and fate, tokens | label, tokens   whichever the action brings
+    fact     = four numbers; it is told once, and its code from then on is how many were told before it
     text     = how many, {code point}
 
 `number` counts the frames, so an answer to another question is known as such. An owner believes none of it: `decision`
@@ -38,17 +38,17 @@ LONGEST: Final = 500
 NONE: Final = -1
 """A bound that is not set."""
 REMEMBERED: Final = 1 << 16
-"""Actions, and facts, that are kept ready by their numbers."""
+"""Actions that are kept ready, each way."""
 
 _ACT, _AT = 3, 24  # bits below an action's branch, and below its intervals or label
 _MOST_BRANCH, _MOST_VALUE = 1 << (_AT - _ACT), 1 << 38
-_RAN = 32  # bits below a fact's intervals; its fate is in them
-_RUNNING, _SILENT = 0, 1  # fates; a branch that finished with label n has n + 2
+_PROBED = -1  # in place of the intervals of a fact that has none
+_RUNNING = -2  # in place of a label, of a branch that has not finished
+_FACT = 4  # numbers of a fact
 
 _actions: dict[int, Action] = {}
-_numbers: dict[int, tuple[Action, int]] = {}  # by id; the action is kept, so that its id is nobody else's
-_facts: dict[tuple[int, int, int], Advanced] = {}
-_said: dict[tuple[int, int, int], Probed] = {}
+_numbers: dict[int, int] = {}  # by an action's id
+_kept: list[Action] = []  # those actions, so that their ids are nobody else's
 
 
 class BadFrame(Exception):
@@ -88,22 +88,59 @@ def begin(seat: int, beta: float, limits: Limits) -> list[int]:
     return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds)]
 
 
-def follow(seat: int, asked: Sequence[Action], last: Round) -> list[int]:
+class Codes:
+    """The facts an owner has told a child, by their identity: most are interned, and come again and again."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, int] = {}
+        self._told: list[Fact] = []  # which keeps their ids from being given to others
+        self._news: list[int] = []
+
+    def of(self, facts: Sequence[Fact]) -> list[int]:
+        """The codes of some facts; those that are new are told with the next frame."""
+        codes = list(map(self._codes.get, map(id, facts)))
+        if None in codes:
+            codes = [self._tell(facts[at]) if code is None else code for at, code in enumerate(codes)]
+        return codes  # type: ignore[return-value]
+
+    def news(self) -> list[int]:
+        """What the child has to be told before it is told of codes: {fact}."""
+        news, self._news = self._news, []
+        return [len(news) // _FACT, *news]
+
+    def _tell(self, fact: Fact) -> int:
+        known = self._codes.get(id(fact))
+        if known is not None:  # it came twice among those that were new
+            return known
+        code = self._codes[id(fact)] = len(self._told)
+        self._told.append(fact)
+        label = NONE if fact.label is None else fact.label
+        if type(fact) is Advanced:
+            self._news += (fact.branch, fact.intervals, label if fact.finished else _RUNNING, fact.tokens)
+        else:
+            self._news += (fact.branch, _PROBED, label, fact.tokens)
+        return code
+
+
+def learn(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
+    """Add the {fact} at `at` to `facts`, and give where what follows is."""
+    end = at + 1 + _FACT * numbers[at]
+    for first in range(at + 1, end, _FACT):
+        branch, intervals, said, tokens = numbers[first : first + _FACT]
+        label = None if said < 0 else said
+        if intervals == _PROBED:
+            facts.append(Probed(branch, label, tokens))
+        else:
+            facts.append(Advanced(branch, intervals, tokens, said != _RUNNING, label))
+    return end
+
+
+def follow(seat: int, asked: Sequence[Action], last: Round, codes: Codes) -> list[int]:
     """A later turn: `last` is what was carried out of what was `asked` for, and what came of it."""
     actions, facts = last
     if actions is asked or list(actions) == list(asked):
-        turn = [seat, FACTS, len(facts)]
-    else:
-        turn = [seat, ROUND, len(actions), *map(encode, actions), len(facts)]
-    for fact in facts:
-        label = fact.label
-        if type(fact) is Advanced:
-            fate = _RUNNING if not fact.finished else _SILENT if label is None else label + 2
-            turn.append((fact.intervals << _RAN) + fate)
-        else:
-            turn.append(0 if label is None else label + 1)
-        turn.append(fact.tokens)
-    return turn
+        return [seat, FACTS, len(facts), *codes.of(facts)]
+    return [seat, ROUND, len(actions), *map(encode, actions), len(facts), *codes.of(facts)]
 
 
 def begun(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
@@ -114,44 +151,16 @@ def begun(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
     return beta, limits, at + 6
 
 
-def carried_out(numbers: Sequence[int], at: int) -> tuple[list[Action], int]:
-    """The actions of a ROUND, behind seat and kind, and where what follows is."""
+def followed(
+    numbers: Sequence[int], at: int, asked: Sequence[Action], known: Sequence[Fact]
+) -> tuple[Sequence[Action], list[Fact], int]:
+    """The actions and facts of the later turn whose seat stands at `at`, and where the next turn is."""
+    kind, at = numbers[at + 1], at + 2
+    if kind == ROUND:
+        end = at + 1 + numbers[at]
+        asked, at = [decode(number) for number in numbers[at + 1 : end]], end
     end = at + 1 + numbers[at]
-    return [decode(number) for number in numbers[at + 1 : end]], end
-
-
-def came_of(actions: Sequence[Action], width: int, numbers: Sequence[int], at: int) -> tuple[list[Fact], int]:
-    """The facts that answer `actions` in an episode of `width` branches, and where the next turn is."""
-    facts: list[Fact] = []
-    after = at + 1
-    for action in actions:
-        verb, branch = action.verb, action.branch
-        if verb >= PRUNE:
-            continue
-        if verb is BRANCH:
-            branch, width = width, width + 1
-        key = branch, numbers[after], numbers[after + 1]
-        try:
-            facts.append(_said[key] if verb is PROBE else _facts[key])
-        except KeyError:
-            facts.append(_asked(*key) if verb is PROBE else _ran(*key))
-        after += 2
-    return facts, after
-
-
-def _asked(branch: int, said: int, tokens: int) -> Probed:
-    fact = Probed(branch, None if said == 0 else said - 1, tokens)
-    if len(_said) < REMEMBERED:
-        _said[branch, said, tokens] = fact
-    return fact
-
-
-def _ran(branch: int, ran: int, tokens: int) -> Advanced:
-    intervals, fate = divmod(ran, 1 << _RAN)
-    fact = Advanced(branch, intervals, tokens, fate != _RUNNING, None if fate <= _SILENT else fate - 2)
-    if len(_facts) < REMEMBERED and fate == _RUNNING:  # how a branch ends is told once
-        _facts[branch, ran, tokens] = fact
-    return fact
+    return asked, list(map(known.__getitem__, numbers[at + 1 : end])), end
 
 
 # Decisions, from the child
@@ -159,17 +168,23 @@ def _ran(branch: int, ran: int, tokens: int) -> Advanced:
 
 def encode(action: Action) -> int:
     """An action as a number. Raises BadFrame if it cannot be one, and whatever a thing that is no action raises."""
-    known = _numbers.get(id(action))
-    if known is not None:
-        return known[1]
     label, branch = action.label, action.branch + 1
     value = action.intervals if label is None else label + 1
     if not (0 <= branch < _MOST_BRANCH and (label is not None) <= value < _MOST_VALUE):
         raise BadFrame(f"{action} is about no branch or label there could be")
-    number = action.verb + (branch << _ACT) + (value << _AT)
-    if len(_numbers) < REMEMBERED:
-        _numbers[id(action)] = action, number
+    number = int(action.verb) + (branch << _ACT) + (value << _AT)
+    if len(_kept) < REMEMBERED and id(action) not in _numbers:
+        _numbers[id(action)] = number
+        _kept.append(action)
     return number
+
+
+def encode_all(actions: Sequence[Action]) -> list[int]:
+    """Actions as numbers, and first how many. Raises as `encode` does."""
+    numbers = list(map(_numbers.get, map(id, actions)))
+    if None in numbers:
+        numbers = [encode(action) for action in actions]
+    return [len(numbers), *numbers]  # type: ignore[list-item]
 
 
 def decode(number: int) -> Action:
@@ -213,7 +228,10 @@ def decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Action] |
         raise BadFrame(f"{count} actions in a round; {most} are the most that could be legal")
     if end > len(numbers):
         raise BadFrame("a frame that ends in the middle")
-    return [_actions.get(number) or decode(number) for number in numbers[at + 1 : end]], end
+    actions = list(map(_actions.get, numbers[at + 1 : end]))
+    if None in actions:
+        actions = [decode(number) for number in numbers[at + 1 : end]]
+    return actions, end  # type: ignore[return-value]
 
 
 def complain(error: str) -> list[int]:

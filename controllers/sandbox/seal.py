@@ -85,12 +85,17 @@ _SETS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1,
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
 
 
-def seal(layers: Layer) -> None:
-    """Put `layers` on this process, for good. Raises LayerMissing at one the kernel refuses."""
+def seal(layers: Layer, parent: int) -> None:
+    """Put `layers` on this process, for good. Raises LayerMissing at one the kernel refuses.
+
+    With privileges goes the right to outlive the process `parent`, which must be this one's parent still.
+    """
     for layer, put_on in _STEPS:
         if layer in layers:
             try:
                 put_on()
+                if layer is Layer.PRIVILEGES and os.getppid() != parent:
+                    raise ProcessLookupError("its parent has gone")
             except (OSError, ValueError, KeyError) as error:
                 raise LayerMissing(layer, str(error)) from None
 

@@ -39,6 +39,7 @@ class Worker:
     ) -> None:
         self.process = process
         self.hard_s = hard_s
+        self.codes = frames.Codes()  # of the facts it knows
         self.slow = 0  # live decisions that took longer than SOFT_S
         self._reap = reap
         self._handle = os.pidfd_open(process)
@@ -73,7 +74,7 @@ class Worker:
 
     def begin(self, turns: Sequence[Sequence[int]]) -> None:
         """Have it decide on `turns` while the caller does something else. Raises Crossed."""
-        exchange = self._ask(frames.STEP, [number for turn in turns for number in turn])
+        exchange = self._ask(frames.STEP, self._told(turns))
         self._pending = exchange, next(exchange), len(turns), time.monotonic()
 
     def finish(self, most: int) -> list[Decision]:
@@ -85,7 +86,7 @@ class Worker:
     async def decide_later(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
         """As `decide`, in an event loop. Cancelling kills the child."""
         began = time.monotonic()
-        exchange = self._ask(frames.STEP, [number for turn in turns for number in turn])
+        exchange = self._ask(frames.STEP, self._told(turns))
         reply = await self._wait_later(exchange, self._allowed(len(turns)))
         self.slow += time.monotonic() - began > SOFT_S * len(turns)
         return self._decisions(reply, len(turns), most)
@@ -100,6 +101,9 @@ class Worker:
         os.close(self._handle)
         self._handle = -1
         return self._reap(self.process)
+
+    def _told(self, turns: Sequence[Sequence[int]]) -> list[int]:
+        return [*self.codes.news(), *(number for turn in turns for number in turn)]
 
     def _allowed(self, turns: int) -> float:
         return self.hard_s + (turns - 1) * SOFT_S

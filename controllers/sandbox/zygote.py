@@ -40,7 +40,7 @@ REPLY: Final = struct.Struct("=i")
 
 def main(descriptor: int) -> None:
     """Serve the owner at the other end of `descriptor` until it leaves."""
-    owner = socket.socket(fileno=descriptor)
+    owner, zygote = socket.socket(fileno=descriptor), os.getpid()
     gc.collect()
     gc.freeze()
     while True:
@@ -53,12 +53,12 @@ def main(descriptor: int) -> None:
         else:
             result = os.fork()
             if result == 0:
-                _become_child(descriptors[0], Layer(first), attempt if what == TRY else None)
+                _become_child(zygote, descriptors[0], Layer(first), attempt if what == TRY else None)
             os.close(descriptors[0])
         owner.sendall(REPLY.pack(result))
 
 
-def _become_child(channel: int, layers: Layer, attempt: int | None) -> NoReturn:
+def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None) -> NoReturn:
     """Never returns, whatever happens."""
     status = 1
     try:
@@ -72,7 +72,7 @@ def _become_child(channel: int, layers: Layer, attempt: int | None) -> NoReturn:
         random.seed(0)  # `statistics` brings it along, and a fork sows it anew: what is drawn is the same for all
         child.only_built_in_imports()
         try:
-            seal(layers)
+            seal(layers, parent)
         except LayerMissing as error:
             status = attempts.NOT_SEALED
             os.write(child.CHANNEL, pack(told(str(error))))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from hashlib import blake2b, sha256
 from typing import Any, Final, NamedTuple
 
+from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow
 from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split
 
@@ -34,6 +35,7 @@ class Episode:
     answer: str | None = None
     question: str | None = None  # `question_id`, if it is known
     created: str = field(default_factory=lambda: now())
+    sandbox: Level = Level.TRUSTED  # how its controller was held
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def episode_row(episode: Episode) -> Row:
     """Of table episodes."""
     about = (episode.id, episode.request_id, episode.question, episode.model, episode.controller, episode.digest)
     what = (float(episode.beta), episode.rounds, episode.branches, _json(dict(episode.ledger)), episode.stop)
-    return sealed((*about, *what, episode.answer, episode.created))
+    return sealed((*about, *what, episode.answer, episode.created, episode.sandbox))
 
 
 def feedback_row(feedback: Feedback) -> Row:

@@ -77,7 +77,12 @@ FIRST: Final[Migration] = (
     "CREATE INDEX feedback_of ON feedback (request_id)",
 )
 
-MIGRATIONS: Final[Sequence[Migration]] = (FIRST,)
+SANDBOX: Final[Migration] = (
+    # No program that knew the first version wrote episodes, so there is no checksum to be made anew.
+    "ALTER TABLE episodes ADD COLUMN sandbox TEXT NOT NULL DEFAULT 'trusted'",
+)
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX)
 """What leads from each version to the next; the version of a store is how many of them it has seen."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -90,7 +95,7 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "branches": ("recording_id", "number", "tokens", "complete", "final", "probes", "probe_tokens"),
         "episodes": (
             *("id", "request_id", "question_id", "model", "controller", "digest", "beta"),
-            *("rounds", "branches", "ledger", "stop", "answer", "created"),
+            *("rounds", "branches", "ledger", "stop", "answer", "created", "sandbox"),
         ),
         "feedback": ("id", "request_id", "kind", "value", "created"),
     }

@@ -14,7 +14,7 @@ from rich.table import Table
 from proxy.embedded import EmbeddedServer
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from tests.bench import answers, live, replay
+from tests.bench import answers, live, replay, sealed
 
 
 def machine() -> str:
@@ -25,7 +25,7 @@ def machine() -> str:
 
 
 async def main() -> None:
-    offline = [*answers.rows(), *[row async for row in answers.mixed()], *replay.rows()]
+    offline = [*answers.rows(), *[row async for row in answers.mixed()], *replay.rows(), *sealed.rows()]
     async with EmbeddedServer() as server:
         settings = load(upstream=server.url, **{**EMBEDDED, "interval": live.INTERVAL})
         async with running(settings) as url, aiohttp.ClientSession() as http:

@@ -109,14 +109,18 @@ def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataO
             finished = draw.draw(st.booleans())
             label = draw.draw(labels) if finished else None
             facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label))
-    turn = frames.follow(3, asked, Round(carried_out, facts))
-    at, known = 2, asked
+    codes, known = frames.Codes(), [Probed(0, None, 9)]  # of another episode
+    assert codes.of(known) == [0]
+    turn = frames.follow(3, asked, Round(carried_out, facts), codes)
     assert turn[0] == 3
-    if turn[1] == frames.ROUND:
-        known, at = frames.carried_out(turn, at)
     assert (turn[1] == frames.FACTS) == (carried_out == asked)
-    assert known == carried_out
-    assert frames.came_of(known, width, turn, at) == (facts, len(turn))
+    learnt: list[Fact] = []
+    news = codes.news()
+    assert frames.learn(news, 0, learnt) == len(news)
+    assert learnt[:1] == known
+    assert frames.followed(turn, 0, asked, learnt) == (carried_out, facts, len(turn))
+    assert frames.follow(3, asked, Round(carried_out, facts), codes) == turn
+    assert codes.news() == [0]  # nothing is told twice
 
 
 @given(beta=st.floats(0, 1), cap=st.none() | st.integers(1, 1 << 50))
@@ -192,12 +196,18 @@ def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
     assert load(owner, STEPPING) == ""
     begin = [number for seat in (0, 4) for number in frames.begin(seat, 0.5, LIMITS)]
     opening = [3, *map(frames.encode, [branch()] * 3)]
-    assert ask(owner, frames.STEP, 2, *begin) == [2, *opening, *opening]
+    assert ask(owner, frames.STEP, 2, 0, *begin) == [2, *opening, *opening]
     facts: list[Fact] = [Advanced(0, 1, 10, False), Advanced(1, 1, 4, True, 0), Advanced(2, 1, 10, False)]
-    turn = frames.follow(4, [branch()] * 3, Round([branch()] * 3, facts))
-    assert ask(owner, frames.STEP, 3, *turn) == [3, 2, frames.encode(advance(0)), frames.encode(advance(2))]
-    cut = frames.follow(0, [branch()] * 3, Round([branch()] * 2, facts[:2]))
-    assert ask(owner, frames.STEP, 4, *cut) == [4, 1, frames.encode(advance(0))]
+    codes = frames.Codes()
+    turn = frames.follow(4, [branch()] * 3, Round([branch()] * 3, facts), codes)
+    assert ask(owner, frames.STEP, 3, *codes.news(), *turn) == [
+        3,
+        2,
+        frames.encode(advance(0)),
+        frames.encode(advance(2)),
+    ]
+    cut = frames.follow(0, [branch()] * 3, Round([branch()] * 2, facts[:2]), codes)
+    assert ask(owner, frames.STEP, 4, *codes.news(), *cut) == [4, 1, frames.encode(advance(0))]
 
 
 @pytest.mark.parametrize(
@@ -217,13 +227,13 @@ def test_a_child_says_why_it_cannot_load(owner: socket.socket, source: str, word
     [
         (HEAD + "        raise ValueError('no')", "Mine raised ValueError: no"),
         (HEAD + "        return [advance(-1)]", "CONTINUE: there is no branch -1; they are numbered from 0"),
-        (HEAD + "        return 7", "Mine decided on what is no list of actions: object of type 'int' has no len()"),
+        (HEAD + "        return 7", "Mine decided on what is no list of actions: 'int' object is not iterable"),
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],
 )
 def test_a_child_complains_of_its_controller(owner: socket.socket, source: str, words: str) -> None:
     assert load(owner, source) == ""
-    reply = ask(owner, frames.STEP, 2, *frames.begin(0, 0.5, LIMITS))
+    reply = ask(owner, frames.STEP, 2, 0, *frames.begin(0, 0.5, LIMITS))
     assert words in frames.decision(reply, 1, 9)[0]
 
 

@@ -73,7 +73,7 @@ CHEATS = {  # what they do at the top of their file, and in each decision
     ),
     "patches what encodes its actions": (
         "import sys",
-        "sys.modules['controllers.sandbox.child'].encode = lambda action: 1 + 8 * (1 << 20)",
+        "sys.modules['controllers.sandbox.child'].encode_all = lambda actions: [1, 1 + 8 * (1 << 20)]",
     ),
 }
 HARMLESS = {"peeks at its callers", "makes its tokens cost nothing", "patches the clock it is timed by"}
@@ -114,7 +114,7 @@ def test_no_cheater_gets_more_than_it_deserves(cheat: str, honest: Score) -> Non
 @pytest.mark.parametrize("cheat", ["memorises the order of questions", "spends only when it is evaluated"])
 def test_what_depends_on_more_than_the_episode_is_told(cheat: str) -> None:
     message = play_it(cheat).failures[0].message
-    assert "alone in its process, and under a cap, it decided otherwise" in message
+    assert "alone in its process, under a cap, it decided otherwise" in message
 
 
 def test_out_of_the_sandbox_some_of_them_would_win() -> None:

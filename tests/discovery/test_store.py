@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow, StoreError
 from discovery.recordings import Cell, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Added, Episode, Feedback, Store
-from discovery.store.schema import FIRST
+from discovery.store.schema import FIRST, MIGRATIONS
 from tests.discovery.test_formats import recordings
 
 
@@ -213,10 +214,10 @@ async def test_what_is_picked_goes_and_the_rest_stays(tmp_path: Path) -> None:
 
 async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
-    async with Store.open(path, create=True, migrations=[FIRST, ["CREATE TABLE later (x INTEGER)"]]):
+    async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
         pass
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="has version 2, this program knows up to 1; upgrade autotts"):
+    with pytest.raises(StoreError, match="has version 3, this program knows up to 2; upgrade autotts"):
         async with Store.open(path):
             pass
     assert path.read_bytes() == before
@@ -227,15 +228,28 @@ async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: 
     async with Store.open(path, create=True) as store:
         await store.add([some()])
     with pytest.raises(StoreError, match="syntax error"):
-        async with Store.open(path, migrations=[FIRST, ["ALTER TABLE feedback ADD COLUMN weight INTEGER", "NONSENSE"]]):
+        async with Store.open(
+            path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER", "NONSENSE"]]
+        ):
             pass
     async with Store.open(path) as store:
         assert await store.load(CELL) == [some()]
-    async with Store.open(path, migrations=[FIRST, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
+    async with Store.open(path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
         assert await store.load(CELL) == [some()]
-    with pytest.raises(StoreError, match="has version 2"):
+    with pytest.raises(StoreError, match="has version 3"):
         async with Store.open(path):
             pass
+
+
+async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True, migrations=[FIRST]) as store:
+        await store.add([some()])
+    async with Store.open(path) as store:
+        await store.add_episode(Episode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED))
+        (row,) = await store._read("SELECT sandbox FROM episodes")
+        assert row[0] == "sealed"
+        assert (await store.verify()).bad == []
 
 
 async def test_what_is_no_store(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Sealed controllers: decisions a second in replay, how long a live one takes, starting and killing a child."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from controllers import Action, Fact, Limits, State, run_episode
+from controllers.errors import Crossed
+from controllers.loading import Spec
+from controllers.sandbox.controller import SandboxedController
+from controllers.sandbox.nursery import Nursery
+from controllers.sandbox.worker import HARD_S, Worker
+from discovery.formats import read_release, release_cell
+from discovery.playing import Job, Rules, Sealing, play
+from discovery.recordings import Recording, intern
+from discovery.replay import ReplayEnvironment, shuffled
+from tests.bench.replay import BLOCK, FILE
+from tests.discovery.test_evaluate import question
+
+EPISODES: Final = 8
+"""Live ones at once."""
+ROUND_S: Final = 0.005
+"""What a round of a live episode takes, here spent asleep."""
+TIMES: Final = 100
+
+Row = tuple[str, str, str, str]
+
+
+def rows() -> Iterator[Row]:
+    """What `make bench` shows of the sandbox."""
+    if FILE.exists():
+        recordings = [intern(recorded) for recorded in read_release(FILE)]
+        for beta in (0.0, 0.5, 1.0):
+            yield _replay(recordings, beta)
+    nursery = Nursery()
+    nursery.check()
+    try:
+        yield asyncio.run(_live(nursery))
+        yield _start(nursery)
+        yield _kill(nursery)
+    finally:
+        nursery.close()
+
+
+def _replay(recordings: Sequence[Recording], beta: float) -> Row:
+    """Whole jobs, audit included, by turns with the same controller in this process."""
+    speeds: dict[Sealing, list[float]] = {Sealing.ALL: [], Sealing.NONE: []}
+    for start in range(0, 5 * BLOCK, BLOCK):
+        job = Job(Spec("cmc"), beta, release_cell(FILE), range(start, start + BLOCK))
+        for sealing, found in speeds.items():
+            played = play(job, recordings, Rules(sealing=sealing))
+            found.append(int(played.outcomes[3].sum()) / played.seconds)
+    sealed, here = (statistics.median(found) for found in speeds.values())
+    return (
+        f"sealed decisions a second, 64 episodes a message: CMC β={beta:g}, Qwen3-1.7B aime25",
+        f"{sealed:,.0f} (median of 5)",
+        f"{here:,.0f} in this process",
+        f"{sealed / here:.2f}",
+    )
+
+
+class _Slow:
+    """An environment whose rounds take a while, as they do live."""
+
+    def __init__(self, environment: ReplayEnvironment) -> None:
+        self._environment = environment
+
+    async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        await asyncio.sleep(ROUND_S)
+        return await self._environment.execute(actions)
+
+
+class _Timed:
+    def __init__(self, controller: SandboxedController, taken: list[float]) -> None:
+        self._controller = controller
+        self._taken = taken
+
+    async def decide_later(self, state: State) -> Sequence[Action]:
+        began = time.perf_counter()
+        decided = await self._controller.decide_later(state)
+        self._taken.append(time.perf_counter() - began)
+        return decided
+
+
+async def _live(nursery: Nursery) -> Row:
+    """CMC at β = 1, each episode in a child of its own."""
+    recording = intern(question(0, branches=64))
+    taken: list[float] = []
+
+    async def episode(worker: Worker) -> None:
+        environment = _Slow(ReplayEnvironment(recording, shuffled(64, 0)))
+        timed = _Timed(SandboxedController(worker, 1.0), taken)
+        await run_episode(timed, environment, State(Limits(recording.interval)))
+
+    for _ in range(20):  # as the proxy does: children are made and ended elsewhere
+        workers = [_loaded(nursery) for _ in range(EPISODES)]
+        await asyncio.gather(*map(episode, workers))
+        for worker in workers:
+            worker.close()
+    cuts = statistics.quantiles(taken, n=100)
+    return (
+        f"a sealed live decision, {EPISODES} episodes running: CMC β=1",
+        f"{1e3 * cuts[49]:.2f} ms p50, {1e3 * cuts[98]:.2f} ms p99",
+        f"{len(taken)} decisions, slowest {1e3 * max(taken):.1f} ms",
+        "",
+    )
+
+
+def _loaded(nursery: Nursery, source: str | None = None) -> Worker:
+    worker = nursery.spawn()
+    worker.load(Spec("cmc", source))
+    return worker
+
+
+def _start(nursery: Nursery) -> Row:
+    """From asking for a child to one that has loaded its controller."""
+    taken = _measure(lambda: _loaded(nursery).close())
+    return (
+        "a sealed child, from nothing to loaded and ended",
+        f"{1e3 * statistics.median(taken):.2f} ms (median)",
+        f"slowest of {TIMES}: {1e3 * max(taken):.1f} ms",
+        "",
+    )
+
+
+def _kill(nursery: Nursery) -> Row:
+    """How long after its deadline a child that loops for ever is dead and reaped."""
+    source = "class L:\n    def __init__(self, beta): ...\n    def decide(self, state):\n        while True: pass\n"
+
+    def loop() -> None:
+        controller = SandboxedController(_loaded(nursery, source), 0.5)
+        try:
+            controller.decide(State(Limits(10)))
+        except Crossed:
+            return
+        raise RuntimeError("it came back")
+
+    over = [1e3 * (taken - HARD_S) for taken in _measure(loop, 20)]
+    return (
+        f"a looping child is dead, past its deadline of {1e3 * HARD_S:.0f} ms",
+        f"{statistics.median(over):.1f} ms (median, its start included)",
+        f"slowest of {len(over)}: {max(over):.1f} ms",
+        "",
+    )
+
+
+def _measure(work: Callable[[], object], times: int = TIMES) -> list[float]:
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return taken
