@@ -10,6 +10,7 @@ import pytest
 from controllers.loading import Spec
 from controllers.registry import BUILT_IN
 from discovery.curve import Score
+from discovery.engines import EngineName
 from discovery.formats import read_release, release_cell
 from discovery.playing import Job, Rules, Sealing, play
 from discovery.recordings import intern
@@ -161,6 +162,7 @@ class Careful:
         cut = [i for i in state.active if state.branches[i].intervals > long]
         return [prune(i) for i in cut] + [move for i in state.active if i not in cut for move in (advance(i), probe(i))]
 """
+ENGINES = (EngineName.LOCAL, EngineName.PROCESS)
 HONEST_ONES = [*(Spec(name) for name in BUILT_IN), spec(), Spec("careful", CAREFUL)]
 
 
@@ -175,6 +177,11 @@ def test_honest_controllers_play_the_same_episodes_sealed(spec: Spec, tmp_path: 
     sealed, plain = (traced(spec, tmp_path / how, how) for how in (Sealing.ALL, Sealing.NONE))
     assert sealed == plain
     assert len(sealed) == len(SOURCE.cells())
+
+
+def test_engines_agree_on_what_is_sealed() -> None:
+    local, process = (scores(Spec("careful", CAREFUL), betas=[1.0], engine=engine) for engine in ENGINES)
+    assert [one.outcomes.tolist() for one in local] == [one.outcomes.tolist() for one in process]
 
 
 @pytest.mark.no_cover
