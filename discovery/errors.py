@@ -8,7 +8,11 @@ DiscoveryError
 ├── StoreError      the store cannot be opened, read or written
 │   └── CorruptRow  a row of it is not what was written
 ├── TraceError      a file of traces cannot be written or read
-└── Censored        a replay asked for more of a branch than was recorded
+├── Censored        a replay asked for more of a branch than was recorded
+├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
+├── HistoryError    the record of a run is not what was written, or of another run
+├── GateError       a controller cannot be judged as asked; one that is judged is never an error
+└── PromotionError  what is installed cannot be changed as asked; it is as it was
 """
 
 
@@ -50,3 +54,19 @@ class Censored(DiscoveryError):
 
 class UnknownKind(DiscoveryError):
     """There is no such kind of answers."""
+
+
+class ExplorerError(DiscoveryError):
+    """An explorer gives no candidate; the message says what to do."""
+
+
+class HistoryError(DiscoveryError):
+    """A run's record is broken, or was begun with other settings."""
+
+
+class GateError(DiscoveryError):
+    """There is nothing to judge by: no recordings, or not the ones a verdict needs."""
+
+
+class PromotionError(DiscoveryError):
+    """The registry refuses; nothing has changed."""
