@@ -42,8 +42,10 @@ class ParallelProbe:
             return [action for i in range(min(self.width, state.room)) for action in (branch(2), probe(i))]
         self.silent = [i for i in self.silent if state.branches[i].active]
         if self.silent and not self._settled(state):
-            asked, self.silent = self.silent, []
-            return [probe(i) for i in asked]
+            asked = [i for i in self.silent if state.branches[i].probed < state.branches[i].intervals]
+            self.silent = []
+            if asked:  # else the cap had left them where they were
+                return [probe(i) for i in asked]
         self._vote(state)
         strays = self._strays(state)
         running = [i for i in state.active if i not in strays]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from controllers import BetaError, Controller, State, Stop, UnknownController, Verb, run_episode, run_sync
@@ -65,6 +65,7 @@ def test_the_same_chains_make_the_same_episode(name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(name="parallel_probe", beta=1.0, seed=0, cap=498, width=4)  # a cap that cuts between a step and its probe
 @given(
     name=st.sampled_from(list(BUILT_IN)),
     beta=st.floats(0, 1),
