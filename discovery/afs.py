@@ -1,9 +1,9 @@
 """AFS, the area under the frontier score: one number for a controller at every β, over every cell.
 
-A cell's curve has a point a β: mean tokens and accuracy. AFS is the mean accuracy over budgets drawn log-uniformly from one
-chain to SC@64 (64 chains): each doubling of what an answer may cost counts the same. Between neighbouring β tokens and
-accuracy go in a straight line (so would a mix of the two), beyond β = 1 nothing is gained, and a budget below that of β = 0
-buys one chain. Cells count equally. The paper's score (arXiv 2605.08083), re-implemented from its description.
+A cell's curve has a point a β: mean tokens and accuracy. AFS is the mean accuracy over budgets drawn log-uniformly from
+one chain to SC@64 (64 chains): each doubling of what an answer may cost counts the same. Between neighbouring β tokens
+and accuracy go in a straight line (so would a mix of the two), beyond β = 1 nothing is gained, and a budget below that
+of β = 0 buys one chain. Cells count equally. The paper's score (arXiv 2605.08083), re-implemented from its description.
 """
 
 from __future__ import annotations
@@ -129,13 +129,9 @@ def accuracy_at(line: Sequence[tuple[float, float]], anchor: Anchor, budget: flo
 
 
 def _whole(line: Sequence[tuple[float, float]], anchor: Anchor) -> list[tuple[float, float]]:
-    """The line from nothing to more than any budget. A point that costs no more than the one before it takes its place."""
+    """The line from nothing to more than any budget. A point that costs no more than the one before takes its place."""
     first, last = line[0], line[-1]
     whole = [(0.0, anchor.accuracy), (first[0], anchor.accuracy)] if first[0] > anchor.tokens else [(0.0, first[1])]
     for tokens, accuracy in line:
-        spent = max(tokens, whole[-1][0])
-        if spent == whole[-1][0] and len(whole) > 1:
-            whole.append((spent * (1 + 1e-12), accuracy))
-        else:
-            whole.append((spent, accuracy))
+        whole.append((max(tokens, whole[-1][0]), accuracy))
     return [*whole, (max(2 * CHAINS * anchor.tokens, 2 * whole[-1][0]), last[1])]

@@ -53,7 +53,7 @@ class Evaluation:
     def _batches(self, judge: Judge) -> Iterator[Batch]:
         """One batch a cell; its recordings are read when it is asked for."""
         for cell in self.cells:
-            recordings = [self._intern(recorded, judge) for recorded in _scorable(cell, self.source.load(cell))]
+            recordings = read_cell(self.source, cell, self.answers, judge)
             most = min(recording.branches for recording in recordings)
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
@@ -63,8 +63,11 @@ class Evaluation:
                     )
             yield Batch(recordings, jobs(self.specs, self.betas, cell, self.shuffles))
 
-    def _intern(self, recorded: RecordedQuestion, judge: Judge) -> Recording:
-        return intern(recorded) if self.answers is Answers.EXACT else regrade(recorded, judge)
+
+def read_cell(source: Source, cell: Cell, answers: Answers, judge: Judge | None = None) -> list[Recording]:
+    """What of a cell can be scored. Raises NotRecorded."""
+    scorable = _scorable(cell, source.load(cell))
+    return [intern(recorded) if answers is Answers.EXACT else regrade(recorded, judge) for recorded in scorable]
 
 
 def regrade(recorded: RecordedQuestion, judge: Judge | None = None) -> Recording:

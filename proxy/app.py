@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -16,7 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from discovery import calibration
 from discovery.answers import Judge
+from discovery.calibration import Calibrations
+from discovery.errors import DiscoveryError
 from proxy import chat, dial, errors, passthrough, reply, schema
 from proxy.casting import Casting
 from proxy.engine import Engine, Model
@@ -32,11 +36,12 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Service:
-    """What the routes share: one upstream, its settings and metrics."""
+    """What the routes share: one upstream, its settings and metrics, and what β costs there."""
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations) -> None:
         self.settings = settings
         self.engine = engine
+        self.calibrations = calibrations
         self.metrics = Metrics()
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
@@ -77,6 +82,7 @@ class Service:
             alias=alias,
             model=model.id,
             default=self.settings.beta,
+            target=None if parsed.tts.target_tokens is None else partial(self._aim, model.id, parsed.tts),
         )
         reason = _why_not(parsed, turned)
         if turned is None or reason is not None:
@@ -98,6 +104,20 @@ class Service:
             ping_s=self.settings.ping_s,
         )
         return Stream(events, headers=reply.known_headers(plan))
+
+    def _aim(self, model: str, asked: schema.TtsOptions) -> float:
+        """The β that spends `asked.target_tokens` on average. Raises BadRequest if nobody has measured it."""
+        found = self.calibrations.get(model)
+        champion = self.casting.stages.now.champion
+        if found is None:
+            reason = f"there is no calibration for model {model!r}"
+        elif asked.controller is None and champion.digest != found.digest:
+            reason = f"model {model!r} was calibrated for {found.controller}, and {champion.name} serves"
+        elif asked.controller not in (None, found.controller):
+            reason = f"model {model!r} was calibrated for {found.controller}, not {asked.controller}"
+        else:
+            return found.beta_for(asked.target_tokens or 0)
+        raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
     def _serve(self, plan: chat.Plan) -> Coroutine[Any, Any, reply.Reply]:
         return chat.serve(self.engine, self.judge, self.casting, self.metrics, plan)
@@ -139,6 +159,14 @@ class Service:
         """The upstream's models, as it lists them."""
         return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
 
+    async def curve(self, request: Request) -> Response:
+        """What β costs and brings on a model, as it was calibrated. Raises NotFound."""
+        model, _ = await self.find_model(request.query_params.get("model"))
+        found = self.calibrations.get(model.id)
+        if found is None:
+            raise NotFound(f"there is no calibration for model {model.id!r}", param="model", code="no_calibration")
+        return JSONResponse({"model": model.id, **found.as_json()})
+
     async def health(self, _: Request) -> Response:
         """The process is alive."""
         return JSONResponse({"status": "ok"})
@@ -164,13 +192,14 @@ def create_app(settings: Settings) -> FastAPI:
     """The proxy over `settings.upstream`, which must be set."""
     if settings.upstream is None:
         raise errors.SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
+    calibrations = _calibrations(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(_session(settings))
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
-            service = app.state.service = Service(settings, engine)
+            service = app.state.service = Service(settings, engine, calibrations)
             stack.callback(service.judge.close)
             await service.casting.open()
             stack.push_async_callback(service.casting.close)
@@ -180,6 +209,7 @@ def create_app(settings: Settings) -> FastAPI:
     routes = [
         ("/v1/chat/completions", "POST", "complete_chat"),
         ("/v1/models", "GET", "list_models"),
+        ("/v1/tts/curve", "GET", "curve"),
         ("/health", "GET", "health"),
         ("/ready", "GET", "ready"),
         ("/metrics", "GET", "page"),
@@ -200,6 +230,14 @@ def _endpoint(name: str) -> Any:
         return response
 
     return endpoint
+
+
+def _calibrations(settings: Settings) -> Calibrations:
+    """What the operator's file says of β. Raises SettingsError."""
+    try:
+        return {} if settings.calibration is None else calibration.read(settings.calibration)
+    except DiscoveryError as error:
+        raise errors.SettingsError(f"calibration: {error}") from None
 
 
 def _session(settings: Settings) -> aiohttp.ClientSession:

@@ -1,7 +1,7 @@
 """Who decides for a request: a built-in controller here, one from a file in a sealed process, or the baseline instead.
 
 A controller that fails costs its client nothing: the baseline goes on from the state it left. One that fails three
-times in five minutes is not asked again.
+times in five minutes is not asked again. A canary that does worse than the champion is rolled back.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from controllers import (
@@ -22,20 +23,27 @@ from controllers import (
     Crossed,
     Environment,
     IllegalAction,
+    Round,
     State,
+    Stop,
     UnknownController,
     Unsealed,
     run_episode,
 )
 from controllers.episode import Remote
+from controllers.installed import Installed, Stage
 from controllers.loading import Spec, make, parse_spec
 from controllers.registry import BUILT_IN, create, find
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
-from controllers.sandbox.worker import Worker
+from discovery.installed import By, Registry
 from proxy.metrics import Metrics
+from proxy.pool import RETIRED, Pool
 from proxy.settings import Settings
+from proxy.shadow import Played, compare
+from proxy.stages import Choice, Lineup, Stages
+from proxy.watch import Outcome, Verdict, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +54,8 @@ WINDOW_S: Final = 300.0
 """So many failures in so many seconds quarantine a controller."""
 RAISED, ILLEGAL, UNSEALED, QUARANTINED = "raised", "illegal", "unsealed", "quarantined"
 """Why the baseline decides, besides the boundaries of a sandbox."""
+SHADOWS: Final = 2
+"""Episodes a shadow goes through at a time; those that end meanwhile it does not see."""
 
 
 class Casting:
@@ -53,14 +63,19 @@ class Casting:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.default = parse_spec(settings.controller)
+        self.stages = Stages(
+            None if settings.registry is None else Registry(settings.registry), self.default, settings.registry_poll_s
+        )
         self.quarantined: set[str] = set()  # digests
         self.metrics = metrics
         self._settings = settings
-        self._pools: dict[str, _Pool] = {}  # of controllers from files, by name
+        self._pools: dict[str, Pool] = {}  # of controllers from files, by digest
         self._failures: dict[str, deque[float]] = {}  # by digest: when, by the monotonic clock
         self._proof = Proof()
-        if self.default.is_foreign:
-            self._pools[self.default.name] = _Pool(self.default, settings.sandbox_pool, settings.decision_s)
+        self._lineup = self.stages.now  # as the pools and the watch know it
+        self._watch = Watch()
+        self._shadowing: set[asyncio.Task[None]] = set()
+        self._changing: set[asyncio.Task[None]] = set()  # the registry
 
     @property
     def level(self) -> Level:
@@ -78,36 +93,47 @@ class Casting:
         """How one controller is held."""
         return self.level if spec.is_foreign else Level.TRUSTED
 
-    def find(self, name: str | None) -> Spec:
-        """The controller a request names; the default if it names none. Raises UnknownController."""
-        if name is None or name == self.default.name:
-            return self.default
+    async def choose(self, name: str | None, request_id: str) -> Choice:
+        """Who decides for a request that names `name`, or nobody. Raises UnknownController."""
+        if await self.stages.follow():
+            self._restage()
+        return self.stages.now.choose(request_id) if name is None else Choice(self.find(name), None)
+
+    def find(self, name: str) -> Spec:
+        """The controller a request names. Raises UnknownController."""
+        now = self.stages.now
+        known = {spec.name: spec for spec in (self.default, now.canary, now.champion) if spec is not None}
+        if name in known:
+            return known[name]
         try:
             find(name)
         except UnknownController:
-            if not self.default.is_foreign:
+            foreign = [spec.name for spec in known.values() if spec.is_foreign]
+            if not foreign:
                 raise
-            names = ", ".join([*BUILT_IN, self.default.name])
+            names = ", ".join([*BUILT_IN, *foreign])
             raise UnknownController(f"there is no controller {name!r}; there are {names}") from None
         return Spec(name)
 
     async def open(self) -> None:
-        """Find out whether controllers can be sealed, say so, and get some ready."""
+        """Find out whether controllers can be sealed, say so, and get those ready that may be asked."""
         if nursery().proof is None:
             await asyncio.to_thread(nursery().check)
         self.learn_level()
-        if self.level is Level.SEALED:
-            for pool in self._pools.values():
-                pool.fill()
+        await self.stages.follow()
+        self._restage()
 
     async def close(self) -> None:
-        """End every sealed process."""
+        """End every sealed process, once the registry knows what it is to."""
+        for task in self._shadowing:
+            task.cancel()
+        await asyncio.gather(*self._shadowing, *self._changing, return_exceptions=True)
         for pool in self._pools.values():
             await pool.close()
 
-    def cast(self, spec: Spec) -> Cast:
-        """Who decides in an episode for which `spec` was chosen."""
-        return Cast(self, spec)
+    def cast(self, choice: Choice) -> Cast:
+        """Who decides in an episode for which `choice` was made."""
+        return Cast(self, choice)
 
     @asynccontextmanager
     async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | Remote]:
@@ -117,7 +143,7 @@ class Casting:
                 raise Unsealed(f"{spec.name}: controllers cannot be sealed here: {self.lacking}")
             yield make(spec, beta)
             return
-        pool = self._pools[spec.name]
+        pool = self._pool(spec)
         worker = await pool.take()
         try:
             yield SandboxedController(worker, beta)
@@ -131,13 +157,103 @@ class Casting:
         now = time.monotonic()
         failures = self._failures.setdefault(spec.digest, deque(maxlen=FAILURES))
         failures.append(now)
-        if len(failures) == FAILURES and now - failures[0] <= WINDOW_S:
-            self.quarantined.add(spec.digest)
-            self.metrics.quarantined.labels(spec.name).set(1)
+        if spec.digest not in self.quarantined and len(failures) == FAILURES and now - failures[0] <= WINDOW_S:
+            words = f"{FAILURES} failures in {now - failures[0]:.0f} s"
             logger.error(
-                "controller %s (%s) is quarantined: %d failures in %.0f s; %s serves until a restart",
-                *(spec.name, spec.digest[:12], FAILURES, now - failures[0], BASELINE),
+                "controller %s (%s) is quarantined: %s; it is not asked any more",
+                *(spec.name, spec.digest[:12], words),
             )
+            self._quarantine(spec, words)
+
+    def ended(self, choice: Choice, outcome: Outcome) -> None:
+        """Take notice of how an episode ended; a canary that has done too badly by now is none any more."""
+        spec, stage = choice
+        if stage is None:
+            return
+        self.metrics.stage_requests.labels(stage, spec.name).inc()
+        canary = self._lineup.canary
+        if canary is None or self._lineup.at(stage) != spec:  # nothing to compare, or it began before a change
+            return
+        verdict = self._watch.observe(stage, outcome)
+        if verdict is not None:
+            self._roll_back(canary, verdict)
+
+    def shadow(self, played: Played) -> None:
+        """Find out, off the request's path, how the shadow would have played an episode of the champion's."""
+        spec = self.stages.now.shadow
+        if spec is None or spec.digest in self.quarantined or self.level is not Level.SEALED:
+            return
+        if len(self._shadowing) >= SHADOWS:
+            self.metrics.shadow_agreement.labels(spec.name, "skipped").inc()
+            return
+        _track(self._shadowing, self._shadow(spec, played))
+
+    async def _shadow(self, spec: Spec, played: Played) -> None:
+        agreement = self.metrics.shadow_agreement
+        try:
+            async with self.controller(spec, played.beta) as controller:
+                timed = self.timed(spec, controller)
+                await compare(timed, played, lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc())
+        except Unsealed:
+            self.learn_level()
+        except ControllerError as error:
+            agreement.labels(spec.name, "failed").inc()
+            logger.warning("shadow %s failed (%s): %s", spec.name, _reason(error), error)
+            self.strike(spec)
+
+    # What changes
+
+    def _quarantine(self, spec: Spec, words: str) -> None:
+        self.quarantined.add(spec.digest)
+        self.metrics.quarantined.labels(spec.name).set(1)
+        now = self.stages.now
+        if self.stages.registry is None or spec.digest not in {one.digest for one in _foreign(now)}:
+            return
+        if now.canary is not None and now.canary.digest == spec.digest:
+            self.metrics.rollbacks.labels(QUARANTINED).inc()
+        by = By("proxy", words, datetime.now(UTC))
+        self._change(now.quarantine(spec.digest), lambda registry: registry.quarantine(spec.digest, by))
+
+    def _roll_back(self, canary: Spec, verdict: Verdict) -> None:
+        self.metrics.rollbacks.labels(verdict.quality).inc()
+        words = f"{verdict.quality}: e-value {verdict.wealth:.0f} after {verdict.pairs} pairs"
+        logger.error(
+            "canary %s (%s) is rolled back: %s; %s decides alone",
+            *(canary.name, canary.digest[:12], words, self._lineup.champion.name),
+        )
+        by = By("watcher", words, datetime.now(UTC))
+        without = self.stages.now.without(canary.digest)
+        self._change(without, lambda registry: registry.drop_canary(canary.digest, by))
+
+    def _change(self, lineup: Lineup, move: Callable[[Registry], Installed]) -> None:
+        """Another line-up: here at once, in the registry as soon as it can be."""
+        self.stages.now = lineup
+        self._restage()
+        _track(self._changing, self.stages.change(move))
+
+    def _restage(self) -> None:
+        """Follow the line-up: who is quarantined, whom the watch watches, and whose processes are ready."""
+        before, now = self._lineup, self.stages.now
+        self._lineup = now
+        if (before.champion, before.canary) != (now.champion, now.canary):
+            self._watch = Watch()
+        for digest in before.quarantined - now.quarantined:  # lifted
+            self.quarantined.discard(digest)
+            self._failures.pop(digest, None)
+        self.quarantined |= now.quarantined
+        sizes = {spec.digest: self._settings.sandbox_pool for spec in _foreign(now)}
+        for spec in _foreign(now):
+            self.metrics.quarantined.labels(spec.name).set(spec.digest in self.quarantined)
+            self._pool(spec)
+        if now.shadow is not None:
+            sizes[now.shadow.digest] = min(SHADOWS, self._settings.sandbox_pool)
+        for digest, pool in self._pools.items():
+            pool.keep(sizes.get(digest, RETIRED) if self.level is Level.SEALED else RETIRED)
+
+    def _pool(self, spec: Spec) -> Pool:
+        if spec.digest not in self._pools:
+            self._pools[spec.digest] = Pool(spec, RETIRED, self._settings.decision_s)
+        return self._pools[spec.digest]
 
     def learn_level(self) -> None:
         """Take notice of the latest proof, and say how controllers from files are held now."""
@@ -160,24 +276,28 @@ class Casting:
 class Cast:
     """Who decides in one episode: the controller that was chosen and, where that fails or may not run, the baseline."""
 
-    def __init__(self, casting: Casting, spec: Spec) -> None:
+    def __init__(self, casting: Casting, choice: Choice) -> None:
         self.fallback: str | None = None  # why the baseline decides, if it does
-        self.level = casting.level_of(spec)
+        self.level = casting.level_of(choice.spec)
         self._casting = casting
-        self._spec = spec
+        self._choice = choice
+        self._rounds: list[Round] = []  # that the controller decided, where a shadow wants to know
+        self._played: Played | None = None
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
         """Run an episode to its end.
 
         Raises ControllerError if the baseline fails too, and whatever `environment` raises.
         """
-        spec, casting = self._spec, self._casting
+        spec, casting = self._choice.spec, self._casting
         if spec.digest in casting.quarantined:
             self.fallback = QUARANTINED
         else:
+            if self._choice.stage is Stage.CHAMPION and casting.stages.now.shadow is not None:
+                self._played = Played(beta, state.limits, self._rounds)
             try:
                 async with casting.controller(spec, beta) as controller:
-                    await run_episode(casting.timed(spec, controller), environment, state)
+                    await run_episode(casting.timed(spec, controller), environment, state, self._keep)
                 return
             except Unsealed:
                 casting.learn_level()
@@ -191,58 +311,17 @@ class Cast:
         casting.metrics.fallbacks.labels(spec.name, self.fallback).inc()
         await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state)
 
+    def end(self, stop: Stop | None, tokens: int) -> None:
+        """The episode is over, for `stop` or because its client left, and has cost so much."""
+        if self.fallback != UNSEALED:  # which is the machine's fault
+            failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
+            self._casting.ended(self._choice, Outcome(tokens, failed, stop is Stop.ANSWERED))
+        if self._played is not None and self._rounds:
+            self._casting.shadow(self._played)
 
-class _Pool:
-    """Sealed processes that have loaded one controller, kept ready for its next episodes."""
-
-    def __init__(self, spec: Spec, size: int, hard_s: float) -> None:
-        self._spec = spec
-        self._size = size
-        self._hard_s = hard_s
-        self._ready: deque[Worker] = deque()
-        self._work: set[asyncio.Future[Any]] = set()  # in threads: what is being made, and ended
-        self._making = 0
-
-    async def take(self) -> Worker:
-        """One that is ready, else a new one. Raises Unsealed, BadController or Crossed."""
-        self.fill(1)
-        while self._ready:
-            worker = self._ready.popleft()
-            if worker.alive:
-                return worker
-        return await asyncio.to_thread(self._make)
-
-    def end(self, worker: Worker) -> None:
-        """Kill one, off the event loop."""
-        self._start(worker.close)
-
-    def fill(self, more: int = 0) -> None:
-        """Have as many ready as there should be, and so many more."""
-        for _ in range(self._size + more - len(self._ready) - self._making):
-            self._making += 1
-            self._start(self._make).add_done_callback(self._made)
-
-    def _made(self, done: asyncio.Future[Worker]) -> None:
-        self._making -= 1
-        if not done.cancelled() and done.exception() is None:  # an error is told to the request that meets it
-            self._ready.append(done.result())
-
-    def _make(self) -> Worker:
-        worker = nursery().spawn(self._hard_s)
-        worker.load(self._spec)
-        return worker
-
-    def _start(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
-        future = asyncio.get_running_loop().run_in_executor(None, work)
-        self._work.add(future)
-        future.add_done_callback(self._work.discard)
-        return future
-
-    async def close(self) -> None:
-        await asyncio.gather(*self._work, return_exceptions=True)
-        for worker in self._ready:
-            worker.close()
-        self._ready.clear()
+    def _keep(self, _: State, played: Round) -> None:
+        if self._played is not None:
+            self._rounds.append(Round(tuple(played.actions), played.facts))
 
 
 class _Timed:
@@ -267,6 +346,18 @@ class _TimedRemote:
     async def decide_later(self, state: State) -> Sequence[Action]:
         with self._seconds.time():
             return await self._later(state)
+
+
+def _foreign(lineup: Lineup) -> list[Spec]:
+    """Those at a stage that come from files."""
+    return [spec for stage in Stage if (spec := lineup.at(stage)) is not None and spec.is_foreign]
+
+
+def _track(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Start some work, and keep it until it is done."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 def _reason(error: ControllerError) -> Boundary | str:

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import ControllerError, Limits, State, Stop, UnknownController
+from controllers.installed import Stage
 from controllers.loading import Spec
 from discovery.answers import Judge
 from proxy import probing
@@ -22,6 +23,7 @@ from proxy.metrics import Metrics
 from proxy.reply import Closing, Reply, compose
 from proxy.schema import SAMPLING, ChatRequest
 from proxy.settings import Settings
+from proxy.stages import Choice
 
 T = TypeVar("T", int, float)
 
@@ -40,6 +42,7 @@ class Plan:
     started: float  # by the monotonic clock
     dial: Dial
     spec: Spec  # of the controller
+    stage: Stage | None  # that it was chosen for; None if the request named it
     prompt: Prompt
     sizes: Sizes
     limits: Limits
@@ -63,8 +66,9 @@ async def plan(
     engine: Engine, casting: Casting, settings: Settings, model: Model, request: ChatRequest, dial: Dial
 ) -> Plan:
     """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
+    request_id = f"chatcmpl-{uuid4().hex}"
     try:
-        spec = casting.find(request.tts.controller)
+        spec, stage = await casting.choose(request.tts.controller, request_id)
     except UnknownController as error:
         raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
     started = time.monotonic()
@@ -76,11 +80,12 @@ async def plan(
     if sampling.get("temperature") == 0:
         sampling["temperature"] = settings.branch_temperature
     return Plan(
-        request_id=f"chatcmpl-{uuid4().hex}",
+        request_id=request_id,
         created=int(time.time()),
         started=started,
         dial=dial,
         spec=spec,
+        stage=stage,
         prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template),
         sizes=bounds.sizes,
         limits=bounds.limits,
@@ -140,7 +145,7 @@ async def serve(engine: Engine, judge: Judge, casting: Casting, metrics: Metrics
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
     state = State(plan.limits)
-    cast = casting.cast(plan.spec)
+    cast = casting.cast(Choice(plan.spec, plan.stage))
     reply: Reply | None = None
     outcome = "failed"
     try:
@@ -160,6 +165,7 @@ async def serve(engine: Engine, judge: Judge, casting: Casting, metrics: Metrics
             environment.salvage()
         metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
         _count(metrics, plan, environment, state, reply)
+        cast.end(state.stop, environment.meter.billed)
 
 
 async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:

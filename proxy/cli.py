@@ -17,8 +17,13 @@ from typer.core import TyperGroup
 
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError
+from discovery.commands.calibrate import calibrating
+from discovery.commands.discover import discover
 from discovery.commands.doctor import doctor
 from discovery.commands.evaluate import evaluate
+from discovery.commands.gate import gate
+from discovery.commands.history import history
+from discovery.commands.promote import controllers, promote, rollback
 from discovery.commands.store import importing, store
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
@@ -54,7 +59,12 @@ class Verbs(TyperGroup):
 app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(evaluate)
 app.command()(doctor)
-for group in (importing, store, trace):
+app.command()(discover)
+app.command()(gate)
+app.command("calibrate")(calibrating)
+for verb in (promote, rollback, controllers):
+    app.command()(verb)
+for group in (importing, store, trace, history):
     app.add_typer(group)
 
 
@@ -74,6 +84,7 @@ def serve(
     controller: Annotated[str | None, typer.Option(help="for requests that name none: a name or FILE.py")] = None,
     beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
     interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
+    registry: Annotated[Path | None, typer.Option(help="folder of installed controllers, as promoted")] = None,
     allow_unsandboxed: Annotated[
         bool | None,
         typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
@@ -82,7 +93,7 @@ def serve(
     """Serve, until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, markup=False)])
     given = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
-    _run(_serve(host, port, beta=beta, allow_unsandboxed=allow_unsandboxed, **given))
+    _run(_serve(host, port, beta=beta, allow_unsandboxed=allow_unsandboxed, registry=registry, **given))
 
 
 @app.command("demo")

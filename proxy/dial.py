@@ -1,8 +1,12 @@
-"""Where a request's β comes from: the first present of header, body, reasoning effort, model alias, server default."""
+"""Where a request's β comes from: the first present of header, body, reasoning effort, model alias, server default.
+
+The body says it as `tts.beta`, or as `tts.target_tokens`, from which a calibration tells β. Both in one body contradict
+each other and are refused; a header, which gateways set, wins over either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -27,6 +31,7 @@ class Source(StrEnum):
 
     HEADER = "header"
     BODY = "body"
+    TARGET = "target_tokens"
     EFFORT = "reasoning_effort"
     ALIAS = "model_alias"
     DEFAULT = "default"
@@ -71,14 +76,23 @@ def resolve(
     alias: float | None,
     model: str,
     default: float | None,
+    target: Callable[[], float] | None = None,
 ) -> Dial | None:
-    """The effective β, or None if there is none. `headers` are all values of the header. Raises BadRequest."""
+    """The effective β, or None if there is none. `headers` are all values of the header. Raises BadRequest.
+
+    `target` finds the β of the tokens aimed at, and is asked only where it decides.
+    """
     if len(headers) > 1:
         raise BadRequest(f"{HEADER} is given {len(headers)} times; send it once", param=HEADER, code="bad_beta")
     if headers:
         return Dial(_parse(headers[0], HEADER), Source.HEADER)
+    if body is not None and target is not None:
+        words = "tts.beta and tts.target_tokens both set β; send one of them"
+        raise BadRequest(words, param="tts.target_tokens", code="bad_beta")
     if body is not None:
         return Dial(body, Source.BODY)
+    if target is not None:
+        return Dial(target(), Source.TARGET)
     if effort is not None and effort in EFFORTS and not any(name in model.lower() for name in READS_EFFORT):
         return Dial(EFFORTS[effort], Source.EFFORT)
     if alias is not None:

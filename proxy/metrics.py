@@ -57,6 +57,22 @@ class Metrics:
             ("controller",),
             registry=self.registry,
         )
+        self.stage_requests = Counter(
+            "autotts_stage_requests",
+            "Requests that named no controller, by the stage of the one that was chosen.",
+            ("stage", "controller"),
+            registry=self.registry,
+        )
+        self.shadow_agreement = Counter(
+            "autotts_shadow_agreement",
+            "Rounds of the champion's, by whether the shadow would have played them so: true, false, or it failed. "
+            "Episodes it had no time for: skipped.",
+            ("controller", "agreed"),
+            registry=self.registry,
+        )
+        self.rollbacks = Counter(
+            "autotts_rollbacks", "Canaries that were rolled back unasked, by why.", ("reason",), registry=self.registry
+        )
         self.sandbox_level = Gauge(
             "autotts_sandbox_level",
             "How controllers from files are held: 2 sealed, 1 not at all, 0 refused.",

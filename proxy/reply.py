@@ -207,6 +207,8 @@ def _report(
         "beta": plan.dial.beta,
         "beta_source": plan.dial.source,
         "controller": plan.controller,
+        "controller_digest": plan.spec.digest[:12],
+        "stage": plan.stage,
         "branches": len(environment.branches),
         "rounds": state.rounds,
         "stop": str(state.stop),

@@ -32,6 +32,7 @@ class TtsOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     beta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
+    target_tokens: Positive | None = None  # what the request is to spend on average; sets β where none is given
     controller: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     max_total_tokens: Positive | None = None  # over all branches and probes
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None

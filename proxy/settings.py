@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AnyHttpUrl, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from controllers.errors import ControllersError
+from controllers.installed import wrong_name
 from controllers.loading import parse_spec
-from controllers.registry import ALIASES, BUILT_IN
 from proxy.errors import SettingsError
 from proxy.probing import Family
 
@@ -30,6 +30,9 @@ class Settings(BaseSettings):
 
     controller: str = Field("cmc", description="controller that serves requests which name none: a name or FILE.py")
     beta: Beta | None = Field(None, description="β for requests that set none; none passes them through untouched")
+    calibration: Path | None = Field(
+        None, description="file of what β costs and brings by model, as `autotts calibrate` writes it"
+    )
     max_branches: int = Field(64, ge=1, description="branches one request may open")
     max_total_tokens: Tokens | None = Field(None, description="tokens one request may spend over all branches")
     deadline_s: Seconds | None = Field(None, description="seconds one request may think")
@@ -38,6 +41,11 @@ class Settings(BaseSettings):
     sandbox_pool: int = Field(8, ge=0, le=256, description="sealed processes kept ready for a controller from a file")
     allow_unsandboxed: bool = Field(
         False, description="run controllers from files with all of the proxy's rights, its keys included"
+    )
+
+    registry: Path | None = Field(None, description="folder of installed controllers; none serves the configured one")
+    registry_poll_s: float = Field(
+        1, ge=0, allow_inf_nan=False, description="seconds between looks at whether the registry has changed"
     )
 
     interval: Tokens = Field(512, description="tokens of one interval, Δ")
@@ -75,10 +83,8 @@ def load(**overrides: object) -> Settings:
         raise SettingsError(_one_line(error)) from None
     except ControllersError as error:
         raise SettingsError(f"controller: {error}") from None
-    if spec.is_foreign and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", spec.name):
-        raise SettingsError(f"controller: {spec.name!r}: name the file by letters, digits, - and _, 64 at most")
-    if spec.is_foreign and (spec.name in BUILT_IN or spec.name in ALIASES):
-        raise SettingsError(f"controller: there is a built-in controller {spec.name}; give the file another name")
+    if spec.is_foreign and (wrong := wrong_name(spec.name)):
+        raise SettingsError(f"controller: {wrong}")
     return settings
 
 

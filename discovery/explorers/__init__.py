@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
+from discovery.errors import ExplorerError
+
+
+class OutOfMoney(ExplorerError):
+    """One more call could cost more than may be spent; what was proposed before stands."""
+
 
 class Cost(NamedTuple):
     """What making a candidate cost."""
@@ -16,6 +22,9 @@ class Cost(NamedTuple):
     completion_tokens: int = 0
     usd: float = 0.0
     seconds: float = 0.0
+
+
+FREE = Cost()
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Candidate:
     explorer: str  # who wrote it
     parent: str | None = None  # digest of the candidate it was made from
     note: str = ""  # what its author says it tries
-    cost: Cost = Cost()
+    cost: Cost = FREE
     genome: Mapping[str, Any] = field(default_factory=dict)  # what the explorer itself wants to remember of it
 
     @property
@@ -67,10 +76,10 @@ class Context:
 
 
 class Explorer(Protocol):
-    """Writes candidates. It keeps nothing between calls that `context` does not tell: a resumed run goes on as it was."""
+    """Writes candidates. It keeps nothing between calls that `context` does not tell, so a resumed run goes on."""
 
     name: str
 
     def propose(self, context: Context) -> list[Candidate]:
-        """The next candidates, at least one unless there are no more. Raises ExplorerError."""
+        """The next candidates, at least one unless there are no more. Raises ExplorerError, OutOfMoney."""
         ...

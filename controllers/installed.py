@@ -1,0 +1,172 @@
+"""Which controllers are installed, and at which stage. Pure data; `discovery/installed.py` keeps it in a folder.
+
+a file ──▶ shadow ──▶ canary, for a share of the requests ──▶ champion, for the rest
+                         └────────────── rollback ◀──────────────┘
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from hashlib import sha256
+from typing import Any, Final
+
+from controllers.registry import ALIASES, BUILT_IN
+
+FORMAT: Final = 1
+"""Of the registry's file."""
+REMEMBERED: Final = 16
+"""Champions that one can go back through."""
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Stage(StrEnum):
+    """What an installed controller does; each has one holder at most."""
+
+    SHADOW = "shadow"  # decides on what the champion was told, after the fact and for nobody
+    CANARY = "canary"  # decides for a share of the requests that name no controller
+    CHAMPION = "champion"  # decides for the others
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """Who is at which stage, by digest. A move gives another one; one that is not possible raises ValueError."""
+
+    version: int = 0  # moves made so far
+    shadow: str | None = None
+    canary: str | None = None
+    share: float = 0.0  # of the requests, the canary's
+    champion: str | None = None  # None: the configured controller
+    previous: tuple[str | None, ...] = ()  # champions before this one, the latest last
+    quarantined: frozenset[str] = frozenset()
+
+    @property
+    def stages(self) -> dict[Stage, str | None]:
+        """Who is at each stage."""
+        return {stage: getattr(self, stage) for stage in Stage}
+
+    def stage_of(self, digest: str) -> Stage | None:
+        """The stage a controller is at; None if at none."""
+        return next((stage for stage, holder in self.stages.items() if holder == digest), None)
+
+    def promote(self, digest: str, stage: Stage, share: float, forced: bool = False) -> Installed:
+        """A controller moves to `stage`, in place of whoever is there. Only `forced` lifts a quarantine."""
+        if digest == self.champion:
+            raise ValueError(f"{digest[:12]} is the champion; `autotts rollback` takes that from it")
+        if digest in self.quarantined and not forced:
+            raise ValueError(f"{digest[:12]} is quarantined for failing; --force lifts that")
+        if stage is Stage.CANARY and not 0 <= share <= 1:
+            raise ValueError(f"a canary's share is a number from 0 to 1, not {share}")
+        left = self.leave(digest)
+        moved = replace(left, version=self.version + 1, quarantined=self.quarantined - {digest})
+        if stage is Stage.SHADOW:
+            return replace(moved, shadow=digest)
+        if stage is Stage.CANARY:
+            return replace(moved, canary=digest, share=share)
+        return replace(moved, champion=digest, previous=(*self.previous, self.champion)[-REMEMBERED:])
+
+    def roll_back(self) -> Installed:
+        """The champion before the present one, passing over the quarantined, and no canary."""
+        if self.champion is None and self.canary is None:
+            raise ValueError("there is neither a canary nor a champion to roll back; the configured controller serves")
+        if self.champion is None:
+            return replace(self, version=self.version + 1, canary=None, share=0.0)
+        left = list(self.previous)
+        while left and left[-1] in self.quarantined:
+            left.pop()
+        champion = left.pop() if left else None
+        back = replace(self, version=self.version + 1, canary=None, share=0.0, champion=champion, previous=tuple(left))
+        return replace(back, shadow=None) if champion is not None and champion == self.shadow else back
+
+    def drop_canary(self, digest: str) -> Installed:
+        """No canary any more, if it is this one."""
+        if self.canary != digest:
+            raise ValueError(f"{digest[:12]} is not the canary")
+        return replace(self, version=self.version + 1, canary=None, share=0.0)
+
+    def quarantine(self, digest: str) -> Installed:
+        """A controller that fails is not asked any more. A champion stays one: the baseline decides in its place."""
+        if digest in self.quarantined:
+            raise ValueError(f"{digest[:12]} is quarantined already")
+        return replace(self.leave(digest), version=self.version + 1, quarantined=self.quarantined | {digest})
+
+    def leave(self, digest: str) -> Installed:
+        """The same without this one as canary or shadow."""
+        if digest == self.canary:
+            return replace(self, canary=None, share=0.0)
+        return replace(self, shadow=None) if digest == self.shadow else self
+
+    # As JSON
+
+    def as_json(self) -> dict[str, Any]:
+        """What `parse` reads."""
+        canary = None if self.canary is None else {"digest": self.canary, "share": self.share}
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "shadow": self.shadow,
+            "canary": canary,
+            "champion": self.champion,
+            "previous": list(self.previous),
+            "quarantined": sorted(self.quarantined),
+        }
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Installed:
+        """What `as_json` wrote. Raises ValueError, naming the field that is wrong."""
+        if data.get("format") != FORMAT:
+            raise ValueError(f"format is {data.get('format')!r}, not {FORMAT}")
+        version, canary = data.get("version"), data.get("canary")
+        if type(version) is not int or version < 0:
+            raise ValueError(f"version is {version!r}")
+        if canary is not None and not isinstance(canary, dict):
+            raise ValueError(f"canary is {canary!r}")
+        share: object = 0.0 if canary is None else canary.get("share")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"canary: share is {share!r}")
+        parsed = cls(
+            version=version,
+            shadow=_digest("shadow", data.get("shadow")),
+            canary=None if canary is None else _digest("canary", canary.get("digest"), needed=True),
+            share=float(share),
+            champion=_digest("champion", data.get("champion")),
+            previous=tuple(_digest("previous", one) for one in _list("previous", data)),
+            quarantined=frozenset(str(_digest("quarantined", one, needed=True)) for one in _list("quarantined", data)),
+        )
+        holders = [holder for holder in parsed.stages.values() if holder is not None]
+        if len(set(holders)) != len(holders):
+            raise ValueError("one controller is at two stages")
+        return parsed
+
+
+def lot(request_id: str) -> float:
+    """A request's number in [0, 1), the same wherever it is asked for: a canary has those below its share."""
+    return (int.from_bytes(sha256(request_id.encode()).digest()[:7]) >> 3) / 2**53
+
+
+def wrong_name(name: str) -> str | None:
+    """What is wrong with the name of a controller from a file, which clients and metrics will show; None if nothing."""
+    if not _NAME.fullmatch(name):
+        return f"{name!r}: name the file by letters, digits, - and _, 64 at most"
+    if name in BUILT_IN or name in ALIASES:
+        return f"there is a built-in controller {name}; give the file another name"
+    return None
+
+
+def _digest(field: str, value: object, needed: bool = False) -> str | None:
+    if value is None and not needed:
+        return None
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"{field}: {value!r} is no digest")
+    return value
+
+
+def _list(field: str, data: Mapping[str, Any]) -> list[Any]:
+    value = data.get(field)
+    if not isinstance(value, list):
+        raise ValueError(f"{field} is {value!r}")
+    return value

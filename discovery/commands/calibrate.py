@@ -1,0 +1,75 @@
+"""`autotts calibrate`: what β costs and brings on each model, for the proxy to go by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from controllers.dial import parse_beta
+from controllers.loading import parse_spec
+from discovery.calibration import Arm, Calibrations, calibrate, write
+from discovery.commands.console import names, wide_console
+from discovery.engines import EngineName, engine_called
+from discovery.errors import NotRecorded
+from discovery.evaluate import Answers
+from discovery.files import check_place
+from discovery.playing import Rules
+from discovery.recordings import Split
+from discovery.source import choose, open_source
+
+
+def calibrating(
+    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
+    out: Annotated[Path, typer.Option(help="where the calibration goes (.json)")],
+    controllers: Annotated[str, typer.Option(help="whom to calibrate: one name or FILE.py")] = "cmc",
+    betas: Annotated[str, typer.Option(help="values of β")] = "0,0.25,0.5,0.75,1",
+    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
+    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
+    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
+    split: Annotated[Split | None, typer.Option(help="which questions; without it all but held-out ones")] = None,
+    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
+    engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
+    workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
+) -> None:
+    """Measure what β costs and brings on each model."""
+    specs = [parse_spec(text) for text in names(controllers)]
+    if len(specs) != 1:
+        raise typer.BadParameter("--controllers: a calibration is of one controller")
+    check_place(out, "--out")
+    source = open_source(recordings)
+    seen = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
+    if not seen:
+        raise NotRecorded(f"{recordings}: only held-out questions are there; --split held-out uses them all the same")
+    cells = choose(seen, names(models), names(benchmarks), split)
+    dials = [parse_beta(text, "--betas") for text in names(betas)]
+    if not dials:
+        raise typer.BadParameter("--betas names none")
+    found = calibrate(
+        source, cells, specs[0], engine_called(engine, workers), Rules(max_branches), dials, shuffles, answers
+    )
+    write(found, out)
+    wide_console().print(_table(found))
+
+
+def _table(found: Calibrations) -> Table:
+    (controller,) = {one.controller for one in found.values()}
+    table = Table(title=f"{controller}: accuracy % and tokens, 95 % intervals over questions", title_justify="left")
+    for heading in ("model", "β", "accuracy", "tokens", "pays", "best used"):
+        table.add_column(heading, justify="right" if heading in ("β", "accuracy", "tokens") else "left")
+    for model, one in found.items():
+        use = "one chain" if one.map.arm is Arm.SINGLE else f"β up to {one.map.cap:g}"
+        pays = "yes" if one.pays else "[yellow]no[/yellow]"
+        table.add_row(model, "one chain", f"{one.single.accuracy:.1f}", f"{one.single.tokens:,.0f}", pays, use)
+        for point in one.points:
+            accuracy = f"{point.accuracy:.1f} {_between(point.low, point.high, '.1f')}"
+            tokens = f"{point.tokens:,.0f} {_between(point.tokens_low, point.tokens_high, ',.0f')}"
+            table.add_row("", f"{point.beta:g}", accuracy, tokens)
+    return table
+
+
+def _between(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f"({low:{form}} to {high:{form}})"

@@ -1,0 +1,226 @@
+"""`autotts discover`: a search for controllers on recordings."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from discovery.answers import Judge
+from discovery.arena import Arena, Trial
+from discovery.cascade import Cascade, Plan, fixed_recordings
+from discovery.commands.console import names, wide_console
+from discovery.digest import digest
+from discovery.discover import Digester, Finalist, Limits, Run, card
+from discovery.errors import ExplorerError
+from discovery.evaluate import Answers, read_cell
+from discovery.explorers import Candidate, Explorer
+from discovery.explorers.agent import Agent
+from discovery.explorers.files import Files
+from discovery.explorers.grammar import Grammar
+from discovery.files import whole
+from discovery.history import History
+from discovery.playing import Rules
+from discovery.prompt import SYSTEM, USER, together
+from discovery.recordings import Cell, Recording, Split
+from discovery.source import choose, open_source
+from discovery.splits import export_search
+from discovery.traces import trace_files
+
+RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
+PROBE_TOKENS = 20
+"""What a probe is taken to cost where recordings do not say."""
+
+
+class ExplorerName(StrEnum):
+    """Who writes candidates."""
+
+    GRAMMAR = "grammar"
+    LLM = "llm"
+    AGENT = "agent"
+    FILES = "files"
+
+
+class Options(NamedTuple):
+    """What explorers are given."""
+
+    folder: Path | None
+    llm: Path | None
+    command: str
+    usd: float | None
+
+
+def discover(
+    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
+    explorer: Annotated[ExplorerName, typer.Option(help="who writes candidates")] = ExplorerName.GRAMMAR,
+    out: Annotated[Path, typer.Option(help="folder for the record, the controller found and its card")] = Path("run"),
+    rounds: Annotated[int | None, typer.Option(min=1, help="proposals")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="minutes to search for")] = None,
+    budget_usd: Annotated[float | None, typer.Option(min=0, help="what proposals may cost")] = None,
+    seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
+    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
+    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all of the search split")] = "",
+    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    shuffles: Annotated[int, typer.Option(min=1, help="orders of branches a candidate is tried in")] = 4,
+    probe_tokens: Annotated[
+        int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
+    ] = None,
+    latency: Annotated[float, typer.Option(min=0, help="points a doubling of the critical path costs")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as cores")] = None,
+    folder: Annotated[Path | None, typer.Option(help="for --explorer files: where candidates are")] = None,
+    llm: Annotated[Path | None, typer.Option(help="for --explorer llm: JSON with base_url, models, prices")] = None,
+    command: Annotated[str, typer.Option(help="for --explorer agent: the command line, {workspace} in it")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run recorded in --out")] = False,
+) -> None:
+    """Search for controllers on the search split, without a model."""
+    if rounds is None and minutes is None and budget_usd is None:
+        raise ExplorerError("say when to end: --rounds, --minutes or --budget-usd")
+    options = Options(folder, llm, command, budget_usd)
+    chosen = _explorer(explorer, options, out)
+    cells = load(recordings, names(models), names(benchmarks), answers)
+    priced = any(recording.priced for found in cells.values() for recording in found)
+    cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
+    plan = Plan(shuffles=shuffles, latency=latency)
+    settings = {
+        "explorer": explorer,
+        "seed": seed,
+        "cells": [" ".join(cell) for cell in cells],
+        "questions": sum(len(found) for found in cells.values()),
+        "answers": answers,
+        "probe_tokens": cost,
+        "betas": list(plan.betas),
+        "shuffles": shuffles,
+        "latency": latency,
+    }
+    record = out / RECORD
+    history = History.resume(record, settings) if resume else History.begin(record, settings)
+    if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
+        export_search(recordings, out / EXPORT, answers=answers)
+    rules = Rules(probe_tokens=cost)
+    with Arena(cells, rules, workers) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
+        cascade = Cascade(arena, probes, plan)
+        digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
+        run = Run(chosen, cascade, history, seed, digester)
+        with Shown(rounds) as shown:
+            run.go(Limits(rounds, budget_usd, minutes), shown.step)
+        with whole(out / CONTEXT) as file:
+            file.write(together([*SYSTEM, *USER], run.context()).encode())
+        finalist = run.finish()
+    _leave(run, finalist, out, settings)
+
+
+def load(path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: Answers) -> dict[Cell, list[Recording]]:
+    """The search split's recordings of each cell. Raises DiscoveryError."""
+    source = open_source(path)
+    cells = choose(source.cells(), models, benchmarks, Split.SEARCH)
+    with Judge() as judge:
+        return {cell: read_cell(source, cell, answers, judge) for cell in cells}
+
+
+def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
+    """The explorer that was asked for. Raises ExplorerError."""
+    if name is ExplorerName.GRAMMAR:
+        return Grammar()
+    if name is ExplorerName.FILES:
+        if options.folder is None:
+            raise ExplorerError("--explorer files needs --folder: where candidates are")
+        return Files(options.folder)
+    if name is ExplorerName.LLM:
+        if options.llm is None:
+            raise ExplorerError("--explorer llm needs --llm: a JSON file that names the endpoint and its models")
+        return _llm(options.llm, options.usd, out / TRANSCRIPT)
+    if not options.command:
+        raise ExplorerError("--explorer agent needs --command: its command line, {workspace} where the folder goes")
+    try:
+        command = shlex.split(options.command)
+    except ValueError as error:
+        raise ExplorerError(f"--command: {error}") from None
+    return Agent(command, out / "workspaces", search=out / EXPORT)
+
+
+def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
+    """A model asked as the file at `path` says. Raises ExplorerError."""
+    from discovery.explorers.endpoint import LLMSettings  # these bring `openai` along, which takes its time
+    from discovery.explorers.llm import LLM
+    from discovery.explorers.transcript import Transcript
+
+    try:
+        about = json.loads(path.read_text())
+        settings = LLMSettings(**{**about, **({} if usd is None else {"usd": usd})})
+    except (OSError, TypeError, ValueError) as error:
+        raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+    return LLM(settings, Transcript(transcript))
+
+
+def _digester(cascade: Cascade, arena: Arena) -> Digester:
+    """Traces of a candidate, in words."""
+
+    def tell(candidate: Candidate) -> str:
+        with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
+            cascade.measure(candidate, Trial((0.5, 1.0), range(2)), traces=Path(folder))
+            return digest(trace_files(Path(folder)), arena.cells)
+
+    return tell
+
+
+class Shown:
+    """How a run is going, on a terminal a bar and the best so far."""
+
+    def __init__(self, rounds: int | None) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._rounds = rounds
+
+    def __enter__(self) -> Shown:
+        self._progress.start()
+        self._task = self._progress.add_task("trying the baselines", total=self._rounds)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, run: Run) -> None:
+        """Take notice of a step."""
+        best = run.context().leaders[:1]
+        words = f"{len(run.candidates)} tried, ${run.spent:.2f}"
+        if best:
+            words += f", best {best[0].score:.2f} ({best[0].candidate.name})"
+        self._progress.update(self._task, description=words, completed=max(0, run.steps - 1))
+
+
+def _leave(run: Run, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
+    """The controller, its card, and a table."""
+    file = out / f"{_stem(finalist.candidate)}.py"
+    about = card(run, finalist, {"cells": settings["cells"], "questions": settings["questions"]}, settings)
+    with whole(file) as opened:
+        opened.write(finalist.candidate.source.encode())
+    with whole(file.with_suffix(".json")) as opened:
+        opened.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+    console = wide_console()
+    console.print(_leaders(run))
+    console.print(f"{file}: AFS {finalist.afs:.2f} in fresh orders, sealed; its card beside it", highlight=False)
+
+
+def _stem(candidate: Candidate) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in candidate.name)[:64]
+
+
+def _leaders(run: Run, most: int = 10) -> Table:
+    table = Table(title=f"{len(run.candidates)} candidates in {run.steps} steps", title_justify="left")
+    for heading in ("candidate", "score", "β: tokens, %", "what it is"):
+        table.add_column(heading, justify="right" if heading == "score" else "left")
+    for one in run.context().leaders[:most]:
+        points = "  ".join(f"{beta:g}: {tokens:,} {accuracy}" for beta, tokens, accuracy in one.curve[::2])
+        table.add_row(escape(one.candidate.name), f"{one.score:.2f}", points, escape(one.candidate.note[:60]))
+    return table

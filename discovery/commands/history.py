@@ -1,0 +1,115 @@
+"""`autotts history`: what a run of `autotts discover` did."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from discovery.cascade import Verdict
+from discovery.commands.console import wide_console
+from discovery.commands.discover import RECORD
+from discovery.discover import read_pairs
+from discovery.errors import HistoryError
+from discovery.explorers import Candidate
+from discovery.history import History
+from discovery.picture import Point, check_plot, draw
+
+history = typer.Typer(name="history", no_args_is_help=True, help="Look at what `autotts discover` did.")
+
+Where = Annotated[Path, typer.Argument(help="the run's folder, or its record")]
+Pair = tuple[Candidate, Verdict]
+
+
+@history.callback()
+def _history() -> None:
+    """Look at what `autotts discover` did."""
+
+
+@history.command()
+def show(
+    path: Where,
+    name: Annotated[str, typer.Argument(help="a candidate's name or the beginning of its digest; without it all")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Every candidate with its verdict, every hash checked; or one of them, whole."""
+    recorded = _read(path)
+    pairs = read_pairs(recorded)
+    if name:
+        candidate, verdict = _find(pairs, name)
+        console = wide_console()
+        console.print(_told(candidate, verdict), highlight=False, markup=False)
+        console.print(Syntax(candidate.source, "python"))
+        return
+    if as_json:
+        figures = [{"name": c.name, "digest": c.digest, "score": v.score, "failure": v.failure} for c, v in pairs]
+        sys.stdout.write(json.dumps({"head": recorded.head, "candidates": figures}, indent=2) + "\n")
+        return
+    table = Table(title=f"{len(pairs)} candidates; the record's hash is {recorded.head[:16]}", title_justify="left")
+    for heading in ("candidate", "digest", "score", "$", "what came of it"):
+        table.add_column(heading, justify="right" if heading in ("score", "$") else "left")
+    for candidate, verdict in pairs:
+        score = "" if verdict.score is None else f"{verdict.score:.2f}"
+        words = verdict.failure or candidate.note
+        told = escape(candidate.name), candidate.digest[:12], score, f"{candidate.cost.usd:.4f}", escape(words[:90])
+        table.add_row(*told)
+    wide_console().print(table)
+
+
+@history.command()
+def diff(path: Where, first: str, second: str) -> None:
+    """How one candidate's file differs from another's."""
+    pairs = read_pairs(_read(path))
+    one, other = (_find(pairs, name)[0] for name in (first, second))
+    lines = difflib.unified_diff(one.source.splitlines(), other.source.splitlines(), one.name, other.name, lineterm="")
+    wide_console().print("\n".join(lines), highlight=False, markup=False)
+
+
+@history.command()
+def plot(path: Where, to: Annotated[Path, typer.Option(help="where the picture goes (.png or .svg)")]) -> None:
+    """Accuracy over tokens of the baselines and of the best candidates."""
+    check_plot(to)
+    scored = [(candidate, verdict) for candidate, verdict in read_pairs(_read(path)) if verdict.score is not None]
+    best = sorted(scored, key=lambda pair: -(pair[1].score or 0.0))[:4]
+    shown = [pair for pair in scored if pair in best or pair[0].explorer == "baseline"]
+    lines = {
+        f"{candidate.name} ({verdict.score:.2f})": [
+            Point(tokens, accuracy, 0.0, f"β = {beta:g}") for beta, tokens, accuracy in verdict.curve
+        ]
+        for candidate, verdict in shown
+    }
+    draw({"search split, all cells": lines}, to)
+
+
+def _read(path: Path) -> History:
+    return History.read(path / RECORD if path.is_dir() else path)
+
+
+def _find(pairs: list[Pair], name: str) -> Pair:
+    """The one candidate of that name, or whose digest begins so. Raises HistoryError."""
+    found = [pair for pair in pairs if pair[0].name == name or pair[0].digest.startswith(name)]
+    if len({pair[0].digest for pair in found}) != 1:
+        raise HistoryError(f"{name}: {'no candidate is' if not found else 'several candidates are'} called that")
+    return found[-1]
+
+
+def _told(candidate: Candidate, verdict: Verdict) -> str:
+    about: dict[str, Any] = {
+        "candidate": candidate.name,
+        "digest": candidate.digest,
+        "explorer": candidate.explorer,
+        "parent": candidate.parent,
+        "note": candidate.note,
+        "score": verdict.score,
+        "AFS by cell": dict(verdict.cells),
+        "critical path, doublings": verdict.slowdown,
+        "failure": verdict.failure or None,
+    }
+    return "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None)

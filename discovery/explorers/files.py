@@ -1,0 +1,65 @@
+"""Candidates somebody else wrote, from a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from controllers.loading import LARGEST
+from discovery.errors import ExplorerError
+from discovery.explorers import Candidate, Context
+from discovery.prompt import clean
+
+NAME: Final = 64
+"""Characters of a candidate's name."""
+
+
+class Files:
+    """Proposes each `*.py` of a folder that was not proposed before, by name; implements `Explorer`.
+
+    A step proposes all there are. A file that cannot be read is a candidate all the same, one that says so: it fails,
+    and is proposed again once it is mended.
+    """
+
+    name = "files"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def propose(self, context: Context) -> list[Candidate]:
+        """The files that are new; none if there are no more. Raises ExplorerError if there is no folder."""
+        try:
+            paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and path.is_file())
+        except OSError as error:
+            raise ExplorerError(f"{self._folder}: {error.strerror}") from None
+        known = {standing.candidate.digest for standing in context.standings}
+        made: list[Candidate] = []
+        for path in paths:
+            candidate = self._read(path)
+            if candidate.digest not in known:
+                known.add(candidate.digest)
+                made.append(candidate)
+        return made
+
+    def _read(self, path: Path) -> Candidate:
+        try:
+            source, note = read_source(path), ""
+        except (OSError, ValueError) as error:
+            note = clean(f"{path.name}: {error}")
+            source = f"# {note}\n"
+        return Candidate(cleaned_name(path.stem), source, self.name, note=note)
+
+
+def read_source(path: Path) -> str:
+    """The text of a controller file. Raises OSError, or ValueError if it is too long or no UTF-8."""
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes; a controller file has no more")
+    return data.decode()
+
+
+def cleaned_name(text: str) -> str:
+    """A name candidates may have."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:NAME] or "_"
