@@ -16,11 +16,12 @@ from typing import Final
 
 from controllers.advice import advise
 from controllers.episode import Controller, Factory
-from controllers.errors import BadController, ControllersError
+from controllers.errors import BadController, ControllersError, UnknownController
 from controllers.registry import find
 
 LARGEST: Final = 64 * 1024
 """Bytes a controller file may have."""
+DISCOVERED: Final = Path(__file__).parent / "discovered"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,24 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """`NAME`, `NAME@N` or `FILE.py` as a spec. Raises UnknownController or BadController."""
+    """`NAME`, `NAME@N` or `FILE.py` as a spec; names of discovered controllers too.
+
+    Raises UnknownController or BadController.
+    """
     if text.endswith(".py"):
         return read(Path(text))
-    find(text)
+    if text in discovered():
+        return read(DISCOVERED / f"{text}.py")
+    try:
+        find(text)
+    except UnknownController as error:
+        raise UnknownController(", ".join([str(error), *discovered()])) from None
     return Spec(text)
+
+
+def discovered() -> list[str]:
+    """Names of the controllers in `controllers/discovered`."""
+    return sorted(path.stem for path in DISCOVERED.glob("*.py") if path.stem != "__init__")
 
 
 def read(path: Path) -> Spec:

@@ -14,13 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
+from controllers.errors import ControllerError
 from controllers.loading import Spec
 from discovery.afs import Anchor, Curve, anchor_of, curves
 from discovery.curve import Score, scores
 from discovery.errors import EngineError, NotRecorded
-from discovery.playing import Job, Played, Rules, play
+from discovery.playing import COLUMNS, Failure, Job, Played, Rules, play
 from discovery.recordings import Cell, Recording
 from discovery.shelf import shelve, take
+
+DIED = "a worker process died"
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,16 @@ class Arena:
         return {cell: anchor_of(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
 
     def enter(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> Entry:
-        """Have the workers try a controller; its scores are there when they are asked for."""
+        """Have the workers try a controller; its scores are there when they are asked for. Raises EngineError."""
         cells = [cell for cell in self.cells for _ in trial.betas]
         jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
-        waiting = [
-            self._pool.submit(_play, job, self._shelves[cell], trial.every, rules or self.rules)
-            for job, cell in zip(jobs, cells, strict=True)
-        ]
+        try:
+            waiting = [
+                self._pool.submit(_play, job, self._shelves[cell], trial.every, rules or self.rules)
+                for job, cell in zip(jobs, cells, strict=True)
+            ]
+        except BrokenProcessPool:
+            raise EngineError(DIED) from None
         return Entry(jobs, waiting, self.anchors(trial))
 
     def measure(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> list[Curve]:
@@ -89,7 +97,7 @@ class Entry:
         try:
             return list(scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True)))
         except BrokenProcessPool:
-            raise EngineError("a worker process died") from None
+            raise EngineError(DIED) from None
 
     def curves(self) -> list[Curve]:
         """The same as curves, a cell each."""
@@ -97,7 +105,19 @@ class Entry:
 
 
 def _play(job: Job, shelf: Path, every: int, rules: Rules) -> Played:
-    return play(job, _recordings(shelf)[::every], rules)
+    recordings = _recordings(shelf)[::every]
+    try:
+        return play(job, recordings, rules)
+    except ControllerError as error:  # it had to be killed as it was loaded
+        return _failed(job, len(recordings), str(error))
+
+
+def _failed(job: Job, questions: int, why: str) -> Played:
+    """Every episode of a job failed before it began."""
+    outcomes = np.zeros((len(COLUMNS), len(job.shuffles), questions), np.int64)
+    outcomes[COLUMNS.index("failed")] = 1
+    failures = [Failure(question, shuffle, why) for shuffle in job.shuffles for question in range(questions)]
+    return Played(outcomes, failures, 0.0)
 
 
 @lru_cache(maxsize=64)

@@ -50,14 +50,13 @@ class History:
     @classmethod
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
         """An earlier run's; it must have begun with the same settings. Raises HistoryError."""
-        history = cls.read(path, mend=True)
-        if not history.events:
-            return cls.begin(path, settings)
-        theirs = history.events[0].body
-        for name in sorted({*theirs, *settings}):
-            if theirs.get(name) != _plain(settings).get(name):
-                raise HistoryError(f"{path}: the run began with {name} = {theirs.get(name)}, not {settings.get(name)}")
-        return history
+        begun = cls.read(path).events[:1]
+        theirs, ours = begun[0].body if begun else _plain(settings), _plain(settings)
+        for name in sorted({*theirs, *ours}):
+            if theirs.get(name) != ours.get(name):
+                raise HistoryError(f"{path}: the run began with {name} = {theirs.get(name)}, not {ours.get(name)}")
+        history = cls.read(path, mend=True)  # not before: who is refused changes nothing
+        return history if begun else cls.begin(path, settings)
 
     @classmethod
     def read(cls, path: Path, mend: bool = False) -> History:
@@ -84,7 +83,7 @@ class History:
         line = json.dumps({"kind": kind, "body": plain, "before": self.head, "hash": event.hash}, ensure_ascii=False)
         try:
             with self.path.open("ab") as file:
-                file.write(line.encode() + b"\n")
+                file.write(line.encode(errors="backslashreplace") + b"\n")  # which JSON reads as what it was
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

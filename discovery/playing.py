@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from controllers import Controller, ControllerError, Limits, Round, State, Stop, run_episode, run_sync
 from controllers.episode import Remote
-from controllers.errors import BadController
 from controllers.loading import Spec, make
 from controllers.sandbox.controller import SEATS, Episode, run_together
 from controllers.sandbox.nursery import nursery
@@ -153,7 +152,7 @@ class _Table:
             kept = set(audited)
             played = self._together([self._seated(at, keep=at in kept) for at in every], CHILDREN)
             fault = self._audit([at for at in audited if played[at].failure is None], played)
-        except BadController as error:
+        except ControllerError as error:  # it does not load, or had to be killed as it did
             return [self._failed(str(error), question) for question, _ in self.episodes]
         if fault is None:
             return played

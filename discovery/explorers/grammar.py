@@ -58,7 +58,7 @@ PATIENCE = Knob("patience", "looks in a row at which a chain may differ from the
 RUNNING = Knob("running", "chains kept running while it is not sure", 1, 32, whole=True, log=True)
 WAVE = Knob("wave", "chains opened when those before have not settled it", 1, 24, whole=True, log=True)
 SHORTER = Knob("shorter", "power by which a shorter chain's vote counts more", 0.0, 4.0)
-VOICE = Knob("voice", "weight of what a running chain says beside a finished one's vote", 0.0, 1.0)
+VOICE = Knob("voice", "weight of what a running chain says beside a finished vote", 0.0, 1.0)
 
 HORIZON = Knob("horizon", "intervals a chain may run", 4, 100, whole=True, log=True)
 
@@ -402,7 +402,8 @@ class Grammar:
         start = bred[0].candidate.genome["start"] if bred else _to_unit(genome, numbers)
         seed = context.rng.getrandbits(31)
         bounds = np.tile([0.0, 1.0], (len(numbers), 1))
-        strategy = cmaes.CMA(np.array(start), 0.12, bounds=bounds, seed=seed, population_size=self.batch)
+        with np.errstate(divide="ignore"):  # fewer than four have one parent alone
+            strategy = cmaes.CMA(np.array(start), 0.12, bounds=bounds, seed=seed, population_size=self.batch)
         worst = min(one.score for one in mine if one.score is not None) - 1
         for first in range(0, len(bred) - self.batch + 1, self.batch):
             strategy.tell([(_unit(one, numbers), -_value(one, worst)) for one in bred[first : first + self.batch]])

@@ -14,7 +14,7 @@ from rich.table import Table
 from proxy.embedded import EmbeddedServer
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from tests.bench import answers, live, replay, sealed
+from tests.bench import answers, cascade, live, replay, sealed
 
 
 def machine() -> str:
@@ -25,7 +25,13 @@ def machine() -> str:
 
 
 async def main() -> None:
-    offline = [*answers.rows(), *[row async for row in answers.mixed()], *replay.rows(), *sealed.rows()]
+    offline = [
+        *answers.rows(),
+        *[row async for row in answers.mixed()],
+        *replay.rows(),
+        *sealed.rows(),
+        *cascade.rows(),
+    ]
     async with EmbeddedServer() as server:
         settings = load(upstream=server.url, **{**EMBEDDED, "interval": live.INTERVAL})
         async with running(settings) as url, aiohttp.ClientSession() as http:

@@ -1,0 +1,31 @@
+"""What explorers found and is shipped: readable, checked, with a card that is of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from controllers import UnknownController
+from controllers.advice import advise
+from controllers.loading import DISCOVERED, discovered, parse_spec
+
+NAMES = discovered()
+
+
+def test_there_are_some() -> None:
+    assert NAMES
+    with pytest.raises(UnknownController, match=NAMES[0]):
+        parse_spec("nobody")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_controller_with_its_card(name: str) -> None:
+    spec = parse_spec(name)
+    assert spec.is_foreign
+    assert spec.source is not None
+    assert advise(spec.source) == []
+    card = json.loads((DISCOVERED / f"{name}.json").read_text())
+    assert card["digest"] == spec.digest
+    assert {"explorer", "lineage", "run", "data", "settings", "search"} <= set(card)
+    assert all(cell["points"] for cell in card["search"]["cells"])
