@@ -51,8 +51,12 @@ class Crossed(ControllerError):
     """A sealed controller crossed `boundary`. Its process is dead; the state is as it was."""
 
     def __init__(self, boundary: Boundary, message: str) -> None:
-        super().__init__(f"{message} ({boundary})")
+        super().__init__(boundary, message)  # as it was made, so that another process can make it again
         self.boundary = boundary
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.boundary})"
 
 
 class Unsealed(ControllersError):

@@ -14,14 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from controllers.errors import ControllerError
 from controllers.loading import Spec
 from discovery.afs import Anchor, Curve, anchor_of, curves
 from discovery.curve import Score, scores
 from discovery.errors import EngineError, NotRecorded
-from discovery.playing import COLUMNS, Failure, Job, Played, Rules, play
+from discovery.playing import Job, Played, Rules, play
 from discovery.recordings import Cell, Recording
 from discovery.shelf import shelve, take
 
@@ -105,19 +102,7 @@ class Entry:
 
 
 def _play(job: Job, shelf: Path, every: int, rules: Rules) -> Played:
-    recordings = _recordings(shelf)[::every]
-    try:
-        return play(job, recordings, rules)
-    except ControllerError as error:  # it had to be killed as it was loaded
-        return _failed(job, len(recordings), str(error))
-
-
-def _failed(job: Job, questions: int, why: str) -> Played:
-    """Every episode of a job failed before it began."""
-    outcomes = np.zeros((len(COLUMNS), len(job.shuffles), questions), np.int64)
-    outcomes[COLUMNS.index("failed")] = 1
-    failures = [Failure(question, shuffle, why) for shuffle in job.shuffles for question in range(questions)]
-    return Played(outcomes, failures, 0.0)
+    return play(job, _recordings(shelf)[::every], rules)
 
 
 @lru_cache(maxsize=64)

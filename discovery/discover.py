@@ -17,8 +17,8 @@ from controllers.registry import BUILT_IN
 from discovery.afs import Curve, afs
 from discovery.arena import Trial
 from discovery.cascade import BASELINE, Cascade, Verdict, together
-from discovery.errors import ExplorerError
-from discovery.explorers import Candidate, Context, Cost, Explorer, OutOfMoney, Standing
+from discovery.errors import ExplorerError, OutOfMoney
+from discovery.explorers import Candidate, Context, Cost, Explorer, Standing
 from discovery.history import History
 
 BASELINES: Final = ("cmc", "short_m_at_k", "self_consistency", "asc")

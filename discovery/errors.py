@@ -10,6 +10,7 @@ DiscoveryError
 ├── TraceError      a file of traces cannot be written or read
 ├── Censored        a replay asked for more of a branch than was recorded
 ├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
+│   └── OutOfMoney  the budget allows no further call
 ├── HistoryError    the record of a run is not what was written, or of another run
 ├── GateError       a controller cannot be judged as asked; one that is judged is never an error
 └── PromotionError  what is installed cannot be changed as asked; it is as it was
@@ -58,6 +59,10 @@ class UnknownKind(DiscoveryError):
 
 class ExplorerError(DiscoveryError):
     """An explorer gives no candidate; the message says what to do."""
+
+
+class OutOfMoney(ExplorerError):
+    """The budget allows no further call."""
 
 
 class HistoryError(DiscoveryError):

@@ -8,12 +8,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
-from discovery.errors import ExplorerError
-
-
-class OutOfMoney(ExplorerError):
-    """One more call could cost more than may be spent; what was proposed before stands."""
-
 
 class Cost(NamedTuple):
     """What making a candidate cost."""

@@ -12,8 +12,8 @@ from typing import Any, Final, Literal, NamedTuple
 import openai
 from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from discovery.errors import ExplorerError
-from discovery.explorers import Cost, OutOfMoney
+from discovery.errors import ExplorerError, OutOfMoney
+from discovery.explorers import Cost
 from discovery.explorers.transcript import Response, Transcript, exchange_key
 
 KEY: Final = "AUTOTTS_EXPLORER_API_KEY"

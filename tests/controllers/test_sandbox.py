@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import select
 import socket
 import sys
@@ -305,6 +306,12 @@ def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: Nursery) ->
     assert worker.close() is None
     with pytest.raises(Crossed, match="it has been closed"):
         worker.decide([frames.begin(0, 0.5, LIMITS)], 9)
+
+
+def test_what_was_crossed_can_be_told_to_another_process() -> None:
+    error = Crossed(Boundary.LATE, "it took longer")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.boundary, str(again)) == (Boundary.LATE, "it took longer (late)")
 
 
 @linux

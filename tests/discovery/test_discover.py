@@ -23,8 +23,8 @@ from discovery.cascade import Cascade, Plan, Verdict, fixed_recordings
 from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT
 from discovery.digest import digest
 from discovery.discover import BASELINES, FINE, Limits, Run, baselines, card, read_pairs
-from discovery.errors import ExplorerError, HistoryError
-from discovery.explorers import Candidate, Context, Cost, Explorer, OutOfMoney
+from discovery.errors import ExplorerError, HistoryError, OutOfMoney
+from discovery.explorers import Candidate, Context, Cost, Explorer
 from discovery.explorers.endpoint import KEY, LLMSettings
 from discovery.explorers.files import Files
 from discovery.explorers.grammar import CLASSICS, Grammar
