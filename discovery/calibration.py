@@ -83,6 +83,10 @@ class Map:
     cap: Beta
 
 
+WHOLE: Final = Map(Arm.CONTROLLER, 1.0)
+"""All of the dial: of a model nobody has measured."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """One controller on one model."""

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from discovery import calibration
 from discovery.answers import Judge
-from discovery.calibration import Calibrations
+from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError
 from proxy import chat, dial, errors, passthrough, reply, schema
 from proxy.casting import Casting
@@ -81,12 +81,14 @@ class Service:
             effort=parsed.reasoning_effort,
             alias=alias,
             model=model.id,
-            default=self.settings.beta,
+            default=self._default(model.id),
             target=None if parsed.tts.target_tokens is None else partial(self._aim, model.id, parsed.tts),
         )
         reason = _why_not(parsed, turned)
         if turned is None or reason is not None:
             return await self._pass(request, parsed, body, model, reason or "no_beta")
+        if not turned.explicit and parsed.tts.controller is None and self._map(model.id).arm is Arm.SINGLE:
+            parsed = parsed.served_by("single")
         plan = await chat.plan(self.engine, self.casting, self.settings, model, parsed, turned)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(plan))
@@ -104,6 +106,18 @@ class Service:
             ping_s=self.settings.ping_s,
         )
         return Stream(events, headers=reply.known_headers(plan))
+
+    def _map(self, model: str) -> Map:
+        """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
+        found = self.calibrations.get(model)
+        if found is None or found.digest != self.casting.stages.now.champion.digest:
+            return WHOLE
+        return found.map
+
+    def _default(self, model: str) -> float | None:
+        """β of requests that set none: the operator's, but no more than is worth what it costs."""
+        beta = self.settings.beta
+        return None if beta is None else min(beta, self._map(model).cap)
 
     def _aim(self, model: str, asked: schema.TtsOptions) -> float:
         """The β that spends `asked.target_tokens` on average. Raises BadRequest if nobody has measured it."""

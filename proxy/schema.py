@@ -71,6 +71,10 @@ class ChatRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     tts: TtsOptions = TtsOptions()
 
+    def served_by(self, controller: str) -> ChatRequest:
+        """The same request, naming a controller."""
+        return self.model_copy(update={"tts": self.tts.model_copy(update={"controller": controller})})
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however they were given."""

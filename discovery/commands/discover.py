@@ -28,6 +28,7 @@ from discovery.explorers import Candidate, Explorer
 from discovery.explorers.agent import Agent
 from discovery.explorers.files import Files
 from discovery.explorers.grammar import Grammar
+from discovery.explorers.tuned import Tuned
 from discovery.files import whole
 from discovery.history import History
 from discovery.playing import Rules
@@ -80,13 +81,14 @@ def discover(
     folder: Annotated[Path | None, typer.Option(help="for --explorer files: where candidates are")] = None,
     llm: Annotated[Path | None, typer.Option(help="for --explorer llm: JSON with base_url, models, prices")] = None,
     command: Annotated[str, typer.Option(help="for --explorer agent: the command line, {workspace} in it")] = "",
+    tune: Annotated[bool, typer.Option("--tune", help="between proposals, tune the numbers of the best file")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run recorded in --out")] = False,
 ) -> None:
     """Search for controllers on the search split, without a model."""
     if rounds is None and minutes is None and budget_usd is None:
         raise ExplorerError("say when to end: --rounds, --minutes or --budget-usd")
     options = Options(folder, llm, command, budget_usd)
-    chosen = _explorer(explorer, options, out)
+    chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
     cells = load(recordings, names(models), names(benchmarks), answers)
     priced = any(recording.priced for found in cells.values() for recording in found)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
@@ -101,6 +103,7 @@ def discover(
         "betas": list(plan.betas),
         "shuffles": shuffles,
         "latency": latency,
+        "tune": tune,
     }
     record = out / RECORD
     history = History.resume(record, settings) if resume else History.begin(record, settings)

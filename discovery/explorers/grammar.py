@@ -14,17 +14,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import cmaes
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from discovery.explorers import Candidate, Context, Standing
+from discovery.explorers.evolution import offspring, worst_of
 
 Genome = Mapping[str, Any]
 
 GENTLE, STEEP = 0.3, 3.0
 """Bounds of the exponent of β."""
+SIGMA: Final = 0.12
+"""Spread of a line's first generation, in parts of a number's range."""
 REFINED_EVERY: Final = 3
 """Of so many steps one draws new structures; the others refine the numbers of the best."""
 
@@ -378,7 +380,7 @@ class Grammar:
 
     def _draw(self, context: Context, mine: Sequence[Standing]) -> list[Candidate]:
         """Genomes by the estimator, from how all before them did."""
-        worst = min((one.score for one in mine if one.score is not None), default=0.0) - 1
+        worst = worst_of(mine)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of being experimental
             optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -402,12 +404,11 @@ class Grammar:
         start = bred[0].candidate.genome["start"] if bred else _to_unit(genome, numbers)
         seed = context.rng.getrandbits(31)
         bounds = np.tile([0.0, 1.0], (len(numbers), 1))
-        with np.errstate(divide="ignore"):  # fewer than four have one parent alone
-            strategy = cmaes.CMA(np.array(start), 0.12, bounds=bounds, seed=seed, population_size=self.batch)
-        worst = min(one.score for one in mine if one.score is not None) - 1
-        for first in range(0, len(bred) - self.batch + 1, self.batch):
-            strategy.tell([(_unit(one, numbers), -_value(one, worst)) for one in bred[first : first + self.batch]])
-        children = [_from_unit(genome, numbers, strategy.ask()) for _ in range(self.batch)]
+        worst = worst_of(mine)
+        told = [(_unit(one, numbers), _value(one, worst)) for one in bred]
+        children = [
+            _from_unit(genome, numbers, vector) for vector in offspring(start, told, seed, self.batch, SIGMA, bounds)
+        ]
         remembered = {"line": line, "start": [float(x) for x in start]}
         parent = leader.candidate.digest
         return [self._candidate(context, at, child, remembered, parent) for at, child in enumerate(children)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ async def test_tokens_aimed_at_set_the_dial(aiming: Proxy, target: int, beta: fl
     assert status == 200, reply
     assert float(headers["x-tts-beta"]) == beta == reply["tts"]["beta"]
     assert headers["x-tts-beta-source"] == reply["tts"]["beta_source"] == "target_tokens"
+
+
+@pytest.mark.parametrize(
+    ("best", "controller", "beta"),
+    [
+        (Map(Arm.CONTROLLER, 1.0), "cmc", "0.8"),
+        (Map(Arm.CONTROLLER, 0.5), "cmc", "0.5"),
+        (Map(Arm.SINGLE, 0.0), "single", "0"),
+    ],
+)
+async def test_a_dial_nobody_turned_stays_where_it_pays(
+    backend: FakeVLLM, tmp_path: Path, best: Map, controller: str, beta: str
+) -> None:
+    write({MODEL: replace(calibrated(), map=best, pays=False)}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, beta=0.8, calibration=tmp_path / "calibration.json", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
+        proxy = Proxy(backend, url, http, unused)
+        _, headers, _ = await proxy.ask(None)
+        assert (headers["x-tts-controller"], headers["x-tts-beta"]) == (controller, beta)
+        for turned, named in (("0.8", None), (None, "esc")):  # who asks for something gets it
+            _, headers, _ = await proxy.ask(turned, tts={} if named is None else {"controller": named})
+            assert headers["x-tts-controller"] == (named or "cmc")
+        await unused.close()
 
 
 async def test_a_header_wins_over_tokens_aimed_at(aiming: Proxy, proxy: Proxy) -> None:
