@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 import tempfile
@@ -21,7 +22,7 @@ from discovery.arena import Arena, Trial
 from discovery.cascade import Cascade, Plan, fixed_recordings
 from discovery.commands.console import names, wide_console
 from discovery.digest import digest
-from discovery.discover import Digester, Finalist, Limits, Run, card
+from discovery.discover import Digester, Finalist, Limits, Run, card, read_pairs
 from discovery.errors import ExplorerError
 from discovery.evaluate import Answers, read_cell
 from discovery.explorers import Candidate, Explorer
@@ -36,6 +37,7 @@ from discovery.prompt import SYSTEM, USER, together
 from discovery.recordings import Cell, Recording, Split
 from discovery.source import choose, open_source
 from discovery.splits import export_search
+from discovery.store import Search, Store, Tried
 from discovery.traces import trace_files
 
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
@@ -82,6 +84,7 @@ def discover(
     llm: Annotated[Path | None, typer.Option(help="for --explorer llm: JSON with base_url, models, prices")] = None,
     command: Annotated[str, typer.Option(help="for --explorer agent: the command line, {workspace} in it")] = "",
     tune: Annotated[bool, typer.Option("--tune", help="between proposals, tune the numbers of the best file")] = False,
+    store: Annotated[Path | None, typer.Option(help="a store that is to keep the search, too")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run recorded in --out")] = False,
 ) -> None:
     """Search for controllers on the search split, without a model."""
@@ -119,7 +122,33 @@ def discover(
         with whole(out / CONTEXT) as file:
             file.write(together([*SYSTEM, *USER], run.context()).encode())
         finalist = run.finish()
+    if store is not None:
+        keep(run, store, settings)
     _leave(run, finalist, out, settings)
+
+
+def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
+    """Write a search into a store. Raises StoreError."""
+    tried = [
+        Tried(
+            candidate.digest,
+            candidate.name,
+            candidate.explorer,
+            candidate.parent,
+            verdict.score,
+            verdict.failure,
+            candidate.cost.usd,
+            candidate.source,
+        )
+        for candidate, verdict in read_pairs(run.history)
+    ]
+    search = Search(run.history.head, str(settings["explorer"]), int(settings["seed"]), settings, tried)
+
+    async def write() -> None:
+        async with Store.open(place, create=True) as opened:
+            await opened.add_search(search)
+
+    asyncio.run(write())
 
 
 def load(path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: Answers) -> dict[Cell, list[Recording]]:

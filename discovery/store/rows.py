@@ -49,6 +49,31 @@ class Feedback:
     created: str = field(default_factory=lambda: now())
 
 
+class Tried(NamedTuple):
+    """One candidate of a search, and what came of it."""
+
+    digest: str
+    name: str
+    explorer: str
+    parent: str | None  # digest of what it was made from
+    score: float | None  # None if it failed
+    failure: str
+    usd: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """A run of `autotts discover`, as far as its record went."""
+
+    id: str  # the hash its record ends in
+    explorer: str
+    seed: int
+    settings: Mapping[str, Any]
+    tried: Sequence[Tried]
+    created: str = field(default_factory=lambda: now())
+
+
 class Added(NamedTuple):
     """How much of what was to be added was new."""
 
@@ -163,6 +188,18 @@ def episode_row(episode: Episode) -> Row:
 def feedback_row(feedback: Feedback) -> Row:
     """Of table feedback."""
     return sealed((feedback.id, feedback.request_id, feedback.kind, feedback.value, feedback.created))
+
+
+def search_row(search: Search) -> Row:
+    """Of table runs."""
+    about = (search.id, search.explorer, search.seed, _json(dict(search.settings)), len(search.tried), search.created)
+    return sealed(about)
+
+
+def tried_rows(search: Search) -> Iterator[Row]:
+    """Of table candidates."""
+    for number, one in enumerate(search.tried):
+        yield sealed((f"{search.id}:{number}", search.id, *one))
 
 
 def recorded(recording: Sequence[Any], question: Sequence[Any], branches: Sequence[Sequence[Any]]) -> RecordedQuestion:

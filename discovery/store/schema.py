@@ -82,7 +82,33 @@ SANDBOX: Final[Migration] = (
     "ALTER TABLE episodes ADD COLUMN sandbox TEXT NOT NULL DEFAULT 'trusted'",
 )
 
-MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX)
+RUNS: Final[Migration] = (
+    """CREATE TABLE runs (
+        id TEXT PRIMARY KEY,
+        explorer TEXT NOT NULL,
+        seed BIGINT NOT NULL,
+        settings TEXT NOT NULL,
+        candidates INTEGER NOT NULL,
+        created TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    """CREATE TABLE candidates (
+        id TEXT PRIMARY KEY,
+        run_id TEXT NOT NULL REFERENCES runs (id),
+        digest TEXT NOT NULL,
+        name TEXT NOT NULL,
+        explorer TEXT NOT NULL,
+        parent TEXT,
+        score DOUBLE PRECISION,
+        failure TEXT NOT NULL,
+        usd DOUBLE PRECISION NOT NULL,
+        source TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX candidates_of ON candidates (run_id)",
+)
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS)
 """What leads from each version to the next; the version of a store is how many of them it has seen."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -98,6 +124,8 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
             *("rounds", "branches", "ledger", "stop", "answer", "created", "sandbox"),
         ),
         "feedback": ("id", "request_id", "kind", "value", "created"),
+        "runs": ("id", "explorer", "seed", "settings", "candidates", "created"),
+        "candidates": (*("id", "run_id", "digest", "name", "explorer", "parent", "score", "failure", "usd", "source"),),
     }
 )
 """What a row's checksum is over, by table."""

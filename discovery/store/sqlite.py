@@ -19,7 +19,7 @@ import aiosqlite
 from discovery.errors import CorruptRow, StoreError
 from discovery.recordings import Cell, Origin, RecordedQuestion, Split
 from discovery.store import rows
-from discovery.store.rows import Added, Episode, Feedback, Summary, Verified
+from discovery.store.rows import Added, Episode, Feedback, Search, Summary, Verified
 from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
 
 T = TypeVar("T")
@@ -100,6 +100,15 @@ class Store:
         """Add feedback; one of the same id is left as it is."""
         await self.write(lambda connection: _insert(connection, "feedback", [rows.feedback_row(feedback)]))
 
+    async def add_search(self, search: Search) -> None:
+        """Add a search with all it tried; one that ends in the same hash is left as it is."""
+
+        async def work(connection: aiosqlite.Connection) -> None:
+            if await _insert(connection, "runs", [rows.search_row(search)]):
+                await _insert(connection, "candidates", rows.tried_rows(search))
+
+        await self.write(work)
+
     async def prune(
         self, cells: Callable[[str, str, Origin], bool] = lambda model, benchmark, origin: False, corrupt: bool = False
     ) -> Added:
@@ -118,7 +127,7 @@ class Store:
             for recording in sorted(gone):
                 branches += await _delete(connection, "branches WHERE recording_id = ?", recording)
                 recordings += await _delete(connection, "recordings WHERE id = ?", recording)
-            for table in ("episodes", "feedback"):
+            for table in ("episodes", "feedback", "candidates", "runs"):
                 for key in bad.get(table, ()):
                     await _delete(connection, f"{table} WHERE id = ?", *key)
             unused = "NOT EXISTS (SELECT 1 FROM recordings WHERE recordings.question_id = questions.id)"

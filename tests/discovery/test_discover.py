@@ -34,6 +34,7 @@ from discovery.formats import as_line
 from discovery.history import Event, History
 from discovery.playing import Rules
 from discovery.recordings import Cell, RecordedQuestion, Split, intern, question_id
+from discovery.store import Store
 from discovery.traces import trace_files
 from tests.discovery.test_cascade import FALLING, GOOD, VOTE, WEAK
 from tests.discovery.test_evaluate import autotts, question
@@ -594,7 +595,8 @@ SEARCH = ("--shuffles", "2", "--workers", "1", "--recordings")
 def found(tmp_path_factory: pytest.TempPathFactory, lines: Path) -> tuple[Path, str]:
     """The folder `autotts discover` leaves, and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
-    done = autotts("discover", *SEARCH, str(lines), "--rounds", "2", "--out", "run", folder=folder)
+    about = ("--rounds", "2", "--out", "run", "--store", "kept.db")
+    done = autotts("discover", *SEARCH, str(lines), *about, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout
 
@@ -619,6 +621,22 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     assert about["settings"]["answers"] == "exact"
     assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINE)] * 2
     assert about["cost"] == {"usd": 0, "candidates": 4 + len(CLASSICS) + 8, "steps": 3}
+
+
+async def test_the_store_keeps_the_search_too(found: tuple[Path, str]) -> None:
+    record = History.read(found[0] / RECORD)
+    async with Store.open(found[0].parent / "kept.db") as store:
+        runs = await store._read("SELECT id, explorer, candidates FROM runs")
+        best = await store._read("SELECT digest FROM candidates WHERE score = (SELECT MAX(score) FROM candidates)")
+        assert runs == [(record.head, "grammar", 4 + len(CLASSICS) + 8)]
+        assert best[0][0] in {
+            one["digest"] for body in record.of("proposed") for one in map(digested, body["candidates"])
+        }
+        assert (await store.verify()).bad == []
+
+
+def digested(body: Mapping[str, Any]) -> dict[str, str]:
+    return {"digest": written(body["source"]).digest}
 
 
 def test_what_was_found_can_be_evaluated(found: tuple[Path, str], lines: Path) -> None:

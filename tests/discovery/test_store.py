@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow, StoreError
 from discovery.recordings import Cell, Origin, RecordedBranch, RecordedQuestion, Split, question_id
-from discovery.store import Added, Episode, Feedback, Store
+from discovery.store import Added, Episode, Feedback, Search, Store, Tried
 from discovery.store.schema import FIRST, MIGRATIONS
 from tests.discovery.test_formats import recordings
 
@@ -217,7 +217,7 @@ async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
         pass
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="has version 3, this program knows up to 2; upgrade autotts"):
+    with pytest.raises(StoreError, match="has version 4, this program knows up to 3; upgrade autotts"):
         async with Store.open(path):
             pass
     assert path.read_bytes() == before
@@ -236,7 +236,7 @@ async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: 
         assert await store.load(CELL) == [some()]
     async with Store.open(path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
         assert await store.load(CELL) == [some()]
-    with pytest.raises(StoreError, match="has version 3"):
+    with pytest.raises(StoreError, match="has version 4"):
         async with Store.open(path):
             pass
 
@@ -250,6 +250,28 @@ async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path
         (row,) = await store._read("SELECT sandbox FROM episodes")
         assert row[0] == "sealed"
         assert (await store.verify()).bad == []
+
+
+async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
+    tried = [
+        Tried("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ..."),
+        Tried("d2", "two", "llm", "d1", None, "it raised", 0.02, "class Two: ..."),
+    ]
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        for _ in range(2):
+            await store.add_search(Search("hash", "llm", 7, {"shuffles": 4}, tried))
+        assert (await store._read("SELECT explorer, seed, settings, candidates FROM runs")) == [
+            ("llm", 7, '{"shuffles":4}', 2)
+        ]
+        found = await store._read("SELECT name, score, failure, usd FROM candidates WHERE run_id = 'hash' ORDER BY id")
+        assert found == [("one", 53.2, "", 0.01), ("two", None, "it raised", 0.02)]
+        verified = await store.verify()
+        assert (verified.rows["runs"], verified.rows["candidates"], verified.bad) == (1, 2, [])
+    change(tmp_path / "s.db", "UPDATE candidates SET score = 99 WHERE name = 'one'")
+    async with Store.open(tmp_path / "s.db") as store:
+        assert len((await store.verify()).bad) == 1
+        await store.prune(corrupt=True)
+        assert (await store.verify()).rows["candidates"] == 1
 
 
 async def test_what_is_no_store(tmp_path: Path) -> None:
