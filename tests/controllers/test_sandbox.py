@@ -360,7 +360,7 @@ async def test_slow_and_late_decisions(nest: Nursery, later: bool) -> None:
         HEAD
         + "        n = 10**6 * (4 if state.rounds == 0 else 10**6)\n        while n: n -= 1\n        return [branch()]"
     )
-    sealed, state = controller(nest, busy, hard_s=1.0 if later else 5.0), State(LIMITS)
+    sealed, state = controller(nest, busy, hard_s=3.0 if later else 5.0), State(LIMITS)
     if later:
         await sealed.decide_later(state)
         assert sealed.worker.slow == 1  # four million steps take longer than 50 ms anywhere
