@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -89,8 +89,9 @@ class Entry:
         self._waiting = waiting
         self._anchors = anchors
 
+    @cached_property
     def scores(self) -> list[Score]:
-        """What came of it, a score a cell and β. Raises EngineError, Unsealed."""
+        """What came of it, a score a cell and β; waited for. Raises EngineError, Unsealed."""
         try:
             return list(scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True)))
         except BrokenProcessPool:
@@ -98,7 +99,7 @@ class Entry:
 
     def curves(self) -> list[Curve]:
         """The same as curves, a cell each."""
-        return curves(self.scores(), self._anchors)
+        return curves(self.scores, self._anchors)
 
 
 def _play(job: Job, shelf: Path, every: int, rules: Rules) -> Played:

@@ -121,7 +121,7 @@ class Cascade:
             return replace(verdict, failure=f"more than {LARGEST} bytes")
         if candidate.explorer != BASELINE and (wrong := advise(candidate.source)):
             return replace(verdict, failure="; ".join(wrong))
-        found = self._probes.enter(_spec(candidate), Trial((0.0, 0.5, 1.0), range(2)), self._rules(candidate)).scores()
+        found = self._probes.enter(_spec(candidate), Trial((0.0, 0.5, 1.0), range(2)), self._rules(candidate)).scores
         if words := failures(found):
             return replace(verdict, failure=words)
         print_ = sha256(b"".join(np.ascontiguousarray(score.outcomes).tobytes() for score in found)).hexdigest()[:16]
@@ -136,7 +136,7 @@ class Cascade:
         """The curves of each that is still in, or why it has failed; all are tried at once."""
         entries = [(at, self._arena.enter(_spec(candidates[at]), trial, self._rules(candidates[at]))) for at in going]
         for at, entry in entries:
-            if words := failures(entry.scores()):
+            if words := failures(entry.scores):
                 yield at, words
                 continue
             found = entry.curves()
@@ -155,9 +155,7 @@ class Cascade:
         slowdown = float(np.mean([curve.slowdown for curve in found]))
         return round(afs(found) - self._plan.latency * slowdown, 6)
 
-    def _final(self, verdict: Verdict, found: Sequence[Curve] | str) -> Verdict:
-        if isinstance(found, str):
-            return replace(verdict, failure=found)
+    def _final(self, verdict: Verdict, found: Sequence[Curve]) -> Verdict:
         return replace(
             verdict,
             score=self._score(found),

@@ -39,8 +39,6 @@ class LayerMissing(Exception):
 
     def __init__(self, layer: Layer, reason: str) -> None:
         super().__init__(f"{str(layer.name).lower()}: {reason}")
-        self.layer = layer
-        self.reason = reason
 
 
 class _Machine(NamedTuple):

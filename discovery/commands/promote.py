@@ -131,12 +131,7 @@ def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
     """The card of a controller by the report in a file, if there is one. Raises PromotionError if that is no report."""
     if report is None:
         return {"headline": "forced without a report" if forced else "", "report": None}
-    try:
-        told = json.loads(report.read_bytes())
-    except OSError as error:
-        raise PromotionError(f"{report}: {error.strerror}") from None
-    except ValueError as error:
-        raise PromotionError(f"{report}: {error}") from None
+    told = _json(report)
     if not isinstance(told, dict):
         raise PromotionError(f"{report}: that is no report of the gate's")
     return {"headline": str(told.get("headline") or f"verdict: {told.get('verdict')}"), "report": told}
@@ -145,13 +140,17 @@ def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
 def found(file: Path) -> dict[str, Any]:
     """What `autotts discover` has left beside a controller's file; nothing if it has left nothing."""
     beside = file.with_suffix(".json")
-    if not beside.is_file():
-        return {}
+    return {"discovery": _json(beside)} if beside.is_file() else {}
+
+
+def _json(path: Path) -> Any:
+    """What a file says. Raises PromotionError, naming it."""
     try:
-        told = json.loads(beside.read_bytes())
-    except (OSError, ValueError) as error:
-        raise PromotionError(f"{beside}: {error}") from None
-    return {"discovery": told}
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise PromotionError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise PromotionError(f"{path}: {error}") from None
 
 
 def loudly(words: str) -> None:
