@@ -6,6 +6,7 @@ Answers are interned: a recording keeps each distinct answer once and refers to 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -77,6 +78,9 @@ class RecordedQuestion:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, …, as sent
     probe_template: str = ""  # name and version of what probes append; empty if unknown
     origin: Origin = Origin.IMPORTED
+    chat_template: str = ""  # hash of what the model's chat template makes of a conversation; empty if unknown
+    request: str = ""  # id of the request it was made for, where it is live
+    confidence: float = 1.0  # in the reference answer, from 0 to 1
 
     @property
     def cell(self) -> Cell:
@@ -88,6 +92,27 @@ class RecordedQuestion:
         """Whether every branch ran to its end; only such recordings are scored."""
         return all(branch.complete for branch in self.branches)
 
+    @property
+    def version(self) -> Version:
+        """What must be the same for recordings to be scored together."""
+        sampling = json.dumps(dict(self.sampling), sort_keys=True)
+        return Version(self.model, self.chat_template, sampling, self.interval, self.probe_template)
+
+
+class Version(NamedTuple):
+    """How branches were made: one model, asked and sampled one way. Recordings of two versions are not comparable."""
+
+    model: str
+    chat_template: str
+    sampling: str  # as JSON
+    interval: int
+    probe_template: str
+
+    @property
+    def digest(self) -> str:
+        """It as a short hash."""
+        return sha256(json.dumps(self).encode()).hexdigest()[:12]
+
 
 def split_of(question: str) -> Split:
     """The split a question falls into by its `question_id`: six tenths search, two validation, two held-out."""
@@ -95,9 +120,22 @@ def split_of(question: str) -> Split:
     return Split.SEARCH if tenth < 6 else Split.VALIDATION if tenth < 8 else Split.HELD_OUT
 
 
+def live_split(question: str) -> Split:
+    """The split of a question first seen in live traffic: as `split_of` has it, but nothing live is held out."""
+    split = split_of(question)
+    return Split.VALIDATION if split is Split.HELD_OUT else split
+
+
 def question_id(text: str) -> str:
     """What a question is known by: the SHA-256 of its text."""
     return sha256(text.encode()).hexdigest()
+
+
+def question_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation: what its one message says if a user alone has spoken, else all of it as JSON."""
+    if len(messages) == 1 and messages[0].get("role") == "user" and isinstance(messages[0].get("content"), str):
+        return str(messages[0]["content"])
+    return json.dumps(list(messages), sort_keys=True, ensure_ascii=False)
 
 
 class RecordedRow(NamedTuple):

@@ -10,6 +10,7 @@ from discovery.answers.judge import Judge
 from discovery.answers.kinds import AUTO, Kind, Way, parse_kind
 from discovery.answers.labels import Labels
 from discovery.answers.reading import VOTES_ALONE, Answer, boxed, read
+from discovery.answers.veil import is_veiled, veiled
 
 __all__ = [
     "AUTO",
@@ -23,6 +24,8 @@ __all__ = [
     "Way",
     "boxed",
     "canonical",
+    "is_veiled",
     "parse_kind",
     "read",
+    "veiled",
 ]

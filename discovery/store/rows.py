@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from hashlib import blake2b, sha256
 from typing import Any, Final, NamedTuple
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
+
 from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow
 from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split
@@ -18,9 +21,30 @@ Row = tuple[Any, ...]
 MEND: Final = "restore the store from a backup, or drop what is corrupt with `autotts store prune --corrupt`"
 
 
+class About(TypedDict, total=False):
+    """What else is known of a served episode."""
+
+    beta_source: str
+    stage: str | None  # its controller was chosen for; None if the request named it
+    fallback: str | None  # why the baseline decided in the end, if it did
+    decided: int  # rounds its controller decided, before the baseline took over
+    limits: Mapping[str, int | None]  # fields of `controllers.Limits`
+    spent: int  # tokens its rounds cost; the ledger has what was spent besides
+    seconds: float  # from the request to its reply
+    answers: Sequence[str]  # by label
+    answer_kind: str  # how they were read
+    reply: str | None  # the hash of what the client read
+    usage: Mapping[str, Any]  # as the client was told
+    sampling: Mapping[str, Any]  # temperature, top_p, …, as sent
+    chat_template: str  # its hash
+    probe_template: str
+    streamed: bool
+    votable: bool
+
+
 @dataclass(frozen=True)
 class Episode:
-    """One served or replayed episode."""
+    """One served episode."""
 
     id: str
     request_id: str
@@ -36,6 +60,9 @@ class Episode:
     question: str | None = None  # `question_id`, if it is known
     created: str = field(default_factory=lambda: now())
     sandbox: Level = Level.TRUSTED  # how its controller was held
+    tenant: str = ""  # whose request it was; empty for a caller without a key
+    about: About = field(default_factory=lambda: About())
+    trace: str = ""  # its rounds, as `discovery.rounds` packs them
 
 
 @dataclass(frozen=True)
@@ -45,8 +72,35 @@ class Feedback:
     id: str
     request_id: str
     kind: str  # "correct", "answer" or "score"
-    value: str
+    value: str  # as JSON
     created: str = field(default_factory=lambda: now())
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """An answer that is held for right, and why."""
+
+    question: str  # `question_id`
+    source: LabelSource
+    answer: str
+    confidence: float  # that it is right, from 0 to 1
+    margin: float | None = None  # of a vote: by how large a share of it the answer leads
+    created: str = field(default_factory=lambda: now())
+
+
+Item = Episode | Feedback | RecordedQuestion
+"""What the proxy writes down."""
+
+
+class Forgotten(NamedTuple):
+    """How much of what was to be forgotten there was."""
+
+    episodes: int
+    feedback: int
+    recordings: int
+    labels: int
+    questions: int
 
 
 class Tried(NamedTuple):
@@ -140,6 +194,8 @@ def describe(table: str, key: Sequence[Any]) -> str:
 def fingerprint(recorded: RecordedQuestion) -> str:
     """What a recording is known by: the same data gives the same, whenever it is imported."""
     about = [recorded.question, recorded.model, recorded.benchmark, recorded.interval, dict(recorded.sampling)]
+    if recorded.chat_template or recorded.request:
+        about += [recorded.chat_template, recorded.request]
     branches = [[list(b.probes), b.tokens, b.final, list(b.probe_tokens), b.complete] for b in recorded.branches]
     return sha256(_json([*about, recorded.probe_template, recorded.origin, branches]).encode()).hexdigest()
 
@@ -182,12 +238,66 @@ def episode_row(episode: Episode) -> Row:
     """Of table episodes."""
     about = (episode.id, episode.request_id, episode.question, episode.model, episode.controller, episode.digest)
     what = (float(episode.beta), episode.rounds, episode.branches, _json(dict(episode.ledger)), episode.stop)
-    return sealed((*about, *what, episode.answer, episode.created, episode.sandbox))
+    rest = (episode.sandbox, episode.tenant, _json(dict(episode.about)), episode.trace)
+    return sealed((*about, *what, episode.answer, episode.created, *rest))
+
+
+def episode(row: Sequence[Any]) -> Episode:
+    """What a row of table episodes says; without its checksum."""
+    identity, request, question, model, controller, digest, beta, rounds, branches, ledger, *rest = row
+    stop, answer, created, sandbox, tenant, about, trace = rest
+    return Episode(
+        *(identity, request, model, controller, digest, beta, rounds, branches, json.loads(ledger), stop),
+        *(answer, question, created, Level(sandbox), tenant, json.loads(about), trace),
+    )
 
 
 def feedback_row(feedback: Feedback) -> Row:
     """Of table feedback."""
-    return sealed((feedback.id, feedback.request_id, feedback.kind, feedback.value, feedback.created))
+    about = (feedback.id, feedback.request_id, feedback.kind, feedback.value, feedback.created, feedback.tenant)
+    return sealed(about)
+
+
+def label_row(label: Label) -> Row:
+    """Of table labels."""
+    identity = f"{label.source}:{label.question}"
+    what = (label.question, label.source, label.answer, float(label.confidence), label.margin, label.created)
+    return sealed((identity, *what))
+
+
+def label(row: Sequence[Any]) -> Label:
+    """What a row of table labels says; without its checksum."""
+    _, question, source, *rest = row
+    return Label(question, LabelSource(source), *rest)
+
+
+def surer(one: LabelSource, other: LabelSource) -> bool:
+    """Whether an answer known by `one` counts rather than one known by `other`."""
+    order = list(LabelSource)
+    return order.index(one) < order.index(other)
+
+
+def provenance_row(recorded: RecordedQuestion) -> Row:
+    """Of table provenance."""
+    return sealed((fingerprint(recorded), recorded.chat_template, recorded.request))
+
+
+def tombstone(what: str, name: str) -> str:
+    """What is remembered of a request or a tenant that was forgotten; `what` is one of these words."""
+    return sha256(f"{what}:{name}".encode()).hexdigest()
+
+
+def line(item: Item) -> bytes:
+    """An item as JSON in one line, without its end."""
+    kind = next(name for name, adapter in _ADAPTERS.items() if isinstance(item, adapter[0]))
+    return b'["' + kind.encode() + b'",' + _ADAPTERS[kind][1].dump_json(item) + b"]"
+
+
+def item(line: bytes) -> Item:
+    """What `line` made a line of. Raises ValueError."""
+    kind, content = json.loads(line)
+    found: Item = _ADAPTERS[kind][1].validate_python(content)
+    return found
 
 
 def search_row(search: Search) -> Row:
@@ -202,10 +312,21 @@ def tried_rows(search: Search) -> Iterator[Row]:
         yield sealed((f"{search.id}:{number}", search.id, *one))
 
 
-def recorded(recording: Sequence[Any], question: Sequence[Any], branches: Sequence[Sequence[Any]]) -> RecordedQuestion:
-    """What three tables say of one recording; rows without checksums."""
+def recorded(
+    recording: Sequence[Any],
+    question: Sequence[Any],
+    branches: Sequence[Sequence[Any]],
+    provenance: Sequence[Any] | None = None,
+    labels: Sequence[Label] = (),
+) -> RecordedQuestion:
+    """What tables say of a recording; rows without checksums. The surest of `labels` and the question's own counts."""
     identity, split, reference, label_source, text, _ = question
     _, _, _, model, benchmark, sampling, delta, template, origin, *_ = recording
+    confidence = 1.0
+    for label in labels:
+        if reference is None or surer(label.source, LabelSource(label_source)):
+            reference, label_source, confidence = label.answer, label.source, label.confidence
+    _, chat_template, request = provenance or ("", "", "")
     return RecordedQuestion(
         question=identity,
         model=model,
@@ -222,7 +343,16 @@ def recorded(recording: Sequence[Any], question: Sequence[Any], branches: Sequen
         sampling=json.loads(sampling),
         probe_template=template,
         origin=Origin(origin),
+        chat_template=chat_template,
+        request=request,
+        confidence=confidence,
     )
+
+
+_ADAPTERS: Final[Mapping[str, tuple[type, TypeAdapter[Any]]]] = {
+    kind: (made, TypeAdapter(made))
+    for kind, made in (("episode", Episode), ("feedback", Feedback), ("recording", RecordedQuestion))
+}
 
 
 def _json(value: Any) -> str:

@@ -108,7 +108,38 @@ RUNS: Final[Migration] = (
     "CREATE INDEX candidates_of ON candidates (run_id)",
 )
 
-MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS)
+LIVE: Final[Migration] = (
+    # No program that knew an earlier version wrote episodes or feedback: no checksum to be made anew here either.
+    "ALTER TABLE episodes ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE episodes ADD COLUMN about TEXT NOT NULL DEFAULT '{}'",
+    "ALTER TABLE episodes ADD COLUMN trace TEXT NOT NULL DEFAULT ''",
+    "CREATE INDEX episodes_by_age ON episodes (created)",
+    "ALTER TABLE feedback ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",
+    # Where recordings come from that were made here; those that were imported have none.
+    """CREATE TABLE provenance (
+        recording_id TEXT PRIMARY KEY REFERENCES recordings (id),
+        chat_template TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX provenance_of ON provenance (request_id)",
+    # Answers that are held for right, one a question and source; which of them counts is settled when they are read.
+    """CREATE TABLE labels (
+        id TEXT PRIMARY KEY,
+        question_id TEXT NOT NULL,
+        source TEXT NOT NULL,
+        answer TEXT NOT NULL,
+        confidence DOUBLE PRECISION NOT NULL,
+        margin DOUBLE PRECISION,
+        created TEXT NOT NULL,
+        checksum TEXT NOT NULL
+    )""",
+    "CREATE INDEX labels_of ON labels (question_id)",
+    # What must not come back from a spill file or a second proxy: hashes of request ids and tenants.
+    "CREATE TABLE forgotten (id TEXT PRIMARY KEY, created TEXT NOT NULL, checksum TEXT NOT NULL)",
+)
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE)
 """What leads from each version to the next; the version of a store is how many of them it has seen."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -122,10 +153,14 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "episodes": (
             *("id", "request_id", "question_id", "model", "controller", "digest", "beta"),
             *("rounds", "branches", "ledger", "stop", "answer", "created", "sandbox"),
+            *("tenant", "about", "trace"),
         ),
-        "feedback": ("id", "request_id", "kind", "value", "created"),
+        "feedback": ("id", "request_id", "kind", "value", "created", "tenant"),
         "runs": ("id", "explorer", "seed", "settings", "candidates", "created"),
         "candidates": (*("id", "run_id", "digest", "name", "explorer", "parent", "score", "failure", "usd", "source"),),
+        "provenance": ("recording_id", "chat_template", "request_id"),
+        "labels": ("id", "question_id", "source", "answer", "confidence", "margin", "created"),
+        "forgotten": ("id", "created"),
     }
 )
 """What a row's checksum is over, by table."""

@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 import aiosqlite
 
 from discovery.errors import CorruptRow, StoreError
-from discovery.recordings import Cell, Origin, RecordedQuestion, Split
+from discovery.recordings import Cell, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
-from discovery.store.rows import Added, Episode, Feedback, Search, Summary, Verified
+from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Summary, Verified
 from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
 
 T = TypeVar("T")
@@ -78,27 +78,90 @@ class Store:
         A question keeps the split and the reference it came with first.
         """
 
-        async def work(connection: aiosqlite.Connection) -> Added:
-            added, counts = rows.now(), [0, 0, 0]
-            number = await _one(connection, "SELECT COALESCE(MAX(number), -1) + 1 FROM recordings")
-            for recorded in recordings:
-                counts[0] += await _insert(connection, "questions", [rows.question_row(recorded, added)])
-                row = rows.recording_row(recorded, number, added)
-                if await _insert(connection, "recordings", [row]):
-                    number += 1
-                    counts[1] += 1
-                    counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded))
-            return Added(*counts)
+        return await self.write(lambda connection: _add(connection, recordings))
 
-        return await self.write(work)
+    async def add_all(self, items: Sequence[Item]) -> None:
+        """Add what the proxy has to write down, all or none. What is there already is left as it is, and nothing comes
+        back that was forgotten: a recording made for a request is added only if its episode is there."""
+        episodes = [one for one in items if isinstance(one, Episode)]
+        feedback = [one for one in items if isinstance(one, Feedback)]
+        recordings = [one for one in items if isinstance(one, RecordedQuestion)]
 
-    async def add_episode(self, episode: Episode) -> None:
-        """Add an episode; one of the same id is left as it is."""
-        await self.write(lambda connection: _insert(connection, "episodes", [rows.episode_row(episode)]))
+        async def work(connection: aiosqlite.Connection) -> None:
+            gone = dict(await _all(connection, "SELECT id, created FROM forgotten"))
 
-    async def add_feedback(self, feedback: Feedback) -> None:
-        """Add feedback; one of the same id is left as it is."""
-        await self.write(lambda connection: _insert(connection, "feedback", [rows.feedback_row(feedback)]))
+            def kept(tenant: str, request: str, created: str) -> bool:
+                by_tenant = gone.get(rows.tombstone("tenant", tenant), "")
+                return rows.tombstone("request", request) not in gone and not created <= by_tenant
+
+            told = [one for one in episodes if kept(one.tenant, one.request_id, one.created)] if gone else episodes
+            heard = [one for one in feedback if kept(one.tenant, one.request_id, one.created)] if gone else feedback
+            await _insert(connection, "episodes", await asyncio.to_thread(_made, rows.episode_row, told))
+            await _insert(connection, "feedback", map(rows.feedback_row, heard))
+            served = [one for one in recordings if await _is_served(connection, one.request)]
+            if served:
+                await _add(connection, served)
+
+        await self.write(work)
+
+    async def set_labels(self, labels: Sequence[Label]) -> None:
+        """Put labels in the place of those their questions had from the same source."""
+
+        async def work(connection: aiosqlite.Connection) -> None:
+            for row in map(rows.label_row, labels):
+                await _delete(connection, "labels WHERE id = ?", row[0])
+                await _insert(connection, "labels", [row])
+
+        await self.write(work)
+
+    async def forget(self, *, request: str | None = None, tenant: str | None = None) -> Forgotten:
+        """Remove all that came of a request, or of a tenant's requests so far, its bytes too; it cannot come back.
+
+        Questions go, and what is held for right of them, where nothing else is known of them.
+        """
+        what, name = ("tenant", tenant) if request is None else ("request", request)
+
+        async def work(connection: aiosqlite.Connection) -> Forgotten:
+            await connection.execute("DELETE FROM forgotten WHERE id = ?", (rows.tombstone(what, name or ""),))
+            await _insert(connection, "forgotten", [rows.sealed((rows.tombstone(what, name or ""), rows.now()))])
+            column = "tenant" if request is None else "request_id"
+            found = await _all(connection, f"SELECT request_id FROM episodes WHERE {column} = ?", (name,))
+            requests = {row[0] for row in found} | ({request} if request is not None else set())
+            recordings = 0
+            for one in sorted(requests):
+                recordings += await _drop_recordings_of(connection, one)
+            heard = await _delete(connection, f"feedback WHERE {column} = ?", name)
+            for one in sorted(requests):  # feedback of a tenant's requests, whoever gave it
+                heard += await _delete(connection, "feedback WHERE request_id = ?", one)
+            episodes = await _delete(connection, f"episodes WHERE {column} = ?", name)
+            return Forgotten(episodes, heard, recordings, *await _drop_unused(connection))
+
+        return await self._rewritten(work)
+
+    async def expire(self, before: str) -> Forgotten:
+        """Remove episodes and feedback older than a time, as stored, with the recordings made of those requests."""
+
+        async def work(connection: aiosqlite.Connection) -> Forgotten:
+            recordings = 0
+            for (one,) in await _all(connection, "SELECT request_id FROM episodes WHERE created < ?", (before,)):
+                recordings += await _drop_recordings_of(connection, one)
+            heard = await _delete(connection, "feedback WHERE created < ?", before)
+            episodes = await _delete(connection, "episodes WHERE created < ?", before)
+            return Forgotten(episodes, heard, recordings, *await _drop_unused(connection))
+
+        removed: Forgotten = await self.write(work)
+        return removed
+
+    async def _rewritten(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
+        """What `work` gives that removes rows; nothing of them is left in the file or its log."""
+        await self._outside("PRAGMA secure_delete = ON")
+        try:
+            result = await self.write(work)
+        finally:
+            await self._outside("PRAGMA secure_delete = OFF")
+        await self._outside("VACUUM")
+        await self._outside("PRAGMA wal_checkpoint(TRUNCATE)")
+        return result
 
     async def add_search(self, search: Search) -> None:
         """Add a search with all it tried; one that ends in the same hash is left as it is."""
@@ -117,7 +180,7 @@ class Store:
 
         async def work(connection: aiosqlite.Connection) -> Added:
             bad = await _corrupt(connection) if corrupt else {}
-            gone = {key[0] for table in ("recordings", "branches") for key in bad.get(table, ())}
+            gone = {key[0] for table in ("recordings", "branches", "provenance") for key in bad.get(table, ())}
             lost = {key[0] for key in bad.get("questions", ())}
             known = "SELECT id, question_id, model, benchmark, origin FROM recordings"
             for recording, question, model, benchmark, origin in await _all(connection, known):
@@ -126,17 +189,15 @@ class Store:
             branches = recordings = 0
             for recording in sorted(gone):
                 branches += await _delete(connection, "branches WHERE recording_id = ?", recording)
+                await _delete(connection, "provenance WHERE recording_id = ?", recording)
                 recordings += await _delete(connection, "recordings WHERE id = ?", recording)
-            for table in ("episodes", "feedback", "candidates", "runs"):
+            for table in ("episodes", "feedback", "candidates", "runs", "labels", "forgotten"):
                 for key in bad.get(table, ()):
                     await _delete(connection, f"{table} WHERE id = ?", *key)
-            unused = "NOT EXISTS (SELECT 1 FROM recordings WHERE recordings.question_id = questions.id)"
-            return Added(await _delete(connection, f"questions WHERE {unused}"), recordings, branches)
+            _, questions = await _drop_unused(connection)
+            return Added(questions, recordings, branches)
 
-        removed: Added = await self.write(work)
-        await self._outside("VACUUM")
-        await self._outside("PRAGMA wal_checkpoint(TRUNCATE)")
-        return removed
+        return await self._rewritten(work)
 
     async def write(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
         """Do `work` inside a transaction, shared with what else waits, and return when it is on disk.
@@ -192,7 +253,7 @@ class Store:
     async def _outside(self, statement: str) -> None:
         """A statement that no transaction may be around; nothing else is writing in this process."""
         try:
-            await self._writing.execute(statement)
+            await self._writing.execute_fetchall(statement)  # whatever it says: what is not read is not done
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {statement}: {error}") from None
 
@@ -220,7 +281,14 @@ class Store:
             f"JOIN recordings ON recordings.id = branches.recording_id {joined} {order}, branches.number",
             cell,
         )
+        origins = await self._rows(
+            "provenance", f"JOIN recordings ON recordings.id = provenance.recording_id {joined}", cell
+        )
         by_id = {question[0]: question for question in questions}
+        provenance = {row[0]: row for row in origins}
+        labels: dict[str, list[Label]] = {}
+        for label in await self.labels():
+            labels.setdefault(label.question, []).append(label)
         by_recording = {key: list(group) for key, group in groupby(branches, key=lambda row: row[0])}
         found = []
         for recording in recordings:
@@ -230,12 +298,37 @@ class Store:
                     f"{self.path}: recording {recording[0][:16]} has {len(mine)} of its {recording[10]} branches; "
                     f"{rows.MEND}"
                 )
-            found.append(rows.recorded(recording, by_id[recording[2]], mine))
+            known = by_id[recording[2]], mine, provenance.get(recording[0]), labels.get(recording[2], ())
+            found.append(rows.recorded(recording, *known))
         return found
 
-    async def episodes(self) -> list[Sequence[Any]]:
-        """All episodes, as `schema.COLUMNS` has them."""
-        return await self._rows("episodes", "ORDER BY created, id")
+    async def episodes(self) -> list[Episode]:
+        """All episodes, in the order in which they ended."""
+        return [rows.episode(row) for row in await self._rows("episodes", "ORDER BY created, id")]
+
+    async def episode(self, request: str) -> Episode | None:
+        """The episode of a request, if it is known."""
+        found = await self._rows("episodes", "WHERE request_id = ? ORDER BY created DESC, id LIMIT 1", (request,))
+        return rows.episode(found[0]) if found else None
+
+    async def feedback(self, request: str | None = None) -> list[Feedback]:
+        """What was said of a request, or of all, the latest last."""
+        where, values = ("", ()) if request is None else ("WHERE request_id = ?", (request,))
+        return [Feedback(*row) for row in await self._rows("feedback", f"{where} ORDER BY created, id", values)]
+
+    async def labels(self) -> list[Label]:
+        """All answers that are held for right, but those questions came with."""
+        return [rows.label(row) for row in await self._rows("labels", "ORDER BY question_id, source")]
+
+    async def versions(self, model: str) -> list[Version]:
+        """Of the recordings made here of a model, the latest first."""
+        found = await self._read(
+            "SELECT recordings.model, chat_template, sampling, delta, probe_template FROM recordings "
+            "JOIN provenance ON provenance.recording_id = recordings.id WHERE recordings.model = ? "
+            "GROUP BY 1, 2, 3, 4, 5 ORDER BY MAX(number) DESC",
+            (model,),
+        )
+        return [Version(*row) for row in found]
 
     async def verify(self) -> Verified:
         """Look at every row; raises nothing for bad ones."""
@@ -329,6 +422,53 @@ async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[tuple[Any
     if missing:
         bad["recordings"] = bad.get("recordings", []) + missing
     return bad
+
+
+async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQuestion]) -> Added:
+    """Add recordings inside a transaction."""
+    added, counts = rows.now(), [0, 0, 0]
+    number = await _one(connection, "SELECT COALESCE(MAX(number), -1) + 1 FROM recordings")
+    for recorded in recordings:
+        new = await _insert(connection, "questions", [rows.question_row(recorded, added)])
+        counts[0] += new
+        if not new and recorded.reference is not None:  # the question may have come without one
+            label = Label(recorded.question, recorded.label_source, recorded.reference, recorded.confidence)
+            await _insert(connection, "labels", [rows.label_row(label)])
+        row = rows.recording_row(recorded, number, added)
+        if await _insert(connection, "recordings", [row]):
+            number += 1
+            counts[1] += 1
+            counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded))
+            if recorded.chat_template or recorded.request:
+                await _insert(connection, "provenance", [rows.provenance_row(recorded)])
+    return Added(*counts)
+
+
+async def _is_served(connection: aiosqlite.Connection, request: str) -> bool:
+    """Whether there is an episode of `request`; nothing is known of none."""
+    return not request or bool(await _all(connection, "SELECT 1 FROM episodes WHERE request_id = ?", (request,)))
+
+
+async def _drop_recordings_of(connection: aiosqlite.Connection, request: str) -> int:
+    """Remove the recordings made for a request; how many there were."""
+    found = await _all(connection, "SELECT recording_id FROM provenance WHERE request_id = ?", (request,))
+    for (recording,) in found if request else ():
+        for where in ("provenance WHERE recording_id", "branches WHERE recording_id", "recordings WHERE id"):
+            await _delete(connection, f"{where} = ?", recording)
+    return len(found) if request else 0
+
+
+async def _drop_unused(connection: aiosqlite.Connection) -> tuple[int, int]:
+    """Remove the labels and questions that nothing refers to; how many there were."""
+    recorded = "EXISTS (SELECT 1 FROM recordings WHERE recordings.question_id = {0})"
+    served = "EXISTS (SELECT 1 FROM episodes WHERE episodes.question_id = {0})"
+    unused = f"NOT {recorded} AND NOT {served}"
+    labels = await _delete(connection, f"labels WHERE {unused.format('labels.question_id')}")
+    return labels, await _delete(connection, f"questions WHERE {unused.format('questions.id')}")
+
+
+def _made(make: Callable[[T], rows.Row], values: Sequence[T]) -> list[rows.Row]:
+    return [make(value) for value in values]
 
 
 def _told(path: Path, error: Exception) -> Exception:

@@ -80,7 +80,7 @@ async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(t
         raise RuntimeError("mine alone")
 
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        writes = [store.add_feedback(Feedback(str(i), "r", "correct", "1")) for i in range(200)]
+        writes = [store.add_all([Feedback(str(i), "r", "correct", "1")]) for i in range(200)]
         outcomes = await asyncio.gather(*writes[:100], store.write(fail), *writes[100:], return_exceptions=True)
         assert [str(one) for one in outcomes if one is not None] == ["mine alone"]
         assert store.transactions <= 3
@@ -109,7 +109,7 @@ async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
 
 async def test_closing_writes_what_waits(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        waiting = [asyncio.ensure_future(store.add_feedback(Feedback(str(i), "r", "score", "1"))) for i in range(600)]
+        waiting = [asyncio.ensure_future(store.add_all([Feedback(str(i), "r", "score", "1")])) for i in range(600)]
         await asyncio.sleep(0)  # they are queued
     await asyncio.gather(*waiting)
     async with Store.open(tmp_path / "s.db") as store:
@@ -119,11 +119,11 @@ async def test_closing_writes_what_waits(tmp_path: Path) -> None:
 async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
     episode = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        await store.add_episode(episode)
-        await store.add_episode(replace(episode, stop="deadline"))
-        (row,) = await store.episodes()
-    assert row[:6] == ("e", "r", None, "m", "cmc", "d")
-    assert row[6:12] == (0.5, 3, 4, '{"winner":5}', "answered", "7")
+        await store.add_all([episode])
+        await store.add_all([replace(episode, stop="deadline")])
+        assert await store.episodes() == [episode]
+        assert await store.episode("r") == episode
+        assert await store.episode("s") is None
 
 
 WRITER = """
@@ -135,7 +135,7 @@ async def main():
     async with Store.open(Path(sys.argv[1]), create=True) as store:
         async def one(name):
             for i in range(10**6):
-                await store.add_feedback(Feedback(f"{name}-{i}", "r", "correct", "1"))
+                await store.add_all([Feedback(f"{name}-{i}", "r", "correct", "1")])
                 print(f"{name}-{i}", flush=True)
         await asyncio.gather(*(one(f"{sys.argv[2]}{k}") for k in range(8)))
 
@@ -217,7 +217,7 @@ async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
         pass
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="has version 4, this program knows up to 3; upgrade autotts"):
+    with pytest.raises(StoreError, match="has version 5, this program knows up to 4; upgrade autotts"):
         async with Store.open(path):
             pass
     assert path.read_bytes() == before
@@ -236,7 +236,7 @@ async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: 
         assert await store.load(CELL) == [some()]
     async with Store.open(path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
         assert await store.load(CELL) == [some()]
-    with pytest.raises(StoreError, match="has version 4"):
+    with pytest.raises(StoreError, match="has version 5"):
         async with Store.open(path):
             pass
 
@@ -246,7 +246,7 @@ async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path
     async with Store.open(path, create=True, migrations=[FIRST]) as store:
         await store.add([some()])
     async with Store.open(path) as store:
-        await store.add_episode(Episode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED))
+        await store.add_all([Episode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED)])
         (row,) = await store._read("SELECT sandbox FROM episodes")
         assert row[0] == "sealed"
         assert (await store.verify()).bad == []

@@ -1,0 +1,24 @@
+"""Answers that can be told apart and not read: what is kept of them where no text may be."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Final
+
+from discovery.answers.forms import canonical
+
+MARK: Final = "veiled:"
+
+
+def veiled(answer: str) -> str:
+    """A hash of an answer's canonical form: spellings of one answer give one hash. It can be guessed at, not read."""
+    if is_veiled(answer):
+        return answer
+    form = canonical(answer)
+    text = answer.strip() if form is None else f"{form.text}\0{form.unit}"
+    return MARK + blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def is_veiled(answer: str) -> bool:
+    """Whether an answer is one that `veiled` gave."""
+    return answer.startswith(MARK)
