@@ -1,4 +1,4 @@
-# Few verbs run the repo: make run, make test, make lint, make bench, make clean.
+# Few verbs run the repo: make run, make test, make soak, make lint, make bench, make clean.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
-.PHONY: run demo test lint bench clean
+.PHONY: run demo test soak lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/embedded
@@ -19,6 +19,10 @@ demo: $(VENV)/embedded
 
 test: $(VENV)/embedded $(VENV)/dev
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+# What the suite does a few times, many: a proxy killed while it writes.
+soak: $(VENV)/dev
+	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py -k killed $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

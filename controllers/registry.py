@@ -18,6 +18,7 @@ from controllers.baselines import (
 )
 from controllers.episode import Controller, Factory
 from controllers.errors import UnknownController
+from controllers.everything import Everything
 
 BUILT_IN: Final = MappingProxyType[str, type[Controller]](
     {
@@ -29,17 +30,28 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "parallel_probe": ParallelProbe,
         "short_m_at_k": ShortestFirst,
         "cmc": CMC,
+        "everything": Everything,
     }
 )
 ALIASES: Final = MappingProxyType({"sc": "self_consistency"})
-PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k"})
+PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k", "everything"})
 """Those that take a number of chains, as in `asc@64`."""
+ADMIN_ONLY: Final = frozenset({"everything"})
+"""Those that spend without regard to the answer: live, admins alone may name them."""
 MOST_CHAINS: Final = 1024
+BASELINE: Final = "short_m_at_k"
+"""Takes over from any state where a controller fails: it runs on what is open, and votes once enough have finished."""
 
 
 def create(name: str, beta: float) -> Controller:
     """A fresh controller for one episode. Raises UnknownController or BetaError."""
     return find(name)(beta)
+
+
+def is_admin_only(name: str) -> bool:
+    """Whether `name`, or `name@N`, is one of those only admins may name."""
+    plain = name.partition("@")[0]
+    return ALIASES.get(plain, plain) in ADMIN_ONLY
 
 
 def find(name: str) -> Factory:

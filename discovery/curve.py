@@ -2,12 +2,16 @@
 
 Uncertainty comes from the questions: they are few and shuffles of the same branches are no new ones. Intervals are
 therefore bootstrapped over questions, each taken with all its shuffles, and two controllers on the same resample.
+
+Questions may count for less than one, by how their right answers are known. Where none does, sums are of whole numbers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discovery.playing import COLUMNS, KINDS, Failure, Job, Played
-from discovery.recordings import Cell
+from discovery.recordings import Cell, LabelSource
 
 RESAMPLES: Final = 10_000
 BLOCK: Final = 500
@@ -23,6 +27,25 @@ BLOCK: Final = 500
 SEED: Final = 0
 COVERAGE: Final = 95.0
 """Percent of an interval."""
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How the right answers of a cell's questions are known, and what each question counts for."""
+
+    sources: Sequence[LabelSource]  # (questions,)
+    weights: Sequence[float]  # (questions,), above 0
+
+    @property
+    def by_source(self) -> dict[LabelSource, int]:
+        """How many questions there are of each source, the surest first."""
+        found = Counter(self.sources)
+        return {source: found[source] for source in LabelSource if found[source]}
+
+    def mean_weight(self, source: LabelSource) -> float:
+        """Of the questions of a source."""
+        weights = [weight for weight, of in zip(self.weights, self.sources, strict=True) if of is source]
+        return sum(weights) / len(weights)
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,14 @@ class Score:
     outcomes: NDArray[np.int64]  # (columns, shuffles, questions), see `playing.COLUMNS`
     failures: list[Failure] = field(repr=False)
     seconds: float  # of one core
+    grading: Grading | None = None  # None if nothing is known of its questions: all count the same
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """What each question counts for: (questions,); None if all count the same, as one."""
+        if self.grading is None or all(weight == 1 for weight in self.grading.weights):
+            return None
+        return np.array(self.grading.weights, np.float64)
 
     def column(self, name: str) -> NDArray[np.int64]:
         """One figure of every episode: (shuffles, questions)."""
@@ -43,8 +74,10 @@ class Score:
         return column
 
     def mean(self, name: str) -> float:
-        """The mean of a figure over all episodes. The sum is of whole numbers, so it is exact."""
+        """The mean of a figure over all episodes. Without weights the sum is of whole numbers, so it is exact."""
         column = self.column(name)
+        if self.weights is not None:
+            return float(np.average(column.sum(axis=0), weights=self.weights)) / len(column)
         return int(column.sum()) / column.size
 
     def per_question(self, name: str) -> NDArray[np.float64]:
@@ -66,11 +99,15 @@ class Score:
     def error(self) -> float:
         """The standard error of the accuracy in points, by the spread over questions."""
         means = self.per_question("right")
-        return float(100 * means.std(ddof=1) / np.sqrt(means.size)) if means.size > 1 else 0.0
+        if means.size < 2:
+            return 0.0
+        if self.weights is not None:
+            apart = self.weights * (means - np.average(means, weights=self.weights))
+            return float(100 * np.sqrt(means.size / (means.size - 1) * (apart**2).sum()) / self.weights.sum())
+        return float(100 * means.std(ddof=1) / np.sqrt(means.size))
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes."""
-        path = self.column("critical_path")
+        """What `--json` writes. Episodes, failures and decisions a second are counted, whatever questions weigh."""
         rounds = int(self.column("rounds").sum())
         return {
             "controller": self.controller,
@@ -85,13 +122,32 @@ class Score:
             "rounds": self.mean("rounds"),
             "branches": self.mean("branches"),
             "critical_path_mean": self.mean("critical_path"),
-            "critical_path_p95": float(np.percentile(path, 95)),
+            "critical_path_p95": self._path(95),
             "decisions_per_s": rounds / self.seconds if self.seconds else 0.0,
             "seconds": self.seconds,
             "failures": int(self.column("failed").sum()),
             "failure": self.failures[0].message if self.failures else None,
             "digest": self.digest,
+            **self._graded(),
         }
+
+    def _path(self, percent: float) -> float:
+        """A percentile of the critical path."""
+        path = self.column("critical_path")
+        if self.weights is None:
+            return float(np.percentile(path, percent))
+        weights = np.broadcast_to(self.weights, path.shape)
+        return float(np.percentile(path.ravel(), percent, weights=weights.ravel(), method="inverted_cdf"))
+
+    def _graded(self) -> dict[str, Any]:
+        """How many questions there are by how their answers are known, and what those weigh on average, if not one."""
+        if self.grading is None:
+            return {}
+        sources = self.grading.by_source
+        told: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
+        if self.weights is not None:
+            told["weights"] = {str(source): self.grading.mean_weight(source) for source in sources}
+        return told
 
 
 def scores(outcomes: Iterable[tuple[Job, Played]]) -> Iterator[Score]:
@@ -141,20 +197,52 @@ def _difference(
     controller: str, beta: float, model: str, against: str, both: Sequence[tuple[Score, Score]]
 ) -> Difference:
     one, other = (np.concatenate([pair[side].per_question("right") for pair in both]) for side in (0, 1))
-    spent, spent_other = (sum(pair[side].per_question("tokens").sum() for pair in both) for side in (0, 1))
-    low, high = paired_interval(100 * (one - other))
+    weights = _weights([pair[0] for pair in both])
+    spent, spent_other = (sum(_sum(pair[side], "tokens") for pair in both) for side in (0, 1))
+    gained = 100 * (one - other)
+    low, high = paired_interval(gained, weights)
     ratio = float(spent / spent_other) if spent_other else float("inf")
-    return Difference(controller, against, beta, model, one.size, float(100 * (one - other).mean()), low, high, ratio)
+    mean = gained.mean() if weights is None else np.average(gained, weights=weights)
+    return Difference(controller, against, beta, model, one.size, float(mean), low, high, ratio)
 
 
-def paired_interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of one difference a question: (questions,)."""
+def _weights(found: Sequence[Score]) -> NDArray[np.float64] | None:
+    """What each question of some scores counts for, one score after the other; None if all count the same."""
+    if all(score.weights is None for score in found):
+        return None
+    ones = (np.ones(score.outcomes.shape[-1]) if score.weights is None else score.weights for score in found)
+    return np.concatenate(list(ones))
+
+
+def _sum(score: Score, name: str) -> float:
+    """A figure over all questions of a score, by what they count for."""
+    means = score.per_question(name)
+    return float(means.sum() if score.weights is None else score.weights @ means)
+
+
+def paired_interval(
+    differences: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of one difference a question: (questions,).
+
+    Questions are drawn with equal chance; each counts for its weight in the mean of those that were drawn.
+    """
     generator = np.random.default_rng(SEED)
     blocks = (generator.integers(0, differences.size, (BLOCK, differences.size)) for _ in range(RESAMPLES // BLOCK))
-    means = np.concatenate([differences[drawn].mean(axis=1) for drawn in blocks])
+    means = np.concatenate([_means(differences, weights, drawn) for drawn in blocks])
     tail = (100 - COVERAGE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _means(
+    differences: NDArray[np.float64], weights: NDArray[np.float64] | None, drawn: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The mean of each resample, (resamples, questions) of indices: (resamples,)."""
+    if weights is None:
+        means: NDArray[np.float64] = differences[drawn].mean(axis=1)
+        return means
+    return (weights * differences)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)  # type: ignore[no-any-return]
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -13,7 +13,8 @@ DiscoveryError
 │   └── OutOfMoney  the budget allows no further call
 ├── HistoryError    the record of a run is not what was written, or of another run
 ├── GateError       a controller cannot be judged as asked; one that is judged is never an error
-└── PromotionError  what is installed cannot be changed as asked; it is as it was
+├── PromotionError  what is installed cannot be changed as asked; it is as it was
+└── CollectError    the proxy does not record as asked, or the file is of other recordings; what is in it is sound
 """
 
 
@@ -75,3 +76,7 @@ class GateError(DiscoveryError):
 
 class PromotionError(DiscoveryError):
     """The registry refuses; nothing has changed."""
+
+
+class CollectError(DiscoveryError):
+    """Nothing more can be collected as asked; the message says what to do. What is in the file is sound."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,7 @@ def read_release(path: Path) -> list[RecordedQuestion]:
     Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is taken.
     """
     try:
-        questions = json.loads(_text(path), parse_constant=_refuse)
+        questions = json.loads(_content(path).decode(), parse_constant=_refuse)
     except ValueError as error:
         raise BadRecording(f"{path}: {error}") from None
     if not isinstance(questions, list):
@@ -58,11 +59,11 @@ def read_release(path: Path) -> list[RecordedQuestion]:
     return found
 
 
-def _text(path: Path) -> str:
-    """The text of a file, plain or .xz. Raises BadRecording."""
+def _content(path: Path) -> bytes:
+    """What is in a file, plain or .xz. Raises BadRecording."""
     try:
-        return (lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()).decode()
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except (OSError, lzma.LZMAError) as error:
         raise BadRecording(f"{path}: {error}") from None
 
 
@@ -74,11 +75,15 @@ def _check_unique(found: Sequence[tuple[str, RecordedQuestion]]) -> None:
     """Raise BadRecording if a question stands twice among recordings of one kind."""
     seen: dict[object, str] = {}
     for where, one in found:
-        sampling = json.dumps(dict(one.sampling), sort_keys=True)
-        kind = (one.question, one.model, one.benchmark, one.interval, one.probe_template, sampling)
+        kind = _kind(one)
         if kind in seen:
             raise BadRecording(f"{where}: the same question as {seen[kind]}")
         seen[kind] = where
+
+
+def _kind(recorded: RecordedQuestion) -> object:
+    """What is the same of two recordings only if they are of the same branches."""
+    return recorded.question, recorded.benchmark, recorded.request, recorded.version
 
 
 def _question(path: Path, number: int, question: object) -> RecordedQuestion:
@@ -148,7 +153,7 @@ class BranchLine(BaseModel):
 
 
 class Line(BaseModel):
-    """One line of the generic format: all branches of one question under one model."""
+    """One line of the generic format: the branches of one question under one model, all or one of them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -166,6 +171,10 @@ class Line(BaseModel):
     sampling: dict[str, Any] = Field(default_factory=dict, description="temperature, top_p, …, as sent")
     probe_template: str = Field("", description="name and version of what probes append")
     origin: Literal["imported", "collected", "live"] = "imported"
+    chat_template: str = Field("", description="hash of what the model's chat template makes of a conversation")
+    request: str = Field("", description="id of the request it was made for")
+    confidence: float = Field(1.0, ge=0, le=1, description="in the reference answer")
+    part: int | None = Field(None, ge=0, description="the line holds this one of the question's branches, and no other")
 
     @model_validator(mode="after")
     def _is_known(self) -> Line:
@@ -173,6 +182,8 @@ class Line(BaseModel):
             raise ValueError("question or id is needed")
         if self.question is not None and self.id is not None and self.id != question_id(self.question):
             raise ValueError("id is not the SHA-256 of question")
+        if self.part is not None and len(self.branches) != 1:
+            raise ValueError(f"{len(self.branches)} branches in a line that is part {self.part}")
         return self
 
     def recorded(self) -> RecordedQuestion:
@@ -191,26 +202,59 @@ class Line(BaseModel):
             sampling=self.sampling,
             probe_template=self.probe_template,
             origin=Origin(self.origin),
+            chat_template=self.chat_template,
+            request=self.request,
+            confidence=self.confidence,
         )
 
 
 def read_jsonl(path: Path) -> list[RecordedQuestion]:
     """The recordings of a file in the generic format, a `Line` a line, plain or .xz.
 
-    Raises BadRecording, naming the file, the line and the reason; then nothing of the file is taken.
+    Lines that are parts of one recording make one, where the first of them stands, its branches in order of part; of
+    a part that is there twice the first counts. Where there are parts, a last line that is torn is left out: whoever
+    wrote it was killed. Raises BadRecording, naming the file, the line and the reason; then nothing of it is taken.
     """
-    found: list[tuple[str, RecordedQuestion]] = []
-    for number, text in enumerate(_text(path).split("\n"), start=1):
+    lines: list[tuple[str, Line]] = []
+    texts = _content(path).split(b"\n")
+    for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
         try:
-            found.append((f"{path}:{number}", Line.model_validate_json(text).recorded()))
-        except ValidationError as error:
-            raise BadRecording(f"{path}:{number}: {_first(error)}") from None
-    if not found:
+            lines.append((f"{path}:{number}", parse_line(text)))
+        except BadRecording as error:
+            if number == len(texts) and any(line.part is not None for _, line in lines):
+                break
+            raise BadRecording(f"{path}:{number}: {error}") from None
+    if not lines:
         raise BadRecording(f"{path}: no recordings in it")
+    found = _gathered(lines)
     _check_unique(found)
     return [recorded for _, recorded in found]
+
+
+def parse_line(text: bytes) -> Line:
+    """What a line of the generic format says. Raises BadRecording with the first thing that is wrong."""
+    try:
+        return Line.model_validate_json(text)
+    except ValidationError as error:
+        raise BadRecording(_first(error)) from None
+
+
+def _gathered(lines: Sequence[tuple[str, Line]]) -> list[tuple[str, RecordedQuestion]]:
+    """The recordings of `lines`, each with where its first line stands."""
+    found: dict[object, tuple[str, RecordedQuestion]] = {}
+    parts: dict[object, dict[int, RecordedBranch]] = {}
+    for where, line in lines:
+        recorded = line.recorded()
+        kind = where if line.part is None else _kind(recorded)
+        found.setdefault(kind, (where, recorded))
+        if line.part is not None:
+            parts.setdefault(kind, {}).setdefault(line.part, recorded.branches[0])
+    for kind, known in parts.items():
+        where, recorded = found[kind]
+        found[kind] = where, replace(recorded, branches=[known[part] for part in sorted(known)])
+    return list(found.values())
 
 
 def _first(error: ValidationError) -> str:
@@ -220,20 +264,29 @@ def _first(error: ValidationError) -> str:
     return f"{place}: {problem['msg']}" if place else problem["msg"]
 
 
-def as_line(recorded: RecordedQuestion) -> str:
-    """A recording as a line of the generic format, its end included."""
+def as_line(recorded: RecordedQuestion, part: int | None = None) -> str:
+    """A recording as a line of the generic format, its end included; its one branch is `part`, if that is given."""
     line = Line.model_construct(
         question=recorded.text,
         id=recorded.question,
         model=recorded.model,
         benchmark=recorded.benchmark,
         interval=recorded.interval,
-        branches=[BranchLine.model_construct(**branch._asdict()) for branch in recorded.branches],
+        branches=[_branch_line(branch) for branch in recorded.branches],
         reference=recorded.reference,
         label_source=recorded.label_source.value,
         split=recorded.split.value,
         sampling=dict(recorded.sampling),
         probe_template=recorded.probe_template,
         origin=recorded.origin.value,
+        chat_template=recorded.chat_template,
+        request=recorded.request,
+        confidence=recorded.confidence,
+        part=part,
     )
     return line.model_dump_json(exclude_defaults=True) + "\n"
+
+
+def _branch_line(branch: RecordedBranch) -> BranchLine:
+    lists = {"probes": list(branch.probes), "probe_tokens": list(branch.probe_tokens)}
+    return BranchLine.model_construct(**branch._asdict() | lists)

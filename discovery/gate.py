@@ -20,7 +20,7 @@ from controllers.errors import ControllersError
 from controllers.loading import Spec, parse_spec
 from discovery.engines import Engine, EngineName, engine_called
 from discovery.errors import DiscoveryError, GateError
-from discovery.evaluate import Answers, Evaluation
+from discovery.evaluate import SURE, Answers, Evaluation
 from discovery.files import check_place
 from discovery.ledger import Ledger, fingerprint, shortened
 from discovery.measured import measure
@@ -61,7 +61,8 @@ def run_gate(
     split = fingerprint(questions, (cell.model for cell in cells))
     if told := _recorded(ledger, split, finalist, champion):
         return told
-    measured = measure(Evaluation(source, cells, [finalist, champion], betas, shuffles, answers, rules), engine)
+    evaluation = Evaluation(source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=SURE)
+    measured = measure(evaluation, engine)  # nobody is judged by a vote
     if failed := [failure for score in measured.sides[1].scores for failure in score.failures]:
         raise GateError(f"the champion {champion.name} fails itself ({failed[0].message}); nothing is judged by it")
     advice = advise(finalist.source) if finalist.source is not None else []

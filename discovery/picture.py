@@ -58,3 +58,39 @@ def draw(panels: Mapping[str, Panel], path: Path) -> None:
         axes.legend(loc="lower right", fontsize=8)
     with whole(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
+class Span(NamedTuple):
+    """A mean and its interval; None where there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+Rows = Mapping[str, Mapping[str, Span]]
+"""What is compared, by name, in rows by name."""
+
+
+def draw_spans(panels: Mapping[str, Rows], path: Path) -> None:
+    """One panel beside the other, by title: rows from above, in each what is compared, one below the other."""
+    from matplotlib.figure import Figure
+
+    most = max(len(rows) for rows in panels.values())
+    figure = Figure(figsize=(6.0 * len(panels), 1.6 + 0.7 * most), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, compared in enumerate(rows.values()):
+            for at, (name, (mean, low, high)) in enumerate(compared.items()):
+                place = number + 0.3 * (at - (len(compared) - 1) / 2)
+                ends = [[mean - (mean if low is None else low)], [(mean if high is None else high) - mean]]
+                label = name if number == 0 else None
+                axes.errorbar(
+                    [mean], [place], xerr=ends, marker="os^v"[at % 4], capsize=3, color=COLOURS[at], label=label
+                )
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+        axes.legend(fontsize=8)
+    with whole(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:])

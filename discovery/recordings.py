@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from discovery.answers.veil import is_veiled, veiled
+
 NO_ANSWER = -1
 
 
@@ -197,12 +199,23 @@ class Recording:
 
 
 def intern(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = str) -> Recording:
-    """The recording that replay runs. Answers are the same if `tell` says the same of them, none if it says None."""
+    """The recording that replay runs. Answers are the same if `tell` says the same of them, none if it says None.
+
+    Where an answer of it, or its reference, is veiled, they are the same if their veils are.
+    """
+    branches = recorded.branches
+    written = (*(one for branch in branches for one in (*branch.probes, branch.final)), recorded.reference)
+    hidden = any(answer is not None and is_veiled(answer) for answer in written)
     numbers: dict[Hashable, int] = {}
     answers: list[str] = []  # each as it was first written
 
+    def meaning(answer: str | None) -> Hashable | None:
+        if answer is None or (told := answer if is_veiled(answer) else tell(answer)) is None:
+            return None
+        return veiled(answer) if hidden else told
+
     def number(answer: str | None) -> int:
-        told = None if answer is None else tell(answer)
+        told = meaning(answer)
         if answer is None or told is None:
             return NO_ANSWER
         if told not in numbers:
@@ -210,12 +223,11 @@ def intern(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = 
             answers.append(answer)
         return numbers[told]
 
-    branches = recorded.branches
     starts = np.cumsum([0, *(len(branch.probes) for branch in branches)])
     probes = [number(answer) for branch in branches for answer in branch.probes]
     costs = [cost for branch in branches for cost in branch.probe_tokens or [0] * len(branch.probes)]
     finals = [number(branch.final) for branch in branches]
-    reference = None if recorded.reference is None else tell(recorded.reference)
+    reference = meaning(recorded.reference)
     return Recording(
         question=recorded.question,
         interval=recorded.interval,

@@ -1,70 +1,94 @@
 """The rounds of one episode as a text, for a row of the store.
 
-Each round is a list of its actions and its facts, all in whole numbers; the text is compressed, for branches that run
-side by side say nearly the same round after round.
+Whole numbers one after the other: of each round how many actions and facts it has, then three numbers an action (verb,
+branch or label, intervals) and five a fact (branch, label, tokens, intervals, finished). They are compressed, for
+branches that run side by side say nearly the same round after round.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 import zlib
+from array import array
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
+import numpy as np
+
 from controllers import Action, Advanced, ControllerError, Fact, Probed, Round, Verb
+from controllers.actions import ANSWER
 from discovery.errors import TraceError
 
 LARGEST: Final = 64 * 2**20
 """Bytes a text may unpack to."""
+NONE: Final = -1
+"""In place of a label where there is none, and of the intervals of a fact that tells of none: a probe's."""
 
 
 def packed(rounds: Sequence[Round]) -> str:
     """`rounds` as a text; empty if there are none."""
-    if not rounds:
-        return ""
-    plain = [[[_action(one) for one in played.actions], [_fact(one) for one in played.facts]] for played in rounds]
-    return b64encode(zlib.compress(json.dumps(plain, separators=(",", ":")).encode())).decode()
+    flat: list[int] = []
+    for actions, facts in rounds:
+        flat += (len(actions), len(facts))
+        for action in actions:
+            verb = action.verb
+            if verb is ANSWER:
+                flat += (verb, NONE if action.label is None else action.label, 0)
+            else:
+                flat += (verb, action.branch, action.intervals)
+        for fact in facts:
+            label = fact.label
+            number = NONE if label is None else label
+            if type(fact) is Advanced:
+                flat += (fact.branch, number, fact.tokens, fact.intervals, fact.finished)
+            else:
+                flat += (fact.branch, number, fact.tokens, NONE, 0)
+    numbers = array("i", flat)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return b64encode(zlib.compress(numbers.tobytes(), 1)).decode() if flat else ""
 
 
 def unpacked(text: str) -> list[Round]:
     """The rounds `packed` made a text of. Raises TraceError."""
-    if not text:
-        return []
     try:
         unpacker = zlib.decompressobj()
-        plain = unpacker.decompress(b64decode(text, validate=True), LARGEST)
-        if unpacker.unconsumed_tail or not unpacker.eof:
+        plain = unpacker.decompress(b64decode(text, validate=True), LARGEST) if text else b""
+        if text and not unpacker.eof:
             raise TraceError(f"the rounds of an episode are cut, or more than {LARGEST} bytes")
-        return [
-            Round([_acted(*one) for one in actions], [_told(*one) for one in facts])
-            for actions, facts in json.loads(plain)
-        ]
-    except (ValueError, TypeError, zlib.error, ControllerError) as error:
+        numbers = iter(np.frombuffer(plain, "<i4").tolist())
+        return list(_rounds(numbers))
+    except (ValueError, zlib.error, ControllerError) as error:
         raise TraceError(f"the rounds of an episode cannot be read: {error}") from None
 
 
-def _action(action: Action) -> list[int | None]:
-    """Verb, branch, intervals; an answer's label in their place."""
-    if action.verb is Verb.ANSWER:
-        return [int(action.verb), action.label]
-    return [int(action.verb), action.branch, action.intervals]
+def _rounds(numbers: Iterator[int]) -> Iterator[Round]:
+    for count in numbers:
+        found = next(numbers, 0)
+        actions = [_action(*one) for one in _groups(numbers, count, 3)]
+        yield Round(actions, [_fact(*one) for one in _groups(numbers, found, 5)])
 
 
-def _acted(verb: int, branch: int | None, intervals: int = 0) -> Action:
+def _groups(numbers: Iterator[int], count: int, size: int) -> Iterator[list[int]]:
+    for _ in range(count):
+        group = list(islice(numbers, size))
+        if len(group) != size:
+            raise ValueError("it ends in the middle")
+        yield group
+
+
+def _action(verb: int, branch: int, intervals: int) -> Action:
     if verb == Verb.ANSWER:
-        return Action(Verb.ANSWER, label=branch)
-    return Action(Verb(verb), -1 if branch is None else branch, intervals)
+        return Action(Verb.ANSWER, label=None if branch == NONE else branch)
+    return Action(Verb(verb), branch, intervals)
 
 
-def _fact(fact: Fact) -> list[int | None]:
-    """Branch, label, tokens; of one that advanced also intervals, and whether it finished."""
-    if isinstance(fact, Probed):
-        return [fact.branch, fact.label, fact.tokens]
-    return [fact.branch, fact.label, fact.tokens, fact.intervals, int(fact.finished)]
-
-
-def _told(branch: int, label: int | None, tokens: int, intervals: int = -1, finished: int = 0) -> Fact:
-    if intervals < 0:
-        return Probed(branch, label, tokens)
-    return Advanced(branch, intervals, tokens, bool(finished), label)
+def _fact(branch: int, label: int, tokens: int, intervals: int, finished: int) -> Fact:
+    number = None if label == NONE else label
+    return (
+        Probed(branch, number, tokens)
+        if intervals == NONE
+        else Advanced(branch, intervals, tokens, bool(finished), number)
+    )

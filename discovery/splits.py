@@ -15,7 +15,7 @@ from pathlib import Path
 
 from discovery.answers import Judge
 from discovery.errors import DiscoveryError, NotRecorded
-from discovery.evaluate import Answers, regrade
+from discovery.evaluate import Answers, pooled, regrade
 from discovery.files import whole
 from discovery.formats import as_line
 from discovery.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern
@@ -44,7 +44,7 @@ def search_only(source: Source) -> Source:
 
 
 def export_search(recordings: Path, to: Path, salt: str | None = None, answers: Answers = Answers.EXACT) -> int:
-    """Write the search split of a store or folder as lines in which nothing can be read. How many there are.
+    """Write the search split of a store or folder as lines in which nothing can be read. How many lines there are.
 
     The exported strings are the same where `answers` says so now: evaluate the file with `Answers.EXACT`. The same
     `salt` gives the same file; without it one is drawn and forgotten. Raises NotRecorded, BadRecording, NotWritten.
@@ -57,7 +57,7 @@ def export_search(recordings: Path, to: Path, salt: str | None = None, answers: 
             intern if answers is Answers.EXACT else lambda one: regrade(one, judge)
         )
         for cell in source.cells():
-            for recorded in source.load(cell):
+            for recorded in pooled(source.load(cell)):  # an answer's token is one recording's own
                 file.write(as_line(_opaque(recorded, tell(recorded), salted)).encode())
                 written += 1
         if not written:
@@ -65,9 +65,9 @@ def export_search(recordings: Path, to: Path, salt: str | None = None, answers: 
     return written
 
 
-def salted_id(question: str, salt: str) -> str:
-    """What a question is known by in the export."""
-    return sha256(f"{salt} {question}".encode()).hexdigest()
+def salted_id(known: str, salt: str) -> str:
+    """What a question, or a request, is known by in the export."""
+    return sha256(f"{salt} {known}".encode()).hexdigest()
 
 
 def _opaque(recorded: RecordedQuestion, interned: Recording, salt: str) -> RecordedQuestion:
@@ -95,4 +95,5 @@ def _opaque(recorded: RecordedQuestion, interned: Recording, salt: str) -> Recor
         branches=branches,
         reference=None if recorded.reference is None else names[interned.reference],
         text=None,
+        request=salted_id(recorded.request, salt) if recorded.request else "",
     )

@@ -17,15 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from controllers.installed import Stage
+from controllers.registry import is_admin_only
 from discovery import calibration
 from discovery.answers import Judge
 from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError
+from discovery.explain import explain
 from proxy import chat, dial, errors, passthrough, reply, schema
+from proxy.callers import identify, require_admin
 from proxy.casting import Casting
+from proxy.drift import Drift
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
 from proxy.metrics import CONTENT_TYPE, Metrics
+from proxy.records import Records
 from proxy.settings import Settings
 from proxy.stream import ClientGone, Stream, chat_events, unless_gone
 
@@ -45,6 +51,8 @@ class Service:
         self.metrics = Metrics()
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
+        self.records = Records(engine, settings, self.metrics)
+        self.drift = Drift(engine, settings, self.metrics)
         self._models: dict[str, Model] = {}
 
     async def models(self) -> dict[str, Model]:
@@ -74,6 +82,9 @@ class Service:
     async def complete_chat(self, request: Request) -> Response:
         """A chat completion: by a controller where it can be, else by the upstream alone."""
         parsed, body = schema.parse(await _read(request, self.settings.max_body_bytes))
+        caller = identify(self.settings, request)
+        if is_admin_only(parsed.tts.controller or ""):
+            require_admin(self.settings, caller, f"controller {parsed.tts.controller}")
         model, alias = await self.find_model(parsed.model)
         turned = dial.resolve(
             request.headers.getlist(dial.HEADER),
@@ -89,7 +100,10 @@ class Service:
             return await self._pass(request, parsed, body, model, reason or "no_beta")
         if not turned.explicit and parsed.tts.controller is None and self._map(model.id).arm is Arm.SINGLE:
             parsed = parsed.served_by("single")
-        plan = await chat.plan(self.engine, self.casting, self.settings, model, parsed, turned)
+        is_recorded = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
+        chat_template = await self.drift.template(model.id) if is_recorded else ""
+        known = {"tenant": caller.tenant, "chat_template": chat_template}
+        plan = await chat.plan(self.engine, self.casting, self.settings, model, parsed, turned, **known)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(plan))
             return JSONResponse(_completion(served), headers=served.headers)
@@ -134,7 +148,7 @@ class Service:
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
     def _serve(self, plan: chat.Plan) -> Coroutine[Any, Any, reply.Reply]:
-        return chat.serve(self.engine, self.judge, self.casting, self.metrics, plan)
+        return chat.serve(self.engine, self.judge, self.casting, self.metrics, self.records, plan)
 
     async def _pass(
         self, request: Request, parsed: schema.ChatRequest, body: dict[str, Any], model: Model, reason: str
@@ -149,6 +163,23 @@ class Service:
         body["model"] = model.id
         content = json.dumps(body).encode()
         return await self._forward(request, content, _untouched(reason), model.id, "application/json")
+
+    # What happened
+
+    async def explain(self, request: Request) -> Response:
+        """Why a request ended as it did. Raises NotFound, for requests of others too, or RecordsAway."""
+        caller = identify(self.settings, request)
+        return JSONResponse(explain(await self.records.find(caller, request.path_params["request_id"])))
+
+    async def hear(self, request: Request) -> Response:
+        """What a client says of an answer. Raises BadRequest, NotFound, for requests of others too, or RecordsAway."""
+        said = schema.parse_feedback(await _read(request, self.settings.max_body_bytes))
+        heard = await self.records.hear(identify(self.settings, request), said)
+        if heard.is_first and heard.content is not None and heard.owner.stage is not None:
+            self.casting.heard(Stage(heard.owner.stage), heard.owner.digest, heard.content)
+        told = {"id": heard.id, "object": "tts.feedback", "request_id": said.request}
+        status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
+        return JSONResponse({**told, "status": "recorded" if heard.is_on_disk else "queued"}, status)
 
     # The rest
 
@@ -195,6 +226,7 @@ class Service:
         status = HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE
         sandbox = {"level": self.casting.level, "lacking": self.casting.lacking}
         told = {"ready": up, "upstream": self.engine.url, "models": list(self._models), "sandbox": sandbox}
+        told["recorder"] = self.records.recorder.as_json()
         return JSONResponse(told, status)
 
     async def page(self, _: Request) -> Response:
@@ -217,6 +249,11 @@ def create_app(settings: Settings) -> FastAPI:
             stack.callback(service.judge.close)
             await service.casting.open()
             stack.push_async_callback(service.casting.close)
+            await service.records.open()
+            stack.push_async_callback(service.records.close)
+            if settings.store is not None:
+                service.drift.open()
+                stack.push_async_callback(service.drift.close)
             yield
 
     app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -224,6 +261,8 @@ def create_app(settings: Settings) -> FastAPI:
         ("/v1/chat/completions", "POST", "complete_chat"),
         ("/v1/models", "GET", "list_models"),
         ("/v1/tts/curve", "GET", "curve"),
+        ("/v1/tts/feedback", "POST", "hear"),
+        ("/v1/tts/requests/{request_id}", "GET", "explain"),
         ("/health", "GET", "health"),
         ("/ready", "GET", "ready"),
         ("/metrics", "GET", "page"),

@@ -33,7 +33,7 @@ from controllers import (
 from controllers.episode import Remote
 from controllers.installed import Installed, Stage
 from controllers.loading import Spec, make, parse_spec
-from controllers.registry import BUILT_IN, create, find
+from controllers.registry import BASELINE, BUILT_IN, create, find
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
@@ -47,8 +47,6 @@ from proxy.watch import Outcome, Verdict, Watch
 
 logger = logging.getLogger(__name__)
 
-BASELINE: Final = "short_m_at_k"
-"""Takes over from any state: it runs on what is open, and votes once enough have finished."""
 FAILURES: Final = 3
 WINDOW_S: Final = 300.0
 """So many failures in so many seconds quarantine a controller."""
@@ -178,6 +176,15 @@ class Casting:
         if verdict is not None:
             self._roll_back(canary, verdict)
 
+    def heard(self, stage: Stage, digest: str, content: bool) -> None:
+        """Take notice of what a client says of an answer; a canary whose clients are not content is none any more."""
+        canary, decided = self._lineup.canary, self._lineup.at(stage)
+        if canary is None or decided is None or decided.digest != digest:
+            return
+        verdict = self._watch.hear(stage, content)
+        if verdict is not None:
+            self._roll_back(canary, verdict)
+
     def shadow(self, played: Played) -> None:
         """Find out, off the request's path, how the shadow would have played an episode of the champion's."""
         spec = self.stages.now.shadow
@@ -281,8 +288,9 @@ class Cast:
         self.level = casting.level_of(choice.spec)
         self._casting = casting
         self._choice = choice
-        self._rounds: list[Round] = []  # that the controller decided, where a shadow wants to know
-        self._played: Played | None = None
+        self.rounds: list[Round] = []  # as they were carried out
+        self.decided = 0  # how many of them the controller decided, before the baseline took over
+        self._played: Played | None = None  # what a shadow is to be shown, if there is one
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
         """Run an episode to its end.
@@ -294,7 +302,7 @@ class Cast:
             self.fallback = QUARANTINED
         else:
             if self._choice.stage is Stage.CHAMPION and casting.stages.now.shadow is not None:
-                self._played = Played(beta, state.limits, self._rounds)
+                self._played = Played(beta, state.limits, ())
             try:
                 async with casting.controller(spec, beta) as controller:
                     await run_episode(casting.timed(spec, controller), environment, state, self._keep)
@@ -309,19 +317,20 @@ class Cast:
                 logger.warning("controller %s failed (%s): %s", spec.name, self.fallback, error)
                 casting.strike(spec)
         casting.metrics.fallbacks.labels(spec.name, self.fallback).inc()
-        await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state)
+        await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state, self._keep)
 
     def end(self, stop: Stop | None, tokens: int) -> None:
         """The episode is over, for `stop` or because its client left, and has cost so much."""
         if self.fallback != UNSEALED:  # which is the machine's fault
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
             self._casting.ended(self._choice, Outcome(tokens, failed, stop is Stop.ANSWERED))
-        if self._played is not None and self._rounds:
-            self._casting.shadow(self._played)
+        if self._played is not None and self.decided:
+            self._casting.shadow(self._played._replace(rounds=self.rounds[: self.decided]))
 
     def _keep(self, _: State, played: Round) -> None:
-        if self._played is not None:
-            self._rounds.append(Round(tuple(played.actions), played.facts))
+        self.rounds.append(Round(tuple(played.actions), played.facts))
+        if self.fallback is None:
+            self.decided += 1
 
 
 class _Timed:

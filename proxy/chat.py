@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from hashlib import blake2b
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import ControllerError, Limits, State, Stop, UnknownController
 from controllers.installed import Stage
 from controllers.loading import Spec
-from discovery.answers import Judge
+from controllers.registry import is_admin_only
+from discovery.answers import AUTO, Judge, Way
+from discovery.recordings import question_id, question_text
 from proxy import probing
 from proxy.casting import Cast, Casting
 from proxy.dial import Dial
@@ -20,6 +25,7 @@ from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
 from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
 from proxy.metrics import Metrics
+from proxy.records import Records
 from proxy.reply import Closing, Reply, compose
 from proxy.schema import SAMPLING, ChatRequest
 from proxy.settings import Settings
@@ -49,11 +55,32 @@ class Plan:
     closing: Closing
     deadline_s: float | None
     temperature: float | None  # of the branches; None leaves it to the model's own default
+    asked: Asked
+    streamed: bool
 
     @property
     def controller(self) -> str:
         """The controller's name."""
         return self.spec.name
+
+    @property
+    def records_all(self) -> bool:
+        """Whether its branches are wanted, rather than an answer."""
+        return is_admin_only(self.spec.name)
+
+
+class Asked(NamedTuple):
+    """Who asked and what, as far as it may be written down."""
+
+    tenant: str
+    text: str  # of the question
+    sampling: Mapping[str, Any]  # all by which a branch is drawn that is not the model's own
+    chat_template: str  # its hash; empty if it is not known
+
+    @property
+    def question(self) -> str:
+        """What the question is known by."""
+        return question_id(self.text)
 
 
 class _Bounds(NamedTuple):
@@ -63,7 +90,15 @@ class _Bounds(NamedTuple):
 
 
 async def plan(
-    engine: Engine, casting: Casting, settings: Settings, model: Model, request: ChatRequest, dial: Dial
+    engine: Engine,
+    casting: Casting,
+    settings: Settings,
+    model: Model,
+    request: ChatRequest,
+    dial: Dial,
+    *,
+    tenant: str = "",
+    chat_template: str = "",
 ) -> Plan:
     """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
     request_id = f"chatcmpl-{uuid4().hex}"
@@ -92,7 +127,28 @@ async def plan(
         closing=bounds.closing,
         deadline_s=_least(request.tts.deadline_s, settings.deadline_s),
         temperature=sampling.get("temperature"),
+        asked=Asked(tenant, question_text(request.messages), _drawn_by(request, sampling), chat_template),
+        streamed=bool(request.stream),
     )
+
+
+def _drawn_by(request: ChatRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """All by which branches are drawn and read: sampling, limit, how answers are found, and what the chat template was
+    told, as a hash; so is a pattern, for it is the client's text."""
+    drawn = dict(sampling)
+    if request.tts.answer != AUTO:
+        kind = request.tts.answer
+        is_pattern = kind.way is Way.REGEX
+        drawn["answer"] = f"{kind.way}:{_hashed(kind.argument)}" if is_pattern else str(kind)
+    if request.branch_limit is not None:
+        drawn["max_tokens"] = request.branch_limit
+    if fields := request.template_fields:
+        drawn["template_fields"] = _hashed(json.dumps(fields, sort_keys=True))
+    return drawn
+
+
+def _hashed(text: str) -> str:
+    return blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 async def _bounds(
@@ -137,13 +193,17 @@ async def _bounds(
     return _Bounds(Sizes(settings.interval, branch, probe, ahead), limits, Closing(finalise, probe))
 
 
-async def serve(engine: Engine, judge: Judge, casting: Casting, metrics: Metrics, plan: Plan) -> Reply:
-    """Run the episode and compose its reply.
+async def serve(
+    engine: Engine, judge: Judge, casting: Casting, metrics: Metrics, records: Records, plan: Plan
+) -> Reply:
+    """Run the episode, compose its reply, and have it written down.
 
     Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
     is counted either way.
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
+    if plan.records_all:
+        environment.votable = environment.votable_for_sure = True  # whatever they say is recorded
     state = State(plan.limits)
     cast = casting.cast(Choice(plan.spec, plan.stage))
     reply: Reply | None = None
@@ -166,6 +226,7 @@ async def serve(engine: Engine, judge: Judge, casting: Casting, metrics: Metrics
         metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
         _count(metrics, plan, environment, state, reply)
         cast.end(state.stop, environment.meter.billed)
+        records.keep(plan, cast, environment, state, reply)
 
 
 async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
@@ -183,7 +244,7 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
         state.end(Stop.CONTROLLER_ERROR)
     except UpstreamError as error:
-        logger.warning("%s: %s", plan.request_id, error)
+        logger.warning("%s: %s", plan.request_id, error.logged)
         environment.salvage()
         state.end(Stop.UPSTREAM_ERROR)
         return error
@@ -199,7 +260,7 @@ async def _compose(
     if not environment.branches:
         raise UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
     try:
-        return await compose(plan, environment, state, cast.fallback)
+        return await compose(plan, environment, state, cast.rounds, cast.fallback)
     except UpstreamError as error:
         raise failure or error from None
 

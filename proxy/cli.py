@@ -18,13 +18,18 @@ from typer.core import TyperGroup
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError
 from discovery.commands.calibrate import calibrating
+from discovery.commands.collect import collecting
 from discovery.commands.discover import discover
 from discovery.commands.doctor import doctor
 from discovery.commands.evaluate import evaluate
 from discovery.commands.gate import gate
 from discovery.commands.history import history
+from discovery.commands.label import label
+from discovery.commands.parity import comparing
 from discovery.commands.promote import controllers, promote, rollback
-from discovery.commands.store import importing, store
+from discovery.commands.store import DEFAULT as STORE
+from discovery.commands.store import importing
+from discovery.commands.store import store as keeping
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
 from proxy.errors import ProxyError
@@ -61,10 +66,13 @@ app.command()(evaluate)
 app.command()(doctor)
 app.command()(discover)
 app.command()(gate)
+app.command()(label)
 app.command("calibrate")(calibrating)
+app.command("collect")(collecting)
+app.command("parity")(comparing)
 for verb in (promote, rollback, controllers):
     app.command()(verb)
-for group in (importing, store, trace, history):
+for group in (importing, keeping, trace, history):
     app.add_typer(group)
 
 
@@ -85,6 +93,10 @@ def serve(
     beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
     interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
     registry: Annotated[Path | None, typer.Option(help="folder of installed controllers, as promoted")] = None,
+    store: Annotated[
+        Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="replay store requests are recorded in")
+    ] = STORE,
+    record: Annotated[bool, typer.Option(help="record requests; with --no-record none is")] = True,
     allow_unsandboxed: Annotated[
         bool | None,
         typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
@@ -92,8 +104,9 @@ def serve(
 ) -> None:
     """Serve, until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, markup=False)])
-    given = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
-    _run(_serve(host, port, beta=beta, allow_unsandboxed=allow_unsandboxed, registry=registry, **given))
+    given: dict[str, Any] = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
+    given |= {"allow_unsandboxed": allow_unsandboxed, "registry": registry, "store": store if record else None}
+    _run(_serve(host, port, beta=beta, **given))
 
 
 @app.command("demo")
@@ -132,6 +145,7 @@ async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> Non
     from proxy.settings import load
 
     settings = load(beta=None if beta is None else parse_beta(beta, "--beta"), **given)
+    settings = settings.model_copy(update={"store": given["store"]})  # --no-record wins over AUTOTTS_STORE
     with listen(host, port) as listening:
         async with _upstream(settings) as ready:
             text = welcome(f"http://{host}:{listening.getsockname()[1]}", settings.upstream is None)

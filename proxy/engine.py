@@ -21,6 +21,8 @@ from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamRefused, Upstr
 
 STREAM_INTERVAL = 64
 """Tokens vLLM gathers into one chunk: fewer costs CPU, more loses count when a request is aborted."""
+WAITING = ("vllm:num_requests_waiting{", "vllm:num_requests_waiting ")
+"""How the lines of vLLM's metrics begin that count requests in its queue."""
 
 
 class Model(NamedTuple):
@@ -48,6 +50,7 @@ class Call:
     max_tokens: int
     sampling: Mapping[str, Any]
     n: int = 1
+    priority: int = 0  # larger is later, where the server schedules by priority
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
@@ -64,6 +67,7 @@ class Engine:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._session = session
         self._read_timeout_s = read_timeout_s
+        self._takes_priority = True  # as far as is known
         self._suffixes: dict[tuple[str, str], list[int]] = {}
 
     async def models(self) -> list[Model]:
@@ -81,6 +85,19 @@ class Engine:
                 return response.status == HTTPStatus.OK
         except UpstreamError:
             return False
+
+    async def waiting(self) -> int | None:
+        """How many requests wait to be run; None if the upstream does not say."""
+        try:
+            async with self._request("GET", "/metrics", timeout_s=5) as response:
+                page = await response.text() if response.status == HTTPStatus.OK else ""
+        except UpstreamError:
+            return None
+        found = [line.rpartition(" ")[2] for line in page.splitlines() if line.startswith(WAITING)]
+        try:
+            return int(sum(map(float, found))) if found else None
+        except (ValueError, OverflowError):
+            return None
 
     async def tokenise_chat(self, body: Mapping[str, Any]) -> list[int]:
         """Ids of a chat prompt; `body` holds `model`, `messages` and what the chat template takes."""
@@ -104,6 +121,15 @@ class Engine:
 
     async def generate(self, model: str, call: Call) -> None:
         """Fill `call.outputs`, in the order of the prompts, `n` for each. Cancelling aborts the request upstream."""
+        try:
+            await self._generate(model, call)
+        except UpstreamRefused as error:
+            if not call.priority or "priority" not in str(error).lower():
+                raise
+            self._takes_priority = False
+            await self._generate(model, call)
+
+    async def _generate(self, model: str, call: Call) -> None:
         body = {
             **call.sampling,
             "model": model,
@@ -114,6 +140,7 @@ class Engine:
             "stream": True,
             "stream_options": {"include_usage": True},
             "stream_interval": STREAM_INTERVAL,
+            **({"priority": call.priority} if call.priority and self._takes_priority else {}),
         }
         usage: Mapping[str, Any] | None = None
         async with self._request("POST", "/v1/completions", json=body) as response:
@@ -216,7 +243,7 @@ class Engine:
         except ValueError:
             parsed = None
         if not isinstance(parsed, dict):
-            raise UpstreamNonsense(f"{self.url} sent what is no JSON object: {payload[:80]!r}")
+            raise UpstreamNonsense(f"{self.url} sent {len(payload)} bytes that are no JSON object")
         return parsed
 
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:

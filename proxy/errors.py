@@ -5,7 +5,9 @@ ProxyError
 ├── StartError               the machine: port taken, embedded model does not start
 ├── ApiError                 told to the client: status, type, code, param
 │   ├── BadRequest           400, the request is at fault
-│   └── NotFound             404, no such model or path
+│   ├── Forbidden            403, it is not for this caller
+│   ├── NotFound             404, no such model or path
+│   └── RecordsAway          503, the store is away
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
     ├── UpstreamTimeout      504, it is silent
@@ -53,11 +55,24 @@ class BadRequest(ApiError):
     type = "invalid_request_error"
 
 
+class Forbidden(ApiError):
+    """It is not for this caller."""
+
+    status = HTTPStatus.FORBIDDEN
+    type = "permission_error"
+
+
 class NotFound(ApiError):
     """There is no such model, or no such path."""
 
     status = HTTPStatus.NOT_FOUND
     type = "invalid_request_error"
+
+
+class RecordsAway(ApiError):
+    """What happened cannot be looked up, or nothing more be written down, for now."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class TooLarge(BadRequest):
@@ -71,6 +86,11 @@ class UpstreamError(ApiError):
 
     status = HTTPStatus.BAD_GATEWAY
     type = "upstream_error"
+
+    @property
+    def logged(self) -> str:
+        """What a log may say of it: nothing that a client, or a model, has written."""
+        return self.message
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -92,8 +112,13 @@ class UpstreamRefused(UpstreamError):
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")
+        self.upstream_status = status
         if 400 <= status < 500 and status not in (401, 403):
             self.status, self.type = HTTPStatus(status), "invalid_request_error"
+
+    @property
+    def logged(self) -> str:
+        return f"the upstream refused a request with status {self.upstream_status}"  # its words may quote the request
 
 
 def body(error: ApiError) -> Mapping[str, Any]:

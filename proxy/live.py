@@ -114,6 +114,7 @@ class LiveEnvironment:
         self.votable = prompt.kind.vouched  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
         self.scouted = 0  # tokens of the probe that asked whether it is
+        self.priority = 0  # of its requests
         self._scout: LiveBranch | None = None  # a branch run ahead that has not been opened yet
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
@@ -162,6 +163,27 @@ class LiveEnvironment:
         """What follows branch `index` and `suffix`, outside the branch's own text."""
         return await self._after([*self._context(index), *suffix], len(suffix), most, sampling)
 
+    async def ask_at(self, points: Sequence[tuple[int, int]]) -> list[Probed]:
+        """What branches would have answered after so many whole intervals: (branch, intervals) each."""
+        contexts: list[list[int]] = []
+        suffixes: list[list[int]] = []
+        for index, intervals in points:
+            ids = self.branches[index].ids[: intervals * self.sizes.interval]
+            suffixes.append(await self._suffix(await self.engine.detokenise(self.prompt.model, ids), lead=True))
+            contexts.append([*self.prompt.ids, *ids, *suffixes[-1]])
+        call = Call(contexts, self.sizes.probe, probing.sampling())
+        await self._gather([call])
+        self.meter.suffix_tokens += sum(map(len, suffixes))
+        asked = zip(points, suffixes, call.outputs, strict=True)
+        return [
+            Probed(index, await self.number(self._said(output)), len(suffix) + len(output.ids))
+            for (index, _), suffix, output in asked
+        ]
+
+    def _said(self, output: Output) -> Answer | None:
+        """What a probe's continuation answers."""
+        return self.prompt.template.read(output.text, self.prompt.kind)
+
     async def _after(self, context: Sequence[int], suffix: int, most: int, sampling: Mapping[str, Any]) -> Output:
         """What follows `context`, the last `suffix` tokens of which are ours."""
         output = await self._alone(context, most, sampling)
@@ -172,7 +194,7 @@ class LiveEnvironment:
         self, context: Sequence[int], most: int, sampling: Mapping[str, Any], owner: LiveBranch | None = None
     ) -> Output:
         """What follows `context`, in a request of its own; if that is cut, `owner` keeps what there was."""
-        call = Call([context], most, sampling)
+        call = Call([context], most, sampling, priority=self.priority)
         self._flying = [(owner, call.outputs[0])]
         await self.engine.generate(self.prompt.model, call)
         self._flying = []
@@ -223,7 +245,7 @@ class LiveEnvironment:
         context = [*self.prompt.ids, *ids, *suffix]
         output = await self._after(context, len(suffix), self.sizes.probe, probing.sampling())
         self.scouted += len(suffix) + len(output.ids)
-        answer = self.prompt.template.read(output.text, self.prompt.kind)
+        answer = self._said(output)
         return answer is not None and answer.form.sort in VOTES_ALONE
 
     def _ended(self, branch: LiveBranch) -> bool:
@@ -349,6 +371,8 @@ class LiveEnvironment:
 
     async def _gather(self, calls: Sequence[Call]) -> None:
         """Run `calls` at once; the first to fail cancels the others and its error is raised."""
+        for call in calls:
+            call.priority = self.priority
         tasks = [asyncio.create_task(self.engine.generate(self.prompt.model, call)) for call in calls]
         try:
             await asyncio.gather(*tasks)
@@ -364,8 +388,8 @@ class LiveEnvironment:
     def _land(self, step: _Step, suffixes: Mapping[int, list[int]]) -> _Outcome:
         tokens = len(step.output.ids)
         if step.action.verb is Verb.PROBE:
-            answer = self.prompt.template.read(step.output.text, self.prompt.kind)
-            return _Outcome(step.action, step.branch, 0, tokens + len(suffixes[step.branch]), answer, False)
+            cost = tokens + len(suffixes[step.branch])
+            return _Outcome(step.action, step.branch, 0, cost, self._said(step.output), False)
         self._grow(self.branches[step.branch], step.output)
         return self._advanced(step.action, step.branch, step.before + tokens)
 

@@ -78,6 +78,43 @@ class Metrics:
             "How controllers from files are held: 2 sealed, 1 not at all, 0 refused.",
             registry=self.registry,
         )
+        self.recorded = Counter(
+            "autotts_recorder_records",
+            "Records by what became of them: stored; spilled to a file while the store was away; recovered from there.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.lost = Counter(
+            "autotts_recorder_lost", "Records that are lost, by why. Alarm on any.", ("reason",), registry=self.registry
+        )
+        self.recorder_queue = Gauge(
+            "autotts_recorder_queue", "Records that wait in memory to be written.", registry=self.registry
+        )
+        self.spill_bytes = Gauge(
+            "autotts_recorder_spill_bytes",
+            "Bytes of records that wait in a file for the store.",
+            registry=self.registry,
+        )
+        self.store_up = Gauge("autotts_recorder_store_up", "Whether the store takes records.", registry=self.registry)
+        self.finished = Counter(
+            "autotts_recordings",
+            "Episodes drawn to be run to their ends, by what came of it: recorded, failed, skipped.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.recording_tokens = Counter(
+            "autotts_recording_tokens",
+            "Tokens spent on running episodes to their ends after their answers.",
+            ("model",),
+            registry=self.registry,
+        )
+        self.feedback = Counter("autotts_feedback", "Feedback by its kind.", ("kind",), registry=self.registry)
+        self.drift = Gauge(
+            "autotts_recording_drift",
+            "How many of chat template, probe template and interval are not what the latest recordings were made with.",
+            ("model",),
+            registry=self.registry,
+        )
         self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
         self.upstream_up = Gauge("autotts_upstream_up", "Whether the upstream was well.", registry=self.registry)
 

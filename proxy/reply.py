@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from controllers import State, Stop
+from controllers import Round, State, Stop
 from discovery.answers import read
-from proxy import probing
+from proxy import probing, recording
 from proxy.live import LiveBranch, LiveEnvironment
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def known_headers(plan: Plan) -> dict[str, str]:
     }
 
 
-async def compose(plan: Plan, environment: LiveEnvironment, state: State, fallback: str | None = None) -> Reply:
+async def compose(
+    plan: Plan, environment: LiveEnvironment, state: State, rounds: Sequence[Round], fallback: str | None = None
+) -> Reply:
     """The reply to a stopped episode that opened at least one branch. May raise UpstreamError.
 
     `fallback` is why the baseline decided in it, if it did.
@@ -86,7 +88,11 @@ async def compose(plan: Plan, environment: LiveEnvironment, state: State, fallba
         message=message,
         tokens=tokens,
         usage=_usage(plan, environment, message),
-        tts={**_report(plan, environment, state, message, agreed, tokens), "fallback": fallback},
+        tts={
+            **_report(plan, environment, state, message, agreed, tokens),
+            "fallback": fallback,
+            **({"recording": _recording(plan, environment, rounds)} if plan.records_all else {}),
+        },
     )
 
 
@@ -185,6 +191,17 @@ def _usage(plan: Plan, environment: LiveEnvironment, message: Message) -> dict[s
         "total_tokens": prompt + completion,
         "completion_tokens_details": {"reasoning_tokens": max(0, completion - message.visible_tokens)},
         "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+    }
+
+
+def _recording(plan: Plan, environment: LiveEnvironment, rounds: Sequence[Round]) -> dict[str, Any]:
+    """The branches of the episode and how they were made, as the generic format has them."""
+    return {
+        "interval": plan.sizes.interval,
+        "sampling": plan.asked.sampling,
+        "probe_template": plan.prompt.template.name,
+        "chat_template": plan.asked.chat_template,
+        "branches": [branch._asdict() for branch in recording.branches(environment, rounds)],
     }
 
 

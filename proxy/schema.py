@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from discovery.answers import AUTO, Kind, parse_kind
 from discovery.errors import UnknownKind
 from proxy.errors import BadRequest
+
+T = TypeVar("T", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
 
@@ -38,6 +40,23 @@ class TtsOptions(BaseModel):
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
     answer: Annotated[Kind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
     required: Annotated[bool, Field(strict=True)] = False  # 400 rather than pass through when it cannot be served
+
+
+class FeedbackRequest(BaseModel):
+    """What a client says of an answer: one of `correct`, `answer` and `score`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    request: Annotated[str, Field(min_length=1, max_length=200, validation_alias=AliasChoices("request_id", "id"))]
+    correct: Annotated[bool, Field(strict=True)] | None = None
+    answer: Annotated[str, Field(min_length=1, max_length=10_000)] | None = None
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> FeedbackRequest:
+        if sum(one is not None for one in (self.correct, self.answer, self.score)) != 1:
+            raise ValueError("say one of correct, answer and score")
+        return self
 
 
 class StreamOptions(BaseModel):
@@ -123,19 +142,34 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 
 
 def parse(raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
-    """A request and its JSON object. Raises BadRequest naming the first field that is wrong."""
+    """A chat request and its JSON object. Raises BadRequest naming the first field that is wrong."""
+    body = _object(raw)
+    return _validated(ChatRequest, body), body
+
+
+def parse_feedback(raw: bytes) -> FeedbackRequest:
+    """What a client says of an answer. Raises BadRequest naming the first field that is wrong."""
+    return _validated(FeedbackRequest, _object(raw))
+
+
+def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}", code="bad_json") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", code="bad_json")
+    return body
+
+
+def _validated(made: type[T], body: dict[str, Any]) -> T:
     try:
-        return ChatRequest.model_validate(body), body
+        return made.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{where}: {first['msg']}", param=where, code=_code(where)) from None
+        said = f"{where}: {first['msg']}" if where else first["msg"]
+        raise BadRequest(said, param=where or None, code=_code(where)) from None
 
 
 def _code(where: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,21 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from controllers.errors import ControllersError
 from controllers.installed import wrong_name
 from controllers.loading import parse_spec
+from controllers.registry import is_admin_only
 from proxy.errors import SettingsError
 from proxy.probing import Family
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1)]
+
+
+class StoreText(StrEnum):
+    """What of a request's text is written down."""
+
+    NONE = "none"  # hashes of questions and answers, answers by number
+    HASH = "hash"  # answers as they are written; questions by their hash
+    FULL = "full"  # questions too
 
 
 class Settings(BaseSettings):
@@ -47,6 +57,37 @@ class Settings(BaseSettings):
     registry_poll_s: float = Field(
         1, ge=0, allow_inf_nan=False, description="seconds between looks at whether the registry has changed"
     )
+
+    admin_key: SecretStr | None = Field(
+        None, description="bearer token of those who may see every request and record without an answer; none: nobody"
+    )
+
+    store: Path | None = Field(None, description="replay store that requests are recorded in; none records nothing")
+    store_text: StoreText = Field(
+        StoreText.NONE,
+        description="what of questions and answers is stored: `none` (hashes), `hash` (answers, and questions by their "
+        "hash), `full`",
+    )
+    retain_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="days after which a request is forgotten with all that came of it; none keeps it"
+    )
+    recorder_queue: int = Field(10_000, ge=1, description="records that may wait in memory; what comes then is lost")
+    spill: Path | None = Field(
+        None, description="file that records go to while the store cannot be written; none puts it beside the store"
+    )
+    spill_bytes: int = Field(256 * 2**20, ge=0, description="size that file may grow to")
+    record_fraction: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of requests whose branches are run to their ends after the answer, to be replayed",
+    )
+    record_branches: int = Field(
+        16, ge=0, le=1024, description="branches such a recording is filled up to, however few its controller opened"
+    )
+    record_at_once: int = Field(4, ge=1, le=1024, description="such branches that run at a time")
+    record_tokens_per_hour: Tokens = Field(1_000_000, description="tokens that may be spent on them in an hour")
 
     interval: Tokens = Field(512, description="tokens of one interval, Δ")
     branch_temperature: float = Field(
@@ -83,6 +124,8 @@ def load(**overrides: object) -> Settings:
         raise SettingsError(_one_line(error)) from None
     except ControllersError as error:
         raise SettingsError(f"controller: {error}") from None
+    if not spec.is_foreign and is_admin_only(spec.name):
+        raise SettingsError(f"controller: {spec.name} is for requests that admins make; name another")
     if spec.is_foreign and (wrong := wrong_name(spec.name)):
         raise SettingsError(f"controller: {wrong}")
     return settings

@@ -76,7 +76,7 @@ class Stream(Response):
                 async for data in source:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
         except errors.UpstreamError as error:  # the status is out: leaving the body unfinished cuts the connection
-            logger.warning("a response broke off: %s", error)
+            logger.warning("a response broke off: %s", error.logged)
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -66,7 +66,6 @@ class Outcome:
     tokens: int  # it cost
     failed: bool  # the controller did, and the baseline took over
     answered: bool  # it stopped because its controller answered
-    content: bool | None = None  # what its client said of the answer; None if nothing
 
 
 class Verdict(NamedTuple):
@@ -98,6 +97,11 @@ class Watch:
             self._unit = max(1.0, DEAREST * self._spent / self._count)
         return self.verdict
 
+    def hear(self, stage: Stage, content: bool) -> Verdict | None:
+        """Take notice of what a client says of an answer after its request has ended; as `observe`."""
+        self._games[Quality.FEEDBACK].take(stage, float(not content))
+        return self.verdict
+
     @property
     def verdict(self) -> Verdict | None:
         """Why the canary has to go, by all that has been seen; None while nothing is proven."""
@@ -110,8 +114,6 @@ class Watch:
         values = {Quality.FAILURES: float(outcome.failed), Quality.UNANSWERED: float(not outcome.answered)}
         if self._unit:
             values[Quality.TOKENS] = outcome.tokens / self._unit
-        if outcome.content is not None:
-            values[Quality.FEEDBACK] = float(not outcome.content)
         return values
 
 

@@ -98,9 +98,10 @@ def episode(interval: int = 10, **limits: Any) -> State:
 class FakeVLLM:
     """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
 
-    `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign".
+    `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
+    "no_priority", "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be).
     "no_models" makes /v1/models misbehave instead.
-    It applies from request number `fault_after` on.
+    It applies from request number `fault_after` on, to `fault_times` requests if that is set.
     """
 
     def __init__(self, chains: Sequence[Chain] = (), interval: int = 10) -> None:
@@ -113,7 +114,13 @@ class FakeVLLM:
         self.headers: list[dict[str, str]] = []
         self.fault = ""
         self.fault_after = 0
+        self.fault_times = 0
+        self.queued = 0  # requests it says are in its queue
+        self.looked = asyncio.Event()  # somebody has asked for that while there were some
+        self.greeting = ""  # what its chat template begins a conversation with
         self.hanging = asyncio.Event()  # a request hangs now
+        self.gate = asyncio.Event()  # requests wait until it is set
+        self.gate.set()
         self.idle = asyncio.Event()  # none runs
         self.idle.set()
         self.url = ""
@@ -123,6 +130,7 @@ class FakeVLLM:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/tokenize", self._tokenise)
         app.router.add_post("/detokenize", self._detokenise)
         app.router.add_post("/v1/completions", self._completions)
@@ -142,6 +150,11 @@ class FakeVLLM:
             return web.Response(text="<html>")
         return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
 
+    async def _metrics(self, _: web.Request) -> web.Response:
+        if self.queued:
+            self.looked.set()
+        return web.Response(text=f'vllm:num_requests_waiting{{engine="0",model_name="{MODEL}"}} {self.queued}.0\n')
+
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
 
@@ -149,7 +162,7 @@ class FakeVLLM:
         body = await request.json()
         text = body.get("prompt")
         if text is None:
-            text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + ASSISTANT
+            text = self.greeting + "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + ASSISTANT
         ids = [ord(char) for char in text]
         return web.json_response({"tokens": ids, "count": len(ids), "max_model_len": MAX_LENGTH})
 
@@ -175,9 +188,19 @@ class FakeVLLM:
                 self.idle.set()
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        fault = self.fault if len(self.requests) > self.fault_after else ""
+        await self.gate.wait()
+        number = len(self.requests) - self.fault_after
+        fault = self.fault if number > 0 and (not self.fault_times or number <= self.fault_times) else ""
         if fault == "refuse":
             error = {"message": "no such thing", "type": "BadRequestError", "param": "top_k", "code": 400}
+            return web.json_response({"error": error}, status=400)
+        if fault in ("echo", "babble"):
+            quoted = _text(prompts[0] if isinstance((prompts := body["prompt"])[0], list) else prompts)
+            if fault == "echo":
+                return web.json_response({"error": {"message": quoted, "code": 400}}, status=400)
+            return web.Response(body=f"data: {quoted}\n\n".encode(), headers={"content-type": "text/event-stream"})
+        if fault == "no_priority" and body.get("priority"):
+            error = {"message": "Got priority 9 but Priority scheduling is not enabled.", "code": 400}
             return web.json_response({"error": error}, status=400)
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
         written = [self._write(prompt, body) for prompt in prompts for _ in range(body.get("n", 1))]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -20,12 +20,15 @@ from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
 from discovery.curve import Difference, Score, differences
 from discovery.engines import EngineName, engine_called
-from discovery.evaluate import Answers, Evaluation
+from discovery.evaluate import SURE, Answers, Evaluation, Weights
 from discovery.files import check_place, whole
 from discovery.picture import Panel, Point, check_plot, draw
 from discovery.playing import Rules, Sealing
-from discovery.recordings import Split
+from discovery.recordings import Cell, LabelSource, Split
 from discovery.source import choose, open_source
+
+CONFIDENCE: Final = "confidence"
+"""In place of a weight: each question counts for as much as its right answer is sure."""
 
 
 def evaluate(
@@ -37,6 +40,12 @@ def evaluate(
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
     answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    labels: Annotated[
+        str, typer.Option(help="whose right answers count, and for how much: feedback=0.8,consensus=confidence")
+    ] = ",".join(SURE),
+    version: Annotated[
+        str, typer.Option(help="score recordings of the version whose digest begins so; without it the newest")
+    ] = "",
     probe_tokens: Annotated[
         int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
     ] = None,
@@ -56,6 +65,7 @@ def evaluate(
     dials = [parse_beta(text, "--betas") for text in names(betas)]
     if not specs or not dials:
         raise BetaError("--betas names none") if specs else UnknownController("--controllers names none")
+    weights = parse_weights(labels)
     if plot is not None:
         check_plot(plot)
     if json_to not in (None, "-"):
@@ -63,7 +73,7 @@ def evaluate(
     source = open_source(recordings)
     cells = choose(source.cells(), names(models), names(benchmarks), split)
     rules = Rules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
-    evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, rules)
+    evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, rules, weights, version)
     with _progress(evaluation.work) as advance:
         found = evaluation.run(engine_called(engine, workers), advance)
     figures = json.dumps([score.as_json() for score in found], indent=2, ensure_ascii=False) + "\n"
@@ -76,6 +86,33 @@ def evaluate(
             file.write(figures.encode())
     if plot is not None:
         draw(_panels(found), plot)
+
+
+def parse_weights(text: str) -> Weights:
+    """`reference,feedback=0.8,consensus=confidence` as what a question counts for. Raises BadParameter."""
+    found: dict[LabelSource, float | None] = {}
+    for part in names(text):
+        name, _, weight = (piece.strip() for piece in part.partition("="))
+        if name not in list(LabelSource):
+            raise typer.BadParameter(f"--labels: {name!r} is none of {', '.join(LabelSource)}")
+        if LabelSource(name) in found:
+            raise typer.BadParameter(f"--labels names {name} twice")
+        found[LabelSource(name)] = _weight(part, weight)
+    if not found:
+        raise typer.BadParameter("--labels names none")
+    return found
+
+
+def _weight(part: str, weight: str) -> float | None:
+    if weight == CONFIDENCE:
+        return None
+    try:
+        number = float(weight) if "=" in part else 1.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise typer.BadParameter(f"--labels: {part!r}: a weight is above 0 and at most 1, or {CONFIDENCE!r}")
+    return number
 
 
 def _sealing(specs: Sequence[Spec], everything: bool, nothing: bool) -> Sealing:
@@ -103,6 +140,8 @@ def _show(found: Sequence[Score]) -> None:
     """The figures for people, and what went wrong."""
     console = wide_console()
     console.print(_table(found))
+    for cell, words in _grading(found).items():
+        console.print(f"{' '.join(cell)}: {words}", markup=False, highlight=False)
     if compared := differences(found):
         console.print(_differences(compared))
     for score in found:
@@ -135,6 +174,20 @@ def _table(found: Sequence[Score]) -> Table:
             f"{figures['decisions_per_s']:,.0f}",
         )
     return table
+
+
+def _grading(found: Sequence[Score]) -> Mapping[Cell, str]:
+    """How the right answers of each cell are known, where not all are references."""
+    told: dict[Cell, str] = {}
+    for score in found:
+        if score.grading is None or set(score.grading.sources) == {LabelSource.REFERENCE}:
+            continue
+        parts = []
+        for source, count in score.grading.by_source.items():
+            weight = score.grading.mean_weight(source)
+            parts.append(f"{count} by {source}{'' if weight == 1 else f', which count for {weight:.2g} each'}")
+        told[score.cell] = f"right answers are known {'; '.join(parts)}"
+    return told
 
 
 def _differences(compared: Sequence[Difference]) -> Table:

@@ -156,6 +156,23 @@ def export(
 
 
 @store.command()
+def forget(
+    request: Annotated[str, typer.Option("--request-id", help="all that came of this request")] = "",
+    tenant: Annotated[str, typer.Option(help="all that came of this tenant's requests, by its hash")] = "",
+    place: Place = DEFAULT,
+) -> None:
+    """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
+    if bool(request) == bool(tenant):
+        raise StoreError("forget: say --request-id ID or --tenant HASH, one of them")
+    gone = _with(place, lambda opened: opened.forget(request=request or None, tenant=tenant or None))
+    wide_console().print(
+        f"{place}: forgot {gone.episodes} episodes, {gone.feedback} of feedback, {gone.recordings} recordings, "
+        f"{gone.questions} questions and {gone.labels} labels nothing else is known of",
+        highlight=False,
+    )
+
+
+@store.command()
 def prune(
     place: Place = DEFAULT,
     models: Annotated[str, typer.Option(help="drop recordings of these models")] = "",

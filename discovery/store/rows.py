@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow
-from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split
+from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, Version
 
 Row = tuple[Any, ...]
 
@@ -33,7 +33,8 @@ class About(TypedDict, total=False):
     seconds: float  # from the request to its reply
     answers: Sequence[str]  # by label
     answer_kind: str  # how they were read
-    reply: str | None  # the hash of what the client read
+    text: str  # of the question, and of
+    reply: str | None  # what the client read: both only where the operator has text stored
     usage: Mapping[str, Any]  # as the client was told
     sampling: Mapping[str, Any]  # temperature, top_p, …, as sent
     chat_template: str  # its hash
@@ -200,9 +201,15 @@ def fingerprint(recorded: RecordedQuestion) -> str:
     return sha256(_json([*about, recorded.probe_template, recorded.origin, branches]).encode()).hexdigest()
 
 
+def is_certain(recorded: RecordedQuestion) -> bool:
+    """Whether a recording's reference answer is beyond doubt; one that is not is a label, which has a confidence."""
+    return recorded.confidence == 1.0
+
+
 def question_row(recorded: RecordedQuestion, added: str) -> Row:
     """Of table questions."""
-    about = (recorded.question, recorded.split, recorded.reference, recorded.label_source, recorded.text, added)
+    reference = recorded.reference if is_certain(recorded) else None
+    about = (recorded.question, recorded.split, reference, recorded.label_source, recorded.text, added)
     return sealed(about)
 
 
@@ -280,6 +287,12 @@ def surer(one: LabelSource, other: LabelSource) -> bool:
 def provenance_row(recorded: RecordedQuestion) -> Row:
     """Of table provenance."""
     return sealed((fingerprint(recorded), recorded.chat_template, recorded.request))
+
+
+def version(model: str, chat_template: str, sampling: str, delta: int, probe_template: str) -> Version:
+    """The version of recordings whose rows say so: as `RecordedQuestion.version` writes it."""
+    made = RecordedQuestion("", model, "", delta, (), sampling=json.loads(sampling), probe_template=probe_template)
+    return made.version._replace(chat_template=chat_template)
 
 
 def tombstone(what: str, name: str) -> str:

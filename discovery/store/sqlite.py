@@ -7,6 +7,7 @@ transaction, so that many writers share one sync, and no caller's cancellation c
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import aiosqlite
 
 from discovery.errors import CorruptRow, StoreError
-from discovery.recordings import Cell, Origin, RecordedQuestion, Split, Version
+from discovery.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
 from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Summary, Verified
 from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
@@ -25,9 +26,11 @@ from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, selec
 T = TypeVar("T")
 Work = Callable[[aiosqlite.Connection], Awaitable[Any]]
 
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it tells every value of every row
+
 MAGIC: Final = b"SQLite format 3\x00"
 WAIT_MS: Final = 10_000
-"""How long another process's transaction is waited for."""
+"""How long another process's transaction is waited for, unless said otherwise."""
 GROUP: Final = 256
 """Writes that share one transaction at most."""
 
@@ -52,14 +55,20 @@ class Store:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, path: Path, *, create: bool = False, migrations: Sequence[Migration] = MIGRATIONS
+        cls,
+        path: Path,
+        *,
+        create: bool = False,
+        migrations: Sequence[Migration] = MIGRATIONS,
+        wait_ms: int = WAIT_MS,
     ) -> AsyncIterator[Store]:
         """The store at `path`, brought up to date; a new one if there is none and `create` says so.
 
-        Leaving the context writes what still waits. Raises StoreError.
+        Another process's transaction is waited for `wait_ms`. Leaving the context writes what still waits.
+        Raises StoreError.
         """
         _check(path, create)
-        async with _connection(path) as writing, _connection(path) as reading:
+        async with _connection(path, wait_ms) as writing, _connection(path, wait_ms) as reading:
             await _migrate(path, writing, migrations)
             await reading.execute("PRAGMA query_only = ON")
             store = cls(path, writing, reading)
@@ -97,17 +106,20 @@ class Store:
             told = [one for one in episodes if kept(one.tenant, one.request_id, one.created)] if gone else episodes
             heard = [one for one in feedback if kept(one.tenant, one.request_id, one.created)] if gone else feedback
             await _insert(connection, "episodes", await asyncio.to_thread(_made, rows.episode_row, told))
-            await _insert(connection, "feedback", map(rows.feedback_row, heard))
+            if heard:
+                await _insert(connection, "feedback", map(rows.feedback_row, heard))
             served = [one for one in recordings if await _is_served(connection, one.request)]
             if served:
                 await _add(connection, served)
 
         await self.write(work)
 
-    async def set_labels(self, labels: Sequence[Label]) -> None:
-        """Put labels in the place of those their questions had from the same source."""
+    async def set_labels(self, labels: Sequence[Label], gone: Sequence[Label] = ()) -> None:
+        """Put labels in the place of those their questions had from the same source, and remove those `gone`."""
 
         async def work(connection: aiosqlite.Connection) -> None:
+            for row in map(rows.label_row, gone):
+                await _delete(connection, "labels WHERE id = ?", row[0])
             for row in map(rows.label_row, labels):
                 await _delete(connection, "labels WHERE id = ?", row[0])
                 await _insert(connection, "labels", [row])
@@ -316,6 +328,14 @@ class Store:
         where, values = ("", ()) if request is None else ("WHERE request_id = ?", (request,))
         return [Feedback(*row) for row in await self._rows("feedback", f"{where} ORDER BY created, id", values)]
 
+    async def questions(self) -> dict[str, Label | None]:
+        """Every question that was recorded or served, and the answer it came with, if it did."""
+        served = await self._read("SELECT DISTINCT question_id FROM episodes WHERE question_id IS NOT NULL ORDER BY 1")
+        found: dict[str, Label | None] = {}
+        for identity, _, answer, source, _, added in await self._rows("questions", "ORDER BY id"):
+            found[identity] = None if answer is None else Label(identity, LabelSource(source), answer, 1.0, None, added)
+        return found | {question: None for (question,) in served if question not in found}
+
     async def labels(self) -> list[Label]:
         """All answers that are held for right, but those questions came with."""
         return [rows.label(row) for row in await self._rows("labels", "ORDER BY question_id, source")]
@@ -328,7 +348,7 @@ class Store:
             "GROUP BY 1, 2, 3, 4, 5 ORDER BY MAX(number) DESC",
             (model,),
         )
-        return [Version(*row) for row in found]
+        return [rows.version(*row) for row in found]
 
     async def verify(self) -> Verified:
         """Look at every row; raises nothing for bad ones."""
@@ -366,13 +386,13 @@ def _check(path: Path, create: bool) -> None:
 
 
 @asynccontextmanager
-async def _connection(path: Path) -> AsyncIterator[aiosqlite.Connection]:
+async def _connection(path: Path, wait_ms: int) -> AsyncIterator[aiosqlite.Connection]:
     try:
         connection = await aiosqlite.connect(path, isolation_level=None)
     except sqlite3.Error as error:
         raise _told(path, error) from None
     try:
-        for pragma in (f"busy_timeout = {WAIT_MS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        for pragma in (f"busy_timeout = {wait_ms}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             await connection.execute(f"PRAGMA {pragma}")
         yield connection
     except sqlite3.DatabaseError as error:
@@ -431,7 +451,7 @@ async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQu
     for recorded in recordings:
         new = await _insert(connection, "questions", [rows.question_row(recorded, added)])
         counts[0] += new
-        if not new and recorded.reference is not None:  # the question may have come without one
+        if recorded.reference is not None and not (new and rows.is_certain(recorded)):
             label = Label(recorded.question, recorded.label_source, recorded.reference, recorded.confidence)
             await _insert(connection, "labels", [rows.label_row(label)])
         row = rows.recording_row(recorded, number, added)

@@ -8,10 +8,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from controllers import BetaError, Controller, State, Stop, UnknownController, Verb, run_episode, run_sync
+from controllers import (
+    BetaError,
+    Controller,
+    State,
+    Stop,
+    UnknownController,
+    Verb,
+    advance,
+    branch,
+    probe,
+    run_episode,
+    run_sync,
+)
 from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
 from controllers.dial import linear
-from controllers.registry import BUILT_IN, PINNABLE, create, find
+from controllers.registry import ADMIN_ONLY, BUILT_IN, PINNABLE, create, find, is_admin_only
 from tests.fakes import Chain, Eager, ScriptedEnvironment, chain, episode
 
 INTERVAL = 40
@@ -114,6 +126,12 @@ def test_names_that_name_nothing(name: str, words: str) -> None:
         find(name)
 
 
+def test_whom_admins_alone_may_name() -> None:
+    assert {name for name in BUILT_IN if is_admin_only(name)} == ADMIN_ONLY == {"everything"}
+    assert is_admin_only("everything@4")
+    assert not any(map(is_admin_only, ("", "sc", "sc@4", "everythin", "nothing@everything")))
+
+
 def test_sc_is_short_for_self_consistency() -> None:
     assert find("sc") is find("self_consistency")
     pinned = create("sc@40", 0)
@@ -128,6 +146,28 @@ def test_a_number_pins_the_chains_whatever_beta_is(name: str) -> None:
     assert 1 <= opened[0] <= 5
     with pytest.raises(BetaError):
         create(f"{name}@5", 2)
+
+
+def test_everything_runs_all_to_their_ends_and_asks_after_each_interval() -> None:
+    chains = [chain("7", length, ["", "7"]) for length in (39, 40, 130, 300)]
+    state, environment = play("everything@4", 0, chains)
+    assert [branch.tokens for branch in state.branches] == [one.tokens for one in chains]
+    assert all(branch.finished for branch in state.branches)
+    asked = [action.branch for actions in environment.rounds for action in actions if action.verb is Verb.PROBE]
+    assert [asked.count(i) for i in range(4)] == [1, 1, 4, 8]  # that of the last interval is free
+    assert answered(state, environment) == "7"
+
+
+def test_everything_asks_where_a_cap_had_come_between() -> None:
+    """A cap reserves worst cases: what did not fit beside others may fit by itself a round later."""
+    limits = {"max_tokens": 210, "branch_tokens": 400, "probe_tokens": 30}
+    state, environment = play("everything@2", 0, [chain("7", 400, ["7"]), chain("7", 400, ["7"])], **limits)
+    assert environment.rounds == [
+        [branch(), probe(0), branch(), probe(1)],
+        [advance(0), probe(0), advance(1)],
+        [probe(1)],
+    ]
+    assert (state.stop, state.spent) == (Stop.MAX_TOKENS, 4 * (INTERVAL + 3))
 
 
 def test_esc_stops_at_the_first_window_that_agrees() -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,24 @@ import pytest
 
 from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make, parse_spec
-from discovery.curve import Score, differences, frontier, paired_interval
+from discovery.answers import veiled
+from discovery.commands.evaluate import parse_weights
+from discovery.curve import Grading, Score, differences, frontier, paired_interval
 from discovery.engines import EngineName, engine_called
 from discovery.errors import EngineError, NotRecorded, TraceError
-from discovery.evaluate import Answers, Evaluation
-from discovery.playing import KINDS, Rules, Sealing
-from discovery.recordings import Cell, LabelSource, RecordedBranch, RecordedQuestion, Split, intern, question_id
+from discovery.evaluate import SURE, Answers, Evaluation, Weights, regrade
+from discovery.playing import COLUMNS, KINDS, Rules, Sealing
+from discovery.recordings import (
+    NO_ANSWER,
+    Cell,
+    LabelSource,
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Split,
+    intern,
+    question_id,
+)
 from discovery.replay import ReplayEnvironment, shuffled
 from discovery.shelf import shelve, take
 from discovery.source import choose
@@ -71,6 +84,10 @@ def scores(
 
 def without_time(score: Score) -> dict[str, Any]:
     return {key: value for key, value in score.as_json().items() if key not in ("seconds", "decisions_per_s")}
+
+
+def columns(found: Sequence[Score]) -> list[Any]:
+    return [score.outcomes.tolist() for score in found]
 
 
 def test_figures_are_those_of_the_episodes() -> None:
@@ -205,10 +222,233 @@ def test_only_complete_recordings_with_a_reference_are_scored() -> None:
         scores("single", source=Given(censored, unknown))
 
 
-def test_recordings_of_two_kinds_are_not_mixed() -> None:
-    other = question(1, label_source=LabelSource.CONSENSUS, sampling={"temperature": 0.6})
-    with pytest.raises(NotRecorded, match="recordings of 2 kinds are not scored together: Δ 100, sampling"):
-        scores("single", source=Given(question(0), other))
+def versions(*changes: dict[str, Any], origin: Origin = Origin.LIVE) -> Given:
+    """Two questions of each version, the last of which is the newest."""
+    return Given(*(question(2 * i + j, origin=origin, **one) for i, one in enumerate(changes) for j in range(2)))
+
+
+HOT: dict[str, Any] = {"sampling": {"temperature": 0.9}}
+COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (HOT, r"sampling \{\}\); \w{12} \(2: sampling {\"temperature\": 0.9}\)"),
+        ({"interval": 50}, r"interval 100\); \w{12} \(2: interval 50\)"),
+        ({"probe_template": "p"}, r"probe template unknown\); \w{12} \(2: probe template p\)"),
+        ({"chat_template": "c"}, r"chat template unknown\); \w{12} \(2: chat template c\)"),
+    ],
+)
+def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], words: str) -> None:
+    source = versions({}, change, origin=Origin.IMPORTED)
+    first = source.recordings[0].version.digest
+    words = rf"recordings of 2 versions are not scored together: {first} \(2: {words}; `autotts evaluate --version`"
+    with pytest.raises(NotRecorded, match=words):
+        scores("single", source=source)
+    mixed = Given(
+        *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
+    )
+    with pytest.raises(NotRecorded, match="recordings of 2 versions are not scored together"):
+        scores("single", source=mixed)
+
+
+@pytest.mark.parametrize("origin", [Origin.LIVE, Origin.COLLECTED])
+def test_of_what_was_recorded_here_the_newest_version_is_scored(
+    origin: Origin, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = versions(HOT, {}, COOL, origin=origin)
+    older = [source.recordings[i].version.digest for i in (0, 2)]
+    newest = source.recordings[-1].version.digest
+    found = scores("single", source=source)
+    assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert f"version {newest} is scored, the newest; left out are {older[0]} (2: sampling" in line
+    assert f"; {older[1]} (2: sampling {{}})" in line
+
+
+@pytest.mark.parametrize("origin", Origin)
+def test_another_version_can_be_asked_for(origin: Origin) -> None:
+    source = versions(HOT, COOL, origin=origin)
+    first, second = (one.version.digest for one in source.recordings[::2])
+    older = scores("single", source=source, version=first[:5])
+    assert columns(older) == columns(scores("single", source=Given(*source.recordings[:2])))
+    with pytest.raises(NotRecorded, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "):
+        scores("single", source=source, version="zz")
+
+
+def test_a_version_is_named_by_enough_of_its_digest() -> None:
+    source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
+    begins = [one.version.digest[0] for one in source.recordings[::2]]
+    twice = next(digit for digit in begins if begins.count(digit) > 1)
+    with pytest.raises(NotRecorded, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
+        scores("single", source=source, version=twice)
+
+
+def test_a_newest_version_of_which_nothing_is_known_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    source = versions(HOT, {**COOL, "reference": None})
+    assert scores("single", source=source)[0].episodes == 14
+    assert f"of the newest version, {source.recordings[-1].version.digest}, nothing can be scored" in caplog.text
+    caplog.clear()
+    scores("single", source=source, version=source.recordings[0].version.digest)
+    assert caplog.text == ""
+
+
+def test_branches_of_one_question_are_scored_together_whoever_asked_it() -> None:
+    whole = [question(i, origin=Origin.LIVE, request=f"r {i}") for i in range(3)]
+    parts = [
+        replace(one, request=f"r {one.request} {at}", branches=one.branches[at::2]) for one in whole for at in (0, 1)
+    ]
+    (here,) = scores("self_consistency@16", betas=[1.0], source=Given(*parts))
+    (there,) = scores("self_consistency@16", betas=[1.0], source=Given(*whole))
+    assert here.outcomes.shape == there.outcomes.shape == (len(COLUMNS), 7, 3)
+    assert here.per_question("tokens") == pytest.approx(there.per_question("tokens"))  # all branches of each
+
+
+# How right answers are known
+
+FEEDBACK, CONSENSUS = LabelSource.FEEDBACK, LabelSource.CONSENSUS
+MIXED = Given(
+    *(question(i) for i in range(3)),
+    *(question(i, label_source=FEEDBACK, confidence=0.5) for i in range(3, 6)),
+    *(question(i, label_source=CONSENSUS, confidence=0.25 * (i - 5)) for i in range(6, 9)),
+)
+
+
+def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+    (score,) = scores("cmc", betas=[1.0], source=MIXED)
+    assert score.as_json()["label_sources"] == {"reference": 3, "feedback": 3}
+    assert "weights" not in score.as_json()
+    assert (
+        "left out are recordings whose right answers are known in a way that does not count, 3 by consensus"
+        in caplog.text
+    )
+    alone = Given(*MIXED.recordings[6:])
+    with pytest.raises(NotRecorded, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"):
+        scores("cmc", source=alone)
+    (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
+    assert score.as_json()["label_sources"] == {"consensus": 3}
+    with pytest.raises(NotRecorded, match="only 3 by feedback and 3 by consensus"):
+        scores("cmc", source=Given(*MIXED.recordings[3:]), weights={LabelSource.REFERENCE: 1.0})
+
+
+ALL: Weights = dict.fromkeys(LabelSource, 1.0)
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    plain = Given(*(replace(one, label_source=LabelSource.REFERENCE) for one in MIXED.recordings))
+    sure = Given(*(replace(one, confidence=1.0) for one in MIXED.recordings))
+    names = ["cmc", "self_consistency@8"]
+    expected = scores(*names, source=plain)
+    for source, weights in ((MIXED, ALL), (sure, dict.fromkeys(LabelSource, None))):
+        found = scores(*names, source=source, weights=weights)
+        for one, other in zip(found, expected, strict=True):
+            told = without_time(other) | {"label_sources": {"reference": 3, "feedback": 3, "consensus": 3}}
+            assert without_time(one) == told
+            assert one.error == other.error
+        assert differences(found) == differences(expected)
+
+
+def test_a_question_counts_for_its_weight() -> None:
+    weights: Weights = {LabelSource.REFERENCE: 1.0, FEEDBACK: 0.5, CONSENSUS: None}
+    of_each = np.array([1.0] * 3 + [0.5] * 3 + [0.25, 0.5, 0.75])
+    (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=weights)
+    (plain,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
+    figures = score.as_json()
+    for name in ("tokens", "rounds", "branches", *KINDS):
+        told = figures["tokens_by_kind"] if name in KINDS else figures
+        assert told[name] == pytest.approx((of_each * plain.per_question(name)).sum() / of_each.sum())
+    assert score.accuracy == pytest.approx(100 * (of_each * plain.per_question("right")).sum() / of_each.sum())
+    assert score.accuracy != plain.accuracy
+    assert (figures["episodes"], figures["failures"]) == (63, 0)
+    assert figures["weights"] == {"reference": 1, "feedback": 0.5, "consensus": 0.5}
+    few: Weights = {FEEDBACK: 0.2}
+    assert scores("cmc", betas=[1.0], source=MIXED, weights=few)[0].outcomes.shape[-1] == 3
+
+
+def graded(score: Score, weights: Sequence[float]) -> Score:
+    return replace(score, grading=Grading([LabelSource.REFERENCE] * len(weights), weights))
+
+
+def repeated(score: Score, times: Sequence[int]) -> Score:
+    return replace(score, outcomes=np.repeat(score.outcomes, times, axis=-1))
+
+
+def test_a_weight_counts_as_being_there_more_often() -> None:
+    (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
+    times = [4, 4, 4, 2, 2, 2, 1, 2, 3]
+    weighted, more = graded(score, [one / 4 for one in times]), repeated(score, times)
+    for name in COLUMNS:
+        assert weighted.mean(name) == pytest.approx(more.mean(name))
+    path = np.sort(more.column("critical_path").ravel())
+    assert weighted.as_json()["critical_path_p95"] == path[int(np.ceil(0.95 * path.size)) - 1]
+    assert graded(score, [0.3] * 9).error == pytest.approx(score.error)
+    assert graded(score, [1.0] * 8 + [1e-9]).error == pytest.approx(
+        replace(score, outcomes=score.outcomes[..., :8]).error, rel=0.02
+    )
+
+
+def test_intervals_are_of_weighted_questions() -> None:
+    names, weights = ("self_consistency@1", "self_consistency@16"), [1.0] * 3 + [0.5] * 3 + [0.25] * 3
+    found = [graded(one, weights) for one in scores(*names, betas=[1.0], source=MIXED, weights=ALL)]
+    (one,) = differences(found)
+    gained = 100 * (found[1].per_question("right") - found[0].per_question("right"))
+    assert one.accuracy == pytest.approx(np.average(gained, weights=weights))
+    assert one.low < one.accuracy < one.high
+    assert one.tokens == pytest.approx(found[1].mean("tokens") / found[0].mean("tokens"))
+    assert paired_interval(gained, np.full(9, 0.5)) == pytest.approx(paired_interval(gained))
+    assert (one.low, one.high) != paired_interval(gained)
+    assert paired_interval(np.array([5.0, 5.0, 5.0]), np.array([1.0, 0.1, 0.2])) == pytest.approx((5, 5))
+
+
+def test_a_weighted_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(8)
+    hits = 0
+    for _ in range(60):
+        weights = rng.uniform(0.2, 1, 60)
+        low, high = paired_interval(rng.normal(0.3, 1.0, 60), weights)
+        hits += low <= 0.3 <= high
+    assert 50 <= hits <= 60  # as above
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("reference", {LabelSource.REFERENCE: 1.0}),
+        ("feedback=0.8, consensus = 1e-3", {FEEDBACK: 0.8, CONSENSUS: 0.001}),
+        ("consensus=confidence", {CONSENSUS: None}),
+        ("reference,feedback", dict(SURE)),
+    ],
+)
+def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) -> None:
+    assert parse_weights(text) == weights
+
+
+# Answers that cannot be read
+
+
+@pytest.mark.parametrize("how", Answers)
+@pytest.mark.parametrize("hidden", ["answers", "reference", "both", "one"])
+def test_veiled_answers_are_graded_by_equality(how: Answers, hidden: str) -> None:
+    spelled = ["7.0", "$7$", "8", "007", "9", "8"]
+    hide = {"answers": range(6), "reference": (), "both": range(6), "one": [2]}[hidden]
+    finals = [veiled(one) if at in hide else one for at, one in enumerate(spelled)]
+    reference = veiled(" 7 ") if hidden in ("reference", "both") else " 7 "
+    chains = [RecordedBranch([final], 150, final, [3]) for final in finals]
+    recorded = RecordedQuestion("q", "m", "b", 100, chains, reference)
+    recording = intern(recorded) if how is Answers.EXACT else regrade(recorded)
+    assert recording.finals.tolist() == recording.probes.tolist() == [0, 0, 1, 0, 2, 1]
+    assert recording.reference == 0
+    assert recording.answers == (finals[0], finals[2], finals[4])
+    (score,) = scores("self_consistency@6", betas=[1.0], source=Given(recorded), answers=how, rules=Rules(6))
+    assert score.accuracy == 100
+
+
+def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
+    finals = [veiled("7"), "[placeholder]", "7", None]
+    recorded = RecordedQuestion("q", "m", "b", 100, [RecordedBranch([], 10, final) for final in finals], "8")
+    assert regrade(recorded).finals.tolist() == [0, NO_ANSWER, 0, NO_ANSWER]
+    assert regrade(recorded).reference == intern(recorded).reference == NO_ANSWER
 
 
 def test_more_chains_than_were_recorded_are_refused() -> None:
@@ -389,6 +629,15 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--recordings", "lines.jsonl", "--plot", "p.gif"], "must end in .png or .svg"),
         (["--json", "no/f.json"], "there is no folder"),
         (["--controllers", "asc@99"], "asc@99 opens 99 branches"),
+        (["--labels", "hearsay"], "--labels: 'hearsay' is none of reference, feedback, consensus"),
+        (["--labels", ","], "--labels names none"),
+        (["--labels", "feedback,feedback=0.5"], "--labels names feedback twice"),
+        (["--labels", "feedback=0"], "'feedback=0': a weight is above 0 and at most 1, or 'confidence'"),
+        (["--labels", "feedback=1.5"], "'feedback=1.5': a weight is above 0 and at most 1"),
+        (["--labels", "feedback=nan"], "'feedback=nan': a weight is above 0 and at most 1"),
+        (["--labels", "feedback="], "'feedback=': a weight is above 0 and at most 1"),
+        (["--labels", "consensus"], "m b search: no right answer is known in a way that counts, only 6 by reference"),
+        (["--version", "zz"], "m b search: no version 'zz' can be scored; there are"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(
@@ -400,6 +649,32 @@ def test_bad_arguments_are_one_line_and_leave_nothing(
     assert words in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> None:
+    from discovery.formats import as_line
+
+    newer = [replace(one, origin=Origin.LIVE, request=f"r {at}", **COOL) for at, one in enumerate(MIXED.recordings)]
+    older = [replace(one, request=f"s {at}", sampling={}) for at, one in enumerate(newer[:2])]
+    (tmp_path / "l.jsonl").write_text("".join(map(as_line, [*older, *newer])))
+    asked = ["evaluate", "--recordings", "l.jsonl", "--shuffles", "2", "--betas", "1", "--max-branches", "16"]
+    done = autotts(*asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "m b search: right answers are known 3 by reference; 3 by feedback\n" in done.stdout
+    unknown, versions = done.stderr.splitlines()
+    assert "does not count, 3 by consensus" in unknown
+    assert f"version {newer[0].version.digest} is scored" in versions
+    asked += ["--labels", "reference,feedback=0.8,consensus=confidence", "--version", older[0].version.digest]
+    done = autotts(*asked, "--json", "-", folder=tmp_path)
+    assert (done.stderr, json.loads(done.stdout)[0]["label_sources"]) == ("", {"reference": 2})
+    asked[-1] = newer[0].version.digest
+    done = autotts(*asked, "--json", "f.json", folder=tmp_path)
+    assert (
+        "3 by reference; 3 by feedback, which count for 0.8 each; 3 by consensus, which count for 0.5 each"
+        in done.stdout
+    )
+    (figures,) = json.loads((tmp_path / "f.json").read_text())
+    assert figures["weights"] == {"reference": 1, "feedback": pytest.approx(0.8), "consensus": 0.5}
 
 
 def test_a_file_that_breaks_off_imports_nothing(tmp_path: Path, lines: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ def test_a_release_says_by_its_folders_what_it_holds(tmp_path: Path) -> None:
         ({"id": "0" * 64}, "id is not the SHA-256 of question"),
         ({"id": "7"}, "id: String should match pattern"),
         ({"reward": 1}, "reward: Extra inputs are not permitted"),
+        ({"confidence": 1.5}, "confidence: Input should be less than or equal to 1"),
+        ({"part": -1}, "part: Input should be greater than or equal to 0"),
+        ({"part": 3, "branches": [{"probes": [], "tokens": 1}] * 2}, "2 branches in a line that is part 3"),
         ({"question": "first"}, "the same question as .*x.jsonl:1"),
     ],
 )
@@ -171,7 +175,10 @@ recordings = st.builds(
     sampling=st.dictionaries(st.text(max_size=3), st.integers() | st.floats(0, 2) | st.none(), max_size=2),
     probe_template=st.text(max_size=5),
     origin=st.sampled_from(Origin),
-)
+    chat_template=st.text(max_size=5),
+    request=st.text(max_size=5),
+    confidence=st.floats(0, 1),
+).map(lambda one: one if one.reference is not None else replace(one, confidence=1.0))
 
 
 @given(recorded=recordings)
@@ -179,3 +186,72 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text(as_line(recorded), encoding="utf-8")
     assert read_jsonl(path) == [recorded]
+
+
+def test_a_line_says_nothing_that_goes_without_saying() -> None:
+    recorded = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
+    fields = {"id", "model", "benchmark", "interval", "branches", "split"}
+    assert set(json.loads(as_line(recorded))) == fields
+    assert set(json.loads(as_line(recorded, part=0))) == fields | {"part"}
+
+
+@given(recorded=recordings, data=st.data())
+def test_parts_are_gathered_in_their_order(
+    tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion, data: st.DataObject
+) -> None:
+    """However they lie between others, and whatever is there twice or missing."""
+    parts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9))
+    made = [replace(recorded, branches=[RecordedBranch(["1"], 9, str(at), [])]) for at in range(len(parts))]
+    other = replace(recorded, interval=recorded.interval + 1)
+    lines = [as_line(one, part) for one, part in zip(made, parts, strict=True)]
+    lines.insert(data.draw(st.integers(1, len(lines))), as_line(other))
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    firsts = [made[parts.index(part)].branches[0] for part in sorted(set(parts))]
+    assert read_jsonl(path) == [replace(recorded, branches=firsts), other]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"},
+        {"benchmark": "c"},
+        {"interval": 10},
+        {"sampling": {"temperature": 0.5}},
+        {"probe_template": "p"},
+        {"chat_template": "c"},
+        {"request": "r"},
+        {"question": question_id("p")},
+    ],
+)
+def test_parts_of_other_recordings_stay_apart(tmp_path: Path, change: dict[str, Any]) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], split=Split.SEARCH)
+    other = replace(one, **change)
+    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(other, 1))
+    assert read_jsonl(path) == [one, other]
+    assert read_jsonl(write(tmp_path, "y.jsonl", as_line(one) + as_line(other))) == [one, other]
+
+
+def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_path: Path) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
+    with pytest.raises(BadRecording, match=r"x.jsonl:2: the same question as .*x.jsonl:1"):
+        read_jsonl(write(tmp_path, "x.jsonl", as_line(one) + as_line(one, 1)))
+
+
+def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
+    parts = as_line(one, 0) + as_line(one, 1)
+    torn = as_line(one, 2).encode()
+    path = tmp_path / "x.jsonl"
+    for length in range(len(torn)):
+        path.write_bytes(parts.encode() + torn[:length])
+        assert len(read_jsonl(path)[0].branches) == (3 if length == len(torn) - 1 else 2)
+    path.write_bytes(parts.encode() + torn[:30] + b"\n")
+    with pytest.raises(BadRecording, match=r"x.jsonl:3: Invalid JSON"):
+        read_jsonl(path)
+    path.write_bytes(as_line(one).encode() + torn[:30])
+    with pytest.raises(BadRecording, match=r"x.jsonl:2: Invalid JSON"):
+        read_jsonl(path)
+    path.write_bytes(torn[:30])
+    with pytest.raises(BadRecording, match=r"x.jsonl:1: Invalid JSON"):
+        read_jsonl(path)

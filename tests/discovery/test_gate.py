@@ -23,14 +23,14 @@ from discovery.afs import Anchor, afs, curves
 from discovery.commands.gate import _show
 from discovery.curve import Score
 from discovery.engines import EngineName, engine_called
-from discovery.errors import GateError
+from discovery.errors import GateError, NotRecorded
 from discovery.formats import as_line
 from discovery.gate import Order, run_gate
 from discovery.ledger import Ledger, fingerprint
 from discovery.measured import Ground, Measured, Side, cheapest, measure
 from discovery.paired import bounds, clusters, detectable, level, sign_flip
 from discovery.playing import COLUMNS, Failure, Rules, Sealing
-from discovery.recordings import Cell, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.recordings import Cell, LabelSource, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.verdict import About, Report, Terms, Verdict, card_of, judge, report_of
 from proxy.cli import app
 from tests.discovery.test_evaluate import Given
@@ -374,6 +374,17 @@ def test_what_cannot_be_judged_spends_nothing(
 ) -> None:
     with pytest.raises(GateError, match=words):
         run(GOOD, finalist, tmp_path / "ledger", shuffles=1, **changes)
+    assert Ledger(tmp_path / "ledger").judgements() == []
+
+
+def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
+    voted = [replace(one, label_source=LabelSource.CONSENSUS) for one in recorded(Split.HELD_OUT, LONGER, SHORTER, 40)]
+    both = Given(*GOOD.recordings, *voted[20:40], *voted[60:])
+    alone = run(GOOD, Spec("single"), tmp_path / "alone", shuffles=1)
+    report = run(both, Spec("single"), tmp_path / "both", shuffles=1)
+    assert (report.questions, report.delta_afs, report.p) == (20, alone.delta_afs, alone.p)
+    with pytest.raises(NotRecorded, match="no right answer is known in a way that counts, only 40 by consensus"):
+        run(Given(*voted), Spec("single"), tmp_path / "ledger")
     assert Ledger(tmp_path / "ledger").judgements() == []
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from discovery.answers import veiled
 from discovery.curve import Score
 from discovery.errors import DiscoveryError, NotRecorded
 from discovery.evaluate import Answers
 from discovery.formats import as_line, read_jsonl
-from discovery.recordings import Cell, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.source import open_source
 from discovery.splits import export_search, salted_id, search_only
 from tests.discovery.test_evaluate import Given, question, scores
@@ -119,6 +120,38 @@ def test_answers_can_be_the_same_as_the_proxy_reads_them(tmp_path: Path) -> None
     finals = [branch.final for branch in exported.branches]
     assert finals[0] == finals[1] == finals[3] == exported.reference
     assert finals[2] == finals[4] != finals[0]
+
+
+def hidden(recorded: RecordedQuestion) -> RecordedQuestion:
+    """The recording as one made of a request where no text may be kept."""
+    branches = [
+        one._replace(
+            probes=[None if answer is None else veiled(answer) for answer in one.probes],
+            final=None if one.final is None else veiled(one.final),
+        )
+        for one in recorded.branches
+    ]
+    return replace(recorded, branches=branches, text=None, origin=Origin.LIVE, request=f"request {recorded.question}")
+
+
+@pytest.mark.parametrize("answers", Answers)
+def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
+    tmp_path: Path, answers: Answers
+) -> None:
+    live = [replace(hidden(one), label_source=LabelSource.FEEDBACK, confidence=0.5) for one in QUESTIONS[:6]]
+    again = [replace(one, request=f"{one.request} again", branches=one.branches[::-1]) for one in live]
+    path = written(tmp_path / "all.jsonl", [*live, *again])
+    assert export_search(path, tmp_path / "search.jsonl", answers=answers) == 6
+    exported = read_jsonl(tmp_path / "search.jsonl")
+    assert columns(scores("cmc", source=Given(*exported))) == columns(
+        scores("cmc", source=Given(*live, *again), answers=answers)
+    )
+    assert sum(score.accuracy for score in scores("cmc", source=Given(*exported))) > 0
+    assert {(one.label_source, one.confidence) for one in exported} == {(LabelSource.FEEDBACK, 0.5)}
+    assert {len(one.branches) for one in exported} == {32}
+    text = (tmp_path / "search.jsonl").read_text()
+    assert not any(one.request in text or one.question in text for one in (*live, *again))
+    assert "veiled" not in text
 
 
 def test_nothing_to_export_leaves_no_file(tmp_path: Path) -> None:

@@ -10,12 +10,16 @@ import aiohttp
 import pytest_asyncio
 from openai import AsyncOpenAI
 
+from controllers.registry import ADMIN_ONLY, BUILT_IN
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM, chain
 
 INTERVAL = 40
 SMALL = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "ping_s": 0.05, "read_timeout_s": 5}
+
+SERVED = [name for name in BUILT_IN if name not in ADMIN_ONLY]
+"""Controllers that anybody may name."""
 
 
 class Proxy(NamedTuple):

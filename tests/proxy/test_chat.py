@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from controllers.registry import BUILT_IN
 from proxy.probing import LEAD
 from tests.fakes import MODEL, Chain, chain
-from tests.proxy.conftest import INTERVAL, Proxy
+from tests.proxy.conftest import INTERVAL, SERVED, Proxy
 
 HEADERS = (
     "x-request-id",
@@ -26,7 +25,7 @@ HEADERS = (
 KINDS = {"total", "winner", "agreeing", "losing", "pruned", "probe", "finalise", "aborted"}
 
 
-@pytest.mark.parametrize("controller", BUILT_IN)
+@pytest.mark.parametrize("controller", SERVED)
 @pytest.mark.parametrize("beta", ["0", "0.5", "1"])
 async def test_a_controller_answers_and_the_bill_adds_up(proxy: Proxy, controller: str, beta: str) -> None:
     status, headers, reply = await proxy.ask(beta, tts={"controller": controller})

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from openai import AsyncOpenAI
 
-from controllers import Advanced, Limits, Round, State, advance, answer, branch, probe, run_episode
 from controllers.installed import lot
 from controllers.loading import read
-from deploy.embedded.task import Problem, held_back
-from discovery.answers import parse_kind
-from discovery.formats import as_line
-from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, Split, question_id
-from proxy.engine import Engine
-from proxy.live import LiveEnvironment, Prompt, Sizes
-from proxy.probing import template_for
+from deploy.embedded.task import held_back
+from discovery.formats import read_jsonl
+from discovery.recordings import Split
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 
@@ -34,61 +28,16 @@ SHARE = 0.5
 QUESTIONS = 12
 
 
-class Everything:
-    """A controller that runs every branch to its end and asks it after every interval."""
-
-    def decide(self, state: State) -> Sequence[Any]:
-        if not state.width:
-            return [move for i in range(BRANCHES) for move in (branch(), probe(i))]
-        return [move for i in state.active for move in (advance(i), probe(i))] or [answer(state.leader())]
-
-
-async def record(engine: Engine, problem: Problem, split: Split) -> RecordedQuestion:
-    """Every branch of a question, complete."""
-    interval = int(EMBEDDED["interval"])  # type: ignore[call-overload]
-    ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": problem.question}]})
-    template = template_for(load(upstream="http://x").probe_family, await engine.detokenise(MODEL, ids[-8:]))
-    prompt = Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed"), template=template)
-    environment = LiveEnvironment(engine, prompt, Sizes(interval, 900, 8))
-    rounds: list[Round] = []
-    await run_episode(Everything(), environment, State(Limits(interval)), lambda _, played: rounds.append(played))
-    return RecordedQuestion(
-        question_id(problem.question),
-        MODEL,
-        "embedded",
-        interval,
-        [_branch(number, environment, rounds) for number in range(BRANCHES)],
-        problem.answer,
-        split=split,
-        origin=Origin.COLLECTED,
-    )
-
-
-def _branch(number: int, environment: LiveEnvironment, rounds: Sequence[Round]) -> RecordedBranch:
-    def written(label: int | None) -> str | None:
-        return None if label is None else environment.labels.written(label)
-
-    facts = [fact for played in rounds for fact in played.facts if fact.branch == number]
-    advanced = [fact for fact in facts if isinstance(fact, Advanced)]
-    ended = any(fact.finished for fact in advanced)
-    asked = [fact for fact in facts if not isinstance(fact, Advanced)]
-    probes = asked[: len(advanced) - ended]  # what follows the last whole interval is the end
-    final = next((fact.label for fact in advanced if fact.finished), None)
-    tokens = sum(fact.tokens for fact in advanced)
-    return RecordedBranch(
-        [written(fact.label) for fact in probes], tokens, written(final), [fact.tokens for fact in probes]
-    )
-
-
-async def autotts(*arguments: str, code: int = 0) -> str:
-    """What a verb prints."""
+async def autotts(*arguments: str, code: int | None = 0, **environment: str) -> str:
+    """What a verb prints, that ends with a status of `code`; with None whatever it ends with."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy.cli", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | environment,
     )
     said, _ = await process.communicate()
-    assert process.returncode == code, said.decode()
+    assert code is None or process.returncode == code, said.decode()
     return said.decode()
 
 
@@ -101,11 +50,17 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.timeout(900)
 async def test_the_whole_loop(vllm: str, folder: Path) -> None:
     recordings, registry = folder / "recordings.jsonl", str(folder / "registry")
-    async with aiohttp.ClientSession() as http:
-        engine = Engine(vllm, http)
-        splits = [Split.SEARCH] * 8 + [Split.HELD_OUT] * (QUESTIONS - 8)
-        found = [await record(engine, one, split) for one, split in zip(held_back(QUESTIONS), splits, strict=True)]
-    recordings.write_text("".join(map(as_line, found)))
+    splits = [Split.SEARCH] * 8 + [Split.HELD_OUT] * (QUESTIONS - 8)
+    asked = [
+        {"question": one.question, "reference": one.answer, "split": split}
+        for one, split in zip(held_back(QUESTIONS), splits, strict=True)
+    ]
+    (folder / "embedded.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    async with running(load(upstream=vllm, admin_key="sesame", **EMBEDDED)) as url:
+        collect = ("collect", str(folder / "embedded.jsonl"), "--out", str(recordings), "--url", url)
+        await autotts(*collect, "--branches", str(BRANCHES), "--answer", "boxed", AUTOTTS_ADMIN_KEY="sesame")
+    found = read_jsonl(recordings)
+    assert [one.split for one in found] == splits
     assert all(one.complete and len(one.branches) == BRANCHES for one in found)
 
     about = ("--recordings", str(recordings), "--shuffles", "2", "--workers", "2")

@@ -95,7 +95,7 @@ async def test_many_at_once_and_by_name(serve: Serve) -> None:
         assert [(status, headers["x-tts-branches"]) for status, headers, _ in replies] == [(200, "5")] * 8
         status, _, reply = await proxy.ask("0.5", tts={"controller": "../mine.py"})
         assert status == 400
-        assert reply["error"]["message"].endswith("short_m_at_k, cmc, mine")
+        assert reply["error"]["message"].endswith("short_m_at_k, cmc, everything, mine")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -13,10 +13,10 @@ import pytest_asyncio
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from controllers.registry import BUILT_IN
 from deploy.embedded.task import held_back
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
+from tests.proxy.conftest import SERVED
 
 pytestmark = pytest.mark.vllm
 
@@ -61,7 +61,7 @@ async def served(vllm: str) -> AsyncIterator[Served]:
         yield Served(vllm, url, http, openai)
 
 
-@pytest.mark.parametrize("controller", BUILT_IN)
+@pytest.mark.parametrize("controller", SERVED)
 async def test_what_is_billed_is_what_vllm_generated(served: Served, controller: str) -> None:
     before = await served.counter("vllm:generation_tokens_total")
     reply = await served.ask(0.5, tts={"controller": controller})
@@ -131,7 +131,7 @@ async def test_every_votable_reply_contains_its_answer(served: Served) -> None:
         served.ask(beta, problem, tts={"controller": controller})
         for problem in range(5)
         for beta in (0, 0.3)
-        for controller in BUILT_IN
+        for controller in SERVED
     ]
     replies = await asyncio.gather(*asked)
     assert {reply.tts["stop"] for reply in replies} == {"answered"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from controllers.registry import BUILT_IN
 from discovery.answers import parse_kind
 from proxy import chat, schema
 from proxy.casting import Casting
@@ -13,7 +12,7 @@ from proxy.engine import Engine
 from proxy.metrics import Metrics
 from proxy.settings import load
 from tests.fakes import Chain, chain
-from tests.proxy.conftest import INTERVAL, SMALL, Proxy
+from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
 
 POEM = "Roses are red, violets are blue, " * 12 + "and that is all."
 CODE = "Here you are:\n\n```python\n" + "print('x')\n" * 20 + "```\nRun it with Python."
@@ -27,7 +26,7 @@ def said(text: str) -> str:
     return text.partition("</think>\n\n")[2] or text
 
 
-@pytest.mark.parametrize("controller", BUILT_IN)
+@pytest.mark.parametrize("controller", SERVED)
 @pytest.mark.parametrize("text", PROSE.values(), ids=PROSE)
 async def test_prose_ends_with_its_own_text_at_the_cost_of_two_branches_at_most(
     proxy: Proxy, controller: str, text: str

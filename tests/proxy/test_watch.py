@@ -14,20 +14,21 @@ from proxy.watch import Outcome, Quality, Verdict, Watch
 REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
 
-Draw = Callable[[random.Random], Outcome]
+Draw = Callable[[random.Random], tuple[Outcome, bool | None]]
+"""A request, and whether its client was content, if it said so."""
 
 
 def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.05, unhappy: float = 0.3) -> Draw:
     """Requests whose tokens are lognormal, one in three of which somebody judges."""
     variance = math.log(1 + SCATTER**2)
 
-    def draw(chance: random.Random) -> Outcome:
-        return Outcome(
+    def draw(chance: random.Random) -> tuple[Outcome, bool | None]:
+        outcome = Outcome(
             tokens=round(chance.lognormvariate(math.log(tokens) - variance / 2, math.sqrt(variance))),
             failed=chance.random() < failing,
             answered=chance.random() >= unanswered,
-            content=chance.random() >= unhappy if chance.random() < 1 / 3 else None,
         )
+        return outcome, chance.random() >= unhappy if chance.random() < 1 / 3 else None
 
     return draw
 
@@ -40,7 +41,10 @@ def ends(
         chance, watch = random.Random(seed), Watch()
         for number in range(1, most + 1):
             stage = Stage.CANARY if chance.random() < share else Stage.CHAMPION
-            verdict = watch.observe(stage, (canary if stage is Stage.CANARY else champion)(chance))
+            outcome, content = (canary if stage is Stage.CANARY else champion)(chance)
+            verdict = watch.observe(stage, outcome)
+            if content is not None:
+                verdict = watch.hear(stage, content)
             if verdict is not None:
                 yield number, verdict
                 break
@@ -105,7 +109,7 @@ def test_one_monstrous_reply_proves_nothing() -> None:
 
 def test_a_canary_alone_is_compared_with_nobody() -> None:
     watch = Watch()
-    assert all(watch.observe(Stage.CANARY, Outcome(10**6, True, False, False)) is None for _ in range(1000))
+    assert all(watch.observe(Stage.CANARY, Outcome(10**6, True, False)) is None for _ in range(1000))
 
 
 def test_the_verdict_stays_and_says_why() -> None:

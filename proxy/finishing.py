@@ -1,0 +1,230 @@
+"""Branches run to their ends after the answer has gone out, so that what was served can be replayed.
+
+A served episode is censored: nobody knows what a branch that was pruned, or was running when the vote was settled,
+would have said. Of some episodes, drawn by their id and by nothing that happened in them, every branch is run to its
+end and asked after each interval, and more are opened up to a fixed number: how many a controller opens depends on what
+the first ones said, and branches chosen so would not stand for others.
+
+It takes what is left over: at a low priority, a few branches at a time, none while requests wait at the upstream, and
+no more tokens an hour than it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from controllers import Action, Probed, Round, State, Stop, advance, branch, probe
+from discovery.answers import veiled
+from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
+from proxy import recording
+from proxy.engine import Engine
+from proxy.errors import UpstreamError
+from proxy.metrics import Metrics
+from proxy.settings import Settings, StoreText
+
+if TYPE_CHECKING:
+    from proxy.chat import Plan
+    from proxy.live import LiveEnvironment
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+BENCHMARK: Final = "live"
+"""What live questions belong to."""
+PRIORITY: Final = 1_000_000
+"""Larger is later, where vLLM schedules by priority; elsewhere it changes nothing."""
+MOST_WAITING: Final = 64
+"""Episodes that wait to be finished; those drawn meanwhile are left out."""
+LOOK_S: Final = 0.25
+"""Seconds between looks at whether the upstream has time."""
+HOUR_S: Final = 3600.0
+
+
+@dataclass
+class Unfinished:
+    """An episode that was drawn, as it was when its answer went out."""
+
+    plan: Plan
+    environment: LiveEnvironment
+    rounds: Sequence[Round]
+    spent: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spent = self.environment.meter.billed
+
+
+def drawn(request_id: str, share: float) -> bool:
+    """Whether a request is of the share that is recorded: by its id, and by another draw than a canary's."""
+    lot = int.from_bytes(blake2b(request_id.encode(), digest_size=8, person=b"recording").digest()) / 2**64
+    return lot < share
+
+
+class Finisher:
+    """Finishes episodes, one after the other."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+        self._waiting: asyncio.Queue[Unfinished] = asyncio.Queue(MOST_WAITING)
+        self._purse = Purse(settings.record_tokens_per_hour)
+
+    def wants(self, plan: Plan, state: State) -> bool:
+        """Whether an episode is to be finished: it was drawn, and its branches are as its controller left them."""
+        settings = self._settings
+        ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
+        readable = plan.prompt.kind.probed and not plan.prompt.stop  # a stop string is the client's text
+        if plan.records_all:  # its client has the recording
+            return False
+        return bool(settings.store and ended and readable and drawn(plan.request_id, settings.record_fraction))
+
+    def take(self, unfinished: Unfinished) -> bool:
+        """Have an episode finished in its time; False if too many wait."""
+        try:
+            self._waiting.put_nowait(unfinished)
+        except asyncio.QueueFull:
+            self._metrics.finished.labels("skipped").inc()
+            return False
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Episodes that wait, the one in hand left out."""
+        return self._waiting.qsize()
+
+    async def next(self) -> RecordedQuestion | None:
+        """The recording of the next episode that waits; None if it failed."""
+        unfinished = await self._waiting.get()
+        try:
+            found = await self._finish(unfinished)
+        except UpstreamError as error:
+            logger.warning("%s: its recording is given up: %s", unfinished.plan.request_id, error.logged)
+            self._metrics.finished.labels("failed").inc()
+            return None
+        finally:
+            spent = unfinished.environment.meter.billed - unfinished.spent
+            self._purse.settle(unfinished, spent)
+            self._metrics.recording_tokens.labels(unfinished.plan.prompt.model).inc(spent)
+        self._metrics.finished.labels("recorded").inc()
+        return found
+
+    async def _finish(self, unfinished: Unfinished) -> RecordedQuestion:
+        plan, environment = unfinished.plan, unfinished.environment
+        environment.votable = environment.votable_for_sure = True  # somebody voted on it
+        environment.priority = PRIORITY
+        rounds = list(unfinished.rounds)
+        running = [i for i, one in enumerate(environment.branches) if one.finish is None]
+        for group in _groups(running, self._settings.record_at_once):
+            rounds += await self._run_out(unfinished, [move for i in group for move in (advance(i), probe(i))])
+        missing = range(len(environment.branches), self._settings.record_branches)
+        for group in _groups(missing, self._settings.record_at_once):
+            rounds += await self._run_out(unfinished, [move for i in group for move in (branch(), probe(i))])
+        late = await self._ask_late(unfinished, rounds)
+        return _recorded(plan, self._settings.store_text, recording.branches(environment, rounds, late))
+
+    async def _run_out(self, unfinished: Unfinished, actions: Sequence[Action]) -> list[Round]:
+        """Rounds that begin with `actions` and run their branches to their ends, asking after each interval."""
+        environment = unfinished.environment
+        rounds: list[Round] = []
+        running = sorted({action.branch for action in actions if action.branch >= 0})
+        while running:
+            await self._turn(unfinished, len(running))
+            rounds.append(Round(actions, await environment.execute(actions)))
+            running = [i for i in running if environment.branches[i].finish is None]
+            actions = [move for i in running for move in (advance(i), probe(i))]
+        return rounds
+
+    async def _ask_late(self, unfinished: Unfinished, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
+        """What branches would have answered after intervals nobody asked them after."""
+        environment = unfinished.environment
+        asked = recording.asked(rounds)
+        interval = environment.sizes.interval
+        gaps = [
+            (index, intervals)
+            for index, one in enumerate(environment.branches)
+            for intervals in range(1, -(-len(one.ids) // interval))
+            if (index, intervals) not in asked
+        ]
+        late: dict[tuple[int, int], Probed] = {}
+        for group in _groups(gaps, self._settings.record_at_once):
+            await self._turn(unfinished, len(group))
+            late.update(zip(group, await environment.ask_at(group), strict=True))
+        return late
+
+    async def _turn(self, unfinished: Unfinished, branches: int) -> None:
+        """Return when the upstream has time and there are tokens to spend, for an interval of some branches."""
+        spent = unfinished.environment.meter.billed - unfinished.spent
+        self._purse.settle(unfinished, spent)
+        sizes = unfinished.environment.sizes
+        most = branches * (sizes.interval + unfinished.plan.limits.probe_tokens)
+        most = min(most, self._settings.record_tokens_per_hour)  # else a small purse would never do
+        while True:
+            if self._purse.holds(most) and not await self._busy():
+                return
+            await asyncio.sleep(LOOK_S)
+
+    async def _busy(self) -> bool:
+        """Whether requests wait at the upstream; where it does not say, whether any is served at all."""
+        waiting = await self._engine.waiting()
+        if waiting is None:
+            return bool(self._metrics.registry.get_sample_value("autotts_episodes_in_flight"))
+        return waiting > 0
+
+
+class Purse:
+    """Tokens that may be spent: so many an hour, saved up for an hour at most."""
+
+    def __init__(self, per_hour: int) -> None:
+        self._most = per_hour
+        self._held = float(per_hour)
+        self._at = time.monotonic()
+        self._settled: tuple[object, int] = (None, 0)
+
+    def settle(self, owner: object, spent: int) -> None:
+        """Take notice of what `owner` has spent in all."""
+        before = self._settled[1] if self._settled[0] is owner else 0
+        self._settled = owner, spent
+        self._held -= spent - before
+
+    def holds(self, tokens: int) -> bool:
+        """Whether so many may be spent now."""
+        now = time.monotonic()
+        self._held = min(self._most, self._held + (now - self._at) * self._most / HOUR_S)
+        self._at = now
+        return self._held >= tokens
+
+
+def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for at in range(0, len(values), size):
+        yield values[at : at + size]
+
+
+def _recorded(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -> RecordedQuestion:
+    """The recording of an episode whose branches are complete."""
+    return RecordedQuestion(
+        question=plan.asked.question,
+        model=plan.prompt.model,
+        benchmark=BENCHMARK,
+        interval=plan.sizes.interval,
+        branches=[_veiled(one) for one in branches] if text is StoreText.NONE else branches,
+        split=live_split(plan.asked.question),
+        text=plan.asked.text if text is StoreText.FULL else None,
+        sampling=plan.asked.sampling,
+        probe_template=plan.prompt.template.name,
+        origin=Origin.LIVE,
+        chat_template=plan.asked.chat_template,
+        request=plan.request_id,
+    )
+
+
+def _veiled(recorded: RecordedBranch) -> RecordedBranch:
+    """The same branch, its answers not to be read."""
+    probes = [None if answer is None else veiled(answer) for answer in recorded.probes]
+    return recorded._replace(probes=probes, final=None if recorded.final is None else veiled(recorded.final))

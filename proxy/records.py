@@ -1,0 +1,200 @@
+"""What is kept of served requests: the episode of each, recordings of some, and what their clients say of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from uuid import uuid4
+
+from controllers import State
+from discovery.answers import canonical, is_veiled, veiled
+from discovery.rounds import packed
+from discovery.store import About, Episode, Feedback
+from proxy.engine import Engine
+from proxy.errors import NotFound, RecordsAway
+from proxy.finishing import Finisher, Unfinished
+from proxy.metrics import Metrics
+from proxy.recorder import RECENT, Owner, Recorder
+from proxy.settings import Settings, StoreText
+
+if TYPE_CHECKING:
+    from proxy.callers import Caller
+    from proxy.casting import Cast
+    from proxy.chat import Plan
+    from proxy.live import LiveEnvironment
+    from proxy.reply import Reply
+    from proxy.schema import FeedbackRequest
+
+ACKNOWLEDGED_S: Final = 0.01
+"""How long feedback waits to be on disk before its client is told that it will be."""
+DISCONNECTED: Final = "disconnected"
+"""Why an episode ended whose client left."""
+CONTENT: Final = 0.5
+"""The least score of a client who is content."""
+
+
+class Heard(NamedTuple):
+    """What came of feedback."""
+
+    id: str
+    owner: Owner  # of the request it is about
+    content: bool | None  # whether its client is content; None if that cannot be told
+    is_first: bool  # that was heard of the request
+    is_on_disk: bool
+
+
+class Records:
+    """The records of one proxy."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.recorder = Recorder(settings, metrics)
+        self.finisher = Finisher(engine, settings, metrics)
+        self._metrics = metrics
+        self._text = settings.store_text
+        self._finishing: asyncio.Task[None] | None = None
+        self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which something was said
+
+    async def open(self) -> None:
+        """Begin to write and to finish."""
+        await self.recorder.open()
+        if self.recorder.is_on:
+            self._finishing = asyncio.create_task(self._finish())
+
+    async def close(self) -> None:
+        """Give up what is being finished, and write what waits."""
+        if self._finishing is not None:
+            self._finishing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._finishing
+        await self.recorder.close()
+
+    def keep(self, plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None) -> None:
+        """Have an episode that is over written down, and finished if it was drawn; this takes no time."""
+        if not self.recorder.is_on:
+            return
+        owner = Owner(plan.asked.tenant, plan.stage, plan.spec.digest)
+        made = _episode(plan, cast, environment, state, reply, self._text)
+        self.recorder.put(plan.request_id, made, owner)
+        if reply is not None and self.finisher.wants(plan, state):
+            self.finisher.take(Unfinished(plan, environment, tuple(cast.rounds)))
+
+    async def _finish(self) -> None:
+        while True:
+            found = await self.finisher.next()
+            if found is not None:
+                self.recorder.put(found.request, lambda found=found: found)  # type: ignore[misc]
+
+    async def find(self, caller: Caller, request: str) -> Episode:
+        """The episode of a request. Raises NotFound, for those of others too, or RecordsAway."""
+        if self.recorder.is_on:
+            episode = await self.recorder.find(request)
+            if episode is not None and caller.may_see(episode.tenant):
+                return episode
+        raise _unknown(request)
+
+    async def hear(self, caller: Caller, said: FeedbackRequest) -> Heard:
+        """Take what a client says of an answer. Raises NotFound, for requests of others too, or RecordsAway."""
+        owner = await self.recorder.owner(said.request)
+        if owner is None or not caller.may_see(owner.tenant):
+            raise _unknown(said.request)
+        kind, value, content = await self._judge(said)
+        feedback = Feedback(uuid4().hex, said.request, kind, json.dumps(value), tenant=owner.tenant)
+        kept = self.recorder.put(said.request, lambda: feedback, hurry=True)
+        await asyncio.wait({kept}, timeout=ACKNOWLEDGED_S)
+        if kept.done() and not kept.result():
+            raise RecordsAway("no more can be written down for now; say it again later", code="recorder_full")
+        self._metrics.feedback.labels(kind).inc()
+        is_first = said.request not in self._heard
+        self._heard[said.request] = None
+        if len(self._heard) > RECENT:
+            self._heard.popitem(last=False)
+        return Heard(feedback.id, owner, content, is_first, kept.done())
+
+    async def _judge(self, said: FeedbackRequest) -> tuple[str, Any, bool | None]:
+        """What was said, and whether its client is content."""
+        if said.correct is not None:
+            return "correct", said.correct, said.correct
+        if said.score is not None:
+            return "score", said.score, said.score >= CONTENT
+        answer = said.answer or ""
+        content = None
+        with suppress(RecordsAway):
+            episode = await self.recorder.find(said.request)
+            if episode is not None and episode.answer is not None:
+                content = _same(answer, episode.answer)
+        return "answer", veiled(answer) if self._text is StoreText.NONE else answer, content
+
+
+def _same(answer: str, given: str) -> bool:
+    """Whether two answers, the second of which may not be readable, are the same as far as their forms tell."""
+    if is_veiled(given):
+        return veiled(answer) == given
+    one, other = canonical(answer), canonical(given)
+    return answer.strip() == given.strip() or (one is not None and other is not None and one.text == other.text)
+
+
+def _unknown(request: str) -> NotFound:
+    return NotFound(f"nothing is known of request {request!r}", param="request_id", code="unknown_request")
+
+
+def _episode(
+    plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, text: StoreText
+) -> Callable[[], Episode]:
+    """What makes the record of an episode from what is known of it now; making it is for another thread."""
+    seconds = round(time.monotonic() - plan.started, 6)
+    created = datetime.now(UTC).isoformat(timespec="microseconds")
+    answers = [environment.labels.written(label) for label in range(len(environment.labels))]
+    rounds = tuple(cast.rounds)
+    about = About(
+        beta_source=str(plan.dial.source),
+        stage=None if plan.stage is None else str(plan.stage),
+        fallback=cast.fallback,
+        decided=cast.decided,
+        limits=asdict(plan.limits),
+        spent=state.spent,
+        seconds=seconds,
+        answer_kind=str(plan.prompt.kind.way),  # not its argument: a pattern is the client's text
+        usage={} if reply is None else dict(reply.usage),
+        sampling=dict(plan.asked.sampling),
+        chat_template=plan.asked.chat_template,
+        probe_template=plan.prompt.template.name,
+        streamed=plan.streamed,
+        votable=environment.votable,
+    )
+    if text is StoreText.FULL:
+        about["text"] = plan.asked.text
+        about["reply"] = None if reply is None else reply.message.content
+    ledger = {"aborted": environment.meter.billed} if reply is None else dict(reply.tokens)
+    branches, stop, answer = len(environment.branches), str(state.stop or DISCONNECTED), state.answer
+
+    def make() -> Episode:
+        written = [veiled(one) for one in answers] if text is StoreText.NONE else answers
+        about["answers"] = written
+        return Episode(
+            id=plan.request_id,
+            request_id=plan.request_id,
+            model=plan.prompt.model,
+            controller=plan.controller,
+            digest=plan.spec.digest,
+            beta=plan.dial.beta,
+            rounds=len(rounds),
+            branches=branches,
+            ledger=ledger,
+            stop=stop,
+            answer=None if answer is None else written[answer],
+            question=plan.asked.question,
+            created=created,
+            sandbox=cast.level,
+            tenant=plan.asked.tenant,
+            about=about,
+            trace=packed(rounds),
+        )
+
+    return make

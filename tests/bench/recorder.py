@@ -1,0 +1,125 @@
+"""The recorder: how many records a second it acknowledges, and what a request waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import aiohttp
+
+from controllers import Advanced, Probed, Round, advance, branch, probe
+from discovery.rounds import packed
+from discovery.store import Episode
+from proxy.metrics import Metrics
+from proxy.recorder import Recorder
+from proxy.server import running
+from proxy.settings import load
+from tests.bench.live import Row
+from tests.fakes import MODEL, FakeVLLM, chain
+
+PRODUCERS = 64
+EACH = 300
+BRANCHES = 8
+STEPS = 5
+REQUESTS = 40
+TURNS = 10
+INTERVAL = 40
+HERE = Path(__file__).parent
+"""Where the store of the bench lies: on the disk the project is on, not in memory."""
+
+
+async def rows() -> list[Row]:
+    """Every row."""
+    return [await _acknowledged(), await _added()]
+
+
+async def _acknowledged() -> Row:
+    """Episodes of six rounds with eight branches, each producer waiting for one to be on disk before the next."""
+    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+        async with _recording(Path(folder) / "bench.db") as recorder:
+            await _produce(recorder, "warm", 10)
+            began = time.perf_counter()
+            await asyncio.gather(*(_produce(recorder, str(number), EACH) for number in range(PRODUCERS)))
+            seconds = time.perf_counter() - began
+    rate = PRODUCERS * EACH / seconds
+    return Row("episodes acknowledged, SQLite FULL", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
+
+
+@asynccontextmanager
+async def _recording(path: Path) -> AsyncIterator[Recorder]:
+    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    await recorder.open()
+    try:
+        yield recorder
+    finally:
+        await recorder.close()
+
+
+async def _produce(recorder: Recorder, name: str, count: int) -> None:
+    for number in range(count):
+        identity = f"{name}-{number}"
+        if not await recorder.put(identity, partial(_episode, identity)):
+            raise RuntimeError("a record was lost")
+
+
+def _episode(identity: str) -> Episode:
+    ledger = {"winner": 300, "agreeing": 900, "losing": 400, "probe": 400}
+    about = {"spent": 2000, "limits": {"interval": 64, "max_branches": 64}, "answers": ["veiled:0123456789abcdef"]}
+    identities = (identity, identity, "model", "cmc", "d" * 64)
+    return Episode(*identities, 0.5, STEPS + 1, BRANCHES, ledger, "answered", about=about, trace=packed(_ROUNDS))  # type: ignore[arg-type]
+
+
+def _rounds() -> list[Round]:
+    opened = Round([branch()] * BRANCHES, [Advanced(i, 1, 64, False) for i in range(BRANCHES)])
+    moves = [move for i in range(BRANCHES) for move in (advance(i), probe(i))]
+    facts = [fact for i in range(BRANCHES) for fact in (Advanced(i, 1, 64, False), Probed(i, 0, 12))]
+    return [opened, *([Round(moves, facts)] * STEPS)]
+
+
+_ROUNDS = _rounds()
+
+
+async def _added() -> Row:
+    """Requests to two proxies by turns, one of which records."""
+    chains = [chain("7", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
+    settings = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "record_fraction": 0.0}
+    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+        async with FakeVLLM(chains, INTERVAL).serve() as backend, aiohttp.ClientSession() as http:
+            off = load(upstream=backend.url, **settings)
+            on = load(upstream=backend.url, store=Path(folder) / "bench.db", **settings)
+            async with running(off) as plain, running(on) as recording:
+                times = await _by_turns([partial(_ask, http, url) for url in (plain, recording)])
+    plain_ms, recording_ms = (1000 * statistics.median(one) for one in times)
+    beside = f"{plain_ms:.2f} ms without"
+    added = f"{recording_ms - plain_ms:+.2f} ms"
+    return Row("a request with the recorder on, p50", f"{recording_ms:.2f} ms", beside, added)
+
+
+async def _by_turns(asks: Sequence[Callable[[], Awaitable[None]]]) -> list[list[float]]:
+    """Seconds of each request; a turn is many, for what is written after one request weighs on the next."""
+    times: list[list[float]] = [[] for _ in asks]
+    for turn in range(TURNS + 1):
+        for ask, mine in zip(asks, times, strict=True):
+            for _ in range(REQUESTS):
+                began = time.perf_counter()
+                await ask()
+                if turn:
+                    mine.append(time.perf_counter() - began)
+    return times
+
+
+async def _ask(http: aiohttp.ClientSession, url: str) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hi"}],
+        "tts": {"beta": 0.5, "answer": "boxed", "controller": "cmc"},
+    }
+    async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        await response.read()

@@ -1,0 +1,56 @@
+"""What a proxy records, held against its controllers and against replay: all of it must be true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from discovery.explain import explain
+from discovery.parity import Records, parity, records
+from discovery.store import Store
+from tests.fakes import FakeVLLM, chain
+from tests.proxy.conftest import backend
+from tests.proxy.test_records import serving, until
+
+__all__ = ["backend"]  # a fixture
+
+REQUESTS = 4
+
+
+@pytest.mark.parametrize("text", ["none", "full"])
+@pytest.mark.parametrize("controller", ["cmc", "asc@6", "parallel_probe@6", "short_m_at_k@6", "single"])
+async def test_replay_tells_the_truth_about_a_proxy(
+    backend: FakeVLLM, tmp_path: Path, controller: str, text: str
+) -> None:
+    path = tmp_path / "s.db"
+    backend.chains = [
+        chain("7" if i % 3 else "9", 100 + 31 * (i % 11), ["", "9" if i % 4 else "7", "7"], mark=chr(97 + i % 26))
+        for i in range(60)
+    ]
+    settings = {"store_text": text, "record_fraction": 1.0, "record_branches": 10}
+
+    kept = Records([], {}, {})
+
+    async def recorded() -> Records | None:
+        async with Store.open(path) as store:
+            found = await records(store)
+        return found if len(found.recordings) > len(kept.recordings) else None
+
+    async with Store.open(path, create=True):
+        pass  # it is there before it is looked at
+    async with serving(backend, path, **settings) as proxy:
+        for number in range(REQUESTS):
+            backend.opened = 13 * number
+            status, _, body = await proxy.ask("0.3", tts={"controller": controller})
+            assert status == 200, body
+            kept = await until(recorded)
+    told = parity(kept)
+    assert told.decisions.rounds == told.decisions.agreed >= 2 * REQUESTS
+    assert told.decisions.unchecked == []
+    assert (told.reproduced.episodes, told.reproduced.differing) == (REQUESTS, [])
+    assert [group.recorded for group in told.groups] == [REQUESTS]
+    for episode in kept.episodes:
+        why = explain(episode)
+        assert why["rounds"][-1]["tokens"] == episode.about["spent"]
+        assert why["why"].startswith("The controller answered ")
