@@ -92,13 +92,13 @@ def read_cell(source: Source, cell: Cell, answers: Answers, judge: Judge | None 
 def scorable(source: Source, cell: Cell, weights: Weights = SURE, version: str = "") -> list[RecordedQuestion]:
     """The complete recordings of a cell whose reference answers count, all of one version; one for each question.
 
-    Without a `version` it is the one there is. Of recordings made here it is the newest of several: that of the last of
-    them. What is left out is logged. Raises NotRecorded.
+    Without a `version` it is the one there is. Of several made here it is one of those made with the upstream as it was
+    last: the sampling that most of them share. What is left out is logged. Raises NotRecorded.
     """
     recorded = source.load(cell)
     kept = _of_one_version(cell, _graded(cell, recorded, weights), version)
     made_here = [one for one in recorded if one.origin is not Origin.IMPORTED]
-    if not version and made_here and not any(one.version == made_here[-1].version for one in kept):
+    if not version and made_here and not any(one.version.upstream == made_here[-1].version.upstream for one in kept):
         log.warning(
             "%s: of the newest version, %s, nothing can be scored", " ".join(cell), made_here[-1].version.digest
         )
@@ -187,9 +187,12 @@ def _of_one_version(cell: Cell, kept: Sequence[RecordedQuestion], wanted: str) -
             f"{name}: recordings of {len(by_version)} versions are not scored together: {_listed(by_version)}; "
             "`autotts evaluate --version` picks one"
         )
-    newest = by_version.pop(kept[-1].version)
+    latest = kept[-1].version.upstream
+    now = [found for found in by_version.values() if found[0].version.upstream == latest]
+    newest = max(reversed(now), key=len)
+    del by_version[newest[0].version]
     log.warning(
-        "%s: version %s is scored, the newest; left out are %s",
+        "%s: version %s is scored; left out are %s",
         name,
         newest[0].version.digest,
         _listed({newest[0].version: newest, **by_version}, skip=1),

@@ -349,8 +349,12 @@ def _is_any(answer: str, others: Iterable[str], judge: Judge) -> bool:
 
 
 def reckoned(found: Vote) -> float:
-    """How sure it is that the leader is the likelier of the first two: by counts alone."""
-    return confidence(found.first, found.second)
+    """How sure a vote is by its counts alone: the share that says it, as far as it is sure that it leads at all.
+
+    That it leads is soon sure and says little of whether it is right. On the public recordings this is right as often
+    as it says (0.73 and 0.74 of Qwen3-1.7B's votes of 16 branches), and that alone 0.98.
+    """
+    return confidence(found.first, found.second) * found.first / found.branches
 
 
 def calibrated(judged: Sequence[tuple[float, bool]]) -> Callable[[Vote], float]:

@@ -111,6 +111,11 @@ class Version(NamedTuple):
     probe_template: str
 
     @property
+    def upstream(self) -> tuple[str, str, int, str]:
+        """What of it is the operator's: clients choose the sampling."""
+        return self.model, self.chat_template, self.interval, self.probe_template
+
+    @property
     def digest(self) -> str:
         """It as a short hash."""
         return sha256(json.dumps(self).encode()).hexdigest()[:12]

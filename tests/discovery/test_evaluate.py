@@ -263,8 +263,15 @@ def test_of_what_was_recorded_here_the_newest_version_is_scored(
     found = scores("single", source=source)
     assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
     (line,) = (record.getMessage() for record in caplog.records)
-    assert f"version {newest} is scored, the newest; left out are {older[0]} (2: sampling" in line
+    assert f"version {newest} is scored; left out are {older[0]} (2: sampling" in line
     assert f"; {older[1]} (2: sampling {{}})" in line
+
+
+def test_one_odd_request_does_not_leave_all_others_out() -> None:
+    usual = versions({"chat_template": "old"}, HOT, HOT, origin=Origin.LIVE).recordings
+    odd = versions(COOL, origin=Origin.LIVE).recordings[:1]
+    found = scores("single", source=Given(*usual, *odd))
+    assert columns(found) == columns(scores("single", source=Given(*usual[2:])))
 
 
 @pytest.mark.parametrize("origin", Origin)
@@ -286,7 +293,7 @@ def test_a_version_is_named_by_enough_of_its_digest() -> None:
 
 
 def test_a_newest_version_of_which_nothing_is_known_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    source = versions(HOT, {**COOL, "reference": None})
+    source = versions(HOT, {**HOT, "chat_template": "new", "reference": None})
     assert scores("single", source=source)[0].episodes == 14
     assert f"of the newest version, {source.recordings[-1].version.digest}, nothing can be scored" in caplog.text
     caplog.clear()

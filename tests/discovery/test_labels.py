@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from controllers.voting import confidence
 from discovery.answers import Judge, veiled
 from discovery.labels import (
     ENOUGH,
@@ -25,6 +24,7 @@ from discovery.labels import (
     by_feedback,
     calibrated,
     fill,
+    reckoned,
     said_of,
     same,
     vote,
@@ -118,6 +118,11 @@ def read(place: Path, benchmark: str = "live", split: Split = Split.SEARCH) -> l
             return await store.load(Cell("m", benchmark, split))
 
     return asyncio.run(go())
+
+
+def sure(first: int, second: int) -> float:
+    """Of a vote whose every branch says one of two."""
+    return reckoned(Vote("7", first, second, first + second))
 
 
 # What clients say
@@ -241,6 +246,13 @@ def test_a_vote_knows_what_is_the_same() -> None:
     assert not same("[placeholder]", "[placeholder]", JUDGE)
 
 
+def test_a_vote_is_no_surer_than_the_share_that_says_it() -> None:
+    assert sure(3, 0) == 15 / 16  # 1 - BetaCDF(1/2; 4, 1)
+    assert sure(60, 40) == pytest.approx(0.6, abs=0.02)
+    assert reckoned(Vote("7", 3, 0, 6)) == sure(3, 0) / 2
+    assert sure(2, 2) == 1 / 4
+
+
 def isotonic(judged: Sequence[tuple[float, bool]], margin: float) -> float:
     """The least-squares rising estimate at a margin that was seen, by its max-min formula."""
 
@@ -282,7 +294,7 @@ def test_the_surest_source_counts_from_import_to_score(place: Path) -> None:
     assert read(place)[0].reference is None
     filled(place)
     (one,) = read(place)
-    assert (one.reference, one.label_source, one.confidence) == ("8", CONSENSUS, confidence(4, 0))
+    assert (one.reference, one.label_source, one.confidence) == ("8", CONSENSUS, sure(4, 0))
     put(place, feedback("r q", "9"))
     filled(place)
     (one,) = read(place)
@@ -342,7 +354,7 @@ def test_what_is_forgotten_labels_nothing(place: Path) -> None:
 def test_a_refuted_answer_is_no_consensus(place: Path) -> None:
     put(place, recorded("q", "7777"), recorded("p", "7777"), feedback("r q", False), feedback("r p", True))
     report = filled(place)
-    assert by_question(place, CONSENSUS) == {question_id("p"): ("7", confidence(4, 0))}
+    assert by_question(place, CONSENSUS) == {question_id("p"): ("7", sure(4, 0))}
     assert (report.votes, report.close, report.refuted) == (2, 0, 1)
     put(place, episode("s", "q"), episode("t", "q"), feedback("s", True), feedback("t", True))
     assert filled(place).refuted == 0  # two say it is right, and one that it is not
@@ -377,8 +389,8 @@ def test_votes_are_of_the_newest_version_and_of_complete_recordings(place: Path)
     )
     report = filled(place)
     assert by_question(place, CONSENSUS) == {
-        question_id("q"): ("7", confidence(4, 1)),  # of both benchmarks
-        question_id("p"): ("8", confidence(3, 0)),  # the newest there is
+        question_id("q"): ("7", sure(4, 1)),  # of both benchmarks
+        question_id("p"): ("8", sure(3, 0)),  # the newest there is
     }
     assert report.votes == 2
 
@@ -397,7 +409,7 @@ def test_a_store_knows_versions_as_recordings_do(place: Path) -> None:
 def test_of_several_models_the_clearest_vote_counts(place: Path) -> None:
     put(place, recorded("q", "88887777777", model="n", request="r 1"), recorded("q", "999", request="r 2"))
     filled(place)
-    assert by_question(place, CONSENSUS) == {question_id("q"): ("9", confidence(3, 0))}
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("9", sure(3, 0))}
 
 
 def test_confidence_is_read_off_votes_with_a_reference_where_there_are_enough(place: Path) -> None:
@@ -406,7 +418,7 @@ def test_confidence_is_read_off_votes_with_a_reference_where_there_are_enough(pl
     references = [asked(text, "7" if number < ENOUGH // 2 else "8") for number, text in enumerate(known)]
     report = filled(place, *references[1:])
     assert report.calibrated == 0
-    assert by_question(place, CONSENSUS)[question_id("q")] == ("7", confidence(4, 0))
+    assert by_question(place, CONSENSUS)[question_id("q")] == ("7", sure(4, 0))
     report = filled(place, *references)
     assert report.calibrated == ENOUGH
     assert by_question(place, CONSENSUS)[question_id("q")] == ("7", 0.5)
@@ -459,7 +471,7 @@ def test_labels_that_came_from_elsewhere_stay_until_they_are_known_better(place:
     put(place, recorded("q", "888", request="r 2"), feedback("r q", "9"))
     filled(place)
     assert by_question(place, FEEDBACK) == {question_id("q"): ("9", 1.0)}
-    assert by_question(place, CONSENSUS) == {question_id("q"): ("8", confidence(4, 1))}
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("8", sure(4, 1))}
 
 
 def test_answers_that_cannot_be_read_are_counted_all_the_same(place: Path) -> None:
@@ -469,7 +481,7 @@ def test_answers_that_cannot_be_read_are_counted_all_the_same(place: Path) -> No
     report = filled(place, asked("q", "7.0"), asked("p", "8"))
     assert report.consensus == Agreement(1, 2)
     assert report.feedback == Agreement(1, 1)
-    assert by_question(place, CONSENSUS)[question_id("p")] == (veiled("7"), confidence(3, 1))
+    assert by_question(place, CONSENSUS)[question_id("p")] == (veiled("7"), sure(3, 1))
     assert by_question(place, FEEDBACK) == {question_id("p"): (veiled("8"), 1.0)}
 
 
