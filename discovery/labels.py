@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import fsum
 from operator import itemgetter
-from statistics import NormalDist
 from typing import Any, Final, NamedTuple
 
 from controllers.voting import confidence, plurality, tally, top_two
 from discovery.answers import Judge
 from discovery.evaluate import regrade
+from discovery.paired import share_interval
 from discovery.questions import Question
 from discovery.recordings import NO_ANSWER, LabelSource, RecordedBranch, RecordedQuestion, Version
 from discovery.store import Episode, Feedback, Label, Store
@@ -34,8 +34,6 @@ CONTENT: Final = 0.5
 """The least score of a client who is content."""
 MARGINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Between these, votes are counted together."""
-BOTH_SIDES: Final = 0.025
-"""Beyond each end of an interval."""
 
 
 class Said(NamedTuple):
@@ -80,13 +78,7 @@ class Agreement(NamedTuple):
     @property
     def interval(self) -> tuple[float, float] | None:
         """Wilson's, of 95 %, in percent; None of nothing."""
-        if not self.of:
-            return None
-        z, share = NormalDist().inv_cdf(1 - BOTH_SIDES), self.right / self.of
-        middle = share + z**2 / (2 * self.of)
-        width = z * (share * (1 - share) / self.of + (z / (2 * self.of)) ** 2) ** 0.5
-        low, high = ((middle + side * width) / (1 + z**2 / self.of) for side in (-1, 1))
-        return 100 * max(0.0, low), 100 * min(1.0, high)
+        return share_interval(self.right / self.of, self.of) if self.of else None
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`; shares in percent."""

@@ -120,3 +120,11 @@ def _student(part: float, freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count`, in percent."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, width = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    low, high = ((middle + side * width) / (1 + z**2 / count) for side in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
-from statistics import NormalDist
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from discovery.answers import Judge, Labels, canonical, is_veiled, veiled
 from discovery.curve import BLOCK, RESAMPLES, SEED
 from discovery.episodes import limits_of
 from discovery.errors import Censored
-from discovery.paired import TIE, bounds
+from discovery.paired import TIE, bounds, share_interval
 from discovery.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern
 from discovery.replay import ReplayEnvironment, shuffled
 from discovery.store import Episode, Store
@@ -437,16 +436,8 @@ def _mean(values: Sequence[tuple[str, float]], percent: bool) -> Mean:
     mean, count = float(means.mean()), means.size
     if count < 2:
         return Mean(mean, None, None, count)
-    low, high = _wilson(mean, count) if percent and not np.ptp(means) else bounds(means, BOTH_SIDES)
+    low, high = share_interval(mean / 100, count) if percent and not np.ptp(means) else bounds(means, BOTH_SIDES)
     return Mean(mean, low, high, count)
-
-
-def _wilson(percent: float, count: int) -> tuple[float, float]:
-    """The score interval of a share."""
-    z, share = NormalDist().inv_cdf(1 - BOTH_SIDES / 100), percent / 100
-    middle, width = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    low, high = ((middle + side * width) / (1 + z**2 / count) for side in (-1, 1))
-    return 100 * max(0.0, low), 100 * min(1.0, high)
 
 
 def _paired(rows: Sequence[_Row]) -> Mean:
