@@ -153,7 +153,7 @@ async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Pat
     async with FakeVLLM([chain("7", 100)], 40).serve() as backend, aiohttp.ClientSession() as http:
         url = f"http://127.0.0.1:{(port := free_port())}"
         about = ["--upstream", backend.url, "--port", str(port), "--controller", str(tmp_path / "mine.py")]
-        command = without(layer, sys.executable, "-m", "proxy.cli", "serve", *about, "--interval", "40")
+        command = without(layer, sys.executable, "-m", "proxy.cli", "serve", *about, "--interval", "40", "--no-record")
         environment = {**os.environ, "AUTOTTS_FINALISE_TOKENS": "60", "AUTOTTS_PROBE_TOKENS": "8", "COLUMNS": "200"}
         serving = asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT, env=environment)
         process = await serving

@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,11 +69,13 @@ class Serving(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[Serving]:
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The command as a user runs it, with the embedded model."""
     pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port := free_port())]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    store = tmp_path_factory.mktemp("served") / "autotts.db"
+    environment = os.environ | {"AUTOTTS_STORE": str(store)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     welcome = ""
     for line in process.stderr:
@@ -84,6 +87,9 @@ def serving() -> Iterator[Serving]:
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 0, rest
     assert "Traceback" not in rest
+    with sqlite3.connect(store) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM episodes").fetchone()[0] >= 1
+    connection.close()
 
 
 def block(beginning: str) -> str:
@@ -115,7 +121,7 @@ def test_the_python_snippets(serving: Serving, source: str) -> None:
 
 @pytest.mark.vllm
 def test_a_killed_proxy_leaves_no_server_behind() -> None:
-    command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(free_port())]
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--no-record", "--port", str(free_port())]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
