@@ -98,6 +98,8 @@ def test_there_are_enough_of_them() -> None:
 def test_without_the_seal_the_suite_reports_escapes() -> None:
     """In a container of its own: namespaces, an empty /tmp, no network, and a user without rights."""
     needs("setpriv", "unshare", "mount")
+    if ROOT.is_relative_to("/tmp"):
+        pytest.skip("the checkout is in /tmp, which this puts out of sight")
     outcomes = suite(*CONTAINER, *NOBODY, *SUITE, "--open")["outcomes"]
     escaped = {name for name, one in outcomes.items() if one["how"] == "escaped"}
     assert len(escaped) >= 80
