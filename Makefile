@@ -17,7 +17,7 @@ run: $(VENV)/embedded
 demo: $(VENV)/embedded
 	$(BIN)/autotts demo $(ARGS)
 
-test: $(VENV)/embedded $(VENV)/dev
+test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 # What the suite does a few times, many: a proxy killed while it writes.
@@ -48,6 +48,17 @@ $(VENV)/proxy: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+# A real Prometheus for the tests, from Debian's package where there is one: unpacked here, so that nothing is installed on the
+# machine and no service starts. Where that cannot be, those tests are skipped.
+$(VENV)/prometheus: $(BIN)/python
+	@rm -rf $@ && mkdir -p $@
+	@cd $@ && if command -v prometheus && command -v promtool; then :; \
+	  elif command -v apt-get && command -v dpkg; then \
+	    { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
+	      && dpkg -x prometheus_*.deb . && ln -sf "$$PWD"/usr/bin/prom* ../bin/ && rm -f prometheus_*.deb; \
+	  fi >/dev/null 2>&1 || true
+	@command -v prometheus >/dev/null || test -x $(BIN)/prometheus || echo "make: there is no prometheus here; its tests are skipped"
 
 $(VENV)/embedded: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt '$(TORCH)' || \

@@ -390,7 +390,8 @@ async def collect(
 async def _model(client: openai.AsyncOpenAI, name: str) -> str:
     """The model that is meant: `name`, or the only one the proxy serves. Raises CollectError."""
     try:
-        served = [model.id async for model in client.models.list(timeout=CONNECT_S)]
+        listed = [model.id async for model in client.models.list(timeout=CONNECT_S)]
+        served = [one for one in listed if one.rpartition("@")[0] not in listed]  # NAME@BETA is no model of its own
     except openai.APIStatusError as error:
         raise CollectError(f"{client.base_url}models says {error.status_code}: {error.message}") from None
     except (openai.OpenAIError, ValueError) as error:

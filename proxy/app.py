@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import aiohttp
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from controllers.installed import Stage
@@ -24,16 +25,21 @@ from discovery.answers import Judge
 from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError
 from discovery.explain import explain
-from proxy import chat, dial, errors, passthrough, reply, schema
-from proxy.callers import identify, require_admin
+from proxy import chat, dial, errors, logs, openapi, passthrough, reply, schema, spans, strict, wire
+from proxy.access import Timing
+from proxy.callers import Access, Caller, Callers
 from proxy.casting import Casting
 from proxy.drift import Drift
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
+from proxy.load import Load
 from proxy.metrics import CONTENT_TYPE, Metrics
+from proxy.pulse import Pulse
 from proxy.records import Records
 from proxy.settings import Settings
-from proxy.stream import ClientGone, Stream, chat_events, unless_gone
+from proxy.splice import splice
+from proxy.stream import ClientGone, Stream, thinking, unless_gone
+from proxy.turns import Held, Turn, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +50,22 @@ CLIENT_CLOSED_REQUEST = 499
 class Service:
     """What the routes share: one upstream, its settings and metrics, and what β costs there."""
 
-    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations) -> None:
+    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations, callers: Callers) -> None:
         self.settings = settings
         self.engine = engine
         self.calibrations = calibrations
         self.metrics = Metrics()
+        self.spans = spans.make()
+        engine.watcher = spans.Observer(self.metrics, self.spans)
+        self.pulse = Pulse(engine, self.metrics)
+        engine.on_event = lambda event: self.metrics.upstream_events.labels(event).inc()
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
         self.records = Records(engine, settings, self.metrics)
         self.drift = Drift(engine, settings, self.metrics)
+        self.callers = callers
+        self.turns = Turns(settings, self.metrics)
+        self.load = Load(engine, settings, self.metrics)
         self._models: dict[str, Model] = {}
 
     async def models(self) -> dict[str, Model]:
@@ -77,19 +90,31 @@ class Service:
             f"there is no model {name!r}; there are {', '.join(self._models)}", param="model", code="model_not_found"
         )
 
-    # Chat
+    # Text
 
     async def complete_chat(self, request: Request) -> Response:
         """A chat completion: by a controller where it can be, else by the upstream alone."""
-        parsed, body = schema.parse(await _read(request, self.settings.max_body_bytes))
-        caller = identify(self.settings, request)
+        return await self._complete(wire.CHAT, request)
+
+    async def complete_text(self, request: Request) -> Response:
+        """The same of a text that is gone on with."""
+        return await self._complete(wire.TEXT, request)
+
+    async def respond(self, request: Request) -> Response:
+        """The same as a Response."""
+        return await self._complete(wire.RESPONSES, request)
+
+    async def _complete(self, form: wire.Form, request: Request) -> Response:
+        raw = await _read(request, self.settings.max_body_bytes)
+        parsed = schema.parse(form.made, raw)
+        caller: Caller = request.state.caller
         if is_admin_only(parsed.tts.controller or ""):
-            require_admin(self.settings, caller, f"controller {parsed.tts.controller}")
+            self.callers.require_admin(caller, f"controller {parsed.tts.controller}")
         model, alias = await self.find_model(parsed.model)
         turned = dial.resolve(
             request.headers.getlist(dial.HEADER),
             body=parsed.tts.beta,
-            effort=parsed.reasoning_effort,
+            effort=parsed.effort,
             alias=alias,
             model=model.id,
             default=self._default(model.id),
@@ -97,28 +122,32 @@ class Service:
         )
         reason = _why_not(parsed, turned)
         if turned is None or reason is not None:
-            return await self._pass(request, parsed, body, model, reason or "no_beta")
+            return await self._pass(request, parsed, raw, model, reason or "no_beta")
         if not turned.explicit and parsed.tts.controller is None and self._map(model.id).arm is Arm.SINGLE:
             parsed = parsed.served_by("single")
+        if not (parsed.tts.required or is_admin_only(parsed.tts.controller or "")):
+            turned = turned.shrunk(await self.load.factor())
         is_recorded = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
-        chat_template = await self.drift.template(model.id) if is_recorded else ""
-        known = {"tenant": caller.tenant, "chat_template": chat_template}
-        plan = await chat.plan(self.engine, self.casting, self.settings, model, parsed, turned, **known)
-        if not parsed.stream:
-            served = await unless_gone(request.receive, self._serve(plan))
-            return JSONResponse(_completion(served), headers=served.headers)
-        head = {
-            "id": plan.request_id,
-            "object": "chat.completion.chunk",
-            "created": plan.created,
-            "model": plan.prompt.model,
-        }
-        events = chat_events(
-            head,
-            lambda: self._serve(plan),
-            usage=parsed.wants_usage,
-            ping_s=self.settings.ping_s,
+        chat_template = await self.drift.template(model.id) if is_recorded and parsed.conversation else ""
+        turn = self.turns.episode(request, parsed.tts.max_total_tokens)
+        plan = await chat.plan(
+            self.engine,
+            self.casting,
+            self.turns.settings_for(request, turn),
+            model,
+            parsed,
+            turned,
+            tenant=caller.tenant,
+            chat_template=chat_template,
+            salt=caller.salt,
+            prefix=form.prefix,
         )
+        if not parsed.stream:
+            served = await unless_gone(request.receive, self._serve(turn, plan))
+            return JSONResponse(form.whole(parsed, served), headers=served.headers)
+        news: asyncio.Queue[str] = asyncio.Queue()
+        tell = news.put_nowait if parsed.tts.progress else None
+        events = form.events(parsed, plan, thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s))
         return Stream(events, headers=reply.known_headers(plan))
 
     def _map(self, model: str) -> Map:
@@ -147,11 +176,13 @@ class Service:
             return found.beta_for(asked.target_tokens or 0)
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
-    def _serve(self, plan: chat.Plan) -> Coroutine[Any, Any, reply.Reply]:
-        return chat.serve(self.engine, self.judge, self.casting, self.metrics, self.records, plan)
+    async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
+        known = self.engine, self.judge, self.casting, self.metrics, self.records
+        async with turn:
+            return await self.spans.episode(plan, chat.serve(*known, plan, tell, turn.settle))
 
     async def _pass(
-        self, request: Request, parsed: schema.ChatRequest, body: dict[str, Any], model: Model, reason: str
+        self, request: Request, parsed: schema.Generation, raw: bytes, model: Model, reason: str
     ) -> Response:
         if parsed.tts.required:
             raise BadRequest(
@@ -159,22 +190,23 @@ class Service:
                 param=None if reason == "no_beta" else reason,
                 code="tts_not_applicable",
             )
-        body.pop("tts", None)
-        body["model"] = model.id
-        content = json.dumps(body).encode()
-        return await self._forward(request, content, _untouched(reason), model.id, "application/json")
+        is_named = parsed.model is not None or self.settings.model is not None
+        put = {"model": model.id} if is_named and parsed.model != model.id else {}
+        body = splice(raw, drop=("tts",), put=put)
+        content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
+        return await self._forward(request, body, _untouched(reason), model.id, content_type)
 
     # What happened
 
     async def explain(self, request: Request) -> Response:
         """Why a request ended as it did. Raises NotFound, for requests of others too, or RecordsAway."""
-        caller = identify(self.settings, request)
+        caller: Caller = request.state.caller
         return JSONResponse(explain(await self.records.find(caller, request.path_params["request_id"])))
 
     async def hear(self, request: Request) -> Response:
         """What a client says of an answer. Raises BadRequest, NotFound, for requests of others too, or RecordsAway."""
         said = schema.parse_feedback(await _read(request, self.settings.max_body_bytes))
-        heard = await self.records.hear(identify(self.settings, request), said)
+        heard = await self.records.hear(request.state.caller, said)
         if heard.is_first and heard.content is not None and heard.owner.stage is not None:
             self.casting.heard(Stage(heard.owner.stage), heard.owner.digest, heard.content)
         told = {"id": heard.id, "object": "tts.feedback", "request_id": said.request}
@@ -186,6 +218,7 @@ class Service:
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
         body = await _read(request, self.settings.max_body_bytes)
+        strict.read(body)
         return await self._forward(request, body, _untouched("endpoint"))
 
     async def _forward(
@@ -197,12 +230,33 @@ class Service:
         content_type: str | None = None,
     ) -> Response:
         self.metrics.requests.labels(model, "", "passed_through").inc()
-        work = passthrough.forward(self.engine, request, body, headers, content_type)
-        return await unless_gone(request.receive, work)
+        turn = self.turns.passing(request, body)
+        body = request.state.caller.salted(body)
+
+        async def work() -> Response:
+            await turn.__aenter__()
+            whole = self.engine, request, body, headers, content_type
+            return turn.metered(await passthrough.forward(*whole, in_pieces=bool(turn.cap)))
+
+        return await unless_gone(request.receive, work())
 
     async def list_models(self, request: Request) -> Response:
-        """The upstream's models, as it lists them."""
-        return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
+        """The upstream's models, as it lists them, and after them their aliases."""
+        if not self.settings.model_aliases:
+            return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
+        cards = await self.engine.cards()
+        aliases = [dial.alias(card, beta) for card in cards for beta in dial.ALIASES]
+        return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=_untouched("endpoint"))
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """One model, or an alias of one with any β. Raises NotFound, BadRequest or UpstreamError."""
+        name = request.path_params["model"]
+        model, beta = await self.find_model(name)
+        card = next((card for card in await self.engine.cards() if card["id"] == model.id), None)
+        if card is None:
+            raise NotFound(f"there is no model {name!r} any more", param="model", code="model_not_found")
+        told = card if beta is None else {**dial.alias(card, beta), "id": name}
+        return JSONResponse(told, headers=_untouched("endpoint"))
 
     async def curve(self, request: Request) -> Response:
         """What β costs and brings on a model, as it was calibrated. Raises NotFound."""
@@ -211,6 +265,11 @@ class Service:
         if found is None:
             raise NotFound(f"there is no calibration for model {model.id!r}", param="model", code="no_calibration")
         return JSONResponse({"model": model.id, **found.as_json()})
+
+    async def tell_keys(self, _: Request) -> Response:
+        """What each key may use, and uses now."""
+        ring = self.callers.keyring
+        return JSONResponse(self.turns.as_json({key.name: key.caps for key in ring.keys} if ring else {}))
 
     async def health(self, _: Request) -> Response:
         """The process is alive."""
@@ -229,47 +288,73 @@ class Service:
         told["recorder"] = self.records.recorder.as_json()
         return JSONResponse(told, status)
 
+    async def document(self, _: Request) -> Response:
+        """What there is to be asked, as OpenAPI tells it."""
+        return JSONResponse(openapi.document())
+
     async def page(self, _: Request) -> Response:
         """Prometheus' page."""
         return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+
+
+class Route(NamedTuple):
+    """A path, the method of Service that answers it, and who may call it."""
+
+    path: str
+    method: str
+    name: str
+    access: Access
+
+
+ROUTES: Final = (
+    Route("/v1/chat/completions", "POST", "complete_chat", Access.CLIENT),
+    Route("/v1/completions", "POST", "complete_text", Access.CLIENT),
+    Route("/v1/responses", "POST", "respond", Access.CLIENT),
+    Route("/v1/models", "GET", "list_models", Access.CLIENT),
+    Route("/v1/models/{model:path}", "GET", "retrieve_model", Access.CLIENT),
+    Route("/v1/tts/curve", "GET", "curve", Access.CLIENT),
+    Route("/v1/tts/feedback", "POST", "hear", Access.CLIENT),
+    Route("/v1/tts/keys", "GET", "tell_keys", Access.ADMIN),
+    Route("/v1/tts/requests/{request_id}", "GET", "explain", Access.CLIENT),
+    Route("/openapi.json", "GET", "document", Access.CLIENT),
+    Route("/health", "GET", "health", Access.ANYONE),
+    Route("/ready", "GET", "ready", Access.ANYONE),
+    Route("/metrics", "GET", "page", Access.CLIENT),
+    *(Route(path, "POST", "forward", Access.CLIENT) for path in passthrough.PATHS),
+)
+"""All that can be reached. A test holds the app to it, and tries each with no key, a client's and an admin's."""
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The proxy over `settings.upstream`, which must be set."""
     if settings.upstream is None:
         raise errors.SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
-    calibrations = _calibrations(settings)
+    calibrations, callers = _calibrations(settings), Callers(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(_session(settings))
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
-            service = app.state.service = Service(settings, engine, calibrations)
+            service = app.state.service = Service(settings, engine, calibrations, callers)
+            stack.push_async_callback(service.spans.close)
+            service.pulse.open()
+            stack.push_async_callback(service.pulse.close)
             stack.callback(service.judge.close)
             await service.casting.open()
             stack.push_async_callback(service.casting.close)
             await service.records.open()
             stack.push_async_callback(service.records.close)
+            stack.push_async_callback(service.load.close)
             if settings.store is not None:
                 service.drift.open()
                 stack.push_async_callback(service.drift.close)
             yield
 
-    app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None)
-    routes = [
-        ("/v1/chat/completions", "POST", "complete_chat"),
-        ("/v1/models", "GET", "list_models"),
-        ("/v1/tts/curve", "GET", "curve"),
-        ("/v1/tts/feedback", "POST", "hear"),
-        ("/v1/tts/requests/{request_id}", "GET", "explain"),
-        ("/health", "GET", "health"),
-        ("/ready", "GET", "ready"),
-        ("/metrics", "GET", "page"),
-        *((path, "POST", "forward") for path in passthrough.PATHS),
-    ]
-    for path, method, name in routes:
-        app.add_route(path, _endpoint(name), methods=[method])
+    app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Timing, paths=[route.path for route in ROUTES])
+    for route in ROUTES:
+        app.add_route(route.path, _endpoint(route), methods=[route.method])
     app.add_exception_handler(ApiError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(ClientGone, _tell_nobody)
@@ -277,10 +362,17 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _endpoint(name: str) -> Any:
+def _endpoint(route: Route) -> Any:
     async def endpoint(request: Request) -> Response:
-        response: Response = await getattr(request.app.state.service, name)(request)
-        return response
+        service = request.app.state.service
+        request.state.caller = service.callers.admit(request, route.access)
+        held = request.state.held = ExitStack()  # what is let go when the response is out, or there is none
+        try:
+            response: Response = await getattr(service, route.name)(request)
+        except BaseException:
+            held.close()
+            raise
+        return Held(response, held)
 
     return endpoint
 
@@ -309,46 +401,35 @@ def _session(settings: Settings) -> aiohttp.ClientSession:
 
 
 async def _read(request: Request, most: int) -> bytes:
-    """The request's body. Raises TooLarge."""
+    """The request's body. Raises TooLarge or ClientGone."""
     body = bytearray()
-    async for data in request.stream():
-        body += data
-        if len(body) > most:
-            raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
+    try:
+        async for data in request.stream():
+            body += data
+            if len(body) > most:
+                raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
+    except ClientDisconnect:
+        raise ClientGone from None
     return bytes(body)
 
 
-def _why_not(parsed: schema.ChatRequest, turned: dial.Dial | None) -> str | None:
+def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> str | None:
     """Why no controller serves a request, or None."""
-    reason = schema.unserved(parsed)
+    reason = parsed.unserved()
     if reason is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
         return "temperature"
     return reason
 
 
-def _completion(served: reply.Reply) -> dict[str, Any]:
-    message = served.message
-    content = {"role": "assistant", "content": message.content, "refusal": None}
-    if message.reasoning:
-        content |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
-    return {
-        "id": served.plan.request_id,
-        "object": "chat.completion",
-        "created": served.plan.created,
-        "model": served.plan.prompt.model,
-        "choices": [{"index": 0, "message": content, "logprobs": None, "finish_reason": message.finish_reason}],
-        "usage": served.usage,
-        "tts": served.tts,
-    }
-
-
 def _untouched(reason: str) -> dict[str, str]:
     """The headers of a response no controller had a part in."""
-    return {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
+    is_a_name = reason.isascii() and reason.isidentifier() and len(reason) <= 64
+    told = reason if is_a_name else "unknown_field"  # it may be whatever a client wrote
+    return {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": told}
 
 
 def _request_id() -> str:
-    return f"req-{uuid4().hex}"
+    return logs.request_id.get() or f"req-{uuid4().hex}"
 
 
 async def _tell(request: Request, error: Exception) -> Response:
@@ -356,7 +437,7 @@ async def _tell(request: Request, error: Exception) -> Response:
         raise error
     if isinstance(error, BadRequest | NotFound):
         request.app.state.service.metrics.requests.labels("", "", "refused").inc()
-    headers = {"x-request-id": _request_id()}
+    headers = {"x-request-id": _request_id(), **error.headers}
     if error.spent:  # a client's retry would buy every branch again
         headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}
     return JSONResponse(errors.body(error), error.status, headers)

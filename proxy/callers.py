@@ -1,40 +1,128 @@
-"""Who asks: which tenant's request it is, and whether an admin makes it."""
+"""Who asks: which tenant's request it is, what it may use, and whether an admin makes it."""
 
 from __future__ import annotations
 
+import ipaddress
+import secrets
+from enum import StrEnum
 from hashlib import blake2b
-from hmac import compare_digest
+from hmac import compare_digest, digest
 from typing import NamedTuple
 
 from starlette.requests import Request
 
-from proxy.errors import Forbidden
+from proxy.errors import Forbidden, SettingsError, Unauthorised
+from proxy.keys import Keyring
+from proxy.limits import Caps
 from proxy.settings import Settings
+from proxy.splice import splice
+
+
+class Access(StrEnum):
+    """Who may call a route."""
+
+    ANYONE = "anyone"
+    CLIENT = "client"  # who has a key, where there are keys
+    ADMIN = "admin"
 
 
 class Caller(NamedTuple):
     """Whoever made a request."""
 
-    tenant: str  # a hash of the bearer token; empty if there was none
+    tenant: str  # a hash of its key's name, or of the bearer token; empty if there was none
     is_admin: bool
+    key: str = ""  # its key's name; empty without a file of keys
+    caps: Caps = Caps()
+    salt: str | None = None  # of its part of the upstream's prefix cache; None if that is shared
 
     def may_see(self, tenant: str) -> bool:
         """Whether it may know of a request that `tenant` made."""
         return self.is_admin or self.tenant == tenant
 
+    def salted(self, body: bytes) -> bytes:
+        """A body for the upstream, kept to this tenant's part of the prefix cache; untouched if that is shared.
+        `body` is a JSON object in which no key stands twice.
+        """
+        return body if self.salt is None else splice(body, put={"cache_salt": self.salt})
 
-def identify(settings: Settings, request: Request) -> Caller:
-    """Whoever makes `request`. Every bearer token is a tenant of its own."""
+    @property
+    def holder(self) -> str:
+        """Whose budgets its requests use."""
+        return self.key or self.tenant
+
+
+class Callers:
+    """All who may call, as settings and the file of keys have it. Raises SettingsError if that cannot be read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keyring = None if settings.keys is None else Keyring(settings.keys)
+        self._admin_key = settings.admin_key
+        secret = settings.cache_secret
+        self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
+
+    def identify(self, request: Request) -> Caller:
+        """Whoever makes `request`. Without a file of keys every bearer token is a tenant of its own.
+
+        Raises Unauthorised where there are keys and it has none of them.
+        """
+        token = _token(request)
+        admin = self._admin_key
+        if admin is not None and compare_digest(token.encode(), admin.get_secret_value().encode()):
+            tenant = _anonymous(token)
+            return Caller(tenant, True, salt=self._salt(tenant))
+        if self.keyring is None:
+            return Caller(_anonymous(token), False)
+        key = self.keyring.find(token) if token else None
+        if key is None:
+            raise Unauthorised(
+                "the API key is not known here" if token else "there is no API key; send one as bearer token",
+                code="invalid_api_key",
+            )
+        return Caller(key.tenant, key.is_admin, key.name, key.caps, self._salt(key.tenant))
+
+    def admit(self, request: Request, access: Access) -> Caller | None:
+        """Whoever makes `request`, who may if this returns; None if anyone may. Raises Unauthorised or Forbidden."""
+        if access is Access.ANYONE:
+            return None
+        caller = self.identify(request)
+        if access is Access.ADMIN:
+            self.require_admin(caller, request.url.path)
+        return caller
+
+    def require_admin(self, caller: Caller, what: str) -> None:
+        """Raise Forbidden, naming `what` and the way out, unless an admin asks."""
+        if caller.is_admin:
+            return
+        is_there = self._admin_key or (self.keyring and any(key.is_admin for key in self.keyring.keys))
+        way = "send the admin key as bearer token" if is_there else "start the proxy with AUTOTTS_ADMIN_KEY"
+        raise Forbidden(f"{what} is for admins; {way}", code="admin_only")
+
+    def _salt(self, tenant: str) -> str | None:
+        """A text only this proxy can make, so that no tenant can tell by its speed what another has asked."""
+        return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
+
+
+def _token(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    token = token.strip() if scheme.lower() == "bearer" else ""
-    key = settings.admin_key
-    is_admin = key is not None and compare_digest(token.encode(), key.get_secret_value().encode())
-    return Caller(blake2b(token.encode(), digest_size=12).hexdigest() if token else "", is_admin)
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def require_admin(settings: Settings, caller: Caller, what: str) -> None:
-    """Raise Forbidden, naming `what` and the way out, unless an admin asks."""
-    if caller.is_admin:
+def _anonymous(token: str) -> str:
+    return blake2b(token.encode(), digest_size=12).hexdigest() if token else ""
+
+
+def check_host(settings: Settings) -> None:
+    """Raise SettingsError if strangers could reach a proxy that asks nobody for a key."""
+    if settings.keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
         return
-    way = "send the admin key as bearer token" if settings.admin_key else "start the proxy with AUTOTTS_ADMIN_KEY"
-    raise Forbidden(f"{what} is for admins; {way}", code="admin_only")
+    raise SettingsError(
+        f"host {settings.host} can be reached by others and there are no keys: name a file of them in AUTOTTS_KEYS "
+        "(`autotts keys new`), or say --allow-anonymous"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

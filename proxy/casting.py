@@ -38,7 +38,7 @@ from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
 from discovery.installed import By, Registry
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, family
 from proxy.pool import RETIRED, Pool
 from proxy.settings import Settings
 from proxy.shadow import Played, compare
@@ -168,7 +168,7 @@ class Casting:
         spec, stage = choice
         if stage is None:
             return
-        self.metrics.stage_requests.labels(stage, spec.name).inc()
+        self.metrics.stage_requests.labels(stage, family(spec.name)).inc()
         canary = self._lineup.canary
         if canary is None or self._lineup.at(stage) != spec:  # nothing to compare, or it began before a change
             return
@@ -275,7 +275,7 @@ class Casting:
 
     def timed(self, spec: Spec, controller: Controller | Remote) -> Controller | Remote:
         """The same controller, its decisions measured."""
-        seconds = self.metrics.decision_seconds.labels(spec.name)
+        seconds = self.metrics.decision_seconds.labels(family(spec.name))
         later = getattr(controller, "decide_later", None)
         return _Timed(controller, seconds) if later is None else _TimedRemote(later, seconds)  # type: ignore[arg-type]
 
@@ -290,6 +290,7 @@ class Cast:
         self._choice = choice
         self.rounds: list[Round] = []  # as they were carried out
         self.decided = 0  # how many of them the controller decided, before the baseline took over
+        self.on_round: Callable[[], None] | None = None  # told when one has been
         self._played: Played | None = None  # what a shadow is to be shown, if there is one
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
@@ -316,7 +317,7 @@ class Cast:
                 self.fallback = _reason(error)
                 logger.warning("controller %s failed (%s): %s", spec.name, self.fallback, error)
                 casting.strike(spec)
-        casting.metrics.fallbacks.labels(spec.name, self.fallback).inc()
+        casting.metrics.fallbacks.labels(family(spec.name), self.fallback).inc()
         await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state, self._keep)
 
     def end(self, stop: Stop | None, tokens: int) -> None:
@@ -331,6 +332,8 @@ class Cast:
         self.rounds.append(Round(tuple(played.actions), played.facts))
         if self.fallback is None:
             self.decided += 1
+        if self.on_round is not None:
+            self.on_round()
 
 
 class _Timed:

@@ -6,9 +6,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -18,8 +19,9 @@ from controllers.loading import Spec
 from controllers.registry import is_admin_only
 from discovery.answers import AUTO, Judge, Way
 from discovery.recordings import question_id, question_text
-from proxy import probing
+from proxy import logs, probing
 from proxy.casting import Cast, Casting
+from proxy.counting import count
 from proxy.dial import Dial
 from proxy.engine import Engine, Model
 from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
@@ -27,7 +29,7 @@ from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
 from proxy.metrics import Metrics
 from proxy.records import Records
 from proxy.reply import Closing, Reply, compose
-from proxy.schema import SAMPLING, ChatRequest
+from proxy.schema import SAMPLING, Generation
 from proxy.settings import Settings
 from proxy.stages import Choice
 
@@ -35,6 +37,8 @@ T = TypeVar("T", int, float)
 
 logger = logging.getLogger(__name__)
 
+TOLD_VOTES, TOLD_CHARS = 5, 40
+"""Answers that are named to a client while branches think, and characters of each."""
 PROMPT_TAIL = 8
 """Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
 
@@ -94,20 +98,23 @@ async def plan(
     casting: Casting,
     settings: Settings,
     model: Model,
-    request: ChatRequest,
+    request: Generation,
     dial: Dial,
     *,
     tenant: str = "",
     chat_template: str = "",
+    salt: str | None = None,
+    prefix: str = "chatcmpl-",
 ) -> Plan:
     """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
-    request_id = f"chatcmpl-{uuid4().hex}"
+    request_id = f"{prefix}{uuid4().hex}"
+    logs.request_id.set(request_id)
     try:
         spec, stage = await casting.choose(request.tts.controller, request_id)
     except UnknownController as error:
         raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
     started = time.monotonic()
-    ids = await engine.tokenise_chat({"model": model.id, "messages": request.messages, **request.template_fields})
+    ids, text = await _read_prompt(engine, model, request)
     tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
     template = probing.template_for(settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead)
     bounds = await _bounds(engine, settings, model, request, len(ids), template)
@@ -121,18 +128,29 @@ async def plan(
         dial=dial,
         spec=spec,
         stage=stage,
-        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template),
+        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template, salt),
         sizes=bounds.sizes,
         limits=bounds.limits,
         closing=bounds.closing,
         deadline_s=_least(request.tts.deadline_s, settings.deadline_s),
         temperature=sampling.get("temperature"),
-        asked=Asked(tenant, question_text(request.messages), _drawn_by(request, sampling), chat_template),
+        asked=Asked(tenant, text, _drawn_by(request, sampling), chat_template),
         streamed=bool(request.stream),
     )
 
 
-def _drawn_by(request: ChatRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
+async def _read_prompt(engine: Engine, model: Model, request: Generation) -> tuple[Sequence[int], str]:
+    """The prompt's ids, and the text of the question."""
+    if request.prompt_ids is not None:
+        return request.prompt_ids, await engine.detokenise(model.id, request.prompt_ids)
+    if request.prompt_text is not None:
+        return await engine.tokenise_prompt(model.id, request.prompt_text), request.prompt_text
+    messages = request.conversation
+    ids = await engine.tokenise_chat({"model": model.id, "messages": messages, **request.template_fields})
+    return ids, question_text(messages)
+
+
+def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any]:
     """All by which branches are drawn and read: sampling, limit, how answers are found, and what the chat template was
     told, as a hash; so is a pattern, for it is the client's text."""
     drawn = dict(sampling)
@@ -142,6 +160,8 @@ def _drawn_by(request: ChatRequest, sampling: Mapping[str, Any]) -> dict[str, An
         drawn["answer"] = f"{kind.way}:{_hashed(kind.argument)}" if is_pattern else str(kind)
     if request.branch_limit is not None:
         drawn["max_tokens"] = request.branch_limit
+    if not request.conversation:
+        drawn["prompt"] = "raw"
     if fields := request.template_fields:
         drawn["template_fields"] = _hashed(json.dumps(fields, sort_keys=True))
     return drawn
@@ -152,7 +172,7 @@ def _hashed(text: str) -> str:
 
 
 async def _bounds(
-    engine: Engine, settings: Settings, model: Model, request: ChatRequest, prompt: int, template: probing.Template
+    engine: Engine, settings: Settings, model: Model, request: Generation, prompt: int, template: probing.Template
 ) -> _Bounds:
     """Token bounds under which a branch, its probes and its closing fit the model's context and the request's cap."""
     close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
@@ -166,7 +186,7 @@ async def _bounds(
     if room < 1:
         raise BadRequest(
             f"the prompt has {prompt} tokens, too many for a reply within the model's {model.max_length}",
-            param="messages",
+            param=request.param,
             code="context_length_exceeded",
         )
     branch = min(room, request.branch_limit or room)
@@ -194,18 +214,27 @@ async def _bounds(
 
 
 async def serve(
-    engine: Engine, judge: Judge, casting: Casting, metrics: Metrics, records: Records, plan: Plan
+    engine: Engine,
+    judge: Judge,
+    casting: Casting,
+    metrics: Metrics,
+    records: Records,
+    plan: Plan,
+    tell: Callable[[str], None] | None = None,
+    settle: Callable[[int], None] | None = None,
 ) -> Reply:
-    """Run the episode, compose its reply, and have it written down.
+    """Run the episode, compose its reply, and have it written down. `tell` hears of each round, a line at a time.
 
     Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
-    is counted either way.
+    is counted either way, and `settle` told of it.
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
     if plan.records_all:
         environment.votable = environment.votable_for_sure = True  # whatever they say is recorded
     state = State(plan.limits)
     cast = casting.cast(Choice(plan.spec, plan.stage))
+    if tell is not None:
+        cast.on_round = lambda: tell(_progress(environment, state))
     reply: Reply | None = None
     outcome = "failed"
     try:
@@ -223,8 +252,9 @@ async def serve(
     finally:
         if reply is None:
             environment.salvage()
-        metrics.requests.labels(plan.prompt.model, plan.controller, outcome).inc()
-        _count(metrics, plan, environment, state, reply)
+        if settle is not None:
+            settle(environment.meter.billed)
+        count(metrics, plan, environment, state, cast.rounds, reply, outcome)
         cast.end(state.stop, environment.meter.billed)
         records.keep(plan, cast, environment, state, reply)
 
@@ -265,16 +295,12 @@ async def _compose(
         raise failure or error from None
 
 
-def _count(metrics: Metrics, plan: Plan, environment: LiveEnvironment, state: State, reply: Reply | None) -> None:
-    by_dial = (plan.prompt.model, plan.controller, plan.dial.bucket)
-    kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
-    for kind, tokens in kinds.items():
-        metrics.tokens.labels(*by_dial, kind).inc(tokens)
-    metrics.branches.labels(*by_dial).inc(len(environment.branches))
-    metrics.rounds.labels(*by_dial).inc(state.rounds)
-    metrics.stops.labels(plan.prompt.model, plan.controller, state.stop or "disconnected").inc()
-    if reply is not None:
-        metrics.seconds.labels(plan.prompt.model, plan.controller).observe(time.monotonic() - plan.started)
+def _progress(environment: LiveEnvironment, state: State) -> str:
+    """What has come of a request so far, in a line."""
+    votes = sorted(state.votes.items(), key=lambda vote: -vote[1])[:TOLD_VOTES]
+    said = [f"{shorten(environment.labels.written(label), TOLD_CHARS)}: {count}" for label, count in votes]
+    told = [f"{state.width} branches", *([f"votes {', '.join(said)}"] if said else [])]
+    return f"round {state.rounds}: {', '.join(told)}, {environment.meter.billed:,} tokens\n"
 
 
 def _least(*bounds: T | None) -> T | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from controllers.dial import parse_beta
@@ -27,12 +26,13 @@ from discovery.commands.history import history
 from discovery.commands.label import label
 from discovery.commands.parity import comparing
 from discovery.commands.promote import controllers, promote, rollback
-from discovery.commands.store import DEFAULT as STORE
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
+from proxy.config import File, Sets, configuring, gather
 from proxy.errors import ProxyError
+from proxy.keysmith import keysmith
 
 if TYPE_CHECKING:
     from proxy.settings import Settings
@@ -72,7 +72,7 @@ app.command("collect")(collecting)
 app.command("parity")(comparing)
 for verb in (promote, rollback, controllers):
     app.command()(verb)
-for group in (importing, keeping, trace, history):
+for group in (importing, keeping, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 
@@ -87,26 +87,36 @@ def serve(
         str | None, typer.Option(help="vLLM's base URL; without it the embedded model is served")
     ] = None,
     model: Annotated[str | None, typer.Option(help="model for requests that name none")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8400,
+    host: Annotated[str | None, typer.Option(help="address to listen on; without it 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on; without it 8400")] = None,
     controller: Annotated[str | None, typer.Option(help="for requests that name none: a name or FILE.py")] = None,
     beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
     interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
     registry: Annotated[Path | None, typer.Option(help="folder of installed controllers, as promoted")] = None,
-    store: Annotated[
-        Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="replay store requests are recorded in")
-    ] = STORE,
-    record: Annotated[bool, typer.Option(help="record requests; with --no-record none is")] = True,
+    store: Annotated[Path | None, typer.Option(help="replay store requests are recorded in, else autotts.db")] = None,
+    record: Annotated[
+        bool | None, typer.Option("--record/--no-record", help="record requests; with --no-record none is")
+    ] = None,
     allow_unsandboxed: Annotated[
         bool | None,
         typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
     ] = None,
+    allow_anonymous: Annotated[
+        bool | None, typer.Option("--allow-anonymous", help="listen on other addresses than loopback without keys")
+    ] = None,
+    config: File = None,
+    sets: Sets = None,
 ) -> None:
     """Serve, until interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, markup=False)])
     given: dict[str, Any] = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
-    given |= {"allow_unsandboxed": allow_unsandboxed, "registry": registry, "store": store if record else None}
-    _run(_serve(host, port, beta=beta, **given))
+    given |= {"allow_unsandboxed": allow_unsandboxed, "registry": registry, "store": store, "record": record}
+    given |= {"host": host, "port": port, "beta": None if beta is None else parse_beta(beta, "--beta")}
+    given |= {"allow_anonymous": allow_anonymous}
+    settings = gather(config, sets, given).settings
+    from proxy.logs import set_up
+
+    set_up(settings, console)
+    _run(_serve(settings))
 
 
 @app.command("demo")
@@ -129,9 +139,19 @@ def main() -> None:
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run a command's work. SIGTERM ends it as orderly as an interrupt does."""
     try:
-        asyncio.run(_interruptible(work))
+        with asyncio.Runner(loop_factory=_loop()) as runner:
+            runner.run(_interruptible(work))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
+
+
+def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, which is twice as fast, where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
@@ -140,16 +160,24 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
     await task
 
 
-async def _serve(host: str, port: int, *, beta: str | None, **given: Any) -> None:
+async def _serve(settings: Settings) -> None:
+    from proxy.callers import check_host
     from proxy.server import Server, listen
-    from proxy.settings import load
+    from proxy.settings import LogForm
 
-    settings = load(beta=None if beta is None else parse_beta(beta, "--beta"), **given)
-    settings = settings.model_copy(update={"store": given["store"]})  # --no-record wins over AUTOTTS_STORE
-    with listen(host, port) as listening:
+    check_host(settings)
+    with listen(settings.host, settings.port) as listening:
         async with _upstream(settings) as ready:
-            text = welcome(f"http://{host}:{listening.getsockname()[1]}", settings.upstream is None)
-            server = Server(ready, lambda: console.print(text, highlight=False, markup=False, soft_wrap=True))
+            url = f"http://{settings.host}:{listening.getsockname()[1]}"
+            text = welcome(url, settings.upstream is None)
+
+            def tell() -> None:
+                if settings.log is LogForm.JSON:
+                    logging.getLogger("proxy").info("listening on %s", url)
+                else:
+                    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+            server = Server(ready, tell)
             await server.serve(sockets=[listening])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from controllers.dial import parse_beta
 from controllers.errors import BetaError
@@ -24,6 +24,10 @@ EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
 
 READS_EFFORT: Final = ("gpt-oss",)
 """Parts of the names of models whose chat template reads `reasoning_effort`; it then sets no β."""
+
+
+ALIASES: Final = (0.25, 0.5, 0.75, 1.0)
+"""β of the aliases that are listed beside each model; any other may be named as well."""
 
 
 class Source(StrEnum):
@@ -42,11 +46,23 @@ class Dial(NamedTuple):
 
     beta: float  # in [0, 1]
     source: Source
+    asked: float | None = None  # what it was before the upstream's load shrank it; None if it did not
 
     @property
     def explicit(self) -> bool:
         """The client asked for it, rather than the operator."""
         return self.source is not Source.DEFAULT
+
+    def shrunk(self, factor: float) -> Dial:
+        """The same where load leaves `factor` of it."""
+        return self if factor >= 1 else self._replace(beta=self.beta * factor, asked=self.beta)
+
+    @property
+    def told(self) -> str:
+        """The source in words: `load` where it shrank the operator's β, `header, load` where it shrank a client's."""
+        if self.asked is None:
+            return str(self.source)
+        return f"{self.source}, load" if self.explicit else "load"
 
     @property
     def bucket(self) -> str:
@@ -66,6 +82,11 @@ def split_alias(model: str) -> tuple[str, float | None]:
     """`name@0.5` as its model and β; the β is None where the model has no `@`. Raises BadRequest."""
     name, at, beta = model.rpartition("@")
     return (name, _parse(beta, "model")) if at else (model, None)
+
+
+def alias(card: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """A model of the upstream's list under the name that sets `beta`."""
+    return {**card, "id": f"{card['id']}@{beta:g}", "parent": card["id"]}
 
 
 def resolve(

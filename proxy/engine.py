@@ -9,20 +9,54 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 
-from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
+from controllers import Action
+from proxy.breaker import Breaker, Budget, Standing
+from proxy.errors import (
+    UpstreamEjected,
+    UpstreamError,
+    UpstreamNonsense,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+
+logger = logging.getLogger(__name__)
 
 STREAM_INTERVAL = 64
 """Tokens vLLM gathers into one chunk: fewer costs CPU, more loses count when a request is aborted."""
 WAITING = ("vllm:num_requests_waiting{", "vllm:num_requests_waiting ")
 """How the lines of vLLM's metrics begin that count requests in its queue."""
+CACHE = ("vllm:kv_cache_usage_perc{", "vllm:kv_cache_usage_perc ")
+"""How those begin that tell which share of the KV cache is in use."""
+CHECK_S: Final = 5.0
+"""Seconds a check may take."""
+UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+"""Statuses that say a request was not looked at."""
+PAUSES_S: Final = (0.05, 0.5)
+"""Seconds before a request that nothing came of is repeated, and again."""
+_NOTHING_CAME: Final = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ClientOSError,
+    aiohttp.ServerDisconnectedError,
+    aiohttp.ConnectionTimeoutError,
+)
 
 
 class Model(NamedTuple):
@@ -30,6 +64,13 @@ class Model(NamedTuple):
 
     id: str
     max_length: int  # tokens, prompt included
+
+
+class Pressure(NamedTuple):
+    """How busy an upstream is; None is what it does not say."""
+
+    waiting: int | None  # requests in its queues
+    cache: float | None  # share of the KV cache in use, of the fullest engine
 
 
 @dataclass(slots=True)
@@ -51,6 +92,7 @@ class Call:
     sampling: Mapping[str, Any]
     n: int = 1
     priority: int = 0  # larger is later, where the server schedules by priority
+    salt: str | None = None  # of the part of the prefix cache it may use
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
@@ -60,48 +102,78 @@ class Call:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
 
 
+class Watcher:
+    """Is told what the upstream is asked; this one takes no notice."""
+
+    def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
+        """What a generation is done within."""
+        return nullcontext()
+
+    def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
+        """What a round is carried out within."""
+        return nullcontext()
+
+
 class Engine:
     """One upstream. Every method raises a kind of UpstreamError and nothing else."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, read_timeout_s: float = 600) -> None:
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, *, read_timeout_s: float = 600, breaker: Breaker | None = None
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._session = session
         self._read_timeout_s = read_timeout_s
         self._takes_priority = True  # as far as is known
+        self._breaker = breaker or Breaker()
+        self._budget = Budget()
+        self.on_event: Callable[[str], object] = lambda _: None  # told of what is "retried" and when it is "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
+        self.watcher = Watcher()
 
     async def models(self) -> list[Model]:
         """The models served now."""
-        listing = await self._json("GET", "/v1/models")
+        cards = await self.cards()
         try:
-            return [Model(card["id"], int(card.get("max_model_len") or 0)) for card in listing["data"]]
-        except (KeyError, TypeError, ValueError):
+            return [Model(card["id"], int(card.get("max_model_len") or 0)) for card in cards]
+        except (TypeError, ValueError):
             raise UpstreamNonsense(f"{self.url}/v1/models is not a list of models") from None
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """The same as the upstream tells them; each has an `id`."""
+        cards = (await self._json("GET", "/v1/models")).get("data")
+        if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
+            raise UpstreamNonsense(f"{self.url}/v1/models is not a list of models")
+        return cards
 
     async def healthy(self) -> bool:
         """Whether the upstream says it is well."""
         try:
-            async with self._request("GET", "/health", timeout_s=5) as response:
+            async with self._request("GET", "/health", is_check=True) as response:
                 return response.status == HTTPStatus.OK
         except UpstreamError:
             return False
 
     async def waiting(self) -> int | None:
         """How many requests wait to be run; None if the upstream does not say."""
+        return (await self.pressure()).waiting
+
+    async def pressure(self) -> Pressure:
+        """How busy the upstream is, as far as it says."""
         try:
-            async with self._request("GET", "/metrics", timeout_s=5) as response:
+            async with self._request("GET", "/metrics", is_check=True) as response:
                 page = await response.text() if response.status == HTTPStatus.OK else ""
         except UpstreamError:
-            return None
-        found = [line.rpartition(" ")[2] for line in page.splitlines() if line.startswith(WAITING)]
-        try:
-            return int(sum(map(float, found))) if found else None
-        except (ValueError, OverflowError):
-            return None
+            page = ""
+        waiting, cache = _gauges(page, WAITING), _gauges(page, CACHE)
+        return Pressure(int(sum(waiting)) if waiting else None, max(cache) if cache else None)
 
     async def tokenise_chat(self, body: Mapping[str, Any]) -> list[int]:
         """Ids of a chat prompt; `body` holds `model`, `messages` and what the chat template takes."""
         return self._ids(await self._json("POST", "/tokenize", {"add_generation_prompt": True, **body}))
+
+    async def tokenise_prompt(self, model: str, text: str) -> list[int]:
+        """Ids of a prompt that is a text."""
+        return self._ids(await self._json("POST", "/tokenize", {"model": model, "prompt": text}))
 
     async def tokenise_suffix(self, model: str, text: str) -> list[int]:
         """Ids of a text of ours that follows generated ids. Cached."""
@@ -121,13 +193,14 @@ class Engine:
 
     async def generate(self, model: str, call: Call) -> None:
         """Fill `call.outputs`, in the order of the prompts, `n` for each. Cancelling aborts the request upstream."""
-        try:
-            await self._generate(model, call)
-        except UpstreamRefused as error:
-            if not call.priority or "priority" not in str(error).lower():
-                raise
-            self._takes_priority = False
-            await self._generate(model, call)
+        with self.watcher.generation(model, call):
+            try:
+                await self._generate(model, call)
+            except UpstreamRefused as error:
+                if not call.priority or "priority" not in str(error).lower():
+                    raise
+                self._takes_priority = False
+                await self._generate(model, call)
 
     async def _generate(self, model: str, call: Call) -> None:
         body = {
@@ -141,10 +214,13 @@ class Engine:
             "stream_options": {"include_usage": True},
             "stream_interval": STREAM_INTERVAL,
             **({"priority": call.priority} if call.priority and self._takes_priority else {}),
+            **({"cache_salt": call.salt} if call.salt else {}),
         }
         usage: Mapping[str, Any] | None = None
         async with self._request("POST", "/v1/completions", json=body) as response:
             await self._raise_for_status(response)
+            if response.content_type == "application/json":  # no stream, whatever its status says
+                raise self._refusal(response.status, self._parse(await response.read()))
             async for chunk in self._events(response):
                 if "error" in chunk:
                     raise self._refusal(response.status, chunk)
@@ -165,7 +241,7 @@ class Engine:
         try:
             for choice in chunk["choices"]:
                 output = call.outputs[choice["index"]]
-                output.ids += choice["token_ids"]
+                output.ids += _ids_of(choice["token_ids"])
                 output.text += choice["text"]
                 if choice["finish_reason"] is not None:
                     output.finish = choice["finish_reason"]
@@ -185,8 +261,9 @@ class Engine:
             raise UpstreamNonsense(f"{self.url} cut a stream before its end")
         try:
             generated, call.prompt_tokens = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
-            call.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        except (KeyError, TypeError, ValueError, AttributeError):
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            call.cached_tokens = None if cached is None else int(cached)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UpstreamNonsense(f"{self.url} sent a usage without token counts") from None
         received = sum(len(output.ids) for output in call.outputs)
         if generated != received:
@@ -196,29 +273,93 @@ class Engine:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, *, timeout_s: float | None = None, **content: Any
+        self, method: str, path: str, *, is_check: bool = False, is_telling: bool = True, **content: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The upstream's response. A check is not repeated, and its failure tells nothing of whether requests are
+        served; nor does a success that is not `is_telling`."""
+        if not self._breaker.admit():
+            raise self._ejected()
+        self._budget.earn()
         timeout = aiohttp.ClientTimeout(
-            total=timeout_s, sock_connect=self._session.timeout.sock_connect, sock_read=self._read_timeout_s
+            total=CHECK_S if is_check else None,
+            sock_connect=self._session.timeout.sock_connect,
+            sock_read=self._read_timeout_s,
         )
+        ask = partial(self._session.request, method, self.url + path, timeout=timeout, allow_redirects=False, **content)
+        has_begun = False
         try:
-            async with self._session.request(
-                method, self.url + path, timeout=timeout, allow_redirects=False, **content
-            ) as response:
+            async with AsyncExitStack() as stack:
+                response = await self._open(stack, ask, is_check)
+                has_begun = True
                 yield response
-        except aiohttp.ConnectionTimeoutError:
-            raise UpstreamUnreachable(f"upstream {self.url} does not accept connections") from None
-        except TimeoutError:
-            raise UpstreamTimeout(f"upstream {self.url} was silent for too long") from None
-        except aiohttp.ClientConnectorError as error:
-            raise UpstreamUnreachable(f"upstream {self.url} cannot be reached: {error.strerror}") from None
-        except (aiohttp.ClientError, asyncio.IncompleteReadError, ValueError) as error:
-            raise UpstreamNonsense(f"upstream {self.url} broke off: {type(error).__name__}") from None
+                if response.status not in UNAVAILABLE:
+                    self._breaker.succeed(is_telling=is_telling and not is_check)
+        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
+            if has_begun or not isinstance(error, _NOTHING_CAME):  # else it is counted
+                self._fail(is_check)
+            raise self._mapped(error) from None
+        except ValueError as error:
+            self._breaker.leave()
+            raise self._mapped(error) from None
+        except BaseException:
+            self._breaker.leave()
+            raise
 
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        async with self._request(method, path, json=body) as response:
+    async def _open(
+        self, stack: AsyncExitStack, ask: Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]], once: bool
+    ) -> aiohttp.ClientResponse:
+        """The response, of which nothing has been read. Repeats what nothing came of, as far as the budget goes."""
+        for pause in (*(() if once else PAUSES_S), None):
+            failed: Exception | None = None
+            attempt = AsyncExitStack()
+            try:
+                response = await attempt.enter_async_context(ask())
+            except _NOTHING_CAME as error:
+                failed = error
+            if failed is None and response.status not in UNAVAILABLE:
+                break
+            self._fail(once)
+            if pause is None or self._breaker.standing is not Standing.WELL or not self._budget.spend():
+                break
+            await attempt.aclose()
+            self.on_event("retried")
+            await asyncio.sleep(pause)
+            if not self._breaker.admit():
+                raise self._ejected()
+        if failed is not None:
+            raise failed
+        stack.push_async_exit(attempt)
+        return response
+
+    def _fail(self, is_check: bool) -> None:
+        if self._breaker.fail(is_telling=not is_check):
+            self.on_event("ejected")
+            logger.error(
+                "upstream %s has failed too often; it is left alone for %.0f s", self.url, self._breaker.wait_s
+            )
+
+    def _ejected(self) -> UpstreamEjected:
+        words = f"upstream {self.url} has failed too often and is left alone for a while"
+        return UpstreamEjected(words, after=self._breaker.wait_s)
+
+    def _mapped(self, error: Exception) -> UpstreamError:
+        """A foreign error as one of ours."""
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return UpstreamUnreachable(f"upstream {self.url} does not accept connections")
+        if isinstance(error, TimeoutError):
+            return UpstreamTimeout(f"upstream {self.url} was silent for too long")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return UpstreamUnreachable(f"upstream {self.url} cannot be reached: {error.strerror}")
+        return UpstreamNonsense(f"upstream {self.url} broke off: {type(error).__name__}")
+
+    async def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, is_check: bool = False
+    ) -> dict[str, Any]:
+        async with self._request(method, path, is_check=is_check, is_telling=False, json=body) as response:
             await self._raise_for_status(response)
             reply = self._parse(await response.read())
+            if reply.get("error"):
+                raise self._refusal(response.status, reply)
         return reply
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
@@ -235,12 +376,14 @@ class Engine:
                     payload = line[6:].strip()
                     if payload == b"[DONE]":
                         return
-                    yield self._parse(payload)
+                    parsed = self._parse(payload)
+                    self._breaker.succeed()
+                    yield parsed
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:
             parsed = json.loads(payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
             raise UpstreamNonsense(f"{self.url} sent {len(payload)} bytes that are no JSON object")
@@ -253,10 +396,29 @@ class Engine:
             return UpstreamNonsense(f"{self.url} answered {status} without a message")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):
             status = error["code"]
-        return UpstreamRefused(status, message, param=error.get("param"))
+        param = error.get("param")
+        return UpstreamRefused(status, message, param=param if isinstance(param, str) else None)
 
     def _ids(self, reply: Mapping[str, Any]) -> list[int]:
         ids = reply.get("tokens")
-        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-            raise UpstreamNonsense(f"{self.url}/tokenize gave no token ids")
-        return ids
+        try:
+            return _ids_of(ids)
+        except TypeError:
+            raise UpstreamNonsense(f"{self.url}/tokenize gave no token ids") from None
+
+
+def _ids_of(found: object) -> list[int]:
+    """`found`, if it is token ids. Raises TypeError."""
+    if not isinstance(found, list) or not all(type(one) is int for one in found):
+        raise TypeError
+    return found
+
+
+def _gauges(page: str, beginnings: tuple[str, ...]) -> list[float]:
+    """The values of a metric in a page of Prometheus'; none if one of them is no number."""
+    found = [line.rpartition(" ")[2] for line in page.splitlines() if line.startswith(beginnings)]
+    try:
+        values = [float(one) for one in found]
+    except ValueError:
+        return []
+    return values if all(map(math.isfinite, values)) else []

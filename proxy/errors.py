@@ -5,12 +5,16 @@ ProxyError
 ├── StartError               the machine: port taken, embedded model does not start
 ├── ApiError                 told to the client: status, type, code, param
 │   ├── BadRequest           400, the request is at fault
+│   ├── Unauthorised         401, it has no key that is known
 │   ├── Forbidden            403, it is not for this caller
 │   ├── NotFound             404, no such model or path
-│   └── RecordsAway          503, the store is away
+│   ├── TooMany              429, there is no room for it now
+│   ├── RecordsAway          503, the store is away
+│   └── Draining             503, the proxy is about to end
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
     ├── UpstreamTimeout      504, it is silent
+    ├── UpstreamEjected      503, it has failed too often and is left alone for a while
     ├── UpstreamNonsense     502, it does not speak its protocol
     └── UpstreamRefused      it answered with an error of its own
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 
@@ -47,12 +52,43 @@ class ApiError(ProxyError):
         self.code = code
         self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the response's headers say of it."""
+        return {}
+
 
 class BadRequest(ApiError):
     """The request is at fault; `param` names the field."""
 
     status = HTTPStatus.BAD_REQUEST
     type = "invalid_request_error"
+
+
+class Unauthorised(ApiError):
+    """It has no key, or none that is known."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    type = "invalid_request_error"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class TooMany(ApiError):
+    """There is no room for it now; `after` is when to ask again, in whole seconds."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, after: str, code: str) -> None:
+        super().__init__(message, code=code)
+        self.after = after
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": self.after}
 
 
 class Forbidden(ApiError):
@@ -73,6 +109,28 @@ class RecordsAway(ApiError):
     """What happened cannot be looked up, or nothing more be written down, for now."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class Draining(ApiError):
+    """The proxy is about to end and takes nothing new."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": "1", "connection": "close"}
+
+
+class HeadTooLarge(BadRequest):
+    """There are too many headers, or they are too long."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+
+
+class TooSlow(BadRequest):
+    """A request does not come to its end."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
 
 
 class TooLarge(BadRequest):
@@ -103,6 +161,20 @@ class UpstreamTimeout(UpstreamError):
     status = HTTPStatus.GATEWAY_TIMEOUT
 
 
+class UpstreamEjected(UpstreamError):
+    """The backend has failed too often and is left alone; `after` is when to ask again, in seconds."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, message: str, *, after: float) -> None:
+        super().__init__(message, code="upstream_ejected")
+        self.after = after
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": str(max(1, ceil(self.after)))}
+
+
 class UpstreamNonsense(UpstreamError):
     """The backend does not speak its protocol: cut streams, bad JSON, sums that do not add up."""
 
@@ -114,7 +186,9 @@ class UpstreamRefused(UpstreamError):
         super().__init__(message, param=param, code="upstream_refused")
         self.upstream_status = status
         if 400 <= status < 500 and status not in (401, 403):
-            self.status, self.type = HTTPStatus(status), "invalid_request_error"
+            is_known = status in {known.value for known in HTTPStatus}
+            self.status = HTTPStatus(status) if is_known else HTTPStatus.BAD_REQUEST
+            self.type = "invalid_request_error"
 
     @property
     def logged(self) -> str:

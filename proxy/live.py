@@ -32,6 +32,7 @@ class Prompt(NamedTuple):
     seed: int | None = None
     kind: Kind = AUTO
     template: probing.Template = probing.TEMPLATES[probing.Family.QWEN3]
+    salt: str | None = None  # of its tenant's part of the upstream's prefix cache
 
 
 class Sizes(NamedTuple):
@@ -119,10 +120,11 @@ class LiveEnvironment:
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
-        await self._admit(actions)
         facts: dict[int, _Outcome] = {}
-        for phase in _phases(actions, len(self.branches)):
-            await self._run(phase, facts)
+        with self.engine.watcher.round(actions):
+            await self._admit(actions)
+            for phase in _phases(actions, len(self.branches)):
+                await self._run(phase, facts)
         return [await self._fact(facts[i]) for i in sorted(facts)]
 
     def salvage(self) -> None:
@@ -194,7 +196,7 @@ class LiveEnvironment:
         self, context: Sequence[int], most: int, sampling: Mapping[str, Any], owner: LiveBranch | None = None
     ) -> Output:
         """What follows `context`, in a request of its own; if that is cut, `owner` keeps what there was."""
-        call = Call([context], most, sampling, priority=self.priority)
+        call = Call([context], most, sampling, priority=self.priority, salt=self.prompt.salt)
         self._flying = [(owner, call.outputs[0])]
         await self.engine.generate(self.prompt.model, call)
         self._flying = []
@@ -372,7 +374,7 @@ class LiveEnvironment:
     async def _gather(self, calls: Sequence[Call]) -> None:
         """Run `calls` at once; the first to fail cancels the others and its error is raised."""
         for call in calls:
-            call.priority = self.priority
+            call.priority, call.salt = self.priority, self.prompt.salt
         tasks = [asyncio.create_task(self.engine.generate(self.prompt.model, call)) for call in calls]
         try:
             await asyncio.gather(*tasks)

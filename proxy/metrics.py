@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from controllers.registry import ALIASES
+from proxy.errors import (
+    UpstreamEjected,
+    UpstreamError,
+    UpstreamNonsense,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from proxy.watch import Quality
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _BY_DIAL = ("model", "controller", "beta")
+_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+LOST: Final = ("full", "unwritable", "closed", "damaged")
+ROLLED_BACK: Final = (*Quality, "quarantined")
+"""Reasons that are shown before they happen: Prometheus sees no increase from nothing to one."""
+
+_FAILURES: Final = {
+    UpstreamUnreachable: "unreachable",
+    UpstreamTimeout: "timeout",
+    UpstreamEjected: "ejected",
+    UpstreamNonsense: "nonsense",
+    UpstreamRefused: "refused",
+}
+
+
+def family(controller: str) -> str:
+    """A controller's name as a label: `asc@40` is `asc`, for clients may name any number."""
+    plain = controller.partition("@")[0]
+    return ALIASES.get(plain, plain)
 
 
 class Metrics:
@@ -22,6 +57,32 @@ class Metrics:
         )
         self.branches = Counter("autotts_branches", "Branches opened.", _BY_DIAL, registry=self.registry)
         self.rounds = Counter("autotts_rounds", "Rounds carried out.", _BY_DIAL, registry=self.registry)
+        self.probe_answers = Counter(
+            "autotts_probe_answers",
+            "Probes by whether they gave an answer: true, false.",
+            ("model", "controller", "answered"),
+            registry=self.registry,
+        )
+        self.agreement = Histogram(
+            "autotts_agreement",
+            "Share of the votes that the answer had, in episodes that were answered and had two votes or more.",
+            ("model", "controller"),
+            buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1),
+            registry=self.registry,
+        )
+        self.saved = Counter(
+            "autotts_saved_tokens_estimate",
+            "An estimate: tokens that episodes cost less than self-consistency with max_branches chains of their own "
+            "finished branches' mean length. Of answered episodes with a finished branch.",
+            _BY_DIAL,
+            registry=self.registry,
+        )
+        self.overspent = Counter(
+            "autotts_overspent_tokens_estimate",
+            "The same estimate of those that cost more.",
+            _BY_DIAL,
+            registry=self.registry,
+        )
         self.stops = Counter(
             "autotts_stops", "Episodes by why they ended.", ("model", "controller", "reason"), registry=self.registry
         )
@@ -30,6 +91,21 @@ class Metrics:
             "Seconds from request to reply, of requests a controller served.",
             ("model", "controller"),
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+            registry=self.registry,
+        )
+        by_response = ("path", "applied", "streamed")
+        self.first_byte_seconds = Histogram(
+            "autotts_first_byte_seconds",
+            "Seconds from request to the first byte of the response's body. A stream begins before its controller.",
+            by_response,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.response_seconds = Histogram(
+            "autotts_response_seconds",
+            "Seconds from request to the last byte of the response, whoever answered.",
+            by_response,
+            buckets=_SECONDS,
             registry=self.registry,
         )
         self.decision_seconds = Histogram(
@@ -90,6 +166,11 @@ class Metrics:
         self.recorder_queue = Gauge(
             "autotts_recorder_queue", "Records that wait in memory to be written.", registry=self.registry
         )
+        self.recorder_queue_limit = Gauge(
+            "autotts_recorder_queue_limit",
+            "Records that may wait in memory; 0 if none is kept.",
+            registry=self.registry,
+        )
         self.spill_bytes = Gauge(
             "autotts_recorder_spill_bytes",
             "Bytes of records that wait in a file for the store.",
@@ -108,15 +189,70 @@ class Metrics:
             ("model",),
             registry=self.registry,
         )
-        self.feedback = Counter("autotts_feedback", "Feedback by its kind.", ("kind",), registry=self.registry)
+        self.feedback = Counter(
+            "autotts_feedback",
+            "Feedback by its kind, and whether its client is content: true, false, unknown.",
+            ("kind", "content"),
+            registry=self.registry,
+        )
         self.drift = Gauge(
             "autotts_recording_drift",
             "How many of chat template, probe template and interval are not what the latest recordings were made with.",
             ("model",),
             registry=self.registry,
         )
+        self.refusals = Counter(
+            "autotts_refusals", "Requests there was no room for, by why.", ("reason",), registry=self.registry
+        )
+        self.waiting = Gauge(
+            "autotts_queue",
+            "Requests that wait for their turn, by what serves them.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.load_factor = Gauge(
+            "autotts_load_factor", "What the upstream's load leaves of β; 1 is all of it.", registry=self.registry
+        )
         self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
+        self.upstream_events = Counter(
+            "autotts_upstream_events",
+            "Requests to the upstream that were repeated: retried; that had it left alone for a while: ejected.",
+            ("event",),
+            registry=self.registry,
+        )
         self.upstream_up = Gauge("autotts_upstream_up", "Whether the upstream was well.", registry=self.registry)
+        self.upstream_requests = Counter(
+            "autotts_upstream_requests",
+            "Generations asked of the upstream by what became of them: done, aborted, unreachable, timeout, nonsense, "
+            "refused, ejected, failed.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.upstream_seconds = Histogram(
+            "autotts_upstream_seconds",
+            "Seconds the upstream took to generate, of requests that were done.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        for reason in LOST:
+            self.lost.labels(reason)
+        for reason in ROLLED_BACK:
+            self.rollbacks.labels(reason)
+
+    @contextmanager
+    def upstream(self, model: str) -> Iterator[None]:
+        """Counts and times what is done within: one generation."""
+        started, outcome = time.perf_counter(), "aborted"
+        try:
+            yield
+            outcome = "done"
+            self.upstream_seconds.labels(model).observe(time.perf_counter() - started)
+        except UpstreamError as error:
+            outcome = next((name for kind, name in _FAILURES.items() if isinstance(error, kind)), "failed")
+            raise
+        finally:
+            self.upstream_requests.labels(model, outcome).inc()
 
     def page(self) -> bytes:
         """The exposition page."""

@@ -13,26 +13,34 @@ from proxy.engine import Engine
 from proxy.stream import Stream
 
 PATHS: Final = (
-    "/v1/completions",
     "/v1/embeddings",
-    "/v1/responses",
     "/v1/score",
     "/v1/rerank",
     "/tokenize",
     "/detokenize",
 )
-"""What may be reached through the proxy besides chat. All else of the upstream is out of reach."""
+"""What may be reached through the proxy untouched. All else of the upstream is out of reach."""
 
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
 
 
+WHOLE: Final = 64 * 2**10
+"""Bytes of a body that is sent in one piece, if its length is known."""
+
+
 async def forward(
-    engine: Engine, request: Request, body: bytes, headers: Mapping[str, str], content_type: str | None = None
+    engine: Engine,
+    request: Request,
+    body: bytes,
+    headers: Mapping[str, str],
+    content_type: str | None = None,
+    *,
+    in_pieces: bool = False,
 ) -> Response:
     """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
-    `content_type` is for a body the proxy wrote itself.
+    `content_type` is for a body the proxy wrote itself. `in_pieces` has even a short one handed back as a Stream.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
@@ -40,11 +48,15 @@ async def forward(
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(engine.relay(request.method, request.url.path, body, sent))
         kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
+        length = upstream.content_length
+        if not in_pieces and length is not None and length <= WHOLE:
+            content = await upstream.read()
+            return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
         opened = stack.pop_all()
 
-    async def content() -> AsyncGenerator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes]:
         async with opened:
             async for data in upstream.content.iter_any():
                 yield data
 
-    return Stream(content(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+    return Stream(pieces(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)

@@ -77,6 +77,7 @@ class Recorder:
             place = settings.spill or self.path.with_name(f"{self.path.name}.spill")
             self.spill = Spill(place, settings.spill_bytes)
         self.metrics = metrics
+        metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0
         self._most = settings.recorder_queue
         self._retain = None if settings.retain_days is None else timedelta(days=settings.retain_days)

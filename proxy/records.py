@@ -110,7 +110,7 @@ class Records:
         await asyncio.wait({kept}, timeout=ACKNOWLEDGED_S)
         if kept.done() and not kept.result():
             raise RecordsAway("no more can be written down for now; say it again later", code="recorder_full")
-        self._metrics.feedback.labels(kind).inc()
+        self._metrics.feedback.labels(kind, "unknown" if content is None else str(content).lower()).inc()
         is_first = said.request not in self._heard
         self._heard[said.request] = None
         if len(self._heard) > RECENT:
@@ -153,7 +153,7 @@ def _episode(
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
     rounds = tuple(cast.rounds)
     about = About(
-        beta_source=str(plan.dial.source),
+        beta_source=plan.dial.told,
         stage=None if plan.stage is None else str(plan.stage),
         fallback=cast.fallback,
         decided=cast.decided,

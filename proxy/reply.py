@@ -31,6 +31,7 @@ class Message(NamedTuple):
     reasoning: str | None
     finish_reason: str  # "stop" or "length"
     visible_tokens: int  # tokens of `content`
+    written: str  # all that follows the prompt, thought and marks included
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def known_headers(plan: Plan) -> dict[str, str]:
         "x-request-id": plan.request_id,
         "x-tts-applied": "true",
         "x-tts-beta": f"{plan.dial.beta:g}",
-        "x-tts-beta-source": plan.dial.source,
+        "x-tts-beta-source": plan.dial.told,
         "x-tts-controller": plan.controller,
     }
 
@@ -136,28 +137,32 @@ async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: St
 
     Also returns whether the branch agreed."""
     template, answer = plan.prompt.template, state.answer
-    reasoning = template.split(plan.prompt.tail, environment.branches[index].text)[0]
+    own = environment.branches[index].text
+    reasoning = template.split(plan.prompt.tail, own)[0]
+    closed = own + template.closing(plan.prompt.tail, own)
     if state.stop is not Stop.DEADLINE:
         closing = await environment.suffix(index, lead=False)
         output = await environment.extend(index, closing, plan.closing.free, GREEDY)
         content = output.text.strip()
         if answer is None or await _says(environment, content, answer):
-            return Message(content, reasoning, output.finish or "stop", len(output.ids)), True
+            written = closed + output.text
+            return Message(content, reasoning, output.finish or "stop", len(output.ids), written), True
     suffix = await environment.suffix(index, lead=True)
     output = await environment.extend(index, suffix, plan.closing.led, probing.sampling())
     content, visible = template.led(output.text), len(suffix) + len(output.ids)
     if answer is None or await _says(environment, content, answer):
-        return Message(content, reasoning, "stop", visible), True
-    return Message(template.led(environment.labels.written(answer)), reasoning, "stop", 0), False
+        return Message(content, reasoning, "stop", visible, closed + content), True
+    content = template.led(environment.labels.written(answer))
+    return Message(content, reasoning, "stop", 0, closed + content), False
 
 
 async def _message(environment: LiveEnvironment, text: str, ids: list[int], finish: str) -> Message:
     template, tail = environment.prompt.template, environment.prompt.tail
     reasoning, content = template.split(tail, text)
     if reasoning is None or not template.ending:
-        return Message(content, reasoning, finish, len(ids))
+        return Message(content, reasoning, finish, len(ids), text)
     marker = await environment.engine.tokenise_suffix(environment.prompt.model, template.ending)
-    return Message(content, reasoning, finish, len(ids) - _find_last(ids, marker))
+    return Message(content, reasoning, finish, len(ids) - _find_last(ids, marker), text)
 
 
 def _find_last(ids: list[int], marker: list[int]) -> int:
@@ -222,7 +227,8 @@ def _report(
     return {
         "applied": True,
         "beta": plan.dial.beta,
-        "beta_source": plan.dial.source,
+        "beta_source": plan.dial.told,
+        **({} if plan.dial.asked is None else {"beta_asked": plan.dial.asked}),
         "controller": plan.controller,
         "controller_digest": plan.spec.digest[:12],
         "stage": plan.stage,

@@ -1,21 +1,22 @@
-"""What of a chat request the proxy reads, and whether a controller can serve it."""
+"""What of a request the proxy reads, and whether a controller can serve it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
-import pydantic_core
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from discovery.answers import AUTO, Kind, parse_kind
 from discovery.errors import UnknownKind
+from proxy import strict
 from proxy.errors import BadRequest
 
 T = TypeVar("T", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 def _kind_of(spec: object) -> object:
@@ -40,6 +41,7 @@ class TtsOptions(BaseModel):
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
     answer: Annotated[Kind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
     required: Annotated[bool, Field(strict=True)] = False  # 400 rather than pass through when it cannot be served
+    progress: Annotated[bool, Field(strict=True)] = False  # a stream tells of each round, as reasoning
 
 
 class FeedbackRequest(BaseModel):
@@ -67,58 +69,6 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """A chat completion request. Fields it does not name are the upstream's business."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    model: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: int | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tts: TtsOptions = TtsOptions()
-
-    def served_by(self, controller: str) -> ChatRequest:
-        """The same request, naming a controller."""
-        return self.model_copy(update={"tts": self.tts.model_copy(update={"controller": controller})})
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings, however they were given."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in given if stop)
-
-    @property
-    def branch_limit(self) -> int | None:
-        """Tokens the client allows a reply, which here bounds each branch."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def template_fields(self) -> dict[str, Any]:
-        """What the chat template takes besides the messages."""
-        fields = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            fields.setdefault("reasoning_effort", self.reasoning_effort)
-        return {"chat_template_kwargs": fields} if fields else {}
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream is to end with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 """Fields that mean the same for a branch generated in pieces as for one in a single request."""
 
@@ -141,25 +91,263 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 )
 
 
-def parse(raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
-    """A chat request and its JSON object. Raises BadRequest naming the first field that is wrong."""
-    body = _object(raw)
-    return _validated(ChatRequest, body), body
+class Generation(BaseModel):
+    """A request for text, as far as its endpoints agree. Fields it does not name are the upstream's business."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    param: ClassVar[str]  # the field its prompt is in
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: int | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    tts: TtsOptions = TtsOptions()
+
+    def served_by(self, controller: str) -> Self:
+        """The same request, naming a controller."""
+        return self.model_copy(update={"tts": self.tts.model_copy(update={"controller": controller})})
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however they were given."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in given if stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def branch_limit(self) -> int | None:
+        """Tokens the client allows a reply, which here bounds each branch."""
+        raise NotImplementedError
+
+    @property
+    def effort(self) -> str | None:
+        """How much is to be thought, in OpenAI's words."""
+        return None
+
+    @property
+    def prompt_text(self) -> str | None:
+        """The prompt, where it is a text of the client's own; such a prompt goes through no chat template."""
+        return None
+
+    @property
+    def prompt_ids(self) -> Sequence[int] | None:
+        """The same where it is token ids."""
+        return None
+
+    @property
+    def conversation(self) -> Sequence[Mapping[str, Any]]:
+        """The prompt, where it is a conversation."""
+        return ()
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        """What the chat template takes besides the messages."""
+        return {}
+
+    def unserved(self) -> str | None:
+        """The field no controller can serve yet, or None. Such requests pass through."""
+        for name, value in (self.model_extra or {}).items():
+            asks = value not in (None, [], {}) and value not in self.neutral.get(name, ())
+            if asks and name not in _INDIFFERENT:
+                return name
+        return None
+
+
+class ChatRequest(Generation):
+    """A chat completion request."""
+
+    param: ClassVar[str] = "messages"
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def branch_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
+
+    @property
+    def conversation(self) -> Sequence[Mapping[str, Any]]:
+        return self.messages
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        return _template_fields(self.chat_template_kwargs, self.reasoning_effort)
+
+    def unserved(self) -> str | None:
+        reason = super().unserved()
+        if reason is not None:
+            return reason
+        for message in self.messages:
+            content = message.get("content")
+            if isinstance(content, list) and any(_kind(part) != "text" for part in content):
+                return "content"
+            if message.get("tool_calls") or message.get("role") == "tool":
+                return "tools"
+        return None
+
+
+class CompletionRequest(Generation):
+    """A request to go on with one text, or with one list of token ids."""
+
+    param: ClassVar[str] = "prompt"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {
+            **{name: values for name, values in _NEUTRAL.items() if name != "logprobs"},  # here 0 asks for them
+            "best_of": (1,),
+            "echo": (False,),
+            "suffix": ("",),
+        }
+    )
+
+    prompt: Any = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31, strict=True)] | None = None
+
+    @property
+    def branch_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def prompt_text(self) -> str | None:
+        prompt = self._alone
+        return prompt if isinstance(prompt, str) else None
+
+    @property
+    def prompt_ids(self) -> Sequence[int] | None:
+        prompt = self._alone
+        return prompt if isinstance(prompt, list) else None
+
+    @property
+    def _alone(self) -> str | list[int] | None:
+        """The prompt, if it is one and not empty; it may stand in a list."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if isinstance(prompt, list):
+            return prompt if prompt and all(type(i) is int and i >= 0 for i in prompt) else None
+        return prompt if isinstance(prompt, str) and prompt else None
+
+    def unserved(self) -> str | None:
+        reason = super().unserved()
+        if reason is None and self.max_tokens == 0:
+            return "max_tokens"
+        return self.param if reason is None and self._alone is None else reason
+
+
+class Reasoning(BaseModel):
+    """The `reasoning` object of a Responses request."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    effort: str | None = None
+
+
+class ResponsesRequest(Generation):
+    """A Responses request; its `input` is a text or messages of text where a controller serves it."""
+
+    param: ClassVar[str] = "input"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {**_NEUTRAL, "background": (False,), "truncation": ("disabled",)}
+    )
+
+    input: Any = None
+    instructions: str | None = None
+    max_output_tokens: Positive | None = None
+    reasoning: Reasoning | None = None
+    text: dict[str, Any] | None = None
+
+    @property
+    def branch_limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def effort(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    @property
+    def conversation(self) -> Sequence[Mapping[str, Any]]:
+        told = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
+        return [*told, *(self._said or [])]
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        return _template_fields(None, self.effort)
+
+    @property
+    def _said(self) -> list[dict[str, Any]] | None:
+        """The input as messages, if they are of text alone."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        if not isinstance(self.input, list) or not self.input:
+            return None
+        messages = [_message(item) for item in self.input]
+        return None if None in messages else [message for message in messages if message is not None]
+
+    def unserved(self) -> str | None:
+        reason = super().unserved()
+        if reason is None and any(name != "format" and value is not None for name, value in (self.text or {}).items()):
+            reason = "text"
+        if reason is None and (self.text or {}).get("format") not in (None, {"type": "text"}):
+            reason = "text"
+        return self.param if reason is None and self._said is None else reason
+
+
+def _template_fields(given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
+    fields = dict(given or {})
+    if effort is not None:
+        fields.setdefault("reasoning_effort", effort)
+    return {"chat_template_kwargs": fields} if fields else {}
+
+
+_ROLES: Final[Mapping[str, str]] = MappingProxyType(
+    {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+)
+
+
+def _message(item: object) -> dict[str, Any] | None:
+    """An item of a Responses request as a chat message, or None if it is not one of text."""
+    if not isinstance(item, dict) or item.get("type", "message") != "message" or item.get("role") not in _ROLES:
+        return None
+    content = item.get("content")
+    if isinstance(content, list):
+        if not content or any(_kind(part) not in ("input_text", "output_text") for part in content):
+            return None
+        texts = [part.get("text") for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            return None
+        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+    elif not isinstance(content, str):
+        return None
+    return {"role": _ROLES[item["role"]], "content": content}
+
+
+def parse(made: type[T], raw: bytes) -> T:
+    """A request of one kind. Raises BadRequest naming the first field that is wrong."""
+    return _validated(made, strict.read(raw))
 
 
 def parse_feedback(raw: bytes) -> FeedbackRequest:
     """What a client says of an answer. Raises BadRequest naming the first field that is wrong."""
-    return _validated(FeedbackRequest, _object(raw))
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        body = pydantic_core.from_json(raw, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}", code="bad_json") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object", code="bad_json")
-    return body
+    return _validated(FeedbackRequest, strict.read(raw))
 
 
 def _validated(made: type[T], body: dict[str, Any]) -> T:
@@ -174,21 +362,6 @@ def _validated(made: type[T], body: dict[str, Any]) -> T:
 
 def _code(where: str) -> str | None:
     return "bad_beta" if where == "tts.beta" else None
-
-
-def unserved(request: ChatRequest) -> str | None:
-    """The field of `request` no controller can serve yet, or None. Such requests pass through."""
-    for name, value in (request.model_extra or {}).items():
-        asks = value not in (None, [], {}) and value not in _NEUTRAL.get(name, ())
-        if asks and name not in _INDIFFERENT:
-            return name
-    for message in request.messages:
-        content = message.get("content")
-        if isinstance(content, list) and any(_kind(part) != "text" for part in content):
-            return "content"
-        if message.get("tool_calls") or message.get("role") == "tool":
-            return "tools"
-    return None
 
 
 def _kind(part: object) -> object:

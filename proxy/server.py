@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
+from typing import Final
 
 import uvicorn
 
 from proxy.app import create_app
+from proxy.drain import Gate
+from proxy.edge import EdgeProtocol
 from proxy.errors import StartError
 from proxy.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S: Final = 5
+"""Seconds connections have to close once nothing runs any more."""
 
 
 class Server(uvicorn.Server):
@@ -21,15 +31,20 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
         self.up = asyncio.Event()  # it accepts connections
+        self.gate = Gate(create_app(settings))
         self._on_up = on_up
+        self._drain_s = settings.drain_s
+        self._draining: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
-                create_app(settings),
-                http="httptools",
+                self.gate,
+                http=EdgeProtocol,
                 ws="none",
+                lifespan="on",
                 log_config=None,
+                proxy_headers=False,  # nobody on the way is believed
                 access_log=False,
-                timeout_graceful_shutdown=60,
+                timeout_graceful_shutdown=CLOSE_S,
             )
         )
 
@@ -37,6 +52,20 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.up.set()
         self._on_up()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain: take nothing new, let what runs come to its end, then exit. A second signal does not wait."""
+        if self._draining is None:
+            self.gate.shut()
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._draining.cancel()
+            self.should_exit = True
+
+    async def _drain(self) -> None:
+        if cut := await self.gate.drain(self._drain_s):
+            logger.warning("%s requests were cut: they had not ended %g s after the signal", cut, self._drain_s)
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,12 +1,16 @@
-"""Every setting of the proxy, with its unit. Read once, from flags, then `AUTOTTS_*` variables, then these defaults."""
+"""Every setting of the proxy, with its unit. Read once: flags, then `AUTOTTS_*` variables, a file, these defaults."""
 
 from __future__ import annotations
 
+import os
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, NamedTuple, get_args
 
-from pydantic import AnyHttpUrl, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, AnyHttpUrl, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from controllers.errors import ControllersError
@@ -21,6 +25,16 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1)]
 
 
+def _rising(text: str) -> str:
+    low, _, high = text.partition(":")
+    if float(low) > float(high):
+        raise ValueError("the mark from which β shrinks comes first")
+    return text
+
+
+Marks = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9})?:\d{1,9}(\.\d{1,9})?$"), AfterValidator(_rising)]
+
+
 class StoreText(StrEnum):
     """What of a request's text is written down."""
 
@@ -29,14 +43,27 @@ class StoreText(StrEnum):
     FULL = "full"  # questions too
 
 
+class LogForm(StrEnum):
+    """How log lines are written."""
+
+    PLAIN = "plain"  # for people
+    JSON = "json"  # an object a line, and one for each request
+
+
 class Settings(BaseSettings):
     """Frozen; one object is made at start and handed down."""
 
-    model_config = SettingsConfigDict(env_prefix="AUTOTTS_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="AUTOTTS_", env_ignore_empty=True, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8400, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    log: LogForm = Field(LogForm.PLAIN, description="form of log lines: `plain`, or `json`, an object a line")
 
     upstream: AnyHttpUrl | None = Field(None, description="vLLM's base URL; none starts the embedded model")
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
+
+    model_aliases: bool = Field(True, description="list each model also as NAME@0.25, @0.5, @0.75 and @1, which set β")
 
     controller: str = Field("cmc", description="controller that serves requests which name none: a name or FILE.py")
     beta: Beta | None = Field(None, description="β for requests that set none; none passes them through untouched")
@@ -62,6 +89,30 @@ class Settings(BaseSettings):
         None, description="bearer token of those who may see every request and record without an answer; none: nobody"
     )
 
+    keys: Path | None = Field(
+        None, description="file of clients' keys, as `autotts keys new` writes its lines; none serves whoever asks"
+    )
+    allow_anonymous: bool = Field(False, description="listen on other addresses than loopback without a file of keys")
+    cache_secret: SecretStr | None = Field(
+        None,
+        description="what keeps tenants apart in the upstream's prefix cache; the same for all replicas; "
+        "none draws one",
+    )
+
+    tokens_per_minute: Tokens | None = Field(None, description="tokens all requests together may spend in a minute")
+    max_episodes: int = Field(256, ge=1, description="requests controllers serve at once; others wait")
+    max_passed: int = Field(1024, ge=1, description="requests handed on untouched at once; others wait")
+    queue: int = Field(1024, ge=0, description="requests that may wait of either; what comes then is refused")
+
+    load_waiting: Marks | None = Field(
+        None, description="requests waiting at the upstream from which β shrinks, and at which no further: `4:32`"
+    )
+    load_cache: Marks | None = Field(
+        None, description="share of its KV cache in use from which β shrinks, and at which no further: `0.8:0.95`"
+    )
+    load_factor: Beta = Field(0.25, description="what is left of β at the further mark of the two")
+
+    record: bool = Field(True, description="record requests in the store")
     store: Path | None = Field(None, description="replay store that requests are recorded in; none records nothing")
     store_text: StoreText = Field(
         StoreText.NONE,
@@ -104,33 +155,132 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = Field(5, description="seconds to connect to the upstream")
     read_timeout_s: Seconds = Field(600, description="seconds the upstream may be silent")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="size of a request body")
-    ping_s: Seconds = Field(10, description="seconds between keep-alive comments on a stream that is thinking")
+    drain_s: float = Field(
+        60, ge=0, allow_inf_nan=False, description="seconds requests under way have to end after SIGTERM"
+    )
+    ping_s: float = Field(
+        10, gt=0, le=15, description="seconds between keep-alive comments on a stream that is thinking; 15 at most"
+    )
 
 
 EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
 """Defaults that suit the embedded model, whose chains are a few hundred tokens: too short for CMC's schedule."""
 
 
+SERVED: Final = {"store": Path("autotts.db")}
+"""Defaults of `autotts serve`, which records unless it is told not to."""
+PREFIX: Final = "AUTOTTS_"
+FILE: Final = Path("autotts.toml")
+"""The file that is read where no other is named."""
+FLAG, ENVIRONMENT, EMBEDDED_DEFAULT, DEFAULT = "flag", "environment", "embedded default", "default"
+"""Where a setting may come from, besides a file."""
+
+
+class Configured(NamedTuple):
+    """Settings, and where each of them comes from."""
+
+    settings: Settings
+    sources: Mapping[str, str]  # by setting: FLAG, ENVIRONMENT, `file NAME`, EMBEDDED_DEFAULT or DEFAULT
+
+
 def load(**overrides: object) -> Settings:
     """Settings from flags (`overrides`, None meaning not given) and the environment. Raises SettingsError."""
-    given = {name: value for name, value in overrides.items() if value is not None}
+    return configure(None, overrides).settings
+
+
+def find_file(named: Path | None = None) -> Path | None:
+    """The file that settings are read from: the one that is `named`, here or by AUTOTTS_CONFIG, else `FILE` or none."""
+    if named is None and (variable := os.environ.get(f"{PREFIX}CONFIG")):
+        named = Path(variable)
+    return named or (FILE if FILE.exists() else None)
+
+
+def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[str, object] = {}) -> Configured:
+    """Settings from `flags` (None meaning not given), the environment, a TOML file and `defaults`, which win over the
+    model's own. Raises SettingsError, naming what is wrong and where."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    _refuse_unknown(given, "")
+    filed = {} if file is None else _read(file)
+    in_environment = {name for name in Settings.model_fields if _variable(name)}
+    sources = dict.fromkeys(Settings.model_fields, DEFAULT)
+    sources |= dict.fromkeys(filed, f"file {file}")
+    sources |= dict.fromkeys(in_environment, ENVIRONMENT)
+    sources |= dict.fromkeys(given, FLAG)
+    filed = {name: value for name, value in filed.items() if name not in in_environment}
     try:
-        settings = Settings(**given)  # type: ignore[arg-type]
-        if settings.upstream is None:
-            unset = {name: value for name, value in EMBEDDED.items() if name not in settings.model_fields_set}
-            settings = settings.model_copy(update=unset)
-        spec = parse_spec(settings.controller)
+        settings = Settings(**{**filed, **given})
     except ValidationError as error:
-        raise SettingsError(_one_line(error)) from None
+        raise SettingsError(_one_line(error, sources)) from None
+    unset = {name: value for name, value in defaults.items() if sources[name] == DEFAULT}
+    if settings.upstream is None:
+        embedded = {name: value for name, value in EMBEDDED.items() if sources[name] == DEFAULT}
+        sources |= dict.fromkeys(embedded, EMBEDDED_DEFAULT)
+        unset |= embedded
+    if not settings.record:
+        unset["store"] = None
+    settings = settings.model_copy(update=unset)
+    _check_controller(settings)
+    return Configured(settings, sources)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting is, or holds, what nobody else may read."""
+    return _holds_secret(Settings.model_fields[name].annotation)
+
+
+def _holds_secret(annotation: Any) -> bool:
+    return annotation is SecretStr or any(map(_holds_secret, get_args(annotation)))
+
+
+def _variable(name: str) -> str | None:
+    """What the environment says of a setting; blank is nothing."""
+    known = PREFIX + name.upper()
+    return next((value for key, value in os.environ.items() if key.upper() == known and value), None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises SettingsError."""
+    try:
+        with file.open("rb") as opened:
+            filed = tomllib.load(opened)
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+    _refuse_unknown(filed, f"{file}: ")
+    return filed
+
+
+def _refuse_unknown(given: Mapping[str, object], where: str) -> None:
+    for name in given:
+        if name not in Settings.model_fields:
+            near = get_close_matches(name, Settings.model_fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"{where}there is no setting {name!r}{hint}")
+
+
+def _check_controller(settings: Settings) -> None:
+    try:
+        spec = parse_spec(settings.controller)
     except ControllersError as error:
         raise SettingsError(f"controller: {error}") from None
     if not spec.is_foreign and is_admin_only(spec.name):
         raise SettingsError(f"controller: {spec.name} is for requests that admins make; name another")
     if spec.is_foreign and (wrong := wrong_name(spec.name)):
         raise SettingsError(f"controller: {wrong}")
-    return settings
 
 
-def _one_line(error: ValidationError) -> str:
-    problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors())
-    return "; ".join(problems)
+def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
+    return "; ".join(
+        _told(tuple(map(str, e["loc"])), e["msg"], e["input"], sources) for e in error.errors(include_url=False)
+    )
+
+
+def _told(place: tuple[str, ...], words: str, value: object, sources: Mapping[str, str]) -> str:
+    """What is wrong with one value: what, where it was set, and, unless it is secret, what it is."""
+    name = place[0] if place else ""
+    source = sources.get(name, DEFAULT)
+    where = f"{source.removeprefix('file ')}: " if source.startswith("file ") else ""
+    variable = f" ({PREFIX}{name.upper()})" if source == ENVIRONMENT else ""
+    shown = "" if name not in Settings.model_fields or is_secret(name) else f", not {value!r}"
+    return f"{where}{'.'.join(place)}{variable}: {words}{shown}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,10 @@ from proxy import errors
 from proxy.reply import Reply
 
 T = TypeVar("T")
+
+PING: Final = b": ping\n\n"
+"""A comment, so that nothing on the way thinks a stream dead."""
+DONE: Final = b"data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +33,28 @@ class ClientGone(Exception):
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled, and awaited, as soon as the client leaves: ClientGone is raised."""
-    task = asyncio.create_task(work)
+    task = asyncio.current_task()
     gone = asyncio.create_task(_disconnected(receive))
+    has_left = False
+
+    def leave(_: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        has_left = True
+        if task is not None:
+            task.cancel()
+
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and task is not None and not task.uncancel():  # nobody else has cancelled it
+            raise ClientGone from None
+        raise
     finally:
-        for pending in (task, gone):
-            pending.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # its outcome was taken above, or is nobody's
-                await pending
+        gone.remove_done_callback(leave)
+        gone.cancel()
+        with suppress(asyncio.CancelledError, Exception):  # its outcome is nobody's
+            await gone
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -81,44 +95,38 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def event(data: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+def event(data: Mapping[str, Any], name: str = "") -> bytes:
+    """One server-sent event, with a name where it has one."""
+    named = f"event: {name}\n".encode() if name else b""
+    return named + b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
 
 
-async def pings(work: asyncio.Task[T], every_s: float) -> AsyncIterator[bytes]:
-    """A comment every so often until `work` is done, so that nothing on the way thinks the stream dead."""
-    while not (await asyncio.wait({work}, timeout=every_s))[0]:
-        yield b": ping\n\n"
+async def thinking(
+    serve: Callable[[], Coroutine[Any, Any, Reply]], news: asyncio.Queue[str], ping_s: float
+) -> AsyncGenerator[str | Reply | None]:
+    """What comes of `serve`: the lines of `news` as they come, None after `ping_s` seconds of nothing, the reply last.
 
-
-async def chat_events(
-    head: Mapping[str, Any], serve: Callable[[], Coroutine[Any, Any, Reply]], *, usage: bool, ping_s: float
-) -> AsyncGenerator[bytes]:
-    """What `serve` replies, as chunks. `head` holds the id, object, created and model that each of them repeats."""
-
-    def chunk(delta: Mapping[str, Any], finish: str | None = None, **extra: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return event({**head, "choices": [choice], **extra})
-
-    yield chunk({"role": "assistant", "content": ""})
+    Raises ApiError. Closing it cancels `serve`, and waits for that to end.
+    """
     task = asyncio.create_task(serve())
     try:
-        async for ping in pings(task, ping_s):
-            yield ping
-        reply = await task
-    except errors.ApiError as error:  # the status is out: an error can only be an event now
-        yield event(errors.body(error))
-        return
+        while not task.done():
+            line = asyncio.create_task(news.get())
+            await asyncio.wait({task, line}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED)
+            if line.done():
+                yield line.result()
+                continue
+            line.cancel()
+            if not task.done():
+                yield None
+        while not news.empty():
+            yield news.get_nowait()
+        yield await task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    message = reply.message
-    if message.reasoning:
-        yield chunk({"reasoning": message.reasoning, "reasoning_content": message.reasoning})
-    for at in range(0, len(message.content), CONTENT_CHARS):
-        yield chunk({"content": message.content[at : at + CONTENT_CHARS]})
-    yield chunk({}, message.finish_reason, tts=reply.tts)
-    if usage:
-        yield event({**head, "choices": [], "usage": reply.usage, "tts": reply.tts})
-    yield b"data: [DONE]\n\n"
+
+
+def pieces(text: str) -> list[str]:
+    """A text in parts small enough for a chunk."""
+    return [text[at : at + CONTENT_CHARS] for at in range(0, len(text), CONTENT_CHARS)]

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
@@ -99,7 +99,8 @@ class FakeVLLM:
     """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
 
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
-    "no_priority", "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be).
+    "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error told with
+    status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be).
     "no_models" makes /v1/models misbehave instead.
     It applies from request number `fault_after` on, to `fault_times` requests if that is set.
     """
@@ -116,7 +117,11 @@ class FakeVLLM:
         self.fault_after = 0
         self.fault_times = 0
         self.queued = 0  # requests it says are in its queue
+        self.cache = 0.0  # share of its KV cache it says is in use
         self.looked = asyncio.Event()  # somebody has asked for that while there were some
+        self.is_polite = False  # tells of requests it cannot read with status 400, as vLLM does; set it before `serve`
+        self.babble: Any = None  # what it says at the end of a stream
+        self.is_well = True  # what it says of itself
         self.greeting = ""  # what its chat template begins a conversation with
         self.hanging = asyncio.Event()  # a request hangs now
         self.gate = asyncio.Event()  # requests wait until it is set
@@ -127,7 +132,7 @@ class FakeVLLM:
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[FakeVLLM]:
-        app = web.Application()
+        app = web.Application(middlewares=[_politely] if self.is_polite else [])
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
@@ -153,10 +158,12 @@ class FakeVLLM:
     async def _metrics(self, _: web.Request) -> web.Response:
         if self.queued:
             self.looked.set()
-        return web.Response(text=f'vllm:num_requests_waiting{{engine="0",model_name="{MODEL}"}} {self.queued}.0\n')
+        labels = f'{{engine="0",model_name="{MODEL}"}}'
+        lines = [f"vllm:num_requests_waiting{labels} {self.queued}.0", f"vllm:kv_cache_usage_perc{labels} {self.cache}"]
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=200 if self.is_well else 503)
 
     async def _tokenise(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -194,6 +201,13 @@ class FakeVLLM:
         if fault == "refuse":
             error = {"message": "no such thing", "type": "BadRequestError", "param": "top_k", "code": 400}
             return web.json_response({"error": error}, status=400)
+        if fault == "unavailable":
+            return web.json_response({"error": {"message": "not now", "code": 503}}, status=503)
+        if fault == "drop" and request.transport is not None:
+            request.transport.abort()
+            await asyncio.Event().wait()
+        if fault == "error_body":
+            return web.json_response({"error": {"message": "engine died", "code": 500}})
         if fault in ("echo", "babble"):
             quoted = _text(prompts[0] if isinstance((prompts := body["prompt"])[0], list) else prompts)
             if fault == "echo":
@@ -235,6 +249,8 @@ class FakeVLLM:
             "prompt_tokens_details": {"cached_tokens": 3},
         }
         await send({"choices": [], "usage": usage})
+        if self.babble is not None:
+            await send(self.babble)
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -263,6 +279,19 @@ class FakeVLLM:
 
     def _find(self, text: str) -> Chain:
         return next(chain for chain in self.chains if chain.text.startswith(text))
+
+
+@web.middleware
+async def _politely(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        answered: web.StreamResponse = await handler(request)
+        return answered
+    except web.HTTPException as error:
+        status, message = error.status, error.reason
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        status, message = 400, "this cannot be read"
+    told = {"message": message, "type": "BadRequestError", "param": None, "code": status}
+    return web.json_response({"error": told}, status=status)
 
 
 def _choice(index: int, ids: Sequence[int], finish: str | None) -> dict[str, Any]:
@@ -309,3 +338,55 @@ class Eager:
                     actions.append(probe(index))
             if actions:
                 return actions
+
+
+class Seen(NamedTuple):
+    """A request as it came over the wire."""
+
+    method: str
+    path: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+
+class RawUpstream:
+    """An upstream that keeps requests byte for byte and answers with bytes it is given, a piece at a time.
+
+    After each piece it waits for `go`, which a test that wants to see them one by one clears.
+    """
+
+    def __init__(self, pieces: Sequence[bytes] = (), status: int = 200, **headers: str) -> None:
+        self.pieces = list(pieces)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.seen: list[Seen] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.url = ""
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[RawUpstream]:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/{path:.*}", self._answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL, "max_model_len": MAX_LENGTH}], "object": "list"})
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.seen.append(Seen(request.method, request.path_qs, headers, await request.read()))
+        response = web.StreamResponse(status=self.status, headers=self.headers)
+        await response.prepare(request)
+        for piece in self.pieces:
+            await response.write(piece)
+            await self.go.wait()
+        return response

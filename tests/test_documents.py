@@ -7,8 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from proxy.settings import Settings
+from proxy.settings import EMBEDDED, SERVED, Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("controllers", "discovery", "proxy", "deploy")
@@ -29,6 +30,19 @@ def test_every_module_is_named_in_the_architecture(package: str) -> None:
 def test_every_setting_is_in_the_readme() -> None:
     missing = [name for name in Settings.model_fields if f"`AUTOTTS_{name.upper()}`" not in text("README.md")]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_defaults_in_the_readme_are_the_models(name: str) -> None:
+    row = next(line for line in text("README.md").splitlines() if line.startswith(f"| `AUTOTTS_{name.upper()}` |"))
+    *_, cell, _ = row.split("|")
+    said = re.findall(r"`([^`]*)`", cell)
+    field = Settings.model_fields[name]
+    default = SERVED.get(name, field.default)
+    expected = [] if default is None else [default]
+    expected += [EMBEDDED[name]] if name in EMBEDDED else []
+    read = TypeAdapter[object](field.annotation or object).validate_python
+    assert [read(one) for one in said] == [read(one) for one in expected], row
 
 
 def test_files_the_readme_names_are_there() -> None:

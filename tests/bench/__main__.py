@@ -14,7 +14,7 @@ from rich.table import Table
 from proxy.embedded import EmbeddedServer
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from tests.bench import answers, cascade, live, recorder, replay, sealed
+from tests.bench import answers, cascade, edge, live, recorder, replay, sealed
 
 
 def machine() -> str:
@@ -32,6 +32,7 @@ async def main() -> None:
         *sealed.rows(),
         *cascade.rows(),
         *await recorder.rows(),
+        *await edge.rows(),
     ]
     async with EmbeddedServer() as server:
         settings = load(upstream=server.url, **{**EMBEDDED, "interval": live.INTERVAL})

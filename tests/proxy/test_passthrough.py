@@ -78,11 +78,11 @@ async def test_only_named_headers_and_paths_go_through(proxy: Proxy) -> None:
         assert response.headers["x-tts-applied"] == "false"
     for path in ("/v1/load_lora_adapter", "/sleep", "/v1/../health", "//health"):
         async with proxy.http.post(f"{proxy.url}{path}", json={}) as response:
-            assert response.status in (404, 405)
+            assert response.status in (400, 404, 405)
 
 
 async def test_models_health_and_readiness(proxy: Proxy) -> None:
-    assert [model.id async for model in proxy.openai.models.list()] == [MODEL]
+    assert MODEL in [model.id async for model in proxy.openai.models.list()]
     for path in ("/health", "/ready"):
         async with proxy.http.get(proxy.url + path) as response:
             assert response.status == 200

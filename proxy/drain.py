@@ -1,0 +1,92 @@
+"""The gate in front of the app: what runs is counted, once it is shut nothing new runs, and what fails is logged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import traceback
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, Final
+from uuid import uuid4
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxy import errors
+from proxy.errors import ApiError, Draining
+
+logger = logging.getLogger(__name__)
+
+STILL_SERVED: Final = ("/health", "/metrics")
+"""What is answered to the end."""
+READY: Final = "/ready"
+CUT_S: Final = 5.0
+"""Seconds that requests which were cut are given to end in order."""
+
+
+class Gate:
+    """An ASGI app around another."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.is_shut = False
+        self._running: set[asyncio.Task[Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def shut(self) -> None:
+        """Refuse all that comes from now on."""
+        self.is_shut = True
+
+    async def drain(self, seconds: float) -> int:
+        """Wait `seconds` at most until nothing runs any more. Cut what runs then; returns how many requests that is."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        cut = tuple(self._running)
+        for task in cut:
+            task.cancel()
+        if cut:
+            await asyncio.wait(cut, timeout=CUT_S)
+        return len(cut)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in STILL_SERVED:
+            await self.app(scope, receive, send)
+        elif self.is_shut:
+            await _refusal(scope["path"])(scope, receive, send)
+        else:
+            await self._run(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        self._running.add(task)
+        self._idle.clear()
+        try:
+            await self.app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if has_begun or not self.is_shut:
+                raise
+            await _refusal(scope["path"])(scope, receive, send)
+        except Exception as error:  # the client has been told; uvicorn would log its words, which may be a client's
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a fault of the proxy's own: %s\n%s", type(error).__name__, frames)
+        finally:
+            self._running.discard(task)
+            if not self._running:
+                self._idle.set()
+
+
+def _refusal(path: str) -> Response:
+    error: ApiError = Draining("the proxy is about to end; ask again, it or another will answer", code="draining")
+    told = {"ready": False, "draining": True} if path == READY else errors.body(error)
+    headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
+    return Response(json.dumps(told), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")

@@ -1,0 +1,182 @@
+"""The keys of clients: a file in which each has a name, the hash of what is sent, and what it may use.
+
+A line a key, in TOML (`FILE.toml`, or any other name) or as one object in JSON (`FILE.json`):
+
+    alice = { sha256 = "9f86d0…", tokens_per_minute = 200000, episodes = 4 }
+
+A key has 256 random bits, so its plain hash cannot be turned back, and no slow one is needed. `sha256` may be a list:
+the old and the new key while clients change over. The tenant follows from the name, so that a new key keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import tomllib
+from collections.abc import Mapping
+from hashlib import blake2b, sha256
+from hmac import compare_digest
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from proxy.errors import SettingsError
+from proxy.limits import Caps
+
+logger = logging.getLogger(__name__)
+
+PREFIX: Final = "sk-autotts-"
+"""How keys begin: what scans repositories for secrets can tell them."""
+NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_LINE: Final = re.compile(r"line (\d+)")
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Some = Annotated[int, Field(ge=1, strict=True)]
+
+
+def _as_list(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
+class _Entry(BaseModel):
+    """What the file says of a key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: Annotated[list[Hash], Field(min_length=1, max_length=8), BeforeValidator(_as_list)]
+    admin: Annotated[bool, Field(strict=True)] = False
+    branches: Some | None = None
+    tokens: Some | None = None
+    tokens_per_minute: Some | None = None
+    episodes: Some | None = None
+
+
+class Key(NamedTuple):
+    """A key that is known."""
+
+    name: str
+    hashes: tuple[str, ...]  # SHA-256 in hex of what may be sent for it
+    is_admin: bool
+    caps: Caps
+
+    @property
+    def tenant(self) -> str:
+        """Whose requests it makes: the same for every key that ever has the name."""
+        return blake2b(self.name.encode(), digest_size=12, person=b"autotts key").hexdigest()
+
+
+def hashed(token: str) -> str:
+    """What a file holds in place of a key."""
+    return sha256(token.encode()).hexdigest()
+
+
+def new() -> str:
+    """A key nobody has."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def line(name: str, token: str, *, admin: bool = False) -> str:
+    """What to put into the file for a key. Raises SettingsError."""
+    if not NAME.fullmatch(name):
+        raise SettingsError(f"keys: {name!r} is no name; letters, digits, - and _ make one, 64 at most")
+    return f'{name} = {{ sha256 = "{hashed(token)}"{", admin = true" if admin else ""} }}'
+
+
+def read(path: Path) -> tuple[Key, ...]:
+    """The keys of a file. Raises SettingsError naming file and line."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise SettingsError(f"keys: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"keys: {path}: is no UTF-8") from None
+    seen: dict[str, str] = {}
+    found = []
+    for name, said in _parse(path, text).items():
+        key = _key(path, text, name, said)
+        for one in key.hashes:
+            if one in seen:
+                raise _wrong(path, text, name, f"has the key of {seen[one]}")
+            seen[one] = name
+        found.append(key)
+    return tuple(found)
+
+
+def _parse(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"keys: {path}, line {error.lineno}: {error.msg}") from None
+    except tomllib.TOMLDecodeError as error:
+        where = _LINE.search(str(error))
+        at = where[1] if where else str(text.count("\n") + 1)
+        raise SettingsError(f"keys: {path}, line {at}: is no TOML") from None
+    except RecursionError:
+        raise SettingsError(f"keys: {path}: is nested too deeply") from None
+    if not isinstance(parsed, dict):
+        raise SettingsError(f"keys: {path}: must be an object, a name for each key")
+    return parsed
+
+
+def _key(path: Path, text: str, name: str, said: object) -> Key:
+    if not NAME.fullmatch(name):
+        raise _wrong(path, text, name, "is no name; letters, digits, - and _ make one, 64 at most")
+    try:
+        entry = _Entry.model_validate(said)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = str(first["loc"][0]) if first["loc"] else "entry"
+        raise _wrong(path, text, name, f"{where}: {first['msg']}") from None
+    caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
+    return Key(name, tuple(entry.sha256), entry.admin, caps)
+
+
+def _wrong(path: Path, text: str, name: str, words: str) -> SettingsError:
+    """What is wrong with an entry, and where it begins. Never what it holds: somebody may have put the key there."""
+    begins = re.compile(rf"""^[\s\[{{,]*["']?{re.escape(name)}["']?\s*[\]:=.]""")
+    at = next((number for number, one in enumerate(text.splitlines(), 1) if begins.match(one)), 1)
+    return SettingsError(f"keys: {path}, line {at}: {name}: {words}")
+
+
+class Keyring:
+    """The keys of a file as it is now. One that breaks leaves the keys as they were, and is complained of once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._look()
+        self._keys = read(path)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The keys, read anew if the file has changed."""
+        seen = self._look()
+        if seen != self._seen:
+            self._seen = seen
+            try:
+                self._keys = read(self._path)
+            except SettingsError as error:
+                logger.error("%s; the keys stay as they were", error)
+            else:
+                logger.info("keys: %s has changed: %d keys", self._path, len(self._keys))
+        return self._keys
+
+    def find(self, token: str) -> Key | None:
+        """The key that `token` is. How long it takes does not tell which, or how nearly."""
+        given = hashed(token)
+        found = None
+        for key in self.keys:
+            for one in key.hashes:
+                if compare_digest(one, given):
+                    found = key
+        return found
+
+    def _look(self) -> tuple[int, int, int] | None:
+        """What changes with the file; None if it is not there."""
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino

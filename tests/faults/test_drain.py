@@ -1,0 +1,177 @@
+"""SIGTERM: what runs comes to its end, nothing new is begun, what was served is written down, and the exit is clean."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+
+from discovery.store import Store
+from proxy.drain import Gate
+from proxy.embedded import free_port
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import INTERVAL, backend
+from tests.proxy.test_records import until
+
+__all__ = ["backend"]  # a fixture
+
+ROOT = Path(__file__).parents[2]
+
+
+class Served(NamedTuple):
+    """A proxy in a process of its own."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    http: aiohttp.ClientSession
+
+    async def ask(self, **fields: Any) -> tuple[int, Any, Any]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}, **fields}
+        async with self.http.post(f"{self.url}/v1/chat/completions", json=body) as response:
+            raw = await response.read()
+            return response.status, response.headers, raw if fields.get("stream") else json.loads(raw)
+
+    async def status(self, path: str) -> int:
+        async with self.http.get(self.url + path) as response:
+            await response.read()
+            return response.status
+
+    async def end(self) -> int:
+        async with asyncio.timeout(30):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def serving(backend: FakeVLLM, tmp_path: Path, **variables: str) -> AsyncIterator[Served]:
+    port = free_port()
+    command = ["-m", "proxy.cli", "serve", "--upstream", backend.url, "--port", str(port), "--interval", str(INTERVAL)]
+    given = {"AUTOTTS_FINALISE_TOKENS": "60", "AUTOTTS_PROBE_TOKENS": "8", **variables}
+    with (tmp_path / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *command, "--store", str(tmp_path / "s.db")),
+            cwd=ROOT,
+            env={**os.environ, **given},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+            served = Served(process, f"http://127.0.0.1:{port}", http)
+
+            async def up() -> bool:
+                assert process.returncode is None, (tmp_path / "log").read_text()
+                try:
+                    return await served.status("/ready") == 200
+                except aiohttp.ClientConnectionError:
+                    return False
+
+            await until(up)
+            yield served
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def stops(tmp_path: Path) -> list[str]:
+    async with Store.open(tmp_path / "s.db") as store:
+        return [one.stop for one in await store.episodes()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_runs_ends_and_nothing_new_begins(backend: FakeVLLM, tmp_path: Path, stream: bool) -> None:
+    async with serving(backend, tmp_path) as served:
+        backend.gate.clear()
+        asking = asyncio.create_task(served.ask(stream=stream))
+        await until(lambda: runs(backend))
+        served.process.send_signal(signal.SIGTERM)
+
+        async def draining() -> bool:
+            return await served.status("/ready") == 503
+
+        await until(draining)
+        seen = len(backend.requests)
+        status, headers, reply = await served.ask()
+        assert (status, reply["error"]["code"]) == (503, "draining")
+        assert (headers["retry-after"], headers["connection"]) == ("1", "close")
+        assert await served.status("/health") == 200
+        assert len(backend.requests) == seen
+        backend.gate.set()
+        status, _, reply = await asking
+        assert status == 200
+        assert reply.endswith(b"data: [DONE]\n\n") if stream else reply["tts"]["stop"] == "answered"
+        assert await served.end() == 0
+    assert await stops(tmp_path) == ["answered"]
+
+
+async def test_what_does_not_end_in_time_is_cut_and_written_down(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
+        backend.fault = "hang"
+        asking = asyncio.create_task(served.ask())
+        await backend.hanging.wait()
+        served.process.send_signal(signal.SIGTERM)
+        status, headers, reply = await asking
+        assert (status, reply["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
+        assert await served.end() == 0
+        await backend.idle.wait()
+    assert await stops(tmp_path) == ["disconnected"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+async def test_with_nothing_running_it_ends_at_once(backend: FakeVLLM, tmp_path: Path, sign: signal.Signals) -> None:
+    async with serving(backend, tmp_path) as served:
+        assert (await served.ask())[0] == 200
+        served.process.send_signal(sign)
+        assert await served.end() == 0
+    assert await stops(tmp_path) == ["answered"]
+
+
+async def test_a_second_signal_does_not_wait(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path) as served:
+        backend.fault = "hang"
+        asking = asyncio.create_task(served.ask())
+        await backend.hanging.wait()
+        served.process.send_signal(signal.SIGTERM)
+
+        async def draining() -> bool:
+            return await served.status("/ready") == 503
+
+        await until(draining)
+        served.process.send_signal(signal.SIGTERM)
+        assert await served.end() == 0
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+async def runs(backend: FakeVLLM) -> bool:
+    return backend.running > 0
+
+
+async def test_a_gate_counts_what_runs() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    sent: list[Any] = []
+    gate = Gate(app)
+    assert await gate.drain(0) == 0
+    task = asyncio.create_task(gate({"type": "http", "path": "/v1/models"}, receive, send))
+    await asyncio.sleep(0)
+    gate.shut()
+    assert await gate.drain(0) == 1
+    await task
+    assert [message.get("status") for message in sent] == [503, None]
+    assert await gate.drain(0) == 0

@@ -1,0 +1,184 @@
+"""Clients as they are sold, against the proxy over a real vLLM: none of them is told that it is not OpenAI's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+
+from deploy.embedded.task import held_back
+from proxy.server import running
+from proxy.settings import EMBEDDED, load
+
+pytestmark = pytest.mark.vllm
+
+MODEL = "autotts-tiny"
+ALIAS = f"{MODEL}@0.25"
+QUESTION = held_back(1)[0].question
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+"""What the model's chat template makes of the question."""
+WEIGHTS = Path(__file__).parents[2] / "deploy" / "embedded" / "model"
+
+
+@pytest_asyncio.fixture
+async def url(vllm: str) -> AsyncIterator[str]:
+    """The base URL a client is given."""
+    async with running(load(upstream=vllm, **EMBEDDED)) as served:
+        yield f"{served}/v1"
+
+
+async def test_openai_synchronous(url: str) -> None:
+    def ask() -> None:
+        with OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+            assert client.models.retrieve(ALIAS).id == ALIAS
+            raw = client.chat.completions.with_raw_response.create(model=ALIAS, messages=MESSAGES)
+            assert (raw.headers["x-tts-applied"], raw.headers["x-tts-beta"]) == ("true", "0.25")
+            assert "\\boxed{" in (raw.parse().choices[0].message.content or "")
+            with client.chat.completions.stream(model=ALIAS, messages=MESSAGES) as stream:
+                assert "\\boxed{" in (stream.get_final_completion().choices[0].message.content or "")
+            text = client.completions.create(model=ALIAS, prompt=PROMPT, max_tokens=400)
+            assert "\\boxed{" in text.choices[0].text
+            streamed = client.completions.create(model=ALIAS, prompt=PROMPT, max_tokens=400, stream=True)
+            assert "\\boxed{" in "".join(chunk.choices[0].text for chunk in streamed)
+            assert "\\boxed{" in client.responses.create(model=ALIAS, input=QUESTION).output_text
+
+    await asyncio.to_thread(ask)
+
+
+async def test_openai_asynchronous(url: str) -> None:
+    async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        assert ALIAS in [model.id async for model in client.models.list()]
+        said: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]
+        async with client.responses.stream(model=ALIAS, input=said) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+        assert "\\boxed{" in final.output_text
+        async with client.responses.with_streaming_response.create(model=ALIAS, input=QUESTION) as response:
+            assert response.headers["x-tts-applied"] == "true"
+            assert "\\boxed{" in (await response.parse()).output_text
+        chunks = await client.chat.completions.create(
+            model=ALIAS, messages=MESSAGES, stream=True, extra_body={"tts": {"progress": True}}
+        )
+        assert "\\boxed{" in "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+
+async def test_a_prompt_is_the_same_as_text_as_ids_and_as_a_conversation(url: str) -> None:
+    async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        tokens: Any = await client.with_options(base_url=url.removesuffix("/v1")).post(
+            "/tokenize", body={"model": MODEL, "prompt": PROMPT}, cast_to=object
+        )
+        sampled: dict[str, Any] = {"seed": 3, "extra_body": {"tts": {"controller": "self_consistency"}}}
+        text = await client.completions.create(model=ALIAS, prompt=PROMPT, **sampled)
+        ids = await client.completions.create(model=ALIAS, prompt=tokens["tokens"], **sampled)
+        chat = await client.chat.completions.create(model=ALIAS, messages=MESSAGES, **sampled)
+    assert text.choices[0].text == ids.choices[0].text
+    assert text.choices[0].text.endswith(chat.choices[0].message.content or "-")
+    assert text.usage is not None
+    assert ids.usage is not None
+    assert chat.usage is not None
+    assert text.usage.total_tokens == ids.usage.total_tokens == chat.usage.total_tokens
+
+
+async def test_without_beta_all_is_vllms_own(url: str, vllm: str) -> None:
+    greedy: dict[str, Any] = {"model": MODEL, "temperature": 0}
+    async with (
+        AsyncOpenAI(base_url=url, api_key="unused") as ours,
+        AsyncOpenAI(base_url=vllm + "/v1", api_key="x") as own,
+    ):
+        texts = [await one.completions.create(prompt=PROMPT, max_tokens=300, **greedy) for one in (ours, own)]
+        replies = [await one.responses.create(input=QUESTION, **greedy) for one in (ours, own)]
+        pair = await ours.completions.create(model=ALIAS, prompt=[PROMPT, PROMPT], max_tokens=4)
+        with pytest.raises(BadRequestError, match="vocab"):
+            await ours.completions.create(model=ALIAS, prompt=[10**9])
+    assert texts[0].choices[0].text == texts[1].choices[0].text
+    assert replies[0].output_text == replies[1].output_text
+    assert (len(pair.choices), pair.model) == (2, MODEL)
+
+
+async def test_langchain(url: str) -> None:
+    from langchain_openai import ChatOpenAI
+
+    for fields in ({}, {"use_responses_api": True}):
+        chat = ChatOpenAI(model=ALIAS, base_url=url, api_key="unused", max_retries=0, **fields)
+        reply = await chat.ainvoke(QUESTION)
+        assert "\\boxed{" in reply.text
+        assert reply.usage_metadata is not None
+        assert reply.usage_metadata["output_tokens"] > 0
+        assert "\\boxed{" in "".join([chunk.text async for chunk in chat.astream(QUESTION)])
+
+
+LITELLM = """
+import asyncio, json, sys
+import litellm
+
+litellm.telemetry = False
+url, model, question = sys.argv[1:]
+asked = {"model": f"openai/{model}", "api_base": url, "api_key": "unused", "max_retries": 0}
+messages = [{"role": "user", "content": question}]
+
+async def ask():
+    reply = await litellm.acompletion(**asked, messages=messages)
+    return reply.choices[0].message.content
+
+told = [litellm.completion(**asked, messages=messages).choices[0].message.content, asyncio.run(ask())]
+chunks = litellm.completion(**asked, messages=messages, stream=True)
+told.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+print(json.dumps(told))
+"""
+
+
+async def test_litellm(url: str) -> None:
+    """In a process of its own, for it changes the one it is imported in; it would ask the network for prices."""
+    local = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "no_proxy": "127.0.0.1"}
+    told = await run([sys.executable, "-c", LITELLM, url, ALIAS, QUESTION], local)
+    answers = json.loads(told.splitlines()[-1])
+    assert len(answers) == 3
+    assert all("\\boxed{" in answer for answer in answers)
+
+
+VLLM = """
+import sys
+from deploy.embedded import mends
+
+mends.apply()
+from vllm.entrypoints.cli.main import main
+
+sys.exit(main())
+"""
+"""The `vllm` command, where its wheel for CPU cannot be imported as it is."""
+
+
+async def test_vllm_bench_serve(url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", VLLM, "bench", "serve"]
+    what = ["--backend", "openai-chat", "--base-url", url.removesuffix("/v1"), "--endpoint", "/v1/chat/completions"]
+    what += ["--model", ALIAS, "--tokenizer", str(WEIGHTS), "--dataset-name", "random", "--num-prompts", "4"]
+    what += ["--random-input-len", "30", "--random-output-len", "40", "--max-concurrency", "2", "--disable-tqdm"]
+    what += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "figures.json"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    await run([*command, *what], offline)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["completed"], figures.get("failed", 0)) == (4, 0)
+
+
+async def run(command: list[str], environment: dict[str, str]) -> str:
+    """What a command writes. It must end well."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environment)
+    try:
+        out, complaints = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, complaints.decode()[-3000:]
+    return out.decode()

@@ -1,0 +1,141 @@
+"""Settings: flags before variables, a file, defaults; what is wrong is told by name and place, and no secret shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxy.errors import SettingsError
+from proxy.settings import SERVED, configure, find_file, is_secret, load
+from tests.fakes import FakeVLLM
+from tests.proxy.test_cli import autotts
+
+UP = {"upstream": "http://127.0.0.1:1"}
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "autotts.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_first_to_say_something_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = toml(tmp_path, "interval = 1\nport = 1\nprobe_tokens = 1\nfinalise_tokens = 99")
+    monkeypatch.setenv("AUTOTTS_INTERVAL", "2")
+    monkeypatch.setenv("AUTOTTS_PORT", "2")
+    settings, sources = configure(file, {"interval": 3, "beta": None})
+    assert (settings.interval, settings.port, settings.probe_tokens, settings.host) == (3, 2, 1, "127.0.0.1")
+    assert [sources[name] for name in ("interval", "port", "probe_tokens", "host", "controller")] == [
+        "flag",
+        "environment",
+        f"file {file}",
+        "default",
+        "embedded default",
+    ]
+
+
+def test_a_blank_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTTS_STORE", "")
+    settings, sources = configure(None, UP, SERVED)
+    assert (settings.store, sources["store"]) == (Path("autotts.db"), "default")
+
+
+def test_a_file_here_is_no_business_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_file() is None
+    toml(tmp_path, "interval = 77")
+    assert find_file() == Path("autotts.toml")
+    assert load(**UP).interval == 512
+    monkeypatch.setenv("AUTOTTS_CONFIG", "other.toml")
+    assert find_file() == Path("other.toml")
+    assert find_file(Path("third.toml")) == Path("third.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("intervall = 3", "there is no setting 'intervall'; did you mean interval?"),
+        ("[store]\npath = 'x'", "store: Input is not a valid path"),
+        ("interval = 0", "interval: Input should be greater than or equal to 1, not 0"),
+        ("interval = x", "Invalid value (at line 1, column 12)"),
+    ],
+)
+def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, words: str) -> None:
+    file = toml(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        configure(file, {})
+    assert str(caught.value).startswith(f"{file}: ")
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
+        configure(Path("nowhere.toml"), {})
+
+
+def test_a_secret_that_is_wrong_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        configure(toml(tmp_path, "admin_key = 31337"), {})
+    assert "admin_key" in str(caught.value)
+    assert "31337" not in str(caught.value)
+    assert is_secret("admin_key")
+    assert not is_secret("interval")
+
+
+def test_no_record_wins_over_a_store(tmp_path: Path) -> None:
+    assert configure(toml(tmp_path, "store = 'x.db'"), {"record": False}).settings.store is None
+
+
+def test_show_masks_and_names_sources(tmp_path: Path) -> None:
+    file = toml(tmp_path, "upstream = 'http://me:hidden@127.0.0.1:1'\nadmin_key = 'hidden'")
+    done = autotts("config", "show", "--json", "--config", str(file), "--set", "port=9", AUTOTTS_BETA="0.25")
+    told = json.loads(done.stdout)
+    assert "hidden" not in done.stdout
+    assert told["upstream"]["value"] == "http://********@127.0.0.1:1/"
+    assert told["admin_key"] == {**told["admin_key"], "value": "********", "source": f"file {file}"}
+    assert (told["port"]["value"], told["port"]["source"]) == (9, "flag")
+    assert (told["beta"]["value"], told["beta"]["source"]) == (0.25, "environment")
+    assert told["store"]["value"] == "autotts.db"
+    assert "hidden" not in autotts("config", "show", AUTOTTS_CONFIG=str(file)).stdout
+
+
+@pytest.mark.parametrize(
+    ("sets", "status", "words"),
+    [
+        (["interval=64"], 0, "the settings are good: 2 of"),
+        (["interval=none"], 2, "interval: Input should be a valid integer"),
+        (["interval"], 2, "say NAME=VALUE"),
+        (["calibration=/nowhere.json"], 2, "/nowhere.json"),
+        (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
+    ],
+)
+def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None:
+    file = toml(tmp_path, "port = 0")
+    flags = [part for one in sets for part in ("--set", one)]
+    done = autotts("config", "check", "--config", str(file), *flags, AUTOTTS_INTERVALL="4")
+    assert done.returncode == status, done.stderr
+    assert words in (done.stderr if status else done.stdout)
+    assert ("AUTOTTS_INTERVALL sets nothing" in done.stdout) is not bool(status)
+
+
+async def test_serve_goes_by_the_file_and_logs_as_it_says(tmp_path: Path) -> None:
+    async with FakeVLLM().serve() as backend:
+        toml(tmp_path, f"upstream = '{backend.url}'\nport = 0\nlog = 'json'\nrecord = false")
+        serving = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy.cli", "serve", "--config", str(tmp_path / "autotts.toml")),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert serving.stderr is not None
+        try:
+            message = ""
+            while not message.startswith("listening on http://127.0.0.1:"):
+                message = json.loads(await serving.stderr.readline())["message"]
+        finally:
+            serving.terminate()
+            _, rest = await serving.communicate()
+    assert all(json.loads(line)["level"] == "info" for line in rest.splitlines())
+    assert serving.returncode == 0

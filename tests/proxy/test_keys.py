@@ -1,0 +1,328 @@
+"""Who may call what: keys from a file, the app's table of routes held to its word, tenants that outlive their keys."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, AuthenticationError
+
+from proxy import keys
+from proxy.app import ROUTES, create_app
+from proxy.callers import Access, Callers, check_host
+from proxy.engine import Engine
+from proxy.errors import SettingsError
+from proxy.server import running
+from proxy.settings import EMBEDDED, load
+from tests.fakes import FakeVLLM
+from tests.proxy.conftest import SMALL
+from tests.proxy.test_cli import autotts
+
+ALICE, BOB, ROOT, BOSS = "sk-autotts-alice", "sk-autotts-bob", "sk-autotts-root", "sesame"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    write(path, keys.line("alice", ALICE), keys.line("bob", BOB), keys.line("root", ROOT, admin=True))
+    return path
+
+
+def write(path: Path, *lines: str) -> None:
+    """Put `lines` into a file so that it is seen to be another."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text("\n".join(lines) + "\n")
+    os.replace(fresh, path)
+
+
+def told(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"authorization": f"Bearer {token}"}
+
+
+@pytest_asyncio.fixture
+async def url(backend: FakeVLLM, file: Path, tmp_path: Path) -> AsyncIterator[str]:
+    settings = load(
+        upstream=backend.url, keys=file, admin_key=BOSS, store=tmp_path / "s.db", record_fraction=0.0, **SMALL
+    )
+    async with running(settings) as at:
+        yield at
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def ask(
+    http: aiohttp.ClientSession, url: str, token: str | None, beta: str | None = "0", **fields: Any
+) -> tuple[int, Any, Any]:
+    body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], **fields}
+    headers = told(token) | ({} if beta is None else {"x-tts-beta": beta})
+    async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+        return response.status, response.headers, await response.json(content_type=None)
+
+
+# Routes
+
+
+HASH = "a" * 64
+
+
+def test_every_route_of_the_app_declares_who_may_call_it(backend_free_app: Any) -> None:
+    there = {(route.path, method) for route in backend_free_app.routes for method in (route.methods or {""}) - {"HEAD"}}
+    assert there == {(route.path, route.method) for route in ROUTES}
+    assert len(ROUTES) == len(there)
+    assert {route.path for route in ROUTES if route.access is Access.ANYONE} == {"/health", "/ready"}
+
+
+@pytest.fixture
+def backend_free_app() -> Any:
+    return create_app(load(upstream="http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_every_route_lets_in_whom_it_says_and_nobody_else(
+    url: str, http: aiohttp.ClientSession, route: Any
+) -> None:
+    levels = {None: 0, "nobody's": 0, ALICE: 1, ROOT: 2, BOSS: 2}
+    needed = [Access.ANYONE, Access.CLIENT, Access.ADMIN].index(route.access)
+    for token, level in levels.items():
+        async with http.request(route.method, url + route.path, data=b"{}", headers=told(token)) as response:
+            refused = response.status in (401, 403)
+            assert refused == (level < needed), (token, response.status)
+            if refused:
+                assert response.status == (401 if level == 0 else 403)
+                error = (await response.json())["error"]
+                assert error["code"] == ("invalid_api_key" if level == 0 else "admin_only")
+                assert error["type"] == ("invalid_request_error" if level == 0 else "permission_error")
+                assert response.headers.get("www-authenticate") == ("Bearer" if level == 0 else None)
+
+
+async def test_what_is_not_there_is_not_there_for_anybody(url: str, http: aiohttp.ClientSession) -> None:
+    for path in ("/docs", "/v1/load_lora_adapter", "/v1/files"):
+        async with http.get(url + path, headers=told(BOSS)) as response:
+            assert response.status == 404
+
+
+async def test_openais_client_knows_the_refusal(url: str) -> None:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
+        with pytest.raises(AuthenticationError) as caught:
+            await openai.models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+async def test_admins_of_the_file_name_any_controller_and_clients_do_not(url: str, http: aiohttp.ClientSession) -> None:
+    assert (await ask(http, url, ROOT, tts={"controller": "everything"}))[0] == 200
+    status, _, reply = await ask(http, url, ALICE, tts={"controller": "everything"})
+    assert (status, reply["error"]["code"]) == (403, "admin_only")
+    assert "send the admin key" in reply["error"]["message"]
+
+
+# Tenants
+
+
+async def test_what_one_tenant_asked_another_does_not_see(url: str, http: aiohttp.ClientSession) -> None:
+    _, headers, _ = await ask(http, url, ALICE)
+    asked = f"{url}/v1/tts/requests/{headers['x-request-id']}"
+    statuses = {}
+    for token in (ALICE, BOB, ROOT, BOSS):
+        for _ in range(200):
+            async with http.get(asked, headers=told(token)) as response:
+                statuses[token] = response.status
+            if statuses[token] == 200 or token == BOB:
+                break
+    assert statuses == {ALICE: 200, BOB: 404, ROOT: 200, BOSS: 200}
+
+
+async def test_a_new_key_keeps_the_tenant_and_the_old_one_is_out(
+    url: str, http: aiohttp.ClientSession, file: Path
+) -> None:
+    _, headers, _ = await ask(http, url, ALICE)
+    write(file, f'alice = {{ sha256 = ["{keys.hashed(ALICE)}", "{keys.hashed("fresh")}"] }}')
+    assert (await ask(http, url, ALICE))[0] == 200
+    assert (await ask(http, url, "fresh"))[0] == 200
+    assert (await ask(http, url, BOB))[0] == 401
+    write(file, keys.line("alice", "fresh"))
+    assert (await ask(http, url, ALICE))[0] == 401
+    said = {"request_id": headers["x-request-id"], "correct": True}
+    async with http.post(f"{url}/v1/tts/feedback", json=said, headers=told("fresh")) as response:
+        assert response.status in (200, 202)
+
+
+async def test_each_tenant_has_its_part_of_the_prefix_cache(
+    url: str, http: aiohttp.ClientSession, backend: FakeVLLM
+) -> None:
+    salts = {}
+    for token in (ALICE, BOB, BOSS):
+        backend.requests.clear()
+        assert (await ask(http, url, token, "0.5", tts={"controller": "parallel_probe"}))[0] == 200
+        assert (await ask(http, url, token, None, cache_salt="bob's, guessed"))[0] == 200
+        async with http.post(
+            f"{url}/v1/completions", json={"prompt": [[60]], "max_tokens": 2}, headers=told(token)
+        ) as response:
+            assert response.status == 200
+            await response.read()
+        assert len(backend.requests) > 4
+        (salts[token],) = {request.get("cache_salt") for request in backend.requests}
+    assert len(set(salts.values())) == 3
+    assert all(salt and len(salt) == 64 for salt in salts.values())
+
+
+async def test_without_a_file_nothing_is_salted_and_every_token_is_a_tenant(backend: FakeVLLM) -> None:
+    async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
+        assert (await ask(http, url, None))[0] == 200
+        assert (await ask(http, url, "whatever"))[0] == 200
+    assert all("cache_salt" not in request for request in backend.requests)
+
+
+def test_salts_follow_from_the_secret(file: Path) -> None:
+    def salt(secret: str | None) -> str | None:
+        callers = Callers(load(keys=file, cache_secret=secret))
+        return callers._salt("tenant")
+
+    assert salt("one") == salt("one") != salt("two")
+    assert salt(None) != salt(None)
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("alice = {", "line 1: is no TOML"),
+        ("# mine\n\nalice = 3\n", "line 3: alice: entry: Input should be a valid dictionary"),
+        (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "short" }}', "line 2: y: sha256"),
+        (f'[x]\nsha256 = "{HASH}"\n\n[y]\nsha512 = "1"', "line 4: y: sha256: Field required"),
+        (f'x = {{ sha256 = "{HASH}", tokens = 0 }}', "line 1: x: tokens"),
+        (f'"x y" = {{ sha256 = "{HASH}" }}', "line 1: x y: is no name"),
+        (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "{HASH}" }}', "line 2: y: has the key of x"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_by_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        keys.read(path)
+    assert f"keys: {path}, {words}" in str(caught.value)
+
+
+def test_a_key_put_where_its_hash_belongs_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'alice = {{ sha256 = "{ALICE}" }}')
+    with pytest.raises(SettingsError) as caught:
+        keys.read(path)
+    assert ALICE not in str(caught.value)
+
+
+def test_json_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"alice": {"sha256": keys.hashed(ALICE), "episodes": 2, "tokens_per_minute": 9}}))
+    (key,) = keys.read(path)
+    assert (key.name, key.caps.episodes, key.caps.tokens_per_minute, key.is_admin) == ("alice", 2, 9, False)
+    path.write_text('{\n"alice": {"sha256": "x"}}')
+    with pytest.raises(SettingsError, match="line 2: alice"):
+        keys.read(path)
+    path.write_text('{\n"alice": }')
+    with pytest.raises(SettingsError, match="line 2: "):
+        keys.read(path)
+
+
+@pytest.mark.parametrize("harm", ["broken", "gone", "not UTF-8"])
+def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
+    file: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    ring = keys.Keyring(file)
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"alice = {{" if harm == "broken" else b"\xff\xfe\xfa\xfb")
+    with caplog.at_level(logging.ERROR):
+        for token, name in ((ALICE, "alice"), (BOB, "bob")):
+            found = ring.find(token)
+            assert found is not None
+            assert found.name == name
+    assert [str(file) in record.getMessage() for record in caplog.records] == [True]
+    write(file, keys.line("carol", "carols"))
+    assert ring.find(ALICE) is None
+    assert ring.find("carols") is not None
+
+
+# The command line
+
+
+def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> None:
+    done = autotts("keys", "new", "alice")
+    token, line = done.stderr.strip(), done.stdout
+    assert done.returncode == 0
+    assert token.startswith(keys.PREFIX)
+    assert token not in line
+    path = tmp_path / "keys.toml"
+    path.write_text(line + autotts("keys", "new", "boss", "--admin").stdout)
+    alice, boss = keys.read(path)
+    assert alice.hashes == (keys.hashed(token),)
+    assert (alice.is_admin, boss.is_admin) == (False, True)
+    listed = autotts("keys", "list", str(path)).stdout
+    assert alice.tenant in listed
+    assert boss.tenant in listed
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_strangers_are_not_let_in_unasked(host: str, file: Path) -> None:
+    with pytest.raises(SettingsError, match="there are no keys"):
+        check_host(load(host=host))
+    check_host(load(host=host, keys=file))
+    check_host(load(host=host, allow_anonymous=True))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    check_host(load(host=host))
+
+
+def test_serving_the_world_without_keys_is_refused_in_one_line() -> None:
+    done = autotts("serve", "--host", "0.0.0.0", "--upstream", "http://127.0.0.1:1")
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "host 0.0.0.0 can be reached by others and there are no keys" in done.stderr
+    done = autotts("serve", "--upstream", "http://127.0.0.1:1", AUTOTTS_KEYS="/nowhere/keys.toml")
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "keys: /nowhere/keys.toml: No such file" in done.stderr
+
+
+# On a real vLLM
+
+
+@pytest.mark.vllm
+async def test_no_tenant_finds_what_another_has_left_in_vllms_cache(vllm: str, file: Path) -> None:
+    question = "Say which of these it is, please: " + "one or another, " * 12
+
+    async def cached(url: str, http: aiohttp.ClientSession, token: str) -> int:
+        body = {"model": "autotts-tiny", "messages": [{"role": "user", "content": question}]}
+        headers = told(token) | {"x-tts-beta": "0"}
+        async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status == 200
+            return int((await response.json())["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    async with running(load(upstream=vllm, keys=file, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
+        assert await cached(url, http, ALICE) == 0
+        assert await cached(url, http, ALICE) > 0
+        assert await cached(url, http, BOB) == 0
+        assert await cached(url, http, BOB) > 0
+
+
+@pytest.mark.vllm
+async def test_vllm_says_how_busy_it_is(vllm: str) -> None:
+    async with aiohttp.ClientSession() as http:
+        pressure = await Engine(vllm, http).pressure()
+    assert pressure.waiting is not None
+    assert pressure.waiting >= 0
+    assert pressure.cache is not None
+    assert 0 <= pressure.cache <= 1
