@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError, OpenAI
@@ -108,13 +109,15 @@ async def test_without_beta_all_is_vllms_own(url: str, vllm: str) -> None:
 async def test_langchain(url: str) -> None:
     from langchain_openai import ChatOpenAI
 
-    for fields in ({}, {"use_responses_api": True}):
-        chat = ChatOpenAI(model=ALIAS, base_url=url, api_key="unused", max_retries=0, **fields)
-        reply = await chat.ainvoke(QUESTION)
-        assert "\\boxed{" in reply.text
-        assert reply.usage_metadata is not None
-        assert reply.usage_metadata["output_tokens"] > 0
-        assert "\\boxed{" in "".join([chunk.text async for chunk in chat.astream(QUESTION)])
+    async with httpx.AsyncClient(timeout=60) as http:  # its own is cached for ever, and left open
+        common: dict[str, Any] = {"model": ALIAS, "base_url": url, "api_key": "unused", "max_retries": 0}
+        for fields in ({}, {"use_responses_api": True}):
+            chat = ChatOpenAI(**common, **fields, http_async_client=http)
+            reply = await chat.ainvoke(QUESTION)
+            assert "\\boxed{" in reply.text
+            assert reply.usage_metadata is not None
+            assert reply.usage_metadata["output_tokens"] > 0
+            assert "\\boxed{" in "".join([chunk.text async for chunk in chat.astream(QUESTION)])
 
 
 LITELLM = """
