@@ -1,14 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of lines of which the last may be torn."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from discovery.errors import NotWritten
+
+BLOCK: Final = 1 << 16
+"""Bytes that are looked through at a time for the end of the last line."""
 
 
 @contextmanager
@@ -34,3 +38,15 @@ def check_place(path: Path, option: str) -> None:
         raise NotWritten(f"{option} {path}: there is no folder {path.resolve().parent}")
     if path.is_dir():
         raise NotWritten(f"{option} {path}: that is a folder")
+
+
+def end_of_lines(descriptor: int) -> int:
+    """Where the last whole line of an open file ends: what follows was being written when somebody died."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        begin = max(0, end - BLOCK)
+        at = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        if at >= 0:
+            return begin + at + 1
+        end = begin
+    return 0

@@ -12,12 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
 
 from discovery.errors import NotWritten
-
-BLOCK: Final = 1 << 16
-"""Bytes that are looked through at a time for the end of the last line."""
+from discovery.files import end_of_lines
 
 
 class Lines:
@@ -139,14 +136,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 def _mend(descriptor: int) -> None:
     """Cut off what follows the end of the last line; if that is a line but for its end, end it."""
-    size = begin = os.fstat(descriptor).st_size
-    while begin > 0:
-        start = max(0, begin - BLOCK)
-        at = os.pread(descriptor, begin - start, start).rfind(b"\n")
-        if at >= 0:
-            begin = start + at + 1
-            break
-        begin = start
+    size, begin = os.fstat(descriptor).st_size, end_of_lines(descriptor)
     if begin == size:
         return
     if _is_whole(os.pread(descriptor, size - begin, begin)):

@@ -108,7 +108,8 @@ class Service:
         raw = await _read(request, self.settings.max_body_bytes)
         parsed = schema.parse(form.made, raw)
         caller: Caller = request.state.caller
-        if is_admin_only(parsed.tts.controller or ""):
+        is_recording = is_admin_only(parsed.tts.controller or "")
+        if is_recording:
             self.callers.require_admin(caller, f"controller {parsed.tts.controller}")
         model, alias = await self.find_model(parsed.model)
         turned = dial.resolve(
@@ -125,10 +126,10 @@ class Service:
             return await self._pass(request, parsed, raw, model, reason or "no_beta")
         if not turned.explicit and parsed.tts.controller is None and self._map(model.id).arm is Arm.SINGLE:
             parsed = parsed.served_by("single")
-        if not (parsed.tts.required or is_admin_only(parsed.tts.controller or "")):
+        if not (parsed.tts.required or is_recording):
             turned = turned.shrunk(await self.load.factor())
-        is_recorded = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
-        chat_template = await self.drift.template(model.id) if is_recorded and parsed.conversation else ""
+        is_kept = self.records.recorder.is_on or is_recording
+        chat_template = await self.drift.template(model.id) if is_kept and parsed.conversation else ""
         turn = self.turns.episode(request, parsed.tts.max_total_tokens)
         plan = await chat.plan(
             self.engine,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from controllers import Probed, Round, State, Stop
 from proxy.metrics import Metrics, family
+from proxy.records import DISCONNECTED
 
 if TYPE_CHECKING:
     from proxy.chat import Plan
@@ -29,7 +30,7 @@ def count(
     model, controller = plan.prompt.model, family(plan.controller)
     by_dial = (model, controller, plan.dial.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
-    metrics.stops.labels(model, controller, state.stop or "disconnected").inc()
+    metrics.stops.labels(model, controller, state.stop or DISCONNECTED).inc()
     kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for kind, tokens in kinds.items():
         metrics.tokens.labels(*by_dial, kind).inc(tokens)

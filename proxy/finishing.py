@@ -94,11 +94,6 @@ class Finisher:
             return False
         return True
 
-    @property
-    def waiting(self) -> int:
-        """Episodes that wait, the one in hand left out."""
-        return self._waiting.qsize()
-
     async def next(self) -> RecordedQuestion | None:
         """The recording of the next episode that waits; None if it failed."""
         unfinished = await self._waiting.get()

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from controllers import State
 from discovery.answers import canonical, is_veiled, veiled
+from discovery.labels import CONTENT
 from discovery.rounds import packed
 from discovery.store import About, Episode, Feedback
 from proxy.engine import Engine
@@ -36,8 +37,6 @@ ACKNOWLEDGED_S: Final = 0.01
 """How long feedback waits to be on disk before its client is told that it will be."""
 DISCONNECTED: Final = "disconnected"
 """Why an episode ended whose client left."""
-CONTENT: Final = 0.5
-"""The least score of a client who is content."""
 
 
 class Heard(NamedTuple):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final
 from zlib import crc32
 
+from discovery.files import end_of_lines
+
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
 
@@ -105,9 +107,8 @@ class _File:
         if not is_there:  # held, or removed by the one that held it
             os.close(descriptor)
             return None
-        file = cls(path, descriptor)
-        file._cut_tail()
-        return file
+        os.ftruncate(descriptor, end_of_lines(descriptor))
+        return cls(path, descriptor)
 
     def append(self, data: bytes) -> None:
         """All of `data` is on disk, or nothing of it stays."""
@@ -138,17 +139,3 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-    def _cut_tail(self) -> None:
-        """What follows the last line's end was being written when its process died."""
-        end, step = self.size, 1 << 16
-        while end > 0:
-            begin = max(0, end - step)
-            at = os.pread(self._descriptor, end - begin, begin).rfind(b"\n")
-            if at >= 0:
-                end = begin + at + 1
-                break
-            end = begin
-        if end != self.size:
-            os.ftruncate(self._descriptor, end)
-            self.size = end

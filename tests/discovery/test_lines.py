@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from discovery import lines
 from discovery.errors import NotWritten
+from discovery.files import BLOCK
 from discovery.lines import Claims, Lines
 
 WRITER = """
@@ -68,7 +68,7 @@ def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
     assert len(writer.new()) == 3
 
 
-@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": "' + "x" * 3 * lines.BLOCK + '"}\n'])
+@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": "' + "x" * 3 * BLOCK + '"}\n'])
 def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
     path = tmp_path / "x.jsonl"
     torn = '{"a": "é", "b": [1, 2]}'.encode()
@@ -84,7 +84,7 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
 
 def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * lines.BLOCK)
+    path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * BLOCK)
     Lines(path).mend()
     assert path.read_text() == '{"a": 1}\n'
     Lines(tmp_path / "none.jsonl").mend()
