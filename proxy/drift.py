@@ -110,7 +110,7 @@ class Drift:
     async def _compare(self) -> None:
         """Tell of models whose latest recordings were made otherwise than they would be now."""
         path = self._settings.store
-        if path is None or not path.exists():
+        if path is None or not path.exists() or not path.stat().st_size:  # none yet, or just being made
             return
         async with Store.open(path) as store:
             for model, seen in self._seen.items():
