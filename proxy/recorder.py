@@ -41,6 +41,8 @@ PATIENCE_S: Final = 2.0
 """How long a transaction of ours may take before what follows goes to the file."""
 AGAIN_S: Final = 0.5
 """Seconds between attempts to open a store that could not be."""
+OPENING_S: Final = 10.0
+"""How long who asks for a record waits for a store that is just being opened for the first time."""
 FLUSH_S: Final = 10.0
 """Seconds what waits may take to be written when the proxy ends."""
 EXPIRY_S: Final = 3600.0
@@ -176,6 +178,9 @@ class Recorder:
                 made = await asyncio.to_thread(record.make)
                 if isinstance(made, Episode):
                     return made
+        if not self._tried.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._tried.wait(), OPENING_S)
         store = self._store
         if store is None:
             raise RecordsAway("the store is away; what happened will be known when it is back", code="store_away")

@@ -25,6 +25,8 @@ MOST_BITS: Final = 4096
 MOST_TERMS: Final = 64
 MOST_DEPTH: Final = 24
 MOST_TOKENS: Final = 400
+MOST_DIVIDED: Final = 10_000
+"""Larger factors of a number are not looked for."""
 
 Number = int | Fraction
 Monomial = tuple[tuple[str, Number], ...]  # atoms by name with their exponents, sorted; () is the constant
@@ -722,7 +724,7 @@ def _factor(integer: int) -> tuple[tuple[int, int], ...]:
     """Prime factors with their counts. Raises TooHard where trial division does not find them soon."""
     found: list[tuple[int, int]] = []
     divisor = 2
-    while divisor * divisor <= integer and divisor < 10_000:
+    while divisor * divisor <= integer and divisor < MOST_DIVIDED:
         count = 0
         while integer % divisor == 0:
             integer //= divisor
@@ -733,9 +735,9 @@ def _factor(integer: int) -> tuple[tuple[int, int], ...]:
     if integer > 1:
         if divisor * divisor <= integer:
             root = math.isqrt(integer)
-            if root * root != integer or root >= 10**8:
+            if root * root != integer or root >= MOST_DIVIDED**2:
                 raise TooHard("a root of a large number")
-            found.append((root, 2))  # below 10^8 and without a factor below 10^4: a prime
+            found.append((root, 2))  # and without a factor below its own root: a prime
         else:
             found.append((integer, 1))
     return tuple(found)
@@ -754,12 +756,20 @@ def _value(name: str) -> complex:
 def _spell(monomial: Monomial, factor: Number) -> str:
     roots = [name for name, power in monomial if name.isdigit() and power == Fraction(1, 2)]
     parts = [_spell_power(name, power) for name, power in monomial if name not in roots]
-    if roots:
-        parts.insert(0, f"sqrt({math.prod(map(int, roots))})")
+    parts[:0] = [f"sqrt({inner})" for inner in _under_roots(sorted(map(int, roots)))]
     if not parts:
         return str(factor)
     body = "*".join(parts)
     return body if factor == 1 else f"-{body}" if factor == -1 else f"{factor}*{body}"
+
+
+def _under_roots(primes: list[int]) -> list[int]:
+    """What stands under one root together: all, unless whoever reads the product could not take it apart again."""
+    large = [prime for prime in primes if prime > MOST_DIVIDED]
+    if len(large) < 2:
+        return [math.prod(primes)] if primes else []
+    small = [prime for prime in primes if prime <= MOST_DIVIDED]
+    return ([math.prod(small)] if small else []) + large
 
 
 def _spell_power(name: str, power: Number) -> str:

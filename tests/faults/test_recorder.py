@@ -206,6 +206,26 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         await until(lambda: len(stored(path)) == 20)
 
 
+async def test_a_store_that_is_just_being_opened_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, plain = asyncio.Event(), Store.open
+
+    @asynccontextmanager
+    async def slow(*args: Any, **named: Any) -> AsyncIterator[Store]:
+        await go_on.wait()
+        async with plain(*args, **named) as store:
+            yield store
+
+    monkeypatch.setattr(Store, "open", slow)
+    async with recording(tmp_path / "s.db") as recorder:
+        asked = asyncio.create_task(recorder.find("nobody"))
+        done, _ = await asyncio.wait({asked}, timeout=0.05)
+        assert not done
+        go_on.set()
+        assert await asked is None
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a megabyte."""
