@@ -206,9 +206,7 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         await until(lambda: len(stored(path)) == 20)
 
 
-async def test_a_store_that_is_just_being_opened_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_store_that_is_just_being_opened_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, plain = asyncio.Event(), Store.open
 
     @asynccontextmanager
