@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -37,9 +37,9 @@ class Timing:
         service.spans.arrive(scope["headers"])
         passage = _Passage(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
 
-        async def sending(message: Message) -> None:
+        def sending(message: Message) -> Awaitable[None]:
             passage.see(message)
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, sending)

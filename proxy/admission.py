@@ -60,13 +60,9 @@ class Admission:
         self.places = places
         self.queue = queue  # requests that may wait, over all holders
         self.taken: Counter[str] = Counter()  # by holder
+        self.in_flight = 0  # places that are taken
         self.mean_s = AT_FIRST_S  # a request has its place
         self._waiting: OrderedDict[str, deque[Place]] = OrderedDict()  # by holder; the first is asked first
-
-    @property
-    def in_flight(self) -> int:
-        """Places that are taken."""
-        return self.taken.total()
 
     @property
     def waiting(self) -> int:
@@ -83,6 +79,9 @@ class Admission:
         A holder may fill one part in `share` of the queue, rounded up.
         """
         place = Place(self, holder, most)
+        if not self._waiting and self.in_flight < self.places and self._may(holder, most):
+            self._give(place)
+            return place
         self._waiting.setdefault(holder, deque()).append(place)
         self._serve()
         if not place.given.is_set():
@@ -97,6 +96,7 @@ class Admission:
         holder = place.holder
         if place.given.is_set():
             self.mean_s += WEIGHT * (asyncio.get_running_loop().time() - place.since - self.mean_s)
+            self.in_flight -= 1
             self.taken[holder] -= 1
             if not self.taken[holder]:
                 del self.taken[holder]
@@ -129,6 +129,7 @@ class Admission:
         return most is None or self.taken[holder] < most
 
     def _give(self, place: Place) -> None:
+        self.in_flight += 1
         self.taken[place.holder] += 1
         place.since = asyncio.get_running_loop().time()
         place.given.set()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import traceback
+from collections.abc import Awaitable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Final
@@ -62,10 +63,10 @@ class Gate:
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
 
-        async def sending(message: Message) -> None:
+        def sending(message: Message) -> Awaitable[None]:
             nonlocal has_begun
             has_begun = True
-            await send(message)
+            return send(message)
 
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         self._running.add(task)

@@ -11,12 +11,10 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
     nullcontext,
 )
 from dataclasses import dataclass, field
@@ -51,12 +49,16 @@ UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HT
 """Statuses that say a request was not looked at."""
 PAUSES_S: Final = (0.05, 0.5)
 """Seconds before a request that nothing came of is repeated, and again."""
-_NOTHING_CAME: Final = (
+NOTHING_CAME: Final = (
     aiohttp.ClientConnectorError,
     aiohttp.ClientOSError,
     aiohttp.ServerDisconnectedError,
     aiohttp.ConnectionTimeoutError,
 )
+"""What aiohttp raises when a request was not answered at all."""
+
+
+_Ask = Callable[[], Awaitable[aiohttp.ClientResponse]]
 
 
 class Model(NamedTuple):
@@ -122,9 +124,11 @@ class Engine:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._session = session
-        self._read_timeout_s = read_timeout_s
+        connect = session.timeout.sock_connect
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
+        self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
         self._takes_priority = True  # as far as is known
-        self._breaker = breaker or Breaker()
+        self.breaker = breaker or Breaker()
         self._budget = Budget()
         self.on_event: Callable[[str], object] = lambda _: None  # told of what is "retried" and when it is "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
@@ -228,13 +232,11 @@ class Engine:
                 self._take(call, chunk)
         self._settle(call, usage)
 
-    @asynccontextmanager
-    async def relay(
+    def relay(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The upstream's own response, whatever its status. Leaving the context closes, and so aborts, it."""
-        async with self._request(method, path, data=body or None, headers=headers) as response:
-            yield response
+        return self._request(method, path, data=aiohttp.BytesPayload(body) if body else None, headers=headers)
 
     def _take(self, call: Call, chunk: Mapping[str, Any]) -> None:
         ended: list[Output] = []
@@ -271,78 +273,55 @@ class Engine:
 
     # The seam where foreign errors end
 
-    @asynccontextmanager
-    async def _request(
+    def _request(
         self, method: str, path: str, *, is_check: bool = False, is_telling: bool = True, **content: Any
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> _Exchange:
         """The upstream's response. A check is not repeated, and its failure tells nothing of whether requests are
         served; nor does a success that is not `is_telling`."""
-        if not self._breaker.admit():
+        timeout = self._check_timeout if is_check else self._timeout
+        ask = partial(self._session.request, method, self.url + path, timeout=timeout, allow_redirects=False, **content)
+        return _Exchange(self, ask, is_check, is_telling and not is_check)
+
+    async def open(self, ask: _Ask, *, is_check: bool) -> aiohttp.ClientResponse:
+        """What is asked for, of which nothing has been read. Repeats what nothing came of, as far as the budget goes.
+
+        Raises UpstreamEjected, or what aiohttp does.
+        """
+        if not self.breaker.admit():
             raise self._ejected()
         self._budget.earn()
-        timeout = aiohttp.ClientTimeout(
-            total=CHECK_S if is_check else None,
-            sock_connect=self._session.timeout.sock_connect,
-            sock_read=self._read_timeout_s,
-        )
-        ask = partial(self._session.request, method, self.url + path, timeout=timeout, allow_redirects=False, **content)
-        has_begun = False
-        try:
-            async with AsyncExitStack() as stack:
-                response = await self._open(stack, ask, is_check)
-                has_begun = True
-                yield response
-                if response.status not in UNAVAILABLE:
-                    self._breaker.succeed(is_telling=is_telling and not is_check)
-        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
-            if has_begun or not isinstance(error, _NOTHING_CAME):  # else it is counted
-                self._fail(is_check)
-            raise self._mapped(error) from None
-        except ValueError as error:
-            self._breaker.leave()
-            raise self._mapped(error) from None
-        except BaseException:
-            self._breaker.leave()
-            raise
-
-    async def _open(
-        self, stack: AsyncExitStack, ask: Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]], once: bool
-    ) -> aiohttp.ClientResponse:
-        """The response, of which nothing has been read. Repeats what nothing came of, as far as the budget goes."""
-        for pause in (*(() if once else PAUSES_S), None):
+        for pause in (*(() if is_check else PAUSES_S), None):
             failed: Exception | None = None
-            attempt = AsyncExitStack()
             try:
-                response = await attempt.enter_async_context(ask())
-            except _NOTHING_CAME as error:
+                response = await ask()
+            except NOTHING_CAME as error:
                 failed = error
             if failed is None and response.status not in UNAVAILABLE:
                 break
-            self._fail(once)
-            if pause is None or self._breaker.standing is not Standing.WELL or not self._budget.spend():
+            self.fail(is_check=is_check)
+            if pause is None or self.breaker.standing is not Standing.WELL or not self._budget.spend():
                 break
-            await attempt.aclose()
+            if failed is None:
+                response.release()
             self.on_event("retried")
             await asyncio.sleep(pause)
-            if not self._breaker.admit():
+            if not self.breaker.admit():
                 raise self._ejected()
         if failed is not None:
             raise failed
-        stack.push_async_exit(attempt)
         return response
 
-    def _fail(self, is_check: bool) -> None:
-        if self._breaker.fail(is_telling=not is_check):
+    def fail(self, *, is_check: bool) -> None:
+        """A request came to nothing."""
+        if self.breaker.fail(is_telling=not is_check):
             self.on_event("ejected")
-            logger.error(
-                "upstream %s has failed too often; it is left alone for %.0f s", self.url, self._breaker.wait_s
-            )
+            logger.error("upstream %s has failed too often; it is left alone for %.0f s", self.url, self.breaker.wait_s)
 
     def _ejected(self) -> UpstreamEjected:
         words = f"upstream {self.url} has failed too often and is left alone for a while"
-        return UpstreamEjected(words, after=self._breaker.wait_s)
+        return UpstreamEjected(words, after=self.breaker.wait_s)
 
-    def _mapped(self, error: Exception) -> UpstreamError:
+    def mapped(self, error: Exception) -> UpstreamError:
         """A foreign error as one of ours."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return UpstreamUnreachable(f"upstream {self.url} does not accept connections")
@@ -377,7 +356,7 @@ class Engine:
                     if payload == b"[DONE]":
                         return
                     parsed = self._parse(payload)
-                    self._breaker.succeed()
+                    self.breaker.succeed(is_telling=False)  # those that wait for this one need not wait for its end
                     yield parsed
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
@@ -405,6 +384,49 @@ class Engine:
             return _ids_of(ids)
         except TypeError:
             raise UpstreamNonsense(f"{self.url}/tokenize gave no token ids") from None
+
+
+class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
+    """A request to an upstream, which learns from how it ends. Within it there is the response."""
+
+    def __init__(self, engine: Engine, ask: _Ask, is_check: bool, is_telling: bool) -> None:
+        self._engine = engine
+        self._ask = ask
+        self._is_check = is_check
+        self._is_telling = is_telling
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            self._response = await self._engine.open(self._ask, is_check=self._is_check)
+        except UpstreamEjected:
+            raise
+        except BaseException as error:
+            self._learn(error, is_counted=isinstance(error, NOTHING_CAME))
+            raise
+        return self._response
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        response = self._response
+        if response is None:
+            return
+        response.release()  # what has not come to its end is closed
+        if error is not None:
+            self._learn(error)
+        elif response.status not in UNAVAILABLE:
+            self._engine.breaker.succeed(is_telling=self._is_telling)
+
+    def _learn(self, error: BaseException, *, is_counted: bool = False) -> None:
+        """Take in a failure, which may be counted already. Raises what is foreign as a kind of UpstreamError."""
+        engine, response = self._engine, self._response
+        is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
+        is_nonsense = isinstance(error, UpstreamNonsense) and response is not None and response.ok
+        if not is_foreign and not is_nonsense:
+            engine.breaker.leave()
+        elif not is_counted:
+            engine.fail(is_check=self._is_check)
+        if isinstance(error, Exception) and (is_foreign or isinstance(error, ValueError)):
+            raise engine.mapped(error) from None
 
 
 def _ids_of(found: object) -> list[int]:

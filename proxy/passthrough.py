@@ -46,7 +46,7 @@ async def forward(
     if content_type is not None:
         sent["content-type"] = content_type
     async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(engine.relay(request.method, request.url.path, body, sent))
+        upstream = await stack.enter_async_context(engine.relay(request.method, request.scope["path"], body, sent))
         kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
         length = upstream.content_length
         if not in_pieces and length is not None and length <= WHOLE:

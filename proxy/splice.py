@@ -25,6 +25,8 @@ def splice(raw: bytes, *, drop: Collection[str] = (), put: Mapping[str, Any]) ->
 
     `raw` must be a JSON object; it comes back as it is where there is nothing to change.
     """
+    if not drop and not put:
+        return raw
     text = raw.decode()
     members = list(_members(text))
     missing = [json.dumps(key) + ":" + json.dumps(value) for key, value in put.items() if key not in _keys(members)]

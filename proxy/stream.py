@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CONTENT_CHARS = 400
 """Characters of a reply in one chunk."""
+UNWATCHED_S: Final = 0.05
+"""Work is so short most often that watching its client would cost more than it saves; so long nobody looks."""
 
 
 class ClientGone(Exception):
@@ -32,9 +34,9 @@ class ClientGone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and awaited, as soon as the client leaves: ClientGone is raised."""
-    task = asyncio.current_task()
-    gone = asyncio.create_task(_disconnected(receive))
+    """The result of `work`, which is cancelled, and awaited, once the client is seen to leave. Raises ClientGone."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    gone: asyncio.Task[None] | None = None
     has_left = False
 
     def leave(_: asyncio.Task[None]) -> None:
@@ -43,7 +45,12 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         if task is not None:
             task.cancel()
 
-    gone.add_done_callback(leave)
+    def watch() -> None:
+        nonlocal gone
+        gone = loop.create_task(_disconnected(receive))
+        gone.add_done_callback(leave)
+
+    timer = loop.call_later(UNWATCHED_S, watch)
     try:
         return await work
     except asyncio.CancelledError:
@@ -51,10 +58,12 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone from None
         raise
     finally:
-        gone.remove_done_callback(leave)
-        gone.cancel()
-        with suppress(asyncio.CancelledError, Exception):  # its outcome is nobody's
-            await gone
+        timer.cancel()
+        if gone is not None:
+            gone.remove_done_callback(leave)
+            gone.cancel()
+            with suppress(asyncio.CancelledError, Exception):  # its outcome is nobody's
+                await gone
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -86,7 +86,7 @@ class Turns:
         caller: Caller = request.state.caller
         caps = caller.caps.within(self._common)
         asked = 0
-        if request.url.path in GENERATES and caps.tokens_per_minute is not None:
+        if caps.tokens_per_minute is not None and request.scope["path"] in GENERATES:
             asked = caps._replace(tokens=None).cap(_bound(json.loads(body))) or 0
         return self._take(request, self.passed, caller, asked)
 

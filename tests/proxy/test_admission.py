@@ -107,7 +107,7 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
                     assert admission.waiting >= queue
             given = [place for place in there if place.given.is_set()]
             waiting = [place for place in there if not place.given.is_set()]
-            assert admission.in_flight == len(given) <= places
+            assert admission.in_flight == admission.taken.total() == len(given) <= places
             assert admission.waiting == len(waiting) <= queue
             for holder in "abc":
                 own = sum(place.holder == holder for place in given)
