@@ -7,6 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+PEERS ?=
 
 .PHONY: run demo test soak lint bench clean
 .DELETE_ON_ERROR:
@@ -30,8 +31,9 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# PEERS=1 installs LiteLLM and optillm below $(VENV)/peers and measures them too; ARGS names parts, as in ARGS=edge.
 bench: $(VENV)/embedded $(VENV)/dev
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench $(if $(PEERS),--peers) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

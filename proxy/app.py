@@ -28,6 +28,8 @@ from discovery.errors import DiscoveryError
 from discovery.explain import explain
 from proxy import chat, dial, errors, logs, openapi, passthrough, reply, schema, spans, strict, wire
 from proxy.access import Timing
+from proxy.berths import Berths
+from proxy.bounds import Bound
 from proxy.callers import Access, Caller, Callers
 from proxy.casting import Casting
 from proxy.drift import Drift
@@ -59,6 +61,8 @@ class Service:
         self.spans = spans.make()
         engine.watcher = spans.Observer(self.metrics, self.spans)
         self.pulse = Pulse(engine, self.metrics)
+        self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
+        self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
         engine.on_event = lambda event: self.metrics.upstream_events.labels(event).inc()
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
@@ -69,9 +73,9 @@ class Service:
         self.load = Load(engine, settings, self.metrics)
         self._models: dict[str, Model] = {}
 
-    async def models(self) -> dict[str, Model]:
+    async def models(self, *, is_check: bool = False) -> dict[str, Model]:
         """The upstream's models by name, asked anew. Raises UpstreamError."""
-        self._models = {model.id: model for model in await self.engine.models()}
+        self._models = {model.id: model for model in await self.engine.models(is_check=is_check)}
         return self._models
 
     async def find_model(self, name: str | None) -> tuple[Model, float | None]:
@@ -80,7 +84,7 @@ class Service:
         known = self._models or await self.models()
         if name is None:
             if not known:
-                raise errors.UpstreamNonsense(f"{self.engine.url} serves no model")
+                raise errors.UpstreamNonsense(f"{self.engine.shown} serves no model")
             return next(iter(known.values())), None
         if name in known or name in await self.models():
             return self._models[name], None
@@ -130,9 +134,8 @@ class Service:
         if not (parsed.tts.required or is_recording):
             turned = turned.shrunk(await self.load.factor())
         is_kept = self.records.recorder.is_on or is_recording
-        chat_template = await self.drift.template(model.id) if is_kept and parsed.conversation else ""
         turn = self.turns.episode(request, parsed.tts.max_total_tokens)
-        plan = await chat.plan(
+        planning = chat.plan(
             self.engine,
             self.casting,
             self.turns.settings_for(request, turn),
@@ -140,10 +143,11 @@ class Service:
             parsed,
             turned,
             tenant=caller.tenant,
-            chat_template=chat_template,
+            drift=self.drift if is_kept and parsed.conversation else None,
             salt=caller.salt,
             prefix=form.prefix,
         )
+        plan = await self.spans.plan(request.scope["path"], model.id, request.state.held, planning)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -180,7 +184,9 @@ class Service:
 
     async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
         known = self.engine, self.judge, self.casting, self.metrics, self.records
-        async with turn:
+        async with AsyncExitStack() as stack:
+            async with chat.in_time(plan.left_s):
+                await stack.enter_async_context(turn)
             return await self.spans.episode(plan, chat.serve(*known, plan, tell, turn.settle))
 
     async def _pass(
@@ -193,11 +199,12 @@ class Service:
                 code="tts_not_applicable",
             )
         is_named = parsed.model is not None or self.settings.model is not None
-        put = {"model": model.id} if is_named and parsed.model != model.id else {}
+        bound = self.turns.bound(request, parsed, model)
+        put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
         drop = ("tts",) if "tts" in parsed.model_fields_set else ()
         body = splice(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
-        return await self._forward(request, body, _untouched(reason), model.id, content_type)
+        return await self._forward(request, body, _untouched(reason), model.id, content_type, bound)
 
     # What happened
 
@@ -231,15 +238,17 @@ class Service:
         headers: Mapping[str, str],
         model: str = "",
         content_type: str | None = None,
+        bound: Bound | None = None,
     ) -> Response:
         self.metrics.requests.labels(model, "", "passed_through").inc()
-        turn = self.turns.passing(request, body)
+        turn = self.turns.passing(request, model, bound)
         body = request.state.caller.salted(body)
 
         async def work() -> Response:
             await turn.__aenter__()
             whole = self.engine, request, body, headers, content_type
-            return turn.metered(await passthrough.forward(*whole, in_pieces=bool(turn.cap)))
+            hear = turn.hear if turn.cap is None else None
+            return await turn.metered(passthrough.forward(*whole, in_pieces=bool(turn.cap), hear=hear))
 
         return await unless_gone(request.receive, work())
 
@@ -281,13 +290,13 @@ class Service:
     async def ready(self, _: Request) -> Response:
         """The upstream is well and serves a model; and how controllers from files are held."""
         try:
-            up = await self.engine.healthy() and bool(await self.models())
+            up = await self.engine.healthy() and bool(await self.models(is_check=True))
         except UpstreamError:
             up = False
         self.metrics.upstream_up.set(up)
         status = HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE
         sandbox = {"level": self.casting.level, "lacking": self.casting.lacking}
-        told = {"ready": up, "upstream": self.engine.url, "models": list(self._models), "sandbox": sandbox}
+        told = {"ready": up, "upstream": self.engine.shown, "models": list(self._models), "sandbox": sandbox}
         told["recorder"] = self.records.recorder.as_json()
         return JSONResponse(told, status)
 
@@ -341,7 +350,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(_session(settings))
-            engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+            berths = Berths(settings.branches_in_flight)
+            engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s, berths=berths)
             service = app.state.service = Service(settings, engine, calibrations, callers)
             stack.push_async_callback(service.spans.close)
             service.pulse.open()

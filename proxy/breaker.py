@@ -65,7 +65,7 @@ class Breaker:
             self._failures = 0
 
     def fail(self, *, is_telling: bool = True) -> bool:
-        """A request was not answered; whether the upstream is ejected for it."""
+        """A request was not answered, or by a failure of the upstream's; whether that is ejected for it."""
         if self._standing is Standing.WELL:
             self._failures += is_telling
         if self._standing is Standing.EJECTED or (self._standing is Standing.WELL and self._failures < FAILURES):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
+from proxy import keys
 from proxy.errors import Forbidden, SettingsError, Unauthorised
-from proxy.keys import Keyring
 from proxy.limits import Caps
 from proxy.settings import Settings
 from proxy.splice import splice
@@ -55,7 +55,7 @@ class Callers:
     """All who may call, as settings and the file of keys have it. Raises SettingsError if that cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
-        self.keyring = None if settings.keys is None else Keyring(settings.keys)
+        self.keyring = keys.ring(settings.keys, settings.client_keys)
         self._admin_key = settings.admin_key
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
@@ -113,7 +113,8 @@ def _anonymous(token: str) -> str:
 
 def check_host(settings: Settings) -> None:
     """Raise SettingsError if strangers could reach a proxy that asks nobody for a key."""
-    if settings.keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
+    has_keys = settings.keys is not None or settings.client_keys is not None
+    if has_keys or settings.allow_anonymous or _is_loopback(settings.host):
         return
     raise SettingsError(
         f"host {settings.host} can be reached by others and there are no keys: name a file of them in AUTOTTS_KEYS "

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from textwrap import shorten
@@ -19,16 +20,17 @@ from controllers.loading import Spec
 from controllers.registry import is_admin_only
 from discovery.answers import AUTO, Judge, Way
 from discovery.recordings import question_id, question_text
-from proxy import logs, probing
+from proxy import drain, logs, probing
 from proxy.casting import Cast, Casting
 from proxy.counting import count
 from proxy.dial import Dial
+from proxy.drift import Drift
 from proxy.engine import Engine, Model
-from proxy.errors import ApiError, BadRequest, UpstreamError, UpstreamTimeout
+from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
 from proxy.metrics import Metrics
 from proxy.records import Records
-from proxy.reply import Closing, Reply, compose
+from proxy.reply import Closing, Reply, compose, too_late
 from proxy.schema import SAMPLING, Generation
 from proxy.settings import Settings
 from proxy.stages import Choice
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 TOLD_VOTES, TOLD_CHARS = 5, 40
 """Answers that are named to a client while branches think, and characters of each."""
+CLOSE_S = 2.0
+"""Seconds past its deadline in which a reply may still be composed; then what there is goes out as it is."""
 PROMPT_TAIL = 8
 """Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
 
@@ -49,7 +53,7 @@ class Plan:
 
     request_id: str
     created: int  # seconds since the epoch
-    started: float  # by the monotonic clock
+    started: float  # by the monotonic clock, before it was planned
     dial: Dial
     spec: Spec  # of the controller
     stage: Stage | None  # that it was chosen for; None if the request named it
@@ -61,6 +65,11 @@ class Plan:
     temperature: float | None  # of the branches; None leaves it to the model's own default
     asked: Asked
     streamed: bool
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until its deadline, none or less if that has passed; None if it has none."""
+        return None if self.deadline_s is None else self.started + self.deadline_s - time.monotonic()
 
     @property
     def controller(self) -> str:
@@ -102,22 +111,30 @@ async def plan(
     dial: Dial,
     *,
     tenant: str = "",
-    chat_template: str = "",
+    drift: Drift | None = None,
     salt: str | None = None,
     prefix: str = "chatcmpl-",
 ) -> Plan:
-    """Tokenise the prompt and fix every bound. Raises BadRequest or UpstreamError; nothing has been generated."""
+    """Tokenise the prompt and fix every bound; `drift` knows the chat template, where that is written down.
+
+    Raises BadRequest or UpstreamError; nothing has been generated.
+    """
+    started = time.monotonic()
     request_id = f"{prefix}{uuid4().hex}"
     logs.request_id.set(request_id)
-    try:
-        spec, stage = await casting.choose(request.tts.controller, request_id)
-    except UnknownController as error:
-        raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
-    started = time.monotonic()
-    ids, text = await _read_prompt(engine, model, request)
-    tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
-    template = probing.template_for(settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead)
-    bounds = await _bounds(engine, settings, model, request, len(ids), template)
+    deadline_s = _least(request.tts.deadline_s, settings.deadline_s)
+    async with in_time(deadline_s):
+        try:
+            spec, stage = await casting.choose(request.tts.controller, request_id)
+        except UnknownController as error:
+            raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
+        chat_template = "" if drift is None else await drift.template(model.id)
+        ids, text = await _read_prompt(engine, model, request)
+        tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
+        template = probing.template_for(
+            settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
+        )
+        bounds = await _bounds(engine, settings, model, request, len(ids), template)
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if sampling.get("temperature") == 0:
         sampling["temperature"] = settings.branch_temperature
@@ -132,11 +149,21 @@ async def plan(
         sizes=bounds.sizes,
         limits=bounds.limits,
         closing=bounds.closing,
-        deadline_s=_least(request.tts.deadline_s, settings.deadline_s),
+        deadline_s=deadline_s,
         temperature=sampling.get("temperature"),
         asked=Asked(tenant, text, _drawn_by(request, sampling), chat_template),
         streamed=bool(request.stream),
     )
+
+
+@asynccontextmanager
+async def in_time(seconds: float | None) -> AsyncIterator[None]:
+    """What comes before the first branch and may take so many seconds. Raises UpstreamTimeout if it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise too_late() from None
 
 
 async def _read_prompt(engine: Engine, model: Model, request: Generation) -> tuple[Sequence[int], str]:
@@ -225,8 +252,8 @@ async def serve(
 ) -> Reply:
     """Run the episode, compose its reply, and have it written down. `tell` hears of each round, a line at a time.
 
-    Raises ApiError when there is nothing to answer with. Cancelling aborts all that is in flight; what had been spent
-    is counted either way, and `settle` told of it.
+    Raises ApiError when there is nothing to answer with, or the proxy ends before there is. Cancelling aborts all that
+    is in flight; what had been spent is counted either way, and `settle` told of it.
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
     if plan.records_all:
@@ -245,8 +272,14 @@ async def serve(
         return reply
     except asyncio.CancelledError:
         outcome = "disconnected"
-        raise
+        if not drain.is_cut():
+            raise
+        error = drain.refusal()
+        environment.salvage()
+        error.spent = environment.meter.billed
+        raise error from None
     except ApiError as error:
+        environment.salvage()
         error.spent = environment.meter.billed
         raise
     finally:
@@ -262,7 +295,7 @@ async def serve(
 async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
     """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
     try:
-        async with asyncio.timeout(plan.deadline_s):
+        async with asyncio.timeout(plan.left_s):
             await cast.run(plan.dial.beta, environment, state)
     except TimeoutError:
         environment.salvage()
@@ -288,9 +321,11 @@ async def _compose(
     if failure is not None and state.answer is None and not state.finished:
         raise failure
     if not environment.branches:
-        raise UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
+        raise too_late()
+    left_s = plan.left_s
+    seconds = None if left_s is None else max(0.0, left_s) + CLOSE_S
     try:
-        return await compose(plan, environment, state, cast.rounds, cast.fallback)
+        return await compose(plan, environment, state, cast.rounds, cast.fallback, seconds)
     except UpstreamError as error:
         raise failure or error from None
 

@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from controllers.dial import parse_beta
 from controllers.errors import ControllersError
 from discovery.commands.calibrate import calibrating
 from discovery.commands.collect import collecting
@@ -31,7 +30,7 @@ from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
-from proxy.config import File, Sets, configuring, gather
+from proxy.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.errors import ProxyError
 from proxy.keysmith import keysmith
 
@@ -83,36 +82,9 @@ def autotts() -> None:
 
 
 @app.command()
-def serve(
-    upstream: Annotated[
-        str | None, typer.Option(help="vLLM's base URL; without it the embedded model is served")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="model for requests that name none")] = None,
-    host: Annotated[str | None, typer.Option(help="address to listen on; without it 127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on; without it 8400")] = None,
-    controller: Annotated[str | None, typer.Option(help="for requests that name none: a name or FILE.py")] = None,
-    beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
-    interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
-    registry: Annotated[Path | None, typer.Option(help="folder of installed controllers, as promoted")] = None,
-    store: Annotated[Path | None, typer.Option(help="replay store requests are recorded in, else autotts.db")] = None,
-    record: Annotated[
-        bool | None, typer.Option("--record/--no-record", help="record requests; with --no-record none is")
-    ] = None,
-    allow_unsandboxed: Annotated[
-        bool | None,
-        typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
-    ] = None,
-    allow_anonymous: Annotated[
-        bool | None, typer.Option("--allow-anonymous", help="listen on other addresses than loopback without keys")
-    ] = None,
-    config: File = None,
-    sets: Sets = None,
-) -> None:
+@with_flags
+def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve, until interrupted."""
-    given: dict[str, Any] = {"upstream": upstream, "model": model, "controller": controller, "interval": interval}
-    given |= {"allow_unsandboxed": allow_unsandboxed, "registry": registry, "store": store, "record": record}
-    given |= {"host": host, "port": port, "beta": None if beta is None else parse_beta(beta, "--beta")}
-    given |= {"allow_anonymous": allow_anonymous}
     settings = gather(config, sets, given).settings
     from proxy.logs import set_up
 

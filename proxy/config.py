@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, NamedTuple, ParamSpec
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from rich.table import Table
 
+from controllers.dial import parse_beta
 from discovery.commands.console import wide_console
 
 if TYPE_CHECKING:
@@ -27,7 +30,54 @@ File = Annotated[
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="any setting, as a flag")]
 
+Flags = Mapping[str, object]
+"""Settings by name, as flags have them; None is not given."""
+P = ParamSpec("P")
+
 configuring = typer.Typer(name="config", no_args_is_help=True, help="The proxy's settings, and where they come from.")
+
+
+def _flags(
+    upstream: Annotated[
+        str | None, typer.Option(help="vLLM's base URL; without it the embedded model is served")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model for requests that name none")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on; without it 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on; without it 8400")] = None,
+    controller: Annotated[str | None, typer.Option(help="for requests that name none: a name or FILE.py")] = None,
+    beta: Annotated[str | None, typer.Option(help="β for requests that set none; without it they pass through")] = None,
+    interval: Annotated[int | None, typer.Option(min=1, help="tokens of one interval")] = None,
+    registry: Annotated[Path | None, typer.Option(help="folder of installed controllers, as promoted")] = None,
+    store: Annotated[Path | None, typer.Option(help="replay store requests are recorded in, else autotts.db")] = None,
+    record: Annotated[
+        bool | None, typer.Option("--record/--no-record", help="record requests; with --no-record none is")
+    ] = None,
+    allow_unsandboxed: Annotated[
+        bool | None,
+        typer.Option("--allow-unsandboxed", help="give controllers from files the proxy's own rights"),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None, typer.Option("--allow-anonymous", help="listen on other addresses than loopback without keys")
+    ] = None,
+) -> Flags:
+    """The settings that have flags of their own."""
+    given = dict(locals())
+    return {**given, "beta": None if beta is None else parse_beta(beta, "--beta")}
+
+
+def with_flags(verb: Callable[Concatenate[Flags, P], None]) -> Callable[..., None]:
+    """A verb that takes the flags of `serve` as its first parameter, which it is given the settings of."""
+    flags, own = (signature(one, eval_str=True).parameters for one in (_flags, verb))
+
+    @wraps(verb)
+    def taking(**given: Any) -> None:
+        said = {name: given.pop(name) for name in flags}
+        verb(_flags(**said), **given)  # type: ignore[call-arg]
+
+    parameters = [*flags.values(), *list(own.values())[1:]]
+    taking.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    taking.__annotations__ = {one.name: one.annotation for one in parameters}
+    return taking
 
 
 class Row(NamedTuple):
@@ -40,13 +90,15 @@ class Row(NamedTuple):
 
 
 @configuring.command()
+@with_flags
 def show(
+    given: Flags,
     file: File = None,
     sets: Sets = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Tell every setting: its value, where that comes from, and what it means."""
-    rows = list(_rows(gather(file, sets)))
+    rows = list(_rows(gather(file, sets, given)))
     if as_json:
         told = {row.name: {"value": row.value, "source": row.source, "meaning": row.meaning} for row in rows}
         sys.stdout.write(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
@@ -61,13 +113,14 @@ def show(
 
 
 @configuring.command()
-def check(file: File = None, sets: Sets = None) -> None:
+@with_flags
+def check(given: Flags, file: File = None, sets: Sets = None) -> None:
     """Find out whether `autotts serve` could start so. Variables that set nothing are told of."""
     from proxy.app import create_app
     from proxy.callers import check_host
     from proxy.settings import DEFAULT, EMBEDDED_DEFAULT, PREFIX, Settings, find_file
 
-    configured = gather(file, sets)
+    configured = gather(file, sets, given)
     settings = configured.settings
     check_host(settings)
     create_app(settings if settings.upstream else settings.model_copy(update={"upstream": "http://embedded"}))
@@ -81,7 +134,7 @@ def check(file: File = None, sets: Sets = None) -> None:
     console.print(words if read is None else f"{words}, {read} read", markup=False, highlight=False)
 
 
-def gather(file: Path | None, sets: list[str] | None, flags: Mapping[str, object] = {}) -> Configured:
+def gather(file: Path | None, sets: list[str] | None, flags: Flags) -> Configured:
     """What `autotts serve` goes by. Raises SettingsError, or BadParameter for a `sets` that sets nothing."""
     from proxy.settings import SERVED, configure, find_file
 

@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Awaitable
 from contextlib import suppress
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final
 from uuid import uuid4
@@ -27,13 +28,36 @@ CUT_S: Final = 5.0
 """Seconds that requests which were cut are given to end in order."""
 
 
+class _Passage:
+    """One request on its way through a gate."""
+
+    __slots__ = ("is_cut",)
+
+    def __init__(self) -> None:
+        self.is_cut = False  # the gate cancels it
+
+
+_passage: ContextVar[_Passage | None] = ContextVar("passage", default=None)
+
+
+def is_cut() -> bool:
+    """Whether the request that is served here is cancelled because the proxy ends, not because its client has left."""
+    passage = _passage.get()
+    return passage is not None and passage.is_cut
+
+
+def refusal() -> Draining:
+    """What a client is told that asks too late, or whose request was cut."""
+    return Draining("the proxy is about to end; ask again, it or another will answer", code="draining")
+
+
 class Gate:
     """An ASGI app around another."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.is_shut = False
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], _Passage] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -43,8 +67,12 @@ class Gate:
 
     async def drain(self, seconds: float) -> int:
         """Wait `seconds` at most until nothing runs any more. Cut what runs then; returns how many requests that is."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
+        finally:  # whoever does not wait for it has the server cut them
+            for passage in self._running.values():
+                passage.is_cut = True
         cut = tuple(self._running)
         for task in cut:
             task.cancel()
@@ -69,7 +97,8 @@ class Gate:
             return send(message)
 
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        self._running.add(task)
+        passage = self._running[task] = _Passage()
+        _passage.set(passage)
         self._idle.clear()
         try:
             await self.app(scope, receive, sending)
@@ -81,13 +110,13 @@ class Gate:
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a fault of the proxy's own: %s\n%s", type(error).__name__, frames)
         finally:
-            self._running.discard(task)
+            del self._running[task]
             if not self._running:
                 self._idle.set()
 
 
 def _refusal(path: str) -> Response:
-    error: ApiError = Draining("the proxy is about to end; ask again, it or another will answer", code="draining")
+    error: ApiError = refusal()
     told = {"ready": False, "draining": True} if path == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
     return Response(json.dumps(told), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")

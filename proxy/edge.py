@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -21,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from proxy import errors
 from proxy.errors import ApiError, BadRequest, HeadTooLarge, TooSlow
+
+logger = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -109,6 +112,11 @@ class Stage(Enum):
     BODY = 2
 
 
+_FAULTS: Final = logging.getLogger("uvicorn.error.edge")
+"""Hears of faults alone: that a request was refused, which uvicorn says without a reason, is told here with one."""
+_FAULTS.setLevel(logging.ERROR)
+
+
 class EdgeProtocol(HttpToolsProtocol):
     """One connection."""
 
@@ -120,6 +128,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._is_deaf = False  # whatever else comes is dropped
         self._wrong: ApiError | None = None  # with what is being read
         self._timer: asyncio.TimerHandle | None = None
+        self.logger = _FAULTS
         super().connection_made(transport)
         self._wait(HEAD_S)
 
@@ -200,6 +209,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is being read with `error` unless it is answered already, after all that came before it."""
+        logger.warning("a request was refused: %s", error.code)
         before = self._unanswered()
         if self._stage is Stage.BODY:
             if self.cycle.response_complete:

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from controllers import Action
+from proxy.berths import Berths
 from proxy.breaker import Breaker, Budget, Standing
 from proxy.errors import (
     UpstreamEjected,
@@ -104,8 +106,16 @@ class Call:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
 
 
+Told = Callable[[int | None, BaseException | None], object]
+"""Is told how a request ended: the status it was answered with, if it was, and the error, if there was one."""
+
+
 class Watcher:
     """Is told what the upstream is asked; this one takes no notice."""
+
+    def request(self, method: str, path: str) -> Told | None:
+        """A request that is neither a generation nor a check begins. Who is to be told how it ends, if anybody."""
+        return None
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
         """What a generation is done within."""
@@ -120,33 +130,41 @@ class Engine:
     """One upstream. Every method raises a kind of UpstreamError and nothing else."""
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, *, read_timeout_s: float = 600, breaker: Breaker | None = None
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        *,
+        read_timeout_s: float = 600,
+        breaker: Breaker | None = None,
+        berths: Berths | None = None,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
+        self.shown = _without_user(self._url)  # what may be told of it
         self._session = session
         connect = session.timeout.sock_connect
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
         self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
         self._takes_priority = True  # as far as is known
         self.breaker = breaker or Breaker()
+        self.berths = berths or Berths()
         self._budget = Budget()
         self.on_event: Callable[[str], object] = lambda _: None  # told of what is "retried" and when it is "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
         self.watcher = Watcher()
 
-    async def models(self) -> list[Model]:
+    async def models(self, *, is_check: bool = False) -> list[Model]:
         """The models served now."""
-        cards = await self.cards()
+        cards = await self.cards(is_check=is_check)
         try:
             return [Model(card["id"], int(card.get("max_model_len") or 0)) for card in cards]
         except (TypeError, ValueError):
-            raise UpstreamNonsense(f"{self.url}/v1/models is not a list of models") from None
+            raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models") from None
 
-    async def cards(self) -> list[dict[str, Any]]:
+    async def cards(self, *, is_check: bool = False) -> list[dict[str, Any]]:
         """The same as the upstream tells them; each has an `id`."""
-        cards = (await self._json("GET", "/v1/models")).get("data")
+        cards = (await self._json("GET", "/v1/models", is_check=is_check)).get("data")
         if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
-            raise UpstreamNonsense(f"{self.url}/v1/models is not a list of models")
+            raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models")
         return cards
 
     async def healthy(self) -> bool:
@@ -192,19 +210,23 @@ class Engine:
         reply = await self._json("POST", "/detokenize", {"model": model, "tokens": list(ids)})
         text = reply.get("prompt")
         if not isinstance(text, str):
-            raise UpstreamNonsense(f"{self.url}/detokenize gave no text")
+            raise UpstreamNonsense(f"{self.shown}/detokenize gave no text")
         return text
 
     async def generate(self, model: str, call: Call) -> None:
-        """Fill `call.outputs`, in the order of the prompts, `n` for each. Cancelling aborts the request upstream."""
-        with self.watcher.generation(model, call):
-            try:
-                await self._generate(model, call)
-            except UpstreamRefused as error:
-                if not call.priority or "priority" not in str(error).lower():
-                    raise
-                self._takes_priority = False
-                await self._generate(model, call)
+        """Fill `call.outputs`, in the order of the prompts, `n` for each. Cancelling aborts the request upstream.
+
+        It waits until there is room for so many branches; live calls go before those that have a priority.
+        """
+        async with self.berths.hold(len(call.outputs), is_background=call.priority > 0):
+            with self.watcher.generation(model, call):
+                try:
+                    await self._generate(model, call)
+                except UpstreamRefused as error:
+                    if not call.priority or "priority" not in str(error).lower():
+                        raise
+                    self._takes_priority = False
+                    await self._generate(model, call)
 
     async def _generate(self, model: str, call: Call) -> None:
         body = {
@@ -221,7 +243,7 @@ class Engine:
             **({"cache_salt": call.salt} if call.salt else {}),
         }
         usage: Mapping[str, Any] | None = None
-        async with self._request("POST", "/v1/completions", json=body) as response:
+        async with self._request("POST", "/v1/completions", is_watched=False, json=body) as response:
             await self._raise_for_status(response)
             if response.content_type == "application/json":  # no stream, whatever its status says
                 raise self._refusal(response.status, self._parse(await response.read()))
@@ -239,11 +261,15 @@ class Engine:
         return self._request(method, path, data=aiohttp.BytesPayload(body) if body else None, headers=headers)
 
     def _take(self, call: Call, chunk: Mapping[str, Any]) -> None:
+        """Add a chunk to the outputs. What is too much is kept too: it was generated, and so is paid for."""
         ended: list[Output] = []
+        longest = 0
         try:
             for choice in chunk["choices"]:
-                output = call.outputs[choice["index"]]
+                index = choice["index"]
+                output = call.outputs[index if index >= 0 else len(call.outputs)]
                 output.ids += _ids_of(choice["token_ids"])
+                longest = max(longest, len(output.ids))
                 output.text += choice["text"]
                 if choice["finish_reason"] is not None:
                     output.finish = choice["finish_reason"]
@@ -251,8 +277,11 @@ class Engine:
                     ended.append(output)
         except (KeyError, IndexError, TypeError):
             raise UpstreamNonsense(
-                f"{self.url}/v1/completions sent a chunk that is none of vLLM's; is it vLLM 0.10 or later?"
+                f"{self.shown}/v1/completions sent a chunk that is none of vLLM's; is it vLLM 0.10 or later?"
             ) from None
+        if longest > call.max_tokens:
+            words = f"sent {longest} tokens of a completion that may have {call.max_tokens}"
+            raise UpstreamNonsense(f"{self.shown} {words}")
         if call.on_finish is not None:
             for output in ended:
                 call.on_finish(output)
@@ -260,27 +289,43 @@ class Engine:
     def _settle(self, call: Call, usage: Mapping[str, Any] | None) -> None:
         """Hold the server's usage against what arrived: a bill must add up."""
         if usage is None or any(output.finish is None for output in call.outputs):
-            raise UpstreamNonsense(f"{self.url} cut a stream before its end")
+            raise UpstreamNonsense(f"{self.shown} cut a stream before its end")
         try:
-            generated, call.prompt_tokens = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
+            generated, prompt = usage["completion_tokens"], usage["prompt_tokens"]
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            call.cached_tokens = None if cached is None else int(cached)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise UpstreamNonsense(f"{self.url} sent a usage without token counts") from None
+        except (KeyError, TypeError, AttributeError):
+            generated = prompt = cached = None
+        if not (type(generated) is int and type(prompt) is int and (cached is None or type(cached) is int)):
+            raise UpstreamNonsense(f"{self.shown} sent a usage without token counts")
         received = sum(len(output.ids) for output in call.outputs)
         if generated != received:
-            raise UpstreamNonsense(f"{self.url} bills {generated} tokens and sent {received}")
+            raise UpstreamNonsense(f"{self.shown} bills {generated} tokens and sent {received}")
+        sent = sum(map(len, call.prompts))  # each prompt once, whatever `n`; to ids vLLM adds nothing
+        if prompt != sent:
+            raise UpstreamNonsense(f"{self.shown} bills {prompt} tokens of prompts that have {sent}")
+        if cached is not None and not 0 <= cached <= prompt:
+            raise UpstreamNonsense(f"{self.shown} had {cached} tokens cached of prompts that have {prompt}")
+        call.prompt_tokens, call.cached_tokens = prompt, cached
 
     # The seam where foreign errors end
 
     def _request(
-        self, method: str, path: str, *, is_check: bool = False, is_telling: bool = True, **content: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        is_check: bool = False,
+        is_telling: bool = True,
+        is_watched: bool = True,
+        **content: Any,
     ) -> _Exchange:
-        """The upstream's response. A check is not repeated, and its failure tells nothing of whether requests are
-        served; nor does a success that is not `is_telling`."""
+        """The upstream's response. A check is not repeated, its failure tells nothing of whether requests are served,
+        and no watcher hears of it; nor does a success that is not `is_telling` tell anything."""
         timeout = self._check_timeout if is_check else self._timeout
-        ask = partial(self._session.request, method, self.url + path, timeout=timeout, allow_redirects=False, **content)
-        return _Exchange(self, ask, is_check, is_telling and not is_check)
+        url = self._url + path
+        ask = partial(self._session.request, method, url, timeout=timeout, allow_redirects=False, **content)
+        watched = path if is_watched and not is_check else ""
+        return _Exchange(self, ask, is_check, is_telling and not is_check, method, watched)
 
     async def open(self, ask: _Ask, *, is_check: bool) -> aiohttp.ClientResponse:
         """What is asked for, of which nothing has been read. Repeats what nothing came of, as far as the budget goes.
@@ -296,9 +341,11 @@ class Engine:
                 response = await ask()
             except NOTHING_CAME as error:
                 failed = error
-            if failed is None and response.status not in UNAVAILABLE:
+            if failed is None and not is_failure(response.status):
                 break
             self.fail(is_check=is_check)
+            if failed is None and response.status not in UNAVAILABLE:
+                break  # it was looked at
             if pause is None or self.breaker.standing is not Standing.WELL or not self._budget.spend():
                 break
             if failed is None:
@@ -315,21 +362,22 @@ class Engine:
         """A request came to nothing."""
         if self.breaker.fail(is_telling=not is_check):
             self.on_event("ejected")
-            logger.error("upstream %s has failed too often; it is left alone for %.0f s", self.url, self.breaker.wait_s)
+            words = "upstream %s has failed too often; it is left alone for %.0f s"
+            logger.error(words, self.shown, self.breaker.wait_s)
 
     def _ejected(self) -> UpstreamEjected:
-        words = f"upstream {self.url} has failed too often and is left alone for a while"
+        words = f"upstream {self.shown} has failed too often and is left alone for a while"
         return UpstreamEjected(words, after=self.breaker.wait_s)
 
     def mapped(self, error: Exception) -> UpstreamError:
         """A foreign error as one of ours."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return UpstreamUnreachable(f"upstream {self.url} does not accept connections")
+            return UpstreamUnreachable(f"upstream {self.shown} does not accept connections")
         if isinstance(error, TimeoutError):
-            return UpstreamTimeout(f"upstream {self.url} was silent for too long")
+            return UpstreamTimeout(f"upstream {self.shown} was silent for too long")
         if isinstance(error, aiohttp.ClientConnectorError):
-            return UpstreamUnreachable(f"upstream {self.url} cannot be reached: {error.strerror}")
-        return UpstreamNonsense(f"upstream {self.url} broke off: {type(error).__name__}")
+            return UpstreamUnreachable(f"upstream {self.shown} cannot be reached: {error.strerror}")
+        return UpstreamNonsense(f"upstream {self.shown} broke off: {type(error).__name__}")
 
     async def _json(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, is_check: bool = False
@@ -356,7 +404,8 @@ class Engine:
                     if payload == b"[DONE]":
                         return
                     parsed = self._parse(payload)
-                    self.breaker.succeed(is_telling=False)  # those that wait for this one need not wait for its end
+                    if "error" not in parsed:  # those that wait for this one need not wait for its end
+                        self.breaker.succeed(is_telling=False)
                     yield parsed
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
@@ -365,14 +414,14 @@ class Engine:
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
-            raise UpstreamNonsense(f"{self.url} sent {len(payload)} bytes that are no JSON object")
+            raise UpstreamNonsense(f"{self.shown} sent {len(payload)} bytes that are no JSON object")
         return parsed
 
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
         error = reply.get("error", reply)
         message = error.get("message") if isinstance(error, Mapping) else None
         if not isinstance(message, str):
-            return UpstreamNonsense(f"{self.url} answered {status} without a message")
+            return UpstreamNonsense(f"{self.shown} answered {status} without a message")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):
             status = error["code"]
         param = error.get("param")
@@ -383,26 +432,29 @@ class Engine:
         try:
             return _ids_of(ids)
         except TypeError:
-            raise UpstreamNonsense(f"{self.url}/tokenize gave no token ids") from None
+            raise UpstreamNonsense(f"{self.shown}/tokenize gave no token ids") from None
 
 
 class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
     """A request to an upstream, which learns from how it ends. Within it there is the response."""
 
-    def __init__(self, engine: Engine, ask: _Ask, is_check: bool, is_telling: bool) -> None:
+    def __init__(self, engine: Engine, ask: _Ask, is_check: bool, is_telling: bool, method: str, watched: str) -> None:
         self._engine = engine
         self._ask = ask
         self._is_check = is_check
         self._is_telling = is_telling
+        self._method = method
+        self._watched = watched  # the path, if a watcher is to hear of it
+        self._tell: Told | None = None
         self._response: aiohttp.ClientResponse | None = None
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
+        if self._watched:
+            self._tell = self._engine.watcher.request(self._method, self._watched)
         try:
             self._response = await self._engine.open(self._ask, is_check=self._is_check)
-        except UpstreamEjected:
-            raise
         except BaseException as error:
-            self._learn(error, is_counted=isinstance(error, NOTHING_CAME))
+            self._fail(error, is_counted=isinstance(error, NOTHING_CAME))
             raise
         return self._response
 
@@ -412,21 +464,45 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
             return
         response.release()  # what has not come to its end is closed
         if error is not None:
-            self._learn(error)
-        elif response.status not in UNAVAILABLE:
+            self._fail(error, is_counted=is_failure(response.status))
+            return
+        if not is_failure(response.status):
             self._engine.breaker.succeed(is_telling=self._is_telling)
+        if self._tell is not None:
+            self._tell(response.status, None)
 
-    def _learn(self, error: BaseException, *, is_counted: bool = False) -> None:
+    def _fail(self, error: BaseException, *, is_counted: bool) -> None:
         """Take in a failure, which may be counted already. Raises what is foreign as a kind of UpstreamError."""
         engine, response = self._engine, self._response
         is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
-        is_nonsense = isinstance(error, UpstreamNonsense) and response is not None and response.ok
-        if not is_foreign and not is_nonsense:
+        is_ours = is_foreign or isinstance(error, ValueError)
+        ours = engine.mapped(error) if is_ours and isinstance(error, Exception) else error
+        if self._tell is not None:
+            self._tell(None if response is None else response.status, ours)
+        if is_foreign or (response is not None and response.ok and _is_broken(error)):
+            if not is_counted:
+                engine.fail(is_check=self._is_check)
+        elif not isinstance(error, UpstreamEjected):  # that never got so far
             engine.breaker.leave()
-        elif not is_counted:
-            engine.fail(is_check=self._is_check)
-        if isinstance(error, Exception) and (is_foreign or isinstance(error, ValueError)):
-            raise engine.mapped(error) from None
+        if ours is not error:
+            raise ours from None
+
+
+def is_failure(status: int) -> bool:
+    """Whether a status says that the upstream failed. 501 says what it was not made for, however well it is."""
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether what came in a response that began well says that the upstream failed."""
+    if isinstance(error, UpstreamRefused):
+        return is_failure(error.upstream_status)
+    return isinstance(error, UpstreamNonsense)
+
+
+def _without_user(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _ids_of(found: object) -> list[int]:

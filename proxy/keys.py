@@ -1,4 +1,4 @@
-"""The keys of clients: a file in which each has a name, the hash of what is sent, and what it may use.
+"""The keys of clients: a file in which each has a name, the hash of what is sent, and what it may use; or a variable.
 
 A line a key, in TOML (`FILE.toml`, or any other name) or as one object in JSON (`FILE.json`):
 
@@ -6,6 +6,8 @@ A line a key, in TOML (`FILE.toml`, or any other name) or as one object in JSON 
 
 A key has 256 random bits, so its plain hash cannot be turned back, and no slow one is needed. `sha256` may be a list:
 the old and the new key while clients change over. The tenant follows from the name, so that a new key keeps it.
+
+A variable holds names and hashes alone, `alice=9f86d0…,bob=60303a…`, with commas or new lines between. It is read once.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from proxy.errors import SettingsError
 from proxy.limits import Caps
@@ -33,7 +35,10 @@ PREFIX: Final = "sk-autotts-"
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _LINE: Final = re.compile(r"line (\d+)")
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+VARIABLE: Final = "AUTOTTS_CLIENT_KEYS"
+
+Hash = Annotated[str, Field(pattern=rf"^{_HASH.pattern}$")]
 Some = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -105,6 +110,28 @@ def read(path: Path) -> tuple[Key, ...]:
     return tuple(found)
 
 
+def listed(text: str) -> tuple[Key, ...]:
+    """The keys of a variable. Raises SettingsError, saying nothing of what it holds: it may be a key itself."""
+    hashes: dict[str, tuple[str, ...]] = {}
+    seen: set[str] = set()
+    for number, one in enumerate(filter(str.strip, re.split(r"[,\n]", text)), 1):
+        name, _, digest = map(str.strip, one.partition("="))
+        if not NAME.fullmatch(name) or not _HASH.fullmatch(digest):
+            raise SettingsError(f"{VARIABLE}: entry {number}: say NAME=HASH, the sha256 that `autotts keys new` writes")
+        if digest in seen:
+            raise SettingsError(f"{VARIABLE}: entry {number}: has the key of another")
+        seen.add(digest)
+        hashes[name] = (*hashes.get(name, ()), digest)
+    return tuple(Key(name, digests, False, Caps()) for name, digests in hashes.items())
+
+
+def ring(path: Path | None, told: SecretStr | None) -> Keyring | None:
+    """The keys of a file and a variable, None if there is neither. Raises SettingsError."""
+    if path is None and told is None:
+        return None
+    return Keyring(path, () if told is None else listed(told.get_secret_value()))
+
+
 def _parse(path: Path, text: str) -> Mapping[str, Any]:
     try:
         parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -142,12 +169,14 @@ def _wrong(path: Path, text: str, name: str, words: str) -> SettingsError:
 
 
 class Keyring:
-    """The keys of a file as it is now. One that breaks leaves the keys as they were, and is complained of once."""
+    """The keys of a file as it is now, and `fixed` ones. A file that breaks leaves the keys as they were, and is
+    complained of once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None, fixed: tuple[Key, ...] = ()) -> None:
         self._path = path
+        self._fixed = fixed
         self._seen = self._look()
-        self._keys = read(path)
+        self._keys = self._read()
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -156,7 +185,7 @@ class Keyring:
         if seen != self._seen:
             self._seen = seen
             try:
-                self._keys = read(self._path)
+                self._keys = self._read()
             except SettingsError as error:
                 logger.error("%s; the keys stay as they were", error)
             else:
@@ -173,8 +202,19 @@ class Keyring:
                     found = key
         return found
 
+    def _read(self) -> tuple[Key, ...]:
+        """All keys. Raises SettingsError, also if a fixed one is in the file too: which of them counts nobody said."""
+        filed = () if self._path is None else read(self._path)
+        names, hashes = {key.name for key in self._fixed}, {one for key in self._fixed for one in key.hashes}
+        for key in filed:
+            if key.name in names or not hashes.isdisjoint(key.hashes):
+                raise SettingsError(f"keys: {self._path}: {key.name} is in {VARIABLE} too")
+        return (*filed, *self._fixed)
+
     def _look(self) -> tuple[int, int, int] | None:
         """What changes with the file; None if it is not there."""
+        if self._path is None:
+            return None
         try:
             stat = self._path.stat()
         except OSError:

@@ -76,7 +76,12 @@ class Meter:
     @property
     def billed(self) -> int:
         """All the request made the upstream do beyond reading the prompt."""
-        return self.generated_tokens + self.suffix_tokens + self.aborted_tokens
+        return self.completed + self.aborted_tokens
+
+    @property
+    def completed(self) -> int:
+        """The same without what was cut."""
+        return self.generated_tokens + self.suffix_tokens
 
     def add(self, call: Call) -> None:
         """Take in a call that ended well."""
@@ -139,6 +144,11 @@ class LiveEnvironment:
             self.meter.aborted_tokens += len(output.ids)
             if owner is not None:
                 self._grow(owner, output)
+        self._flying.clear()
+
+    def write_off(self) -> None:
+        """Bill what a cut request had generated that is no branch's."""
+        self.meter.aborted_tokens += sum(len(output.ids) for _, output in self._flying)
         self._flying.clear()
 
     async def number(self, answer: Answer | None) -> int | None:

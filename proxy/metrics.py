@@ -53,7 +53,10 @@ class Metrics:
             "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"), registry=self.registry
         )
         self.tokens = Counter(
-            "autotts_tokens", "Tokens by what they were spent on.", (*_BY_DIAL, "kind"), registry=self.registry
+            "autotts_tokens",
+            "Tokens by what they were spent on; those of requests no controller served: passed_through.",
+            (*_BY_DIAL, "kind"),
+            registry=self.registry,
         )
         self.branches = Counter("autotts_branches", "Branches opened.", _BY_DIAL, registry=self.registry)
         self.rounds = Counter("autotts_rounds", "Rounds carried out.", _BY_DIAL, registry=self.registry)
@@ -214,6 +217,14 @@ class Metrics:
             "autotts_load_factor", "What the upstream's load leaves of β; 1 is all of it.", registry=self.registry
         )
         self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
+        self.branches_in_flight = Gauge(
+            "autotts_branches_in_flight", "Branches the upstream generates now.", registry=self.registry
+        )
+        self.calls_waiting = Gauge(
+            "autotts_calls_waiting",
+            "Calls to the upstream that wait for room among the branches in flight.",
+            registry=self.registry,
+        )
         self.upstream_events = Counter(
             "autotts_upstream_events",
             "Requests to the upstream that were repeated: retried; that had it left alone for a while: ejected.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from proxy.engine import Engine
 from proxy.stream import Stream
+from proxy.usage import TAIL
 
 PATHS: Final = (
     "/v1/embeddings",
@@ -37,10 +38,12 @@ async def forward(
     content_type: str | None = None,
     *,
     in_pieces: bool = False,
+    hear: Callable[[bytes], object] | None = None,
 ) -> Response:
     """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
     `content_type` is for a body the proxy wrote itself. `in_pieces` has even a short one handed back as a Stream.
+    `hear` is told the last bytes of a response that has come to its end.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
@@ -51,12 +54,19 @@ async def forward(
         length = upstream.content_length
         if not in_pieces and length is not None and length <= WHOLE:
             content = await upstream.read()
+            if hear is not None:
+                hear(content[-TAIL:])
             return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
         opened = stack.pop_all()
 
     async def pieces() -> AsyncGenerator[bytes]:
+        tail = b""
         async with opened:
             async for data in upstream.content.iter_any():
+                if hear is not None:
+                    tail = (tail + data)[-TAIL:] if len(data) < TAIL else data[-TAIL:]
                 yield data
+        if hear is not None:
+            hear(tail)
 
     return Stream(pieces(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -9,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from controllers import Round, State, Stop
 from discovery.answers import read
 from proxy import probing, recording
+from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.live import LiveBranch, LiveEnvironment
 
 if TYPE_CHECKING:
     from proxy.chat import Plan
+
+logger = logging.getLogger(__name__)
 
 GREEDY: Final = {"temperature": 0.0}
 
@@ -69,21 +74,31 @@ def known_headers(plan: Plan) -> dict[str, str]:
 
 
 async def compose(
-    plan: Plan, environment: LiveEnvironment, state: State, rounds: Sequence[Round], fallback: str | None = None
+    plan: Plan,
+    environment: LiveEnvironment,
+    state: State,
+    rounds: Sequence[Round],
+    fallback: str | None = None,
+    seconds: float | None = None,
 ) -> Reply:
     """The reply to a stopped episode that opened at least one branch. May raise UpstreamError.
 
-    `fallback` is why the baseline decided in it, if it did.
+    `fallback` is why the baseline decided in it, if it did. What the upstream has not helped to say in so many
+    `seconds` goes out as it is; so it does if it fails once the deadline has passed.
     """
-    spent = environment.meter.billed
+    completed = environment.meter.completed
     index = _spokesman(environment, state, state.answer)
-    branch = environment.branches[index]
-    if branch.finish is None:
-        message, agreed = await _close(plan, environment, index, state)
-    else:
-        message = await _whole(environment, branch)
-        agreed = state.answer is None or await _says(environment, message.content, state.answer)
-    tokens = _ledger(environment, state, index, environment.meter.billed - spent)
+    try:
+        async with asyncio.timeout(seconds):
+            message, agreed = await _finish(plan, environment, index, state)
+    except TimeoutError:
+        message, agreed = _as_it_is(plan, environment, index, state)
+    except UpstreamError as error:
+        if state.stop is not Stop.DEADLINE:
+            raise
+        logger.warning("%s: %s", plan.request_id, error.logged)
+        message, agreed = _as_it_is(plan, environment, index, state)
+    tokens = _ledger(environment, state, index, environment.meter.completed - completed)
     return Reply(
         plan=plan,
         message=message,
@@ -95,6 +110,41 @@ async def compose(
             **({"recording": _recording(plan, environment, rounds)} if plan.records_all else {}),
         },
     )
+
+
+async def _finish(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
+    """What branch `index` says, and whether that is what was voted for."""
+    branch = environment.branches[index]
+    if branch.finish is None:
+        return await _close(plan, environment, index, state)
+    message = await _whole(environment, branch)
+    return message, state.answer is None or await _says(environment, message.content, state.answer)
+
+
+def _as_it_is(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
+    """The same without asking anybody: the branch's own text, or the vote's answer stated. Raises UpstreamTimeout if
+    there is neither."""
+    environment.write_off()
+    branch = environment.branches[index]
+    if state.answer is None and not branch.ids:  # nor has any other one said anything
+        raise too_late()
+    if state.answer is not None and (branch.finish is None or branch.label != state.answer):
+        return _stated(plan, environment, index, state.answer), False
+    reasoning, content = plan.prompt.template.split(plan.prompt.tail, branch.text)
+    visible = len(branch.ids) * len(content) // max(1, len(branch.text))  # counting them would be a request
+    return Message(content, reasoning, branch.finish or "length", visible, branch.text), True
+
+
+def too_late() -> UpstreamTimeout:
+    """There is nothing to answer with."""
+    return UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
+
+
+def _stated(plan: Plan, environment: LiveEnvironment, index: int, answer: int) -> Message:
+    """The thought of branch `index`, and the vote's answer in our own words."""
+    template, tail, own = plan.prompt.template, plan.prompt.tail, environment.branches[index].text
+    content = template.led(environment.labels.written(answer))
+    return Message(content, template.split(tail, own)[0], "stop", 0, own + template.closing(tail, own) + content)
 
 
 async def _says(environment: LiveEnvironment, content: str, label: int) -> bool:
@@ -152,8 +202,7 @@ async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: St
     content, visible = template.led(output.text), len(suffix) + len(output.ids)
     if answer is None or await _says(environment, content, answer):
         return Message(content, reasoning, "stop", visible, closed + content), True
-    content = template.led(environment.labels.written(answer))
-    return Message(content, reasoning, "stop", 0, closed + content), False
+    return _stated(plan, environment, index, answer), False
 
 
 async def _message(environment: LiveEnvironment, text: str, ids: list[int], finish: str) -> Message:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from discovery.answers import AUTO, Kind, parse_kind
 from discovery.errors import UnknownKind
@@ -16,7 +25,16 @@ from proxy.errors import BadRequest
 T = TypeVar("T", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Some = Annotated[int, Field(ge=1)]
+
+
+def _as_list(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
+TokenId = Annotated[str, AfterValidator(lambda text: str(int(text)))]
+_Stops = Annotated[list[str], Field(max_length=4)]
+Stops = Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=str | _Stops)]
 
 
 def _kind_of(spec: object) -> object:
@@ -44,6 +62,10 @@ class TtsOptions(BaseModel):
     progress: Annotated[bool, Field(strict=True)] = False  # a stream tells of each round, as reasoning
 
 
+def _or_nothing(given: object) -> object:
+    return TtsOptions() if given is None else given
+
+
 class FeedbackRequest(BaseModel):
     """What a client says of an answer: one of `correct`, `answer` and `score`."""
 
@@ -66,7 +88,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
@@ -91,26 +113,33 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 )
 
 
+_TOOLS: Final = ("tool", "function")
+"""Roles of messages that say what a tool has."""
+
+
 class Generation(BaseModel):
-    """A request for text, as far as its endpoints agree. Fields it does not name are the upstream's business."""
+    """A request for text, as far as its endpoints agree. Fields it does not name are the upstream's business.
+
+    What vLLM 0.32 takes is taken here, in the forms it takes it, whether or not a controller serves the request.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     param: ClassVar[str]  # the field its prompt is in
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
 
-    model: Annotated[str, Field(min_length=1)] | None = None
+    model: str | None = None  # empty is none
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: int | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    tts: TtsOptions = TtsOptions()
+    stop: Stops | None = None
+    tts: Annotated[TtsOptions, BeforeValidator(_or_nothing, json_schema_input_type=TtsOptions | None)] = TtsOptions()
 
     def served_by(self, controller: str) -> Self:
         """The same request, naming a controller."""
@@ -118,14 +147,13 @@ class Generation(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, however they were given."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in given if stop)
+        """The stop strings, but for empty ones."""
+        return tuple(stop for stop in self.stop or () if stop)
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream is to end with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def branch_limit(self) -> int | None:
@@ -160,8 +188,7 @@ class Generation(BaseModel):
     def unserved(self) -> str | None:
         """The field no controller can serve yet, or None. Such requests pass through."""
         for name, value in (self.model_extra or {}).items():
-            asks = value not in (None, [], {}) and value not in self.neutral.get(name, ())
-            if asks and name not in _INDIFFERENT:
+            if name not in _INDIFFERENT and not _is_one_of(value, (None, [], {}, *self.neutral.get(name, ()))):
                 return name
         return None
 
@@ -171,9 +198,9 @@ class ChatRequest(Generation):
 
     param: ClassVar[str] = "messages"
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
+    messages: list[dict[str, Any]]
+    max_tokens: Some | None = None
+    max_completion_tokens: Some | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -197,11 +224,13 @@ class ChatRequest(Generation):
         reason = super().unserved()
         if reason is not None:
             return reason
+        if not self.messages:
+            return self.param
         for message in self.messages:
             content = message.get("content")
             if isinstance(content, list) and any(_kind(part) != "text" for part in content):
                 return "content"
-            if message.get("tool_calls") or message.get("role") == "tool":
+            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOLS:
                 return "tools"
         return None
 
@@ -220,7 +249,7 @@ class CompletionRequest(Generation):
     )
 
     prompt: Any = None
-    max_tokens: Annotated[int, Field(ge=0, le=2**31, strict=True)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -271,7 +300,7 @@ class ResponsesRequest(Generation):
 
     input: Any = None
     instructions: str | None = None
-    max_output_tokens: Positive | None = None
+    max_output_tokens: Some | None = None
     reasoning: Reasoning | None = None
     text: dict[str, Any] | None = None
 
@@ -362,6 +391,11 @@ def _validated(made: type[T], body: dict[str, Any]) -> T:
 
 def _code(where: str) -> str | None:
     return "bad_beta" if where == "tts.beta" else None
+
+
+def _is_one_of(value: object, values: Iterable[object]) -> bool:
+    """Whether `value` is among `values`; true is no 1."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
 
 
 def _kind(part: object) -> object:

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     keys: Path | None = Field(
         None, description="file of clients' keys, as `autotts keys new` writes its lines; none serves whoever asks"
     )
+    client_keys: SecretStr | None = Field(
+        None, description="clients' keys beside the file's, as NAME=HASH with commas or new lines between, read once"
+    )
     allow_anonymous: bool = Field(False, description="listen on other addresses than loopback without a file of keys")
     cache_secret: SecretStr | None = Field(
         None,
@@ -102,6 +105,12 @@ class Settings(BaseSettings):
     tokens_per_minute: Tokens | None = Field(None, description="tokens all requests together may spend in a minute")
     max_episodes: int = Field(256, ge=1, description="requests controllers serve at once; others wait")
     max_passed: int = Field(1024, ge=1, description="requests handed on untouched at once; others wait")
+    branches_in_flight: int = Field(
+        1024,
+        ge=1,
+        description="branches of all requests that generate at once; others wait. vLLM itself runs 256 to 1024, as its "
+        "`--max-num-seqs` says",
+    )
     queue: int = Field(1024, ge=0, description="requests that may wait of either; what comes then is refused")
 
     load_waiting: Marks | None = Field(
@@ -220,6 +229,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
         unset["store"] = None
     settings = settings.model_copy(update=unset)
     _check_controller(settings)
+    _check_upstream(settings)
     return Configured(settings, sources)
 
 
@@ -270,6 +280,13 @@ def _check_controller(settings: Settings) -> None:
         raise SettingsError(f"controller: {wrong}")
 
 
+def _check_upstream(settings: Settings) -> None:
+    has_user = settings.upstream is not None and (settings.upstream.username or settings.upstream.password)
+    if has_user and settings.upstream_api_key is not None:
+        words = "its URL holds a user or password, and there is an upstream_api_key: only one of them can be sent"
+        raise SettingsError(f"upstream: {words}")
+
+
 def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
     return "; ".join(
         _told(tuple(map(str, e["loc"])), e["msg"], e["input"], sources) for e in error.errors(include_url=False)
@@ -282,5 +299,6 @@ def _told(place: tuple[str, ...], words: str, value: object, sources: Mapping[st
     source = sources.get(name, DEFAULT)
     where = f"{source.removeprefix('file ')}: " if source.startswith("file ") else ""
     variable = f" ({PREFIX}{name.upper()})" if source == ENVIRONMENT else ""
-    shown = "" if name not in Settings.model_fields or is_secret(name) else f", not {value!r}"
+    is_shown = name in Settings.model_fields and not is_secret(name) and not (name == "upstream" and "@" in str(value))
+    shown = f", not {value!r}" if is_shown else ""
     return f"{where}{'.'.join(place)}{variable}: {words}{shown}"

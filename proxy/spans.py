@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each episode, round and generation, sent to a collector where one is named.
+"""OpenTelemetry: a span for each episode, round and request to the upstream, sent to a collector where one is named.
 
 Unless OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` installed this imports nothing and costs nothing. Spans
 hold numbers and names, never what a client or a model has written.
@@ -11,11 +11,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from controllers import Action
-from proxy.engine import Call, Watcher
+from proxy.engine import Call, Told, Watcher
 from proxy.metrics import Metrics, family
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ logger = logging.getLogger(__name__)
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE: Final = "autotts-proxy"
+OPERATIONS: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/responses": "chat",  # so the conventions have it; `openai.api.type` tells them apart
+    "/v1/embeddings": "embeddings",
+}
+"""What the conventions for generative AI call the paths they have a name for."""
+API_TYPES: Final = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
 
 
 class Spans:
@@ -37,8 +46,15 @@ class Spans:
     def arrive(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """What the task does from here on is part of the trace that a request's headers name."""
 
+    def plan(self, _: str, model: str, held: ExitStack, work: Coroutine[Any, Any, Plan]) -> Coroutine[Any, Any, Plan]:
+        """`work`, which plans an episode on `model` for a request to a path, within a span of the episode's.
+
+        The task is within it from then on, until `held` is closed.
+        """
+        return work
+
     def episode(self, _: Plan, work: Coroutine[Any, Any, Reply]) -> Coroutine[Any, Any, Reply]:
-        """`work`, which serves a request, within a span."""
+        """`work`, which serves what was planned, within the same span."""
         return work
 
     def round(self, _: Sequence[Action]) -> AbstractContextManager[object]:
@@ -46,8 +62,12 @@ class Spans:
         return nullcontext()
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
-        """A span for a request to the upstream."""
+        """A span for a request to the upstream that generates."""
         return nullcontext()
+
+    def request(self, method: str, path: str) -> Told | None:
+        """A span for another request to it; who is to be told how that ends, if anybody."""
+        return None
 
     async def close(self) -> None:
         """Send what has not been sent."""
@@ -66,38 +86,56 @@ class OpenSpans(Spans):
         self._failed = trace.Status(trace.StatusCode.ERROR)
         self._attach = context.attach
         self._extract = TraceContextTextMapPropagator().extract
+        self._set = trace.set_span_in_context
+        self._within = trace.use_span
+        self._now = trace.get_current_span
 
     def arrive(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         told = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
         if told:
             self._attach(self._extract(told))
 
-    async def episode(self, plan: Plan, work: Coroutine[Any, Any, Reply]) -> Reply:
-        about = {
-            "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": "vllm",
-            "gen_ai.request.model": plan.prompt.model,
-            "gen_ai.response.id": plan.request_id,
-            "autotts.beta": plan.dial.beta,
-            "autotts.controller": family(plan.controller),
-        }
+    async def plan(self, path: str, model: str, held: ExitStack, work: Coroutine[Any, Any, Plan]) -> Plan:
+        name = OPERATIONS[path]
+        about = {**_about(name, model), "url.path": path}
+        if path in API_TYPES:
+            about["openai.api.type"] = API_TYPES[path]
         try:
-            with self._span(f"chat {plan.prompt.model}", self._kinds.SERVER, about) as span:
-                reply = await work
-                span.set_attributes(
-                    {
-                        "gen_ai.response.model": plan.prompt.model,
-                        "gen_ai.response.finish_reasons": [reply.message.finish_reason],
-                        "gen_ai.usage.input_tokens": reply.usage["prompt_tokens"],
-                        "gen_ai.usage.output_tokens": reply.usage["completion_tokens"],
-                        "autotts.stop": reply.tts["stop"],
-                        "autotts.branches": reply.tts["branches"],
-                        "autotts.rounds": reply.tts["rounds"],
-                    }
-                )
-                return reply
+            span = self._tracer.start_span(f"{name} {model}", kind=self._kinds.SERVER, attributes=about)
+            held.callback(span.end)
+            self._attach(self._set(span))
+            with self._failing(span):
+                plan = await work
         finally:
             work.close()
+        span.set_attributes(
+            {
+                "gen_ai.response.id": plan.request_id,
+                "autotts.beta": plan.dial.beta,
+                "autotts.controller": family(plan.controller),
+            }
+        )
+        return plan
+
+    async def episode(self, plan: Plan, work: Coroutine[Any, Any, Reply]) -> Reply:
+        span = self._now()
+        try:
+            with self._failing(span):
+                reply = await work
+        finally:
+            work.close()
+        span.set_attributes(
+            {
+                "gen_ai.response.model": plan.prompt.model,
+                "gen_ai.response.finish_reasons": [reply.message.finish_reason],
+                "gen_ai.usage.input_tokens": reply.usage["prompt_tokens"],
+                "gen_ai.usage.output_tokens": reply.usage["completion_tokens"],
+                "autotts.stop": reply.tts["stop"],
+                "autotts.branches": reply.tts["branches"],
+                "autotts.rounds": reply.tts["rounds"],
+            }
+        )
+        return reply
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         about = {f"autotts.actions.{verb.name.lower()}": n for verb, n in Counter(one.verb for one in actions).items()}
@@ -106,9 +144,7 @@ class OpenSpans(Spans):
     @contextmanager
     def generation(self, model: str, call: Call) -> Iterator[None]:
         about = {
-            "gen_ai.operation.name": "text_completion",
-            "gen_ai.provider.name": "vllm",
-            "gen_ai.request.model": model,
+            **_about("text_completion", model),
             "gen_ai.request.max_tokens": call.max_tokens,
             "gen_ai.request.choice.count": len(call.outputs),
         }
@@ -123,21 +159,51 @@ class OpenSpans(Spans):
                     }
                 )
 
+    def request(self, method: str, path: str) -> Told | None:
+        operation = OPERATIONS.get(path)
+        about = {"http.request.method": method, "url.path": path, **(_about(operation) if operation else {})}
+        span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=about)
+
+        def end(status: int | None, error: BaseException | None) -> None:
+            if status is not None:
+                span.set_attribute("http.response.status_code", status)
+            if error is not None:
+                self._fail(span, type(error).__name__)
+            elif status is not None and status >= HTTPStatus.BAD_REQUEST:
+                self._fail(span, str(status))
+            span.end()
+
+        return end
+
     async def close(self) -> None:
         await asyncio.to_thread(self._provider.shutdown)
 
     @contextmanager
     def _span(self, name: str, kind: Any, about: dict[str, Any]) -> Iterator[Span]:
         """A span, failed if what is within fails. Of an error it holds the type: its words may be a client's."""
-        with self._tracer.start_as_current_span(
-            name, kind=kind, attributes=about, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield span
-            except BaseException as error:
-                span.set_attribute("error.type", type(error).__name__)
-                span.set_status(self._failed)
-                raise
+        span = self._tracer.start_span(name, kind=kind, attributes=about)
+        within = self._within(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
+        with within, self._failing(span):
+            yield span
+
+    @contextmanager
+    def _failing(self, span: Span) -> Iterator[None]:
+        """What a span fails with."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(span, type(error).__name__)
+            raise
+
+    def _fail(self, span: Span, kind: str) -> None:
+        span.set_attribute("error.type", kind)
+        span.set_status(self._failed)
+
+
+def _about(operation: str, model: str | None = None) -> dict[str, Any]:
+    """What the conventions have told of an operation."""
+    about = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm"}
+    return about if model is None else {**about, "gen_ai.request.model": model}
 
 
 class Observer(Watcher):
@@ -154,6 +220,9 @@ class Observer(Watcher):
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         return self._spans.round(actions)
+
+    def request(self, method: str, path: str) -> Told | None:
+        return self._spans.request(method, path)
 
 
 def make() -> Spans:

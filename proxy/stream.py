@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy import errors
+from proxy import drain, errors
 from proxy.reply import Reply
 
 T = TypeVar("T")
@@ -115,9 +115,11 @@ async def thinking(
 ) -> AsyncGenerator[str | Reply | None]:
     """What comes of `serve`: the lines of `news` as they come, None after `ping_s` seconds of nothing, the reply last.
 
-    Raises ApiError. Closing it cancels `serve`, and waits for that to end.
+    Raises ApiError, also if the proxy ends before there is a reply: the stream can still tell. Closing it cancels
+    `serve`, and waits for that to end.
     """
     task = asyncio.create_task(serve())
+    line: asyncio.Task[str] | None = None
     try:
         while not task.done():
             line = asyncio.create_task(news.get())
@@ -131,7 +133,13 @@ async def thinking(
         while not news.empty():
             yield news.get_nowait()
         yield await task
+    except asyncio.CancelledError:
+        if not drain.is_cut():
+            raise
+        raise drain.refusal() from None
     finally:
+        if line is not None:
+            line.cancel()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxy.admission import Admission, Full, Place
+from proxy.bounds import NOTHING, Bound, fit
 from proxy.callers import Caller
-from proxy.errors import TooMany
+from proxy.engine import Model
+from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
 from proxy.limits import Caps, OverBudget, Purses, Reserve, retry_after
 from proxy.metrics import Metrics
+from proxy.schema import Generation
 from proxy.settings import Settings
 from proxy.stream import Stream
+from proxy.usage import Bill, last_of
 
-GENERATES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-"""Paths whose answers cost tokens when they are handed on."""
-_TAIL: Final = 4096
-"""Bytes of an answer's end in which its usage stands."""
-_USAGE: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,12})')
+T = TypeVar("T", bound="Turn")
+
+_UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Statuses of an upstream's failures before which it has generated nothing."""
 
 
 class Turn:
@@ -34,6 +35,7 @@ class Turn:
 
     def __init__(self, place: Place, reserve: Reserve, cap: int | None) -> None:
         self.cap = cap  # tokens it may spend
+        self.due = 0  # tokens it is taken to have cost if it is left without being settled
         self._place = place
         self._reserve = reserve
 
@@ -43,20 +45,49 @@ class Turn:
     async def __aexit__(self, *_: object) -> None:
         self.leave()
 
-    def metered(self, response: Response) -> Response:
-        """A response that is handed on, whose end tells what it has cost."""
-        if self.cap and isinstance(response, Stream) and response.status_code < HTTPStatus.BAD_REQUEST:
-            response.source = _metered(response.source, self)
-        return response
-
     def settle(self, cost: int) -> None:
         """It is over and has cost so many tokens."""
         self._reserve.settle(cost, time.monotonic())
 
     def leave(self) -> None:
-        """It is over; what was set aside for it and not settled is free again."""
-        self.settle(0)
+        """It is over; what was set aside for it, and is neither settled nor due, is free again."""
+        self.settle(self.due)
         self._place.leave()
+
+
+class Passage(Turn):
+    """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
+
+    def __init__(self, place: Place, reserve: Reserve, bound: Bound, count: Callable[[int], object]) -> None:
+        super().__init__(place, reserve, bound.most)
+        self._bound = bound
+        self._count: Callable[[int], object] | None = count  # told once what it has cost
+
+    async def metered(self, asked: Awaitable[Response]) -> Response:
+        """The response that comes of `asked`, which asks the upstream; its end tells what it has cost."""
+        self.due = self._bound.most or 0
+        try:
+            response = await asked
+        except (UpstreamUnreachable, UpstreamEjected):
+            self.due = 0
+            raise
+        status = response.status_code
+        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
+            self.due = 0
+        elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
+            is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+            response.source = _metered(response.source, self, Bill(self._bound, is_stream=is_stream))
+        return response
+
+    def hear(self, tail: bytes) -> None:
+        """The end of its reply, where nothing is set aside for it: it is counted if it tells its usage there."""
+        self.settle(last_of(tail) or 0)
+
+    def settle(self, cost: int) -> None:
+        super().settle(cost)
+        count, self._count = self._count, None
+        if count is not None and cost:
+            count(cost)
 
 
 class Turns:
@@ -76,19 +107,24 @@ class Turns:
         """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
         caller: Caller = request.state.caller
         cap = caller.caps.within(self._common).cap(asked)
-        return self._take(request, self.episodes, caller, cap)
+        return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap))
 
-    def passing(self, request: Request, body: bytes) -> Turn:
-        """For a request that is handed on, and so not capped: what is set aside is a guess if it sets no bound itself.
-
-        Raises TooMany.
-        """
+    def bound(self, request: Request, parsed: Generation, model: Model) -> Bound:
+        """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
         caller: Caller = request.state.caller
-        caps = caller.caps.within(self._common)
-        asked = 0
-        if caps.tokens_per_minute is not None and request.scope["path"] in GENERATES:
-            asked = caps._replace(tokens=None).cap(_bound(json.loads(body))) or 0
-        return self._take(request, self.passed, caller, asked)
+        return fit(parsed, caller.caps.within(self._common), model.max_length)
+
+    def passing(self, request: Request, model: str, bound: Bound | None) -> Passage:
+        """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
+        caller: Caller = request.state.caller
+
+        def count(tokens: int) -> None:
+            self._metrics.tokens.labels(model, "", "", "passed_through").inc(tokens)
+
+        bound = NOTHING if bound is None else bound
+        return self._take(
+            request, self.passed, caller, bound.most, lambda place, reserve: Passage(place, reserve, bound, count)
+        )
 
     def settings_for(self, request: Request, turn: Turn) -> Settings:
         """The settings, as narrow as its caller's key and its turn make them."""
@@ -98,7 +134,14 @@ class Turns:
         branches = caller.caps.within(self._common).branches
         return self._settings.model_copy(update={"max_branches": branches, "max_total_tokens": turn.cap})
 
-    def _take(self, request: Request, admission: Admission, caller: Caller, cap: int | None) -> Turn:
+    def _take(
+        self,
+        request: Request,
+        admission: Admission,
+        caller: Caller,
+        cap: int | None,
+        make: Callable[[Place, Reserve], T],
+    ) -> T:
         now = time.monotonic()
         self.purses.forget(now)
         try:
@@ -117,7 +160,7 @@ class Turns:
                 raise self._refuse("key_queue_full", words, error.after_s) from None
             words = f"{admission.in_flight} requests are under way and {admission.waiting} wait; ask again later"
             raise self._refuse("queue_full", words, error.after_s) from None
-        turn = Turn(place, reserve, cap)
+        turn = make(place, reserve)
         held: ExitStack = request.state.held
         held.callback(turn.leave)
         return turn
@@ -133,13 +176,14 @@ class Turns:
 
         def of(holder: str, caps: Caps) -> dict[str, Any]:
             window = self.purses.windows.get(holder)
+            nothing = None if caps.tokens_per_minute is None else 0  # only what has a cap is counted
             return {
                 "limits": caps._asdict(),
                 "episodes": self.episodes.taken[holder],
                 "passed": self.passed.taken[holder],
                 "waiting": self.episodes.waiting_of(holder) + self.passed.waiting_of(holder),
-                "spent": 0 if window is None else window.spent(now),
-                "reserved": 0 if window is None else window.reserved,
+                "spent": nothing if window is None else window.spent(now),
+                "reserved": nothing if window is None else window.reserved,
             }
 
         common = self.purses.common
@@ -166,23 +210,14 @@ class Held(Response):
             await self.response(scope, receive, send)
 
 
-async def _metered(source: AsyncGenerator[bytes], turn: Turn) -> AsyncGenerator[bytes]:
-    """What `source` yields; the usage at its end is what `turn` has cost. Without one it is what was set aside."""
-    tail, cost = b"", turn.cap or 0
+async def _metered(source: AsyncGenerator[bytes], turn: Turn, bill: Bill) -> AsyncGenerator[bytes]:
+    """What of `source` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
     try:
         async for data in source:
-            tail = (tail + data)[-_TAIL:]
-            yield data
-        if said := _USAGE.findall(tail):
-            cost = int(said[-1])
+            if passed := bill.take(data):
+                yield passed
+        if passed := bill.rest():
+            yield passed
     finally:
-        turn.settle(cost)
+        turn.settle(bill.cost)
         await source.aclose()
-
-
-def _bound(body: Mapping[str, Any]) -> int | None:
-    """Tokens a request that is handed on may generate at most by its own words."""
-    given = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
-    most = next((one for one in given if type(one) is int and one > 0), None)
-    n = body.get("n")
-    return None if most is None else most * (n if type(n) is int and n > 0 else 1)

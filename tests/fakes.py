@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,8 +100,9 @@ class FakeVLLM:
 
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
     "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error told with
-    status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be).
-    "no_models" makes /v1/models misbehave instead.
+    status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be), "broken" (500),
+    "unmade" (501), "more" (ten times the tokens it may write).
+    "no_models" and "models_hang" make /v1/models misbehave instead.
     It applies from request number `fault_after` on, to `fault_times` requests if that is set.
     """
 
@@ -111,6 +112,8 @@ class FakeVLLM:
         self.opened = 0
         self.generated = 0
         self.running = 0
+        self.branches = 0  # in flight
+        self.most_branches = 0  # that ever were
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fault = ""
@@ -121,6 +124,7 @@ class FakeVLLM:
         self.looked = asyncio.Event()  # somebody has asked for that while there were some
         self.is_polite = False  # tells of requests it cannot read with status 400, as vLLM does; set it before `serve`
         self.babble: Any = None  # what it says at the end of a stream
+        self.usage: dict[str, Any] = {}  # what of its usage is made up
         self.is_well = True  # what it says of itself
         self.greeting = ""  # what its chat template begins a conversation with
         self.hanging = asyncio.Event()  # a request hangs now
@@ -153,6 +157,8 @@ class FakeVLLM:
     async def _models(self, _: web.Request) -> web.Response:
         if self.fault == "no_models":
             return web.Response(text="<html>")
+        if self.fault == "models_hang":
+            await asyncio.Event().wait()
         return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": MAX_LENGTH}]})
 
     async def _metrics(self, _: web.Request) -> web.Response:
@@ -185,12 +191,16 @@ class FakeVLLM:
         body = await request.json()
         self.requests.append(body)
         self.headers.append(dict(request.headers))
+        branches = body.get("n", 1) * (len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1)
         self.running += 1
+        self.branches += branches
+        self.most_branches = max(self.most_branches, self.branches)
         self.idle.clear()
         try:
             return await self._generate(request, body)
         finally:
             self.running -= 1
+            self.branches -= branches
             if not self.running:
                 self.idle.set()
 
@@ -203,6 +213,9 @@ class FakeVLLM:
             return web.json_response({"error": error}, status=400)
         if fault == "unavailable":
             return web.json_response({"error": {"message": "not now", "code": 503}}, status=503)
+        if fault in ("broken", "unmade"):
+            status = 500 if fault == "broken" else 501
+            return web.json_response({"error": {"message": "this went wrong", "code": status}}, status=status)
         if fault == "drop" and request.transport is not None:
             request.transport.abort()
             await asyncio.Event().wait()
@@ -239,6 +252,13 @@ class FakeVLLM:
             return response
         if fault == "cut":
             return response
+        if fault == "more":
+            for _ in range(10):
+                for index in range(len(written)):
+                    await send({"choices": [_choice(index, [ord("m")] * body["max_tokens"], None)]})
+                    self.generated += body["max_tokens"]
+                await asyncio.sleep(0.01)
+            return response
         for index, (ids, finish) in enumerate(written):
             await send({"choices": [_choice(index, ids[1:], finish)]})
         total = sum(len(ids) for ids, _ in written)
@@ -246,7 +266,8 @@ class FakeVLLM:
         usage = {
             "prompt_tokens": sum(map(len, prompts)),
             "completion_tokens": total + (fault == "lie"),
-            "prompt_tokens_details": {"cached_tokens": 3},
+            "prompt_tokens_details": {"cached_tokens": min(3, len(prompts[0]))},
+            **self.usage,
         }
         await send({"choices": [], "usage": usage})
         if self.babble is not None:
@@ -363,6 +384,7 @@ class RawUpstream:
         self.go = asyncio.Event()
         self.go.set()
         self.url = ""
+        self.close: Callable[[], Awaitable[None]]  # nobody answers from then on
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[RawUpstream]:
@@ -373,6 +395,7 @@ class RawUpstream:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self.close = runner.cleanup
         try:
             yield self
         finally:

@@ -1,150 +1,197 @@
-"""The pass-through beside the bare one, both before a backend that does nothing; every server is its own process."""
+"""The pass-through beside the bare one, both before a backend that does nothing; servers and load are processes."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
 
 import aiohttp
 
 from proxy.embedded import free_port
+from tests.bench.generator import BODY, CONNECTIONS, STREAMS, Figures
 from tests.bench.live import Row
+from tests.bench.peers import Peer, PeerMissing
 
-CONNECTIONS = 50
-REQUESTS = 4000
-ALONE = 400
-STREAMS = 200
-ROUNDS = 3
-BODY = {"model": "null", "messages": [{"role": "user", "content": "hi"}]}
-
-
-class Figures(NamedTuple):
-    """Of one server."""
-
-    rate: float  # requests a second, over fifty connections
-    alone_ms: float  # a request, one at a time, p50
-    streams: float  # streams a second, two hundred at once
-    first_ms: float  # a stream's first byte, p50
+ROUNDS: Final = 3
+LOAD: Final = ("--seconds", "2", "--alone", "400", "--each", "8", "--warm", "1")
+PEER_LOAD: Final = ("--seconds", "2", "--alone", "30", "--each", "1", "--warm", "0")
+"""Of what is known to be slow: two hundred of its streams take seconds. The first round warms it."""
+LIMIT_S: Final = 90
+"""One server's round, or its coming up, takes no longer."""
 
 
-async def rows() -> list[Row]:
-    """Every row; servers are measured by turns."""
-    async with AsyncExitStack() as stack:
-        backend = await stack.enter_async_context(_served("-m", "tests.bench.null", "backend"))
-        bare = await stack.enter_async_context(_served("-m", "tests.bench.null", "bare", upstream=backend))
-        proxy = await stack.enter_async_context(_served("-m", "proxy.cli", "serve", upstream=backend))
-        connector = aiohttp.TCPConnector(limit=0)
-        http = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
-        taken: dict[str, list[Figures]] = {"direct": [], "bare": [], "proxy": []}
-        for _ in range(ROUNDS):
-            for name, url in (("direct", backend), ("bare", bare), ("proxy", proxy)):
-                taken[name].append(await _measure(http, url))
-    direct, plain, ours = (_median(taken[name]) for name in ("direct", "bare", "proxy"))
+class Measured(NamedTuple):
+    """What each server did."""
+
+    direct: Figures
+    bare: Figures
+    proxy: Figures
+    peers: Mapping[str, Figures | str]  # by name; in words where it could not be measured
+
+
+class ServerFailed(Exception):
+    """It did not come up, or did not answer as it should."""
+
+
+async def measured(peers: Sequence[Peer] = ()) -> Measured:
+    """Medians over rounds in which servers take turns; peers come after, alone, so that they are in nobody's way."""
+    async with _own("-m", "tests.bench.null", "backend") as backend:
+        async with (
+            _own("-m", "tests.bench.null", "bare", upstream=backend) as bare,
+            _own("-m", "proxy.cli", "serve", upstream=backend) as proxy,
+        ):
+            rounds = [[await _measure(url, LOAD) for url in (backend, bare, proxy)] for _ in range(ROUNDS)]
+        direct, plain, ours = (_median(taken) for taken in zip(*rounds, strict=True))
+        return Measured(direct, plain, ours, {str(peer): await _beside(peer, backend) for peer in peers})
+
+
+def rows(taken: Measured) -> list[Row]:
+    """The pass-through's lines of the table."""
+    direct, plain, ours, _ = taken
     return [
-        _row(f"pass-through, {CONNECTIONS} connections", ours.rate, plain.rate, "/s", "bare FastAPI"),
+        Row(
+            f"pass-through, {CONNECTIONS} connections",
+            f"{ours.rate:,.0f} /s",
+            f"bare FastAPI: {plain.rate:,.0f} /s; direct: {direct.rate:,.0f} /s",
+            f"{ours.rate / plain.rate:.2f}",
+        ),
         Row(
             "pass-through, one connection, p50",
             f"{ours.alone_ms:.2f} ms",
-            f"direct: {direct.alone_ms:.2f} ms",
+            f"direct: {direct.alone_ms:.2f} ms; bare FastAPI: {plain.alone_ms:.2f} ms",
             f"{ours.alone_ms - direct.alone_ms:+.2f} ms",
         ),
-        _row(f"{STREAMS} SSE streams", ours.streams, direct.streams, "/s", "direct"),
-        _row(f"{STREAMS} SSE streams", ours.streams, plain.streams, "/s", "bare FastAPI"),
+        _streams("direct", ours, direct),
+        _streams("bare FastAPI", ours, plain),
         Row(
             f"{STREAMS} SSE streams, first byte p50",
             f"{ours.first_ms:.0f} ms",
-            f"direct: {direct.first_ms:.0f} ms, bare: {plain.first_ms:.0f} ms",
-            "",
+            f"direct: {direct.first_ms:.0f} ms; bare FastAPI: {plain.first_ms:.0f} ms",
+            f"{ours.first_ms - direct.first_ms:+.0f} ms",
         ),
     ]
 
 
-def _row(bench: str, measured: float, beside: float, unit: str, what: str) -> Row:
-    return Row(bench, f"{measured:,.0f} {unit}", f"{what}: {beside:,.0f} {unit}", f"{measured / beside:.2f}")
+def _streams(name: str, ours: Figures, other: Figures) -> Row:
+    beside = f"{name}: {other.streams:,.0f} /s"
+    return Row(f"{STREAMS} SSE streams", f"{ours.streams:,.0f} /s", beside, f"{ours.streams / other.streams:.2f}")
+
+
+HEADINGS: Final = (
+    "server, one worker",
+    f"requests/s, {CONNECTIONS} connections",
+    f"streams/s, {STREAMS} at once",
+    "first byte, p50",
+    "events a stream",
+)
+CAPTION: Final = (
+    "Who sends fewer than forty events asked the backend for a whole reply, which it has at once, and cut that up."
+)
+
+
+def side_by_side(taken: Measured) -> list[tuple[str, ...]]:
+    """A line a server, under HEADINGS."""
+    named = {"direct": taken.direct, "bare FastAPI": taken.bare, "this proxy": taken.proxy, **taken.peers}
+    return [(name, *_told(figures)) for name, figures in named.items()]
+
+
+def _told(figures: Figures | str) -> tuple[str, ...]:
+    if isinstance(figures, str):
+        return (figures,)
+    return (
+        f"{figures.rate:,.0f}",
+        f"{figures.streams:,.0f}",
+        f"{figures.first_ms:,.0f} ms",
+        f"{figures.events:.0f}",
+    )
 
 
 def _median(taken: Sequence[Figures]) -> Figures:
     return Figures(*(statistics.median(column) for column in zip(*taken, strict=True)))
 
 
-@asynccontextmanager
-async def _served(*command: str, upstream: str | None = None) -> AsyncIterator[str]:
-    """The URL of a server that runs as long as the context."""
+async def _beside(peer: Peer, backend: str) -> Figures | str:
+    """A peer's figures, or why there are none."""
     port = free_port()
-    if command[-1] == "serve":
-        arguments = [*command, "--port", str(port), "--upstream", str(upstream), "--no-record"]
+    try:
+        await peer.install()
+        async with _served(port, peer.serve(peer.folder, port, backend), peer.environment(), peer.folder) as url:
+            return _median([await _measure(url, PEER_LOAD) for _ in range(ROUNDS)])
+    except (PeerMissing, ServerFailed) as error:
+        return str(error)
+
+
+@asynccontextmanager
+async def _own(*module: str, upstream: str | None = None) -> AsyncIterator[str]:
+    """The URL of a server of this project that runs as long as the context."""
+    port = free_port()
+    if module[-1] == "serve":
+        arguments = ["--port", str(port), "--upstream", str(upstream), "--no-record"]
     else:
-        arguments = [*command, str(port), *([] if upstream is None else [upstream])]
+        arguments = [str(port), *([] if upstream is None else [upstream])]
+    environment = os.environ | {"COVERAGE_PROCESS_START": ""}
+    async with _served(port, [sys.executable, *module, *arguments], environment) as url:
+        yield url
+
+
+@asynccontextmanager
+async def _served(
+    port: int, command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> AsyncIterator[str]:
     quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stdout=quiet, stderr=quiet, env=os.environ | {"COVERAGE_PROCESS_START": ""}
-    )
+    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet, env=environment, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
         await _up(url, process)
         yield url
     finally:
-        process.terminate()
-        await process.wait()
+        await _ended(process)
 
 
 async def _up(url: str, process: asyncio.subprocess.Process) -> None:
-    async with aiohttp.ClientSession() as http:
-        for _ in range(600):
-            if process.returncode is not None:
-                break
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LIMIT_S
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as http:
+        while loop.time() < end and process.returncode is None:
             try:
                 async with http.post(f"{url}/v1/chat/completions", json=BODY) as response:
                     if response.status == 200:
                         return
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 pass
             await asyncio.sleep(0.1)
-    raise RuntimeError(f"{url} does not come up")
+    raise ServerFailed("it does not come up")
 
 
-async def _measure(http: aiohttp.ClientSession, url: str) -> Figures:
-    alone = []
-    for _ in range(ALONE):
-        began = time.perf_counter()
-        await _ask(http, url)
-        alone.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    await asyncio.gather(*(_repeat(http, url, REQUESTS // CONNECTIONS) for _ in range(CONNECTIONS)))
-    rate = REQUESTS / (time.perf_counter() - began)
-    began = time.perf_counter()
-    first = await asyncio.gather(*(_stream(http, url) for _ in range(STREAMS)))
-    streams = STREAMS / (time.perf_counter() - began)
-    return Figures(rate, 1000 * statistics.median(alone), streams, 1000 * statistics.median(first))
+async def _measure(url: str, how: Sequence[str]) -> Figures:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.bench.generator", url, *how, stdout=pipe, stderr=pipe
+    )
+    try:
+        told, wrong = await asyncio.wait_for(process.communicate(), LIMIT_S)
+    except TimeoutError:
+        raise ServerFailed(f"not answered within {LIMIT_S} s") from None
+    finally:
+        await _ended(process)
+    if process.returncode:
+        raise ServerFailed((told or wrong).decode().strip().rpartition("\n")[2])
+    return Figures(**json.loads(told))
 
 
-async def _repeat(http: aiohttp.ClientSession, url: str, count: int) -> None:
-    for _ in range(count):
-        await _ask(http, url)
-
-
-async def _ask(http: aiohttp.ClientSession, url: str) -> None:
-    async with http.post(f"{url}/v1/chat/completions", json=BODY) as response:
-        response.raise_for_status()
-        await response.read()
-
-
-async def _stream(http: aiohttp.ClientSession, url: str) -> float:
-    """Seconds to the first byte of a stream that is read to its end."""
-    began = time.perf_counter()
-    async with http.post(f"{url}/v1/chat/completions", json={**BODY, "stream": True}) as response:
-        response.raise_for_status()
-        await response.content.readany()
-        first = time.perf_counter() - began
-        data = b""
-        async for part in response.content.iter_any():
-            data = (data + part)[-64:]
-    if not data.endswith(b"data: [DONE]\n\n"):
-        raise RuntimeError(f"{url} cut a stream")
-    return first
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Asked to, or else made to."""
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 10)
+        except TimeoutError:
+            process.kill()
+            await process.wait()

@@ -11,10 +11,10 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import aiohttp
 import uvicorn
+import uvloop
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -30,33 +30,73 @@ REPLY = {
     "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
 }
 CHUNK = {"id": "chatcmpl-null", "object": "chat.completion.chunk", "created": 0, "model": "null"}
-EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": "x"}}]}).encode() + b"\n\n"
 
 
-async def backend(scope: Any, receive: Any, send: Any) -> None:
-    """An ASGI app: the same reply to everything, or forty events five milliseconds apart."""
-    if scope["type"] != "http":
-        return
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            break
-    stream = b'"stream":true' in body or b'"stream": true' in body
-    kind = b"text/event-stream" if stream else b"application/json"
-    headers = [(b"content-type", kind)]
-    if not stream:
-        data = json.dumps(MODELS if scope["path"] == "/v1/models" else REPLY).encode()
-        headers.append((b"content-length", str(len(data)).encode()))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    for _ in range(EVENTS):
-        await send({"type": "http.response.body", "body": EVENT, "more_body": True})
-        await asyncio.sleep(APART_S)
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+def _json(value: object) -> bytes:
+    data = json.dumps(value).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
+
+
+def _event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return _chunk(b"data: " + json.dumps({**CHUNK, "choices": [choice]}).encode() + b"\n\n")
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+FIRST = HEAD + _event({"role": "assistant", "content": "x"})
+NEXT = _event({"content": "x"})
+LAST = _event({}, "stop") + _chunk(b"data: [DONE]\n\n") + _chunk(b"")
+WHOLE, LISTED = _json(REPLY), _json(MODELS)
+
+
+class Backend(asyncio.Protocol):
+    """The same reply to everything, or forty events five milliseconds apart; its own HTTP, so that it costs little."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._asked = b""
+        self._began = 0.0
+        self._sent = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Somebody connects."""
+        self._transport = transport  # type: ignore[assignment]  # of a stream, as always
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of a request; one that says no length has no body."""
+        self._asked += data
+        head, gap, body = self._asked.partition(b"\r\n\r\n")
+        _, _, length = head.lower().partition(b"\r\ncontent-length:")
+        if not gap or len(body) < int(length.partition(b"\r\n")[0] or 0):
+            return
+        self._asked = b""
+        if head.startswith(b"GET /v1/models"):
+            self._transport.write(LISTED)
+        elif b'"stream":true' in body or b'"stream": true' in body:
+            self._began, self._sent = self._loop.time(), 0
+            self._tick()
+        else:
+            self._transport.write(WHOLE)
+
+    def _tick(self) -> None:
+        """The next event. Each has its own moment, so that one that is late delays none after it."""
+        if self._transport.is_closing():
+            return
+        self._sent += 1
+        self._transport.write(FIRST if self._sent == 1 else NEXT if self._sent < EVENTS else LAST)
+        if self._sent < EVENTS:
+            self._loop.call_at(self._began + self._sent * APART_S, self._tick)
+
+
+async def backend(port: int) -> None:
+    """Serve until killed."""
+    server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", port, backlog=1024)
+    await server.serve_forever()
 
 
 def bare(upstream: str) -> FastAPI:
@@ -85,5 +125,10 @@ def bare(upstream: str) -> FastAPI:
 
 
 if __name__ == "__main__":
-    made: Any = backend if sys.argv[1] == "backend" else bare(sys.argv[3])
-    uvicorn.run(made, port=int(sys.argv[2]), http="httptools", loop="uvloop", access_log=False, log_level="warning")
+    kind, port = sys.argv[1], int(sys.argv[2])
+    if kind == "backend":
+        uvloop.run(backend(port))
+    else:
+        uvicorn.run(
+            bare(sys.argv[3]), port=port, http="httptools", loop="uvloop", access_log=False, log_level="warning"
+        )

@@ -22,8 +22,10 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from proxy.server import running
+from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
-from tests.proxy.conftest import Proxy, backend, proxy
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
 __all__ = ["backend", "proxy"]  # fixtures
 
@@ -195,6 +197,51 @@ async def test_an_ejected_upstream_is_left_alone_until_one_request_finds_it_well
     assert await upstream.engine.healthy()
 
 
+async def test_failures_of_its_own_eject_and_are_not_repeated(upstream: Upstream, clock: Clock) -> None:
+    upstream.fake.fault = "broken"
+    for _ in range(FAILURES):
+        with pytest.raises(UpstreamRefused, match="went wrong"):
+            await upstream.generate()
+    assert (len(upstream.fake.requests), upstream.events) == (FAILURES, ["ejected"])
+    with pytest.raises(UpstreamEjected):
+        await upstream.generate()
+    clock.now += EJECTED_S
+    with pytest.raises(UpstreamRefused):
+        await upstream.generate()
+    assert upstream.events == ["ejected"] * 2
+    assert len(upstream.fake.requests) == FAILURES + 1
+
+
+@pytest.mark.parametrize("fault", ["error_event", "error_body"])
+async def test_so_do_those_it_tells_in_a_response_that_began_well(upstream: Upstream, fault: str) -> None:
+    upstream.fake.fault = fault
+    for _ in range(FAILURES):
+        with pytest.raises(UpstreamRefused):
+            await upstream.generate()
+    assert (len(upstream.fake.requests), upstream.events) == (FAILURES, ["ejected"])
+    with pytest.raises(UpstreamEjected):
+        await upstream.generate()
+
+
+async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
+    for _ in range(FAILURES):
+        upstream.fake.fault = "broken"
+        for _ in range(FAILURES - 1):
+            with pytest.raises(UpstreamRefused):
+                await upstream.generate()
+        upstream.fake.fault = ""
+        await upstream.generate()
+    assert upstream.events == []
+
+
+async def test_what_it_was_not_made_for_says_nothing_of_it(upstream: Upstream) -> None:
+    upstream.fake.fault = "unmade"
+    for _ in range(2 * FAILURES):
+        with pytest.raises(UpstreamRefused):
+            await upstream.generate()
+    assert upstream.events == []
+
+
 async def test_silence_counts_and_is_not_repeated(upstream: Upstream, backend: FakeVLLM, clock: Clock) -> None:
     async with aiohttp.ClientSession() as http:
         engine = upstream.engine = Engine(backend.url, http, read_timeout_s=0.05, breaker=Breaker(clock))
@@ -232,7 +279,75 @@ async def test_nobody_there(clock: Clock) -> None:
             await engine.tokenise_suffix(MODEL, "x")
 
 
+async def test_a_backend_that_writes_more_than_it_may_is_cut(upstream: Upstream) -> None:
+    upstream.fake.fault = "more"
+    call = Call([[ord(char) for char in ASSISTANT]], 20, {}, n=3)
+    with pytest.raises(UpstreamNonsense, match="20"):
+        await upstream.engine.generate(MODEL, call)
+    received = [len(output.ids) for output in call.outputs]
+    assert max(received) == 21  # the first piece was of one token, the second of as many as there may be
+    assert sum(received) <= 3 * 21
+
+
+LIES: list[dict[str, Any]] = [
+    *({"prompt_tokens": lie} for lie in (-5, 0, 10**30, len(ASSISTANT) + 1, float(len(ASSISTANT)), 5.7, True, "11")),
+    *({"completion_tokens": lie} for lie in (-5, 21, 20.0, True, None)),
+    *({"prompt_tokens_details": {"cached_tokens": lie}} for lie in (-9, 10**9, 2.0, False, "3")),
+    {"prompt_tokens_details": [1]},
+]
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_what_it_says_it_has_counted_must_be_what_there_is(upstream: Upstream, lie: dict[str, Any]) -> None:
+    upstream.fake.usage = lie
+    with pytest.raises(UpstreamNonsense):
+        await upstream.generate()
+
+
+@pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None}])
+async def test_what_is_cached_need_not_be_told(upstream: Upstream, details: Any) -> None:
+    upstream.fake.usage = {"prompt_tokens_details": details}
+    call = await upstream.generate()
+    assert (call.prompt_tokens, call.cached_tokens) == (len(ASSISTANT), None)
+
+
+async def test_prompts_are_counted_once_each(upstream: Upstream) -> None:
+    prompt = [ord(char) for char in ASSISTANT]
+    for call in (Call([prompt], 5, {}, n=4), Call([prompt, [*prompt, ord("<")]], 5, {})):
+        await upstream.engine.generate(MODEL, call)
+        assert call.prompt_tokens == sum(map(len, call.prompts))
+
+
 # Through the proxy
+
+
+async def test_clients_whose_requests_break_it_eject_it_too(proxy: Proxy) -> None:
+    proxy.backend.fault = "broken"
+    body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
+    statuses = []
+    for _ in range(20):
+        async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
+            statuses.append(response.status)
+    assert statuses == [500] * FAILURES + [503] * (20 - FAILURES)
+    assert len(proxy.backend.requests) == FAILURES
+
+
+async def test_a_cap_is_not_passed_by_much_and_all_that_came_is_billed(proxy: Proxy) -> None:
+    proxy.backend.fault, proxy.backend.fault_after = "more", 2
+    status, headers, reply = await proxy.ask("1", tts={"answer": "boxed", "max_total_tokens": 500})
+    spent = reply["tts"]["tokens"]["total"] if status == 200 else int(headers["x-tts-tokens"])
+    assert 0 < spent <= 1000
+    assert await proxy.metric("autotts_tokens_total") == spent
+
+
+async def test_a_list_of_models_that_does_not_come_keeps_nobody_waiting(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "CHECK_S", 0.2)
+    async with running(load(upstream=proxy.backend.url, **{**SMALL, "read_timeout_s": 600})) as url:
+        proxy.backend.fault = "models_hang"
+        async with asyncio.timeout(5), proxy.http.get(f"{url}/ready") as response:
+            assert response.status == 503
 
 
 async def test_clients_are_told_when_to_come_back(proxy: Proxy) -> None:

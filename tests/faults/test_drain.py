@@ -121,6 +121,48 @@ async def test_what_does_not_end_in_time_is_cut_and_written_down(backend: FakeVL
         served.process.send_signal(signal.SIGTERM)
         status, headers, reply = await asking
         assert (status, reply["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
+        assert headers["x-should-retry"] == "false"  # else it would buy all that again
+        assert int(headers["x-tts-tokens"]) > 0
+        assert await served.end() == 0
+        await backend.idle.wait()
+    assert await stops(tmp_path) == ["disconnected"]
+
+
+async def test_what_has_cost_nothing_may_be_asked_again(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
+        backend.gate.clear()
+        asking = asyncio.create_task(served.ask())
+        await until(lambda: runs(backend))
+        served.process.send_signal(signal.SIGTERM)
+        status, headers, reply = await asking
+        assert (status, reply["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
+        assert "x-should-retry" not in headers
+        assert await served.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi<assistant>"}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_a_stream_that_is_cut_ends_with_the_error(
+    backend: FakeVLLM, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
+        backend.fault = "hang"
+        body = {"model": MODEL, "stream": True, "tts": {"beta": 0.5}, **fields}
+        async with served.http.post(served.url + path, json=body) as response:
+            await backend.hanging.wait()
+            served.process.send_signal(signal.SIGTERM)
+            lines = (await response.text()).splitlines()
+        told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        if path == "/v1/responses":
+            assert told[-1]["response"]["status"] == "failed"
+            told.pop()
+        assert told[-1]["error"]["code"] == "draining"
         assert await served.end() == 0
         await backend.idle.wait()
     assert await stops(tmp_path) == ["disconnected"]

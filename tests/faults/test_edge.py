@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -148,6 +149,18 @@ async def test_what_is_refused_is_answered_once_and_reaches_nothing(proxy: Proxy
         assert answer.headers["connection"] == "close"
         assert "x-request-id" in answer.headers
         assert proxy.backend.requests == [], case
+
+
+@pytest.mark.parametrize("case", ["no Host", "CL.TE", "a path that climbs", "5,000 headers"])
+async def test_why_it_was_refused_is_logged_and_nothing_of_what_was_said(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    said, _ = REFUSED[case]
+    (answer,) = await speak(proxy.url, said)
+    code = json.loads(answer.body)["error"]["code"]
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warned == [f"a request was refused: {code}"]
 
 
 async def test_however_it_is_cut_into_pieces(proxy: Proxy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_show_masks_and_names_sources(tmp_path: Path) -> None:
     assert (told["beta"]["value"], told["beta"]["source"]) == (0.25, "environment")
     assert told["store"]["value"] == "autotts.db"
     assert "hidden" not in autotts("config", "show", AUTOTTS_CONFIG=str(file)).stdout
+
+
+def test_the_flags_of_serve_are_taken_here_too() -> None:
+    flags = ["--port", "9", "--beta", "0.5", "--no-record", "--upstream", "http://127.0.0.1:1"]
+    told = json.loads(autotts("config", "show", "--json", *flags, AUTOTTS_PORT="8").stdout)
+    assert {name for name, one in told.items() if one["source"] == "flag"} == {"port", "beta", "record", "upstream"}
+    assert (told["port"]["value"], told["beta"]["value"], told["store"]["value"]) == (9, 0.5, None)
+    done = autotts("config", "check", *flags, "--host", "0.0.0.0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there are no keys" in done.stderr
+    done = autotts("config", "check", "--beta", "much")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--beta must be" in done.stderr
+    shown, served = ((autotts(*verb, "--help").stdout) for verb in (("config", "show"), ("serve",)))
+    assert set(re.findall(r"--[a-z-]+", served)) <= set(re.findall(r"--[a-z-]+", shown))
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,69 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
     assert ring.find("carols") is not None
 
 
+# The variable
+
+
+def pair(name: str, token: str) -> str:
+    return f"{name}={keys.hashed(token)}"
+
+
+def test_a_variable_holds_names_and_hashes() -> None:
+    text = f"\n {pair('alice', ALICE)}, {pair('alice', 'fresh')}\n{pair('bob', BOB)},\n"
+    alice, bob = keys.listed(text)
+    assert (alice.name, alice.hashes) == ("alice", (keys.hashed(ALICE), keys.hashed("fresh")))
+    assert (bob.name, bob.is_admin, set(bob.caps)) == ("bob", False, {None})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ALICE, "entry 1: say NAME=HASH"),
+        (f"{pair('bob', BOB)},alice={ALICE}", "entry 2: say NAME=HASH"),
+        (f"{ALICE}={ALICE}", "entry 1: say NAME=HASH"),
+        (f"{pair('bob', BOB)}\n{pair('alice', BOB)}", "entry 2: has the key of another"),
+    ],
+)
+def test_what_is_wrong_with_a_variable_is_told_without_what_it_holds(text: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Callers(load(client_keys=text))
+    assert str(caught.value).startswith(f"{keys.VARIABLE}: {words}")
+    assert ALICE not in str(caught.value)
+
+
+async def test_keys_of_a_variable_let_in_beside_those_of_a_file(
+    backend: FakeVLLM, http: aiohttp.ClientSession, file: Path
+) -> None:
+    alone = load(upstream=backend.url, client_keys=pair("carol", "carols"), **SMALL)
+    both = load(upstream=backend.url, client_keys=pair("carol", "carols"), keys=file, **SMALL)
+    for settings, alices in ((alone, 401), (both, 200)):
+        async with running(settings) as url:
+            statuses = [(await ask(http, url, token))[0] for token in ("carols", ALICE, "nobody's", None)]
+        assert statuses == [200, alices, 401, 401]
+
+
+def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = keys.Keyring(file, keys.listed(pair("carol", "carols")))
+    write(file, keys.line("dave", "daves"))
+    assert [found.find(token) is not None for token in ("carols", "daves", ALICE)] == [True, True, False]
+    for line in (keys.line("carol", "another"), keys.line("eve", "carols")):
+        write(file, line)
+        caplog.clear()
+        assert found.find("daves") is not None
+        assert f"is in {keys.VARIABLE} too; the keys stay as they were" in caplog.text
+
+
+def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
+    given = {"AUTOTTS_CLIENT_KEYS": pair("carol", "carols"), "AUTOTTS_UPSTREAM": "http://127.0.0.1:1"}
+    done = autotts("config", "show", "--json", **given)
+    told = json.loads(done.stdout)["client_keys"]
+    assert (told["value"], told["source"]) == ("********", "environment")
+    assert keys.hashed("carols") not in done.stdout
+    done = autotts("config", "check", "--host", "0.0.0.0", **given)
+    assert done.returncode == 0, done.stderr
+    assert "AUTOTTS_CLIENT_KEYS" not in done.stdout
+
+
 # The command line
 
 
@@ -280,6 +343,7 @@ def test_strangers_are_not_let_in_unasked(host: str, file: Path) -> None:
     with pytest.raises(SettingsError, match="there are no keys"):
         check_host(load(host=host))
     check_host(load(host=host, keys=file))
+    check_host(load(host=host, client_keys=pair("alice", ALICE)))
     check_host(load(host=host, allow_anonymous=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from controllers import Action, Limits, State, advance, answer, branch, probe, p
 from controllers.episode import run_episode, run_sync
 from controllers.errors import ControllerError
 from proxy import keys
+from proxy.bounds import Bound
 from proxy.limits import GRAIN_S, MINUTE_S, SHARE, Caps, OverBudget, Purses, Reserve, Window, retry_after
 from proxy.server import running
 from proxy.settings import load
+from proxy.usage import LATE, Bill
 from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
 from tests.proxy.conftest import SMALL
 from tests.proxy.test_keys import ALICE, BOB, BOSS, ROOT, ask, told
@@ -27,6 +30,10 @@ from tests.proxy.test_keys import ALICE, BOB, BOSS, ROOT, ask, told
 CAPS = {"alice": 1000, "bob": 300, "carol": None}
 COMMON = 1200
 BRANCH = 120
+
+
+USAGES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats() | st.lists(st.none(), max_size=2)
+"""What a faulty upstream may say that it has generated."""
 
 
 class Spender:
@@ -92,6 +99,47 @@ class Budgets(RuleBasedStateMachine):
             run_sync(run_episode(Spender(wishes), ScriptedEnvironment(chains * 8, 10, lambda _: 3), state))
         assert state.spent <= reserve.tokens
         self.settle(reserve, state.spent)
+
+    @rule(
+        reserve=consumes(running),
+        words=st.lists(st.text("aé", min_size=1, max_size=4), max_size=40),
+        late=st.integers(0, LATE),
+        ends=st.sampled_from(["told", "untold", "cut", "lies"]),
+        lie=USAGES,
+        bound=st.builds(Bound, *map(st.just, Bound()[:3]), *[st.booleans()] * 3),
+        is_stream=st.booleans(),
+        size=st.integers(1, 99),
+    )
+    def hand_on(
+        self,
+        reserve: Reserve | None,
+        words: list[str],
+        late: int,
+        ends: str,
+        lie: Any,
+        bound: Bound,
+        is_stream: bool,
+        size: int,
+    ) -> None:
+        """A request under its reserve as bound, a token a word. Its upstream may lie, and either end may leave."""
+        if reserve is None:
+            return
+        words = words[: reserve.tokens]
+        generated = min(reserve.tokens, len(words) + late) if ends == "cut" else len(words)
+        usage = {"usage": {"completion_tokens": lie if ends == "lies" else generated}}
+        chunks = [{"choices": [{"index": 0, "text": word}]} for word in words]
+        said: list[Any] = [] if ends in ("untold", "cut") else [{"choices": [], **usage}]
+        events = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*chunks, *said])
+        whole = json.dumps({"choices": chunks, **(usage if said else {})}).encode()
+        bill = Bill(bound._replace(most=reserve.tokens), is_stream=is_stream)
+        reply = events if is_stream else whole
+        for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
+            bill.take(reply[at : at + size])
+        if ends != "cut":
+            bill.rest()
+        assert 0 <= bill.cost <= reserve.tokens
+        assert bill.cost >= generated or ends == "lies"
+        self.settle(reserve, bill.cost)
 
     @rule(reserve=consumes(running), share=st.floats(0, 1))
     def fail(self, reserve: Reserve | None, share: float) -> None:

@@ -25,6 +25,11 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"messages": IMAGE}, "content"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "tools"),
+        ({"messages": [{"role": "function", "name": "f", "content": "4"}]}, "tools"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "tools"),
+        ({"messages": []}, "messages"),
+        ({"n": True}, "n"),
+        ({"logprobs": 0}, "logprobs"),
     ],
 )
 async def test_what_cannot_be_served_passes_through_and_says_so(
@@ -52,6 +57,43 @@ async def test_what_cannot_be_served_passes_through_and_says_so(
 async def test_fields_that_ask_for_nothing_are_no_hindrance(proxy: Proxy, fields: dict[str, Any]) -> None:
     _, headers, _ = await proxy.ask("0", **fields)
     assert headers["x-tts-applied"] == "true"
+
+
+LENIENT: list[dict[str, Any]] = [
+    {"stream_options": {"include_usage": None}},
+    {"repetition_penalty": 2.5},
+    {"logit_bias": {" 5": 1000, "-1": -1e6, "12345678901": 0}},
+    {"max_tokens": "5"},
+    {"max_tokens": 5.0},
+    {"max_completion_tokens": 2**40},
+    {"top_k": -1},
+    {"seed": "3", "temperature": "0.5", "stream": "false"},
+    {"model": ""},
+    {"messages": []},
+    {"stop": ""},
+    {"tts": None},
+]
+"""What vLLM 0.32 takes."""
+
+
+@pytest.mark.parametrize("fields", LENIENT)
+async def test_what_vllm_takes_is_not_refused_before_it(proxy: Proxy, fields: dict[str, Any]) -> None:
+    status, headers, reply = await proxy.ask(None, **fields)
+    assert status == 200, reply
+    assert headers["x-tts-applied"] == "false"
+    expected = {name: value for name, value in fields.items() if name not in ("tts", "model")}
+    assert reply["echo"].items() >= expected.items()
+    assert "tts" not in reply["echo"]
+
+
+@pytest.mark.parametrize("fields", [one for one in LENIENT if "messages" not in one])
+async def test_nor_where_a_controller_serves_it(proxy: Proxy, fields: dict[str, Any]) -> None:
+    status, headers, reply = await proxy.ask("0", **fields)
+    assert (status, headers["x-tts-applied"]) == (200, "true"), reply
+    first = proxy.backend.requests[0]
+    assert first.get("repetition_penalty") == fields.get("repetition_penalty")
+    if "logit_bias" in fields:
+        assert first["logit_bias"] == {"5": 1000, "-1": -1e6, "12345678901": 0}
 
 
 async def test_without_beta_nothing_is_applied(proxy: Proxy) -> None:

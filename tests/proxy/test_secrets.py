@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from proxy.app import ROUTES, Service
+from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
@@ -161,13 +163,18 @@ async def test_what_a_client_says_stays_with_it(
     assert b"chatcmpl-" in kept
 
 
+@pytest.mark.parametrize("place", ["key", "password", "user"])
 async def test_the_upstreams_key_goes_to_the_upstream_alone(
-    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    given = {"upstream_api_key": CANARY, "admin_key": f"{CANARY}-admin", "store": tmp_path / "s.db"}
-    settings = load(upstream=backend.url, **given, **SMALL)
-    assert CANARY not in repr(settings)
+    user, password = {"key": ("", ""), "password": ("us%65r", f"{CANARY}%20"), "user": (CANARY, "")}[place]
+    named = {"upstream": backend.url.replace("//", f"//{user}:{password}@" if user else "//")}
+    keyed = {"upstream_api_key": CANARY} if place == "key" else {}
+    plain = f"user:{CANARY} " if place == "password" else f"{CANARY}:"
+    sent = f"Bearer {CANARY}" if place == "key" else f"Basic {b64encode(plain.encode()).decode()}"
+    settings = load(**named, **keyed, admin_key=f"{CANARY}-admin", store=tmp_path / "s.db", **SMALL)
+    assert place != "key" or CANARY not in repr(settings)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         told = await bystander(proxy)
@@ -177,8 +184,28 @@ async def test_the_upstreams_key_goes_to_the_upstream_alone(
             told += str(headers) + json.dumps(body)
             backend.fault = ""
             await proxy.ask("0.5")
-        assert any(CANARY in headers.get("Authorization", "") for headers in backend.headers)
+        body = {"model": MODEL, "prompt": [ord(one) for one in ASSISTANT], "max_tokens": 5}
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            told += str(response.headers) + await response.text()
+        async with http.get(f"{url}/ready") as response:
+            assert (await response.json())["upstream"] == backend.url
+        assert {headers.get("Authorization") for headers in backend.headers} == {sent}
+        backend.fault = "unavailable"
+        for _ in range(6):
+            _, headers, reply = await proxy.ask("0.5")
+            told += str(headers) + json.dumps(reply)
+        assert "left alone" in told
     assert CANARY not in told
     assert CANARY not in caplog.text
+    assert "left alone" in caplog.text
     for path in tmp_path.iterdir():  # noqa: ASYNC240
         assert CANARY.encode() not in path.read_bytes(), path.name
+
+
+def test_one_way_to_be_known_to_the_upstream_is_enough() -> None:
+    with pytest.raises(SettingsError, match="upstream_api_key") as caught:
+        load(upstream=f"http://user:{CANARY}@127.0.0.1:1", upstream_api_key=CANARY)
+    assert CANARY not in str(caught.value)
+    with pytest.raises(SettingsError, match="upstream") as caught:
+        load(upstream=f"htt://user:{CANARY}@127.0.0.1:1")
+    assert CANARY not in str(caught.value)
