@@ -26,7 +26,7 @@ from discovery.answers import Judge
 from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError
 from discovery.explain import explain
-from proxy import chat, dial, errors, logs, openapi, passthrough, reply, schema, spans, strict, wire
+from proxy import chat, dial, errors, fields, logs, openapi, passthrough, reply, schema, spans, strict, wire
 from proxy.access import Timing
 from proxy.berths import Berths
 from proxy.bounds import Bound
@@ -34,7 +34,17 @@ from proxy.callers import Access, Caller, Callers
 from proxy.casting import Casting
 from proxy.drift import Drift
 from proxy.engine import Engine, Model
-from proxy.errors import ApiError, BadRequest, NotFound, TooLarge, UpstreamError
+from proxy.errors import (
+    ApiError,
+    BadRequest,
+    Forbidden,
+    NotFound,
+    RecordsAway,
+    TooLarge,
+    TooMany,
+    Unauthorised,
+    UpstreamError,
+)
 from proxy.load import Load
 from proxy.metrics import CONTENT_TYPE, Metrics
 from proxy.pulse import Pulse
@@ -147,7 +157,8 @@ class Service:
             salt=caller.salt,
             prefix=form.prefix,
         )
-        plan = await self.spans.plan(request.scope["path"], model.id, request.state.held, planning)
+        named = request.scope["path"], model.id, request.state.held
+        plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -201,7 +212,10 @@ class Service:
         is_named = parsed.model is not None or self.settings.model is not None
         bound = self.turns.bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
-        drop = ("tts",) if "tts" in parsed.model_fields_set else ()
+        names = [*parsed.model_fields_set, *(parsed.model_extra or {})]
+        drop = list(fields.withheld(names, is_admin=request.state.caller.is_admin))
+        if "tts" in parsed.model_fields_set:
+            drop.append("tts")
         body = splice(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
         return await self._forward(request, body, _untouched(reason), model.id, content_type, bound)
@@ -227,9 +241,13 @@ class Service:
 
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
-        body = await _read(request, self.settings.max_body_bytes)
-        strict.read(body)
-        return await self._forward(request, body, _untouched("endpoint"))
+        raw = await _read(request, self.settings.max_body_bytes)
+        asked = strict.read(raw)
+        drop = fields.withheld(asked, is_admin=request.state.caller.is_admin)
+        name, put = asked.get("model"), dict[str, str]()
+        if isinstance(name, str) and "@" in name:
+            put = {"model": (await self.find_model(name))[0].id}
+        return await self._forward(request, splice(raw, drop=drop, put=put), _untouched("endpoint"))
 
     async def _forward(
         self,
@@ -240,7 +258,6 @@ class Service:
         content_type: str | None = None,
         bound: Bound | None = None,
     ) -> Response:
-        self.metrics.requests.labels(model, "", "passed_through").inc()
         turn = self.turns.passing(request, model, bound)
         body = request.state.caller.salted(body)
 
@@ -250,7 +267,14 @@ class Service:
             hear = turn.hear if turn.cap is None else None
             return await turn.metered(passthrough.forward(*whole, in_pieces=bool(turn.cap), hear=hear))
 
-        return await unless_gone(request.receive, work())
+        try:
+            response = await unless_gone(request.receive, work())
+        except ClientGone:
+            self.metrics.requests.labels(model, "", "disconnected").inc()
+            raise
+        is_failure = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        self.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
+        return response
 
     async def list_models(self, request: Request) -> Response:
         """The upstream's models, as it lists them, and after them their aliases."""
@@ -479,12 +503,21 @@ def _request_id() -> str:
 async def _tell(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    if isinstance(error, BadRequest | NotFound):
-        request.app.state.service.metrics.requests.labels("", "", "refused").inc()
+    if outcome := _outcome(error):
+        request.app.state.service.metrics.requests.labels("", "", outcome).inc()
     headers = {"x-request-id": _request_id(), **error.headers}
     if error.spent:  # a client's retry would buy every branch again
         headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}
     return JSONResponse(errors.body(error), error.status, headers)
+
+
+def _outcome(error: ApiError) -> str:
+    """What `error` is counted as; empty where it is counted already, or elsewhere."""
+    if error.is_counted or isinstance(error, TooMany | RecordsAway):
+        return ""
+    if isinstance(error, Unauthorised | Forbidden):
+        return "denied"
+    return "failed" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "refused"
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:

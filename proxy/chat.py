@@ -280,7 +280,7 @@ async def serve(
         raise error from None
     except ApiError as error:
         environment.salvage()
-        error.spent = environment.meter.billed
+        error.spent, error.is_counted = environment.meter.billed, True
         raise
     finally:
         if reply is None:

@@ -50,6 +50,7 @@ class ApiError(ProxyError):
         self.message = message
         self.param = param
         self.code = code
+        self.is_counted = False  # in the metrics
         self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
 
     @property

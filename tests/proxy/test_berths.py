@@ -168,8 +168,17 @@ async def narrow(backend: FakeVLLM) -> AsyncIterator[Proxy]:
 
 async def test_requests_together_stay_within_the_bound(narrow: Proxy) -> None:
     said = {"controller": "self_consistency@4", "answer": "boxed"}
-    asked = await asyncio.gather(*(narrow.ask("1", tts=said) for _ in range(12)))
-    assert [status for status, _, _ in asked] == [200] * 12
+
+    async def is_full() -> bool:
+        return await narrow.metric("autotts_episodes_in_flight") == 12 and narrow.backend.branches > 0
+
+    narrow.backend.gate.clear()
+    asked = [asyncio.create_task(narrow.ask("1", tts=said)) for _ in range(12)]
+    await until(is_full)
+    await asyncio.sleep(0.1)
+    assert await narrow.metric("autotts_calls_waiting") == 11
+    narrow.backend.gate.set()
+    assert [(await one)[0] for one in asked] == [200] * 12
     assert narrow.backend.most_branches == 4  # two such calls are more than five
     assert await narrow.metric("autotts_branches_in_flight") == 0
     assert await narrow.metric("autotts_calls_waiting") == 0
