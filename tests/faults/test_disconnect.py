@@ -7,9 +7,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from tests.fakes import ASSISTANT, MODEL, chain
-from tests.proxy.conftest import Proxy, backend, proxy
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
 __all__ = ["backend", "proxy"]  # fixtures
 
@@ -65,6 +68,39 @@ async def test_while_the_reply_is_being_closed(proxy: Proxy, stream: bool) -> No
     await leave_while_it_hangs(proxy, stream=stream, tts=tts)
     assert len(proxy.backend.requests) == 2 * requests
     assert await proxy.metric("autotts_requests_total", outcome="disconnected") == 1
+
+
+class Mute(FakeVLLM):
+    """Says nothing to who asks it for ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.left = asyncio.Event(), asyncio.Event()
+
+    async def _tokenise(self, request: web.Request) -> web.Response:
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.left.set()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_while_it_is_planned(stream: bool) -> None:
+    mute = Mute()
+    async with (
+        mute.serve(),
+        running(load(upstream=mute.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        proxy = Proxy(mute, url, http, None)  # type: ignore[arg-type]
+        asking = asyncio.create_task(proxy.ask("0.5", stream=stream))
+        await mute.asked.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        async with asyncio.timeout(1):
+            await mute.left.wait()
 
 
 async def test_while_it_is_passed_through(proxy: Proxy) -> None:
