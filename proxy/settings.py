@@ -59,7 +59,10 @@ class Settings(BaseSettings):
     port: int = Field(8400, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     log: LogForm = Field(LogForm.PLAIN, description="form of log lines: `plain`, or `json`, an object a line")
 
-    upstream: AnyHttpUrl | None = Field(None, description="vLLM's base URL; none starts the embedded model")
+    upstream: AnyHttpUrl | None = Field(
+        None,
+        description="vLLM's base URL; none starts the embedded model. A user and password in it are sent and told to nobody",
+    )
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
 
