@@ -61,7 +61,7 @@ class Settings(BaseSettings):
 
     upstream: AnyHttpUrl | None = Field(
         None,
-        description="vLLM's base URL; none starts the embedded model. A user and password in it are sent and told to nobody",
+        description="vLLM's base URL; none starts the embedded model. User and password in it are told to nobody",
     )
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
