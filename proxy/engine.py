@@ -106,15 +106,19 @@ class Call:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
 
 
-Told = Callable[[int | None, BaseException | None], object]
-"""Is told how a request ended: the status it was answered with, if it was, and the error, if there was one."""
+class Watched(NamedTuple):
+    """A request somebody watches."""
+
+    tell: Callable[[int | None, BaseException | None], object]
+    """Is told how it ended: the status it was answered with, if it was, and the error, if there was one."""
+    headers: Mapping[str, str]  # that are sent with it
 
 
 class Watcher:
     """Is told what the upstream is asked; this one takes no notice."""
 
-    def request(self, method: str, path: str) -> Told | None:
-        """A request that is neither a generation nor a check begins. Who is to be told how it ends, if anybody."""
+    def request(self, method: str, path: str) -> Watched | None:
+        """A request that is neither a generation nor a check begins; who watches it, if anybody."""
         return None
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
@@ -124,6 +128,10 @@ class Watcher:
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         """What a round is carried out within."""
         return nullcontext()
+
+    def headers(self) -> Mapping[str, str]:
+        """What is sent with a generation, asked within it."""
+        return {}
 
 
 class Engine:
@@ -243,7 +251,8 @@ class Engine:
             **({"cache_salt": call.salt} if call.salt else {}),
         }
         usage: Mapping[str, Any] | None = None
-        async with self._request("POST", "/v1/completions", is_watched=False, json=body) as response:
+        told = self.watcher.headers()
+        async with self._request("POST", "/v1/completions", is_watched=False, json=body, headers=told) as response:
             await self._raise_for_status(response)
             if response.content_type == "application/json":  # no stream, whatever its status says
                 raise self._refusal(response.status, self._parse(await response.read()))
@@ -438,19 +447,22 @@ class Engine:
 class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
     """A request to an upstream, which learns from how it ends. Within it there is the response."""
 
-    def __init__(self, engine: Engine, ask: _Ask, is_check: bool, is_telling: bool, method: str, watched: str) -> None:
+    def __init__(
+        self, engine: Engine, ask: partial[Any], is_check: bool, is_telling: bool, method: str, watched: str
+    ) -> None:
         self._engine = engine
         self._ask = ask
         self._is_check = is_check
         self._is_telling = is_telling
         self._method = method
         self._watched = watched  # the path, if a watcher is to hear of it
-        self._tell: Told | None = None
+        self._seen: Watched | None = None
         self._response: aiohttp.ClientResponse | None = None
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
-        if self._watched:
-            self._tell = self._engine.watcher.request(self._method, self._watched)
+        if self._watched and (seen := self._engine.watcher.request(self._method, self._watched)) is not None:
+            self._seen = seen
+            self._ask = partial(self._ask, headers={**self._ask.keywords.get("headers", {}), **seen.headers})
         try:
             self._response = await self._engine.open(self._ask, is_check=self._is_check)
         except BaseException as error:
@@ -468,8 +480,8 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
             return
         if not is_failure(response.status):
             self._engine.breaker.succeed(is_telling=self._is_telling)
-        if self._tell is not None:
-            self._tell(response.status, None)
+        if self._seen is not None:
+            self._seen.tell(response.status, None)
 
     def _fail(self, error: BaseException, *, is_counted: bool) -> None:
         """Take in a failure, which may be counted already. Raises what is foreign as a kind of UpstreamError."""
@@ -477,8 +489,8 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
         is_ours = is_foreign or isinstance(error, ValueError)
         ours = engine.mapped(error) if is_ours and isinstance(error, Exception) else error
-        if self._tell is not None:
-            self._tell(None if response is None else response.status, ours)
+        if self._seen is not None:
+            self._seen.tell(None if response is None else response.status, ours)
         if is_foreign or (response is not None and response.ok and _is_broken(error)):
             if not is_counted:
                 engine.fail(is_check=self._is_check)

@@ -1,7 +1,8 @@
 """OpenTelemetry: a span for each episode, round and request to the upstream, sent to a collector where one is named.
 
 Unless OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` installed this imports nothing and costs nothing. Spans
-hold numbers and names, never what a client or a model has written.
+hold numbers and names, never what a client or a model has written. Where there are spans the upstream is told of them,
+so that vLLM's own (`--otlp-traces-endpoint`) belong to the same trace.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from controllers import Action
-from proxy.engine import Call, Told, Watcher
+from proxy.engine import Call, Watched, Watcher
 from proxy.metrics import Metrics, family
 
 if TYPE_CHECKING:
@@ -65,9 +66,13 @@ class Spans:
         """A span for a request to the upstream that generates."""
         return nullcontext()
 
-    def request(self, method: str, path: str) -> Told | None:
-        """A span for another request to it; who is to be told how that ends, if anybody."""
+    def request(self, method: str, path: str) -> Watched | None:
+        """A span for another request to it, if there is one."""
         return None
+
+    def headers(self) -> Mapping[str, str]:
+        """By which spans of whoever is sent them belong to the present one."""
+        return {}
 
     async def close(self) -> None:
         """Send what has not been sent."""
@@ -86,6 +91,7 @@ class OpenSpans(Spans):
         self._failed = trace.Status(trace.StatusCode.ERROR)
         self._attach = context.attach
         self._extract = TraceContextTextMapPropagator().extract
+        self._inject = TraceContextTextMapPropagator().inject
         self._set = trace.set_span_in_context
         self._within = trace.use_span
         self._now = trace.get_current_span
@@ -159,7 +165,7 @@ class OpenSpans(Spans):
                     }
                 )
 
-    def request(self, method: str, path: str) -> Told | None:
+    def request(self, method: str, path: str) -> Watched | None:
         operation = OPERATIONS.get(path)
         about = {"http.request.method": method, "url.path": path, **(_about(operation) if operation else {})}
         span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=about)
@@ -173,10 +179,18 @@ class OpenSpans(Spans):
                 self._fail(span, str(status))
             span.end()
 
-        return end
+        return Watched(end, self._headers_of(span))
+
+    def headers(self) -> Mapping[str, str]:
+        return self._headers_of(self._now())
 
     async def close(self) -> None:
         await asyncio.to_thread(self._provider.shutdown)
+
+    def _headers_of(self, span: Span) -> Mapping[str, str]:
+        told: dict[str, str] = {}
+        self._inject(told, self._set(span))
+        return told
 
     @contextmanager
     def _span(self, name: str, kind: Any, about: dict[str, Any]) -> Iterator[Span]:
@@ -221,8 +235,11 @@ class Observer(Watcher):
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         return self._spans.round(actions)
 
-    def request(self, method: str, path: str) -> Told | None:
+    def request(self, method: str, path: str) -> Watched | None:
         return self._spans.request(method, path)
+
+    def headers(self) -> Mapping[str, str]:
+        return self._spans.headers()
 
 
 def make() -> Spans:

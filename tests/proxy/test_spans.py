@@ -98,6 +98,26 @@ async def test_an_episode_holds_rounds_and_those_generations(backend: FakeVLLM, 
     assert sum(n for n in bought if isinstance(n, int)) == usage["completion_tokens"]
 
 
+async def test_the_upstream_is_told_of_the_spans_it_serves(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+    """So that vLLM's own belong to the same trace."""
+    for beta in ("0.5", None):
+        assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
+    told = [header for one in backend.headers if (header := one.get("traceparent"))]
+    calls = [span for span in exporter.get_finished_spans() if span.name.startswith("text_completion")]
+    calls = [span for span in calls if span.kind is SpanKind.CLIENT]
+    assert len(calls) > 2
+    expected = {f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-01" for span in calls}
+    assert expected <= set(told)
+    assert len(set(told)) == len(told)
+
+
+async def test_without_spans_a_trace_of_the_clients_ends_here(backend: FakeVLLM) -> None:
+    for beta in ("0.5", None):
+        assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
+    assert backend.headers
+    assert not any("traceparent" in one for one in backend.headers)
+
+
 @pytest.mark.parametrize("fault", ["echo", "cut"])
 async def test_a_failure_is_told_by_its_type(backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str) -> None:
     backend.fault = fault
