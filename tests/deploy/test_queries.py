@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -112,6 +113,22 @@ def test_the_board_is_about_everything_an_operator_asks() -> None:
     assert rows == ["Spend", "Answers", "Latency", "Upstream", "Recorder", "Controllers"]
     idents = [panel["id"] for panel in BOARD["panels"]]
     assert len(set(idents)) == len(idents)
+
+
+def test_no_metric_is_told_that_nobody_looks_at() -> None:
+    asked = set(re.findall(r"\bautotts_\w+", " ".join(queries().values())))
+    told_ = {name for name in told() if name.startswith("autotts_")}
+    suffix = re.compile("_(bucket|sum|count)$")
+    assert {suffix.sub("", name) for name in told_} - {suffix.sub("", name) for name in asked} == set()
+
+
+def test_no_panel_lies_on_another() -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in BOARD["panels"]:
+        at = panel["gridPos"]
+        for cell in itertools.product(range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"])):
+            assert cell[0] < 24
+            assert taken.setdefault(cell, panel["title"]) == panel["title"]
 
 
 def test_provisioning_names_what_the_board_asks() -> None:
