@@ -97,6 +97,7 @@ class Calibration:
     single: Single
     pays: bool  # its most accurate point is better than one chain, and self-consistency is as good for no less
     map: Map
+    answers: str = ""  # when two were the same; empty if unknown
 
     def beta_for(self, tokens: float) -> float:
         """The β that spends so many tokens on average; the nearest there is, where none does.
@@ -127,7 +128,7 @@ def calibrate(
     rules: Rules,
     betas: Sequence[float],
     shuffles: int,
-    answers: Answers = Answers.EXACT,
+    answers: Answers = Answers.AUTO,
 ) -> Calibrations:
     """Play a controller, and self-consistency beside it, on some cells. Raises what `Evaluation.run` raises."""
     specs = list({one.digest: one for one in (spec, RIVAL)}.values())
@@ -148,7 +149,9 @@ def _of_model(measured: Measured, cells: Sequence[Cell]) -> Calibration:
     best = max(points, key=lambda point: (point.accuracy, -point.tokens))
     line = [] if rival is side else [(point.tokens, point.accuracy) for point in _points(measured, rival, cells)]
     pays = is_worth(best, line)
-    return Calibration(side.spec.name, side.spec.digest, points, single, pays, default_map(points, line, pays))
+    return Calibration(
+        side.spec.name, side.spec.digest, points, single, pays, default_map(points, line, pays), measured.answers
+    )
 
 
 def _points(measured: Measured, side: Side, cells: Sequence[Cell]) -> tuple[Point, ...]:

@@ -35,6 +35,7 @@ class Grading:
 
     sources: Sequence[LabelSource]  # (questions,)
     weights: Sequence[float]  # (questions,), above 0
+    answers: str = ""  # when two were the same, as `evaluate.Answers` has it; empty if unknown
 
     @property
     def by_source(self) -> dict[LabelSource, int]:
@@ -145,6 +146,8 @@ class Score:
             return {}
         sources = self.grading.by_source
         told: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
+        if self.grading.answers:
+            told["answers"] = str(self.grading.answers)
         if self.weights is not None:
             told["weights"] = {str(source): self.grading.mean_weight(source) for source in sources}
         return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -35,6 +35,17 @@ class Answers(StrEnum):
 
     EXACT = "exact"  # as strings, as in the published tables
     CANONICAL = "canonical"  # read as the proxy reads them
+    AUTO = "auto"  # exact where all recordings were imported, else canonical: models spell an answer in many ways
+
+    def of(self, recorded: Iterable[RecordedQuestion]) -> Answers:
+        """How recordings are compared: the one it is, or what `AUTO` comes to."""
+        if self is not Answers.AUTO:
+            return self
+        return Answers.EXACT if all(one.origin is Origin.IMPORTED for one in recorded) else Answers.CANONICAL
+
+
+WHEN_SAME: Final = "when two answers are the same; auto: exact where all was imported, else canonical"
+"""What `--answers` says, in words."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Evaluation:
     specs: Sequence[Spec]
     betas: Sequence[float]
     shuffles: int
-    answers: Answers = Answers.EXACT
+    answers: Answers = Answers.AUTO
     rules: Rules = field(default_factory=Rules)
     weights: Weights = field(default_factory=lambda: SURE)
     version: str = ""  # beginning of the digest of the version that is scored; none means as `scorable` says
@@ -72,8 +83,9 @@ class Evaluation:
         for cell in self.cells:
             recorded = scorable(self.source, cell, self.weights, self.version)
             weights = [_weight(one, self.weights) for one in recorded]
-            graded[cell] = Grading([one.label_source for one in recorded], weights)
-            recordings = [_interned(one, self.answers, judge) for one in recorded]
+            answers = self.answers.of(recorded)
+            graded[cell] = Grading([one.label_source for one in recorded], weights, answers)
+            recordings = [_interned(one, answers, judge) for one in recorded]
             most = min(recording.branches for recording in recordings)
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
@@ -84,9 +96,14 @@ class Evaluation:
             yield Batch(recordings, jobs(self.specs, self.betas, cell, self.shuffles))
 
 
-def read_cell(source: Source, cell: Cell, answers: Answers, judge: Judge | None = None) -> list[Recording]:
-    """What of a cell is scored, unless it is asked for otherwise. Raises NotRecorded."""
-    return [_interned(recorded, answers, judge) for recorded in scorable(source, cell)]
+def read_cell(
+    source: Source, cell: Cell, answers: Answers, judge: Judge | None = None
+) -> tuple[list[Recording], Answers]:
+    """What of a cell is scored, unless it is asked for otherwise, and how its answers are compared. Raises
+    NotRecorded."""
+    found = scorable(source, cell)
+    answers = answers.of(found)
+    return [_interned(recorded, answers, judge) for recorded in found], answers
 
 
 def scorable(source: Source, cell: Cell, weights: Weights = SURE, version: str = "") -> list[RecordedQuestion]:

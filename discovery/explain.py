@@ -273,6 +273,8 @@ _OUTSIDE: Final[Mapping[str, str]] = {
     Stop.UPSTREAM_ERROR: "The upstream failed",
     Stop.CONTROLLER_ERROR: "The controller failed, and nothing could take over",
     "disconnected": "The client left",
+    "draining": "The proxy was about to end",
+    "failed": "The proxy failed",
 }
 
 

@@ -212,8 +212,9 @@ def read_jsonl(path: Path) -> list[RecordedQuestion]:
     """The recordings of a file in the generic format, a `Line` a line, plain or .xz.
 
     Lines that are parts of one recording make one, where the first of them stands, its branches in order of part; of
-    a part that is there twice the first counts. Where there are parts, a last line that is torn is left out: whoever
-    wrote it was killed. Raises BadRecording, naming the file, the line and the reason; then nothing of it is taken.
+    a part that is there twice the first counts. Parts that say different things of their question are refused. Where
+    there are parts, a last line that is torn is left out: whoever wrote it was killed. Raises BadRecording, naming the
+    file, the line and the reason; then nothing of it is taken.
     """
     lines: list[tuple[str, Line]] = []
     texts = _content(path).split(b"\n")
@@ -242,13 +243,17 @@ def parse_line(text: bytes) -> Line:
 
 
 def _gathered(lines: Sequence[tuple[str, Line]]) -> list[tuple[str, RecordedQuestion]]:
-    """The recordings of `lines`, each with where its first line stands."""
+    """The recordings of `lines`, each with where its first line stands. Raises BadRecording if parts do not agree."""
     found: dict[object, tuple[str, RecordedQuestion]] = {}
     parts: dict[object, dict[int, RecordedBranch]] = {}
     for where, line in lines:
         recorded = line.recorded()
         kind = where if line.part is None else _kind(recorded)
-        found.setdefault(kind, (where, recorded))
+        place, first = found.setdefault(kind, (where, recorded))
+        for name in ("reference", "label_source", "confidence", "split"):
+            known, said = getattr(first, name), getattr(recorded, name)
+            if known != said:
+                raise BadRecording(f"{where}: its {name} is {said}, and {known} in {place}; correct one of them")
         if line.part is not None:
             parts.setdefault(kind, {}).setdefault(line.part, recorded.branches[0])
     for kind, known in parts.items():

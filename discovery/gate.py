@@ -48,7 +48,7 @@ def run_gate(
     now: str,
     who: str,
     terms: Terms = USUAL,
-    answers: Answers = Answers.EXACT,
+    answers: Answers = Answers.AUTO,
 ) -> Report:
     """Judge a finalist; what was judged before on the same split against the same champion is told again.
 
@@ -120,7 +120,7 @@ class Order:
     benchmarks: str = ""
     betas: str = "0,0.25,0.5,0.75,1"
     shuffles: int = 100
-    answers: Answers = Answers.EXACT
+    answers: Answers = Answers.AUTO
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
     workers: int = 0  # 0 means as many as cores

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import fsum
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
 
 from controllers.voting import confidence, plurality, tally, top_two
@@ -26,10 +26,10 @@ from discovery.store.rows import surer
 
 MIN_MARGIN: Final = 0.2
 """Share of its branches by which a vote's leader must be ahead to be a label."""
-LEAST: Final = 3
-"""Branches that make a vote."""
+MIN_BRANCHES: Final = 3
+"""Branches that make a vote. So few are seldom enough, and their confidence says so: 0.75 at most, as reckoned."""
 ENOUGH: Final = 20
-"""Votes on questions with a reference from which it is told how often votes are right; with fewer it is reckoned."""
+"""Answers to questions with a reference by which it is told how often a source is right; with fewer it is reckoned."""
 CONTENT: Final = 0.5
 """The least score of a client who is content."""
 MARGINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -42,12 +42,13 @@ class Said(NamedTuple):
     question: str
     answer: str
     weight: float  # from 0 to 1 for the answer, from -1 to 0 against it
+    tenant: str = ""  # who says so; callers without a key are one
 
 
 class Vote(NamedTuple):
     """What the branches of a question say, each having one vote."""
 
-    answer: str  # of those that most say the first, as first written
+    answer: str  # of those that most say the first, as most of them write it
     first: int  # votes
     second: int  # of the next answer
     branches: int
@@ -64,7 +65,7 @@ class Material:
 
     questions: Mapping[str, Label | None]  # all there are, with the answers they came with
     labels: Sequence[Label]  # as they are now
-    said: Sequence[Said]  # the latest of each request
+    said: Sequence[Said]  # the latest of each request, the latest last
     unheard: int  # requests of which something was said that bears on no answer
     finals: Mapping[str, Sequence[Sequence[str | None]]]  # by question: what its branches say, for each model
 
@@ -101,7 +102,7 @@ class Report:
     refuted: int  # of the others, those whose leader clients refuted
     calibrated: int  # votes their confidence is read off; 0 where it is reckoned from counts alone
     consensus: Agreement  # of labels by consensus
-    feedback: Agreement  # of labels by feedback
+    feedback: Agreement  # of labels by feedback, whose confidence is read off it where there are enough
     by_margin: Sequence[tuple[float, float, Agreement]]  # of every vote, by its margin: from, to
 
     def as_json(self) -> dict[str, Any]:
@@ -112,7 +113,11 @@ class Report:
             "written": {str(source): count for source, count in self.written.items()},
             "removed": {str(source): count for source, count in self.removed.items()},
             "references": {"unknown": self.unknown, "contradicted": self.contradicted},
-            "feedback": {"unheard": self.unheard, "agreement": self.feedback.as_json()},
+            "feedback": {
+                "unheard": self.unheard,
+                "confidence": "calibrated" if self.feedback.of >= ENOUGH else "reckoned",
+                "agreement": self.feedback.as_json(),
+            },
             "consensus": {
                 "votes": self.votes,
                 "close": self.close,
@@ -134,11 +139,16 @@ class Made:
     report: Report
 
 
-async def fill(store: Store, references: Sequence[Question] = (), min_margin: float = MIN_MARGIN) -> Report:
+async def fill(
+    store: Store,
+    references: Sequence[Question] = (),
+    min_margin: float = MIN_MARGIN,
+    min_branches: int = MIN_BRANCHES,
+) -> Report:
     """Bring a store's labels up to date. Where nothing has changed nothing is written. Raises StoreError."""
     material = await gather(store)
     with Judge() as judge:
-        made = make(material, references, min_margin, judge)
+        made = make(material, references, min_margin, min_branches, judge)
     if made.labels or made.gone:
         await store.set_labels(made.labels, made.gone)
     return made.report
@@ -150,7 +160,8 @@ async def fill(store: Store, references: Sequence[Question] = (), min_margin: fl
 async def gather(store: Store) -> Material:
     """What a store's labels are made of. Raises StoreError."""
     latest = {one.request_id: one for one in await store.feedback()}
-    said = [said_of(await store.episode(request), feedback) for request, feedback in latest.items()]
+    in_time = sorted(latest.values(), key=attrgetter("created"))
+    said = [said_of(await store.episode(feedback.request_id), feedback) for feedback in in_time]
     kept = [one for one in said if one is not None]
     return Material(await store.questions(), await store.labels(), kept, len(said) - len(kept), await _finals(store))
 
@@ -170,7 +181,7 @@ def said_of(episode: Episode | None, feedback: Feedback) -> Said | None:
         weight = 1.0 if value else -1.0
     elif feedback.kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
         weight = float(value) if value >= CONTENT else value - 1.0
-    return None if answer is None or not weight else Said(episode.question, answer, weight)
+    return None if answer is None or not weight else Said(episode.question, answer, weight, episode.tenant)
 
 
 async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
@@ -199,7 +210,9 @@ async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
 # What follows
 
 
-def make(material: Material, references: Sequence[Question], min_margin: float, judge: Judge) -> Made:
+def make(
+    material: Material, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
+) -> Made:
     """The labels there should be, as far as they are not those there are. Of the same comes the same."""
     given = {one.question: one.reference for one in references if one.reference is not None}
     known = {question: answer for question, answer in given.items() if question in material.questions}
@@ -208,12 +221,24 @@ def make(material: Material, references: Sequence[Question], min_margin: float, 
     told = [Label(one, LabelSource.REFERENCE, answer, 1.0) for one, answer in known.items() if one not in own]
 
     heard = [by_feedback(said, judge) for said in _by_question(material.said)]
+    refuted = {one.question: one.refuted for one in heard}
     liked = [one.label for one in heard if one.label is not None]
-    agreed = [same(label.answer, right[label.question], judge) for label in liked if label.question in right]
+    agreed = [
+        (label.confidence, same(label.answer, right[label.question], judge))
+        for label in liked
+        if label.question in right
+    ]
+    sure = calibrated(agreed)
+    liked = [replace(label, confidence=sure(label.confidence)) for label in liked]
 
-    voted = by_votes(material.finals, right, {one.question: one.refuted for one in heard}, min_margin, judge)
+    voted = by_votes(material.finals, right, refuted, min_margin, min_branches, judge)
     wanted = [*told, *liked, *voted.labels]
-    labels, gone = _changes(material.labels, wanted)
+    spoilt = {
+        (label.source, label.question)
+        for label in material.labels
+        if label.source is not LabelSource.REFERENCE and _is_any(label.answer, refuted.get(label.question, ()), judge)
+    }
+    labels, gone = _changes(material.labels, wanted, spoilt)
     report = Report(
         effective=_effective(material, wanted, gone),
         written=_counted(labels),
@@ -226,9 +251,9 @@ def make(material: Material, references: Sequence[Question], min_margin: float, 
         refuted=voted.refuted,
         calibrated=voted.calibrated,
         consensus=voted.agreement,
-        feedback=_agreement(agreed),
+        feedback=_agreement(is_right for _, is_right in agreed),
         by_margin=[
-            (low, high, _agreement(is_right for margin, is_right in voted.judged if _bin(margin) == low))
+            (low, high, _agreement(is_right for found, is_right in voted.judged if _bin(found.margin) == low))
             for low, high in pairwise(MARGINS)
         ],
     )
@@ -244,17 +269,23 @@ class Heard(NamedTuple):
 
 
 def by_feedback(said: Sequence[Said], judge: Judge) -> Heard:
-    """What was said of one question's answers, all together.
+    """What was said of one question's answers, all together, the latest last.
 
-    The label is the answer most is said for, less what is said against it; none if two are level. It is as sure as the
-    share of requests that say so, of those that hold anything for right or speak against it, each weighed by how sure
-    it is itself.
+    A tenant has one voice on an answer, its latest, and holds one answer for right at most, its latest. The label is
+    the answer most is said for, less what is said against it; none if two are level. It is as sure as the share of
+    voices that say so (`succession`), of those that hold anything for right or speak against it, each weighed by how
+    sure it is itself.
     """
     numbers = grouped([one.answer for one in said], judge)
-    weights: dict[int, list[float]] = {}
+    voices: dict[str, dict[int, float]] = {}
     for one, number in zip(said, numbers, strict=True):
         if number != NO_ANSWER:
-            weights.setdefault(number, []).append(one.weight)
+            before = voices.get(one.tenant, {}).items()
+            still = {other: weight for other, weight in before if weight < 0 or one.weight < 0}
+            voices[one.tenant] = still | {number: one.weight}
+    weights: dict[int, list[float]] = {}
+    for number, weight in (held for voice in voices.values() for held in voice.items()):
+        weights.setdefault(number, []).append(weight)
     net = {number: fsum(of_one) for number, of_one in weights.items()}
     refuted = [said[numbers.index(number)].answer for number, support in net.items() if support <= 0]
     leading = sorted((number for number, support in net.items() if support > 0), key=net.__getitem__, reverse=True)
@@ -265,7 +296,7 @@ def by_feedback(said: Sequence[Said], judge: Judge) -> Heard:
     best = leading[0]
     count = sum(weight > 0 for of_one in weights.values() for weight in of_one)
     count += sum(weight < 0 for weight in weights[best])
-    sure = fsum(weight for weight in weights[best] if weight > 0) / count
+    sure = succession(fsum(weight for weight in weights[best] if weight > 0), count)
     answer, margin = said[numbers.index(best)].answer, (net[best] - behind) / count
     return Heard(question, Label(question, LabelSource.FEEDBACK, answer, sure, margin), refuted)
 
@@ -278,7 +309,7 @@ class Voted(NamedTuple):
     close: int  # of which too close
     refuted: int  # of the others
     calibrated: int  # votes their confidence is read off; 0 if none
-    judged: Sequence[tuple[float, bool]]  # votes with a reference: margins, and whether they are right
+    judged: Sequence[tuple[Vote, bool]]  # those with a reference, and whether they are right
     agreement: Agreement  # of the labels
 
 
@@ -287,17 +318,21 @@ def by_votes(
     right: Mapping[str, str],
     refuted: Mapping[str, Sequence[str]],
     min_margin: float,
+    min_branches: int,
     judge: Judge,
 ) -> Voted:
-    """Labels by consensus: of votes that are clear and whose leaders nobody refuted."""
-    votes = {one: found for one, said in finals.items() if (found := clearest(said, judge)) is not None}
+    """Labels by consensus: of votes that are large and clear and whose leaders nobody refuted."""
+    votes = {one: found for one, said in finals.items() if (found := clearest(said, judge, min_branches)) is not None}
     clear = {one: found for one, found in votes.items() if found.second < found.first and found.margin >= min_margin}
     kept = {one: found for one, found in clear.items() if not _is_any(found.answer, refuted.get(one, ()), judge)}
     agrees = {one: same(found.answer, right[one], judge) for one, found in votes.items() if one in right}
-    judged = [(votes[one].margin, is_right) for one, is_right in agrees.items()]
-    sure = calibrated(judged) if len(judged) >= ENOUGH else reckoned
+    judged = [(votes[one], is_right) for one, is_right in agrees.items()]
+    sure = calibrated([(reckoned(found), is_right) for found, is_right in judged])
     return Voted(
-        [Label(one, LabelSource.CONSENSUS, found.answer, sure(found), found.margin) for one, found in kept.items()],
+        [
+            Label(one, LabelSource.CONSENSUS, found.answer, sure(reckoned(found)), found.margin)
+            for one, found in kept.items()
+        ],
         len(votes),
         len(votes) - len(clear),
         len(clear) - len(kept),
@@ -307,20 +342,21 @@ def by_votes(
     )
 
 
-def vote(finals: Sequence[str | None], judge: Judge) -> Vote | None:
+def vote(finals: Sequence[str | None], judge: Judge, min_branches: int = MIN_BRANCHES) -> Vote | None:
     """What branches say that ended in `finals`, each having a vote; None if they are too few, or say nothing."""
     numbers = grouped(finals, judge)
     votes = tally(number for number in numbers if number != NO_ANSWER)
     leader = plurality(votes)
-    if leader is None or len(finals) < LEAST:
+    if leader is None or len(finals) < min_branches:
         return None
-    return Vote(str(finals[numbers.index(leader)]), *top_two(votes), len(finals))
+    spelled = Counter(final for final, number in zip(finals, numbers, strict=True) if number == leader)
+    return Vote(str(spelled.most_common(1)[0][0]), *top_two(votes), len(finals))
 
 
-def clearest(finals: Iterable[Sequence[str | None]], judge: Judge) -> Vote | None:
-    """Of several models' votes the one with the largest margin; None if there is none."""
-    votes = [found for of_one in finals if (found := vote(of_one, judge)) is not None]
-    return max(votes, key=lambda found: found.margin, default=None)
+def clearest(finals: Iterable[Sequence[str | None]], judge: Judge, min_branches: int = MIN_BRANCHES) -> Vote | None:
+    """Of several models' votes the one that is surest by its counts, then the largest; None if there is none."""
+    votes = [found for of_one in finals if (found := vote(of_one, judge, min_branches)) is not None]
+    return max(votes, key=lambda found: (reckoned(found), found.branches), default=None)
 
 
 def grouped(answers: Sequence[str | None], judge: Judge) -> list[int]:
@@ -343,29 +379,39 @@ def _is_any(answer: str, others: Iterable[str], judge: Judge) -> bool:
 def reckoned(found: Vote) -> float:
     """How sure a vote is by its counts alone: the share that says it, as far as it is sure that it leads at all.
 
-    That it leads is soon sure and says little of whether it is right. On the public recordings this is right as often
-    as it says (0.73 and 0.74 of Qwen3-1.7B's votes of 16 branches), and that alone 0.98.
+    That it leads is soon sure and says little of whether it is right. On the public recordings this is right no less
+    often than it says (0.75 where it says 0.70, of Qwen3-1.7B's votes of 16 branches; 0.67 and 0.59 of 3), but of the
+    smallest model (0.52 and 0.59; 0.39 and 0.50), and that it leads alone 0.98.
     """
-    return confidence(found.first, found.second) * found.first / found.branches
+    return confidence(found.first, found.second) * succession(found.first, found.branches)
 
 
-def calibrated(judged: Sequence[tuple[float, bool]]) -> Callable[[Vote], float]:
-    """How often votes of such a margin are right, by `judged` ones: margins, and whether they were. It never falls as
-    margins rise, and is never surer than so many votes can tell."""
-    steps: list[tuple[float, float, int]] = []  # least margin, how many were right, of how many
-    for margin, group in groupby(sorted(judged), key=itemgetter(0)):
+def succession(right: float, of: int) -> float:
+    """Laplace's rule of succession: how likely the next is right where `right` of `of` were. It is never certain, and
+    one half of nothing: whoever speaks alone is believed, but not beyond doubt."""
+    return (right + 1) / (of + 2)
+
+
+def calibrated(judged: Sequence[tuple[float, bool]]) -> Callable[[float], float]:
+    """How often what is reckoned so sure is right, by `judged`: how sure each was, and whether it was right.
+
+    It is a flight of steps that rises: what is surer is no less often right, and neighbours that say otherwise are one
+    step. A step is as sure as `succession` has it of its own. With fewer than `ENOUGH` all stays as reckoned.
+    """
+    if len(judged) < ENOUGH:
+        return lambda reckoned: reckoned
+    steps: list[tuple[float, int, int]] = []  # least that was reckoned, how many were right, of how many
+    for least, group in groupby(sorted(judged), key=itemgetter(0)):
         agreed = [is_right for _, is_right in group]
-        steps.append((margin, sum(agreed), len(agreed)))
-        while len(steps) > 1 and steps[-2][1] * steps[-1][2] >= steps[-1][1] * steps[-2][2]:  # pool those that fall
-            least, right, of = steps.pop(-2)
-            _, more_right, more = steps.pop()
-            steps.append((least, right + more_right, of + more))
-    lowest = 1 / (len(judged) + 2)
+        right, of = sum(agreed), len(agreed)
+        while steps and succession(*steps[-1][1:]) >= succession(right, of):
+            least, before, of_them = steps.pop()
+            right, of = right + before, of + of_them
+        steps.append((least, right, of))
 
-    def sure(found: Vote) -> float:
-        below = [right / of for least, right, of in steps if least <= found.margin]
-        share = below[-1] if below else steps[0][1] / steps[0][2]
-        return min(max(share, lowest), 1 - lowest)
+    def sure(reckoned: float) -> float:
+        below = [step for step in steps if step[0] <= reckoned]
+        return succession(*(below or steps[:1])[-1][1:])
 
     return sure
 
@@ -381,17 +427,20 @@ def _by_question(said: Iterable[Said]) -> Iterable[Sequence[Said]]:
     return found.values()
 
 
-def _changes(labels: Iterable[Label], wanted: Sequence[Label]) -> tuple[list[Label], list[Label]]:
+def _changes(
+    labels: Iterable[Label], wanted: Sequence[Label], spoilt: Container[tuple[LabelSource, str]]
+) -> tuple[list[Label], list[Label]]:
     """Of `wanted` those that are new or say something else; and of `labels` those counted here that are no more.
 
-    What is counted here has a margin: a label without one came from elsewhere, and stays until it is known better.
+    What is counted here has a margin: a label without one came from elsewhere, and stays until it is known better, or
+    is `spoilt`.
     """
     there = {(label.source, label.question): label for label in labels}
     kept = {(label.source, label.question) for label in wanted}
-    counted = [label for label in there.values() if label.margin is not None]
+    fleeting = [name for name, label in there.items() if label.margin is not None or name in spoilt]
     return (
         [label for label in wanted if not _is_equal(label, there.get((label.source, label.question)))],
-        [label for label in counted if (label.source, label.question) not in kept],
+        [there[name] for name in fleeting if name not in kept],
     )
 
 

@@ -60,6 +60,12 @@ class Measured:
     ground: dict[Cell, Ground]
     sides: Sequence[Side]
 
+    @property
+    def answers(self) -> str:
+        """How answers were compared, in words; nothing if that is unknown."""
+        graded = [score.grading for side in self.sides for score in side.scores if score.grading is not None]
+        return " and ".join(sorted({one.answers for one in graded}))
+
 
 def measure(evaluation: Evaluation, engine: Engine) -> Measured:
     """Score everything, and keep what the scores are measured by. Raises what `Evaluation.run` raises."""

@@ -34,8 +34,9 @@ LEAST: Final = 10
 """Recorded questions below which nothing is said of means."""
 BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
-SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS, Stop.DEADLINE})
-"""How episodes end that are a measure of their controllers."""
+SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
+"""How episodes end that are a measure of their controllers, and may be recorded. A deadline cuts the costly ones:
+replays that are not cut cannot stand for them."""
 
 
 class Reference(NamedTuple):
@@ -180,15 +181,21 @@ class Parity:
     groups: Sequence[Group]
 
     @property
+    def checked(self) -> bool:
+        """Whether there was anything that could have spoken against replay."""
+        return bool(self.decisions.rounds or self.reproduced.episodes or self.groups)
+
+    @property
     def holds(self) -> bool:
-        """Whether nothing that was found speaks against replay."""
+        """Whether something was checked, and nothing that was found speaks against replay."""
         exact = self.decisions.agreed == self.decisions.rounds and not self.reproduced.differing
-        return exact and all(group.verdict is not Verdict.DISAGREE for group in self.groups)
+        return self.checked and exact and all(group.verdict is not Verdict.DISAGREE for group in self.groups)
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes."""
         decisions, reproduced = self.decisions, self.reproduced
         return {
+            "checked": self.checked,
             "holds": self.holds,
             "decisions": {
                 **vars(decisions),

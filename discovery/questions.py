@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from discovery.errors import BadRecording
@@ -43,6 +46,12 @@ class Question(BaseModel):
     def _is_spoken(self) -> Question:
         if any(not isinstance(message.get("role"), str) for message in self.messages):
             raise ValueError("messages: each needs a role")
+        if any(not isinstance(content := one.get("content"), str | list) or not content for one in self.messages):
+            raise ValueError("messages: each needs a content")
+        try:
+            json.dumps(self.messages, allow_nan=False)
+        except ValueError:
+            raise ValueError("messages: NaN and Infinity are no numbers") from None
         return self
 
     @property
@@ -58,7 +67,7 @@ def _called(messages: Sequence[Mapping[str, Any]]) -> str:
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file, in its order. Raises BadRecording, naming the file, the line and the reason."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise BadRecording(f"{path}: {error.strerror}") from None
     found: list[Question] = []
@@ -68,10 +77,13 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             question = Question.model_validate_json(text)
+            jiter.from_json(text, catch_duplicate_keys=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = "".join(f"{part}: " for part in first["loc"])
             raise BadRecording(f"{path}:{number}: {place}{first['msg'].removeprefix('Value error, ')}") from None
+        except ValueError as error:
+            raise BadRecording(f"{path}:{number}: {error}") from None
         for what, name in (("the same question", question.question), ("the same id", question.id)):
             if name in seen:
                 raise BadRecording(f"{path}:{number}: {what} as in line {seen[name]}")

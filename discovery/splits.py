@@ -43,7 +43,7 @@ def search_only(source: Source) -> Source:
     return SearchOnly(source)
 
 
-def export_search(recordings: Path, to: Path, salt: str | None = None, answers: Answers = Answers.EXACT) -> int:
+def export_search(recordings: Path, to: Path, salt: str | None = None, answers: Answers = Answers.AUTO) -> int:
     """Write the search split of a store or folder as lines in which nothing can be read. How many lines there are.
 
     The exported strings are the same where `answers` says so now: evaluate the file with `Answers.EXACT`. The same
@@ -53,11 +53,12 @@ def export_search(recordings: Path, to: Path, salt: str | None = None, answers: 
     salted = salt if salt is not None else secrets.token_hex(16)
     written = 0
     with Judge() as judge, whole(to) as file:
-        tell: Callable[[RecordedQuestion], Recording] = (
-            intern if answers is Answers.EXACT else lambda one: regrade(one, judge)
-        )
         for cell in source.cells():
-            for recorded in pooled(source.load(cell)):  # an answer's token is one recording's own
+            found = source.load(cell)
+            tell: Callable[[RecordedQuestion], Recording] = (
+                intern if answers.of(found) is Answers.EXACT else lambda one: regrade(one, judge)
+            )
+            for recorded in pooled(found):  # an answer's token is one recording's own
                 file.write(as_line(_opaque(recorded, tell(recorded), salted)).encode())
                 written += 1
         if not written:

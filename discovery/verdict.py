@@ -104,6 +104,7 @@ class Report:
     split: str  # fingerprint
     created: str
     who: str
+    answers: str = ""  # when two were the same; empty if unknown
 
     @property
     def failed(self) -> list[Condition]:
@@ -184,6 +185,7 @@ def judge(measured: Measured, terms: Terms, about: About) -> Report:
         split=about.split,
         created=about.created,
         who=about.who,
+        answers=measured.answers,
     )
 
 

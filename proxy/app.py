@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Final, NamedTuple
@@ -24,8 +25,9 @@ from controllers.registry import is_admin_only
 from discovery import calibration
 from discovery.answers import Judge
 from discovery.calibration import WHOLE, Arm, Calibrations, Map
-from discovery.errors import DiscoveryError
+from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
+from discovery.store import About, Episode
 from proxy import chat, dial, errors, fields, logs, openapi, passthrough, reply, schema, spans, strict, wire
 from proxy.access import Timing
 from proxy.berths import Berths
@@ -58,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody reads it but the access log."""
+SHOWN_CHARS: Final = 100
+"""Characters of an answer that are shown where an episode is explained."""
 
 
 class Service:
@@ -73,15 +77,19 @@ class Service:
         self.pulse = Pulse(engine, self.metrics)
         self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
-        engine.on_event = lambda event: self.metrics.upstream_events.labels(event).inc()
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
-        self.records = Records(engine, settings, self.metrics)
         self.drift = Drift(engine, settings, self.metrics)
+        engine.on_event = self._hear_of_upstream
         self.callers = callers
         self.turns = Turns(settings, self.metrics)
+        self.records = Records(engine, settings, self.metrics, self.turns, self.drift)
         self.load = Load(engine, settings, self.metrics)
         self._models: dict[str, Model] = {}
+
+    def _hear_of_upstream(self, event: str) -> None:
+        self.metrics.upstream_events.labels(event).inc()
+        self.drift.fail()
 
     async def models(self, *, is_check: bool = False) -> dict[str, Model]:
         """The upstream's models by name, asked anew. Raises UpstreamError."""
@@ -153,7 +161,7 @@ class Service:
             parsed,
             turned,
             tenant=caller.tenant,
-            drift=self.drift if is_kept and parsed.conversation else None,
+            drift=self.drift if is_kept else None,
             salt=caller.salt,
             prefix=form.prefix,
         )
@@ -223,9 +231,13 @@ class Service:
     # What happened
 
     async def explain(self, request: Request) -> Response:
-        """Why a request ended as it did. Raises NotFound, for requests of others too, or RecordsAway."""
+        """Why a request ended as it did. Raises NotFound, for requests of others too, RecordsAway or ApiError."""
         caller: Caller = request.state.caller
-        return JSONResponse(explain(await self.records.find(caller, request.path_params["request_id"])))
+        episode = await self.records.find(caller, request.path_params["request_id"])
+        try:
+            return await asyncio.to_thread(_explained, episode)
+        except TraceError as error:
+            raise ApiError(f"what is kept of this request cannot be read: {error}", code="unreadable_record") from None
 
     async def hear(self, request: Request) -> Response:
         """What a client says of an answer. Raises BadRequest, NotFound, for requests of others too, or RecordsAway."""
@@ -479,6 +491,17 @@ async def _read(request: Request, most: int) -> bytes:
     except ClientDisconnect:
         raise ClientGone from None
     return bytes(body)
+
+
+def _explained(episode: Episode) -> Response:
+    """What happened in an episode. Takes time, and its answers stand in it once a round. Raises TraceError."""
+    about = About(**{**episode.about, "answers": [_clipped(one) for one in episode.about.get("answers", ())]})
+    answer = None if episode.answer is None else _clipped(episode.answer)
+    return JSONResponse(explain(replace(episode, answer=answer, about=about)))
+
+
+def _clipped(answer: str) -> str:
+    return answer if len(answer) <= SHOWN_CHARS else f"{answer[: SHOWN_CHARS - 1]}…"
 
 
 def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> str | None:

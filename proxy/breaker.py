@@ -83,6 +83,13 @@ class Breaker:
             self._standing = Standing.EJECTED
 
 
+class Unheeded(Breaker):
+    """The same of work that nobody waits for: all of it goes out, and whatever comes of it ejects nothing."""
+
+    def fail(self, *, is_telling: bool = True) -> bool:
+        return False
+
+
 class Budget:
     """How many requests may be repeated: a share of all, so that repeats cannot be what keeps an upstream down."""
 

@@ -181,6 +181,8 @@ def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any
     """All by which branches are drawn and read: sampling, limit, how answers are found, and what the chat template was
     told, as a hash; so is a pattern, for it is the client's text."""
     drawn = dict(sampling)
+    if request.temperature == 0:
+        drawn["branch_temperature"] = drawn["temperature"]  # the operator's
     if request.tts.answer != AUTO:
         kind = request.tts.answer
         is_pattern = kind.way is Way.REGEX
@@ -267,19 +269,19 @@ async def serve(
     try:
         with metrics.in_flight.track_inprogress():
             failure = await _run(cast, plan, environment, state)
-            reply = await _compose(cast, plan, environment, state, failure)
-        outcome = "answered"
+            composed = await _compose(cast, plan, environment, state, failure)
+            if plan.records_all:
+                await records.drift.confirm(plan, plan.started)
+        reply, outcome = composed, "answered"
         return reply
     except asyncio.CancelledError:
-        outcome = "disconnected"
         if not drain.is_cut():
+            outcome = "disconnected"
             raise
-        error = drain.refusal()
-        environment.salvage()
-        error.spent = environment.meter.billed
+        outcome, error = "draining", drain.refusal()
+        error.spent, error.is_counted = environment.meter.billed, True
         raise error from None
     except ApiError as error:
-        environment.salvage()
         error.spent, error.is_counted = environment.meter.billed, True
         raise
     finally:
@@ -289,7 +291,7 @@ async def serve(
             settle(environment.meter.billed)
         count(metrics, plan, environment, state, cast.rounds, reply, outcome)
         cast.end(state.stop, environment.meter.billed)
-        records.keep(plan, cast, environment, state, reply)
+        records.keep(plan, cast, environment, state, reply, outcome)
 
 
 async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:

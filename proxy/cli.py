@@ -32,6 +32,7 @@ from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
 from proxy.config import File, Flags, Sets, configuring, gather, with_flags
 from proxy.errors import ProxyError
+from proxy.forgetting import forget
 from proxy.keysmith import keysmith
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ app.command()(label)
 app.command("calibrate")(calibrating)
 app.command("collect")(collecting)
 app.command("parity")(comparing)
+keeping.command()(forget)
 for verb in (promote, rollback, controllers):
     app.command()(verb)
 for group in (importing, keeping, trace, history, configuring, keysmith):

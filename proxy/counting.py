@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from controllers import Probed, Round, State, Stop
 from proxy.metrics import Metrics, family
-from proxy.records import DISCONNECTED
 
 if TYPE_CHECKING:
     from proxy.chat import Plan
@@ -26,11 +25,12 @@ def count(
     reply: Reply | None,
     outcome: str,
 ) -> None:
-    """Count an episode that ended as `outcome`: answered, failed or disconnected; `reply` is None unless answered."""
+    """Count an episode that ended as `outcome`: answered, failed, disconnected or, because the proxy ends, draining;
+    `reply` is None unless answered."""
     model, controller = plan.prompt.model, family(plan.controller)
     by_dial = (model, controller, plan.dial.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
-    metrics.stops.labels(model, controller, state.stop or DISCONNECTED).inc()
+    metrics.stops.labels(model, controller, state.stop or outcome).inc()
     kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for kind, tokens in kinds.items():
         metrics.tokens.labels(*by_dial, kind).inc(tokens)

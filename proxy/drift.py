@@ -7,12 +7,14 @@ for some templates write today's.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from discovery.errors import StoreError
 from discovery.recordings import Version
@@ -23,6 +25,9 @@ from proxy.errors import UpstreamError, UpstreamRefused
 from proxy.metrics import Metrics
 from proxy.settings import Settings
 
+if TYPE_CHECKING:
+    from proxy.chat import Plan
+
 logger = logging.getLogger(__name__)
 
 CONVERSATION: Final = tuple(
@@ -31,6 +36,8 @@ CONVERSATION: Final = tuple(
 )
 LOOK_S: Final = 300.0
 """Seconds between looks at the upstream."""
+AGAIN_S: Final = 3.0
+"""Seconds between them while upstream or store is not up, and after a failure."""
 _TAIL: Final = 8
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8} \d{4}|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 
@@ -38,18 +45,26 @@ _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8} \d{4}|[A-Z
 class Seen(NamedTuple):
     """What a model's requests are made with now."""
 
+    model: str
     chat_template: str
     probe_template: str
     interval: int
+    branch_temperature: float  # where a request asks for 0
 
-    def changes(self, known: Version) -> list[str]:
-        """What of it recordings were not made with, in words."""
+    def changes(self, made: Sequence[Version]) -> list[str]:
+        """What of it recordings were not made with, in words; theirs are the versions `made`, the latest first."""
+        if not made:
+            return []
+        known = made[0]
+        drawn = (json.loads(one.sampling).get("branch_temperature") for one in made)
         pairs = (
+            ("model", known.model, self.model),
             ("chat template", known.chat_template, self.chat_template),
             ("probe template", known.probe_template, self.probe_template),
-            ("interval", str(known.interval), str(self.interval)),
+            ("interval", known.interval, self.interval),
+            ("branch temperature", next(filter(None, drawn), None), self.branch_temperature),
         )
-        return [f"{name} {before[:12]!r} to {now[:12]!r}" for name, before, now in pairs if before and before != now]
+        return [f"{name} {str(before)!r} to {str(now)!r}" for name, before, now in pairs if before and before != now]
 
 
 class Drift:
@@ -57,17 +72,41 @@ class Drift:
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
+        self._aside = engine.aside()
         self._settings = settings
         self._metrics = metrics
         self._seen: dict[str, Seen] = {}  # by model
-        self._told: set[tuple[str, Seen]] = set()
+        self._looked: dict[str, float] = {}  # when, by the monotonic clock
+        self._told: set[Seen] = set()
+        self._complaint = ""  # why nothing could be compared, as last told
+        self._failed = asyncio.Event()  # the upstream, lately
         self._task: asyncio.Task[None] | None = None
 
     async def template(self, model: str) -> str:
         """The hash of a model's chat template. Raises UpstreamError."""
         if model not in self._seen:
-            self._seen[model] = await self._see(model)
+            await self._see(self._engine, model)
         return self._seen[model].chat_template
+
+    async def confirm(self, plan: Plan, since: float) -> None:
+        """See that a plan's chat template still is its model's, or was `since`, a time of the monotonic clock.
+
+        Raises UpstreamError.
+        """
+        model = plan.prompt.model
+        if model not in self._seen or self._looked[model] < since:
+            await self._see(self._aside, model)
+        if self._seen[model].chat_template != plan.asked.chat_template:
+            raise UpstreamError("the model's chat template has changed meanwhile", code="upstream_changed")
+
+    def is_asked_alike(self, plan: Plan) -> bool:
+        """Whether a plan's branches are asked as those of the model's conversations are, as far as it was seen."""
+        seen = self._seen.get(plan.prompt.model)
+        return seen is not None and seen.probe_template == plan.prompt.template.name
+
+    def fail(self) -> None:
+        """The upstream has failed, and may come back as another."""
+        self._failed.set()
 
     def open(self) -> None:
         """Look now and then, and tell what has changed."""
@@ -77,52 +116,70 @@ class Drift:
         """Look no more."""
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def look(self) -> None:
         """See what the upstream's models are asked with now. Raises UpstreamError."""
-        for model in await self._engine.models():
-            self._seen[model.id] = await self._see(model.id)
+        models = [model.id for model in await self._aside.models()]
+        for model in models:
+            await self._see(self._aside, model)
+        self._seen = {model: self._seen[model] for model in models}
 
-    async def _see(self, model: str) -> Seen:
-        ids = await _rendered(self._engine, model)
-        text = await self._engine.detokenise(model, ids) if ids else ""
-        settings = self._settings
-        tail = await self._engine.detokenise(model, ids[-_TAIL:]) if ids else ""
+    async def _see(self, engine: Engine, model: str) -> None:
+        now, settings = time.monotonic(), self._settings
+        ids = await _rendered(engine, model)
+        text = await engine.detokenise(model, ids) if ids else ""
+        tail = await engine.detokenise(model, ids[-_TAIL:]) if ids else ""
         template = probing.template_for(
             settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
         )
         digest = blake2b(_DATE.sub("DATE", text).encode(), digest_size=16).hexdigest() if text else ""
-        return Seen(digest, template.name, settings.interval)
+        self._seen[model] = Seen(model, digest, template.name, settings.interval, settings.branch_temperature)
+        self._looked[model] = now
 
     async def _watch(self) -> None:
         while True:
-            try:
-                await self.look()
-                await self._compare()
-            except UpstreamError as error:
-                logger.info("chat templates and recordings are not compared: %s", error.logged)
-            except StoreError as error:
-                logger.info("chat templates and recordings are not compared: %s", error)
-            await asyncio.sleep(LOOK_S)
+            wait_s = LOOK_S if await self._try() else AGAIN_S
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._failed.wait(), wait_s)
+                await asyncio.sleep(AGAIN_S)  # it is hardly back yet, and fails more than once
+            self._failed.clear()
+
+    async def _try(self) -> bool:
+        """Whether what there is could be looked at and compared."""
+        complaint = ""
+        try:
+            await self.look()
+            await self._compare()
+        except Exception as error:  # whatever it is, the next look may do
+            complaint = error.logged if isinstance(error, UpstreamError) else f"{type(error).__name__}: {error}"
+        if complaint not in ("", self._complaint):
+            logger.info("chat templates and recordings are not compared: %s", complaint)
+        self._complaint = complaint
+        return not complaint
 
     async def _compare(self) -> None:
-        """Tell of models whose latest recordings were made otherwise than they would be now."""
+        """Tell of models whose latest recordings were made otherwise than they would be now. Raises StoreError."""
         path = self._settings.store
-        if path is None or not path.exists() or not path.stat().st_size:  # none yet, or just being made
+        if path is None:
             return
+        if not path.exists() or not path.stat().st_size:
+            raise StoreError(f"{path}: it is not there, or just being made")
         async with Store.open(path) as store:
             for model, seen in self._seen.items():
-                versions = await store.versions(model)
-                changes = seen.changes(versions[0]) if versions else []
+                changes = seen.changes(await store.versions(model) or await self._of_others(store))
                 self._metrics.drift.labels(model).set(len(changes))
-                if changes and (model, seen) not in self._told:
-                    self._told.add((model, seen))
+                if changes and seen not in self._told:
+                    self._told.add(seen)
                     logger.warning(
                         "%s is not what its latest recordings were made with (%s); those are not mixed with new ones",
                         *(model, ", ".join(changes)),
                     )
+
+    async def _of_others(self, store: Store) -> list[Version]:
+        """The versions of models that are not served any more: one of them may have another name now."""
+        models = {summary.cell.model for summary in await store.summaries()} - self._seen.keys()
+        return [version for model in sorted(models) for version in await store.versions(model)]
 
 
 async def _rendered(engine: Engine, model: str) -> Sequence[int]:

@@ -11,12 +11,14 @@ import asyncio
 import json
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     nullcontext,
 )
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -27,7 +29,7 @@ import aiohttp
 
 from controllers import Action
 from proxy.berths import Berths
-from proxy.breaker import Breaker, Budget, Standing
+from proxy.breaker import Breaker, Budget, Standing, Unheeded
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -58,6 +60,8 @@ NOTHING_CAME: Final = (
     aiohttp.ConnectionTimeoutError,
 )
 """What aiohttp raises when a request was not answered at all."""
+_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""How JSON writes half a character, of which a text must have both."""
 
 
 _Ask = Callable[[], Awaitable[aiohttp.ClientResponse]]
@@ -97,6 +101,7 @@ class Call:
     n: int = 1
     priority: int = 0  # larger is later, where the server schedules by priority
     salt: str | None = None  # of the part of the prefix cache it may use
+    suffix_tokens: int = 0  # of its prompts, that are of our own making
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
@@ -104,6 +109,11 @@ class Call:
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
+
+    @property
+    def generated(self) -> int:
+        """Tokens it has brought so far."""
+        return sum(len(output.ids) for output in self.outputs)
 
 
 class Watched(NamedTuple):
@@ -159,6 +169,13 @@ class Engine:
         self.on_event: Callable[[str], object] = lambda _: None  # told of what is "retried" and when it is "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
         self.watcher = Watcher()
+
+    def aside(self) -> Engine:
+        """The same upstream for work that nobody waits for: how that ends tells nothing of whether requests are served,
+        and it repeats nothing at their cost."""
+        other = copy(self)
+        other.breaker, other._budget = Unheeded(), Budget()
+        return other
 
     async def models(self, *, is_check: bool = False) -> list[Model]:
         """The models served now."""
@@ -306,9 +323,8 @@ class Engine:
             generated = prompt = cached = None
         if not (type(generated) is int and type(prompt) is int and (cached is None or type(cached) is int)):
             raise UpstreamNonsense(f"{self.shown} sent a usage without token counts")
-        received = sum(len(output.ids) for output in call.outputs)
-        if generated != received:
-            raise UpstreamNonsense(f"{self.shown} bills {generated} tokens and sent {received}")
+        if generated != call.generated:
+            raise UpstreamNonsense(f"{self.shown} bills {generated} tokens and sent {call.generated}")
         sent = sum(map(len, call.prompts))  # each prompt once, whatever `n`; to ids vLLM adds nothing
         if prompt != sent:
             raise UpstreamNonsense(f"{self.shown} bills {prompt} tokens of prompts that have {sent}")
@@ -419,7 +435,10 @@ class Engine:
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(payload)
+            parsed = json.loads(payload.decode())
+            if _HALF.search(payload):  # as text has it, or as U+FFFD
+                whole = json.dumps(parsed, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
+                parsed = json.loads(whole.decode("utf-16-le", "replace"))
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):

@@ -5,8 +5,8 @@ would have said. Of some episodes, drawn by their id and by nothing that happene
 end and asked after each interval, and more are opened up to a fixed number: how many a controller opens depends on what
 the first ones said, and branches chosen so would not stand for others.
 
-It takes what is left over: at a low priority, a few branches at a time, none while requests wait at the upstream, and
-no more tokens an hour than it is given.
+It takes what is left over: at a low priority, a few branches at a time, none while requests wait, here or at the
+upstream, and no more tokens in any hour than it is given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -23,10 +24,13 @@ from controllers import Action, Probed, Round, State, Stop, advance, branch, pro
 from discovery.answers import veiled
 from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy import recording
+from proxy.breaker import Standing
+from proxy.drift import Drift
 from proxy.engine import Engine
 from proxy.errors import UpstreamError
 from proxy.metrics import Metrics
 from proxy.settings import Settings, StoreText
+from proxy.turns import Turns
 
 if TYPE_CHECKING:
     from proxy.chat import Plan
@@ -54,10 +58,10 @@ class Unfinished:
     plan: Plan
     environment: LiveEnvironment
     rounds: Sequence[Round]
-    spent: int = field(init=False)
+    settled: int = field(init=False)  # tokens of it that are paid for; at first those of its client
 
     def __post_init__(self) -> None:
-        self.spent = self.environment.meter.billed
+        self.settled = self.environment.meter.billed
 
 
 def drawn(request_id: str, share: float) -> bool:
@@ -69,10 +73,13 @@ def drawn(request_id: str, share: float) -> bool:
 class Finisher:
     """Finishes episodes, one after the other."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, turns: Turns, drift: Drift) -> None:
         self._engine = engine
+        self._aside = engine.aside()
         self._settings = settings
         self._metrics = metrics
+        self._turns = turns
+        self._drift = drift
         self._waiting: asyncio.Queue[Unfinished] = asyncio.Queue(MOST_WAITING)
         self._purse = Purse(settings.record_tokens_per_hour)
 
@@ -81,47 +88,57 @@ class Finisher:
         settings = self._settings
         ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
         readable = plan.prompt.kind.probed and not plan.prompt.stop  # a stop string is the client's text
+        readable = readable and self._drift.is_asked_alike(plan)  # else it would be a version of its own
         if plan.records_all:  # its client has the recording
             return False
         return bool(settings.store and ended and readable and drawn(plan.request_id, settings.record_fraction))
 
     def take(self, unfinished: Unfinished) -> bool:
-        """Have an episode finished in its time; False if too many wait."""
-        try:
-            self._waiting.put_nowait(unfinished)
-        except asyncio.QueueFull:
+        """Have an episode finished in its time; False if too many wait, or an hour has too few tokens for any of it."""
+        if self._waiting.full() or not self._at_once(unfinished.plan):
             self._metrics.finished.labels("skipped").inc()
             return False
+        self._waiting.put_nowait(unfinished)
         return True
+
+    def close(self) -> None:
+        """Give up those that wait."""
+        if count := self._waiting.qsize():
+            self._metrics.finished.labels("skipped").inc(count)
+            logger.info("%s episodes that were drawn are not recorded: the proxy ends", count)
 
     async def next(self) -> RecordedQuestion | None:
         """The recording of the next episode that waits; None if it failed."""
         unfinished = await self._waiting.get()
+        outcome, found = "skipped", None  # if the proxy ends meanwhile
         try:
             found = await self._finish(unfinished)
-        except UpstreamError as error:
-            logger.warning("%s: its recording is given up: %s", unfinished.plan.request_id, error.logged)
-            self._metrics.finished.labels("failed").inc()
-            return None
+            outcome = "recorded"
+        except Exception as error:  # whatever it is, the others go on
+            outcome = "failed"
+            words = error.logged if isinstance(error, UpstreamError) else type(error).__name__
+            logger.warning("%s: its recording is given up: %s", unfinished.plan.request_id, words)
         finally:
-            spent = unfinished.environment.meter.billed - unfinished.spent
-            self._purse.settle(unfinished, spent)
-            self._metrics.recording_tokens.labels(unfinished.plan.prompt.model).inc(spent)
-        self._metrics.finished.labels("recorded").inc()
+            self._settle(unfinished)
+            self._metrics.finished.labels(outcome).inc()
         return found
 
     async def _finish(self, unfinished: Unfinished) -> RecordedQuestion:
         plan, environment = unfinished.plan, unfinished.environment
         environment.votable = environment.votable_for_sure = True  # somebody voted on it
-        environment.priority = PRIORITY
+        environment.engine, environment.priority = self._aside, PRIORITY
+        await self._turn(unfinished, 1)
+        await self._drift.confirm(plan, time.monotonic())  # before it costs anything
+        at_once = self._at_once(plan)
         rounds = list(unfinished.rounds)
         running = [i for i, one in enumerate(environment.branches) if one.finish is None]
-        for group in _groups(running, self._settings.record_at_once):
+        for group in _groups(running, at_once):
             rounds += await self._run_out(unfinished, [move for i in group for move in (advance(i), probe(i))])
         missing = range(len(environment.branches), self._settings.record_branches)
-        for group in _groups(missing, self._settings.record_at_once):
+        for group in _groups(missing, at_once):
             rounds += await self._run_out(unfinished, [move for i in group for move in (branch(), probe(i))])
         late = await self._ask_late(unfinished, rounds)
+        await self._drift.confirm(plan, time.monotonic())
         return _recorded(plan, self._settings.store_text, recording.branches(environment, rounds, late))
 
     async def _run_out(self, unfinished: Unfinished, actions: Sequence[Action]) -> list[Round]:
@@ -148,52 +165,64 @@ class Finisher:
             if (index, intervals) not in asked
         ]
         late: dict[tuple[int, int], Probed] = {}
-        for group in _groups(gaps, self._settings.record_at_once):
+        for group in _groups(gaps, self._at_once(unfinished.plan)):
             await self._turn(unfinished, len(group))
             late.update(zip(group, await environment.ask_at(group), strict=True))
         return late
 
     async def _turn(self, unfinished: Unfinished, branches: int) -> None:
         """Return when the upstream has time and there are tokens to spend, for an interval of some branches."""
-        spent = unfinished.environment.meter.billed - unfinished.spent
-        self._purse.settle(unfinished, spent)
-        sizes = unfinished.environment.sizes
-        most = branches * (sizes.interval + unfinished.plan.limits.probe_tokens)
-        most = min(most, self._settings.record_tokens_per_hour)  # else a small purse would never do
+        self._settle(unfinished)
         while True:
-            if self._purse.holds(most) and not await self._busy():
+            if self._purse.holds(branches * _most(unfinished.plan)) and not await self._busy():
                 return
             await asyncio.sleep(LOOK_S)
 
+    def _at_once(self, plan: Plan) -> int:
+        """Branches that may run at a time: an interval of them must fit into what an hour has."""
+        return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _most(plan))
+
+    def _settle(self, unfinished: Unfinished) -> None:
+        """Take notice of what an episode has cost since."""
+        spent = unfinished.environment.meter.billed - unfinished.settled
+        unfinished.settled += spent
+        self._purse.spend(spent)
+        self._metrics.recording_tokens.labels(unfinished.plan.prompt.model).inc(spent)
+
     async def _busy(self) -> bool:
-        """Whether requests wait at the upstream; where it does not say, whether any is served at all."""
-        waiting = await self._engine.waiting()
-        if waiting is None:
-            return bool(self._metrics.registry.get_sample_value("autotts_episodes_in_flight"))
-        return waiting > 0
+        """Whether requests wait, here or at the upstream, or that is left alone; where it does not say, whether any is
+        served at all."""
+        here, engine = (self._turns.episodes, self._turns.passed), self._engine
+        if any(one.waiting for one in (*here, engine.berths)) or engine.breaker.standing is not Standing.WELL:
+            return True
+        waiting = await engine.waiting()
+        return any(one.in_flight for one in here) if waiting is None else waiting > 0
 
 
 class Purse:
-    """Tokens that may be spent: so many an hour, saved up for an hour at most."""
+    """Tokens that may be spent: so many in any hour. What it holds is spent, and told, before it is asked again."""
 
-    def __init__(self, per_hour: int) -> None:
-        self._most = per_hour
-        self._held = float(per_hour)
-        self._at = time.monotonic()
-        self._settled: tuple[object, int] = (None, 0)
+    def __init__(self, per_hour: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._left = per_hour
+        self._clock = clock
+        self._spent: deque[tuple[float, int]] = deque()  # when, and how many, in the last hour
 
-    def settle(self, owner: object, spent: int) -> None:
-        """Take notice of what `owner` has spent in all."""
-        before = self._settled[1] if self._settled[0] is owner else 0
-        self._settled = owner, spent
-        self._held -= spent - before
+    def spend(self, tokens: int) -> None:
+        """So many have been spent by now."""
+        if tokens:
+            self._left -= tokens
+            self._spent.append((self._clock(), tokens))
 
     def holds(self, tokens: int) -> bool:
-        """Whether so many may be spent now."""
-        now = time.monotonic()
-        self._held = min(self._most, self._held + (now - self._at) * self._most / HOUR_S)
-        self._at = now
-        return self._held >= tokens
+        """Whether so many may be spent from now on."""
+        while self._spent and self._spent[0][0] <= self._clock() - HOUR_S:
+            self._left += self._spent.popleft()[1]
+        return self._left >= tokens
+
+
+def _most(plan: Plan) -> int:
+    """Tokens that an interval of a branch, and asking after it, can cost."""
+    return plan.sizes.interval + plan.limits.probe_tokens
 
 
 def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

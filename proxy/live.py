@@ -68,10 +68,15 @@ class Meter:
     requests: int = 0
     prompt_tokens: int = 0  # context re-sent with every request included
     cached_tokens: int | None = None  # of these, known to come from the prefix cache; None if the server does not say
-    first_cached: int | None = None  # tokens of the prompt that were cached when the request came
+    first: Call | None = None  # that it made
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens of our own making: what probes append
     aborted_tokens: int = 0  # generated in requests that were cut, as far as seen
+
+    @property
+    def first_cached(self) -> int | None:
+        """Tokens of the prompt that were cached when the request came."""
+        return None if self.first is None else self.first.cached_tokens
 
     @property
     def billed(self) -> int:
@@ -85,11 +90,10 @@ class Meter:
 
     def add(self, call: Call) -> None:
         """Take in a call that ended well."""
-        if self.requests == 0:
-            self.first_cached = call.cached_tokens
         self.requests += 1
         self.prompt_tokens += call.prompt_tokens
-        self.generated_tokens += sum(len(output.ids) for output in call.outputs)
+        self.generated_tokens += call.generated
+        self.suffix_tokens += call.suffix_tokens
         if call.cached_tokens is not None:
             self.cached_tokens = (self.cached_tokens or 0) + call.cached_tokens
 
@@ -141,14 +145,12 @@ class LiveEnvironment:
             while branch.ahead:
                 self._grow(branch, branch.ahead.popleft())
         for owner, output in self._flying:
-            self.meter.aborted_tokens += len(output.ids)
             if owner is not None:
                 self._grow(owner, output)
         self._flying.clear()
 
     def write_off(self) -> None:
-        """Bill what a cut request had generated that is no branch's."""
-        self.meter.aborted_tokens += sum(len(output.ids) for _, output in self._flying)
+        """What a cut request had generated becomes no branch's."""
         self._flying.clear()
 
     async def number(self, answer: Answer | None) -> int | None:
@@ -173,7 +175,7 @@ class LiveEnvironment:
 
     async def extend(self, index: int, suffix: Sequence[int], most: int, sampling: Mapping[str, Any]) -> Output:
         """What follows branch `index` and `suffix`, outside the branch's own text."""
-        return await self._after([*self._context(index), *suffix], len(suffix), most, sampling)
+        return await self._alone([*self._context(index), *suffix], most, sampling, suffix=len(suffix))
 
     async def ask_at(self, points: Sequence[tuple[int, int]]) -> list[Probed]:
         """What branches would have answered after so many whole intervals: (branch, intervals) each."""
@@ -183,9 +185,8 @@ class LiveEnvironment:
             ids = self.branches[index].ids[: intervals * self.sizes.interval]
             suffixes.append(await self._suffix(await self.engine.detokenise(self.prompt.model, ids), lead=True))
             contexts.append([*self.prompt.ids, *ids, *suffixes[-1]])
-        call = Call(contexts, self.sizes.probe, probing.sampling())
-        await self._gather([call])
-        self.meter.suffix_tokens += sum(map(len, suffixes))
+        call = Call(contexts, self.sizes.probe, probing.sampling(), suffix_tokens=sum(map(len, suffixes)))
+        await self._generate(call)
         asked = zip(points, suffixes, call.outputs, strict=True)
         return [
             Probed(index, await self.number(self._said(output)), len(suffix) + len(output.ids))
@@ -196,22 +197,34 @@ class LiveEnvironment:
         """What a probe's continuation answers."""
         return self.prompt.template.read(output.text, self.prompt.kind)
 
-    async def _after(self, context: Sequence[int], suffix: int, most: int, sampling: Mapping[str, Any]) -> Output:
-        """What follows `context`, the last `suffix` tokens of which are ours."""
-        output = await self._alone(context, most, sampling)
-        self.meter.suffix_tokens += suffix
-        return output
-
     async def _alone(
-        self, context: Sequence[int], most: int, sampling: Mapping[str, Any], owner: LiveBranch | None = None
+        self,
+        context: Sequence[int],
+        most: int,
+        sampling: Mapping[str, Any],
+        owner: LiveBranch | None = None,
+        *,
+        suffix: int = 0,
     ) -> Output:
-        """What follows `context`, in a request of its own; if that is cut, `owner` keeps what there was."""
-        call = Call([context], most, sampling, priority=self.priority, salt=self.prompt.salt)
+        """What follows `context`, the last `suffix` tokens of which are ours, in a request of its own; if that is cut,
+        `owner` keeps what there was."""
+        call = Call([context], most, sampling, suffix_tokens=suffix)
         self._flying = [(owner, call.outputs[0])]
-        await self.engine.generate(self.prompt.model, call)
+        await self._generate(call)
         self._flying = []
-        self.meter.add(call)
         return call.outputs[0]
+
+    async def _generate(self, call: Call) -> None:
+        """Run `call`, and bill it, however it ends."""
+        meter = self.meter
+        meter.first = meter.first or call
+        call.priority, call.salt = self.priority, self.prompt.salt
+        try:
+            await self.engine.generate(self.prompt.model, call)
+        except BaseException:
+            meter.aborted_tokens += call.generated
+            raise
+        meter.add(call)
 
     # Whether the task can be voted on
 
@@ -255,7 +268,7 @@ class LiveEnvironment:
         ids, text = _all_of(branch)
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
-        output = await self._after(context, len(suffix), self.sizes.probe, probing.sampling())
+        output = await self._alone(context, self.sizes.probe, probing.sampling(), suffix=len(suffix))
         self.scouted += len(suffix) + len(output.ids)
         answer = self._said(output)
         return answer is not None and answer.form.sort in VOTES_ALONE
@@ -317,7 +330,6 @@ class LiveEnvironment:
         ]
         await self._gather(calls)
         self._flying = []
-        self.meter.suffix_tokens += sum(map(len, suffixes.values()))
         for position, step in steps.items():
             facts[position] = self._land(step, suffixes)
 
@@ -341,7 +353,8 @@ class LiveEnvironment:
         for (is_probe, opening, most), group in groups.items():
             if is_probe:
                 prompts = [self._context(step.branch) + suffixes[step.branch] for step in group]
-                yield _wire(Call(prompts, most, probing.sampling()), group)
+                ours = sum(len(suffixes[step.branch]) for step in group)
+                yield _wire(Call(prompts, most, probing.sampling(), suffix_tokens=ours), group)
             elif self.prompt.seed is not None:
                 for step in group:
                     piece = step.branch, self.branches[step.branch].pieces
@@ -383,17 +396,13 @@ class LiveEnvironment:
 
     async def _gather(self, calls: Sequence[Call]) -> None:
         """Run `calls` at once; the first to fail cancels the others and its error is raised."""
-        for call in calls:
-            call.priority, call.salt = self.priority, self.prompt.salt
-        tasks = [asyncio.create_task(self.engine.generate(self.prompt.model, call)) for call in calls]
+        tasks = [asyncio.create_task(self._generate(call)) for call in calls]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for call in calls:
-            self.meter.add(call)
 
     # What came of it
 

@@ -200,7 +200,7 @@ class Metrics:
         )
         self.drift = Gauge(
             "autotts_recording_drift",
-            "How many of chat template, probe template and interval are not what the latest recordings were made with.",
+            "How many of model, chat and probe template, interval and temperature are not the latest recordings' own.",
             ("model",),
             registry=self.registry,
         )

@@ -2,8 +2,8 @@
 
 A record is put into a bounded queue and its maker goes on. One task writes what waits, many records a transaction.
 While the store cannot take them (down, locked, full, slow) they go to a file; that is read back, unaided, when the
-store is there again. What fits nowhere stays in the queue; only what comes when that is full is lost, counted and
-complained of.
+store is there again. Whatever came first is first in the store, so nothing goes there past what waits in the file.
+What fits nowhere stays in the queue; only what comes when that is full is lost, counted and complained of.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import logging
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from discovery.errors import StoreError
+from discovery.recordings import RecordedQuestion
 from discovery.store import Episode, Item, Store
 from discovery.store.rows import item as unpacked
 from discovery.store.rows import line as packed
@@ -28,10 +31,17 @@ from proxy.metrics import Metrics
 from proxy.settings import Settings
 from proxy.spill import Spill
 
+T = TypeVar("T")
+V = TypeVar("V")
+Way = Callable[[Sequence[Item]], Awaitable[Sequence[str | None] | None]]
+"""Where items may go: what became of each, None from where there was no room; or None if nothing goes there now."""
+
 logger = logging.getLogger(__name__)
 
 GROUP: Final = 256
 """Records that share one transaction at most."""
+SLICE: Final = 32
+"""Records that are packed at a time: requests stand still while Python runs in another thread."""
 ENOUGH: Final = 32
 LINGER_S: Final = 0.1
 """Fewer than so many records wait so long for more: a transaction of one costs as much as one of many."""
@@ -44,13 +54,20 @@ AGAIN_S: Final = 0.5
 OPENING_S: Final = 10.0
 """How long who asks for a record waits for a store that is just being opened for the first time."""
 FLUSH_S: Final = 10.0
-"""Seconds what waits may take to be written when the proxy ends."""
+"""Seconds what waits may take to be written when the proxy ends; after half of them it goes to the file."""
 EXPIRY_S: Final = 3600.0
-"""Seconds between looks for what is older than it may be."""
+"""Seconds between looks for what is older than it may be, and for files that others left."""
 COMPLAINT_S: Final = 60.0
 """Seconds between complaints of losses."""
 RECENT: Final = 20_000
 """Requests whose tenant is remembered without the store."""
+
+STORED, SPILLED, RECOVERED = "stored", "spilled", "recovered"
+"""What becomes of records that are on disk."""
+DROPPED: Final = "dropped"
+"""What becomes of a recording whose request the store knows nothing of: it was forgotten, or is lost itself."""
+STORE: Final = "the store takes no records"
+FILE: Final = "the file takes no records"
 
 
 class Owner(NamedTuple):
@@ -84,20 +101,21 @@ class Recorder:
         self._most = settings.recorder_queue
         self._retain = None if settings.retain_days is None else timedelta(days=settings.retain_days)
         self._queue: deque[_Record] = deque()
-        self._batch: Sequence[_Record] = ()  # being written
         self._owners: OrderedDict[str, Owner] = OrderedDict()
         self._store: Store | None = None
         self._inode: tuple[int, int] = (0, 0)
         self._writing: asyncio.Task[None] | None = None  # a transaction that takes too long
+        self._filing = ThreadPoolExecutor(1, "spill")  # one at a time, even if nobody waits for the one before
+        self._look = True  # others may have left files
         self._work = asyncio.Event()  # there is something to do
         self._hurry = asyncio.Event()  # and it does not wait for more
         self._failed = asyncio.Event()  # the store that is open is of no use
         self._tried = asyncio.Event()  # the store has been opened, or could not be
         self._closing = asyncio.Event()  # nothing more is taken
-        self._ended = asyncio.Event()  # nothing more is written
+        self._ended: asyncio.Future[None]  # nothing more is written to the store
         self._tasks: list[asyncio.Task[None]] = []
         self._complained = -COMPLAINT_S
-        self._told = ""  # what was last complained of the store
+        self._told: dict[str, str] = {}  # what was complained of, once until all is well
 
     @property
     def is_on(self) -> bool:
@@ -107,7 +125,12 @@ class Recorder:
     @property
     def waiting(self) -> int:
         """Records in memory that are not written yet."""
-        return len(self._queue) + len(self._batch)
+        return len(self._queue)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether records wait in the file, and there is a store for them."""
+        return self._store is not None and self.spill is not None and self.spill.size > 0
 
     def as_json(self) -> dict[str, object]:
         """How it stands, for people."""
@@ -121,6 +144,8 @@ class Recorder:
     async def open(self) -> None:
         """Begin to write; whether the store can be opened or not."""
         if self.is_on:
+            self._ended = asyncio.get_running_loop().create_future()
+            self._work.set()
             self._tasks = [asyncio.create_task(self._hold()), asyncio.create_task(self._write())]
 
     async def close(self) -> None:
@@ -131,17 +156,20 @@ class Recorder:
         if not self._tasks:
             return
         holding, writing = self._tasks
-        await asyncio.wait({writing}, timeout=FLUSH_S)
-        writing.cancel()
-        self._ended.set()
+        await asyncio.wait({writing}, timeout=FLUSH_S / 2)
+        self._ended.set_result(None)
         self._failed.set()
+        self._store = None
+        await asyncio.wait({writing}, timeout=FLUSH_S / 2)
+        writing.cancel()
         if self._writing is not None:  # nobody knows when it ends
             holding.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.spill is not None:
-            self.spill.close()
-        for record in [*self._batch, *self._queue]:
-            self._lose(record, "closed")
+            await self._filed(self.spill.close)
+        self._filing.shutdown(wait=False)
+        while self._queue:
+            self._settle("closed", self._queue.popleft())
 
     # Putting and finding
 
@@ -162,7 +190,7 @@ class Recorder:
             if len(self._owners) > RECENT:
                 self._owners.popitem(last=False)
         if self.waiting >= self._most or self._closing.is_set():
-            self._lose(record, "full")
+            self._settle("closed" if self._closing.is_set() else "full", record)
             return kept
         self._queue.append(record)
         self.metrics.recorder_queue.set(self.waiting)
@@ -173,7 +201,7 @@ class Recorder:
 
     async def find(self, request: str) -> Episode | None:
         """The episode of a request, written down or not yet; None if there is none. Raises RecordsAway."""
-        for record in [*self._batch, *self._queue]:
+        for record in list(self._queue):
             if record.request == request:
                 made = await asyncio.to_thread(record.make)
                 if isinstance(made, Episode):
@@ -200,21 +228,25 @@ class Recorder:
             known = Owner(episode.tenant, episode.about.get("stage"), episode.digest)
         return known
 
-    def _lose(self, record: _Record, reason: str) -> None:
-        self.lost += 1
-        self.metrics.lost.labels(reason).inc()
-        if not record.kept.done():
-            record.kept.set_result(False)
-        if time.monotonic() - self._complained >= COMPLAINT_S:
-            self._complained = time.monotonic()
-            logger.error("RECORDS ARE LOST (%s): %s so far; %s", reason, self.lost, self._told or "the queue is full")
+    def _settle(self, outcome: str, record: _Record | None = None) -> None:
+        """Count what became of a record, and tell who waits for it, if it is known."""
+        is_kept = outcome in (STORED, SPILLED, RECOVERED)
+        if record is not None and not record.kept.done():
+            record.kept.set_result(is_kept)
+        if is_kept:
+            self.metrics.recorded.labels(outcome).inc()
+        elif outcome != DROPPED:
+            self.lost += 1
+            self.metrics.lost.labels(outcome).inc()
+            if time.monotonic() - self._complained >= COMPLAINT_S:
+                self._complained = time.monotonic()
+                why = "".join(f"; {what}: {words}" for what, words in self._told.items())
+                logger.error("RECORDS ARE LOST (%s): %s so far%s", outcome, self.lost, why)
 
     # Writing
 
     async def _write(self) -> None:
         """Write what waits, for ever; at the end, all of it."""
-        if self.spill is not None:
-            await self._guarded(self.spill.adopt)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._tried.wait(), PATIENCE_S)
         while self._queue or not self._closing.is_set():
@@ -223,112 +255,124 @@ class Recorder:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), LINGER_S)
             self._hurry.clear()
-            await self._read_back()
-            while self._queue:
-                await self._read_back()  # first, for a recording is kept only if its episode is
-                self._batch = [self._queue.popleft() for _ in range(min(GROUP, len(self._queue)))]
-                await self._keep(self._batch)
-                self._batch = ()
-            self._show()
-        await self._read_back()
-
-    async def _keep(self, batch: Sequence[_Record]) -> None:
-        """Get `batch` onto a disk, however long it takes."""
-        made = await asyncio.to_thread(_made, batch)
-        items: list[Item] = []
-        records: list[_Record] = []
-        for record, one in zip(batch, made, strict=True):
-            if isinstance(one, Exception):
-                logger.error("a record of %s cannot be made: %r", record.request, one)
-                self._lose(record, "unwritable")
-            else:
-                items.append(one)
-                records.append(record)
-        while items:
-            for outcome in ("stored", "spilled"):
-                if await (self._stored(items, records) if outcome == "stored" else self._spilled(items)):
-                    self.metrics.recorded.labels(outcome).inc(len(items))
-                    for record in records:
-                        if not record.kept.done():
-                            record.kept.set_result(True)
+            while self._look or self._queue or self._is_behind:
+                try:
+                    is_done = await self._go_on()
+                except Exception as error:  # whatever it is, it is tried again; its words may be a client's
+                    logger.error("records cannot be written for now: %s", type(error).__name__)
+                    is_done = False
+                self._show()
+                if not is_done and self._ended.done():
                     return
-            self._show()
-            if self._closing.is_set() and self._store is None:
-                for record in records:
-                    self._lose(record, "closed")
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), AGAIN_S)
+                if not is_done:
+                    await asyncio.wait({self._ended}, timeout=AGAIN_S)
 
-    async def _stored(self, items: Sequence[Item], records: Sequence[_Record] = ()) -> bool:
-        """Whether `items` are in the store now. One that it will never take is dropped, and counted."""
+    async def _go_on(self) -> bool:
+        """Take in files that others left, a group from the file and all of the queue; whether any of that was done."""
+        is_done, self._look = self._look, False
+        if is_done and self.spill is not None:
+            await self._filed(self.spill.adopt)
+        is_done |= await self._read_back()
+        while self._queue and await self._keep():
+            is_done = True
+        return is_done
+
+    async def _keep(self) -> bool:
+        """Get the first group that waits onto a disk; whether that can be done."""
+        group = list(islice(self._queue, GROUP))
+        made = await _each(_made, group)
+        items = [one for one in made if one is not None]
+        for way in self._ways():
+            outcomes = await way(items)
+            if outcomes is not None:
+                told = iter(outcomes)
+                for one in made:
+                    outcome = "unwritable" if one is None else next(told, None)
+                    if outcome is None:
+                        break
+                    self._settle(outcome, self._queue.popleft())
+                return True
+        return False
+
+    def _ways(self) -> Sequence[Way]:
+        """Where a group may go, and where if not there: to the file first while more waits than a slow store takes."""
+        if self.spill is not None and self.spill.size:
+            return [self._spilled]
+        ways: list[Way] = [self._stored, self._spilled]
+        return ways[::-1] if self.waiting > self._most / 2 else ways
+
+    async def _stored(self, items: Sequence[Item], outcome: str = STORED) -> list[str] | None:
+        """What became of each: it is in the store (`outcome`), never will be, or is dropped. None: that is away."""
         store = self._store
         if store is None or self._failed.is_set():
-            return False
+            return None
         task = asyncio.create_task(store.add_all(items))
-        await asyncio.wait({task}, timeout=PATIENCE_S)
+        await asyncio.wait({task, self._ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             self._writing = task
             task.add_done_callback(self._late)
-            return self._fail(f"{self.path}: a transaction takes more than {PATIENCE_S:g} s")
+            self._fail(f"{self.path}: a transaction takes too long")
+            return None
         try:
             task.result()
         except StoreError as error:
-            return self._fail(str(error))
+            self._fail(str(error))
+            return None
         except Exception as error:  # of one item: a text that is none, a number too large
-            return await self._one_by_one(items, records, error)
+            return await self._one_by_one(items, outcome, error)
         if _inode(self.path) != self._inode:
-            return self._fail(f"{self.path}: the store has been moved or removed")
-        return True
+            self._fail(f"{self.path}: the store has been moved or removed")
+            return None
+        return [outcome if await _is_taken(store, one) else DROPPED for one in items]
 
-    async def _one_by_one(self, items: Sequence[Item], records: Sequence[_Record], error: Exception) -> bool:
-        if len(items) > 1:
-            return all([await self._stored([one], records[at : at + 1]) for at, one in enumerate(items)])
-        logger.error("a record cannot be written: %s", type(error).__name__)
-        for record in records:
-            self._lose(record, "unwritable")
-        return True
+    async def _one_by_one(self, items: Sequence[Item], outcome: str, error: Exception) -> list[str] | None:
+        if len(items) == 1:
+            logger.error("a record cannot be written: %s", type(error).__name__)
+            return ["unwritable"]
+        outcomes: list[str] = []
+        for one in items:
+            alone = await self._stored([one], outcome)
+            if alone is None:
+                return None
+            outcomes += alone
+        return outcomes
 
-    async def _spilled(self, items: Sequence[Item]) -> bool:
-        """Whether `items` are in the file now."""
-        if self.spill is None:
-            return False
-        lines = await asyncio.to_thread(lambda: [packed(one) for one in items])
+    async def _spilled(self, items: Sequence[Item]) -> list[str | None] | None:
+        """What became of each: it is in the file, never will be, or there was no room. None: for the first already."""
         spill = self.spill
-        return bool(await self._guarded(lambda: spill.append(lines)))
+        if spill is None:
+            return None
+        lines = await _each(_packed, items)
+        count = await self._filed(lambda: spill.append([line for line in lines if line is not None]))
+        kept = iter([SPILLED] * (count or 0))
+        outcomes = ["unwritable" if line is None else next(kept, None) for line in lines]
+        return None if outcomes[:1] == [None] else outcomes
 
-    async def _guarded(self, work: Callable[[], bool | None]) -> bool | None:
-        """What `work` on the file gives; False if that fails."""
+    async def _filed(self, work: Callable[[], T]) -> T | None:
+        """What `work` on the file gives; None if that fails."""
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.get_running_loop().run_in_executor(self._filing, work)
         except OSError as error:
-            self._complain(f"{error.filename or 'spill'}: {error.strerror}")
-            return False
+            self._complain(FILE, f"{error.filename or 'spill'}: {error.strerror}")
+            return None
 
-    async def _read_back(self) -> None:
-        """If there is a store, everything from the file into it; then the file is empty."""
+    async def _read_back(self) -> bool:
+        """A group from the file into the store; whether there is one, and that can be done."""
         spill = self.spill
-        if spill is None or not spill.size or self._store is None:
-            return
-        count, chunks = 0, spill.chunks(GROUP)
-        while chunk := await asyncio.to_thread(next, chunks, None):
-            items: list[Item] = []
-            for line in chunk:
-                try:
-                    items.append(unpacked(line))
-                except (ValueError, TypeError, KeyError):
-                    spill.bad += 1
-            if items and not await self._stored(items):
-                return  # what is there already is left as it is when this is done again
-            count += len(items)
-        if spill.bad:
-            self.lost += spill.bad
-            self.metrics.lost.labels("damaged").inc(spill.bad)
-            logger.error("%s: %s records were damaged and are lost", spill.path, spill.bad)
-            spill.bad = 0
-        self.metrics.recorded.labels("recovered").inc(count)
-        logger.info("%s: %s records went from the file to the store", self.path, count)
-        await self._guarded(spill.clear)
+        if spill is None or not self._is_behind:
+            return False
+        chunk = await self._filed(lambda: spill.read(GROUP))
+        if chunk is None:  # it cannot be read: it stays what it is till files are looked for again
+            await self._filed(spill.close)
+            return False
+        items = [one for one in await _each(_unpacked, chunk.lines) if one is not None]
+        outcomes = await self._stored(items, RECOVERED)
+        if outcomes is None:
+            return False
+        for outcome in (*outcomes, *["damaged"] * (chunk.bad + len(chunk.lines) - len(items))):
+            self._settle(outcome)
+        await self._filed(lambda: spill.drop(chunk))
+        return True
 
     # The store
 
@@ -336,70 +380,103 @@ class Recorder:
         """Keep the store open; if it fails, open it again."""
         if self.path is None:
             return
-        while not self._ended.is_set():
+        while not self._ended.done():
             try:
                 async with Store.open(self.path, create=True, wait_ms=WAIT_MS) as store:
                     self._failed.clear()
                     self._inode = _inode(self.path)
                     self._store = store
-                    self._told = ""
                     self._tried.set()
-                    self._work.set()
-                    self._show()
                     await self._use(store)
             except StoreError as error:
-                self._complain(str(error))
-            except Exception:  # whatever it is, the store is tried again
-                logger.exception("the store failed")
+                self._complain(STORE, str(error))
+            except Exception as error:  # whatever it is, the store is tried again
+                self._complain(STORE, type(error).__name__)
             finally:
                 self._store = None
                 self._tried.set()
                 self._show()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), AGAIN_S)
+            await asyncio.wait({self._ended}, timeout=AGAIN_S)
 
     async def _use(self, store: Store) -> None:
         """Return when the store is of no use any more; till then what is too old is removed from it."""
-        while not self._failed.is_set() and not self._ended.is_set():
+        while not self._failed.is_set():
+            self._look = True
+            self._work.set()
+            self._show()
             if self._retain is not None:
                 before = (datetime.now(UTC) - self._retain).isoformat(timespec="microseconds")
                 await store.expire(before)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), EXPIRY_S)
 
-    def _fail(self, words: str) -> bool:
+    def _fail(self, words: str) -> None:
         """The store is of no use: it is closed, and opened again."""
         self._store = None
         self._failed.set()
-        self._complain(words)
+        self._complain(STORE, words)
         self._show()
-        return False
 
     def _late(self, task: asyncio.Task[None]) -> None:
         """A transaction that took too long has ended; what it held is in the file anyway."""
         self._writing = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._complain(str(error))
+            self._complain(STORE, str(error))
 
-    def _complain(self, words: str) -> None:
-        if words != self._told:
-            self._told = words
-            logger.error("records go to a file: %s", words)
+    def _complain(self, what: str, words: str) -> None:
+        if what not in self._told:
+            self._told[what] = words
+            logger.error("%s: %s", what, words)
 
     def _show(self) -> None:
+        spilled = 0 if self.spill is None else self.spill.size
         self.metrics.recorder_queue.set(self.waiting)
-        self.metrics.spill_bytes.set(0 if self.spill is None else self.spill.size)
+        self.metrics.spill_bytes.set(spilled)
         self.metrics.store_up.set(self._store is not None)
+        if self._told and self._store is not None and not self.waiting and not spilled:
+            self._told.clear()
+            logger.info("%s: no records wait any more", self.path)
 
 
-def _made(batch: Sequence[_Record]) -> list[Item | Exception]:
-    made: list[Item | Exception] = []
-    for record in batch:
-        try:
-            made.append(record.make())
-        except Exception as error:  # whatever it is, the others go on
-            made.append(error)
-    return made
+async def _each(work: Callable[[T], V], values: Sequence[T]) -> list[V]:
+    """What `work` makes of each, in a thread, `SLICE` at a time."""
+    done: list[V] = []
+    for at in range(0, len(values), SLICE):
+        done += await asyncio.to_thread(list, map(work, values[at : at + SLICE]))
+    return done
+
+
+def _made(record: _Record) -> Item | None:
+    try:
+        return record.make()
+    except Exception as error:  # whatever it is, the others go on
+        logger.error("a record of %s cannot be made: %s", record.request, type(error).__name__)
+        return None
+
+
+def _packed(item: Item) -> bytes | None:
+    try:
+        return packed(item)
+    except Exception as error:  # a text that is none
+        logger.error("a record cannot be written: %s", type(error).__name__)
+        return None
+
+
+def _unpacked(line: bytes) -> Item | None:
+    try:
+        return unpacked(line)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+async def _is_taken(store: Store, item: Item) -> bool:
+    """Whether the store has not dropped what it was given: a recording of a request it knows nothing of."""
+    if not isinstance(item, RecordedQuestion) or not item.request:
+        return True
+    try:
+        return await store.episode(item.request) is not None
+    except StoreError:  # there is one, though not as it was written
+        return True
 
 
 def _inode(path: Path | None) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import uuid4
 
@@ -18,12 +18,14 @@ from discovery.answers import canonical, is_veiled, veiled
 from discovery.labels import CONTENT
 from discovery.rounds import packed
 from discovery.store import About, Episode, Feedback
+from proxy.drift import Drift
 from proxy.engine import Engine
 from proxy.errors import NotFound, RecordsAway
 from proxy.finishing import Finisher, Unfinished
 from proxy.metrics import Metrics
 from proxy.recorder import RECENT, Owner, Recorder
 from proxy.settings import Settings, StoreText
+from proxy.turns import Turns
 
 if TYPE_CHECKING:
     from proxy.callers import Caller
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
 ACKNOWLEDGED_S: Final = 0.01
 """How long feedback waits to be on disk before its client is told that it will be."""
-DISCONNECTED: Final = "disconnected"
-"""Why an episode ended whose client left."""
+NOBODYS: Final = ""
+"""A request nobody made. Who asks for another's is told what is told of it, which may be that nothing is known now."""
 
 
 class Heard(NamedTuple):
@@ -45,20 +47,22 @@ class Heard(NamedTuple):
     id: str
     owner: Owner  # of the request it is about
     content: bool | None  # whether its client is content; None if that cannot be told
-    is_first: bool  # that was heard of the request
+    is_first: bool  # that tells so, of the request
     is_on_disk: bool
 
 
 class Records:
     """The records of one proxy."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, turns: Turns, drift: Drift) -> None:
         self.recorder = Recorder(settings, metrics)
-        self.finisher = Finisher(engine, settings, metrics)
+        self.drift = drift
+        self.finisher = Finisher(engine, settings, metrics, turns, drift)
         self._metrics = metrics
         self._text = settings.store_text
         self._finishing: asyncio.Task[None] | None = None
-        self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which something was said
+        self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which it was said whether they did well
+        self._said_at = datetime.now(UTC)  # when the latest feedback was given
 
     async def open(self) -> None:
         """Begin to write and to finish."""
@@ -68,18 +72,25 @@ class Records:
 
     async def close(self) -> None:
         """Give up what is being finished, and write what waits."""
-        if self._finishing is not None:
-            self._finishing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._finishing
-        await self.recorder.close()
+        try:
+            if self._finishing is not None:
+                self._finishing.cancel()
+                await asyncio.gather(self._finishing, return_exceptions=True)
+                self.finisher.close()
+        finally:
+            await self.recorder.close()
 
-    def keep(self, plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None) -> None:
-        """Have an episode that is over written down, and finished if it was drawn; this takes no time."""
+    def keep(
+        self, plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, outcome: str
+    ) -> None:
+        """Have an episode that is over written down, and finished if it was drawn; this takes no time.
+
+        Where its state does not know why it ended, `outcome` says so.
+        """
         if not self.recorder.is_on:
             return
         owner = Owner(plan.asked.tenant, plan.stage, plan.spec.digest)
-        made = _episode(plan, cast, environment, state, reply, self._text)
+        made = _episode(plan, cast, environment, state, reply, str(state.stop or outcome), self._text)
         self.recorder.put(plan.request_id, made, owner)
         if reply is not None and self.finisher.wants(plan, state):
             self.finisher.take(Unfinished(plan, environment, tuple(cast.rounds)))
@@ -94,24 +105,31 @@ class Records:
         """The episode of a request. Raises NotFound, for those of others too, or RecordsAway."""
         if self.recorder.is_on:
             episode = await self.recorder.find(request)
-            if episode is not None and caller.may_see(episode.tenant):
+            if episode is not None and not caller.may_see(episode.tenant):
+                episode = await self.recorder.find(NOBODYS)
+            if episode is not None:
                 return episode
         raise _unknown(request)
 
     async def hear(self, caller: Caller, said: FeedbackRequest) -> Heard:
         """Take what a client says of an answer. Raises NotFound, for requests of others too, or RecordsAway."""
         owner = await self.recorder.owner(said.request)
-        if owner is None or not caller.may_see(owner.tenant):
+        if owner is not None and not caller.may_see(owner.tenant):
+            owner = await self.recorder.owner(NOBODYS)
+        if owner is None:
             raise _unknown(said.request)
         kind, value, content = await self._judge(said)
-        feedback = Feedback(uuid4().hex, said.request, kind, json.dumps(value), tenant=owner.tenant)
+        self._said_at = max(datetime.now(UTC), self._said_at + timedelta(microseconds=1))  # clocks are set back
+        created = self._said_at.isoformat(timespec="microseconds")
+        feedback = Feedback(uuid4().hex, said.request, kind, json.dumps(value), created, owner.tenant)
         kept = self.recorder.put(said.request, lambda: feedback, hurry=True)
         await asyncio.wait({kept}, timeout=ACKNOWLEDGED_S)
         if kept.done() and not kept.result():
             raise RecordsAway("no more can be written down for now; say it again later", code="recorder_full")
         self._metrics.feedback.labels(kind, "unknown" if content is None else str(content).lower()).inc()
-        is_first = said.request not in self._heard
-        self._heard[said.request] = None
+        is_first = content is not None and said.request not in self._heard
+        if is_first:
+            self._heard[said.request] = None
         if len(self._heard) > RECENT:
             self._heard.popitem(last=False)
         return Heard(feedback.id, owner, content, is_first, kept.done())
@@ -144,7 +162,7 @@ def _unknown(request: str) -> NotFound:
 
 
 def _episode(
-    plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, text: StoreText
+    plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, stop: str, text: StoreText
 ) -> Callable[[], Episode]:
     """What makes the record of an episode from what is known of it now; making it is for another thread."""
     seconds = round(time.monotonic() - plan.started, 6)
@@ -171,7 +189,7 @@ def _episode(
         about["text"] = plan.asked.text
         about["reply"] = None if reply is None else reply.message.content
     ledger = {"aborted": environment.meter.billed} if reply is None else dict(reply.tokens)
-    branches, stop, answer = len(environment.branches), str(state.stop or DISCONNECTED), state.answer
+    branches, answer = len(environment.branches), state.answer
 
     def make() -> Episode:
         written = [veiled(one) for one in answers] if text is StoreText.NONE else answers

@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from discovery.answers import AUTO, Kind, parse_kind
+from discovery.answers import AUTO, Kind, canonical, parse_kind
+from discovery.answers.veil import MARK
 from discovery.errors import UnknownKind
 from proxy import strict
 from proxy.errors import BadRequest
@@ -66,15 +67,31 @@ def _or_nothing(given: object) -> object:
     return TtsOptions() if given is None else given
 
 
+def _comparable(answer: str) -> str:
+    """An answer that others can be compared with."""
+    if canonical(answer) is None:
+        raise ValueError("there is nothing in it that an answer could be compared with")
+    if answer.lstrip().startswith(MARK):
+        raise ValueError(f"it begins with {MARK!r}, as what the proxy keeps of an answer does; say the answer itself")
+    return answer
+
+
 class FeedbackRequest(BaseModel):
-    """What a client says of an answer: one of `correct`, `answer` and `score`."""
+    """What a client says of an answer: one of `correct`, `answer` and `score`; `id` is `request_id` by another name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     request: Annotated[str, Field(min_length=1, max_length=200, validation_alias=AliasChoices("request_id", "id"))]
     correct: Annotated[bool, Field(strict=True)] | None = None
-    answer: Annotated[str, Field(min_length=1, max_length=10_000)] | None = None
-    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    answer: Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(_comparable)] | None = None
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_one_request(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("id", ...) == given.get("request_id"):
+            return {name: value for name, value in given.items() if name != "id"}
+        return given
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> FeedbackRequest:

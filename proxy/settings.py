@@ -19,6 +19,7 @@ from controllers.loading import parse_spec
 from controllers.registry import is_admin_only
 from proxy.errors import SettingsError
 from proxy.probing import Family
+from proxy.spill import is_foreign, places
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,12 +132,15 @@ class Settings(BaseSettings):
         description="what of questions and answers is stored: `none` (hashes), `hash` (answers, and questions by their "
         "hash), `full`",
     )
-    retain_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="days after which a request is forgotten with all that came of it; none keeps it"
+    retain_days: Annotated[float, Field(gt=0, le=36500, allow_inf_nan=False)] | None = Field(
+        None,
+        description="days after which a request is forgotten with all that came of it, 36500 at most; none keeps it",
     )
     recorder_queue: int = Field(10_000, ge=1, description="records that may wait in memory; what comes then is lost")
     spill: Path | None = Field(
-        None, description="file that records go to while the store cannot be written; none puts it beside the store"
+        None,
+        description="file that records go to while the store cannot be written, for nothing else; none puts it beside "
+        "the store",
     )
     spill_bytes: int = Field(256 * 2**20, ge=0, description="size that file may grow to")
     record_fraction: float = Field(
@@ -233,6 +237,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     settings = settings.model_copy(update=unset)
     _check_controller(settings)
     _check_upstream(settings)
+    _check_spill(settings)
     return Configured(settings, sources)
 
 
@@ -288,6 +293,21 @@ def _check_upstream(settings: Settings) -> None:
     if has_user and settings.upstream_api_key is not None:
         words = "its URL holds a user or password, and there is an upstream_api_key: only one of them can be sent"
         raise SettingsError(f"upstream: {words}")
+
+
+def _check_spill(settings: Settings) -> None:
+    """What is at `spill` is written over and removed: it must be nothing else."""
+    if settings.spill is None or settings.store is None:
+        return
+    of_store = {Path(f"{settings.store.resolve()}{end}") for end in ("", "-wal", "-shm", "-journal")}
+    if not of_store.isdisjoint(place.resolve() for place in places(settings.spill)):
+        raise SettingsError(f"spill: {settings.spill} is the store's; name a file of its own")
+    try:
+        is_taken = is_foreign(settings.spill)
+    except OSError as error:
+        raise SettingsError(f"spill: {settings.spill}: {error.strerror}") from None
+    if is_taken:
+        raise SettingsError(f"spill: {settings.spill} is there and no file of records; name one that is free")
 
 
 def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:

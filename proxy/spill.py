@@ -1,4 +1,4 @@
-"""A file that records wait in while the store cannot take them: appended to, read back once, then empty again.
+"""A file that records wait in while the store cannot take them: appended to, read back, gone when all of it is read.
 
 What `append` has returned from is on disk. A line is the CRC of its content and the content; what a kill left half
 written fails that, and is dropped. Every method blocks, and is for one thread at a time.
@@ -6,18 +6,50 @@ written fails that, and is dropped. Every method blocks, and is for one thread a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Sequence
-from itertools import count
+from contextlib import ExitStack
+from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 from discovery.files import end_of_lines
 
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
+BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
+"""How every line begins."""
+BEGIN_BYTES: Final = 9
+LINE_BYTES: Final = BEGIN_BYTES + 1
+"""What a line is longer than its content."""
+
+
+def places(path: Path) -> Iterator[Path]:
+    """Where files may be that are said to be at `path`."""
+    yield path
+    for number in range(1, MOST_FILES):
+        yield path.with_name(f"{path.name}.{number}")
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether something other than a file of lines is at `path`. Raises OSError."""
+    if not path.is_file() or path.is_symlink():
+        return os.path.lexists(path)
+    with path.open("rb") as file:
+        return not _is_own(file.read(BEGIN_BYTES))
+
+
+class Chunk(NamedTuple):
+    """Some lines of a file that follow each other."""
+
+    lines: Sequence[bytes]  # those that are what was written
+    bad: int  # how many are not
+    file: _File
+    end: int  # bytes from the file's beginning
 
 
 class Spill:
@@ -26,49 +58,56 @@ class Spill:
     def __init__(self, path: Path, limit: int) -> None:
         self.path = path
         self.limit = limit  # bytes, all files together
-        self.bad = 0  # lines that were not what was written
         self._files: list[_File] = []
 
     @property
     def size(self) -> int:
         """Bytes that wait."""
-        return sum(file.size for file in self._files)
+        return sum(file.size - file.begin for file in self._files)
 
     def adopt(self) -> None:
         """Take over what processes that have ended left behind."""
         held = {file.path for file in self._files}
-        for path in self._names():
+        for path in places(self.path):
             if path.exists() and path not in held and (file := _File.hold(path)) is not None:
                 self._files.append(file)
 
-    def append(self, lines: Sequence[bytes]) -> bool:
-        """Keep `lines`, none of which contains a newline; False, and nothing kept, if they do not fit."""
-        data = b"".join(b"%08x %b\n" % (crc32(line), line) for line in lines)
-        if self.size + len(data) > self.limit:
-            return False
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Keep `lines`, none of which contains a newline; how many of them, the first ones, there was room for."""
+        room = self.limit - sum(file.size for file in self._files)
+        sizes = accumulate(LINE_BYTES + len(line) for line in lines)
+        fit = lines[: sum(1 for _ in takewhile(lambda size: size <= room, sizes))]
+        if not fit:
+            return 0
         if not self._files:
-            held = next((file for path in self._names() if (file := _File.hold(path)) is not None), None)
+            held = next((file for path in places(self.path) if (file := _File.hold(path)) is not None), None)
             if held is None:
-                return False
+                return 0
             self._files.append(held)
-        self._files[-1].append(data)
-        return True
+        self._files[-1].append(b"".join(b"%08x %b\n" % (crc32(line), line) for line in fit))
+        return len(fit)
 
-    def chunks(self, most: int) -> Iterator[list[bytes]]:
-        """All that waits, up to `most` lines at a time. What is damaged is left out and counted."""
-        chunk: list[bytes] = []
+    def read(self, most: int) -> Chunk:
+        """The first lines that wait, `most` of one file at most; they wait until they are dropped."""
+        file = next(file for file in self._files if file.size > file.begin)
+        return file.chunk(file.begin, most)
+
+    def drop(self, chunk: Chunk) -> None:
+        """What was read is not waited for any more; a file that is read to its end is removed."""
+        chunk.file.begin = chunk.end
+        if chunk.end == chunk.file.size:
+            chunk.file.remove()
+            self._files.remove(chunk.file)
+
+    def chunks(self, most: int) -> Iterator[Sequence[bytes]]:
+        """All that waits, up to `most` lines at a time; it goes on waiting."""
         for file in self._files:
-            for line in file.lines():
-                check, _, content = line.rstrip(b"\n").partition(b" ")
-                if check != b"%08x" % crc32(content):
-                    self.bad += 1
-                    continue
-                chunk.append(content)
-                if len(chunk) == most:
-                    yield chunk
-                    chunk = []
-        if chunk:
-            yield chunk
+            end = file.begin
+            while end < file.size:
+                chunk = file.chunk(end, most)
+                end = chunk.end
+                if chunk.lines:
+                    yield chunk.lines
 
     def clear(self) -> None:
         """Nothing of it is waited for any more."""
@@ -80,11 +119,8 @@ class Spill:
         while self._files:
             self._files.pop().close()
 
-    def _names(self) -> Iterator[Path]:
-        for number in count():
-            if number == MOST_FILES:
-                return
-            yield self.path if not number else self.path.with_name(f"{self.path.name}.{number}")
+    def names(self) -> Iterator[Path]:
+        return places(self.path)
 
 
 class _File:
@@ -94,21 +130,26 @@ class _File:
         self.path = path
         self._descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
+        self.begin = 0  # of what waits
 
     @classmethod
     def hold(cls, path: Path) -> _File | None:
-        """The file at `path`, made if there is none; None if another process holds it."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_there = path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
-        except BlockingIOError:
-            is_there = False
-        if not is_there:  # held, or removed by the one that held it
-            os.close(descriptor)
-            return None
-        os.ftruncate(descriptor, end_of_lines(descriptor))
-        return cls(path, descriptor)
+        """The file at `path`, made if there is none; None if another process holds it. What is foreign is an error."""
+        with ExitStack() as undo:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            undo.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return None  # removed by the one that held it
+            if not _is_own(os.pread(descriptor, BEGIN_BYTES, 0)):
+                raise FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
+            os.ftruncate(descriptor, end_of_lines(descriptor))
+            _sync_folder(path)
+            undo.pop_all()
+            return cls(path, descriptor)
 
     def append(self, data: bytes) -> None:
         """All of `data` is on disk, or nothing of it stays."""
@@ -122,16 +163,21 @@ class _File:
             raise
         self.size += len(data)
 
-    def lines(self) -> Iterator[bytes]:
+    def chunk(self, begin: int, most: int) -> Chunk:
+        """The lines from `begin` on, up to `most`. What is damaged is left out and counted."""
+        lines: list[bytes] = []
+        bad, end = 0, begin
         with open(os.dup(self._descriptor), "rb") as reader:
-            reader.seek(0)
-            left = self.size
-            while left > 0:
+            reader.seek(end)
+            while len(lines) < most and end < self.size:
                 line = reader.readline()
-                left -= len(line)
-                if not line:
-                    return
-                yield line
+                end = end + len(line) if line else self.size  # somebody has cut it
+                check, _, content = line.rstrip(b"\n").partition(b" ")
+                if check == b"%08x" % crc32(content):
+                    lines.append(content)
+                else:
+                    bad += 1
+        return Chunk(lines, bad, self, end)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -139,3 +185,17 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _is_own(begin: bytes) -> bool:
+    """Whether a file that begins so is one of lines, or empty."""
+    return not begin or BEGIN.match(begin) is not None
+
+
+def _sync_folder(path: Path) -> None:
+    """What is new at `path` is there after a power cut too."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import blake2b
 from typing import Final
 
 from discovery.answers.forms import canonical
 
 MARK: Final = "veiled:"
+_VEIL: Final = re.compile(MARK + "[0-9a-f]{24}")
 
 
 def veiled(answer: str) -> str:
@@ -20,5 +22,5 @@ def veiled(answer: str) -> str:
 
 
 def is_veiled(answer: str) -> bool:
-    """Whether an answer is one that `veiled` gave."""
-    return answer.startswith(MARK)
+    """Whether an answer has the form of those `veiled` gives; a text that merely begins so is one like any other."""
+    return answer.startswith(MARK) and _VEIL.fullmatch(answer) is not None

@@ -14,7 +14,7 @@ from discovery.calibration import Arm, Calibrations, calibrate, write
 from discovery.commands.console import names, wide_console
 from discovery.engines import EngineName, engine_called
 from discovery.errors import NotRecorded
-from discovery.evaluate import Answers
+from discovery.evaluate import WHEN_SAME, Answers
 from discovery.files import check_place
 from discovery.playing import Rules
 from discovery.recordings import Split
@@ -30,7 +30,7 @@ def calibrating(
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     split: Annotated[Split | None, typer.Option(help="which questions; without it all but held-out ones")] = None,
-    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
     engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
     workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
@@ -52,7 +52,9 @@ def calibrating(
         source, cells, specs[0], engine_called(engine, workers), Rules(max_branches), dials, shuffles, answers
     )
     write(found, out)
-    wide_console().print(_table(found))
+    console = wide_console()
+    console.print(_table(found))
+    console.print(f"answers are compared: {next(iter(found.values())).answers}", highlight=False)
 
 
 def _table(found: Calibrations) -> Table:

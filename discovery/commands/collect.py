@@ -6,13 +6,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Coroutine
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from discovery.answers import parse_kind
 from discovery.commands.console import wide_console
@@ -41,7 +42,9 @@ def collecting(
     max_tokens_total: Annotated[
         int | None, typer.Option(min=1, help="tokens that all branches in --out of this model and settings may cost")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of a branch")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a branch; without it as many as the model can have in view")
+    ] = None,
     at_once: Annotated[int, typer.Option(min=1, max=1024, help="branches that are made at a time")] = 8,
     benchmark: Annotated[str, typer.Option(help="what the questions belong to; without it their file's name")] = "",
     answer: Annotated[str, typer.Option(help="how answers are read, as tts.answer says it")] = "auto",
@@ -84,8 +87,9 @@ def collecting(
     say(f"{words}; {_spent(at, usd_per_million)}")
     if at.is_out:
         say(
-            f"stopped: {at.spent:,} tokens are spent, and one more branch might pass {max_tokens_total:,}; "
-            "--resume with a larger --max-tokens-total goes on"
+            f"stopped: {at.spent:,} tokens are spent, and one more branch, which may cost {at.reserve:,}, "
+            f"might pass {max_tokens_total:,}; --resume with a larger --max-tokens-total goes on"
+            + ("" if at.done else ", and --max-tokens bounds a branch")
         )
     for one in at.skipped:
         say(f"given up: {' '.join(one.split())}", style="red")
@@ -110,13 +114,12 @@ def _spent(at: Collected, usd_per_million: float | None) -> str:
 class Shown:
     """How far it is; on a terminal a bar."""
 
-    def __init__(self, usd_per_million: float | None) -> None:
-        console = Console(stderr=True)
+    def __init__(self, usd_per_million: float | None, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         words = (TextColumn("branches"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(
-            *words, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-        )
+        self._progress = Progress(*words, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
+        self._before = 0  # branches that were there when it began, which tell nothing of how fast it goes
         self._usd_per_million = usd_per_million
 
     def __enter__(self) -> Shown:
@@ -128,7 +131,9 @@ class Shown:
 
     def change(self, at: Collected) -> None:
         """Take notice of how far it is."""
+        if self._task is None:
+            self._task, self._before = self._progress.add_task("", total=at.total), at.done
         words = _spent(at, self._usd_per_million)
-        if self._task is None:  # what was there at the beginning says nothing of how fast it goes
-            self._task = self._progress.add_task(words, total=at.total, completed=at.done)
+        if made := at.done - self._before:
+            words += f", {timedelta(seconds=round(at.seconds / made * (at.total - at.done)))} left"
         self._progress.update(self._task, description=words, completed=at.done)

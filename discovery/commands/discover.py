@@ -24,7 +24,7 @@ from discovery.commands.console import names, wide_console
 from discovery.digest import digest
 from discovery.discover import Digester, Finalist, Limits, Run, card, read_pairs
 from discovery.errors import ExplorerError
-from discovery.evaluate import Answers, read_cell
+from discovery.evaluate import WHEN_SAME, Answers, read_cell
 from discovery.explorers import Candidate, Explorer
 from discovery.explorers.agent import Agent
 from discovery.explorers.files import Files
@@ -73,7 +73,7 @@ def discover(
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all of the search split")] = "",
-    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
     shuffles: Annotated[int, typer.Option(min=1, help="orders of branches a candidate is tried in")] = 4,
     probe_tokens: Annotated[
         int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
@@ -92,7 +92,7 @@ def discover(
         raise ExplorerError("say when to end: --rounds, --minutes or --budget-usd")
     options = Options(folder, llm, command, budget_usd)
     chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
-    cells = load(recordings, names(models), names(benchmarks), answers)
+    cells, compared = load(recordings, names(models), names(benchmarks), answers)
     priced = any(recording.priced for found in cells.values() for recording in found)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
     plan = Plan(shuffles=shuffles, latency=latency)
@@ -101,7 +101,7 @@ def discover(
         "seed": seed,
         "cells": [" ".join(cell) for cell in cells],
         "questions": sum(len(found) for found in cells.values()),
-        "answers": answers,
+        "answers": compared,
         "probe_tokens": cost,
         "betas": list(plan.betas),
         "shuffles": shuffles,
@@ -151,12 +151,16 @@ def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
     asyncio.run(write())
 
 
-def load(path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: Answers) -> dict[Cell, list[Recording]]:
-    """The search split's recordings of each cell. Raises DiscoveryError."""
+def load(
+    path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: Answers
+) -> tuple[dict[Cell, list[Recording]], str]:
+    """The search split's recordings of each cell, and how answers are compared, in words. Raises DiscoveryError."""
     source = open_source(path)
     cells = choose(source.cells(), models, benchmarks, Split.SEARCH)
     with Judge() as judge:
-        return {cell: read_cell(source, cell, answers, judge) for cell in cells}
+        found = {cell: read_cell(source, cell, answers, judge) for cell in cells}
+    compared = " and ".join(sorted({how for _, how in found.values()}))
+    return {cell: recordings for cell, (recordings, _) in found.items()}, compared
 
 
 def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
@@ -241,6 +245,7 @@ def _leave(run: Run, finalist: Finalist, out: Path, settings: Mapping[str, Any])
         opened.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     console = wide_console()
     console.print(_leaders(run))
+    console.print(f"answers are compared: {settings['answers']}", highlight=False)
     console.print(f"{file}: AFS {finalist.afs:.2f} in fresh orders, sealed; its card beside it", highlight=False)
 
 

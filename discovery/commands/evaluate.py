@@ -20,7 +20,7 @@ from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
 from discovery.curve import Difference, Score, differences
 from discovery.engines import EngineName, engine_called
-from discovery.evaluate import SURE, Answers, Evaluation, Weights
+from discovery.evaluate import SURE, WHEN_SAME, Answers, Evaluation, Weights
 from discovery.files import check_place, whole
 from discovery.picture import Panel, Point, check_plot, draw
 from discovery.playing import Rules, Sealing
@@ -39,7 +39,7 @@ def evaluate(
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
-    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
     labels: Annotated[
         str, typer.Option(help="whose right answers count, and for how much: feedback=0.8,consensus=confidence")
     ] = ",".join(SURE),
@@ -141,7 +141,7 @@ def _show(found: Sequence[Score]) -> None:
     console = wide_console()
     console.print(_table(found))
     for cell, words in _grading(found).items():
-        console.print(f"{' '.join(cell)}: {words}", markup=False, highlight=False)
+        console.print(f"{' '.join(cell)}: {words}", markup=False, highlight=False, soft_wrap=True)
     if compared := differences(found):
         console.print(_differences(compared))
     for score in found:
@@ -177,16 +177,19 @@ def _table(found: Sequence[Score]) -> Table:
 
 
 def _grading(found: Sequence[Score]) -> Mapping[Cell, str]:
-    """How the right answers of each cell are known, where not all are references."""
+    """How the answers of each cell are compared, and how right ones are known, where not all are references."""
     told: dict[Cell, str] = {}
     for score in found:
-        if score.grading is None or set(score.grading.sources) == {LabelSource.REFERENCE}:
+        if score.grading is None:
+            continue
+        told[score.cell] = f"answers are compared: {score.grading.answers}"
+        if set(score.grading.sources) == {LabelSource.REFERENCE}:
             continue
         parts = []
         for source, count in score.grading.by_source.items():
             weight = score.grading.mean_weight(source)
             parts.append(f"{count} by {source}{'' if weight == 1 else f', which count for {weight:.2g} each'}")
-        told[score.cell] = f"right answers are known {'; '.join(parts)}"
+        told[score.cell] += f"; right ones are known {'; '.join(parts)}"
     return told
 
 

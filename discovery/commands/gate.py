@@ -17,7 +17,7 @@ from rich.table import Table
 from discovery.commands.console import wide_console
 from discovery.engines import EngineName
 from discovery.errors import GateError
-from discovery.evaluate import Answers
+from discovery.evaluate import WHEN_SAME, Answers
 from discovery.files import check_place
 from discovery.gate import Order
 from discovery.recordings import Split
@@ -38,7 +38,7 @@ def gate(
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     betas: Annotated[str, typer.Option(help="values of β")] = Order.betas,
     shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
-    answers: Annotated[Answers, typer.Option(help="when two answers are the same")] = Answers.EXACT,
+    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Order.answers,
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
     beta: Annotated[float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not fall")] = Terms.beta,
     margin: Annotated[float, typer.Option(min=0, help="points it may fall there")] = Terms.margin,
@@ -97,6 +97,8 @@ def _show(report: Report) -> None:
     if report.verdict is Verdict.UNDECIDED:
         noticed = "no gain would be" if report.mde is None else f"a gain of {report.mde:.2f} points would mostly be"
         console.print(f"on {report.questions} questions {noticed} noticed", highlight=False)
+    if report.answers:
+        console.print(f"answers are compared: {report.answers}", highlight=False)
     console.print(f"{report.name}: {report.verdict}", style=COLOURS[report.verdict], markup=False, highlight=False)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, Place
 from discovery.files import check_place, whole
-from discovery.labels import MIN_MARGIN, Agreement, Report, fill
+from discovery.labels import ENOUGH, MIN_BRANCHES, MIN_MARGIN, Agreement, Report, fill
 from discovery.questions import Question, read_questions
 from discovery.recordings import LabelSource
 from discovery.store import Store
@@ -29,13 +29,14 @@ def label(
     min_margin: Annotated[
         float, typer.Option(min=0, max=1, help="share of its branches by which a vote's leader must be ahead")
     ] = MIN_MARGIN,
+    min_branches: Annotated[int, typer.Option(min=1, help="branches of a model that make a vote")] = MIN_BRANCHES,
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="where figures go as JSON")] = None,
 ) -> None:
     """Label questions by references, by feedback and by votes, and say how far these agree."""
     if json_to not in (None, "-"):
         check_place(Path(json_to), "--json")
     given = [] if references is None else read_questions(references)
-    found = asyncio.run(_fill(place, given, min_margin))
+    found = asyncio.run(_fill(place, given, min_margin, min_branches))
     figures = json.dumps(found.as_json(), indent=2) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)
@@ -46,9 +47,9 @@ def label(
             file.write(figures.encode())
 
 
-async def _fill(place: Path, references: Sequence[Question], min_margin: float) -> Report:
+async def _fill(place: Path, references: Sequence[Question], min_margin: float, min_branches: int) -> Report:
     async with Store.open(place) as store:
-        return await fill(store, references, min_margin)
+        return await fill(store, references, min_margin, min_branches)
 
 
 def _show(place: Path, found: Report) -> None:
@@ -103,6 +104,8 @@ def _beside(found: Report) -> list[str]:
         told.append(f"references: {found.unknown:,} are of questions that are not in the store")
     if found.contradicted:
         told.append(f"references: {found.contradicted:,} are not what their questions came with, which stays")
+    if found.feedback.of >= ENOUGH:
+        told.append(f"feedback: confidence is read off {found.feedback.of:,} questions with a reference")
     if found.unheard:
         told.append(f"feedback: of {found.unheard:,} requests it bears on no answer that is known")
     return told

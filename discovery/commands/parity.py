@@ -33,6 +33,8 @@ LONGEST: Final = 60
 """Characters of a round that are shown."""
 FALSE: Final = 1
 """Exit status where replay does not tell the truth."""
+UNCHECKED: Final = 3
+"""Exit status where nobody can tell: there was nothing to check."""
 COLOUR: Final = {Verdict.AGREE: "green", Verdict.DISAGREE: "red", Verdict.TOO_LITTLE: "yellow"}
 
 
@@ -45,7 +47,7 @@ def comparing(
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="where figures go as JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="where the picture of means goes (.png or .svg)")] = None,
 ) -> None:
-    """Hold served episodes against replay; exit status 1 if it does not tell the truth about them."""
+    """Hold served episodes against replay; exit status 1 if it does not tell the truth about them, 3 if none can be."""
     given = [parse_spec(text) for text in names(controllers)]
     dial = None if beta is None else parse_beta(beta, "--beta")
     if plot is not None:
@@ -55,7 +57,7 @@ def comparing(
     found = _of(place, asyncio.run(_records(place)), controller, dial)
     with Console(stderr=True).status("asking again, and replaying…"):
         held = parity(found, given, shuffles)
-    figures = json.dumps(held.as_json(), indent=2, ensure_ascii=False) + "\n"
+    figures = json.dumps(held.as_json(), indent=2) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)
     else:
@@ -66,7 +68,7 @@ def comparing(
     if plot is not None and held.groups:
         draw_spans(_panels(held.groups), plot)
     if not held.holds:
-        raise typer.Exit(FALSE)
+        raise typer.Exit(FALSE if held.checked else UNCHECKED)
 
 
 async def _records(place: Path) -> Records:

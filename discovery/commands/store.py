@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from discovery.commands.console import names, wide_console
-from discovery.errors import StoreError
+from discovery.errors import NotRecorded, StoreError
 from discovery.files import check_place, whole
 from discovery.formats import as_line, read_jsonl, read_release, release_files
 from discovery.recordings import Origin, RecordedQuestion, Split, split_of
@@ -35,6 +35,9 @@ store = typer.Typer(name="store", no_args_is_help=True, help="Look at a replay s
 Place = Annotated[Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="the store's file")]
 DEFAULT = Path("autotts.db")
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
+Request = Annotated[str, typer.Option("--request-id", help="all that came of this request")]
+Tenant = Annotated[str, typer.Option(help="all that came of this tenant's requests, by its hash")]
+Anonymous = Annotated[bool, typer.Option("--anonymous", help="all that came of requests without a key")]
 
 
 class SplitBy(StrEnum):
@@ -155,19 +158,16 @@ def export(
     wide_console().print(f"{to}: {count} recordings", highlight=False)
 
 
-@store.command()
-def forget(
-    request: Annotated[str, typer.Option("--request-id", help="all that came of this request")] = "",
-    tenant: Annotated[str, typer.Option(help="all that came of this tenant's requests, by its hash")] = "",
-    place: Place = DEFAULT,
-) -> None:
+def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = False, place: Place = DEFAULT) -> None:
     """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
-    if bool(request) == bool(tenant):
-        raise StoreError("forget: say --request-id ID or --tenant HASH, one of them")
-    gone = _with(place, lambda opened: opened.forget(request=request or None, tenant=tenant or None))
+    if (bool(request), bool(tenant), anonymous).count(True) != 1:
+        raise StoreError("forget: say --request-id ID, --tenant HASH or --anonymous, one of them")
+    gone = _with(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
+    if not any(gone):
+        raise NotRecorded(f"{place}: holds nothing of {request or tenant or 'requests without a key'}")
     wide_console().print(
         f"{place}: forgot {gone.episodes} episodes, {gone.feedback} of feedback, {gone.recordings} recordings, "
-        f"{gone.questions} questions and {gone.labels} labels nothing else is known of",
+        f"{gone.labels} labels, and {gone.questions} questions nothing else is known of",
         highlight=False,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One episode round by round; of files without --question, every question in a line."""
-    if question is None and not path.exists():
+    if question is None and not os.path.exists(path):  # False, too, of what no file can be called
         _show_served(_find(str(path), place), as_json)
         return
     if as_json:
@@ -131,7 +132,7 @@ def _find(request: str, place: Path) -> Episode:
 def _show_served(episode: Episode, as_json: bool) -> None:
     told = explain(episode)
     if as_json:
-        sys.stdout.write(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return
     console = wide_console()
     _say(console, _heading(told))

@@ -202,8 +202,11 @@ def fingerprint(recorded: RecordedQuestion) -> str:
 
 
 def is_certain(recorded: RecordedQuestion) -> bool:
-    """Whether a recording's reference answer is beyond doubt; one that is not is a label, which has a confidence."""
-    return recorded.confidence == 1.0
+    """Whether a recording's answer is its question's own, beyond doubt; one that is not is a label, which can change.
+
+    What clients or votes say never is, however sure they are.
+    """
+    return recorded.label_source is LabelSource.REFERENCE and recorded.confidence == 1.0
 
 
 def question_row(recorded: RecordedQuestion, added: str) -> Row:
@@ -231,6 +234,12 @@ def recording_row(recorded: RecordedQuestion, number: int, added: str) -> Row:
             added,
         )
     )
+
+
+def alike(recorded: RecordedQuestion) -> Row:
+    """What two recordings without a request share that may be of the same branches, in this order."""
+    about = (recorded.question, recorded.model, recorded.benchmark, _json(dict(recorded.sampling)), recorded.interval)
+    return (*about, recorded.probe_template, recorded.origin, recorded.chat_template)
 
 
 def branch_rows(recorded: RecordedQuestion) -> Iterator[Row]:

@@ -139,7 +139,12 @@ LIVE: Final[Migration] = (
     "CREATE TABLE forgotten (id TEXT PRIMARY KEY, created TEXT NOT NULL, checksum TEXT NOT NULL)",
 )
 
-MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE)
+BY_QUESTION: Final[Migration] = (
+    # What there is of a question: looked for whenever more of it is added, and when something is forgotten.
+    "CREATE INDEX recordings_by_question ON recordings (question_id, model, benchmark)",
+)
+
+MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE, BY_QUESTION)
 """What leads from each version to the next; the version of a store is how many of them it has seen."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(

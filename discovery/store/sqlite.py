@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -33,6 +35,8 @@ WAIT_MS: Final = 10_000
 """How long another process's transaction is waited for, unless said otherwise."""
 GROUP: Final = 256
 """Writes that share one transaction at most."""
+AGAIN_S: Final = 0.01
+"""Seconds between attempts at what SQLite does not wait for itself."""
 
 
 class _Write(NamedTuple):
@@ -84,14 +88,16 @@ class Store:
     async def add(self, recordings: Sequence[RecordedQuestion]) -> Added:
         """Add recordings, all or none; what is there already is left as it is.
 
-        A question keeps the split and the reference it came with first.
+        A question keeps the split and the reference it came with first. A recording without a request that has all
+        branches of one made the same way, a collection that went on, takes its place.
         """
 
         return await self.write(lambda connection: _add(connection, recordings))
 
     async def add_all(self, items: Sequence[Item]) -> None:
         """Add what the proxy has to write down, all or none. What is there already is left as it is, and nothing comes
-        back that was forgotten: a recording made for a request is added only if its episode is there."""
+        back that was forgotten: a recording made for a request, or feedback on one, is added only where its episode is.
+        """
         episodes = [one for one in items if isinstance(one, Episode)]
         feedback = [one for one in items if isinstance(one, Feedback)]
         recordings = [one for one in items if isinstance(one, RecordedQuestion)]
@@ -104,8 +110,8 @@ class Store:
                 return rows.tombstone("request", request) not in gone and not created <= by_tenant
 
             told = [one for one in episodes if kept(one.tenant, one.request_id, one.created)] if gone else episodes
-            heard = [one for one in feedback if kept(one.tenant, one.request_id, one.created)] if gone else feedback
             await _insert(connection, "episodes", await asyncio.to_thread(_made, rows.episode_row, told))
+            heard = [one for one in feedback if await _is_served(connection, one.request_id)]
             if heard:
                 await _insert(connection, "feedback", map(rows.feedback_row, heard))
             served = [one for one in recordings if await _is_served(connection, one.request)]
@@ -115,64 +121,58 @@ class Store:
         await self.write(work)
 
     async def set_labels(self, labels: Sequence[Label], gone: Sequence[Label] = ()) -> None:
-        """Put labels in the place of those their questions had from the same source, and remove those `gone`."""
+        """Put labels in the place of those their questions had from the same source, and remove those `gone`.
+
+        What has been forgotten meanwhile gets none.
+        """
 
         async def work(connection: aiosqlite.Connection) -> None:
-            for row in map(rows.label_row, gone):
+            known = set(await _all(connection, "SELECT id FROM questions UNION SELECT question_id FROM episodes"))
+            for row in map(rows.label_row, (*gone, *labels)):
                 await _delete(connection, "labels WHERE id = ?", row[0])
-            for row in map(rows.label_row, labels):
-                await _delete(connection, "labels WHERE id = ?", row[0])
-                await _insert(connection, "labels", [row])
+            kept = [label for label in labels if (label.question,) in known]
+            await _insert(connection, "labels", map(rows.label_row, kept))
 
         await self.write(work)
 
     async def forget(self, *, request: str | None = None, tenant: str | None = None) -> Forgotten:
         """Remove all that came of a request, or of a tenant's requests so far, its bytes too; it cannot come back.
 
-        Questions go, and what is held for right of them, where nothing else is known of them.
+        Labels that were counted of it go, and questions where nothing else is known of them. Raises StoreError, also
+        if bytes of it remain because another process still reads them.
         """
-        what, name = ("tenant", tenant) if request is None else ("request", request)
+        what, column, name = ("tenant", "tenant", tenant) if request is None else ("request", "request_id", request)
 
         async def work(connection: aiosqlite.Connection) -> Forgotten:
-            await connection.execute("DELETE FROM forgotten WHERE id = ?", (rows.tombstone(what, name or ""),))
-            await _insert(connection, "forgotten", [rows.sealed((rows.tombstone(what, name or ""), rows.now()))])
-            column = "tenant" if request is None else "request_id"
-            found = await _all(connection, f"SELECT request_id FROM episodes WHERE {column} = ?", (name,))
-            requests = {row[0] for row in found} | ({request} if request is not None else set())
-            recordings = 0
-            for one in sorted(requests):
-                recordings += await _drop_recordings_of(connection, one)
-            heard = await _delete(connection, f"feedback WHERE {column} = ?", name)
-            for one in sorted(requests):  # feedback of a tenant's requests, whoever gave it
-                heard += await _delete(connection, "feedback WHERE request_id = ?", one)
-            episodes = await _delete(connection, f"episodes WHERE {column} = ?", name)
-            return Forgotten(episodes, heard, recordings, *await _drop_unused(connection))
+            stone = rows.tombstone(what, name or "")
+            await _delete(connection, "forgotten WHERE id = ?", stone)
+            await _insert(connection, "forgotten", [rows.sealed((stone, rows.now()))])
+            return await _drop_served(connection, f"{column} = ?", name or "", () if request is None else (request,))
 
         return await self._rewritten(work)
 
     async def expire(self, before: str) -> Forgotten:
-        """Remove episodes and feedback older than a time, as stored, with the recordings made of those requests."""
+        """Remove episodes and feedback older than a time, as stored, with all else that came of those requests.
 
-        async def work(connection: aiosqlite.Connection) -> Forgotten:
-            recordings = 0
-            for (one,) in await _all(connection, "SELECT request_id FROM episodes WHERE created < ?", (before,)):
-                recordings += await _drop_recordings_of(connection, one)
-            heard = await _delete(connection, "feedback WHERE created < ?", before)
-            episodes = await _delete(connection, "episodes WHERE created < ?", before)
-            return Forgotten(episodes, heard, recordings, *await _drop_unused(connection))
-
-        removed: Forgotten = await self.write(work)
+        Its bytes go too, but for those another process still reads: they go with the next call.
+        """
+        removed: Forgotten = await self.write(lambda connection: _drop_served(connection, "created < ?", before))
+        await _truncate(self._reading)  # for the writing one may be in a transaction
         return removed
 
     async def _rewritten(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
-        """What `work` gives that removes rows; nothing of them is left in the file or its log."""
-        await self._outside("PRAGMA secure_delete = ON")
+        """What `work` gives that removes rows; nothing of them is left in the file or its log. Raises StoreError."""
+        result = await self.write(work)
         try:
-            result = await self.write(work)
-        finally:
-            await self._outside("PRAGMA secure_delete = OFF")
-        await self._outside("VACUUM")
-        await self._outside("PRAGMA wal_checkpoint(TRUNCATE)")
+            await self._writing.execute_fetchall("VACUUM")
+            is_busy = await _truncate(self._writing)
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"{self.path}: rows are gone, but bytes of them remain: {error}; say it again") from None
+        if is_busy:
+            raise StoreError(
+                f"{self.path}: rows are gone, but bytes of them remain in its log until the process that still reads "
+                "them has ended; say it again then"
+            )
         return result
 
     async def add_search(self, search: Search) -> None:
@@ -194,15 +194,16 @@ class Store:
             bad = await _corrupt(connection) if corrupt else {}
             gone = {key[0] for table in ("recordings", "branches", "provenance") for key in bad.get(table, ())}
             lost = {key[0] for key in bad.get("questions", ())}
+            for (episode,) in bad.get("episodes", ()):  # without it nobody could tell whose they are, or how old
+                gone |= await _recordings_of(connection, episode)
             known = "SELECT id, question_id, model, benchmark, origin FROM recordings"
             for recording, question, model, benchmark, origin in await _all(connection, known):
                 if question in lost or (origin in list(Origin) and cells(model, benchmark, Origin(origin))):
                     gone.add(recording)
             branches = recordings = 0
             for recording in sorted(gone):
-                branches += await _delete(connection, "branches WHERE recording_id = ?", recording)
-                await _delete(connection, "provenance WHERE recording_id = ?", recording)
-                recordings += await _delete(connection, "recordings WHERE id = ?", recording)
+                dropped = await _drop_recording(connection, recording)
+                recordings, branches = recordings + dropped[0], branches + dropped[1]
             for table in ("episodes", "feedback", "candidates", "runs", "labels", "forgotten"):
                 for key in bad.get(table, ()):
                     await _delete(connection, f"{table} WHERE id = ?", *key)
@@ -261,13 +262,6 @@ class Store:
                 write.done.set_result(result)
             else:
                 write.done.set_exception(_told(self.path, problem))
-
-    async def _outside(self, statement: str) -> None:
-        """A statement that no transaction may be around; nothing else is writing in this process."""
-        try:
-            await self._writing.execute_fetchall(statement)  # whatever it says: what is not read is not done
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {statement}: {error}") from None
 
     # Reading
 
@@ -392,13 +386,33 @@ async def _connection(path: Path, wait_ms: int) -> AsyncIterator[aiosqlite.Conne
     except sqlite3.Error as error:
         raise _told(path, error) from None
     try:
-        for pragma in (f"busy_timeout = {wait_ms}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            await connection.execute(f"PRAGMA {pragma}")
+        for pragma in (f"busy_timeout = {wait_ms}", "secure_delete = ON", "synchronous = FULL", "foreign_keys = ON"):
+            await connection.execute_fetchall(f"PRAGMA {pragma}")  # what is not read to its end holds a lock
+        await _write_ahead(connection, wait_ms)
         yield connection
     except sqlite3.DatabaseError as error:
         raise _told(path, error) from None
     finally:
         await connection.close()
+
+
+async def _write_ahead(connection: aiosqlite.Connection, wait_ms: int) -> None:
+    """Have a write-ahead log. SQLite does not wait here for another's transaction, whatever its busy timeout."""
+    until = time.monotonic() + wait_ms / 1000
+    while True:
+        try:
+            await connection.execute_fetchall("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _truncate(connection: aiosqlite.Connection) -> bool:
+    """Empty the write-ahead log, in which bytes of removed rows stand; whether somebody kept us from it."""
+    ((is_busy, _, _),) = await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    return bool(is_busy)
 
 
 async def _migrate(path: Path, connection: aiosqlite.Connection, migrations: Sequence[Migration]) -> None:
@@ -455,13 +469,35 @@ async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQu
             label = Label(recorded.question, recorded.label_source, recorded.reference, recorded.confidence)
             await _insert(connection, "labels", [rows.label_row(label)])
         row = rows.recording_row(recorded, number, added)
-        if await _insert(connection, "recordings", [row]):
+        gone = 0 if new or recorded.request else await _replaced(connection, recorded)
+        if gone is not None and await _insert(connection, "recordings", [row]):
             number += 1
-            counts[1] += 1
-            counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded))
+            counts[1] += not gone
+            counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded)) - gone
             if recorded.chat_template or recorded.request:
                 await _insert(connection, "provenance", [rows.provenance_row(recorded)])
     return Added(*counts)
+
+
+async def _replaced(connection: aiosqlite.Connection, recorded: RecordedQuestion) -> int | None:
+    """Remove the recordings that were made as `recorded` was and whose branches are all among its own; how many
+    branches that were. None if another has all of its own: there is nothing to add."""
+    found = await _all(
+        connection,
+        "SELECT recordings.id FROM recordings LEFT JOIN provenance ON provenance.recording_id = recordings.id "
+        "WHERE question_id = ? AND model = ? AND benchmark = ? AND sampling = ? AND delta = ? AND probe_template = ? "
+        "AND origin = ? AND COALESCE(chat_template, '') = ? AND COALESCE(request_id, '') = ''",
+        rows.alike(recorded),
+    )
+    said = "SELECT tokens, complete, final, probes, probe_tokens FROM branches WHERE recording_id = ?"
+    own = Counter(row[2:-1] for row in rows.branch_rows(recorded)) if found else Counter()
+    gone, is_held = 0, False
+    for (other,) in found:
+        if other == rows.fingerprint(recorded) or own <= (theirs := Counter(await _all(connection, said, (other,)))):
+            is_held = True
+        elif theirs <= own:
+            gone += (await _drop_recording(connection, other))[1]
+    return None if is_held else gone
 
 
 async def _is_served(connection: aiosqlite.Connection, request: str) -> bool:
@@ -469,13 +505,44 @@ async def _is_served(connection: aiosqlite.Connection, request: str) -> bool:
     return not request or bool(await _all(connection, "SELECT 1 FROM episodes WHERE request_id = ?", (request,)))
 
 
-async def _drop_recordings_of(connection: aiosqlite.Connection, request: str) -> int:
-    """Remove the recordings made for a request; how many there were."""
-    found = await _all(connection, "SELECT recording_id FROM provenance WHERE request_id = ?", (request,))
-    for (recording,) in found if request else ():
-        for where in ("provenance WHERE recording_id", "branches WHERE recording_id", "recordings WHERE id"):
-            await _delete(connection, f"{where} = ?", recording)
-    return len(found) if request else 0
+async def _drop_served(
+    connection: aiosqlite.Connection, where: str, value: str, requests: Iterable[str] = ()
+) -> Forgotten:
+    """Remove the episodes and the feedback that `where` picks, and all else that came of those episodes' requests, or
+    of `requests`. Labels that were counted of any of it go too: what is left is counted anew when labels are made."""
+    served = {one for (one,) in await _all(connection, f"SELECT request_id FROM episodes WHERE {where}", (value,))}
+    told = {one for (one,) in await _all(connection, f"SELECT request_id FROM feedback WHERE {where}", (value,))}
+    served.update(requests)
+    labels = heard = recordings = 0
+    for one in sorted(served | told):
+        labels += await _delete(
+            connection,
+            "labels WHERE source IN (?, ?) AND question_id IN (SELECT question_id FROM episodes WHERE request_id = ? "
+            "UNION SELECT question_id FROM recordings JOIN provenance ON recording_id = recordings.id "
+            "WHERE request_id = ? AND request_id <> '')",
+            *(LabelSource.FEEDBACK, LabelSource.CONSENSUS, one, one),
+        )
+    for one in sorted(served):
+        for recording in await _recordings_of(connection, one):
+            recordings += (await _drop_recording(connection, recording))[0]
+        heard += await _delete(connection, "feedback WHERE request_id = ?", one)  # whoever gave it
+    heard += await _delete(connection, f"feedback WHERE {where}", value)
+    episodes = await _delete(connection, f"episodes WHERE {where}", value)
+    unused, questions = await _drop_unused(connection)
+    return Forgotten(episodes, heard, recordings, labels + unused, questions)
+
+
+async def _recordings_of(connection: aiosqlite.Connection, request: str) -> set[str]:
+    """The recordings made for a request; none were made for none."""
+    found = "SELECT recording_id FROM provenance WHERE request_id = ? AND request_id <> ''"
+    return {one for (one,) in await _all(connection, found, (request,))}
+
+
+async def _drop_recording(connection: aiosqlite.Connection, recording: str) -> tuple[int, int]:
+    """Remove a recording with all that belongs to it; how many recordings and branches there were."""
+    branches = await _delete(connection, "branches WHERE recording_id = ?", recording)
+    await _delete(connection, "provenance WHERE recording_id = ?", recording)
+    return await _delete(connection, "recordings WHERE id = ?", recording), branches
 
 
 async def _drop_unused(connection: aiosqlite.Connection) -> tuple[int, int]:

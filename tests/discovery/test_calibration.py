@@ -28,7 +28,7 @@ from discovery.engines import EngineName, engine_called
 from discovery.errors import DiscoveryError
 from discovery.formats import as_line
 from discovery.playing import Rules
-from discovery.recordings import RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from proxy.cli import app
 from tests.discovery.test_evaluate import Given, scores
 from tests.discovery.test_evaluate import question as varied
@@ -144,7 +144,7 @@ def test_a_file_keeps_it_all(tmp_path: Path) -> None:
     write(found, tmp_path / "c.json")
     assert read(tmp_path / "c.json") == found
     told = json.loads((tmp_path / "c.json").read_text())["m"]
-    assert list(told) == ["controller", "digest", "points", "single", "pays", "map"]
+    assert list(told) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
     assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(told["points"][0])
 
 
@@ -186,6 +186,14 @@ def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("".join(held))
     assert verb(tmp_path)[0] == 2
     assert verb(tmp_path, "--split", "held-out")[0] == 0
+
+
+@pytest.mark.parametrize(("origin", "how"), [(Origin.IMPORTED, "exact"), (Origin.COLLECTED, "canonical")])
+def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
+    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i, origin=origin)) for i in range(4)))
+    status, output = verb(tmp_path)
+    assert (status, f"answers are compared: {how}\n" in output) == (0, True)
+    assert read(tmp_path / "c.json")["m"].answers == how
 
 
 @pytest.mark.parametrize("more", [["--controllers", "cmc,asc"], ["--controllers", ""], ["--betas", ","]])

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from io import StringIO
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from rich.console import Console
 
 from controllers import Limits, State, Stop, run_episode, run_sync
 from controllers.registry import create
-from discovery.collect import Order, collect
+from discovery.collect import AWAY_S, CLOSING, PAUSE_S, PROBE, Collected, Order, Pace, collect
+from discovery.commands.collect import Shown
 from discovery.errors import BadRecording, CollectError
 from discovery.formats import as_line, read_jsonl
 from discovery.questions import Question, read_questions
@@ -295,59 +298,169 @@ async def test_what_one_that_was_killed_was_at_another_does(
 # The budget
 
 
+BOUNDED = replace(ORDER, max_tokens=200)
+RESERVE = BOUNDED.most(INTERVAL)
+
+
 @pytest.mark.parametrize("at_once", [1, 4])
 async def test_a_budget_is_not_passed_and_resuming_goes_on(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int
 ) -> None:
     backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
-    each = (await collect(url, "sesame", questions[:1], replace(ORDER, branches=1), out)).spent
-    for budget, least in ((each * 4 + each // 2, 4), (each * 4 + each // 2, 4), (each * 9, 9)):
-        at = await collect(url, "sesame", questions, ORDER, out, at_once, budget)
-        assert at.is_out
+    each = (await collect(url, "sesame", questions[:1], replace(BOUNDED, branches=1), out)).spent
+    for budget, least in ((each * 3 + RESERVE, 4), (each * 4 + RESERVE - 1, 4), (each * 8 + RESERVE, 9)):
+        at = await collect(url, "sesame", questions, BOUNDED, out, at_once, budget)
+        assert (at.is_out, at.reserve) == (True, RESERVE)
         assert at.spent == spent(out) <= budget
         assert at.done == len(lines(out)) == least
-    at = await collect(url, "sesame", questions, ORDER, out, at_once, 10**9)
+    at = await collect(url, "sesame", questions, BOUNDED, out, at_once, 10**9)
     assert not at.is_out
     check_complete(out)
 
 
-async def test_a_bound_on_branches_is_reserved(url: str, questions: Sequence[Question], out: Path) -> None:
-    order = replace(ORDER, max_tokens=150)
-    at = await collect(url, "sesame", questions, order, out, 4, 149)
-    assert (at.done, at.is_out) == (0, True)
-    at = await collect(url, "sesame", questions, order, out, 4, 1000)
-    assert at.is_out
-    assert 0 < at.done == len(lines(out))
-    assert 1000 - 2 * (150 + 4 * 40) < at.spent <= 1000
-
-
-async def test_the_first_of_a_budget_goes_alone(
-    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("max_tokens", [None, 1500])
+async def test_a_budget_is_not_passed_however_long_branches_become(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int, max_tokens: int | None
 ) -> None:
-    """Nobody knows yet what a branch costs; two that were begun at once could pass it."""
-    backend.chains = [chain("7", 300, ["7"], mark=chr(97 + i)) for i in range(ALL)]
-    at = await collect(url, "sesame", questions, ORDER, out, 8, 500)
-    assert (at.done, at.is_out, backend.opened) == (1, True, 1)
+    """Without a bound of the client's the model's context is one; the proxy holds each branch to what is set aside."""
+    backend.chains = [chain("7", 80 if i < 3 else 1400, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
+    at = await collect(url, "sesame", questions, replace(ORDER, max_tokens=max_tokens), out, at_once, 16_000)
+    assert at.is_out
+    assert at.done > 3
+    assert at.spent == spent(out) <= 16_000
+    assert backend.generated < at.spent  # what probes read is on the bill too
+    assert all(one.complete for one in read_jsonl(out))
+
+
+async def test_what_is_set_aside_is_the_cap_of_a_request(questions: Sequence[Question], out: Path) -> None:
+    """The first goes alone, for nobody knows yet how often branches are probed."""
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
+    first, *others = (asked["tts"]["max_total_tokens"] for asked in stub.asked)
+    assert first == (70 + 3 * PROBE) * 8 // 7 + CLOSING
+    assert others == [(70 + 2 * PROBE) * 8 // 7 + CLOSING] * (ALL - 1)
+
+
+async def test_a_budget_needs_a_bound(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded(), longest=None) as stub:
+        with pytest.raises(CollectError, match=r"how long a branch of fake-model can be: .* needs --max-tokens"):
+            await collect(stub.url, "sesame", questions, ORDER, out, budget=10**6)
+        assert (await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, budget=10**6)).done
+    async with answering(lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens")) as stub:
+        with pytest.raises(CollectError, match="of --max-tokens-total it could have 1,430, which may be too few"):
+            await collect(stub.url, "sesame", questions, ORDER, out.with_name("other.jsonl"), budget=10**6)
+    assert spent_on_nothing(out.with_name("other.jsonl")) == 69
+
+
+def spent_on_nothing(out: Path) -> int:
+    return sum(line["tokens"] for line in lines(out.with_name(f"{out.name}.lost")))
+
+
+async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequence[Question], out: Path) -> None:
+    order = replace(ORDER, max_tokens=100, branches=1)
+    fail = "the upstream failed"
+    async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, pace=Pace(0))
+        assert (at.is_out, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
+        for budget, times in ((3500, 3), (3000 + order.most(None), 4)):
+            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, pace=Pace(0))
+            assert (at.is_out, len(stub.asked)) == (True, times)
+    assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
+    async with answering(lambda _: recorded()) as stub:
+        other = await collect(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
+        assert (other.done, other.spent) == (QUESTIONS, QUESTIONS * 69)  # it has lost nothing
+        assert (await collect(stub.url, "sesame", questions, order, out, 1, 10**6)).spent == 4000 + QUESTIONS * 69
+
+
+async def test_what_nobody_tells_the_cost_of_counts_in_full(questions: Sequence[Question], out: Path) -> None:
+    order = replace(ORDER, max_tokens=100, branches=1)
+    async with answering(lambda number: None if number == 1 else recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, pace=Pace(0))
+    assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.most(INTERVAL))
+
+
+async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
+    """The proxy is restarted between two tries."""
+    time = Time()
+    async with answering(lambda i: recorded() if i else refused(429, "later")) as stub:
+
+        async def nap(seconds: float) -> None:
+            if not time.naps:
+                await stub.stop()
+            elif len(time.naps) == 2:
+                await stub.start()
+            await time.nap(seconds)
+
+        at = await collect(stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, pace=Pace(1, nap))
+    assert (at.done, at.spent, len(stub.asked)) == (QUESTIONS, QUESTIONS * 69, QUESTIONS + 1)
+    assert time.naps == [1.0, 2.0, PAUSE_S]
+
+
+async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question], out: Path) -> None:
+    lost = out.with_name(f"{out.name}.lost")
+    put(lost, b'{"of": [], "tokens": 3}\n{"tokens": 3}\n')
+    async with answering(lambda _: recorded()) as stub:
+        with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: tells of no tokens that were lost"):
+            await collect(stub.url, "sesame", questions, ORDER, out)
+        put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # who wrote it was killed
+        assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
 
 
 async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
-    each = (await collect(url, "sesame", read_questions(asked)[:1], replace(ORDER, branches=1), out)).spent
+    each = (await collect(url, "sesame", read_questions(asked)[:1], replace(BOUNDED, branches=1), out)).spent
     backend.gate.clear()
-    few = ("--resume", "--at-once", "4", "--max-tokens-total", str(each * 5 + each // 2))
+    few = ("--resume", "--at-once", "4", "--max-tokens", "200", "--max-tokens-total", str(each * 4 + 2 * RESERVE))
     async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
         await until(lambda: backend.running == 2)  # the first of each
         backend.gate.set()
         said = [await one.ends(0), await other.ends(0)]
-    assert (len(lines(out)), spent(out)) == (5, each * 5)
-    assert all(f"stopped: {each * 5:,} tokens are spent" in words for words in said)
+    made = 5 + RESERVE // each
+    assert (len(lines(out)), spent(out)) == (made, each * made)
+    assert all(f"stopped: {each * made:,} tokens are spent" in words for words in said)
 
 
 async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: Path) -> None:
     async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
         said = await one.ends(0)
-    assert f"stopped: {spent(out):,} tokens are spent, and one more branch might pass 1,000" in said
-    assert "--resume with a larger --max-tokens-total goes on" in said
+    assert "stopped: 0 tokens are spent, and one more branch, which may cost 7,917, might pass 1,000; " in said
+    assert "--resume with a larger --max-tokens-total goes on, and --max-tokens bounds a branch" in said
+    async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as one:
+        assert said.partition("; --resume")[0] != (said := await one.ends(0))
+    assert f"stopped: {spent(out):,} tokens are spent" in said
+    assert "--max-tokens bounds" not in said
+
+
+# How fast it goes
+
+
+def shown(*changes: Collected) -> str:
+    """The bar, after `changes`."""
+    console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
+    with Shown(2.5, console) as bar:
+        for at in changes:
+            bar.change(at)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_the_bar_tells_tokens_cost_and_what_is_left_of_slow_branches() -> None:
+    """100 were there before; three have taken 20 minutes each since."""
+    begun = Collected(total=640, done=100)
+    said = shown(begun, Collected(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
+    assert "103/640 1,200,000 tokens in 3,600 s (333/s), $3.00, 7 days, 11:00:00 left" in said
+    assert "left" not in shown(begun, replace(begun, seconds=3600.0))
+    assert "640/640 9 tokens in 60 s (0/s), $0.00, 0:00:00 left" in shown(
+        begun, Collected(total=640, done=640, tokens=9, seconds=60)
+    )
+
+
+async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded()) as stub:
+        pace = Pace(clock=lambda: 500.0 * len(stub.asked))
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 1, pace=pace)
+    assert at.seconds == 500 * ALL
 
 
 # What goes wrong
@@ -400,7 +513,7 @@ async def test_a_branch_that_fails_is_tried_again(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     backend.fault, backend.fault_after, backend.fault_times = "cut", 10, 3
-    at = await collect(url, "sesame", questions, ORDER, out, 2, backoff_s=0)
+    at = await collect(url, "sesame", questions, ORDER, out, 2, pace=Pace(0))
     assert (at.done, at.skipped) == (ALL, [])
     assert at.tokens > spent(out)  # what failed has cost something
     check_complete(out)
@@ -409,7 +522,7 @@ async def test_a_branch_that_fails_is_tried_again(
 async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     questions = read_questions(asked)
     backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
-    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, backoff_s=0)
+    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
     assert (at.total, at.done) == (BRANCHES, BRANCHES - 1)
     (skipped,) = at.skipped
     assert skipped.startswith("question q0, branch 0: 502: ")
@@ -427,15 +540,40 @@ Answer = Callable[[int], web.Response | None]
 class Stub:
     """Says what it is told, at `url`, to each request for a branch by its number; to None it hangs up."""
 
-    def __init__(self, answer: Answer, models: Sequence[str]) -> None:
+    def __init__(self, answer: Answer, models: Sequence[str], longest: int | None) -> None:
         self.answer = answer
         self.served = models
+        self.longest = longest
+        self.readiness = [200]  # what it says of itself, each once and the last from then on; 0 hangs up
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.url = ""
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Serve, at the same address as before."""
+        app = web.Application()
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/ready", self.ready)
+        app.router.add_post("/v1/chat/completions", self.chat)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rpartition(":")[2] or 0)).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
 
     async def models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": name, "object": "model"} for name in self.served]})
+        cards = [{"id": name, "object": "model", "max_model_len": self.longest} for name in self.served]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        status = self.readiness.pop(0) if len(self.readiness) > 1 else self.readiness[0]
+        if not status and request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=status or 500)
 
     async def chat(self, request: web.Request) -> web.Response:
         self.asked.append(await request.json())
@@ -447,19 +585,13 @@ class Stub:
 
 
 @asynccontextmanager
-async def answering(answer: Answer, models: Sequence[str] = (MODEL,)) -> AsyncIterator[Stub]:
-    stub = Stub(answer, models)
-    app = web.Application()
-    app.router.add_get("/v1/models", stub.models)
-    app.router.add_post("/v1/chat/completions", stub.chat)
-    runner = web.AppRunner(app)
-    await runner.setup()
+async def answering(answer: Answer, models: Sequence[str] = (MODEL,), longest: int | None = 100) -> AsyncIterator[Stub]:
+    stub = Stub(answer, models, longest)
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await stub.start()
         yield stub
     finally:
-        await runner.cleanup()
+        await stub.stop()
 
 
 WHOLE = {"probes": ["7"], "tokens": 60, "final": "7", "probe_tokens": [9], "complete": True}
@@ -525,37 +657,115 @@ async def test_a_branch_is_on_disk_before_the_next_is_begun(
 async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Question], out: Path, status: int) -> None:
     """When and as often as is asked; else after twice as long each time."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, backoff_s=0.001)
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=Pace(0.001))
     assert (at.done, len(stub.asked)) == (1, 4)
 
 
 async def test_a_proxy_that_hangs_up_is_asked_again(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, branches=1)
     async with answering(lambda number: None if number < 2 else recorded()) as stub:
-        assert (await collect(stub.url, "sesame", questions[:1], order, out, backoff_s=0)).done == 1
+        assert (await collect(stub.url, "sesame", questions[:1], order, out, pace=Pace(0))).done == 1
     async with answering(lambda _: None) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, backoff_s=0)
+        at = await collect(stub.url, "sesame", questions, order, out, pace=Pace(0))
     assert (at.done, len(at.skipped), len(stub.asked)) == (1, 2, 8)
     assert min(at.skipped).startswith(f"question q1, branch 0: {stub.url}/v1/: ")
 
 
-async def test_a_retry_comes_when_the_proxy_says(
-    questions: Sequence[Question], out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    sleep = asyncio.sleep
+class Time:
+    """A clock that naps move on."""
 
-    async def nap(seconds: float) -> None:
-        if seconds:
-            waits.append(seconds)
-        await sleep(0)
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.naps: list[float] = []
+        self.looking = 0  # who nap between looks
+        self.most_looking = 0
 
+    async def nap(self, seconds: float) -> None:
+        self.now += seconds
+        self.naps.append(seconds)
+        self.looking += seconds == PAUSE_S
+        self.most_looking = max(self.most_looking, self.looking)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.looking -= seconds == PAUSE_S
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(1, self.nap, lambda: self.now)
+
+
+async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], out: Path) -> None:
+    time = Time()
     says = [{"retry_after": "7"}, {"retry_after": "soon"}, {"retry_after": "86400", "x_tts_tokens": "50"}]
-    monkeypatch.setattr("discovery.collect.asyncio.sleep", nap)
     async with answering(lambda i: refused(429, "later", **says[i]) if i < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, backoff_s=1)
-    assert waits == [7.0, 2.0, 300.0]
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=time.pace)
+    assert time.naps == [7.0, 2.0, 300.0]
     assert (at.tokens, at.spent) == (119, 119)
+
+
+@pytest.mark.parametrize("answer", [None, 502, 503], ids=str)
+async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
+    questions: Sequence[Question], out: Path, answer: int | None
+) -> None:
+    """Whatever is asked of it meanwhile waits, and only one looks whether it is back."""
+    time = Time()
+
+    def say(_: int) -> web.Response | None:
+        if len(stub.readiness) > 1:
+            return None if answer is None else refused(answer, "gone")
+        return recorded()
+
+    async with answering(say) as stub:
+        stub.readiness = [0, 503] * 60 + [200]
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+    assert (at.done, at.skipped) == (ALL, [])
+    assert len(stub.asked) == ALL + 8
+    assert Counter(time.naps) == {1.0: 8, PAUSE_S: 120}
+    assert time.most_looking == 1
+
+
+async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequence[Question], out: Path) -> None:
+    time = Time()
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions[:1], ORDER, out)
+        stub.answer, stub.readiness, stub.asked = lambda _: None, [0], []
+        with pytest.raises(CollectError, match=r"has not served for 900 s \(.*\); .* --resume goes on once it is back"):
+            await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+    assert AWAY_S < time.now < AWAY_S + 9
+    assert (len(stub.asked), len(lines(out))) == (1, BRANCHES)
+
+
+async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Question], out: Path) -> None:
+    """However many of the first are claimed; what they were at is done once they are gone."""
+    order = Order("", "hard", 300)
+    script = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from discovery.lines import Claims\n"
+        "claims = Claims(Path(sys.argv[1]))\n"
+        "names = (json.dumps([sys.argv[2], 'hard', {}, sys.argv[3], part]) for part in range(256))\n"
+        "print(all([claims.take(name) for name in names]), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    arguments = (f"{out}.lock", MODEL, questions[0].question)
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script, *arguments), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert await other.stdout.readline() == b"True\n"
+    before: list[int] = []
+
+    def change(at: Collected) -> None:
+        if at.done == 44 and not before and other.stdin is not None:
+            before.append(at.done)
+            other.stdin.close()
+
+    async with answering(lambda _: recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], order, out, on_change=change)
+    await other.wait()
+    assert before
+    assert (at.done, len(stub.asked)) == (300, 300)
 
 
 async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
@@ -570,7 +780,7 @@ async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
     assert len(stub.asked) == QUESTIONS * 4
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
 async def test_what_would_be_refused_again_ends_it_at_once(
     questions: Sequence[Question], out: Path, status: int
 ) -> None:
@@ -579,6 +789,59 @@ async def test_what_would_be_refused_again_ends_it_at_once(
             await collect(stub.url, "sesame", questions, ORDER, out)
     assert ("AUTOTTS_ADMIN_KEY" in str(caught.value)) == (status in (401, 403))
     assert len(stub.asked) <= 8
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, status: int) -> None:
+    """By its name and with the reason; however often it is resumed, others are made."""
+
+    def answer(_: int) -> web.Response:
+        is_bad = stub.asked[-1]["messages"][0]["content"] == "question 0"
+        return refused(status, "the prompt is\ntoo long") if is_bad else recorded()
+
+    async with answering(answer) as stub:
+        for times in (1, 2):
+            async with verb(stub.url, asked, out, "--at-once", "2", "--resume") as one:
+                said = await one.ends(1)
+            assert f"{ALL - BRANCHES} of {ALL} branches" in said
+            assert said.count("given up: ") == 1
+            assert f"given up: question q0: {status}: the prompt is too long\n" in said
+            assert len(stub.asked) - (ALL - BRANCHES) <= 2 * times
+    assert len(lines(out)) == ALL - BRANCHES
+
+
+async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path, out: Path) -> None:
+    many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
+    async with answering(lambda _: refused(400, "no such field")) as stub:
+        with pytest.raises(CollectError, match="says 400: no such field; so it does to each of the first 3 questions"):
+            await collect(stub.url, "sesame", many, ORDER, out, 1)
+        assert len(stub.asked) == 3
+        stub.answer, stub.asked = lambda number: refused(400, f"it has {number} tokens"), []
+        at = await collect(stub.url, "sesame", many, ORDER, out, 1)
+        assert (len(at.skipped), at.done, at.is_out) == (20, 0, False)
+        stub.answer, stub.asked = lambda number: recorded() if number == 2 else refused(400, "image"), []
+        at = await collect(stub.url, "sesame", many, replace(ORDER, branches=1), out, 1)
+        assert (len(at.skipped), at.done) == (19, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "8"}, "question q1: its reference is '8' now, and '7' in .*out.jsonl:6"),
+        ({"reference": None}, "question q1: its reference is None now, and '7' in "),
+        ({"split": Split.VALIDATION}, "question q1: its split is 'validation' now, and 'search' in "),
+    ],
+)
+async def test_what_is_known_of_a_question_is_not_changed_between_runs(
+    questions: Sequence[Question], out: Path, change: dict[str, Any], words: str
+) -> None:
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions, ORDER, out, 1)
+        before, corrected = content(out), [questions[0], questions[1].model_copy(update=change), questions[2]]
+        with pytest.raises(CollectError, match=f"{words}.*; set it back, .* or collect into another file"):
+            await collect(stub.url, "sesame", corrected, replace(ORDER, branches=9), out)
+        assert (len(stub.asked), content(out)) == (ALL, before)
+        await collect(stub.url, "sesame", corrected, ORDER, out.with_name("other.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -608,7 +871,7 @@ async def test_what_is_no_recording_ends_it(
 async def test_a_branch_the_upstream_broke_off_is_made_again(questions: Sequence[Question], out: Path) -> None:
     cut = WHOLE | {"complete": False, "tokens": 40}
     async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, backoff_s=0)
+        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
     assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
 
 
@@ -644,7 +907,8 @@ async def test_a_file_of_other_lines_is_not_added_to(
     error: type[Exception],
     words: str,
 ) -> None:
-    one = RecordedQuestion(questions[0].question, MODEL, "hard", INTERVAL, [RecordedBranch(["7"], 60, "7", [9])])
+    branch, asked = RecordedBranch(["7"], 60, "7", [9]), questions[0]
+    one = RecordedQuestion(asked.question, MODEL, "hard", INTERVAL, [branch], "7", split=Split.HELD_OUT)
     put(out, (as_line(one, 0) + line(one)).encode())
     before = content(out)
     async with answering(lambda _: recorded()) as stub:

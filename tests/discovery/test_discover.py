@@ -20,10 +20,11 @@ from controllers.advice import advise
 from discovery.afs import Curve
 from discovery.arena import Arena, Trial
 from discovery.cascade import Cascade, Plan, Verdict, fixed_recordings
-from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT
+from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load
 from discovery.digest import digest
 from discovery.discover import BASELINES, FINE, Limits, Run, baselines, card, read_pairs
 from discovery.errors import ExplorerError, HistoryError, OutOfMoney
+from discovery.evaluate import Answers
 from discovery.explorers import Candidate, Context, Cost, Explorer
 from discovery.explorers.endpoint import KEY, LLMSettings
 from discovery.explorers.files import Files
@@ -33,7 +34,7 @@ from discovery.explorers.transcript import Response, Transcript
 from discovery.formats import as_line
 from discovery.history import Event, History
 from discovery.playing import Rules
-from discovery.recordings import Cell, RecordedQuestion, Split, intern, question_id
+from discovery.recordings import Cell, Origin, RecordedQuestion, Split, intern, question_id
 from discovery.store import Store
 from discovery.traces import trace_files
 from tests.discovery.test_cascade import FALLING, GOOD, VOTE, WEAK
@@ -608,6 +609,7 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     about = json.loads(file.with_suffix(".json").read_text())
     assert {path.name for path in folder.iterdir()} == {RECORD, CONTEXT, file.name, file.with_suffix(".json").name}
     assert advise(file.read_text()) == []
+    assert "answers are compared: exact\n" in printed
     assert f"{file.relative_to(folder.parent)}: AFS {about['search']['afs']:.2f} in fresh orders, sealed" in printed
     assert set(about) == {
         *("name", "digest", "explorer", "note", "lineage", "run", "data", "settings", "search", "cost")
@@ -621,6 +623,13 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     assert about["settings"]["answers"] == "exact"
     assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINE)] * 2
     assert about["cost"] == {"usd": 0, "candidates": 4 + len(CLASSICS) + 8, "steps": 3}
+
+
+def test_what_was_recorded_here_is_searched_on_as_the_proxy_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(as_line(replace(one, origin=Origin.COLLECTED)) for one in ASKED if one.benchmark == "b"))
+    assert load(path, [], [], Answers.AUTO)[1] == "canonical"
+    assert load(path, [], [], Answers.EXACT)[1] == "exact"
 
 
 async def test_the_store_keeps_the_search_too(found: tuple[Path, str]) -> None:

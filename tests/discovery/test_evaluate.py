@@ -467,9 +467,29 @@ def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
     chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
     source = Given(RecordedQuestion("q", "m", "b", 100, chains, " 7 "))
     exact, canonical = (
-        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=Rules(5))[0] for how in Answers
+        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=Rules(5))[0]
+        for how in (Answers.EXACT, Answers.CANONICAL)
     )
     assert (exact.accuracy, canonical.accuracy) == (0, 100)
+
+
+@pytest.mark.parametrize(
+    ("origins", "accuracy", "how"),
+    [
+        ([Origin.IMPORTED], 0, "exact"),
+        ([Origin.COLLECTED], 100, "canonical"),
+        ([Origin.LIVE], 100, "canonical"),
+        ([Origin.IMPORTED, Origin.LIVE], 100, "canonical"),
+    ],
+)
+def test_models_spell_answers_in_many_ways_and_published_tables_in_one(
+    origins: Sequence[Origin], accuracy: float, how: str
+) -> None:
+    chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
+    asked = RecordedQuestion("q", "m", "b", 100, chains, " 7 ")
+    source = Given(*(replace(asked, question=str(at), origin=origin) for at, origin in enumerate(origins)))
+    (score,) = scores("self_consistency@5", source=source, betas=[1.0], rules=Rules(5))
+    assert (score.accuracy, score.as_json()["answers"]) == (accuracy, how)
 
 
 def test_cells_that_are_not_there_are_named() -> None:
@@ -667,7 +687,10 @@ def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> No
     asked = ["evaluate", "--recordings", "l.jsonl", "--shuffles", "2", "--betas", "1", "--max-branches", "16"]
     done = autotts(*asked, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "m b search: right answers are known 3 by reference; 3 by feedback\n" in done.stdout
+    assert (
+        "m b search: answers are compared: canonical; right ones are known 3 by reference; 3 by feedback\n"
+        in done.stdout
+    )
     unknown, versions = done.stderr.splitlines()
     assert "does not count, 3 by consensus" in unknown
     assert f"version {newer[0].version.digest} is scored" in versions

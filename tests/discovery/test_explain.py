@@ -264,7 +264,7 @@ def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, c
 
 
 def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
-    odd = [veiled("7"), "[bold]9[/bold]\x1b[31m"]
+    odd = [veiled("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
     episode = replace(GIVEN_UP, about=GIVEN_UP.about | {"answers": odd}, answer=odd[0])
     write(tmp_path / "s.db", [episode])
     done = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path)
@@ -272,7 +272,7 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
     for words in (
         "open 5",
         "ask 3; drop 4",
-        "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m",
+        "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}",
         "it had not been asked; #4e00b5 led with 1 of 1 finished branch",
         "706 tokens were spent:",
         "Estimated tokens of self-consistency, from 2 finished branches and 3 that had at least",
@@ -282,6 +282,8 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
     assert any("█" in line for line in done.stdout.splitlines())
     assert "\x1b" not in done.stdout
     told = autotts("trace", "show", "r", "--store", "s.db", "--json", folder=tmp_path)
+    assert told.stdout.isascii()  # whatever a model wrote, a terminal does nothing of it
+    assert "\x7f" not in told.stdout
     assert json.loads(told.stdout) == explain(episode)
 
 
@@ -300,6 +302,7 @@ def test_a_request_nobody_knows_is_told_in_a_line(tmp_path: Path) -> None:
     for arguments, words in (
         (["x", "--store", "s.db"], "no request the store s.db knows; a response's x-request-id is its id"),
         (["x", "--store", "none.db"], "x: no file or folder, and there is no store none.db to know it; --store names"),
+        (["x" * 300, "--store", "s.db"], "xxx: no file or folder, and no request the store s.db knows"),
         (["x", "--question", "1"], "x: no traces there"),
         ([".", "--json"], ".: --json tells of served requests, by their ids"),
     ):

@@ -238,6 +238,25 @@ def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_p
         read_jsonl(write(tmp_path, "x.jsonl", as_line(one) + as_line(one, 1)))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "8"}, "its reference is 8, and 7 in "),
+        ({"reference": None, "confidence": 1.0}, "its reference is None, and 7 in "),
+        ({"label_source": LabelSource.CONSENSUS}, "its label_source is consensus, and reference in "),
+        ({"confidence": 0.5}, "its confidence is 0.5, and 1.0 in "),
+        ({"split": Split.HELD_OUT}, "its split is held-out, and search in "),
+    ],
+)
+def test_parts_say_the_same_of_their_question(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH)
+    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(replace(one, text="q"), 1))
+    assert len(read_jsonl(path)[0].branches) == 2  # one line keeps the text, the other its hash
+    write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(one, 1) + as_line(replace(one, **change), 2))
+    with pytest.raises(BadRecording, match=f"x.jsonl:3: {words}.*x.jsonl:1"):
+        read_jsonl(path)
+
+
 def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
     parts = as_line(one, 0) + as_line(one, 1)

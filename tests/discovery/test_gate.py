@@ -30,7 +30,7 @@ from discovery.ledger import Ledger, fingerprint
 from discovery.measured import Ground, Measured, Side, cheapest, measure
 from discovery.paired import bounds, clusters, detectable, level, sign_flip
 from discovery.playing import COLUMNS, Failure, Rules, Sealing
-from discovery.recordings import Cell, LabelSource, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.verdict import About, Report, Terms, Verdict, card_of, judge, report_of
 from proxy.cli import app
 from tests.discovery.test_evaluate import Given
@@ -388,6 +388,19 @@ def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger").judgements() == []
 
 
+def test_spelling_decides_nothing_of_what_was_recorded_here(tmp_path: Path) -> None:
+    spelled = [
+        replace(one, branches=[b._replace(final=f" {b.final}.0") for b in one.branches], origin=Origin.COLLECTED)
+        for one in GOOD.recordings
+    ]
+    report, plain = (
+        run(source, Spec("single"), tmp_path / name, shuffles=1)
+        for name, source in (("spelled", Given(*spelled)), ("plain", GOOD))
+    )
+    assert (report.answers, plain.answers) == ("canonical", "exact")
+    assert (report.delta_afs, report.p) == (plain.delta_afs, plain.p)
+
+
 # The ledger
 
 FEW = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=3))
@@ -498,6 +511,7 @@ def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "significant" in done.output
     assert "first: undecided" in done.output
+    assert "answers are compared: exact\n" in done.output
     assert "noticed" in done.output
     assert json.loads(given.report.read_text())["name"] == "first"
     done = CliRunner().invoke(app, ["gate", "nobody", *map(str, options), *map(str, more)])

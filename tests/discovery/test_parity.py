@@ -19,7 +19,7 @@ from controllers.loading import Spec, make, parse_spec, read
 from controllers.registry import BASELINE, BUILT_IN
 from discovery.again import NOTHING, ask_again, company, spoken
 from discovery.answers import veiled
-from discovery.parity import Records, Reference, Verdict, _mean, _paired, _Row, parity, records
+from discovery.parity import Compared, Mean, Records, Reference, Verdict, _mean, _paired, _Row, parity, records
 from discovery.recordings import LabelSource, RecordedBranch, RecordedQuestion
 from discovery.rounds import packed, unpacked
 from discovery.store import Episode, Label, Store
@@ -72,7 +72,8 @@ def test_consistent_records_hold(name: str, beta: float) -> None:
     assert group.labels == {"reference": 14}
     assert (group.finalise, group.aborted) == (7, 0)
     assert found.holds
-    assert json.loads(json.dumps(found.as_json()))["holds"] is True
+    told = json.loads(json.dumps(found.as_json()))
+    assert (told["checked"], told["holds"]) == (True, True)
 
 
 def test_the_figures_are_those_of_the_episodes() -> None:
@@ -179,6 +180,37 @@ def test_a_question_asked_often_counts_once() -> None:
     assert _mean([("a", 3)], percent=False)[1:] == (None, None, 1)
 
 
+STILL = Mean(0, -1, 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, Verdict.AGREE),
+        ({"live": Mean(50, 40, 60, 10)}, Verdict.DISAGREE),  # the intervals do not meet, though the requests agree
+        ({"paired": Mean(3, 1, 5, 10)}, Verdict.DISAGREE),  # the requests do not, though the intervals meet
+        ({"paired": Mean(-3, -5, -1, 10)}, Verdict.DISAGREE),
+        ({"live": Mean(9, 8, 12, 10), "replayed": Mean(14, 12, 15, 10)}, Verdict.AGREE),
+        ({"paired": Mean(0, -1, 1, 9)}, Verdict.TOO_LITTLE),
+    ],
+)
+def test_either_half_of_a_verdict_counts(changes: dict[str, Mean], verdict: Verdict) -> None:
+    figure = Compared(Mean(10, 8, 12, 10), Mean(10, 8, 12, 10), STILL)
+    assert replace(figure, **changes).verdict is verdict
+
+
+def test_episodes_that_were_cut_by_a_deadline_are_no_measure() -> None:
+    found = consistent()
+    cut = [
+        replace(one, id=f"d{at}", request_id=f"d{at}", stop="deadline", answer=None, about=one.about | {"spent": 1})
+        for at, one in enumerate(found.episodes)
+    ]
+    told = parity(replace(found, episodes=[*found.episodes, *cut]))
+    (group,) = told.groups
+    assert (group.verdict, group.episodes, group.left_out) == (Verdict.AGREE, 14, {"deadline": 14})
+    assert group.tokens.live == parity(found).groups[0].tokens.live
+
+
 # Who decided
 
 
@@ -275,6 +307,8 @@ def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> Non
     assert [(one.controller, one.episodes) for one in without.decisions.unchecked] == [("mine", 14)]
     assert "no file was given; --controllers takes mine.py as it was" in without.decisions.unchecked[0].why
     assert (without.decisions.rounds, without.reproduced.episodes, without.groups) == (0, 0, [])
+    assert not without.checked
+    assert not without.holds
     path.write_text(FOREIGN + "\n# later\n")
     assert "the file that was given is another" in parity(found, [read(path)]).decisions.unchecked[0].why
     told = parity(found, [spec], shuffles=4)
@@ -432,6 +466,18 @@ def test_what_is_untrue_ends_in_status_1(tmp_path: Path) -> None:
     assert "8 × branch()" in done.stdout
     assert "not reproduced" in done.stdout
     assert json.loads((tmp_path / "f.json").read_text())["holds"] is False
+
+
+def test_where_nothing_can_be_checked_nothing_holds(tmp_path: Path) -> None:
+    odd = "\x9b31m\x7f\u202e"
+    write(tmp_path / "s.db", [replace(serve(QUESTIONS[0], Spec(odd, FOREIGN), 0.5, "r"), model=odd)])
+    for where in ("f.json", "-"):
+        done = autotts("parity", "--store", "s.db", "--json", where, folder=tmp_path)
+        assert done.returncode == 3, done.stderr
+        assert not set(odd[:1] + odd[-2:]) & set(done.stdout)
+    told = json.loads(done.stdout)
+    assert (told["checked"], told["holds"], told["decisions"]["rounds"], told["means"]) == (False, False, 0, [])
+    assert told["decisions"]["unchecked"][0]["controller"] == odd
 
 
 def test_a_store_without_recordings_or_episodes(tmp_path: Path) -> None:

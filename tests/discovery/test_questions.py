@@ -49,6 +49,17 @@ def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
         ({"question": "p", "messages": TALK}, "both question and messages are there"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"content": "p"}]}, "messages: each needs a role"),
+        ({"messages": [{"role": "user"}]}, "messages: each needs a content"),
+        ({"messages": [ASKED, {"role": "user", "content": 7}]}, "messages: each needs a content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages: each needs a content"),
+        ('{"messages": [{"role": "user", "content": "p", "w": NaN}]}', "messages: NaN and Infinity are no numbers"),
+        (
+            '{"messages": [{"role": "user", "content": "p", "w": [-Infinity]}]}',
+            "messages: NaN and Infinity are no numbers",
+        ),
+        ('{"messages": [{"role": "user", "content": "p", "w": 1e999}]}', "messages: NaN and Infinity are no numbers"),
+        ('{"question": "p", "question": "q"}', 'duplicate key "question"'),
+        ('{"messages": [{"role": "user", "content": "p", "content": "q"}]}', 'duplicate key "content"'),
         ({"messages": ["p"]}, "messages: 0: Input should be an object"),
         ({"question": "p", "reference": 7}, "reference: Input should be a valid string"),
         ({"question": "p", "reference": ""}, "reference: String should have at least 1 character"),
@@ -65,6 +76,13 @@ def test_a_malformed_file_is_refused_and_named(tmp_path: Path, line: Any, words:
         read_questions(path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert words in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q"}, {"question": "p"})
+    known = read_questions(path)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_questions(path) == known
 
 
 def test_files_that_have_no_questions(tmp_path: Path) -> None:

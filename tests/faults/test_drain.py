@@ -125,7 +125,7 @@ async def test_what_does_not_end_in_time_is_cut_and_written_down(backend: FakeVL
         assert int(headers["x-tts-tokens"]) > 0
         assert await served.end() == 0
         await backend.idle.wait()
-    assert await stops(tmp_path) == ["disconnected"]
+    assert await stops(tmp_path) == ["draining"]
 
 
 async def test_what_has_cost_nothing_may_be_asked_again(backend: FakeVLLM, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ async def test_a_stream_that_is_cut_ends_with_the_error(
         assert told[-1]["error"]["code"] == "draining"
         assert await served.end() == 0
         await backend.idle.wait()
-    assert await stops(tmp_path) == ["disconnected"]
+    assert await stops(tmp_path) == ["draining"]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

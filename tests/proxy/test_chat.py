@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +383,12 @@ async def test_text_cut_inside_a_character_comes_back_whole(proxy: Proxy) -> Non
 async def test_the_model_may_be_left_out(proxy: Proxy) -> None:
     status, _, reply = await proxy.ask("0", model=None)
     assert (status, reply["model"]) == (200, MODEL)
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udc00\ud83d"])
+async def test_half_a_character_of_the_upstreams_is_replaced(proxy: Proxy, half: str) -> None:
+    whole = chain("7", 100, ["7"])
+    proxy.backend.chains = [replace(whole, text=whole.text.replace("It is", f"\U0001f600{half} is"))]
+    status, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@1"})
+    assert status == 200
+    assert body["choices"][0]["message"]["content"] == "\U0001f600" + "\ufffd" * len(half) + " is \\boxed{7}"

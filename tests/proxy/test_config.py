@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -89,6 +90,34 @@ def test_a_secret_that_is_wrong_is_not_told(tmp_path: Path) -> None:
 
 def test_no_record_wins_over_a_store(tmp_path: Path) -> None:
     assert configure(toml(tmp_path, "store = 'x.db'"), {"record": False}).settings.store is None
+
+
+@pytest.mark.parametrize("spill", ["s.db", "./s.db", "s.db-wal", "s.db-shm", "s", "notes", "folder", "link"])
+def test_records_wait_in_no_file_that_is_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spill: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("line one\nline two")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("notes")
+    store = "s.1" if spill == "s" else "s.db"  # for files of several proxies are numbered
+    monkeypatch.setenv("AUTOTTS_SPILL", spill)
+    with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} is "):
+        load(**UP, store=store)
+    assert (tmp_path / "notes").read_text() == "line one\nline two"
+
+
+def test_records_may_wait_in_a_file_that_was_left(tmp_path: Path) -> None:
+    path = tmp_path / "spill"
+    for content in (b"", b"%08x {}\n" % crc32(b"{}")):
+        path.write_bytes(content)
+        assert load(**UP, store=tmp_path / "s.db", spill=path).spill == path
+
+
+@pytest.mark.parametrize("days", [0, 36501, 1e12])
+def test_days_that_no_calendar_has_are_refused(days: float) -> None:
+    with pytest.raises(SettingsError, match="retain_days"):
+        load(**UP, retain_days=days)
 
 
 def test_show_masks_and_names_sources(tmp_path: Path) -> None:

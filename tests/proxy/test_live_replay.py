@@ -94,6 +94,8 @@ async def test_replay_tells_the_truth_about_live(vllm: str, tmp_path: Path) -> N
     assert told["decisions"]["agreed"] == told["decisions"]["rounds"] == sum(one.rounds for one in episodes)
     assert told["reproduced"]["differing"] == []
     (means,) = told["means"]
+    assert told["checked"]
+    assert told["holds"] == (means["verdict"] != "disagree")  # about one time in ten a right stack's does
     assert (means["controller"], means["beta"], means["recorded"]) == (CONTROLLER, BETA, len(wanted))
     assert means["accuracy"]["live"]["mean"] == pytest.approx(100 * sum(right.values()) / REQUESTS)
     for figure in ("tokens", "accuracy"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,15 @@ from openai import AsyncOpenAI
 from controllers import Limits, State
 from controllers.installed import Stage
 from controllers.registry import create
+from discovery.explain import explain
 from discovery.recordings import Cell, Origin, Split, live_split, question_id, split_of
 from discovery.rounds import unpacked
 from discovery.store import Episode, Store
-from proxy.finishing import BENCHMARK, Purse, drawn
+from proxy.errors import RecordsAway
+from proxy.finishing import BENCHMARK, drawn
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
+from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
 
 __all__ = ["backend"]  # a fixture
@@ -109,6 +114,20 @@ async def test_one_that_is_cut_or_left_is_kept_too(backend: FakeVLLM, tmp_path: 
     assert [one.stop for one in await episodes(path)] == ["max_tokens", "upstream_error", "disconnected"]
 
 
+async def test_a_fault_of_the_proxys_own_is_not_said_to_be_its_clients(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks(*_: Any) -> None:
+        raise LookupError
+
+    path = tmp_path / "s.db"
+    monkeypatch.setattr("proxy.chat._run", breaks)
+    async with serving(backend, path) as proxy:
+        assert (await proxy.ask("0.5"))[0] == 500
+        assert await proxy.metric("autotts_stops_total", reason="failed") == 1
+    assert [one.stop for one in await episodes(path)] == ["failed"]
+
+
 async def test_off_the_path_nothing_is_kept_without_a_store(backend: FakeVLLM, tmp_path: Path) -> None:
     async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
@@ -164,6 +183,13 @@ async def test_later_feedback_wins_and_earlier_is_kept(backend: FakeVLLM, tmp_pa
         ({"request_id": "x", "score": 1.5}, "score: "),
         ({"request_id": "x", "correct": "yes"}, "correct: "),
         ({"request_id": "x", "correct": True, "more": 1}, "more: "),
+        ({"request_id": "x", "score": "1"}, "score: "),
+        ({"request_id": "x", "score": True}, "score: "),
+        ({"request_id": "x", "answer": " \n"}, "answer: Value error, there is nothing in it"),
+        ({"request_id": "x", "answer": "\\boxed{}"}, "answer: Value error, there is nothing in it"),
+        ({"request_id": "x", "answer": "veiled:0123456789abcdef01234567"}, "answer: Value error, it begins with"),
+        ({"request_id": "x", "answer": " veiled:7"}, "answer: Value error, it begins with"),
+        ({"request_id": "x", "id": "y", "correct": True}, "id: "),
         ([], "must be a JSON object"),
     ],
 )
@@ -172,6 +198,63 @@ async def test_feedback_that_says_nothing_is_refused(backend: FakeVLLM, tmp_path
         status, told = await call(proxy, "POST", "/v1/tts/feedback", body=said)
     assert status == 400
     assert words in told["error"]["message"]
+
+
+async def test_a_request_may_be_named_twice_and_a_score_be_whole(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path / "s.db") as proxy:
+        _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
+        said = {"id": body["id"], "request_id": body["id"], "score": 1}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", body=said))[0] in (200, 202)
+
+
+async def test_feedback_is_of_the_requests_tenant_whoever_gives_it(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
+        _, mine = await call(proxy, "POST", "/v1/chat/completions", "mine", body)
+        said = {"id": mine["id"], "correct": True}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, said))[0] in (200, 202)
+    (kept,) = await episodes(path)
+    async with Store.open(path) as store:
+        (heard,) = await store.feedback()
+    assert heard.tenant == kept.tenant != ""
+
+
+async def test_later_feedback_is_later_though_the_clock_is_set_back(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        at = datetime.now(UTC)
+
+        @classmethod
+        def now(cls, _: Any = None) -> datetime:  # type: ignore[override]
+            cls.at -= timedelta(seconds=30)
+            return cls.at
+
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
+        monkeypatch.setattr("proxy.records.datetime", Clock)
+        for score in (0.1, 0.9, 0.3, 0.6):
+            await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], "score": score})
+    async with Store.open(path) as store:
+        kept = await store.feedback(body["id"])
+    assert [json.loads(one.value) for one in kept] == [0.1, 0.9, 0.3, 0.6]
+    assert len({one.created for one in kept}) == 4
+
+
+async def test_while_the_store_is_away_anothers_request_is_told_as_one_nobody_made(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    async with serving(backend, tmp_path / "away" / "s.db", spill=tmp_path / "spill") as proxy:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
+        _, mine = await call(proxy, "POST", "/v1/chat/completions", "mine", body)
+        said = {"correct": True}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", {"id": mine["id"], **said}))[0] in (200, 202)
+        for request in (mine["id"], "chatcmpl-none"):
+            status, told = await call(proxy, "POST", "/v1/tts/feedback", "other", {"id": request, **said})
+            assert (status, told["error"]["code"]) == (503, "store_away")
+            assert (await call(proxy, "GET", f"/v1/tts/requests/{request}", "other"))[0] == 503
 
 
 async def test_what_clients_say_reaches_the_watch(
@@ -187,7 +270,53 @@ async def test_what_clients_say_reaches_the_watch(
         await call(proxy, "POST", "/v1/tts/feedback", body={"id": named["id"], "score": 0.1})
         _, _, other = await proxy.ask("0.5", tts={"answer": "boxed"})
         await call(proxy, "POST", "/v1/tts/feedback", body={"id": other["id"], "answer": "8"})
-    assert heard == [(Stage.CHAMPION, True), (Stage.CHAMPION, False)]
+        _, _, another = await proxy.ask("0.5", tts={"answer": "boxed"})
+        with monkeypatch.context() as away:  # whether it is the answer cannot be told: that uses nothing up
+            away.setattr("proxy.recorder.Recorder.find", _away)
+            await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "answer": "7"})
+        for score in (0.2, 0.9):
+            await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "score": score})
+    assert heard == [(Stage.CHAMPION, said) for said in (True, False, False)]
+
+
+async def _away(*_: Any) -> None:
+    raise RecordsAway("the store is away", code="store_away")
+
+
+# What is told of one
+
+
+async def test_an_episode_that_cannot_be_read_is_told_to_be(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        await proxy.ask("0.5", tts={"answer": "boxed"})
+    (kept,) = await episodes(path)
+    async with Store.open(path) as store:
+        await store.add_all([replace(kept, id="bad", request_id="bad", trace="no trace")])
+    async with serving(backend, path) as proxy:
+        status, told = await call(proxy, "GET", "/v1/tts/requests/bad", ADMIN)
+    assert (status, told["error"]["code"]) == (500, "unreadable_record")
+
+
+async def test_a_long_one_is_told_in_a_thread_and_its_answers_in_part(
+    backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    plain = explain
+
+    def told(episode: Episode) -> Any:
+        threads.append(threading.get_ident())
+        return plain(episode)
+
+    monkeypatch.setattr("proxy.app.explain", told)
+    backend.chains = [chain("7" * 200, 400, ["7" * 200]) for _ in range(4)]
+    async with serving(backend, tmp_path / "s.db", store_text="hash") as proxy:
+        _, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@2"})
+        status, found = await call(proxy, "GET", f"/v1/tts/requests/{body['id']}")
+    assert status == 200
+    assert found["answer"] == "7" * 99 + "…"
+    assert found["answers"] == [found["answer"]]
+    assert threads != [threading.get_ident()]
 
 
 # What may be read
@@ -285,8 +414,6 @@ async def test_what_is_older_than_it_may_be_goes(backend: FakeVLLM, tmp_path: Pa
     async with serving(backend, path) as proxy:
         _, _, young = await proxy.ask("0")
     (kept,) = await episodes(path)
-    from dataclasses import replace
-
     async with Store.open(path) as store:
         await store.add_all([replace(kept, id="old", request_id="old", created="2020-01-01T00:00:00.000000+00:00")])
     async with serving(backend, path, retain_days=30):
@@ -382,22 +509,6 @@ async def test_an_upstream_that_fails_costs_the_recording_alone(backend: FakeVLL
     assert len(await episodes(path)) == 2
 
 
-def test_a_purse_is_refilled_and_never_holds_more_than_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr("proxy.finishing.time.monotonic", lambda: now[0])
-    purse = Purse(3600)
-    assert purse.holds(3600)
-    purse.settle("a", 3000)
-    purse.settle("a", 3500)
-    assert not purse.holds(101)
-    now[0] += 50
-    assert purse.holds(150)
-    assert not purse.holds(151)
-    now[0] += 10_000
-    assert purse.holds(3600)
-    assert not purse.holds(3601)
-
-
 def test_nothing_live_is_held_out() -> None:
     questions = [question_id(str(i)) for i in range(500)]
     assert {live_split(one) for one in questions} == {Split.SEARCH, Split.VALIDATION}
@@ -415,27 +526,3 @@ async def test_a_question_that_is_held_out_already_stays_so(backend: FakeVLLM, t
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
     async with Store.open(path) as store:
         assert len(await store.load(Cell(MODEL, BENCHMARK, Split.HELD_OUT))) == 1
-
-
-# Drift
-
-
-async def test_another_chat_template_is_noticed(
-    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "s.db"
-    async with serving(backend, path, record_fraction=1.0, record_branches=2) as proxy:
-        await proxy.ask("0", tts={"controller": "sc@2", "answer": "boxed"})
-        await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
-        assert await proxy.metric("autotts_recording_drift") == 0
-    assert "latest recordings" not in caplog.text
-    backend.greeting = "<new>"
-    async with serving(backend, path) as proxy:
-        await until(lambda: proxy.metric("autotts_recording_drift"))
-    assert f"{MODEL} is not what its latest recordings were made with (chat template" in caplog.text
-    caplog.clear()
-    backend.greeting = ""
-    async with serving(backend, path, interval=INTERVAL + 1) as proxy:
-        await until(lambda: proxy.metric("autotts_recording_drift"))
-    assert "interval '40' to '41'" in caplog.text
-    assert ASSISTANT not in caplog.text

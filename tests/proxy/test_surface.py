@@ -246,7 +246,7 @@ async def test_all_are_recorded_as_chat_is(backend: FakeVLLM, tmp_path: Path) ->
     assert [one.question for one in kept] == [question_id("hi"), question_id("hi"), question_id(PROMPT)]
     assert [one.ledger["winner"] for one in kept] == [reply["tts"]["tokens"]["winner"] for reply in replies]
     chat, answered, text = (one.about for one in kept)
-    assert chat["chat_template"] == answered["chat_template"] != text["chat_template"] == ""
+    assert chat["chat_template"] == answered["chat_template"] == text["chat_template"] != ""
     assert (answered["sampling"]["max_tokens"], text["sampling"]["prompt"]) == (300, "raw")
 
 

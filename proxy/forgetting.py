@@ -1,0 +1,57 @@
+"""`autotts store forget`, of what waits in files too: they go into the store first, for only there can it be told whose
+a record is."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from discovery.commands.store import DEFAULT, Anonymous, Place, Request, Tenant
+from discovery.commands.store import forget as forgetting
+from discovery.errors import StoreError
+from discovery.store import Store
+from discovery.store.rows import item
+from proxy.spill import Spill
+
+
+def forget(
+    request: Request = "",
+    tenant: Tenant = "",
+    anonymous: Anonymous = False,
+    place: Place = DEFAULT,
+    spill: Annotated[
+        Path | None, typer.Option(envvar="AUTOTTS_SPILL", help="file that records wait in; without it STORE.spill")
+    ] = None,
+) -> None:
+    """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
+    held = asyncio.run(_read_back(place, spill or place.with_name(f"{place.name}.spill")))
+    try:
+        forgetting(request, tenant, anonymous, place)
+    finally:
+        if held:
+            raise StoreError(
+                f"{', '.join(map(str, held))}: a running proxy holds it; what waits there is gone when the proxy has "
+                "read it back: say it again then"
+            )
+
+
+async def _read_back(place: Path, spill: Path) -> list[Path]:
+    """Everything from the files at `spill` into the store at `place`, as a proxy does when it starts; the files that
+    one holds. Raises StoreError."""
+    waiting = Spill(spill, 0)
+    try:
+        async with Store.open(place) as store:
+            waiting.adopt()
+            for (line,) in waiting.chunks(1):
+                with suppress(ValueError, TypeError, KeyError, OverflowError):  # what no proxy reads, or no store takes
+                    await store.add_all([item(line)])
+            waiting.clear()
+    except OSError as error:
+        raise StoreError(f"{error.filename or spill}: {error.strerror}") from None
+    finally:
+        waiting.close()
+    return [path for path in waiting.names() if path.exists()]
