@@ -463,11 +463,13 @@ async def test_closing_waits_for_what_still_writes_the_file(tmp_path: Path, monk
     putting(recorder, "a")
     await until(is_writing.is_set)
     closing = asyncio.create_task(recorder.close())
-    await until(lambda: all(task.done() for task in recorder._tasks))
-    done, _ = await asyncio.wait({closing}, timeout=0.05)
-    assert not done
-    go_on.set()
-    await closing
+    try:
+        await until(lambda: all(task.done() for task in recorder._tasks))
+        done, _ = await asyncio.wait({closing}, timeout=0.05)
+        assert not done
+    finally:
+        go_on.set()
+        await closing
     assert waiting_in(tmp_path / "spill") == ["a"]
 
 
