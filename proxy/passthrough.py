@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Final
@@ -28,6 +29,8 @@ _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
 
 WHOLE: Final = 64 * 2**10
 """Bytes of a body that is sent in one piece, if its length is known."""
+LAST: Final = 64
+"""Pieces of a stream in which its end is, as a rule."""
 
 
 async def forward(
@@ -60,13 +63,13 @@ async def forward(
         opened = stack.pop_all()
 
     async def pieces() -> AsyncGenerator[bytes]:
-        tail = b""
+        last: deque[bytes] = deque(maxlen=LAST)
+        read = upstream.content.readany
         async with opened:
-            async for data in upstream.content.iter_any():
-                if hear is not None:
-                    tail = (tail + data)[-TAIL:] if len(data) < TAIL else data[-TAIL:]
+            while data := await read():
+                last.append(data[-TAIL:])
                 yield data
         if hear is not None:
-            hear(tail)
+            hear(b"".join(last)[-TAIL:])
 
     return Stream(pieces(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)
