@@ -40,6 +40,15 @@ def check_place(path: Path, option: str) -> None:
         raise NotWritten(f"{option} {path}: that is a folder")
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the folder on the disk say which file has which name. Raises OSError."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def end_of_lines(descriptor: int) -> int:
     """Where the last whole line of an open file ends: what follows was being written when somebody died."""
     end = os.fstat(descriptor).st_size

@@ -18,7 +18,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from discovery.errors import GateError, NotWritten
-from discovery.files import whole
+from discovery.files import sync_folder, whole
 
 FIRST: Final = ""
 """What stands for the line before the first."""
@@ -94,7 +94,7 @@ class Ledger:
             file.write("".join(f"{one}\n" for one in [*lines, line]).encode())
             file.flush()
             os.fsync(file.fileno())
-        _settle(self._path.resolve().parent)
+        sync_folder(self._path.resolve().parent)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -118,15 +118,6 @@ class Ledger:
         if text and not text.endswith("\n"):
             raise GateError(f"{self._path}: its last line is cut off; restore the ledger")
         return text.split("\n")[:-1]
-
-
-def _settle(folder: Path) -> None:
-    """Have the folder on the disk say which file has which name."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _hash(line: str) -> str:

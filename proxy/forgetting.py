@@ -15,7 +15,7 @@ from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError
 from discovery.store import Store
 from discovery.store.rows import item
-from proxy.spill import Spill
+from proxy.spill import Spill, places
 
 
 def forget(
@@ -46,12 +46,14 @@ async def _read_back(place: Path, spill: Path) -> list[Path]:
     try:
         async with Store.open(place) as store:
             waiting.adopt()
-            for (line,) in waiting.chunks(1):
-                with suppress(ValueError, TypeError, KeyError, OverflowError):  # what no proxy reads, or no store takes
-                    await store.add_all([item(line)])
-            waiting.clear()
+            while waiting.size:
+                chunk = waiting.read(1)
+                for line in chunk.lines:  # none, if it is damaged
+                    with suppress(ValueError, TypeError, KeyError, OverflowError):  # no proxy reads, no store takes it
+                        await store.add_all([item(line)])
+                waiting.drop(chunk)
     except OSError as error:
         raise StoreError(f"{error.filename or spill}: {error.strerror}") from None
     finally:
         waiting.close()
-    return [path for path in waiting.names() if path.exists()]
+    return [path for path in places(spill) if path.exists()]

@@ -19,7 +19,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from discovery.errors import StoreError
 from discovery.recordings import RecordedQuestion
@@ -104,14 +104,14 @@ class Recorder:
         self._owners: OrderedDict[str, Owner] = OrderedDict()
         self._store: Store | None = None
         self._inode: tuple[int, int] = (0, 0)
-        self._writing: asyncio.Task[None] | None = None  # a transaction that takes too long
+        self._writing: asyncio.Task[list[RecordedQuestion]] | None = None  # a transaction that takes too long
         self._filing = ThreadPoolExecutor(1, "spill")  # one at a time, even if nobody waits for the one before
         self._look = True  # others may have left files
         self._work = asyncio.Event()  # there is something to do
         self._hurry = asyncio.Event()  # and it does not wait for more
         self._failed = asyncio.Event()  # the store that is open is of no use
         self._tried = asyncio.Event()  # the store has been opened, or could not be
-        self._closing = asyncio.Event()  # nothing more is taken
+        self._is_closing = False  # nothing more is taken
         self._ended: asyncio.Future[None]  # nothing more is written to the store
         self._tasks: list[asyncio.Task[None]] = []
         self._complained = -COMPLAINT_S
@@ -150,7 +150,7 @@ class Recorder:
 
     async def close(self) -> None:
         """Write what waits, to the store or the file, and end."""
-        self._closing.set()
+        self._is_closing = True
         self._work.set()
         self._hurry.set()
         if not self._tasks:
@@ -189,8 +189,8 @@ class Recorder:
             self._owners[request] = owner
             if len(self._owners) > RECENT:
                 self._owners.popitem(last=False)
-        if self.waiting >= self._most or self._closing.is_set():
-            self._settle("closed" if self._closing.is_set() else "full", record)
+        if self.waiting >= self._most or self._is_closing:
+            self._settle("closed" if self._is_closing else "full", record)
             return kept
         self._queue.append(record)
         self.metrics.recorder_queue.set(self.waiting)
@@ -249,7 +249,7 @@ class Recorder:
         """Write what waits, for ever; at the end, all of it."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._tried.wait(), PATIENCE_S)
-        while self._queue or not self._closing.is_set():
+        while self._queue or not self._is_closing:
             await self._work.wait()
             self._work.clear()
             with suppress(TimeoutError):
@@ -307,14 +307,15 @@ class Recorder:
         if store is None or self._failed.is_set():
             return None
         task = asyncio.create_task(store.add_all(items))
-        await asyncio.wait({task, self._ended}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {task, self._ended}
+        await asyncio.wait(either, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             self._writing = task
             task.add_done_callback(self._late)
             self._fail(f"{self.path}: a transaction takes too long")
             return None
         try:
-            task.result()
+            left_out = set(map(id, task.result()))
         except StoreError as error:
             self._fail(str(error))
             return None
@@ -323,7 +324,7 @@ class Recorder:
         if _inode(self.path) != self._inode:
             self._fail(f"{self.path}: the store has been moved or removed")
             return None
-        return [outcome if await _is_taken(store, one) else DROPPED for one in items]
+        return [DROPPED if id(one) in left_out else outcome for one in items]
 
     async def _one_by_one(self, items: Sequence[Item], outcome: str, error: Exception) -> list[str] | None:
         if len(items) == 1:
@@ -417,7 +418,7 @@ class Recorder:
         self._complain(STORE, words)
         self._show()
 
-    def _late(self, task: asyncio.Task[None]) -> None:
+    def _late(self, task: asyncio.Task[list[RecordedQuestion]]) -> None:
         """A transaction that took too long has ended; what it held is in the file anyway."""
         self._writing = None
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -467,16 +468,6 @@ def _unpacked(line: bytes) -> Item | None:
         return unpacked(line)
     except (ValueError, TypeError, KeyError):
         return None
-
-
-async def _is_taken(store: Store, item: Item) -> bool:
-    """Whether the store has not dropped what it was given: a recording of a request it knows nothing of."""
-    if not isinstance(item, RecordedQuestion) or not item.request:
-        return True
-    try:
-        return await store.episode(item.request) is not None
-    except StoreError:  # there is one, though not as it was written
-        return True
 
 
 def _inode(path: Path | None) -> tuple[int, int]:

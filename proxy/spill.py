@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from discovery.files import end_of_lines
+from discovery.files import end_of_lines, sync_folder
 
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
@@ -70,7 +70,10 @@ class Spill:
         held = {file.path for file in self._files}
         for path in places(self.path):
             if path.exists() and path not in held and (file := _File.hold(path)) is not None:
-                self._files.append(file)
+                if file.size:
+                    self._files.append(file)
+                else:
+                    file.remove()
 
     def append(self, lines: Sequence[bytes]) -> int:
         """Keep `lines`, none of which contains a newline; how many of them, the first ones, there was room for."""
@@ -99,28 +102,10 @@ class Spill:
             chunk.file.remove()
             self._files.remove(chunk.file)
 
-    def chunks(self, most: int) -> Iterator[Sequence[bytes]]:
-        """All that waits, up to `most` lines at a time; it goes on waiting."""
-        for file in self._files:
-            end = file.begin
-            while end < file.size:
-                chunk = file.chunk(end, most)
-                end = chunk.end
-                if chunk.lines:
-                    yield chunk.lines
-
-    def clear(self) -> None:
-        """Nothing of it is waited for any more."""
-        while self._files:
-            self._files.pop().remove()
-
     def close(self) -> None:
         """Let go of the files; what is in them stays."""
         while self._files:
             self._files.pop().close()
-
-    def names(self) -> Iterator[Path]:
-        return places(self.path)
 
 
 class _File:
@@ -147,7 +132,7 @@ class _File:
             if not _is_own(os.pread(descriptor, BEGIN_BYTES, 0)):
                 raise FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
             os.ftruncate(descriptor, end_of_lines(descriptor))
-            _sync_folder(path)
+            sync_folder(path.parent)
             undo.pop_all()
             return cls(path, descriptor)
 
@@ -190,12 +175,3 @@ class _File:
 def _is_own(begin: bytes) -> bool:
     """Whether a file that begins so is one of lines, or empty."""
     return not begin or BEGIN.match(begin) is not None
-
-
-def _sync_folder(path: Path) -> None:
-    """What is new at `path` is there after a power cut too."""
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

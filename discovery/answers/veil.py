@@ -23,4 +23,4 @@ def veiled(answer: str) -> str:
 
 def is_veiled(answer: str) -> bool:
     """Whether an answer has the form of those `veiled` gives; a text that merely begins so is one like any other."""
-    return answer.startswith(MARK) and _VEIL.fullmatch(answer) is not None
+    return _VEIL.fullmatch(answer) is not None

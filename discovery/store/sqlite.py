@@ -94,31 +94,36 @@ class Store:
 
         return await self.write(lambda connection: _add(connection, recordings))
 
-    async def add_all(self, items: Sequence[Item]) -> None:
+    async def add_all(self, items: Sequence[Item]) -> list[RecordedQuestion]:
         """Add what the proxy has to write down, all or none. What is there already is left as it is, and nothing comes
         back that was forgotten: a recording made for a request, or feedback on one, is added only where its episode is.
+
+        Returns the recordings that were left out so.
         """
         episodes = [one for one in items if isinstance(one, Episode)]
         feedback = [one for one in items if isinstance(one, Feedback)]
         recordings = [one for one in items if isinstance(one, RecordedQuestion)]
 
-        async def work(connection: aiosqlite.Connection) -> None:
+        async def work(connection: aiosqlite.Connection) -> list[RecordedQuestion]:
             gone = dict(await _all(connection, "SELECT id, created FROM forgotten"))
 
-            def kept(tenant: str, request: str, created: str) -> bool:
-                by_tenant = gone.get(rows.tombstone("tenant", tenant), "")
-                return rows.tombstone("request", request) not in gone and not created <= by_tenant
+            def kept(one: Episode) -> bool:
+                by_tenant = gone.get(rows.tombstone("tenant", one.tenant), "")
+                return rows.tombstone("request", one.request_id) not in gone and not one.created <= by_tenant
 
-            told = [one for one in episodes if kept(one.tenant, one.request_id, one.created)] if gone else episodes
+            told = list(filter(kept, episodes)) if gone else episodes
             await _insert(connection, "episodes", await asyncio.to_thread(_made, rows.episode_row, told))
             heard = [one for one in feedback if await _is_served(connection, one.request_id)]
             if heard:
                 await _insert(connection, "feedback", map(rows.feedback_row, heard))
-            served = [one for one in recordings if await _is_served(connection, one.request)]
+            served, left_out = list[RecordedQuestion](), list[RecordedQuestion]()
+            for one in recordings:
+                (served if await _is_served(connection, one.request) else left_out).append(one)
             if served:
                 await _add(connection, served)
+            return left_out
 
-        await self.write(work)
+        return await self.write(work)
 
     async def set_labels(self, labels: Sequence[Label], gone: Sequence[Label] = ()) -> None:
         """Put labels in the place of those their questions had from the same source, and remove those `gone`.

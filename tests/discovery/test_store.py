@@ -163,7 +163,7 @@ async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(t
         before = store.transactions
         writes = [store.add_all([Feedback(str(i), "r", "correct", "1")]) for i in range(200)]
         outcomes = await asyncio.gather(*writes[:100], store.write(fail), *writes[100:], return_exceptions=True)
-        assert [str(one) for one in outcomes if one is not None] == ["mine alone"]
+        assert [str(one) for one in outcomes if one] == ["mine alone"]
         assert store.transactions - before <= 3
         assert (await store.verify()).rows["feedback"] == 200
 
