@@ -838,7 +838,8 @@ def starter() -> Iterator[subprocess.Popen[str]]:
 
 async def all_in(path: Path, acknowledged: set[str]) -> None:
     async with recording(path) as recorder:
-        await until(lambda: acknowledged <= stored(path))
+        await until(lambda: not any(place.exists() for place in places(path.with_name("s.db.spill"))))
+        assert acknowledged <= stored(path)
         assert recorder.lost == 0
     async with Store.open(path) as store:
         assert (await store.verify()).bad == []
