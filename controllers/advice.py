@@ -36,7 +36,8 @@ def advise(source: str) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        return [f"{line}{type(error).__name__}: {getattr(error, 'msg', None) or error}"]
+        kind = SyntaxError if type(error) is ValueError else type(error)  # of a NUL, before Python 3.11.4
+        return [f"{line}{kind.__name__}: {getattr(error, 'msg', None) or error}"]
     found = [*_everywhere(tree), *_classes(tree)]
     return [f"line {line}: {words}" for line, words in sorted(dict.fromkeys(found))]
 

@@ -50,7 +50,7 @@ async def test_it_runs_as_long_as_the_context() -> None:
 
 async def test_its_last_words_are_the_error() -> None:
     with pytest.raises(StartError, match=r"^this CPU has no AVX2$"):
-        async with stand_in("import sys; print('noise'); sys.exit('this CPU has no AVX2')"):
+        async with stand_in("import sys; print('noise', flush=True); sys.exit('this CPU has no AVX2')"):
             pass
 
 

@@ -1,5 +1,5 @@
-"""Fills a list from an iterator that has no end."""
+"""Looks for something true in an iterator that has no end."""
 
 
 def attack(state):
-    return list(iter(int, 1))
+    return any(iter(int, 1))
