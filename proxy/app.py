@@ -16,7 +16,7 @@ from uuid import uuid4
 import aiohttp
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,7 +28,7 @@ from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
 from discovery.store import About, Episode
-from proxy import chat, dial, errors, fields, logs, openapi, passthrough, reply, schema, spans, strict, wire
+from proxy import chat, dial, eager, errors, fields, logs, openapi, passthrough, reply, schema, spans, strict, wire
 from proxy.access import Timing
 from proxy.berths import Berths
 from proxy.bounds import Bound
@@ -173,7 +173,7 @@ class Service:
         news: asyncio.Queue[str] = asyncio.Queue()
         tell = news.put_nowait if parsed.tts.progress else None
         events = form.events(parsed, plan, thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s))
-        return Stream(events, headers=reply.known_headers(plan))
+        return Stream.of(events, reply.known_headers(plan))
 
     def _map(self, model: str) -> Map:
         """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
@@ -226,7 +226,8 @@ class Service:
             drop.append("tts")
         body = splice(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
-        return await self._forward(request, body, _untouched(reason), model.id, content_type, bound)
+        about = _untouched(reason), model.id, content_type, bound
+        return await self._forward(request, body, *about, is_stream=bool(parsed.stream))
 
     # What happened
 
@@ -269,15 +270,25 @@ class Service:
         model: str = "",
         content_type: str | None = None,
         bound: Bound | None = None,
+        *,
+        is_stream: bool = False,
     ) -> Response:
         turn = self.turns.passing(request, model, bound)
         body = request.state.caller.salted(body)
 
         async def work() -> Response:
             await turn.__aenter__()
-            whole = self.engine, request, body, headers, content_type
-            hear = turn.hear if turn.cap is None else None
-            return await turn.metered(passthrough.forward(*whole, in_pieces=bool(turn.cap), hear=hear))
+            forwarding = passthrough.forward(
+                self.engine,
+                request,
+                body,
+                headers,
+                content_type,
+                is_stream=is_stream,
+                in_pieces=bool(turn.cap),
+                hear=turn.hear if turn.cap is None else None,
+            )
+            return await turn.metered(forwarding)
 
         try:
             response = await unless_gone(request.receive, work())
@@ -404,9 +415,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     endpoints = {route: _endpoint(route) for route in ROUTES}
-    app = FastAPI(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Straight, endpoints={(route.method, route.path): endpoints[route] for route in ROUTES})
-    app.add_middleware(Timing, paths=[route.path for route in ROUTES])
+    app = _App(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.straight = {(route.method, route.path): endpoints[route] for route in ROUTES}
     for route, endpoint in endpoints.items():
         app.add_route(route.path, endpoint, methods=[route.method])
     app.add_exception_handler(ApiError, _tell)
@@ -414,6 +424,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ClientGone, _tell_nobody)
     app.add_exception_handler(Exception, _tell_unforeseen)
     return app
+
+
+class _App(FastAPI):
+    """Has what is the same for all requests around all else: outside of what the framework has there."""
+
+    straight: Mapping[tuple[str, str], Endpoint]  # by method and path
+
+    def build_middleware_stack(self) -> ASGIApp:
+        straight = Straight(super().build_middleware_stack(), self.straight)
+        return Timing(straight, [path for _, path in self.straight])
 
 
 class Straight:
@@ -438,6 +458,10 @@ class Straight:
             response = await _tell(request, error)
         except ClientGone as error:
             response = await _tell_nobody(request, error)
+        except Exception as error:
+            response = await _tell_unforeseen(request, error)
+            await response(scope, receive, send)
+            raise
         await response(scope, receive, send)
 
 
@@ -476,6 +500,7 @@ def _session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,
+        request_class=eager.Request,
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )
 
@@ -483,14 +508,15 @@ def _session(settings: Settings) -> aiohttp.ClientSession:
 async def _read(request: Request, most: int) -> bytes:
     """The request's body. Raises TooLarge or ClientGone."""
     body = bytearray()
-    try:
-        async for data in request.stream():
-            body += data
-            if len(body) > most:
-                raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
-    except ClientDisconnect:
-        raise ClientGone from None
-    return bytes(body)
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
+        if not message.get("more_body"):
+            return bytes(body)
 
 
 def _explained(episode: Episode) -> Response:

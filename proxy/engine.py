@@ -30,6 +30,7 @@ import aiohttp
 from controllers import Action
 from proxy.berths import Berths
 from proxy.breaker import Breaker, Budget, Standing, Unheeded
+from proxy.eager import Urgent
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -159,6 +160,7 @@ class Engine:
         self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
         self.shown = _without_user(self._url)  # what may be told of it
         self._session = session
+        self.silence_s = read_timeout_s  # seconds without a byte after which a response is given up
         connect = session.timeout.sock_connect
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
         self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
@@ -281,10 +283,11 @@ class Engine:
         self._settle(call, usage)
 
     def relay(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, is_urgent: bool = False
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The upstream's own response, whatever its status. Leaving the context closes, and so aborts, it."""
-        return self._request(method, path, data=aiohttp.BytesPayload(body) if body else None, headers=headers)
+        payload = Urgent if is_urgent else aiohttp.BytesPayload
+        return self._request(method, path, data=payload(body) if body else None, headers=headers)
 
     def _take(self, call: Call, chunk: Mapping[str, Any]) -> None:
         """Add a chunk to the outputs. What is too much is kept too: it was generated, and so is paid for."""

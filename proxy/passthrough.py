@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from proxy.engine import Engine
+from proxy.pour import Hand, pour
 from proxy.stream import Stream
 from proxy.usage import TAIL
 
@@ -40,36 +41,39 @@ async def forward(
     headers: Mapping[str, str],
     content_type: str | None = None,
     *,
+    is_stream: bool = False,
     in_pieces: bool = False,
     hear: Callable[[bytes], object] | None = None,
 ) -> Response:
     """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
-    `content_type` is for a body the proxy wrote itself. `in_pieces` has even a short one handed back as a Stream.
-    `hear` is told the last bytes of a response that has come to its end.
+    `content_type` is for a body the proxy wrote itself. `is_stream` tells that it asks for a stream. `in_pieces` has
+    even a short response handed back as a Stream. `hear` is told the last bytes of one that has come to its end.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
         sent["content-type"] = content_type
-    async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(engine.relay(request.method, request.scope["path"], body, sent))
-        kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
-        length = upstream.content_length
-        if not in_pieces and length is not None and length <= WHOLE:
-            content = await upstream.read()
-            if hear is not None:
-                hear(content[-TAIL:])
-            return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
-        opened = stack.pop_all()
-
-    async def pieces() -> AsyncGenerator[bytes]:
-        last: deque[bytes] = deque(maxlen=LAST)
-        read = upstream.content.readany
+    opened = AsyncExitStack()
+    asked = engine.relay(request.method, request.scope["path"], body, sent, is_urgent=is_stream)
+    upstream = await opened.enter_async_context(asked)
+    kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
+    length = upstream.content_length
+    if not in_pieces and length is not None and length <= WHOLE:
         async with opened:
-            while data := await read():
-                last.append(data[-TAIL:])
-                yield data
+            content = await upstream.read()
+        if hear is not None:
+            hear(content[-TAIL:])
+        return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
+
+    async def poured(hand: Hand) -> None:
+        last: deque[bytes] = deque(maxlen=LAST)
+
+        def kept_too(piece: bytes) -> Awaitable[None]:
+            last.append(piece[-TAIL:])
+            return hand(piece)
+
+        await pour(upstream, kept_too, engine.silence_s)
         if hear is not None:
             hear(b"".join(last)[-TAIL:])
 
-    return Stream(pieces(), status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+    return Stream(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)

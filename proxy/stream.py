@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxy import drain, errors
+from proxy.pour import Hand, Pour
 from proxy.reply import Reply
 
 T = TypeVar("T")
@@ -72,32 +73,46 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class Stream(Response):
-    """A body sent as it comes. When the client leaves, its source is closed at once."""
+    """A body sent as it comes. When the client leaves, what it comes of is left at once."""
 
     def __init__(
         self,
-        source: AsyncGenerator[bytes],
+        pour: Pour,
+        opened: AbstractAsyncContextManager[object],
         *,
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str | None = "text/event-stream",
     ) -> None:
-        self.source = source
+        self.pour = pour
+        self.opened = opened  # what the body comes of, which is left when it has come, or will not
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
         self.init_headers({"cache-control": "no-cache", **(headers or {})})
+
+    @classmethod
+    def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> Stream:
+        """The events that `source` yields."""
+
+        async def pour(hand: Hand) -> None:
+            async for piece in source:
+                await hand(piece)
+
+        return cls(pour, aclosing(source), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
             await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        def hand(piece: bytes) -> Awaitable[None]:
+            return send({"type": "http.response.body", "body": piece, "more_body": True})
+
         try:
-            async with aclosing(self.source) as source:
-                async for data in source:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with self.opened:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await self.pour(hand)
         except errors.UpstreamError as error:  # the status is out: leaving the body unfinished cuts the connection
             logger.warning("a response broke off: %s", error.logged)
             return

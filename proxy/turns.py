@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -19,6 +19,7 @@ from proxy.engine import Model
 from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
 from proxy.limits import Caps, OverBudget, Purses, Reserve, retry_after
 from proxy.metrics import Metrics
+from proxy.pour import Hand, Pour
 from proxy.schema import Generation
 from proxy.settings import Settings
 from proxy.stream import Stream
@@ -76,7 +77,7 @@ class Passage(Turn):
             self.due = 0
         elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
             is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-            response.source = _metered(response.source, self, Bill(self._bound, is_stream=is_stream))
+            response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=is_stream))
         return response
 
     def hear(self, tail: bytes) -> None:
@@ -210,14 +211,23 @@ class Held(Response):
             await self.response(scope, receive, send)
 
 
-async def _metered(source: AsyncGenerator[bytes], turn: Turn, bill: Bill) -> AsyncGenerator[bytes]:
-    """What of `source` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
-    try:
-        async for data in source:
-            if passed := bill.take(data):
-                yield passed
-        if passed := bill.rest():
-            yield passed
-    finally:
-        turn.settle(bill.cost)
-        await source.aclose()
+def _metered(pour: Pour, turn: Turn, bill: Bill) -> Pour:
+    """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
+
+    async def metered(hand: Hand) -> None:
+        def read(piece: bytes) -> Awaitable[None]:
+            passed = bill.take(piece)
+            return hand(passed) if passed else _nothing()
+
+        try:
+            await pour(read)
+            if passed := bill.rest():
+                await hand(passed)
+        finally:
+            turn.settle(bill.cost)
+
+    return metered
+
+
+async def _nothing() -> None:
+    pass
