@@ -68,12 +68,12 @@ async def forward(
     async def poured(hand: Hand) -> None:
         last: deque[bytes] = deque(maxlen=LAST)
 
-        def kept_too(piece: bytes) -> Awaitable[None]:
+        def kept_too(piece: bytes, is_last: bool) -> Awaitable[None]:
             last.append(piece[-TAIL:])
-            return hand(piece)
+            if is_last and hear is not None:
+                hear(b"".join(last)[-TAIL:])
+            return hand(piece, is_last)
 
         await pour(upstream, kept_too, engine.silence_s)
-        if hear is not None:
-            hear(b"".join(last)[-TAIL:])
 
     return Stream(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)

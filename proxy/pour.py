@@ -16,10 +16,10 @@ import aiohttp
 
 from proxy.eager import begin
 
-Hand = Callable[[bytes], Awaitable[None]]
-"""Is given a piece of a body. What it returns is over once the next piece may come."""
+Hand = Callable[[bytes, bool], Awaitable[None]]
+"""Is given a piece of a body, and whether it is the last. What it returns is over once the next piece may come."""
 Pour = Callable[[Hand], Awaitable[None]]
-"""Gives a Hand a body, from its beginning to its end."""
+"""Gives a Hand a body. If it returns, it has given the last piece, which may be empty."""
 
 
 async def pour(response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -> None:
@@ -28,13 +28,13 @@ async def pour(response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -
     Raises what aiohttp and `hand` do, and TimeoutError once nothing has come for `silence_s` seconds.
     """
     content = response.content
-    while True:
-        if piece := content.read_nowait():
-            await hand(piece)
-        elif content.is_eof():
-            return
+    is_over = False
+    while not is_over:
+        piece, is_over = content.read_nowait(), content.is_eof()
+        if piece or is_over:
+            await hand(piece, is_over)
         else:
-            await _Tap(response, hand, silence_s).run()
+            is_over = await _Tap(response, hand, silence_s).run()
 
 
 class _Tap(asyncio.Protocol):
@@ -52,10 +52,12 @@ class _Tap(asyncio.Protocol):
         self._hand = hand
         self._silence_s = silence_s
         self._heard = self._loop.time()
+        self._has_last = False  # the last piece has been given
         self._over: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
-    async def run(self) -> None:
-        """Until the body ends or fails, or until `hand` has to be waited for, and has been."""
+    async def run(self) -> bool:
+        """Until the last piece has been given, or the body fails, or `hand` has to be waited for, and has been. Whether
+        it was the last piece."""
         self._transport.set_protocol(self)
         self._timer = self._loop.call_later(self._silence_s, self._look)
         try:
@@ -65,22 +67,25 @@ class _Tap(asyncio.Protocol):
             self._leave()
         if slow is not None:
             await slow
+        return self._has_last
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
         self._inner.data_received(data)
         content = self._content
-        if content.exception() is None and (piece := content.read_nowait()):
-            try:
-                slow = begin(self._hand(piece))
-            except Exception as error:
-                self._end(error)
-                return
-            if slow is not None:
-                self._end(slow)
-                return
-        if content.is_eof() or content.exception() is not None:
+        if content.exception() is not None:
             self._end()
+            return
+        piece, self._has_last = content.read_nowait(), content.is_eof()
+        if not piece and not self._has_last:
+            return
+        try:
+            slow = begin(self._hand(piece, self._has_last))
+        except Exception as error:
+            self._end(error)
+        else:
+            if self._has_last or slow is not None:
+                self._end(slow)
 
     def eof_received(self) -> bool | None:
         kept: bool | None = self._inner.eof_received()

@@ -97,7 +97,8 @@ class Stream(Response):
 
         async def pour(hand: Hand) -> None:
             async for piece in source:
-                await hand(piece)
+                await hand(piece, False)
+            await hand(b"", True)
 
         return cls(pour, aclosing(source), headers=headers)
 
@@ -106,8 +107,8 @@ class Stream(Response):
             await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        def hand(piece: bytes) -> Awaitable[None]:
-            return send({"type": "http.response.body", "body": piece, "more_body": True})
+        def hand(piece: bytes, is_last: bool) -> Awaitable[None]:
+            return send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
         try:
             async with self.opened:
@@ -115,8 +116,6 @@ class Stream(Response):
                 await self.pour(hand)
         except errors.UpstreamError as error:  # the status is out: leaving the body unfinished cuts the connection
             logger.warning("a response broke off: %s", error.logged)
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(data: Mapping[str, Any], name: str = "") -> bytes:

@@ -215,14 +215,15 @@ def _metered(pour: Pour, turn: Turn, bill: Bill) -> Pour:
     """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
 
     async def metered(hand: Hand) -> None:
-        def read(piece: bytes) -> Awaitable[None]:
+        def read(piece: bytes, is_last: bool) -> Awaitable[None]:
             passed = bill.take(piece)
-            return hand(passed) if passed else _nothing()
+            if is_last:
+                passed += bill.rest()
+                turn.settle(bill.cost)
+            return hand(passed, is_last) if passed or is_last else _nothing()
 
         try:
             await pour(read)
-            if passed := bill.rest():
-                await hand(passed)
         finally:
             turn.settle(bill.cost)
 

@@ -109,10 +109,13 @@ class Client:
     def __init__(self) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
         self.is_slow = False
+        self.has_last = False
         self.go = asyncio.Event()
         self.tasks: list[asyncio.Task[Any] | None] = []  # that ran when a piece came
 
-    def hand(self, piece: bytes) -> Awaitable[None]:
+    def hand(self, piece: bytes, is_last: bool) -> Awaitable[None]:
+        assert not self.has_last
+        self.has_last = is_last
         self.tasks.append(asyncio.current_task())
         self.pieces.put_nowait(piece)
         return self.take()
@@ -141,10 +144,12 @@ def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run,
             assert transport.get_protocol() is not plain
             first.server.write(END)
             await pouring
+            assert client.has_last
             assert transport.get_protocol() is plain
-            assert client.tasks[0] is client.tasks[1] is None  # no task was woken to give them on
+            assert set(client.tasks) == {None}  # no task was woken to give them on
 
             again = await there.answer(there.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
+            client = Client()
             await pour(again.response, client.hand, LONG_S)
             assert client.pieces.get_nowait() == b"again"
             assert there.connections.empty()
@@ -174,6 +179,7 @@ def test_a_body_may_end_with_its_connection(run: Run) -> None:
             assert await client.pieces.get() == b"all"
             exchange.server.close()
             await pouring
+            assert client.has_last
 
     run(work())
 
@@ -191,6 +197,7 @@ def test_one_that_breaks_off_is_an_error(run: Run, rest: bytes) -> None:
             exchange.server.close()
             with pytest.raises(aiohttp.ClientError):
                 await pouring
+            assert not client.has_last
             exchange.response.close()
 
     run(work())
@@ -238,7 +245,7 @@ def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
             come = asyncio.Event()
             go = asyncio.Event()
 
-            async def hand(_: bytes) -> None:
+            async def hand(_: bytes, __: bool) -> None:
                 come.set()
                 if is_slow:
                     await go.wait()
