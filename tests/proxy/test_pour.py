@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -15,7 +15,8 @@ import trustme
 import uvloop
 
 from proxy import eager
-from proxy.pour import pour
+from proxy.pour import Hand, pour
+from proxy.stream import Stream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -27,9 +28,12 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Runs a test's coroutine on each kind of loop."""
+    """Runs a test's coroutine on each kind of loop; what a callback of the loop raises fails the test."""
+    raised: list[Any] = []
     with asyncio.Runner(loop_factory=request.param) as runner:
+        runner.get_loop().set_exception_handler(lambda _, context: raised.append(context))
         yield lambda work: runner.run(asyncio.wait_for(work, 10))
+    assert raised == []
 
 
 def chunk(data: bytes) -> bytes:
@@ -157,6 +161,27 @@ def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run,
     run(work())
 
 
+def test_after_the_last_piece_the_connection_is_anybodys(run: Run) -> None:
+    """Not only when the task that waits for the end has been woken: until then another request may have taken it."""
+
+    async def work() -> None:
+        async with upstream() as there:
+            exchange, protocols = await there.begin(), list[object]()
+            transport, plain = exchange.transport, exchange.transport.get_protocol()
+
+            async def hand(_: bytes, is_last: bool) -> None:
+                if is_last:
+                    asyncio.get_running_loop().call_soon(lambda: protocols.append(transport.get_protocol()))
+
+            pouring = asyncio.create_task(pour(exchange.response, hand, LONG_S))
+            await asyncio.sleep(0)
+            exchange.server.write(chunk(b"one") + END)
+            await pouring
+            assert protocols == [plain]
+
+    run(work())
+
+
 def test_what_came_with_the_head_is_given_on_too(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
@@ -198,6 +223,21 @@ def test_one_that_breaks_off_is_an_error(run: Run, rest: bytes) -> None:
             with pytest.raises(aiohttp.ClientError):
                 await pouring
             assert not client.has_last
+            exchange.response.close()
+
+    run(work())
+
+
+def test_what_the_reader_finds_wrong_is_raised_to_who_waits(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            exchange = await there.begin()
+            pouring = asyncio.create_task(pour(exchange.response, Client().hand, LONG_S))
+            await asyncio.sleep(0)
+            exchange.response.content.set_exception(aiohttp.ClientPayloadError("it means nothing"))
+            exchange.server.write(chunk(b"one"))
+            with pytest.raises(aiohttp.ClientPayloadError, match="it means nothing"):
+                await pouring
             exchange.response.close()
 
     run(work())
@@ -306,6 +346,25 @@ def test_silence_is_told_and_only_silence(run: Run) -> None:
     run(work())
 
 
+async def test_a_stream_that_cannot_begin_leaves_what_it_comes_of() -> None:
+    left: list[str] = []
+
+    async def send(_: object) -> None:
+        raise OSError("gone")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def poured(_: Hand) -> None:
+        left.append("poured")
+
+    opened = AsyncExitStack()
+    opened.callback(left.append, "left")
+    with pytest.raises(OSError, match="gone"):
+        await Stream(poured, opened)({"type": "http"}, receive, send)
+    assert left == ["left"]
+
+
 # Work that is begun at once
 
 
@@ -361,6 +420,7 @@ def test_an_urgent_body_is_written_by_the_task_that_asks(run: Run, is_urgent: bo
         class Body(kind):  # type: ignore[misc]  # one of the two
             async def write_with_length(self, *args: Any) -> None:
                 writers.append(asyncio.current_task())
+                await asyncio.sleep(0)
                 await super().write_with_length(*args)
 
         async with upstream() as there:
