@@ -22,11 +22,18 @@ def begin(work: Awaitable[None]) -> Awaitable[None] | None:
 @coroutine
 def _rest(awaited: Any, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
     try:
-        yield awaited
-    except BaseException:
-        steps.close()
-        raise
-    yield from steps
+        while True:
+            try:
+                yield awaited
+            except GeneratorExit:
+                steps.close()
+                raise
+            except BaseException as error:
+                awaited = steps.throw(error)
+            else:
+                awaited = next(steps)
+    except StopIteration:
+        return
 
 
 class Urgent(aiohttp.BytesPayload):
