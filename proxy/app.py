@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -28,7 +28,22 @@ from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
 from discovery.store import About, Episode
-from proxy import chat, dial, eager, errors, fields, logs, openapi, passthrough, reply, schema, spans, strict, wire
+from proxy import (
+    chat,
+    dial,
+    drain,
+    eager,
+    errors,
+    fields,
+    logs,
+    openapi,
+    passthrough,
+    reply,
+    schema,
+    spans,
+    strict,
+    wire,
+)
 from proxy.access import Timing
 from proxy.berths import Berths
 from proxy.bounds import Bound
@@ -166,7 +181,8 @@ class Service:
             prefix=form.prefix,
         )
         named = request.scope["path"], model.id, request.state.held
-        plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
+        with self._seeing_off(model.id):
+            plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -204,9 +220,20 @@ class Service:
     async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
         known = self.engine, self.judge, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
-            async with chat.in_time(plan.left_s):
-                await stack.enter_async_context(turn)
+            with self._seeing_off(plan.prompt.model):
+                async with chat.in_time(plan.left_s):
+                    await stack.enter_async_context(turn)
             return await self.spans.episode(plan, chat.serve(*known, plan, tell, turn.settle))
+
+    @contextmanager
+    def _seeing_off(self, model: str) -> Iterator[None]:
+        """Count a client that leaves before anything was begun that is counted."""
+        try:
+            yield
+        except (ClientGone, asyncio.CancelledError):
+            if not drain.is_cut():
+                self.metrics.requests.labels(model, "", "disconnected").inc()
+            raise
 
     async def _pass(
         self, request: Request, parsed: schema.Generation, raw: bytes, model: Model, reason: str
@@ -290,11 +317,8 @@ class Service:
             )
             return await turn.metered(forwarding)
 
-        try:
+        with self._seeing_off(model):
             response = await unless_gone(request.receive, work())
-        except ClientGone:
-            self.metrics.requests.labels(model, "", "disconnected").inc()
-            raise
         is_failure = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
         self.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
         return response

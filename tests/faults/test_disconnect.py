@@ -101,6 +101,8 @@ async def test_while_it_is_planned(stream: bool) -> None:
         await asyncio.gather(asking, return_exceptions=True)
         async with asyncio.timeout(1):
             await mute.left.wait()
+            while not await proxy.metric("autotts_requests_total", model=MODEL, outcome="disconnected"):
+                pass  # asking is what gives way to the server
 
 
 async def test_while_it_is_passed_through(proxy: Proxy) -> None:

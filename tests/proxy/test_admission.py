@@ -172,6 +172,7 @@ async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leave
         async with http.get(f"{url}/metrics") as response:
             page = await response.text()
         assert 'autotts_refusals_total{reason="queue_full"} 3.0' in page
+        assert 'autotts_requests_total{controller="",model="fake-model",outcome="disconnected"} 2.0' in page
         assert 'autotts_queue{kind="episode"} 0.0' in page
 
 
