@@ -54,7 +54,8 @@ class Metrics:
         )
         self.tokens = Counter(
             "autotts_tokens",
-            "Tokens by what they were spent on; those of requests no controller served: passed_through.",
+            "Tokens by what they were spent on; those of requests no controller served: passed_through, or "
+            "passed_through_estimated by a stream's events where it tells no usage.",
             (*_BY_DIAL, "kind"),
             registry=self.registry,
         )

@@ -59,10 +59,10 @@ class Turn:
 class Passage(Turn):
     """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
 
-    def __init__(self, place: Place, reserve: Reserve, bound: Bound, count: Callable[[int], object]) -> None:
+    def __init__(self, place: Place, reserve: Reserve, bound: Bound, count: Callable[[int, str], object]) -> None:
         super().__init__(place, reserve, bound.most)
         self._bound = bound
-        self._count: Callable[[int], object] | None = count  # told once what it has cost
+        self._count: Callable[[int, str], object] | None = count  # told once what it has cost, and as which kind
 
     async def metered(self, asked: Awaitable[Response]) -> Response:
         """The response that comes of `asked`, which asks the upstream; its end tells what it has cost."""
@@ -80,15 +80,23 @@ class Passage(Turn):
             response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=is_stream))
         return response
 
-    def hear(self, tail: bytes) -> None:
-        """The end of its reply, where nothing is set aside for it: it is counted if it tells its usage there."""
-        self.settle(last_of(tail) or 0)
+    def hear(self, tail: bytes, events: int) -> None:
+        """Its reply is over, where nothing is set aside for it. It is counted by the usage that the reply's end tells, or
+        else by its events, each a token but for the role and the end.
+        """
+        said = last_of(tail)
+        if said is None:
+            self._tell(events - 2, "passed_through_estimated")
+        self.settle(said or 0)
 
     def settle(self, cost: int) -> None:
         super().settle(cost)
+        self._tell(cost, "passed_through")
+
+    def _tell(self, tokens: int, kind: str) -> None:
         count, self._count = self._count, None
-        if count is not None and cost:
-            count(cost)
+        if count is not None and tokens > 0:
+            count(tokens, kind)
 
 
 class Turns:
@@ -119,8 +127,8 @@ class Turns:
         """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
         caller: Caller = request.state.caller
 
-        def count(tokens: int) -> None:
-            self._metrics.tokens.labels(model, "", "", "passed_through").inc(tokens)
+        def count(tokens: int, kind: str) -> None:
+            self._metrics.tokens.labels(model, "", "", kind).inc(tokens)
 
         bound = NOTHING if bound is None else bound
         return self._take(

@@ -418,6 +418,28 @@ async def test_without_caps_tokens_are_counted_as_far_as_replies_tell(proxy: Pro
         assert await proxy._replace(url=url).metric("autotts_tokens_total", **by) == 42
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_streams_that_tell_no_usage_are_counted_by_their_events(proxy: Proxy, is_whole: bool) -> None:
+    """A client that leaves, or a stream that breaks off, does not make them uncounted."""
+    events = [f'data: {{"choices": [{{"delta": {{"content": "{at}"}}}}]}}\n\n'.encode() for at in range(13)]
+    raw = RawUpstream([b"".join(events), b"data: [DONE]\n\n"], content_type="text/event-stream")
+    async with raw.serve() as upstream, running(load(upstream=upstream.url)) as url:
+        if not is_whole:
+            raw.go.clear()
+        async with proxy.http.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+            assert await response.content.readexactly(len(raw.pieces[0])) == raw.pieces[0]
+            if is_whole:
+                assert await response.read() == raw.pieces[1]
+            else:
+                response.close()
+        there = proxy._replace(url=url)
+        async with asyncio.timeout(5):
+            while not (counted := await there.metric("autotts_tokens_total")):
+                pass  # asking is what gives way to the server
+        kind = "passed_through_estimated"
+        assert counted == await there.metric("autotts_tokens_total", kind=kind) == (12 if is_whole else 11)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("path", "fields", "is_exact"),
