@@ -50,8 +50,8 @@ async def forward(
     """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
     `content_type` is for a body the proxy wrote itself. `is_stream` tells that it asks for a stream. `in_pieces` has
-    even a short response handed back as a Stream. `hear` is told, maybe twice, the last bytes of a response that is over
-    and how many events it had, if it was a stream of them.
+    even a short response handed back as a Stream. `hear` is told, maybe twice, the last bytes of a response that is
+    over and how many events it had, if it was a stream of them.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:

@@ -81,8 +81,8 @@ class Passage(Turn):
         return response
 
     def hear(self, tail: bytes, events: int) -> None:
-        """Its reply is over, where nothing is set aside for it. It is counted by the usage that the reply's end tells, or
-        else by its events, each a token but for the role and the end.
+        """Its reply is over, where nothing is set aside for it. It is counted by the usage that the reply's end tells,
+        or else by its events, each a token but for the role and the end.
         """
         said = last_of(tail)
         if said is None:
