@@ -332,7 +332,7 @@ def test_silence_is_told_and_only_silence(run: Run) -> None:
         async with upstream() as there:
             loop, client = asyncio.get_running_loop(), Client()
             exchange = await there.begin()
-            began, silence_s = loop.time(), 0.2
+            began, silence_s = loop.time(), 0.5
             pouring = asyncio.create_task(pour(exchange.response, client.hand, silence_s))
             told = 0.0
             while (told := loop.time()) < began + 2 * silence_s:
