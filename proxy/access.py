@@ -64,7 +64,7 @@ class _Passage:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = dict(message["headers"])
-        elif self.first is None or not message.get("more_body"):
+        elif message["type"] == "http.response.body":
             now = time.perf_counter() - self.started
             if self.first is None:
                 self.first = now

@@ -16,7 +16,7 @@ from uuid import uuid4
 import aiohttp
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -305,17 +305,9 @@ class Service:
 
         async def work() -> Response:
             await turn.__aenter__()
-            forwarding = passthrough.forward(
-                self.engine,
-                request,
-                body,
-                headers,
-                content_type,
-                is_stream=is_stream,
-                in_pieces=bool(turn.cap),
-                hear=turn.hear if turn.cap is None else None,
-            )
-            return await turn.metered(forwarding)
+            whole = self.engine, request, body, headers, content_type
+            asked = passthrough.forward(*whole, is_stream=is_stream, in_pieces=bool(turn.cap))
+            return await turn.metered(asked)
 
         with self._seeing_off(model):
             response = await unless_gone(request.receive, work())
@@ -532,15 +524,14 @@ def _session(settings: Settings) -> aiohttp.ClientSession:
 async def _read(request: Request, most: int) -> bytes:
     """The request's body. Raises TooLarge or ClientGone."""
     body = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > most:
-            raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
-        if not message.get("more_body"):
-            return bytes(body)
+    try:
+        async for data in request.stream():
+            body += data
+            if len(body) > most:
+                raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(body)
 
 
 def _explained(episode: Episode) -> Response:

@@ -23,7 +23,7 @@ from proxy.pour import Hand, Pour
 from proxy.schema import Generation
 from proxy.settings import Settings
 from proxy.stream import Stream
-from proxy.usage import Bill, last_of
+from proxy.usage import TOLD, Bill, Glance
 
 T = TypeVar("T", bound="Turn")
 
@@ -76,27 +76,21 @@ class Passage(Turn):
         if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
             self.due = 0
         elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
-            is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-            response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=is_stream))
+            response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=_is_stream(response)))
+        if self.cap is None:
+            glance = Glance(is_stream=_is_stream(response))
+            if isinstance(response, Stream):
+                response.pour = _metered(response.pour, self, glance)
+            else:
+                glance.take(bytes(response.body))
+                self.settle(*glance.booking)
         return response
 
-    def hear(self, tail: bytes, events: int) -> None:
-        """Its reply is over, where nothing is set aside for it. It is counted by the usage that the reply's end tells,
-        or else by its events, each a token but for the role and the end.
-        """
-        said = last_of(tail)
-        if said is None:
-            self._tell(events - 2, "passed_through_estimated")
-        self.settle(said or 0)
-
-    def settle(self, cost: int) -> None:
+    def settle(self, cost: int, kind: str = TOLD) -> None:
         super().settle(cost)
-        self._tell(cost, "passed_through")
-
-    def _tell(self, tokens: int, kind: str) -> None:
         count, self._count = self._count, None
-        if count is not None and tokens > 0:
-            count(tokens, kind)
+        if count is not None and cost > 0:
+            count(cost, kind)
 
 
 class Turns:
@@ -219,7 +213,11 @@ class Held(Response):
             await self.response(scope, receive, send)
 
 
-def _metered(pour: Pour, turn: Turn, bill: Bill) -> Pour:
+def _is_stream(response: Response) -> bool:
+    return response.headers.get("content-type", "").startswith("text/event-stream")
+
+
+def _metered(pour: Pour, turn: Passage, bill: Bill | Glance) -> Pour:
     """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
 
     async def metered(hand: Hand) -> None:
@@ -227,13 +225,14 @@ def _metered(pour: Pour, turn: Turn, bill: Bill) -> Pour:
             passed = bill.take(piece)
             if is_last:
                 passed += bill.rest()
-                turn.settle(bill.cost)
+                turn.settle(*bill.booking)
             return hand(passed, is_last) if passed or is_last else _nothing()
 
         try:
             await pour(read)
-        finally:
-            turn.settle(bill.cost)
+        except BaseException:
+            turn.settle(*bill.booking)
+            raise
 
     return metered
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Any, Final
 
 import jiter
@@ -11,6 +12,13 @@ from proxy.bounds import Bound
 
 TAIL: Final = 4096
 """Bytes of a reply's end in which its usage stands, as a rule."""
+LAST: Final = 64
+"""Pieces of a reply in which its end is, as a rule."""
+TOLD: Final = "passed_through"
+ESTIMATED: Final = "passed_through_estimated"
+"""Kinds of tokens in the metrics."""
+EVENT: Final = b"\n\n"
+"""What ends an event, as vLLM writes it."""
 _LAST: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
 _END: Final = re.compile(rb"\n\r?\n")
 """Of an event."""
@@ -25,6 +33,34 @@ def last_of(tail: bytes) -> int | None:
     does not look where that stands."""
     said = _LAST.findall(tail)
     return int(said[-1]) if said else None
+
+
+class Glance:
+    """What a reply has cost that has no bound, by a glance at it as it passes through `take`: as its end tells, if it
+    does, or else its events, each a token but for the role and the end.
+    """
+
+    def __init__(self, *, is_stream: bool) -> None:
+        self._is_stream = is_stream
+        self._last: deque[bytes] = deque(maxlen=LAST)
+        self._events = 0
+
+    @property
+    def booking(self) -> tuple[int, str]:
+        """Tokens, as far as is known, and as what they are counted."""
+        said = last_of(b"".join(self._last)[-TAIL:])
+        return (max(0, self._events - 2), ESTIMATED) if said is None else (said, TOLD)
+
+    def take(self, data: bytes) -> bytes:
+        """A piece of the reply, which is the client's as it is."""
+        if self._is_stream:
+            self._events += data.count(EVENT)
+        self._last.append(data[-TAIL:])
+        return data
+
+    def rest(self) -> bytes:
+        """The reply has come to its end; nothing of it is held."""
+        return b""
 
 
 class Bill:
@@ -52,6 +88,11 @@ class Bill:
         if self._said is not None:
             return min(self._said, self._most)
         return min(self._seen, self._most) if self._shows and not self._is_blind else self._most
+
+    @property
+    def booking(self) -> tuple[int, str]:
+        """The same, and as what they are counted."""
+        return self.cost, TOLD
 
     def take(self, data: bytes) -> bytes:
         """A piece of the reply; what of it, and of those before, is now for the client."""

@@ -53,6 +53,12 @@ class Exchange(NamedTuple):
         assert self.response.connection.transport is not None
         return self.response.connection.transport
 
+    async def pour(self, hand: Hand) -> asyncio.Task[None]:
+        """Who pours its body, and has begun to."""
+        pouring = asyncio.create_task(pour(self.response, hand, LONG_S))
+        await asyncio.sleep(0)
+        return pouring
+
 
 class Upstream(NamedTuple):
     """A server that says what a test has it say."""
@@ -136,8 +142,7 @@ def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run,
             client = Client()
             first = await there.begin()
             plain = first.transport.get_protocol()
-            pouring = asyncio.create_task(pour(first.response, client.hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await first.pour(client.hand)
             for piece in (b"one", b"two", b"3" * 100_000):
                 first.server.write(chunk(piece))
                 got = b""
@@ -173,8 +178,7 @@ def test_after_the_last_piece_the_connection_is_anybodys(run: Run) -> None:
                 if is_last:
                     asyncio.get_running_loop().call_soon(lambda: protocols.append(transport.get_protocol()))
 
-            pouring = asyncio.create_task(pour(exchange.response, hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await exchange.pour(hand)
             exchange.server.write(chunk(b"one") + END)
             await pouring
             assert protocols == [plain]
@@ -199,7 +203,7 @@ def test_a_body_may_end_with_its_connection(run: Run) -> None:
         async with upstream() as there:
             client = Client()
             exchange = await there.begin(UNTIL_CLOSED)
-            pouring = asyncio.create_task(pour(exchange.response, client.hand, LONG_S))
+            pouring = await exchange.pour(client.hand)
             exchange.server.write(b"all")
             assert await client.pieces.get() == b"all"
             exchange.server.close()
@@ -215,7 +219,7 @@ def test_one_that_breaks_off_is_an_error(run: Run, rest: bytes) -> None:
         async with upstream() as there:
             client = Client()
             exchange = await there.begin()
-            pouring = asyncio.create_task(pour(exchange.response, client.hand, LONG_S))
+            pouring = await exchange.pour(client.hand)
             exchange.server.write(chunk(b"one"))
             assert await client.pieces.get() == b"one"
             exchange.server.write(rest)
@@ -232,8 +236,7 @@ def test_what_the_reader_finds_wrong_is_raised_to_who_waits(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             exchange = await there.begin()
-            pouring = asyncio.create_task(pour(exchange.response, Client().hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await exchange.pour(Client().hand)
             exchange.response.content.set_exception(aiohttp.ClientPayloadError("it means nothing"))
             exchange.server.write(chunk(b"one"))
             with pytest.raises(aiohttp.ClientPayloadError, match="it means nothing"):
@@ -249,8 +252,7 @@ def test_a_slow_client_holds_the_upstream_back_and_loses_nothing(run: Run) -> No
             client = Client()
             client.is_slow = True
             exchange = await there.begin()
-            pouring = asyncio.create_task(pour(exchange.response, client.hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await exchange.pour(client.hand)
             exchange.server.write(chunk(b"first"))
             assert await client.pieces.get() == b"first"
             piece, count = chunk(b"x" * 2**16), 512
@@ -293,8 +295,7 @@ def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
 
             exchange = await there.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
-            pouring = asyncio.create_task(pour(exchange.response, hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await exchange.pour(hand)
             exchange.server.write(chunk(b"one"))
             await come.wait()
             go.set()
@@ -314,8 +315,7 @@ def test_who_leaves_takes_the_tap_along(run: Run, is_slow: bool) -> None:
             client.is_slow = is_slow
             exchange = await there.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
-            pouring = asyncio.create_task(pour(exchange.response, client.hand, LONG_S))
-            await asyncio.sleep(0)
+            pouring = await exchange.pour(client.hand)
             exchange.server.write(chunk(b"one"))
             await client.pieces.get()
             pouring.cancel()
@@ -334,7 +334,6 @@ def test_silence_is_told_and_only_silence(run: Run) -> None:
             exchange = await there.begin()
             began, silence_s = loop.time(), 0.5
             pouring = asyncio.create_task(pour(exchange.response, client.hand, silence_s))
-            told = 0.0
             while (told := loop.time()) < began + 2 * silence_s:
                 exchange.server.write(chunk(b"still here"))
                 await client.pieces.get()
