@@ -23,7 +23,7 @@ from proxy.pour import Hand, Pour
 from proxy.schema import Generation
 from proxy.settings import Settings
 from proxy.stream import Stream
-from proxy.usage import TOLD, Bill, Glance
+from proxy.usage import TAIL, TOLD, Bill, Glance, last_of
 
 T = TypeVar("T", bound="Turn")
 
@@ -77,13 +77,10 @@ class Passage(Turn):
             self.due = 0
         elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
             response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=_is_stream(response)))
-        if self.cap is None:
-            glance = Glance(is_stream=_is_stream(response))
-            if isinstance(response, Stream):
-                response.pour = _metered(response.pour, self, glance)
-            else:
-                glance.take(bytes(response.body))
-                self.settle(*glance.booking)
+        if self.cap is None and isinstance(response, Stream):
+            response.pour = _metered(response.pour, self, Glance(is_stream=_is_stream(response)))
+        elif self.cap is None:
+            self.settle(last_of(bytes(response.body[-TAIL:])) or 0)
         return response
 
     def settle(self, cost: int, kind: str = TOLD) -> None:
