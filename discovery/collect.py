@@ -134,7 +134,7 @@ class Held:
         self.spent = 0  # tokens of all its branches, probes included, and of what was lost
         self.version: Version | None = None  # of all of them
         self._lines = lines
-        self._lost = Lines(lines.path.with_name(f"{lines.path.name}.lost"))
+        self._lost = Lines(lines.path.with_name(f"{lines.path.name}.lost"), may_be_link=False)
         self._order = order
         self._questions = questions
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +18,44 @@ BLOCK: Final = 1 << 16
 
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the name `path` when the context ends well. Raises NotWritten."""
+    """A file to write to that takes the name `path` when the context ends well. Raises NotWritten.
+
+    It has the mode of the file it replaces, or else the one the process's umask gives new files.
+    """
+    unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.resolve().parent, prefix=".autotts-", delete=False) as file:
+        with create(unfinished) as file:
             try:
                 yield file
                 file.flush()
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
+                if (mode := _mode(path)) is not None:
+                    os.fchmod(file.fileno(), mode)
+                unfinished.replace(path)
             except BaseException:
-                Path(file.name).unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise NotWritten(f"{path}: {error.strerror}") from None
+
+
+def create(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A new file to write to; the umask applies to `mode`. Raises OSError if anything is there, a link included."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, mode), "wb")
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a file that is only locked, made if there is none. Raises OSError, also if it is a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of the plain file at `path`; None if there is none."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
 
 
 def check_place(path: Path, option: str) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 from controllers.installed import Installed, Stage, wrong_name
 from controllers.loading import LARGEST, Spec
 from discovery.errors import PromotionError
+from discovery.files import create
 
 SHORTEST: Final = 4
 """Digits of a digest that may stand for it."""
@@ -207,7 +208,7 @@ class Registry:
     def _put(self, path: Path, data: bytes) -> None:
         """A file that is whole on the disk before it has its name."""
         unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
-        with unfinished.open("wb") as file:
+        with create(unfinished) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

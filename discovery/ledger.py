@@ -18,7 +18,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from discovery.errors import GateError, NotWritten
-from discovery.files import sync_folder, whole
+from discovery.files import open_lock, sync_folder, whole
 
 FIRST: Final = ""
 """What stands for the line before the first."""
@@ -101,12 +101,14 @@ class Ledger:
         """Nobody else judges meanwhile; waits for whoever does. Raises NotWritten."""
         lock = self._path.with_name(f"{self._path.name}.lock")
         try:
-            file = lock.open("w")
+            descriptor = open_lock(lock)
         except OSError as error:
             raise NotWritten(f"{lock}: {error.strerror}") from None
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     def _lines(self) -> list[str]:
         try:

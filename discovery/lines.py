@@ -14,14 +14,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from discovery.errors import NotWritten
-from discovery.files import end_of_lines
+from discovery.files import end_of_lines, open_lock
 
 
 class Lines:
-    """The file at `path`, which may not be there yet. Every method raises NotWritten."""
+    """The file at `path`, which may not be there yet. Every method raises NotWritten.
 
-    def __init__(self, path: Path) -> None:
+    A path that the user did not name must not be a link: set `may_be_link` to False for it.
+    """
+
+    def __init__(self, path: Path, *, may_be_link: bool = True) -> None:
         self.path = path
+        self._flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (0 if may_be_link else os.O_NOFOLLOW)
         self._read = 0  # bytes
         self._count = 0  # lines in them
 
@@ -63,7 +67,7 @@ class Lines:
     def _held(self, flags: int = 0) -> Iterator[int]:
         """The file's descriptor, its last line whole; nobody else writes to it meanwhile."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | flags, 0o644)
+            descriptor = os.open(self.path, self._flags | flags, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 _mend(descriptor)
@@ -85,7 +89,7 @@ class Claims:
         self.path = path
         self._held: set[str] = set()
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_lock(path)
         except OSError as error:
             raise NotWritten(f"{path}: {error.strerror}") from None
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import aiohttp
 
+from discovery.files import create
 from proxy.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +26,7 @@ START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
 POLL_S = 0.25
 FIRST_WAIT_S = 1.0
+LOG: Final = "server.log"
 MOST_RESTARTS = 5
 """In a row, each after twice the wait of the one before; a server that came up healthy starts the count anew."""
 
@@ -29,17 +35,20 @@ class EmbeddedServer:
     """`deploy.embedded.server` on a free port of 127.0.0.1.
 
     Use as an async context manager: entering waits until it is healthy, or raises StartError with the one line that
-    says why not; leaving stops it.
+    says why not; leaving stops it. `args` are further flags of `vllm serve`; they win over the defaults.
+
+    Its log and its temporary files are in a folder of its own, which nobody else can read or put anything into and
+    which is removed with it.
     """
 
-    def __init__(self, command: list[str] | None = None, port: int | None = None) -> None:
+    def __init__(self, command: list[str] | None = None, port: int | None = None, *, args: Sequence[str] = ()) -> None:
         self.port = port or free_port()
         self.restarted = asyncio.Event()  # it has died and is healthy again
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port)]
+        self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port), *args]
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._log: Path | None = None
+        self._folder: Path | None = None  # of its log and temporary files
 
     @property
     def pid(self) -> int | None:
@@ -68,21 +77,29 @@ class EmbeddedServer:
         await self._stop()
 
     async def _start(self) -> None:
-        self._log = Path(tempfile.gettempdir()) / f"autotts-embedded-{self.port}.log"
+        self._remove_folder()
         try:
-            with self._log.open("wb") as log:
+            self._folder = Path(tempfile.mkdtemp(prefix="autotts-"))  # mode 0700, a random name
+            with create(self._folder / LOG, 0o600) as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+                    *self._command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "TMPDIR": str(self._folder)},
                 )
         except OSError as error:
+            self._remove_folder()
             raise StartError(f"the embedded model cannot start: {error.strerror}: {error.filename}") from None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._healthy()
         except TimeoutError:
-            words = self._last_words()  # stopping removes the log
+            last_line = self._last_line()  # stopping removes the log
             await self._stop()
-            raise StartError(f"the embedded model was not up within {START_TIMEOUT_S} s; it said: {words}") from None
+            raise StartError(
+                f"the embedded model was not up within {START_TIMEOUT_S} s; its last line: {last_line}"
+            ) from None
         except (StartError, asyncio.CancelledError):
             await self._stop()
             raise
@@ -97,11 +114,13 @@ class EmbeddedServer:
                         if response.status == 200:
                             return
                 await asyncio.sleep(POLL_S)
-        raise StartError(self._last_words())
+        raise StartError(self._last_line())
 
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log else []
-        return lines[-1] if lines else "the embedded model ended without a word"
+    def _last_line(self) -> str:
+        lines: list[str] = []
+        if self._folder is not None:
+            lines = (self._folder / LOG).read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "the embedded model ended without a message"
 
     async def _watch(self) -> None:
         """Start the server again whenever it ends, until that fails too often."""
@@ -110,7 +129,11 @@ class EmbeddedServer:
             if self._process is not None:
                 self.restarted.clear()
                 code = await self._process.wait()
-                logger.error("the embedded model ended with status %s; starting it again", code)
+                logger.error(
+                    "the embedded model ended with status %s; starting it again; its last line: %s",
+                    code,
+                    self._last_line(),
+                )
             await asyncio.sleep(FIRST_WAIT_S * 2**failures)
             try:
                 await self._start()
@@ -134,8 +157,12 @@ class EmbeddedServer:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        if self._log is not None:
-            self._log.unlink(missing_ok=True)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
 
 def free_port() -> int:

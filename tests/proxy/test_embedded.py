@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import aiohttp
@@ -38,6 +40,17 @@ def alive(pid: int) -> bool:
     return True
 
 
+def folder_and_log(temporary: Path) -> tuple[Path, Path]:
+    """The folder of the one server that runs, and the one file in it."""
+    (folder,) = [path for path in temporary.iterdir() if path.is_dir()]
+    (log,) = folder.iterdir()
+    return folder, log
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
 async def test_it_runs_as_long_as_the_context() -> None:
     async with stand_in(SERVER) as server:
         pid = server.pid
@@ -55,7 +68,7 @@ async def test_its_last_words_are_the_error() -> None:
 
 
 async def test_a_silent_end_is_an_error_too() -> None:
-    with pytest.raises(StartError, match="without a word"):
+    with pytest.raises(StartError, match="ended without a message"):
         async with stand_in("pass"):
             pass
 
@@ -84,13 +97,31 @@ async def test_a_program_that_is_not_there() -> None:
 
 
 async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device", "/tmp/x")
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(embedded, "create", full)
     with pytest.raises(StartError, match="No space left on device"):
         async with stand_in(SERVER):
             pass
+
+
+async def test_its_files_are_where_nobody_else_can_put_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    server = stand_in("import os, tempfile; print(tempfile.gettempdir(), flush=True)\n" + SERVER)
+    (tmp_path / f"autotts-embedded-{server.port}.log").symlink_to(precious)
+    before = os.umask(0)
+    try:
+        async with server:
+            folder, log = folder_and_log(tmp_path)
+            assert (mode(folder), mode(log)) == (0o700, 0o600)
+            assert log.read_text().strip() == str(folder)  # what it makes itself goes there too
+    finally:
+        os.umask(before)
+    assert precious.read_text() == "keep"
+    assert not folder.exists()
 
 
 async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
