@@ -422,21 +422,50 @@ async def test_only_what_is_the_proxys_is_taken_out(raw: Raw) -> None:
     headers = {"content-type": "application/json"}
     async with raw.http.post(f"{raw.url}/v1/chat/completions", data=body, headers=headers) as response:
         assert response.status == 200
-    assert raw.upstream.seen[-1].body == ODD.replace(b" ,", b",").replace(b"]}\n", b"] }\n")
+    content = b'[{"role":"user","content":"\\u00e9\xc3\xa9 \\/"}]'
+    assert raw.upstream.seen[-1].body == b'{"model":"fake-model","n":2.0e0,"messages":' + content + b"}"
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         (b'{"tts":1}', b'{"model":"m"}'),
-        (b' { "tts" : [{"tts": "}"}] , "a" : 1 } ', b' { "a" : 1,"model":"m" } '),
-        (b'{"model":"m@1", "a":"\\"tts\\": 1"}', b'{"model":"m", "a":"\\"tts\\": 1"}'),
-        (b'{"a":1.0E+2,"tts":{}}', b'{"a":1.0E+2,"model":"m"}'),
+        (b' { "tts" : [{"tts": "}"}] , "a" : 1 } ', b'{"a":1,"model":"m"}'),
+        (b'{"model":"m@1", "a":"\\"tts\\": 1"}', b'{"model":"m","a":"\\"tts\\": 1"}'),
+        (
+            b'{"\\u0074ts":1, "\\u0061" : [ 1.0E+2 , -0 ],"b":"\\u00e9 \\/"}',
+            b'{"a":[ 1.0E+2 , -0 ],"b":"\\u00e9 \\/","model":"m"}',
+        ),
+        (
+            b'{"n":1e400,"i":123456789012345678901234567890.10}',
+            b'{"n":1e400,"i":123456789012345678901234567890.10,"model":"m"}',
+        ),
     ],
 )
-def test_members_are_changed_in_place(before: bytes, after: bytes) -> None:
+def test_members_are_changed_and_values_keep_their_bytes(before: bytes, after: bytes) -> None:
     assert splice(before, drop=("tts",), put={"model": "m"}) == after
-    assert splice(after, drop=("tts",), put={}) == after
+    assert splice(before, drop=(), put={}) is before
+    assert splice(after, drop=("tts",), put={}) is after
+
+
+class Counted(str):
+    """A name that counts how often any of its kind is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_removing_members_takes_linear_time(count: int) -> None:
+    body = json.dumps({f"x{i}": i for i in range(count)} | {"a": 1}).encode()
+    Counted.compared = 0
+    assert splice(body, drop=[Counted(f"x{i}") for i in range(count)], put={}) == b'{"a":1}'
+    assert Counted.compared <= 4 * count
 
 
 async def test_a_stream_comes_back_byte_for_byte_and_unbuffered(raw: Raw) -> None:
