@@ -24,7 +24,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Any
+from typing import Any, Final
+
+MOST_MESSAGE: Final = 2000
+"""Characters of an error's message. Messages quote requests, which may be megabytes long."""
+MOST_PARAM: Final = 200
+"""Characters of the name of a field at fault, which may be a key that a client made up."""
 
 
 class ProxyError(Exception):
@@ -46,9 +51,9 @@ class ApiError(ProxyError):
     type = "server_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = clipped(message, MOST_MESSAGE)
+        super().__init__(self.message)
+        self.param = None if param is None else clipped(param, MOST_PARAM)
         self.code = code
         self.is_counted = False  # in the metrics
         self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
@@ -194,6 +199,14 @@ class UpstreamRefused(UpstreamError):
     @property
     def logged(self) -> str:
         return f"the upstream refused a request with status {self.upstream_status}"  # its words may quote the request
+
+
+def clipped(text: str, most: int) -> str:
+    """Return `text`, or its beginning and end around an ellipsis if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
 
 
 def body(error: ApiError) -> Mapping[str, Any]:

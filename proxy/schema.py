@@ -21,19 +21,60 @@ from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.veil import MARK
 from discovery.errors import UnknownKind
 from proxy import strict
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, clipped
 
 T = TypeVar("T", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
-Some = Annotated[int, Field(ge=1)]
+Some = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+MOST_MESSAGES: Final = 10_000
+"""Messages of a conversation, and items of a Responses request's `input`."""
+MOST_PROMPT_IDS: Final = 2**20
+"""Token ids of a prompt."""
+MOST_BIASES: Final = 1024
+"""Tokens that `logit_bias` may name, as vLLM's sampler has it."""
+MOST_OPTIONS: Final = 64
+"""Members of the objects that the proxy reads beside the text, `tts` among them."""
+
+MOST_NAME: Final = 512
+"""Characters of a name, such as the model's."""
+MOST_SHOWN: Final = 80
+"""Characters of a key that an error names."""
 
 
 def _as_list(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
-TokenId = Annotated[str, AfterValidator(lambda text: str(int(text)))]
+def _at_most(limit: int, things: str) -> BeforeValidator:
+    """Make a validator that refuses longer lists, objects and texts before anything is built of them."""
+
+    def check(given: object) -> object:
+        if isinstance(given, list | dict | str) and len(given) > limit:
+            raise ValueError(f"at most {limit} {things} are accepted, not {len(given)}")
+        return given
+
+    return BeforeValidator(check)
+
+
+def _short_ids(given: object) -> object:
+    """Pass a prompt on unless it has too many token ids."""
+    ids = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if isinstance(ids, list) and len(ids) > MOST_PROMPT_IDS:
+        raise ValueError(f"at most {MOST_PROMPT_IDS} token ids are accepted, not {len(ids)}")
+    return given
+
+
+Name = Annotated[str, Field(max_length=MOST_NAME), _at_most(MOST_NAME, "characters")]
+TokenId = Annotated[str, Field(max_length=32), AfterValidator(lambda text: str(int(text)))]
+_Bias = Annotated[float, Field(allow_inf_nan=False)]
+Biases = Annotated[dict[TokenId, _Bias], Field(max_length=MOST_BIASES), _at_most(MOST_BIASES, "tokens")]
+Options = Annotated[dict[str, Any], Field(max_length=MOST_OPTIONS), _at_most(MOST_OPTIONS, "members")]
+Messages = Annotated[
+    list[dict[str, Any]], Field(max_length=MOST_MESSAGES, fail_fast=True), _at_most(MOST_MESSAGES, "messages")
+]
 _Stops = Annotated[list[str], Field(max_length=4)]
 Stops = Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=str | _Stops)]
 
@@ -145,18 +186,22 @@ class Generation(BaseModel):
     param: ClassVar[str]  # the field its prompt is in
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
 
-    model: str | None = None  # empty is none
+    model: Name | None = None  # empty is none
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, _at_most(MOST_OPTIONS, "members")] = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    logit_bias: Biases | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops | None = None
-    tts: Annotated[TtsOptions, BeforeValidator(_or_nothing, json_schema_input_type=TtsOptions | None)] = TtsOptions()
+    tts: Annotated[
+        TtsOptions,
+        BeforeValidator(_or_nothing, json_schema_input_type=TtsOptions | None),
+        _at_most(MOST_OPTIONS, "members"),
+    ] = TtsOptions()
 
     def served_by(self, controller: str) -> Self:
         """The same request, naming a controller."""
@@ -215,11 +260,11 @@ class ChatRequest(Generation):
 
     param: ClassVar[str] = "messages"
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_tokens: Some | None = None
     max_completion_tokens: Some | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Name | None = None
+    chat_template_kwargs: Options | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -265,8 +310,8 @@ class CompletionRequest(Generation):
         }
     )
 
-    prompt: Any = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt: Annotated[Any, BeforeValidator(_short_ids)] = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -304,7 +349,7 @@ class Reasoning(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    effort: str | None = None
+    effort: Name | None = None
 
 
 class ResponsesRequest(Generation):
@@ -315,11 +360,11 @@ class ResponsesRequest(Generation):
         {**_NEUTRAL, "background": (False,), "truncation": ("disabled",)}
     )
 
-    input: Any = None
+    input: Annotated[Any, _at_most(MOST_MESSAGES, "items")] = None
     instructions: str | None = None
     max_output_tokens: Some | None = None
-    reasoning: Reasoning | None = None
-    text: dict[str, Any] | None = None
+    reasoning: Annotated[Reasoning | None, _at_most(MOST_OPTIONS, "members")] = None
+    text: Options | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -400,10 +445,10 @@ def _validated(made: type[T], body: dict[str, Any]) -> T:
     try:
         return made.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = f"{where}: {first['msg']}" if where else first["msg"]
-        raise BadRequest(said, param=where or None, code=_code(where)) from None
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(clipped(str(part), MOST_SHOWN) for part in first["loc"] if part != "[key]")
+        problem = first["msg"].removeprefix("Value error, ")
+        raise BadRequest(f"{where}: {problem}" if where else problem, param=where or None, code=_code(where)) from None
 
 
 def _code(where: str) -> str | None:
