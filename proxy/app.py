@@ -412,7 +412,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(_session(settings))
+            session = await stack.enter_async_context(upstream_session(settings))
             berths = Berths(settings.branches_in_flight)
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s, berths=berths)
             service = app.state.service = Service(settings, engine, calibrations, callers)
@@ -504,8 +504,8 @@ def _calibrations(settings: Settings) -> Calibrations:
         raise errors.SettingsError(f"calibration: {error}") from None
 
 
-def _session(settings: Settings) -> aiohttp.ClientSession:
-    """Connections to the upstream: as many as branches need, not the library's 100."""
+def upstream_session(settings: Settings) -> aiohttp.ClientSession:
+    """A session for requests to the upstream, with as many connections as branches need."""
     key = settings.upstream_api_key
     headers = {"accept-encoding": "identity"}  # bodies are handed on as they come
     if key is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
+import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,8 +81,22 @@ for group in (importing, keeping, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        try:
+            installed = version("autotts-proxy")
+        except PackageNotFoundError:
+            installed = "of a checkout that is not installed"
+        typer.echo(f"autotts {installed}")
+        raise typer.Exit
+
+
 @app.callback()
-def autotts() -> None:
+def autotts(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
     """An OpenAI-compatible proxy that spends test-time compute by a controller with one dial, β."""
 
 
@@ -142,9 +159,11 @@ async def _serve(settings: Settings) -> None:
 
     check_host(settings)
     with listen(settings.host, settings.port) as listening:
-        async with _upstream(settings) as ready:
-            url = f"http://{settings.host}:{listening.getsockname()[1]}"
-            text = welcome(url, settings.upstream is None)
+        async with _upstream(settings, logging.getLogger("proxy").info) as ready:
+            model = await _example_model(ready)
+            url = base_url(settings.host, listening.getsockname()[1])
+            has_keys = settings.keys is not None or settings.client_keys is not None
+            text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys)
 
             def begin() -> None:
                 gc.collect()
@@ -159,6 +178,28 @@ async def _serve(settings: Settings) -> None:
             await server.serve(sockets=[listening])
 
 
+async def _example_model(settings: Settings) -> str | None:
+    """The model for the printed example; None, with a warning, if the upstream does not say which it serves."""
+    from proxy.app import upstream_session
+    from proxy.engine import Engine
+    from proxy.errors import UpstreamError
+
+    log = logging.getLogger("proxy")
+    async with upstream_session(settings) as session:
+        engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+        log.info("starting the proxy for the upstream %s", engine.shown)
+        try:
+            models = [model.id for model in await engine.aside().models(is_check=True)]
+        except UpstreamError as error:
+            log.warning("%s; the proxy starts anyway, and /ready tells when the upstream is up", error.logged)
+            return settings.model
+    if not models:
+        log.warning("%s serves no model", engine.shown)
+    elif settings.model is not None and {settings.model, settings.model.rpartition("@")[0]}.isdisjoint(models):
+        log.warning("%s serves no model %r; it serves %s", engine.shown, settings.model, ", ".join(models))
+    return settings.model or next(iter(models), None)
+
+
 async def _demo(problems: int, plot: Path, **given: Any) -> None:
     from discovery.picture import check_plot
     from proxy import demo
@@ -167,12 +208,12 @@ async def _demo(problems: int, plot: Path, **given: Any) -> None:
 
     settings = load(**given)
     check_plot(plot)
-    async with _upstream(settings) as ready, running(ready) as url:
+    async with _upstream(settings, console.print) as ready, running(ready) as url:
         await demo.run(f"{url}/v1", problems, plot)
 
 
 @asynccontextmanager
-async def _upstream(settings: Settings) -> AsyncIterator[Settings]:
+async def _upstream(settings: Settings, say: Callable[[str], None]) -> AsyncIterator[Settings]:
     """Settings with an upstream in them: the embedded model's, running as long as the context, if none was given."""
     if settings.upstream is not None:
         yield settings
@@ -180,27 +221,36 @@ async def _upstream(settings: Settings) -> AsyncIterator[Settings]:
     from proxy.embedded import EmbeddedServer
 
     async with AsyncExitStack() as stack:
-        with console.status("starting the embedded model (about 20 s)…"):
-            server = await stack.enter_async_context(EmbeddedServer())
+        say("starting the embedded model on vLLM for CPU; this takes 15 to 60 s")
+        with console.status("starting the embedded model…"):
+            server = await stack.enter_async_context(EmbeddedServer(args=settings.embedded_flags))
         yield settings.model_copy(update={"upstream": server.url})
 
 
-def welcome(url: str, is_embedded: bool) -> str:
+def base_url(host: str, port: int) -> str:
+    """The URL of a server that listens on `host`."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False) -> str:
     """What to type next: a curl and a Python snippet that work against this server."""
     from deploy.embedded.task import held_back
 
-    model = "autotts-tiny" if is_embedded else "your model"
+    model = model or "MODEL"
     question = held_back(1)[0].question if is_embedded else "What is 17 * 23? Put the answer in \\boxed{}."
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'.replace("\\", "\\\\")
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
+    key = "YOUR_KEY" if has_keys else "unused"
+    headers = ["content-type: application/json", "x-tts-beta: 0.5", *(["authorization: Bearer YOUR_KEY"] * has_keys)]
+    flags = " ".join(f"-H '{header}'" for header in headers)
     return f"""
 AutoTTS Proxy listens on {url}
 
-curl {url}/v1/chat/completions -H 'content-type: application/json' -H 'x-tts-beta: 0.5' -d '{body}'
+curl {url}/v1/chat/completions {flags} -d {shlex.quote(body)}
 
 from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="unused")
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
 reply = client.chat.completions.create(
-    model="{model}",
+    model={json.dumps(model, ensure_ascii=False)},
     messages=[{{"role": "user", "content": r"{question}"}}],
     extra_headers={{"x-tts-beta": "0.5"}},
 )

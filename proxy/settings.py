@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -36,6 +37,20 @@ def _rising(text: str) -> str:
 Marks = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9})?:\d{1,9}(\.\d{1,9})?$"), AfterValidator(_rising)]
 
 
+_PROXYS_FLAGS: Final = ("--host", "--port", "--outlive-parent")
+
+
+def _vllm_flags(text: str) -> str:
+    try:
+        flags = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the flags cannot be read: {error}") from None
+    for flag in flags:
+        if flag.partition("=")[0] in _PROXYS_FLAGS:
+            raise ValueError(f"the proxy itself sets {flag.partition('=')[0]}; leave it out")
+    return text
+
+
 class StoreText(StrEnum):
     """What of a request's text is written down."""
 
@@ -65,6 +80,9 @@ class Settings(BaseSettings):
         description="vLLM's base URL; none starts the embedded model. User and password in it are told to nobody",
     )
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
+    embedded_args: Annotated[str, AfterValidator(_vllm_flags)] | None = Field(
+        None, description="further flags of `vllm serve` for the embedded model, as in a shell; unused with an upstream"
+    )
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
 
     model_aliases: bool = Field(True, description="list each model also as NAME@0.25, @0.5, @0.75 and @1, which set β")
@@ -177,6 +195,11 @@ class Settings(BaseSettings):
     ping_s: float = Field(
         10, gt=0, le=15, description="seconds between keep-alive comments on a stream that is thinking; 15 at most"
     )
+
+    @property
+    def embedded_flags(self) -> tuple[str, ...]:
+        """`embedded_args`, one by one."""
+        return tuple(shlex.split(self.embedded_args or ""))
 
 
 EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
