@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from discovery.answers import canonical, parse_kind, read, reading
-from discovery.answers.structure import DEEPEST, MOST_PARTS, Reading
 from discovery.answers.spelling import tidy
+from discovery.answers.structure import DEEPEST, MOST_PARTS, Reading
 
 
 @pytest.fixture
