@@ -29,6 +29,9 @@ READS_EFFORT: Final = ("gpt-oss",)
 ALIASES: Final = (0.25, 0.5, 0.75, 1.0)
 """β of the aliases that are listed beside each model; any other may be named as well."""
 
+BUCKETS: Final = (0.0, *ALIASES)
+"""Values of β that metrics tell apart; every effort has one of its own."""
+
 
 class Source(StrEnum):
     """Which of the ways it came by."""
@@ -66,8 +69,8 @@ class Dial(NamedTuple):
 
     @property
     def bucket(self) -> str:
-        """β to one decimal, for metrics: labels must be few."""
-        return f"{self.beta:.1f}"
+        """The nearest of `BUCKETS`, for metrics, where labels must be few."""
+        return f"{min(BUCKETS, key=lambda bucket: (abs(bucket - self.beta), -bucket)):g}"
 
 
 def _parse(text: str, param: str) -> float:
