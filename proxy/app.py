@@ -179,6 +179,7 @@ class Service:
             drift=self.drift if is_kept else None,
             salt=caller.salt,
             prefix=form.prefix,
+            cap_source=turn.cap_source,
         )
         named = request.scope["path"], model.id, request.state.held
         with self._seeing_off(model.id):
