@@ -9,7 +9,7 @@ import logging
 import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,7 @@ from proxy.forgetting import forget
 from proxy.keysmith import keysmith
 
 if TYPE_CHECKING:
+    from proxy.embedded import EmbeddedServer
     from proxy.settings import Settings
 
 BAD_INPUT = 2
@@ -159,22 +160,24 @@ async def _serve(settings: Settings) -> None:
 
     check_host(settings)
     with listen(settings.host, settings.port) as listening:
-        async with _upstream(settings, logging.getLogger("proxy").info) as ready:
+        ready, upstream = _upstream(settings, logging.getLogger("proxy").info)
+        text = ""
+
+        def begin() -> None:
+            gc.collect()
+            gc.freeze()  # what a server is made of stays: looking through it time and again takes a fifth of a core
+            gc.set_threshold(10_000)  # requests leave little behind that is not freed at once
+            if settings.log is LogForm.JSON:
+                logging.getLogger("proxy").info("listening on %s", url)
+            else:
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        server = Server(ready, begin)  # raises SettingsError before anything costly starts
+        async with upstream:
             model = await _example_model(ready)
             url = base_url(settings.host, listening.getsockname()[1])
             has_keys = settings.keys is not None or settings.client_keys is not None
             text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys)
-
-            def begin() -> None:
-                gc.collect()
-                gc.freeze()  # what a server is made of stays: looking through it time and again takes a fifth of a core
-                gc.set_threshold(10_000)  # requests leave little behind that is not freed at once
-                if settings.log is LogForm.JSON:
-                    logging.getLogger("proxy").info("listening on %s", url)
-                else:
-                    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-            server = Server(ready, begin)
             await server.serve(sockets=[listening])
 
 
@@ -208,23 +211,28 @@ async def _demo(problems: int, plot: Path, **given: Any) -> None:
 
     settings = load(**given)
     check_plot(plot)
-    async with _upstream(settings, console.print) as ready, running(ready) as url:
+    ready, upstream = _upstream(settings, console.print)
+    async with upstream, running(ready) as url:
         await demo.run(f"{url}/v1", problems, plot)
 
 
-@asynccontextmanager
-async def _upstream(settings: Settings, say: Callable[[str], None]) -> AsyncIterator[Settings]:
-    """Settings with an upstream in them: the embedded model's, running as long as the context, if none was given."""
+def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, AbstractAsyncContextManager[object]]:
+    """Settings with an upstream in them, and a context in which it runs: the embedded model's, if none was given."""
     if settings.upstream is not None:
-        yield settings
-        return
+        return settings, nullcontext()
     from proxy.embedded import EmbeddedServer
 
+    server = EmbeddedServer(args=settings.embedded_flags)
+    return settings.model_copy(update={"upstream": server.url}), _starting(server, say)
+
+
+@asynccontextmanager
+async def _starting(server: EmbeddedServer, say: Callable[[str], None]) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         say("starting the embedded model on vLLM for CPU; this takes 15 to 60 s")
         with console.status("starting the embedded model…"):
-            server = await stack.enter_async_context(EmbeddedServer(args=settings.embedded_flags))
-        yield settings.model_copy(update={"upstream": server.url})
+            await stack.enter_async_context(server)
+        yield
 
 
 def base_url(host: str, port: int) -> str:

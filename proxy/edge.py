@@ -46,6 +46,15 @@ ONCE: Final = (b"authorization", b"content-type", b"content-length", b"transfer-
 ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
 """Below these a path ends in a name, which may be percent-encoded. Nowhere else is there a reason to."""
 
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
+MOST_SHOWN: Final = 200
+"""Characters of a refused request's path that are looked at for the log."""
+PARTS: Final = frozenset(
+    {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
+    | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
+)
+"""Parts of paths that the log may show: those of the endpoints."""
+
 _TARGET: Final = re.compile(rb"/[!-~]*")
 _PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~@:!$&'()*+,;=-]*)+")
 _NAME: Final = re.compile(r"(?:[A-Za-z0-9._~@:!$&'()*+,;=/-]|%[0-9A-Fa-f]{2})+")
@@ -74,8 +83,9 @@ def check_target(target: bytes) -> None:
     """Raise BadRequest unless `target` is a path, with or without a query, that can be read in one way only."""
     if not _TARGET.fullmatch(target) or b"#" in target:
         raise BadRequest("the target must be a path; this is no forward proxy", code="bad_target")
-    if not _is_plain(target.partition(b"?")[0].decode()):
-        raise BadRequest("the path has empty, dotted or encoded parts; send it plain", code="bad_path")
+    path = target.partition(b"?")[0].decode()
+    if not _is_plain(path):
+        raise BadRequest(_what_is_wrong(path), code="bad_path")
 
 
 def _is_plain(path: str) -> bool:
@@ -87,6 +97,24 @@ def _is_plain(path: str) -> bool:
         path = below + unquote(name, errors="replace")
         is_spelt_well = bool(_NAME.fullmatch(name)) and path.isprintable() and not {"\\", "\ufffd"} & set(path)
     return is_spelt_well and (path == "/" or not {"", ".", ".."} & set(path[1:].split("/")))
+
+
+def _what_is_wrong(path: str) -> str:
+    """The message about a path that is not plain. Only what it is made of is named, never quoted."""
+    parts = path[1:].split("/")
+    if len(parts) > 1 and not parts[-1] and _is_plain(path.rstrip("/")):
+        return "the path ends in a slash; leave it out"
+    if "" in parts:
+        return "the path has an empty part (two slashes in a row); send it plain"
+    if {".", ".."} & set(parts):
+        return "the path has a part that is `.` or `..`; send it plain"
+    return "the path has encoded or unusual characters; send it plain"
+
+
+def shown_path(target: bytes) -> str:
+    """The path of a request for the log: parts no endpoint has are shortened, because a client may write anything."""
+    parts = target[:MOST_SHOWN].partition(b"?")[0].decode("latin-1").split("/")
+    return "/".join(part if part in PARTS else "…" for part in parts)
 
 
 def answer(error: ApiError) -> bytes:
@@ -209,7 +237,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is being read with `error` unless it is answered already, after all that came before it."""
-        logger.warning("a request was refused: %s", error.code)
+        logger.warning("%s was refused: %s (%s)", self._what_is_read(), error.message, error.code)
         before = self._unanswered()
         if self._stage is Stage.BODY:
             if self.cycle.response_complete:
@@ -227,6 +255,15 @@ class EdgeProtocol(HttpToolsProtocol):
         else:
             self.transport.write(answer(error))
             self._close()
+
+    def _what_is_read(self) -> str:
+        """The method and path of what is being read, as far as they are known, and who sends it."""
+        host, port = self.client or ("unknown", 0)
+        sender = f"from {host}:{port}"
+        if self._stage is Stage.IDLE or not self.url:
+            return f"a request {sender}"
+        method = self.parser.get_method().decode("latin-1")
+        return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
 
     def _unanswered(self) -> list[RequestResponseCycle]:
         return [cycle for cycle in self._cycles if not cycle.response_complete]

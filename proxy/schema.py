@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
@@ -136,8 +137,10 @@ class FeedbackRequest(BaseModel):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> FeedbackRequest:
-        if sum(one is not None for one in (self.correct, self.answer, self.score)) != 1:
-            raise ValueError("say one of correct, answer and score")
+        given = [name for name in ("correct", "answer", "score") if getattr(self, name) is not None]
+        if len(given) != 1:
+            has = " and ".join(given) or "none of them"
+            raise ValueError(f"feedback has exactly one of correct, answer and score; this has {has}")
         return self
 
 
@@ -448,7 +451,21 @@ def _validated(made: type[T], body: dict[str, Any]) -> T:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(clipped(str(part), MOST_SHOWN) for part in first["loc"] if part != "[key]")
         problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = _unknown(made, first["loc"])
         raise BadRequest(f"{where}: {problem}" if where else problem, param=where or None, code=_code(where)) from None
+
+
+def _unknown(made: type[BaseModel], place: Sequence[int | str]) -> str:
+    """The message about an unknown field at `place`: the nearest known one, and all of them."""
+    owner = TtsOptions if place[0] == "tts" and len(place) > 1 else made
+    names: list[str] = []
+    for name, field in owner.model_fields.items():
+        alias = field.validation_alias
+        names += map(str, alias.choices) if isinstance(alias, AliasChoices) else [name]
+    near = get_close_matches(str(place[-1]), names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no such field; {hint}there are {', '.join(names)}"
 
 
 def _code(where: str) -> str | None:

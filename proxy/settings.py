@@ -335,7 +335,8 @@ def _check_spill(settings: Settings) -> None:
 
 def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
     return "; ".join(
-        _told(tuple(map(str, e["loc"])), e["msg"], e["input"], sources) for e in error.errors(include_url=False)
+        _told(tuple(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"], sources)
+        for e in error.errors(include_url=False)
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
 
 from proxy import edge
-from proxy.edge import MOST_HEADERS, check_head, check_target
+from proxy.app import ROUTES
+from proxy.edge import MOST_HEADERS, MOST_SHOWN, PARTS, check_head, check_target, shown_path
 from proxy.errors import ApiError
 from tests.fakes import MODEL
 from tests.proxy.conftest import Proxy, backend, proxy
@@ -151,16 +153,49 @@ async def test_what_is_refused_is_answered_once_and_reaches_nothing(proxy: Proxy
         assert proxy.backend.requests == [], case
 
 
-@pytest.mark.parametrize("case", ["no Host", "CL.TE", "a path that climbs", "5,000 headers"])
-async def test_why_it_was_refused_is_logged_and_nothing_of_what_was_said(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str
+@pytest.mark.parametrize(
+    ("case", "shown"),
+    [
+        ("no Host", "GET /health"),
+        ("CL.TE", "POST /v1/chat/completions"),
+        ("a path that climbs", "POST /v1/chat/../../tokenize"),
+        ("a letter in code", "POST /…"),
+        ("5,000 headers", "GET /health"),
+        ("a method there is not", "a request"),
+    ],
+)
+async def test_what_was_refused_and_why_is_logged_and_nothing_that_was_written(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str, shown: str
 ) -> None:
     caplog.set_level(logging.INFO)
     said, _ = REFUSED[case]
     (answer,) = await speak(proxy.url, said)
     code = json.loads(answer.body)["error"]["code"]
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warned == [f"a request was refused: {code}"]
+    (line,) = warned
+    assert re.fullmatch(rf"{re.escape(shown)} from 127\.0\.0\.1:\d+ was refused: .+ \({code}\)", line)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (b"/v1/models/", "the path ends in a slash; leave it out"),
+        (b"/v1/chat/completions/", "the path ends in a slash; leave it out"),
+        (b"//v1/models", "two slashes in a row"),
+        (b"/v1/../v1/models", "a part that is `.` or `..`"),
+        (b"/v1/%6dodels", "encoded or unusual characters"),
+    ],
+)
+async def test_what_is_wrong_with_a_path_is_said(proxy: Proxy, target: bytes, words: str) -> None:
+    (answer,) = await speak(proxy.url, get(target))
+    assert answer.status == 400
+    assert words in json.loads(answer.body)["error"]["message"]
+
+
+def test_the_log_shows_the_parts_of_all_endpoints() -> None:
+    assert {part for route in ROUTES for part in route.path.split("/") if "{" not in part} <= PARTS
+    assert shown_path(b"/v1/tts/requests/secret/metrics?secret=1") == "/v1/tts/requests/…/metrics"
+    assert len(shown_path(b"/a" * 10_000)) <= MOST_SHOWN
 
 
 async def test_however_it_is_cut_into_pieces(proxy: Proxy) -> None:

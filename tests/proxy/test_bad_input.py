@@ -102,6 +102,39 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [], "tts": {"betta": 1}},
+            "tts.betta: there is no such field; did you mean beta? there are beta, target_tokens, controller, ",
+        ),
+        ("/v1/completions", {"prompt": "x", "tts": {"zzz": 1}}, "tts.zzz: there is no such field; there are beta, "),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x", "corect": True},
+            "corect: there is no such field; did you mean correct? there are request_id, id, correct, answer, score",
+        ),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x"},
+            "feedback has exactly one of correct, answer and score; this has none of them",
+        ),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x", "correct": True, "score": 1.0},
+            "feedback has exactly one of correct, answer and score; this has correct and score",
+        ),
+    ],
+)
+async def test_a_message_says_what_there_is(proxy: Proxy, path: str, body: dict[str, Any], words: str) -> None:
+    async with proxy.http.post(proxy.url + path, json=body) as response:
+        reply = await response.json()
+    assert response.status == 400
+    assert reply["error"]["message"].startswith(words)
+
+
+@pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"null", b"\xff", b'{"messages": [{"role": "user"}], "temperature": NaN}', b"[" * 100_000]
 )
 async def test_bodies_that_are_no_request(proxy: Proxy, raw: bytes) -> None:

@@ -116,6 +116,12 @@ async def test_with_keys_the_example_says_where_one_goes() -> None:
     assert 'api_key="YOUR_KEY"' in written
 
 
+def test_what_is_wrong_is_found_before_the_embedded_model_starts() -> None:
+    done = autotts("serve", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "/nowhere/keys.toml" in done.stderr
+
+
 def test_an_ipv6_address_is_shown_as_urls_have_it() -> None:
     assert "curl http://[::1]:8400/v1/" in welcome(base_url("::1", 8400), "m", is_embedded=False)
 

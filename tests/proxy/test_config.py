@@ -170,8 +170,8 @@ def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("--max-model-len '512", "embedded_args: Value error, the flags cannot be read: No closing quotation"),
-        ("--port 9", "embedded_args: Value error, the proxy itself sets --port; leave it out"),
+        ("--max-model-len '512", "embedded_args: the flags cannot be read: No closing quotation"),
+        ("--port 9", "embedded_args: the proxy itself sets --port; leave it out"),
         ("--host=0.0.0.0", "the proxy itself sets --host; leave it out"),
     ],
 )
