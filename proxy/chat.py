@@ -77,6 +77,11 @@ class Plan:
         return self.spec.name
 
     @property
+    def ignores_eos(self) -> bool:
+        """Whether branches run to their limit, as benchmarks ask; they then answer nothing."""
+        return bool(self.prompt.sampling.get("ignore_eos"))
+
+    @property
     def records_all(self) -> bool:
         """Whether its branches are wanted, rather than an answer."""
         return is_admin_only(self.spec.name)
@@ -140,6 +145,8 @@ async def plan(
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if sampling.get("temperature") == 0:
         sampling["temperature"] = settings.branch_temperature
+    if request.ignore_eos:
+        sampling["ignore_eos"] = True
     return Plan(
         request_id=request_id,
         created=int(time.time()),
@@ -269,8 +276,8 @@ async def serve(
     is in flight; what had been spent is counted either way, and `settle` told of it.
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
-    if plan.records_all:
-        environment.votable = environment.votable_for_sure = True  # whatever they say is recorded
+    if plan.records_all or plan.ignores_eos:  # all branches are wanted, whatever they say
+        environment.votable = environment.votable_for_sure = True
     state = State(plan.limits)
     cast = casting.cast(Choice(plan.spec, plan.stage))
     if tell is not None:

@@ -17,8 +17,11 @@ from proxy.errors import BadRequest
 
 HEADER: Final = "x-tts-beta"
 
+NO_EFFORT: Final = "none"
+"""The `reasoning_effort` that asks for an answer without a thought. Where it sets β, one branch answers."""
+
 EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
-    {"none": 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
+    {NO_EFFORT: 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
 )
 """What `reasoning_effort` means as β, for models that do not read it themselves."""
 

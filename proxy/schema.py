@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +21,9 @@ from pydantic import (
 from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.veil import MARK
 from discovery.errors import UnknownKind
-from proxy import strict
+from proxy import fields, strict
+from proxy.conversation import kind, messages_of, template_fields, why_not_text, with_reasoning
+from proxy.dial import EFFORTS
 from proxy.errors import BadRequest, clipped
 
 T = TypeVar("T", bound=BaseModel)
@@ -78,6 +80,11 @@ Messages = Annotated[
 ]
 _Stops = Annotated[list[str], Field(max_length=4)]
 Stops = Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=str | _Stops)]
+
+
+def _seed(given: int) -> int | None:
+    """Return the seed; to vLLM -1 is no seed."""
+    return None if given == -1 else given
 
 
 def _kind_of(spec: object) -> object:
@@ -155,39 +162,28 @@ class StreamOptions(BaseModel):
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 """Fields that mean the same for a branch generated in pieces as for one in a single request."""
 
-# Fields that change nothing in the answer of a branch.
-_INDIFFERENT: Final = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 
-# Values of fields a controller cannot serve that ask for nothing.
-_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-    {
-        "n": (1,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "response_format": ({"type": "text"},),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
-        "modalities": (["text"],),
-    }
-)
+class Unserved(NamedTuple):
+    """Why no controller can serve a request."""
+
+    reason: str  # a word users know: `structured_output`, `tools`, or a field's name
+    field: str  # of the request
 
 
-_TOOLS: Final = ("tool", "function")
-"""Roles of messages that say what a tool has."""
+_TOOL_ROLES: Final = ("tool", "function")
+"""Roles of messages that hold a tool's result."""
 
 
 class Generation(BaseModel):
-    """A request for text, as far as its endpoints agree. Fields it does not name are the upstream's business.
+    """A request for text: the fields that the endpoints share.
 
-    What vLLM 0.32 takes is taken here, in the forms it takes it, whether or not a controller serves the request.
+    All values that vLLM 0.32 accepts are accepted, whether or not a controller serves the request.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     param: ClassVar[str]  # the field its prompt is in
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]]  # see `fields.CHAT`
 
     model: Name | None = None  # empty is none
     stream: bool | None = False
@@ -198,7 +194,9 @@ class Generation(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     logit_bias: Biases | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_seed)] | None = None
+    ignore_eos: bool | None = False
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     stop: Stops | None = None
     tts: Annotated[
         TtsOptions,
@@ -227,8 +225,10 @@ class Generation(BaseModel):
 
     @property
     def effort(self) -> str | None:
-        """How much is to be thought, in OpenAI's words."""
+        """How much the model is to think, in OpenAI's words."""
         return None
+
+    effort_field: ClassVar[str] = "reasoning_effort"
 
     @property
     def prompt_text(self) -> str | None:
@@ -250,23 +250,25 @@ class Generation(BaseModel):
         """What the chat template takes besides the messages."""
         return {}
 
-    def unserved(self) -> str | None:
-        """The field no controller can serve yet, or None. Such requests pass through."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in _INDIFFERENT and not _is_one_of(value, (None, [], {}, *self.neutral.get(name, ()))):
-                return name
-        return None
+    def unserved(self) -> Unserved | None:
+        """Return why no controller can serve the request, or None. Such requests pass through."""
+        name = fields.first_that_matters((self.model_extra or {}).items(), self.unservable)
+        if name is None and not (self.effort is None or self.effort in EFFORTS):
+            name = self.effort_field
+        return None if name is None else Unserved(fields.REASONS.get(name, name), name)
 
 
 class ChatRequest(Generation):
     """A chat completion request."""
 
     param: ClassVar[str] = "messages"
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.CHAT
 
     messages: Messages
     max_tokens: Some | None = None
     max_completion_tokens: Some | None = None
     reasoning_effort: Name | None = None
+    include_reasoning: bool | None = True
     chat_template_kwargs: Options | None = None
 
     @property
@@ -279,24 +281,24 @@ class ChatRequest(Generation):
 
     @property
     def conversation(self) -> Sequence[Mapping[str, Any]]:
-        return self.messages
+        return [with_reasoning(message) for message in self.messages]
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        return _template_fields(self.chat_template_kwargs, self.reasoning_effort)
+        return template_fields(self.chat_template_kwargs, self.reasoning_effort)
 
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is not None:
-            return reason
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is not None:
+            return unserved
         if not self.messages:
-            return self.param
+            return Unserved(self.param, self.param)
         for message in self.messages:
             content = message.get("content")
-            if isinstance(content, list) and any(_kind(part) != "text" for part in content):
-                return "content"
-            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOLS:
-                return "tools"
+            if isinstance(content, list) and any(kind(part) != "text" for part in content):
+                return Unserved(fields.MULTIMODAL, self.param)
+            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOL_ROLES:
+                return Unserved(fields.TOOLS, self.param)
         return None
 
 
@@ -304,14 +306,7 @@ class CompletionRequest(Generation):
     """A request to go on with one text, or with one list of token ids."""
 
     param: ClassVar[str] = "prompt"
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {
-            **{name: values for name, values in _NEUTRAL.items() if name != "logprobs"},  # here 0 asks for them
-            "best_of": (1,),
-            "echo": (False,),
-            "suffix": ("",),
-        }
-    )
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.TEXT
 
     prompt: Annotated[Any, BeforeValidator(_short_ids)] = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -340,11 +335,11 @@ class CompletionRequest(Generation):
             return prompt if prompt and all(type(i) is int and i >= 0 for i in prompt) else None
         return prompt if isinstance(prompt, str) and prompt else None
 
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is None and self.max_tokens == 0:
-            return "max_tokens"
-        return self.param if reason is None and self._alone is None else reason
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is None and self.max_tokens == 0:
+            return Unserved("max_tokens", "max_tokens")
+        return Unserved(self.param, self.param) if unserved is None and self._alone is None else unserved
 
 
 class Reasoning(BaseModel):
@@ -359,15 +354,18 @@ class ResponsesRequest(Generation):
     """A Responses request; its `input` is a text or messages of text where a controller serves it."""
 
     param: ClassVar[str] = "input"
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {**_NEUTRAL, "background": (False,), "truncation": ("disabled",)}
-    )
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.RESPONSES
+    effort_field: ClassVar[str] = "reasoning"
 
     input: Annotated[Any, _at_most(MOST_MESSAGES, "items")] = None
     instructions: str | None = None
     max_output_tokens: Some | None = None
     reasoning: Annotated[Reasoning | None, _at_most(MOST_OPTIONS, "members")] = None
+    include_reasoning: bool | None = True
+    include: Annotated[list[Name], Field(max_length=MOST_OPTIONS)] | None = None
+    truncation: Name | None = "disabled"
     text: Options | None = None
+    chat_template_kwargs: Options | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -379,59 +377,46 @@ class ResponsesRequest(Generation):
 
     @property
     def conversation(self) -> Sequence[Mapping[str, Any]]:
-        told = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
-        return [*told, *(self._said or [])]
+        system = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
+        return [*system, *(self._messages or [])]
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        return _template_fields(None, self.effort)
+        return template_fields(self.chat_template_kwargs, self.effort)
 
     @property
-    def _said(self) -> list[dict[str, Any]] | None:
-        """The input as messages, if they are of text alone."""
+    def _messages(self) -> list[dict[str, Any]] | None:
+        """The input as messages, if they are of text alone and the last one is complete."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        if not isinstance(self.input, list) or not self.input:
+        return messages_of(self.input) if isinstance(self.input, list) else None
+
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is not None:
+            return unserved
+        if fields.first_that_matters((self.text or {}).items(), _TEXT_FORMAT) is not None:
+            return Unserved(fields.STRUCTURED, "text")
+        if not set(self.include or ()) <= _INCLUDED:
+            return Unserved("include", "include")
+        if self.truncation not in (None, "disabled", "auto"):
+            return Unserved("truncation", "truncation")
+        if self._messages is not None:
             return None
-        messages = [_message(item) for item in self.input]
-        return None if None in messages else [message for message in messages if message is not None]
-
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is None and any(name != "format" and value is not None for name, value in (self.text or {}).items()):
-            reason = "text"
-        if reason is None and (self.text or {}).get("format") not in (None, {"type": "text"}):
-            reason = "text"
-        return self.param if reason is None and self._said is None else reason
+        items = self.input if isinstance(self.input, list) else []
+        return Unserved(why_not_text(items) or self.param, self.param)
 
 
-def _template_fields(given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
-    fields = dict(given or {})
-    if effort is not None:
-        fields.setdefault("reasoning_effort", effort)
-    return {"chat_template_kwargs": fields} if fields else {}
-
-
-_ROLES: Final[Mapping[str, str]] = MappingProxyType(
-    {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-)
-
-
-def _message(item: object) -> dict[str, Any] | None:
-    """An item of a Responses request as a chat message, or None if it is not one of text."""
-    if not isinstance(item, dict) or item.get("type", "message") != "message" or item.get("role") not in _ROLES:
-        return None
-    content = item.get("content")
-    if isinstance(content, list):
-        if not content or any(_kind(part) not in ("input_text", "output_text") for part in content):
-            return None
-        texts = [part.get("text") for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            return None
-        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-    elif not isinstance(content, str):
-        return None
-    return {"role": _ROLES[item["role"]], "content": content}
+_TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
+"""The member of `text` that matters: vLLM has no use for `verbosity`."""
+_INCLUDED: Final = {
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+}
+"""Values of `include` that add nothing to a reply of text: vLLM encrypts no thoughts and has nothing of the others."""
 
 
 def parse(made: type[T], raw: bytes) -> T:
@@ -470,12 +455,3 @@ def _unknown(made: type[BaseModel], place: Sequence[int | str]) -> str:
 
 def _code(where: str) -> str | None:
     return "bad_beta" if where == "tts.beta" else None
-
-
-def _is_one_of(value: object, values: Iterable[object]) -> bool:
-    """Whether `value` is among `values`; true is no 1."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
-
-
-def _kind(part: object) -> object:
-    return part.get("type") if isinstance(part, dict) else "text"

@@ -302,7 +302,7 @@ async def test_more_than_a_request_may_spend_is_not_handed_on(backend: FakeVLLM,
         assert "the limit `tokens` of key alice is 700 tokens a request" in reply["error"]["message"]
         assert not backend.requests
         status, headers, reply = await ask(http, url, ALICE, None, n=2)
-        assert (status, headers["x-tts-reason"]) == (200, "n")
+        assert (status, headers["x-tts-reason"]) == (200, "no_beta")
         assert reply["echo"]["max_completion_tokens"] == 350
         status, _, reply = await ask(http, url, BOB, None, n=20, max_tokens=1400)
         assert (status, reply["echo"]["max_tokens"]) == (200, 1400)

@@ -104,7 +104,7 @@ async def test_what_completions_cannot_serve_passes(raw: Raw, fields: dict[str, 
     await passes(raw, "/v1/completions", {"model": MODEL, "prompt": "hi", **fields}, reason)
 
 
-async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str) -> None:
+async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str, param: str | None = None) -> None:
     """With β the body passes through, for `reason`; if a controller is required it is refused."""
     sent = json.dumps(body).encode()
     headers = {"x-tts-beta": "0.5", "content-type": "application/json"}
@@ -115,7 +115,11 @@ async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str) -> None
     required = {**body, "tts": {"required": True}}
     async with raw.http.post(raw.url + path, json=required, headers=headers) as response:
         reply = await response.json()
-    assert (response.status, reply["error"]["code"], reply["error"]["param"]) == (400, "tts_not_applicable", reason)
+    assert (response.status, reply["error"]["code"], reply["error"]["param"]) == (
+        400,
+        "tts_not_applicable",
+        param or reason,
+    )
     assert len(raw.upstream.seen) == 1
 
 
@@ -182,41 +186,49 @@ async def test_a_response_that_was_cut_is_incomplete(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "reason", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
-        ({"text": {"verbosity": "low"}}, "text"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"input": IMAGE}, "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input"),
-        ({"input": []}, "input"),
-        ({"input": None, "prompt": {"id": "p"}}, "prompt"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "tools"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id"),
+        ({"background": True}, "background", "background"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "include"),
+        ({"text": {"format": {"type": "json_object"}}}, "structured_output", "text"),
+        ({"reasoning": {"effort": "weird"}}, "reasoning", "reasoning"),
+        ({"truncation": "middle"}, "truncation", "truncation"),
+        ({"input": IMAGE}, "multimodal", "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "tools", "input"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "input"),
+        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input", "input"),
+        ({"input": [{"role": "assistant", "content": "So", "status": "incomplete"}]}, "input", "input"),
+        ({"input": []}, "input", "input"),
+        ({"input": None, "prompt": {"id": "p"}}, "prompt", "prompt"),
     ],
 )
-async def test_what_responses_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str) -> None:
-    await passes(raw, "/v1/responses", {"model": MODEL, "input": "hi", **fields}, reason)
+async def test_what_responses_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str, param: str) -> None:
+    await passes(raw, "/v1/responses", {"model": MODEL, "input": "hi", **fields}, reason, param)
 
 
 def test_items_become_messages() -> None:
     said = [
         {"role": "developer", "content": "Be kind."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}], "content": []},
         {
             "role": "assistant",
             "content": [{"type": "output_text", "text": "two"}, {"type": "output_text", "text": "3"}],
         },
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "y"}]},
     ]
     request = ResponsesRequest(input=said, text={"format": {"type": "text"}}, tools=[], store=True)
     assert request.unserved() is None
-    parts = [{"type": "text", "text": "two"}, {"type": "text", "text": "3"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert request.conversation == [
-        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": parts},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "two", "reasoning": "x"},
+        {"role": "assistant", "reasoning": "y"},
     ]
 
 
