@@ -10,6 +10,7 @@ ProxyError
 │   ├── NotFound             404, no such model or path
 │   ├── TooMany              429, there is no room for it now
 │   ├── RecordsAway          503, the store is away
+│   ├── TooManyConnections   503, no connection is free
 │   └── Draining             503, the proxy is about to end
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
@@ -79,7 +80,7 @@ class Unauthorised(ApiError):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"www-authenticate": "Bearer"}
+        return {"www-authenticate": "Bearer", "connection": "close"}
 
 
 class TooMany(ApiError):
@@ -127,6 +128,16 @@ class Draining(ApiError):
         return {"retry-after": "1", "connection": "close"}
 
 
+class TooManyConnections(ApiError):
+    """No connection is free."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": "1"}
+
+
 class HeadTooLarge(BadRequest):
     """There are too many headers, or they are too long."""
 
@@ -143,6 +154,10 @@ class TooLarge(BadRequest):
     """The body is over the limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"connection": "close"}
 
 
 class UpstreamError(ApiError):

@@ -189,6 +189,26 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = Field(5, description="seconds to connect to the upstream")
     read_timeout_s: Seconds = Field(600, description="seconds the upstream may be silent")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="size of a request body")
+    head_s: Seconds = Field(10, description="seconds the head of a request may take to arrive")
+    body_s: Seconds = Field(300, description="seconds the body of a request may take to arrive")
+    body_rate: int = Field(
+        1024,
+        ge=0,
+        description="bytes a second at which a body must arrive on average, after its first 20 s; 0 sets no rate",
+    )
+    write_s: Seconds = Field(
+        60, description="seconds a client may leave its answer unread before the connection is cut"
+    )
+    keep_alive_s: Seconds = Field(75, description="seconds an idle connection is kept open for the next request")
+    max_connections: int = Field(
+        8192,
+        ge=1,
+        description="open connections of clients; beyond that the one that has been idle, or sending its request, the "
+        "longest is closed",
+    )
+    max_connections_per_address: int = Field(
+        4096, ge=1, description="open connections of one client address, an IPv6 /64 network being one; likewise"
+    )
     drain_s: float = Field(
         60, ge=0, allow_inf_nan=False, description="seconds requests under way have to end after SIGTERM"
     )
