@@ -18,6 +18,7 @@ from controllers.errors import ControllersError
 from controllers.installed import wrong_name
 from controllers.loading import parse_spec
 from controllers.registry import is_admin_only
+from discovery.files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.probing import Family
 from proxy.spill import is_foreign, places
@@ -280,6 +281,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     settings = settings.model_copy(update=unset)
     _check_controller(settings)
     _check_upstream(settings)
+    _check_files(settings)
     _check_spill(settings)
     return Configured(settings, sources)
 
@@ -338,13 +340,27 @@ def _check_upstream(settings: Settings) -> None:
         raise SettingsError(f"upstream: {words}")
 
 
+def _check_files(settings: Settings) -> None:
+    """Refuse files that are the store's: closing one drops the locks by which SQLite protects the store."""
+    if settings.store is None:
+        return
+    for name, path in settings:
+        if not isinstance(path, Path) or name == "store":
+            continue
+        if any(_is_of_store(place, settings.store) for place in (places(path) if name == "spill" else [path])):
+            raise SettingsError(f"{name}: {path} is the store's; name a file of its own")
+
+
+def _is_of_store(path: Path, store: Path) -> bool:
+    """Whether a path leads to a store, or to its log, index or journal, by whatever name."""
+    of_store = [Path(f"{store.resolve()}{end}") for end in DATABASE_FILES]
+    return path.resolve() in of_store or any(path.exists() and one.exists() and path.samefile(one) for one in of_store)
+
+
 def _check_spill(settings: Settings) -> None:
     """What is at `spill` is written over and removed: it must be nothing else."""
     if settings.spill is None or settings.store is None:
         return
-    of_store = {Path(f"{settings.store.resolve()}{end}") for end in ("", "-wal", "-shm", "-journal")}
-    if not of_store.isdisjoint(place.resolve() for place in places(settings.spill)):
-        raise SettingsError(f"spill: {settings.spill} is the store's; name a file of its own")
     try:
         is_taken = is_foreign(settings.spill)
     except OSError as error:
