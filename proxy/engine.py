@@ -8,6 +8,7 @@ time, so that what was generated is known when a request is cut; closing the con
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ import aiohttp
 
 from controllers import Action
 from proxy.berths import Berths
-from proxy.breaker import Breaker, Budget, Standing, Unheeded
+from proxy.breaker import BackgroundBreaker, Breaker, RetryBudget
 from proxy.eager import Urgent
 from proxy.errors import (
     UpstreamEjected,
@@ -39,6 +40,7 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from proxy.health_check import HealthCheck, is_failure
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ NOTHING_CAME: Final = (
     aiohttp.ConnectionTimeoutError,
 )
 """What aiohttp raises when a request was not answered at all."""
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Errors of a connection that say that this machine has no room for it."""
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """How JSON writes half a character, of which a text must have both."""
 
@@ -167,17 +171,51 @@ class Engine:
         self._takes_priority = True  # as far as is known
         self.breaker = breaker or Breaker()
         self.berths = berths or Berths()
-        self._budget = Budget()
-        self.on_event: Callable[[str], object] = lambda _: None  # told of what is "retried" and when it is "ejected"
+        self._health_check = HealthCheck(self._url, session)
+        self._checking: asyncio.Task[None] | None = None
+        self._budget = RetryBudget()
+        self.on_event: Callable[[str], object] = lambda _: None  # called with "retried" and "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
         self.watcher = Watcher()
 
     def aside(self) -> Engine:
-        """The same upstream for work that nobody waits for: how that ends tells nothing of whether requests are served,
-        and it repeats nothing at their cost."""
+        """Return an engine of the same upstream for work that nobody waits for.
+
+        Its failures do not count against the upstream, and its retries do not use up those of other requests.
+        """
         other = copy(self)
-        other.breaker, other._budget = Unheeded(), Budget()
+        other.breaker, other._budget = BackgroundBreaker(), RetryBudget()
         return other
+
+    async def close(self) -> None:
+        """Give up a health check that is under way."""
+        if self._checking is not None:
+            self._checking.cancel()
+            await asyncio.gather(self._checking, return_exceptions=True)
+
+    def reset(self) -> None:
+        """Take in that the upstream has been started anew: what it did before counts no more."""
+        if self._checking is not None:
+            self._checking.cancel()
+        self.breaker.reset()
+
+    async def check(self) -> None:
+        """Find out whether the upstream is up, by requests of our own. Waits for a check that is under way."""
+        await asyncio.wait([self._begin_check()])
+
+    def _begin_check(self) -> asyncio.Task[None]:
+        if self._checking is None or self._checking.done():
+            self.breaker.begin_check()
+            self._checking = asyncio.create_task(self._check())
+        return self._checking
+
+    async def _check(self) -> None:
+        is_up = await self._health_check.is_up()
+        was_closed = self.breaker.is_closed
+        if self.breaker.end_check(is_up=is_up):
+            self._tell_ejected()
+        elif is_up and was_closed:
+            logger.warning("upstream %s failed several requests in a row but passes the health check", self.shown)
 
     async def models(self, *, is_check: bool = False) -> list[Model]:
         """The models served now."""
@@ -356,12 +394,11 @@ class Engine:
         return _Exchange(self, ask, is_check, is_telling and not is_check, method, watched)
 
     async def open(self, ask: _Ask, *, is_check: bool) -> aiohttp.ClientResponse:
-        """What is asked for, of which nothing has been read. Repeats what nothing came of, as far as the budget goes.
+        """Return the response to `ask`, of which nothing has been read. Retries within the budget what nothing came of.
 
         Raises UpstreamEjected, or what aiohttp does.
         """
-        if not self.breaker.admit():
-            raise self._ejected()
+        await self._admit()
         self._budget.earn()
         for pause in (*(() if is_check else PAUSES_S), None):
             failed: Exception | None = None
@@ -371,31 +408,42 @@ class Engine:
                 failed = error
             if failed is None and not is_failure(response.status):
                 break
-            self.fail(is_check=is_check)
+            if not is_check:
+                self.fail(failed)
             if failed is None and response.status not in UNAVAILABLE:
                 break  # it was looked at
-            if pause is None or self.breaker.standing is not Standing.WELL or not self._budget.spend():
+            if pause is None or not self.breaker.is_closed or not self._budget.spend():
                 break
             if failed is None:
                 response.release()
             self.on_event("retried")
             await asyncio.sleep(pause)
-            if not self.breaker.admit():
-                raise self._ejected()
+            await self._admit()
         if failed is not None:
             raise failed
         return response
 
-    def fail(self, *, is_check: bool) -> None:
-        """A request came to nothing."""
-        if self.breaker.fail(is_telling=not is_check):
-            self.on_event("ejected")
-            words = "upstream %s has failed too often; it is left alone for %.0f s"
-            logger.error(words, self.shown, self.breaker.wait_s)
+    async def _admit(self) -> None:
+        """Return if requests may go out now. Raises UpstreamEjected."""
+        if self.breaker.is_due:
+            await self.check()
+        if not self.breaker.is_closed:
+            message = f"upstream {self.shown} has failed too often and is left alone for a while"
+            raise UpstreamEjected(message, after=self.breaker.wait_s)
 
-    def _ejected(self) -> UpstreamEjected:
-        words = f"upstream {self.shown} has failed too often and is left alone for a while"
-        return UpstreamEjected(words, after=self.breaker.wait_s)
+    def fail(self, error: BaseException | None = None) -> None:
+        """Take in a request that came to nothing, by `error` or by what the upstream answered."""
+        if isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUT_OF_RESOURCES:
+            return
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            if self.breaker.fail_to_connect():
+                self._tell_ejected()
+        elif self.breaker.suspect():
+            self._begin_check()
+
+    def _tell_ejected(self) -> None:
+        self.on_event("ejected")
+        logger.error("upstream %s is down; it is left alone for %.0f s", self.shown, self.breaker.wait_s)
 
     def mapped(self, error: Exception) -> UpstreamError:
         """A foreign error as one of ours."""
@@ -431,10 +479,7 @@ class Engine:
                     payload = line[6:].strip()
                     if payload == b"[DONE]":
                         return
-                    parsed = self._parse(payload)
-                    if "error" not in parsed:  # those that wait for this one need not wait for its end
-                        self.breaker.succeed(is_telling=False)
-                    yield parsed
+                    yield self._parse(payload)
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:
@@ -500,8 +545,8 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         if error is not None:
             self._fail(error, is_counted=is_failure(response.status))
             return
-        if not is_failure(response.status):
-            self._engine.breaker.succeed(is_telling=self._is_telling)
+        if self._is_telling and not is_failure(response.status):
+            self._engine.breaker.succeed()
         if self._seen is not None:
             self._seen.tell(response.status, None)
 
@@ -513,18 +558,11 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         ours = engine.mapped(error) if is_ours and isinstance(error, Exception) else error
         if self._seen is not None:
             self._seen.tell(None if response is None else response.status, ours)
-        if is_foreign or (response is not None and response.ok and _is_broken(error)):
-            if not is_counted:
-                engine.fail(is_check=self._is_check)
-        elif not isinstance(error, UpstreamEjected):  # that never got so far
-            engine.breaker.leave()
+        is_failed = is_foreign or (response is not None and response.ok and _is_broken(error))
+        if is_failed and not is_counted and not self._is_check:
+            engine.fail(error)
         if ours is not error:
             raise ours from None
-
-
-def is_failure(status: int) -> bool:
-    """Whether a status says that the upstream failed. 501 says what it was not made for, however well it is."""
-    return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
 
 
 def _is_broken(error: BaseException) -> bool:

@@ -24,7 +24,6 @@ from controllers import Action, Probed, Round, State, Stop, advance, branch, pro
 from discovery.answers import veiled
 from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy import recording
-from proxy.breaker import Standing
 from proxy.drift import Drift
 from proxy.engine import Engine
 from proxy.errors import UpstreamError
@@ -193,7 +192,7 @@ class Finisher:
         """Whether requests wait, here or at the upstream, or that is left alone; where it does not say, whether any is
         served at all."""
         here, engine = (self._turns.episodes, self._turns.passed), self._engine
-        if any(one.waiting for one in (*here, engine.berths)) or engine.breaker.standing is not Standing.WELL:
+        if any(one.waiting for one in (*here, engine.berths)) or not engine.breaker.is_closed:
             return True
         waiting = await engine.waiting()
         return any(one.in_flight for one in here) if waiting is None else waiting > 0

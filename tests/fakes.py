@@ -119,6 +119,10 @@ class FakeVLLM:
         self.fault = ""
         self.fault_after = 0
         self.fault_times = 0
+        self.spares_text = False  # requests whose prompt is a text are served whatever `fault` says
+        self.growth = 0  # tokens that its counters grow by each time somebody asks for them
+        self.counted = 0
+        self.health_checks = 0
         self.queued = 0  # requests it says are in its queue
         self.cache = 0.0  # share of its KV cache it says is in use
         self.looked = asyncio.Event()  # somebody has asked for that while there were some
@@ -130,6 +134,7 @@ class FakeVLLM:
         self.hanging = asyncio.Event()  # a request hangs now
         self.gate = asyncio.Event()  # requests wait until it is set
         self.gate.set()
+        self.busy = asyncio.Event()  # one has begun
         self.idle = asyncio.Event()  # none runs
         self.idle.set()
         self.url = ""
@@ -165,10 +170,16 @@ class FakeVLLM:
         if self.queued:
             self.looked.set()
         labels = f'{{engine="0",model_name="{MODEL}"}}'
-        lines = [f"vllm:num_requests_waiting{labels} {self.queued}.0", f"vllm:kv_cache_usage_perc{labels} {self.cache}"]
+        self.counted += self.growth
+        lines = [
+            f"vllm:num_requests_waiting{labels} {self.queued}.0",
+            f"vllm:kv_cache_usage_perc{labels} {self.cache}",
+            f"vllm:generation_tokens_total{labels} {self.counted}.0",
+        ]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def _health(self, _: web.Request) -> web.Response:
+        self.health_checks += 1
         return web.Response(status=200 if self.is_well else 503)
 
     async def _tokenise(self, request: web.Request) -> web.Response:
@@ -196,6 +207,7 @@ class FakeVLLM:
         self.branches += branches
         self.most_branches = max(self.most_branches, self.branches)
         self.idle.clear()
+        self.busy.set()
         try:
             return await self._generate(request, body)
         finally:
@@ -208,6 +220,8 @@ class FakeVLLM:
         await self.gate.wait()
         number = len(self.requests) - self.fault_after
         fault = self.fault if number > 0 and (not self.fault_times or number <= self.fault_times) else ""
+        if self.spares_text and isinstance(body["prompt"], str):
+            fault = ""
         if fault == "refuse":
             error = {"message": "no such thing", "type": "BadRequestError", "param": "top_k", "code": 400}
             return web.json_response({"error": error}, status=400)
@@ -222,7 +236,9 @@ class FakeVLLM:
         if fault == "error_body":
             return web.json_response({"error": {"message": "engine died", "code": 500}})
         if fault in ("echo", "babble"):
-            quoted = _text(prompts[0] if isinstance((prompts := body["prompt"])[0], list) else prompts)
+            quoted = str(body["prompt"])
+            if not isinstance(body["prompt"], str):
+                quoted = _text(prompts[0] if isinstance((prompts := body["prompt"])[0], list) else prompts)
             if fault == "echo":
                 return web.json_response({"error": {"message": quoted, "code": 400}}, status=400)
             return web.Response(body=f"data: {quoted}\n\n".encode(), headers={"content-type": "text/event-stream"})
@@ -230,7 +246,10 @@ class FakeVLLM:
             error = {"message": "Got priority 9 but Priority scheduling is not enabled.", "code": 400}
             return web.json_response({"error": error}, status=400)
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
-        written = [self._write(prompt, body) for prompt in prompts for _ in range(body.get("n", 1))]
+        if isinstance(body["prompt"], str):  # the health check's, which belongs to no chain
+            written = [([ord("7")], "length")]
+        else:
+            written = [self._write(prompt, body) for prompt in prompts for _ in range(body.get("n", 1))]
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp.client_reqrep import ConnectionKey
 
 from proxy import engine as engines
-from proxy.breaker import EJECTED_S, FAILURES, MOST_TIMES, Breaker, Budget, Standing
+from proxy import health_check
+from proxy.breaker import CHECK_PAUSE_S, FAILURES, MOST_TIMES, OPEN_S, Breaker, BreakerState, RetryBudget
 from proxy.embedded import free_port
 from proxy.engine import Call, Engine
 from proxy.errors import (
@@ -22,9 +25,10 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from proxy.health_check import HealthCheck
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
 __all__ = ["backend", "proxy"]  # fixtures
@@ -50,74 +54,101 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "PAUSES_S", (0, 0))
 
 
-def eject(breaker: Breaker) -> None:
-    for _ in range(FAILURES):
-        assert breaker.admit()
-        breaker.fail()
-    assert breaker.standing is Standing.EJECTED
+def open_by_connections(breaker: Breaker) -> None:
+    assert [breaker.fail_to_connect() for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+    assert breaker.state is BreakerState.OPEN
 
 
-def test_five_failures_in_a_row_eject(clock: Clock) -> None:
+def test_five_failed_connections_in_a_row_open_the_breaker(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
-        assert not breaker.fail()
+        assert not breaker.fail_to_connect()
     breaker.succeed()
-    eject(breaker)
-    assert not breaker.admit()
-    assert breaker.wait_s == EJECTED_S
-    clock.now += EJECTED_S - 0.001
-    assert not breaker.admit()
+    open_by_connections(breaker)
+    assert (breaker.is_closed, breaker.is_due, breaker.wait_s) == (False, False, OPEN_S)
+    clock.now += OPEN_S - 0.001
+    assert not breaker.is_due
+    clock.now += 0.001
+    assert breaker.is_due
 
 
-def test_one_request_is_let_through_and_decides(clock: Clock) -> None:
+def test_suspicions_alone_never_open_it(clock: Clock) -> None:
     breaker = Breaker(clock)
-    eject(breaker)
+    for _ in range(100):
+        assert [breaker.suspect() for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+        breaker.begin_check()
+        assert not breaker.end_check(is_up=True)
+        assert breaker.is_closed
+        clock.now += CHECK_PAUSE_S
+
+
+def test_health_checks_for_suspicions_have_a_rate(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    calls = 0
+    for _ in range(1000):
+        if breaker.suspect():
+            calls += 1
+            breaker.end_check(is_up=True)
+        clock.now += CHECK_PAUSE_S / 50
+    assert calls == 20
+
+
+def test_a_success_ends_a_row_of_suspicions(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(100):
+        assert not any(breaker.suspect() for _ in range(FAILURES - 1))
+        breaker.succeed()
+
+
+def test_a_health_check_decides_when_the_time_is_over(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(FAILURES):
+        breaker.suspect()
+    breaker.begin_check()
+    assert breaker.is_closed  # nobody waits for a check of suspicions
+    assert breaker.end_check(is_up=False)
     for times in (2, 3):
         clock.now += breaker.wait_s
-        assert [breaker.admit() for _ in range(3)] == [True, False, False]
-        assert breaker.fail()
-        assert breaker.wait_s == times * EJECTED_S
+        breaker.begin_check()
+        assert (breaker.state, breaker.is_due) == (BreakerState.HALF_OPEN, True)
+        assert not breaker.suspect()  # what was sent before tells nothing
+        assert not breaker.fail_to_connect()
+        assert breaker.end_check(is_up=False)
+        assert breaker.wait_s == times * OPEN_S
     clock.now += breaker.wait_s
-    assert breaker.admit()
-    breaker.leave()
-    assert [breaker.admit() for _ in range(2)] == [True, False]
-    breaker.succeed()
-    assert not breaker.fail()
-    assert breaker.admit()
+    breaker.begin_check()
+    assert not breaker.end_check(is_up=True)
+    assert breaker.is_closed
 
 
-def test_ejections_grow_to_a_bound_and_are_forgotten(clock: Clock) -> None:
+def test_openings_grow_to_a_bound_and_are_forgotten(clock: Clock) -> None:
     breaker = Breaker(clock)
-    eject(breaker)
+    open_by_connections(breaker)
     for _ in range(3 * MOST_TIMES):
         clock.now += breaker.wait_s
-        assert breaker.admit()
-        breaker.fail()
-    assert breaker.wait_s == MOST_TIMES * EJECTED_S
+        breaker.begin_check()
+        breaker.end_check(is_up=False)
+    assert breaker.wait_s == MOST_TIMES * OPEN_S
     clock.now += breaker.wait_s
-    assert breaker.admit()
-    breaker.succeed()
-    clock.now += MOST_TIMES * EJECTED_S + 1
-    eject(breaker)
-    assert breaker.wait_s == EJECTED_S
+    breaker.begin_check()
+    breaker.end_check(is_up=True)
+    clock.now += MOST_TIMES * OPEN_S + 1
+    open_by_connections(breaker)
+    assert breaker.wait_s == OPEN_S
 
 
-def test_checks_neither_eject_nor_keep_from_it(clock: Clock) -> None:
+def test_a_restart_closes_it_and_forgets_the_past(clock: Clock) -> None:
     breaker = Breaker(clock)
-    for _ in range(2 * FAILURES):
-        assert not breaker.fail(is_telling=False)
-    for _ in range(FAILURES):
-        breaker.fail()
-        breaker.succeed(is_telling=False)
-    assert not breaker.admit()
-    clock.now += EJECTED_S
-    assert breaker.admit()
-    breaker.succeed(is_telling=False)
-    assert breaker.admit()
+    for _ in range(3):
+        open_by_connections(breaker)
+        breaker.reset()
+        assert (breaker.is_closed, breaker.wait_s) == (True, 0)
+    open_by_connections(breaker)
+    assert breaker.wait_s == OPEN_S
 
 
 def test_a_fifth_of_the_requests_may_be_repeated() -> None:
-    budget = Budget()
+    budget = RetryBudget()
     repeats = 0
     for _ in range(1000):
         budget.earn()
@@ -142,11 +173,25 @@ class Upstream:
         await self.engine.generate(MODEL, call)
         return call
 
+    async def fail(self, times: int = FAILURES) -> None:
+        """Have so many requests fail, and the health check that follows come to its end."""
+        for _ in range(times):
+            with pytest.raises(UpstreamError):
+                await self.generate()
+        await self.engine.check()
+
+    @property
+    def checks(self) -> int:
+        """Health checks that got as far as generating."""
+        return sum(request["prompt"] == "1" for request in self.fake.requests)
+
 
 @pytest_asyncio.fixture
 async def upstream(backend: FakeVLLM, clock: Clock) -> AsyncIterator[Upstream]:
     async with aiohttp.ClientSession() as http:
-        yield Upstream(backend, Engine(backend.url, http, breaker=Breaker(clock)))
+        over = Upstream(backend, Engine(backend.url, http, breaker=Breaker(clock)))
+        yield over
+        await over.engine.close()
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "drop"])
@@ -176,62 +221,84 @@ async def test_repeats_stay_within_their_share(upstream: Upstream) -> None:
     assert len(upstream.fake.requests) == 100 + upstream.events.count("retried")
 
 
-async def test_an_ejected_upstream_is_left_alone_until_one_request_finds_it_well(
-    upstream: Upstream, clock: Clock
+@pytest.mark.parametrize("fault", ["unavailable", "broken", "drop", "error_event", "error_body", "cut", "garbage"])
+async def test_an_upstream_that_fails_our_own_request_too_is_left_alone(
+    upstream: Upstream, clock: Clock, fault: str
 ) -> None:
-    upstream.fake.fault = "unavailable"
-    for _ in range(FAILURES):
-        with pytest.raises((UpstreamRefused, UpstreamEjected)):
-            await upstream.generate()
+    upstream.fake.fault = fault
+    await upstream.fail()
+    assert upstream.events.count("ejected") == 1
     seen = len(upstream.fake.requests)
-    assert (seen, upstream.events.count("ejected")) == (FAILURES, 1)
     with pytest.raises(UpstreamEjected) as caught:
         await upstream.generate()
     assert caught.value.headers == {"retry-after": "30"}
     assert not await upstream.engine.healthy()
     assert len(upstream.fake.requests) == seen
-    clock.now += EJECTED_S
+    clock.now += OPEN_S
+    with pytest.raises(UpstreamEjected):  # it fails the health check again
+        await upstream.generate()
+    assert upstream.engine.breaker.wait_s == 2 * OPEN_S
     upstream.fake.fault = ""
+    clock.now += 2 * OPEN_S
     await upstream.generate()
-    assert len(upstream.fake.requests) == seen + 1
     assert await upstream.engine.healthy()
 
 
-async def test_failures_of_its_own_eject_and_are_not_repeated(upstream: Upstream, clock: Clock) -> None:
+@pytest.mark.parametrize("fault", ["broken", "error_event", "error_body", "cut", "garbage", "drop", "lie", "foreign"])
+async def test_requests_that_fail_by_themselves_eject_nobody(upstream: Upstream, fault: str) -> None:
+    upstream.fake.fault, upstream.fake.spares_text = fault, True
+    for _ in range(20):
+        await upstream.fail(1)
+    assert "ejected" not in upstream.events
+    assert upstream.engine.breaker.is_closed
+    assert upstream.checks >= 1
+    upstream.fake.fault = ""
+    await upstream.generate()
+
+
+async def test_the_health_check_tells_a_busy_upstream_from_a_stuck_one(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_check, "ANSWER_S", 0.2)
+    async with aiohttp.ClientSession() as http:
+        for growth, is_up in ((5, True), (0, False)):
+            check = HealthCheck(upstream.fake.url, http)
+            upstream.fake.gate.clear()
+            upstream.fake.growth = growth
+            assert await check.is_up() is is_up
+            upstream.fake.gate.set()
+            assert await check.is_up()
+
+
+async def test_an_upstream_that_is_not_well_fails_the_health_check(upstream: Upstream) -> None:
+    async with aiohttp.ClientSession() as http:
+        check = HealthCheck(upstream.fake.url, http)
+        assert await check.is_up()
+        upstream.fake.is_well = False
+        assert not await check.is_up()
+        upstream.fake.is_well, upstream.fake.fault = True, "no_models"
+        assert not await check.is_up()
+        assert not await HealthCheck(f"http://127.0.0.1:{free_port()}", http).is_up()
+
+
+async def test_this_machines_lack_of_descriptors_is_not_the_upstreams_fault(upstream: Upstream) -> None:
+    key: Any = ConnectionKey("h", 80, False, True, None, None, None)
+    for _ in range(2 * FAILURES):
+        upstream.engine.fail(aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "too many open files")))
+    assert upstream.engine.breaker.is_closed
+    for _ in range(FAILURES):
+        upstream.engine.fail(aiohttp.ClientConnectorError(key, OSError(errno.ECONNREFUSED, "refused")))
+    assert not upstream.engine.breaker.is_closed
+
+
+async def test_a_restart_is_as_good_as_a_health_check(upstream: Upstream) -> None:
     upstream.fake.fault = "broken"
-    for _ in range(FAILURES):
-        with pytest.raises(UpstreamRefused, match="went wrong"):
-            await upstream.generate()
-    assert (len(upstream.fake.requests), upstream.events) == (FAILURES, ["ejected"])
+    await upstream.fail()
     with pytest.raises(UpstreamEjected):
         await upstream.generate()
-    clock.now += EJECTED_S
-    with pytest.raises(UpstreamRefused):
-        await upstream.generate()
-    assert upstream.events == ["ejected"] * 2
-    assert len(upstream.fake.requests) == FAILURES + 1
-
-
-@pytest.mark.parametrize("fault", ["error_event", "error_body"])
-async def test_so_do_those_it_tells_in_a_response_that_began_well(upstream: Upstream, fault: str) -> None:
-    upstream.fake.fault = fault
-    for _ in range(FAILURES):
-        with pytest.raises(UpstreamRefused):
-            await upstream.generate()
-    assert (len(upstream.fake.requests), upstream.events) == (FAILURES, ["ejected"])
-    with pytest.raises(UpstreamEjected):
-        await upstream.generate()
-
-
-async def test_one_that_can_only_tell_of_its_failure_is_not_back(clock: Clock) -> None:
-    failing = RawUpstream([b'data: {"error": {"message": "m", "code": 500}}\n\n'], content_type="text/event-stream")
-    async with failing.serve(), aiohttp.ClientSession() as http:
-        upstream = Engine(failing.url, http, breaker=Breaker(clock))
-        for _ in range(FAILURES + 1):
-            with pytest.raises(UpstreamRefused):
-                await upstream.generate(MODEL, Call([[1]], 20, {}))
-            clock.now += upstream.breaker.wait_s
-        assert upstream.breaker.standing is Standing.EJECTED
+    upstream.fake.fault = ""
+    upstream.engine.reset()
+    await upstream.generate()
 
 
 async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
@@ -242,7 +309,7 @@ async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
                 await upstream.generate()
         upstream.fake.fault = ""
         await upstream.generate()
-    assert upstream.events == []
+    assert (upstream.events, upstream.checks) == ([], 0)
 
 
 async def test_what_it_was_not_made_for_says_nothing_of_it(upstream: Upstream) -> None:
@@ -253,31 +320,46 @@ async def test_what_it_was_not_made_for_says_nothing_of_it(upstream: Upstream) -
     assert upstream.events == []
 
 
-async def test_silence_counts_and_is_not_repeated(upstream: Upstream, backend: FakeVLLM, clock: Clock) -> None:
+async def test_silence_counts_and_is_not_repeated(
+    upstream: Upstream, backend: FakeVLLM, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_check, "ANSWER_S", 0.2)
     async with aiohttp.ClientSession() as http:
         engine = upstream.engine = Engine(backend.url, http, read_timeout_s=0.05, breaker=Breaker(clock))
         backend.gate.clear()
         for _ in range(FAILURES):
             with pytest.raises(UpstreamTimeout):
                 await upstream.generate()
+        await engine.check()
         with pytest.raises(UpstreamEjected):
             await engine.tokenise_suffix(MODEL, "x")
-        assert len(backend.requests) == FAILURES
+        assert len(backend.requests) == FAILURES + upstream.checks
 
 
-async def test_a_cancelled_request_tells_nothing(upstream: Upstream, clock: Clock) -> None:
-    upstream.fake.fault = "unavailable"
-    for _ in range(FAILURES):
-        with pytest.raises((UpstreamRefused, UpstreamEjected)):
-            await upstream.generate()
-    clock.now += EJECTED_S
+async def test_a_cancelled_request_tells_nothing(upstream: Upstream) -> None:
     upstream.fake.fault = "hang"
-    trying = asyncio.create_task(upstream.generate())
-    await upstream.fake.hanging.wait()
-    trying.cancel()
-    await asyncio.gather(trying, return_exceptions=True)
+    for _ in range(2 * FAILURES):
+        upstream.fake.hanging.clear()
+        hanging = asyncio.create_task(upstream.generate())
+        await upstream.fake.hanging.wait()
+        hanging.cancel()
+        await asyncio.gather(hanging, return_exceptions=True)
+    assert (upstream.events, upstream.checks) == ([], 0)
+
+
+async def test_whoever_waits_for_a_health_check_may_leave(upstream: Upstream, clock: Clock) -> None:
+    upstream.fake.fault = "broken"
+    await upstream.fail()
+    clock.now += OPEN_S
     upstream.fake.fault = ""
-    await upstream.generate()
+    upstream.fake.busy.clear()
+    upstream.fake.gate.clear()
+    leaving, staying = (asyncio.create_task(upstream.generate()) for _ in range(2))
+    await upstream.fake.busy.wait()
+    leaving.cancel()
+    upstream.fake.gate.set()
+    assert len((await staying).outputs[0].ids) == 20
+    assert leaving.cancelled()
 
 
 async def test_nobody_there(clock: Clock) -> None:
@@ -332,15 +414,29 @@ async def test_prompts_are_counted_once_each(upstream: Upstream) -> None:
 # Through the proxy
 
 
-async def test_clients_whose_requests_break_it_eject_it_too(proxy: Proxy) -> None:
+async def test_one_clients_requests_stop_nobody_elses(proxy: Proxy) -> None:
+    proxy.backend.fault, proxy.backend.spares_text = "broken", True
+    poison = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
+    for _ in range(4 * FAILURES):
+        async with proxy.http.post(f"{proxy.url}/v1/completions", json=poison) as response:
+            assert response.status == 500
+        async with proxy.http.post(f"{proxy.url}/tokenize", json={"prompt": "x"}) as response:
+            assert response.status == 200
+    proxy.backend.fault = ""
+    assert (await proxy.ask("0.5"))[0] == 200
+    assert await proxy.metric("autotts_upstream_events_total", event="ejected") == 0
+
+
+async def test_an_upstream_that_breaks_on_every_request_is_left_alone(proxy: Proxy) -> None:
     proxy.backend.fault = "broken"
     body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
-    statuses = []
-    for _ in range(20):
-        async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
-            statuses.append(response.status)
-    assert statuses == [500] * FAILURES + [503] * (20 - FAILURES)
-    assert len(proxy.backend.requests) == FAILURES
+    async with asyncio.timeout(10):
+        status = 500
+        while status == 500:
+            async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
+                status = response.status
+    assert status == 503
+    assert len(proxy.backend.requests) < 20 * FAILURES
 
 
 async def test_a_cap_holds_and_all_that_came_is_billed(proxy: Proxy) -> None:
@@ -363,10 +459,13 @@ async def test_a_list_of_models_that_does_not_come_keeps_nobody_waiting(
 
 async def test_clients_are_told_when_to_come_back(proxy: Proxy) -> None:
     proxy.backend.fault = "unavailable"
-    statuses = [(await proxy.ask("0.5"))[0] for _ in range(FAILURES)]
-    assert set(statuses) <= {502, 503}
-    status, headers, reply = await proxy.ask("0.5")
-    assert (status, reply["error"]["type"], reply["error"]["code"]) == (503, "upstream_error", "upstream_ejected")
+    async with asyncio.timeout(10):
+        code = ""
+        while code != "upstream_ejected":
+            status, headers, reply = await proxy.ask("0.5")
+            assert status in {502, 503}
+            code = reply["error"]["code"]
+    assert (status, reply["error"]["type"]) == (503, "upstream_error")
     assert 1 <= int(headers["retry-after"]) <= 30
     async with proxy.http.get(f"{proxy.url}/ready") as response:
         assert response.status == 503
