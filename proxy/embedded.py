@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,7 @@ class EmbeddedServer:
     def __init__(self, command: list[str] | None = None, port: int | None = None, *, args: Sequence[str] = ()) -> None:
         self.port = port or free_port()
         self.restarted = asyncio.Event()  # it has died and is healthy again
+        self.on_restart: Callable[[], object] = lambda: None  # called then
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port), *args]
         self._process: asyncio.subprocess.Process | None = None
@@ -139,6 +140,7 @@ class EmbeddedServer:
                 await self._start()
                 failures = 0
                 self.restarted.set()
+                self.on_restart()
             except StartError as error:
                 failures += 1
                 logger.error("the embedded model does not start: %s", error)
