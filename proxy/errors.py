@@ -10,7 +10,6 @@ ProxyError
 │   ├── NotFound             404, no such model or path
 │   ├── TooMany              429, there is no room for it now
 │   ├── RecordsAway          503, the store is away
-│   ├── TooManyConnections   503, no connection is free
 │   └── Draining             503, the proxy is about to end
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
@@ -25,12 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Any, Final
-
-MOST_MESSAGE: Final = 2000
-"""Characters of an error's message. Messages quote requests, which may be megabytes long."""
-MOST_PARAM: Final = 200
-"""Characters of the name of a field at fault, which may be a key that a client made up."""
+from typing import Any
 
 
 class ProxyError(Exception):
@@ -52,9 +46,9 @@ class ApiError(ProxyError):
     type = "server_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        self.message = clipped(message, MOST_MESSAGE)
-        super().__init__(self.message)
-        self.param = None if param is None else clipped(param, MOST_PARAM)
+        super().__init__(message)
+        self.message = message
+        self.param = param
         self.code = code
         self.is_counted = False  # in the metrics
         self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
@@ -80,7 +74,7 @@ class Unauthorised(ApiError):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"www-authenticate": "Bearer", "connection": "close"}
+        return {"www-authenticate": "Bearer"}
 
 
 class TooMany(ApiError):
@@ -128,16 +122,6 @@ class Draining(ApiError):
         return {"retry-after": "1", "connection": "close"}
 
 
-class TooManyConnections(ApiError):
-    """No connection is free."""
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return {"retry-after": "1"}
-
-
 class HeadTooLarge(BadRequest):
     """There are too many headers, or they are too long."""
 
@@ -154,10 +138,6 @@ class TooLarge(BadRequest):
     """The body is over the limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return {"connection": "close"}
 
 
 class UpstreamError(ApiError):
@@ -214,14 +194,6 @@ class UpstreamRefused(UpstreamError):
     @property
     def logged(self) -> str:
         return f"the upstream refused a request with status {self.upstream_status}"  # its words may quote the request
-
-
-def clipped(text: str, most: int) -> str:
-    """Return `text`, or its beginning and end around an ellipsis if it has more than `most` characters."""
-    if len(text) <= most:
-        return text
-    head = most // 2
-    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
 
 
 def body(error: ApiError) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
     """A finished `response`."""
     message = reply.message
     output = [_said(reply.plan, message)]
-    if message.reasoning and request.include_reasoning is not False:
+    if message.reasoning:
         output.insert(0, _thought(reply.plan, "", message.reasoning))
     return _complete(request, reply, output)
 
@@ -50,9 +50,8 @@ async def events(
         yield stream.one("response.failed", response=_response(request, plan, "failed", error=failed))
         return
     output: list[dict[str, Any]] = []
-    thought = "" if request.include_reasoning is False else reply.message.reasoning or ""
-    if summary or thought:
-        output.append(_thought(plan, summary, thought))
+    if summary or reply.message.reasoning:
+        output.append(_thought(plan, summary, reply.message.reasoning or ""))
         for data in stream.think(output[0]):
             yield data
     output.append(_said(plan, reply.message))
@@ -164,7 +163,7 @@ def _response(request: ResponsesRequest, plan: Plan, status: str, **known: Any) 
         "tool_choice": "auto",
         "tools": [],
         "top_p": request.top_p,
-        "truncation": request.truncation or "disabled",
+        "truncation": "disabled",
         "usage": None,
         "user": extra.get("user"),
         **known,
