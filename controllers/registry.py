@@ -9,6 +9,7 @@ from typing import Any, Final
 from controllers.baselines import (
     CMC,
     AdaptiveConsistency,
+    AdaptiveWaves,
     AnswerConsistency,
     EarlyStopping,
     ParallelProbe,
@@ -24,6 +25,7 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
     {
         "single": Single,
         "self_consistency": SelfConsistency,
+        "adaptive_consistency": AdaptiveWaves,
         "asc": AdaptiveConsistency,
         "esc": EarlyStopping,
         "answer_consistency": AnswerConsistency,

@@ -1,5 +1,6 @@
 """Published policies, one a file, each with a β map of ours so that any can serve."""
 
+from controllers.baselines.adaptive_consistency import AdaptiveWaves
 from controllers.baselines.answer_consistency import AnswerConsistency
 from controllers.baselines.asc import AdaptiveConsistency
 from controllers.baselines.cmc import CMC
@@ -12,6 +13,7 @@ from controllers.baselines.single import Single
 __all__ = [
     "CMC",
     "AdaptiveConsistency",
+    "AdaptiveWaves",
     "AnswerConsistency",
     "EarlyStopping",
     "ParallelProbe",

@@ -22,6 +22,7 @@ from controllers import (
     run_sync,
 )
 from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
+from controllers.baselines.adaptive_consistency import gain
 from controllers.dial import linear
 from controllers.registry import ADMIN_ONLY, BUILT_IN, PINNABLE, create, find, is_admin_only
 from tests.fakes import Chain, Eager, ScriptedEnvironment, chain, episode
@@ -212,6 +213,53 @@ def test_self_consistency_doubles() -> None:
 def test_asc_stops_once_the_lead_is_safe() -> None:
     state, _ = play("asc", 1, [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)])
     assert state.width == 4  # 31/32 is the first confidence past 0.95
+
+
+def test_adaptive_consistency_doubles_its_waves_and_stops_when_chains_are_worth_no_more() -> None:
+    agreeing = [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)]
+    state, environment = play("adaptive_consistency", 1, agreeing)
+    assert (state.width, answered(state, environment)) == (8, "7")
+    split = [chain(str(7 + i % 2), 60 + i % 26, mark=chr(97 + i)) for i in range(64)]
+    state, environment = play("adaptive_consistency", 1, split)
+    assert state.width == 64
+    opened = [sum(action.verb is Verb.BRANCH for action in actions) for actions in environment.rounds]
+    assert [count for count in opened if count] == [8, 8, 16, 32]
+
+
+def test_adaptive_consistency_gives_up_on_scattered_votes() -> None:
+    scattered = [chain(str(i // 2), 80, mark=chr(97 + i)) for i in range(64)]
+    assert play("adaptive_consistency", 0.5, scattered)[0].width == 32
+    assert play("asc@64", 0.5, scattered)[0].width == 64
+
+
+def test_adaptive_consistency_waits_for_long_chains_that_may_matter_and_for_no_others() -> None:
+    wrong, short, long = chain("9", 60), chain("7", 60), chain("7", 600, mark="z")
+    state, environment = play("adaptive_consistency", 1, [wrong] * 3 + [long] * 5 + [short] * 56)
+    assert answered(state, environment) == "7"
+    assert len(state.finished) == state.width
+    state, environment = play("adaptive_consistency", 1, [wrong] * 7 + [long])
+    assert (answered(state, environment), state.width, len(state.finished)) == ("9", 8, 7)
+
+
+def test_adaptive_consistency_spends_more_on_no_question_at_a_smaller_beta() -> None:
+    for seed in range(12):
+        spent = [play("adaptive_consistency", b / 16, crowd(seed), interval=480)[0].spent for b in range(17)]
+        assert spent == sorted(spent)
+
+
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [((8, 0, 8, 56), 0.0), ((4, 4, 8, 56), 0.1), ((1, 1, 32, 32), 0.01), ((40, 10, 50, 14), 0.0)],
+)
+def test_the_value_of_more_chains(votes: tuple[int, int, int, int], expected: float) -> None:
+    first, second, sampled, left = votes
+    rng = random.Random(0)
+    total = sampled + 2
+    p, q = (first + 1) / total, (second + 1) / total
+    spread = ((p + q - (p - q) ** 2) / total * left / (sampled + left)) ** 0.5
+    drawn = [max(0.0, -rng.gauss(p - q, spread)) for _ in range(20_000)]
+    assert gain(*votes) == pytest.approx(sum(drawn) / len(drawn), abs=2e-3)
+    assert gain(*votes) == pytest.approx(expected, abs=0.02)
 
 
 def run(controller: Controller, chains: list[Chain]) -> tuple[object, int]:

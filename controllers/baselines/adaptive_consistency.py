@@ -1,0 +1,72 @@
+"""Adaptive consistency in waves: sample until more chains are not worth their tokens, whatever their length.
+
+A version of Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860) that is fast as well as frugal. Chains run in
+waves, each as large as all before it together, instead of one after the other. It stops by the value of information
+(Raiffa and Schlaifer, Applied Statistical Decision Theory, 1961) instead of a confidence: votes that are scattered over
+many answers are not worth more chains, though nothing is certain.
+"""
+
+from __future__ import annotations
+
+from math import erfc, exp, pi, sqrt
+
+from controllers.actions import Action, advance, answer, branch
+from controllers.dial import MOST_CHAINS, check_beta, doubling
+from controllers.state import State
+from controllers.voting import top_two
+
+FIRST_WAVE = 3  # the first wave has 2 to the power of up to this at β = 1: powers of two, so that waves end alike
+WORTH = (0.05, 0.014)  # gain in the winner's share of votes for which the chains left are still sampled, at β = 0 and 1
+LEAST = 2  # chains that must agree before anything stops early
+
+
+class AdaptiveWaves:
+    """At most N chains, N from 1 at β = 0 to 64 from β = 0.5 on; a first wave of 1, 2, 4 or 8, then doubling.
+
+    No chain counts for more because it is short: a wave runs to its end unless the answer and the decision to stop are
+    the same whatever its unfinished chains will say. Probes are not needed. Takes over from any state.
+    """
+
+    def __init__(self, beta: float) -> None:
+        beta = check_beta(beta)
+        self.samples = doubling(MOST_CHAINS, min(1.0, 2 * beta))
+        self.first_wave = 2 ** round(FIRST_WAVE * beta)
+        self.worth = WORTH[0] * (WORTH[1] / WORTH[0]) ** beta
+
+    def decide(self, state: State) -> list[Action]:
+        running = state.active
+        sampled = len(state.finished) + len(running)
+        most = min(self.samples, sampled + state.room)
+        if sampled and self._settled(state, len(running), sampled, most):
+            return [answer(state.leader())]
+        if running:
+            return [advance(i) for i in running]
+        wave = min(sampled or self.first_wave, most - sampled)
+        return [branch()] * wave if wave > 0 else [answer(state.leader())]
+
+    def _settled(self, state: State, unfinished: int, sampled: int, most: int) -> bool:
+        """Return whether to stop now, however the `unfinished` chains of the wave vote."""
+        first, second = top_two(state.votes)
+        second += unfinished  # the worst that can happen: all of them vote for the runner-up
+        if unfinished and first <= second:
+            return False
+        if sampled >= most:
+            return True
+        return first >= LEAST and gain(first, second, sampled, most - sampled) < self.worth
+
+
+def gain(first: int, second: int, sampled: int, left: int) -> float:
+    """Return the expected gain in the winner's share of votes from `left` more chains, in [0, 1].
+
+    `first` and `second` are the two highest counts of votes among `sampled` chains. The difference of their shares has
+    a mean d and a variance of (p + q - d²) / n; what `left` more chains will move its estimate by has the standard
+    deviation s, that variance times left / (sampled + left), root taken. If the runner-up overtakes, choosing it gains
+    the difference: E[max(0, -D)] for D normal with mean d and deviation s, s·φ(d/s) - d·Φ(-d/s). Shares are smoothed by
+    one vote each.
+    """
+    total = sampled + 2
+    p, q = (first + 1) / total, (second + 1) / total
+    lead = p - q
+    deviation = sqrt(max((p + q - lead * lead) / total * left / (sampled + left), 1e-12))
+    z = lead / deviation
+    return deviation * exp(-z * z / 2) / sqrt(2 * pi) - lead * erfc(z / sqrt(2)) / 2
