@@ -21,9 +21,10 @@ demo: $(VENV)/embedded
 test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-# What the suite does a few times, many: a proxy killed while it writes.
+# What the suite does a few times, many: a proxy killed while it writes, and every command beside proxies that end.
 soak: $(VENV)/dev
-	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py -k killed $(ARGS)
+	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
+	  -k "killed or beside_proxies" $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Final
 
@@ -14,6 +15,9 @@ from discovery.errors import NotWritten
 
 BLOCK: Final = 1 << 16
 """Bytes that are looked through at a time for the end of the last line."""
+DATABASE_FILES: Final = ("", "-wal", "-shm", "-journal")
+"""What the names of a database's files end in."""
+_NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 
 @contextmanager
@@ -22,6 +26,7 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
     It has the mode of the file it replaces, or else the one the process's umask gives new files.
     """
+    _refuse_database(path, str(path))
     unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
     try:
         with create(unfinished) as file:
@@ -64,6 +69,34 @@ def check_place(path: Path, option: str) -> None:
         raise NotWritten(f"{option} {path}: there is no folder {path.resolve().parent}")
     if path.is_dir():
         raise NotWritten(f"{option} {path}: that is a folder")
+    _refuse_database(path, f"{option} {path}")
+
+
+def is_database_file(path: Path) -> bool:
+    """Whether an SQLite database is at `path`, or beside it one whose log, index or journal `path` is.
+
+    Only SQLite opens the database, and without locking it: closing a file drops the locks this process may hold on it.
+    """
+    real = Path(os.path.realpath(path))
+    endings = (end for end in DATABASE_FILES if real.name.endswith(end) and real.name != end)
+    return any(_is_database(real.with_name(real.name.removesuffix(end))) for end in endings)
+
+
+def _is_database(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        return error.sqlite_errorcode & 0xFF not in _NO_DATABASE
+    return True
+
+
+def _refuse_database(path: Path, told: str) -> None:
+    """Raise NotWritten rather than replace a database that another process may be using."""
+    if is_database_file(path):
+        raise NotWritten(f"{told}: that is a database, which is not overwritten; name another file")
 
 
 def sync_folder(folder: Path) -> None:

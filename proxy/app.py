@@ -159,10 +159,10 @@ class Service:
             default=self._default(model.id),
             target=None if parsed.tts.target_tokens is None else partial(self._aim, model.id, parsed.tts),
         )
-        reason = _why_not(parsed, turned)
-        if turned is None or reason is not None:
-            return await self._pass(request, parsed, raw, model, reason or "no_beta")
-        if not turned.explicit and parsed.tts.controller is None and self._map(model.id).arm is Arm.SINGLE:
+        unserved = _why_not(parsed, turned)
+        if turned is None or unserved is not None:
+            return await self._pass(request, parsed, raw, model, unserved if turned and unserved else NO_BETA)
+        if parsed.tts.controller is None and self._is_single(turned, parsed, model):
             parsed = parsed.served_by("single")
         if not (parsed.tts.required or is_recording):
             turned = turned.shrunk(await self.load.factor())
@@ -177,8 +177,9 @@ class Service:
             turned,
             tenant=caller.tenant,
             drift=self.drift if is_kept else None,
-            salt=caller.salt,
+            salt=caller.salt or parsed.cache_salt,
             prefix=form.prefix,
+            cap_source=turn.cap_source,
         )
         named = request.scope["path"], model.id, request.state.held
         with self._seeing_off(model.id):
@@ -190,6 +191,12 @@ class Service:
         tell = news.put_nowait if parsed.tts.progress else None
         events = form.events(parsed, plan, thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s))
         return Stream.of(events, reply.known_headers(plan))
+
+    def _is_single(self, turned: dial.Dial, parsed: schema.Generation, model: Model) -> bool:
+        """Whether one branch serves: no thought is wanted, or the operator's β does not pay for this model."""
+        if turned.source is dial.Source.EFFORT and parsed.effort == dial.NO_EFFORT:
+            return True
+        return not turned.explicit and self._map(model.id).arm is Arm.SINGLE
 
     def _map(self, model: str) -> Map:
         """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
@@ -236,24 +243,23 @@ class Service:
             raise
 
     async def _pass(
-        self, request: Request, parsed: schema.Generation, raw: bytes, model: Model, reason: str
+        self, request: Request, parsed: schema.Generation, raw: bytes, model: Model, unserved: schema.Unserved
     ) -> Response:
         if parsed.tts.required:
             raise BadRequest(
-                f"a controller cannot serve this request ({reason}) and tts.required is set",
-                param=None if reason == "no_beta" else reason,
+                f"a controller cannot serve this request ({unserved.reason}) and tts.required is set",
+                param=unserved.field or None,
                 code="tts_not_applicable",
             )
         is_named = parsed.model is not None or self.settings.model is not None
         bound = self.turns.bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
-        names = [*parsed.model_fields_set, *(parsed.model_extra or {})]
-        drop = list(fields.withheld(names, is_admin=request.state.caller.is_admin))
+        drop = list(fields.withheld(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
         if "tts" in parsed.model_fields_set:
             drop.append("tts")
         body = splice(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
-        about = _untouched(reason), model.id, content_type, bound
+        about = _untouched(unserved.reason), model.id, content_type, bound
         return await self._forward(request, body, *about, is_stream=bool(parsed.stream))
 
     # What happened
@@ -419,7 +425,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(_session(settings))
+            session = await stack.enter_async_context(upstream_session(settings))
             berths = Berths(settings.branches_in_flight)
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s, berths=berths)
             stack.push_async_callback(engine.close)
@@ -512,8 +518,8 @@ def _calibrations(settings: Settings) -> Calibrations:
         raise errors.SettingsError(f"calibration: {error}") from None
 
 
-def _session(settings: Settings) -> aiohttp.ClientSession:
-    """Connections to the upstream: as many as branches need, not the library's 100."""
+def upstream_session(settings: Settings) -> aiohttp.ClientSession:
+    """A session for requests to the upstream, with as many connections as branches need."""
     key = settings.upstream_api_key
     headers = {"accept-encoding": "identity"}  # bodies are handed on as they come
     if key is not None:
@@ -553,19 +559,20 @@ def _clipped(answer: str) -> str:
     return answer if len(answer) <= SHOWN_CHARS else f"{answer[: SHOWN_CHARS - 1]}…"
 
 
-def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> str | None:
-    """Why no controller serves a request, or None."""
-    reason = parsed.unserved()
-    if reason is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
-        return "temperature"
-    return reason
+NO_BETA: Final = schema.Unserved("no_beta", "")
+
+
+def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> schema.Unserved | None:
+    """Return why no controller serves a request, or None."""
+    unserved = parsed.unserved()
+    if unserved is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
+        return schema.Unserved("temperature", "temperature")
+    return unserved
 
 
 def _untouched(reason: str) -> dict[str, str]:
-    """The headers of a response no controller had a part in."""
-    is_a_name = reason.isascii() and reason.isidentifier() and len(reason) <= 64
-    told = reason if is_a_name else "unknown_field"  # it may be whatever a client wrote
-    return {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": told}
+    """Return the headers of a response that no controller took part in."""
+    return {"x-request-id": _request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
 
 
 def _request_id() -> str:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from proxy.errors import BadRequest
-from proxy.limits import Caps
+from proxy.limits import Caps, limit
 from proxy.schema import ChatRequest, CompletionRequest, Generation, ResponsesRequest
 
 UNSET: Final = 16
@@ -53,10 +53,27 @@ NOTHING: Final = Bound(most=0)
 """Of a request that generates nothing."""
 
 
-def fit(request: Generation, caps: Caps, longest: int) -> Bound:
-    """`request` under `caps`, by a model of `longest` tokens at most, or 0 if that is not known.
+class _Caps(NamedTuple):
+    """The caps of a request, and which of them are its key's own."""
 
-    Raises BadRequest, naming the field and the cap.
+    all: Caps
+    key: str
+    own: Caps
+
+    def check(self, given: str, param: str, each: int, texts: int) -> None:
+        """Raise BadRequest, naming the cap and whose it is, if so many texts of `each` tokens do not fit."""
+        cap, source = limit(each * texts, self.key, self.own, self.all)
+        if cap == each * texts:
+            return
+        per = "a minute" if "minute" in source.lower() else "a request"
+        many = f" and {texts} texts are asked for, {each * texts} tokens in all" if texts > 1 else ""
+        raise BadRequest(f"{given}{many}; {source} is {cap} tokens {per}", param=param, code="cap_too_small")
+
+
+def fit(request: Generation, caps: Caps, longest: int, key: str = "", own: Caps | None = None) -> Bound:
+    """The bound on `request` under `caps`, for a model of `longest` tokens at most (0: unknown).
+
+    `own` are the caps of the request's `key`, which `caps` contain. Raises BadRequest, naming the field and the cap.
     """
     if caps.tokens is None and caps.tokens_per_minute is None:
         return FREE
@@ -66,7 +83,7 @@ def fit(request: Generation, caps: Caps, longest: int) -> Bound:
     if isinstance(request, CompletionRequest):
         texts *= _prompts(request)
     put: dict[str, Any] = {}
-    most = texts * _each(request, caps, longest, texts, put)
+    most = texts * _each(request, _Caps(caps, key, own or Caps()), longest, texts, put)
     is_response = isinstance(request, ResponsesRequest)
     has_asked = bool(request.stream) and not is_response and not request.wants_usage
     if has_asked:
@@ -83,32 +100,23 @@ def fit(request: Generation, caps: Caps, longest: int) -> Bound:
     )
 
 
-def _each(request: Generation, caps: Caps, longest: int, texts: int, put: dict[str, Any]) -> int:
+def _each(request: Generation, caps: _Caps, longest: int, texts: int, put: dict[str, Any]) -> int:
     """Tokens of each text at most; `put` takes the limit where one has to be set. Raises BadRequest."""
     names = _LIMITS[type(request)]
     given: list[tuple[int, str]] = [(value, name) for name in names if (value := getattr(request, name)) is not None]
     if given:
         each, name = max(given)
         each = max(1, each)  # where none is asked for the upstream generates one all the same
-        _check(f"{name} is {each}", name, each, texts, caps)
+        caps.check(f"{name} is {each}", name, each, texts)
         return each
     default = UNSET if isinstance(request, CompletionRequest) else None
-    cap = caps.cap(None if default is None else default * texts) or 0
+    cap = caps.all.cap(None if default is None else default * texts) or 0
     each = max(1, cap // texts if default is None else min(default, cap // texts))
-    _check("each text needs a token", request.param if isinstance(request, CompletionRequest) else "n", 1, texts, caps)
+    caps.check("each text needs a token", request.param if isinstance(request, CompletionRequest) else "n", 1, texts)
     if default is None and 0 < longest <= each:
         return longest
     put[names[0]] = each
     return each
-
-
-def _check(words: str, param: str, each: int, texts: int, caps: Caps) -> None:
-    if caps.cap(each * texts) == each * texts:
-        return
-    bounds = ((caps.tokens, "a request"), (caps.tokens_per_minute, "a minute"))
-    cap, per = min((cap, per) for cap, per in bounds if cap is not None)
-    many = f" and {texts} texts are asked for, {each * texts} tokens in all" if texts > 1 else ""
-    raise BadRequest(f"{words}{many}; the cap is {cap} tokens {per}", param=param, code="cap_too_small")
 
 
 def _whole(extra: Mapping[str, Any], name: str) -> int:

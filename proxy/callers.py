@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import secrets
 from enum import StrEnum
 from hashlib import blake2b
 from hmac import compare_digest, digest
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from starlette.requests import Request
 
 from proxy import keys
 from proxy.errors import Forbidden, SettingsError, Unauthorised
-from proxy.limits import Caps
+from proxy.limits import Caps, too_small
 from proxy.settings import Settings
 from proxy.splice import splice
+
+logger = logging.getLogger(__name__)
+
+FIXED_TOKENS: Final = 34
+"""Tokens of the texts that close a thought and lead into an answer, two probes' and a reply's, in most families."""
 
 
 class Access(StrEnum):
@@ -55,7 +61,11 @@ class Callers:
     """All who may call, as settings and the file of keys have it. Raises SettingsError if that cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
-        self.keyring = keys.ring(settings.keys, settings.client_keys)
+        need = tokens_needed(settings)
+        self.keyring = keys.ring(settings.keys, settings.client_keys, need)
+        common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
+        if limit := too_small(common, need):
+            logger.warning("the server's limit %s %s", limit, keys.is_too_little(need))
         self._admin_key = settings.admin_key
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
@@ -108,6 +118,12 @@ class Callers:
     def _salt(self, tenant: str) -> str | None:
         """A text only this proxy can make, so that no tenant can tell by its speed what another has asked."""
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
+
+
+def tokens_needed(settings: Settings) -> int:
+    """About what one interval and its answer need under a cap; `chat.plan` knows it exactly for a request."""
+    texts = settings.interval + 2 * settings.probe_tokens + FIXED_TOKENS
+    return texts + max(settings.probe_tokens, min(settings.finalise_tokens, texts // 3))
 
 
 def _token(request: Request) -> str:

@@ -77,6 +77,11 @@ class Plan:
         return self.spec.name
 
     @property
+    def ignores_eos(self) -> bool:
+        """Whether branches run to their limit, as benchmarks ask; they then answer nothing."""
+        return bool(self.prompt.sampling.get("ignore_eos"))
+
+    @property
     def records_all(self) -> bool:
         """Whether its branches are wanted, rather than an answer."""
         return is_admin_only(self.spec.name)
@@ -114,9 +119,11 @@ async def plan(
     drift: Drift | None = None,
     salt: str | None = None,
     prefix: str = "chatcmpl-",
+    cap_source: str = "",
 ) -> Plan:
     """Tokenise the prompt and fix every bound; `drift` knows the chat template, where that is written down.
 
+    `cap_source` names who set the settings' cap on tokens, for the message where it is too small.
     Raises BadRequest or UpstreamError; nothing has been generated.
     """
     started = time.monotonic()
@@ -134,10 +141,12 @@ async def plan(
         template = probing.template_for(
             settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
         )
-        bounds = await _bounds(engine, settings, model, request, len(ids), template)
+        bounds = await _bounds(engine, settings, model, request, len(ids), template, cap_source)
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if sampling.get("temperature") == 0:
         sampling["temperature"] = settings.branch_temperature
+    if request.ignore_eos:
+        sampling["ignore_eos"] = True
     return Plan(
         request_id=request_id,
         created=int(time.time()),
@@ -201,7 +210,13 @@ def _hashed(text: str) -> str:
 
 
 async def _bounds(
-    engine: Engine, settings: Settings, model: Model, request: Generation, prompt: int, template: probing.Template
+    engine: Engine,
+    settings: Settings,
+    model: Model,
+    request: Generation,
+    prompt: int,
+    template: probing.Template,
+    cap_source: str,
 ) -> _Bounds:
     """Token bounds under which a branch, its probes and its closing fit the model's context and the request's cap."""
     close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
@@ -227,9 +242,12 @@ async def _bounds(
         reserve += ahead
     least = reserve + min(settings.interval, branch)
     if cap is not None and cap < least:
+        is_clients = cap == request.tts.max_total_tokens
+        source = "tts.max_total_tokens" if is_clients else cap_source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        way_out = "raise it" if is_clients else "ask for shorter replies, or the operator for more"
         raise BadRequest(
-            f"max_total_tokens is {cap}; one interval and its answer need {least} here",
-            param="tts.max_total_tokens",
+            f"{source} is {cap}; one interval and its answer need {least} here: {way_out}",
+            param="tts.max_total_tokens" if is_clients else None,
             code="cap_too_small",
         )
     limits = Limits(
@@ -258,8 +276,8 @@ async def serve(
     is in flight; what had been spent is counted either way, and `settle` told of it.
     """
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
-    if plan.records_all:
-        environment.votable = environment.votable_for_sure = True  # whatever they say is recorded
+    if plan.records_all or plan.ignores_eos:  # all branches are wanted, whatever they say
+        environment.votable = environment.votable_for_sure = True
     state = State(plan.limits)
     cast = casting.cast(Choice(plan.spec, plan.stage))
     if tell is not None:

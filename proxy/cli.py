@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
+import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,8 +82,22 @@ for group in (importing, keeping, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        try:
+            installed = version("autotts-proxy")
+        except PackageNotFoundError:
+            installed = "of a checkout that is not installed"
+        typer.echo(f"autotts {installed}")
+        raise typer.Exit
+
+
 @app.callback()
-def autotts() -> None:
+def autotts(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
     """An OpenAI-compatible proxy that spends test-time compute by a controller with one dial, β."""
 
 
@@ -143,23 +160,49 @@ async def _serve(settings: Settings) -> None:
 
     check_host(settings)
     with listen(settings.host, settings.port) as listening:
-        async with _upstream(settings) as (ready, embedded):
-            url = f"http://{settings.host}:{listening.getsockname()[1]}"
-            text = welcome(url, settings.upstream is None)
+        ready, upstream = _upstream(settings, logging.getLogger("proxy").info)
+        text = ""
 
-            def begin() -> None:
-                gc.collect()
-                gc.freeze()  # what a server is made of stays: looking through it time and again takes a fifth of a core
-                gc.set_threshold(10_000)  # requests leave little behind that is not freed at once
-                if settings.log is LogForm.JSON:
-                    logging.getLogger("proxy").info("listening on %s", url)
-                else:
-                    console.print(text, highlight=False, markup=False, soft_wrap=True)
+        def begin() -> None:
+            gc.collect()
+            gc.freeze()  # what a server is made of stays: looking through it time and again takes a fifth of a core
+            gc.set_threshold(10_000)  # requests leave little behind that is not freed at once
+            if settings.log is LogForm.JSON:
+                logging.getLogger("proxy").info("listening on %s", url)
+            else:
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-            server = Server(ready, begin)
+        server = Server(ready, begin)  # raises SettingsError before anything costly starts
+        async with upstream as embedded:
             if embedded is not None:
                 embedded.on_restart = server.take_restart
+            model = await _example_model(ready)
+            url = base_url(settings.host, listening.getsockname()[1])
+            has_keys = settings.keys is not None or settings.client_keys is not None
+            text = welcome(url, model, is_embedded=settings.upstream is None, has_keys=has_keys)
             await server.serve(sockets=[listening])
+
+
+async def _example_model(settings: Settings) -> str | None:
+    """The model for the printed example; None, with a warning, if the upstream does not say which it serves."""
+    from proxy.app import upstream_session
+    from proxy.engine import Engine
+    from proxy.errors import UpstreamError
+
+    log = logging.getLogger("proxy")
+    async with upstream_session(settings) as session:
+        engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+        log.info("starting the proxy for the upstream %s", engine.shown)
+        try:
+            models = [model.id for model in await engine.aside().models(is_check=True)]
+        except UpstreamError as error:
+            log.warning("%s; the proxy starts anyway, and /ready tells when the upstream is up", error.logged)
+            return settings.model
+    if not models:
+        log.warning("%s serves no model", engine.shown)
+    elif settings.model is not None and {settings.model, settings.model.rpartition("@")[0]}.isdisjoint(models):
+        log.warning("%s serves no model %r; it serves %s", engine.shown, settings.model, ", ".join(models))
+    return settings.model or next(iter(models), None)
 
 
 async def _demo(problems: int, plot: Path, **given: Any) -> None:
@@ -170,40 +213,57 @@ async def _demo(problems: int, plot: Path, **given: Any) -> None:
 
     settings = load(**given)
     check_plot(plot)
-    async with _upstream(settings) as (ready, _), running(ready) as url:
+    ready, upstream = _upstream(settings, console.print)
+    async with upstream, running(ready) as url:
         await demo.run(f"{url}/v1", problems, plot)
 
 
-@asynccontextmanager
-async def _upstream(settings: Settings) -> AsyncIterator[tuple[Settings, EmbeddedServer | None]]:
-    """Yield settings that name an upstream. If none was given it is the embedded model's, which runs meanwhile."""
+_Upstream = AbstractAsyncContextManager["EmbeddedServer | None"]
+
+
+def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, _Upstream]:
+    """Return settings that name an upstream, and a context in which it runs: that of the embedded model by default."""
     if settings.upstream is not None:
-        yield settings, None
-        return
+        return settings, nullcontext()
     from proxy.embedded import EmbeddedServer
 
+    server = EmbeddedServer(args=settings.embedded_flags)
+    return settings.model_copy(update={"upstream": server.url}), _starting(server, say)
+
+
+@asynccontextmanager
+async def _starting(server: EmbeddedServer, say: Callable[[str], None]) -> AsyncIterator[EmbeddedServer]:
     async with AsyncExitStack() as stack:
-        with console.status("starting the embedded model (about 20 s)…"):
-            server = await stack.enter_async_context(EmbeddedServer())
-        yield settings.model_copy(update={"upstream": server.url}), server
+        say("starting the embedded model on vLLM for CPU; this takes 15 to 60 s")
+        with console.status("starting the embedded model…"):
+            await stack.enter_async_context(server)
+        yield server
 
 
-def welcome(url: str, is_embedded: bool) -> str:
+def base_url(host: str, port: int) -> str:
+    """The URL of a server that listens on `host`."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False) -> str:
     """What to type next: a curl and a Python snippet that work against this server."""
     from deploy.embedded.task import held_back
 
-    model = "autotts-tiny" if is_embedded else "your model"
+    model = model or "MODEL"
     question = held_back(1)[0].question if is_embedded else "What is 17 * 23? Put the answer in \\boxed{}."
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'.replace("\\", "\\\\")
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
+    key = "YOUR_KEY" if has_keys else "unused"
+    headers = ["content-type: application/json", "x-tts-beta: 0.5", *(["authorization: Bearer YOUR_KEY"] * has_keys)]
+    flags = " ".join(f"-H '{header}'" for header in headers)
     return f"""
 AutoTTS Proxy listens on {url}
 
-curl {url}/v1/chat/completions -H 'content-type: application/json' -H 'x-tts-beta: 0.5' -d '{body}'
+curl {url}/v1/chat/completions {flags} -d {shlex.quote(body)}
 
 from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="unused")
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
 reply = client.chat.completions.create(
-    model="{model}",
+    model={json.dumps(model, ensure_ascii=False)},
     messages=[{{"role": "user", "content": r"{question}"}}],
     extra_headers={{"x-tts-beta": "0.5"}},
 )

@@ -17,8 +17,11 @@ from proxy.errors import BadRequest
 
 HEADER: Final = "x-tts-beta"
 
+NO_EFFORT: Final = "none"
+"""The `reasoning_effort` that asks for an answer without a thought. Where it sets β, one branch answers."""
+
 EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
-    {"none": 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
+    {NO_EFFORT: 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
 )
 """What `reasoning_effort` means as β, for models that do not read it themselves."""
 
@@ -28,6 +31,9 @@ READS_EFFORT: Final = ("gpt-oss",)
 
 ALIASES: Final = (0.25, 0.5, 0.75, 1.0)
 """β of the aliases that are listed beside each model; any other may be named as well."""
+
+BUCKETS: Final = (0.0, *ALIASES)
+"""Values of β that metrics tell apart; every effort has one of its own."""
 
 
 class Source(StrEnum):
@@ -66,8 +72,8 @@ class Dial(NamedTuple):
 
     @property
     def bucket(self) -> str:
-        """β to one decimal, for metrics: labels must be few."""
-        return f"{self.beta:.1f}"
+        """The nearest of `BUCKETS`, for metrics, where labels must be few."""
+        return f"{min(BUCKETS, key=lambda bucket: (abs(bucket - self.beta), -bucket)):g}"
 
 
 def _parse(text: str, param: str) -> float:

@@ -67,6 +67,10 @@ class Seen(NamedTuple):
         return [f"{name} {str(before)!r} to {str(now)!r}" for name, before, now in pairs if before and before != now]
 
 
+class _NotMadeYet(Exception):
+    """The recorder has yet to create the store; until then there is nothing to compare with."""
+
+
 class Drift:
     """What the upstream's chat templates are now, and how that compares with a store."""
 
@@ -151,6 +155,8 @@ class Drift:
         try:
             await self.look()
             await self._compare()
+        except _NotMadeYet:
+            return False
         except Exception as error:  # whatever it is, the next look may do
             complaint = error.logged if isinstance(error, UpstreamError) else f"{type(error).__name__}: {error}"
         if complaint not in ("", self._complaint):
@@ -164,7 +170,9 @@ class Drift:
         if path is None:
             return
         if not path.exists() or not path.stat().st_size:
-            raise StoreError(f"{path}: it is not there, or just being made")
+            if path.parent.is_dir():
+                raise _NotMadeYet
+            raise StoreError(f"{path}: there is no folder {path.parent}")
         async with Store.open(path) as store:
             for model, seen in self._seen.items():
                 changes = seen.changes(await store.versions(model) or await self._of_others(store))

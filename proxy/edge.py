@@ -1,9 +1,9 @@
-"""What a connection may send: one well-formed request after the other, within bounds, and each is answered once.
+"""The HTTP/1.1 protocol of one connection: well-formed requests within bounds of size and time, answered in order.
 
-uvicorn's httptools protocol, made stricter. llhttp refuses what smuggles by framing (two lengths, a length beside
+This is uvicorn's httptools protocol, made stricter. llhttp refuses smuggling by framing (two lengths, a length beside
 chunks, an encoding that does not end in `chunked`, folded headers, bare line feeds), but a target may be absolute or
-climb, hosts may be many or none, versions 0.9 and 2.0 pass, heads have no bound, trailers are taken for headers, and
-what follows a request may be answered before it. Here none of that reaches the app.
+climb, hosts may be many or none, versions 0.9 and 2.0 pass, heads have no bound, trailers are taken for headers, bodies
+may take for ever, and a request may be answered before the one it follows. None of that reaches the app.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 from uuid import uuid4
 
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy import errors
-from proxy.errors import ApiError, BadRequest, HeadTooLarge, TooSlow
+from proxy.connections import Connections
+from proxy.errors import ApiError, BadRequest, HeadTooLarge, TooManyConnections, TooSlow
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +34,25 @@ MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
 """Of a request's first line and headers together."""
 MOST_WAITING: Final = 16
-"""Requests that may be sent before the first of them is answered; a connection that sends more is closed then."""
-HEAD_S: Final = 10.0
-"""Seconds a head may take to arrive."""
-BODY_S: Final = 60.0
-"""Seconds between two pieces of a body."""
-MOST_DROPPED: Final = 16 * 2**20
-"""Bytes of a body that are read after its request has been answered, so that the client comes to read the answer."""
-LINGER_S: Final = 1.0
-"""Seconds in which what a refused client still sends is read and dropped: closing at once could cost it the answer."""
+"""Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
+BODY_GRACE_S: Final = 20.0
+"""Seconds before a body's rate counts."""
+LINGER_S: Final = 2.0
+"""Seconds in which input after an early answer is read and dropped. Closing at once could cost a client the answer."""
 
 ONCE: Final = (b"authorization", b"content-type", b"content-length", b"transfer-encoding", b"expect")
 """Headers that mean something here, so nobody on the way may understand another one of them."""
 ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
 """Below these a path ends in a name, which may be percent-encoded. Nowhere else is there a reason to."""
+
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
+MOST_SHOWN: Final = 200
+"""Characters of a refused request's path that are looked at for the log."""
+PARTS: Final = frozenset(
+    {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
+    | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
+)
+"""Parts of paths that the log may show: those of the endpoints."""
 
 _TARGET: Final = re.compile(rb"/[!-~]*")
 _PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~@:!$&'()*+,;=-]*)+")
@@ -74,8 +82,9 @@ def check_target(target: bytes) -> None:
     """Raise BadRequest unless `target` is a path, with or without a query, that can be read in one way only."""
     if not _TARGET.fullmatch(target) or b"#" in target:
         raise BadRequest("the target must be a path; this is no forward proxy", code="bad_target")
-    if not _is_plain(target.partition(b"?")[0].decode()):
-        raise BadRequest("the path has empty, dotted or encoded parts; send it plain", code="bad_path")
+    path = target.partition(b"?")[0].decode()
+    if not _is_plain(path):
+        raise BadRequest(_what_is_wrong(path), code="bad_path")
 
 
 def _is_plain(path: str) -> bool:
@@ -89,14 +98,36 @@ def _is_plain(path: str) -> bool:
     return is_spelt_well and (path == "/" or not {"", ".", ".."} & set(path[1:].split("/")))
 
 
+def _what_is_wrong(path: str) -> str:
+    """The message about a path that is not plain. Only what it is made of is named, never quoted."""
+    parts = path[1:].split("/")
+    if len(parts) > 1 and not parts[-1] and _is_plain(path.rstrip("/")):
+        return "the path ends in a slash; leave it out"
+    if "" in parts:
+        return "the path has an empty part (two slashes in a row); send it plain"
+    if {".", ".."} & set(parts):
+        return "the path has a part that is `.` or `..`; send it plain"
+    return "the path has encoded or unusual characters; send it plain"
+
+
+def shown_path(target: bytes) -> str:
+    """The path of a request for the log: parts no endpoint has are shortened, because a client may write anything."""
+    parts = target[:MOST_SHOWN].partition(b"?")[0].decode("latin-1").split("/")
+    return "/".join(part if part in PARTS else "…" for part in parts)
+
+
 def answer(error: ApiError) -> bytes:
-    """The whole response to a request that no app sees, after which the connection closes."""
+    """Return the whole response to a request that no app sees, after which the connection closes."""
     content = json.dumps(errors.body(error)).encode()
-    head = (
-        f"HTTP/1.1 {error.status.value} {error.status.phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\nx-request-id: req-{uuid4().hex}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + content
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        "x-request-id": f"req-{uuid4().hex}",
+        **error.headers,
+        "connection": "close",
+    }
+    lines = [f"HTTP/1.1 {error.status.value} {error.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
 
 
 def _too_large() -> HeadTooLarge:
@@ -113,27 +144,89 @@ class Stage(Enum):
 
 
 _FAULTS: Final = logging.getLogger("uvicorn.error.edge")
-"""Hears of faults alone: that a request was refused, which uvicorn says without a reason, is told here with one."""
+"""uvicorn's logger of a connection. It reports faults only: why a request is refused is logged here."""
 _FAULTS.setLevel(logging.ERROR)
 
 
-class EdgeProtocol(HttpToolsProtocol):
-    """One connection."""
+class EdgeLimits(NamedTuple):
+    """How long the parts of an exchange may take."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    head_s: float = 10.0  # for a head to arrive in full
+    body_s: float = 300.0  # for a body to arrive in full
+    body_rate: int = 1024  # bytes a second that a body must come at on average, after BODY_GRACE_S
+    write_s: float = 60.0  # that a client may leave its answer unread
+
+
+class Edge(NamedTuple):
+    """Everything that the connections of one server share."""
+
+    limits: EdgeLimits
+    connections: Connections
+    on_event: Callable[[str], object]  # called with "slow" and "unread" when a connection is given up
+
+
+class _Flow(FlowControl):
+    """Flow control that gives a connection up if its client does not read for too long."""
+
+    def __init__(self, transport: asyncio.Transport, seconds: float, give_up: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._seconds = seconds
+        self._give_up = give_up
+        self._timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._give_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Outlet:
+    """The transport as a response sees it. Closing it leaves the client time to read the answer."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+class EdgeProtocol(HttpToolsProtocol):
+    """The protocol of one connection."""
+
+    def __init__(self, *args: Any, edge: Edge, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logger = _FAULTS
+        self._limits = edge.limits
+        self._table = edge.connections
+        self._on_event = edge.on_event
         self._cycles: list[RequestResponseCycle] = []  # not answered, as far as is known, in order
         self._stage = Stage.IDLE
-        self._loose = 0  # bytes that came since anything was made of them
-        self._dropped = 0  # bytes of a body that came after its answer
-        self._is_deaf = False  # whatever else comes is dropped
-        self._wrong: ApiError | None = None  # with what is being read
+        self._loose = 0  # bytes that came since the parser last made something of them
+        self._is_deaf = False  # further input is dropped
+        self._is_closing = False  # no further answer is sent
+        self._wrong: ApiError | None = None  # with the message that is being read
         self._timer: asyncio.TimerHandle | None = None
-        self.logger = _FAULTS
+        self._body_began = 0.0  # by the loop's clock
+        self._body_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait(HEAD_S)
+        self.flow = _Flow(transport, self._limits.write_s, self._give_up)
+        self._outlet = _Outlet(transport, self._finish)
+        if self._table.admit(self, self.client[0] if self.client else ""):
+            self._wait(self._limits.head_s)
+        else:
+            transport.write(answer(_full()))
+            self._close_transport()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait(None)
+        self._table.leave(self)
         for cycle in self._unanswered():  # uvicorn tells only the last one
             cycle.disconnected = True
             cycle.message_event.set()
@@ -143,18 +236,30 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._is_deaf:
             return
         if self._stage is Stage.IDLE and self._timer is None:
-            self._wait(HEAD_S)
+            self._wait(self._limits.head_s)
         self._loose += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._end()  # the request is answered in HTTP/1.1; what follows it was meant for another protocol
+        except httptools.HttpParserError:
+            self._refuse(self._wrong or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
         if not self._is_deaf and self._loose > MOST_HEAD_BYTES:
             self._refuse(_too_large())
+
+    def evict(self) -> None:
+        """Close the connection at once. Whatever was being read is refused."""
+        if self._stage is Stage.HEAD or self._take_back():
+            self.transport.write(answer(_full()))
+        self._close_transport()
 
     # What the parser finds
 
     def on_message_begin(self) -> None:
         self._stage = Stage.HEAD
-        self._loose = self._dropped = 0
-        self._wait(HEAD_S)
+        self._loose = 0
+        self._wait(self._limits.head_s)
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -171,62 +276,80 @@ class EdgeProtocol(HttpToolsProtocol):
         except ApiError as error:
             self._wrong = error
             raise
-        self._stage = Stage.BODY
         self._loose = 0
         self._cycles = self._unanswered()
         super().on_headers_complete()
+        self._stage = Stage.BODY
+        self.cycle.transport = self._outlet  # type: ignore[assignment]
         self._cycles.append(self.cycle)
         if len(self._cycles) > 1:
             self.flow.resume_reading()  # else nobody would notice the client leaving
         if len(self._cycles) > MOST_WAITING:
             self._end()
-        self._wait(BODY_S)
+        self._body_began, self._body_bytes = self.loop.time(), 0
+        self._wait(min(BODY_GRACE_S, self._limits.body_s))
 
     def on_body(self, body: bytes) -> None:
         self._loose = 0
-        self._wait(BODY_S)
+        self._body_bytes += len(body)
         super().on_body(body)
-        if self.cycle.response_complete:
-            self._dropped += len(body)
-            if self._dropped > MOST_DROPPED:
-                self._close()
 
     def on_message_complete(self) -> None:
         self._stage = Stage.IDLE
         self._loose = 0
         self._wait(None)
         super().on_message_complete()
+        if not self.cycle.response_complete:
+            self._table.serve(self)
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """The request is answered in HTTP/1.1; what follows it was meant for another protocol."""
-        self._end()
+    def on_response_complete(self) -> None:
+        if self._stage is Stage.BODY and self.cycle.response_complete:  # the rest of its body may be long in coming
+            self._close()
+        if self._is_closing:
+            self.server_state.total_requests += 1
+            return
+        super().on_response_complete()
+        if all(cycle.more_body for cycle in self._unanswered()):
+            self._table.wait(self)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close_transport()
 
     # Refusals
 
-    def send_400_response(self, msg: str) -> None:
-        """The parser, or what it called, refuses what it has read."""
-        self._refuse(self._wrong or BadRequest("this is not HTTP/1.1 as it should be", code="bad_http"))
-
     def _refuse(self, error: ApiError) -> None:
         """Answer what is being read with `error` unless it is answered already, after all that came before it."""
-        logger.warning("a request was refused: %s", error.code)
-        before = self._unanswered()
-        if self._stage is Stage.BODY:
-            if self.cycle.response_complete:
-                self._close()
-                return
-            if not self.cycle.response_started:
-                before.pop()
-                self.cycle.disconnected = True  # as the app is told
-                self.cycle.message_event.set()
-                if before:
-                    self.pipeline.popleft()
-        if before:
-            self._cycles = before
+        logger.warning("%s was refused: %s (%s)", self._what_is_read(), error.message, error.code)
+        if self._stage is Stage.BODY and self.cycle.response_complete:
+            self._close()
+            return
+        self._take_back()
+        self._cycles = self._unanswered()
+        if self._cycles:
             self._end()
         else:
             self.transport.write(answer(error))
             self._close()
+
+    def _what_is_read(self) -> str:
+        """The method and path of what is being read, as far as they are known, and who sends it."""
+        host, port = self.client or ("unknown", 0)
+        sender = f"from {host}:{port}"
+        if self._stage is Stage.IDLE or not self.url:
+            return f"a request {sender}"
+        method = self.parser.get_method().decode("latin-1")
+        return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
+
+    def _take_back(self) -> bool:
+        """Take a request whose body is being read from the app. Returns False if there is none, or it is answered."""
+        if self._stage is not Stage.BODY or self.cycle.response_started:
+            return False
+        self.cycle.disconnected = True  # as the app is told
+        self.cycle.message_event.set()
+        self._cycles.remove(self.cycle)
+        if self._unanswered():
+            self.pipeline.popleft()
+        return True
 
     def _unanswered(self) -> list[RequestResponseCycle]:
         return [cycle for cycle in self._cycles if not cycle.response_complete]
@@ -238,26 +361,74 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._cycles:
             self._cycles[-1].keep_alive = False
 
+    def _finish(self) -> None:
+        """Close the connection after its last answer."""
+        if self._stage is Stage.BODY:
+            self._close()
+        else:
+            self._close_transport()
+
     def _close(self) -> None:
-        self._is_deaf = True
-        self._wait(None)
+        """Close the connection, but leave the client time to read what it was answered."""
+        self._is_deaf = self._is_closing = True
+        self.flow.resume_reading()
+        self._unset_keepalive_if_required()
         if not self.transport.is_closing():
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.loop.call_later(LINGER_S, self.transport.close)
+            self._wait(LINGER_S, self._close_transport)
 
-    def _wait(self, seconds: float | None) -> None:
-        """Refuse what is being read if nothing comes of it in so many seconds."""
+    def _close_transport(self) -> None:
+        """Close the connection once everything is sent, or has not been read for too long."""
+        self._is_deaf = self._is_closing = True
+        self.transport.close()
+        self._wait(self._limits.write_s, self.transport.abort)
+
+    def _give_up(self) -> None:
+        """Cut a connection whose client does not read its answer. The app is told that the client has left."""
+        logger.info("a response was cut: its client has read nothing for %g s", self._limits.write_s)
+        self._on_event("unread")
+        self.transport.abort()
+
+    # Time
+
+    def _wait(self, seconds: float | None, then: Callable[[], object] | None = None) -> None:
+        """Call `then`, or else `_late`, in so many seconds, and nothing that was to be called before."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._late)
+        self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._late)
 
     def _late(self) -> None:
         self._timer = None
         if self._stage is Stage.IDLE:
             if not self._unanswered():
-                self.transport.close()
-        elif self._stage is Stage.BODY and (self.flow.read_paused or self.cycle.waiting_for_100_continue):
-            self._wait(BODY_S)  # it is the app that is late
+                self._close_transport()
+        elif self._stage is Stage.HEAD:
+            self._refuse_slow(f"the head of the request took longer than {self._limits.head_s:g} s")
+        elif self.flow.read_paused or self.cycle.waiting_for_100_continue:  # it is the app that is late
+            self._body_began, self._body_bytes = self.loop.time(), 0
+            self._wait(min(BODY_GRACE_S, self._limits.body_s))
         else:
-            self._refuse(TooSlow("the request did not come to its end", code="too_slow"))
+            self._check_body()
+
+    def _check_body(self) -> None:
+        """Refuse a body that takes too long or comes too slowly; else look again when it would."""
+        limits, passed = self._limits, self.loop.time() - self._body_began
+        allowed = limits.body_s
+        if limits.body_rate:
+            allowed = min(allowed, BODY_GRACE_S + self._body_bytes / limits.body_rate)
+        if passed < allowed:
+            self._wait(allowed - passed)
+        elif allowed >= limits.body_s:
+            self._refuse_slow(f"the body took longer than {limits.body_s:g} s")
+        else:
+            slow = f"{self._body_bytes} bytes in {passed:.0f} s"
+            self._refuse_slow(f"the body came too slowly: {slow}; at least {limits.body_rate} a second are expected")
+
+    def _refuse_slow(self, message: str) -> None:
+        self._on_event("slow")
+        self._refuse(TooSlow(message, code="too_slow"))
+
+
+def _full() -> TooManyConnections:
+    return TooManyConnections("too many connections are open; retry", code="too_many_connections")

@@ -10,6 +10,7 @@ ProxyError
 │   ├── NotFound             404, no such model or path
 │   ├── TooMany              429, there is no room for it now
 │   ├── RecordsAway          503, the store is away
+│   ├── TooManyConnections   503, no connection is free
 │   └── Draining             503, the proxy is about to end
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
@@ -24,7 +25,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Any
+from typing import Any, Final
+
+MOST_MESSAGE: Final = 2000
+"""Characters of an error's message. Messages quote requests, which may be megabytes long."""
+MOST_PARAM: Final = 200
+"""Characters of the name of a field at fault, which may be a key that a client made up."""
 
 
 class ProxyError(Exception):
@@ -46,9 +52,9 @@ class ApiError(ProxyError):
     type = "server_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = clipped(message, MOST_MESSAGE)
+        super().__init__(self.message)
+        self.param = None if param is None else clipped(param, MOST_PARAM)
         self.code = code
         self.is_counted = False  # in the metrics
         self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
@@ -74,7 +80,7 @@ class Unauthorised(ApiError):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"www-authenticate": "Bearer"}
+        return {"www-authenticate": "Bearer", "connection": "close"}
 
 
 class TooMany(ApiError):
@@ -122,6 +128,16 @@ class Draining(ApiError):
         return {"retry-after": "1", "connection": "close"}
 
 
+class TooManyConnections(ApiError):
+    """No connection is free."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": "1"}
+
+
 class HeadTooLarge(BadRequest):
     """There are too many headers, or they are too long."""
 
@@ -138,6 +154,10 @@ class TooLarge(BadRequest):
     """The body is over the limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"connection": "close"}
 
 
 class UpstreamError(ApiError):
@@ -194,6 +214,14 @@ class UpstreamRefused(UpstreamError):
     @property
     def logged(self) -> str:
         return f"the upstream refused a request with status {self.upstream_status}"  # its words may quote the request
+
+
+def clipped(text: str, most: int) -> str:
+    """Return `text`, or its beginning and end around an ellipsis if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
 
 
 def body(error: ApiError) -> Mapping[str, Any]:

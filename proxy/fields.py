@@ -1,13 +1,14 @@
-"""Which fields of a request that is handed on go to the upstream: those that OpenAI and vLLM have for clients.
+"""The fields of requests: which go to the upstream, which change a reply, and the values at which they change nothing.
 
-What steers the server rather than the answer (its queue, its caches, its templates) is for admins. What nobody knows
-stays here; vLLM would take no notice of it either.
+Clients may send the fields that OpenAI and vLLM have for clients. Fields that steer the server rather than the answer
+(its queue, its caches, its templates) are for admins. Unknown fields are dropped; vLLM would ignore them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Final
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
 
 from proxy.errors import Forbidden
 
@@ -30,24 +31,158 @@ _CLIENTS: Final = """
     tokens return_token_strs access_programs background_options image moderation prompt_cache_options
     cache_salt
 """
-_ADMINS: Final = """
-    priority request_id session_id kv_transfer_params ec_transfer_params vllm_xargs logits_processors
-    chat_template media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs routed_experts_prompt_start
-    watermarking enable_response_messages previous_input_messages
-"""
 FORWARDED: Final = frozenset(_CLIENTS.split())
-"""Of the endpoints that are handed on, whatever they do. A tenant's `cache_salt` is put in place of its client's."""
+"""Fields of the endpoints that are passed through. A tenant's `cache_salt` replaces its client's."""
 
-ADMINS: Final = frozenset(_ADMINS.split())
-"""vLLM has them too, and one client's could harm another's."""
+ADMINS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        "priority": (0,),
+        "request_id": (),
+        "session_id": (),
+        "kv_transfer_params": (),
+        "ec_transfer_params": (),
+        "vllm_xargs": (),
+        "logits_processors": (),
+        "chat_template": (),
+        "media_io_kwargs": (),
+        "mm_processor_kwargs": (),
+        "mm_payload": ("tensors",),
+        "return_mm_kwargs": (),
+        "routed_experts_prompt_start": (0,),
+        "watermarking": (True,),
+        "enable_response_messages": (False,),
+        "previous_input_messages": (),
+    }
+)
+"""Fields of vLLM by which one client could harm another, with their defaults."""
+
+_ALL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **ADMINS,
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "stop_token_ids": (),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+    }
+)
+_TOOLS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"tools": (), "tool_choice": ("none", "auto")})
+_COMPLETIONS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **_ALL,
+        "n": (1,),
+        "echo": (False,),
+        "use_beam_search": (False,),
+        "min_tokens": (0,),
+        "spaces_between_special_tokens": (True,),
+        "truncate_prompt_tokens": (),
+        "prompt_logprobs": (),
+        "logprob_token_ids": (),
+        "allowed_token_ids": (),
+        "bad_words": (),
+        "thinking_token_budget": (-1,),
+        "repetition_detection": (),
+        "return_token_ids": (False,),
+    }
+)
+CHAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **_COMPLETIONS,
+        **_TOOLS,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "web_search_options": (),
+        "modalities": (["text"],),
+        "audio": (),
+        "documents": (),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "return_prompt_text": (False,),
+    }
+)
+"""Fields of a chat request that no controller can serve, with the values at which they change nothing."""
+
+TEXT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **_COMPLETIONS,
+        "logprobs": (),  # 0 asks for them
+        "suffix": ("",),
+        "best_of": (1,),
+        "prompt_embeds": (),
+        "add_special_tokens": (True,),
+    }
+)
+"""The table of `CHAT` for a text completion."""
+
+RESPONSES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        **_ALL,
+        **_TOOLS,
+        "top_logprobs": (0,),
+        "background": (False,),
+        "conversation": (),
+        "context_management": (),
+        "previous_response_id": (),
+        "prompt": (),
+    }
+)
+"""The table of `CHAT` for a Responses request."""
+
+STRUCTURED: Final = "structured_output"
+TOOLS: Final = "tools"
+MULTIMODAL: Final = "multimodal"
+REASONS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("response_format", "structured_outputs"), STRUCTURED),
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), STRUCTURED),
+        **dict.fromkeys(("functions", "function_call", "tool_choice", "web_search_options"), TOOLS),
+        **dict.fromkeys(("modalities", "audio"), MULTIMODAL),
+    }
+)
+"""Why no controller serves a request with such a field; a field that is not listed is its own reason."""
 
 
-def withheld(names: Iterable[str], *, is_admin: bool) -> Collection[str]:
-    """Those of `names` that stay here. Raises Forbidden, naming it, for one that only an admin may set."""
-    unknown = [name for name in names if name not in FORWARDED and name != "tts"]
-    if is_admin or not unknown:
+def first_that_matters(given: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
+    """Return the first field of `table` that is not at one of its values, or None.
+
+    Null, an empty list and an empty object ask for nothing, and so does a field that the table does not list.
+    """
+    for name, value in given:
+        if name in table and not _is_among(value, (None, [], {}, *table[name])):
+            return name
+    return None
+
+
+def withheld(given: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
+    """Return the fields that are not passed through.
+
+    Raises Forbidden, naming it, for a field that only an admin may set, unless it is at its default.
+    """
+    if is_admin:
         return ()
-    for name in unknown:
-        if name in ADMINS:
-            raise Forbidden(f"{name} is for admins; leave it out, or send the admin key", param=name, code="admin_only")
-    return unknown
+    name = first_that_matters(given.items(), ADMINS)
+    if name is not None:
+        raise Forbidden(f"{name} is for admins; leave it out, or send the admin key", param=name, code="admin_only")
+    return [name for name in given if name not in FORWARDED and name not in ADMINS and name != "tts"]
+
+
+def _is_among(value: object, values: Iterable[object]) -> bool:
+    """Whether `value` is one of `values`; true is not 1, "1" is, and null members of an object do not count."""
+    if isinstance(value, dict):
+        value = {name: member for name, member in value.items() if member is not None}
+    return any(_equals(value, other) for other in values)
+
+
+def _equals(value: object, other: object) -> bool:
+    if isinstance(value, str) and isinstance(other, bool | int):  # vLLM reads numbers and booleans from strings
+        return value.strip().lower() == str(other).lower()
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

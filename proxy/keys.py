@@ -26,7 +26,7 @@ from typing import Annotated, Any, Final, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from proxy.errors import SettingsError
-from proxy.limits import Caps
+from proxy.limits import Caps, too_small
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,19 @@ def listed(text: str) -> tuple[Key, ...]:
     return tuple(Key(name, digests, False, Caps()) for name, digests in hashes.items())
 
 
-def ring(path: Path | None, told: SecretStr | None) -> Keyring | None:
-    """The keys of a file and a variable, None if there is neither. Raises SettingsError."""
+def ring(path: Path | None, told: SecretStr | None, need: int = 0) -> Keyring | None:
+    """The keys of a file and a variable, None if there is neither. Raises SettingsError.
+
+    A key with a limit below `need`, the tokens of one interval and its answer, is warned of.
+    """
     if path is None and told is None:
         return None
-    return Keyring(path, () if told is None else listed(told.get_secret_value()))
+    return Keyring(path, () if told is None else listed(told.get_secret_value()), need)
+
+
+def is_too_little(need: int) -> str:
+    """The end of a warning about a limit."""
+    return f"is less than the {need} or so that one interval and its answer need; with β only short replies are served"
 
 
 def _parse(path: Path, text: str) -> Mapping[str, Any]:
@@ -156,7 +164,7 @@ def _key(path: Path, text: str, name: str, said: object) -> Key:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = str(first["loc"][0]) if first["loc"] else "entry"
-        raise _wrong(path, text, name, f"{where}: {first['msg']}") from None
+        raise _wrong(path, text, name, f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
     return Key(name, tuple(entry.sha256), entry.admin, caps)
 
@@ -172,8 +180,9 @@ class Keyring:
     """The keys of a file as it is now, and `fixed` ones. A file that breaks leaves the keys as they were, and is
     complained of once."""
 
-    def __init__(self, path: Path | None, fixed: tuple[Key, ...] = ()) -> None:
+    def __init__(self, path: Path | None, fixed: tuple[Key, ...] = (), need: int = 0) -> None:
         self._path = path
+        self._need = need
         self._fixed = fixed
         self._seen = self._look()
         self._keys = self._read()
@@ -209,6 +218,9 @@ class Keyring:
         for key in filed:
             if key.name in names or not hashes.isdisjoint(key.hashes):
                 raise SettingsError(f"keys: {self._path}: {key.name} is in {VARIABLE} too")
+        for key in filed:
+            if limit := too_small(key.caps, self._need):
+                logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, is_too_little(self._need))
         return (*filed, *self._fixed)
 
     def _look(self) -> tuple[int, int, int] | None:

@@ -39,6 +39,46 @@ class Caps(NamedTuple):
         return max(1, minute // SHARE) if bound is None else min(bound, minute)
 
 
+class Limit(NamedTuple):
+    """Tokens a request may spend, and who set the bound, as messages name it."""
+
+    tokens: int | None
+    source: str = ""
+
+
+def limit(asked: int | None, key: str, own: Caps, common: Caps) -> Limit:
+    """What a request may spend that asks for `asked`, by the caps of its `key` (empty if it has none) and of all."""
+    tokens = own.within(common).cap(asked)
+    if tokens is None:
+        return Limit(None)
+    mine = f"of key {key}" if key else "of this client"
+    bounds = (
+        (asked, "tts.max_total_tokens"),
+        (own.tokens, f"the limit `tokens` {mine}"),
+        (common.tokens, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"),
+        (own.tokens_per_minute, f"the limit `tokens_per_minute` {mine}"),
+        (common.tokens_per_minute, "the server's limit AUTOTTS_TOKENS_PER_MINUTE"),
+    )
+    for bound, source in bounds:
+        if bound == tokens:
+            return Limit(tokens, source)
+    minutes = [(bound, source) for bound, source in bounds[3:] if bound is not None]
+    minute, source = min(minutes)
+    return Limit(tokens, f"a quarter of {source} ({minute}), for a request that sets no tts.max_total_tokens,")
+
+
+def too_small(caps: Caps, need: int) -> str | None:
+    """Which of `caps` leaves less than the `need` tokens of one interval and its answer, or None."""
+    if caps.tokens is not None and caps.tokens < need:
+        return f"tokens = {caps.tokens}"
+    minute = caps.tokens_per_minute
+    if minute is not None and minute < need:
+        return f"tokens_per_minute = {minute}"
+    if minute is not None and caps.tokens is None and minute // SHARE < need:
+        return f"a quarter of tokens_per_minute = {minute}, the cap of requests that set no tts.max_total_tokens,"
+    return None
+
+
 def least(one: int | None, two: int | None) -> int | None:
     """The smaller of two bounds, None being none."""
     return two if one is None else one if two is None else min(one, two)

@@ -7,6 +7,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -35,23 +36,32 @@ def set_up(settings: Settings, console: Console) -> None:
         handler = logging.StreamHandler(console.file)
         handler.setFormatter(JsonLines(secrets))
     else:
-        handler = RichHandler(console=console, markup=False)
-        handler.setFormatter(Lines(secrets))
+        if console.file.isatty():
+            handler = RichHandler(console=console, markup=False)
+            handler.setFormatter(Lines(secrets))
+        else:  # rich would fold lines to 80 columns
+            handler = logging.StreamHandler(console.file)
+            handler.setFormatter(Lines(secrets, "%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger(ACCESS).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 class Lines(logging.Formatter):
-    """Lines for people."""
+    """Lines for people, which name the request they are about."""
 
-    def __init__(self, secrets: Sequence[str] = ()) -> None:
-        super().__init__("%(message)s")
+    def __init__(self, secrets: Sequence[str] = (), form: str = "%(message)s") -> None:
+        super().__init__(form)
         self._secrets = secrets
 
-    def format(self, record: logging.LogRecord) -> str:
-        words = hidden(super().format(record), self._secrets)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         about = request_id.get()
-        return words if not about or about in words else f"{about}: {words}"
+        if about and about not in record.message:
+            record = copy(record)
+            record.message = f"{about}: {record.message}"
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record), self._secrets)
 
 
 class JsonLines(logging.Formatter):

@@ -1,4 +1,4 @@
-"""What Prometheus sees. Labels are few by construction: served models, controllers, β to one decimal, kinds."""
+"""What Prometheus sees. Labels are few by construction: served models, controllers, β by its nearest alias, kinds."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _BY_DIAL = ("model", "controller", "beta")
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 LOST: Final = ("full", "unwritable", "closed", "damaged")
+CUT: Final = ("slow", "unread", "evicted", "refused")
 ROLLED_BACK: Final = (*Quality, "quarantined")
 """Reasons that are shown before they happen: Prometheus sees no increase from nothing to one."""
 
@@ -208,6 +209,13 @@ class Metrics:
         self.refusals = Counter(
             "autotts_refusals", "Requests there was no room for, by why.", ("reason",), registry=self.registry
         )
+        self.connections_cut = Counter(
+            "autotts_connections_cut",
+            "Connections of clients that were given up: slow (the request took too long), unread (the answer was not "
+            "read), evicted (to make room for another), refused (there was no room).",
+            ("reason",),
+            registry=self.registry,
+        )
         self.waiting = Gauge(
             "autotts_queue",
             "Requests that wait for their turn, by what serves them.",
@@ -249,6 +257,8 @@ class Metrics:
         )
         for reason in LOST:
             self.lost.labels(reason)
+        for reason in CUT:
+            self.connections_cut.labels(reason)
         for reason in ROLLED_BACK:
             self.rollbacks.labels(reason)
 

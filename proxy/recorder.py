@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from discovery.errors import StoreError
@@ -103,7 +101,6 @@ class Recorder:
         self._queue: deque[_Record] = deque()
         self._owners: OrderedDict[str, Owner] = OrderedDict()
         self._store: Store | None = None
-        self._inode: tuple[int, int] = (0, 0)
         self._writing: asyncio.Task[list[RecordedQuestion]] | None = None  # a transaction that takes too long
         self._filing = ThreadPoolExecutor(1, "spill")  # one at a time, even if nobody waits for the one before
         self._look = True  # others may have left files
@@ -321,7 +318,7 @@ class Recorder:
             return None
         except Exception as error:  # of one item: a text that is none, a number too large
             return await self._one_by_one(items, outcome, error)
-        if _inode(self.path) != self._inode:
+        if store.is_moved:
             self._fail(f"{self.path}: the store has been moved or removed")
             return None
         return [DROPPED if id(one) in left_out else outcome for one in items]
@@ -385,7 +382,6 @@ class Recorder:
             try:
                 async with Store.open(self.path, create=True, wait_ms=WAIT_MS) as store:
                     self._failed.clear()
-                    self._inode = _inode(self.path)
                     self._store = store
                     self._tried.set()
                     await self._use(store)
@@ -468,12 +464,3 @@ def _unpacked(line: bytes) -> Item | None:
         return unpacked(line)
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def _inode(path: Path | None) -> tuple[int, int]:
-    """Which file is at `path` now."""
-    try:
-        found = os.stat(path or "")
-    except OSError:
-        return 0, 0
-    return found.st_dev, found.st_ino

@@ -18,7 +18,7 @@ def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
     """A finished `response`."""
     message = reply.message
     output = [_said(reply.plan, message)]
-    if message.reasoning:
+    if message.reasoning and request.include_reasoning is not False:
         output.insert(0, _thought(reply.plan, "", message.reasoning))
     return _complete(request, reply, output)
 
@@ -50,8 +50,9 @@ async def events(
         yield stream.one("response.failed", response=_response(request, plan, "failed", error=failed))
         return
     output: list[dict[str, Any]] = []
-    if summary or reply.message.reasoning:
-        output.append(_thought(plan, summary, reply.message.reasoning or ""))
+    thought = "" if request.include_reasoning is False else reply.message.reasoning or ""
+    if summary or thought:
+        output.append(_thought(plan, summary, thought))
         for data in stream.think(output[0]):
             yield data
     output.append(_said(plan, reply.message))
@@ -163,7 +164,7 @@ def _response(request: ResponsesRequest, plan: Plan, status: str, **known: Any) 
         "tool_choice": "auto",
         "tools": [],
         "top_p": request.top_p,
-        "truncation": "disabled",
+        "truncation": request.truncation or "disabled",
         "usage": None,
         "user": extra.get("user"),
         **known,

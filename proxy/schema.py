@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,22 +21,70 @@ from pydantic import (
 from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.veil import MARK
 from discovery.errors import UnknownKind
-from proxy import strict
-from proxy.errors import BadRequest
+from proxy import fields, strict
+from proxy.conversation import kind, messages_of, template_fields, why_not_text, with_reasoning
+from proxy.dial import EFFORTS
+from proxy.errors import BadRequest, clipped
 
 T = TypeVar("T", bound=BaseModel)
 
 Positive = Annotated[int, Field(ge=1, le=2**31, strict=True)]
-Some = Annotated[int, Field(ge=1)]
+Some = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+MOST_MESSAGES: Final = 10_000
+"""Messages of a conversation, and items of a Responses request's `input`."""
+MOST_PROMPT_IDS: Final = 2**20
+"""Token ids of a prompt."""
+MOST_BIASES: Final = 1024
+"""Tokens that `logit_bias` may name, as vLLM's sampler has it."""
+MOST_OPTIONS: Final = 64
+"""Members of the objects that the proxy reads beside the text, `tts` among them."""
+
+MOST_NAME: Final = 512
+"""Characters of a name, such as the model's."""
+MOST_SHOWN: Final = 80
+"""Characters of a key that an error names."""
 
 
 def _as_list(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
-TokenId = Annotated[str, AfterValidator(lambda text: str(int(text)))]
+def _at_most(limit: int, things: str) -> BeforeValidator:
+    """Make a validator that refuses longer lists, objects and texts before anything is built of them."""
+
+    def check(given: object) -> object:
+        if isinstance(given, list | dict | str) and len(given) > limit:
+            raise ValueError(f"at most {limit} {things} are accepted, not {len(given)}")
+        return given
+
+    return BeforeValidator(check)
+
+
+def _short_ids(given: object) -> object:
+    """Pass a prompt on unless it has too many token ids."""
+    ids = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if isinstance(ids, list) and len(ids) > MOST_PROMPT_IDS:
+        raise ValueError(f"at most {MOST_PROMPT_IDS} token ids are accepted, not {len(ids)}")
+    return given
+
+
+Name = Annotated[str, Field(max_length=MOST_NAME), _at_most(MOST_NAME, "characters")]
+TokenId = Annotated[str, Field(max_length=32), AfterValidator(lambda text: str(int(text)))]
+_Bias = Annotated[float, Field(allow_inf_nan=False)]
+Biases = Annotated[dict[TokenId, _Bias], Field(max_length=MOST_BIASES), _at_most(MOST_BIASES, "tokens")]
+Options = Annotated[dict[str, Any], Field(max_length=MOST_OPTIONS), _at_most(MOST_OPTIONS, "members")]
+Messages = Annotated[
+    list[dict[str, Any]], Field(max_length=MOST_MESSAGES, fail_fast=True), _at_most(MOST_MESSAGES, "messages")
+]
 _Stops = Annotated[list[str], Field(max_length=4)]
 Stops = Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=str | _Stops)]
+
+
+def _seed(given: int) -> int | None:
+    """Return the seed; to vLLM -1 is no seed."""
+    return None if given == -1 else given
 
 
 def _kind_of(spec: object) -> object:
@@ -95,8 +144,10 @@ class FeedbackRequest(BaseModel):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> FeedbackRequest:
-        if sum(one is not None for one in (self.correct, self.answer, self.score)) != 1:
-            raise ValueError("say one of correct, answer and score")
+        given = [name for name in ("correct", "answer", "score") if getattr(self, name) is not None]
+        if len(given) != 1:
+            has = " and ".join(given) or "none of them"
+            raise ValueError(f"feedback has exactly one of correct, answer and score; this has {has}")
         return self
 
 
@@ -111,52 +162,47 @@ class StreamOptions(BaseModel):
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 """Fields that mean the same for a branch generated in pieces as for one in a single request."""
 
-# Fields that change nothing in the answer of a branch.
-_INDIFFERENT: Final = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 
-# Values of fields a controller cannot serve that ask for nothing.
-_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-    {
-        "n": (1,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "response_format": ({"type": "text"},),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
-        "modalities": (["text"],),
-    }
-)
+class Unserved(NamedTuple):
+    """Why no controller can serve a request."""
+
+    reason: str  # a word users know: `structured_output`, `tools`, or a field's name
+    field: str  # of the request
 
 
-_TOOLS: Final = ("tool", "function")
-"""Roles of messages that say what a tool has."""
+_TOOL_ROLES: Final = ("tool", "function")
+"""Roles of messages that hold a tool's result."""
 
 
 class Generation(BaseModel):
-    """A request for text, as far as its endpoints agree. Fields it does not name are the upstream's business.
+    """A request for text: the fields that the endpoints share.
 
-    What vLLM 0.32 takes is taken here, in the forms it takes it, whether or not a controller serves the request.
+    All values that vLLM 0.32 accepts are accepted, whether or not a controller serves the request.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     param: ClassVar[str]  # the field its prompt is in
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]]  # see `fields.CHAT`
 
-    model: str | None = None  # empty is none
+    model: Name | None = None  # empty is none
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, _at_most(MOST_OPTIONS, "members")] = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(allow_inf_nan=False)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logit_bias: Biases | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_seed)] | None = None
+    ignore_eos: bool | None = False
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     stop: Stops | None = None
-    tts: Annotated[TtsOptions, BeforeValidator(_or_nothing, json_schema_input_type=TtsOptions | None)] = TtsOptions()
+    tts: Annotated[
+        TtsOptions,
+        BeforeValidator(_or_nothing, json_schema_input_type=TtsOptions | None),
+        _at_most(MOST_OPTIONS, "members"),
+    ] = TtsOptions()
 
     def served_by(self, controller: str) -> Self:
         """The same request, naming a controller."""
@@ -179,8 +225,10 @@ class Generation(BaseModel):
 
     @property
     def effort(self) -> str | None:
-        """How much is to be thought, in OpenAI's words."""
+        """How much the model is to think, in OpenAI's words."""
         return None
+
+    effort_field: ClassVar[str] = "reasoning_effort"
 
     @property
     def prompt_text(self) -> str | None:
@@ -202,24 +250,26 @@ class Generation(BaseModel):
         """What the chat template takes besides the messages."""
         return {}
 
-    def unserved(self) -> str | None:
-        """The field no controller can serve yet, or None. Such requests pass through."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in _INDIFFERENT and not _is_one_of(value, (None, [], {}, *self.neutral.get(name, ()))):
-                return name
-        return None
+    def unserved(self) -> Unserved | None:
+        """Return why no controller can serve the request, or None. Such requests pass through."""
+        name = fields.first_that_matters((self.model_extra or {}).items(), self.unservable)
+        if name is None and not (self.effort is None or self.effort in EFFORTS):
+            name = self.effort_field
+        return None if name is None else Unserved(fields.REASONS.get(name, name), name)
 
 
 class ChatRequest(Generation):
     """A chat completion request."""
 
     param: ClassVar[str] = "messages"
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.CHAT
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_tokens: Some | None = None
     max_completion_tokens: Some | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Name | None = None
+    include_reasoning: bool | None = True
+    chat_template_kwargs: Options | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -231,24 +281,24 @@ class ChatRequest(Generation):
 
     @property
     def conversation(self) -> Sequence[Mapping[str, Any]]:
-        return self.messages
+        return [with_reasoning(message) for message in self.messages]
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        return _template_fields(self.chat_template_kwargs, self.reasoning_effort)
+        return template_fields(self.chat_template_kwargs, self.reasoning_effort)
 
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is not None:
-            return reason
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is not None:
+            return unserved
         if not self.messages:
-            return self.param
+            return Unserved(self.param, self.param)
         for message in self.messages:
             content = message.get("content")
-            if isinstance(content, list) and any(_kind(part) != "text" for part in content):
-                return "content"
-            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOLS:
-                return "tools"
+            if isinstance(content, list) and any(kind(part) != "text" for part in content):
+                return Unserved(fields.MULTIMODAL, self.param)
+            if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOL_ROLES:
+                return Unserved(fields.TOOLS, self.param)
         return None
 
 
@@ -256,17 +306,10 @@ class CompletionRequest(Generation):
     """A request to go on with one text, or with one list of token ids."""
 
     param: ClassVar[str] = "prompt"
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {
-            **{name: values for name, values in _NEUTRAL.items() if name != "logprobs"},  # here 0 asks for them
-            "best_of": (1,),
-            "echo": (False,),
-            "suffix": ("",),
-        }
-    )
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.TEXT
 
-    prompt: Any = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt: Annotated[Any, BeforeValidator(_short_ids)] = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -292,11 +335,11 @@ class CompletionRequest(Generation):
             return prompt if prompt and all(type(i) is int and i >= 0 for i in prompt) else None
         return prompt if isinstance(prompt, str) and prompt else None
 
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is None and self.max_tokens == 0:
-            return "max_tokens"
-        return self.param if reason is None and self._alone is None else reason
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is None and self.max_tokens == 0:
+            return Unserved("max_tokens", "max_tokens")
+        return Unserved(self.param, self.param) if unserved is None and self._alone is None else unserved
 
 
 class Reasoning(BaseModel):
@@ -304,22 +347,25 @@ class Reasoning(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    effort: str | None = None
+    effort: Name | None = None
 
 
 class ResponsesRequest(Generation):
     """A Responses request; its `input` is a text or messages of text where a controller serves it."""
 
     param: ClassVar[str] = "input"
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {**_NEUTRAL, "background": (False,), "truncation": ("disabled",)}
-    )
+    unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.RESPONSES
+    effort_field: ClassVar[str] = "reasoning"
 
-    input: Any = None
+    input: Annotated[Any, _at_most(MOST_MESSAGES, "items")] = None
     instructions: str | None = None
     max_output_tokens: Some | None = None
-    reasoning: Reasoning | None = None
-    text: dict[str, Any] | None = None
+    reasoning: Annotated[Reasoning | None, _at_most(MOST_OPTIONS, "members")] = None
+    include_reasoning: bool | None = True
+    include: Annotated[list[Name], Field(max_length=MOST_OPTIONS)] | None = None
+    truncation: Name | None = "disabled"
+    text: Options | None = None
+    chat_template_kwargs: Options | None = None
 
     @property
     def branch_limit(self) -> int | None:
@@ -331,59 +377,46 @@ class ResponsesRequest(Generation):
 
     @property
     def conversation(self) -> Sequence[Mapping[str, Any]]:
-        told = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
-        return [*told, *(self._said or [])]
+        system = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
+        return [*system, *(self._messages or [])]
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        return _template_fields(None, self.effort)
+        return template_fields(self.chat_template_kwargs, self.effort)
 
     @property
-    def _said(self) -> list[dict[str, Any]] | None:
-        """The input as messages, if they are of text alone."""
+    def _messages(self) -> list[dict[str, Any]] | None:
+        """The input as messages, if they are of text alone and the last one is complete."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        if not isinstance(self.input, list) or not self.input:
+        return messages_of(self.input) if isinstance(self.input, list) else None
+
+    def unserved(self) -> Unserved | None:
+        unserved = super().unserved()
+        if unserved is not None:
+            return unserved
+        if fields.first_that_matters((self.text or {}).items(), _TEXT_FORMAT) is not None:
+            return Unserved(fields.STRUCTURED, "text")
+        if not set(self.include or ()) <= _INCLUDED:
+            return Unserved("include", "include")
+        if self.truncation not in (None, "disabled", "auto"):
+            return Unserved("truncation", "truncation")
+        if self._messages is not None:
             return None
-        messages = [_message(item) for item in self.input]
-        return None if None in messages else [message for message in messages if message is not None]
-
-    def unserved(self) -> str | None:
-        reason = super().unserved()
-        if reason is None and any(name != "format" and value is not None for name, value in (self.text or {}).items()):
-            reason = "text"
-        if reason is None and (self.text or {}).get("format") not in (None, {"type": "text"}):
-            reason = "text"
-        return self.param if reason is None and self._said is None else reason
+        items = self.input if isinstance(self.input, list) else []
+        return Unserved(why_not_text(items) or self.param, self.param)
 
 
-def _template_fields(given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
-    fields = dict(given or {})
-    if effort is not None:
-        fields.setdefault("reasoning_effort", effort)
-    return {"chat_template_kwargs": fields} if fields else {}
-
-
-_ROLES: Final[Mapping[str, str]] = MappingProxyType(
-    {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-)
-
-
-def _message(item: object) -> dict[str, Any] | None:
-    """An item of a Responses request as a chat message, or None if it is not one of text."""
-    if not isinstance(item, dict) or item.get("type", "message") != "message" or item.get("role") not in _ROLES:
-        return None
-    content = item.get("content")
-    if isinstance(content, list):
-        if not content or any(_kind(part) not in ("input_text", "output_text") for part in content):
-            return None
-        texts = [part.get("text") for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            return None
-        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-    elif not isinstance(content, str):
-        return None
-    return {"role": _ROLES[item["role"]], "content": content}
+_TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
+"""The member of `text` that matters: vLLM has no use for `verbosity`."""
+_INCLUDED: Final = {
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+}
+"""Values of `include` that add nothing to a reply of text: vLLM encrypts no thoughts and has nothing of the others."""
 
 
 def parse(made: type[T], raw: bytes) -> T:
@@ -400,20 +433,25 @@ def _validated(made: type[T], body: dict[str, Any]) -> T:
     try:
         return made.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = f"{where}: {first['msg']}" if where else first["msg"]
-        raise BadRequest(said, param=where or None, code=_code(where)) from None
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(clipped(str(part), MOST_SHOWN) for part in first["loc"] if part != "[key]")
+        problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = _unknown(made, first["loc"])
+        raise BadRequest(f"{where}: {problem}" if where else problem, param=where or None, code=_code(where)) from None
+
+
+def _unknown(made: type[BaseModel], place: Sequence[int | str]) -> str:
+    """The message about an unknown field at `place`: the nearest known one, and all of them."""
+    owner = TtsOptions if place[0] == "tts" and len(place) > 1 else made
+    names: list[str] = []
+    for name, field in owner.model_fields.items():
+        alias = field.validation_alias
+        names += map(str, alias.choices) if isinstance(alias, AliasChoices) else [name]
+    near = get_close_matches(str(place[-1]), names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no such field; {hint}there are {', '.join(names)}"
 
 
 def _code(where: str) -> str | None:
     return "bad_beta" if where == "tts.beta" else None
-
-
-def _is_one_of(value: object, values: Iterable[object]) -> bool:
-    """Whether `value` is among `values`; true is no 1."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
-
-
-def _kind(part: object) -> object:
-    return part.get("type") if isinstance(part, dict) else "text"

@@ -9,14 +9,16 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Final
 
 import uvicorn
 
 from proxy.app import create_app
+from proxy.connections import Connections, room_for
 from proxy.drain import Gate
-from proxy.edge import EdgeProtocol
+from proxy.edge import Edge, EdgeLimits, EdgeProtocol
 from proxy.errors import StartError
 from proxy.settings import Settings
 
@@ -31,15 +33,23 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
         self.up = asyncio.Event()  # it accepts connections
-        self._app = create_app(settings)
-        self.gate = Gate(self._app)
+        app = self._app = create_app(settings)
+        self.gate = Gate(app)
+
+        def count(event: str) -> None:
+            app.state.service.metrics.connections_cut.labels(event).inc()
+
+        room = room_for(settings.max_connections, settings.branches_in_flight + settings.max_passed)
+        self.connections = Connections(room, settings.max_connections_per_address, count)
+        limits = EdgeLimits(settings.head_s, settings.body_s, settings.body_rate, settings.write_s)
         self._on_up = on_up
         self._drain_s = settings.drain_s
         self._draining: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
                 self.gate,
-                http=EdgeProtocol,
+                http=partial(EdgeProtocol, edge=Edge(limits, self.connections, count)),  # type: ignore[arg-type]
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a timer's seconds
                 ws="none",
                 lifespan="on",
                 log_config=None,

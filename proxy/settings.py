@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from controllers.errors import ControllersError
 from controllers.installed import wrong_name
 from controllers.loading import parse_spec
 from controllers.registry import is_admin_only
+from discovery.files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.probing import Family
 from proxy.spill import is_foreign, places
@@ -34,6 +36,20 @@ def _rising(text: str) -> str:
 
 
 Marks = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9})?:\d{1,9}(\.\d{1,9})?$"), AfterValidator(_rising)]
+
+
+_PROXYS_FLAGS: Final = ("--host", "--port", "--outlive-parent")
+
+
+def _vllm_flags(text: str) -> str:
+    try:
+        flags = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the flags cannot be read: {error}") from None
+    for flag in flags:
+        if flag.partition("=")[0] in _PROXYS_FLAGS:
+            raise ValueError(f"the proxy itself sets {flag.partition('=')[0]}; leave it out")
+    return text
 
 
 class StoreText(StrEnum):
@@ -65,6 +81,9 @@ class Settings(BaseSettings):
         description="vLLM's base URL; none starts the embedded model. User and password in it are told to nobody",
     )
     upstream_api_key: SecretStr | None = Field(None, description="bearer token sent to the upstream")
+    embedded_args: Annotated[str, AfterValidator(_vllm_flags)] | None = Field(
+        None, description="further flags of `vllm serve` for the embedded model, as in a shell; unused with an upstream"
+    )
     model: str | None = Field(None, description="model for requests that name none; none takes the upstream's first")
 
     model_aliases: bool = Field(True, description="list each model also as NAME@0.25, @0.5, @0.75 and @1, which set β")
@@ -171,12 +190,37 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = Field(5, description="seconds to connect to the upstream")
     read_timeout_s: Seconds = Field(600, description="seconds the upstream may be silent")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="size of a request body")
+    head_s: Seconds = Field(10, description="seconds the head of a request may take to arrive")
+    body_s: Seconds = Field(300, description="seconds the body of a request may take to arrive")
+    body_rate: int = Field(
+        1024,
+        ge=0,
+        description="bytes a second at which a body must arrive on average, after its first 20 s; 0 sets no rate",
+    )
+    write_s: Seconds = Field(
+        60, description="seconds a client may leave its answer unread before the connection is cut"
+    )
+    keep_alive_s: Seconds = Field(75, description="seconds an idle connection is kept open for the next request")
+    max_connections: int = Field(
+        8192,
+        ge=1,
+        description="open connections of clients; beyond that the one that has been idle, or sending its request, the "
+        "longest is closed",
+    )
+    max_connections_per_address: int = Field(
+        4096, ge=1, description="open connections of one client address, an IPv6 /64 network being one; likewise"
+    )
     drain_s: float = Field(
         60, ge=0, allow_inf_nan=False, description="seconds requests under way have to end after SIGTERM"
     )
     ping_s: float = Field(
         10, gt=0, le=15, description="seconds between keep-alive comments on a stream that is thinking; 15 at most"
     )
+
+    @property
+    def embedded_flags(self) -> tuple[str, ...]:
+        """`embedded_args`, one by one."""
+        return tuple(shlex.split(self.embedded_args or ""))
 
 
 EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
@@ -237,6 +281,7 @@ def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[
     settings = settings.model_copy(update=unset)
     _check_controller(settings)
     _check_upstream(settings)
+    _check_files(settings)
     _check_spill(settings)
     return Configured(settings, sources)
 
@@ -295,13 +340,27 @@ def _check_upstream(settings: Settings) -> None:
         raise SettingsError(f"upstream: {words}")
 
 
+def _check_files(settings: Settings) -> None:
+    """Refuse files that are the store's: closing one drops the locks by which SQLite protects the store."""
+    if settings.store is None:
+        return
+    for name, path in settings:
+        if not isinstance(path, Path) or name == "store":
+            continue
+        if any(_is_of_store(place, settings.store) for place in (places(path) if name == "spill" else [path])):
+            raise SettingsError(f"{name}: {path} is the store's; name a file of its own")
+
+
+def _is_of_store(path: Path, store: Path) -> bool:
+    """Whether a path leads to a store, or to its log, index or journal, by whatever name."""
+    of_store = [Path(f"{store.resolve()}{end}") for end in DATABASE_FILES]
+    return path.resolve() in of_store or any(path.exists() and one.exists() and path.samefile(one) for one in of_store)
+
+
 def _check_spill(settings: Settings) -> None:
     """What is at `spill` is written over and removed: it must be nothing else."""
     if settings.spill is None or settings.store is None:
         return
-    of_store = {Path(f"{settings.store.resolve()}{end}") for end in ("", "-wal", "-shm", "-journal")}
-    if not of_store.isdisjoint(place.resolve() for place in places(settings.spill)):
-        raise SettingsError(f"spill: {settings.spill} is the store's; name a file of its own")
     try:
         is_taken = is_foreign(settings.spill)
     except OSError as error:
@@ -312,7 +371,8 @@ def _check_spill(settings: Settings) -> None:
 
 def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
     return "; ".join(
-        _told(tuple(map(str, e["loc"])), e["msg"], e["input"], sources) for e in error.errors(include_url=False)
+        _told(tuple(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"], sources)
+        for e in error.errors(include_url=False)
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from discovery.files import end_of_lines, sync_folder
+from discovery.files import end_of_lines, is_database_file, sync_folder
 
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
@@ -39,6 +39,8 @@ def is_foreign(path: Path) -> bool:
     """Whether something other than a file of lines is at `path`. Raises OSError."""
     if not path.is_file() or path.is_symlink():
         return os.path.lexists(path)
+    if is_database_file(path):
+        return True
     with path.open("rb") as file:
         return not _is_own(file.read(BEGIN_BYTES))
 
@@ -120,6 +122,8 @@ class _File:
     @classmethod
     def hold(cls, path: Path) -> _File | None:
         """The file at `path`, made if there is none; None if another process holds it. What is foreign is an error."""
+        if is_database_file(path):  # it may be the store itself, whose locks would be lost by closing it
+            raise _foreign(path)
         with ExitStack() as undo:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             undo.callback(os.close, descriptor)
@@ -130,7 +134,7 @@ class _File:
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
                 return None  # removed by the one that held it
             if not _is_own(os.pread(descriptor, BEGIN_BYTES, 0)):
-                raise FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
+                raise _foreign(path)
             os.ftruncate(descriptor, end_of_lines(descriptor))
             sync_folder(path.parent)
             undo.pop_all()
@@ -170,6 +174,10 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _foreign(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
 
 
 def _is_own(begin: bytes) -> bool:

@@ -17,7 +17,7 @@ from proxy.bounds import NOTHING, Bound, fit
 from proxy.callers import Caller
 from proxy.engine import Model
 from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
-from proxy.limits import Caps, OverBudget, Purses, Reserve, retry_after
+from proxy.limits import Caps, OverBudget, Purses, Reserve, limit, retry_after
 from proxy.metrics import Metrics
 from proxy.pour import Hand, Pour
 from proxy.schema import Generation
@@ -34,8 +34,9 @@ _UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 class Turn:
     """What one request was given. `async with` waits for its place; it is left once, settled or not."""
 
-    def __init__(self, place: Place, reserve: Reserve, cap: int | None) -> None:
+    def __init__(self, place: Place, reserve: Reserve, cap: int | None, cap_source: str = "") -> None:
         self.cap = cap  # tokens it may spend
+        self.cap_source = cap_source  # who set the cap, as messages name it
         self.due = 0  # tokens it is taken to have cost if it is left without being settled
         self._place = place
         self._reserve = reserve
@@ -106,13 +107,13 @@ class Turns:
     def episode(self, request: Request, asked: int | None) -> Turn:
         """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
         caller: Caller = request.state.caller
-        cap = caller.caps.within(self._common).cap(asked)
-        return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap))
+        cap, source = limit(asked, caller.key, caller.caps, self._common)
+        return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap, source))
 
     def bound(self, request: Request, parsed: Generation, model: Model) -> Bound:
         """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
         caller: Caller = request.state.caller
-        return fit(parsed, caller.caps.within(self._common), model.max_length)
+        return fit(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
     def passing(self, request: Request, model: str, bound: Bound | None) -> Passage:
         """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""

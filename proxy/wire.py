@@ -27,11 +27,11 @@ class Form(NamedTuple):
     events: Callable[[Any, Plan, Thinking], AsyncGenerator[bytes]]  # the same, before there is a reply
 
 
-def chat_completion(_: schema.ChatRequest, reply: Reply) -> dict[str, Any]:
+def chat_completion(request: schema.ChatRequest, reply: Reply) -> dict[str, Any]:
     """A `chat.completion`."""
     message = reply.message
     content = {"role": "assistant", "content": message.content, "refusal": None}
-    if message.reasoning:
+    if message.reasoning and request.include_reasoning is not False:
         content |= _reasoning(message.reasoning)
     return {
         **_head(reply.plan, "chat.completion"),
@@ -49,7 +49,8 @@ def chat_events(request: schema.ChatRequest, plan: Plan, thinking: Thinking) -> 
 
     def written(reply: Reply) -> list[dict[str, Any]]:
         thought = reply.message.reasoning
-        before = [choice(**_reasoning(thought))] if thought else []
+        is_shown = bool(thought) and request.include_reasoning is not False
+        before = [choice(**_reasoning(thought or ""))] if is_shown else []
         return before + [choice(content=piece) for piece in pieces(reply.message.content)]
 
     chunks = _Chunks(

@@ -52,7 +52,7 @@ def test_files_the_readme_names_are_there() -> None:
 
 
 def test_the_top_level_holds_what_was_agreed() -> None:
-    agreed = {"proxy", "discovery", "controllers", "tests", "deploy", "README.md", "pyproject.toml"}
+    agreed = {"proxy", "discovery", "controllers", "tests", "deploy", "docs", "README.md", "pyproject.toml"}
     usual = {"ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"}
     shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and "egg-info" not in path.name}
     assert agreed <= shown

@@ -48,6 +48,7 @@ FLAGS = (
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", "1024", "--max-num-seqs", "128", "--kv-cache-memory-bytes", str(128 * 2**20)),
     *("--enable-prompt-tokens-details", "--scheduling-policy", "priority", "--reasoning-parser", "qwen3"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m deploy.embedded.server", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m deploy.embedded.server", description=summary, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--served-model-name", default=SERVED_MODEL_NAME)

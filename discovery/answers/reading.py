@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any, Final, NamedTuple
 
 from discovery.answers.forms import Form, Sort, canonical, choice
@@ -13,8 +14,20 @@ from discovery.answers.kinds import AUTO, Kind, Way
 
 LONGEST_LONE: Final = 80
 """Characters of a text that is nothing but its answer."""
+LONGEST_READ: Final = 100_000
+"""Characters at a text's end in which a box, a stated answer, a choice or a number is looked for."""
 MOST_TRIED: Final = 64
 """Places of a text that are tried as the beginning of JSON."""
+MOST_SCANNED: Final = 1_000_000
+"""Characters that may be parsed in vain while looking for JSON."""
+DEEPEST_JSON: Final = 64
+"""Levels of nesting in JSON; deeper values are no answer."""
+LONGEST_MATCHED: Final = 32_768
+"""Characters at a text's end in which a client's pattern is matched."""
+MOST_MATCHES: Final = 10_000
+"""Matches of a client's pattern; a text with more has no answer."""
+PATTERN_S: Final = 0.5
+"""Seconds of CPU a client's pattern may take over a text; a text that takes longer has no answer."""
 
 VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
 
@@ -53,16 +66,20 @@ _YES_NO: Final = ("yes", "no", "true", "false")
 
 
 def read(text: str, kind: Kind = AUTO) -> Answer | None:
-    """The answer `text` ends up giving; None if there is none that can be read. Never raises."""
+    """The answer `text` ends up giving; None if there is none that can be read. Never raises.
+
+    Takes time in proportion to the text, and for most kinds looks at its last `LONGEST_READ` characters only. A
+    client's pattern may take `PATTERN_S` seconds: call it off the event loop.
+    """
     match kind.way:
         case Way.AUTO:
-            return _auto(text)
+            return _auto(text[-LONGEST_READ:])
         case Way.BOXED:
-            return _boxed(text)
+            return _boxed(text[-LONGEST_READ:])
         case Way.CHOICE:
-            return _choice(text)
+            return _choice(text[-LONGEST_READ:])
         case Way.NUMBER:
-            return _number(text)
+            return _number(text[-LONGEST_READ:])
         case Way.JSON:
             return _json(text)
         case Way.REGEX:
@@ -178,16 +195,20 @@ def _quantity(written: str) -> Answer | None:
 
 def _json(text: str) -> Answer | None:
     found: Answer | None = None
-    at = 0
+    at = scanned = 0
     for _ in range(MOST_TRIED):
         match = _OPENING.search(text, at)
-        if match is None:
+        if match is None or scanned > MOST_SCANNED:
             break
         begin, at = match.start(), match.end()
         try:
             value, at = _DECODER.raw_decode(text, begin)
             spelled = "".join(_spell(value))
-        except (ValueError, RecursionError):
+        except json.JSONDecodeError as error:
+            scanned += error.pos - begin
+            continue
+        except (ValueError, ArithmeticError, RecursionError):
+            scanned += len(text) - begin  # how far it came is not known
             continue
         found = Answer(text[begin:at], Form(spelled, Sort.OTHER))
     return found
@@ -200,33 +221,47 @@ def _refuse(constant: str) -> Any:
 _DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse)
 
 
-def _spell(value: Any) -> Iterator[str]:
-    """JSON with keys in order and every number in one spelling."""
+def _spell(value: Any, depth: int = 0) -> Iterator[str]:
+    """Spell JSON with keys in order and every number in one way. Raises ValueError if it is nested too deep."""
+    if depth > DEEPEST_JSON:
+        raise ValueError("nested too deep")
     if isinstance(value, dict):
         yield "{"
         for position, key in enumerate(sorted(value)):
             yield f"{',' if position else ''}{json.dumps(key)}:"
-            yield from _spell(value[key])
+            yield from _spell(value[key], depth + 1)
         yield "}"
     elif isinstance(value, list):
         yield "["
         for position, element in enumerate(value):
             yield "," if position else ""
-            yield from _spell(element)
+            yield from _spell(element, depth + 1)
         yield "]"
     elif isinstance(value, Decimal):
-        yield str(value.normalize()) if value else "0"
+        yield _plain(value)
     else:
         yield json.dumps(value)
 
 
+def _plain(number: Decimal) -> str:
+    """Spell a number without zeros at its end. No digit is lost, however many there are."""
+    if not number:
+        return "0"
+    digits = len(number.as_tuple().digits)
+    return str(number.normalize(Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX)))
+
+
 def _pattern(text: str, kind: Kind) -> Answer | None:
-    match = None
-    for match in kind.pattern.finditer(text):  # noqa: B007 - only the last one is wanted
-        pass
-    if match is None:
+    """The last match of a client's pattern, or of its first group. Each match takes time in proportion to the text."""
+    last = None
+    until = time.thread_time() + PATTERN_S
+    matches = kind.pattern.finditer(text, max(0, len(text) - LONGEST_MATCHED))
+    for number, last in enumerate(matches):  # noqa: B007 - only the last match is wanted
+        if number == MOST_MATCHES or time.thread_time() > until:
+            return None
+    if last is None:
         return None
-    written = match.group(1 if kind.pattern.groups else 0)
+    written = last.group(1 if kind.pattern.groups else 0)
     if not written:
         return None
     form = canonical(written)

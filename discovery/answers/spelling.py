@@ -57,13 +57,13 @@ def tidy(text: str) -> str:
     """`text` with one spelling for each sign, and what is only there to look well taken out."""
     if not text.isascii():
         text = _from_unicode(text)
-    text = text.strip()
+    text = _joined(text)
     text = _THIN.sub("", text)
     if "\\" in text or "~" in text:
         text = _SPACING.sub(" ", text).replace("\\,", " ")
         text = _WORDS.sub(r" \1 ", text)
         text = _FONT.sub("", text)
-        text = _NAMED.sub(_named, text)
+        text = _joined(_NAMED.sub(_named, text))
     text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text)
     text = _undollared(text.strip()).strip("\"'`*").strip()
     while text.endswith((".", ";", ",")) and not text.endswith("..."):
@@ -71,6 +71,11 @@ def tidy(text: str) -> str:
     if (whole := _WHOLE_GROUP.fullmatch(text)) is not None:
         text = whole[1].strip()
     return text
+
+
+def _joined(text: str) -> str:
+    """`text` with one space where there were several: long runs of them take patterns a long time."""
+    return " ".join(text.split())
 
 
 def balanced(text: str) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -22,6 +21,7 @@ import aiosqlite
 from discovery.errors import CorruptRow, StoreError
 from discovery.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
+from discovery.store.connections import Identity, connection, identity_of, truncate_log
 from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Summary, Verified
 from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
 
@@ -30,13 +30,10 @@ Work = Callable[[aiosqlite.Connection], Awaitable[Any]]
 
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it tells every value of every row
 
-MAGIC: Final = b"SQLite format 3\x00"
 WAIT_MS: Final = 10_000
 """How long another process's transaction is waited for, unless said otherwise."""
 GROUP: Final = 256
 """Writes that share one transaction at most."""
-AGAIN_S: Final = 0.01
-"""Seconds between attempts at what SQLite does not wait for itself."""
 
 
 class _Write(NamedTuple):
@@ -49,12 +46,24 @@ class _Write(NamedTuple):
 class Store:
     """An open store. Made by `Store.open`."""
 
-    def __init__(self, path: Path, writing: aiosqlite.Connection, reading: aiosqlite.Connection) -> None:
+    def __init__(
+        self, path: Path, identity: Identity, writing: aiosqlite.Connection, reading: aiosqlite.Connection
+    ) -> None:
         self.path = path
         self.transactions = 0  # committed by this object
         self._writing = writing
         self._reading = reading
         self._queue: asyncio.Queue[_Write | None] = asyncio.Queue()
+        self._identity = identity
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the file has been renamed, removed or replaced since it was opened.
+
+        On leaving the context the log of such a store is written into its file, wherever that is now: SQLite would
+        leave it behind for whatever takes the name next.
+        """
+        return identity_of(self.path) != self._identity
 
     @classmethod
     @asynccontextmanager
@@ -71,17 +80,24 @@ class Store:
         Another process's transaction is waited for `wait_ms`. Leaving the context writes what still waits.
         Raises StoreError.
         """
-        _check(path, create)
-        async with _connection(path, wait_ms) as writing, _connection(path, wait_ms) as reading:
+        async with (
+            connection(path, wait_ms, create=create) as (writing, identity),
+            connection(path, wait_ms) as (reading, other),
+        ):
+            if identity != other:
+                raise StoreError(f"{path}: the store was replaced while it was being opened; try again")
             await _migrate(path, writing, migrations)
             await reading.execute("PRAGMA query_only = ON")
-            store = cls(path, writing, reading)
+            store = cls(path, identity, writing, reading)
             task = asyncio.create_task(store._write_all())
             try:
                 yield store
             finally:
                 store._queue.put_nowait(None)
                 await asyncio.shield(task)
+                if store.is_moved:
+                    with suppress(sqlite3.Error):  # then the log stays, and no new store is made beside it
+                        await truncate_log(writing)
 
     # Writing
 
@@ -162,7 +178,7 @@ class Store:
         Its bytes go too, but for those another process still reads: they go with the next call.
         """
         removed: Forgotten = await self.write(lambda connection: _drop_served(connection, "created < ?", before))
-        await _truncate(self._reading)  # for the writing one may be in a transaction
+        await truncate_log(self._reading)  # for the writing one may be in a transaction
         return removed
 
     async def _rewritten(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
@@ -170,7 +186,7 @@ class Store:
         result = await self.write(work)
         try:
             await self._writing.execute_fetchall("VACUUM")
-            is_busy = await _truncate(self._writing)
+            is_busy = await truncate_log(self._writing)
         except sqlite3.OperationalError as error:
             raise StoreError(f"{self.path}: rows are gone, but bytes of them remain: {error}; say it again") from None
         if is_busy:
@@ -367,66 +383,11 @@ class Store:
             raise _told(self.path, error) from None
 
 
-def _check(path: Path, create: bool) -> None:
-    """Raise StoreError where no store is or can be, before anything is touched."""
-    if not path.exists():
-        if not create:
-            raise StoreError(f"{path}: there is no store; `autotts import` makes one")
-        if not path.resolve().parent.is_dir():
-            raise StoreError(f"{path}: there is no folder {path.resolve().parent}")
-        return
-    try:
-        with path.open("rb") as file:
-            begin = file.read(len(MAGIC))
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None
-    if begin != MAGIC and not (create and not begin):
-        raise StoreError(f"{path}: not a store; name one that `autotts import` made, or a name that is free")
-
-
-@asynccontextmanager
-async def _connection(path: Path, wait_ms: int) -> AsyncIterator[aiosqlite.Connection]:
-    try:
-        connection = await aiosqlite.connect(path, isolation_level=None)
-    except sqlite3.Error as error:
-        raise _told(path, error) from None
-    try:
-        for pragma in (f"busy_timeout = {wait_ms}", "secure_delete = ON", "synchronous = FULL", "foreign_keys = ON"):
-            await connection.execute_fetchall(f"PRAGMA {pragma}")  # what is not read to its end holds a lock
-        await _write_ahead(connection, wait_ms)
-        yield connection
-    except sqlite3.DatabaseError as error:
-        raise _told(path, error) from None
-    finally:
-        await connection.close()
-
-
-async def _write_ahead(connection: aiosqlite.Connection, wait_ms: int) -> None:
-    """Have a write-ahead log. SQLite does not wait here for another's transaction, whatever its busy timeout."""
-    until = time.monotonic() + wait_ms / 1000
-    while True:
-        try:
-            await connection.execute_fetchall("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
-                raise
-        await asyncio.sleep(AGAIN_S)
-
-
-async def _truncate(connection: aiosqlite.Connection) -> bool:
-    """Empty the write-ahead log, in which bytes of removed rows stand; whether somebody kept us from it."""
-    ((is_busy, _, _),) = await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-    return bool(is_busy)
-
-
 async def _migrate(path: Path, connection: aiosqlite.Connection, migrations: Sequence[Migration]) -> None:
     """Bring a store up to date in one transaction. Raises StoreError if it is newer than this program, or none."""
     await connection.execute("BEGIN IMMEDIATE")
     try:
         tables = {row[0] for row in await _all(connection, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables and "autotts_store" not in tables:
-            raise StoreError(f"{path}: a database, but not a store of this program; name another file")
         if not tables:
             await connection.execute("CREATE TABLE autotts_store (version INTEGER NOT NULL)")
             await connection.execute("INSERT INTO autotts_store (version) VALUES (0)")

@@ -12,28 +12,30 @@ from discovery.answers.algebra import express
 from discovery.answers.forms import canonical
 from proxy.server import running
 from proxy.settings import load
+from tests.bench.rows import Row, Size
 from tests.discovery.answer_pairs import DIFFERENT, SAME
 from tests.fakes import Chain, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL
 
-Row = tuple[str, str, str, str]
 TIMES = 20
 
 
-def rows() -> Iterator[Row]:
-    """What `make bench` shows of answers."""
+def rows(size: Size) -> Iterator[Row]:
+    """Yield the row of canonical forms."""
     spellings = [one for group in SAME.values() for spelled in group for one in spelled]
     spellings += [one for group in DIFFERENT.values() for pair in group for one in pair]
     whole = [one for one in spellings if one.strip("-+").isdigit()]
-    yield (
+    spellings, times = spellings[:: size.pick(1, 20)], size.pick(TIMES, 2)
+    taken, plain = _median(spellings, times), _median(whole, times)
+    yield Row(
         f"canonical form, nothing remembered: {len(spellings)} answers of the tests' table",
-        f"{_median(spellings) * 1e6:.0f} µs (median)",
-        f"{_median(whole) * 1e6:.1f} µs for whole numbers",
-        f"{_median(spellings) / _median(whole):.0f}",
+        f"{taken * 1e6:.0f} µs (median)",
+        f"{plain * 1e6:.1f} µs for whole numbers",
+        f"{taken / plain:.0f}",
     )
 
 
-async def mixed() -> AsyncIterator[Row]:
+async def mixed(size: Size) -> AsyncIterator[Row]:
     """Tokens of a set of tasks half of which are prose, beside the same set with every task taken to have an answer.
 
     What a model writes is scripted (`tests/fakes.py`): costs are counts of tokens, not times.
@@ -44,12 +46,12 @@ async def mixed() -> AsyncIterator[Row]:
     tasks = [
         chain("7", 40 * length, ["", "7"], mark=mark) for mark, length in zip("abcdefgh", range(6, 30, 3), strict=True)
     ]
-    for controller in ("cmc", "parallel_probe", "self_consistency"):
-        for name, chains in (("prose", prose), ("votable", tasks)):
+    for controller in ("cmc", "parallel_probe", "self_consistency")[: size.pick(3, 1)]:
+        for name, chains in (("prose", prose[: size.pick(8, 1)]), ("votable", tasks[: size.pick(8, 1)])):
             found_out = [await _cost(one, controller, "auto") for one in chains]
             told = [await _cost(one, controller, "boxed") for one in chains]
-            yield (
-                f"tokens of a request, β=1, {controller}: 8 {name} tasks",
+            yield Row(
+                f"tokens of a request, β=1, {controller}: {len(chains)} {name} tasks",
                 f"{statistics.fmean(tokens for tokens, _ in found_out):,.0f} under `auto`",
                 f"{statistics.fmean(tokens for tokens, _ in told):,.0f} under `boxed`",
                 f"{sum(t for t, _ in found_out) / sum(t for t, _ in told):.3f}; at most "
@@ -70,9 +72,9 @@ async def _cost(one: Chain, controller: str, kind: str) -> tuple[int, str]:
     return reply["tts"]["tokens"]["total"], reply["tts"]["stop"]
 
 
-def _median(spellings: list[str]) -> float:
+def _median(spellings: list[str], times: int) -> float:
     """Median over the answers of the median seconds each takes."""
-    return statistics.median(statistics.median(_seconds(written) for _ in range(TIMES)) for written in spellings)
+    return statistics.median(statistics.median(_seconds(written) for _ in range(times)) for written in spellings)
 
 
 def _seconds(written: str) -> float:

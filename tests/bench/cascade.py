@@ -18,56 +18,56 @@ from discovery.formats import read_release, release_cell
 from discovery.playing import Rules
 from discovery.recordings import Cell, Split, intern
 from tests.bench.replay import FILE
+from tests.bench.rows import Row, Size
 
 CELL: Final = Cell("Qwen3-1.7B", "aime24", Split.SEARCH)
 WORKERS: Final = 2
 STEPS: Final = 4
 SHIPPED: Final = "lockstep_lead"
-PLAN: Final = Plan(shuffles=20)
-
-Row = tuple[str, str, str, str]
+SHUFFLES: Final = 20
 
 
-def rows() -> Iterator[Row]:
-    """What `make bench` shows of discovery; nothing where the public recordings are not beside the project."""
+def rows(size: Size) -> Iterator[Row]:
+    """Yield the rows of discovery, none where the public recordings are not beside the project."""
     file = FILE.with_name("aime24.json.xz")
     if not file.exists():
         return
     cells = {CELL: [intern(recorded) for recorded in read_release(file)]}
     with Arena(cells, Rules(probe_tokens=20), WORKERS) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
-        cascade = Cascade(arena, probes, PLAN)
+        cascade = Cascade(arena, probes, Plan(shuffles=size.pick(SHUFFLES, 1)))
         known = cascade.judge(baselines(), [])
-        search, sealed = (_minute(cascade, known, explorer) for explorer in ("grammar", "llm"))
-    yield (
-        "cascade, candidates a minute: Qwen3-1.7B aime24, 20 shuffles, two workers",
+        search, sealed = (_minute(cascade, known, explorer, size) for explorer in ("grammar", "llm"))
+    yield Row(
+        f"cascade, candidates a minute: Qwen3-1.7B aime24, {size.pick(SHUFFLES, 1)} shuffles, two workers",
         f"{search:.0f} from the grammar",
         f"{sealed:.0f} sealed, as those of a model are",
         f"{sealed / search:.2f}",
     )
-    yield _validation()
+    yield _validation(size)
 
 
-def _validation() -> Row:
+def _validation(size: Size) -> Row:
     """What was discovered and is shipped beside CMC, on questions no search has seen."""
-    files = sorted(FILE.parents[1].glob("*/aime25.json.xz"))
+    files = sorted(FILE.parents[1].glob("*/aime25.json.xz"))[: size.pick(4, 1)]
+    shuffles = size.pick(10, 1)
     cells = {release_cell(file): [intern(recorded) for recorded in read_release(file)] for file in files}
     with Arena(cells, Rules(probe_tokens=20), WORKERS) as arena:
-        trial = Trial(FINE, range(10))
+        trial = Trial(FINE, range(shuffles))
         found, cmc = (afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
-    return (
-        f"AFS on aime25, four models, 10 shuffles: {SHIPPED}",
+    return Row(
+        f"AFS on aime25, {len(files)} models, {shuffles} shuffles: {SHIPPED}",
         f"{found:.2f}, sealed",
         f"{cmc:.2f} cmc",
         f"{found - cmc:+.2f} points",
     )
 
 
-def _minute(cascade: Cascade, known: list[Verdict], explorer: str) -> float:
+def _minute(cascade: Cascade, known: list[Verdict], explorer: str, size: Size) -> float:
     """Candidates of a search, judged as `explorer`'s; what it proposes follows from what came of the last."""
-    grammar = Grammar(batch=8)
+    grammar = Grammar(batch=size.pick(8, 2))
     pairs: list[tuple[Candidate, Verdict]] = []
     began = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(size.pick(STEPS, 1)):
         standings = [Standing(candidate, verdict.score, (), verdict.failure) for candidate, verdict in pairs]
         proposed = grammar.propose(Context(0, step, standings))
         as_theirs = [replace(candidate, explorer=explorer) for candidate in proposed]

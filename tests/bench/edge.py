@@ -16,11 +16,12 @@ import aiohttp
 
 from proxy.embedded import free_port
 from tests.bench.generator import BODY, CONNECTIONS, STREAMS, Figures
-from tests.bench.live import Row
 from tests.bench.peers import Peer, PeerMissing
+from tests.bench.rows import Row, Size, spread
 
 ROUNDS: Final = 3
 LOAD: Final = ("--seconds", "2", "--alone", "400", "--each", "8", "--warm", "1")
+QUICK_LOAD: Final = ("--seconds", "0.3", "--alone", "20", "--each", "1", "--warm", "0")
 PEER_LOAD: Final = ("--seconds", "2", "--alone", "30", "--each", "1", "--warm", "0")
 """Of what is known to be slow: two hundred of its streams take seconds. The first round warms it."""
 LIMIT_S: Final = 90
@@ -33,6 +34,7 @@ class Measured(NamedTuple):
     direct: Figures
     bare: Figures
     proxy: Figures
+    rounds: Sequence[Sequence[Figures]]  # of direct, bare and proxy, the medians of which are above
     peers: Mapping[str, Figures | str]  # by name; in words where it could not be measured
 
 
@@ -40,48 +42,59 @@ class ServerFailed(Exception):
     """It did not come up, or did not answer as it should."""
 
 
-async def measured(peers: Sequence[Peer] = ()) -> Measured:
+async def measured(size: Size, peers: Sequence[Peer] = ()) -> Measured:
     """Medians over rounds in which servers take turns; peers come after, alone, so that they are in nobody's way."""
+    load = QUICK_LOAD if size.is_quick else LOAD
     async with _own("-m", "tests.bench.null", "backend") as backend:
         async with (
             _own("-m", "tests.bench.null", "bare", upstream=backend) as bare,
             _own("-m", "proxy.cli", "serve", upstream=backend) as proxy,
         ):
-            rounds = [[await _measure(url, LOAD) for url in (backend, bare, proxy)] for _ in range(ROUNDS)]
+            rounds = [
+                [await _measure(url, load) for url in (backend, bare, proxy)] for _ in range(size.pick(ROUNDS, 1))
+            ]
         direct, plain, ours = (_median(taken) for taken in zip(*rounds, strict=True))
-        return Measured(direct, plain, ours, {str(peer): await _beside(peer, backend) for peer in peers})
+        return Measured(direct, plain, ours, rounds, {str(peer): await _beside(peer, backend) for peer in peers})
 
 
 def rows(taken: Measured) -> list[Row]:
     """The pass-through's lines of the table."""
-    direct, plain, ours, _ = taken
+    direct, plain, ours, rounds, _ = taken
+    rates = [mine.rate / other.rate for _, other, mine in rounds]
+    added = [mine.alone_ms - other.alone_ms for other, _, mine in rounds]
+    of_direct = [mine.streams / other.streams for other, _, mine in rounds]
+    of_bare = [mine.streams / other.streams for _, other, mine in rounds]
+    first = [mine.first_ms - other.first_ms for other, _, mine in rounds]
     return [
         Row(
             f"pass-through, {CONNECTIONS} connections",
             f"{ours.rate:,.0f} /s",
             f"bare FastAPI: {plain.rate:,.0f} /s; direct: {direct.rate:,.0f} /s",
             f"{ours.rate / plain.rate:.2f}",
+            spread(rates),
         ),
         Row(
             "pass-through, one connection, p50",
             f"{ours.alone_ms:.2f} ms",
             f"direct: {direct.alone_ms:.2f} ms; bare FastAPI: {plain.alone_ms:.2f} ms",
             f"{ours.alone_ms - direct.alone_ms:+.2f} ms",
+            spread(added),
         ),
-        _streams("direct", ours, direct),
-        _streams("bare FastAPI", ours, plain),
+        _streams("direct", ours, direct, spread(of_direct)),
+        _streams("bare FastAPI", ours, plain, spread(of_bare)),
         Row(
             f"{STREAMS} SSE streams, first byte p50",
             f"{ours.first_ms:.0f} ms",
             f"direct: {direct.first_ms:.0f} ms; bare FastAPI: {plain.first_ms:.0f} ms",
             f"{ours.first_ms - direct.first_ms:+.0f} ms",
+            spread(first, 0),
         ),
     ]
 
 
-def _streams(name: str, ours: Figures, other: Figures) -> Row:
-    beside = f"{name}: {other.streams:,.0f} /s"
-    return Row(f"{STREAMS} SSE streams", f"{ours.streams:,.0f} /s", beside, f"{ours.streams / other.streams:.2f}")
+def _streams(name: str, ours: Figures, other: Figures, ratios: str) -> Row:
+    beside, ratio = f"{name}: {other.streams:,.0f} /s", f"{ours.streams / other.streams:.2f}"
+    return Row(f"{STREAMS} SSE streams", f"{ours.streams:,.0f} /s", beside, ratio, ratios)
 
 
 HEADINGS: Final = (

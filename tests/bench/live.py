@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
 
 import aiohttp
 
@@ -15,6 +14,7 @@ from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.engine import Call, Engine
 from proxy.live import LiveEnvironment, Prompt, Sizes
+from tests.bench.rows import Row, Size, median_ratio
 
 MODEL = "autotts-tiny"
 INTERVAL = 64
@@ -22,15 +22,6 @@ BRANCHES = 16
 LIMIT = 400
 REPEATS = 15
 QUESTION = held_back(1, lengths=(14, 16))[0].question
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    bench: str
-    measured: str
-    beside: str
-    ratio: str
 
 
 class Lockstep:
@@ -44,39 +35,44 @@ class Lockstep:
         return [advance(i) for i in state.active] or [answer(state.leader())]
 
 
-async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession) -> list[Row]:
-    """Every row; each compares things measured by turns."""
+async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession, size: Size) -> list[Row]:
+    """Return every row; each compares things measured by turns."""
     engine = Engine(vllm, http)
     ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]})
     raw, through, stepped = await _by_turns(
-        lambda: _raw(engine, ids), lambda: _through(http, proxy), lambda: _stepped(engine, ids)
+        lambda: _raw(engine, ids),
+        lambda: _through(http, proxy),
+        lambda: _stepped(engine, ids),
+        repeats=size.pick(REPEATS, 1),
     )
     direct, passed = await _by_turns(
-        lambda: _completion(http, vllm, ids), lambda: _completion(http, proxy, ids), repeats=200
+        lambda: _completion(http, vllm, ids), lambda: _completion(http, proxy, ids), repeats=size.pick(200, 5)
     )
-    decision = await _decision()
+    decision = await _decision(size.pick(20, 1))
     return [
         _row(f"SC@{BRANCHES} through the proxy, tokens/s", through, raw, "one raw request, n=16"),
         _row(f"lockstep x{BRANCHES}, Δ={INTERVAL}, tokens/s", stepped, raw, "one raw request, n=16"),
-        _row("pass-through of one token, p50 ms", 1000 * passed, 1000 * direct, "direct"),
+        _row("pass-through of one token, p50 ms", passed, direct, "direct", 1000),
         Row("a decision of cmc at β = 1, p50 µs", f"{1e6 * decision:,.0f}", "", ""),
     ]
 
 
-def _row(bench: str, measured: float, beside: float, what: str) -> Row:
-    digits = 0 if measured > 100 else 2
-    return Row(bench, f"{measured:,.{digits}f}", f"{beside:,.{digits}f} {what}", f"{measured / beside:.2f}")
+def _row(bench: str, measured: Sequence[float], beside: Sequence[float], what: str, scale: float = 1) -> Row:
+    mine, other = (scale * statistics.median(figures) for figures in (measured, beside))
+    digits = 0 if mine > 100 else 2
+    ratios = median_ratio(measured, beside)
+    return Row(bench, f"{mine:,.{digits}f}", f"{other:,.{digits}f} {what}", *ratios)
 
 
-async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int = REPEATS) -> list[float]:
-    """The median of each, taken by turns so that what disturbs one disturbs all; the first turn only warms up."""
+async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int) -> list[list[float]]:
+    """Measure by turns, so that a disturbance meets all alike; the first turn is a warm-up and is dropped."""
     taken: list[list[float]] = [[] for _ in measures]
     for turn in range(repeats + 1):
         for figures, measure in zip(taken, measures, strict=True):
             figure = await measure()
             if turn:
                 figures.append(figure)
-    return [statistics.median(figures) for figures in taken]
+    return taken
 
 
 async def _raw(engine: Engine, ids: list[int]) -> float:
@@ -123,7 +119,7 @@ async def _completion(http: aiohttp.ClientSession, url: str, ids: list[int]) -> 
     return time.perf_counter() - started
 
 
-async def _decision() -> float:
+async def _decision(episodes: int) -> float:
     """Median seconds of one decision, over the episodes of a crowd of scripted chains."""
     from tests.fakes import ScriptedEnvironment, chain
 
@@ -140,7 +136,7 @@ async def _decision() -> float:
             return actions
 
     chains = [chain("7" if i % 3 else "8", 300 + 37 * (i % 20), ["7"], mark=chr(48 + i)) for i in range(64)]
-    for _ in range(20):
+    for _ in range(episodes):
         state = State(Limits(10))
         await run_episode(Timed(CMC(1)), ScriptedEnvironment(chains, 10), state)
     return statistics.median(taken)

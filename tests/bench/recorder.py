@@ -20,7 +20,7 @@ from proxy.metrics import Metrics
 from proxy.recorder import Recorder
 from proxy.server import running
 from proxy.settings import load
-from tests.bench.live import Row
+from tests.bench.rows import Row, Size
 from tests.fakes import MODEL, FakeVLLM, chain
 
 PRODUCERS = 64
@@ -34,20 +34,20 @@ HERE = Path(__file__).parent
 """Where the store of the bench lies: on the disk the project is on, not in memory."""
 
 
-async def rows() -> list[Row]:
-    """Every row."""
-    return [await _acknowledged(), await _added()]
+async def rows(size: Size) -> list[Row]:
+    """Return every row."""
+    return [await _acknowledged(size.pick(EACH, 5)), await _added(size.pick(TURNS, 1), size.pick(REQUESTS, 4))]
 
 
-async def _acknowledged() -> Row:
+async def _acknowledged(each: int) -> Row:
     """Episodes of six rounds with eight branches, each producer waiting for one to be on disk before the next."""
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         async with _recording(Path(folder) / "bench.db") as recorder:
             await _produce(recorder, "warm", 10)
             began = time.perf_counter()
-            await asyncio.gather(*(_produce(recorder, str(number), EACH) for number in range(PRODUCERS)))
+            await asyncio.gather(*(_produce(recorder, str(number), each) for number in range(PRODUCERS)))
             seconds = time.perf_counter() - began
-    rate = PRODUCERS * EACH / seconds
+    rate = PRODUCERS * each / seconds
     return Row("episodes acknowledged, SQLite FULL", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
 
 
@@ -85,7 +85,7 @@ def _rounds() -> list[Round]:
 _ROUNDS = _rounds()
 
 
-async def _added() -> Row:
+async def _added(turns: int, requests: int) -> Row:
     """Requests to two proxies by turns, one of which records."""
     chains = [chain("7", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
     settings = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "record_fraction": 0.0}
@@ -94,19 +94,19 @@ async def _added() -> Row:
             off = load(upstream=backend.url, **settings)
             on = load(upstream=backend.url, store=Path(folder) / "bench.db", **settings)
             async with running(off) as plain, running(on) as recording:
-                times = await _by_turns([partial(_ask, http, url) for url in (plain, recording)])
+                times = await _by_turns([partial(_ask, http, url) for url in (plain, recording)], turns, requests)
     plain_ms, recording_ms = (1000 * statistics.median(one) for one in times)
     beside = f"{plain_ms:.2f} ms without"
     added = f"{recording_ms - plain_ms:+.2f} ms"
     return Row("a request with the recorder on, p50", f"{recording_ms:.2f} ms", beside, added)
 
 
-async def _by_turns(asks: Sequence[Callable[[], Awaitable[None]]]) -> list[list[float]]:
+async def _by_turns(asks: Sequence[Callable[[], Awaitable[None]]], turns: int, requests: int) -> list[list[float]]:
     """Seconds of each request; a turn is many, for what is written after one request weighs on the next."""
     times: list[list[float]] = [[] for _ in asks]
-    for turn in range(TURNS + 1):
+    for turn in range(turns + 1):
         for ask, mine in zip(asks, times, strict=True):
-            for _ in range(REQUESTS):
+            for _ in range(requests):
                 began = time.perf_counter()
                 await ask()
                 if turn:

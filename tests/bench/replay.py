@@ -19,29 +19,29 @@ from discovery.playing import Played, Rules, jobs, play
 from discovery.recordings import Cell, RecordedQuestion, Recording, intern
 from discovery.replay import shuffled
 from tests.bench import cmc_loop
+from tests.bench.rows import Row, Size, median_ratio
 
 FILE: Final = Path(__file__).parents[3] / "shared" / "replay" / "autotts" / "Qwen3-1.7B" / "aime25.json.xz"
 SHUFFLES: Final = 100
+QUICK: Final = 10  # shuffles of a quick run
 BLOCK: Final = 10
 """Shuffles timed at a stretch, before it is the other's turn."""
 MEASURED: Final = "CMC β=1, Qwen3-1.7B aime25, 100 shuffles"
 
-Row = tuple[str, str, str, str]
 
-
-def rows() -> Iterator[Row]:
-    """What `make bench` shows of replay; nothing where the public recordings are not beside the project."""
+def rows(size: Size) -> Iterator[Row]:
+    """Yield the rows of replay, none where the public recordings are not beside the project."""
     if not FILE.exists():
         return
     recorded = read_release(FILE)
     recordings = [intern(one) for one in recorded]
-    yield _runner(recordings)
-    yield _traces(recordings)
-    yield _cores(recorded)
-    yield _memory()
+    yield _runner(recordings, size)
+    yield _traces(recordings, size)
+    yield _cores(recorded, size)
+    yield _memory(size)
 
 
-def _runner(recordings: Sequence[Recording]) -> Row:
+def _runner(recordings: Sequence[Recording], size: Size) -> Row:
     """The evaluator's way beside the bare loop; both must give the same figures."""
     forwards = [cmc_loop.forwards(recording) for recording in recordings]
     general: list[Played] = []
@@ -53,54 +53,57 @@ def _runner(recordings: Sequence[Recording]) -> Row:
                 label, spent = cmc_loop.play(mine, shuffled(recording.branches, shuffle), recording.interval, 1.0)
                 bare.append((label == recording.reference, spent))
 
-    for block in _blocks()[:1]:  # warm up: every branch's plain rows, every table
+    for block in _blocks(size)[:1]:  # warm up: every branch's plain rows, every table
         _general(recordings, block, Rules())
         loop(block)
     bare.clear()
-    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, Rules())), loop)
+    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, Rules())), loop, size)
     assert sum(int(one.outcomes[0].sum()) for one in general) == sum(right for right, _ in bare)
     assert sum(int(one.outcomes[2].sum()) for one in general) == sum(spent for _, spent in bare)
-    episodes = SHUFFLES * len(recordings)
-    return (
+    episodes = size.pick(SHUFFLES, QUICK) * len(recordings)
+    return Row(
         f"evaluator / bare loop: {MEASURED}",
         f"{sum(took) / episodes * 1e3:.2f} ms an episode",
         f"{sum(beside) / episodes * 1e3:.2f} ms, figures identical",
-        _ratio(took, beside),
+        *median_ratio(took, beside),
     )
 
 
-def _traces(recordings: Sequence[Recording]) -> Row:
+def _traces(recordings: Sequence[Recording], size: Size) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         traced = Rules(traces=Path(folder))
         took, beside = _alternate(
-            lambda block: _general(recordings, block, traced), lambda block: _general(recordings, block, Rules())
+            lambda block: _general(recordings, block, traced),
+            lambda block: _general(recordings, block, Rules()),
+            size,
         )
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*.npz"))
-    episodes = SHUFFLES * len(recordings)
-    return (
+        written = sum(file.stat().st_size for file in Path(folder).rglob("*.npz"))
+    episodes = size.pick(SHUFFLES, QUICK) * len(recordings)
+    return Row(
         f"traces on / off: {MEASURED}",
-        f"{sum(took) / episodes * 1e3:.2f} ms, {size / episodes / 1e3:.1f} kB an episode",
+        f"{sum(took) / episodes * 1e3:.2f} ms, {written / episodes / 1e3:.1f} kB an episode",
         f"{sum(beside) / episodes * 1e3:.2f} ms",
-        _ratio(took, beside),
+        *median_ratio(took, beside),
     )
 
 
-def _cores(recorded: Sequence[RecordedQuestion]) -> Row:
+def _cores(recorded: Sequence[RecordedQuestion], size: Size) -> Row:
     """Everything `evaluate` does once the file is read, on one core and on two."""
     times: dict[EngineName, list[float]] = {EngineName.LOCAL: [], EngineName.PROCESS: []}
-    for _ in range(3):
+    for _ in range(size.pick(3, 1)):
         for name, spent in times.items():
             specs = [Spec("cmc"), Spec("parallel_probe")]
-            evaluation = Evaluation(_Held(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], SHUFFLES)
+            shuffles = size.pick(SHUFFLES, QUICK)
+            evaluation = Evaluation(_Held(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], shuffles)
             began = time.perf_counter()
             evaluation.run(engine_called(name, 2))
             spent.append(time.perf_counter() - began)
     one, two = times.values()
-    return (
+    return Row(
         "--engine local / process, two workers: cmc and parallel_probe at three β",
         f"{statistics.median(one):.1f} s",
         f"{statistics.median(two):.1f} s",
-        _ratio(one, two),
+        *median_ratio(one, two),
     )
 
 
@@ -129,16 +132,16 @@ def peak():
 
 before = peak()
 source = open_source(Path(sys.argv[1]))
-Evaluation(source, source.cells(), [Spec("cmc")], [1.0], 20).run(engine_called(EngineName.LOCAL))
+Evaluation(source, source.cells(), [Spec("cmc")], [1.0], int(sys.argv[2])).run(engine_called(EngineName.LOCAL))
 print(before, peak())
 """
 
 
-def _memory() -> Row:
+def _memory(size: Size) -> Row:
     """Peak memory of a process that reads and scores one model and benchmark, beside one that only imports."""
-    command = [sys.executable, "-c", MEMORY, str(FILE)]
+    command = [sys.executable, "-c", MEMORY, str(FILE), str(size.pick(20, 1))]
     before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    return (
+    return Row(
         "memory: one model and benchmark, read and scored",
         f"{(after - before) / 1024:.0f} MiB more",
         f"{before / 1024:.0f} MiB for imports",
@@ -146,8 +149,8 @@ def _memory() -> Row:
     )
 
 
-def _blocks() -> list[range]:
-    return [range(begin, begin + BLOCK) for begin in range(0, SHUFFLES, BLOCK)]
+def _blocks(size: Size) -> list[range]:
+    return [range(begin, begin + BLOCK) for begin in range(0, size.pick(SHUFFLES, QUICK), BLOCK)]
 
 
 def _general(recordings: Sequence[Recording], block: range, rules: Rules) -> list[Played]:
@@ -157,18 +160,13 @@ def _general(recordings: Sequence[Recording], block: range, rules: Rules) -> lis
 
 
 def _alternate(
-    measured: Callable[[range], object], beside: Callable[[range], object]
+    measured: Callable[[range], object], beside: Callable[[range], object], size: Size
 ) -> tuple[list[float], list[float]]:
     """Seconds of both for each block, turn by turn."""
     times: tuple[list[float], list[float]] = ([], [])
-    for block in _blocks():
+    for block in _blocks(size):
         for run, spent in zip((measured, beside), times, strict=True):
             began = time.perf_counter()
             run(block)
             spent.append(time.perf_counter() - began)
     return times
-
-
-def _ratio(measured: Sequence[float], beside: Sequence[float]) -> str:
-    """The median over blocks."""
-    return f"{statistics.median(one / other for one, other in zip(measured, beside, strict=True)):.2f}"

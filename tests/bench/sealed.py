@@ -19,6 +19,7 @@ from discovery.playing import Job, Rules, Sealing, play
 from discovery.recordings import Recording, intern
 from discovery.replay import ReplayEnvironment, shuffled
 from tests.bench.replay import BLOCK, FILE
+from tests.bench.rows import Row, Size, spread
 from tests.discovery.test_evaluate import question
 
 EPISODES: Final = 8
@@ -27,39 +28,38 @@ ROUND_S: Final = 0.005
 """What a round of a live episode takes, here spent asleep."""
 TIMES: Final = 100
 
-Row = tuple[str, str, str, str]
 
-
-def rows() -> Iterator[Row]:
-    """What `make bench` shows of the sandbox."""
+def rows(size: Size) -> Iterator[Row]:
+    """Yield the rows of the sandbox. They start event loops of their own, so none may be running."""
     if FILE.exists():
         recordings = [intern(recorded) for recorded in read_release(FILE)]
         for beta in (0.0, 0.5, 1.0):
-            yield _replay(recordings, beta)
+            yield _replay(recordings, beta, size.pick(5, 1), size.pick(BLOCK, 2))
     nursery = Nursery()
     nursery.check()
     try:
-        yield asyncio.run(_live(nursery))
-        yield _start(nursery)
-        yield _kill(nursery)
+        yield asyncio.run(_live(nursery, size.pick(20, 1)))
+        yield _start(nursery, size.pick(TIMES, 5))
+        yield _kill(nursery, size.pick(20, 2))
     finally:
         nursery.close()
 
 
-def _replay(recordings: Sequence[Recording], beta: float) -> Row:
+def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int) -> Row:
     """Whole jobs, audit included, by turns with the same controller in this process."""
     speeds: dict[Sealing, list[float]] = {Sealing.ALL: [], Sealing.NONE: []}
-    for start in range(0, 5 * BLOCK, BLOCK):
-        job = Job(Spec("cmc"), beta, release_cell(FILE), range(start, start + BLOCK))
+    for start in range(0, times * block, block):
+        job = Job(Spec("cmc"), beta, release_cell(FILE), range(start, start + block))
         for sealing, found in speeds.items():
             played = play(job, recordings, Rules(sealing=sealing))
             found.append(int(played.outcomes[3].sum()) / played.seconds)
     sealed, here = (statistics.median(found) for found in speeds.values())
-    return (
+    return Row(
         f"sealed decisions a second, 64 episodes a message: CMC β={beta:g}, Qwen3-1.7B aime25",
-        f"{sealed:,.0f} (median of 5)",
+        f"{sealed:,.0f} (median of {times})",
         f"{here:,.0f} in this process",
         f"{sealed / here:.2f}",
+        spread([s / h for s, h in zip(*speeds.values(), strict=True)]),
     )
 
 
@@ -86,7 +86,7 @@ class _Timed:
         return decided
 
 
-async def _live(nursery: Nursery) -> Row:
+async def _live(nursery: Nursery, times: int) -> Row:
     """CMC at β = 1, each episode in a child of its own."""
     recording = intern(question(0, branches=64))
     taken: list[float] = []
@@ -96,13 +96,13 @@ async def _live(nursery: Nursery) -> Row:
         timed = _Timed(SandboxedController(worker, 1.0), taken)
         await run_episode(timed, environment, State(Limits(recording.interval)))
 
-    for _ in range(20):  # as the proxy does: children are made and ended elsewhere
+    for _ in range(times):  # as the proxy does: children are made and ended elsewhere
         workers = [_loaded(nursery) for _ in range(EPISODES)]
         await asyncio.gather(*map(episode, workers))
         for worker in workers:
             worker.close()
     cuts = statistics.quantiles(taken, n=100)
-    return (
+    return Row(
         f"a sealed live decision, {EPISODES} episodes running: CMC β=1",
         f"{1e3 * cuts[49]:.2f} ms p50, {1e3 * cuts[98]:.2f} ms p99",
         f"{len(taken)} decisions, slowest {1e3 * max(taken):.1f} ms",
@@ -116,18 +116,18 @@ def _loaded(nursery: Nursery, source: str | None = None) -> Worker:
     return worker
 
 
-def _start(nursery: Nursery) -> Row:
+def _start(nursery: Nursery, times: int) -> Row:
     """From asking for a child to one that has loaded its controller."""
-    taken = _measure(lambda: _loaded(nursery).close())
-    return (
+    taken = _measure(lambda: _loaded(nursery).close(), times)
+    return Row(
         "a sealed child, from nothing to loaded and ended",
         f"{1e3 * statistics.median(taken):.2f} ms (median)",
-        f"slowest of {TIMES}: {1e3 * max(taken):.1f} ms",
+        f"slowest of {times}: {1e3 * max(taken):.1f} ms",
         "",
     )
 
 
-def _kill(nursery: Nursery) -> Row:
+def _kill(nursery: Nursery, times: int) -> Row:
     """How long after its deadline a child that loops for ever is dead and reaped."""
     source = "class L:\n    def __init__(self, beta): ...\n    def decide(self, state):\n        while True: pass\n"
 
@@ -139,8 +139,8 @@ def _kill(nursery: Nursery) -> Row:
             return
         raise RuntimeError("it came back")
 
-    over = [1e3 * (taken - HARD_S) for taken in _measure(loop, 20)]
-    return (
+    over = [1e3 * (taken - HARD_S) for taken in _measure(loop, times)]
+    return Row(
         f"a looping child is dead, past its deadline of {1e3 * HARD_S:.0f} ms",
         f"{statistics.median(over):.1f} ms (median, its start included)",
         f"slowest of {len(over)}: {max(over):.1f} ms",
@@ -148,7 +148,7 @@ def _kill(nursery: Nursery) -> Row:
     )
 
 
-def _measure(work: Callable[[], object], times: int = TIMES) -> list[float]:
+def _measure(work: Callable[[], object], times: int) -> list[float]:
     taken = []
     for _ in range(times):
         began = time.perf_counter()

@@ -5,16 +5,40 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from typing import Any, NamedTuple
+import re
+import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
+import uvicorn
+from openai import AsyncOpenAI
+from uvicorn.server import ServerState
 
 from proxy import edge
-from proxy.edge import MOST_HEADERS, check_head, check_target
+from proxy.app import ROUTES
+from proxy.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
+from proxy.edge import (
+    MOST_HEADERS,
+    MOST_SHOWN,
+    PARTS,
+    Edge,
+    EdgeLimits,
+    EdgeProtocol,
+    check_head,
+    check_target,
+    shown_path,
+)
 from proxy.errors import ApiError
-from tests.fakes import MODEL
-from tests.proxy.conftest import Proxy, backend, proxy
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 from tests.proxy.test_records import until
 
 __all__ = ["backend", "proxy"]  # fixtures
@@ -151,16 +175,49 @@ async def test_what_is_refused_is_answered_once_and_reaches_nothing(proxy: Proxy
         assert proxy.backend.requests == [], case
 
 
-@pytest.mark.parametrize("case", ["no Host", "CL.TE", "a path that climbs", "5,000 headers"])
-async def test_why_it_was_refused_is_logged_and_nothing_of_what_was_said(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str
+@pytest.mark.parametrize(
+    ("case", "shown"),
+    [
+        ("no Host", "GET /health"),
+        ("CL.TE", "POST /v1/chat/completions"),
+        ("a path that climbs", "POST /v1/chat/../../tokenize"),
+        ("a letter in code", "POST /…"),
+        ("5,000 headers", "GET /health"),
+        ("a method there is not", "a request"),
+    ],
+)
+async def test_what_was_refused_and_why_is_logged_and_nothing_that_was_written(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str, shown: str
 ) -> None:
     caplog.set_level(logging.INFO)
     said, _ = REFUSED[case]
     (answer,) = await speak(proxy.url, said)
     code = json.loads(answer.body)["error"]["code"]
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warned == [f"a request was refused: {code}"]
+    (line,) = warned
+    assert re.fullmatch(rf"{re.escape(shown)} from 127\.0\.0\.1:\d+ was refused: .+ \({code}\)", line)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (b"/v1/models/", "the path ends in a slash; leave it out"),
+        (b"/v1/chat/completions/", "the path ends in a slash; leave it out"),
+        (b"//v1/models", "two slashes in a row"),
+        (b"/v1/../v1/models", "a part that is `.` or `..`"),
+        (b"/v1/%6dodels", "encoded or unusual characters"),
+    ],
+)
+async def test_what_is_wrong_with_a_path_is_said(proxy: Proxy, target: bytes, words: str) -> None:
+    (answer,) = await speak(proxy.url, get(target))
+    assert answer.status == 400
+    assert words in json.loads(answer.body)["error"]["message"]
+
+
+def test_the_log_shows_the_parts_of_all_endpoints() -> None:
+    assert {part for route in ROUTES for part in route.path.split("/") if "{" not in part} <= PARTS
+    assert shown_path(b"/v1/tts/requests/secret/metrics?secret=1") == "/v1/tts/requests/…/metrics"
+    assert len(shown_path(b"/a" * 10_000)) <= MOST_SHOWN
 
 
 async def test_however_it_is_cut_into_pieces(proxy: Proxy) -> None:
@@ -236,16 +293,271 @@ async def test_a_connection_takes_only_so_many_unanswered_requests(proxy: Proxy)
     assert edge.MOST_WAITING <= len(answers) < edge.MOST_WAITING + 9
 
 
+# Time and room
+
+
+@asynccontextmanager
+async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[Proxy]:
+    """A proxy with other settings."""
+    given: dict[str, Any] = {**SMALL, **settings}
+    async with (
+        running(load(upstream=backend.url, **given)) as url,
+        aiohttp.ClientSession() as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+    ):
+        yield Proxy(backend, url, http, openai)
+
+
 @pytest.mark.parametrize(
-    ("said", "statuses"), [(b"", []), (b"GET /health HTTP/1.1\r\nHost: pro", [408]), (sized()[:-5], [408])]
+    ("said", "statuses", "message"),
+    [
+        (b"", [], ""),
+        (b"\r\n\r\n", [], ""),
+        (b"GET /health HTTP/1.1\r\nHost: pro", [408], "the head of the request took longer than 0.1 s"),
+        (sized()[:-5], [408], "the body took longer than 0.1 s"),
+        (post(CHUNKED, body=b"ff\r\n{"), [408], "the body took longer than 0.1 s"),
+    ],
 )
-async def test_what_does_not_come_to_its_end(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, said: bytes, statuses: list[int]
+async def test_what_does_not_come_to_its_end(backend: FakeVLLM, said: bytes, statuses: list[int], message: str) -> None:
+    async with serving(backend, head_s=0.1, body_s=0.1) as proxy:
+        answers = await speak(proxy.url, said)
+        assert [answer.status for answer in answers] == statuses
+        assert all(json.loads(answer.body)["error"]["message"] == message for answer in answers)
+        assert backend.requests == []
+        assert await proxy.metric("autotts_connections_cut_total", reason="slow") == len(statuses)
+
+
+class Clock:
+    """The time of a fake event loop, whose timers are called by `turn`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Any]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, then: Any) -> Any:
+        timer = (self.now + seconds, then)
+        self.timers.append(timer)
+        return SimpleNamespace(cancel=lambda: self.timers.remove(timer) if timer in self.timers else None)
+
+    def turn(self, until: float) -> None:
+        """Call what is due until then, in order."""
+        while self.timers and min(self.timers, key=itemgetter(0))[0] <= until:
+            timer = min(self.timers, key=itemgetter(0))
+            self.timers.remove(timer)
+            self.now = timer[0]
+            timer[1]()
+        self.now = until
+
+    def create_task(self, work: Any) -> Any:
+        work.close()
+        task: asyncio.Future[None] = asyncio.Future(loop=cast(asyncio.AbstractEventLoop, self))
+        return task
+
+    def get_debug(self) -> bool:
+        return False
+
+
+class Wire:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}.get(name)
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def connect(clock: Clock, limits: EdgeLimits) -> tuple[EdgeProtocol, Wire]:
+    """A connection in a loop of its own time."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("the app is never begun")
+
+    config = uvicorn.Config(app, log_config=None)
+    config.load()
+    shared = Edge(limits, Connections(9, 9), lambda _: None)
+    protocol = EdgeProtocol(config, ServerState(), {}, _loop=clock, edge=shared)
+    wire = Wire()
+    protocol.connection_made(wire)  # type: ignore[arg-type]
+    return protocol, wire
+
+
+@pytest.mark.parametrize(
+    ("rate", "every_s", "piece", "refused_after_s", "message"),
+    [
+        (1024, 1.0, 1, 20, "bytes in 20 s; at least 1024 a second"),
+        (1024, 50.0, 1, 20, "0 bytes in 20 s"),
+        (1024, 1.0, 512, 39, "at least 1024 a second"),
+        (1024, 1.0, 2000, 300, "the body took longer than 300 s"),
+        (0, 50.0, 1, 300, "the body took longer than 300 s"),
+        (0, 400.0, 1, 300, "the body took longer than 300 s"),
+    ],
+)
+def test_a_body_keeps_a_rate_and_ends_in_time(
+    rate: int, every_s: float, piece: int, refused_after_s: float, message: str
 ) -> None:
-    monkeypatch.setattr(edge, "HEAD_S", 0.1)
-    monkeypatch.setattr(edge, "BODY_S", 0.1)
-    assert [answer.status for answer in await speak(proxy.url, said)] == statuses
-    assert proxy.backend.requests == []
+    clock = Clock()
+    protocol, wire = connect(clock, EdgeLimits(body_rate=rate))
+    protocol.data_received(post(b"Content-Length: 8000000\r\n", body=b""))
+    while not wire.written:
+        protocol.flow.resume_reading()  # the app reads at once
+        clock.turn(clock.now + every_s)
+        if not wire.written:
+            protocol.data_received(b" " * piece)
+    assert wire.written.startswith(b"HTTP/1.1 408 ")
+    assert message in json.loads(wire.written.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert refused_after_s <= clock.now < refused_after_s + every_s + 1
+    clock.turn(clock.now + edge.LINGER_S)
+    assert wire.closed
+
+
+def test_a_body_is_not_late_while_the_app_does_not_read() -> None:
+    clock = Clock()
+    protocol, wire = connect(clock, EdgeLimits())
+    protocol.data_received(post(b"Content-Length: 8000000\r\n", body=b" " * 70_000))
+    assert protocol.flow.read_paused
+    clock.turn(1000)
+    assert not wire.written
+    protocol.flow.resume_reading()
+    clock.turn(1030)
+    assert wire.written.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_head_has_a_time_whatever_comes_of_it() -> None:
+    clock = Clock()
+    protocol, wire = connect(clock, EdgeLimits())
+    protocol.data_received(b"GET /health HTTP/1.1\r\n")
+    for number in range(20):
+        clock.turn(clock.now + 1)
+        if not wire.written:
+            protocol.data_received(b"X-%d: a\r\n" % number)
+    assert wire.written.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_client_without_a_key_is_closed_at_once(backend: FakeVLLM) -> None:
+    async with serving(backend, client_keys=f"a={'0' * 64}") as proxy:
+        for said in (post(b"Content-Length: 8000000\r\n", body=b"{"), sized(), get(b"/v1/models")):
+            async with asyncio.timeout(edge.LINGER_S * 5):
+                (answer,) = await speak(proxy.url, said)
+            assert (answer.status, answer.headers["connection"]) == (401, "close")
+
+
+async def test_full_tables_evict_those_who_wait_the_longest(backend: FakeVLLM) -> None:
+    async with serving(backend, max_connections=4) as proxy:
+        where = urlsplit(proxy.url)
+        opened = []
+
+        async def opening(said: bytes) -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection(where.hostname, where.port)
+            opened.append(writer)
+            writer.write(said)
+            await writer.drain()
+            return reader
+
+        waiting = [await opening(said) for said in (b"", b"GET /", sized()[:-5], get())]
+        assert (await waiting[3].readline()).startswith(b"HTTP/1.1 200")
+        for reader in waiting:
+            newcomer = await opening(get())
+            assert (await newcomer.readline()).startswith(b"HTTP/1.1 200")
+            ended = await asyncio.wait_for(reader.read(), 5)
+            assert not ended or b"retry-after: 1" in ended or b'{"status":"ok"}' in ended
+        for writer in opened:
+            writer.close()
+        assert await proxy.metric("autotts_connections_cut_total", reason="evicted") >= len(waiting)
+        assert backend.requests == []
+
+
+async def test_a_request_that_is_served_is_not_evicted(backend: FakeVLLM) -> None:
+    backend.gate.clear()
+    async with serving(backend, max_connections=2) as proxy:
+        body = json.dumps({**json.loads(BODY), "tts": {"beta": 0}}).encode()
+
+        async def runs() -> bool:
+            return backend.running == 2
+
+        asking = [asyncio.create_task(speak(proxy.url, sized(body))) for _ in range(2)]
+        await until(runs)
+        (answer,) = await speak(proxy.url, get())
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "too_many_connections")
+        backend.gate.set()
+        for task in asking:
+            task.cancel()
+
+
+class Seat:
+    """A connection that may be evicted."""
+
+    def __init__(self) -> None:
+        self.is_evicted = False
+
+    def evict(self) -> None:
+        self.is_evicted = True
+
+
+def test_an_address_makes_room_for_itself_alone() -> None:
+    events: list[str] = []
+    table = Connections(5, 2, events.append)
+    mine, theirs = [Seat() for _ in range(3)], [Seat() for _ in range(4)]
+    assert table.admit(theirs[0], "::1")
+    assert all(table.admit(seat, "10.0.0.1") for seat in mine)
+    assert [seat.is_evicted for seat in mine] == [True, False, False]
+    table.serve(mine[1])
+    table.serve(mine[2])
+    assert not table.admit(Seat(), "10.0.0.1")
+    assert table.admit(theirs[1], "10.0.0.2")
+    table.wait(mine[2])  # after all others
+    for seat in theirs[2:]:
+        assert table.admit(seat, f"10.0.1.{theirs.index(seat)}")
+    assert (len(table), theirs[0].is_evicted, mine[2].is_evicted) == (5, True, False)
+    assert events == ["evicted", "refused", "evicted"]
+    for seat in [*mine, *theirs]:
+        table.leave(seat)
+        table.leave(seat)
+    assert len(table) == 0
+    assert not table._by_address
+    assert not table._waiting_at
+
+
+def test_addresses_of_one_client_are_counted_as_one() -> None:
+    assert client_of("2001:db8:1:2:3:4:5:6") == client_of("2001:db8:1:2::1") != client_of("2001:db8:1:3::1")
+    assert client_of("::ffff:10.0.0.1") == client_of("10.0.0.1") != client_of("10.0.0.2")
+    assert client_of("fe80::1%eth0") == client_of("fe80::2")
+    assert client_of("") == ""
+
+
+def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [256, 20_000]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: now.__setitem__(slice(None), limits))
+    assert room_for(8192, 2048) == 8192
+    assert now == [8192 + 2048 + SPARE_DESCRIPTORS, 20_000]
+    assert room_for(100, 100) == 100
+    assert now[0] == 8192 + 2048 + SPARE_DESCRIPTORS
+    now[:] = [1024, 4096]
+    assert room_for(8192, 2048) == 2048
+    assert now == [4096, 4096]
 
 
 DUPLICATES = [

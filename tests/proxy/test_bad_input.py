@@ -5,10 +5,26 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jiter
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
+from proxy import strict
 from proxy.dial import Source, resolve, split_alias
-from proxy.errors import BadRequest
+from proxy.errors import MOST_MESSAGE, MOST_PARAM, BadRequest, clipped
+from proxy.schema import (
+    MOST_BIASES,
+    MOST_MESSAGES,
+    MOST_OPTIONS,
+    MOST_PROMPT_IDS,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    ResponsesRequest,
+    parse,
+)
 from tests.fakes import MODEL
 from tests.proxy.conftest import Proxy
 
@@ -86,11 +102,190 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [], "tts": {"betta": 1}},
+            "tts.betta: there is no such field; did you mean beta? there are beta, target_tokens, controller, ",
+        ),
+        ("/v1/completions", {"prompt": "x", "tts": {"zzz": 1}}, "tts.zzz: there is no such field; there are beta, "),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x", "corect": True},
+            "corect: there is no such field; did you mean correct? there are request_id, id, correct, answer, score",
+        ),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x"},
+            "feedback has exactly one of correct, answer and score; this has none of them",
+        ),
+        (
+            "/v1/tts/feedback",
+            {"request_id": "x", "correct": True, "score": 1.0},
+            "feedback has exactly one of correct, answer and score; this has correct and score",
+        ),
+    ],
+)
+async def test_a_message_says_what_there_is(proxy: Proxy, path: str, body: dict[str, Any], words: str) -> None:
+    async with proxy.http.post(proxy.url + path, json=body) as response:
+        reply = await response.json()
+    assert response.status == 400
+    assert reply["error"]["message"].startswith(words)
+
+
+@pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"null", b"\xff", b'{"messages": [{"role": "user"}], "temperature": NaN}', b"[" * 100_000]
 )
 async def test_bodies_that_are_no_request(proxy: Proxy, raw: bytes) -> None:
     status, _, reply = await proxy.ask("0.5", raw=raw)
     check_error(reply, 400, status, code="bad_json")
+
+
+# Bounds on structure
+
+
+def values_in(value: Any) -> int:
+    """Objects, lists, members and strings of a JSON value; a member's name is a string too."""
+    if isinstance(value, dict):
+        return 1 + sum(2 + values_in(inner) for inner in value.values())
+    if isinstance(value, list):
+        return 1 + sum(map(values_in, value))
+    return int(isinstance(value, str))
+
+
+ODD_TEXT = st.text(st.sampled_from('{[:"\\\\a\u00e9\n'), max_size=6)
+TREES = st.recursive(
+    st.none() | st.integers() | ODD_TEXT,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(ODD_TEXT, inner, max_size=5),
+    max_leaves=40,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(body=st.dictionaries(ODD_TEXT, TREES, max_size=5), most=st.integers(1, 40), is_ascii=st.booleans())
+def test_structure_is_counted_without_the_texts(body: dict[str, Any], most: int, is_ascii: bool) -> None:
+    raw = json.dumps(body, ensure_ascii=is_ascii).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict, "MOST_VALUES", most)
+        if values_in(body) > most:
+            with pytest.raises(BadRequest, match=f"at most {most}"):
+                strict.read(raw)
+        else:
+            assert strict.read(raw) == body
+
+
+async def test_too_much_structure_is_refused_before_it_is_built(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    from_json = jiter.from_json
+
+    def building(raw: bytes, **how: Any) -> Any:
+        built.append(len(raw))
+        return from_json(raw, **how)
+
+    monkeypatch.setattr(jiter, "from_json", building)
+    count = strict.MOST_VALUES + 1
+    for inner in (b"[" + b"{}," * count + b"{}]", b"[" + b'"",' * count + b'""]', b"[" + b"[]," * count + b"[]]"):
+        status, _, reply = await proxy.ask("0.5", raw=b'{"messages":' + inner + b"}")
+        check_error(reply, 400, status, code="body_too_complex")
+        assert str(strict.MOST_VALUES) in reply["error"]["message"]
+    assert built == []
+    text = '{"[:' * count
+    status, _, reply = await proxy.ask("0", messages=[{"role": "user", "content": text}])
+    check_error(reply, 400, status, code="context_length_exceeded")
+    assert len(built) == 1
+
+
+async def test_a_body_has_few_fields(proxy: Proxy) -> None:
+    most = strict.MOST_MEMBERS
+    fields = {f"x{i}": i for i in range(most)}
+    for path in ("chat/completions", "completions", "responses", "embeddings", "tts/feedback"):
+        async with proxy.http.post(f"{proxy.url}/v1/{path}", json={"model": MODEL, **fields}) as response:
+            reply = await response.json()
+        check_error(reply, 400, response.status, code="body_too_complex")
+        assert f"{most + 1} fields; at most {most}" in reply["error"]["message"]
+
+
+def many(count: int) -> dict[str, int]:
+    return {str(number): 1 for number in range(count)}
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("made", "body", "param", "problem"),
+    [
+        (ChatRequest, {"messages": [0] * 1000}, "messages.0", "valid dictionary"),
+        (ChatRequest, {"messages": [{}] * 700 + [0] * 300}, "messages.700", "valid dictionary"),
+        (ChatRequest, {"messages": [0] * (MOST_MESSAGES + 1)}, "messages", f"at most {MOST_MESSAGES} messages"),
+        (ChatRequest, {**CHAT, "stop": ["a", *[0] * 1000]}, "stop", None),
+        (ChatRequest, {**CHAT, "tts": many(MOST_OPTIONS + 1)}, "tts", "not 65"),
+        (ChatRequest, {**CHAT, "stream_options": many(65)}, "stream_options", "not 65"),
+        (
+            ChatRequest,
+            {**CHAT, "chat_template_kwargs": many(65)},
+            "chat_template_kwargs",
+            "64",
+        ),
+        (
+            ChatRequest,
+            {**CHAT, "logit_bias": many(MOST_BIASES + 1)},
+            "logit_bias",
+            f"{MOST_BIASES} tokens",
+        ),
+        (ChatRequest, {**CHAT, "logit_bias": {"1" * 33: 1}}, "logit_bias." + "1" * 33, "at most 32 characters"),
+        (ChatRequest, {**CHAT, "model": "m" * 513}, "model", "at most 512 characters are accepted, not 513"),
+        (ChatRequest, {**CHAT, "reasoning_effort": "m" * 513}, "reasoning_effort", "at most 512 characters"),
+        (CompletionRequest, {"prompt": [1] * (MOST_PROMPT_IDS + 1)}, "prompt", f"at most {MOST_PROMPT_IDS} token ids"),
+        (CompletionRequest, {"prompt": [[1] * (MOST_PROMPT_IDS + 1)]}, "prompt", f"not {MOST_PROMPT_IDS + 1}"),
+        (ResponsesRequest, {"input": [{}] * (MOST_MESSAGES + 1)}, "input", f"at most {MOST_MESSAGES} items"),
+        (ResponsesRequest, {"input": "a", "text": many(65)}, "text", "not 65"),
+        (ResponsesRequest, {"input": "a", "reasoning": many(65)}, "reasoning", "not 65"),
+        (FeedbackRequest, {"request_id": "a" * 201, "correct": True}, "request_id", "at most 200 characters"),
+    ],
+)
+def test_validation_stops_at_the_first_error(
+    made: type[BaseModel], body: dict[str, Any], param: str, problem: str | None
+) -> None:
+    with pytest.raises(ValidationError) as failed:
+        made.model_validate(body)
+    assert failed.value.error_count() == 1
+    with pytest.raises(BadRequest, match=problem) as refused:
+        parse(made, json.dumps(body).encode())
+    assert refused.value.param == param
+    assert refused.value.message.startswith(f"{param}: ")
+
+
+async def test_an_error_quotes_no_more_than_a_little(proxy: Proxy) -> None:
+    long = "x" * 100_000
+    for fields in (
+        {"model": f"a@{long}"},
+        {"model": long},
+        {"logit_bias": {long: 1}},
+        {"tts": {"controller": long}},
+        {"tts": {"answer": f"{long}:"}},
+        {"tts": {"answer": f"regex:{long}"}},
+        {"tts": {long: 1}},
+        {"max_tokens": long},
+        {"max_tokens": int("9" * 4000)},
+        {"seed": int("9" * 4000)},
+        {"temperature": "9" * 5000},
+    ):
+        status, _, reply = await proxy.ask("0.5", **fields)
+        check_error(reply, 400, status)
+        assert len(json.dumps(reply)) < 2 * MOST_MESSAGE
+    for raw in (f'{{"{long}":1,"{long}":1}}', f'{{"a":{"9" * 5000}}}', '{"a":' * 300 + "1" + "}" * 300):
+        status, _, reply = await proxy.ask("0.5", raw=raw.encode())
+        check_error(reply, 400, status, code="bad_json")
+        assert len(json.dumps(reply)) < 2 * MOST_MESSAGE
+
+
+def test_a_clipped_text_keeps_its_ends() -> None:
+    assert clipped("abc", 3) == "abc"
+    assert clipped("abcdefgh", 5) == "ab…gh"
+    error = BadRequest("a" * 10**6, param="b" * 10**6)
+    assert (len(error.message), len(error.param or ""), len(str(error))) == (MOST_MESSAGE, MOST_PARAM, MOST_MESSAGE)
 
 
 async def test_numbers_out_of_range_are_no_beta(proxy: Proxy) -> None:

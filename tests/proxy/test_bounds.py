@@ -75,9 +75,24 @@ def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: G
 @pytest.mark.parametrize(
     ("request_", "caps", "param", "words"),
     [
-        (chat(n=20, max_tokens=1400), Caps(tokens=700), "max_tokens", "28000 tokens in all; the cap is 700 tokens"),
-        (chat(max_completion_tokens=701), Caps(tokens=700), "max_completion_tokens", "701; the cap is 700"),
-        (chat(max_tokens=2000), Caps(None, 5000, 1000), "max_tokens", "the cap is 1000 tokens a minute"),
+        (
+            chat(n=20, max_tokens=1400),
+            Caps(tokens=700),
+            "max_tokens",
+            "28000 tokens in all; .*TOTAL_TOKENS is 700",
+        ),
+        (
+            chat(max_completion_tokens=701),
+            Caps(tokens=700),
+            "max_completion_tokens",
+            "701; the server's limit AUTOTTS_MAX_TOTAL_TOKENS is 700",
+        ),
+        (
+            chat(max_tokens=2000),
+            Caps(None, 5000, 1000),
+            "max_tokens",
+            "TOKENS_PER_MINUTE is 1000 tokens a minute",
+        ),
         (chat(n=800), Caps(tokens=700), "n", "800 texts"),
         (text(prompt=["a"] * 100, max_tokens=16), Caps(tokens_per_minute=1000), "max_tokens", "100 texts"),
         (text(prompt=["a"] * 2000), Caps(tokens_per_minute=1000), "prompt", "2000 texts"),
@@ -284,10 +299,10 @@ async def test_more_than_a_request_may_spend_is_not_handed_on(backend: FakeVLLM,
     async with running(settings) as url, aiohttp.ClientSession() as http:
         status, _, reply = await ask(http, url, ALICE, None, n=20, max_tokens=1400)
         assert (status, reply["error"]["param"], reply["error"]["code"]) == (400, "max_tokens", "cap_too_small")
-        assert "the cap is 700 tokens a request" in reply["error"]["message"]
+        assert "the limit `tokens` of key alice is 700 tokens a request" in reply["error"]["message"]
         assert not backend.requests
         status, headers, reply = await ask(http, url, ALICE, None, n=2)
-        assert (status, headers["x-tts-reason"]) == (200, "n")
+        assert (status, headers["x-tts-reason"]) == (200, "no_beta")
         assert reply["echo"]["max_completion_tokens"] == 350
         status, _, reply = await ask(http, url, BOB, None, n=20, max_tokens=1400)
         assert (status, reply["echo"]["max_tokens"]) == (200, 1400)

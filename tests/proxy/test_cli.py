@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -17,7 +20,9 @@ from typing import NamedTuple
 
 import pytest
 
+from proxy.cli import base_url, welcome
 from proxy.embedded import free_port
+from tests.fakes import MODEL, FakeVLLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +56,74 @@ def test_a_bad_variable_is_named() -> None:
     done = autotts("serve", AUTOTTS_INTERVAL="many")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "interval" in done.stderr
+
+
+def test_the_version() -> None:
+    done = autotts("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"autotts \d+\.\d+\.\d+\S*\n", done.stdout)
+
+
+async def started(*arguments: str, **environment: str) -> str:
+    """What `autotts serve` writes until it listens, and to its end."""
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--no-record", *arguments]
+    process = await asyncio.create_subprocess_exec(
+        *command, stderr=asyncio.subprocess.PIPE, env=os.environ | environment
+    )
+    assert process.stderr is not None
+    written = ""
+    async for line in process.stderr:
+        written += line.decode()
+        if line.startswith(b"print(") or b"listening on" in line:
+            break
+    process.terminate()
+    _, rest = await process.communicate()
+    assert process.returncode == 0
+    return written + rest.decode()
+
+
+async def test_it_says_what_it_starts_and_shows_a_model_that_is_served() -> None:
+    async with FakeVLLM().serve() as backend:
+        written = await started("--upstream", backend.url)
+    before, _, after = written.partition("AutoTTS Proxy listens on http://127.0.0.1:")
+    assert f"INFO proxy: starting the proxy for the upstream {backend.url}\n" in before
+    assert '-d \'{"model": "fake-model", ' in after
+    assert '    model="fake-model",\n' in after
+    assert "your model" not in after
+
+
+async def test_an_upstream_that_is_down_is_told_of_at_start() -> None:
+    password = "hidden"
+    written = await started("--upstream", f"http://me:{password}@127.0.0.1:9", "--model", "odd \"name's")
+    assert "WARNING proxy: upstream http://127.0.0.1:9 cannot be reached: " in written
+    assert password not in written
+    command = next(line for line in written.splitlines() if line.startswith("curl "))
+    body = json.loads(shlex.split(command)[-1])
+    assert body["model"] == "odd \"name's"
+
+
+@pytest.mark.parametrize(("model", "words"), [("other", "serves no model 'other'; it serves fake-model"), (MODEL, "")])
+async def test_a_model_that_is_not_served_is_told_of_at_start(model: str, words: str) -> None:
+    async with FakeVLLM().serve() as backend:
+        written = await started("--upstream", backend.url, "--model", f"{model}@0.5" if model == MODEL else model)
+    assert (words in written) if words else ("serves no model" not in written)
+
+
+async def test_with_keys_the_example_says_where_one_goes() -> None:
+    async with FakeVLLM().serve() as backend:
+        written = await started("--upstream", backend.url, AUTOTTS_CLIENT_KEYS=f"alice={'0' * 64}")
+    assert "-H 'authorization: Bearer YOUR_KEY'" in written
+    assert 'api_key="YOUR_KEY"' in written
+
+
+def test_what_is_wrong_is_found_before_the_embedded_model_starts() -> None:
+    done = autotts("serve", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "/nowhere/keys.toml" in done.stderr
+
+
+def test_an_ipv6_address_is_shown_as_urls_have_it() -> None:
+    assert "curl http://[::1]:8400/v1/" in welcome(base_url("::1", 8400), "m", is_embedded=False)
 
 
 def test_a_port_that_is_taken() -> None:
@@ -107,6 +180,13 @@ def test_the_readmes_curl(serving: Serving) -> None:
     assert "x-tts-applied: true" in answer
     assert "x-tts-beta: 0.5" in answer
     assert "\\\\boxed{" in answer
+
+
+@pytest.mark.vllm
+def test_it_says_that_the_embedded_model_starts(serving: Serving) -> None:
+    before, _, after = serving.welcome.partition("AutoTTS Proxy listens on")
+    assert "starting the embedded model on vLLM for CPU; this takes 15 to 60 s" in before
+    assert 'model="autotts-tiny"' in after
 
 
 @pytest.mark.vllm

@@ -167,6 +167,26 @@ def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None
     assert ("AUTOTTS_INTERVALL sets nothing" in done.stdout) is not bool(status)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--max-model-len '512", "embedded_args: the flags cannot be read: No closing quotation"),
+        ("--port 9", "embedded_args: the proxy itself sets --port; leave it out"),
+        ("--host=0.0.0.0", "the proxy itself sets --host; leave it out"),
+    ],
+)
+def test_flags_of_the_embedded_server_that_cannot_be(text: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(embedded_args=text)
+    assert words in str(caught.value)
+
+
+def test_flags_of_the_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().embedded_flags == ()
+    monkeypatch.setenv("AUTOTTS_EMBEDDED_ARGS", "--max-model-len 512 --override-generation-config '{\"top_k\": 3}'")
+    assert load().embedded_flags == ("--max-model-len", "512", "--override-generation-config", '{"top_k": 3}')
+
+
 async def test_serve_goes_by_the_file_and_logs_as_it_says(tmp_path: Path) -> None:
     async with FakeVLLM().serve() as backend:
         toml(tmp_path, f"upstream = '{backend.url}'\nport = 0\nlog = 'json'\nrecord = false")

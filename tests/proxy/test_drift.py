@@ -15,8 +15,13 @@ import pytest_asyncio
 from discovery.evaluate import scorable
 from discovery.recordings import Cell, RecordedQuestion
 from discovery.store import Store
+from proxy.app import upstream_session
+from proxy.drift import Drift
+from proxy.engine import Engine
+from proxy.metrics import Metrics
+from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
-from tests.proxy.conftest import INTERVAL, Proxy, backend
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
 from tests.proxy.test_finishing import VOTING, ended, recording, vote
 from tests.proxy.test_records import call, recordings, serving, until
 
@@ -115,6 +120,20 @@ async def test_so_is_a_store(backend: FakeVLLM, path: Path, tmp_path: Path, capl
         path.rename(tmp_path / "made" / "s.db")  # noqa: ASYNC240
         (tmp_path / "made").rename(away)
         assert await noticed(proxy) == 1
+
+
+async def test_a_store_that_is_yet_to_be_created_is_not_complained_of(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
+    async with upstream_session(settings) as session:
+        drift = Drift(Engine(backend.url, session), settings, Metrics())
+        assert not await drift._try()  # it is looked at again soon
+        async with Store.open(tmp_path / "s.db", create=True):
+            pass
+        assert await drift._try()
+    assert not [record for record in caplog.records if record.name == "proxy.drift"]
 
 
 async def test_an_upstream_that_has_failed_is_looked_at_again(backend: FakeVLLM, path: Path) -> None:

@@ -153,3 +153,11 @@ async def test_one_that_never_comes_back_is_left_alone(
             await server.watching
     assert "left alone" in caplog.text
     assert "worn out" in caplog.text
+
+
+@pytest.mark.vllm
+async def test_further_flags_reach_vllm() -> None:
+    pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
+    with pytest.raises(StartError, match=r"unrecognized arguments: --no-such-flag"):
+        async with EmbeddedServer(args=("--no-such-flag",)):
+            pass

@@ -53,18 +53,20 @@ def test_every_field_of_vllm_is_decided_on(name: str) -> None:
     members = [member for one in classes for member in one.body if isinstance(member, ast.AnnAssign)]
     fields = {ast.unparse(member.target) for member in members}
     assert len(fields) > 20
-    assert {field for field in fields if not field.startswith("_")} <= FORWARDED | ADMINS
+    assert {field for field in fields if not field.startswith("_")} <= FORWARDED | ADMINS.keys()
 
 
 def test_admins_may_send_anything_and_others_what_is_theirs() -> None:
-    assert not FORWARDED & ADMINS
-    assert not withheld([*FORWARDED, "tts"], is_admin=False)
-    assert not withheld([*ADMINS, "frobnicate"], is_admin=True)
-    assert withheld(["model", "frobnicate"], is_admin=False) == ["frobnicate"]
-    for name in ADMINS:
+    assert not FORWARDED & ADMINS.keys()
+    assert not withheld(dict.fromkeys([*FORWARDED, "tts"], 1), is_admin=False)
+    assert not withheld(dict.fromkeys([*ADMINS, "frobnicate"], 1), is_admin=True)
+    assert withheld({"model": "m", "frobnicate": 1}, is_admin=False) == ["frobnicate"]
+    for name, defaults in ADMINS.items():
         with pytest.raises(Forbidden, match=name) as refused:
-            withheld(["model", name], is_admin=False)
+            withheld({"model": "m", name: "x"}, is_admin=False)
         assert refused.value.param == name
+        for value in (None, [], {}, *defaults):
+            assert not withheld({name: value}, is_admin=False)
 
 
 @pytest_asyncio.fixture

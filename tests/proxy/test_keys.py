@@ -308,6 +308,46 @@ def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest
         assert f"is in {keys.VARIABLE} too; the keys stay as they were" in caplog.text
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ("tokens = 750", "alice: tokens = 750 is less than the 781 or so that one interval and its answer need"),
+        ("tokens_per_minute = 750", "alice: tokens_per_minute = 750 is less than"),
+        ("tokens_per_minute = 3000", "alice: a quarter of tokens_per_minute = 3000, the cap of requests that set no"),
+        ("tokens = 800", None),
+        ("tokens_per_minute = 4000", None),
+        ("tokens_per_minute = 3000, tokens = 800", None),
+        ("branches = 1", None),
+    ],
+)
+def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: str, words: str | None
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(keys.line("alice", "secret"))
+    callers = Callers(load(upstream="http://127.0.0.1:1", keys=path))
+    assert not warned(caplog)
+    path.write_text(keys.line("alice", "secret").replace(" }", f", {limits} }}"))
+    assert callers.keyring is not None
+    for _ in range(2):
+        (key,) = callers.keyring.keys
+    assert key.name == "alice"
+    told = warned(caplog)
+    assert len(told) == (words is not None)
+    assert words is None or words in told[0]
+    assert str(path) in told[0] if told else True
+
+
+def test_so_is_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
+    Callers(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
+    (line,) = warned(caplog)
+    assert line.startswith("the server's limit tokens = 700 is less than the 781 or so")
+
+
 def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
     given = {"AUTOTTS_CLIENT_KEYS": pair("carol", "carols"), "AUTOTTS_UPSTREAM": "http://127.0.0.1:1"}
     done = autotts("config", "show", "--json", **given)

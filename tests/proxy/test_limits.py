@@ -254,6 +254,46 @@ async def test_a_keys_limits_bind_its_requests_and_no_others(backend: FakeVLLM, 
         assert reply["tts"]["tokens"]["total"] > 700
 
 
+@pytest.mark.parametrize(
+    ("limits", "settings", "asked", "words", "param"),
+    [
+        ({"tokens": 50}, {}, None, "the limit `tokens` of key alice is 50; one interval", None),
+        ({"tokens": 50}, {}, 500, "the limit `tokens` of key alice is 50; one interval", None),
+        ({"tokens_per_minute": 90}, {}, 500, "the limit `tokens_per_minute` of key alice is 90; one interval", None),
+        (
+            {"tokens_per_minute": 200},
+            {},
+            None,
+            "a quarter of the limit `tokens_per_minute` of key alice (200), for a request that sets no "
+            "tts.max_total_tokens, is 50; one interval",
+            None,
+        ),
+        ({}, {"max_total_tokens": 50}, None, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS is 50; one", None),
+        ({}, {"tokens_per_minute": 90}, 500, "the server's limit AUTOTTS_TOKENS_PER_MINUTE is 90; one", None),
+        ({"tokens": 500}, {}, 50, "tts.max_total_tokens is 50; one interval", "tts.max_total_tokens"),
+    ],
+)
+async def test_a_cap_that_is_too_small_is_named_by_who_set_it(
+    backend: FakeVLLM,
+    tmp_path: Path,
+    limits: dict[str, int],
+    settings: dict[str, int],
+    asked: int | None,
+    words: str,
+    param: str | None,
+) -> None:
+    file = keyed(tmp_path / "keys.toml", **limits)
+    tts = {} if asked is None else {"tts": {"max_total_tokens": asked}}
+    async with (
+        running(load(upstream=backend.url, keys=file, **settings, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        status, _, reply = await ask(http, url, ALICE, "1", **tts)
+    error = reply["error"]
+    assert (status, error["code"], error["param"]) == (400, "cap_too_small", param)
+    assert error["message"].startswith(words)
+
+
 async def test_the_minutes_tokens_of_a_key(backend: FakeVLLM, tmp_path: Path) -> None:
     file = keyed(tmp_path / "keys.toml", tokens_per_minute=1500)
     async with (

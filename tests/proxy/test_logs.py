@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -88,6 +90,25 @@ def test_lines_for_people_name_the_request_once() -> None:
     assert "req-1: it broke" in written.getvalue()
     assert written.getvalue().count("req-1") == 2
     assert "GET" not in written.getvalue()
+
+
+def test_lines_in_a_file_are_not_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal
+    with (tmp_path / "log").open("w") as file:
+        set_up(load(upstream="http://127.0.0.1:1"), Console(file=file))
+        logging.getLogger("proxy.some").warning("word " * 100 + "end")
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING proxy\.some: (word ){100}end", line)
+
+
+def test_a_line_in_a_file_names_its_request_after_the_logger() -> None:
+    written = logged(load(upstream="http://127.0.0.1:1"))
+    token = request_id.set("req-1")
+    try:
+        logging.getLogger("proxy.some").warning("it broke")
+    finally:
+        request_id.reset(token)
+    assert written.getvalue().endswith("WARNING proxy.some: req-1: it broke\n")
 
 
 def test_an_exception_is_told_without_its_words() -> None:

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy import pulse
 from proxy.counting import saved_tokens
+from proxy.dial import ALIASES, EFFORTS, Dial, Source
 from proxy.engine import Engine
 from proxy.live import LiveBranch, LiveEnvironment, Prompt, Sizes
 from proxy.metrics import family
@@ -75,6 +76,24 @@ async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) ->
     ]
     assert saved_tokens(environment, 4, 50) == 30
     assert saved_tokens(environment, 4, 139) == -59
+
+
+@pytest.mark.parametrize(
+    ("beta", "bucket"),
+    [(0, "0"), (0.1, "0"), (0.125, "0.25"), (0.25, "0.25"), (0.3, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1, "1")],
+)
+def test_a_beta_is_counted_under_the_nearest_alias(beta: float, bucket: str) -> None:
+    assert Dial(beta, Source.HEADER).bucket == bucket
+
+
+def test_every_alias_and_effort_has_a_bucket_of_its_own() -> None:
+    for beta in (*ALIASES, *EFFORTS.values()):
+        assert float(Dial(beta, Source.EFFORT).bucket) == beta
+
+
+async def test_a_quarter_is_counted_as_a_quarter(proxy: Proxy) -> None:
+    _, _, body = await proxy.ask(None, model=f"{MODEL}@0.25")
+    assert await proxy.metric("autotts_tokens_total", beta="0.25") == body["tts"]["tokens"]["total"]
 
 
 async def test_no_client_makes_a_series(proxy: Proxy) -> None:

@@ -104,7 +104,7 @@ async def test_what_completions_cannot_serve_passes(raw: Raw, fields: dict[str, 
     await passes(raw, "/v1/completions", {"model": MODEL, "prompt": "hi", **fields}, reason)
 
 
-async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str) -> None:
+async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str, param: str | None = None) -> None:
     """With β the body passes through, for `reason`; if a controller is required it is refused."""
     sent = json.dumps(body).encode()
     headers = {"x-tts-beta": "0.5", "content-type": "application/json"}
@@ -115,7 +115,11 @@ async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str) -> None
     required = {**body, "tts": {"required": True}}
     async with raw.http.post(raw.url + path, json=required, headers=headers) as response:
         reply = await response.json()
-    assert (response.status, reply["error"]["code"], reply["error"]["param"]) == (400, "tts_not_applicable", reason)
+    assert (response.status, reply["error"]["code"], reply["error"]["param"]) == (
+        400,
+        "tts_not_applicable",
+        param or reason,
+    )
     assert len(raw.upstream.seen) == 1
 
 
@@ -182,41 +186,49 @@ async def test_a_response_that_was_cut_is_incomplete(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "reason", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
-        ({"text": {"verbosity": "low"}}, "text"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"input": IMAGE}, "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input"),
-        ({"input": []}, "input"),
-        ({"input": None, "prompt": {"id": "p"}}, "prompt"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "tools"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id"),
+        ({"background": True}, "background", "background"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "include"),
+        ({"text": {"format": {"type": "json_object"}}}, "structured_output", "text"),
+        ({"reasoning": {"effort": "weird"}}, "reasoning", "reasoning"),
+        ({"truncation": "middle"}, "truncation", "truncation"),
+        ({"input": IMAGE}, "multimodal", "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "tools", "input"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "input"),
+        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input", "input"),
+        ({"input": [{"role": "assistant", "content": "So", "status": "incomplete"}]}, "input", "input"),
+        ({"input": []}, "input", "input"),
+        ({"input": None, "prompt": {"id": "p"}}, "prompt", "prompt"),
     ],
 )
-async def test_what_responses_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str) -> None:
-    await passes(raw, "/v1/responses", {"model": MODEL, "input": "hi", **fields}, reason)
+async def test_what_responses_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str, param: str) -> None:
+    await passes(raw, "/v1/responses", {"model": MODEL, "input": "hi", **fields}, reason, param)
 
 
 def test_items_become_messages() -> None:
     said = [
         {"role": "developer", "content": "Be kind."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}], "content": []},
         {
             "role": "assistant",
             "content": [{"type": "output_text", "text": "two"}, {"type": "output_text", "text": "3"}],
         },
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "y"}]},
     ]
     request = ResponsesRequest(input=said, text={"format": {"type": "text"}}, tools=[], store=True)
     assert request.unserved() is None
-    parts = [{"type": "text", "text": "two"}, {"type": "text", "text": "3"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert request.conversation == [
-        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": parts},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "two", "reasoning": "x"},
+        {"role": "assistant", "reasoning": "y"},
     ]
 
 
@@ -422,21 +434,50 @@ async def test_only_what_is_the_proxys_is_taken_out(raw: Raw) -> None:
     headers = {"content-type": "application/json"}
     async with raw.http.post(f"{raw.url}/v1/chat/completions", data=body, headers=headers) as response:
         assert response.status == 200
-    assert raw.upstream.seen[-1].body == ODD.replace(b" ,", b",").replace(b"]}\n", b"] }\n")
+    content = b'[{"role":"user","content":"\\u00e9\xc3\xa9 \\/"}]'
+    assert raw.upstream.seen[-1].body == b'{"model":"fake-model","n":2.0e0,"messages":' + content + b"}"
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         (b'{"tts":1}', b'{"model":"m"}'),
-        (b' { "tts" : [{"tts": "}"}] , "a" : 1 } ', b' { "a" : 1,"model":"m" } '),
-        (b'{"model":"m@1", "a":"\\"tts\\": 1"}', b'{"model":"m", "a":"\\"tts\\": 1"}'),
-        (b'{"a":1.0E+2,"tts":{}}', b'{"a":1.0E+2,"model":"m"}'),
+        (b' { "tts" : [{"tts": "}"}] , "a" : 1 } ', b'{"a":1,"model":"m"}'),
+        (b'{"model":"m@1", "a":"\\"tts\\": 1"}', b'{"model":"m","a":"\\"tts\\": 1"}'),
+        (
+            b'{"\\u0074ts":1, "\\u0061" : [ 1.0E+2 , -0 ],"b":"\\u00e9 \\/"}',
+            b'{"a":[ 1.0E+2 , -0 ],"b":"\\u00e9 \\/","model":"m"}',
+        ),
+        (
+            b'{"n":1e400,"i":123456789012345678901234567890.10}',
+            b'{"n":1e400,"i":123456789012345678901234567890.10,"model":"m"}',
+        ),
     ],
 )
-def test_members_are_changed_in_place(before: bytes, after: bytes) -> None:
+def test_members_are_changed_and_values_keep_their_bytes(before: bytes, after: bytes) -> None:
     assert splice(before, drop=("tts",), put={"model": "m"}) == after
-    assert splice(after, drop=("tts",), put={}) == after
+    assert splice(before, drop=(), put={}) is before
+    assert splice(after, drop=("tts",), put={}) is after
+
+
+class Counted(str):
+    """A name that counts how often any of its kind is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_removing_members_takes_linear_time(count: int) -> None:
+    body = json.dumps({f"x{i}": i for i in range(count)} | {"a": 1}).encode()
+    Counted.compared = 0
+    assert splice(body, drop=[Counted(f"x{i}") for i in range(count)], put={}) == b'{"a":1}'
+    assert Counted.compared <= 4 * count
 
 
 async def test_a_stream_comes_back_byte_for_byte_and_unbuffered(raw: Raw) -> None:

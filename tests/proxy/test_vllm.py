@@ -22,6 +22,7 @@ pytestmark = pytest.mark.vllm
 
 MODEL = "autotts-tiny"
 PROBLEMS = held_back(8)
+HALF = {"x-tts-beta": "0.5"}
 
 
 class Served:
@@ -160,6 +161,18 @@ async def test_untouched_requests_are_vllms_own(served: Served) -> None:
     async with direct:
         own = await direct.chat.completions.create(model=MODEL, messages=messages(), temperature=0, max_tokens=300)
     assert raw.parse().choices[0].message.content == own.choices[0].message.content
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+async def test_tools_are_taken(served: Served, choice: Any) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "description": "w", "parameters": city}}
+    raw = await served.openai.chat.completions.with_raw_response.create(
+        model=MODEL, messages=messages(), tools=[tool], tool_choice=choice, max_tokens=50, extra_headers=HALF
+    )
+    assert raw.headers["x-tts-applied"] == "false"
+    assert raw.headers["x-tts-reason"] in ("tools", "tool_choice")
+    assert raw.parse().choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
 async def test_messages_with_a_system_prompt_and_parts(served: Served) -> None:

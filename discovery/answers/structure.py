@@ -1,0 +1,293 @@
+r"""Tidy text → Form: names, lists, sets, intervals, matrices, equations, units and words, in bounded time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+from discovery.answers.algebra import NoExpression, TooHard, express
+from discovery.answers.spelling import balanced, pieces
+from discovery.answers.types import Form, Sort
+from discovery.answers.units import split_unit
+
+MOST_PARTS: Final = 256
+"""Different parts of one answer that are read."""
+DEEPEST: Final = 24
+"""Levels at which parts of an answer stand within each other."""
+
+SET: Final = ("\\{", "\\}")
+ROW: Final = ("[", "]")
+EMPTY: Final = Form("\\{\\}", Sort.COLLECTION, shape="\\{\\}")
+
+_PREFIX = re.compile(
+    r"""(?P<name>
+        (?:\\?[a-zA-Z]+|\\angle\s*[A-Z]{1,3}|m\\angle\s*[A-Z]{1,3}|\\triangle\s*[A-Z]{3}|\\overline\{[A-Z]{2}\}|\|[A-Z]{2}\|)
+        (?:_(?:\w|\{\w+\}))?'*(?:\([a-zA-Z0-9,\s]+\))?
+    )\s*(?P<relation>:=|=|\\approx|\\equiv|\\in(?![a-z]))\s*(?P<rest>.*\S)""",
+    re.VERBOSE | re.DOTALL,
+)
+_EQUALS = re.compile(r"=")
+_APPROXIMATELY = re.compile(r"\\approx")
+_COMPARED = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<=|>=|<|>")
+_EITHER = re.compile(r"\\pm(?![a-z])")
+_UNION = re.compile(r"\\cup(?![a-z])")
+_LISTED = re.compile(
+    r"\s*[,;]\s*(?:and|or)(?![a-zA-Z])|\s+(?:and|or)\s+|\s*;\s*|\s*,(?!\d{3}(?!\d))\s*|(?<!\d),|,(?=\d{3},?\s)"
+)
+_COMMA = re.compile(r"[,;]")
+_ROW = re.compile(r"\\\\")
+_COLUMN = re.compile(r"&")
+_MATRIX = re.compile(r"\\begin\{([pbvV]?matrix|array)\}(?:\{[lcr|]*\})?(?P<body>.*)\\end\{\1\}", re.DOTALL)
+_CHOICE = re.compile(r"\(?([A-J])[).:]?|\(?([A-J])[).:]\s+(?!and\b|or\b)[^\s,&](?!.*\b[A-J][).:]).*", re.DOTALL)
+_LETTER = re.compile(r"\\?[a-zA-Z]")
+_PROSE = re.compile(r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+[a-zA-Z]|[a-zA-Z]\s+[a-zA-Z]{2,}")
+_MATHEMATICAL = re.compile(
+    r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:sqrt|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|oo)(?![a-zA-Z])"
+)
+_MARKS = re.compile(r"[^\w\s+\-/%&@#.']")
+_BRACKETS: Final = MappingProxyType({"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"})
+_KNOWN_WORDS: Final = MappingProxyType(
+    {
+        "dne": "does not exist",
+        "no solutions": "no solution",
+        "no real solutions": "no real solution",
+        "none of these": "none of the above",
+        "not possible": "impossible",
+    }
+)
+
+
+def lettered(text: str) -> Form | None:
+    """The form of a letter that a question offers: `B`, `(B)`, `B) 17`."""
+    match = _CHOICE.fullmatch(text)
+    return None if match is None else choice(match[1] or match[2])
+
+
+def choice(letter: str) -> Form:
+    """One of the letters a question offers."""
+    return Form(letter, Sort.CHOICE, shape=letter)
+
+
+class Reading:
+    """One answer being read. What takes too many steps raises TooHard."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Form] = {}  # parts that have been read
+        self._depth = 0
+
+    def form(self, text: str) -> Form:
+        """The form of tidy `text`. Raises TooHard where that takes too long to find."""
+        known = self._known.get(text)
+        if known is None:
+            if len(self._known) >= MOST_PARTS:
+                raise TooHard("too many parts")
+            self._depth += 1
+            if self._depth > DEEPEST:
+                raise TooHard("nested too deep")
+            known = self._known[text] = self._read(text)
+            self._depth -= 1
+        return known
+
+    def _read(self, text: str) -> Form:
+        if (letter := lettered(text)) is not None:
+            return letter
+        if (found := self.named(text)) is not None:
+            return found
+        if (matrix := _MATRIX.fullmatch(text)) is not None:
+            return self.matrix(matrix["body"])
+        for make in (self.union, self.listed, self.bracketed, self.compared, self.either_sign):
+            if (collection := make(text)) is not None:
+                return collection
+        return self.single(text)
+
+    def named(self, text: str) -> Form | None:
+        """`x = …`, `f(x) = …`, `x \\in …`: the value, and the name apart from it."""
+        match = _PREFIX.fullmatch(text)
+        if match is None or len(pieces(text, _LISTED)) > 1:
+            return None
+        name, rest = _squeezed(match["name"]).lstrip("\\"), match["rest"]
+        if name in ("pi", "e", "i", "infty") or not balanced(rest):
+            return None
+        steps = pieces(rest, _EQUALS)
+        if len(steps) > 1:  # x = 2 + 3 = 5: one value, if it is one
+            forms = {self.form(step.strip()).text for step in steps}
+            if len(forms) > 1:
+                return None
+            rest = steps[-1].strip()
+        found = self.form(rest)
+        return None if found.sort is Sort.OTHER else replace(found, name=found.name or name)
+
+    def union(self, text: str) -> Form | None:
+        parts = pieces(text, _UNION)
+        return _unordered([self.form(part.strip()) for part in parts], "\\cup ") if len(parts) > 1 else None
+
+    def listed(self, text: str) -> Form | None:
+        """Answers side by side: all of them, in any order; `x=1, y=2` by their names."""
+        parts = [part.strip() for part in pieces(text, _LISTED)]
+        if len(parts) < 2 or not all(parts):
+            return None
+        forms = [self.form(part) for part in parts]
+        if any(form.sort in (Sort.WORDS, Sort.OTHER) and " " in part for form, part in zip(forms, parts, strict=True)):
+            return None  # a sentence
+        names = [form.name for form in forms]
+        if all(names) and len(set(names)) == len(names):
+            return _collect(sorted(forms, key=lambda form: form.name), ",", ("", ""), named=True)
+        return _unordered(forms, ",", SET)
+
+    def bracketed(self, text: str) -> Form | None:
+        opening = next((one for one in _BRACKETS if text.startswith(one)), None)
+        if opening is None:
+            return None
+        closing = next((one for one in _BRACKETS.values() if text.endswith(one)), None)
+        if closing is None:
+            return None
+        inner = text[len(opening) : -len(closing)].strip()
+        if len(text) < len(opening) + len(closing) or not balanced(inner):
+            return None
+        parts = [part.strip() for part in pieces(inner, _COMMA)]
+        is_set = opening == "\\{" and closing == "\\}"
+        if len(parts) == 1:
+            if opening in ("[", "\\langle") or (opening == "\\{") != (closing == "\\}"):
+                return None
+            if not inner:
+                return EMPTY
+            return None if is_set and re.search(r"[|:]", inner) else self.form(inner)
+        if not all(parts):
+            return None
+        forms = [self.form(part) for part in parts]
+        if is_set:
+            return _unordered(forms, ",", SET)
+        ends = "(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing
+        return _collect(forms, ",", ends)
+
+    def compared(self, text: str) -> Form | None:
+        r"""`1 \le x < 2` is the interval [1, 2)."""
+        parts = [part.strip() for part in pieces(text, _COMPARED)]
+        if len(parts) not in (2, 3) or not all(parts):
+            return None
+        signs = [match[0] for match in _COMPARED.finditer(text)]
+        if len(signs) != len(parts) - 1:
+            return None
+        up = [sign in ("<", "<=", "\\le") for sign in signs]
+        loose = ["e" in sign or "=" in sign for sign in signs]
+        if len(parts) == 2:
+            if _LETTER.fullmatch(parts[0]):
+                variable, bounds = parts[0], ("-oo", parts[1]) if up[0] else (parts[1], "oo")
+            elif _LETTER.fullmatch(parts[1]):
+                variable, bounds = parts[1], (parts[0], "oo") if up[0] else ("-oo", parts[0])
+            else:
+                return None
+            closed = [loose[0] and bound not in ("oo", "-oo") for bound in bounds]
+        else:
+            if up[0] != up[1] or not _LETTER.fullmatch(parts[1]):
+                return None
+            variable, bounds = parts[1], (parts[0], parts[2]) if up[0] else (parts[2], parts[0])
+            closed = loose if up[0] else loose[::-1]
+        forms = [self.form(bound) for bound in bounds]
+        if any(form.sort not in (Sort.NUMBER, Sort.EXPRESSION, Sort.CHOICE) for form in forms):
+            return None
+        ends = "[" if closed[0] else "(", "]" if closed[1] else ")"
+        return replace(_collect(forms, ",", ends), name=variable.lstrip("\\"))
+
+    def either_sign(self, text: str) -> Form | None:
+        if len(_EITHER.findall(text)) != 1 or "\\mp" in text:
+            return None
+        return _unordered([self.single(_EITHER.sub(sign, text)) for sign in "+-"], ",", SET)
+
+    def matrix(self, body: str) -> Form:
+        rows = [[cell.strip() for cell in pieces(row, _COLUMN)] for row in pieces(body.strip(), _ROW) if row.strip()]
+        return _collect([_collect([self.form(cell) for cell in row], ",", ROW) for row in rows], ",", ROW)
+
+    def single(self, text: str) -> Form:
+        """One expression, with or without a unit; an equation; words."""
+        exactly = pieces(text, _APPROXIMATELY)
+        if len(exactly) > 1 and exactly[0].strip():
+            return self.form(exactly[0].strip())
+        body, unit = split_unit(text)
+        if unit or body != text:
+            found = self.expression(body.strip())
+            if found is not None:
+                return replace(found, unit=unit)
+        found = self.expression(text)
+        if found is not None:
+            return found
+        return self.equation(text) or _words(text)
+
+    def expression(self, text: str) -> Form | None:
+        if _is_prose(text) or _is_word(text):
+            return None
+        try:
+            found = express(text)
+        except (NoExpression, TooHard):
+            return None
+        number = found.exact and found.text.replace("/", "").lstrip("-").isdigit()
+        sort = Sort.NUMBER if number else Sort.CHOICE if _CHOICE.fullmatch(found.text) else Sort.EXPRESSION
+        shape = found.text if sort is Sort.CHOICE else "#"
+        return Form(
+            found.text, sort, exact=found.exact, shape=shape, values=() if sort is Sort.CHOICE else (found.value,)
+        )
+
+    def equation(self, text: str) -> Form | None:
+        """An equation of variables: everything on one side, in the sign that comes first."""
+        sides = pieces(text, _EQUALS)
+        if len(sides) != 2 or not all(side.strip() for side in sides) or _is_prose(text):
+            return None
+        try:
+            left, right = (express(f"({a})-({b})") for a, b in (sides, sides[::-1]))
+        except (NoExpression, TooHard):
+            return None
+        found = min(left, right)
+        return Form(f"{found.text}=0", Sort.EXPRESSION, exact=False, shape="#=0", values=(found.value,))
+
+
+def _unordered(forms: Sequence[Form], separator: str, ends: tuple[str, str] = ("", "")) -> Form:
+    """All of `forms` once, in whatever order they were given."""
+    distinct = sorted({form.text: form for form in forms}.values(), key=lambda form: (form.shape, form.text))
+    if len(distinct) == 1:
+        return distinct[0]
+    found = _collect(distinct, separator, ends)
+    in_order = sorted(found.values, key=lambda value: (0.0, 0.0) if value is None else (value.real, value.imag))
+    return replace(found, values=tuple(in_order))
+
+
+def _collect(forms: Sequence[Form], separator: str, ends: tuple[str, str], *, named: bool = False) -> Form:
+    """One form of several; their units are its unit."""
+    units = {form.unit for form in forms}
+    texts = [f"{form.name}={form.text}" if named else form.text for form in forms]
+    return Form(
+        separator.join(texts).join(ends),
+        Sort.COLLECTION,
+        unit=units.pop() if len(units) == 1 else ",".join(form.unit for form in forms),
+        exact=all(form.exact for form in forms),
+        shape=separator.join(f"{form.name}={form.shape}" if named else form.shape for form in forms).join(ends),
+        values=tuple(value for form in forms for value in form.values),
+    )
+
+
+def _is_prose(text: str) -> bool:
+    return _PROSE.search(_MATHEMATICAL.sub(" 0 ", text)) is not None
+
+
+def _is_word(text: str) -> bool:
+    return len(text) > 1 and text.isalpha() and text not in ("pi", "oo")
+
+
+def _words(text: str) -> Form:
+    if "\\" not in text and any(char.isalpha() for char in text):
+        letters = (
+            text if text.isupper() and len(text) <= 4 and text.casefold() not in ("yes", "no") else text.casefold()
+        )
+        plain = " ".join(_MARKS.sub(" ", letters).split()).strip(".-' ")
+        plain = re.sub(r"^(?:the|an?) (?=\S)", "", plain)
+        if plain:
+            plain = _KNOWN_WORDS.get(plain, plain)
+            return Form(plain, Sort.WORDS, shape=plain)
+    squeezed = _squeezed(text)
+    return EMPTY if squeezed == "\\emptyset" else Form(squeezed, Sort.OTHER, exact=False)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,30 @@
+"""What a canonical form is: its sort, its text, and what may be left out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Sort(StrEnum):
+    """What kind of thing an answer is."""
+
+    NUMBER = "number"  # a rational number
+    EXPRESSION = "expression"
+    COLLECTION = "collection"  # a tuple, set, interval, matrix
+    CHOICE = "choice"  # one capital letter
+    WORDS = "words"
+    OTHER = "other"  # not understood: the same only as what is written the same
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The canonical form of an answer."""
+
+    text: str
+    sort: Sort
+    name: str = ""  # the variable it was given as the value of
+    unit: str = ""
+    exact: bool = True  # two exact forms that differ are not equal
+    shape: str = ""  # forms of different shape are not equal
+    values: tuple[complex | None, ...] = ()  # of its expressions, at fixed values of their variables

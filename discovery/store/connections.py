@@ -1,0 +1,188 @@
+"""Connections to a store's file, which only SQLite opens and closes.
+
+SQLite protects a file by POSIX locks, and a process loses all its POSIX locks on a file when it closes any descriptor
+of that file. Reading a single byte of an open store by other means would let other processes delete its log and write
+over it. A store's file is therefore created and examined without being opened, or else through SQLite.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import aiosqlite
+
+from discovery.errors import StoreError
+
+FILE_MODE: Final = 0o600
+"""Permissions of a new store; SQLite gives its log and index the same."""
+RETRY_S: Final = 0.01
+"""Seconds between attempts at what SQLite does not wait for itself."""
+LOG, INDEX = "-wal", "-shm"
+"""What the names of the files end in that SQLite keeps beside a store."""
+
+Identity = tuple[int, int]
+
+
+def identity_of(path: Path) -> Identity:
+    """Return which file is at `path` now, as device and inode; zeros if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+@asynccontextmanager
+async def connection(
+    path: Path, wait_ms: int, *, create: bool = False
+) -> AsyncIterator[tuple[aiosqlite.Connection, Identity]]:
+    """Connect to the store at `path`, and tell which file that is; with `create`, make the file if there is none.
+
+    Another process's transaction is waited for `wait_ms`. A file that is not a store is left as it is. Raises
+    StoreError.
+    """
+    await asyncio.to_thread(_prepare, path, create)
+    before = identity_of(path)
+    try:
+        opened = await aiosqlite.connect(_uri(path), uri=True, isolation_level=None)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}") from None
+    try:
+        if identity_of(path) != before:
+            raise StoreError(f"{path}: the store was replaced while it was being opened; try again")
+        await _set(opened, f"busy_timeout = {wait_ms}")
+        await _recognise(path, opened, create)
+        for setting in ("secure_delete = ON", "synchronous = FULL", "foreign_keys = ON"):
+            await _set(opened, setting)
+        await _write_ahead(opened, wait_ms)
+        yield opened, before
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{path}: {error}") from None
+    finally:
+        await opened.close()
+
+
+def _uri(path: Path) -> str:
+    """Return what SQLite opens a file by that is there; by its name alone it would also make one."""
+    return f"{path.absolute().as_uri()}?mode=rw"
+
+
+def _prepare(path: Path, create: bool) -> None:
+    """Make the store's file if it is missing and `create` is set. Raises StoreError if no store can be there."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if not create:
+            raise StoreError(f"{path}: there is no store; `autotts import` makes one") from None
+        _create(path)
+        return
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise StoreError(f"{path}: Is a directory; name a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"{path}: not a regular file; name one")
+    if status.st_nlink > 1:
+        raise StoreError(
+            f"{path}: the file has {status.st_nlink} names (hard links), and SQLite keeps a separate log for each, "
+            "which corrupts a store used by two of them; remove the others, and copy a store by SQLite's `.backup`"
+        )
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise StoreError(f"{path}: Permission denied; this user must be able to read and write it")
+
+
+def _create(path: Path) -> None:
+    """Make an empty file that only its owner can read. Raises StoreError."""
+    real = Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise StoreError(f"{path}: there is no folder {real.parent}")
+    try:
+        with _locked(real.parent):
+            if not real.exists():
+                _clear_leftovers(real)
+                _make_file(real)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+
+
+def _clear_leftovers(real: Path) -> None:
+    """Remove the log and index of a store that was moved away. Raises StoreError if the log still holds data.
+
+    SQLite would delete such a log unread, or apply it to the new store.
+    """
+    log = Path(f"{real}{LOG}")
+    if log.exists() and log.stat().st_size:
+        raise StoreError(
+            f"{real}: the store is gone, but its log {log.name} is there and holds records; move the store back, move "
+            "the log beside the store's new name, or remove the log if they are not wanted"
+        )
+    for leftover in (log, Path(f"{real}{INDEX}")):
+        leftover.unlink(missing_ok=True)
+
+
+def _make_file(real: Path) -> None:
+    with suppress(FileExistsError):
+        try:
+            os.mknod(real, stat.S_IFREG | FILE_MODE)  # makes a file without opening it
+        except PermissionError:  # some systems reserve mknod for root
+            os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this program from making a store in `folder` meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # some network file systems cannot lock folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def _set(opened: aiosqlite.Connection, setting: str) -> None:
+    await opened.execute_fetchall(f"PRAGMA {setting}")  # a statement that is not read to its end holds a lock
+
+
+async def _recognise(path: Path, opened: aiosqlite.Connection, create: bool) -> None:
+    """Raise StoreError unless the file is a store or, with `create`, empty; changes nothing."""
+    stranger = StoreError(f"{path}: not a store; name one that `autotts import` made, or a name that is free")
+    try:
+        found = await opened.execute_fetchall("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ((pages,),) = await opened.execute_fetchall("PRAGMA page_count")
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise stranger from None
+        raise
+    if not pages and not create:
+        raise stranger
+    if found and "autotts_store" not in {name for (name,) in found}:
+        raise StoreError(f"{path}: a database, but not a store of this program; name another file")
+
+
+async def _write_ahead(opened: aiosqlite.Connection, wait_ms: int) -> None:
+    """Switch to a write-ahead log. SQLite does not wait here for another's transaction, whatever its busy timeout."""
+    until = time.monotonic() + wait_ms / 1000
+    while True:
+        try:
+            await opened.execute_fetchall("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+        await asyncio.sleep(RETRY_S)
+
+
+async def truncate_log(opened: aiosqlite.Connection) -> bool:
+    """Move the log into the store's file and empty it; return whether another connection prevented that."""
+    ((is_busy, _, _),) = await opened.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    return bool(is_busy)

@@ -1,0 +1,142 @@
+"""Reading an answer is bounded, whatever a model or a client writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from discovery.answers import canonical, parse_kind, read, reading
+from discovery.answers.spelling import tidy
+from discovery.answers.structure import DEEPEST, MOST_PARTS, Reading
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts of answers that are read while a test runs."""
+    seen: list[str] = []
+    plain = Reading._read
+
+    def counted(self: Reading, text: str) -> Any:
+        seen.append(text)
+        return plain(self, text)
+
+    monkeypatch.setattr(Reading, "_read", counted)
+    canonical.cache_clear()
+    return seen
+
+
+NESTED = ["x=1=({})", "(1<x<({}))", "a or ({})", "x<({}) or q q", "(1, {})", "\\{{1, x={}\\}}", "|AB|=1=({})"]
+
+
+@pytest.mark.parametrize("around", NESTED)
+def test_nested_answers_are_read_in_few_steps(around: str, parts: list[str]) -> None:
+    counts = []
+    for depth in (4, 8, 16):
+        text = "1"
+        for _ in range(depth):
+            text = around.format(text)
+        parts.clear()
+        canonical(text)
+        counts.append(len(parts))
+        assert len(parts) <= MOST_PARTS
+    assert counts[2] <= 5 * max(1, counts[0])  # four times as deep
+
+
+def test_an_answer_that_nests_too_deep_or_has_too_many_parts_is_none(parts: list[str]) -> None:
+    deep = "1"
+    for _ in range(DEEPEST + 1):
+        deep = f"(1, {deep})"
+    assert canonical(deep) is None
+    names = [f"{letter}{digit}" for letter in "abcdfghjklmnopqrstuvwxyzABC" for digit in range(10)]
+    assert canonical(",".join(names[: MOST_PARTS + 1])) is None
+    assert len(parts) <= 2 * MOST_PARTS + DEEPEST
+    assert canonical(",".join(names[: MOST_PARTS - 1])) is not None
+
+
+@pytest.mark.parametrize("space", [" ", "~", "\\ ", "\\,", "\n", "\\quad ", "\u200b \u00a0"])
+def test_runs_of_spaces_are_joined_before_any_pattern_sees_them(space: str) -> None:
+    assert tidy("1" + space * (900 // len(space)) + "x") == "1 x"
+
+
+def test_what_grows_when_it_is_tidied_is_bounded_again() -> None:
+    assert canonical("½" * 900) is None
+    assert canonical("½" * 9) is not None
+
+
+class Counted:
+    """A pattern that counts how many characters its matches were looked for in."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern, self.groups, self.begun, self.matches = pattern, pattern.groups, 0, 0
+
+    def finditer(self, text: str, pos: int) -> Iterator[Any]:
+        self.begun = len(text) - pos
+        for match in self.pattern.finditer(text, pos):
+            self.matches += 1
+            yield match
+
+
+def counted(spec: str, text: str) -> tuple[Counted, str | None]:
+    kind = parse_kind(spec)
+    pattern = kind.__dict__["pattern"] = Counted(kind.pattern)
+    answer = read(text, kind)
+    return pattern, None if answer is None else answer.written
+
+
+def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PATTERN_S", 60)
+    for size in (1_000, 100_000, 1_000_000):
+        pattern, written = counted(r"regex:x.*y|x", "y" * size + "xxx")
+        assert (pattern.begun, pattern.matches, written) == (min(size + 3, reading.LONGEST_MATCHED), 3, "x")
+    pattern, written = counted(r"regex:\d", "7" * 1_000_000)
+    assert (pattern.matches, written) == (reading.MOST_MATCHES + 1, None)
+    pattern, written = counted(r"regex:^\d", "7" + "x" * 1_000_000)
+    assert written is None  # the beginning of what is looked at is not the text's
+
+
+def test_a_pattern_that_takes_too_much_cpu_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PATTERN_S", -1.0)
+    pattern, written = counted(r"regex:x.*y|x", "x" * 30_000)
+    assert (pattern.matches, written) == (1, None)
+
+
+@pytest.mark.parametrize("kind", ["auto", "boxed", "choice", "number"])
+def test_an_answer_is_looked_for_at_the_end_of_a_text(kind: str) -> None:
+    answer = "\\boxed{B} The answer is B." if kind == "choice" else "\\boxed{7} The answer is 7."
+    assert read("x" * 10 * reading.LONGEST_READ + answer, parse_kind(kind)) is not None
+    assert read(answer + "\n" + "." * reading.LONGEST_READ, parse_kind(kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("[" + "9" * 100_000 + "]", "[" + "9" * 100_000 + "]"),  # all digits count
+        ("[1000000000000000000000000000001.50]", "[1000000000000000000000000000001.5]"),
+        ("[1e999999999]", "[1E+999999999]"),
+        ("[1e99999999999999999999]", None),
+        ("[1e-99999999999999999999]", None),
+        ("[-0.0, 100]", "[0,1E+2]"),
+        ("[" * 60 + "7" + "]" * 60, "[" * 60 + "7" + "]" * 60),
+    ],
+)
+def test_json_numbers_lose_no_digit_and_raise_nothing(text: str, spelled: str | None) -> None:
+    answer = read(text, parse_kind("json"))
+    assert (None if answer is None else answer.form.text) == spelled
+
+
+def test_json_is_parsed_in_vain_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    class Decoder:
+        def raw_decode(self, text: str, begin: int) -> tuple[Any, int]:
+            tried.append(len(text) - begin)
+            return plain.raw_decode(text, begin)
+
+    plain = reading._DECODER
+    monkeypatch.setattr(reading, "_DECODER", Decoder())
+    for size in (100_000, 400_000, 1_600_000):
+        tried.clear()
+        assert read("[ " * 60 + "1.5," * (size // 4), parse_kind("json")) is None
+        assert sum(tried) <= 2 * max(size, reading.MOST_SCANNED)
