@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -98,6 +98,27 @@ class Calibration:
     pays: bool  # its most accurate point is better than one chain, and self-consistency is as good for no less
     map: Map
     answers: str = ""  # when two were the same; empty if unknown
+    others: tuple[Calibration, ...] = ()  # of further controllers on the same model, which have none themselves
+
+    @property
+    def all(self) -> tuple[Calibration, ...]:
+        """This one and those of further controllers."""
+        return (self, *self.others)
+
+    def of_digest(self, digest: str) -> Calibration | None:
+        """The calibration of the controller with this digest, if there is one."""
+        return next((one for one in self.all if one.digest == digest), None)
+
+    def of_name(self, name: str) -> Calibration | None:
+        """The calibration of the controller with this name, if there is one."""
+        return next((one for one in self.all if one.controller == name), None)
+
+    @property
+    def advice(self) -> str:
+        """How the dial is best used, in words."""
+        if self.pays:
+            return "yes: all of β"
+        return f"yes: β up to {self.map.cap:g}" if self.map.arm is Arm.CONTROLLER else "no: one chain serves best"
 
     def beta_for(self, tokens: float) -> float:
         """The β that spends so many tokens on average; the nearest there is, where none does.
@@ -112,6 +133,10 @@ class Calibration:
     def as_json(self) -> dict[str, Any]:
         """What a file keeps of it, and what the proxy tells."""
         data: dict[str, Any] = TypeAdapter(Calibration).dump_python(self, mode="json")
+        if data["others"]:
+            data["others"] = [one.as_json() for one in self.others]
+        else:
+            del data["others"]
         return data
 
 
@@ -123,23 +148,29 @@ _FILE: Final = TypeAdapter(dict[str, Calibration])
 def calibrate(
     source: Source,
     cells: Sequence[Cell],
-    spec: Spec,
+    specs: Sequence[Spec],
     engine: Engine,
     rules: Rules,
     betas: Sequence[float],
     shuffles: int,
     answers: Answers = Answers.AUTO,
 ) -> Calibrations:
-    """Play a controller, and self-consistency beside it, on some cells. Raises what `Evaluation.run` raises."""
-    specs = list({one.digest: one for one in (spec, RIVAL)}.values())
-    measured = measure(Evaluation(source, cells, specs, sorted(set(betas)), shuffles, answers, rules), engine)
-    models = dict.fromkeys(cell.model for cell in measured.ground)
-    return {model: _of_model(measured, [cell for cell in measured.ground if cell.model == model]) for model in models}
+    """Play controllers, and self-consistency beside them, on some cells. Raises what `Evaluation.run` raises."""
+    played = list({one.digest: one for one in (*specs, RIVAL)}.values())
+    measured = measure(Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine)
+    sides = {side.spec.digest: side for side in measured.sides}
+    rival = sides[RIVAL.digest]
+    found = {}
+    for model in dict.fromkeys(cell.model for cell in measured.ground):
+        mine = [cell for cell in measured.ground if cell.model == model]
+        digests = dict.fromkeys(spec.digest for spec in specs)
+        first, *others = (_of_model(measured, sides[digest], rival, mine) for digest in digests)
+        found[model] = replace(first, others=tuple(others))
+    return found
 
 
-def _of_model(measured: Measured, cells: Sequence[Cell]) -> Calibration:
+def _of_model(measured: Measured, side: Side, rival: Side, cells: Sequence[Cell]) -> Calibration:
     """All questions of a model's cells count equally."""
-    side, rival = measured.sides[0], measured.sides[-1]
     grounds = [measured.ground[cell] for cell in cells]
     single = Single(
         tokens=float(np.concatenate([one.tokens for one in grounds]).mean()),

@@ -200,10 +200,9 @@ class Service:
 
     def _map(self, model: str) -> Map:
         """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
-        found = self.calibrations.get(model)
-        if found is None or found.digest != self.casting.stages.now.champion.digest:
-            return WHOLE
-        return found.map
+        first = self.calibrations.get(model)
+        found = None if first is None else first.of_digest(self.casting.stages.now.champion.digest)
+        return WHOLE if found is None else found.map
 
     def _default(self, model: str) -> float | None:
         """β of requests that set none: the operator's, but no more than is worth what it costs."""
@@ -212,16 +211,17 @@ class Service:
 
     def _aim(self, model: str, asked: schema.TtsOptions) -> float:
         """The β that spends `asked.target_tokens` on average. Raises BadRequest if nobody has measured it."""
-        found = self.calibrations.get(model)
+        first = self.calibrations.get(model)
         champion = self.casting.stages.now.champion
-        if found is None:
+        named = asked.controller
+        if first is None:
             reason = f"there is no calibration for model {model!r}"
-        elif asked.controller is None and champion.digest != found.digest:
-            reason = f"model {model!r} was calibrated for {found.controller}, and {champion.name} serves"
-        elif asked.controller not in (None, found.controller):
-            reason = f"model {model!r} was calibrated for {found.controller}, not {asked.controller}"
-        else:
+        elif found := first.of_digest(champion.digest) if named is None else first.of_name(named):
             return found.beta_for(asked.target_tokens or 0)
+        else:
+            known = ", ".join(one.controller for one in first.all)
+            other = f"and {champion.name} serves" if named is None else f"not {named}"
+            reason = f"model {model!r} was calibrated for {known}, {other}"
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
     async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
@@ -342,9 +342,15 @@ class Service:
     async def curve(self, request: Request) -> Response:
         """What β costs and brings on a model, as it was calibrated. Raises NotFound."""
         model, _ = await self.find_model(request.query_params.get("model"))
-        found = self.calibrations.get(model.id)
-        if found is None:
+        first = self.calibrations.get(model.id)
+        if first is None:
             raise NotFound(f"there is no calibration for model {model.id!r}", param="model", code="no_calibration")
+        name = request.query_params.get("controller")
+        found = first if name is None else first.of_name(name)
+        if found is None:
+            known = ", ".join(one.controller for one in first.all)
+            message = f"model {model.id!r} was calibrated for {known}, not {name!r}"
+            raise NotFound(message, param="controller", code="no_calibration")
         return JSONResponse({"model": model.id, **found.as_json()})
 
     async def tell_keys(self, _: Request) -> Response:

@@ -32,7 +32,7 @@ from controllers import (
 )
 from controllers.episode import Remote
 from controllers.installed import Installed, Stage
-from controllers.loading import Spec, make, parse_spec
+from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.registry import BASELINE, BUILT_IN, create, find
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
@@ -61,6 +61,7 @@ class Casting:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.default = parse_spec(settings.controller)
+        self._shipped = {name: parse_spec(name) for name in discovered()}  # controllers from files of this project
         self.stages = Stages(
             None if settings.registry is None else Registry(settings.registry), self.default, settings.registry_poll_s
         )
@@ -100,17 +101,17 @@ class Casting:
     def find(self, name: str) -> Spec:
         """The controller a request names. Raises UnknownController."""
         now = self.stages.now
-        known = {spec.name: spec for spec in (self.default, now.canary, now.champion) if spec is not None}
+        staged = {spec.name: spec for spec in (self.default, now.canary, now.champion) if spec is not None}
+        known = {**self._shipped, **staged}
         if name in known:
             return known[name]
         try:
             find(name)
-        except UnknownController:
-            foreign = [spec.name for spec in known.values() if spec.is_foreign]
-            if not foreign:
+        except UnknownController as error:
+            if name.partition("@")[0] in BUILT_IN:
                 raise
-            names = ", ".join([*BUILT_IN, *foreign])
-            raise UnknownController(f"there is no controller {name!r}; there are {names}") from None
+            foreign = [spec.name for spec in known.values() if spec.is_foreign]
+            raise UnknownController(", ".join([str(error), *foreign])) from None
         return Spec(name)
 
     async def open(self) -> None:

@@ -29,6 +29,7 @@ from discovery.commands.history import history
 from discovery.commands.label import label
 from discovery.commands.parity import comparing
 from discovery.commands.promote import controllers, promote, rollback
+from discovery.commands.requests import requests
 from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.commands.trace import trace
@@ -78,7 +79,7 @@ app.command("parity")(comparing)
 keeping.command()(forget)
 for verb in (promote, rollback, controllers):
     app.command()(verb)
-for group in (importing, keeping, trace, history, configuring, keysmith):
+for group in (importing, keeping, requests, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 

@@ -28,7 +28,9 @@ OF_OTHERS: Final = frozenset({"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"})
 File = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings; AUTOTTS_CONFIG, else autotts.toml if there")
 ]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="any setting, as a flag")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="any setting: beta=0.5, or AUTOTTS_BETA=0.5")
+]
 
 Flags = Mapping[str, object]
 """Settings by name, as flags have them; None is not given."""
@@ -136,14 +138,14 @@ def check(given: Flags, file: File = None, sets: Sets = None) -> None:
 
 def gather(file: Path | None, sets: list[str] | None, flags: Flags) -> Configured:
     """What `autotts serve` goes by. Raises SettingsError, or BadParameter for a `sets` that sets nothing."""
-    from proxy.settings import SERVED, configure, find_file
+    from proxy.settings import PREFIX, SERVED, configure, find_file
 
     given: dict[str, object] = {}
     for one in sets or ():
         name, equals, value = one.partition("=")
         if not equals:
             raise typer.BadParameter(f"--set {one}: say NAME=VALUE")
-        given[name.strip().lower().replace("-", "_")] = value
+        given[name.strip().lower().replace("-", "_").removeprefix(PREFIX.lower())] = value
     given |= {name: value for name, value in flags.items() if value is not None}
     return configure(find_file(file), given, SERVED)
 

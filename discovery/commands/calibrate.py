@@ -24,7 +24,7 @@ from discovery.source import choose, open_source
 def calibrating(
     recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
     out: Annotated[Path, typer.Option(help="where the calibration goes (.json)")],
-    controllers: Annotated[str, typer.Option(help="whom to calibrate: one name or FILE.py")] = "cmc",
+    controllers: Annotated[str, typer.Option(help="whom to calibrate: names and FILE.py, with commas")] = "cmc",
     betas: Annotated[str, typer.Option(help="values of β")] = "0,0.25,0.5,0.75,1",
     shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
@@ -37,8 +37,8 @@ def calibrating(
 ) -> None:
     """Measure what β costs and brings on each model."""
     specs = [parse_spec(text) for text in names(controllers)]
-    if len(specs) != 1:
-        raise typer.BadParameter("--controllers: a calibration is of one controller")
+    if not specs:
+        raise typer.BadParameter("--controllers names none")
     check_place(out, "--out")
     source = open_source(recordings)
     seen = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
@@ -49,23 +49,30 @@ def calibrating(
     if not dials:
         raise typer.BadParameter("--betas names none")
     found = calibrate(
-        source, cells, specs[0], engine_called(engine, workers), Rules(max_branches), dials, shuffles, answers
+        source, cells, specs, engine_called(engine, workers), Rules(max_branches), dials, shuffles, answers
     )
     write(found, out)
     console = wide_console()
-    console.print(_table(found))
+    for name in dict.fromkeys(one.controller for first in found.values() for one in first.all):
+        console.print(_table(name, found))
     console.print(f"answers are compared: {next(iter(found.values())).answers}", highlight=False)
+    console.print(
+        f"mean chain: over all recorded chains; controllers are played in {shuffles} orders of them, so one chain of "
+        "theirs may differ a little from it",
+        highlight=False,
+    )
 
 
-def _table(found: Calibrations) -> Table:
-    (controller,) = {one.controller for one in found.values()}
+def _table(controller: str, found: Calibrations) -> Table:
     table = Table(title=f"{controller}: accuracy % and tokens, 95 % intervals over questions", title_justify="left")
-    for heading in ("model", "β", "accuracy", "tokens", "pays", "best used"):
+    for heading in ("model", "β", "accuracy", "tokens", "worth it"):
         table.add_column(heading, justify="right" if heading in ("β", "accuracy", "tokens") else "left")
-    for model, one in found.items():
-        use = "one chain" if one.map.arm is Arm.SINGLE else f"β up to {one.map.cap:g}"
-        pays = "yes" if one.pays else "[yellow]no[/yellow]"
-        table.add_row(model, "one chain", f"{one.single.accuracy:.1f}", f"{one.single.tokens:,.0f}", pays, use)
+    for model, first in found.items():
+        one = first.of_name(controller)
+        if one is None:
+            continue
+        advice = one.advice if one.map.arm is Arm.CONTROLLER else f"[yellow]{one.advice}[/yellow]"
+        table.add_row(model, "mean chain", f"{one.single.accuracy:.1f}", f"{one.single.tokens:,.0f}", advice)
         for point in one.points:
             accuracy = f"{point.accuracy:.1f} {_between(point.low, point.high, '.1f')}"
             tokens = f"{point.tokens:,.0f} {_between(point.tokens_low, point.tokens_high, ',.0f')}"

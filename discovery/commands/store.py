@@ -22,7 +22,7 @@ from discovery.files import check_place, whole
 from discovery.formats import as_line, read_jsonl, read_release, release_files
 from discovery.recordings import Origin, RecordedQuestion, Split, split_of
 from discovery.source import choose, open_source
-from discovery.store import Store
+from discovery.store import Served, Store, Summary
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def _import(
     console = Console(stderr=True)
     shown = track(files, "reading", console=console, transient=True, disable=not console.is_terminal)
     recordings = [_put(recorded, split) for file in shown for recorded in read(file)]
-    added = _with(place, lambda opened: opened.add(recordings), create=True)
+    added = with_store(place, lambda opened: opened.add(recordings), create=True)
     known = len(recordings) - added.recordings
     wide_console().print(
         f"{place}: {added.recordings} recordings of {added.questions} new questions, {added.branches} branches added; "
@@ -95,7 +95,7 @@ def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:
     return replace(recorded, split=split_of(recorded.question) if split is SplitBy.HASH else Split(split))
 
 
-def _with(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
+def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
     """What `work` gives of the store at `place`."""
 
     async def run() -> T:
@@ -107,24 +107,39 @@ def _with(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = Fal
 
 @store.command()
 def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
-    """What there is, by model, benchmark and split."""
-    found = _with(place, Store.summaries)
+    """Show the recordings by model, benchmark and split, the served requests and the feedback on them."""
+
+    async def look(opened: Store) -> tuple[list[Summary], Served]:
+        return await opened.summaries(), await opened.served()
+
+    cells, served = with_store(place, look)
     if as_json:
-        figures = [one.cell._asdict() | dict(zip(one._fields[1:], one[1:], strict=True)) for one in found]
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        figures = [one.cell._asdict() | dict(zip(one._fields[1:], one[1:], strict=True)) for one in cells]
+        sys.stdout.write(json.dumps({"cells": figures, **served._asdict()}, indent=2) + "\n")
         return
     table = Table(title=str(place), title_justify="left")
     for heading in ("model", "benchmark", "split", "questions", "recordings", "complete", "branches"):
         table.add_column(heading, justify="left" if heading in ("model", "benchmark", "split") else "right")
-    for one in found:
+    for one in cells:
         table.add_row(*one.cell, *(f"{figure:,}" for figure in one[1:]))
-    wide_console().print(table)
+    console = wide_console()
+    console.print(table)
+    console.print(_requests(served), highlight=False, markup=False)
+
+
+def _requests(served: Served) -> str:
+    if not served.episodes:
+        return "served requests: none"
+    stops = ", ".join(f"{stop}: {count:,}" for stop, count in served.stops.items())
+    told = ", ".join(f"{kind}: {count:,}" for kind, count in served.feedback.items()) or "none"
+    when = f"from {str(served.oldest)[:19]} to {str(served.newest)[:19]} UTC"
+    return f"served requests: {served.episodes:,} {when} ({stops})\nfeedback: {told}"
 
 
 @store.command()
 def verify(place: Place = DEFAULT, as_json: AsJson = False) -> None:
     """Whether every row is what was written; exit status 1 if one is not."""
-    found = _with(place, Store.verify)
+    found = with_store(place, Store.verify)
     if as_json:
         sys.stdout.write(json.dumps({"rows": dict(found.rows), "bad": list(found.bad)}, indent=2) + "\n")
     else:
@@ -162,7 +177,7 @@ def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = Fa
     """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
     if (bool(request), bool(tenant), anonymous).count(True) != 1:
         raise StoreError("forget: say --request-id ID, --tenant HASH or --anonymous, one of them")
-    gone = _with(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
+    gone = with_store(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
     if not any(gone):
         raise NotRecorded(f"{place}: holds nothing of {request or tenant or 'requests without a key'}")
     wide_console().print(
@@ -193,7 +208,7 @@ def prune(
             and (origin is None or came == origin)
         )
 
-    removed = _with(place, lambda opened: opened.prune(picks, corrupt))
+    removed = with_store(place, lambda opened: opened.prune(picks, corrupt))
     wide_console().print(
         f"{place}: dropped {removed.recordings} recordings, {removed.branches} branches, {removed.questions} questions",
         highlight=False,

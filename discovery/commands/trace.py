@@ -116,7 +116,7 @@ def _find(request: str, place: Path) -> Episode:
 
     async def find() -> Episode | None:
         async with Store.open(place) as store:
-            return await store.episode(request)
+            return await store.episode(request) or next(iter(await store.latest(1, client_id=request)), None)
 
     if not place.exists():
         raise TraceError(f"{request}: no file or folder, and there is no store {place} to know it; --store names one")

@@ -41,6 +41,7 @@ class About(TypedDict, total=False):
     probe_template: str
     streamed: bool
     votable: bool
+    client_request_id: str  # what the client calls the request, if it said so
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,16 @@ class Added(NamedTuple):
     questions: int
     recordings: int
     branches: int
+
+
+class Served(NamedTuple):
+    """How much there is of served requests."""
+
+    episodes: int
+    oldest: str | None  # when the first and the last of them ended
+    newest: str | None
+    stops: Mapping[str, int]  # episodes by why they ended
+    feedback: Mapping[str, int]  # by kind
 
 
 class Summary(NamedTuple):

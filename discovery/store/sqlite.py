@@ -7,6 +7,7 @@ transaction, so that many writers share one sync, and no caller's cancellation c
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sqlite3
 from collections import Counter
@@ -22,7 +23,7 @@ from discovery.errors import CorruptRow, StoreError
 from discovery.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
 from discovery.store.connections import Identity, connection, identity_of, truncate_log
-from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Summary, Verified
+from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Served, Summary, Verified
 from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
 
 T = TypeVar("T")
@@ -337,6 +338,28 @@ class Store:
         """The episode of a request, if it is known."""
         found = await self._rows("episodes", "WHERE request_id = ? ORDER BY created DESC, id LIMIT 1", (request,))
         return rows.episode(found[0]) if found else None
+
+    async def latest(self, limit: int, model: str | None = None, client_id: str | None = None) -> list[Episode]:
+        """The episodes that ended last, the latest first: of a model, or of requests their clients call `client_id`."""
+        wanted: list[tuple[str, str]] = []
+        if model is not None:
+            wanted.append(("model = ?", model))
+        if client_id is not None:
+            text = json.dumps({"client_request_id": client_id})[1:-1]
+            for special in "\\%_":
+                text = text.replace(special, f"\\{special}")
+            wanted.append(("about LIKE ? ESCAPE '\\'", f"%{text}%"))
+        where = f"WHERE {' AND '.join(clause for clause, _ in wanted)} " if wanted else ""
+        values = (*(value for _, value in wanted), limit)
+        found = await self._rows("episodes", f"{where}ORDER BY created DESC, id DESC LIMIT ?", values)
+        return [rows.episode(row) for row in found]
+
+    async def served(self) -> Served:
+        """How many episodes and how much feedback there is."""
+        ((count, oldest, newest),) = await self._read("SELECT COUNT(*), MIN(created), MAX(created) FROM episodes")
+        stops = await self._read("SELECT stop, COUNT(*) FROM episodes GROUP BY stop ORDER BY 2 DESC, 1")
+        feedback = await self._read("SELECT kind, COUNT(*) FROM feedback GROUP BY kind ORDER BY kind")
+        return Served(count, oldest, newest, dict(stops), dict(feedback))
 
     async def feedback(self, request: str | None = None) -> list[Feedback]:
         """What was said of a request, or of all, the latest last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from tests.discovery.test_evaluate import question as varied
 VARIED = Given(*(varied(i) for i in range(6)), *(varied(i, benchmark="c") for i in range(6, 10)))
 
 
-def calibrated(source: Given, name: str = "cmc", **changes: Any) -> Calibrations:
+def calibrated(source: Given, *names: str, **changes: Any) -> Calibrations:
     about: dict[str, Any] = {"betas": [1.0, 0.0, 0.5], "shuffles": 5} | changes
-    return calibrate(source, source.cells(), Spec(name), engine_called(EngineName.LOCAL), Rules(16), **about)
+    specs = [Spec(name) for name in names or ("cmc",)]
+    return calibrate(source, source.cells(), specs, engine_called(EngineName.LOCAL), Rules(16), **about)
 
 
 def question(number: int, right: float, branches: int = 16) -> RecordedQuestion:
@@ -166,6 +168,41 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, change: dict[str, Any], wor
         read(tmp_path / "d.json")
 
 
+def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Path) -> None:
+    found = calibrated(VARIED, "asc", "self_consistency", "cmc")
+    write(found, tmp_path / "c.json")
+    first = read(tmp_path / "c.json")["m"]
+    assert first == found["m"]
+    for name in ("asc", "self_consistency", "cmc"):
+        (alone,) = calibrated(VARIED, name).values()
+        together = first.of_name(name)
+        assert together is not None
+        assert replace(together, others=()) == alone == replace(alone, others=())
+        assert first.of_digest(Spec(name).digest) is together
+    assert [one.controller for one in first.all] == ["asc", "self_consistency", "cmc"]
+    assert first.of_name("esc") is None
+
+
+def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i)) for i in range(4)))
+    status, output = verb(tmp_path, "--controllers", "cmc,asc")
+    assert status == 0, output
+    assert [name for name in ("cmc", "asc") if f"{name}: accuracy % and tokens" in output] == ["cmc", "asc"]
+    assert [one.controller for one in read(tmp_path / "c.json")["m"].all] == ["cmc", "asc"]
+
+
+@pytest.mark.parametrize(
+    ("pays", "best", "words"),
+    [
+        (True, Map(Arm.CONTROLLER, 1), "yes: all of β"),
+        (False, Map(Arm.CONTROLLER, 0.75), "yes: β up to 0.75"),
+        (False, Map(Arm.SINGLE, 0), "no: one chain serves best"),
+    ],
+)
+def test_whether_it_is_worth_it_is_said_once(pays: bool, best: Map, words: str) -> None:
+    assert replace(dial(1, 2), pays=pays, map=best).advice == words
+
+
 def verb(folder: Path, *more: str) -> tuple[int, str]:
     options = ["--recordings", str(folder / "r.jsonl"), "--out", str(folder / "c.json"), "--max-branches", "16"]
     done = CliRunner().invoke(app, ["calibrate", *options, "--shuffles", "2", "--engine", "local", *more])
@@ -179,7 +216,8 @@ def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
     status, output = verb(tmp_path, "--controllers", "cmc")
     assert status == 0, output
     assert "cmc: accuracy % and tokens" in output
-    assert "one chain" in output
+    assert "mean chain" in output
+    assert "controllers are played in 2 orders of them" in output
     assert read(tmp_path / "c.json") == calibrated(
         Given(*(varied(i) for i in range(4))), betas=[0, 0.25, 0.5, 0.75, 1], shuffles=2
     )
@@ -196,7 +234,7 @@ def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, 
     assert read(tmp_path / "c.json")["m"].answers == how
 
 
-@pytest.mark.parametrize("more", [["--controllers", "cmc,asc"], ["--controllers", ""], ["--betas", ","]])
-def test_the_verb_takes_one_controller_and_some_betas(tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize("more", [["--controllers", ""], ["--betas", ","]])
+def test_the_verb_takes_some_controllers_and_betas(tmp_path: Path, more: list[str]) -> None:
     (tmp_path / "r.jsonl").write_text(as_line(varied(1)))
     assert verb(tmp_path, *more)[0] == 2

@@ -637,7 +637,10 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
     assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(lines.read_text().splitlines())
     assert '"feedback": 0' in autotts("store", "verify", "--json", "--store", "s.db", folder=tmp_path).stdout
     assert (
-        json.loads(autotts("store", "info", "--json", "--store", "s.db", folder=tmp_path).stdout)[0]["branches"] == 96
+        json.loads(autotts("store", "info", "--json", "--store", "s.db", folder=tmp_path).stdout)["cells"][0][
+            "branches"
+        ]
+        == 96
     )
 
 

@@ -11,6 +11,7 @@ from zlib import crc32
 
 import pytest
 
+from proxy.config import gather
 from proxy.errors import SettingsError
 from proxy.settings import SERVED, configure, find_file, is_secret, load
 from tests.fakes import FakeVLLM
@@ -146,6 +147,12 @@ def test_the_flags_of_serve_are_taken_here_too() -> None:
     assert "--beta must be" in done.stderr
     shown, served = ((autotts(*verb, "--help").stdout) for verb in (("config", "show"), ("serve",)))
     assert set(re.findall(r"--[a-z-]+", served)) <= set(re.findall(r"--[a-z-]+", shown))
+
+
+@pytest.mark.parametrize("name", ["beta", "AUTOTTS_BETA", "autotts_beta", "autotts-beta", " Beta "])
+def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
+    settings, sources = gather(None, [f"{name}=0.5"], {})
+    assert (settings.beta, sources["beta"]) == (0.5, "flag")
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,21 @@ def test_a_bad_file_is_a_bad_setting(tmp_path: Path, text: str | None) -> None:
         path.write_text(text)
     with pytest.raises(SettingsError, match=f"calibration: {path}"):
         create_app(load(upstream="http://127.0.0.1:1", calibration=path))
+
+
+async def test_a_calibration_of_several_controllers(backend: FakeVLLM, tmp_path: Path) -> None:
+    cheap = replace(calibrated("asc"), points=(Point(0, 10, None, None, 50, None, None, 0, None),) * 1)
+    write({MODEL: replace(cheap, others=(calibrated("cmc"),))}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
+        proxy = Proxy(backend, url, http, unused)
+        assert (await curve(proxy, model=MODEL))[1]["controller"] == "asc"
+        assert (await curve(proxy, model=MODEL, controller="cmc"))[1]["points"] == calibrated().as_json()["points"]
+        status, reply = await curve(proxy, model=MODEL, controller="esc")
+        check_error(reply, 404, status, param="controller", code="no_calibration")
+        assert "was calibrated for asc, cmc, not 'esc'" in reply["error"]["message"]
+        for named, beta in ((None, 0.5), ("cmc", 0.5), ("asc", 0.0)):
+            tts = {"target_tokens": 3000} | ({} if named is None else {"controller": named})
+            _, headers, _ = await proxy.ask(None, tts=tts)
+            assert float(headers["x-tts-beta"]) == beta

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from openai import AsyncOpenAI
 
+from controllers.loading import discovered
 from controllers.sandbox import nursery as nurseries
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.proof import Proof
@@ -21,7 +22,7 @@ from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
-from tests.proxy.conftest import SMALL, Proxy
+from tests.proxy.conftest import SERVED, SMALL, Proxy
 
 LOCKSTEP = """
 from controllers import State, advance, answer, branch
@@ -95,7 +96,7 @@ async def test_many_at_once_and_by_name(serve: Serve) -> None:
         assert [(status, headers["x-tts-branches"]) for status, headers, _ in replies] == [(200, "5")] * 8
         status, _, reply = await proxy.ask("0.5", tts={"controller": "../mine.py"})
         assert status == 400
-        assert reply["error"]["message"].endswith("short_m_at_k, cmc, everything, mine")
+        assert reply["error"]["message"].endswith("short_m_at_k, cmc, everything, lockstep_lead, mine")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -200,3 +201,21 @@ def test_names_that_clients_could_not_tell_apart(tmp_path: Path, name: str, word
     (tmp_path / name).write_text(HONEST)
     with pytest.raises(SettingsError, match=words):
         load(upstream="http://127.0.0.1:1", controller=str(tmp_path / name))
+
+
+async def test_what_serve_takes_by_name_a_request_may_name(proxy: Proxy) -> None:
+    for name in (*SERVED, *discovered()):
+        assert load(upstream="http://127.0.0.1:1", controller=name).controller == name
+        status, headers, reply = await proxy.ask("0.5", tts={"controller": name, "answer": "boxed"})
+        assert (status, headers["x-tts-controller"]) == (200, name), reply
+        assert headers.get("x-tts-fallback") in (None, "unsealed")  # where the kernel cannot seal
+
+
+@pytest.mark.parametrize("name", ["lockstep", "lockstep_lead@8", "nothing"])
+async def test_the_message_names_the_same_controllers_in_both_places(proxy: Proxy, name: str) -> None:
+    status, _, reply = await proxy.ask("0.5", tts={"controller": name})
+    assert (status, reply["error"]["code"]) == (400, "unknown_controller")
+    with pytest.raises(SettingsError) as caught:
+        load(upstream="http://127.0.0.1:1", controller=name)
+    assert str(caught.value) == f"controller: {reply['error']['message']}"
+    assert "lockstep_lead" in reply["error"]["message"]

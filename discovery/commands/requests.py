@@ -1,0 +1,95 @@
+"""`autotts requests`: the requests a proxy has served, as its store has them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from discovery.commands.console import wide_console
+from discovery.commands.store import DEFAULT, AsJson, Place, with_store
+from discovery.store import Episode, Feedback, Store
+
+HEADINGS = (
+    "ended (UTC)",
+    "request",
+    "client's id",
+    "model",
+    "controller",
+    "β",
+    "stop",
+    "branches",
+    "tokens",
+    "feedback",
+)
+RIGHT = ("β", "branches", "tokens")
+
+requests = typer.Typer(name="requests", no_args_is_help=True, help="Look at the requests a proxy has served with β.")
+
+
+@requests.callback()
+def _requests() -> None:
+    """Look at the requests a proxy has served with β; `autotts trace show ID` explains one of them."""
+
+
+@requests.command("list")
+def list_requests(
+    place: Place = DEFAULT,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="how many, the latest first")] = 20,
+    model: Annotated[str | None, typer.Option(help="of this model alone")] = None,
+    client_id: Annotated[
+        str | None, typer.Option("--client-id", help="those whose client sent this x-request-id")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the latest requests, with what they cost and what was said of them."""
+
+    async def look(opened: Store) -> list[tuple[Episode, list[Feedback]]]:
+        return [(one, await opened.feedback(one.request_id)) for one in await opened.latest(limit, model, client_id)]
+
+    found = with_store(place, look)
+    if as_json:
+        sys.stdout.write(json.dumps([_figures(*one) for one in found], indent=2, ensure_ascii=False) + "\n")
+        return
+    rows = [_figures(*one) for one in found]
+    has_names = any(row["client_request_id"] for row in rows)
+    table = Table(title=str(place), title_justify="left")
+    for heading in HEADINGS:
+        is_id = heading == "request"  # is copied from here
+        if heading != "client's id" or has_names:
+            right = heading in RIGHT
+            table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=is_id)
+    for row in rows:
+        feedback = ", ".join(f"{kind} {value}" for kind, value in row["feedback"].items())
+        names = [row["request"], *([row["client_request_id"] or ""] if has_names else []), row["model"]]
+        about = (f"{row['beta']:g}", row["stop"], str(row["branches"]), f"{row['tokens']:,}", feedback)
+        table.add_row(row["created"][:19], *names, row["controller"], *about)
+    console = wide_console()
+    console.print(table, markup=False)
+    if not found:
+        console.print("no requests", highlight=False)
+
+
+def _figures(episode: Episode, feedback: list[Feedback]) -> dict[str, Any]:
+    return {
+        "request": episode.request_id,
+        "client_request_id": episode.about.get("client_request_id"),
+        "created": episode.created,
+        "model": episode.model,
+        "controller": episode.controller,
+        "beta": episode.beta,
+        "stop": episode.stop,
+        "branches": episode.branches,
+        "rounds": episode.rounds,
+        "tokens": sum(episode.ledger.values()),
+        "seconds": episode.about.get("seconds"),
+        "feedback": _values(feedback),
+    }
+
+
+def _values(feedback: list[Feedback]) -> dict[str, Any]:
+    """The latest value of each kind."""
+    return {one.kind: json.loads(one.value) for one in feedback}
