@@ -182,8 +182,14 @@ class Service:
             cap_source=turn.cap_source,
         )
         named = request.scope["path"], model.id, request.state.held
-        with self._seeing_off(model.id):
-            plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
+        try:
+            with self._seeing_off(model.id):
+                plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
+        except BadRequest as error:
+            if error.code != chat.CONTEXT_EXCEEDED or not parsed.truncates:
+                raise
+            turn.leave()
+            return await self._pass(request, parsed, raw, model, schema.Unserved("truncation", "truncation"))
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)

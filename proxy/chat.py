@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from textwrap import shorten
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import ControllerError, Limits, State, Stop, UnknownController
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 TOLD_VOTES, TOLD_CHARS = 5, 40
 """Answers that are named to a client while branches think, and characters of each."""
+CONTEXT_EXCEEDED: Final = "context_length_exceeded"
+"""The code of a prompt that is too long. Gateways tell it by this, or by how OpenAI's message begins."""
 CLOSE_S = 2.0
 """Seconds past its deadline in which a reply may still be composed; then what there is goes out as it is."""
 PROMPT_TAIL = 8
@@ -228,10 +230,12 @@ async def _bounds(
         finalise = max(probe, min(finalise, cap // 4))
     room = model.max_length - prompt - max(close + finalise, suffix + max(probe, finalise))
     if room < 1:
+        needed = model.max_length - prompt - room + 1
         raise BadRequest(
-            f"the prompt has {prompt} tokens, too many for a reply within the model's {model.max_length}",
+            f"This model's maximum context length is {model.max_length} tokens. However, your {request.param} has "
+            f"{prompt} tokens, and with β a reply needs at least {needed} more. Shorten it, or send it without β",
             param=request.param,
-            code="context_length_exceeded",
+            code=CONTEXT_EXCEEDED,
         )
     branch = min(room, request.branch_limit or room)
     reserve = close + finalise + suffix + probe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar
@@ -52,10 +52,14 @@ def _as_list(given: object) -> object:
 
 
 def _at_most(limit: int, things: str) -> BeforeValidator:
-    """Make a validator that refuses longer lists, objects and texts before anything is built of them."""
+    """Make a validator that refuses longer lists and objects before anything is built of them.
+
+    It refuses longer texts only where `things` are characters: a text is one thing.
+    """
 
     def check(given: object) -> object:
-        if isinstance(given, list | dict | str) and len(given) > limit:
+        is_bounded = isinstance(given, str if things == "characters" else list | dict)
+        if is_bounded and isinstance(given, Sized) and len(given) > limit:
             raise ValueError(f"at most {limit} {things} are accepted, not {len(given)}")
         return given
 
@@ -231,6 +235,11 @@ class Generation(BaseModel):
     effort_field: ClassVar[str] = "reasoning_effort"
 
     @property
+    def truncates(self) -> bool:
+        """Whether the upstream is to shorten a prompt that is too long."""
+        return False
+
+    @property
     def prompt_text(self) -> str | None:
         """The prompt, where it is a text of the client's own; such a prompt goes through no chat template."""
         return None
@@ -383,6 +392,10 @@ class ResponsesRequest(Generation):
     @property
     def template_fields(self) -> dict[str, Any]:
         return template_fields(self.chat_template_kwargs, self.effort)
+
+    @property
+    def truncates(self) -> bool:
+        return self.truncation == "auto"
 
     @property
     def _messages(self) -> list[dict[str, Any]] | None:

@@ -284,8 +284,20 @@ async def test_all_are_refused_as_chat_is(proxy: Proxy, path: str, param: str) -
     long = {param: prompt("x" * 2000), "tts": {"beta": 1}}
     assert await refused(long) == (400, "context_length_exceeded", param)
     assert proxy.backend.generated == 0
+    _, _, reply = await post(proxy, path, {param: prompt("x" * 20_000), "tts": {"beta": 1}})
+    assert reply["error"]["code"] == "context_length_exceeded"
+    assert reply["error"]["message"].startswith("This model's maximum context length is 2000 tokens. However, your ")
     async with proxy.http.post(proxy.url + path, data=b"[1") as response:
         assert (response.status, (await response.json())["error"]["code"]) == (400, "bad_json")
+
+
+async def test_a_prompt_that_the_upstream_may_shorten_passes(raw: Raw) -> None:
+    """Where `truncation` is `auto`, and only where it does not fit."""
+    body = {"model": MODEL, "input": "x" * 20_000, "truncation": "auto"}
+    raw.upstream.pieces = [b'{"tokens": [' + b"1," * 3000 + b'1], "prompt": "x"}']
+    async with raw.http.post(f"{raw.url}/v1/responses", json=body, headers={"x-tts-beta": "0.5"}) as response:
+        assert (response.headers["x-tts-applied"], response.headers["x-tts-reason"]) == ("false", "truncation")
+    assert json.loads(raw.upstream.seen[-1].body) == body
 
 
 # What streams tell
