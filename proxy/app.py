@@ -373,7 +373,7 @@ class Service:
 
         The upstream is asked once a second at most, however often this is called.
         """
-        up = await self.pulse.is_ready()
+        up = await self.pulse.is_ready() and self.engine.breaker.is_closed
         told: dict[str, object] = {"ready": up}
         if self.callers.knows(request):
             sandbox = {"level": self.casting.level, "lacking": self.casting.lacking}
