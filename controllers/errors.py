@@ -8,6 +8,7 @@ ControllersError
 │   ├── BadController    its file cannot be read, or no object be made of it
 │   └── Crossed          it crossed a boundary of its sandbox and was killed; it says which
 ├── Unsealed             this machine cannot seal a controller, so no foreign one runs
+├── Disturbed            this machine ended a sealed process, or gave it no time; the controller is not at fault
 └── BadFact              the environment is at fault: its facts do not answer the actions; nothing has changed
 """
 
@@ -45,15 +46,17 @@ class Boundary(StrEnum):
     DEAD = "dead"  # it ended: it left, crashed, or used up its processor time
     CALL = "call"  # the kernel killed it at a system call it may not make
     FRAME = "frame"  # what it sent is no answer to what it was asked
+    UNASKED = "unasked"  # it computed while it was not asked anything
 
 
 class Crossed(ControllerError):
     """A sealed controller crossed `boundary`. Its process is dead; the state is as it was."""
 
-    def __init__(self, boundary: Boundary, message: str) -> None:
-        super().__init__(boundary, message)  # as it was made, so that another process can make it again
+    def __init__(self, boundary: Boundary, message: str, asked: float | None = None) -> None:
+        super().__init__(boundary, message, asked)  # as it was made, so that another process can make it again
         self.boundary = boundary
         self.message = message
+        self.asked = asked  # when it was asked, by the monotonic clock; None if it was not
 
     def __str__(self) -> str:
         return f"{self.message} ({self.boundary})"
@@ -61,6 +64,13 @@ class Crossed(ControllerError):
 
 class Unsealed(ControllersError):
     """This machine cannot seal controllers; the message names the layer that is missing and what to do."""
+
+
+class Disturbed(ControllersError):
+    """A sealed process could not decide because of the machine: it was killed from outside, or was given no time.
+
+    Nobody is at fault. The state is as it was, and another process may be asked.
+    """
 
 
 class BadFact(ControllersError):

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -21,6 +22,7 @@ from controllers import (
     Controller,
     ControllerError,
     Crossed,
+    Disturbed,
     Environment,
     IllegalAction,
     Round,
@@ -51,7 +53,15 @@ FAILURES: Final = 3
 WINDOW_S: Final = 300.0
 """So many failures in so many seconds quarantine a controller."""
 RAISED, ILLEGAL, UNSEALED, QUARANTINED = "raised", "illegal", "unsealed", "quarantined"
+DISTURBED = "disturbed"
 """Why the baseline decides, besides the boundaries of a sandbox."""
+BLAMELESS: Final = frozenset({UNSEALED, DISTURBED})
+"""Reasons that are the machine's fault, not the controller's."""
+SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
+"""Boundaries one event may have several processes cross at once."""
+STOPPED: Final = "the controller has been quarantined"
+ENDERS: Final = 2
+"""Threads in which sealed processes are ended."""
 SHADOWS: Final = 2
 """Episodes a shadow goes through at a time; those that end meanwhile it does not see."""
 
@@ -69,6 +79,7 @@ class Casting:
         self.metrics = metrics
         self._settings = settings
         self._pools: dict[str, Pool] = {}  # of controllers from files, by digest
+        self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="sandbox-end")
         self._failures: dict[str, deque[float]] = {}  # by digest: when, by the monotonic clock
         self._proof = Proof()
         self._lineup = self.stages.now  # as the pools and the watch know it
@@ -129,6 +140,7 @@ class Casting:
         await asyncio.gather(*self._shadowing, *self._changing, return_exceptions=True)
         for pool in self._pools.values():
             await pool.close()
+        self._enders.shutdown(wait=False)
 
     def cast(self, choice: Choice) -> Cast:
         """Who decides in an episode for which `choice` was made."""
@@ -136,7 +148,7 @@ class Casting:
 
     @asynccontextmanager
     async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | Remote]:
-        """A fresh controller for one episode. Raises ControllerError or Unsealed."""
+        """A fresh controller for one episode. Raises ControllerError, Unsealed or Disturbed."""
         if self.level_of(spec) is not Level.SEALED or not spec.is_foreign:
             if self.level_of(spec) is Level.REFUSED:
                 raise Unsealed(f"{spec.name}: controllers cannot be sealed here: {self.lacking}")
@@ -151,10 +163,16 @@ class Casting:
                 self.metrics.slow.labels(spec.name).inc(worker.slow)
             pool.end(worker)
 
-    def strike(self, spec: Spec) -> None:
-        """Take notice of a failure."""
+    def strike(self, spec: Spec, error: ControllerError) -> None:
+        """Count a failure of a controller, and quarantine it after too many.
+
+        Processes that were late or died while decisions of theirs were under way at the same time may all have met one
+        event, so together they count once: such a failure counts if its decision began after the last counted failure.
+        """
         now = time.monotonic()
         failures = self._failures.setdefault(spec.digest, deque(maxlen=FAILURES))
+        if failures and _asked(error, now) <= failures[-1] < now:
+            return
         failures.append(now)
         if spec.digest not in self.quarantined and len(failures) == FAILURES and now - failures[0] <= WINDOW_S:
             words = f"{FAILURES} failures in {now - failures[0]:.0f} s"
@@ -204,16 +222,21 @@ class Casting:
                 await compare(timed, played, lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc())
         except Unsealed:
             self.learn_level()
+        except Disturbed as error:
+            agreement.labels(spec.name, "skipped").inc()
+            logger.warning("shadow %s could not decide: %s", spec.name, error)
         except ControllerError as error:
             agreement.labels(spec.name, "failed").inc()
             logger.warning("shadow %s failed (%s): %s", spec.name, _reason(error), error)
-            self.strike(spec)
+            self.strike(spec, error)
 
     # What changes
 
     def _quarantine(self, spec: Spec, words: str) -> None:
         self.quarantined.add(spec.digest)
         self.metrics.quarantined.labels(spec.name).set(1)
+        if spec.digest in self._pools:
+            self._pools[spec.digest].stop(STOPPED)
         now = self.stages.now
         if self.stages.registry is None or spec.digest not in {one.digest for one in _foreign(now)}:
             return
@@ -256,11 +279,14 @@ class Casting:
         if now.shadow is not None:
             sizes[now.shadow.digest] = min(SHADOWS, self._settings.sandbox_pool)
         for digest, pool in self._pools.items():
-            pool.keep(sizes.get(digest, RETIRED) if self.level is Level.SEALED else RETIRED)
+            if digest in self.quarantined:
+                pool.stop(STOPPED)
+            else:
+                pool.keep(sizes.get(digest, RETIRED) if self.level is Level.SEALED else RETIRED)
 
     def _pool(self, spec: Spec) -> Pool:
         if spec.digest not in self._pools:
-            self._pools[spec.digest] = Pool(spec, RETIRED, self._settings.decision_s)
+            self._pools[spec.digest] = Pool(spec, RETIRED, self._settings.decision_s, self._enders)
         return self._pools[spec.digest]
 
     def learn_level(self) -> None:
@@ -312,18 +338,21 @@ class Cast:
             except Unsealed:
                 casting.learn_level()
                 self.fallback = UNSEALED
+            except Disturbed as error:
+                self.fallback = QUARANTINED if spec.digest in casting.quarantined else DISTURBED
+                logger.warning("controller %s could not decide (%s): %s", spec.name, self.fallback, error)
             except ControllerError as error:
                 if spec.name == BASELINE:
                     raise
                 self.fallback = _reason(error)
                 logger.warning("controller %s failed (%s): %s", spec.name, self.fallback, error)
-                casting.strike(spec)
+                casting.strike(spec, error)
         casting.metrics.fallbacks.labels(family(spec.name), self.fallback).inc()
         await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state, self._keep)
 
     def end(self, stop: Stop | None, tokens: int) -> None:
         """The episode is over, for `stop` or because its client left, and has cost so much."""
-        if self.fallback != UNSEALED:  # which is the machine's fault
+        if self.fallback not in BLAMELESS:
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
             self._casting.ended(self._choice, Outcome(tokens, failed, stop is Stop.ANSWERED))
         if self._played is not None and self.decided:
@@ -371,6 +400,13 @@ def _track(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> N
     task = asyncio.create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+
+
+def _asked(error: ControllerError, now: float) -> float:
+    """When the decision began in which a process was late or died; of another failure that is `now`."""
+    if isinstance(error, Crossed) and error.boundary in SUDDEN and error.asked is not None:
+        return error.asked
+    return now
 
 
 def _reason(error: ControllerError) -> Boundary | str:

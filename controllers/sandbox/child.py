@@ -17,6 +17,7 @@ from controllers.sandbox.frames import (
     BEGIN,
     HEADER,
     LOAD,
+    READY,
     begun,
     complain,
     encode_all,
@@ -48,6 +49,7 @@ def serve() -> None:
     seats: dict[int, _Seat] = {}
     facts: list[Fact] = []
     spec: Spec | None = None
+    _write([READY])
     while numbers := _read():
         kind, number = numbers[0], numbers[1]
         if kind == LOAD:

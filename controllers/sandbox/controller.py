@@ -60,7 +60,7 @@ class SandboxedController:
         self._seat = _Seat(0, beta, worker.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
-        """As `Controller.decide`; the caller waits. Raises ControllerError, Crossed if the child had to be killed."""
+        """As `Controller.decide`; the caller waits. Raises ControllerError, Crossed or Disturbed."""
         (decision,) = self.worker.decide([self._seat.turn(state)], frames.most_actions(state.limits))
         return self._seat.take(decision)
 
@@ -106,7 +106,7 @@ def run_together(
 
     While one child decides its owner plays what another has decided. No episode's state may have wider limits than
     `limits`. A child that has to be killed fails its episodes and all that come to it later: each is told by Crossed
-    when it next decides.
+    when it next decides. Raises Disturbed, which ends all of them.
     """
     results: dict[int, T] = {}
     queue = enumerate(episodes)
@@ -154,7 +154,7 @@ class _Table(Generic[T]):
             self._go_on(number, seat, running, partial(running.send, None))
         if self.asking:
             try:
-                self._worker.begin([asking.turn for asking in self.asking])
+                self._worker.begin([asking.turn for asking in self.asking], self._most)
             except Crossed as error:
                 self._crossed = error
 
@@ -164,7 +164,7 @@ class _Table(Generic[T]):
         decisions: Sequence[Decision] = ()
         if asked and self._crossed is None:
             try:
-                decisions = self._worker.finish(self._most)
+                decisions = self._worker.finish()
             except Crossed as error:
                 self._crossed = error
         for at, (number, seat, episode, _) in enumerate(asked):

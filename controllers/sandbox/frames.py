@@ -1,6 +1,7 @@
 """What a controller's owner and its sealed child say to each other: frames of whole numbers, both ways.
 
     frame    = its length in bytes (4), then 64-bit numbers in the machine's order
+                                                           child: READY, or a text that says why it is not sealed
     owner    = LOAD, number, name, source                → child: number, text (empty, or a complaint)
              | STEP, number, {fact}, turn of several …   → child: number, decision of each, in the same order
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
@@ -31,6 +32,8 @@ LARGEST: Final = 1 << 20
 """Bytes a frame may have."""
 HEADER: Final = struct.Struct("=I")
 LOAD, STEP = 1, 2
+READY: Final = -1
+"""The first frame of a child, alone: it is sealed, and nothing foreign has run in it."""
 BEGIN, FACTS, ROUND = 0, 1, 2
 COMPLAINT: Final = -1
 LONGEST: Final = 500

@@ -6,13 +6,14 @@ Nursery ──orders──▶ zygote ──forks──▶ child ◀──frames�
 from __future__ import annotations
 
 import atexit
+import os
 import socket
 import subprocess
 import sys
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from controllers.errors import Unsealed
 from controllers.sandbox import frames
@@ -20,7 +21,7 @@ from controllers.sandbox.attempts import ATTEMPTS
 from controllers.sandbox.frames import BadFrame
 from controllers.sandbox.proof import Outcome, Proof, prove
 from controllers.sandbox.seal import EVERY, Layer
-from controllers.sandbox.worker import HARD_S, Worker
+from controllers.sandbox.worker import HARD_S, Clock, Worker
 from controllers.sandbox.zygote import ORDER, REAP, REPLY, SPAWN, TRY
 
 PROVE_EVERY: Final = 100
@@ -30,6 +31,14 @@ PATIENCE_S: Final = 10.0
 ADVICE: Final = "`autotts doctor` tells more; --allow-unsandboxed runs controllers from files with all your rights"
 ROOT: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append({root!r}); from controllers.sandbox.zygote import main; main({descriptor})"
+
+
+class _Child(NamedTuple):
+    """A process the zygote has forked."""
+
+    process: int
+    channel: socket.socket
+    zygote: int  # process id
 
 
 class Nursery:
@@ -56,13 +65,13 @@ class Nursery:
                 self.proof = Proof(reason=str(error))
         return self.proof
 
-    def spawn(self, hard_s: float = HARD_S) -> Worker:
+    def spawn(self, hard_s: float = HARD_S, clock: Clock = Clock.WALL) -> Worker:
         """A new sealed child. Raises Unsealed, always once a proof has failed."""
         if self.layers == EVERY:
             self._require_proof()
         self._spawned += 1
-        process, channel = self._fork(SPAWN, self.layers)
-        return Worker(process, channel, self._reap, hard_s)
+        child = self._fork(SPAWN, self.layers)
+        return Worker(child.process, child.channel, partial(self._reap, zygote=child.zygote), hard_s, clock)
 
     def close(self) -> None:
         """End the zygote, and with it every child."""
@@ -82,7 +91,7 @@ class Nursery:
 
     def _attempt(self, number: int) -> Outcome:
         """Have a child try to break out."""
-        process, channel = self._fork(TRY, ATTEMPTS[number].layers, number)
+        process, channel, zygote = self._fork(TRY, ATTEMPTS[number].layers, number)
         with channel:
             channel.settimeout(PATIENCE_S)
             try:
@@ -92,31 +101,44 @@ class Nursery:
                 words = frames.text(frames.unpack(said[frames.HEADER.size :]), 0, frames.LARGEST)[0] if said else ""
             except (TimeoutError, ValueError, BadFrame) as error:
                 words = f"{type(error).__name__}: {error}"
-        return Outcome(self._reap(process), frames.printable(words))
+        status = self._reap(process, zygote)
+        if status is None:
+            raise Unsealed("the process that forks sealed children ended while one tried to break out")
+        return Outcome(status, frames.printable(words))
 
     # What the zygote is told
 
-    def _fork(self, order: int, layers: Layer, attempt: int = 0) -> tuple[int, socket.socket]:
+    def _fork(self, order: int, layers: Layer, attempt: int = 0) -> _Child:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                return self._order((order, int(layers), attempt), theirs), ours
+                process, zygote = self._order((order, int(layers), attempt), theirs)
             except Unsealed:
                 ours.close()
                 raise
+        if process < 0:
+            ours.close()
+            raise Unsealed(f"no sealed child could be forked: {os.strerror(-process)}")
+        return _Child(process, ours, zygote)
 
-    def _reap(self, process: int) -> int:
-        try:
-            return self._order((REAP, process, 0))
-        except Unsealed:  # the zygote has gone, and with it all its children
-            return 0
+    def _reap(self, process: int, zygote: int) -> int | None:
+        """The wait status of a child; None if the zygote it came from has gone, and with it all its children."""
+        with self._lock:
+            if self._zygote is None or self._zygote.pid != zygote:  # another one knows nothing of it
+                return None
+            try:
+                status = self._order((REAP, process, 0))[0]
+            except Unsealed:
+                return None
+        return status if status >= 0 else None
 
-    def _order(self, message: tuple[int, int, int], channel: socket.socket | None = None) -> int:
+    def _order(self, message: tuple[int, int, int], channel: socket.socket | None = None) -> tuple[int, int]:
+        """Give the zygote an order; its answer, and its process id. Raises Unsealed."""
         with self._lock:
             if message[0] != REAP and (self._zygote is None or self._zygote.poll() is not None):
                 self._start()
-            orders = self._orders
-            if orders is None:
+            zygote, orders = self._zygote, self._orders
+            if orders is None or zygote is None:
                 raise Unsealed("the process that forks sealed children is not there")
             try:
                 socket.send_fds(orders, [ORDER.pack(*message)], [] if channel is None else [channel.fileno()])
@@ -128,7 +150,7 @@ class Nursery:
             if len(reply) != REPLY.size:
                 self.close()
                 raise Unsealed(f"the process that forks sealed children failed: {reason}")
-            return int(REPLY.unpack(reply)[0])
+            return int(REPLY.unpack(reply)[0]), zygote.pid
 
     def _start(self) -> None:
         self.close()
@@ -142,6 +164,7 @@ class Nursery:
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    process_group=0,  # what a terminal sends to its owner's group is not meant for it
                     pass_fds=[theirs.fileno()],
                 )
             except OSError as error:

@@ -1,4 +1,4 @@
-"""A sealed child as its owner sees it: it is asked, and answers in time and form, or is dead."""
+"""The owner's handle on a sealed process: ask it for decisions, bound its time, and find out why it ended."""
 
 from __future__ import annotations
 
@@ -7,143 +7,219 @@ import os
 import select
 import signal
 import socket
-import time
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from typing import Final
+from enum import Enum
+from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
-from controllers.errors import BadController, Boundary, Crossed
+from controllers.errors import BadController, Boundary, Crossed, Disturbed
 from controllers.loading import Spec
 from controllers.sandbox import frames
 from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.meter import Meter, Usage
+from controllers.sandbox.seal import CPU_S
+
+T = TypeVar("T")
 
 SOFT_S: Final = 0.05
 """Seconds from which on a decision is slow."""
 HARD_S: Final = 0.25
 """Seconds after which a child that still decides is killed. Of a message for n episodes all but one have SOFT_S."""
 LOAD_S: Final = 2.0
-"""Seconds a controller's file may take to run."""
+"""Seconds of processor time a controller's file may take to run."""
+STILL_S: Final = 5.0
+"""Seconds a child that is timed by its processor time may sleep without an answer."""
+BACKSTOP_S: Final = 120.0
+"""Seconds of wall clock after which nobody waits for an answer any more, however busy the machine is."""
+UNASKED_S: Final = 0.1
+"""Seconds of processor time a child may use between an answer and the next question."""
+FAIR_S: Final = 0.02
+"""A child that is late by the wall clock and was given less processor time than this was starved, not slow."""
+NICE: Final = 5
+"""By how much children that decide live are nicer than their owner, which goes first when both want to run."""
+EXIT_S: Final = 1.0
+"""Seconds a killed process may take to end before its status is asked for all the same."""
 
 Decision = list[Action] | str
-"""What a child decided for an episode, or what it complains of."""
-Exchange = Generator[int, None, list[int]]
-"""Waits for the events it yields, of `select.poll`, and returns a frame's numbers."""
+"""A decision for an episode, or the controller's complaint."""
+Exchange = Generator[int, None, T]
+"""Waits for the events it yields, of `select.poll`, and returns a reply."""
+
+
+class Clock(Enum):
+    """Which clock bounds a decision."""
+
+    WALL = "wall"  # a client waits for it
+    CPU = "cpu"  # the child's own processor time: how busy the machine is makes no difference
+
+
+class _Late(Exception):
+    """The deadline has passed and there is nothing to read."""
+
+
+class _NotSealed(Exception):
+    """The child has ended, or could not be sealed, before anything foreign ran in it."""
+
+
+class _Unasked(Exception):
+    """The child has computed while it was not asked anything."""
+
+
+_ENDS: Final = (OSError, BadFrame, _Late, _NotSealed, _Unasked)
+"""Errors that end a child."""
 
 
 class Worker:
-    """One child. `reap` waits for the end of a process that has been killed and gives its wait status."""
+    """One sealed process.
+
+    `reap` waits for the end of a killed process and returns its wait status, or None if nobody knows it. A child that
+    is timed by the wall clock has a low priority and is stopped between its answer and the next question.
+    """
 
     def __init__(
-        self, process: int, channel: socket.socket, reap: Callable[[int], int], hard_s: float = HARD_S
+        self,
+        process: int,
+        channel: socket.socket,
+        reap: Callable[[int], int | None],
+        hard_s: float = HARD_S,
+        clock: Clock = Clock.WALL,
     ) -> None:
         self.process = process
         self.hard_s = hard_s
+        self.clock = clock
         self.codes = frames.Codes()  # of the facts it knows
         self.slow = 0  # live decisions that took longer than SOFT_S
         self._reap = reap
+        self._lock = threading.Lock()  # whoever kills it may be another thread than the one that closes it
         self._handle = os.pidfd_open(process)
+        self._meter = Meter(process)
         self._channel = channel
+        self._sealed = False  # as far as is known
         self._number = 0  # of the latest frame
-        self._end = ""  # how it ended
-        self._pending: tuple[Exchange, int, int, float]  # what was begun: its exchange, event, turns, and when
+        self._ended: Crossed | Disturbed | None = None  # why it may not be asked any more
+        self._idle: Usage | None = None  # its usage when it had answered; None while it is asked
+        self._pending: _Pending[list[Decision]]  # what `begin` began
         channel.setblocking(False)
+        if clock is Clock.WALL:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
     @property
     def alive(self) -> bool:
-        """Whether it may be asked."""
-        return self._handle >= 0
+        """Whether its process runs and it may be asked."""
+        return self._ended is None and self._handle >= 0 and not _is_ready(self._handle, select.POLLIN)
 
     def load(self, spec: Spec) -> None:
-        """Have it run a controller's source. Raises BadController or Crossed; it is dead then."""
+        """Have it run a controller's source. Raises BadController, Crossed or Disturbed; it is dead then."""
         about = [*frames.told(spec.name), *frames.told(spec.source or "")]
-        exchange = self._ask(frames.LOAD, about)
-        reply = self._wait(exchange, LOAD_S, time.monotonic(), next(exchange))
-        try:
-            words, _ = frames.text(reply, 1, frames.LONGEST)
-        except BadFrame as error:
-            raise self._crossed(Boundary.FRAME, str(error)) from None
-        if words:
+        deadline = _Deadline(self._meter, Clock.CPU, LOAD_S)
+        complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
+        if complaint:
             self.close()
-            raise BadController(frames.printable(words))
+            raise BadController(frames.printable(complaint))
 
     def decide(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
-        """A decision for each turn, of at most so many actions; the caller waits. Raises Crossed."""
-        self.begin(turns)
-        return self.finish(most)
+        """A decision for each turn, of at most so many actions; the caller waits. Raises Crossed or Disturbed."""
+        self.begin(turns, most)
+        return self.finish()
 
-    def begin(self, turns: Sequence[Sequence[int]]) -> None:
-        """Have it decide on `turns` while the caller does something else. Raises Crossed."""
-        exchange = self._ask(frames.STEP, self._told(turns))
-        self._pending = exchange, next(exchange), len(turns), time.monotonic()
+    def begin(self, turns: Sequence[Sequence[int]], most: int) -> None:
+        """Have it decide on `turns` while the caller does something else. Raises Crossed or Disturbed."""
+        self._pending = self._step(turns, most)
+        self._go_on(self._pending, until=select.POLLIN)
 
-    def finish(self, most: int) -> list[Decision]:
-        """What it decided on the turns of the latest `begin`. Raises Crossed."""
-        exchange, event, turns, began = self._pending
-        reply = self._wait(exchange, self._allowed(turns), began, event)
-        return self._decisions(reply, turns, most)
+    def finish(self) -> list[Decision]:
+        """The decisions on the turns of the latest `begin`. Raises Crossed or Disturbed."""
+        return self._wait(self._pending)
 
     async def decide_later(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
         """As `decide`, in an event loop. Cancelling kills the child."""
-        began = time.monotonic()
-        exchange = self._ask(frames.STEP, self._told(turns))
-        reply = await self._wait_later(exchange, self._allowed(len(turns)))
-        self.slow += time.monotonic() - began > SOFT_S * len(turns)
-        return self._decisions(reply, len(turns), most)
+        pending = self._step(turns, most)
+        decisions = await self._wait_later(pending)
+        self.slow += self._meter.read().since(pending.deadline.start).wall > SOFT_S * len(turns)
+        return decisions
+
+    def kill(self, why: str) -> None:
+        """Kill it without waiting for its end. Whoever asks it from now on is told why, by Disturbed."""
+        if self._ended is None:
+            self._ended = Disturbed(why)
+        self._signal(signal.SIGKILL)
 
     def close(self) -> int | None:
-        """Kill it, if it lives, and give its wait status; None if it had been closed."""
-        if not self.alive:
-            return None
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-        self._channel.close()
-        os.close(self._handle)
-        self._handle = -1
+        """Kill it if it lives, free what it holds and return its wait status; None if that is not known (any more)."""
+        with self._lock:
+            if self._handle < 0:
+                return None
+            if self._ended is None:
+                self._ended = Crossed(Boundary.DEAD, "it has been closed")
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            self._channel.close()
+            self._meter.close()
+            os.close(self._handle)
+            self._handle = -1
         return self._reap(self.process)
 
-    def _told(self, turns: Sequence[Sequence[int]]) -> list[int]:
-        return [*self.codes.news(), *(number for turn in turns for number in turn)]
-
-    def _allowed(self, turns: int) -> float:
-        return self.hard_s + (turns - 1) * SOFT_S
-
-    def _decisions(self, reply: Sequence[int], count: int, most: int) -> list[Decision]:
-        decisions: list[Decision] = []
-        at = 1
-        try:
-            for _ in range(count):
-                decided, at = frames.decision(reply, at, most)
-                decisions.append(decided)
-            if at != len(reply):
-                raise BadFrame(f"{len(reply) - at} numbers too many")
-        except BadFrame as error:
-            raise self._crossed(Boundary.FRAME, str(error)) from None
-        return decisions
+    def _signal(self, number: signal.Signals) -> None:
+        with self._lock, suppress(ProcessLookupError):
+            if self._handle >= 0:
+                signal.pidfd_send_signal(self._handle, number)
 
     # The exchange itself, without waiting
 
-    def _ask(self, kind: int, numbers: Sequence[int]) -> Exchange:
-        if not self.alive:
-            raise Crossed(Boundary.DEAD, self._end or "it has been closed")
+    def _step(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
+        seconds = self.hard_s + (len(turns) - 1) * SOFT_S
+        about = [*self.codes.news(), *(number for turn in turns for number in turn)]
+        deadline = _Deadline(self._meter, self.clock, seconds)
+        return self._question(frames.STEP, about, deadline, lambda reply: _decisions(reply, len(turns), most))
+
+    def _question(
+        self, kind: int, numbers: Sequence[int], deadline: _Deadline, parse: Callable[[list[int]], T]
+    ) -> _Pending[T]:
+        """A question that has not been sent yet. Raises Crossed or Disturbed if it cannot be."""
+        if self._ended is not None:
+            raise _again(self._ended)
+        return _Pending(self._ask(kind, numbers, parse), deadline, _is_ready(self._handle, select.POLLIN))
+
+    def _ask(self, kind: int, numbers: Sequence[int], parse: Callable[[list[int]], T]) -> Exchange[T]:
+        """Raises OSError if the child has gone, BadFrame if its answer is none, _NotSealed or _Unasked."""
+        if not self._sealed:
+            yield from self._await_seal()
+        idle, self._idle = self._idle, None
+        if idle is not None and (unasked_s := self._meter.read().since(idle).cpu) > UNASKED_S:
+            raise _Unasked(f"it computed for {unasked_s:.2f} s without being asked")
         self._number += 1
+        self._signal(signal.SIGCONT)
         left = memoryview(frames.pack([kind, self._number, *numbers]))
-        try:
-            while left:
-                try:
-                    left = left[self._channel.send(left) :]
-                except BlockingIOError:
-                    yield select.POLLOUT
-            yield select.POLLIN  # always, so that what was begun is never finished at once
-            header = yield from self._receive(frames.HEADER.size)
-            reply = frames.unpack((yield from self._receive(frames.size(bytes(header)))))
-        except OSError:
-            raise self._died() from None
-        except BadFrame as error:
-            raise self._crossed(Boundary.FRAME, str(error)) from None
+        while left:
+            try:
+                left = left[self._channel.send(left) :]
+            except BlockingIOError:
+                yield select.POLLOUT
+        yield select.POLLIN  # always, so that what was begun is never finished at once
+        reply = yield from self._frame()
+        if self.clock is Clock.WALL:
+            self._signal(signal.SIGSTOP)
+        self._idle = self._meter.read()
         if not reply or reply[0] != self._number:
-            raise self._crossed(Boundary.FRAME, "it answers what it was not asked")
-        return reply
+            raise BadFrame("it answers what it was not asked")
+        return parse(reply)
+
+    def _await_seal(self) -> Generator[int, None, None]:
+        yield select.POLLIN
+        try:
+            first = yield from self._frame()
+        except OSError:
+            raise _NotSealed("it ended before it was ready") from None
+        if first != [frames.READY]:
+            raise _NotSealed(frames.printable(frames.text(first, 0, frames.LARGEST)[0]))
+        self._sealed = True
+
+    def _frame(self) -> Exchange[list[int]]:
+        header = yield from self._receive(frames.HEADER.size)
+        return frames.unpack((yield from self._receive(frames.size(bytes(header)))))
 
     def _receive(self, count: int) -> Generator[int, None, bytearray]:
         data = bytearray()
@@ -160,70 +236,220 @@ class Worker:
 
     # Waiting
 
-    def _wait(self, exchange: Exchange, seconds: float, began: float, event: int) -> list[int]:
-        """Go on with an exchange that waits for `event`, until so many seconds after it `began`."""
+    def _wait(self, pending: _Pending[T]) -> T:
+        """Go on with an exchange to its end, the caller waiting."""
+        self._go_on(pending, until=None)
+        return pending.reply
+
+    def _go_on(self, pending: _Pending[Any], until: int | None) -> None:
+        """Go on with an exchange to its end, or `until` it first waits for that event."""
+        deadline = pending.deadline
         try:
             while True:
-                waiting = select.poll()
-                waiting.register(self._channel, event)
-                if not waiting.poll(max(0.0, began + seconds - time.monotonic()) * 1000):
-                    raise self._crossed(Boundary.LATE, _late(seconds))
-                event = next(exchange)
+                left = deadline.left()
+                # A deadline may pass while the owner does something else: what can be read by now counts.
+                if not pending.event or _is_ready(self._channel.fileno(), pending.event, left):
+                    pending.event = next(pending.exchange)
+                    if pending.event == until:
+                        return
+                elif left <= 0 and not deadline.extend():
+                    raise _Late
         except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+            pending.reply = done.value
+        except _ENDS as error:
+            left = max(SOFT_S, deadline.left())
+            gone = isinstance(error, OSError) and _is_ready(self._handle, select.POLLIN, left)
+            if not gone:
+                self._end(deadline)
+                _is_ready(self._handle, select.POLLIN, EXIT_S)
+            raise self._failed(error, pending, gone) from None
         except BaseException:
             self.close()
             raise
 
-    async def _wait_later(self, exchange: Exchange, seconds: float) -> list[int]:
+    async def _wait_later(self, pending: _Pending[T]) -> T:
+        """Go on with an exchange to its end, in an event loop."""
+        deadline = pending.deadline
         try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    await _ready(self._channel.fileno(), next(exchange))
+            while True:
+                left, channel = deadline.left(), self._channel.fileno()
+                # The loop may be late itself: what can be read by now counts, whatever its timer says.
+                if (
+                    not pending.event
+                    or _is_ready(channel, pending.event)
+                    or (left > 0 and await _ready(channel, pending.event, left))
+                ):
+                    pending.event = next(pending.exchange)
+                elif left <= 0 and not deadline.extend():
+                    raise _Late
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
-        except TimeoutError:
-            raise self._crossed(Boundary.LATE, _late(seconds)) from None
-        except BaseException:  # a cancelled request's too: what it would answer is nobody's
-            self.close()
+        except _ENDS as error:
+            left = max(SOFT_S, deadline.left())
+            gone = isinstance(error, OSError) and await _ready(self._handle, select.POLLIN, left)
+            if not gone:
+                self._end(deadline)
+                await _ready(self._handle, select.POLLIN, EXIT_S)
+            raise self._failed(error, pending, gone) from None
+        except BaseException:  # a cancelled request's too: nobody waits for the answer
+            self.kill("its decision was cancelled")
             raise
 
     # How it ends
 
-    def _crossed(self, boundary: Boundary, words: str) -> Crossed:
-        """Kill it for what it did."""
-        self.close()
-        self._end = words
-        return Crossed(boundary, words)
+    def _end(self, deadline: _Deadline) -> None:
+        deadline.stop()
+        self._signal(signal.SIGKILL)
 
-    def _died(self) -> Crossed:
-        """It has closed its end: find out why."""
-        status = self.close()
-        if status is not None and os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            if number == signal.SIGSYS:
-                return self._crossed(Boundary.CALL, "the kernel killed it at a system call it may not make")
-            return self._crossed(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}")
-        code = None if status is None else os.waitstatus_to_exitcode(status)
-        return self._crossed(Boundary.DEAD, f"it left with status {code}")
+    def _failed(self, error: Exception, pending: _Pending[Any], gone: bool) -> Crossed | Disturbed:
+        """Why a child that has ended may not be asked any more: by its own fault, or the machine's.
+
+        `gone` says that it ended without being killed here.
+        """
+        deadline = pending.deadline
+        usage, life = deadline.usage(), self._meter.read()
+        before, status = self._ended, self.close()
+        if before is not None:  # it was killed for another reason
+            self._ended = before
+        elif isinstance(error, OSError):
+            self._ended = _why_dead(status, gone, pending.died_idle, life.cpu, deadline.start.wall)
+        elif isinstance(error, _Late):
+            self._ended = _why_late(deadline, usage)
+        elif isinstance(error, _NotSealed):
+            self._ended = Disturbed(f"a sealed process could not be made: {error}")
+        else:
+            boundary = Boundary.UNASKED if isinstance(error, _Unasked) else Boundary.FRAME
+            self._ended = Crossed(boundary, str(error), deadline.start.wall)
+        return _again(self._ended)
 
 
-def _late(seconds: float) -> str:
-    return f"it took longer than {seconds * 1000:.0f} ms"
+class _Deadline:
+    """Seconds a child may take for an answer, by the wall clock or by its own processor time."""
+
+    def __init__(self, meter: Meter, clock: Clock, seconds: float) -> None:
+        self.clock = clock
+        self.seconds = seconds
+        self.start = meter.read()
+        self._meter = meter
+        self._more: float | None = None  # by which it was extended
+        self._stopped: float | None = None  # when, by the wall clock
+
+    def left(self) -> float:
+        """Seconds of wall clock until one has to look again; none or fewer if the time is up."""
+        usage = self._meter.read().since(self.start)
+        if self.clock is Clock.WALL:
+            return self.seconds + (self._more or 0.0) - usage.wall
+        if usage.cpu >= self.seconds or usage.asleep >= STILL_S or usage.wall >= BACKSTOP_S:
+            return 0.0
+        return max(SOFT_S / 10, self.seconds - usage.cpu)
+
+    def extend(self) -> bool:
+        """Give back, once, the time in which nobody looked whether the child waits for its owner."""
+        if self.clock is Clock.CPU or self._more is not None:
+            return False
+        missed = max(0.0, -self.left())
+        self._more = missed + min(self.seconds, missed)
+        return True
+
+    def stop(self) -> None:
+        """The child is about to be killed: the time it takes to die does not count."""
+        self._stopped = self._meter.read().wall
+
+    def usage(self) -> Usage:
+        """The child's time from the question to `stop`, or to now; exact once it has ended."""
+        usage = self._meter.read()
+        return usage._replace(wall=usage.wall if self._stopped is None else self._stopped).since(self.start)
 
 
-async def _ready(descriptor: int, event: int) -> None:
-    """Wait until a descriptor can be read from, or written to."""
+class _Pending(Generic[T]):
+    """An exchange under way."""
+
+    def __init__(self, exchange: Exchange[T], deadline: _Deadline, died_idle: bool) -> None:
+        self.exchange = exchange
+        self.deadline = deadline
+        self.died_idle = died_idle  # the process had ended before it was asked
+        self.event = 0  # it waits for; none before it has begun
+        self.reply: T  # once it has come to its end
+
+
+def _why_late(deadline: _Deadline, usage: Usage) -> Crossed | Disturbed:
+    """Whether a child was late by its own doing: it ran or slept for long, rather than wait for a processor."""
+    if deadline.clock is Clock.WALL:
+        own = usage.cpu >= min(FAIR_S, deadline.seconds / 2) or usage.asleep >= deadline.seconds / 2
+        words = f"it took longer than {deadline.seconds * 1000:.0f} ms"
+    else:
+        own = usage.cpu >= deadline.seconds or usage.asleep >= STILL_S
+        words = f"it took longer than {deadline.seconds * 1000:.0f} ms of processor time"
+        if usage.cpu < deadline.seconds:
+            words = f"it slept for {usage.asleep:.1f} s and did not answer"
+    if own:
+        return Crossed(Boundary.LATE, words, deadline.start.wall)
+    return Disturbed(
+        f"the machine is too busy: of {usage.wall:.2f} s a sealed process waited {usage.queued:.2f} s for a processor"
+    )
+
+
+def _why_dead(status: int | None, gone: bool, idle: bool, cpu_s: float, asked: float) -> Crossed | Disturbed:
+    """Whether a child that left its channel ended by its own doing."""
+    if status is None:
+        return Disturbed("the process that forks sealed processes has ended, and all of them with it")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGSYS:
+            return Crossed(Boundary.CALL, "the kernel killed it at a system call it may not make", asked)
+        if number == signal.SIGKILL and not gone:
+            return Crossed(Boundary.DEAD, "it closed its channel", asked)
+        if number == signal.SIGKILL and cpu_s > CPU_S - 1:
+            return Crossed(Boundary.DEAD, f"it has used up its {CPU_S} s of processor time", asked)
+        if number == signal.SIGKILL and idle:
+            return Disturbed("a sealed process was killed from outside while it was idle")
+        return Crossed(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", asked)
+    return Crossed(Boundary.DEAD, f"it left with status {os.waitstatus_to_exitcode(status)}", asked)
+
+
+def _again(error: Crossed | Disturbed) -> Crossed | Disturbed:
+    """A new error like `error`, for a second caller."""
+    return type(error)(*error.args)
+
+
+def _complaint(reply: Sequence[int]) -> str:
+    """What the child says of a file it was to load; nothing if all is well. Raises BadFrame."""
+    return frames.text(reply, 1, frames.LONGEST)[0]
+
+
+def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
+    """So many decisions, of at most so many actions. Raises BadFrame."""
+    decisions: list[Decision] = []
+    at = 1
+    for _ in range(count):
+        decided, at = frames.decision(reply, at, most)
+        decisions.append(decided)
+    if at != len(reply):
+        raise BadFrame(f"{len(reply) - at} numbers too many")
+    return decisions
+
+
+def _is_ready(descriptor: int, event: int, seconds: float = 0.0) -> bool:
+    """Wait at most so long until a descriptor can be read from, or written to; whether it can."""
+    waiting = select.poll()
+    waiting.register(descriptor, event)
+    return bool(waiting.poll(max(0.0, seconds) * 1000))
+
+
+async def _ready(descriptor: int, event: int, seconds: float) -> bool:
+    """As `_is_ready`, in an event loop."""
     loop = asyncio.get_running_loop()
-    done = loop.create_future()
+    done: asyncio.Future[bool] = loop.create_future()
     reading = event == select.POLLIN
-    (loop.add_reader if reading else loop.add_writer)(descriptor, _settle, done)
+    (loop.add_reader if reading else loop.add_writer)(descriptor, _settle, done, True)
+    timer = loop.call_later(seconds, _settle, done, False)
     try:
-        await done
+        return await done
     finally:
+        timer.cancel()
         (loop.remove_reader if reading else loop.remove_writer)(descriptor)
 
 
-def _settle(done: asyncio.Future[None]) -> None:
+def _settle(done: asyncio.Future[Any], result: bool) -> None:
     if not done.done():
-        done.set_result(None)
+        done.set_result(result)

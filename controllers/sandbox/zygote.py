@@ -5,11 +5,14 @@ It is started with an empty environment, in the root folder, and does what its o
     SPAWN, layers + a socket  → the child's process id      the child seals itself and serves
     TRY, layers, attempt + …  → the child's process id      the child seals itself and tries to break out
     REAP, process id          → its wait status             waits for its end; until then the id is nobody else's
+
+What could not be done is answered with the negative error number.
 """
 
 from __future__ import annotations
 
 import bisect
+import errno
 import functools
 import gc
 import heapq
@@ -48,13 +51,18 @@ def main(descriptor: int) -> None:
         if not message:
             return
         what, first, attempt = ORDER.unpack(message)
-        if what == REAP:
-            _, result = os.waitpid(first, 0)
-        else:
-            result = os.fork()
-            if result == 0:
-                _become_child(zygote, descriptors[0], Layer(first), attempt if what == TRY else None)
-            os.close(descriptors[0])
+        try:
+            if what == REAP:
+                _, result = os.waitpid(first, 0)
+            else:
+                result = os.fork()
+                if result == 0:
+                    _become_child(zygote, descriptors[0], Layer(first), attempt if what == TRY else None)
+        except OSError as error:  # no memory or no place for another process: those there are go on
+            result = -(error.errno or errno.EIO)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
         owner.sendall(REPLY.pack(result))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import select
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +24,7 @@ from controllers import (
     Boundary,
     ControllerError,
     Crossed,
+    Disturbed,
     Fact,
     Limits,
     Probed,
@@ -38,11 +42,15 @@ from controllers import (
 from controllers.errors import BadController
 from controllers.loading import Spec
 from controllers.sandbox import attempts, child, frames, nursery, proof
+from controllers.sandbox import worker as handles
 from controllers.sandbox.controller import SandboxedController, run_together, seats
 from controllers.sandbox.frames import BadFrame
+from controllers.sandbox.meter import Meter, Usage
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.proof import Level, Outcome, Proof
 from controllers.sandbox.seal import EVERY, Layer
+from controllers.sandbox.worker import Clock, Worker
+from controllers.sandbox.zygote import SPAWN
 from tests.fakes import ScriptedEnvironment, chain
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
@@ -174,6 +182,7 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     serving = threading.Thread(target=child.serve)
     serving.start()
     with ours:
+        assert ours.recv(64) == frames.pack([frames.READY])
         yield ours
     serving.join()
     theirs.close()
@@ -351,6 +360,7 @@ async def test_a_cancelled_decision_ends_its_child(nest: Nursery) -> None:
     with pytest.raises(asyncio.CancelledError):
         await deciding
     assert not sealed.worker.alive
+    sealed.close()
 
 
 @linux
@@ -367,7 +377,7 @@ async def test_slow_and_late_decisions(nest: Nursery, later: bool) -> None:
     else:
         sealed.worker.hard_s = 5.0
         sealed.decide(state)
-        sealed.worker.hard_s = 0.05
+        sealed.worker.hard_s = 1.0
     state.apply([branch()], [Advanced(0, 1, 10, False)])
     with pytest.raises(Crossed, match="it took longer than") as crossed:
         await sealed.decide_later(state) if later else sealed.decide(state)
@@ -403,6 +413,88 @@ def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: Nursery) -> N
     assert sorted({rounds for _, rounds, _ in ended}) == [0, 2]
 
 
+RESTLESS = (
+    """
+import sys
+child = sys.modules["controllers.sandbox.child"]
+write = child._write
+def spin(numbers):
+    write(numbers)
+    while True: pass
+"""
+    + HEAD
+    + "        child._write = spin\n        return [branch()]"
+)
+"""It answers, and goes on computing."""
+
+
+def state_of(process: int) -> str:
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+@linux
+@pytest.mark.parametrize("later", [True, False])
+async def test_a_live_child_is_stopped_until_it_is_asked(nest: Nursery, later: bool) -> None:
+    sealed, state = controller(nest, RESTLESS), State(LIMITS)
+    process = sealed.worker.process
+    while state_of(process) != "T":  # by the time its file was loaded
+        pass
+    await sealed.decide_later(state) if later else sealed.decide(state)
+    while state_of(process) != "T":
+        pass
+    with Meter(process) as meter:
+        before = meter.read()
+        while meter.read().since(before).wall < 0.05:
+            assert meter.read().cpu == before.cpu
+    sealed.close()
+
+
+@linux
+def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: Nursery) -> None:
+    sealed, state = controller(nest, STEPPING), State(LIMITS)
+    for _ in range(200):
+        decided = sealed.decide(state)
+        state.apply(decided, [Advanced(at, 1, 10, False) for at in range(len(decided))])
+    assert sealed.worker.alive
+    sealed.close()
+
+
+@linux
+def test_computing_between_two_questions_is_a_boundary(nest: Nursery) -> None:
+    """Of a child that is not stopped, as in replay; so late does its owner look that it shows."""
+    worker = nest.spawn(5.0, Clock.CPU)
+    worker.load(Spec("mine", RESTLESS))
+    sealed, state = SandboxedController(worker, 0.5), State(LIMITS)
+    decided = sealed.decide(state)
+    while worker._idle is not None and worker._meter.read().since(worker._idle).cpu <= handles.UNASKED_S:
+        pass
+    state.apply(decided, [Advanced(0, 1, 10, False)])
+    with pytest.raises(Crossed, match=r"it computed for 0\... s without being asked") as crossed:
+        sealed.decide(state)
+    assert crossed.value.boundary is Boundary.UNASKED
+
+
+@linux
+def test_live_children_let_their_owner_go_first(nest: Nursery) -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    live, replayed = nest.spawn(), nest.spawn(clock=Clock.CPU)
+    assert os.getpriority(os.PRIO_PROCESS, live.process) == min(19, mine + handles.NICE)
+    assert os.getpriority(os.PRIO_PROCESS, replayed.process) == mine
+    for worker in (live, replayed):
+        worker.close()
+
+
+@linux
+def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: Nursery) -> None:
+    process, channel, zygote = nest._fork(SPAWN, EVERY)
+    ours, theirs = socket.socketpair()
+    theirs.sendall(frames.pack(frames.told("landlock: no such thing")))
+    worker = Worker(process, ours, lambda child: nest._reap(child, zygote))
+    with theirs, channel, pytest.raises(Disturbed, match="could not be made: landlock: no such thing"):
+        worker.load(Spec("cmc"))
+
+
 # The proof
 
 
@@ -431,20 +523,138 @@ def test_the_seal_is_proven_at_first_and_every_so_often(monkeypatch: pytest.Monk
     made.close()
 
 
+def kill_zygote(made: Nursery) -> None:
+    assert made._zygote is not None
+    made._zygote.kill()
+    made._zygote.wait()
+
+
+def wait_for_end(worker: Worker) -> None:
+    assert select.select([worker._handle], [], [], 30)[0], "the process has not ended"
+
+
 @linux
-def test_a_zygote_that_dies_is_replaced() -> None:
+@pytest.mark.parametrize("later", [True, False])
+async def test_children_of_a_zygote_that_dies_are_not_at_fault(later: bool) -> None:
     made = Nursery()
-    worker = made.spawn()
-    zygote = made._zygote
-    assert zygote is not None
-    zygote.kill()
-    zygote.wait()
-    assert select.select([worker._handle], [], [], 30)[0], "the child outlived it"
-    with pytest.raises(Crossed) as crossed:
-        worker.load(Spec("cmc"))
-    assert crossed.value.boundary is Boundary.DEAD
-    made.spawn().close()
+    idle, busy = controller(made, STEPPING), controller(made, HEAD + "        while True: pass", hard_s=60)
+    if later:
+        deciding = asyncio.create_task(busy.decide_later(State(LIMITS)))
+        await asyncio.sleep(0)
+        kill_zygote(made)
+        with pytest.raises(Disturbed, match="the process that forks sealed processes has ended"):
+            await deciding
+    else:
+        busy.worker.begin([frames.begin(0, 0.5, LIMITS)], 9)
+        kill_zygote(made)
+        with pytest.raises(Disturbed, match="the process that forks sealed processes has ended"):
+            busy.worker.finish()
+    wait_for_end(idle.worker)
+    assert not idle.worker.alive
+    with pytest.raises(Disturbed):
+        idle.decide(State(LIMITS))
     made.close()
+
+
+@linux
+def test_a_zygote_that_dies_is_replaced_and_the_new_one_outlives_the_old_ones_children() -> None:
+    made = Nursery()
+    old = made.spawn()
+    kill_zygote(made)
+    wait_for_end(old)
+    new = made.spawn()
+    first = made._zygote
+    assert old.close() is None  # its status went with its zygote
+    new.load(Spec("cmc"))
+    made.spawn().close()
+    assert made._zygote is first
+    assert new.alive
+    new.close()
+    made.close()
+
+
+@linux
+def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: Nursery) -> None:
+    worker = nest.spawn()
+    assert nest._zygote is not None
+    assert nest._reap(os.getpid(), nest._zygote.pid) is None  # no child of its own
+    worker.load(Spec("cmc"))
+    worker.close()
+
+
+@linux
+def test_a_child_killed_from_outside_while_it_is_idle_is_not_at_fault(nest: Nursery) -> None:
+    sealed = controller(nest, STEPPING)
+    os.kill(sealed.worker.process, signal.SIGKILL)
+    wait_for_end(sealed.worker)
+    assert not sealed.worker.alive
+    with pytest.raises(Disturbed, match="killed from outside while it was idle"):
+        sealed.decide(State(LIMITS))
+    with pytest.raises(Disturbed, match="killed from outside while it was idle"):  # and remembered for it
+        sealed.decide(State(LIMITS))
+
+
+@linux
+async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(nest: Nursery) -> None:
+    sealed = controller(nest, STEPPING, hard_s=0.2)
+    deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
+    await asyncio.sleep(0)  # it has been asked
+    asked = time.monotonic()
+    assert select.select([sealed.worker._channel], [], [], 30)[0]
+    while time.monotonic() < asked + 0.3:  # this is what a stalled loop is
+        pass
+    assert len(await deciding) == 3
+    sealed.close()
+
+
+@linux
+async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nest: Nursery) -> None:
+    """The child stands still until the owner reads: that is no time of its own."""
+    wide = Limits(10, 1 << 14)
+    source = HEAD + "        return [branch()] * 100_000"
+    sealed = controller(nest, source, hard_s=0.2)
+    deciding = asyncio.create_task(sealed.decide_later(State(wide)))
+    await asyncio.sleep(0)
+    asked = time.monotonic()
+    assert select.select([sealed.worker._channel], [], [], 30)[0]
+    while time.monotonic() < asked + 0.3:
+        pass
+    assert len(await deciding) == 100_000
+    sealed.close()
+
+
+@linux
+async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Nursery) -> None:
+    """It shares one processor with a process that has three hundred times its weight."""
+    sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
+    here = min(os.sched_getaffinity(0))
+    spin = "print(flush=True)\nwhile True: pass"
+    busy = await asyncio.create_subprocess_exec(sys.executable, "-c", spin, stdout=asyncio.subprocess.PIPE)
+    os.sched_setaffinity(busy.pid, {here})
+    os.sched_setaffinity(sealed.worker.process, {here})
+    os.sched_setscheduler(sealed.worker.process, os.SCHED_IDLE, os.sched_param(0))
+    assert busy.stdout is not None
+    await busy.stdout.readline()
+    try:
+        with pytest.raises(Disturbed, match="the machine is too busy"):
+            await sealed.decide_later(State(LIMITS))
+    finally:
+        busy.kill()
+        await busy.wait()
+
+
+def test_who_is_to_blame_for_a_late_answer() -> None:
+    def late(clock: Clock, seconds: float, **usage: float) -> type[Exception]:
+        with Meter(os.getpid()) as meter:
+            return type(handles._why_late(handles._Deadline(meter, clock, seconds), Usage(**usage)))
+
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.25) is Crossed
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.03, queued=0.22) is Crossed  # an ordinary decision would be done
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.0) is Crossed  # it slept
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.01, queued=0.24) is Disturbed
+    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.25, queued=8.75) is Crossed
+    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.1, queued=2.0) is Crossed
+    assert late(Clock.CPU, 0.25, wall=120.0, cpu=0.1, queued=119.9) is Disturbed
 
 
 def test_a_python_that_does_not_start_is_a_seal_that_does_not_hold() -> None:

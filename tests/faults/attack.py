@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from controllers import Controller, ControllerError, Crossed, IllegalAction, Limits, State, run_episode
+from controllers import Controller, ControllerError, Crossed, Disturbed, IllegalAction, Limits, State, run_episode
 from controllers.loading import Spec
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.seal import EVERY, Layer
+from controllers.sandbox.worker import Clock
 from tests.fakes import ScriptedEnvironment, chain
 from tests.faults.calls import X86_64
 
@@ -72,8 +73,15 @@ def attacks() -> dict[str, str]:
 
 
 async def make(nursery: Nursery, name: str, source: str) -> Outcome:
-    """Play an episode under an attack."""
-    worker = nursery.spawn(HARD_S)
+    """Play an episode under an attack, timed as live ones are; on a machine too busy for that, as replayed ones."""
+    try:
+        return await _make(nursery, name, source, Clock.WALL)
+    except Disturbed:
+        return await _make(nursery, name, source, Clock.CPU)
+
+
+async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outcome:
+    worker = nursery.spawn(HARD_S, clock)
     began = time.monotonic()
     allowed = HARD_S
 

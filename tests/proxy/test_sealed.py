@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.proof import Proof
 from proxy import casting
 from proxy.errors import SettingsError
+from proxy.pool import Pool
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
@@ -219,3 +223,106 @@ async def test_the_message_names_the_same_controllers_in_both_places(proxy: Prox
         load(upstream="http://127.0.0.1:1", controller=name)
     assert str(caught.value) == f"controller: {reply['error']['message']}"
     assert "lockstep_lead" in reply["error"]["message"]
+
+
+# Events that are nobody's fault
+
+
+def children() -> list[int]:
+    """Process ids of all sealed children."""
+    zygote = nurseries.nursery()._zygote
+    assert zygote is not None
+    return [int(number) for number in Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read_text().split()]
+
+
+def state_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        for _ in repeat(None):
+            if holds():
+                return
+            await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
+    """The pool of the default controller, once it is made."""
+    made: list[Pool] = []
+
+    def make(*about: Any) -> Pool:
+        made.append(Pool(*about))
+        return made[-1]
+
+    monkeypatch.setattr(casting, "Pool", make)
+    return made
+
+
+async def asking_at_once(proxy: Proxy, pool: list[Pool], count: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
+    """Requests whose controllers all decide, for ever, when this returns."""
+    asked = [asyncio.create_task(proxy.ask("0")) for _ in range(count)]
+    third = 3  # a file, the opening round, and the one that never ends
+    await until(lambda: [worker._number for worker in pool[0]._in_use] == [third] * count)
+    return asked
+
+
+ENDLESS = LOCKSTEP.format(later="while True: pass")
+
+
+async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
+        asked = await asking_at_once(proxy, pool, 4)
+        for process in children():
+            os.kill(process, signal.SIGKILL)
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["dead"] * 4
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
+
+
+async def test_processes_that_die_one_after_the_other_are_as_many_failures(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
+        for _ in range(3):
+            (asked,) = await asking_at_once(proxy, pool, 1)
+            (process,) = children()
+            os.kill(process, signal.SIGKILL)
+            assert (await asked)[1]["x-tts-fallback"] == "dead"
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+
+
+async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=2) as proxy:
+        asked = await asking_at_once(proxy, pool, 4)
+        zygote = nurseries.nursery()._zygote
+        assert zygote is not None
+        zygote.kill()
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["disturbed"] * 4
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
+        assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason="disturbed") == 4
+
+
+async def test_processes_that_died_idle_are_passed_over(serve: Serve) -> None:
+    async with serve(HONEST, sandbox_pool=3) as proxy:
+        assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
+        for _ in range(4):
+            await until(lambda: [state_of(process) for process in children()] == ["T"] * 3)  # loaded, and stopped
+            for process in children():
+                os.kill(process, signal.SIGKILL)
+            assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
+
+
+async def test_no_process_of_a_quarantined_controller_goes_on(serve: Serve, pool: list[Pool]) -> None:
+    """Those of other requests are ended too, in the middle of their decisions."""
+    source = LOCKSTEP.format(later="if self.most == 8: raise ValueError\n        while True: pass")
+    async with serve(source, decision_s=60.0, sandbox_pool=2) as proxy:
+        asked = await asking_at_once(proxy, pool, 2)
+        for _ in range(3):
+            assert (await proxy.ask("1"))[1]["x-tts-fallback"] == "raised"
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["quarantined"] * 2
+        await until(lambda: not children())

@@ -1,0 +1,16 @@
+"""Answer, and go on computing."""
+
+import sys
+
+child = sys.modules["controllers.sandbox.child"]
+write = child._write
+
+
+def spin(numbers):
+    write(numbers)
+    while True:
+        pass
+
+
+def attack(state):
+    child._write = spin
