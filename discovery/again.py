@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -31,10 +30,10 @@ from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.registry import BASELINE, find
 from controllers.sandbox.controller import run_together
 from controllers.sandbox.nursery import nursery
-from controllers.sandbox.worker import Worker
+from controllers.sandbox.worker import Clock, Worker
 from discovery.episodes import own_rounds, states, stop_of
 from discovery.errors import TraceError
-from discovery.playing import CHILDREN
+from discovery.playing import CHILDREN, undisturbed
 from discovery.rounds import unpacked
 from discovery.store import Episode
 
@@ -130,14 +129,19 @@ def _lacking() -> str | None:
 def run(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[T]]) -> list[T]:
     """Run episodes under one controller, a foreign one sealed; none may have wider limits than `limits`.
 
-    Raises ControllerError if it does not load, and Unsealed.
+    Where the machine disturbs them they are begun anew. Raises ControllerError if it does not load, Unsealed and
+    Disturbed.
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]
+    return undisturbed(lambda: _run_sealed(spec, beta, limits, episodes))
+
+
+def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[T]]) -> list[T]:
     with ExitStack() as stack:
         workers: list[Worker] = []
         for _ in range(min(CHILDREN, len(episodes))):
-            worker = nursery().spawn()
+            worker = nursery().spawn(clock=Clock.CPU)
             stack.callback(worker.close)
             worker.load(spec)
             workers.append(worker)
@@ -224,10 +228,9 @@ class _Part:
     def ask(self, spec: Spec) -> tuple[int, Disagreement | None]:
         """How many `spec` takes as they were taken, and the first it does not."""
         episode = self._episode
-        state = next(islice(states(episode), self._start, None))[0]
-        run_it: Run[str | None] = partial(self._follow, state)
+        limits = self._beginning().limits
         try:
-            (asked,) = run(spec, episode.beta, state.limits, [run_it])
+            (asked,) = run(spec, episode.beta, limits, [self._follow])
         except BadFact as error:
             raise TraceError(f"{episode.request_id}: round {self._at} cannot have been: {error}") from None
         right = self._at - self._start
@@ -242,10 +245,15 @@ class _Part:
         self._at += 1
         return self._rounds[self._at - 1].facts
 
-    async def _follow(self, state: State, decider: Decider) -> str | None:
-        """Run the episode under `decider`; what it asks for that was not played, if anything."""
+    def _beginning(self) -> State:
+        """The state before its first round."""
+        return next(islice(states(self._episode), self._start, None))[0]
+
+    async def _follow(self, decider: Decider) -> str | None:
+        """Run the episode from its beginning under `decider`; what it asks for that was not played, if anything."""
+        self._at = self._start
         try:
-            await run_episode(decider, self, state, self._look)
+            await run_episode(decider, self, self._beginning(), self._look)
         except _Enough:
             return None
         except (_Parted, ControllerError) as error:

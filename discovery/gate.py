@@ -16,13 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from controllers.advice import advise
 from controllers.dial import parse_beta
-from controllers.errors import ControllersError
+from controllers.errors import ControllersError, Disturbed
 from controllers.loading import Spec, parse_spec
 from discovery.engines import Engine, EngineName, engine_called
 from discovery.errors import DiscoveryError, GateError
 from discovery.evaluate import SURE, Answers, Evaluation
 from discovery.files import check_place
-from discovery.ledger import Ledger, fingerprint, shortened
+from discovery.ledger import DISTURBED, FREE, Ledger, fingerprint, shortened
 from discovery.measured import measure
 from discovery.playing import Rules
 from discovery.recordings import Cell, Split
@@ -52,7 +52,8 @@ def run_gate(
 ) -> Report:
     """Judge a finalist; what was judged before on the same split against the same champion is told again.
 
-    Raises GateError if it cannot be judged so, and what `Evaluation.run` raises; then nothing has been spent.
+    Raises GateError if it cannot be judged so, and what `Evaluation.run` raises; then nothing has been spent. Nor has
+    it where the machine disturbed the judgement, unless that has happened too often on these questions.
     """
     _check(finalist, champion, rules, betas, terms)
     betas = sorted(set(betas))
@@ -62,7 +63,27 @@ def run_gate(
     if told := _recorded(ledger, split, finalist, champion):
         return told
     evaluation = Evaluation(source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=SURE)
-    measured = measure(evaluation, engine)  # nobody is judged by a vote
+    try:
+        measured = measure(evaluation, engine)  # nobody is judged by a vote
+    except Disturbed as error:
+        with ledger.held():
+            k, before = ledger.next_k(questions), ledger.disturbances(questions)
+            ledger.append(
+                split=split,
+                questions=shortened(questions),
+                digest=finalist.digest,
+                champion=champion.digest,
+                k=k,
+                p=1.0,
+                verdict=DISTURBED,
+                created=now,
+                who=who,
+                report={DISTURBED: str(error)},
+            )
+        spent = f"no look is spent, this was disturbance {before + 1} of the {FREE} that are free"
+        if before >= FREE:
+            spent = f"a look is spent, for {before} judgements on these questions were disturbed before"
+        raise GateError(f"{finalist.name} could not be judged: {error}; {spent}; judge it again") from None
     if failed := [failure for score in measured.sides[1].scores for failure in score.failures]:
         raise GateError(f"the champion {champion.name} fails itself ({failed[0].message}); nothing is judged by it")
     advice = advise(finalist.source) if finalist.source is not None else []

@@ -1,7 +1,8 @@
 """The ledger of a sealed split: every finalist ever judged on it, a line each, in the order they were judged.
 
 Each judgement spends of what may be spent on a split over its lifetime, so none is ever taken back: a line holds the
-hash of the one before it, and a file whose lines do not follow from each other is refused.
+hash of the one before it, and a file whose lines do not follow from each other is refused. A judgement the machine
+disturbed has a line as well, and spends nothing unless there have been too many.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from discovery.files import open_lock, sync_folder, whole
 
 FIRST: Final = ""
 """What stands for the line before the first."""
+DISTURBED: Final = "disturbed"
+"""In place of a verdict: the machine kept the finalist from being judged, and nobody was told anything."""
+FREE: Final = 3
+"""Disturbances on a split that are no looks at it. All after them count, so that nobody gains by causing them."""
 SHORT: Final = 16
 """Digits of a question's id that are kept."""
 
@@ -35,9 +40,9 @@ class Judgement(BaseModel):
     questions: list[str] = Field(description="the questions, by the first digits of their ids")
     digest: str = Field(description="of the finalist")
     champion: str = Field(description="digest of the controller it was judged against")
-    k: int = Field(ge=1, description="it was the k-th judged on any of these questions")
+    k: int = Field(ge=1, description="it was the k-th judged on any of these questions, or would have been")
     p: float = Field(ge=0, le=1)
-    verdict: str
+    verdict: str = Field(description="or `disturbed`: nothing was judged")
     created: str
     who: str
     report: dict[str, Any] = Field(description="what was told")
@@ -79,12 +84,21 @@ class Ledger:
     def find(self, split: str, digest: str, champion: str) -> Judgement | None:
         """What was judged already of a finalist against a champion on a split."""
         wanted = (split, digest, champion)
-        return next((one for one in self.judgements() if (one.split, one.digest, one.champion) == wanted), None)
+        judged = (one for one in self.judgements() if one.verdict != DISTURBED)
+        return next((one for one in judged if (one.split, one.digest, one.champion) == wanted), None)
 
     def next_k(self, questions: Sequence[str]) -> int:
         """Which judgement on any of these questions the next is, from 1. A split that has grown is no new split."""
+        lines = self._about(questions)
+        return 1 + len(lines) - min(FREE, sum(one.verdict == DISTURBED for one in lines))
+
+    def disturbances(self, questions: Sequence[str]) -> int:
+        """How many judgements on any of these questions the machine has disturbed."""
+        return sum(one.verdict == DISTURBED for one in self._about(questions))
+
+    def _about(self, questions: Sequence[str]) -> list[Judgement]:
         mine = set(shortened(questions))
-        return 1 + sum(not mine.isdisjoint(one.questions) for one in self.judgements())
+        return [one for one in self.judgements() if not mine.isdisjoint(one.questions)]
 
     def append(self, **fields: Any) -> None:
         """Add a judgement; it is on the disk when this returns. Raises NotWritten, then nothing has been added."""

@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers import Controller, ControllerError, Limits, Round, State, Stop, run_episode, run_sync
+from controllers import (
+    Boundary,
+    Controller,
+    ControllerError,
+    Crossed,
+    Disturbed,
+    Limits,
+    Round,
+    State,
+    Stop,
+    run_episode,
+    run_sync,
+)
 from controllers.episode import Remote
 from controllers.loading import Spec, make
 from controllers.sandbox.controller import SEATS, Episode, run_together
 from controllers.sandbox.nursery import nursery
-from controllers.sandbox.worker import Worker
+from controllers.sandbox.worker import Clock, Worker
 from discovery.recordings import Cell, Recording
 from discovery.replay import ReplayEnvironment, shuffled
 from discovery.traces import TraceWriter
+
+T = TypeVar("T")
 
 KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
 """What tokens are spent on, as in `State.ledger`."""
@@ -41,6 +55,10 @@ CHILDREN: Final = 2
 AUDITED: Final = 32
 """One episode of so many, and LEAST a job, is played again, alone in a child of its own."""
 LEAST: Final = 4
+TRIES: Final = 3
+"""Times work is begun that the machine disturbs."""
+SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
+"""Boundaries that are crossed again, alone, before anybody is accused of it."""
 FAR: Final = (1 << 30, 1 << 50)
 """Tokens of a branch, and of an episode, that are never reached."""
 
@@ -98,6 +116,7 @@ class _Outcome(NamedTuple):
 
     column: list[int]  # a figure for each of COLUMNS
     failure: str | None
+    sudden: bool  # it failed because its process was late or died
     state: State
     rounds: Sequence[Round]  # none unless traces are wanted, or another episode is to be held against it
     right: bool
@@ -110,10 +129,14 @@ def jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: in
 
 
 def play(job: Job, recordings: Sequence[Recording], rules: Rules) -> Played:
-    """Run every episode of `job`. Raises Censored, Unsealed, and TraceError if traces cannot be written."""
+    """Run every episode of `job`.
+
+    Raises Censored, Unsealed, Disturbed if the machine ends sealed processes or gives them no time, whenever it is
+    tried, and TraceError if traces cannot be written.
+    """
     began = time.perf_counter()
     table = _Table(job, recordings, rules)
-    played = table.play_sealed() if rules.seal(job.spec) else table.play_here()
+    played = undisturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()
     outcomes = np.zeros((len(COLUMNS), len(job.shuffles), len(recordings)), np.int64)
     failures: list[Failure] = []
     for (question, shuffle), outcome in zip(table.episodes, played, strict=True):
@@ -126,6 +149,14 @@ def play(job: Job, recordings: Sequence[Recording], rules: Rules) -> Played:
             tracer.add(outcome.state, outcome.rounds, outcome.right)
         tracer.save(rules.traces, job.shuffles)
     return Played(outcomes, failures, time.perf_counter() - began)
+
+
+def undisturbed(work: Callable[[], T]) -> T:
+    """Do some work that may be begun anew, and do so where the machine disturbed it. Raises Disturbed if all fails."""
+    for _ in range(TRIES - 1):
+        with suppress(Disturbed):
+            return work()
+    return work()
 
 
 class _Table:
@@ -144,13 +175,12 @@ class _Table:
 
     def play_sealed(self) -> list[_Outcome]:
         """Every episode, the controller in sealed children, and some again. One that then decides otherwise has failed
-        them all: what it does depends on more than the episode."""
+        them all: what it does depends on more than the episode. So has one that then is late or dies, twice."""
         every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
         audited = drawn.sample(every, k=min(len(every), max(LEAST, len(every) // AUDITED)))
         try:
-            kept = set(audited)
-            played = self._together([self._seated(at, keep=at in kept) for at in every], CHILDREN)
+            played = self._play_all(every, set(audited))
             fault = self._audit([at for at in audited if played[at].failure is None], played)
         except ControllerError as error:  # it does not load, or had to be killed as it did
             return [self._failed(str(error), question) for question, _ in self.episodes]
@@ -158,16 +188,34 @@ class _Table:
             return played
         return [one._replace(failure=one.failure or fault, column=_wrong(one.column), right=False) for one in played]
 
+    def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_Outcome]:
+        """Play all episodes; and once more, with nothing beside them, if a process was late or died."""
+        episodes = [self._seated(at, keep=at in kept) for at in every]
+        try:
+            played = self._together(episodes, CHILDREN)
+        except Crossed as error:  # as it loaded
+            if error.boundary not in SUDDEN:
+                raise
+        else:
+            if not any(one.sudden for one in played):
+                return played
+        return self._together(episodes, 1)
+
     def _audit(self, audited: Sequence[int], played: Sequence[_Outcome]) -> str | None:
         """Play episodes again as live requests would be: each alone in a new child, under a cap. What was different."""
         again = self._together([self._seated(at, keep=True, far=True) for at in audited], len(audited), share=1)
         for at, second in zip(audited, again, strict=True):
+            if second.sudden:
+                (second,) = self._together([self._seated(at, keep=True, far=True)], 1, share=1)
+            question, shuffle = self.episodes[at]
+            where = f"question {question}, shuffle {shuffle}: alone in its process, under a cap,"
+            if second.sudden:
+                return f"{where} it failed twice: {second.failure}"
+            if second.failure is not None:
+                return f"{where} it decided otherwise: {second.failure}"
             actions = ([list(one.actions) for one in outcome.rounds] for outcome in (played[at], second))
-            if second.failure is not None or next(actions) != next(actions):
-                question, shuffle = self.episodes[at]
-                return (
-                    f"question {question}, shuffle {shuffle}: alone in its process, under a cap, it decided otherwise"
-                )
+            if next(actions) != next(actions):
+                return f"{where} it decided otherwise"
         return None
 
     def _together(self, episodes: Sequence[Episode[_Outcome]], children: int, share: int = SEATS) -> list[_Outcome]:
@@ -175,7 +223,7 @@ class _Table:
         with ExitStack() as stack:
             workers: list[Worker] = []
             for _ in range(children):
-                worker = nursery().spawn()
+                worker = nursery().spawn(clock=Clock.CPU)
                 stack.callback(worker.close)
                 worker.load(self._job.spec)
                 workers.append(worker)
@@ -202,11 +250,12 @@ class _Table:
         state = State(self._limits(recording, far))
         rounds: list[Round] = []
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
-        failure = None
+        failure, sudden = None, False
         try:
             await run_episode(make_one(), environment, state, on_round)
         except ControllerError as error:
             failure = str(error)
+            sudden = isinstance(error, Crossed) and error.boundary in SUDDEN
             state.end(Stop.CONTROLLER_ERROR)
         right = failure is None and environment.is_right(state.answer)
         ledger = state.ledger(_spokesman(state))
@@ -219,13 +268,13 @@ class _Table:
             environment.critical_path,
             *(ledger[kind] for kind in KINDS),
         ]
-        return _Outcome(column, failure, state, rounds, right)
+        return _Outcome(column, failure, sudden, state, rounds, right)
 
     def _failed(self, why: str, question: int) -> _Outcome:
         """An episode that never began."""
         state = State(self._limits(self._recordings[question]))
         state.end(Stop.CONTROLLER_ERROR)
-        return _Outcome(_wrong([0] * len(COLUMNS)), why, state, (), False)
+        return _Outcome(_wrong([0] * len(COLUMNS)), why, False, state, (), False)
 
 
 def _wrong(column: Sequence[int]) -> list[int]:

@@ -191,7 +191,8 @@ class Worker:
         if idle is not None and (unasked_s := self._meter.read().since(idle).cpu) > UNASKED_S:
             raise _Unasked(f"it computed for {unasked_s:.2f} s without being asked")
         self._number += 1
-        self._signal(signal.SIGCONT)
+        if self.clock is Clock.WALL:
+            self._signal(signal.SIGCONT)
         left = memoryview(frames.pack([kind, self._number, *numbers]))
         while left:
             try:
