@@ -90,6 +90,7 @@ class _Passage:
             "first_byte_s": None if self.first is None else round(self.first, 6),
             "complete": self.last is not None,
             "applied": applied,
+            "reason": self._header(b"x-tts-reason"),
             "controller": self._header(b"x-tts-controller"),
             "beta": self._header(b"x-tts-beta"),
             "stop": self._header(b"x-tts-stop"),

@@ -70,6 +70,7 @@ from proxy.settings import Settings
 from proxy.splice import splice
 from proxy.stream import ClientGone, Stream, thinking, unless_gone
 from proxy.turns import Held, Turn, Turns
+from proxy.unapplied import GREEDY, NO_BETA, Unapplied, mark, told
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Service:
         self.pulse = Pulse(self._is_ready, self.metrics)
         self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
+        self.unapplied = Unapplied(self.metrics, is_required=settings.required)
         self.judge = Judge()
         self.casting = Casting(settings, self.metrics)
         self.drift = Drift(engine, settings, self.metrics)
@@ -161,7 +163,8 @@ class Service:
         )
         unserved = _why_not(parsed, turned)
         if turned is None or unserved is not None:
-            return await self._pass(request, parsed, raw, model, unserved if turned and unserved else NO_BETA)
+            why = NO_BETA if turned is None or unserved is None else unserved
+            return await self._pass(request, parsed, raw, model, turned, why)
         if parsed.tts.controller is None and self._is_single(turned, parsed, model):
             parsed = parsed.served_by("single")
         if not (parsed.tts.required or is_recording):
@@ -189,7 +192,8 @@ class Service:
             if error.code != chat.CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
             turn.leave()
-            return await self._pass(request, parsed, raw, model, schema.Unserved("truncation", "truncation"))
+            why = schema.Unserved("truncation", "truncation")
+            return await self._pass(request, parsed, raw, model, turned, why)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -249,14 +253,15 @@ class Service:
             raise
 
     async def _pass(
-        self, request: Request, parsed: schema.Generation, raw: bytes, model: Model, unserved: schema.Unserved
+        self,
+        request: Request,
+        parsed: schema.Generation,
+        raw: bytes,
+        model: Model,
+        turned: dial.Dial | None,
+        unserved: schema.Unserved,
     ) -> Response:
-        if parsed.tts.required:
-            raise BadRequest(
-                f"a controller cannot serve this request ({unserved.reason}) and tts.required is set",
-                param=unserved.field or None,
-                code="tts_not_applicable",
-            )
+        self.unapplied.take(model.id, parsed.tts, turned, unserved)
         is_named = parsed.model is not None or self.settings.model is not None
         bound = self.turns.bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
@@ -266,7 +271,10 @@ class Service:
         body = splice(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
         about = _untouched(unserved.reason), model.id, content_type, bound
-        return await self._forward(request, body, *about, is_stream=bool(parsed.stream))
+        response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
+        if "tts" in parsed.model_fields_set:
+            mark(response, told(turned, unserved))
+        return response
 
     # What happened
 
@@ -571,14 +579,11 @@ def _clipped(answer: str) -> str:
     return answer if len(answer) <= SHOWN_CHARS else f"{answer[: SHOWN_CHARS - 1]}…"
 
 
-NO_BETA: Final = schema.Unserved("no_beta", "")
-
-
 def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> schema.Unserved | None:
     """Return why no controller serves a request, or None."""
     unserved = parsed.unserved()
     if unserved is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
-        return schema.Unserved("temperature", "temperature")
+        return GREEDY
     return unserved
 
 

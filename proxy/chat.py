@@ -232,7 +232,7 @@ async def _bounds(
     if room < 1:
         needed = model.max_length - prompt - room + 1
         raise BadRequest(
-            f"This model's maximum context length is {model.max_length} tokens. However, your {request.param} has "
+            f"This model's maximum context length is {model.max_length} tokens. However, your prompt has "
             f"{prompt} tokens, and with β a reply needs at least {needed} more. Shorten it, or send it without β",
             param=request.param,
             code=CONTEXT_EXCEEDED,

@@ -75,6 +75,12 @@ class Metrics:
             buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1),
             registry=self.registry,
         )
+        self.beta_not_applied = Counter(
+            "autotts_beta_not_applied",
+            "Requests with a β that passed through, by why no controller served them, and by where β came from.",
+            ("model", "reason", "source"),
+            registry=self.registry,
+        )
         self.saved = Counter(
             "autotts_saved_tokens_estimate",
             "An estimate: tokens that episodes cost less than self-consistency with max_branches chains of their own "

@@ -112,7 +112,7 @@ class TtsOptions(BaseModel):
     max_total_tokens: Positive | None = None  # over all branches and probes
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
     answer: Annotated[Kind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
-    required: Annotated[bool, Field(strict=True)] = False  # 400 rather than pass through when it cannot be served
+    required: Annotated[bool, Field(strict=True)] | None = None  # 400 where no controller can serve; None: the server's
     progress: Annotated[bool, Field(strict=True)] = False  # a stream tells of each round, as reasoning
 
 

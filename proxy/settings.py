@@ -90,6 +90,11 @@ class Settings(BaseSettings):
 
     controller: str = Field("cmc", description="controller that serves requests which name none: a name or FILE.py")
     beta: Beta | None = Field(None, description="β for requests that set none; none passes them through untouched")
+    required: bool = Field(
+        False,
+        description="refuse requests that set β and that no controller can serve, rather than pass them through; "
+        "`tts.required` of a request wins",
+    )
     calibration: Path | None = Field(
         None, description="file of what β costs and brings by model, as `autotts calibrate` writes it"
     )
