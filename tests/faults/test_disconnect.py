@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+import uvicorn
 from aiohttp import web
+from starlette.types import Receive, Scope, Send
 
-from proxy.server import running
+from proxy.connections import Connections
+from proxy.edge import Edge, EdgeLimits, EdgeProtocol
+from proxy.server import listen, running
 from proxy.settings import load
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
+from proxy.stream import Stream
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
+from tests.proxy.test_records import until
 
 __all__ = ["backend", "proxy"]  # fixtures
 
@@ -114,3 +124,97 @@ async def test_while_it_is_passed_through(proxy: Proxy) -> None:
         response.close()
     async with asyncio.timeout(1):
         await proxy.backend.idle.wait()
+
+
+# A client that stays and does not read
+
+
+class Endless(RawUpstream):
+    """Streams chunks of a completion for as long as anybody takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = asyncio.Event()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        chunk = {"choices": [{"index": 0, "delta": {"content": "x"}, "filler": "y" * 30_000}]}
+        try:
+            await response.prepare(request)
+            while True:
+                await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        finally:
+            self.left.set()
+
+
+async def stay_without_reading(url: str, body: dict[str, Any]) -> asyncio.StreamWriter:
+    """Ask for a chat completion and never read a byte of it."""
+    where = urlsplit(url)
+    _, writer = await asyncio.open_connection(where.hostname, where.port, limit=1024)
+    data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **body}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    await writer.drain()
+    return writer
+
+
+async def held(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """What all requests together hold now."""
+    async with http.get(f"{url}/v1/tts/keys", headers={"authorization": "Bearer admin"}) as response:
+        reply = await response.json()
+    told: dict[str, Any] = reply["all"]
+    return told
+
+
+async def test_a_passed_stream_nobody_reads_is_given_up() -> None:
+    async with (
+        Endless().serve() as upstream,
+        running(load(upstream=upstream.url, admin_key="admin", tokens_per_minute=10_000, write_s=0.2, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        assert isinstance(upstream, Endless)
+        writer = await stay_without_reading(url, {"stream": True, "max_tokens": 50})
+        async with asyncio.timeout(10):
+            await upstream.left.wait()
+
+        async def is_free() -> bool:
+            return bool((await held(http, url))["passed"] == 0)
+
+        await until(is_free)
+        now = await held(http, url)
+        assert (now["reserved"], now["spent"]) == (0, 50)
+        async with http.get(f"{url}/metrics") as response:
+            assert 'autotts_connections_cut_total{reason="unread"} 1.0' in await response.text()
+        writer.close()
+
+
+async def test_a_served_stream_nobody_reads_is_given_up() -> None:
+    ended = asyncio.Event()
+    events: list[str] = []
+
+    async def source() -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"data: " + b"y" * 30_000 + b"\n\n"
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Stream.of(source(), {})(scope, receive, send)
+
+    shared = Edge(EdgeLimits(write_s=0.2), Connections(9, 9, events.append), events.append)
+    made = partial(EdgeProtocol, edge=shared)
+    config = uvicorn.Config(app, http=made, ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    with listen("127.0.0.1", 0) as listening:
+        listening.listen()
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        writer = await stay_without_reading(f"http://127.0.0.1:{listening.getsockname()[1]}", {})
+        async with asyncio.timeout(10):
+            await ended.wait()
+        writer.close()
+        server.should_exit = True
+        await serving
+    assert events == ["unread"]
