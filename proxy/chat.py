@@ -25,7 +25,7 @@ from proxy.casting import Cast, Casting
 from proxy.counting import count
 from proxy.dial import Dial
 from proxy.drift import Drift
-from proxy.engine import Engine, Model
+from proxy.engine import Engine, Model, TooManyTokens
 from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
 from proxy.metrics import Metrics
@@ -178,14 +178,24 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
 
 
 async def _read_prompt(engine: Engine, model: Model, request: Generation) -> tuple[Sequence[int], str]:
-    """The prompt's ids, and the text of the question."""
-    if request.prompt_ids is not None:
-        return request.prompt_ids, await engine.detokenise(model.id, request.prompt_ids)
-    if request.prompt_text is not None:
-        return await engine.tokenise_prompt(model.id, request.prompt_text), request.prompt_text
-    messages = request.conversation
-    ids = await engine.tokenise_chat({"model": model.id, "messages": messages, **request.template_fields})
-    return ids, question_text(messages)
+    """Return the prompt's ids, and the text of the question. Raises BadRequest for a prompt that is far too long."""
+    most, messages = model.max_length, request.conversation
+    try:
+        if request.prompt_ids is not None:
+            if len(request.prompt_ids) > most:
+                raise TooManyTokens
+            return request.prompt_ids, await engine.detokenise(model.id, request.prompt_ids)
+        if request.prompt_text is not None:
+            return await engine.tokenise_prompt(model.id, request.prompt_text, most), request.prompt_text
+        body = {"model": model.id, "messages": messages, **request.template_fields}
+        return await engine.tokenise_chat(body, most), question_text(messages)
+    except TooManyTokens:
+        raise BadRequest(
+            f"This model's maximum context length is {most} tokens. However, your {request.param} has many more. "
+            "Shorten it",
+            param=request.param,
+            code=CONTEXT_EXCEEDED,
+        ) from None
 
 
 def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import math
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -23,6 +22,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from textwrap import shorten
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -41,6 +41,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.health_check import HealthCheck, is_failure
+from proxy.response_body import Allowance, BodyTooLong, Lines, parse_object, read_body
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,29 @@ NOTHING_CAME: Final = (
 """What aiohttp raises when a request was not answered at all."""
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """Errors of a connection that say that this machine has no room for it."""
-_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""How JSON writes half a character, of which a text must have both."""
+LEAST_BYTES: Final = 2**20
+"""Bytes of a response that are read whatever was asked for."""
+BYTES_PER_ID: Final = 16
+"""Bytes that a token id may take in JSON."""
+BYTES_PER_TOKEN: Final = 4096
+"""Bytes of a stream that a token may take: a chunk of its own, with its text."""
+BYTES_PER_TEXT: Final = 64
+"""Bytes of text that a byte of a request for the text of token ids may bring."""
+PAGE_BYTES: Final = 8 * 2**20
+"""Bytes of a list of models, a page of metrics or an error that are read."""
+MOST_MODELS: Final = 10_000
+"""Models that an upstream may list."""
+MOST_ID: Final = 2**31
+"""Token ids, and lengths of models in tokens, are smaller."""
+ENDS: Final = ("stop", "length")
+"""Reasons for which a completion may end; with any other one it failed."""
 
 
 _Ask = Callable[[], Awaitable[aiohttp.ClientResponse]]
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than were allowed for."""
 
 
 class Model(NamedTuple):
@@ -221,13 +240,15 @@ class Engine:
         """The models served now."""
         cards = await self.cards(is_check=is_check)
         try:
-            return [Model(card["id"], int(card.get("max_model_len") or 0)) for card in cards]
-        except (TypeError, ValueError):
+            return [Model(card["id"], _length(card.get("max_model_len"))) for card in cards]
+        except (TypeError, ValueError, OverflowError):
             raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models") from None
 
     async def cards(self, *, is_check: bool = False) -> list[dict[str, Any]]:
         """The same as the upstream tells them; each has an `id`."""
-        cards = (await self._json("GET", "/v1/models", is_check=is_check)).get("data")
+        cards = (await self._json("GET", "/v1/models", is_check=is_check, most=PAGE_BYTES)).get("data")
+        if isinstance(cards, list) and len(cards) > MOST_MODELS:
+            raise UpstreamNonsense(f"{self.shown}/v1/models lists more than {MOST_MODELS} models")
         if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
             raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models")
         return cards
@@ -248,31 +269,48 @@ class Engine:
         """How busy the upstream is, as far as it says."""
         try:
             async with self._request("GET", "/metrics", is_check=True) as response:
-                page = await response.text() if response.status == HTTPStatus.OK else ""
+                content = await read_body(response, PAGE_BYTES)
+                page = content.decode("utf-8", "replace") if response.status == HTTPStatus.OK else ""
         except UpstreamError:
             page = ""
         waiting, cache = _gauges(page, WAITING), _gauges(page, CACHE)
-        return Pressure(int(sum(waiting)) if waiting else None, max(cache) if cache else None)
+        in_all = sum(waiting)
+        return Pressure(int(in_all) if waiting and math.isfinite(in_all) else None, max(cache) if cache else None)
 
-    async def tokenise_chat(self, body: Mapping[str, Any]) -> list[int]:
-        """Ids of a chat prompt; `body` holds `model`, `messages` and what the chat template takes."""
-        return self._ids(await self._json("POST", "/tokenize", {"add_generation_prompt": True, **body}))
+    async def tokenise_chat(self, body: Mapping[str, Any], most: int | None = None) -> list[int]:
+        """Return the ids of a chat prompt; `body` holds `model`, `messages` and what the chat template takes.
 
-    async def tokenise_prompt(self, model: str, text: str) -> list[int]:
-        """Ids of a prompt that is a text."""
-        return self._ids(await self._json("POST", "/tokenize", {"model": model, "prompt": text}))
+        Raises TooManyTokens if they are far more than `most`.
+        """
+        return await self._tokenise({"add_generation_prompt": True, **body}, most)
+
+    async def tokenise_prompt(self, model: str, text: str, most: int | None = None) -> list[int]:
+        """Return the ids of a prompt that is a text. Raises TooManyTokens if they are far more than `most`."""
+        return await self._tokenise({"model": model, "prompt": text}, most)
 
     async def tokenise_suffix(self, model: str, text: str) -> list[int]:
         """Ids of a text of ours that follows generated ids. Cached."""
         known = self._suffixes.get((model, text))
         if known is None:
             request = {"model": model, "prompt": text, "add_special_tokens": False}
-            known = self._suffixes[model, text] = self._ids(await self._json("POST", "/tokenize", request))
+            known = self._suffixes[model, text] = await self._tokenise(request)
         return known
+
+    async def _tokenise(self, request: Mapping[str, Any], most: int | None = None) -> list[int]:
+        """Return the ids that the upstream has for a request. Raises TooManyTokens if `most` do not nearly suffice."""
+        size = len(json.dumps(request.get("prompt", request)))
+        longest = size if most is None else min(size, most)  # a token is a byte at least, on the whole
+        try:
+            return self._ids(await self._json("POST", "/tokenize", request, most=LEAST_BYTES + BYTES_PER_ID * longest))
+        except BodyTooLong:
+            if most is not None and size > most:
+                raise TooManyTokens from None
+            raise
 
     async def detokenise(self, model: str, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
-        reply = await self._json("POST", "/detokenize", {"model": model, "tokens": list(ids)})
+        most = LEAST_BYTES + BYTES_PER_TEXT * BYTES_PER_ID * len(ids)
+        reply = await self._json("POST", "/detokenize", {"model": model, "tokens": list(ids)}, most=most)
         text = reply.get("prompt")
         if not isinstance(text, str):
             raise UpstreamNonsense(f"{self.shown}/detokenize gave no text")
@@ -312,8 +350,8 @@ class Engine:
         async with self._request("POST", "/v1/completions", is_watched=False, json=body, headers=told) as response:
             await self._raise_for_status(response)
             if response.content_type == "application/json":  # no stream, whatever its status says
-                raise self._refusal(response.status, self._parse(await response.read()))
-            async for chunk in self._events(response):
+                raise self._refusal(response.status, self._parse(await read_body(response, PAGE_BYTES)))
+            async for chunk in self._events(response, call):
                 if "error" in chunk:
                     raise self._refusal(response.status, chunk)
                 usage = chunk.get("usage") or usage
@@ -354,9 +392,15 @@ class Engine:
                 call.on_finish(output)
 
     def _settle(self, call: Call, usage: Mapping[str, Any] | None) -> None:
-        """Hold the server's usage against what arrived: a bill must add up."""
+        """Check that each completion came to a proper end and that the server's usage is what arrived."""
         if usage is None or any(output.finish is None for output in call.outputs):
             raise UpstreamNonsense(f"{self.shown} cut a stream before its end")
+        for output in call.outputs:
+            if output.finish not in ENDS:
+                raise UpstreamNonsense(f"{self.shown} ended a completion by {shorten(str(output.finish), 40)!r}")
+            if output.finish == "length" and len(output.ids) != call.max_tokens:  # who goes on with it would never end
+                problem = f"ended a completion for its length after {len(output.ids)} of {call.max_tokens} tokens"
+                raise UpstreamNonsense(f"{self.shown} {problem}")
         try:
             generated, prompt = usage["completion_tokens"], usage["prompt_tokens"]
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -403,7 +447,8 @@ class Engine:
         for pause in (*(() if is_check else PAUSES_S), None):
             failed: Exception | None = None
             try:
-                response = await ask()
+                async with asyncio.timeout(self.silence_s + CHECK_S):  # however slowly its head comes
+                    response = await ask()
             except NOTHING_CAME as error:
                 failed = error
             if failed is None and not is_failure(response.status):
@@ -445,6 +490,14 @@ class Engine:
         self.on_event("ejected")
         logger.error("upstream %s is down; it is left alone for %.0f s", self.shown, self.breaker.wait_s)
 
+    def check_head(self, response: aiohttp.ClientResponse) -> None:
+        """Raise UpstreamNonsense for a response that cannot be read, or handed on."""
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if encoding != "identity":
+            raise UpstreamNonsense(f"{self.shown} sent content encoded as {encoding[:40]!r}, which was not asked for")
+        if not 200 <= response.status < 600:
+            raise UpstreamNonsense(f"{self.shown} answered with status {response.status}")
+
     def mapped(self, error: Exception) -> UpstreamError:
         """A foreign error as one of ours."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
@@ -456,42 +509,47 @@ class Engine:
         return UpstreamNonsense(f"upstream {self.shown} broke off: {type(error).__name__}")
 
     async def _json(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, is_check: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        is_check: bool = False,
+        most: int,
     ) -> dict[str, Any]:
+        """Return the JSON object that the upstream answers with, which may have `most` bytes."""
         async with self._request(method, path, is_check=is_check, is_telling=False, json=body) as response:
             await self._raise_for_status(response)
-            reply = self._parse(await response.read())
+            reply = self._parse(await read_body(response, most, self.silence_s))
             if reply.get("error"):
                 raise self._refusal(response.status, reply)
         return reply
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise self._refusal(response.status, self._parse(await response.read()))
+            raise self._refusal(response.status, self._parse(await read_body(response, PAGE_BYTES, self.silence_s)))
 
-    async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of each server-sent event until `[DONE]`."""
-        buffer = b""
+    async def _events(self, response: aiohttp.ClientResponse, call: Call) -> AsyncIterator[dict[str, Any]]:
+        """Yield the JSON of each server-sent event until `[DONE]`, within bounds set by what `call` has brought."""
+        longest = max(map(len, call.prompts))  # the server sends them back, to each completion
+        lines = Lines(LEAST_BYTES + BYTES_PER_ID * longest)
+        least = LEAST_BYTES + BYTES_PER_ID * longest * len(call.outputs)
+        allowance = Allowance(least, BYTES_PER_TOKEN, self.silence_s)
         async for data in response.content.iter_any():
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
+            allowance.spend(len(data))
+            for line in lines.take(data):
                 if line.startswith(b"data: "):
                     payload = line[6:].strip()
                     if payload == b"[DONE]":
                         return
                     yield self._parse(payload)
+            allowance.earn(call.generated + sum(output.finish is not None for output in call.outputs))
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(payload.decode())
-            if _HALF.search(payload):  # as text has it, or as U+FFFD
-                whole = json.dumps(parsed, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
-                parsed = json.loads(whole.decode("utf-16-le", "replace"))
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise UpstreamNonsense(f"{self.shown} sent {len(payload)} bytes that are no JSON object")
-        return parsed
+            return parse_object(payload)
+        except UpstreamNonsense as error:
+            raise UpstreamNonsense(f"{self.shown}: {error}") from None
 
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
         error = reply.get("error", reply)
@@ -534,6 +592,11 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
             self._response = await self._engine.open(self._ask, is_check=self._is_check)
         except BaseException as error:
             self._fail(error, is_counted=isinstance(error, NOTHING_CAME))
+            raise
+        try:
+            self._engine.check_head(self._response)
+        except UpstreamNonsense as error:
+            await self.__aexit__(None, error, None)
             raise
         return self._response
 
@@ -578,10 +641,20 @@ def _without_user(url: str) -> str:
 
 
 def _ids_of(found: object) -> list[int]:
-    """`found`, if it is token ids. Raises TypeError."""
+    """Return `found`, if it is token ids. Raises TypeError."""
     if not isinstance(found, list) or not all(type(one) is int for one in found):
         raise TypeError
+    if found and not 0 <= min(found) <= max(found) < MOST_ID:
+        raise TypeError
     return found
+
+
+def _length(value: object) -> int:
+    """Return a model's length in tokens; 0 if it is not told. Raises TypeError or ValueError."""
+    length = int(value) if isinstance(value, int | float | str) and value else 0
+    if not 0 <= length < MOST_ID:
+        raise ValueError
+    return length
 
 
 def _gauges(page: str, beginnings: tuple[str, ...]) -> list[float]:

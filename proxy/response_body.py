@@ -5,32 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 import aiohttp
 
 from proxy.errors import UpstreamNonsense
 
-MOST_ERROR_CHARS: Final = 4000
-"""Characters of an upstream's error message that are kept."""
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """A surrogate as JSON escapes it; text must have them in pairs."""
 
 
+class BodyTooLong(UpstreamNonsense):
+    """A body has more bytes than were allowed for."""
+
+
 async def read_body(response: aiohttp.ClientResponse, most: int, seconds: float | None = None) -> bytes:
-    """Return the body of `response`. Raises UpstreamNonsense for more than `most` bytes, TimeoutError, or ClientError.
+    """Return the body of `response`. Raises BodyTooLong for more than `most` bytes, TimeoutError, or ClientError.
 
     What is too long is not read to its end.
     """
     if (response.content_length or 0) > most:
-        raise UpstreamNonsense(f"the upstream announced {response.content_length} bytes where {most} are the most")
+        raise BodyTooLong(f"the upstream announced {response.content_length} bytes where {most} are the most")
     body = bytearray()
     async with asyncio.timeout(seconds):
         async for piece in response.content.iter_any():
             body += piece
             if len(body) > most:
-                raise UpstreamNonsense(f"the upstream sent more than {most} bytes")
+                raise BodyTooLong(f"the upstream sent more than {most} bytes")
     return bytes(body)
 
 
@@ -53,19 +54,52 @@ def _refuse(constant: str) -> NoReturn:
 
 
 class Lines:
-    """Splits a stream into lines. Takes time linear in its length, however small the pieces are."""
+    """Splits a stream into lines of at most `most` bytes. Takes linear time, however small the pieces are."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._held = bytearray()
         self._searched = 0  # bytes of `_held` that hold no line end
 
-    def take(self, piece: bytes) -> Iterator[bytes]:
-        """Yield the lines that `piece` completes, without their ends."""
+    def take(self, piece: bytes) -> list[bytes]:
+        """Return the lines that `piece` completes, without their ends. Raises UpstreamNonsense for one too long."""
         self._held += piece
+        lines: list[bytes] = []
         begin = 0
         while (end := self._held.find(b"\n", max(begin, self._searched))) >= 0:
-            yield bytes(self._held[begin:end])
+            lines.append(bytes(self._held[begin:end]))
             begin = end + 1
-            self._searched = begin
         del self._held[:begin]
         self._searched = len(self._held)
+        if self._searched > self._most:
+            raise UpstreamNonsense(f"the upstream sent a line of more than {self._most} bytes")
+        return lines
+
+
+class Allowance:
+    """Bounds the bytes and the time of a stream by what it brings: tokens, and the ends of completions.
+
+    A stream that only keeps itself alive, by comments or by chunks with nothing in them, comes to an end so.
+    """
+
+    def __init__(self, least: int, per_token: int, seconds: float) -> None:
+        self._left = least
+        self._per_token = per_token
+        self._seconds = seconds
+        self._brought = 0
+        self._since = asyncio.get_running_loop().time()
+
+    def spend(self, received: int) -> None:
+        """Take in bytes that have come. Raises UpstreamNonsense for too many, TimeoutError if they bring nothing."""
+        self._left -= received
+        if self._left < 0:
+            raise UpstreamNonsense(f"the upstream sent too many bytes for {self._brought} tokens")
+        if asyncio.get_running_loop().time() - self._since > self._seconds:
+            raise TimeoutError
+
+    def earn(self, brought: int) -> None:
+        """Take in how many tokens and ends have come in all."""
+        if brought > self._brought:
+            self._left += (brought - self._brought) * self._per_token
+            self._brought = brought
+            self._since = asyncio.get_running_loop().time()

@@ -79,7 +79,7 @@ class Bill:
         self._shows = is_stream and bound.shows
         self._seen = LATE * bound.texts  # tokens, at most, that a stream has shown
         self._said: int | None = None
-        self._held = b""
+        self._held = bytearray()
         self._is_blind = False  # it is too long to be read
 
     @property
@@ -91,7 +91,7 @@ class Bill:
 
     @property
     def booking(self) -> tuple[int, str]:
-        """The same, and as what they are counted."""
+        """The cost, and the kind of tokens it is counted as."""
         return self.cost, TOLD
 
     def take(self, data: bytes) -> bytes:
@@ -103,12 +103,12 @@ class Bill:
         passed = self._events(max(0, before - 2)) if self._is_stream else b""
         if len(self._held) > HELD:
             self._is_blind = True
-            passed, self._held = passed + self._held, b""
+            passed, self._held = passed + self._held, bytearray()
         return passed if self._hides else data
 
     def rest(self) -> bytes:
         """The reply has come to its end; what of it is still for the client."""
-        held, self._held = self._held, b""
+        held, self._held = bytes(self._held), bytearray()
         if not self._is_stream:
             self._read(held)
         elif self._event(held):
@@ -119,11 +119,11 @@ class Bill:
         """Read the events that are whole, whose ends are looked for from `start` on; those for the client."""
         kept, at = [], 0
         for end in _END.finditer(self._held, start):
-            event = self._held[at : end.end()]
+            event = bytes(self._held[at : end.end()])
             at = end.end()
             if not self._event(event):
                 kept.append(event)
-        self._held = self._held[at:]
+        del self._held[:at]
         return b"".join(kept)
 
     def _event(self, event: bytes) -> bool:

@@ -101,7 +101,8 @@ class FakeVLLM:
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
     "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error told with
     status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be), "broken" (500),
-    "unmade" (501), "more" (ten times the tokens it may write).
+    "unmade" (501), "more" (ten times the tokens it may write), "short" and "shorter" (ended for its length after one
+    token or two), "aborted" and "odd" (ended for another reason).
     "no_models" and "models_hang" make /v1/models misbehave instead.
     It applies from request number `fault_after` on, to `fault_times` requests if that is set.
     """
@@ -270,6 +271,16 @@ class FakeVLLM:
             await send({"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
             return response
         if fault == "cut":
+            return response
+        if fault in ("short", "shorter", "aborted", "odd"):
+            finish: Any = {"aborted": "abort", "odd": {"a": 1}}.get(fault, "length")
+            for index, _ in enumerate(written):
+                await send({"choices": [_choice(index, [ord("x")] if fault == "shorter" else [], finish)]})
+            generated = len(written) * (1 + (fault == "shorter"))
+            await send(
+                {"usage": {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": generated}, "choices": []}
+            )
+            await response.write(b"data: [DONE]\n\n")
             return response
         if fault == "more":
             for _ in range(10):

@@ -1,0 +1,310 @@
+"""Upstreams that lie: whatever they send is a clear error within bounds of memory, time and calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing, suppress
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy import engine as engines
+from proxy.breaker import FAILURES
+from proxy.engine import Call, Engine
+from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
+from proxy.response_body import Lines, parse_object
+from tests.fakes import MODEL
+from tests.proxy.conftest import Proxy, backend, proxy
+
+__all__ = ["backend", "proxy"]  # fixtures
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+STREAM = HEAD.replace(b"application/json", b"text/event-stream")
+MANY = 2**16
+"""Bytes of a piece of what never ends."""
+
+
+class Liar:
+    """Answers every request with `head`, and then with `piece`, time and again, until it is cut off."""
+
+    def __init__(self, head: bytes, piece: bytes = b"", pause_s: float = 0.0) -> None:
+        self.head = head
+        self.piece = piece
+        self.pause_s = pause_s
+        self.sent = 0
+        self.asked = 0
+        self.url = ""
+        self._answering: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[Liar]:
+        server = await asyncio.start_server(self._begin, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server:
+            yield self
+            for task in self._answering:
+                task.cancel()
+            await asyncio.gather(*self._answering, return_exceptions=True)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._answering.append(asyncio.create_task(self._answer(reader, writer)))
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError), closing(writer):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.asked += 1
+            for line in head.lower().split(b"\r\n"):
+                if line.startswith(b"content-length:"):
+                    await reader.readexactly(int(line[15:]))
+            writer.write(self.head)
+            while self.piece:
+                writer.write(self.piece)
+                await writer.drain()
+                self.sent += len(self.piece)
+                await asyncio.sleep(self.pause_s)
+
+
+Ask = Callable[[Engine], Awaitable[object]]
+
+
+async def generate(engine: Engine) -> None:
+    await engine.generate(MODEL, Call([[1, 2, 3]], 20, {}))
+
+
+ASKS: dict[str, Ask] = {
+    "generate": generate,
+    "tokenise": lambda engine: engine.tokenise_prompt(MODEL, "hi"),
+    "tokenise with a bound": lambda engine: engine.tokenise_prompt(MODEL, "hi", 1000),
+    "tokenise a chat": lambda engine: engine.tokenise_chat({"model": MODEL, "messages": []}),
+    "tokenise a suffix": lambda engine: engine.tokenise_suffix(MODEL, "hi"),
+    "detokenise": lambda engine: engine.detokenise(MODEL, [1, 2, 3]),
+    "models": lambda engine: engine.models(),
+}
+
+
+@asynccontextmanager
+async def over(liar: Liar, **settings: Any) -> AsyncIterator[Engine]:
+    """An engine over a liar."""
+    async with liar.serve(), aiohttp.ClientSession(auto_decompress=False) as http:
+        engine = Engine(liar.url, http, **settings)
+        yield engine
+        await engine.close()
+
+
+@pytest.mark.parametrize("asked", ASKS)
+@pytest.mark.parametrize(
+    ("status", "beginning", "piece"),
+    [
+        (b"200 OK", b'{"tokens": [1', b", 1" * MANY),
+        (b"200 OK", b'{"prompt": "', b"x" * MANY),
+        (b"200 OK", b'{"data": [{"id": "m"}', b', {"id": "m"}' * MANY),
+        (b"200 OK", b"[" * 100_000, b"[" * MANY),
+        (b"500 Internal Server Error", b'{"error": {"message": "', b"x" * MANY),
+        (b"400 Bad Request", b'{"error": {"message": "', b"x" * MANY),
+    ],
+)
+async def test_a_body_that_never_ends_is_cut(asked: str, status: bytes, beginning: bytes, piece: bytes) -> None:
+    liar = Liar(HEAD.replace(b"200 OK", status) + beginning, piece)
+    async with over(liar) as engine:
+        with pytest.raises(UpstreamNonsense, match="bytes"):
+            await ASKS[asked](engine)
+    assert liar.sent < 2 * engines.PAGE_BYTES
+
+
+@pytest.mark.parametrize("asked", ASKS)
+async def test_an_announced_size_is_refused_before_it_comes(asked: str) -> None:
+    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 314572800\r\n\r\n"), b"x" * MANY)
+    async with over(liar) as engine:
+        with pytest.raises(UpstreamNonsense, match="announced 314572800 bytes"):
+            await ASKS[asked](engine)
+
+
+CHUNK = b'data: {"choices": [{"index": 0, "token_ids": [], "text": "", "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"x" * MANY,  # a line without an end
+        b": ping\n\n" * 1000,
+        b"\n" * MANY,
+        CHUNK * 100,
+        CHUNK.replace(b'"text": ""', b'"text": "' + b"x" * MANY + b'"'),
+        b'data: {"choices": []}\n\n' * 100,
+        b'data: {"choices": [' + b",".join([b"{}"] * 1000) + b"]}\n\n",
+        b"event: x\nid: y\nretry: 5\n\n" * 100,
+    ],
+)
+async def test_a_stream_that_brings_nothing_is_cut(piece: bytes) -> None:
+    liar = Liar(STREAM, piece)
+    async with over(liar) as engine:
+        with pytest.raises(UpstreamNonsense):
+            await generate(engine)
+    assert liar.sent < 8 * engines.LEAST_BYTES
+
+
+@pytest.mark.parametrize("piece", [b": ping\n\n", CHUNK, b"x", b"\n"])
+async def test_a_stream_that_only_keeps_itself_alive_is_silent(piece: bytes) -> None:
+    liar = Liar(STREAM, piece, pause_s=0.01)
+    async with over(liar, read_timeout_s=0.2) as engine:
+        with pytest.raises(UpstreamTimeout):
+            await generate(engine)
+
+
+async def test_tokens_with_too_much_text_are_cut() -> None:
+    text = "x" * engines.LEAST_BYTES
+    chunks = [{"choices": [{"index": 0, "token_ids": [5], "text": text, "finish_reason": None}]}] * 20
+    liar = Liar(STREAM, b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
+    call = Call([[1, 2, 3]], 20, {})
+    async with over(liar) as engine:
+        with pytest.raises(UpstreamNonsense, match="too many bytes"):
+            await engine.generate(MODEL, call)
+    assert len(call.outputs[0].text) < 4 * engines.LEAST_BYTES
+
+
+@pytest.mark.parametrize("asked", ["tokenise", "detokenise", "models"])
+async def test_a_body_that_drips_is_given_up(asked: str) -> None:
+    liar = Liar(HEAD + b'{"tokens": [', b"1,", pause_s=0.01)
+    async with over(liar, read_timeout_s=0.2) as engine:
+        with pytest.raises(UpstreamTimeout):
+            await ASKS[asked](engine)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"a: b\r\n",
+        b"a: " + b"b" * MANY + b"\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n",
+        b"x",
+    ],
+)
+@pytest.mark.parametrize("pause_s", [0, 0.01])
+async def test_a_head_that_never_ends_is_given_up(
+    piece: bytes, pause_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "CHECK_S", 0.1)
+    is_informational = piece.startswith(b"HTTP")
+    liar = Liar(b"" if is_informational else b"HTTP/1.1 200 OK\r\n", piece, pause_s)
+    async with over(liar, read_timeout_s=0.3) as engine:
+        with pytest.raises(UpstreamError):
+            await ASKS["tokenise"](engine)
+        assert liar.asked <= 1 + len(engines.PAUSES_S)
+
+
+@pytest.mark.parametrize("asked", ASKS)
+@pytest.mark.parametrize(
+    "header", [b"content-encoding: gzip", b"content-encoding: br", b"content-encoding: identity, x"]
+)
+async def test_encoded_content_is_refused_before_it_is_read(asked: str, header: bytes) -> None:
+    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + header + b"\r\n\r\n"), b"\x1f\x8b" * MANY)
+    async with over(liar) as engine:
+        with pytest.raises(UpstreamNonsense, match="encoded"):
+            await ASKS[asked](engine)
+
+
+@pytest.mark.parametrize("status", [b"101 Switching Protocols", b"600 What", b"999 No"])
+async def test_statuses_that_there_are_not(status: bytes) -> None:
+    async with over(Liar(HEAD.replace(b"200 OK", status))) as engine:
+        with pytest.raises(UpstreamError):
+            await ASKS["models"](engine)
+        with pytest.raises(UpstreamError):
+            async with engine.relay("POST", "/v1/embeddings", b"{}", {}):
+                raise AssertionError
+
+
+IDS: list[Any] = [[-1], [2**31], [2**40], [10**30], [True], [1.0], ["1"], [None], [[1]], "1", 5, {"1": 1}, None]
+
+
+@pytest.mark.parametrize("ids", IDS)
+async def test_ids_that_are_none(ids: Any) -> None:
+    async with over(Liar(HEAD + json.dumps({"tokens": ids}).encode())) as engine:
+        with pytest.raises(UpstreamNonsense):
+            await ASKS["tokenise"](engine)
+    chunk = {"choices": [{"index": 0, "token_ids": ids, "text": "x", "finish_reason": "length"}]}
+    async with over(Liar(STREAM + b"data: " + json.dumps(chunk).encode() + b"\n\n")) as engine:
+        with pytest.raises(UpstreamNonsense):
+            await generate(engine)
+
+
+LENGTHS = ["NaN", "Infinity", "1e999", "-1", "1e30", '"x"', str(2**31), str(10**30)]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+async def test_lengths_of_models_that_are_none(length: str) -> None:
+    async with over(Liar(HEAD + b'{"data": [{"id": "m", "max_model_len": %s}]}' % length.encode())) as engine:
+        with pytest.raises(UpstreamNonsense):
+            await engine.models()
+
+
+async def test_too_many_models() -> None:
+    cards = [{"id": str(i)} for i in range(engines.MOST_MODELS + 1)]
+    async with over(Liar(HEAD + json.dumps({"data": cards}).encode())) as engine:
+        with pytest.raises(UpstreamNonsense, match="models"):
+            await engine.models()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [b"vllm:num_requests_waiting 1e308\n" * 3, b"vllm:num_requests_waiting NaN\n", b"\xff\xfe" * 100, b"vllm:num_req"],
+)
+async def test_pages_of_metrics_that_tell_nothing(page: bytes) -> None:
+    for kind in (b"text/plain", b"text/plain; charset=unicode_escape", b"text/plain; charset=nonsense"):
+        async with over(Liar(HEAD.replace(b"application/json", kind) + page)) as engine:
+            assert (await engine.pressure()).waiting is None
+
+
+async def test_a_page_of_metrics_that_never_ends_tells_nothing() -> None:
+    liar = Liar(HEAD, b"vllm:num_requests_waiting 1\n" * 1000)
+    async with over(liar) as engine:
+        assert (await engine.pressure()).waiting is None
+    assert liar.sent < 2 * engines.PAGE_BYTES
+
+
+@pytest.mark.parametrize("payload", [b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 10**5, b'{"a": %s}' % (b"9" * 10**5)])
+def test_json_that_is_none(payload: bytes) -> None:
+    with pytest.raises(UpstreamNonsense):
+        parse_object(payload)
+
+
+def test_lines_are_those_of_the_whole_however_it_is_cut() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        data = bytes(rng.choice(b"ab\n") for _ in range(rng.randrange(200)))
+        lines, taken, at = Lines(1000), list[bytes](), 0
+        while at < len(data):
+            size = rng.randrange(1, 20)
+            taken += lines.take(data[at : at + size])
+            at += size
+        assert taken == data.split(b"\n")[:-1]
+
+
+def test_a_line_may_be_so_long_and_no_longer() -> None:
+    lines = Lines(10)
+    assert lines.take(b"x" * 10) == []
+    assert lines.take(b"\n" + b"y" * 10) == [b"x" * 10]
+    with pytest.raises(UpstreamNonsense):
+        lines.take(b"y")
+
+
+# Through the proxy
+
+
+@pytest.mark.parametrize("fault", ["short", "shorter", "aborted", "odd"])
+@pytest.mark.parametrize("controller", ["self_consistency", "parallel_probe", "cmc", "single"])
+async def test_ends_that_bring_nothing_end_the_episode(proxy: Proxy, fault: str, controller: str) -> None:
+    proxy.backend.fault = fault
+    status, _, reply = await proxy.ask("1", tts={"controller": controller, "answer": "boxed"})
+    assert (status, reply["error"]["type"]) == (502, "upstream_error")
+    assert len(proxy.backend.requests) <= 70 + FAILURES
+
+
+@pytest.mark.parametrize("text", ["x" * 300_000, "é" * 100_000])
+async def test_a_prompt_far_beyond_the_model_is_not_read_to_its_end(proxy: Proxy, text: str) -> None:
+    status, _, reply = await proxy.ask("0.5", messages=[{"role": "user", "content": text}])
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    assert "2000" in reply["error"]["message"]
