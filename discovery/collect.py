@@ -24,6 +24,7 @@ from openai.types.chat import ChatCompletion
 
 from discovery.errors import BadRecording, CollectError
 from discovery.formats import Line, as_line, parse_line
+from discovery.json_text import parse
 from discovery.lines import Claims, Lines
 from discovery.questions import Question
 from discovery.recordings import Origin, RecordedBranch, RecordedQuestion, Version, question_text, split_of
@@ -152,7 +153,7 @@ class Held:
         """Take in what is new, and return which branches. Raises CollectError or BadRecording at what is none."""
         for number, text in self._lost.new():
             try:
-                lost = json.loads(text)
+                lost = parse(text)
                 self.spent += lost["tokens"] if lost["of"] == self._order.named else 0
             except (ValueError, TypeError, KeyError):
                 raise BadRecording(f"{self._lost.path}:{number}: tells of no tokens that were lost") from None

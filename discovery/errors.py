@@ -6,7 +6,8 @@ DiscoveryError
 ├── EngineError     jobs cannot be run the way that was asked for
 ├── NotWritten      a file cannot be written where it was asked for
 ├── StoreError      the store cannot be opened, read or written
-│   └── CorruptRow  a row of it is not what was written
+│   ├── CorruptRow  a row of it is not what was written, or cannot be read
+│   └── Unwritable  a value is none that a row can hold
 ├── TraceError      a file of traces cannot be written or read
 ├── Censored        a replay asked for more of a branch than was recorded
 ├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
@@ -43,7 +44,11 @@ class StoreError(DiscoveryError):
 
 
 class CorruptRow(StoreError):
-    """A row of the store is not what was written."""
+    """A row of the store is not what was written, or cannot be read."""
+
+
+class Unwritable(StoreError):
+    """A value is none that a row can hold. Nothing is wrong with the store."""
 
 
 class TraceError(DiscoveryError):

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from discovery.errors import BadRecording, NotRecorded
+from discovery.json_text import parse
 from discovery.recordings import (
+    MOST_TOKENS,
     Cell,
     LabelSource,
     Origin,
@@ -49,7 +51,7 @@ def read_release(path: Path) -> list[RecordedQuestion]:
     Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is taken.
     """
     try:
-        questions = json.loads(_content(path).decode(), parse_constant=_refuse)
+        questions = parse(_content(path).decode(), finite=True)
     except ValueError as error:
         raise BadRecording(f"{path}: {error}") from None
     if not isinstance(questions, list):
@@ -65,10 +67,6 @@ def _content(path: Path) -> bytes:
         return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except (OSError, lzma.LZMAError) as error:
         raise BadRecording(f"{path}: {error}") from None
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
 
 
 def _check_unique(found: Sequence[tuple[str, RecordedQuestion]]) -> None:
@@ -128,10 +126,6 @@ def _branches(branches: Sequence[Any]) -> Iterator[RecordedBranch]:
         yield RecordedBranch(probes, tokens, final)
 
 
-MOST_TOKENS = 2**31 - 1
-"""Of a branch: what an array of 32-bit numbers holds."""
-
-
 class BranchLine(BaseModel):
     """One branch in a line of the generic format."""
 
@@ -175,6 +169,12 @@ class Line(BaseModel):
     request: str = Field("", description="id of the request it was made for")
     confidence: float = Field(1.0, ge=0, le=1, description="in the reference answer")
     part: int | None = Field(None, ge=0, description="the line holds this one of the question's branches, and no other")
+
+    @field_validator("sampling")
+    @classmethod
+    def _has_numbers(cls, sampling: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(sampling, allow_nan=False)  # raises ValueError
+        return sampling
 
     @model_validator(mode="after")
     def _is_known(self) -> Line:

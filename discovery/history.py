@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from discovery.errors import HistoryError
+from discovery.json_text import parse
 
 ORIGIN: Final = "0" * 64
 
@@ -100,7 +101,7 @@ def _events(path: Path, whole: bytes) -> Iterator[Event]:
     before = ORIGIN
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            read = json.loads(line)
+            read = parse(line)
             kind, body, said, mark = read["kind"], read["body"], read["before"], read["hash"]
         except (ValueError, KeyError, TypeError):
             raise HistoryError(f"{path}: line {number} is no event") from None

@@ -26,6 +26,7 @@ from controllers.installed import Installed, Stage, wrong_name
 from controllers.loading import LARGEST, Spec
 from discovery.errors import PromotionError
 from discovery.files import create
+from discovery.json_text import parse
 
 SHORTEST: Final = 4
 """Digits of a digest that may stand for it."""
@@ -97,7 +98,7 @@ class Registry:
         """What is known of an installed controller. Raises PromotionError."""
         path = self._card(digest)
         try:
-            card = json.loads(path.read_bytes())
+            card = parse(path.read_bytes())
         except OSError as error:
             raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
         except ValueError as error:
@@ -125,13 +126,13 @@ class Registry:
         before = None
         for number, line in enumerate(found, 1):
             try:
-                chain = json.loads(line)["chain"]
+                chain = parse(line)["chain"]
             except (ValueError, KeyError, TypeError):
                 raise PromotionError(f"{self.trail}: line {number} is no line of an audit; {_MEND_AUDIT}") from None
             if before is not None and chain != _hash(before):
                 raise PromotionError(f"{self.trail}: line {number} does not follow the one before; {_MEND_AUDIT}")
             before = line
-        return [json.loads(line) for line in found]
+        return [parse(line) for line in found]
 
     # Changing
 
@@ -248,15 +249,15 @@ class Registry:
         lines = text.split("\n")[:-1]
         if last is None or last in lines:
             return lines, ()
-        if lines and json.loads(last)["chain"] != _hash(lines[-1]):
+        if lines and parse(last)["chain"] != _hash(lines[-1]):
             raise PromotionError(f"{self.trail}: registry.json does not follow its last line; {_MEND_AUDIT}")
         return lines, (last,)
 
     def _load(self) -> tuple[Installed, str | None]:
         """What registry.json says, and the audit's line it was written with."""
         try:
-            data = json.loads(self.file.read_bytes())
-            if not isinstance(data, dict) or not isinstance(json.loads(data["audit"])["chain"], str):
+            data = parse(self.file.read_bytes())
+            if not isinstance(data, dict) or not isinstance(parse(data["audit"])["chain"], str):
                 raise ValueError("it is no registry")
             return Installed.parse(data), data["audit"]
         except FileNotFoundError:

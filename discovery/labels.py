@@ -6,7 +6,6 @@ source going before a less sure one. What was refuted by clients is no label of 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple
 from controllers.voting import confidence, plurality, tally, top_two
 from discovery.answers import Judge
 from discovery.evaluate import regrade
+from discovery.json_text import parse
 from discovery.paired import share_interval
 from discovery.questions import Question
 from discovery.recordings import NO_ANSWER, LabelSource, RecordedBranch, RecordedQuestion, Version
@@ -171,7 +171,7 @@ def said_of(episode: Episode | None, feedback: Feedback) -> Said | None:
     if episode is None or episode.question is None:
         return None
     try:
-        value = json.loads(feedback.value)
+        value = parse(feedback.value)
     except ValueError:
         return None
     answer, weight = episode.answer, 0.0

@@ -6,7 +6,6 @@ Any of them may be killed at any time: a line is there whole or not at all, and 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from discovery.errors import NotWritten
 from discovery.files import end_of_lines, open_lock
+from discovery.json_text import parse
 
 
 class Lines:
@@ -151,6 +151,6 @@ def _mend(descriptor: int) -> None:
 
 def _is_whole(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse(line), dict)
     except ValueError:
         return False

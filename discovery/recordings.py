@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from discovery.answers.veil import is_veiled, veiled
 
 NO_ANSWER = -1
+MOST_TOKENS: Final = 2**31 - 1
+"""Of a branch: what an array of 32-bit numbers holds."""
 
 
 class Split(StrEnum):

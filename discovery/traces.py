@@ -26,6 +26,7 @@ from controllers.actions import PRUNE
 from controllers.loading import Spec
 from discovery.errors import TraceError
 from discovery.files import whole
+from discovery.json_text import parse
 from discovery.recordings import Cell, Recording
 
 FORMAT = 1
@@ -249,7 +250,7 @@ def read_trace(path: Path) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        about = json.loads(str(arrays.pop("about")))
+        about = parse(str(arrays.pop("about")))
         if about["format"] != FORMAT:
             raise TraceError(f"{path}: written in format {about['format']}; this program reads {FORMAT}")
         return Trace(about, [_fact(row) for row in arrays.pop("table").tolist()], arrays)

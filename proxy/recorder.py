@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
-from discovery.errors import StoreError
+from discovery.errors import StoreError, Unwritable
 from discovery.recordings import RecordedQuestion
 from discovery.store import Episode, Item, Store
 from discovery.store.rows import item as unpacked
@@ -27,7 +27,7 @@ from discovery.store.rows import line as packed
 from proxy.errors import RecordsAway
 from proxy.metrics import Metrics
 from proxy.settings import Settings
-from proxy.spill import Spill
+from proxy.spill import LONGEST, Spill
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -313,11 +313,11 @@ class Recorder:
             return None
         try:
             left_out = set(map(id, task.result()))
-        except StoreError as error:
-            self._fail(str(error))
-            return None
-        except Exception as error:  # of one item: a text that is none, a number too large
-            return await self._one_by_one(items, outcome, error)
+        except Exception as error:
+            if isinstance(error, StoreError) and not isinstance(error, Unwritable):
+                self._fail(str(error))
+                return None
+            return await self._one_by_one(items, outcome, error)  # something is wrong with one of them
         if store.is_moved:
             self._fail(f"{self.path}: the store has been moved or removed")
             return None
@@ -453,14 +453,19 @@ def _made(record: _Record) -> Item | None:
 
 def _packed(item: Item) -> bytes | None:
     try:
-        return packed(item)
+        line = packed(item)
     except Exception as error:  # a text that is none
         logger.error("a record cannot be written: %s", type(error).__name__)
         return None
+    if len(line) > LONGEST:
+        logger.error("a record cannot be written: it has %s bytes, and a file takes %s", len(line), LONGEST)
+        return None
+    return line
 
 
 def _unpacked(line: bytes) -> Item | None:
     try:
         return unpacked(line)
-    except (ValueError, TypeError, KeyError):
+    except Exception as error:  # whatever it is, the others go on
+        logger.error("a record in the file cannot be read: %s", type(error).__name__)
         return None

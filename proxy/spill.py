@@ -26,6 +26,10 @@ BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
 BEGIN_BYTES: Final = 9
 LINE_BYTES: Final = BEGIN_BYTES + 1
 """What a line is longer than its content."""
+LONGEST: Final = 64 * 2**20
+"""Bytes of a line's content that are read at most; a longer one is damaged."""
+CHUNK_BYTES: Final = 32 * 2**20
+"""Bytes after which a chunk ends, however few lines it has."""
 
 
 def places(path: Path) -> Iterator[Path]:
@@ -68,14 +72,20 @@ class Spill:
         return sum(file.size - file.begin for file in self._files)
 
     def adopt(self) -> None:
-        """Take over what processes that have ended left behind."""
+        """Take over what processes that have ended left behind. A file that cannot be does not keep the others back."""
         held = {file.path for file in self._files}
+        errors: list[OSError] = []
         for path in places(self.path):
-            if path.exists() and path not in held and (file := _File.hold(path)) is not None:
-                if file.size:
-                    self._files.append(file)
-                else:
-                    file.remove()
+            try:
+                if path.exists() and path not in held and (file := _File.hold(path)) is not None:
+                    if file.size:
+                        self._files.append(file)
+                    else:
+                        file.remove()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def append(self, lines: Sequence[bytes]) -> int:
         """Keep `lines`, none of which contains a newline; how many of them, the first ones, there was room for."""
@@ -158,14 +168,17 @@ class _File:
         bad, end = 0, begin
         with open(os.dup(self._descriptor), "rb") as reader:
             reader.seek(end)
-            while len(lines) < most and end < self.size:
-                line = reader.readline()
+            while len(lines) < most and end < self.size and end - begin < CHUNK_BYTES:
+                line = reader.readline(LONGEST + LINE_BYTES)
                 end = end + len(line) if line else self.size  # somebody has cut it
                 check, _, content = line.rstrip(b"\n").partition(b" ")
                 if check == b"%08x" % crc32(content):
                     lines.append(content)
-                else:
-                    bad += 1
+                    continue
+                bad += 1
+                while line and not line.endswith(b"\n"):  # it is longer than any that was written
+                    line = reader.readline(CHUNK_BYTES)
+                    end += len(line)
         return Chunk(lines, bad, self, end)
 
     def remove(self) -> None:

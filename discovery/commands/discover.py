@@ -32,6 +32,7 @@ from discovery.explorers.grammar import Grammar
 from discovery.explorers.tuned import Tuned
 from discovery.files import whole
 from discovery.history import History
+from discovery.json_text import parse
 from discovery.playing import Rules
 from discovery.prompt import SYSTEM, USER, together
 from discovery.recordings import Cell, Recording, Split
@@ -191,7 +192,7 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     from discovery.explorers.transcript import Transcript
 
     try:
-        about = json.loads(path.read_text())
+        about = parse(path.read_text())
         settings = LLMSettings(**{**about, **({} if usd is None else {"usd": usd})})
     except (OSError, TypeError, ValueError) as error:
         raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None

@@ -19,6 +19,7 @@ from discovery.commands.gate import judged_apart
 from discovery.errors import PromotionError
 from discovery.gate import Order
 from discovery.installed import By, Card, Registry
+from discovery.json_text import parse
 from discovery.store.rows import now
 
 PASSED: Final = "promote"
@@ -146,7 +147,7 @@ def found(file: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     """What a file says. Raises PromotionError, naming it."""
     try:
-        return json.loads(path.read_bytes())
+        return parse(path.read_bytes())
     except OSError as error:
         raise PromotionError(f"{path}: {error.strerror}") from None
     except ValueError as error:

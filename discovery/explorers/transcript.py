@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from discovery.errors import ExplorerError, HistoryError
+from discovery.json_text import parse
 
 Response = Mapping[str, Any]
 
@@ -62,7 +63,7 @@ class Transcript:
         ended = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:ended].splitlines(), 1):
             try:
-                read = json.loads(line)
+                read = parse(line)
                 self._responses[read["key"]] = read["request"], read["response"]
             except (ValueError, KeyError, TypeError):
                 raise HistoryError(f"{path}: line {number} is no exchange") from None

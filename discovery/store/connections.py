@@ -56,6 +56,7 @@ async def connection(
         opened = await aiosqlite.connect(_uri(path), uri=True, isolation_level=None)
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {error}") from None
+    opened.text_factory = _text
     try:
         if identity_of(path) != before:
             raise StoreError(f"{path}: the store was replaced while it was being opened; try again")
@@ -74,6 +75,11 @@ async def connection(
 def _uri(path: Path) -> str:
     """Return what SQLite opens a file by that is there; by its name alone it would also make one."""
     return f"{path.absolute().as_uri()}?mode=rw"
+
+
+def _text(stored: bytes) -> str:
+    """Return a text as stored; one that is not UTF-8 is changed, so that its row's checksum is wrong."""
+    return stored.decode(errors="backslashreplace")
 
 
 def _prepare(path: Path, create: bool) -> None:

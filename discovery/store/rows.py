@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b, sha256
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import Level
 from discovery.errors import CorruptRow
-from discovery.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, Version
+from discovery.json_text import dump_finite, parse
+from discovery.recordings import (
+    MOST_TOKENS,
+    Cell,
+    LabelSource,
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Split,
+    Version,
+)
+from discovery.store.schema import COLUMNS, NUMBERS
 
 Row = tuple[Any, ...]
+T = TypeVar("T")
 
 MEND: Final = "restore the store from a backup, or drop what is corrupt with `autotts store prune --corrupt`"
 
@@ -182,15 +195,54 @@ def sealed(values: Sequence[Any]) -> Row:
 
 def is_sound(row: Sequence[Any]) -> bool:
     """Whether a row's checksum, its last column, is right."""
-    return bool(checksum(row[:-1]) == row[-1])
+    try:
+        return bool(checksum(row[:-1]) == row[-1])
+    except (TypeError, ValueError):  # bytes, or text in no encoding: never written by this program
+        return False
+
+
+def fault(table: str, row: Sequence[Any]) -> str:
+    """Return what is wrong with a row: nothing, "not what was written" or "cannot be read"."""
+    if not is_sound(row):
+        return "not what was written"
+    try:
+        _check_types(table, row)
+        _READERS[table](row[:-1])
+    except Exception:  # whatever it is, no command can use the row
+        return "cannot be read"
+    return ""
+
+
+def read(store: object, table: str, rows: Iterable[Sequence[Any]], make: Callable[[Sequence[Any]], T]) -> list[T]:
+    """What `make` makes of rows without their checksums. Raises CorruptRow at one that is unsound or cannot be read."""
+    made = []
+    for row in opened(store, table, rows):
+        try:
+            made.append(make(row))
+        except Exception:  # whatever it is, it is the row's
+            raise CorruptRow(f"{store}: {describe(table, key(table, row))} cannot be read; {MEND}") from None
+    return made
 
 
 def opened(store: object, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    """The rows without their checksums. Raises CorruptRow at one that was changed."""
+    """The rows without their checksums. Raises CorruptRow at one that was changed, or has values of wrong types."""
     for row in rows:
         if not is_sound(row):
             raise CorruptRow(f"{store}: {describe(table, key(table, row))} is not what was written; {MEND}")
+        try:
+            _check_types(table, row)
+        except ValueError as error:
+            raise CorruptRow(f"{store}: {describe(table, key(table, row))}: {error}; {MEND}") from None
         yield row[:-1]
+
+
+def _check_types(table: str, row: Sequence[Any]) -> None:
+    """Raise ValueError unless every column holds a text or a number as the table has it, or nothing."""
+    for column, value in zip(COLUMNS[table], row, strict=False):
+        if value is not None and isinstance(value, str) == (column in NUMBERS):
+            raise ValueError(f"its {column} is not a {'number' if column in NUMBERS else 'text'}")
+    if None in key(table, row):
+        raise ValueError("it has no key")
 
 
 def key(table: str, row: Sequence[Any]) -> tuple[Any, ...]:
@@ -227,6 +279,13 @@ def question_row(recorded: RecordedQuestion, added: str) -> Row:
     return sealed(about)
 
 
+def question_label(row: Sequence[Any]) -> tuple[str, Label | None]:
+    """Which question a row of table questions is of, and the answer it came with, if it did. Raises ValueError."""
+    question, _, answer, source, _, added = row
+    label_source = LabelSource(source)
+    return question, None if answer is None else Label(question, label_source, answer, 1.0, None, added)
+
+
 def recording_row(recorded: RecordedQuestion, number: int, added: str) -> Row:
     """Of table recordings."""
     return sealed(
@@ -236,7 +295,7 @@ def recording_row(recorded: RecordedQuestion, number: int, added: str) -> Row:
             recorded.question,
             recorded.model,
             recorded.benchmark,
-            _json(dict(recorded.sampling)),
+            dump_finite(dict(recorded.sampling)),
             recorded.interval,
             recorded.probe_template,
             recorded.origin,
@@ -264,19 +323,21 @@ def branch_rows(recorded: RecordedQuestion) -> Iterator[Row]:
 def episode_row(episode: Episode) -> Row:
     """Of table episodes."""
     about = (episode.id, episode.request_id, episode.question, episode.model, episode.controller, episode.digest)
-    what = (float(episode.beta), episode.rounds, episode.branches, _json(dict(episode.ledger)), episode.stop)
-    rest = (episode.sandbox, episode.tenant, _json(dict(episode.about)), episode.trace)
+    if not math.isfinite(episode.beta):
+        raise ValueError(f"beta is {episode.beta}, not a number from 0 to 1")
+    what = (float(episode.beta), episode.rounds, episode.branches, dump_finite(dict(episode.ledger)), episode.stop)
+    rest = (episode.sandbox, episode.tenant, dump_finite(dict(episode.about)), episode.trace)
     return sealed((*about, *what, episode.answer, episode.created, *rest))
 
 
 def episode(row: Sequence[Any]) -> Episode:
-    """What a row of table episodes says; without its checksum."""
-    identity, request, question, model, controller, digest, beta, rounds, branches, ledger, *rest = row
-    stop, answer, created, sandbox, tenant, about, trace = rest
-    return Episode(
-        *(identity, request, model, controller, digest, beta, rounds, branches, json.loads(ledger), stop),
-        *(answer, question, created, Level(sandbox), tenant, json.loads(about), trace),
-    )
+    """What a row of table episodes says; without its checksum. Raises ValueError."""
+    columns = dict(zip(COLUMNS["episodes"], row, strict=True))
+    columns["question"] = columns.pop("question_id")
+    for name in ("ledger", "about"):
+        columns[name] = parse(columns[name])
+    made: Episode = _ADAPTERS["episode"][1].validate_python(columns)
+    return made
 
 
 def feedback_row(feedback: Feedback) -> Row:
@@ -311,7 +372,7 @@ def provenance_row(recorded: RecordedQuestion) -> Row:
 
 def version(model: str, chat_template: str, sampling: str, delta: int, probe_template: str) -> Version:
     """The version of recordings whose rows say so: as `RecordedQuestion.version` writes it."""
-    made = RecordedQuestion("", model, "", delta, (), sampling=json.loads(sampling), probe_template=probe_template)
+    made = RecordedQuestion("", model, "", delta, (), sampling=_object(sampling), probe_template=probe_template)
     return made.version._replace(chat_template=chat_template)
 
 
@@ -327,15 +388,21 @@ def line(item: Item) -> bytes:
 
 
 def item(line: bytes) -> Item:
-    """What `line` made a line of. Raises ValueError."""
-    kind, content = json.loads(line)
-    found: Item = _ADAPTERS[kind][1].validate_python(content)
+    """What `line` made a line of. Raises ValueError for anything else."""
+    try:
+        kind, content = parse(line, finite=True)
+        found: Item = _ADAPTERS[kind][1].validate_python(content)
+        if isinstance(found, RecordedQuestion):
+            _check(found)
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a record: {type(error).__name__}") from None
     return found
 
 
 def search_row(search: Search) -> Row:
     """Of table runs."""
-    about = (search.id, search.explorer, search.seed, _json(dict(search.settings)), len(search.tried), search.created)
+    settings = dump_finite(dict(search.settings))
+    about = (search.id, search.explorer, search.seed, settings, len(search.tried), search.created)
     return sealed(about)
 
 
@@ -352,7 +419,10 @@ def recorded(
     provenance: Sequence[Any] | None = None,
     labels: Sequence[Label] = (),
 ) -> RecordedQuestion:
-    """What tables say of a recording; rows without checksums. The surest of `labels` and the question's own counts."""
+    """What tables say of a recording; rows without checksums. The surest of `labels` and the question's own counts.
+
+    Raises ValueError.
+    """
     identity, split, reference, label_source, text, _ = question
     _, _, _, model, benchmark, sampling, delta, template, origin, *_ = recording
     confidence = 1.0
@@ -360,27 +430,87 @@ def recorded(
         if reference is None or surer(label.source, LabelSource(label_source)):
             reference, label_source, confidence = label.answer, label.source, label.confidence
     _, chat_template, request = provenance or ("", "", "")
-    return RecordedQuestion(
+    made = RecordedQuestion(
         question=identity,
         model=model,
         benchmark=benchmark,
         interval=delta,
         branches=[
-            RecordedBranch(json.loads(probes), tokens, final, json.loads(costs), bool(complete))
+            RecordedBranch(_list(probes), tokens, final, _list(costs), bool(complete))
             for _, _, tokens, complete, final, probes, costs in branches
         ],
         reference=reference,
         label_source=LabelSource(label_source),
         split=Split(split),
         text=text,
-        sampling=json.loads(sampling),
+        sampling=_object(sampling),
         probe_template=template,
         origin=Origin(origin),
         chat_template=chat_template,
         request=request,
         confidence=confidence,
     )
+    _check(made)
+    return made
 
+
+def _check(recorded: RecordedQuestion) -> None:
+    """Raise ValueError at what replay cannot run."""
+    if not 1 <= recorded.interval <= MOST_TOKENS:
+        raise ValueError(f"interval is {recorded.interval}, not a number of tokens")
+    for branch in recorded.branches:
+        if not all(type(cost) is int and 0 <= cost <= MOST_TOKENS for cost in (branch.tokens, *branch.probe_tokens)):
+            raise ValueError("a branch has a number of tokens that is none")
+        if not all(answer is None or isinstance(answer, str) for answer in (*branch.probes, branch.final)):
+            raise ValueError("a branch has an answer that is not a text")
+        if branch.probe_tokens and len(branch.probe_tokens) != len(branch.probes):
+            raise ValueError(f"a branch has {len(branch.probe_tokens)} costs for {len(branch.probes)} probes")
+    if not 0 <= recorded.confidence <= 1:
+        raise ValueError(f"confidence is {recorded.confidence}, not a number from 0 to 1")
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = parse(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _list(text: str) -> list[Any]:
+    value = parse(text)
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return value
+
+
+def _read_question(row: Sequence[Any]) -> object:
+    return Split(row[1]), question_label(row)
+
+
+def _read_recording(row: Sequence[Any]) -> None:
+    _, _, question, model, benchmark, sampling, delta, _, origin, *_ = row
+    _check(RecordedQuestion(question, model, benchmark, delta, (), sampling=_object(sampling), origin=Origin(origin)))
+
+
+def _read_branch(row: Sequence[Any]) -> None:
+    _, _, tokens, complete, final, probes, costs = row
+    branch = RecordedBranch(_list(probes), tokens, final, _list(costs), bool(complete))
+    _check(RecordedQuestion("", "", "", 1, [branch]))
+
+
+def _read_plain(row: Sequence[Any]) -> None:
+    """A row of which every column is used as it is."""
+
+
+_READERS: Final[Mapping[str, Callable[[Sequence[Any]], object]]] = dict.fromkeys(COLUMNS, _read_plain) | {
+    "questions": _read_question,
+    "recordings": _read_recording,
+    "branches": _read_branch,
+    "episodes": episode,
+    "labels": label,
+    "runs": lambda row: _object(row[3]),
+}
+"""What reads a row of each table, and raises something where it cannot be used."""
 
 _ADAPTERS: Final[Mapping[str, tuple[type, TypeAdapter[Any]]]] = {
     kind: (made, TypeAdapter(made))

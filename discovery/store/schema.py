@@ -170,6 +170,14 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
 )
 """What a row's checksum is over, by table."""
 
+NUMBERS: Final = frozenset(
+    {
+        *("number", "delta", "complete", "branches", "tokens", "beta", "rounds"),
+        *("seed", "candidates", "score", "usd", "confidence", "margin"),
+    }
+)
+"""Columns that hold numbers; all others hold text."""
+
 
 def insert(table: str) -> str:
     """The statement that adds a row, or leaves the one that has its key."""

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import aiosqlite
 
-from discovery.errors import CorruptRow, StoreError
+from discovery.errors import CorruptRow, StoreError, Unwritable
 from discovery.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
 from discovery.store.connections import Identity, connection, identity_of, truncate_log
@@ -35,6 +35,11 @@ WAIT_MS: Final = 10_000
 """How long another process's transaction is waited for, unless said otherwise."""
 GROUP: Final = 256
 """Writes that share one transaction at most."""
+_OF_A_ROW: Final = (
+    *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError),
+    *(OverflowError, UnicodeEncodeError),
+)
+"""What a value that no column holds raises, and what nothing else does."""
 
 
 class _Write(NamedTuple):
@@ -214,21 +219,23 @@ class Store:
 
         async def work(connection: aiosqlite.Connection) -> Added:
             bad = await _corrupt(connection) if corrupt else {}
-            gone = {key[0] for table in ("recordings", "branches", "provenance") for key in bad.get(table, ())}
-            lost = {key[0] for key in bad.get("questions", ())}
-            for (episode,) in bad.get("episodes", ()):  # without it nobody could tell whose they are, or how old
-                gone |= await _recordings_of(connection, episode)
+            gone = {one.key[0] for table in ("recordings", "branches", "provenance") for one in bad.get(table, ())}
+            lost = {one.key[0] for one in bad.get("questions", ())}
+            for one in bad.get("episodes", ()):  # without it nobody could tell whose they are, or how old
+                gone |= await _recordings_of(connection, one.key[0])
             known = "SELECT id, question_id, model, benchmark, origin FROM recordings"
             for recording, question, model, benchmark, origin in await _all(connection, known):
                 if question in lost or (origin in list(Origin) and cells(model, benchmark, Origin(origin))):
                     gone.add(recording)
             branches = recordings = 0
-            for recording in sorted(gone):
+            for recording in sorted(gone, key=repr):
                 dropped = await _drop_recording(connection, recording)
                 recordings, branches = recordings + dropped[0], branches + dropped[1]
-            for table in ("episodes", "feedback", "candidates", "runs", "labels", "forgotten"):
-                for key in bad.get(table, ()):
-                    await _delete(connection, f"{table} WHERE id = ?", *key)
+            for one in bad.get("runs", ()):
+                await _delete(connection, "candidates WHERE run_id = ?", one.key[0])
+            for table in ("branches", "provenance", "candidates", *COLUMNS):  # what refers to others first
+                for one in bad.get(table, ()):
+                    await _delete(connection, f"{table} WHERE rowid = ?", one.number)
             _, questions = await _drop_unused(connection)
             return Added(questions, recordings, branches)
 
@@ -294,7 +301,13 @@ class Store:
             "FROM recordings JOIN questions ON questions.id = recordings.question_id "
             "GROUP BY model, benchmark, split ORDER BY MIN(number)"
         )
-        return [Summary(Cell(model, benchmark, Split(split)), *rest) for model, benchmark, split, *rest in found]
+        try:
+            return [
+                Summary(Cell(str(model), str(benchmark), Split(split)), *rest)
+                for model, benchmark, split, *rest in found
+            ]
+        except ValueError as error:
+            raise CorruptRow(f"{self.path}: a question's split: {error}; {rows.MEND}") from None
 
     async def load(self, cell: Cell) -> list[RecordedQuestion]:
         """The recordings of a cell in the order in which they were added, every checksum verified."""
@@ -327,17 +340,21 @@ class Store:
                     f"{rows.MEND}"
                 )
             known = by_id[recording[2]], mine, provenance.get(recording[0]), labels.get(recording[2], ())
-            found.append(rows.recorded(recording, *known))
+            try:
+                found.append(rows.recorded(recording, *known))
+            except ValueError as error:
+                raise CorruptRow(f"{self.path}: recording {recording[0][:16]}: {error}; {rows.MEND}") from None
         return found
 
     async def episodes(self) -> list[Episode]:
         """All episodes, in the order in which they ended."""
-        return [rows.episode(row) for row in await self._rows("episodes", "ORDER BY created, id")]
+        return await self._made("episodes", rows.episode, "ORDER BY created, id")
 
     async def episode(self, request: str) -> Episode | None:
         """The episode of a request, if it is known."""
-        found = await self._rows("episodes", "WHERE request_id = ? ORDER BY created DESC, id LIMIT 1", (request,))
-        return rows.episode(found[0]) if found else None
+        latest = "WHERE request_id = ? ORDER BY created DESC, id LIMIT 1"
+        found = await self._made("episodes", rows.episode, latest, (request,))
+        return found[0] if found else None
 
     async def latest(self, limit: int, model: str | None = None, client_id: str | None = None) -> list[Episode]:
         """The episodes that ended last, the latest first: of a model, or of requests their clients call `client_id`."""
@@ -364,19 +381,17 @@ class Store:
     async def feedback(self, request: str | None = None) -> list[Feedback]:
         """What was said of a request, or of all, the latest last."""
         where, values = ("", ()) if request is None else ("WHERE request_id = ?", (request,))
-        return [Feedback(*row) for row in await self._rows("feedback", f"{where} ORDER BY created, id", values)]
+        return await self._made("feedback", lambda row: Feedback(*row), f"{where} ORDER BY created, id", values)
 
     async def questions(self) -> dict[str, Label | None]:
         """Every question that was recorded or served, and the answer it came with, if it did."""
         served = await self._read("SELECT DISTINCT question_id FROM episodes WHERE question_id IS NOT NULL ORDER BY 1")
-        found: dict[str, Label | None] = {}
-        for identity, _, answer, source, _, added in await self._rows("questions", "ORDER BY id"):
-            found[identity] = None if answer is None else Label(identity, LabelSource(source), answer, 1.0, None, added)
+        found = dict(await self._made("questions", rows.question_label, "ORDER BY id"))
         return found | {question: None for (question,) in served if question not in found}
 
     async def labels(self) -> list[Label]:
         """All answers that are held for right, but those questions came with."""
-        return [rows.label(row) for row in await self._rows("labels", "ORDER BY question_id, source")]
+        return await self._made("labels", rows.label, "ORDER BY question_id, source")
 
     async def versions(self, model: str) -> list[Version]:
         """Of the recordings made here of a model, the latest first."""
@@ -386,14 +401,22 @@ class Store:
             "GROUP BY 1, 2, 3, 4, 5 ORDER BY MAX(number) DESC",
             (model,),
         )
-        return [rows.version(*row) for row in found]
+        try:
+            return [rows.version(*row) for row in found]
+        except ValueError as error:
+            raise CorruptRow(f"{self.path}: a recording of {model}: {error}; {rows.MEND}") from None
 
     async def verify(self) -> Verified:
         """Look at every row; raises nothing for bad ones."""
         bad = await _corrupt(self._reading)
         counts = {table: await _one(self._reading, f"SELECT COUNT(*) FROM {table}") for table in COLUMNS}
-        told = [f"{rows.describe(table, key)}: not what was written" for table, keys in bad.items() for key in keys]
+        told = [f"{rows.describe(table, one.key)}: {one.fault}" for table, found in bad.items() for one in found]
         return Verified(counts, told)
+
+    async def _made(
+        self, table: str, make: Callable[[Sequence[Any]], T], rest: str, values: Iterable[Any] = ()
+    ) -> list[T]:
+        return rows.read(self.path, table, await self._read(select(table, rest), values), make)
 
     async def _rows(self, table: str, rest: str, values: Iterable[Any] = ()) -> list[Sequence[Any]]:
         found = await self._read(select(table, rest), values)
@@ -429,21 +452,30 @@ async def _migrate(path: Path, connection: aiosqlite.Connection, migrations: Seq
         raise
 
 
-async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[tuple[Any, ...]]]:
-    """The keys of rows that are not what was written, and of recordings that lack branches, by table."""
-    bad: dict[str, list[tuple[Any, ...]]] = {}
+class _Bad(NamedTuple):
+    """A row that cannot be used."""
+
+    number: int  # SQLite's own, for what the row says of itself may be what is wrong
+    key: tuple[Any, ...]
+    fault: str
+
+
+async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[_Bad]]:
+    """The rows that cannot be used, by table: unsound ones, unreadable ones, and recordings that lack branches."""
+    bad: dict[str, list[_Bad]] = {}
     for table in COLUMNS:
-        found = [row for row in await _all(connection, select(table)) if not rows.is_sound(row)]
-        if found:
-            bad[table] = [rows.key(table, row) for row in found]
+        for number, *row in await _all(connection, select(table).replace("SELECT ", "SELECT rowid, ", 1)):
+            if fault := rows.fault(table, row):
+                bad.setdefault(table, []).append(_Bad(number, rows.key(table, row), fault))
     short = await _all(
         connection,
-        "SELECT id FROM recordings WHERE branches <> "
+        "SELECT rowid, id FROM recordings WHERE branches <> "
         "(SELECT COUNT(*) FROM branches AS b WHERE b.recording_id = recordings.id)",
     )
-    missing = [tuple(row) for row in short if tuple(row) not in bad.get("recordings", ())]
-    if missing:
-        bad["recordings"] = bad.get("recordings", []) + missing
+    known = {one.number for one in bad.get("recordings", ())}
+    for number, key in short:
+        if number not in known:
+            bad.setdefault("recordings", []).append(_Bad(number, (key,), "not all of its branches are there"))
     return bad
 
 
@@ -548,6 +580,9 @@ def _made(make: Callable[[T], rows.Row], values: Sequence[T]) -> list[rows.Row]:
 
 
 def _told(path: Path, error: Exception) -> Exception:
+    """The error to raise to whoever asked for work in which `error` was met."""
+    if isinstance(error, _OF_A_ROW) or (isinstance(error, sqlite3.ProgrammingError) and "binding" in str(error)):
+        return Unwritable(f"{path}: {error}")
     return StoreError(f"{path}: {error}") if isinstance(error, sqlite3.Error) else error
 
 

@@ -1,0 +1,49 @@
+"""Parse JSON that may hold anything; whatever is wrong with it is a ValueError."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def parse(text: str | bytes, *, finite: bool = False) -> Any:
+    """Return the value of a JSON text; with `finite`, NaN, infinities and numbers too large for a float are refused.
+
+    Raises ValueError, also for text that is nested too deeply or holds a number of too many digits.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite) if finite else json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def dump_finite(value: Any) -> str:
+    """Return compact JSON with sorted keys, in which numbers that JSON does not have are null."""
+    try:
+        return _dump(value)
+    except ValueError:
+        return _dump(_without_infinities(value))
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_infinities(member) for key, member in value.items()}
+    return [_without_infinities(member) for member in value] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number

@@ -1,0 +1,371 @@
+"""Records that nothing can read or store: each is dropped and counted, and keeps nothing else back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+from zlib import crc32
+
+import pytest
+
+from discovery.errors import BadRecording, CorruptRow, HistoryError, StoreError
+from discovery.explorers.transcript import Transcript
+from discovery.formats import as_line, read_jsonl, read_release
+from discovery.history import History
+from discovery.json_text import parse
+from discovery.labels import fill
+from discovery.recordings import LabelSource, Origin, RecordedBranch, RecordedQuestion, question_id
+from discovery.store import Episode, Feedback, Label, Search, Store, Tried, rows
+from discovery.store.rows import checksum, line
+from discovery.store.schema import COLUMNS
+from proxy import spill as spilling
+from proxy.forgetting import forget
+from proxy.metrics import Metrics
+from proxy.recorder import Recorder
+from proxy.settings import load
+from proxy.spill import Spill
+from tests.faults.processes import until
+
+DEEP: Final = "[" * 100_000
+
+
+def episode(name: str, **about: Any) -> Episode:
+    return Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
+
+
+def recording(name: str, **changes: Any) -> RecordedQuestion:
+    branches = [RecordedBranch(["7"], 900, "7", [3]), RecordedBranch(["8"], 800, None, [3])]
+    made = RecordedQuestion(
+        question_id(name), "m", "live", 500, branches, "7", origin=Origin.LIVE, chat_template="t", request=name
+    )
+    return replace(made, **changes)
+
+
+def changed(item: Episode | Feedback | RecordedQuestion, **members: Any) -> bytes:
+    """The line of an item with members replaced by JSON texts, whatever these are."""
+    kind, content = json.loads(line(item))
+    marks = {f"{name}-mark": text for name, text in members.items()}
+    for name in members:
+        content[name] = f"{name}-mark"
+    text = json.dumps([kind, content])
+    for mark, told in marks.items():
+        text = text.replace(json.dumps(mark), told)
+    return text.encode()
+
+
+E, F, R = episode("bad"), Feedback("bad", "good", "correct", "true"), recording("good")
+ABOUT: Final = '{"usage":' + "[" * 960 + "]" * 960 + "}"
+
+POISON: Final = {
+    "deep": DEEP.encode(),
+    "deep episode": b'["episode",' + DEEP.encode(),
+    "deep about": changed(E, about='{"usage":' + DEEP),
+    "deep to the limit": changed(E, about=ABOUT),
+    "beta nan": changed(E, beta="NaN"),
+    "beta infinite": changed(E, beta="Infinity"),
+    "beta too large": changed(E, beta="1e999"),
+    "beta text": changed(E, beta='"x"'),
+    "beta null": changed(E, beta="null"),
+    "usage nan": changed(E, about='{"usage":{"x":NaN}}'),
+    "branches large": changed(E, branches=str(2**70)),
+    "branches huge": changed(E, branches="9" * 5000),
+    "branches fraction": changed(E, branches="1.5"),
+    "tenant surrogate": changed(E, tenant='"\\ud800"'),
+    "id surrogate": changed(E, id='"\\udcff"'),
+    "id null": changed(E, id="null"),
+    "id number": changed(E, id="5"),
+    "ledger list": changed(E, ledger="[]"),
+    "ledger of texts": changed(E, ledger='{"a":"b"}'),
+    "about text": changed(E, about='"x"'),
+    "sandbox unknown": changed(E, sandbox='"bagged"'),
+    "created number": changed(E, created="7"),
+    "value number": changed(F, value="7"),
+    "interval zero": changed(R, interval="0"),
+    "interval negative": changed(R, interval="-5"),
+    "interval large": changed(R, interval=str(2**40)),
+    "tokens large": changed(R, branches=f'[[["7"],{2**40},"7",[3],true]]'),
+    "tokens negative": changed(R, branches='[[["7"],-1,"7",[3],true]]'),
+    "costs too few": changed(R, branches='[[["7","7"],900,"7",[3],true]]'),
+    "branches text": changed(R, branches='"x"'),
+    "split unknown": changed(R, split='"mine"'),
+    "confidence nan": changed(R, confidence="NaN"),
+    "confidence above one": changed(R, confidence="2"),
+    "sampling deep": changed(R, sampling='{"a":' + DEEP),
+    "sampling infinite": changed(R, sampling='{"a":1e999}'),
+    "nothing": b"",
+    "null": b"null",
+    "number": b"7",
+    "object": b"{}",
+    "list": b"[]",
+    "text of two": b'"ab"',
+    "kind alone": b'["episode"]',
+    "three": b'["episode",{},1]',
+    "kind list": b"[[],{}]",
+    "kind object": b"[{},{}]",
+    "kind unknown": b'["nobody",{}]',
+    "not utf-8": b'["episode",{"id":"\xff"}]',
+    "cut": line(E)[:-5],
+}
+
+
+def waiting(path: Path, *lines: bytes) -> None:
+    spill = Spill(path, 1 << 30)
+    assert spill.append(lines) == len(lines)
+    spill.close()
+
+
+def ids(path: Path, table: str = "episodes") -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {one for (one,) in connection.execute(f"SELECT id FROM {table}")}
+
+
+async def read_back(path: Path) -> Recorder:
+    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    await recorder.open()
+    try:
+        await until(lambda: not path.with_name(f"{path.name}.spill").exists())
+    finally:
+        await recorder.close()
+    return recorder
+
+
+@pytest.mark.parametrize("name", POISON)
+async def test_a_line_that_nothing_reads_is_dropped_and_counted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.db"
+    waiting(tmp_path / "s.db.spill", line(episode("good")), POISON[name], line(episode("later")))
+    recorder = await read_back(path)
+    assert ids(path) == {"good", "later"}
+    assert recorder.lost == 1
+    assert os.listdir(tmp_path) == ["s.db"]
+
+
+async def test_a_group_of_nothing_but_such_lines_does_not_stop_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    waiting(tmp_path / "s.db.spill", *(list(POISON.values()) * 12), line(episode("good")))
+    recorder = await read_back(path)
+    assert (ids(path), recorder.lost) == ({"good"}, 12 * len(POISON))
+    async with Store.open(path) as store:
+        assert (await store.verify()).bad == []
+        await store.forget(request="good")
+
+
+def test_forgetting_drops_what_nothing_reads_and_says_how_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.db"
+
+    async def make() -> None:
+        async with Store.open(path, create=True) as store:
+            await store.add_all([episode("mine")])
+
+    asyncio.run(make())
+    waiting(tmp_path / "s.db.spill", line(episode("good")), *POISON.values(), line(episode("other")))
+    forget(request="good", place=path)
+    assert f"{len(POISON)} records that waited in files cannot be read" in capsys.readouterr().out
+    assert ids(path) == {"mine", "other"}
+    assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
+
+
+async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    odd = [
+        changed(episode("nul"), tenant='"a\\u0000b"'),
+        changed(replace(F, id="deep", request_id="a"), value=json.dumps(DEEP)),
+        changed(replace(F, id="digits", request_id="b"), value=json.dumps("9" * 5000)),
+        changed(replace(F, id="nan"), kind='"score"', value='"NaN"'),
+        changed(episode("negative"), branches="-4", rounds=str(-(2**62))),
+    ]
+    served = [line(replace(episode(name), question=question_id(name))) for name in ("good", "a", "b")]
+    waiting(tmp_path / "s.db.spill", *served, *odd, line(R))
+    recorder = await read_back(path)
+    assert recorder.lost == 0
+    async with Store.open(path) as store:
+        assert (await store.verify()).bad == []
+        assert (await fill(store, [], 0.2, 2)).unheard == 3
+        assert len(await store.episodes()) == 5
+        assert [len(await store.load(one.cell)) for one in await store.summaries()] == [1]
+
+
+def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilling, "LONGEST", 1000)
+    monkeypatch.setattr(spilling, "CHUNK_BYTES", 2000)
+    path = tmp_path / "spill"
+    content = b"x" * 10_000
+    path.write_bytes(b"".join(b"%08x %b\n" % (crc32(one), one) for one in (b"first", content, b"last")))
+    spill = Spill(path, 0)
+    spill.adopt()
+    lines, bad = list[bytes](), 0
+    while spill.size:
+        chunk = spill.read(256)
+        lines, bad = [*lines, *chunk.lines], bad + chunk.bad
+        spill.drop(chunk)
+    assert (lines, bad) == ([b"first", b"last"], 1)
+    assert spill.append([b"y" * 900] * 8) == 0  # no room
+    roomy = Spill(tmp_path / "other", 1 << 20)
+    assert roomy.append([b"y" * 900] * 8) == 8
+    assert len(roomy.read(256).lines) == 3  # of 8: the chunk is bounded in bytes too
+    roomy.close()
+
+
+def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path) -> None:
+    (tmp_path / "spill").write_text("my thesis")
+    (tmp_path / "spill.1").symlink_to("spill")
+    waiting(tmp_path / "left", line(episode("good")))
+    (tmp_path / "left").rename(tmp_path / "spill.2")
+    spill = Spill(tmp_path / "spill", 0)
+    with pytest.raises(OSError, match="not a file of records"):
+        spill.adopt()
+    assert [len(spill.read(9).lines), spill.size > 0] == [1, True]
+    spill.close()
+
+
+# Rows
+
+
+def template(folder: Path) -> Path:
+    """A store with a row in every table."""
+    path = folder / "template.db"
+
+    async def make() -> None:
+        async with Store.open(path, create=True) as store:
+            await store.add_all([replace(episode(name), question=question_id(name)) for name in ("good", "other")])
+            await store.add_all([recording("good"), recording("other"), Feedback("f", "good", "correct", "true")])
+            await store.set_labels([Label(question_id("good"), LabelSource.FEEDBACK, "7", 0.9)])
+            tried = Tried("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ...")
+            await store.add_search(Search("hash", "llm", 7, {"shuffles": 4}, [tried]))
+            await store.add_all([episode("gone")])
+            await store.forget(request="gone")
+
+    asyncio.run(make())
+    return path
+
+
+def spoilt(path: Path, table: str) -> Iterator[str]:
+    """Spoil one value of a table's first row after the other, each in a fresh copy; tell what was done."""
+    values: list[Any] = ["[" * 50_000, "NaN", '{"a":NaN}', "a\x00b", 2**62, None]
+    expressions = ["X'FF'", "CAST(X'FF' AS TEXT)"]
+    source = path.read_bytes()
+    for column in COLUMNS[table]:
+        for value in [*values, *expressions]:
+            path.write_bytes(source)
+            raw = isinstance(value, str) and value in expressions
+            with closing(sqlite3.connect(path, isolation_level=None)) as connection, suppress(sqlite3.IntegrityError):
+                row = list(connection.execute(f"SELECT {', '.join(COLUMNS[table])} FROM {table}").fetchone())
+                first = f"rowid = (SELECT MIN(rowid) FROM {table})"
+                if raw:
+                    connection.execute(f"UPDATE {table} SET {column} = {value} WHERE {first}")
+                else:
+                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {first}", (value,))
+                    sealed = f"SELECT {', '.join(COLUMNS[table])} FROM {table} WHERE {first}"
+                    row = list(connection.execute(sealed).fetchone())
+                    connection.execute(f"UPDATE {table} SET checksum = ? WHERE {first}", (checksum(row),))
+                yield f"{table}.{column} = {str(value)[:20]!r}"
+
+
+async def use(store: Store) -> None:
+    """Read all there is, as commands do."""
+    for summary in await store.summaries():
+        for one in await store.load(summary.cell):
+            as_line(one).encode()
+    await store.episodes()
+    await store.feedback()
+    await store.labels()
+    await store.questions()
+    await store.versions("m")
+    await fill(store, [], 0.2, 2)
+
+
+@pytest.mark.parametrize("table", COLUMNS)
+def test_a_row_of_any_value_stops_no_command(tmp_path: Path, table: str) -> None:
+    """Reading may say that a row is corrupt; verifying, forgetting and pruning go on, and then all is well."""
+    path = tmp_path / "s.db"
+    shutil.copy(template(tmp_path), path)
+
+    async def go(what: str) -> None:
+        async with Store.open(path) as store:
+            with suppress(CorruptRow):
+                await use(store)
+            await store.verify()
+            await store.forget(request="other")
+            await store.prune(corrupt=True)
+            assert (await store.verify()).bad == [], what
+            await use(store)
+            await store.add([recording("new", request="")])
+
+    for what in spoilt(path, table):
+        asyncio.run(go(what))
+
+
+# Files of lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        '{"a":' * 100_000,
+        as_line(recording("q")).replace('"7"', '"\\ud800"'),
+        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":NaN}'),
+        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":1e999}'),
+        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":' + DEEP + "}"),
+        as_line(recording("q")).replace("900", "9" * 5000),
+        as_line(recording("q")).replace("900", "1e999"),
+    ],
+)
+def test_no_line_of_recordings_is_worse_than_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(BadRecording, match=r"x\.jsonl"):
+        read_jsonl(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("text", [DEEP, "[NaN]", "[1e999]", "9" * 5000, '[{"question": "\\ud800"}]'])
+def test_no_file_of_the_release_is_worse_than_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(BadRecording, match=r"x\.json"):
+        read_release(tmp_path / "x.json")
+
+
+def test_no_line_of_a_record_is_worse_than_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text(DEEP + "\n")
+    with pytest.raises(HistoryError, match="line 1"):
+        History.read(path)
+    with pytest.raises(HistoryError, match="line 1"):
+        Transcript(path)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse(DEEP)
+
+
+def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    odd = episode("odd", about={"sampling": {"x": float("inf"), "y": [float("nan"), 1.5]}, "usage": {}})
+
+    async def go() -> Episode | None:
+        async with Store.open(path, create=True) as store:
+            await store.add_all([odd])
+            with pytest.raises(ValueError, match="beta is nan"):
+                await store.add_all([replace(episode("bad"), beta=float("nan"))])
+            return await store.episode("odd")
+
+    found = asyncio.run(go())
+    assert found is not None
+    assert found.about["sampling"] == {"x": None, "y": [None, 1.5]}
+    assert rows.item(line(odd)) == found
+
+
+async def test_what_a_row_cannot_hold_is_not_taken_for_a_failing_store(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        for item in (episode("a", tenant=None), episode("b", trace="\ud800"), replace(episode("c"), rounds=2**70)):
+            with pytest.raises(StoreError) as caught:
+                await store.add_all([item])
+            assert type(caught.value).__name__ == "Unwritable"
