@@ -78,6 +78,7 @@ class Explanation(TypedDict):
     """All that is told of an episode."""
 
     request: str
+    client_request_id: str | None  # what its client calls it
     tenant: str  # a hash; empty for a caller without a key
     created: str
     model: str
@@ -118,6 +119,7 @@ def explain(episode: Episode) -> Explanation:
     answer = None if episode.answer is None else shown(episode.answer)
     return Explanation(
         request=episode.request_id,
+        client_request_id=about.get("client_request_id"),
         tenant=episode.tenant,
         created=episode.created,
         model=episode.model,

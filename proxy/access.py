@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.logs import ACCESS, request_id
+from proxy.logs import ACCESS, client_request_id, request_id
 
 logger = logging.getLogger(ACCESS)
 
 OTHER = "other"
 """The path of requests to what there is not: clients may make up any number."""
+CLIENT_IDS: Final = (b"x-request-id", b"x-client-request-id")
+"""Headers in which a client may name its request; the first it sends counts."""
+ECHO: Final = b"x-client-request-id"
+"""The header in which that name comes back. The proxy's own id is in x-request-id."""
+_CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
 UNTOLD = frozenset({"/health", "/ready", "/metrics"})
 """Asked by machines, all the time: no line tells of them."""
 
@@ -33,11 +39,15 @@ class Timing:
             await self._app(scope, receive, send)
             return
         request_id.set(f"req-{uuid4().hex}")  # of this task alone: every request has one
+        named = client_id(scope["headers"])
+        client_request_id.set(named.decode())
         service = scope["app"].state.service
         service.spans.arrive(scope["headers"])
         passage = _Passage(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
 
         def sending(message: Message) -> Awaitable[None]:
+            if named and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (ECHO, named)]}
             passage.see(message)
             return send(message)
 
@@ -45,6 +55,13 @@ class Timing:
             await self._app(scope, receive, sending)
         finally:
             passage.end(service.metrics)
+
+
+def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """What a client calls its request: printable ASCII of 128 bytes at most. Empty if it says nothing, or more."""
+    given = dict(reversed([*headers]))
+    named = next((given[name] for name in CLIENT_IDS if name in given), b"")
+    return named if _CLIENT_ID.fullmatch(named) else b""
 
 
 class _Passage:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from typing import Final, NamedTuple
@@ -65,6 +66,7 @@ from proxy.errors import (
 from proxy.load import Load
 from proxy.metrics import CONTENT_TYPE, Metrics
 from proxy.pulse import Pulse
+from proxy.recent import Passed, Recent
 from proxy.records import Records
 from proxy.settings import Settings
 from proxy.splice import splice
@@ -102,6 +104,7 @@ class Service:
         self.turns = Turns(settings, self.metrics)
         self.records = Records(engine, settings, self.metrics, self.turns, self.drift)
         self.load = Load(engine, settings, self.metrics)
+        self.recent = Recent()
         self._models: dict[str, Model] = {}
 
     def _hear_of_upstream(self, event: str) -> None:
@@ -194,6 +197,8 @@ class Service:
             turn.leave()
             why = schema.Unserved("truncation", "truncation")
             return await self._pass(request, parsed, raw, model, turned, why)
+        if client_id := logs.client_request_id.get():
+            self.recent.name(caller.tenant, client_id, plan.request_id)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -274,14 +279,33 @@ class Service:
         response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
         if "tts" in parsed.model_fields_set:
             mark(response, told(turned, unserved))
+        self._remember(request, response, model.id, unserved.reason)
         return response
+
+    def _remember(self, request: Request, response: Response, model: str, reason: str) -> None:
+        """Keep what was handed on findable, by all its ids."""
+        tenant, own, named = request.state.caller.tenant, _request_id(), logs.client_request_id.get()
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        about = request.scope["path"], model, reason, response.status_code, named or None
+        self.recent.add(Passed(own, tenant, created, *about))
+        if named:
+            self.recent.name(tenant, named, own)
+        if isinstance(response, Stream):
+            response.pour = self.recent.seeing(response.pour, tenant, own)
+        else:
+            self.recent.see(tenant, own, bytes(response.body))
 
     # What happened
 
     async def explain(self, request: Request) -> Response:
         """Why a request ended as it did. Raises NotFound, for requests of others too, RecordsAway or ApiError."""
         caller: Caller = request.state.caller
-        episode = await self.records.find(caller, request.path_params["request_id"])
+        named = request.path_params["request_id"]
+        found = self.recent.resolve(caller.tenant, named, is_admin=caller.is_admin)
+        passed = self.recent.find(found)
+        if passed is not None and caller.may_see(passed.tenant):
+            return JSONResponse(passed.as_json(self.recent.upstream_id(found)))
+        episode = await self.records.find(caller, found)
         try:
             return await asyncio.to_thread(_explained, episode)
         except TraceError as error:
@@ -290,7 +314,10 @@ class Service:
     async def hear(self, request: Request) -> Response:
         """What a client says of an answer. Raises BadRequest, NotFound, for requests of others too, or RecordsAway."""
         said = schema.parse_feedback(await _read(request, self.settings.max_body_bytes))
-        heard = await self.records.hear(request.state.caller, said)
+        caller: Caller = request.state.caller
+        own = self.recent.resolve(caller.tenant, said.request, is_admin=caller.is_admin)
+        said = said.model_copy(update={"request": own})
+        heard = await self.records.hear(caller, said)
         if heard.is_first and heard.content is not None and heard.owner.stage is not None:
             self.casting.heard(Stage(heard.owner.stage), heard.owner.digest, heard.content)
         told = {"id": heard.id, "object": "tts.feedback", "request_id": said.request}
@@ -308,6 +335,10 @@ class Service:
         if isinstance(name, str) and "@" in name:
             put = {"model": (await self.find_model(name))[0].id}
         return await self._forward(request, splice(raw, drop=drop, put=put), _untouched("endpoint"))
+
+    async def look(self, request: Request) -> Response:
+        """Read something of the upstream's, untouched."""
+        return await self._forward(request, b"", _untouched("endpoint"))
 
     async def _forward(
         self,
@@ -426,12 +457,13 @@ ROUTES: Final = (
     Route("/v1/tts/curve", "GET", "curve", Access.CLIENT),
     Route("/v1/tts/feedback", "POST", "hear", Access.CLIENT),
     Route("/v1/tts/keys", "GET", "tell_keys", Access.ADMIN),
-    Route("/v1/tts/requests/{request_id}", "GET", "explain", Access.CLIENT),
+    Route("/v1/tts/requests/{request_id:path}", "GET", "explain", Access.CLIENT),
     Route("/openapi.json", "GET", "document", Access.CLIENT),
     Route("/health", "GET", "health", Access.ANYONE),
     Route("/ready", "GET", "ready", Access.ANYONE),
     Route("/metrics", "GET", "page", Access.CLIENT),
     *(Route(path, "POST", "forward", Access.CLIENT) for path in passthrough.PATHS),
+    *(Route(path, "GET", "look", Access.CLIENT) for path in passthrough.LOOKS),
 )
 """All that can be reached. A test holds the app to it, and tries each with no key, a client's and an admin's."""
 
@@ -620,6 +652,8 @@ async def _tell_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == HTTPStatus.NOT_FOUND and (instead := passthrough.UNSERVED.get(request.url.path)):
+        message = f"{request.method} {request.url.path} is not served: {instead}"
     told = NotFound(message, code="not_found") if error.status_code == HTTPStatus.NOT_FOUND else BadRequest(message)
     return JSONResponse(errors.body(told), error.status_code, {**(error.headers or {}), "x-request-id": _request_id()})
 

@@ -39,6 +39,7 @@ from proxy.errors import (
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
+    detail,
 )
 from proxy.health_check import HealthCheck, is_failure
 from proxy.response_body import Allowance, BodyTooLong, Lines, parse_object, read_body
@@ -554,6 +555,8 @@ class Engine:
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
         error = reply.get("error", reply)
         message = error.get("message") if isinstance(error, Mapping) else None
+        if message is None and "detail" in reply:  # FastAPI's own form
+            message = detail(reply["detail"])
         if not isinstance(message, str):
             return UpstreamNonsense(f"{self.shown} answered {status} without a message")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):

@@ -22,6 +22,7 @@ ProxyError
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
@@ -227,3 +228,16 @@ def clipped(text: str, most: int) -> str:
 def body(error: ApiError) -> Mapping[str, Any]:
     """The error as JSON: OpenAI's form."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def detail(told: object) -> str:
+    """What FastAPI's `detail` says: a text, or a list of what is wrong by field."""
+    if isinstance(told, str):
+        return told
+    if not isinstance(told, list) or not all(isinstance(one, dict) and "msg" in one for one in told):
+        return json.dumps(told, ensure_ascii=False)
+    problems = []
+    for one in told:
+        place = ".".join(map(str, one["loc"])) if isinstance(one.get("loc"), list) else ""
+        problems.append(f"{place}: {one['msg']}" if place else str(one["msg"]))
+    return "; ".join(problems)

@@ -29,7 +29,7 @@ _CLIENTS: Final = """
     encoding_format dimensions embed_dtype endianness instruction normalize activation softmax use_activation
     text_1 text_2 data_1 data_2 query queries items top_n return_documents max_tokens_per_doc max_tokens_per_query
     tokens return_token_strs access_programs background_options image moderation prompt_cache_options
-    cache_salt
+    cache_salt system thinking
 """
 FORWARDED: Final = frozenset(_CLIENTS.split())
 """Fields of the endpoints that are passed through. A tenant's `cache_salt` replaces its client's."""

@@ -26,6 +26,8 @@ ACCESS: Final = "proxy.access"
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The request that is being served here, as its response names it; empty outside of any."""
+client_request_id: ContextVar[str] = ContextVar("client_request_id", default="")
+"""What its client calls it; empty if the client does not say."""
 
 
 def set_up(settings: Settings, console: Console) -> None:
@@ -65,7 +67,8 @@ class Lines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """An object a line: `time`, `level`, `logger`, `message`, `request_id`, and what a line knows besides.
+    """An object a line: `time`, `level`, `logger`, `message`, what it is about (`request_id`, `client_request_id`), and
+    what a line knows besides.
 
     Of an exception it has the type and where it was raised, not its words: they may be a client's.
     """
@@ -83,6 +86,8 @@ class JsonLines(logging.Formatter):
         }
         if about := request_id.get():
             told["request_id"] = about
+        if named := client_request_id.get():
+            told["client_request_id"] = named
         facts = getattr(record, "facts", None)
         if isinstance(facts, Mapping):
             told |= facts

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from proxy import dial
-from proxy.passthrough import PATHS
+from proxy.passthrough import LOOKS, PATHS
 from proxy.schema import ChatRequest, CompletionRequest, FeedbackRequest, ResponsesRequest
 
 _ANY: Final[Mapping[str, Any]] = {"type": "object"}
@@ -44,6 +44,7 @@ class Operation(NamedTuple):
     media: str = "application/json"
     streams: bool = False  # server-sent events, if they are asked for
     is_untouched: bool = False  # the upstream describes it
+    is_read: bool = False  # the same without a body
 
 
 def _object(*required: str, **properties: Any) -> dict[str, Any]:
@@ -83,6 +84,7 @@ OPERATIONS: Final = (
     Operation("/ready", "Requests can be served", None, _object("ready", ready={"type": "boolean"}), _READY),
     Operation("/metrics", "Prometheus' page", media="text/plain"),
     *(Operation(path, "Handed to the upstream untouched", is_untouched=True) for path in PATHS),
+    *(Operation(path, "Read from the upstream untouched", is_read=True) for path in LOOKS),
 )
 
 
@@ -119,12 +121,14 @@ def _described(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {operation.media: {"schema": operation.answer} if operation.media != "text/plain" else {}}
     if operation.streams:
         content["text/event-stream"] = {}
-    answer = {"description": operation.summary, "content": {"*/*": {}} if operation.is_untouched else content}
+    is_upstreams = operation.is_untouched or operation.is_read
+    answer = {"description": operation.summary, "content": {"*/*": {}} if is_upstreams else content}
     failure = {"description": "What went wrong", "content": {"application/json": {"schema": _ref("Error")}}}
     responses = {str(status.value): answer for status in operation.statuses}
     told: dict[str, Any] = {"summary": operation.summary, "responses": {**responses, "default": failure}}
-    if operation.is_untouched:
+    if is_upstreams:
         told["responses"]["default"] = {"description": "What went wrong, there or here"}
+    if operation.is_untouched:
         told["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ANY}}}
     if operation.body is not None:
         schema = _ref(operation.body.__name__)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from http import HTTPStatus
+from types import MappingProxyType
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from proxy import errors
 from proxy.engine import Engine
 from proxy.pour import Hand, pour
 from proxy.stream import Stream
@@ -19,8 +23,29 @@ PATHS: Final = (
     "/v1/rerank",
     "/tokenize",
     "/detokenize",
+    "/v1/messages/count_tokens",
 )
-"""What may be reached through the proxy untouched. All else of the upstream is out of reach."""
+"""What may be posted to through the proxy untouched. All else of the upstream is out of reach."""
+LOOKS: Final = ("/version", "/tokenizer_info", "/ping")
+"""What may be read through the proxy untouched."""
+UNSERVED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "/v1/messages": "the proxy does not serve Anthropic's API; use /v1/chat/completions",
+        "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
+        "/v1/audio/transcriptions": "the proxy serves text; ask the upstream itself",
+        "/v1/audio/translations": "the proxy serves text; ask the upstream itself",
+        "/v1/realtime": "the proxy serves text; ask the upstream itself",
+        "/pooling": "use /v1/embeddings or /v1/score, or ask the upstream itself",
+        "/classify": "use /v1/embeddings or /v1/score, or ask the upstream itself",
+        "/score": "use /v1/score",
+        "/rerank": "use /v1/rerank",
+        "/v2/rerank": "use /v1/rerank",
+        "/invocations": "use the endpoint that is meant, such as /v1/chat/completions",
+        "/load": "use /metrics, or ask the upstream itself",
+        "/server_info": "ask the upstream itself",
+    }
+)
+"""Paths of vLLM that are not served, and what to do instead."""
 
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
@@ -48,11 +73,17 @@ async def forward(
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
         sent["content-type"] = content_type
+    if own := headers.get("x-request-id"):  # vLLM makes its own id of it, and logs it
+        sent["x-request-id"] = own
     opened = AsyncExitStack()
     asked = engine.relay(request.method, request.scope["path"], body, sent, is_urgent=is_stream)
     upstream = await opened.enter_async_context(asked)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
+    if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= WHOLE:
+        async with opened:
+            content = as_openais(upstream.status, await upstream.read())
+        return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
     if not in_pieces and length is not None and length <= WHOLE:
         async with opened:
             content = await upstream.read()
@@ -62,3 +93,17 @@ async def forward(
         await pour(upstream, hand, engine.silence_s)
 
     return Stream(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+
+
+def as_openais(status: int, content: bytes) -> bytes:
+    """The body of an error in OpenAI's form, if it is one of FastAPI's (`{"detail": …}`); else as it is."""
+    try:
+        told = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(told, dict) or "detail" not in told or "error" in told:
+        return content
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "upstream_error"
+    code = "not_found" if status == HTTPStatus.NOT_FOUND else "upstream_refused"
+    message = f"the upstream says: {errors.detail(told['detail'])}"
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()

@@ -18,6 +18,7 @@ from discovery.answers import canonical, is_veiled, veiled
 from discovery.labels import CONTENT
 from discovery.rounds import packed
 from discovery.store import About, Episode, Feedback
+from proxy import logs
 from proxy.drift import Drift
 from proxy.engine import Engine
 from proxy.errors import NotFound, RecordsAway
@@ -185,6 +186,8 @@ def _episode(
         streamed=plan.streamed,
         votable=environment.votable,
     )
+    if named := logs.client_request_id.get():
+        about["client_request_id"] = named
     if text is StoreText.FULL:
         about["text"] = plan.asked.text
         about["reply"] = None if reply is None else reply.message.content

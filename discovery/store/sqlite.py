@@ -362,7 +362,7 @@ class Store:
         if model is not None:
             wanted.append(("model = ?", model))
         if client_id is not None:
-            text = json.dumps({"client_request_id": client_id})[1:-1]
+            text = json.dumps({"client_request_id": client_id}, separators=(",", ":"), ensure_ascii=False)[1:-1]
             for special in "\\%_":
                 text = text.replace(special, f"\\{special}")
             wanted.append(("about LIKE ? ESCAPE '\\'", f"%{text}%"))

@@ -24,7 +24,7 @@ __all__ = ["backend"]  # a fixture
 
 CANARY = "zx81canary"
 """Never sent to the fake's own logs; letters and digits, so that no encoding hides it."""
-HEADERS = ("x-custom", "cookie", "user-agent", "referer", "x-request-id", "traceparent", "accept", "x-forwarded-for")
+HEADERS = ("x-custom", "cookie", "user-agent", "referer", "traceparent", "accept", "x-forwarded-for")
 QUESTION = [{"role": "user", "content": f"{CANARY} what is 3+4?"}]
 BODY: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "tts": {"beta": 0.5, "answer": "boxed"}}
 
@@ -135,7 +135,7 @@ async def test_what_a_client_says_stays_with_it(
         for beta in (CANARY, f"0.5 {CANARY}"):
             assert (await mine.send("POST", "/v1/chat/completions", json=BODY, headers={"x-tts-beta": beta}))[0] == 400
         for route in ROUTES:
-            path = route.path.replace("{request_id}", CANARY).replace("{model:path}", CANARY)
+            path = route.path.replace("{request_id:path}", CANARY).replace("{model:path}", CANARY)
             await mine.send(route.method, f"{path}?{CANARY}={CANARY}&model={CANARY}", data=f"{{{CANARY}".encode())
         for path in (f"/{CANARY}", f"/v1/{CANARY}/x", f"/%7a{CANARY}", f"/v1/models/{CANARY}%20"):
             assert (await mine.send("GET", path))[0] in (400, 404)
