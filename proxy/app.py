@@ -101,6 +101,8 @@ class Service:
         self.drift = Drift(engine, settings, self.metrics)
         engine.on_event = self._hear_of_upstream
         self.callers = callers
+        if (keyring := callers.keyring) is not None:
+            self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
         self.turns = Turns(settings, self.metrics)
         self.records = Records(engine, settings, self.metrics, self.turns, self.drift)
         self.load = Load(engine, settings, self.metrics)

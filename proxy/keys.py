@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import secrets
+import time
 import tomllib
 from collections.abc import Mapping
 from hashlib import blake2b, sha256
@@ -37,6 +38,8 @@ _LINE: Final = re.compile(r"line (\d+)")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 VARIABLE: Final = "AUTOTTS_CLIENT_KEYS"
+SETTLE_S: Final = 0.5
+"""Seconds for which a file must not have changed before keys that are missing from it count as removed."""
 
 Hash = Annotated[str, Field(pattern=rf"^{_HASH.pattern}$")]
 Some = Annotated[int, Field(ge=1, strict=True)]
@@ -57,6 +60,14 @@ class _Entry(BaseModel):
     tokens: Some | None = None
     tokens_per_minute: Some | None = None
     episodes: Some | None = None
+
+
+class _Seen(NamedTuple):
+    """State of a file, by which a change is noticed."""
+
+    modified_ns: int
+    size: int
+    inode: int
 
 
 class Key(NamedTuple):
@@ -91,7 +102,7 @@ def line(name: str, token: str, *, admin: bool = False) -> str:
 
 
 def read(path: Path) -> tuple[Key, ...]:
-    """The keys of a file. Raises SettingsError naming file and line."""
+    """Return the keys of a file, at least one. Raises SettingsError naming file and line."""
     try:
         text = path.read_text("utf-8")
     except OSError as error:
@@ -107,6 +118,8 @@ def read(path: Path) -> tuple[Key, ...]:
                 raise _wrong(path, text, name, f"has the key of {seen[one]}")
             seen[one] = name
         found.append(key)
+    if not found:
+        raise SettingsError(f"keys: {path}: there is no key in it; add a line that `autotts keys new NAME` writes")
     return tuple(found)
 
 
@@ -177,8 +190,11 @@ def _wrong(path: Path, text: str, name: str, words: str) -> SettingsError:
 
 
 class Keyring:
-    """The keys of a file as it is now, and `fixed` ones. A file that breaks leaves the keys as they were, and is
-    complained of once."""
+    """The keys of a file as it is now, and `fixed` ones.
+
+    A file that cannot be used leaves the keys as they were, and is logged once. So does a file that is being written in
+    place: keys that are missing from it count as removed once it has not changed for SETTLE_S seconds.
+    """
 
     def __init__(self, path: Path | None, fixed: tuple[Key, ...] = (), need: int = 0) -> None:
         self._path = path
@@ -186,20 +202,38 @@ class Keyring:
         self._fixed = fixed
         self._seen = self._look()
         self._keys = self._read()
+        self._is_broken = False
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """The keys, read anew if the file has changed."""
         seen = self._look()
-        if seen != self._seen:
-            self._seen = seen
-            try:
-                self._keys = self._read()
-            except SettingsError as error:
-                logger.error("%s; the keys stay as they were", error)
-            else:
-                logger.info("keys: %s has changed: %d keys", self._path, len(self._keys))
+        if seen == self._seen:
+            return self._keys
+        try:
+            keys = self._read()
+        except SettingsError as error:
+            self._seen, self._is_broken = seen, True
+            logger.error("%s; the keys stay as they were", error)
+            return self._keys
+        if self._look() != seen or self._may_be_partial(seen, keys):
+            return self._keys  # and the file is looked at again for the next request
+        self._seen, self._keys, self._is_broken = seen, keys, False
+        logger.info("keys: %s has changed: %d keys", self._path, len(self._keys))
         return self._keys
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the file as it is now cannot be used, so that older keys count."""
+        return self.keys is not None and self._is_broken
+
+    def _may_be_partial(self, seen: _Seen | None, keys: tuple[Key, ...]) -> bool:
+        """Whether `keys` lack one that counts now, in a file that is being written in place."""
+        if seen is None or self._seen is None or seen.inode != self._seen.inode:
+            return False
+        kept = {one for key in keys for one in key.hashes}
+        is_fresh = 0 <= time.time_ns() - seen.modified_ns < SETTLE_S * 1e9
+        return is_fresh and any(one not in kept for key in self._keys for one in key.hashes)
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is. How long it takes does not tell which, or how nearly."""
@@ -223,12 +257,12 @@ class Keyring:
                 logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, is_too_little(self._need))
         return (*filed, *self._fixed)
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """What changes with the file; None if it is not there."""
+    def _look(self) -> _Seen | None:
+        """Return what changes with the file, or None if there is no file."""
         if self._path is None:
             return None
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return _Seen(stat.st_mtime_ns, stat.st_size, stat.st_ino)

@@ -222,6 +222,11 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.keys_broken = Gauge(
+            "autotts_keys_broken",
+            "Whether the file of keys cannot be used as it is now, so that the keys before it count. Alarm on it.",
+            registry=self.registry,
+        )
         self.waiting = Gauge(
             "autotts_queue",
             "Requests that wait for their turn, by what serves them.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -236,24 +237,87 @@ def test_json_will_do(tmp_path: Path) -> None:
         keys.read(path)
 
 
-@pytest.mark.parametrize("harm", ["broken", "gone", "not UTF-8"])
+HARMS = {
+    "broken": b"alice = {{",
+    "not UTF-8": b"\xff\xfe",
+    "empty": b"",
+    "without keys": b"# alice = 1\n",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
     file: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
     ring = keys.Keyring(file)
-    if harm == "gone":
+    assert not ring.is_broken
+    content = HARMS[harm]
+    if content is None:
         file.unlink()
     else:
-        file.write_bytes(b"alice = {{" if harm == "broken" else b"\xff\xfe\xfa\xfb")
+        file.write_bytes(content)
     with caplog.at_level(logging.ERROR):
         for token, name in ((ALICE, "alice"), (BOB, "bob")):
             found = ring.find(token)
             assert found is not None
             assert found.name == name
     assert [str(file) in record.getMessage() for record in caplog.records] == [True]
+    assert ring.is_broken
     write(file, keys.line("carol", "carols"))
+    assert not ring.is_broken
     assert ring.find(ALICE) is None
     assert ring.find("carols") is not None
+
+
+def test_a_file_without_keys_does_not_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("# none yet\n")
+    with pytest.raises(SettingsError, match=r"keys\.toml: there is no key in it; add a line that `autotts keys new"):
+        Callers(load(keys=path))
+
+
+async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
+    url: str, http: aiohttp.ClientSession, file: Path
+) -> None:
+    lines = [keys.line("alice", ALICE), keys.line("bob", BOB), keys.line("root", ROOT, admin=True)]
+    with file.open("w") as opened:  # empty from here on
+        for written in range(len(lines) + 1):
+            opened.flush()
+            assert (await ask(http, url, BOB))[0] == 200, written
+            page = await (await http.get(f"{url}/metrics", headers=told(ROOT))).text()
+            assert f"autotts_keys_broken {float(written < len(lines))}" in page
+            if written < len(lines):
+                opened.write(lines[written] + "\n")
+
+
+def test_keys_missing_from_a_file_are_removed_once_it_stands_still(file: Path) -> None:
+    ring = keys.Keyring(file)
+    file.write_text(keys.line("alice", ALICE) + "\n" + keys.line("carol", "carols") + "\n")
+    assert (ring.find(BOB) is not None, ring.find("carols")) == (True, None)
+    old = time.time_ns() - int(keys.SETTLE_S * 1e9)
+    os.utime(file, ns=(old, old))
+    assert (ring.find(BOB), ring.find("carols") is not None) == (None, True)
+    given = (("alice", ALICE), ("carol", "carols"), ("dave", "d"))
+    file.write_text("".join(keys.line(name, token) + "\n" for name, token in given))
+    assert ring.find("d") is not None  # nothing is missing, so nothing is waited for
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.Keyring(file)
+    everybody = {"alice": ALICE, "bob": BOB, "root": ROOT, "eve": "eves"}
+    write(file, keys.line("carol", "carols"))
+    read = keys.read
+
+    def slow(path: Path) -> Any:
+        taken = read(path)
+        write(file, *(keys.line(name, token) for name, token in everybody.items()))
+        return taken
+
+    monkeypatch.setattr(keys, "read", slow)
+    assert ring.find("carols") is None
+    monkeypatch.undo()
+    assert ring.find("eves") is not None
 
 
 # The variable
