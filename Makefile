@@ -22,11 +22,12 @@ test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 # What the suite does a few times, many: a proxy killed while it writes, every command beside proxies that end, a verdict
-# on a busy machine.
-soak: $(VENV)/dev
+# on a busy machine, characters cut between two requests.
+soak: $(VENV)/embedded $(VENV)/dev
 	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies" $(ARGS)
 	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/test_busy.py -k verdict $(ARGS)
+	SOAK_SEAMS=2000 $(BIN)/python -m pytest tests/proxy/test_vllm_seams.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

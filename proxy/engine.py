@@ -31,6 +31,7 @@ import aiohttp
 from controllers import Action
 from proxy.berths import Berths
 from proxy.breaker import BackgroundBreaker, Breaker, RetryBudget
+from proxy.detokeniser import Endings
 from proxy.eager import Urgent
 from proxy.errors import (
     UpstreamEjected,
@@ -113,7 +114,13 @@ class Output:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str | None = None  # "stop", "length" or, while running or cut, None
-    at_eos: bool = False  # it ended by the model's end token, which is the last of `ids`
+    at_token: bool = False  # it ended by a token that ends replies, which is the last of `ids` and has no text
+    raw: str | None = None  # the server's text, where it may hold the prompt's; `text` is then decoded from `ids`
+
+    @property
+    def written(self) -> list[int]:
+        """The ids that have text."""
+        return self.ids[:-1] if self.at_token else self.ids
 
 
 @dataclass(slots=True)
@@ -130,7 +137,7 @@ class Call:
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
-    on_finish: Callable[[Output], None] | None = None  # told of each output when it ends; may raise to cut the rest
+    on_finish: Callable[[Output], Awaitable[None]] | None = None  # awaited for each output that ends; may raise to cut
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
@@ -196,6 +203,7 @@ class Engine:
         self._budget = RetryBudget()
         self.on_event: Callable[[str], object] = lambda _: None  # called with "retried" and "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
+        self.endings = Endings()
         self.watcher = Watcher()
 
     def aside(self) -> Engine:
@@ -293,25 +301,33 @@ class Engine:
         """Ids of a text of ours that follows generated ids. Cached."""
         known = self._suffixes.get((model, text))
         if known is None:
-            request = {"model": model, "prompt": text, "add_special_tokens": False}
-            known = self._suffixes[model, text] = await self._tokenise(request)
+            known = self._suffixes[model, text] = await self.tokenise_plain(model, text)
         return known
 
-    async def _tokenise(self, request: Mapping[str, Any], most: int | None = None) -> list[int]:
+    async def tokenise_plain(self, model: str, text: str, *, is_watched: bool = True) -> list[int]:
+        """Ids of a text, without the special tokens that a prompt begins with."""
+        request = {"model": model, "prompt": text, "add_special_tokens": False}
+        return await self._tokenise(request, is_watched=is_watched)
+
+    async def _tokenise(
+        self, request: Mapping[str, Any], most: int | None = None, *, is_watched: bool = True
+    ) -> list[int]:
         """Return the ids that the upstream has for a request. Raises TooManyTokens if `most` do not nearly suffice."""
         size = len(json.dumps(request.get("prompt", request)))
         longest = size if most is None else min(size, most)  # a token is a byte at least, on the whole
+        bound = LEAST_BYTES + BYTES_PER_ID * longest
         try:
-            return self._ids(await self._json("POST", "/tokenize", request, most=LEAST_BYTES + BYTES_PER_ID * longest))
+            return self._ids(await self._json("POST", "/tokenize", request, most=bound, is_watched=is_watched))
         except BodyTooLong:
             if most is not None and size > most:
                 raise TooManyTokens from None
             raise
 
-    async def detokenise(self, model: str, ids: Sequence[int]) -> str:
+    async def detokenise(self, model: str, ids: Sequence[int], *, is_watched: bool = True) -> str:
         """The text of `ids`, special tokens included."""
         most = LEAST_BYTES + BYTES_PER_TEXT * BYTES_PER_ID * len(ids)
-        reply = await self._json("POST", "/detokenize", {"model": model, "tokens": list(ids)}, most=most)
+        request = {"model": model, "tokens": list(ids)}
+        reply = await self._json("POST", "/detokenize", request, most=most, is_watched=is_watched)
         text = reply.get("prompt")
         if not isinstance(text, str):
             raise UpstreamNonsense(f"{self.shown}/detokenize gave no text")
@@ -356,7 +372,9 @@ class Engine:
                 if "error" in chunk:
                     raise self._refusal(response.status, chunk)
                 usage = chunk.get("usage") or usage
-                self._take(call, chunk)
+                for output in self._take(call, chunk):
+                    if call.on_finish is not None:
+                        await call.on_finish(output)
         self._settle(call, usage)
 
     def relay(
@@ -366,8 +384,11 @@ class Engine:
         payload = Urgent if is_urgent else aiohttp.BytesPayload
         return self._request(method, path, data=payload(body) if body else None, headers=headers)
 
-    def _take(self, call: Call, chunk: Mapping[str, Any]) -> None:
-        """Add a chunk to the outputs. What is too much is kept too: it was generated, and so is paid for."""
+    def _take(self, call: Call, chunk: Mapping[str, Any]) -> list[Output]:
+        """Add a chunk to the outputs and return those that have ended.
+
+        Tokens beyond the limit are kept: they were generated, and so are billed.
+        """
         ended: list[Output] = []
         longest = 0
         try:
@@ -376,10 +397,13 @@ class Engine:
                 output = call.outputs[index if index >= 0 else len(call.outputs)]
                 output.ids += _ids_of(choice["token_ids"])
                 longest = max(longest, len(output.ids))
-                output.text += choice["text"]
+                if output.raw is None:
+                    output.text += choice["text"]
+                else:
+                    output.raw += choice["text"]
                 if choice["finish_reason"] is not None:
                     output.finish = choice["finish_reason"]
-                    output.at_eos = output.finish == "stop" and choice.get("stop_reason") is None
+                    output.at_token = output.finish == "stop" and not isinstance(choice.get("stop_reason"), str)
                     ended.append(output)
         except (KeyError, IndexError, TypeError):
             raise UpstreamNonsense(
@@ -388,9 +412,7 @@ class Engine:
         if longest > call.max_tokens:
             words = f"sent {longest} tokens of a completion that may have {call.max_tokens}"
             raise UpstreamNonsense(f"{self.shown} {words}")
-        if call.on_finish is not None:
-            for output in ended:
-                call.on_finish(output)
+        return ended
 
     def _settle(self, call: Call, usage: Mapping[str, Any] | None) -> None:
         """Check that each completion came to a proper end and that the server's usage is what arrived."""
@@ -516,10 +538,12 @@ class Engine:
         body: Mapping[str, Any] | None = None,
         *,
         is_check: bool = False,
+        is_watched: bool = True,
         most: int,
     ) -> dict[str, Any]:
         """Return the JSON object that the upstream answers with, which may have `most` bytes."""
-        async with self._request(method, path, is_check=is_check, is_telling=False, json=body) as response:
+        flags = {"is_check": is_check, "is_telling": False, "is_watched": is_watched}
+        async with self._request(method, path, **flags, json=body) as response:
             await self._raise_for_status(response)
             reply = self._parse(await read_body(response, most, self.silence_s))
             if reply.get("error"):

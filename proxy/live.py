@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
 from discovery.answers import AUTO, VOTES_ALONE, Answer, Judge, Kind, Labels, read
 from proxy import probing
+from proxy.detokeniser import CallDecoder, Detokeniser
 from proxy.engine import Call, Engine, Output
 
 UNASKED: Final = 2
@@ -125,6 +126,7 @@ class LiveEnvironment:
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
         self.scouted = 0  # tokens of the probe that asked whether it is
         self.priority = 0  # of its requests
+        self._decoder = CallDecoder(prompt.ids)
         self._scout: LiveBranch | None = None  # a branch run ahead that has not been opened yet
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
@@ -145,7 +147,7 @@ class LiveEnvironment:
             while branch.ahead:
                 self._grow(branch, branch.ahead.popleft())
         for owner, output in self._flying:
-            if owner is not None:
+            if owner is not None and output.raw is None:  # its text was still to be decoded
                 self._grow(owner, output)
         self._flying.clear()
 
@@ -183,7 +185,7 @@ class LiveEnvironment:
         suffixes: list[list[int]] = []
         for index, intervals in points:
             ids = self.branches[index].ids[: intervals * self.sizes.interval]
-            suffixes.append(await self._suffix(await self.engine.detokenise(self.prompt.model, ids), lead=True))
+            suffixes.append(await self._suffix(await self._detokeniser.visible(ids), lead=True))
             contexts.append([*self.prompt.ids, *ids, *suffixes[-1]])
         call = Call(contexts, self.sizes.probe, probing.sampling(), suffix_tokens=sum(map(len, suffixes)))
         await self._generate(call)
@@ -215,16 +217,24 @@ class LiveEnvironment:
         return call.outputs[0]
 
     async def _generate(self, call: Call) -> None:
-        """Run `call`, and bill it, however it ends."""
+        """Run `call`, and bill it, however it ends. The text of its outputs is that of their ids."""
         meter = self.meter
         meter.first = meter.first or call
         call.priority, call.salt = self.priority, self.prompt.salt
         try:
-            await self.engine.generate(self.prompt.model, call)
+            if call.suffix_tokens and self.prompt.template in probing.TEMPLATES.values():  # these end in plain text
+                await self.engine.generate(self.prompt.model, call)
+            else:
+                async with self._decoder.over(call, self._detokeniser):
+                    await self.engine.generate(self.prompt.model, call)
         except BaseException:
             meter.aborted_tokens += call.generated
             raise
         meter.add(call)
+
+    @property
+    def _detokeniser(self) -> Detokeniser:
+        return Detokeniser(self.engine, self.prompt.model)
 
     # Whether the task can be voted on
 
@@ -370,7 +380,7 @@ class LiveEnvironment:
         _wire(call, steps)
         texts = {id(step.output): self.branches[step.branch].text for step in steps}
 
-        def finished(output: Output) -> None:
+        async def finished(output: Output) -> None:
             if output.finish == "stop":
                 self._look(texts[id(output)] + output.text)
 

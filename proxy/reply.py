@@ -117,7 +117,7 @@ async def _finish(plan: Plan, environment: LiveEnvironment, index: int, state: S
     branch = environment.branches[index]
     if branch.finish is None:
         return await _close(plan, environment, index, state)
-    message = await _whole(environment, branch)
+    message = await _message(environment, branch)
     return message, state.answer is None or await _says(environment, message.content, state.answer)
 
 
@@ -172,15 +172,6 @@ def _spokesman(environment: LiveEnvironment, state: State, answer: int | None) -
     )
 
 
-async def _whole(environment: LiveEnvironment, branch: LiveBranch) -> Message:
-    """A finished branch as it is. Text that came in pieces may have lost a character at a seam: ask for it whole."""
-    text = branch.text
-    if branch.pieces > 1 and not text.isascii() and not environment.prompt.stop:
-        end = len(branch.ids) - (branch.finish == "stop")
-        text = await environment.engine.detokenise(environment.prompt.model, branch.ids[:end])
-    return await _message(environment, text, branch.ids, branch.finish or "stop")
-
-
 async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
     """Make an unfinished branch close its thought and answer; led into the answer if its own words would not give it,
     or if there is no time for them. If it will not say what was voted for, the message states that and no more.
@@ -205,8 +196,10 @@ async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: St
     return _stated(plan, environment, index, answer), False
 
 
-async def _message(environment: LiveEnvironment, text: str, ids: list[int], finish: str) -> Message:
+async def _message(environment: LiveEnvironment, branch: LiveBranch) -> Message:
+    """A finished branch as it is."""
     template, tail = environment.prompt.template, environment.prompt.tail
+    ids, text, finish = branch.ids, branch.text, branch.finish or "stop"
     reasoning, content = template.split(tail, text)
     if reasoning is None or not template.ending:
         return Message(content, reasoning, finish, len(ids), text)
