@@ -86,8 +86,9 @@ class Load:
         with suppress(aiohttp.ClientError, ConnectionError):
             while True:
                 status, reply = await self._post("/v1/chat/completions", body)
-                if status == 503:  # it is ending
-                    return
+                if status >= 500:  # it is ending, or the upstream is slow on a busy machine
+                    await asyncio.sleep(0.05)
+                    continue
                 assert status == 200, reply
                 request = reply["id"]
                 status, reply = await self._post("/v1/tts/feedback", {"request_id": request, "correct": True})
@@ -113,7 +114,7 @@ class Load:
 @asynccontextmanager
 async def loaded(forker: Forker, upstream: str, count: int) -> AsyncIterator[list[Load]]:
     """Proxies on one store, each with clients."""
-    given = {**SMALL, "record_fraction": 0.2, "record_branches": 4, "admin_key": ADMIN}
+    given = {**SMALL, "read_timeout_s": 60, "record_fraction": 0.2, "record_branches": 4, "admin_key": ADMIN}
     flags = ["--port=0", f"--upstream={upstream}", f"--store={STORE}", *(f"--set={k}={v}" for k, v in given.items())]
     proxies = [forker.start("serve", *flags) for _ in range(count)]
     async with aiohttp.ClientSession() as http:
