@@ -346,6 +346,13 @@ def feedback_row(feedback: Feedback) -> Row:
     return sealed(about)
 
 
+def feedback(row: Sequence[Any]) -> Feedback:
+    """What a row of table feedback says; without its checksum. Raises ValueError."""
+    made = Feedback(*row)
+    parse(made.value)
+    return made
+
+
 def label_row(label: Label) -> Row:
     """Of table labels."""
     identity = f"{label.source}:{label.question}"
@@ -394,6 +401,8 @@ def item(line: bytes) -> Item:
         found: Item = _ADAPTERS[kind][1].validate_python(content)
         if isinstance(found, RecordedQuestion):
             _check(found)
+        if isinstance(found, Feedback):
+            parse(found.value)
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a record: {type(error).__name__}") from None
     return found
@@ -507,6 +516,7 @@ _READERS: Final[Mapping[str, Callable[[Sequence[Any]], object]]] = dict.fromkeys
     "recordings": _read_recording,
     "branches": _read_branch,
     "episodes": episode,
+    "feedback": feedback,
     "labels": label,
     "runs": lambda row: _object(row[3]),
 }

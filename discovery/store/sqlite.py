@@ -368,20 +368,22 @@ class Store:
             wanted.append(("about LIKE ? ESCAPE '\\'", f"%{text}%"))
         where = f"WHERE {' AND '.join(clause for clause, _ in wanted)} " if wanted else ""
         values = (*(value for _, value in wanted), limit)
-        found = await self._rows("episodes", f"{where}ORDER BY created DESC, id DESC LIMIT ?", values)
-        return [rows.episode(row) for row in found]
+        latest = f"{where}ORDER BY created DESC, id DESC LIMIT ?"
+        return await self._made("episodes", rows.episode, latest, values)
 
     async def served(self) -> Served:
         """How many episodes and how much feedback there is."""
         ((count, oldest, newest),) = await self._read("SELECT COUNT(*), MIN(created), MAX(created) FROM episodes")
         stops = await self._read("SELECT stop, COUNT(*) FROM episodes GROUP BY stop ORDER BY 2 DESC, 1")
         feedback = await self._read("SELECT kind, COUNT(*) FROM feedback GROUP BY kind ORDER BY kind")
-        return Served(count, oldest, newest, dict(stops), dict(feedback))
+        first, last = (None if one is None else str(one) for one in (oldest, newest))  # a spoilt row may hold bytes
+        by_stop, by_kind = ({str(name): number for name, number in one} for one in (stops, feedback))
+        return Served(count, first, last, by_stop, by_kind)
 
     async def feedback(self, request: str | None = None) -> list[Feedback]:
         """What was said of a request, or of all, the latest last."""
         where, values = ("", ()) if request is None else ("WHERE request_id = ?", (request,))
-        return await self._made("feedback", lambda row: Feedback(*row), f"{where} ORDER BY created, id", values)
+        return await self._made("feedback", rows.feedback, f"{where} ORDER BY created, id", values)
 
     async def questions(self) -> dict[str, Label | None]:
         """Every question that was recorded or served, and the answer it came with, if it did."""

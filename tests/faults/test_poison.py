@@ -88,6 +88,9 @@ POISON: Final = {
     "sandbox unknown": changed(E, sandbox='"bagged"'),
     "created number": changed(E, created="7"),
     "value number": changed(F, value="7"),
+    "value deep": changed(F, value=json.dumps(DEEP)),
+    "value of many digits": changed(F, value=json.dumps("9" * 5000)),
+    "value not json": changed(F, value='"yes"'),
     "interval zero": changed(R, interval="0"),
     "interval negative": changed(R, interval="-5"),
     "interval large": changed(R, interval=str(2**40)),
@@ -178,8 +181,8 @@ async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None
     path = tmp_path / "s.db"
     odd = [
         changed(episode("nul"), tenant='"a\\u0000b"'),
-        changed(replace(F, id="deep", request_id="a"), value=json.dumps(DEEP)),
-        changed(replace(F, id="digits", request_id="b"), value=json.dumps("9" * 5000)),
+        changed(replace(F, id="list", request_id="a"), value='"[7]"'),
+        changed(replace(F, id="infinite", request_id="b"), kind='"score"', value='"1e999"'),
         changed(replace(F, id="nan"), kind='"score"', value='"NaN"'),
         changed(episode("negative"), branches="-4", rounds=str(-(2**62))),
     ]
@@ -277,7 +280,9 @@ async def use(store: Store) -> None:
     for summary in await store.summaries():
         for one in await store.load(summary.cell):
             as_line(one).encode()
+    json.dumps(await store.served())
     await store.episodes()
+    await store.latest(10)
     await store.feedback()
     await store.labels()
     await store.questions()
