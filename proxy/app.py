@@ -65,6 +65,7 @@ from proxy.errors import (
 )
 from proxy.load import Load
 from proxy.metrics import CONTENT_TYPE, Metrics
+from proxy.origins import PageGuard, with_cors
 from proxy.pulse import Pulse
 from proxy.recent import Passed, Recent
 from proxy.records import Records
@@ -101,6 +102,7 @@ class Service:
         self.drift = Drift(engine, settings, self.metrics)
         engine.on_event = self._hear_of_upstream
         self.callers = callers
+        self.guard = PageGuard(settings)
         if (keyring := callers.keyring) is not None:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
         self.turns = Turns(settings, self.metrics)
@@ -500,6 +502,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     endpoints = {route: _endpoint(route) for route in ROUTES}
     app = _App(title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.settings = settings
     app.straight = {(route.method, route.path): endpoints[route] for route in ROUTES}
     for route, endpoint in endpoints.items():
         app.add_route(route.path, endpoint, methods=[route.method])
@@ -514,10 +517,11 @@ class _App(FastAPI):
     """Has what is the same for all requests around all else: outside of what the framework has there."""
 
     straight: Mapping[tuple[str, str], Endpoint]  # by method and path
+    settings: Settings
 
     def build_middleware_stack(self) -> ASGIApp:
         straight = Straight(super().build_middleware_stack(), self.straight)
-        return Timing(straight, [path for _, path in self.straight])
+        return Timing(with_cors(straight, self.settings), [path for _, path in self.straight])
 
 
 class Straight:
@@ -552,6 +556,8 @@ class Straight:
 def _endpoint(route: Route) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         service = request.app.state.service
+        if route.access is not Access.ANYONE:
+            service.guard.check(route.method, request.scope["headers"])
         request.state.caller = service.callers.admit(request, route.access)
         held = request.state.held = ExitStack()  # what is let go when the response is out, or there is none
         try:

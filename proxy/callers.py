@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
 from enum import StrEnum
@@ -15,6 +14,7 @@ from starlette.requests import Request
 from proxy import keys
 from proxy.errors import Forbidden, SettingsError, Unauthorised
 from proxy.limits import Caps, too_small
+from proxy.origins import is_loopback
 from proxy.settings import Settings
 from proxy.splice import splice
 
@@ -138,16 +138,9 @@ def _anonymous(token: str) -> str:
 def check_host(settings: Settings) -> None:
     """Raise SettingsError if strangers could reach a proxy that asks nobody for a key."""
     has_keys = settings.keys is not None or settings.client_keys is not None
-    if has_keys or settings.allow_anonymous or _is_loopback(settings.host):
+    if has_keys or settings.allow_anonymous or is_loopback(settings.host):
         return
     raise SettingsError(
         f"host {settings.host} can be reached by others and there are no keys: name a file of them in AUTOTTS_KEYS "
         "(`autotts keys new`), or say --allow-anonymous"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

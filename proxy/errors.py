@@ -161,6 +161,12 @@ class TooLarge(BadRequest):
         return {"connection": "close"}
 
 
+class UnsupportedMedia(BadRequest):
+    """The body has a content type or encoding that is not accepted."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
 class UpstreamError(ApiError):
     """The backend failed."""
 

@@ -124,6 +124,18 @@ class Settings(BaseSettings):
         None, description="clients' keys beside the file's, as NAME=HASH with commas or new lines between, read once"
     )
     allow_anonymous: bool = Field(False, description="listen on other addresses than loopback without a file of keys")
+    allowed_hosts: str | None = Field(
+        None,
+        pattern=r"^\s*(\*|(\*\.)?[A-Za-z0-9._-]+)(\s*,\s*(\*|(\*\.)?[A-Za-z0-9._-]+))*\s*$",
+        description="host names, besides localhost and addresses, that a proxy without keys is asked under, with "
+        "commas between: `tts.example.org,*.internal`; `*` is any",
+    )
+    allowed_origins: str | None = Field(
+        None,
+        pattern=r"^\s*(\*|[a-z][a-z0-9+.-]*://[^\s,/]+)(\s*,\s*(\*|[a-z][a-z0-9+.-]*://[^\s,/]+))*\s*$",
+        description="origins of web pages that may use the proxy from a browser, with commas between: "
+        "`https://app.example.org`; `*` is any; none sends no CORS headers",
+    )
     cache_secret: SecretStr | None = Field(
         None,
         description="what keeps tenants apart in the upstream's prefix cache; the same for all replicas; "

@@ -44,10 +44,10 @@ from tests.proxy.test_records import until
 __all__ = ["backend", "proxy"]  # fixtures
 
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
-HOST = b"Host: proxy\r\n"
+HOST = b"Host: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 JSON = b"Content-Type: application/json\r\n"
-SMUGGLED = b"POST /tokenize HTTP/1.1\r\nHost: proxy\r\nContent-Length: 2\r\n\r\n{}"
+SMUGGLED = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
 
 
 class Answer(NamedTuple):

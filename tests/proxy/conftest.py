@@ -35,6 +35,7 @@ class Proxy(NamedTuple):
         body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], **fields}
         headers = {} if beta is None else {"x-tts-beta": beta}
         sent: dict[str, Any] = {"json": body} if raw is None else {"data": io.BytesIO(raw)}
+        headers["content-type"] = "application/json"
         async with self.http.post(f"{self.url}/v1/chat/completions", headers=headers, **sent) as response:
             return response.status, response.headers, await response.json(content_type=None)
 

@@ -142,11 +142,10 @@ FEEDBACK = st.fixed_dictionaries(
 )
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=20)
 HEADERS = st.fixed_dictionaries(
-    {},
+    {"content-type": st.sampled_from([*["application/json"] * 9, "text/plain", "a/b; charset=x", ""]) | VALUES},
     optional={
         "x-tts-beta": st.sampled_from(["0", "0.5", "1", "nan", "", "½"]) | VALUES,
         "authorization": VALUES.map("Bearer {}".format) | VALUES,
-        "content-type": st.sampled_from(["application/json", "text/plain", "a/b; charset=x", ""]) | VALUES,
         "accept": VALUES,
         "x-request-id": VALUES,
         "traceparent": VALUES,

@@ -287,7 +287,8 @@ async def test_all_are_refused_as_chat_is(proxy: Proxy, path: str, param: str) -
     _, _, reply = await post(proxy, path, {param: prompt("x" * 20_000), "tts": {"beta": 1}})
     assert reply["error"]["code"] == "context_length_exceeded"
     assert reply["error"]["message"].startswith("This model's maximum context length is 2000 tokens. However, your ")
-    async with proxy.http.post(proxy.url + path, data=b"[1") as response:
+    sent = {"content-type": "application/json"}
+    async with proxy.http.post(proxy.url + path, data=b"[1", headers=sent) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (400, "bad_json")
 
 
