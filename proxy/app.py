@@ -35,6 +35,7 @@ from proxy import (
     drain,
     eager,
     errors,
+    field_values,
     fields,
     logs,
     openapi,
@@ -334,6 +335,7 @@ class Service:
         """Another endpoint of the upstream's, untouched."""
         raw = await _read(request, self.settings.max_body_bytes)
         asked = strict.read(raw)
+        field_values.check(asked)
         drop = fields.withheld(asked, is_admin=request.state.caller.is_admin)
         name, put = asked.get("model"), dict[str, str]()
         if isinstance(name, str) and "@" in name:

@@ -21,7 +21,7 @@ from pydantic import (
 from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.veil import MARK
 from discovery.errors import UnknownKind
-from proxy import fields, strict
+from proxy import field_values, fields, strict
 from proxy.conversation import kind, messages_of, template_fields, why_not_text, with_reasoning
 from proxy.dial import EFFORTS
 from proxy.errors import BadRequest, clipped
@@ -433,8 +433,11 @@ _INCLUDED: Final = {
 
 
 def parse(made: type[T], raw: bytes) -> T:
-    """A request of one kind. Raises BadRequest naming the first field that is wrong."""
-    return _validated(made, strict.read(raw))
+    """Return a request of one kind. Raises BadRequest naming the first field that is wrong."""
+    body = strict.read(raw)
+    parsed = _validated(made, body)
+    field_values.check(body)
+    return parsed
 
 
 def parse_feedback(raw: bytes) -> FeedbackRequest:

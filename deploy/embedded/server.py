@@ -49,6 +49,8 @@ FLAGS = (
     *("--max-model-len", "1024", "--max-num-seqs", "128", "--kv-cache-memory-bytes", str(128 * 2**20)),
     *("--enable-prompt-tokens-details", "--scheduling-policy", "priority", "--reasoning-parser", "qwen3"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    # By default the first request that needs one settles the backend, which then fails on what others ask for.
+    *("--structured-outputs-config.backend", "xgrammar"),
 )
 
 _PR_SET_PDEATHSIG = 1
