@@ -27,7 +27,7 @@ from proxy.dial import Dial
 from proxy.drift import Drift
 from proxy.engine import Engine, Model, TooManyTokens
 from proxy.errors import ApiError, BadRequest, UpstreamError
-from proxy.live import LiveEnvironment, NotVotable, Prompt, Sizes
+from proxy.live import LiveEnvironment, NotVotable, Prompt, SentTooMuch, Sizes
 from proxy.metrics import Metrics
 from proxy.records import Records
 from proxy.reply import Closing, Reply, compose, too_late
@@ -271,7 +271,9 @@ async def _bounds(
         probe_tokens=suffix + probe,
         max_tokens=None if cap is None else cap - reserve,
     )
-    return _Bounds(Sizes(settings.interval, branch, probe, ahead), limits, Closing(finalise, probe))
+    return _Bounds(
+        Sizes(settings.interval, branch, probe, ahead, settings.max_sent_bytes), limits, Closing(finalise, probe)
+    )
 
 
 async def serve(
@@ -337,6 +339,10 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
     except NotVotable:
         environment.salvage()
         state.end(Stop.NOT_VOTABLE)
+    except SentTooMuch:
+        logger.warning("%s: it has sent more than max_sent_bytes to the upstream; it ends here", plan.request_id)
+        environment.salvage()
+        state.end(Stop.MAX_TOKENS)
     except ControllerError as error:
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)
         state.end(Stop.CONTROLLER_ERROR)

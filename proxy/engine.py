@@ -72,6 +72,8 @@ LEAST_BYTES: Final = 2**20
 """Bytes of a response that are read whatever was asked for."""
 BYTES_PER_ID: Final = 16
 """Bytes that a token id may take in JSON."""
+BYTES_SENT_PER_ID: Final = 6
+"""Bytes that a token id takes in a request, on the whole: five digits and a comma."""
 BYTES_PER_TOKEN: Final = 4096
 """Bytes of a stream that a token may take: a chunk of its own, with its text."""
 BYTES_PER_TEXT: Final = 64
@@ -141,6 +143,11 @@ class Call:
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the request's body, about."""
+        return BYTES_SENT_PER_ID * sum(map(len, self.prompts)) + len(json.dumps(dict(self.sampling)))
 
     @property
     def generated(self) -> int:

@@ -43,6 +43,11 @@ class Sizes(NamedTuple):
     branch: int  # the most a branch may grow to
     probe: int  # the most a probe may generate
     ahead: int | None = None  # the most a branch may be run ahead of what is asked for; None if to its end
+    sent_bytes: int | None = None  # after which no round begins any more
+
+
+class SentTooMuch(Exception):
+    """The request has sent the upstream as many bytes as it may."""
 
 
 class NotVotable(Exception):
@@ -73,6 +78,7 @@ class Meter:
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens of our own making: what probes append
     aborted_tokens: int = 0  # generated in requests that were cut, as far as seen
+    sent_bytes: int = 0  # of the bodies of its requests, about
 
     @property
     def first_cached(self) -> int | None:
@@ -131,6 +137,9 @@ class LiveEnvironment:
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        most = self.sizes.sent_bytes
+        if most is not None and not self.priority and self.meter.sent_bytes > most:
+            raise SentTooMuch
         facts: dict[int, _Outcome] = {}
         with self.engine.watcher.round(actions):
             await self._admit(actions)
@@ -220,6 +229,7 @@ class LiveEnvironment:
         """Run `call`, and bill it, however it ends. The text of its outputs is that of their ids."""
         meter = self.meter
         meter.first = meter.first or call
+        meter.sent_bytes += call.size
         call.priority, call.salt = self.priority, self.prompt.salt
         try:
             if call.suffix_tokens and self.prompt.template in probing.TEMPLATES.values():  # these end in plain text

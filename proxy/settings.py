@@ -207,6 +207,12 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = Field(5, description="seconds to connect to the upstream")
     read_timeout_s: Seconds = Field(600, description="seconds the upstream may be silent")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="size of a request body")
+    max_sent_bytes: int = Field(
+        2 * 2**30,
+        ge=1024,
+        description="bytes one request may send upstream over all its branches, whose texts go along with each "
+        "interval; then it is answered with what there is",
+    )
     head_s: Seconds = Field(10, description="seconds the head of a request may take to arrive")
     body_s: Seconds = Field(300, description="seconds the body of a request may take to arrive")
     body_rate: int = Field(

@@ -23,8 +23,8 @@ from proxy.field_values import (
 )
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from tests.fakes import MODEL
-from tests.proxy.conftest import Proxy
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import SMALL, Proxy
 
 BIG = 10**20
 SCHEMAS: list[dict[str, Any]] = [
@@ -160,6 +160,35 @@ async def test_every_endpoint_refuses_them(proxy: Proxy, path: str, body: dict[s
             assert (response.status, reply["error"]["type"]) == (400, "invalid_request_error")
             assert reply["error"]["param"].startswith(next(iter(field)))
     assert proxy.backend.requests == []
+
+
+async def test_what_is_sent_with_each_branch_is_bounded(proxy: Proxy) -> None:
+    stops = ["s" * MOST_STOP] * 4
+    bias = {str(1000 + i): -1.0 for i in range(1024)}
+    status, _, reply = await proxy.ask("1", stop=stops, logit_bias=bias, tts={"controller": "self_consistency"})
+    assert status == 200
+    sent = [len(json.dumps(request)) for request in proxy.backend.requests]
+    assert max(sent) < 64 * 1024 + 8 * 4 * MOST_STOP
+    assert reply["tts"]["branches"] > 1
+
+
+async def test_an_episode_that_has_sent_too_much_answers_with_what_there_is(backend: FakeVLLM) -> None:
+    async def ask(most: int) -> tuple[Any, int]:
+        before = len(backend.requests)
+        async with (
+            running(load(upstream=backend.url, max_sent_bytes=most, **SMALL)) as url,
+            aiohttp.ClientSession() as http,
+        ):
+            tts = {"controller": "parallel_probe", "answer": "boxed"}
+            body = {"messages": [{"role": "user", "content": "x" * 1000}], "tts": tts}
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers={"x-tts-beta": "1"}) as response:
+                return await response.json(), len(backend.requests) - before
+
+    free, many = await ask(2**31)
+    bounded, few = await ask(20_000)
+    assert (free["tts"]["stop"], bounded["tts"]["stop"]) == ("answered", "max_tokens")
+    assert few < many
+    assert bounded["choices"][0]["message"]["content"]
 
 
 UNDECIDED: list[dict[str, Any]] = [
