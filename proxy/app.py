@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from controllers.installed import Stage
 from controllers.registry import is_admin_only
 from discovery import calibration
-from discovery.answers import Judge
 from discovery.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
@@ -64,6 +63,7 @@ from proxy.errors import (
     Unauthorised,
     UpstreamError,
 )
+from proxy.grading import Grading
 from proxy.load import Load
 from proxy.metrics import CONTENT_TYPE, Metrics
 from proxy.origins import PageGuard, with_cors
@@ -98,7 +98,7 @@ class Service:
         self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
         self.unapplied = Unapplied(self.metrics, is_required=settings.required)
-        self.judge = Judge()
+        self.grading = Grading(self.metrics)
         self.casting = Casting(settings, self.metrics)
         self.drift = Drift(engine, settings, self.metrics)
         engine.on_event = self._hear_of_upstream
@@ -245,7 +245,7 @@ class Service:
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
     async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
-        known = self.engine, self.judge, self.casting, self.metrics, self.records
+        known = self.engine, self.grading, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
             with self._seeing_off(plan.prompt.model):
                 async with chat.in_time(plan.left_s):
@@ -491,7 +491,7 @@ def create_app(settings: Settings) -> FastAPI:
             stack.push_async_callback(service.spans.close)
             service.pulse.open()
             stack.push_async_callback(service.pulse.close)
-            stack.callback(service.judge.close)
+            stack.push_async_callback(service.grading.close)
             await service.casting.open()
             stack.push_async_callback(service.casting.close)
             await service.records.open()

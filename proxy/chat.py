@@ -18,7 +18,7 @@ from controllers import ControllerError, Limits, State, Stop, UnknownController
 from controllers.installed import Stage
 from controllers.loading import Spec
 from controllers.registry import is_admin_only
-from discovery.answers import AUTO, Judge, Way
+from discovery.answers import AUTO, Way
 from discovery.recordings import question_id, question_text
 from proxy import drain, logs, probing
 from proxy.casting import Cast, Casting
@@ -27,6 +27,7 @@ from proxy.dial import Dial
 from proxy.drift import Drift
 from proxy.engine import Engine, Model, TooManyTokens
 from proxy.errors import ApiError, BadRequest, UpstreamError
+from proxy.grading import Grading
 from proxy.live import LiveEnvironment, NotVotable, Prompt, SentTooMuch, Sizes
 from proxy.metrics import Metrics
 from proxy.records import Records
@@ -278,7 +279,7 @@ async def _bounds(
 
 async def serve(
     engine: Engine,
-    judge: Judge,
+    grading: Grading,
     casting: Casting,
     metrics: Metrics,
     records: Records,
@@ -291,7 +292,7 @@ async def serve(
     Raises ApiError when there is nothing to answer with, or the proxy ends before there is. Cancelling aborts all that
     is in flight; what had been spent is counted either way, and `settle` told of it.
     """
-    environment = LiveEnvironment(engine, plan.prompt, plan.sizes, judge)
+    environment = LiveEnvironment(engine, plan.prompt, plan.sizes, grading.grader(plan.asked.tenant))
     if plan.records_all or plan.ignores_eos:  # all branches are wanted, whatever they say
         environment.votable = environment.votable_for_sure = True
     state = State(plan.limits)

@@ -13,10 +13,11 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import AUTO, VOTES_ALONE, Answer, Judge, Kind, Labels, read
+from discovery.answers import AUTO, VOTES_ALONE, Answer, Kind, Labels
 from proxy import probing
 from proxy.detokeniser import CallDecoder, Detokeniser
 from proxy.engine import Call, Engine, Output
+from proxy.grading import Grader, InlineGrader
 
 UNASKED: Final = 2
 """Branches that may be opened before it is known that the task can be voted on."""
@@ -62,7 +63,8 @@ class LiveBranch:
     text: str = ""
     pieces: int = 0  # requests it was generated in
     finish: str | None = None  # "stop", "length", or None while it runs
-    answer: Answer | None = None  # what its reply answers, once finished
+    answer: Answer | None = None  # what its reply answers, once finished and read
+    is_read: bool = False
     label: int | None = None  # the number of that answer, once a fact has told it
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
@@ -121,12 +123,13 @@ class LiveEnvironment:
     `execute` raises UpstreamError. When it fails or is cancelled, `salvage` keeps what had already been generated.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, sizes: Sizes, judge: Judge | None = None) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, sizes: Sizes, grader: Grader | None = None) -> None:
         self.engine = engine
         self.prompt = prompt
         self.sizes = sizes
         self.branches: list[LiveBranch] = []
-        self.labels = Labels(judge)
+        self.labels = Labels()
+        self.grader = grader or InlineGrader()
         self.meter = Meter()
         self.votable = prompt.kind.vouched  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
@@ -165,16 +168,22 @@ class LiveEnvironment:
         self._flying.clear()
 
     async def number(self, answer: Answer | None) -> int | None:
-        """The label of an answer; one that takes thought is thought about in a thread."""
+        """The label of an answer; where forms do not settle which, the grader is asked."""
         if answer is None:
             return None
-        if self.labels.doubtful(answer.form):
-            return await asyncio.to_thread(self.labels.number, answer.form, answer.written)
-        return self.labels.number(answer.form, answer.written)
+        doubtful = self.labels.doubtful(answer.form)
+        equal = await self.grader.compare(answer.written, doubtful) if doubtful else None
+        return self.labels.settle(answer.form, answer.written, equal)
 
-    def read(self, text: str) -> Answer | None:
+    async def read(self, text: str) -> Answer | None:
         """What the reply in a branch's text answers."""
-        return read(self.prompt.template.split(self.prompt.tail, text)[1], self.prompt.kind)
+        return await self.grader.read(self.prompt.template.split(self.prompt.tail, text)[1], self.prompt.kind)
+
+    async def _answer(self, branch: LiveBranch) -> Answer | None:
+        """What a finished branch answers, read once. One cut in its thought answers nothing."""
+        if not branch.is_read and branch.finish == "stop":
+            branch.answer, branch.is_read = await self.read(branch.text), True
+        return branch.answer
 
     async def suffix(self, index: int, *, lead: bool) -> list[int]:
         """Ids that close branch `index`'s thought and, with `lead`, lead into its answer."""
@@ -200,13 +209,14 @@ class LiveEnvironment:
         await self._generate(call)
         asked = zip(points, suffixes, call.outputs, strict=True)
         return [
-            Probed(index, await self.number(self._said(output)), len(suffix) + len(output.ids))
+            Probed(index, await self.number(await self._said(output)), len(suffix) + len(output.ids))
             for (index, _), suffix, output in asked
         ]
 
-    def _said(self, output: Output) -> Answer | None:
+    async def _said(self, output: Output) -> Answer | None:
         """What a probe's continuation answers."""
-        return self.prompt.template.read(output.text, self.prompt.kind)
+        text = self.prompt.template.answered(output.text)
+        return None if text is None else await self.grader.read(text, self.prompt.kind)
 
     async def _alone(
         self,
@@ -281,7 +291,7 @@ class LiveEnvironment:
         output = await self._alone([*self.prompt.ids, *ids], most, sampling, branch)
         branch.ahead.append(output)
         if output.finish == "stop":
-            self._look(_all_of(branch)[1])
+            await self._look(_all_of(branch)[1])
 
     async def _vouches(self, branch: LiveBranch) -> bool:
         """Whether `branch`, asked now, gives an answer that is no mere word."""
@@ -290,7 +300,7 @@ class LiveEnvironment:
         context = [*self.prompt.ids, *ids, *suffix]
         output = await self._alone(context, self.sizes.probe, probing.sampling(), suffix=len(suffix))
         self.scouted += len(suffix) + len(output.ids)
-        answer = self._said(output)
+        answer = await self._said(output)
         return answer is not None and answer.form.sort in VOTES_ALONE
 
     def _ended(self, branch: LiveBranch) -> bool:
@@ -302,11 +312,11 @@ class LiveEnvironment:
             return True
         return len(branch.ids) + ahead >= self.sizes.branch
 
-    def _look(self, text: str) -> None:
+    async def _look(self, text: str) -> None:
         """At the first branch to finish: whether there is anything to vote on. Raises NotVotable."""
         if self.votable_for_sure:
             return
-        if self.read(text) is not None:
+        if await self.read(text) is not None:
             self.votable = self.votable_for_sure = True
         elif self.prompt.template.split(self.prompt.tail, text)[1].strip():
             raise NotVotable
@@ -327,7 +337,7 @@ class LiveEnvironment:
                 continue
             branch = self.branches[index]
             if branch.finish is not None:  # finished earlier in this round
-                facts[position] = _Outcome(action, index, 0, 0, branch.answer, True)
+                facts[position] = _Outcome(action, index, 0, 0, None, True)
                 continue
             if action.verb is Verb.PROBE:
                 if not self.prompt.kind.probed:
@@ -392,7 +402,7 @@ class LiveEnvironment:
 
         async def finished(output: Output) -> None:
             if output.finish == "stop":
-                self._look(texts[id(output)] + output.text)
+                await self._look(texts[id(output)] + output.text)
 
         call.on_finish = finished
         return call
@@ -430,15 +440,13 @@ class LiveEnvironment:
         tokens = len(step.output.ids)
         if step.action.verb is Verb.PROBE:
             cost = tokens + len(suffixes[step.branch])
-            return _Outcome(step.action, step.branch, 0, cost, self._said(step.output), False)
+            return _Outcome(step.action, step.branch, 0, cost, step.output, False)
         self._grow(self.branches[step.branch], step.output)
         return self._advanced(step.action, step.branch, step.before + tokens)
 
     def _advanced(self, action: Action, index: int, tokens: int) -> _Outcome:
         branch = self.branches[index]
-        return _Outcome(
-            action, index, max(1, self._intervals(tokens)), tokens, branch.answer, branch.finish is not None
-        )
+        return _Outcome(action, index, max(1, self._intervals(tokens)), tokens, None, branch.finish is not None)
 
     def _grow(self, branch: LiveBranch, output: Output) -> None:
         known = len(branch.text)
@@ -450,28 +458,28 @@ class LiveEnvironment:
         cut = _first(self.prompt.stop, branch.text, known)
         if cut is not None:  # a stop string across two requests, which the server cannot see
             branch.text, branch.finish = branch.text[:cut], "stop"
-        if branch.finish == "stop":
-            branch.answer = self.read(branch.text)
-        elif len(branch.ids) >= self.sizes.branch:
+        if branch.finish != "stop" and len(branch.ids) >= self.sizes.branch:
             branch.finish = "length"  # cut mid-thought: it answers nothing
 
     async def _fact(self, outcome: _Outcome) -> Fact:
-        label = await self.number(outcome.answer)
+        branch = self.branches[outcome.branch]
         if outcome.finished:
-            self.branches[outcome.branch].label = label
+            label = branch.label = await self.number(await self._answer(branch))
+        else:
+            label = None if outcome.probe is None else await self.number(await self._said(outcome.probe))
         if outcome.action.verb is Verb.PROBE:
             return Probed(outcome.branch, label, outcome.tokens)
         return Advanced(outcome.branch, outcome.intervals, outcome.tokens, outcome.finished, label)
 
 
 class _Outcome(NamedTuple):
-    """A fact before its answer has become a label: labels are numbered in action order."""
+    """A fact before its answer is read and has become a label: labels are numbered in action order."""
 
     action: Action
     branch: int
     intervals: int
     tokens: int
-    answer: Answer | None
+    probe: Output | None  # what a probe wrote
     finished: bool
 
 

@@ -68,6 +68,15 @@ class Metrics:
             ("model", "controller", "answered"),
             registry=self.registry,
         )
+        self.answer_limits = Counter(
+            "autotts_answer_limits",
+            "Answers that were compared by their form only, or not read, because a limit was reached: judge_episode, "
+            "judge_tenant (seconds of math-verify), judge_busy (no process free), pattern_episode (CPU of a pattern).",
+            ("limit",),
+            registry=self.registry,
+        )
+        for limit in ("judge_episode", "judge_tenant", "judge_busy", "pattern_episode"):
+            self.answer_limits.labels(limit)
         self.agreement = Histogram(
             "autotts_agreement",
             "Share of the votes that the answer had, in episodes that were answered and had two votes or more.",

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Final
 
-from discovery.answers import Answer, Kind, boxed, read
+from discovery.answers import boxed
 
 LEAD: Final = "The final answer is \\boxed{"
 
@@ -76,10 +76,10 @@ class Template:
             return self._bare(thought), reply.strip("\n")
         return (self._bare(text), "") if text and self.thinking(prompt_tail, text) else (None, text)
 
-    def read(self, continuation: str, kind: Kind) -> Answer | None:
-        """The answer in what the model wrote after the lead; None if it did not get to the closing brace."""
-        said = self.lead + continuation
-        return None if boxed(said) is None else read(said, kind)
+    def answered(self, continuation: str) -> str | None:
+        """The text in which a probe's answer stands; None if the model did not get to the closing brace."""
+        text = self.lead + continuation
+        return None if boxed(text) is None else text
 
     def led(self, continuation: str) -> str:
         """A reply that the lead began: the answer with its box closed."""

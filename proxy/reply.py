@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from controllers import Round, State, Stop
-from discovery.answers import read
+from discovery.answers import Answer
 from proxy import probing, recording
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.live import LiveBranch, LiveEnvironment
@@ -98,6 +98,7 @@ async def compose(
             raise
         logger.warning("%s: %s", plan.request_id, error.logged)
         message, agreed = _as_it_is(plan, environment, index, state)
+    answer = None if state.answer is None else await environment.grader.read(message.content, plan.prompt.kind)
     tokens = _ledger(environment, state, index, environment.meter.completed - completed)
     return Reply(
         plan=plan,
@@ -105,7 +106,7 @@ async def compose(
         tokens=tokens,
         usage=_usage(plan, environment, message),
         tts={
-            **_report(plan, environment, state, message, agreed, tokens),
+            **_report(plan, environment, state, answer, agreed, tokens),
             "fallback": fallback,
             **({"recording": _recording(plan, environment, rounds)} if plan.records_all else {}),
         },
@@ -149,7 +150,8 @@ def _stated(plan: Plan, environment: LiveEnvironment, index: int, answer: int) -
 
 async def _says(environment: LiveEnvironment, content: str, label: int) -> bool:
     """Whether a reply gives the answer of `label`."""
-    return await environment.number(read(content, environment.prompt.kind)) == label
+    answer = await environment.grader.read(content, environment.prompt.kind)
+    return await environment.number(answer) == label
 
 
 def _spokesman(environment: LiveEnvironment, state: State, answer: int | None) -> int:
@@ -256,7 +258,7 @@ def _report(
     plan: Plan,
     environment: LiveEnvironment,
     state: State,
-    message: Message,
+    answer: Answer | None,  # of the message
     agreed: bool,
     tokens: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -264,8 +266,7 @@ def _report(
     meter = environment.meter
     written = {label: environment.labels.written(label) for label in state.votes}
     if state.answer is not None:
-        said = read(message.content, plan.prompt.kind)
-        written[state.answer] = said.written if said is not None else environment.labels.written(state.answer)
+        written[state.answer] = environment.labels.written(state.answer) if answer is None else answer.written
     return {
         "applied": True,
         "beta": plan.dial.beta,

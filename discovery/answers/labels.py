@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Protocol
 
 from discovery.answers.forms import Form, Sort
@@ -53,20 +54,24 @@ class Labels:
         """The answer of `label`, as it was written first."""
         return self._classes[label].written
 
-    def doubtful(self, form: Form) -> bool:
-        """Whether `number` would ask the judge about `form`, and so may take its time."""
-        return self._judge is not None and self._known(form) is None and next(self._possible(form), None) is not None
+    def doubtful(self, form: Form) -> list[tuple[int, str]]:
+        """Labels that `form` might have and forms alone cannot rule out, each with its answer as first written.
+
+        Empty if the label is known. Ask about them in this order.
+        """
+        return [] if self._known(form) is not None else list(islice(self._possible(form), MOST_ASKED))
 
     def number(self, form: Form, written: str) -> int:
-        """The label of an answer, a new one if it is none of those seen."""
+        """The label of an answer, a new one if it is none of those seen. Blocks while the judge is asked."""
+        judge = self._judge
+        doubtful = [] if judge is None else self.doubtful(form)
+        equal = (label for label, other in doubtful if judge is not None and judge.same(written, other))
+        return self.settle(form, written, next(equal, None))
+
+    def settle(self, form: Form, written: str, equal: int | None) -> int:
+        """The label of an answer that was found to be `equal` to one of those it might be, or to none of them."""
         label = self._known(form)
-        if label is None and self._judge is not None:
-            for asked, possible in enumerate(self._possible(form)):
-                if asked == MOST_ASKED:
-                    break
-                if self._judge.same(written, self._classes[possible].written):
-                    label = possible
-                    break
+        label = equal if label is None else label
         if label is None:
             label = len(self._classes)
             self._classes.append(_Class(form, written, form.name, form.unit))
@@ -84,11 +89,11 @@ class Labels:
                     return candidate
         return label
 
-    def _possible(self, form: Form) -> Iterator[int]:
+    def _possible(self, form: Form) -> Iterator[tuple[int, str]]:
         """The classes `form` might belong to for all that forms can tell."""
         for label, known in enumerate(self._classes):
             if self._joins(form, known) and form.text != known.form.text and _might_equal(form, known.form):
-                yield label
+                yield label, known.written
 
     @staticmethod
     def _joins(form: Form, known: _Class) -> bool:

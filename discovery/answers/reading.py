@@ -27,7 +27,7 @@ LONGEST_MATCHED: Final = 32_768
 MOST_MATCHES: Final = 10_000
 """Matches of a client's pattern; a text with more has no answer."""
 PATTERN_S: Final = 0.5
-"""Seconds of CPU a client's pattern may take over a text; a text that takes longer has no answer."""
+"""Seconds of CPU a client's pattern may take over a text by default; a text that takes longer has no answer."""
 
 VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
 
@@ -65,11 +65,11 @@ _FENCES: Final = ("```", "~~~")
 _YES_NO: Final = ("yes", "no", "true", "false")
 
 
-def read(text: str, kind: Kind = AUTO) -> Answer | None:
+def read(text: str, kind: Kind = AUTO, *, seconds: float = PATTERN_S) -> Answer | None:
     """The answer `text` ends up giving; None if there is none that can be read. Never raises.
 
     Takes time in proportion to the text, and for most kinds looks at its last `LONGEST_READ` characters only. A
-    client's pattern may take `PATTERN_S` seconds: call it off the event loop.
+    client's pattern may take so many `seconds` of CPU: match it off the event loop.
     """
     match kind.way:
         case Way.AUTO:
@@ -83,7 +83,7 @@ def read(text: str, kind: Kind = AUTO) -> Answer | None:
         case Way.JSON:
             return _json(text)
         case Way.REGEX:
-            return _pattern(text, kind)
+            return _pattern(text, kind, seconds)
         case Way.CODE | Way.TEXT:
             return _compared(text, kind)
 
@@ -251,10 +251,10 @@ def _plain(number: Decimal) -> str:
     return str(number.normalize(Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX)))
 
 
-def _pattern(text: str, kind: Kind) -> Answer | None:
+def _pattern(text: str, kind: Kind, seconds: float) -> Answer | None:
     """The last match of a client's pattern, or of its first group. Each match takes time in proportion to the text."""
     last = None
-    until = time.thread_time() + PATTERN_S
+    until = time.thread_time() + seconds
     matches = kind.pattern.finditer(text, max(0, len(text) - LONGEST_MATCHED))
     for number, last in enumerate(matches):  # noqa: B007 - only the last match is wanted
         if number == MOST_MATCHES or time.thread_time() > until:

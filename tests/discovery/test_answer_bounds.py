@@ -78,15 +78,14 @@ class Counted:
             yield match
 
 
-def counted(spec: str, text: str) -> tuple[Counted, str | None]:
+def counted(spec: str, text: str, seconds: float = 60) -> tuple[Counted, str | None]:
     kind = parse_kind(spec)
     pattern = kind.__dict__["pattern"] = Counted(kind.pattern)
-    answer = read(text, kind)
+    answer = read(text, kind, seconds=seconds)
     return pattern, None if answer is None else answer.written
 
 
-def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PATTERN_S", 60)
+def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often() -> None:
     for size in (1_000, 100_000, 1_000_000):
         pattern, written = counted(r"regex:x.*y|x", "y" * size + "xxx")
         assert (pattern.begun, pattern.matches, written) == (min(size + 3, reading.LONGEST_MATCHED), 3, "x")
@@ -96,9 +95,8 @@ def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often(monkeypatch
     assert written is None  # the beginning of what is looked at is not the text's
 
 
-def test_a_pattern_that_takes_too_much_cpu_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PATTERN_S", -1.0)
-    pattern, written = counted(r"regex:x.*y|x", "x" * 30_000)
+def test_a_pattern_that_takes_too_much_cpu_gives_no_answer() -> None:
+    pattern, written = counted(r"regex:x.*y|x", "x" * 30_000, seconds=-1)
     assert (pattern.matches, written) == (1, None)
 
 

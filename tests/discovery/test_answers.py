@@ -222,7 +222,7 @@ def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
     for evil in (code, f"$ {code} $", f"\\text{{{code}}}"):
         judge.same(evil, "1")
     assert not os.path.exists(target)
-    worker = judge._worker
+    worker = judge._workers[0]._process
     assert worker is not None
     with open(f"/proc/{worker.pid}/environ", "rb") as file:
         assert b"hunter2" not in file.read()
@@ -230,9 +230,9 @@ def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
 
 def test_a_judge_that_died_is_replaced(judge: Judge) -> None:
     assert judge.same("y+2", "2+y")
-    assert judge._worker is not None
-    judge._worker.kill()
-    judge._worker.wait()
+    assert judge._workers[0]._process is not None
+    judge._workers[0]._process.kill()
+    judge._workers[0]._process.wait()
     assert judge.same("z+3", "3+z")
 
 

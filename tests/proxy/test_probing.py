@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from discovery.answers import parse_kind
+from discovery.answers import parse_kind, read
 from proxy.errors import SettingsError
 from proxy.probing import LEAD, TEMPLATES, Family, template_for
 from proxy.settings import load
@@ -81,7 +81,8 @@ def test_a_plain_model_is_never_thought_to_think() -> None:
     ],
 )
 def test_a_probe_is_read_to_the_closing_brace(family: Family, continuation: str, answer: str | None) -> None:
-    found = TEMPLATES[family].read(continuation, parse_kind("auto"))
+    text = TEMPLATES[family].answered(continuation)
+    found = None if text is None else read(text, parse_kind("auto"))
     assert (None if found is None else found.form.text) == answer
 
 

@@ -1,0 +1,40 @@
+"""The pool of math-verify's processes."""
+
+from __future__ import annotations
+
+import threading
+
+from discovery.answers import Judge
+
+ENDLESS = r"9^{9^{9^9}}"
+
+
+def test_a_question_that_is_killed_leaves_a_ready_process_for_the_next() -> None:
+    with Judge(seconds=1, workers=2) as judge:
+        assert judge.same("1+x", "x+1")
+        spare = judge._idle[0]
+        assert spare._process is not None  # it was started beside the first
+        finding = judge.compare(ENDLESS, "5")
+        assert (finding.equal, finding.killed) == (False, True)
+        assert finding.seconds >= judge.seconds
+        assert all(worker._process is not None for worker in judge._workers)  # what was killed loads again
+        assert judge.compare(ENDLESS, "6").seconds == 0  # it is not asked again
+        assert judge.same(r"\frac{2}{4}", r"\frac12")
+        assert judge.compare(r"\frac{2}{4}", r"\frac12").seconds == 0
+
+
+def test_who_waits_for_a_process_waits_no_longer_than_told() -> None:
+    with Judge(seconds=30) as judge:
+        assert judge.same("1+x", "x+1")
+        asking = threading.Thread(target=judge.compare, args=(ENDLESS, "5"))
+        asking.start()
+        while judge._idle:
+            pass
+        finding = judge.compare("2+y", "y+2", wait_s=0)
+        assert (finding.equal, finding.waited) == (False, True)
+        assert judge.compare("x+1", "1+x", wait_s=0).equal  # what is known needs no process
+        judge.close()
+        asking.join(10)
+        assert not asking.is_alive()
+        assert not judge.same("2+y", "y+2")
+    assert all(worker._process is None for worker in judge._workers)
