@@ -130,7 +130,7 @@ _OPEN: Final = MappingProxyType({"(": ")", "[": "]", "{": "}", "\\{": "\\}"})
 @lru_cache(maxsize=8192)
 def express(text: str) -> Expression:
     """The one spelling of `text`, LaTeX or plain. Raises NoExpression or TooHard."""
-    parser = _Parser(text)
+    parser = Parser(text)
     try:
         return parser.express(parser.whole())
     except (OverflowError, RecursionError):
@@ -144,7 +144,7 @@ class _Token:
     tight: bool  # no space before it
 
 
-class _Parser:
+class Parser:
     """One text, read by recursive descent straight into a Sum."""
 
     def __init__(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,9 @@ MOST_ASKED: Final = 8
 
 _MATHEMATICAL: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION)
 _COMPUTED: Final = ("\\int", "\\sum", "\\prod", "\\lim", "\\lfloor", "\\lceil", "\\gcd", "\\max", "\\min", "\\det")
+_STRUCTURED = re.compile(r"[<>]|\\[lgn]e(?![a-z])|\\begin\{array\}|^\([a-z](?:,[a-z])+\)=\(")
+EQUATION: Final = "#=0"
+"""Shape of an equation of variables."""
 
 
 class Decides(Protocol):
@@ -102,14 +106,34 @@ class Labels:
 
 
 def _might_equal(one: Form, other: Form) -> bool:
+    """Whether math-verify can settle what forms cannot."""
     if one.exact and other.exact:
         return False
-    if Sort.OTHER in (one.sort, other.sort):  # an integral, say: its value is not known here
-        forms = (one, other)
-        return all(form.sort in _MATHEMATICAL or form.text.startswith(_COMPUTED) for form in forms)
-    if one.sort not in _MATHEMATICAL or other.sort not in _MATHEMATICAL or one.shape != other.shape:
+    if Sort.OTHER in (one.sort, other.sort):
+        return _might_be(one, other) and _might_be(other, one)
+    if one.sort not in _MATHEMATICAL or other.sort not in _MATHEMATICAL:
+        return False
+    if EQUATION in (one.shape, other.shape):
+        return one.shape == other.shape or _states(one, other) or _states(other, one)
+    if one.shape != other.shape:
         return False
     return len(one.values) == len(other.values) and all(
         a is b is None or (a is not None and b is not None and cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12))
         for a, b in zip(one.values, other.values, strict=True)
     )
+
+
+def _might_be(form: Form, other: Form) -> bool:
+    """Whether `form`, if it is one that was not understood, is of a kind that might be `other`."""
+    if form.sort is not Sort.OTHER:
+        return form.sort in _MATHEMATICAL
+    if "..." in form.text:
+        return False
+    if form.text.startswith(_COMPUTED):
+        return True
+    return other.sort in (Sort.COLLECTION, Sort.OTHER) and _STRUCTURED.search(form.text) is not None
+
+
+def _states(equation: Form, value: Form) -> bool:
+    """Whether an equation has the variable that `value` was given for: `2x + 4y = 3` and `y = …`."""
+    return equation.shape == EQUATION and value.shape == "#" and bool(value.name) and value.name in equation.text

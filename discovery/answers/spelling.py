@@ -16,7 +16,8 @@ _SIGNS: Final = MappingProxyType(
         "º": r"^\circ ", "√": r"\sqrt ", "⟨": r"\langle ", "⟩": r"\rangle ", "∅": r"\emptyset ", "θ": r"\theta ",
         "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "µ": r"\mu ", "μ": r"\mu ",
         "′": "'", "‘": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u202f": r"\,", "\u2009": r"\,", "\u200b": "",
-        "\ufeff": "", "…": "...",
+        "\ufeff": "", "…": "...", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
     }
 )  # fmt: skip
 _COMMANDS: Final = MappingProxyType(
@@ -38,7 +39,12 @@ _COMMANDS: Final = MappingProxyType(
 _SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
 _NAMED = re.compile(r"\\([a-zA-Z]+)\s*(\.(?=\s*$)|)")
 _SPACING = re.compile(r"(?<!\\)\\[;:! \n]|\\[hv]space\*?\{[^{}]*\}|(?<!\\)~")
-_THIN = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\}|\\,\{\})\s*(?=\d{3}(?!\d))")
+_THIN = re.compile(r"(?<=\d)(?:,?\\[,! ]|\{,\}|\\,\{\})\s*(?=\d{3}(?!\d))")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
+_UNEQUAL = re.compile(r"(?<=\s)!=")
+_TIMES_TEN = re.compile(r"(?<=[0-9.}])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_TO_THE = re.compile(r"(?<=[0-9a-zA-Z)}])\*\*(?=[0-9({-])")
+_REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?: \d{3})+(?![\d/])")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
@@ -61,9 +67,13 @@ def tidy(text: str) -> str:
     text = _THIN.sub("", text)
     if "\\" in text or "~" in text:
         text = _SPACING.sub(" ", text).replace("\\,", " ")
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+        text = _REPEATING.sub(_repeating, text)
         text = _WORDS.sub(r" \1 ", text)
         text = _FONT.sub("", text)
         text = _joined(_NAMED.sub(_named, text))
+    text = _TIMES_TEN.sub(r"\\times ", _UNEQUAL.sub(r"\\ne ", text))
+    text = _TO_THE.sub("^", text)
     text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text)
     text = _undollared(text.strip()).strip("\"'`*").strip()
     while text.endswith((".", ";", ",")) and not text.endswith("..."):
@@ -103,6 +113,9 @@ def pieces(text: str, separator: re.Pattern[str]) -> list[str]:
         elif char == "\\" and at + 1 < len(text) and not text[at + 1].isalpha():
             depth += (text[at + 1] == "{") - (text[at + 1] == "}")
             at += 2
+        elif char == "\\":
+            depth += text.startswith("\\langle", at) - text.startswith("\\rangle", at)
+            at += 1
         else:
             depth += (char in "([{") - (char in ")]}")
             at += 1
@@ -122,6 +135,13 @@ def _from_unicode(text: str) -> str:
 def _vulgar(sign: str) -> str:
     over, _, under = unicodedata.normalize("NFKC", sign).partition("⁄")
     return rf"\frac{{{over}}}{{{under}}}"
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """A repeating decimal as a fraction."""
+    digits, period = match[1] + match[2], match[3] or match[4]
+    over = int(digits + period) - int(digits or "0")
+    return rf"\frac{{{over}}}{{{'9' * len(period)}{'0' * len(match[2])}}}"
 
 
 def _named(match: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from discovery.answers.algebra import NoExpression, TooHard, express
+from discovery.answers.linear import half_line, segment
 from discovery.answers.spelling import balanced, pieces
 from discovery.answers.types import Form, Sort
 from discovery.answers.units import split_unit
@@ -34,19 +35,41 @@ _APPROXIMATELY = re.compile(r"\\approx")
 _COMPARED = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<=|>=|<|>")
 _EITHER = re.compile(r"\\pm(?![a-z])")
 _UNION = re.compile(r"\\cup(?![a-z])")
-_LISTED = re.compile(
-    r"\s*[,;]\s*(?:and|or)(?![a-zA-Z])|\s+(?:and|or)\s+|\s*;\s*|\s*,(?!\d{3}(?!\d))\s*|(?<!\d),|,(?=\d{3},?\s)"
-)
+_LISTED = re.compile(r"\s*[,;]\s*(?:and|or)(?![a-zA-Z])|\s+(?:and|or)\s+|\s*;\s*|\s*,(?!\d{3}(?!\d))\s*|(?<!\d),")
+_OR = re.compile(r"\s*,?\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*")
+_AND = re.compile(r"(?<![a-zA-Z])and(?![a-zA-Z])")
 _COMMA = re.compile(r"[,;]")
 _ROW = re.compile(r"\\\\")
 _COLUMN = re.compile(r"&")
 _MATRIX = re.compile(r"\\begin\{([pbvV]?matrix|array)\}(?:\{[lcr|]*\})?(?P<body>.*)\\end\{\1\}", re.DOTALL)
-_CHOICE = re.compile(r"\(?([A-J])[).:]?|\(?([A-J])[).:]\s+(?!and\b|or\b)[^\s,&](?!.*\b[A-J][).:]).*", re.DOTALL)
-_LETTER = re.compile(r"\\?[a-zA-Z]")
+_CHOICE = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?(?:\(?([A-J])[).:]?|\(?([A-J])[).:]\s+(?!and\b|or\b)[^\s,&](?!.*\b[A-J][).:]).*)",
+    re.DOTALL,
+)
+_REALS = re.compile(
+    r"\\mathbb\s*(?:\{\s*R\s*\}|R)|(?:the set of )?(?:all )?(?:the )?real numbers|all reals", re.IGNORECASE
+)
+_BUILDER = re.compile(
+    r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*\\mathbb\s*(?:\{\s*R\s*\}|R)\s*)?[|:](?P<condition>.*)", re.DOTALL
+)
+_DATE = re.compile(r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{1,2}/\d{1,2}/\d{2}")
+_PLAIN = r"\\?[$€£¥]?\d[\d,]*(?:\.\d+)?%?"
+_RANGE = re.compile(rf"{_PLAIN}(?:\s*-\s*{_PLAIN})+|{_PLAIN}\s+(?:to|through)\s+{_PLAIN}")
+_BASES: Final = MappingProxyType(
+    {
+        **{"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"},
+        **{"ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16"},
+    }
+)
+_BASED = re.compile(
+    r"(?P<open>\()?(?P<digits>[0-9][0-9A-F]*)(?(open)\))"
+    rf"(?:_\s*\{{?\s*\(?|\s*\(?\s*base\s*)(?P<base>[0-9]+|{'|'.join(_BASES)})\s*\)?\s*\}}?"
+)
 _PROSE = re.compile(r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+[a-zA-Z]|[a-zA-Z]\s+[a-zA-Z]{2,}")
 _MATHEMATICAL = re.compile(
     r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:sqrt|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|oo)(?![a-zA-Z])"
 )
+_NO_WORDS = re.compile(r"[<>=^|]")
 _MARKS = re.compile(r"[^\w\s+\-/%&@#.']")
 _BRACKETS: Final = MappingProxyType({"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"})
 _KNOWN_WORDS: Final = MappingProxyType(
@@ -94,10 +117,14 @@ class Reading:
     def _read(self, text: str) -> Form:
         if (letter := lettered(text)) is not None:
             return letter
+        if (literal := _literal(text)) is not None:
+            return literal
+        if _REALS.fullmatch(text) is not None:
+            return self.form("(-\\infty,\\infty)")
         if (found := self.named(text)) is not None:
             return found
         if (matrix := _MATRIX.fullmatch(text)) is not None:
-            return self.matrix(matrix["body"])
+            return self.matrix(matrix["body"], ("|", "|") if matrix[1] in ("vmatrix", "Vmatrix") else ROW)
         for make in (self.union, self.listed, self.bracketed, self.compared, self.either_sign):
             if (collection := make(text)) is not None:
                 return collection
@@ -113,12 +140,17 @@ class Reading:
             return None
         steps = pieces(rest, _EQUALS)
         if len(steps) > 1:  # x = 2 + 3 = 5: one value, if it is one
-            forms = {self.form(step.strip()).text for step in steps}
+            forms = {self.value(step.strip()).text for step in steps}
             if len(forms) > 1:
                 return None
             rest = steps[-1].strip()
-        found = self.form(rest)
+        found = self.value(rest)
         return None if found.sort is Sort.OTHER else replace(found, name=found.name or name)
+
+    def value(self, text: str) -> Form:
+        """What stands behind an equals sign, where `5-3` is a difference and no range."""
+        found = self.expression(text) if _RANGE.fullmatch(text) else None
+        return self.form(text) if found is None else found
 
     def union(self, text: str) -> Form | None:
         parts = pieces(text, _UNION)
@@ -133,6 +165,11 @@ class Reading:
         if any(form.sort in (Sort.WORDS, Sort.OTHER) and " " in part for form, part in zip(forms, parts, strict=True)):
             return None  # a sentence
         names = [form.name for form in forms]
+        if len(set(names)) == 1 and all(form.is_interval for form in forms) and len(pieces(text, _OR)) == len(parts):
+            return replace(_unordered(forms, "\\cup "), name=names[0])  # x < 1 or x > 2
+        units = {form.unit for form in forms}
+        if len(units) > 1 and "" not in units and _AND.search(text):
+            return None  # 1 hour and 30 minutes: one answer, in parts
         if all(names) and len(set(names)) == len(names):
             return _collect(sorted(forms, key=lambda form: form.name), ",", ("", ""), named=True)
         return _unordered(forms, ",", SET)
@@ -154,7 +191,9 @@ class Reading:
                 return None
             if not inner:
                 return EMPTY
-            return None if is_set and re.search(r"[|:]", inner) else self.form(inner)
+            if is_set and re.search(r"[|:]", inner):
+                return self.described(inner)
+            return self.form(inner)
         if not all(parts):
             return None
         forms = [self.form(part) for part in parts]
@@ -162,6 +201,14 @@ class Reading:
             return _unordered(forms, ",", SET)
         ends = "(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing
         return _collect(forms, ",", ends)
+
+    def described(self, text: str) -> Form | None:
+        """What stands in the braces of `{x | x > 2}`."""
+        match = _BUILDER.fullmatch(text)
+        if match is None:
+            return None
+        found = self.form(match["condition"].strip())
+        return replace(found, name="") if found.is_interval and found.name == match["name"] else None
 
     def compared(self, text: str) -> Form | None:
         r"""`1 \le x < 2` is the interval [1, 2)."""
@@ -173,33 +220,27 @@ class Reading:
             return None
         up = [sign in ("<", "<=", "\\le") for sign in signs]
         loose = ["e" in sign or "=" in sign for sign in signs]
+        bounded = None
         if len(parts) == 2:
-            if _LETTER.fullmatch(parts[0]):
-                variable, bounds = parts[0], ("-oo", parts[1]) if up[0] else (parts[1], "oo")
-            elif _LETTER.fullmatch(parts[1]):
-                variable, bounds = parts[1], (parts[0], "oo") if up[0] else ("-oo", parts[0])
-            else:
-                return None
-            closed = [loose[0] and bound not in ("oo", "-oo") for bound in bounds]
-        else:
-            if up[0] != up[1] or not _LETTER.fullmatch(parts[1]):
-                return None
-            variable, bounds = parts[1], (parts[0], parts[2]) if up[0] else (parts[2], parts[0])
-            closed = loose if up[0] else loose[::-1]
-        forms = [self.form(bound) for bound in bounds]
+            bounded = half_line(parts[0], parts[1], up[0], loose[0])
+        elif up[0] == up[1]:
+            bounded = segment(parts, up[0], loose)
+        if bounded is None:
+            return None
+        forms = [self.form(bound) for bound in bounded.bounds]
         if any(form.sort not in (Sort.NUMBER, Sort.EXPRESSION, Sort.CHOICE) for form in forms):
             return None
-        ends = "[" if closed[0] else "(", "]" if closed[1] else ")"
-        return replace(_collect(forms, ",", ends), name=variable.lstrip("\\"))
+        ends = "[" if bounded.closed[0] else "(", "]" if bounded.closed[1] else ")"
+        return replace(_collect(forms, ",", ends), name=bounded.variable.lstrip("\\"))
 
     def either_sign(self, text: str) -> Form | None:
         if len(_EITHER.findall(text)) != 1 or "\\mp" in text:
             return None
         return _unordered([self.single(_EITHER.sub(sign, text)) for sign in "+-"], ",", SET)
 
-    def matrix(self, body: str) -> Form:
+    def matrix(self, body: str, ends: tuple[str, str]) -> Form:
         rows = [[cell.strip() for cell in pieces(row, _COLUMN)] for row in pieces(body.strip(), _ROW) if row.strip()]
-        return _collect([_collect([self.form(cell) for cell in row], ",", ROW) for row in rows], ",", ROW)
+        return _collect([_collect([self.form(cell) for cell in row], ",", ROW) for row in rows], ",", ends)
 
     def single(self, text: str) -> Form:
         """One expression, with or without a unit; an equation; words."""
@@ -207,6 +248,8 @@ class Reading:
         if len(exactly) > 1 and exactly[0].strip():
             return self.form(exactly[0].strip())
         body, unit = split_unit(text)
+        if (match := _RANGE.fullmatch(body.strip())) is not None:
+            return replace(_range(match[0]), unit=unit)
         if unit or body != text:
             found = self.expression(body.strip())
             if found is not None:
@@ -231,16 +274,44 @@ class Reading:
         )
 
     def equation(self, text: str) -> Form | None:
-        """An equation of variables: everything on one side, in the sign that comes first."""
-        sides = pieces(text, _EQUALS)
-        if len(sides) != 2 or not all(side.strip() for side in sides) or _is_prose(text):
+        """An equation of variables: everything on one side, in the sign that comes first. One of numbers that holds
+        (`12 + 15 = 27`) is its last side."""
+        sides = [side.strip() for side in pieces(text, _EQUALS)]
+        if len(sides) < 2 or not all(sides) or _is_prose(text):
             return None
         try:
+            values = [express(side) for side in sides]
+            if all(value.text == values[0].text for value in values):
+                return self.expression(sides[-1])
+            if len(sides) > 2:
+                return None
             left, right = (express(f"({a})-({b})") for a, b in (sides, sides[::-1]))
         except (NoExpression, TooHard):
             return None
         found = min(left, right)
+        if found.exact and not any(char.isalpha() for char in found.text):
+            return None  # 2 = 3
         return Form(f"{found.text}=0", Sort.EXPRESSION, exact=False, shape="#=0", values=(found.value,))
+
+
+def _literal(text: str) -> Form | None:
+    """What looks like an expression and is none: a date, a numeral in another base."""
+    if _DATE.fullmatch(text):
+        date = re.sub(r"(?<!\d)0+(?=\d)", "", text)
+        return Form(date, Sort.WORDS, shape=date)
+    if (match := _BASED.fullmatch(text)) is not None:
+        base = int(_BASES.get(match["base"], match["base"])) if len(match["base"]) < 8 else 0
+        if 2 <= base <= 16 and all(int(digit, 16) < base for digit in match["digits"]):
+            numeral = f"{match['digits'].lstrip('0') or '0'}_{base}"
+            return Form(numeral, Sort.EXPRESSION, shape="base")
+    return None
+
+
+def _range(text: str) -> Form:
+    """`5-10`, a range, a score or a record, is not the difference."""
+    plain = "-".join(part.strip() for part in re.split(r"\s*-\s*|\s+(?:to|through)\s+", text))
+    plain = plain.replace("\\", "").replace(",", "")
+    return Form(plain, Sort.WORDS, shape=plain)
 
 
 def _unordered(forms: Sequence[Form], separator: str, ends: tuple[str, str] = ("", "")) -> Form:
@@ -276,7 +347,7 @@ def _is_word(text: str) -> bool:
 
 
 def _words(text: str) -> Form:
-    if "\\" not in text and any(char.isalpha() for char in text):
+    if "\\" not in text and not _NO_WORDS.search(text) and any(char.isalpha() for char in text):
         letters = (
             text if text.isupper() and len(text) <= 4 and text.casefold() not in ("yes", "no") else text.casefold()
         )

@@ -28,3 +28,8 @@ class Form:
     exact: bool = True  # two exact forms that differ are not equal
     shape: str = ""  # forms of different shape are not equal
     values: tuple[complex | None, ...] = ()  # of its expressions, at fixed values of their variables
+
+    @property
+    def is_interval(self) -> bool:
+        """Whether it is an interval, as `x > 2` is."""
+        return self.sort is Sort.COLLECTION and self.text[:1] in "([" and self.text[-1:] in ")]" and "oo" in self.text

@@ -33,15 +33,47 @@ _NAMES: Final = {
     "mi/h": "mph",
     "km/h": "kph kmh",
     "rad": "radian radians",
+    "N": "newton newtons",
+    "V": "volt volts",
+    "J": "joule joules",
+    "kJ": "kilojoule kilojoules",
+    "W": "watt watts",
+    "kW": "kilowatt kilowatts",
+    "Hz": "hertz",
+    "kHz": "kilohertz",
+    "MHz": "megahertz",
+    "Pa": "pascal pascals",
+    "kPa": "kilopascal kilopascals",
+    "K": "kelvin kelvins",
+    "mol": "mole moles mols",
+    "Ω": "ohm ohms",
+    "°C": "celsius centigrade",
+    "°F": "fahrenheit",
     "": "unit units",
 }
 _KNOWN: Final = MappingProxyType(
     {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split()) if name}
 )
+_SCALES: Final = MappingProxyType(
+    {
+        **{"hundred": "100", "thousand": "10^3", "million": "10^6", "billion": "10^9", "trillion": "10^{12}"},
+        **{"lakh": "10^5", "crore": "10^7", "dozen": "12"},
+    }
+)
+_PARTS: Final = MappingProxyType(
+    {
+        **{"half": "1/2", "halve": "1/2", "third": "1/3", "fourth": "1/4", "fifth": "1/5", "sixth": "1/6"},
+        **{"seventh": "1/7", "eighth": "1/8", "ninth": "1/9", "tenth": "1/10", "hundredth": "1/100"},
+        "thousandth": "1/1000",
+    }
+)
+_SCALED = re.compile(r"(?P<body>.*?[\d)}\]!])\s*(?P<scale>[a-zA-Z]{4,})\b\s*(?P<rest>.*)", re.DOTALL)
 _LEADING = re.compile(r"(?P<sign>[€£¥₹]|(?:US)?\\?\$)\s*(?P<body>[-+]?[\d.(\\].*)", re.DOTALL)
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ORDINAL = re.compile(r"(?P<body>.*[0-9)}])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\s*\}?", re.DOTALL)
-_SIGN = re.compile(r"(?P<body>.*?[^\s\\])\s*(?P<sign>\\?%|\^\s*\{?\s*\\circ\s*\}?|\\?\$|[€£¥₹¢])", re.DOTALL)
+_SIGN = re.compile(
+    r"(?P<body>.*?[^\s\\])\s*(?P<sign>\\?%|\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF])?|\\?\$|[€£¥₹¢])", re.DOTALL
+)
 _WORD = r"(?:[a-zA-Z]{2,}|(?<=\s)[a-zA-Z])"
 _WORDS = re.compile(
     rf"(?P<body>.*?[\d)}}\]!])(?P<gap>\s*)(?P<unit>{_WORD}(?:[\s/-]+(?:per\s+)?[a-zA-Z]+){{0,3}})"
@@ -51,9 +83,13 @@ _WORDS = re.compile(
 _MODULUS = re.compile(
     r"(?P<body>.*?\S)\s*(?:\\pmod|\(\s*\\?b?mod|\\bmod|\\mod|\bmod)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?"
 )
+_DEGREES = re.compile(r"deg(?:ree)?s?\s+(?=(?:celsius|centigrade|fahrenheit)$)", re.IGNORECASE)
 _POWERS: Final = MappingProxyType({"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"})
 _NO_UNITS: Final = frozenset(
-    ["or", "and", "if", "when", "mod", "is", "are", "to", "than", "plus", "minus", "times", "over"]
+    [
+        *("or", "and", "if", "when", "mod", "is", "are", "to", "than", "plus", "minus", "times", "over", "squared"),
+        *("cubed", "factorial", "choose", "through", "divided", "multiplied", "by", "base", "not", "out"),
+    ]
 )
 
 
@@ -66,7 +102,10 @@ def split_unit(text: str) -> tuple[str, str]:
         sign = match["sign"]
         if "circ" not in sign:
             return match["body"], _KNOWN[sign.lstrip("\\")]
-        return (text, "") if _FUNCTION.search(text) else (match["body"], "°")
+        unit = f"°{sign[-1]}" if sign[-1] in "CF" else "°"
+        return (text, "") if _FUNCTION.search(text) else (match["body"], unit)
+    if (match := _SCALED.fullmatch(text)) is not None and (scaled := _scaled(match)) is not None:
+        return scaled
     if (match := _ORDINAL.fullmatch(text)) is not None:
         return match["body"], "th"
     if text[-1:].isalnum() or text[-1:] in "})":
@@ -76,6 +115,24 @@ def split_unit(text: str) -> tuple[str, str]:
         if worded is not None and (named := _named(worded)) is not None:
             return worded["body"], named
     return text, ""
+
+
+def _scaled(match: re.Match[str]) -> tuple[str, str] | None:
+    """`15 million dollars` is 15·10^6, in dollars, and `2 thirds` 2/3; None if the first word is no such thing."""
+    word, rest = match["scale"].casefold(), match["rest"].strip()
+    singular = word.removesuffix("s")
+    part = _PARTS.get(singular) if word != singular or match["body"] == "1" else None
+    if part is not None and (not rest or rest.startswith("of ")):
+        return f"({match['body']})({part})", ""
+    scale = _SCALES.get(singular)
+    if scale is None:
+        return None
+    body = f"({match['body']})({scale})"
+    if not rest:
+        return body, ""
+    more = f"1 {rest.removeprefix('of ')}"
+    factor, unit = split_unit(more)
+    return None if factor == more else (f"{body}({factor})", unit)
 
 
 def _named(match: re.Match[str]) -> str | None:
@@ -89,14 +146,19 @@ def _named(match: re.Match[str]) -> str | None:
     if len(words[0]) == 1 and words[0] not in _KNOWN:
         return None
     parts = [part for part in re.split(r"\s*/\s*|\s+per\s+", " ".join(words)) if part]
-    if not match["gap"] and any(part.casefold() not in _KNOWN for part in parts):
+    parts = [_DEGREES.sub("", part) for part in parts]
+    if not match["gap"] and any(not _is_known(part) or (len(part) == 1 and part.isupper()) for part in parts):
         return None  # 5abc is a product, not 5 of something
-    spelled = "/".join(_singular(part.casefold()) for part in parts)
+    spelled = "/".join(_singular(part) for part in parts)
     return spelled + power if spelled else ""
 
 
+def _is_known(word: str) -> bool:
+    return word in _KNOWN or (len(word) > 1 and word.casefold() in _KNOWN)
+
+
 def _singular(word: str) -> str:
-    known = _KNOWN.get(word)
-    if known is not None:
-        return known
+    if _is_known(word):
+        return _KNOWN.get(word) or _KNOWN[word.casefold()]
+    word = word.casefold()
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
