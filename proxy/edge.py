@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote
 from uuid import uuid4
 
 import httptools
@@ -24,97 +22,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from proxy import errors
 from proxy.connections import Connections
-from proxy.errors import ApiError, BadRequest, HeadTooLarge, TooManyConnections, TooSlow
+from proxy.errors import ApiError, BadRequest, TooManyConnections, TooSlow
+from proxy.heads import (
+    METHODS,
+    MOST_HEAD_BYTES,
+    MOST_HEADERS,
+    check_head,
+    rewritten,
+    shown_path,
+    too_large,
+    without_upgrade,
+)
 
 logger = logging.getLogger(__name__)
 
-Headers = Sequence[tuple[bytes, bytes]]
-
-MOST_HEADERS: Final = 100
-MOST_HEAD_BYTES: Final = 32 * 2**10
-"""Of a request's first line and headers together."""
 MOST_WAITING: Final = 16
 """Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
 BODY_GRACE_S: Final = 20.0
 """Seconds before a body's rate counts."""
 LINGER_S: Final = 2.0
 """Seconds in which input after an early answer is read and dropped. Closing at once could cost a client the answer."""
-
-ONCE: Final = (b"authorization", b"content-type", b"content-length", b"transfer-encoding", b"expect")
-"""Headers that mean something here, so nobody on the way may understand another one of them."""
-ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
-"""Below these a path ends in a name, which may be percent-encoded. Nowhere else is there a reason to."""
-
-METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
-MOST_SHOWN: Final = 200
-"""Characters of a refused request's path that are looked at for the log."""
-PARTS: Final = frozenset(
-    {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
-    | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
-    | {"messages", "count_tokens", "version", "tokenizer_info", "ping"}
-)
-"""Parts of paths that the log may show: those of the endpoints."""
-
-_TARGET: Final = re.compile(rb"/[!-~]*")
-_PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~@:!$&'()*+,;=-]*)+")
-_NAME: Final = re.compile(r"(?:[A-Za-z0-9._~@:!$&'()*+,;=/-]|%[0-9A-Fa-f]{2})+")
-_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
-
-
-def check_head(version: str, target: bytes, headers: Headers) -> None:
-    """Raise BadRequest unless a request's head means one thing to everybody."""
-    if len(headers) > MOST_HEADERS or len(target) + sum(len(n) + len(v) + 4 for n, v in headers) > MOST_HEAD_BYTES:
-        raise _too_large()
-    names = [name for name, _ in headers]
-    if version not in ("1.0", "1.1"):
-        raise BadRequest("this is no HTTP/1.1", code="bad_version")
-    if version == "1.0" and b"transfer-encoding" in names:
-        raise BadRequest("HTTP/1.0 has no transfer-encoding", param="transfer-encoding", code="bad_header")
-    hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
-        raise BadRequest("a request must have one Host header, a name and a port", param="host", code="bad_host")
-    for name in ONCE:
-        if names.count(name) > 1:
-            raise BadRequest(f"{name.decode()} is given more than once", param=name.decode(), code="bad_header")
-    check_target(target)
-
-
-def check_target(target: bytes) -> None:
-    """Raise BadRequest unless `target` is a path, with or without a query, that can be read in one way only."""
-    if not _TARGET.fullmatch(target) or b"#" in target:
-        raise BadRequest("the target must be a path; this is no forward proxy", code="bad_target")
-    path = target.partition(b"?")[0].decode()
-    if not _is_plain(path):
-        raise BadRequest(_what_is_wrong(path), code="bad_path")
-
-
-def _is_plain(path: str) -> bool:
-    below = next((prefix for prefix in ENCODED if path.startswith(prefix)), None)
-    if below is None:
-        is_spelt_well = _PATH.fullmatch(path) is not None
-    else:
-        name = path.removeprefix(below)
-        path = below + unquote(name, errors="replace")
-        is_spelt_well = bool(_NAME.fullmatch(name)) and path.isprintable() and not {"\\", "\ufffd"} & set(path)
-    return is_spelt_well and (path == "/" or not {"", ".", ".."} & set(path[1:].split("/")))
-
-
-def _what_is_wrong(path: str) -> str:
-    """The message about a path that is not plain. Only what it is made of is named, never quoted."""
-    parts = path[1:].split("/")
-    if len(parts) > 1 and not parts[-1] and _is_plain(path.rstrip("/")):
-        return "the path ends in a slash; leave it out"
-    if "" in parts:
-        return "the path has an empty part (two slashes in a row); send it plain"
-    if {".", ".."} & set(parts):
-        return "the path has a part that is `.` or `..`; send it plain"
-    return "the path has encoded or unusual characters; send it plain"
-
-
-def shown_path(target: bytes) -> str:
-    """The path of a request for the log: parts no endpoint has are shortened, because a client may write anything."""
-    parts = target[:MOST_SHOWN].partition(b"?")[0].decode("latin-1").split("/")
-    return "/".join(part if part in PARTS else "…" for part in parts)
 
 
 def answer(error: ApiError) -> bytes:
@@ -129,11 +56,6 @@ def answer(error: ApiError) -> bytes:
     }
     lines = [f"HTTP/1.1 {error.status.value} {error.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + content
-
-
-def _too_large() -> HeadTooLarge:
-    most = f"{MOST_HEADERS} headers and {MOST_HEAD_BYTES} bytes"
-    return HeadTooLarge(f"the head of a request may have {most}", code="head_too_large")
 
 
 class Stage(Enum):
@@ -187,6 +109,22 @@ class _Flow(FlowControl):
             self._timer = None
 
 
+class _Endless(int):
+    """The length of a reply that ends with its connection: nothing makes it shorter, and nothing is longer.
+
+    uvicorn would send such a reply in chunks, which HTTP/1.0 does not have.
+    """
+
+    def __sub__(self, _: int) -> _Endless:
+        return self
+
+    def __lt__(self, _: int) -> bool:
+        return False
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+
 class _Outlet:
     """The transport as a response sees it. Closing it leaves the client time to read the answer."""
 
@@ -209,6 +147,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._stage = Stage.IDLE
         self._loose = 0  # bytes that came since the parser last made something of them
         self._is_deaf = False  # further input is dropped
+        self._is_offer = False  # the head that was read offers to go on in another protocol
         self._is_closing = False  # no further answer is sent
         self._wrong: ApiError | None = None  # with the message that is being read
         self._timer: asyncio.TimerHandle | None = None
@@ -241,19 +180,34 @@ class EdgeProtocol(HttpToolsProtocol):
         self._loose += len(data)
         self._unset_keepalive_if_required()
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._end()  # the request is answered in HTTP/1.1; what follows it was meant for another protocol
+            while data:
+                data = self._feed(data)
         except httptools.HttpParserError:
             self._refuse(self._wrong or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
         if not self._is_deaf and self._loose > MOST_HEAD_BYTES:
-            self._refuse(_too_large())
+            self._refuse(too_large())
 
     def evict(self) -> None:
         """Close the connection at once. Whatever was being read is refused."""
         if self._stage is Stage.HEAD or self._take_back():
             self.transport.write(answer(_full()))
         self._close_transport()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse `data`, and return what is left to be parsed: a head that offers another protocol, without the offer.
+
+        The parser takes such an offer for accepted and leaves the request's body alone.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._is_offer = False
+            version, method = self.parser.get_http_version(), self.parser.get_method()
+            head = rewritten(method, self.url, version, without_upgrade(self.headers))
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return head + data[offer.args[0] :]
+        return b""
 
     # What the parser finds
 
@@ -267,7 +221,7 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._stage is not Stage.HEAD:  # a trailer: whatever it says, the head has been judged
             return
         if len(self.headers) == MOST_HEADERS:
-            self._wrong = _too_large()
+            self._wrong = too_large()
             raise self._wrong
         super().on_header(name, value)
 
@@ -278,11 +232,16 @@ class EdgeProtocol(HttpToolsProtocol):
             self._wrong = error
             raise
         self._loose = 0
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._is_offer = True
+            return
         self._cycles = self._unanswered()
         super().on_headers_complete()
         self._stage = Stage.BODY
         self.cycle.transport = self._outlet  # type: ignore[assignment]
         self._cycles.append(self.cycle)
+        if self.scope["http_version"] == "1.0":
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _Endless()
         if len(self._cycles) > 1:
             self.flow.resume_reading()  # else nobody would notice the client leaving
         if len(self._cycles) > MOST_WAITING:
@@ -296,6 +255,8 @@ class EdgeProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_offer:
+            return
         self._stage = Stage.IDLE
         self._loose = 0
         self._wait(None)

@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import resource
+import shutil
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from operator import itemgetter
@@ -23,18 +25,9 @@ from uvicorn.server import ServerState
 from proxy import edge
 from proxy.app import ROUTES
 from proxy.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
-from proxy.edge import (
-    MOST_HEADERS,
-    MOST_SHOWN,
-    PARTS,
-    Edge,
-    EdgeLimits,
-    EdgeProtocol,
-    check_head,
-    check_target,
-    shown_path,
-)
+from proxy.edge import Edge, EdgeLimits, EdgeProtocol
 from proxy.errors import ApiError
+from proxy.heads import MOST_HEADERS, MOST_SHOWN, PARTS, check_head, check_target, shown_path, without_upgrade
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
@@ -267,10 +260,69 @@ async def test_trailers_are_no_headers(proxy: Proxy) -> None:
     assert (answer.status, answer.headers["x-tts-reason"]) == (200, "no_beta")
 
 
-async def test_an_upgrade_is_not_taken(proxy: Proxy) -> None:
-    said = get(b"/health", b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n")
-    answers = await speak(proxy.url, said + SMUGGLED)
-    assert [answer.status for answer in answers] == [200]
+OFFERS = [
+    (b"Connection: Upgrade, HTTP2-Settings\r\n", b"Upgrade: h2c\r\n", b"HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"),
+    (b"Connection: Upgrade\r\n", b"Upgrade: websocket\r\n", b"Sec-WebSocket-Key: x\r\n"),
+    (b"Upgrade: h2c\r\n", b"Connection: keep-alive, Upgrade\r\n"),
+]
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+@pytest.mark.parametrize("pieces", [1, 7, 10**6])
+async def test_an_offer_of_another_protocol_is_ignored(proxy: Proxy, offer: tuple[bytes, ...], pieces: int) -> None:
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    said = (
+        post(b"Content-Length: %d\r\n" % len(BODY), *offer)
+        + get(b"/health", *offer)
+        + post(*offer, CHUNKED, body=chunked)
+        + get(b"/health", CLOSE)
+    )
+    answers = await speak(proxy.url, *(said[at : at + pieces] for at in range(0, len(said), pieces)))
+    assert [answer.status for answer in answers] == [200] * 4
+    echoes = [json.loads(answers[number].body)["echo"] for number in (0, 2)]
+    assert echoes == [json.loads(BODY)] * 2
+    assert "upgrade" not in answers[0].headers
+
+
+@pytest.mark.parametrize("case", ["CL.TE", "two lengths", "two keys", "a path that climbs"])
+async def test_an_offer_hides_nothing(proxy: Proxy, case: str) -> None:
+    said, (status, _) = REFUSED[case]
+    line, _, rest = said.partition(b"\r\n")
+    answers = await speak(proxy.url, line + b"\r\n" + b"".join(OFFERS[0]) + rest)
+    assert [answer.status for answer in answers] == [status]
+    assert proxy.backend.requests == []
+
+
+def test_only_the_offer_is_taken_out() -> None:
+    headers = [(b"host", b"a"), (b"connection", b"Upgrade, Close"), (b"upgrade", b"h2c"), (b"x-upgrade", b"")]
+    assert without_upgrade(headers) == [(b"host", b"a"), (b"connection", b"Close"), (b"x-upgrade", b"")]
+
+
+async def test_curl_may_offer_http_2(proxy: Proxy) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    url = f"{proxy.url}/v1/chat/completions"
+    given = ["--http2", "--silent", "--max-time", "10", "-H", "content-type: application/json", "--data-binary", "@-"]
+    process = await asyncio.create_subprocess_exec(curl, *given, url, stdin=PIPE, stdout=PIPE)
+    out, _ = await process.communicate(BODY)
+    assert json.loads(out)["echo"] == json.loads(BODY)
+
+
+async def test_http_1_0_is_answered_without_chunks(proxy: Proxy) -> None:
+    where = urlsplit(proxy.url)
+    body = json.dumps({**json.loads(BODY), "stream": True, "tts": {"beta": 0.5}}).encode()
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    writer.write(sized(body, version=b"1.0"))
+    head, _, rest = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert rest.startswith(b"data: {")
+    assert rest.endswith(b"data: [DONE]\n\n")
+    (answer,) = await speak(proxy.url, sized(version=b"1.0"))
+    assert json.loads(answer.body)["echo"] == json.loads(BODY)
 
 
 async def test_when_a_client_that_asked_twice_leaves_all_is_aborted(proxy: Proxy) -> None:
