@@ -38,6 +38,8 @@ LOOK_S: Final = 300.0
 """Seconds between looks at the upstream."""
 AGAIN_S: Final = 3.0
 """Seconds between them while upstream or store is not up, and after a failure."""
+MOST_MODELS: Final = 100
+"""Models that are looked at each time, by three requests each; others are when somebody asks for them."""
 _TAIL: Final = 8
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8} \d{4}|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 
@@ -124,7 +126,7 @@ class Drift:
 
     async def look(self) -> None:
         """See what the upstream's models are asked with now. Raises UpstreamError."""
-        models = [model.id for model in await self._aside.models()]
+        models = [model.id for model in await self._aside.models()][:MOST_MODELS]
         for model in models:
             await self._see(self._aside, model)
         self._seen = {model: self._seen[model] for model in models}

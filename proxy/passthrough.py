@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -81,11 +82,11 @@ async def forward(
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
     if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= WHOLE:
-        async with opened:
+        async with opened, asyncio.timeout(engine.silence_s):
             content = as_openais(upstream.status, await upstream.read())
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
     if not in_pieces and length is not None and length <= WHOLE:
-        async with opened:
+        async with opened, asyncio.timeout(engine.silence_s):
             content = await upstream.read()
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 

@@ -25,7 +25,8 @@ Pour = Callable[[Hand], Awaitable[None]]
 async def pour(response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -> None:
     """Give `hand` the body of `response`, of which nothing has been read.
 
-    Raises what aiohttp and `hand` do, and TimeoutError once nothing has come for `silence_s` seconds.
+    Raises what aiohttp and `hand` do, and TimeoutError once nothing has come for `silence_s` seconds. Of a stream of
+    events only data counts: comments may keep it alive for ever.
     """
     content = response.content
     is_over = False
@@ -51,7 +52,8 @@ class _Tap(asyncio.Protocol):
         self._content = response.content
         self._hand = hand
         self._silence_s = silence_s
-        self._heard = self._loop.time()
+        self._heard = self._loop.time()  # when anything last came that counts
+        self._is_stream = response.content_type == "text/event-stream"
         self._has_last = False  # the last piece has been given
         self._over: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
@@ -70,7 +72,8 @@ class _Tap(asyncio.Protocol):
         return self._has_last
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._loop.time()
+        if not self._is_stream or b"data" in data:
+            self._heard = self._loop.time()
         self._inner.data_received(data)
         content = self._content
         if content.exception() is not None:

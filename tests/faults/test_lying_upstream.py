@@ -13,12 +13,16 @@ import aiohttp
 import pytest
 
 from proxy import engine as engines
+from proxy.bounds import Bound
 from proxy.breaker import FAILURES
 from proxy.engine import Call, Engine
 from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
 from proxy.response_body import Lines, parse_object
+from proxy.server import running
+from proxy.settings import load
+from proxy.usage import Bill
 from tests.fakes import MODEL
-from tests.proxy.conftest import Proxy, backend, proxy
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
 __all__ = ["backend", "proxy"]  # fixtures
 
@@ -291,7 +295,70 @@ def test_a_line_may_be_so_long_and_no_longer() -> None:
         lines.take(b"y")
 
 
+def test_what_a_bill_holds_is_not_copied_for_each_piece() -> None:
+    for is_stream in (False, True):
+        bill = Bill(Bound(most=100, texts=1), is_stream=is_stream)
+        held = bill._held
+        for _ in range(1000):
+            bill.take(b"x")
+        assert bill._held is held
+        assert len(held) == 1000
+
+
 # Through the proxy
+
+
+async def relay(liar: Liar, **settings: Any) -> tuple[int, bytes]:
+    """What a client gets whose request is handed on to `liar`, as far as it comes."""
+    async with (
+        liar.serve(),
+        running(load(upstream=liar.url, **{**SMALL, **settings})) as url,
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"}) as response,
+    ):
+        content = b""
+        with suppress(aiohttp.ClientError):
+            async for piece in response.content.iter_any():
+                content += piece
+        return response.status, content
+
+
+@pytest.mark.parametrize("piece", [b": ping\n\n", b"\n", b"event: x\n\n"])
+async def test_a_stream_that_is_handed_on_may_not_only_keep_itself_alive(piece: bytes) -> None:
+    status, content = await relay(Liar(STREAM + b"data: 1\n\n", piece, pause_s=0.01), read_timeout_s=0.3)
+    assert status == 200
+    assert content.startswith(b"data: 1\n\n" + piece)  # and it comes to an end
+
+
+async def test_a_stream_that_brings_something_goes_on_for_longer_than_a_silence() -> None:
+    liar = Liar(STREAM, b"data: 1\n\n", pause_s=0.02)
+    status, content = 0, b""
+    async with (
+        liar.serve(),
+        running(load(upstream=liar.url, **{**SMALL, "read_timeout_s": 0.3})) as url,
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"}) as response,
+    ):
+        begun = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < begun + 1:
+            content += await response.content.readany()
+        status = response.status
+    assert status == 200
+    assert content.count(b"data: 1\n\n") > 10
+
+
+async def test_a_short_body_that_drips_is_given_up() -> None:
+    head = HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 60000\r\n\r\n")
+    status, content = await relay(Liar(head, b"x", pause_s=0.01), read_timeout_s=0.3)
+    assert status == 504
+    assert b"silent for too long" in content
+
+
+@pytest.mark.parametrize("lie", [b"content-encoding: gzip", b"transfer-encoding: gzip, chunked"])
+async def test_encoded_content_is_not_handed_on(lie: bytes) -> None:
+    status, content = await relay(Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + lie + b"\r\n\r\n") + b"\x1f\x8b"))
+    assert status == 502
+    assert json.loads(content)["error"]["type"] == "upstream_error"
 
 
 @pytest.mark.parametrize("fault", ["short", "shorter", "aborted", "odd"])
