@@ -39,6 +39,8 @@ FAIR_S: Final = 0.02
 """A child that is late by the wall clock and was given less processor time than this was starved, not slow."""
 NICE: Final = 5
 """By how much children that decide live are nicer than their owner, which goes first when both want to run."""
+IDLE_S: Final = 0.005
+"""Seconds of processor time below which a child that was killed had not begun to decide."""
 EXIT_S: Final = 1.0
 """Seconds a killed process may take to end before its status is asked for all the same."""
 
@@ -313,7 +315,8 @@ class Worker:
         if before is not None:  # it was killed for another reason
             self._ended = before
         elif isinstance(error, OSError):
-            self._ended = _why_dead(status, gone, pending.died_idle, life.cpu, deadline.start.wall)
+            idle = pending.died_idle or usage.cpu < IDLE_S
+            self._ended = _why_dead(status, gone, idle, life.cpu, deadline.start.wall)
         elif isinstance(error, _Late):
             self._ended = _why_late(deadline, usage)
         elif isinstance(error, _NotSealed):

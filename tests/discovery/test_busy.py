@@ -17,6 +17,7 @@ import pytest
 
 from controllers.errors import Disturbed
 from controllers.loading import Spec
+from controllers.sandbox import worker as handles
 from controllers.sandbox.worker import Worker
 from discovery import gate
 from discovery.errors import GateError
@@ -110,6 +111,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
             begin(self, turns, most)
             if dies and not idle:
                 os.kill(self.process, signal.SIGKILL)
+                monkeypatch.setattr(handles, "IDLE_S", 0.0)  # it has been asked, and stood still
 
         monkeypatch.setattr(Worker, "begin", begin_and_die)
 

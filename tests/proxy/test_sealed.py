@@ -20,6 +20,7 @@ from controllers.loading import discovered
 from controllers.sandbox import nursery as nurseries
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.proof import Proof
+from controllers.sandbox.worker import IDLE_S
 from proxy import casting
 from proxy.errors import SettingsError
 from proxy.pool import Pool
@@ -242,7 +243,7 @@ def state_of(process: int) -> str:
         return "gone"
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[..., bool]) -> None:
     async with asyncio.timeout(60):
         for _ in repeat(None):
             if holds():
@@ -268,6 +269,8 @@ async def asking_at_once(proxy: Proxy, pool: list[Pool], count: int) -> list[asy
     asked = [asyncio.create_task(proxy.ask("0")) for _ in range(count)]
     third = 3  # a file, the opening round, and the one that never ends
     await until(lambda: [worker._number for worker in pool[0]._in_use] == [third] * count)
+    began = {worker: worker._meter.read() for worker in pool[0]._in_use}
+    await until(lambda: all(worker._meter.read().since(start).cpu > IDLE_S for worker, start in began.items()))
     return asked
 
 
@@ -306,13 +309,14 @@ async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve,
         assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason="disturbed") == 4
 
 
-async def test_processes_that_died_idle_are_passed_over(serve: Serve) -> None:
+async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list[Pool]) -> None:
     async with serve(HONEST, sandbox_pool=3) as proxy:
-        assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
         for _ in range(4):
-            await until(lambda: [state_of(process) for process in children()] == ["T"] * 3)  # loaded, and stopped
-            for process in children():
-                os.kill(process, signal.SIGKILL)
+            await until(lambda: len(pool[0]._ready) == 3)
+            idle = list(pool[0]._ready)
+            for worker in idle:
+                os.kill(worker.process, signal.SIGKILL)
+            await until(lambda idle=idle: not any(worker.alive for worker in idle))
             assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
 
 
