@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 IMPORTS: Final = (
@@ -25,21 +25,30 @@ BUILTINS: Final = {
 }
 DEFINED: Final = frozenset({"__init__", "__post_init__", "__slots__", "__name__", "__doc__", "__all__"})
 """Names with two underscores on each side that a controller has a use for."""
+MOST: Final = 20
+"""Findings that are told of one file."""
+LONGEST: Final = 500
+"""Characters of one finding."""
 STATELESS: Final = "one object serves one episode; keep what it learns in self"
 
 
 def advise(source: str) -> list[str]:
-    """What is wrong, a line each, in the order of the file; nothing if all is well."""
+    """What is wrong, a line each, in the order of the file; nothing if all is well.
+
+    Takes time in proportion to the text, and raises nothing, whatever the text is.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes; they do no harm
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        found = sorted(dict.fromkeys([*_everywhere(tree), *_classes(tree)]))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError) as error:  # the last at deep nesting
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         kind = SyntaxError if type(error) is ValueError else type(error)  # of a NUL, before Python 3.11.4
         return [f"{line}{kind.__name__}: {getattr(error, 'msg', None) or error}"]
-    found = [*_everywhere(tree), *_classes(tree)]
-    return [f"line {line}: {words}" for line, words in sorted(dict.fromkeys(found))]
+    lines = [f"line {line}: {words}" for line, words in found]
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return [line if len(line) <= LONGEST else f"{line[:LONGEST]} …" for line in lines[:MOST]] + more
 
 
 def _everywhere(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -84,7 +93,8 @@ def _is_dunder(name: str) -> bool:
 def _classes(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and words of what is wrong with the controller's class, or that there is not just one."""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    found = [node for node in classes.values() if _method(node, "decide", classes) is not None]
+    deciding = _with_method("decide", classes)
+    found = [node for node in classes.values() if node.name in deciding]
     if len(found) != 1:
         names = ", ".join(sorted(node.name for node in found)) or "none"
         line = found[1].lineno if found else 1
@@ -100,17 +110,44 @@ def _classes(tree: ast.Module) -> Iterator[tuple[int, str]]:
         yield line, f"{controller.name} takes β and nothing else: __init__(self, beta)"
 
 
-def _method(node: ast.ClassDef, name: str, classes: dict[str, ast.ClassDef], depth: int = 0) -> ast.FunctionDef | None:
-    """A method of a class, or of those of this file it is derived from."""
-    for statement in node.body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == name:
-            return statement
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes and base.id != node.name and depth < len(classes):
-            found = _method(classes[base.id], name, classes, depth + 1)
-            if found is not None:
-                return found
+def _with_method(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str]:
+    """Names of the classes that define a method or are derived, in this file, from one that does."""
+    derived: dict[str, list[str]] = {}
+    for node in classes.values():
+        for base in _bases(node, classes):
+            derived.setdefault(base.name, []).append(node.name)
+    found = {node.name for node in classes.values() if _own_method(node, name) is not None}
+    new = list(found)
+    while new:
+        for child in derived.get(new.pop(), ()):
+            if child not in found:
+                found.add(child)
+                new.append(child)
+    return found
+
+
+def _method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
+    """A method of a class, or of those of this file it is derived from; each is looked at once."""
+    seen, left = {node.name}, [node]
+    while left:
+        node = left.pop()
+        if (own := _own_method(node, name)) is not None:
+            return own
+        for base in reversed(_bases(node, classes)):
+            if base.name not in seen:
+                seen.add(base.name)
+                left.append(base)
     return None
+
+
+def _own_method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    return next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == name), None)
+
+
+def _bases(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.ClassDef]:
+    """The classes of this file a class names as its bases."""
+    names = (base.id for base in node.bases if isinstance(base, ast.Name))
+    return [classes[name] for name in names if name in classes and name != node.name]
 
 
 def _parameters(function: ast.FunctionDef) -> int:
@@ -123,9 +160,27 @@ def _parameters(function: ast.FunctionDef) -> int:
 
 def _fields(node: ast.ClassDef) -> int:
     """What a dataclass's constructor takes; a class that is none and has no __init__ takes nothing."""
-    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+    if not any(_mentions(decorator, "dataclass") for decorator in node.decorator_list):
         return 0
-    fields = [
-        one for one in node.body if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
-    ]
-    return sum(one.value is None or "init=False" not in ast.unparse(one.value) for one in fields)
+    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not _mentions(one.annotation, "ClassVar")]
+    return sum(one.value is None or not _is_init_false(one.value) for one in fields)
+
+
+def _mentions(tree: ast.AST, word: str) -> bool:
+    """Whether a name, an attribute or a text in it has `word`. No source is made of it: that may go too deep."""
+    for node in ast.walk(tree):
+        text = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
+        if isinstance(text, str) and word in text:
+            return True
+    return False
+
+
+def _is_init_false(tree: ast.AST) -> bool:
+    """Whether it has an argument `init=False`."""
+    return any(
+        isinstance(node, ast.keyword)
+        and node.arg == "init"
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is False
+        for node in ast.walk(tree)
+    )

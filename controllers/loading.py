@@ -6,6 +6,8 @@ source with all the rights of whoever asks for it. Sealed children ask, and othe
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,16 +76,32 @@ def discovered() -> list[str]:
     return sorted(path.stem for path in DISCOVERED.glob("*.py") if path.stem != "__init__")
 
 
-def read(path: Path) -> Spec:
-    """The controller in a file, which is not run. Raises BadController, naming the file and all that is wrong."""
+def read_source(path: Path) -> str:
+    """Return the text of a controller file. Raises BadController, naming the file and what is wrong.
+
+    It is opened once and without waiting, so that no pipe, no device and no change of its name can hold this up.
+    """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadController(f"{path}: not a regular file; name a file with a controller's text")
             source = file.read(LARGEST + 1)
         if len(source) > LARGEST:
             raise BadController(f"{path}: more than {LARGEST} bytes; a controller file has no more")
-        text = source.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadController(f"{path}: {error}") from None
+        return source.decode()
+    except OSError as error:
+        raise BadController(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # no UTF-8, or a path with a NUL
+        raise BadController(f"{path}: {error}; a controller file is UTF-8 text") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | os.O_CLOEXEC)
+
+
+def read(path: Path) -> Spec:
+    """The controller in a file, which is not run. Raises BadController, naming the file and all that is wrong."""
+    text = read_source(path)
     if wrong := advise(text):
         raise BadController(f"{path}: {'; '.join(wrong)}")
     return Spec(path.stem, text)

@@ -22,8 +22,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from controllers.errors import BadController
 from controllers.installed import Installed, Stage, wrong_name
-from controllers.loading import LARGEST, Spec
+from controllers.loading import Spec, read_source
 from discovery.errors import PromotionError
 from discovery.files import create
 from discovery.json_text import parse
@@ -86,13 +87,12 @@ class Registry:
         """An installed controller. Raises PromotionError if its file is not what was installed."""
         path = self._source(digest)
         try:
-            with path.open("rb") as file:
-                source = file.read(LARGEST + 1)
-        except OSError as error:
-            raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
-        if sha256(source).hexdigest() != digest:
+            source = read_source(path)
+        except BadController as error:
+            raise PromotionError(f"{error}; {_MEND_FILE}") from None
+        if sha256(source.encode()).hexdigest() != digest:
             raise PromotionError(f"{path}: its text is not what its name is the hash of; {_MEND_FILE}")
-        return Spec(self.card(digest)["name"], source.decode())
+        return Spec(self.card(digest)["name"], source)
 
     def card(self, digest: str) -> Card:
         """What is known of an installed controller. Raises PromotionError."""

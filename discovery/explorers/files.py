@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from controllers.loading import LARGEST
+from controllers.errors import BadController
+from controllers.loading import read_source
 from discovery.errors import ExplorerError
 from discovery.explorers import Candidate, Context
 from discovery.prompt import clean
@@ -30,7 +31,7 @@ class Files:
     def propose(self, context: Context) -> list[Candidate]:
         """The files that are new; none if there are no more. Raises ExplorerError if there is no folder."""
         try:
-            paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and path.is_file())
+            paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and not path.is_dir())
         except OSError as error:
             raise ExplorerError(f"{self._folder}: {error.strerror}") from None
         known = {standing.candidate.digest for standing in context.standings}
@@ -45,19 +46,10 @@ class Files:
     def _read(self, path: Path) -> Candidate:
         try:
             source, note = read_source(path), ""
-        except (OSError, ValueError) as error:
-            note = clean(f"{path.name}: {error}")
+        except BadController as error:
+            note = clean(str(error).replace(str(path), path.name))
             source = f"# {note}\n"
         return Candidate(cleaned_name(path.stem), source, self.name, note=note)
-
-
-def read_source(path: Path) -> str:
-    """The text of a controller file. Raises OSError, or ValueError if it is too long or no UTF-8."""
-    with path.open("rb") as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise ValueError(f"more than {LARGEST} bytes; a controller file has no more")
-    return data.decode()
 
 
 def cleaned_name(text: str) -> str:

@@ -96,8 +96,8 @@ def _unknown(bill: Bill) -> str:
 
 
 def _said(text: str) -> str:
-    """A reply without the thought before it."""
-    return text.replace("\r\n", "\n").rpartition("</think>")[2]
+    """A reply without the thought before it, as text that can be written: JSON may hold halves of characters."""
+    return text.encode(errors="replace").decode().replace("\r\n", "\n").rpartition("</think>")[2]
 
 
 def _read(text: str, tried: dict[str, str]) -> Draft:

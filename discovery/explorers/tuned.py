@@ -22,6 +22,10 @@ SIGMA: Final = 0.15
 """Spread of the factors' logarithms in the first generation."""
 
 
+LARGEST_NUMBER: Final = 2**53
+"""Constants from there on are left alone: they are no quantities."""
+
+
 class Spot(NamedTuple):
     """Where a constant stands in a file, in bytes of its line."""
 
@@ -78,7 +82,7 @@ def spots_of(source: str) -> list[Spot]:
     """The constants of a controller's constructor; none if the file cannot be read."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
         return []
     constructors = [
         one
@@ -93,7 +97,7 @@ def spots_of(source: str) -> list[Spot]:
 def _spot(node: ast.AST) -> Sequence[Spot]:
     if not isinstance(node, ast.Constant) or not isinstance(node.value, int | float) or isinstance(node.value, bool):
         return ()
-    if node.value in (0, 1) or not math.isfinite(node.value) or node.end_col_offset is None:
+    if node.value in (0, 1) or not abs(node.value) < LARGEST_NUMBER or node.end_col_offset is None:
         return ()
     return (Spot(node.lineno, node.col_offset, node.end_col_offset, float(node.value), isinstance(node.value, int)),)
 

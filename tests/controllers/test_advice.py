@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from controllers.advice import advise
+from controllers.advice import LONGEST, MOST, advise
+from controllers.loading import LARGEST
 
 GOOD = """
 from controllers import State, answer, branch
@@ -95,3 +97,65 @@ def test_whatever_is_in_the_file_something_is_said() -> None:
     assert advise("\0") == ["SyntaxError: source code string cannot contain null bytes"]
     assert len(advise("(" * 5000)) == 1
     assert len(advise("-" * 60_000 + "1")) == 1
+
+
+# Files that were made to be hard to read
+
+
+def calls(source: str) -> int:
+    """How many functions are called to read a file."""
+    count = 0
+
+    def note(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(note)
+    try:
+        advise(source)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def ladder(classes: int) -> str:
+    """Empty classes, each derived from all later ones."""
+    names = [f"C{number}" for number in range(classes)]
+    return "".join(f"class {name}({', '.join(names[at + 1 :])}): pass\n" for at, name in enumerate(names))
+
+
+def test_classes_derived_from_each_other_are_each_looked_at_once() -> None:
+    assert calls(ladder(20)) < 8 * calls(ladder(10))  # there are four times as many bases
+    assert advise(ladder(150)) == ["line 1: a controller file has one class with a decide method, not none"]
+    decide = "\n    def decide(self, state): ...\n"
+    assert advise(ladder(40).replace("class C39(): pass\n", f"class C39:{decide}"))[0].startswith("line 2: ")
+
+
+def test_a_long_line_of_classes_is_followed_to_its_end() -> None:
+    line = "".join(f"class C{number}(C{number + 1}): pass\n" for number in range(1500))
+    last = "class C1500:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
+    (only,) = advise(line + last)
+    assert only.startswith("line 2: a controller file has one class with a decide method, not C0, C1")
+    assert len(only) <= LONGEST + 2
+
+
+@pytest.mark.parametrize("deep", ["-" * 400 + "1", "-" * 60_000 + "1", "(" * 180 + ")" * 180, "not " * 2_000 + "1"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "@dataclass({})\nclass A:\n    def decide(self, state): ...\n",
+        "@dataclass\nclass A:\n    beta: {}\n    def decide(self, state): ...\n",
+        "@dataclass\nclass A:\n    beta: float = {}\n    def decide(self, state): ...\n",
+        "x = {}",
+    ],
+)
+def test_nesting_that_is_too_deep_is_said_so_or_read(file: str, deep: str) -> None:
+    assert isinstance(advise(file.format(deep)), list)
+
+
+def test_what_is_said_of_a_file_is_bounded() -> None:
+    names = "".join(f"import m{number}\n" for number in range(5_000))
+    found = advise(names[:LARGEST])
+    assert len(found) == MOST + 1
+    assert found[-1].startswith("and ")
+    assert len(advise("import " + "m" * 60_000)[1]) <= LONGEST + 2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,3 +98,67 @@ def test_a_constructor_that_fails_is_the_controllers_fault(tmp_path: Path) -> No
     spec = parse_spec(write(tmp_path, failing))
     with pytest.raises(BadController, match="mine: its constructor raised SystemExit"):
         make(spec, 0)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
+@pytest.mark.parametrize(
+    ("make_it", "words"),
+    [
+        (fifo, "not a regular file; name a file with a controller's text"),
+        (device, "not a regular file; name a file with a controller's text"),
+        (folder, "Is a directory"),
+        (link_to_itself, "Too many levels of symbolic links"),
+        (listening, "No such device or address"),
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_it: Callable[[Path], None], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make_it(Path("mine.py"))
+    with pytest.raises(BadController, match=f"mine.py: {words}"):
+        parse_spec("mine.py")
+
+
+@pytest.mark.parametrize("text", [b"x = 1\0", b"\0" * 100, b"\xed\xa0\x80", b"\xef\xbb\xbf\0"])
+def test_bytes_that_are_no_text_are_refused_by_name(tmp_path: Path, text: bytes) -> None:
+    with pytest.raises(BadController, match=r"mine\.py"):
+        parse_spec(write(tmp_path, text))
+
+
+def test_a_file_is_what_it_was_when_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever renames another file over it meanwhile changes nothing."""
+    path = Path(write(tmp_path, GOOD))
+    other = tmp_path / "other"
+    other.write_text("secret")
+    opened = os.open
+
+    def open_and_replace(name: str, flags: int) -> int:
+        descriptor = opened(name, flags)
+        path.unlink()
+        path.symlink_to(other)
+        return descriptor
+
+    monkeypatch.setattr("controllers.loading.os.open", open_and_replace)
+    assert parse_spec(str(path)).source == GOOD

@@ -27,7 +27,7 @@ from discovery.explorers import agent as agents
 from discovery.explorers.agent import Agent
 from discovery.explorers.endpoint import KEY, LLMSettings
 from discovery.explorers.files import Files
-from discovery.explorers.llm import LLM
+from discovery.explorers.llm import LLM, _read
 from discovery.explorers.transcript import Transcript, exchange_key
 
 SECRET = "sk-test-0123456789abcdef"
@@ -496,6 +496,23 @@ def test_files_that_cannot_be_read_are_candidates_that_fail(tmp_path: Path) -> N
     assert all(advise(one.source) for one in (longest, odd))
     with pytest.raises(ExplorerError, match="No such file"):
         Files(tmp_path / "gone").propose(CONTEXT)
+
+
+def test_what_is_no_file_holds_no_explorer_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "zero.py").symlink_to("/dev/zero")
+    (tmp_path / "nul.py").write_bytes(GOOD.encode() + b"\0")
+    nul, pipe, zero = Files(tmp_path).propose(CONTEXT)
+    assert pipe.note == "pipe.py: not a regular file; name a file with a controller's text"
+    assert zero.note.startswith("zero.py: not a regular file")
+    assert all(advise(one.source) for one in (nul, pipe, zero))
+
+
+def test_a_reply_with_half_a_character_is_a_file_like_any_other() -> None:
+    draft = _read("NOTE: \ud83d\n```python\n" + GOOD + "# \ud83d\n```\n", {})
+    assert Candidate("x", draft.source, "llm").digest
+    assert draft.note == "?"
+    assert draft.wrong == []
 
 
 # Agents

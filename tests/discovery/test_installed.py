@@ -214,6 +214,11 @@ def test_a_controller_that_is_not_what_was_installed(registry: Registry) -> None
     for attempt in (lambda: registry.spec(spec(1).digest), lambda: registry.roll_back(ME)):
         with pytest.raises(PromotionError, match=rf"{path.name}: its text .*promote the controller's file again"):
             attempt()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(PromotionError, match=r"not a regular file.*promote the controller's file again"):
+        registry.spec(spec(1).digest)
+    path.unlink()
     assert registry.read() == before
     registry.install(spec(1), CARD, Stage.SHADOW, 0, ME)  # the way out
     assert registry.spec(spec(1).digest) == spec(1)

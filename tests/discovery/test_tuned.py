@@ -43,6 +43,8 @@ def standing(candidate: Candidate, score: float | None) -> Standing:
 def test_the_constructors_numbers_are_found() -> None:
     assert sorted(spot.value for spot in spots_of(SOURCE)) == sorted(VALUES)
     assert spots_of("def f(:") == []
+    huge = SOURCE.replace("30", f"0x{'f' * 400}", 1).replace("1.5", "1e308", 1)
+    assert len(spots_of(huge)) == len(VALUES) - 2  # numbers that cannot be multiplied are left alone
 
 
 @given(factors=st.lists(st.floats(-9, 9), min_size=5, max_size=5))
