@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Final, NamedTuple
@@ -61,6 +61,8 @@ class Score:
     failures: list[Failure] = field(repr=False)
     seconds: float  # of one core
     grading: Grading | None = None  # None if nothing is known of its questions: all count the same
+    recorded: Sequence[int] | None = None  # branches of each question: (questions,); None if unknown
+    max_branches: int = 0  # that an episode was allowed, if so many had been recorded
 
     @cached_property
     def weights(self) -> NDArray[np.float64] | None:
@@ -107,6 +109,14 @@ class Score:
             return float(100 * np.sqrt(means.size / (means.size - 1) * (apart**2).sum()) / self.weights.sum())
         return float(100 * means.std(ddof=1) / np.sqrt(means.size))
 
+    @property
+    def limited(self) -> float:
+        """The share of episodes that opened all recorded branches where more were allowed."""
+        if self.recorded is None or "@" in self.controller:  # a pinned number of chains
+            return 0.0
+        recorded = np.array(self.recorded, np.int64)
+        return float(((self.column("branches") >= recorded) & (recorded < self.max_branches)).mean())
+
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes. Episodes, failures and decisions a second are counted, whatever questions weigh."""
         rounds = int(self.column("rounds").sum())
@@ -129,6 +139,8 @@ class Score:
             "failures": int(self.column("failed").sum()),
             "failure": self.failures[0].message if self.failures else None,
             "digest": self.digest,
+            **({} if self.recorded is None else {"recorded_branches": min(self.recorded)}),
+            **({"limited_by_recordings": self.limited} if self.limited else {}),
             **self._graded(),
         }
 
@@ -166,6 +178,64 @@ def scores(outcomes: Iterable[tuple[Job, Played]]) -> Iterator[Score]:
             failures=[failure for one in played for failure in one.failures],
             seconds=sum(one.seconds for one in played),
         )
+
+
+def limits_met(found: Iterable[Score]) -> list[str]:
+    """A line for each cell where recordings have fewer branches than controllers might have opened."""
+    by_cell: dict[Cell, list[Score]] = {}
+    for score in found:
+        if score.limited:
+            by_cell.setdefault(score.cell, []).append(score)
+    lines = []
+    for cell, scores_ in by_cell.items():
+        betas: dict[str, list[str]] = {}
+        for score in scores_:
+            betas.setdefault(score.controller, []).append(f"{score.beta:g}")
+        who = "; ".join(f"{name} at β = {', '.join(values)}" for name, values in betas.items())
+        most = min(scores_[0].recorded or (0,))
+        lines.append(
+            f"{' '.join(cell)}: only {most} branches are recorded, {scores_[0].max_branches} are allowed: {who} opened "
+            "all of them, and these figures are not what more branches would bring"
+        )
+    return lines
+
+
+POOLED: Final = "all"
+"""In place of a model, a benchmark or a split."""
+
+
+def pooled(found: Sequence[Score]) -> list[Score]:
+    """Each controller at each β over several cells together, every question counting as in its cell.
+
+    Over the cells of each model that has several, and over all cells if there are several models.
+    """
+    cells = list(dict.fromkeys(score.cell for score in found))
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    groups = {model: [cell for cell in cells if cell.model == model] for model in models}
+    if len(models) > 1:
+        groups[POOLED] = cells
+    by_key: dict[tuple[str, str, float], list[Score]] = {}
+    for model, members in groups.items():
+        if len(members) > 1:
+            for score in found:
+                if score.cell in members:
+                    by_key.setdefault((model, score.digest, score.beta), []).append(score)
+    return [_pooled(model, scores_) for (model, _, _), scores_ in by_key.items()]
+
+
+def _pooled(model: str, parts: Sequence[Score]) -> Score:
+    gradings = [score.grading for score in parts if score.grading is not None]
+    sources = [source for one in gradings for source in one.sources]
+    weights = [weight for one in gradings for weight in one.weights]
+    return replace(
+        parts[0],
+        cell=Cell(model, POOLED, POOLED),  # type: ignore[arg-type]
+        outcomes=np.concatenate([score.outcomes for score in parts], axis=2),
+        failures=[failure for score in parts for failure in score.failures],
+        seconds=sum(score.seconds for score in parts),
+        grading=Grading(sources, weights) if len(gradings) == len(parts) else None,
+        recorded=None,
+    )
 
 
 class Difference(NamedTuple):

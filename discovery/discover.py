@@ -227,7 +227,10 @@ def _verdict(body: Mapping[str, Any]) -> Verdict:
 def _standing(candidate: Candidate, verdict: Verdict) -> Standing:
     """Rounded: the last digits would be learnt by heart."""
     score = None if verdict.score is None else round(verdict.score, 2)
-    curve = [(beta, round(tokens, -2), round(accuracy, 1)) for beta, tokens, accuracy in verdict.curve]
-    return Standing(
-        candidate, score, [(beta, int(tokens), accuracy) for beta, tokens, accuracy in curve], verdict.failure
-    )
+    curve = [(beta, rounded_tokens(tokens), round(accuracy, 1)) for beta, tokens, accuracy in verdict.curve]
+    return Standing(candidate, score, curve, verdict.failure)
+
+
+def rounded_tokens(tokens: float) -> int:
+    """Tokens to the nearest hundred, below a thousand to two digits: short chains cost tens."""
+    return int(round(tokens, -2) if tokens >= 1000 else float(f"{tokens:.1e}"))

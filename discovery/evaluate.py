@@ -12,7 +12,7 @@ from typing import Final
 
 from controllers.loading import Spec
 from discovery.answers import Judge, Labels, canonical
-from discovery.curve import Grading, Score, scores
+from discovery.curve import Grading, Score, limits_met, scores
 from discovery.engines import Batch, Engine
 from discovery.errors import NotRecorded
 from discovery.playing import Job, Played, Rules, jobs
@@ -74,11 +74,23 @@ class Evaluation:
         BadRecording, Censored, EngineError, TraceError.
         """
         graded: dict[Cell, Grading] = {}
+        branches: dict[Cell, list[int]] = {}
         with Judge() as judge:
-            found = scores(_told(engine(self._batches(judge, graded), self.rules), on_progress))
-            return [replace(score, grading=graded[score.cell]) for score in found]
+            played = scores(_told(engine(self._batches(judge, graded, branches), self.rules), on_progress))
+            found = [
+                replace(
+                    score,
+                    grading=graded[score.cell],
+                    recorded=branches[score.cell],
+                    max_branches=self.rules.max_branches,
+                )
+                for score in played
+            ]
+        for line in limits_met(found):
+            log.warning("%s", line)
+        return found
 
-    def _batches(self, judge: Judge, graded: dict[Cell, Grading]) -> Iterator[Batch]:
+    def _batches(self, judge: Judge, graded: dict[Cell, Grading], branches: dict[Cell, list[int]]) -> Iterator[Batch]:
         """One batch a cell; its recordings are read when it is asked for, and how they are graded is noted."""
         for cell in self.cells:
             recorded = scorable(self.source, cell, self.weights, self.version)
@@ -86,7 +98,8 @@ class Evaluation:
             answers = self.answers.of(recorded)
             graded[cell] = Grading([one.label_source for one in recorded], weights, answers)
             recordings = [_interned(one, answers, judge) for one in recorded]
-            most = min(recording.branches for recording in recordings)
+            branches[cell] = [recording.branches for recording in recordings]
+            most = min(branches[cell])
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
                     raise NotRecorded(

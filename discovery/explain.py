@@ -37,7 +37,7 @@ class Ballot(TypedDict):
 class Told(TypedDict):
     """One round: what was asked for, by branch, and how things stood after it."""
 
-    number: int  # from 0
+    number: int  # from 1
     opened: list[int]
     advanced: list[int]  # a branch that was asked twice stands there twice
     asked: list[int]
@@ -163,7 +163,7 @@ def tell(state: State, played: Round, name: Name = str, baseline: bool = False) 
         width += action.verb is Verb.BRANCH
     leaning = tally(state.branches[i].label for i in state.active if state.branches[i].probed)
     return Told(
-        number=state.rounds - 1,
+        number=state.rounds,
         opened=by_verb[Verb.BRANCH],
         advanced=by_verb[Verb.CONTINUE],
         asked=by_verb[Verb.PROBE],
@@ -223,7 +223,7 @@ def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: Nam
     label, leader = standing.label, standing.leader
     return Pruned(
         branch=index,
-        round=state.rounds - 1,
+        round=state.rounds,
         tokens=state.branches[index].tokens,
         answer=None if label is None else name(label),
         count=0 if label is None else standing.votes.get(label, 0),

@@ -48,6 +48,8 @@ MOST_WAITING: Final = 64
 LOOK_S: Final = 0.25
 """Seconds between looks at whether the upstream has time."""
 HOUR_S: Final = 3600.0
+TELL_S: Final = 60.0
+"""Seconds between log lines about episodes that are skipped."""
 
 
 @dataclass
@@ -81,6 +83,9 @@ class Finisher:
         self._drift = drift
         self._waiting: asyncio.Queue[Unfinished] = asyncio.Queue(MOST_WAITING)
         self._purse = Purse(settings.record_tokens_per_hour)
+        self._skipped = 0  # since the log was last told
+        self._why_skipped = ""
+        self._told_at = float("-inf")
 
     def wants(self, plan: Plan, state: State) -> bool:
         """Whether an episode is to be finished: it was drawn, and its branches are as its controller left them."""
@@ -94,8 +99,13 @@ class Finisher:
 
     def take(self, unfinished: Unfinished) -> bool:
         """Have an episode finished in its time; False if too many wait, or an hour has too few tokens for any of it."""
-        if self._waiting.full() or not self._at_once(unfinished.plan):
-            self._metrics.finished.labels("skipped").inc()
+        settings = self._settings
+        if self._waiting.full():
+            self._skip(f"{MOST_WAITING} wait already; a smaller AUTOTTS_RECORD_FRACTION draws fewer")
+            return False
+        if not self._at_once(unfinished.plan):
+            most = settings.record_tokens_per_hour
+            self._skip(f"an hour has too few tokens for one; AUTOTTS_RECORD_TOKENS_PER_HOUR is {most}")
             return False
         self._waiting.put_nowait(unfinished)
         return True
@@ -103,8 +113,21 @@ class Finisher:
     def close(self) -> None:
         """Give up those that wait."""
         if count := self._waiting.qsize():
-            self._metrics.finished.labels("skipped").inc(count)
-            logger.info("%s episodes that were drawn are not recorded: the proxy ends", count)
+            self._skip("the server is shutting down", count)
+        self._tell_of_skipped()
+
+    def _skip(self, why: str, count: int = 1) -> None:
+        """Count episodes that were drawn and are not recorded, and say so at once, then once a minute at most."""
+        self._metrics.finished.labels("skipped").inc(count)
+        self._skipped += count
+        self._why_skipped = why
+        if time.monotonic() - self._told_at >= TELL_S:
+            self._tell_of_skipped()
+
+    def _tell_of_skipped(self) -> None:
+        if self._skipped:
+            logger.warning("%s drawn episodes are not recorded: %s", self._skipped, self._why_skipped)
+            self._told_at, self._skipped = time.monotonic(), 0
 
     async def next(self) -> RecordedQuestion | None:
         """The recording of the next episode that waits; None if it failed."""

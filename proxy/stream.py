@@ -25,7 +25,7 @@ DONE: Final = b"data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
 CONTENT_CHARS = 400
-"""Characters of a reply in one chunk."""
+"""Characters of a reply, or of its reasoning, in one chunk."""
 UNWATCHED_S: Final = 0.05
 """Work is so short most often that watching its client would cost more than it saves; so long nobody looks."""
 

@@ -50,7 +50,7 @@ def chat_events(request: schema.ChatRequest, plan: Plan, thinking: Thinking) -> 
     def written(reply: Reply) -> list[dict[str, Any]]:
         thought = reply.message.reasoning
         is_shown = bool(thought) and request.include_reasoning is not False
-        before = [choice(**_reasoning(thought or ""))] if is_shown else []
+        before = [choice(**_reasoning(piece)) for piece in pieces(thought or "")] if is_shown else []
         return before + [choice(content=piece) for piece in pieces(reply.message.content)]
 
     chunks = _Chunks(

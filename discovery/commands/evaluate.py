@@ -18,7 +18,7 @@ from controllers.dial import parse_beta
 from controllers.errors import BetaError, UnknownController, Unsealed
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
-from discovery.curve import Difference, Score, differences
+from discovery.curve import POOLED, Difference, Score, differences, pooled
 from discovery.engines import EngineName, engine_called
 from discovery.evaluate import SURE, WHEN_SAME, Answers, Evaluation, Weights
 from discovery.files import check_place, whole
@@ -139,7 +139,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 def _show(found: Sequence[Score]) -> None:
     """The figures for people, and what went wrong."""
     console = wide_console()
-    console.print(_table(found))
+    console.print(_table([*found, *pooled(found)]))
     for cell, words in _grading(found).items():
         console.print(f"{' '.join(cell)}: {words}", markup=False, highlight=False, soft_wrap=True)
     if compared := differences(found):
@@ -163,7 +163,7 @@ def _table(found: Sequence[Score]) -> Table:
             score.controller,
             f"{score.beta:g}",
             score.cell.model,
-            f"{score.cell.benchmark} ({score.cell.split})",
+            _where(score),
             f"{score.accuracy:.1f} ± {score.error:.1f}",
             f"{figures['tokens']:,.0f}",
             f"{figures['tokens_by_kind']['probe']:,.0f}",
@@ -174,6 +174,12 @@ def _table(found: Sequence[Score]) -> Table:
             f"{figures['decisions_per_s']:,.0f}",
         )
     return table
+
+
+def _where(score: Score) -> str:
+    if score.cell.benchmark == POOLED:
+        return f"{POOLED} ({score.outcomes.shape[-1]} questions)"
+    return f"{score.cell.benchmark} ({score.cell.split})"
 
 
 def _grading(found: Sequence[Score]) -> Mapping[Cell, str]:

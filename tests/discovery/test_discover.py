@@ -22,7 +22,7 @@ from discovery.arena import Arena, Trial
 from discovery.cascade import Cascade, Plan, Verdict, fixed_recordings
 from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load
 from discovery.digest import digest
-from discovery.discover import BASELINES, FINE, Limits, Run, baselines, card, read_pairs
+from discovery.discover import BASELINES, FINE, Limits, Run, baselines, card, read_pairs, rounded_tokens
 from discovery.errors import ExplorerError, HistoryError, OutOfMoney
 from discovery.evaluate import Answers
 from discovery.explorers import Candidate, Context, Cost, Explorer
@@ -303,14 +303,14 @@ def test_the_best_is_chosen_in_fresh_orders_and_knows_where_it_comes_from(
 
 
 def test_an_explorer_is_shown_rounded_figures(straight: Run) -> None:
-    """Scores to two digits, tokens to hundreds: in the last ones a question could be recognised."""
+    """Scores to two digits, tokens to hundreds or two digits: in the last ones a question could be recognised."""
     standings = straight.context().standings
     assert len(standings) == len(straight.candidates)
     for standing, verdict in zip(standings, straight.verdicts, strict=True):
         assert standing.score == (None if verdict.score is None else round(verdict.score, 2))
         assert standing.failure == verdict.failure
         for shown, known in zip(standing.curve, verdict.curve, strict=True):
-            assert shown == (known[0], 100 * round(known[1] / 100), round(known[2], 1))
+            assert shown == (known[0], rounded_tokens(known[1]), round(known[2], 1))
     assert any(verdict.score != round(verdict.score, 2) for verdict in straight.verdicts if verdict.score is not None)
 
 
@@ -856,3 +856,11 @@ def check_opaque(path: Path) -> None:
         for name in ("model", "benchmark", "sampling", "probe_template"):
             del row[name]
         check_clean(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(0, 0), (32.4, 32), (131.6, 130), (999.4, 1000), (1049, 1000), (5372.1, 5400), (123456, 123500)],
+)
+def test_tokens_are_rounded_as_far_as_they_stay_something(tokens: float, shown: int) -> None:
+    assert rounded_tokens(tokens) == shown

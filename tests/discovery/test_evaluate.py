@@ -19,7 +19,7 @@ from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make, parse_spec
 from discovery.answers import veiled
 from discovery.commands.evaluate import parse_weights
-from discovery.curve import Grading, Score, differences, frontier, paired_interval
+from discovery.curve import Grading, Score, differences, frontier, paired_interval, pooled
 from discovery.engines import EngineName, engine_called
 from discovery.errors import EngineError, NotRecorded, TraceError
 from discovery.evaluate import SURE, Answers, Evaluation, Weights, regrade
@@ -88,6 +88,47 @@ def without_time(score: Score) -> dict[str, Any]:
 
 def columns(found: Sequence[Score]) -> list[Any]:
     return [score.outcomes.tolist() for score in found]
+
+
+@pytest.mark.parametrize(
+    ("names", "branches", "allowed", "words"),
+    [
+        (("sc",), 16, 64, "m b search: only 16 branches are recorded, 64 are allowed: sc at β = 1 opened all of them"),
+        (("sc@16", "single"), 16, 64, None),
+        (("sc",), 16, 16, None),
+        (("sc",), 64, 64, None),
+    ],
+)
+def test_figures_that_recordings_limit_are_told(
+    caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, words: str | None
+) -> None:
+    source = Given(*(question(i, branches) for i in range(4)))
+    found = scores(*names, source=source, rules=Rules(max_branches=allowed))
+    told = [record.getMessage() for record in caplog.records if "are recorded" in record.getMessage()]
+    assert len(told) == (words is not None)
+    assert words is None or told[0].startswith(words)
+    assert {score.as_json()["recorded_branches"] for score in found} == {branches}
+    assert [score.beta for score in found if score.limited] == ([] if words is None else [1.0])
+
+
+def test_cells_are_pooled_by_model_and_over_all() -> None:
+    other = [replace(one, model="n") for one in SOURCE.recordings[:3]]
+    found = scores("cmc", "asc", source=Given(*SOURCE.recordings, *other))
+    together = pooled(found)
+    assert [(one.cell.model, one.controller, one.beta) for one in together] == [
+        (model, name, beta) for model in ("m", "all") for name in ("cmc", "asc") for beta in (0.0, 1.0)
+    ]
+    for one in together:
+        parts = [
+            score
+            for score in found
+            if (score.controller, score.beta) == (one.controller, one.beta)
+            and one.cell.model in (score.cell.model, "all")
+        ]
+        right = np.concatenate([score.per_question("right") for score in parts])
+        assert one.accuracy == pytest.approx(100 * right.mean())
+        assert one.outcomes.shape[-1] == (10 if one.cell.model == "m" else 13)
+    assert pooled(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
 
 
 def test_figures_are_those_of_the_episodes() -> None:
@@ -626,6 +667,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
     done = autotts("evaluate", "--recordings", "s.db", "--json", "f.json", *shown, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "accuracy %" in done.stdout
+    assert "all (10 questions)" in done.stdout
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
     assert len(json.loads((tmp_path / "f.json").read_text())) == 6
     done = autotts("trace", "show", "tr/m/b/search/cmc-beta-1", "--question", "2", "--shuffle", "1", folder=tmp_path)

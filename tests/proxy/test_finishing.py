@@ -250,11 +250,18 @@ async def test_a_small_budget_is_kept_hour_by_hour(
     assert all(0 < later - earlier <= budget for earlier, later in itertools.pairwise(hours))
 
 
-async def test_a_budget_too_small_for_anything_leaves_all_out(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_budget_too_small_for_anything_leaves_all_out(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with recording(backend, tmp_path, record_tokens_per_hour=INTERVAL) as proxy:
         await vote(proxy)
         await ended(proxy, "skipped")
+        for _ in range(2):
+            await vote(proxy)
         assert not in_background(backend)
+    told = [record.getMessage() for record in caplog.records if "are not recorded" in record.getMessage()]
+    why = f"an hour has too few tokens for one; AUTOTTS_RECORD_TOKENS_PER_HOUR is {INTERVAL}"
+    assert told == [f"{count} drawn episodes are not recorded: {why}" for count in (1, 2)]  # at once, and at the end
 
 
 # When it waits
