@@ -15,21 +15,24 @@ from discovery.errors import NotWritten
 
 BLOCK: Final = 1 << 16
 """Bytes that are looked through at a time for the end of the last line."""
+PRIVATE: Final = 0o600
+"""Permissions of files that hold texts of questions or answers."""
 DATABASE_FILES: Final = ("", "-wal", "-shm", "-journal")
 """What the names of a database's files end in."""
 _NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
+def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     """A file to write to that takes the name `path` when the context ends well. Raises NotWritten.
 
-    It has the mode of the file it replaces, or else the one the process's umask gives new files.
+    It has the mode of the file it replaces, or else the one the process's umask gives new files. With `private`, only
+    its owner can read a new file.
     """
     _refuse_database(path, str(path))
     unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
     try:
-        with create(unfinished) as file:
+        with create(unfinished, PRIVATE if private else 0o666) as file:
             try:
                 yield file
                 file.flush()
@@ -61,6 +64,14 @@ def _mode(path: Path) -> int | None:
     except OSError:
         return None
     return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other users may read the file at `path`, if there is one."""
+    try:
+        return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
+    except OSError:
+        return False
 
 
 def check_place(path: Path, option: str) -> None:

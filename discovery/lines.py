@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from discovery.errors import NotWritten
-from discovery.files import end_of_lines, open_lock
+from discovery.files import PRIVATE, end_of_lines, open_lock
 from discovery.json_text import parse
 
 
@@ -67,7 +67,7 @@ class Lines:
     def _held(self, flags: int = 0) -> Iterator[int]:
         """The file's descriptor, its last line whole; nobody else writes to it meanwhile."""
         try:
-            descriptor = os.open(self.path, self._flags | flags, 0o644)
+            descriptor = os.open(self.path, self._flags | flags, PRIVATE)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 _mend(descriptor)

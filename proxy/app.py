@@ -317,7 +317,7 @@ class Service:
             raise ApiError(f"what is kept of this request cannot be read: {error}", code="unreadable_record") from None
 
     async def hear(self, request: Request) -> Response:
-        """What a client says of an answer. Raises BadRequest, NotFound, for requests of others too, or RecordsAway."""
+        """Take what a client says of an answer. Raises BadRequest, NotFound, TooMany or RecordsAway."""
         said = schema.parse_feedback(await _read(request, self.settings.max_body_bytes))
         caller: Caller = request.state.caller
         own = self.recent.resolve(caller.tenant, said.request, is_admin=caller.is_admin)

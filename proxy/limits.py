@@ -199,6 +199,22 @@ class Purses:
                 del self.windows[holder]
 
 
+class Rate:
+    """How often each holder may do something in a minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._windows: dict[str, Window] = {}
+
+    def take(self, holder: str, now: float) -> None:
+        """Count one time. Raises OverBudget if the holder has used up its minute."""
+        window = self._windows.setdefault(holder, Window(self.per_minute))
+        if window.room(now) < 1:
+            raise OverBudget(holder, window.after_s(1, now))
+        window.reserve(1)
+        window.settle(1, 1, now)
+
+
 def retry_after(seconds: float) -> str:
     """Seconds for a `retry-after` header: whole ones, at least one, at most a minute."""
     return str(min(int(MINUTE_S), max(1, math.ceil(seconds))))

@@ -20,13 +20,14 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 from discovery.errors import StoreError, Unwritable
+from discovery.files import is_shared
 from discovery.recordings import RecordedQuestion
 from discovery.store import Episode, Item, Store
 from discovery.store.rows import item as unpacked
 from discovery.store.rows import line as packed
 from proxy.errors import RecordsAway
 from proxy.metrics import Metrics
-from proxy.settings import Settings
+from proxy.settings import Settings, StoreText
 from proxy.spill import LONGEST, Spill
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ class Recorder:
         metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0
         self._most = settings.recorder_queue
+        self._holds_text = settings.store_text is not StoreText.NONE
         self._retain = None if settings.retain_days is None else timedelta(days=settings.retain_days)
         self._queue: deque[_Record] = deque()
         self._owners: OrderedDict[str, Owner] = OrderedDict()
@@ -140,7 +142,10 @@ class Recorder:
 
     async def open(self) -> None:
         """Begin to write; whether the store can be opened or not."""
-        if self.is_on:
+        if self.path is not None:
+            if self._holds_text and is_shared(self.path):
+                words = "other users of this machine can read the store, which holds texts of requests; `chmod 600` it"
+                logger.warning("%s: %s", self.path, words)
             self._ended = asyncio.get_running_loop().create_future()
             self._work.set()
             self._tasks = [asyncio.create_task(self._hold()), asyncio.create_task(self._write())]

@@ -21,8 +21,9 @@ from discovery.store import About, Episode, Feedback
 from proxy import logs
 from proxy.drift import Drift
 from proxy.engine import Engine
-from proxy.errors import NotFound, RecordsAway
+from proxy.errors import NotFound, RecordsAway, TooMany
 from proxy.finishing import Finisher, Unfinished
+from proxy.limits import OverBudget, Rate, retry_after
 from proxy.metrics import Metrics
 from proxy.recorder import RECENT, Owner, Recorder
 from proxy.settings import Settings, StoreText
@@ -64,6 +65,7 @@ class Records:
         self._finishing: asyncio.Task[None] | None = None
         self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which it was said whether they did well
         self._said_at = datetime.now(UTC)  # when the latest feedback was given
+        self._feedback_rate = Rate(settings.feedback_per_minute)
 
     async def open(self) -> None:
         """Begin to write and to finish."""
@@ -113,7 +115,8 @@ class Records:
         raise _unknown(request)
 
     async def hear(self, caller: Caller, said: FeedbackRequest) -> Heard:
-        """Take what a client says of an answer. Raises NotFound, for requests of others too, or RecordsAway."""
+        """Take what a client says of an answer. Raises NotFound, for requests of others too, TooMany or RecordsAway."""
+        self._count_feedback(caller)
         owner = await self.recorder.owner(said.request)
         if owner is not None and not caller.may_see(owner.tenant):
             owner = await self.recorder.owner(NOBODYS)
@@ -134,6 +137,21 @@ class Records:
         if len(self._heard) > RECENT:
             self._heard.popitem(last=False)
         return Heard(feedback.id, owner, content, is_first, kept.done())
+
+    def _count_feedback(self, caller: Caller) -> None:
+        """Raise TooMany if the caller's key has given as much feedback in a minute as it may.
+
+        Without keys a client could call itself anything, so all such callers share one limit.
+        """
+        holder = caller.key or (caller.tenant if caller.is_admin else "")
+        try:
+            self._feedback_rate.take(holder, time.monotonic())
+        except OverBudget as error:
+            self._metrics.refusals.labels("feedback_per_minute").inc()
+            who = f"key {caller.key} has" if caller.key else "the admin has" if holder else "callers without a key have"
+            most, after = self._feedback_rate.per_minute, retry_after(error.after_s)
+            words = f"{who} given feedback {most} times in a minute, as often as AUTOTTS_FEEDBACK_PER_MINUTE allows"
+            raise TooMany(f"{words}; retry in {after} s", after=after, code="rate_limit_exceeded") from None
 
     async def _judge(self, said: FeedbackRequest) -> tuple[str, Any, bool | None]:
         """What was said, and whether its client is content."""

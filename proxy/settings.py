@@ -153,6 +153,13 @@ class Settings(BaseSettings):
     )
     queue: int = Field(1024, ge=0, description="requests that may wait of either; what comes then is refused")
 
+    feedback_per_minute: int = Field(
+        1200,
+        ge=1,
+        description="feedback one key may give in a minute, callers without a key all together; what comes then is "
+        "refused with status 429",
+    )
+
     load_waiting: Marks | None = Field(
         None, description="requests waiting at the upstream from which β shrinks, and at which no further: `4:32`"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from discovery.files import end_of_lines, is_database_file, sync_folder
+from discovery.files import PRIVATE, end_of_lines, is_database_file, sync_folder
 
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
@@ -135,7 +135,7 @@ class _File:
         if is_database_file(path):  # it may be the store itself, whose locks would be lost by closing it
             raise _foreign(path)
         with ExitStack() as undo:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PRIVATE)
             undo.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

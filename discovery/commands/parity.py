@@ -63,7 +63,7 @@ def comparing(
     else:
         _show(held)
     if json_to not in (None, "-"):
-        with whole(Path(json_to)) as file:
+        with whole(Path(json_to), private=True) as file:  # it holds answers
             file.write(figures.encode())
     if plot is not None and held.groups:
         draw_spans(_panels(held.groups), plot)

@@ -165,7 +165,7 @@ def export(
     source = open_source(place)
     cells = choose(source.cells(), names(models), names(benchmarks), split)
     count = 0
-    with whole(to) as file:
+    with whole(to, private=True) as file:
         for cell in cells:
             for recorded in source.load(cell):
                 file.write(as_line(recorded).encode())

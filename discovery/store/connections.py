@@ -21,9 +21,8 @@ from typing import Final
 import aiosqlite
 
 from discovery.errors import StoreError
+from discovery.files import PRIVATE
 
-FILE_MODE: Final = 0o600
-"""Permissions of a new store; SQLite gives its log and index the same."""
 RETRY_S: Final = 0.01
 """Seconds between attempts at what SQLite does not wait for itself."""
 LOG, INDEX = "-wal", "-shm"
@@ -138,9 +137,9 @@ def _clear_leftovers(real: Path) -> None:
 def _make_file(real: Path) -> None:
     with suppress(FileExistsError):
         try:
-            os.mknod(real, stat.S_IFREG | FILE_MODE)  # makes a file without opening it
+            os.mknod(real, stat.S_IFREG | PRIVATE)  # without opening it; SQLite gives the log and index the same mode
         except PermissionError:  # some systems reserve mknod for root
-            os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+            os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE))
 
 
 @contextmanager

@@ -82,6 +82,18 @@ def test_a_whole_file_has_the_mode_the_umask_gives(tmp_path: Path, mask: int, mo
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_private_file_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
+    with umask(0), whole(tmp_path / "out.jsonl", private=True) as file:
+        file.write(b"{}")
+    with umask(0):
+        Lines(tmp_path / "lines.jsonl").append("{}\n")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+    (tmp_path / "out.jsonl").chmod(0o640)
+    with whole(tmp_path / "out.jsonl", private=True) as file:
+        file.write(b"{}")
+    assert stat.S_IMODE((tmp_path / "out.jsonl").stat().st_mode) == 0o640  # as its owner has it
+
+
 def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "gate.jsonl"
     path.write_text("old")

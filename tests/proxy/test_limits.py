@@ -19,7 +19,7 @@ from controllers.episode import run_episode, run_sync
 from controllers.errors import ControllerError
 from proxy import keys
 from proxy.bounds import Bound
-from proxy.limits import GRAIN_S, MINUTE_S, SHARE, Caps, OverBudget, Purses, Reserve, Window, retry_after
+from proxy.limits import GRAIN_S, MINUTE_S, SHARE, Caps, OverBudget, Purses, Rate, Reserve, Window, retry_after
 from proxy.server import running
 from proxy.settings import load
 from proxy.usage import LATE, Bill
@@ -367,3 +367,26 @@ async def test_what_is_handed_on_is_counted_by_its_usage(backend: FakeVLLM, tmp_
         assert statuses == [200, 200, 200, 429] or statuses == [200, 200, 429, 429]
         assert said["reserved"] == said["passed"] == 0
         assert said["spent"] == backend.generated
+
+
+def test_a_rate_is_a_minutes_and_each_holders_own() -> None:
+    rate = Rate(3)
+    for now in (0.0, 10.0, 20.0):
+        rate.take("a", now)
+    rate.take("b", 20.0)
+    with pytest.raises(OverBudget) as caught:
+        rate.take("a", 30.0)
+    assert caught.value.holder == "a"
+    assert 30 < caught.value.after_s <= 31 + GRAIN_S  # the first is forgotten then
+    rate.take("a", 30.0 + caught.value.after_s)
+    with pytest.raises(OverBudget):
+        rate.take("a", 30.5 + caught.value.after_s)
+
+
+def test_a_rate_holds_however_often_it_is_tried() -> None:
+    rate, taken = Rate(100), 0
+    for at in range(17_772):  # in 15 seconds
+        with suppress(OverBudget):
+            rate.take("a", 15 * at / 17_772)
+            taken += 1
+    assert taken == 100

@@ -25,6 +25,7 @@ from discovery.explain import explain
 from discovery.recordings import Cell, Origin, Split, live_split, question_id, split_of
 from discovery.rounds import unpacked
 from discovery.store import Episode, Store
+from proxy import keys
 from proxy.errors import RecordsAway
 from proxy.finishing import BENCHMARK, drawn
 from proxy.server import running
@@ -526,3 +527,59 @@ async def test_a_question_that_is_held_out_already_stays_so(backend: FakeVLLM, t
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
     async with Store.open(path) as store:
         assert len(await store.load(Cell(MODEL, BENCHMARK, Split.HELD_OUT))) == 1
+
+
+# How much feedback
+
+
+async def test_a_key_may_give_so_much_feedback_a_minute_and_others_are_not_held_up(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    file, path = tmp_path / "keys.toml", tmp_path / "s.db"
+    file.write_text("".join(keys.line(name, f"key-of-{name}") + "\n" for name in ("alice", "bob")))
+    async with serving(backend, path, keys=file, feedback_per_minute=3) as proxy:
+        ids = {}
+        for name in ("alice", "bob"):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
+            _, reply = await call(proxy, "POST", "/v1/chat/completions", f"key-of-{name}", body)
+            ids[name] = {"request_id": reply["id"], "correct": True}
+        for _ in range(3):
+            assert (await call(proxy, "POST", "/v1/tts/feedback", "key-of-alice", ids["alice"]))[0] in (200, 202)
+        headers = {"authorization": "Bearer key-of-alice"}
+        for said in (ids["alice"], {"request_id": "unknown", "correct": True}):
+            async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", headers=headers, json=said) as response:
+                told = (await response.json())["error"]
+                assert (response.status, told["code"]) == (429, "rate_limit_exceeded")
+                assert 1 <= int(response.headers["retry-after"]) <= 60
+                assert told["message"].startswith(
+                    "key alice has given feedback 3 times in a minute, as often as AUTOTTS_"
+                )
+        assert (await call(proxy, "POST", "/v1/tts/feedback", "key-of-bob", ids["bob"]))[0] in (200, 202)
+        async with proxy.http.get(f"{proxy.url}/metrics", headers={"authorization": f"Bearer {ADMIN}"}) as response:
+            assert 'autotts_refusals_total{reason="feedback_per_minute"} 2.0' in await response.text()
+    async with Store.open(path) as store:
+        assert len(await store.feedback()) == 4
+
+
+async def test_callers_without_a_key_share_one_limit_on_feedback(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path / "s.db", feedback_per_minute=2) as proxy:
+        said = {"request_id": "unknown", "correct": True}
+        statuses = [(await call(proxy, "POST", "/v1/tts/feedback", name, said))[0] for name in ("a", "b", "c", "")]
+        assert statuses == [404, 404, 429, 429]
+        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, said))[0] == 404  # whose limit is its own
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "is_told"), [("full", 0o644, True), ("full", 0o600, False), ("none", 0o644, False)]
+)
+async def test_a_store_of_texts_that_others_can_read_is_told_of(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, mode: int, is_told: bool
+) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True):
+        pass
+    path.chmod(mode)
+    async with serving(backend, path, store_text=text):
+        pass
+    assert ("other users of this machine can read the store" in caplog.text) == is_told
+    assert path.stat().st_mode & 0o777 == mode
