@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import aiohttp
@@ -46,6 +46,7 @@ from proxy import (
     wire,
 )
 from proxy.access import Timing
+from proxy.batch import Batch, together
 from proxy.berths import Berths
 from proxy.bounds import Bound
 from proxy.callers import Access, Caller, Callers
@@ -177,21 +178,12 @@ class Service:
             parsed = parsed.served_by("single")
         if not (parsed.tts.required or is_recording):
             turned = turned.shrunk(await self.load.factor())
-        is_kept = self.records.recorder.is_on or is_recording
+        name = f"{form.prefix}{uuid4().hex}"
+        parts = parsed.each()
+        if len(parts) > 1:
+            return await self._complete_each(request, parts, model, turned, name)
         turn = self.turns.episode(request, parsed.tts.max_total_tokens)
-        planning = chat.plan(
-            self.engine,
-            self.casting,
-            self.turns.settings_for(request, turn),
-            model,
-            parsed,
-            turned,
-            tenant=caller.tenant,
-            drift=self.drift if is_kept else None,
-            salt=caller.salt or parsed.cache_salt,
-            prefix=form.prefix,
-            cap_source=turn.cap_source,
-        )
+        planning = self._planning(request, parsed, model, turned, turn, name)
         named = request.scope["path"], model.id, request.state.held
         try:
             with self._seeing_off(model.id):
@@ -209,8 +201,66 @@ class Service:
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
         news: asyncio.Queue[str] = asyncio.Queue()
         tell = news.put_nowait if parsed.tts.progress else None
-        events = form.events(parsed, plan, thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s))
+        thoughts = thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s)
+        events = form.events(parsed, plan, thoughts)
         return Stream.of(events, reply.known_headers(plan))
+
+    def _planning(
+        self, request: Request, parsed: schema.Generation, model: Model, turned: dial.Dial, turn: Turn, name: str
+    ) -> Coroutine[Any, Any, chat.Plan]:
+        caller: Caller = request.state.caller
+        is_kept = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
+        return chat.plan(
+            self.engine,
+            self.casting,
+            self.turns.settings_for(request, turn),
+            model,
+            parsed,
+            turned,
+            tenant=caller.tenant,
+            drift=self.drift if is_kept else None,
+            salt=caller.salt or parsed.cache_salt,
+            request_id=name,
+            cap_source=turn.cap_source,
+        )
+
+    async def _complete_each(
+        self, request: Request, parts: Sequence[schema.Generation], model: Model, turned: dial.Dial, name: str
+    ) -> Response:
+        """Serve each prompt of a request by an episode of its own, and answer with one reply."""
+        parsed, path = parts[0], request.scope["path"]
+        turns = self.turns.episodes_of(request, parsed.tts.max_total_tokens, len(parts))
+        news: asyncio.Queue[wire.Part] = asyncio.Queue()
+
+        def planning(index: int) -> Coroutine[Any, Any, chat.Plan]:
+            return self._planning(request, parts[index], model, turned, turns[index], f"{name}-{index}")
+
+        async def plan_all() -> list[chat.Plan]:
+            first = await self.spans.plan(path, model.id, request.state.held, planning(0))
+            return [first, *await together([planning(i) for i in range(1, len(parts))], lambda _: 0)]
+
+        async def serve(index: int) -> reply.Reply:
+            logs.request_id.set(plans[index].request_id)
+            tell = partial(_tell_part, news, index) if parsed.tts.progress else None
+            served = await self._episode(turns[index], plans[index], tell)
+            news.put_nowait(wire.Part(index, served))
+            return served
+
+        async def serve_all() -> Batch:
+            work = [serve(index) for index in range(len(plans))]
+            return Batch(name, await together(work, lambda served: sum(served.tokens.values())))
+
+        with self._seeing_off(model.id):
+            plans = await unless_gone(request.receive, plan_all())
+        logs.request_id.set(name)
+        for known in filter(None, (name, logs.client_request_id.get())):  # they lead to the first prompt
+            self.recent.name(request.state.caller.tenant, known, plans[0].request_id)
+        if not parsed.stream:
+            batch = await unless_gone(request.receive, self.spans.episode(plans[0], serve_all()))
+            return JSONResponse(wire.text_batch(batch), headers=batch.headers)
+        thoughts = thinking(lambda: self.spans.episode(plans[0], serve_all()), news, self.settings.ping_s)
+        events = wire.text_batch_events(parsed, name, plans, thoughts)
+        return Stream.of(events, {**reply.known_headers(plans[0]), "x-request-id": name})
 
     def _is_single(self, turned: dial.Dial, parsed: schema.Generation, model: Model) -> bool:
         """Whether one branch serves: no thought is wanted, or the operator's β does not pay for this model."""
@@ -245,12 +295,15 @@ class Service:
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
     async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
+        return await self.spans.episode(plan, self._episode(turn, plan, tell))
+
+    async def _episode(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None) -> reply.Reply:
         known = self.engine, self.grading, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
             with self._seeing_off(plan.prompt.model):
                 async with chat.in_time(plan.left_s):
                     await stack.enter_async_context(turn)
-            return await self.spans.episode(plan, chat.serve(*known, plan, tell, turn.settle))
+            return await chat.serve(*known, plan, tell, turn.settle)
 
     @contextmanager
     def _seeing_off(self, model: str) -> Iterator[None]:
@@ -619,6 +672,10 @@ def _explained(episode: Episode) -> Response:
 
 def _clipped(answer: str) -> str:
     return answer if len(answer) <= SHOWN_CHARS else f"{answer[: SHOWN_CHARS - 1]}…"
+
+
+def _tell_part(news: asyncio.Queue[wire.Part], index: int, line: str) -> None:
+    news.put_nowait(wire.Part(index, line))
 
 
 def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> schema.Unserved | None:

@@ -121,16 +121,17 @@ async def plan(
     tenant: str = "",
     drift: Drift | None = None,
     salt: str | None = None,
-    prefix: str = "chatcmpl-",
+    request_id: str = "",
     cap_source: str = "",
 ) -> Plan:
     """Tokenise the prompt and fix every bound; `drift` knows the chat template, where that is written down.
 
-    `cap_source` names who set the settings' cap on tokens, for the message where it is too small.
+    `request_id` is the request's name; without one it gets a name. `cap_source` names who set the settings' cap on
+    tokens, for the message where it is too small.
     Raises BadRequest or UpstreamError; nothing has been generated.
     """
     started = time.monotonic()
-    request_id = f"{prefix}{uuid4().hex}"
+    request_id = request_id or f"chatcmpl-{uuid4().hex}"
     logs.request_id.set(request_id)
     deadline_s = _least(request.tts.deadline_s, settings.deadline_s)
     async with in_time(deadline_s):

@@ -50,16 +50,26 @@ class Reply:
     tts: Mapping[str, Any]
 
     @property
+    def finish_reasons(self) -> list[str]:
+        """How its text ended."""
+        return [self.message.finish_reason]
+
+    @property
     def headers(self) -> dict[str, str]:
-        """What the response's headers say."""
-        return {
-            **known_headers(self.plan),
-            "x-tts-branches": str(self.tts["branches"]),
-            "x-tts-rounds": str(self.tts["rounds"]),
-            "x-tts-tokens": str(self.tts["tokens"]["total"]),
-            "x-tts-stop": self.tts["stop"],
-            **({} if (reason := self.tts["fallback"]) is None else {"x-tts-fallback": reason}),
-        }
+        """The response's headers."""
+        return reply_headers(self.plan, self.tts)
+
+
+def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the headers of a reply with the `tts` object."""
+    return {
+        **known_headers(plan),
+        "x-tts-branches": str(tts["branches"]),
+        "x-tts-rounds": str(tts["rounds"]),
+        "x-tts-tokens": str(tts["tokens"]["total"]),
+        "x-tts-stop": tts["stop"],
+        **({} if (reason := tts["fallback"]) is None else {"x-tts-fallback": reason}),
+    }
 
 
 def known_headers(plan: Plan) -> dict[str, str]:

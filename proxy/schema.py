@@ -36,6 +36,8 @@ MOST_MESSAGES: Final = 10_000
 """Messages of a conversation, and items of a Responses request's `input`."""
 MOST_PROMPT_IDS: Final = 2**20
 """Token ids of a prompt."""
+MOST_PROMPTS: Final = 128
+"""Prompts of one text completion that controllers serve."""
 MOST_BIASES: Final = 1024
 """Tokens that `logit_bias` may name, as vLLM's sampler has it."""
 MOST_OPTIONS: Final = 64
@@ -208,6 +210,10 @@ class Generation(BaseModel):
         _at_most(MOST_OPTIONS, "members"),
     ] = TtsOptions()
 
+    def each(self) -> Sequence[Self]:
+        """Return a request for each prompt."""
+        return [self]
+
     def served_by(self, controller: str) -> Self:
         """The same request, naming a controller."""
         return self.model_copy(update={"tts": self.tts.model_copy(update={"controller": controller})})
@@ -312,7 +318,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    """A request to go on with one text, or with one list of token ids."""
+    """A request to continue a text or a list of token ids, or several of either."""
 
     param: ClassVar[str] = "prompt"
     unservable: ClassVar[Mapping[str, tuple[Any, ...]]] = fields.TEXT
@@ -326,29 +332,38 @@ class CompletionRequest(Generation):
 
     @property
     def prompt_text(self) -> str | None:
-        prompt = self._alone
+        prompt = self._prompts[0] if self._prompts else None
         return prompt if isinstance(prompt, str) else None
 
     @property
     def prompt_ids(self) -> Sequence[int] | None:
-        prompt = self._alone
+        prompt = self._prompts[0] if self._prompts else None
         return prompt if isinstance(prompt, list) else None
 
+    def each(self) -> Sequence[Self]:
+        prompts = self._prompts
+        return [self] if len(prompts) < 2 else [self.model_copy(update={"prompt": prompt}) for prompt in prompts]
+
     @property
-    def _alone(self) -> str | list[int] | None:
-        """The prompt, if it is one and not empty; it may stand in a list."""
-        prompt = self.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
-        if isinstance(prompt, list):
-            return prompt if prompt and all(type(i) is int and i >= 0 for i in prompt) else None
-        return prompt if isinstance(prompt, str) and prompt else None
+    def _prompts(self) -> Sequence[str | list[int]]:
+        """The prompts; none if one of them is empty or neither a text nor token ids."""
+        given = self.prompt
+        has_several = isinstance(given, list) and given and isinstance(given[0], str | list)
+        prompts = given if has_several else [given]
+        return prompts if all(_is_prompt(prompt) for prompt in prompts) else []
 
     def unserved(self) -> Unserved | None:
         unserved = super().unserved()
         if unserved is None and self.max_tokens == 0:
             return Unserved("max_tokens", "max_tokens")
-        return Unserved(self.param, self.param) if unserved is None and self._alone is None else unserved
+        is_served = 0 < len(self._prompts) <= MOST_PROMPTS
+        return Unserved(self.param, self.param) if unserved is None and not is_served else unserved
+
+
+def _is_prompt(given: object) -> bool:
+    if isinstance(given, list):
+        return bool(given) and all(type(i) is int and i >= 0 for i in given)
+    return isinstance(given, str) and bool(given)
 
 
 class Reasoning(BaseModel):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from controllers import Action
 from proxy.engine import Call, Watched, Watcher
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
+    from proxy.batch import Batch
     from proxy.chat import Plan
     from proxy.reply import Reply
+
+R = TypeVar("R", bound="Reply | Batch")
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,8 @@ class Spans:
         """
         return work
 
-    def episode(self, _: Plan, work: Coroutine[Any, Any, Reply]) -> Coroutine[Any, Any, Reply]:
-        """`work`, which serves what was planned, within the same span."""
+    def episode(self, _: Plan, work: Coroutine[Any, Any, R]) -> Coroutine[Any, Any, R]:
+        """Serve what was planned, by awaiting `work`, within the same span."""
         return work
 
     def round(self, _: Sequence[Action]) -> AbstractContextManager[object]:
@@ -123,7 +126,7 @@ class OpenSpans(Spans):
         )
         return plan
 
-    async def episode(self, plan: Plan, work: Coroutine[Any, Any, Reply]) -> Reply:
+    async def episode(self, plan: Plan, work: Coroutine[Any, Any, R]) -> R:
         span = self._now()
         try:
             with self._failing(span):
@@ -133,7 +136,7 @@ class OpenSpans(Spans):
         span.set_attributes(
             {
                 "gen_ai.response.model": plan.prompt.model,
-                "gen_ai.response.finish_reasons": [reply.message.finish_reason],
+                "gen_ai.response.finish_reasons": reply.finish_reasons,
                 "gen_ai.usage.input_tokens": reply.usage["prompt_tokens"],
                 "gen_ai.usage.output_tokens": reply.usage["completion_tokens"],
                 "autotts.stop": reply.tts["stop"],

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import drain, errors
 from proxy.pour import Hand, Pour
-from proxy.reply import Reply
 
 T = TypeVar("T")
+N = TypeVar("N")
 
 PING: Final = b": ping\n\n"
 """A comment, so that nothing on the way thinks a stream dead."""
@@ -125,15 +125,15 @@ def event(data: Mapping[str, Any], name: str = "") -> bytes:
 
 
 async def thinking(
-    serve: Callable[[], Coroutine[Any, Any, Reply]], news: asyncio.Queue[str], ping_s: float
-) -> AsyncGenerator[str | Reply | None]:
-    """What comes of `serve`: the lines of `news` as they come, None after `ping_s` seconds of nothing, the reply last.
+    serve: Callable[[], Coroutine[Any, Any, T]], news: asyncio.Queue[N], ping_s: float
+) -> AsyncGenerator[N | T | None]:
+    """Yield the items of `news` as they come, None after `ping_s` seconds of nothing, and last what `serve` returns.
 
     Raises ApiError, also if the proxy ends before there is a reply: the stream can still tell. Closing it cancels
     `serve`, and waits for that to end.
     """
     task = asyncio.create_task(serve())
-    line: asyncio.Task[str] | None = None
+    line: asyncio.Task[N] | None = None
     try:
         while not task.done():
             line = asyncio.create_task(news.get())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -109,6 +109,18 @@ class Turns:
         caller: Caller = request.state.caller
         cap, source = limit(asked, caller.key, caller.caps, self._common)
         return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap, source))
+
+    def episodes_of(self, request: Request, asked: int | None, count: int) -> Sequence[Turn]:
+        """Return turns for `count` episodes of one request, which share its cap evenly. Raises TooMany."""
+        caller: Caller = request.state.caller
+        cap, source = limit(asked, caller.key, caller.caps, self._common)
+        share = None if cap is None else max(1, cap // count)
+        source = f"the share of each of {count} prompts in {source}"
+
+        def make(place: Place, reserve: Reserve) -> Turn:
+            return Turn(place, reserve, share, source)
+
+        return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
 
     def bound(self, request: Request, parsed: Generation, model: Model) -> Bound:
         """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""

@@ -5,17 +5,29 @@ A `Form` is an endpoint's request, its whole reply and its stream. What happens 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 
 from proxy import errors, responses, schema
+from proxy.batch import Batch
 from proxy.chat import Plan
 from proxy.reply import Reply
 from proxy.stream import DONE, PING, event, pieces
 
 Thinking = AsyncGenerator[str | Reply | None]
 """What `stream.thinking` yields."""
+
+
+class Part(NamedTuple):
+    """News of one prompt of several."""
+
+    prompt: int  # its place
+    content: str | Reply  # what a round brought, or the end
+
+
+BatchThinking = AsyncGenerator[Part | Batch | None]
+"""What `stream.thinking` yields for several prompts."""
 
 
 class Form(NamedTuple):
@@ -83,6 +95,53 @@ def text_events(request: schema.CompletionRequest, plan: Plan, thinking: Thinkin
         lambda finish: choice(finish=finish),
     )
     return _chunked(request, thinking, chunks)
+
+
+def text_batch(batch: Batch) -> dict[str, Any]:
+    """Return the `text_completion` of several prompts, a choice each."""
+    messages = [reply.message for reply in batch.replies]
+    choices = [_text_choice(i, message.written, message.finish_reason) for i, message in enumerate(messages)]
+    head = {**_head(batch.plan, "text_completion"), "id": batch.request_id}
+    return {**head, "choices": choices, "usage": batch.usage, "tts": batch.tts}
+
+
+async def text_batch_events(
+    request: schema.Generation, request_id: str, plans: Sequence[Plan], thinking: BatchThinking
+) -> AsyncGenerator[bytes]:
+    """Yield the chunks of several prompts: each text when its episode is over, the bill with the last chunk."""
+    head = {**_head(plans[0], "text_completion"), "id": request_id}
+
+    def chunk(choice: Mapping[str, Any], **extra: Any) -> bytes:
+        return event({**head, "choices": [choice], **extra})
+
+    for index in range(len(plans)):
+        yield chunk(_text_choice(index))
+    try:
+        async with aclosing(thinking) as items:
+            async for item in items:
+                if item is None:
+                    yield PING
+                elif isinstance(item, Batch):
+                    batch = item
+                elif isinstance(item.content, str):
+                    yield chunk({**_text_choice(item.prompt), **_reasoning(item.content)})
+                else:
+                    for piece in pieces(item.content.message.written):
+                        yield chunk(_text_choice(item.prompt, piece))
+    except errors.ApiError as error:
+        yield event(errors.body(error))
+        return
+    *others, last = [_text_choice(i, "", finish) for i, finish in enumerate(batch.finish_reasons)]
+    for choice in others:
+        yield chunk(choice)
+    yield chunk(last, tts=batch.tts)
+    if request.wants_usage:
+        yield event({**head, "choices": [], "usage": batch.usage, "tts": batch.tts})
+    yield DONE
+
+
+def _text_choice(index: int, text: str = "", finish: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
 
 class _Chunks(NamedTuple):

@@ -153,7 +153,7 @@ ANY: Final[tuple[Sequence[Any], Sequence[Any]]] = (["x", {"a": "b"}, 1, True], [
 VALUES: Final[dict[str, tuple[Sequence[Any], Sequence[Any]]]] = {
     "model": ([MODEL, f"{MODEL}@0.25", None], []),
     "messages": ([TURNS], [[{"role": "user", "content": [IMAGE]}], [{"role": "tool", "content": "4"}]]),
-    "text prompt": ([[PROMPT], [1, 2, 3], [[1, 2, 3]]], [None, []]),
+    "text prompt": ([[PROMPT], [1, 2, 3], [[1, 2, 3]], [PROMPT, PROMPT], [[1, 2, 3], [4, 5]]], [None, []]),
     "responses prompt": ([], [{"id": "p"}]),
     "input": ([ITEMS], [[{"type": "function_call_output", "call_id": "1", "output": "2"}]]),
     "instructions": (["Be brief.", "", None], []),
