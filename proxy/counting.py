@@ -36,6 +36,7 @@ def count(
         metrics.tokens.labels(*by_dial, kind).inc(tokens)
     metrics.branches.labels(*by_dial).inc(len(environment.branches))
     metrics.rounds.labels(*by_dial).inc(state.rounds)
+    metrics.chain_lengths.take(model, plan.limits.interval, environment.branches)
     answered = Counter(fact.label is not None for one in rounds for fact in one.facts if isinstance(fact, Probed))
     for gave, times in answered.items():
         metrics.probe_answers.labels(model, controller, str(gave).lower()).inc(times)

@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from controllers.registry import ALIASES
+from proxy.chain_lengths import ChainLengths
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -50,6 +51,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.chain_lengths = ChainLengths()
         self.requests = Counter(
             "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"), registry=self.registry
         )
