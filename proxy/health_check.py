@@ -17,6 +17,8 @@ from proxy.response_body import parse_object, read_body
 
 ANSWER_S: Final = 5.0
 """Seconds each request of a check may take."""
+ATTEMPTS: Final = 2
+"""Times a check is made that the upstream is too slow for."""
 PAGE_BYTES: Final = 8 * 2**20
 """Bytes of a page of metrics, or of a list of models, that are read."""
 COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
@@ -37,25 +39,35 @@ class HealthCheck:
         self._timeout = aiohttp.ClientTimeout(total=ANSWER_S, sock_connect=session.timeout.sock_connect)
 
     async def is_up(self) -> bool:
-        """Return whether the upstream generates."""
-        try:
-            if is_failure((await self._ask("GET", "/health"))[0]):
-                return False
-            status, body = await self._ask("GET", "/v1/models")
-            if is_failure(status):
-                return False
-            name = _first_model(status, body)
-            if name is None:
-                return True  # it serves nothing that could be asked for
-            before = await self._counted()
-            request = {"model": name, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": True}
+        """Return whether the upstream generates. It is asked once more if it was too slow: others may keep it busy."""
+        for _ in range(ATTEMPTS):
             try:
-                status, body = await self._ask("POST", "/v1/completions", json=request)
+                return await self._generates()
             except TimeoutError:
-                return await self._counted() > before
-            return not is_failure(status) if status != HTTPStatus.OK else _is_complete(body)
-        except (aiohttp.ClientError, TimeoutError, UpstreamNonsense, ValueError):
+                continue
+            except (aiohttp.ClientError, UpstreamNonsense):
+                return False
+        return False
+
+    async def _generates(self) -> bool:
+        """Return whether the upstream generates. Raises TimeoutError, ClientError or UpstreamNonsense."""
+        if is_failure((await self._ask("GET", "/health"))[0]):
             return False
+        status, body = await self._ask("GET", "/v1/models")
+        if is_failure(status):
+            return False
+        name = _first_model(status, body)
+        if name is None:
+            return True  # it serves nothing that could be asked for
+        before = await self._counted()
+        request = {"model": name, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": True}
+        try:
+            status, body = await self._ask("POST", "/v1/completions", json=request)
+        except TimeoutError:
+            if await self._counted() > before:
+                return True
+            raise
+        return not is_failure(status) if status != HTTPStatus.OK else _is_complete(body)
 
     async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
         asked = self._session.request(method, self._url + path, timeout=self._timeout, allow_redirects=False, **content)

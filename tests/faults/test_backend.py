@@ -270,6 +270,18 @@ async def test_the_health_check_tells_a_busy_upstream_from_a_stuck_one(
             assert await check.is_up()
 
 
+async def test_an_upstream_that_is_slow_once_passes_the_health_check(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_check, "ANSWER_S", 0.3)
+    async with aiohttp.ClientSession() as http:
+        check = HealthCheck(upstream.fake.url, http)
+        upstream.fake.fault, upstream.fake.fault_times = "hang", 1
+        assert await check.is_up()
+        upstream.fake.fault_times = 0
+        assert not await check.is_up()
+
+
 async def test_an_upstream_that_is_not_well_fails_the_health_check(upstream: Upstream) -> None:
     async with aiohttp.ClientSession() as http:
         check = HealthCheck(upstream.fake.url, http)
