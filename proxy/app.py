@@ -17,7 +17,7 @@ from uuid import uuid4
 import aiohttp
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,6 +29,7 @@ from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
 from discovery.store import About, Episode
 from proxy import (
+    bodies,
     chat,
     dial,
     drain,
@@ -59,7 +60,6 @@ from proxy.errors import (
     Forbidden,
     NotFound,
     RecordsAway,
-    TooLarge,
     TooMany,
     Unauthorised,
     UpstreamError,
@@ -154,7 +154,7 @@ class Service:
         return await self._complete(wire.RESPONSES, request)
 
     async def _complete(self, form: wire.Form, request: Request) -> Response:
-        raw = await _read(request, self.settings.max_body_bytes)
+        raw = await bodies.read(request, self.settings.max_body_bytes)
         parsed = schema.parse(form.made, raw)
         caller: Caller = request.state.caller
         is_recording = is_admin_only(parsed.tts.controller or "")
@@ -371,7 +371,7 @@ class Service:
 
     async def hear(self, request: Request) -> Response:
         """Take what a client says of an answer. Raises BadRequest, NotFound, TooMany or RecordsAway."""
-        said = schema.parse_feedback(await _read(request, self.settings.max_body_bytes))
+        said = schema.parse_feedback(await bodies.read(request, self.settings.max_body_bytes))
         caller: Caller = request.state.caller
         own = self.recent.resolve(caller.tenant, said.request, is_admin=caller.is_admin)
         said = said.model_copy(update={"request": own})
@@ -386,7 +386,7 @@ class Service:
 
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
-        raw = await _read(request, self.settings.max_body_bytes)
+        raw = await bodies.read(request, self.settings.max_body_bytes)
         asked = strict.read(raw)
         field_values.check(asked)
         drop = fields.withheld(asked, is_admin=request.state.caller.is_admin)
@@ -648,19 +648,6 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
         request_class=eager.Request,
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )
-
-
-async def _read(request: Request, most: int) -> bytes:
-    """The request's body. Raises TooLarge or ClientGone."""
-    body = bytearray()
-    try:
-        async for data in request.stream():
-            body += data
-            if len(body) > most:
-                raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
-    except ClientDisconnect:
-        raise ClientGone from None
-    return bytes(body)
 
 
 def _explained(episode: Episode) -> Response:

@@ -14,7 +14,9 @@ Headers = Sequence[tuple[bytes, bytes]]
 MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
 """Of a request's first line and headers together."""
-ONCE: Final = (b"authorization", b"content-type", b"content-length", b"transfer-encoding", b"expect")
+ONCE: Final = (
+    *(b"authorization", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"expect"),
+)
 """Headers that mean something here, so nobody on the way may understand another one of them."""
 ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
 """Below these a path ends in a name, which may be percent-encoded. Nowhere else is there a reason to."""

@@ -89,7 +89,10 @@ class Stream(Response):
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
-        self.init_headers({"cache-control": "no-cache", **(headers or {})})
+        sent = {"cache-control": "no-cache", **(headers or {})}
+        if (sent.get("content-type") or media_type or "").startswith("text/event-stream"):
+            sent["x-accel-buffering"] = "no"  # nginx and its like hand each piece on at once
+        self.init_headers(sent)
 
     @classmethod
     def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> Stream:
