@@ -53,6 +53,7 @@ SETTINGS: Final = {
     "AUTOTTS_PROBE_TOKENS": "8",
     "AUTOTTS_FINALISE_TOKENS": "60",
     "AUTOTTS_MAX_PASSED": "16",
+    "AUTOTTS_WRITE_S": "2",
 }
 CONTROLLERS: Final = {"stalled_loop": ROOT / "controllers" / "discovered" / "lockstep_lead.py"}
 """Controllers from files, by the attack they are served in; other attacks meet the default."""
