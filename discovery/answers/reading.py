@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Iterator
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any, Final, NamedTuple
 
 from discovery.answers.forms import Form, Sort, canonical, choice
 from discovery.answers.kinds import AUTO, Kind, Way
+from discovery.answers.stated import VOTES_ALONE, YES_NO, stated, stated_choice, stated_number
 
 LONGEST_LONE: Final = 80
 """Characters of a text that is nothing but its answer."""
+MOST_BARE: Final = 16
+"""Boxes without braces that are read, the last ones of a text."""
 LONGEST_READ: Final = 100_000
 """Characters at a text's end in which a box, a stated answer, a choice or a number is looked for."""
 MOST_TRIED: Final = 64
@@ -29,8 +33,6 @@ MOST_MATCHES: Final = 10_000
 PATTERN_S: Final = 0.5
 """Seconds of CPU a client's pattern may take over a text by default; a text that takes longer has no answer."""
 
-VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
-
 
 class Answer(NamedTuple):
     """An answer: `written` is a part of the text it was found in."""
@@ -39,30 +41,32 @@ class Answer(NamedTuple):
     form: Form
 
 
-_BOX = r"\\(?:boxed|fbox)\s{0,9}\{"
+_BOX = r"\\(?:boxed|fbox|Box|box)\s{0,9}\{"
 _BRACE = re.compile(rf"{_BOX}|\\[{{}}]|[{{}}]")
-_JOINT = re.compile(rf"\}}[\s$.,;*]{{0,9}}(?:(?:\\text\{{)?\s{{0,9}}(?:and|or)\s{{0,9}}\}}?)?[\s$,;*]{{0,9}}{_BOX}")
-_LEAD = (
-    r"(?i:\b(?:answer|option|choice|result)(?:\s(?:choice|option))?(?:\s{0,9}[*_]{0,3}(?:\sis|\sare|\swould\sbe|:|=|→)){1,2}"
-    r"[\s*_:]{0,9}(?:(?:therefore|thus|option|choice|approximately)\s)?[*_]{0,3})"
+_BARE = re.compile(
+    r"\\(?:boxed|fbox)(?:\s{0,9}(?=[-+−\d.$])|\s{1,9}(?=[A-Ja-z]\b)|(?=\\[a-zA-Z]))([^\n]{1,80}?)(?=[.,;:!?]?(?:[\s$]|\\[)\]]|$))"
 )
-_STATED_CHOICE = re.compile(rf"{_LEAD}[(\[]?([A-J])(?![A-Za-z0-9'])(?!\s+[a-z])")
+r"""A box without braces: `\boxed 5`, `\boxed5`."""
+_AFTER_BARE = re.compile(r"[.,;:!?$*\s]{0,9}(?:\\[)\]])?[.,;:!?$*\s]{0,9}(?:$|[A-Za-z(])")
+_SIGNS = r"(?:[\s$.,;*]|\\[()\[\]]){0,9}"
+_JOINT = re.compile(rf"\}}{_SIGNS}(?:(?:\\text\{{)?\s{{0,9}}(?:and|or)\s{{0,9}}\}}?)?{_SIGNS}{_BOX}")
 _LONE_CHOICE = re.compile(r"\W{0,20}([A-Ja-j])\W{0,20}")
 _LED_CHOICE = re.compile(r"[\s*_]*\(?([A-J])[).:*]+(?:\s.*)?")
-_DIGITS = r"[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-_QUANTITY = rf"(?:\\?[$€£¥])?{_DIGITS}(?:\s?/\s?[0-9]+)?(?:\s?(?:\\?%|°))?"
-_GOES_ON = r"(?![\w/^\\]|\s?[-+*/^=×]\s?[0-9(\\]|,\s?[0-9]|\s(?:and|or)\s[0-9])"
-_STATED_NUMBER = re.compile(rf"{_LEAD}\$?({_QUANTITY}){_GOES_ON}")
-_STATED_FORMULA = re.compile(rf"{_LEAD}(?:\$\$?|\\\(|\\\[)([^$\n]{{1,400}}?)(?:\$|\\\)|\\\])")
-_STATED_WORD = re.compile(rf"{_LEAD}(?i:(yes|no|true|false))\b")
-_HASHES = re.compile(r"(?m)^####\s?(\S[^\n]{0,80})$")
-_NUMBER = re.compile(rf"(?<![\w.,/]){_QUANTITY}(?![\w/])")
+_DIGITS = r"[-+−]?(?:\\?[$€£¥])?[-+−]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+_CONNECTED = (
+    r"(?:\s?(?:[-+*/×÷^:√xX·−–]|\\times|\\cdot|\*\*)\s?|\s(?:to|or)\s|\s(?:hours?|hrs?|minutes?|mins?|days?|weeks?|years?|"
+    r"feet|foot|ft|pounds?|lbs?|dollars?)(?:\sand)?\s|\s)"
+)
+_NUMBER = re.compile(
+    rf"(?<![\w.,/^√])(?:√\s?)?{_DIGITS}(?:{_CONNECTED}{{1,3}}{_DIGITS})*(?:\s?(?:\\?%|°)|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
+    r"(?![\w/^√!])"
+)
+"""The numbers that stand together, as `4 4/9` or `5 to 10`: one answer, or none."""
 _LONE = re.compile(
     r"[\s*_`]*(?:(?:the )?answer:)?[\s*_`]*(?P<inner>\S.*?)[\s*_`]*\.?[\s*_`]*", re.DOTALL | re.IGNORECASE
 )
 _OPENING = re.compile(r"[{\[]")
 _FENCES: Final = ("```", "~~~")
-_YES_NO: Final = ("yes", "no", "true", "false")
 
 
 def read(text: str, kind: Kind = AUTO, *, seconds: float = PATTERN_S) -> Answer | None:
@@ -113,6 +117,9 @@ def _boxes(text: str) -> list[tuple[int, int]]:
             opened.append(-1)
         elif len(sign) > 2:
             opened.append(token.end())
+    for match in deque(_BARE.finditer(text), maxlen=MOST_BARE):
+        if _AFTER_BARE.match(text, match.end(1)) and canonical(match[1]) is not None:
+            boxes.append(match.span(1))
     return boxes
 
 
@@ -136,15 +143,12 @@ def _boxed(text: str) -> Answer | None:
 
 
 def _auto(text: str) -> Answer | None:
-    if "boxed" in text or "\\fbox" in text:
+    if "box" in text or "Box" in text:
         found = _boxed(text)
         if found is not None or _last_box(text) is not None:
             return found
-    stated = [last for pattern in _STATED if (last := _last(pattern, text)) is not None]
-    for _, written in sorted(stated, reverse=True):
-        found = _answer(written)
-        if found is not None and (found.form.sort in VOTES_ALONE or found.form.text in _YES_NO):
-            return found
+    if (last := stated(text)) is not None:
+        return Answer(last.written, last.form)
     return _lone(text)
 
 
@@ -157,7 +161,7 @@ def _lone(text: str) -> Answer | None:
         return None
     form = found.form
     if form.sort is Sort.WORDS:
-        return found if form.text in _YES_NO else None
+        return found if form.text in YES_NO else None
     is_formula = form.sort in (Sort.NUMBER, Sort.CHOICE) or match["inner"].startswith(("$", "\\"))
     return found if is_formula and form.sort in VOTES_ALONE else None
 
@@ -171,9 +175,9 @@ def _choice(text: str) -> Answer | None:
         form = canonical(part)
         if form is not None and form.sort is Sort.CHOICE:
             return Answer(form.text, form)
-    found = _last(_STATED_CHOICE, text)
+    found = stated_choice(text)
     led = _LED_CHOICE.fullmatch(text.strip().rpartition("\n")[2]) if found is None else None
-    letter = found[1] if found is not None else led[1] if led is not None else None
+    letter = found.written if found is not None else led[1] if led is not None else None
     return None if letter is None else Answer(letter, choice(letter))
 
 
@@ -181,10 +185,15 @@ def _number(text: str) -> Answer | None:
     inner = boxed(text)
     if inner is not None and (found := _quantity(inner)) is not None:
         return found
-    for pattern in (_STATED_NUMBER, _HASHES, _NUMBER):
-        last = _last(pattern, text if inner is None else inner) or _last(pattern, text)
-        if last is not None and (found := _quantity(last[1])) is not None:
-            return found
+    for part in (text,) if inner is None else (inner, text):
+        last, is_unread = stated_number(part)
+        if last is not None:
+            return Answer(last.written, last.form)
+        if is_unread:
+            return None
+        for match in deque(_NUMBER.finditer(part), maxlen=1):
+            if (found := _quantity(match[0])) is not None:
+                return found
     return None
 
 
@@ -291,14 +300,3 @@ def _last_block(text: str) -> str:
 def _answer(written: str) -> Answer | None:
     form = canonical(written)
     return None if form is None else Answer(written.strip(), form)
-
-
-_STATED: Final = (_STATED_CHOICE, _STATED_NUMBER, _STATED_FORMULA, _STATED_WORD, _HASHES)
-
-
-def _last(pattern: re.Pattern[str], text: str) -> tuple[int, str] | None:
-    """Where the last match of `pattern` captures, and what; the whole match if it captures nothing."""
-    match = None
-    for match in pattern.finditer(text):  # noqa: B007 - only the last one is wanted
-        pass
-    return None if match is None else (match.start(match.lastindex or 0), match[match.lastindex or 0])

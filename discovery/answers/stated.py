@@ -1,0 +1,157 @@
+r"""Answers that prose states: `The answer is 5.`, `#### 5`, `12 + 15 = 5`.
+
+A stated answer is read up to the end of its clause, as one answer or not at all: of `The answer is 4 4/9.` the 4 is no
+part that counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from discovery.answers.forms import canonical
+from discovery.answers.types import Form, Sort
+
+MOST_STATED: Final = 8
+"""Statements of each kind that are tried, the last ones of a text."""
+LONGEST_LINE: Final = 600
+"""Characters at a text's end in which a conclusion is looked for."""
+YES_NO: Final = ("yes", "no", "true", "false")
+VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
+"""Sorts of answers that are votes wherever they are found; words may be prose."""
+
+_IS = r"(?:\sis(?:\sequal\sto)?|\sare|\swould\sbe|\sequals|:|=|→)"
+_LEAD = (
+    rf"(?i:\b(?:answer|option|choice|result|solution)(?:\s(?:choice|option))?(?:\s{{0,9}}[*_]{{0,3}}{_IS}){{1,2}}"
+    r"[\s*_:]{0,9}(?:(?:therefore|thus|option|choice|approximately)\s)?[*_]{0,3})"
+)
+_LEADS = re.compile(rf"{_LEAD}|<answer>\s{{0,9}}|^[ \t]{{0,9}}[*_]{{0,3}}A(?:ns)?:[*_\s]{{1,9}}", re.MULTILINE)
+_CHOICE = re.compile(
+    rf"{_LEAD}[(\[]?([A-J])(?![A-Za-z0-9'])(?!\s+[a-z])(?![)\]*.:,]{{0,3}}\s{{0,3}}(?:or|and|&|/)\s{{0,3}}\(?[A-J]\b)"
+)
+_WORD = re.compile(rf"{_LEAD}(?i:(yes|no|true|false))\b")
+_HASHES = re.compile(r"(?m)^####\s?(\S[^\n]{0,80})$")
+_CLAUSE = re.compile(r"[^\n]{1,300}?(?=</answer>|[.!?;](?:[\s\"'*)\]$_]|$)|\n|$)", re.MULTILINE)
+_FOLLOWED = re.compile(
+    r",\s+(?=[a-z])|\s+(?:because|since|as|so|which|where|for|"
+    r"(?:and\s)?not|rather\sthan|instead\sof)(?![a-zA-Z])|\s+\(|\s+[—–]\s|\s+-\s(?=[a-zA-Z]{3})"
+)
+"""What may follow an answer in its clause."""
+_TRAILING = re.compile(r"\s(?:in\stotal|in\sall|altogether|total|left|remaining|overall)\s*$")
+_MARKUP = re.compile(r"\\[()\[\]]|[*_`]{2,3}(?=\S)|(?<=\S)[*_`]{2,3}|^[*_`]|[*_`]$")
+_OPERATION = re.compile(
+    r"[\d)}%]\s{0,3}(?:[a-z]{1,20}\s{0,3}){0,3}[-+*/×÷^·−]|\d\s?[xX]\s?\d|\\(?:times|cdot|div|frac)(?![a-zA-Z])"
+)
+_OPERATED = re.compile(
+    r"[\d\s.,+\-*/×÷^·−()$€£%{}]|\\(?:times|cdot|div|d?frac|left|right|sqrt|text)(?![a-zA-Z])|(?<=\d)[xX](?=\d)|"
+    r"(?<=\d\s)[xX](?=\s\d)|(?<![^\s({])[A-Za-z][a-z]{1,20}(?![a-z])"
+)
+"""What a sum consists of, units and all; in anything else an equals sign may be code."""
+_CONCLUDED = re.compile(
+    r"(?:^|[\s,;])(?i:so|thus|therefore|hence|then|gives|get|have)[,:]?\s{1,3}\$?(?:\\\()?[a-zA-Z]\s?=\s?(?P<value>[^\n=]{1,40})$"
+)
+_COUNTED = re.compile(
+    r"\b(?i:sum|product|difference|quotient|total|remainder|average|mean)\b[^\n.=]{0,80}?\s(?:is|equals|is\sequal\sto)\s"
+    r"(?P<value>[^\n=]{1,60})$|\d[^\n=]{0,80}\s(?:equals|is\sequal\sto)\s(?P<equal>[^\n=]{1,60})$"
+)
+
+
+class Stated(NamedTuple):
+    """An answer and where it stands."""
+
+    begin: int
+    written: str
+    form: Form
+
+
+def stated(text: str) -> Stated | None:
+    """The answer that `text` states last, in any way; None if it cannot be read as a whole."""
+    led, is_unread = _led(text)
+    found = [last for last in (led, _last(_CHOICE, text), _last(_WORD, text), _last(_HASHES, text)) if last is not None]
+    if found:
+        return max(found, key=lambda answer: answer.begin)
+    return None if is_unread else _concluded(text)
+
+
+def stated_number(text: str) -> tuple[Stated | None, bool]:
+    """The number that `text` states last, and whether what it states last is no number that can be read."""
+    led, is_unread = _led(text)
+    found = [last for last in (led, _last(_HASHES, text)) if last is not None and last.form.sort is Sort.NUMBER]
+    is_other = led is not None and led.form.sort is not Sort.NUMBER
+    return max(found, key=lambda answer: answer.begin, default=None), is_unread or is_other
+
+
+def stated_choice(text: str) -> Stated | None:
+    """The letter that `text` states last."""
+    return _last(_CHOICE, text)
+
+
+def _led(text: str) -> tuple[Stated | None, bool]:
+    """The answer after the last lead that a digit or formula follows, and whether what follows could not be read."""
+    leads = deque(_LEADS.finditer(text), maxlen=MOST_STATED)
+    for lead in reversed(leads):
+        clause = _CLAUSE.match(text, lead.end())
+        if clause is None:
+            continue
+        answer = _whole(clause[0], lead.end())
+        if answer is not None or any(char.isdigit() for char in clause[0]):
+            return answer, answer is None
+    return None, False
+
+
+def _whole(clause: str, begin: int) -> Stated | None:
+    """The answer that a clause is, or is up to what may follow an answer."""
+    for candidate in _candidates(clause):
+        if not any(char.isdigit() or char in "$\\√π" for char in candidate):
+            continue
+        form = canonical(_plain(candidate))
+        if form is not None and form.sort in VOTES_ALONE:
+            return Stated(begin, candidate.strip("*_` "), form)
+    return None
+
+
+def _candidates(clause: str) -> Iterator[str]:
+    written = clause.strip()
+    yield written
+    cut = _FOLLOWED.search(written)
+    if cut is not None and cut.start() > 0:
+        yield written[: cut.start()]
+
+
+def _plain(clause: str) -> str:
+    """A clause without markup, and without the signs between which its formulas stand."""
+    plain = _TRAILING.sub("", _MARKUP.sub("", clause))
+    dollars = plain.replace("\\$", "").count("$")
+    return re.sub(r"(?<!\\)\$", " ", plain).strip() if dollars > 1 else plain.strip()
+
+
+def _concluded(text: str) -> Stated | None:
+    """The number a text ends with: `12 + 15 = 27`, `so x = 5`, `the sum of 12 and 15 is 27`."""
+    ended = text.rstrip(" \n.!*_`$")
+    line = ended[max(ended.rfind("\n") + 1, len(ended) - LONGEST_LINE) :]
+    begin = len(ended) - len(line)
+    left, equals, value = line.rpartition("=")
+    if equals:
+        operated = re.split(r"[=:;]|[.,]\s", left)[-1]
+        if not _OPERATION.search(operated) or _OPERATED.sub("", operated):
+            match = _CONCLUDED.search(line)
+            if match is None:
+                return None
+    else:
+        match = _COUNTED.search(line)
+        if match is None:
+            return None
+        value = match["value"] or match["equal"]
+    answer = _whole(value, begin + len(line) - len(value))
+    return answer if answer is not None and answer.form.sort is Sort.NUMBER else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> Stated | None:
+    """The last match of a pattern, if it can be read."""
+    for match in deque(pattern.finditer(text), maxlen=1):
+        form = canonical(match[1])
+        if form is not None and (form.sort in VOTES_ALONE or form.text in YES_NO):
+            return Stated(match.start(1), match[1].strip(), form)
+    return None
