@@ -132,12 +132,13 @@ class Service:
             return next(iter(known.values())), None
         if name in known or name in await self.models():
             return self._models[name], None
-        plain, beta = dial.split_alias(name) if "@" in name else (name, None)
-        if plain in self._models:
+        plain = name.rpartition("@")[0]
+        _, beta = dial.split_alias(name) if plain in self._models else (name, None)
+        if beta is not None:
             return self._models[plain], beta
-        raise NotFound(
-            f"there is no model {name!r}; there are {', '.join(self._models)}", param="model", code="model_not_found"
-        )
+        hint = f"; β is set by a number, as in {plain}@0.5" if plain in self._models else ""
+        message = f"there is no model {name!r}; there are {', '.join(self._models)}{hint}"
+        raise NotFound(message, param="model", code="model_not_found")
 
     # Text
 
@@ -708,8 +709,19 @@ async def _tell_http(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == HTTPStatus.NOT_FOUND and (instead := passthrough.UNSERVED.get(request.url.path)):
         message = f"{request.method} {request.url.path} is not served: {instead}"
+    elif error.status_code == HTTPStatus.NOT_FOUND and (meant := _meant(request.url.path)):
+        message = f"{message}; did you mean {meant}? A client's base URL ends in /v1"
     told = NotFound(message, code="not_found") if error.status_code == HTTPStatus.NOT_FOUND else BadRequest(message)
     return JSONResponse(errors.body(told), error.status_code, {**(error.headers or {}), "x-request-id": _request_id()})
+
+
+def _meant(path: str) -> str | None:
+    """Return the path of an endpoint that a client asks for under a wrong base URL: without /v1, or with it twice."""
+    with_version = f"/v1/{path.strip('/')}"
+    while with_version.startswith("/v1/v1/"):
+        with_version = with_version.removeprefix("/v1")
+    is_there = any(with_version == route.path for route in ROUTES) or with_version.startswith("/v1/models/")
+    return with_version if is_there and with_version != path else None
 
 
 async def _tell_nobody(_: Request, __: Exception) -> Response:

@@ -85,9 +85,18 @@ def _parse(text: str, param: str) -> float:
 
 
 def split_alias(model: str) -> tuple[str, float | None]:
-    """`name@0.5` as its model and β; the β is None where the model has no `@`. Raises BadRequest."""
+    """Split `name@0.5` into a model and its β, which is None without a number behind an `@`. Raises BadRequest."""
     name, at, beta = model.rpartition("@")
-    return (name, _parse(beta, "model")) if at else (model, None)
+    return (name, _parse(beta, "model")) if at and _is_number(beta) else (model, None)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is meant as a number, however wrong it may be as a β."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def alias(card: Mapping[str, Any], beta: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jiter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai import AsyncOpenAI, NotFoundError
 from pydantic import BaseModel, ValidationError
 
 from proxy import strict
@@ -300,10 +301,51 @@ async def test_a_body_too_large_is_refused(proxy: Proxy) -> None:
 
 
 async def test_unknown_models_are_told_the_known(proxy: Proxy) -> None:
-    for model in ("nope", "nope@0.5"):
+    for model in ("nope", "nope@0.5", "nope@nan", f"{MODEL}@latest", f"{MODEL}@high", f"{MODEL}@", f"@{MODEL}", "@"):
         status, _, reply = await proxy.ask(None, model=model)
         check_error(reply, 404, status, param="model", code="model_not_found")
         assert MODEL in reply["error"]["message"]
+
+
+async def test_a_tag_is_no_beta_and_told_so(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask(None, model=f"{MODEL}@latest")
+    assert reply["error"]["message"].endswith(f"β is set by a number, as in {MODEL}@0.5")
+    with pytest.raises(NotFoundError):
+        await proxy.openai.chat.completions.create(model=f"{MODEL}@latest", messages=[{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/completions", "/v1/completions"),
+        ("POST", "/responses", "/v1/responses"),
+        ("POST", "/embeddings", "/v1/embeddings"),
+        ("GET", "/models", "/v1/models"),
+        ("GET", f"/models/{MODEL}", f"/v1/models/{MODEL}"),
+        ("GET", "/v1/v1/models", "/v1/models"),
+        ("GET", "/v1/nothing", None),
+        ("GET", "/nothing", None),
+        ("GET", "/", None),
+        ("GET", "/v1", None),
+    ],
+)
+async def test_a_base_url_without_its_version_is_told_what_is_meant(
+    proxy: Proxy, method: str, path: str, meant: str | None
+) -> None:
+    async with proxy.http.request(method, proxy.url + path) as response:
+        reply = await response.json()
+    check_error(reply, 404, response.status, code="not_found")
+    message = reply["error"]["message"]
+    assert ("did you mean" in message) == (meant is not None)
+    assert meant is None or f"did you mean {meant}? A client's base URL ends in /v1" in message
+
+
+async def test_the_openai_client_hears_of_a_wrong_base_url(proxy: Proxy) -> None:
+    async with AsyncOpenAI(base_url=proxy.url, api_key="unused", max_retries=0) as client:
+        with pytest.raises(NotFoundError, match="did you mean /v1/chat/completions"):
+            await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}])
 
 
 async def test_unknown_paths_and_methods(proxy: Proxy) -> None:
@@ -338,5 +380,7 @@ def test_where_beta_comes_from_first_present_wins() -> None:
 def test_aliases() -> None:
     assert split_alias("a@b@0.5") == ("a@b", 0.5)
     assert split_alias("plain") == ("plain", None)
-    with pytest.raises(BadRequest):
-        split_alias("m@high")
+    assert split_alias("m@latest") == ("m@latest", None)
+    for beta in ("2", "-1", "nan", "1e400", "1_0"):
+        with pytest.raises(BadRequest):
+            split_alias(f"m@{beta}")
