@@ -29,6 +29,8 @@ MOST_TAIL: Final = 64
 """Ids before one that ends inside a character that are decoded with it, unless one of them is known to be whole."""
 LOOK_AHEAD: Final = 4
 """Ids at a prompt's end that are looked up together, at least."""
+MOST_LEARNT: Final = 4
+"""Ids that are learnt at a time: many requests that begin at once would otherwise each ask for all of theirs."""
 _FOLLOWERS: Final = "aeimnrsty"
 """Letters that ordinary tokens often merge with."""
 
@@ -54,6 +56,7 @@ class Endings:
     def __init__(self, most: int = MOST_KNOWN) -> None:
         self._most = most
         self._known: dict[tuple[str, int], Known] = {}
+        self.turns = asyncio.Semaphore(MOST_LEARNT)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -95,7 +98,8 @@ class Detokeniser:
         start, inside, lowest = len(prompt), -1, floor
         while start > lowest:
             start -= 1
-            ending = (await self._known(prompt, start, lowest)).ending
+            known = self._engine.endings.get(self._model, prompt[start])
+            ending = (known or await self._look_up(prompt, start, lowest)).ending
             if ending is Ending.WHOLE:
                 break
             if ending is Ending.INSIDE:
@@ -149,22 +153,21 @@ class Detokeniser:
         texts = {token: (await self._learn(token)).text for token in ids}
         return {token for token, text in texts.items() if text and BROKEN not in text and text not in shown}
 
-    async def _known(self, prompt: Sequence[int], at: int, lowest: int) -> Known:
-        """Look up the id at `at`. If it is new, ids before it are looked up with it, for they are often next: the more
-        of them, the further the walk has come."""
-        known = self._engine.endings.get(self._model, prompt[at])
-        if known is None:
-            ahead = max(LOOK_AHEAD, len(prompt) - at)
-            await asyncio.gather(*(self._learn(token) for token in {*prompt[max(lowest, at + 1 - ahead) : at + 1]}))
-            known = await self._learn(prompt[at])
-        return known
+    async def _look_up(self, prompt: Sequence[int], at: int, lowest: int) -> Known:
+        """Learn the new id at `at`, and ids before it, often next: the more, the further the walk has come."""
+        ahead = max(LOOK_AHEAD, len(prompt) - at)
+        await asyncio.gather(*(self._learn(token) for token in {*prompt[max(lowest, at + 1 - ahead) : at + 1]}))
+        return await self._learn(prompt[at])
 
     async def _learn(self, token: int) -> Known:
-        known = self._engine.endings.get(self._model, token)
-        if known is None:
-            text = await self._decode([token])
-            known = Known(text, await self._ending(token, text))
-            self._engine.endings.add(self._model, token, known)
+        """Return what is known of an id, asking the upstream if that is nothing."""
+        endings = self._engine.endings
+        if (known := endings.get(self._model, token)) is None:
+            async with endings.turns:
+                if (known := endings.get(self._model, token)) is None:  # nor has anybody else learnt it meanwhile
+                    text = await self._decode([token])
+                    known = Known(text, await self._ending(token, text))
+                    endings.add(self._model, token, known)
         return known
 
     async def _ending(self, token: int, text: str) -> Ending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from controllers import Probed, advance, branch, probe
 from discovery.answers import parse_kind
-from proxy.detokeniser import BROKEN, Detokeniser, Ending, Endings, Known
+from proxy.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, Endings, Known
 from proxy.engine import Engine
 from proxy.errors import UpstreamRefused
 from proxy.live import LiveEnvironment, Prompt, Sizes
@@ -191,6 +192,16 @@ async def test_ordinary_tokens_are_told_from_special_ones() -> None:
         assert await detokeniser.seam(half, 0) is not None
         assert env.engine.endings.get(MODEL, half[-1]) == Known(MARK, Ending.UNKNOWN)
         assert await detokeniser.seam(ids_of(tokenizer, "the😀"), 0) is None  # the emoji is complete
+
+
+async def test_what_many_ask_at_once_is_not_asked_of_the_upstream_as_often() -> None:
+    tokenizer = byte_level()
+    prompt = ids_of(tokenizer, "4 on 4 : 7")
+    backend = DictatedVLLM(tokenizer, prompt, [[1]])
+    async with environment(backend, 3) as env:
+        detokeniser = Detokeniser(env.engine, MODEL)
+        await asyncio.gather(*(detokeniser.seam(prompt, 0) for _ in range(50)))
+        assert backend.decoded <= MOST_LEARNT * len(env.engine.endings)
 
 
 def test_the_cache_is_bounded() -> None:
