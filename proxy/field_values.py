@@ -20,6 +20,8 @@ LEAST_WIDE, MOST_WIDE = -(2**63), 2**64 - 1
 """Range of other integers: vLLM hands requests to its engine as MessagePack, which has no others."""
 MOST_STOP: Final = 1024
 """Characters of a stop string, which is sent with each request for a branch."""
+MOST_WORD: Final = 128
+"""Characters of one of the `bad_words`, each of which vLLM turns into token ids twice while others wait."""
 MOST_LIST: Final[Mapping[str, int]] = {
     "stop_token_ids": 1024,
     "logprob_token_ids": 1024,
@@ -84,8 +86,8 @@ def check(body: Mapping[str, Any]) -> None:
         if isinstance(value, list) and len(value) > most:
             raise _wrong(name, f"has {len(value)} entries; at most {most} are accepted")
     for word in _listed(body.get("bad_words")):
-        if isinstance(word, str) and len(word) > MOST_STOP:
-            raise _wrong("bad_words", f"has a text of {len(word)} characters; at most {MOST_STOP} are accepted")
+        if isinstance(word, str) and len(word) > MOST_WORD:
+            raise _wrong("bad_words", f"has a text of {len(word)} characters; at most {MOST_WORD} are accepted")
     for name, value in _constraints(body):
         _check_constraint(name, value)
 

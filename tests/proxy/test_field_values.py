@@ -19,6 +19,7 @@ from proxy.field_values import (
     MOST_LIST,
     MOST_STOP,
     MOST_TEXT,
+    MOST_WORD,
     check,
 )
 from proxy.server import running
@@ -27,6 +28,7 @@ from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 
 BIG = 10**20
+JSON = {"content-type": "application/json"}
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "patternProperties": {"(": {}}},
     {"type": "object", "patternProperties": {"a": {"patternProperties": {"[": {}}}}},
@@ -71,7 +73,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"a": 2**64}}, "metadata"),
     ({"stop": "x" * (MOST_STOP + 1)}, "stop"),
     ({"stop": ["a", "x" * 1_900_000]}, "stop"),
-    ({"bad_words": ["x" * (MOST_STOP + 1)]}, "bad_words"),
+    ({"bad_words": ["x" * (MOST_WORD + 1)]}, "bad_words"),
     *(({name: ["1"] * (most + 1)}, name) for name, most in MOST_LIST.items()),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     ({"structured_outputs": {"regex": f"a{{{2**40}}}"}}, "structured_outputs.regex"),
@@ -151,7 +153,7 @@ def test_what_may_be_compiled_is_bounded_by_its_size() -> None:
 )
 @pytest.mark.parametrize("beta", [None, "1"])
 async def test_every_endpoint_refuses_them(proxy: Proxy, path: str, body: dict[str, Any], beta: str | None) -> None:
-    headers = {} if beta is None else {"x-tts-beta": beta}
+    headers = {**JSON, **({} if beta is None else {"x-tts-beta": beta})}
     for field in ({"top_k": BIG}, {"stop": ["x" * 1_000_000]}, {"structured_outputs": {"regex": "("}}):
         raw = json.dumps({"model": MODEL, **body, **field}).encode()
         sent = io.BytesIO(raw)
@@ -234,7 +236,7 @@ async def test_no_hostile_value_makes_vllm_fail_through_the_proxy(vllm: str) -> 
         for field, _ in FIELDS:
             body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **field}
             raw = io.BytesIO(json.dumps(body).encode())
-            async with http.post(f"{url}/v1/chat/completions", data=raw) as response:
+            async with http.post(f"{url}/v1/chat/completions", data=raw, headers=JSON) as response:
                 assert response.status == 400, field
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         async with http.post(f"{url}/v1/chat/completions", json=body) as response:
