@@ -100,7 +100,7 @@ class Service:
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
         self.unapplied = Unapplied(self.metrics, is_required=settings.required)
         self.grading = Grading(self.metrics)
-        self.casting = Casting(settings, self.metrics)
+        self.casting = Casting(settings, self.metrics, calibrations)
         self.drift = Drift(engine, settings, self.metrics)
         engine.on_event = self._hear_of_upstream
         self.callers = callers

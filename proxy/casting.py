@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Final
 
 from controllers import (
@@ -39,11 +40,13 @@ from controllers.registry import BASELINE, BUILT_IN, create, find
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
+from discovery.calibration import Calibrations
 from discovery.installed import By, Registry
 from proxy.metrics import Metrics, family
 from proxy.pool import RETIRED, Pool
 from proxy.settings import Settings
 from proxy.shadow import Played, compare
+from proxy.spending import Spending
 from proxy.stages import Choice, Lineup, Stages
 from proxy.watch import Outcome, Verdict, Watch
 
@@ -69,7 +72,7 @@ SHADOWS: Final = 2
 class Casting:
     """The controllers of one proxy."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, calibrations: Calibrations = MappingProxyType({})) -> None:
         self.default = parse_spec(settings.controller)
         self._shipped = {name: parse_spec(name) for name in discovered()}  # controllers from files of this project
         self.stages = Stages(
@@ -84,6 +87,7 @@ class Casting:
         self._proof = Proof()
         self._lineup = self.stages.now  # as the pools and the watch know it
         self._watch = Watch()
+        self._spending = Spending(calibrations)
         self._shadowing: set[asyncio.Task[None]] = set()
         self._changing: set[asyncio.Task[None]] = set()  # the registry
 
@@ -195,6 +199,21 @@ class Casting:
         if verdict is not None:
             self._roll_back(canary, verdict)
 
+    def spent(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> None:
+        """Take notice of what an episode cost; a controller from a file that costs far too much is quarantined."""
+        found = self._spending.observe(spec, model, tenant, beta, tokens, state)
+        if found is None or spec.digest in self.quarantined:
+            return
+        logger.log(
+            logging.ERROR if found.is_proven else logging.WARNING,
+            "controller %s (%s) on model %s: %s%s",
+            *(spec.name, spec.digest[:12], model, found),
+            "; it is quarantined" if found.is_proven and spec.is_foreign else "",
+        )
+        self.metrics.overspending.labels(family(spec.name)).set(1)
+        if found.is_proven and spec.is_foreign:  # one that came with the program is the operator's to replace
+            self._quarantine(spec, str(found))
+
     def heard(self, stage: Stage, digest: str, content: bool) -> None:
         """Take notice of what a client says of an answer; a canary whose clients are not content is none any more."""
         canary, decided = self._lineup.canary, self._lineup.at(stage)
@@ -271,6 +290,7 @@ class Casting:
         for digest in before.quarantined - now.quarantined:  # lifted
             self.quarantined.discard(digest)
             self._failures.pop(digest, None)
+            self._spending.forget(digest)
         self.quarantined |= now.quarantined
         sizes = {spec.digest: self._settings.sandbox_pool for spec in _foreign(now)}
         for spec in _foreign(now):
@@ -319,13 +339,14 @@ class Cast:
         self.decided = 0  # how many of them the controller decided, before the baseline took over
         self.on_round: Callable[[], None] | None = None  # told when one has been
         self._played: Played | None = None  # what a shadow is to be shown, if there is one
+        self._beta = 0.0  # of the episode, once it runs
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
         """Run an episode to its end.
 
         Raises ControllerError if the baseline fails too, and whatever `environment` raises.
         """
-        spec, casting = self._choice.spec, self._casting
+        spec, casting, self._beta = self._choice.spec, self._casting, beta
         if spec.digest in casting.quarantined:
             self.fallback = QUARANTINED
         else:
@@ -350,8 +371,11 @@ class Cast:
         casting.metrics.fallbacks.labels(family(spec.name), self.fallback).inc()
         await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state, self._keep)
 
-    def end(self, stop: Stop | None, tokens: int) -> None:
-        """The episode is over, for `stop` or because its client left, and has cost so much."""
+    def end(self, state: State, tokens: int, model: str, tenant: str) -> None:
+        """The episode is over, for a reason of its own or because its client left, and has cost so much."""
+        stop = state.stop
+        if self.fallback is None:
+            self._casting.spent(self._choice.spec, model, tenant, self._beta, tokens, state)
         if self.fallback not in BLAMELESS:
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
             self._casting.ended(self._choice, Outcome(tokens, failed, stop is Stop.ANSWERED))

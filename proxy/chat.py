@@ -326,7 +326,7 @@ async def serve(
         if settle is not None:
             settle(environment.meter.billed)
         count(metrics, plan, environment, state, cast.rounds, reply, outcome)
-        cast.end(state.stop, environment.meter.billed)
+        cast.end(state, environment.meter.billed, plan.prompt.model, plan.asked.tenant)
         records.keep(plan, cast, environment, state, reply, outcome)
 
 

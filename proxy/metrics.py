@@ -155,6 +155,12 @@ class Metrics:
             ("controller",),
             registry=self.registry,
         )
+        self.overspending = Gauge(
+            "autotts_controller_overspending",
+            "Controllers that were seen to cost far more than they were calibrated to.",
+            ("controller",),
+            registry=self.registry,
+        )
         self.stage_requests = Counter(
             "autotts_stage_requests",
             "Requests that named no controller, by the stage of the one that was chosen.",

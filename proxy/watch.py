@@ -117,28 +117,46 @@ class Watch:
         return values
 
 
-class _Game:
-    """The gamblers on one quality."""
+class Gamblers:
+    """Gamblers who bet that a mean is above 0; each begins with 1 and stakes a fraction of BETS."""
 
-    def __init__(self, margin: float) -> None:
-        self.pairs = 0
-        self.waiting: dict[Stage, float] = {}  # the latest value of a stage, until the other has one
-        self._margin = margin
+    def __init__(self) -> None:
+        self.bets = 0  # settled so far
         self._wealth = [1.0] * len(BETS)
 
     @property
     def wealth(self) -> float:
-        """What 1 has become: the e-value."""
+        """The mean of their wealth: the e-value."""
         return sum(self._wealth) / len(self._wealth)
+
+    def settle(self, difference: float) -> None:
+        """Pay a bet; `difference` is clipped to [-1, 1]."""
+        clipped = max(-1.0, min(1.0, difference))
+        self._wealth = [had * (1 + bet * clipped) for had, bet in zip(self._wealth, BETS, strict=True)]
+        self.bets += 1
+
+
+class _Game:
+    """The gamblers on one quality."""
+
+    def __init__(self, margin: float) -> None:
+        self.waiting: dict[Stage, float] = {}  # the latest value of a stage, until the other has one
+        self._margin = margin
+        self._gamblers = Gamblers()
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of requests so far."""
+        return self._gamblers.bets
+
+    @property
+    def wealth(self) -> float:
+        """The e-value."""
+        return self._gamblers.wealth
 
     def take(self, stage: Stage, value: float) -> None:
         """A request's value; with one of the other stage it makes a pair."""
         self.waiting[stage] = value
         if len(self.waiting) == 2:
-            self._settle(self.waiting[Stage.CANARY] - self.waiting[Stage.CHAMPION] - self._margin)
+            self._gamblers.settle(self.waiting[Stage.CANARY] - self.waiting[Stage.CHAMPION] - self._margin)
             self.waiting.clear()
-
-    def _settle(self, difference: float) -> None:
-        clipped = max(-1.0, min(1.0, difference))
-        self._wealth = [had * (1 + bet * clipped) for had, bet in zip(self._wealth, BETS, strict=True)]
-        self.pairs += 1
