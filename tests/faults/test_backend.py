@@ -439,6 +439,20 @@ async def test_one_clients_requests_stop_nobody_elses(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_upstream_events_total", event="ejected") == 0
 
 
+async def test_clients_that_leave_or_have_no_time_are_not_held_against_it(proxy: Proxy) -> None:
+    proxy.backend.fault = "hang"
+    body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5, "stream": True}
+    for _ in range(2 * FAILURES):
+        async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
+            await response.content.readany()
+        await proxy.backend.idle.wait()
+    for _ in range(2 * FAILURES):
+        await proxy.ask("0.5", tts={"deadline_s": 0.05})
+    assert not any(request["prompt"] == "1" for request in proxy.backend.requests)  # no health check was called for
+    proxy.backend.fault = ""
+    assert (await proxy.ask("0.5"))[0] == 200
+
+
 async def test_an_upstream_that_breaks_on_every_request_is_left_alone(proxy: Proxy) -> None:
     proxy.backend.fault = "broken"
     body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}

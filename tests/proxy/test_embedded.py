@@ -16,6 +16,9 @@ import pytest
 from proxy import embedded
 from proxy.embedded import EmbeddedServer
 from proxy.errors import StartError
+from proxy.server import Server, listen
+from proxy.settings import load
+from tests.fakes import FakeVLLM
 
 SERVER = """
 import http.server, sys
@@ -161,3 +164,20 @@ async def test_further_flags_reach_vllm() -> None:
     with pytest.raises(StartError, match=r"unrecognized arguments: --no-such-flag"):
         async with EmbeddedServer(args=("--no-such-flag",)):
             pass
+
+
+async def test_a_restart_closes_the_breaker_of_a_server_that_runs() -> None:
+    async with FakeVLLM().serve() as backend:
+        server = Server(load(upstream=backend.url))
+        server.take_restart()  # before it runs there is nothing to close
+        with listen("127.0.0.1", 0) as listening:
+            task = asyncio.create_task(server.serve(sockets=[listening]))
+            await server.up.wait()
+            breaker = server._app.state.service.engine.breaker
+            while not breaker.fail_to_connect():
+                pass
+            assert not breaker.is_closed
+            server.take_restart()
+            assert breaker.is_closed
+            server.should_exit = True
+            await task
