@@ -18,6 +18,9 @@ DiscoveryError
 └── CollectError    the proxy does not record as asked, or the file is of other recordings; what is in it is sound
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class DiscoveryError(Exception):
     """Base of every error raised in this package."""
@@ -85,3 +88,11 @@ class PromotionError(DiscoveryError):
 
 class CollectError(DiscoveryError):
     """Nothing more can be collected as asked; the message says what to do. What is in the file is sound."""
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """The message about a field that does not exist: the nearest known one, and all of them."""
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no such field; {hint}there are {', '.join(names)}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from discovery.errors import BadRecording, NotRecorded
+from discovery.errors import BadRecording, NotRecorded, unknown_field
 from discovery.json_text import parse
 from discovery.recordings import (
     MOST_TOKENS,
@@ -266,7 +266,11 @@ def _first(error: ValidationError) -> str:
     """The first thing wrong, in a line."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
+    words = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        owner = BranchLine if problem["loc"][0] == "branches" and len(problem["loc"]) > 1 else Line
+        words = unknown_field(str(problem["loc"][-1]), owner.model_fields)
+    return f"{place}: {words}" if place else words
 
 
 def as_line(recorded: RecordedQuestion, part: int | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from discovery.errors import BadRecording
+from discovery.errors import BadRecording, unknown_field
 from discovery.recordings import Split, question_id, question_text
 
 
@@ -81,7 +81,10 @@ def read_questions(path: Path) -> list[Question]:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = "".join(f"{part}: " for part in first["loc"])
-            raise BadRecording(f"{path}:{number}: {place}{first['msg'].removeprefix('Value error, ')}") from None
+            problem = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+                problem = unknown_field(str(first["loc"][0]), Question.model_fields)
+            raise BadRecording(f"{path}:{number}: {place}{problem}") from None
         except ValueError as error:
             raise BadRecording(f"{path}:{number}: {error}") from None
         for what, name in (("the same question", question.question), ("the same id", question.id)):

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import errors
+from proxy.access import ECHO, client_id
 from proxy.errors import ApiError, Draining
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in STILL_SERVED:
             await self.app(scope, receive, send)
         elif self.is_shut:
-            await _refusal(scope["path"])(scope, receive, send)
+            await _refusal(scope)(scope, receive, send)
         else:
             await self._run(scope, receive, send)
 
@@ -105,7 +106,7 @@ class Gate:
         except asyncio.CancelledError:
             if has_begun or not self.is_shut:
                 raise
-            await _refusal(scope["path"])(scope, receive, send)
+            await _refusal(scope)(scope, receive, send)
         except Exception as error:  # the client has been told; uvicorn would log its words, which may be a client's
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a fault of the proxy's own: %s\n%s", type(error).__name__, frames)
@@ -115,8 +116,10 @@ class Gate:
                 self._idle.set()
 
 
-def _refusal(path: str) -> Response:
+def _refusal(scope: Scope) -> Response:
     error: ApiError = refusal()
-    told = {"ready": False, "draining": True} if path == READY else errors.body(error)
+    told = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
+    if named := client_id(scope["headers"]):
+        headers[ECHO.decode()] = named.decode()
     return Response(json.dumps(told), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")

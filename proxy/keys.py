@@ -26,6 +26,7 @@ from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from discovery.errors import unknown_field
 from proxy.errors import SettingsError
 from proxy.limits import Caps, too_small
 
@@ -177,7 +178,11 @@ def _key(path: Path, text: str, name: str, said: object) -> Key:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = str(first["loc"][0]) if first["loc"] else "entry"
-        raise _wrong(path, text, name, f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        is_unknown = first["type"] == "extra_forbidden"
+        problem = (
+            unknown_field(where, _Entry.model_fields) if is_unknown else first["msg"].removeprefix("Value error, ")
+        )
+        raise _wrong(path, text, name, f"{where}: {problem}") from None
     caps = Caps(entry.branches, entry.tokens, entry.tokens_per_minute, entry.episodes)
     return Key(name, tuple(entry.sha256), entry.admin, caps)
 

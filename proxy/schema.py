@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
@@ -20,7 +19,7 @@ from pydantic import (
 
 from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.veil import MARK
-from discovery.errors import UnknownKind
+from discovery.errors import UnknownKind, unknown_field
 from proxy import field_values, fields, strict
 from proxy.conversation import kind, messages_of, template_fields, why_not_text, with_reasoning
 from proxy.dial import EFFORTS
@@ -479,9 +478,7 @@ def _unknown(made: type[BaseModel], place: Sequence[int | str]) -> str:
     for name, field in owner.model_fields.items():
         alias = field.validation_alias
         names += map(str, alias.choices) if isinstance(alias, AliasChoices) else [name]
-    near = get_close_matches(str(place[-1]), names, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no such field; {hint}there are {', '.join(names)}"
+    return unknown_field(str(place[-1]), names)
 
 
 def _code(where: str) -> str | None:

@@ -372,6 +372,15 @@ def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest
         assert f"is in {keys.VARIABLE} too; the keys stay as they were" in caplog.text
 
 
+def test_an_unknown_limit_lists_those_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(keys.line("alice", "secret").replace(" }", ", token_per_minute = 5 }"))
+    with pytest.raises(SettingsError) as caught:
+        keys.read(path)
+    words = "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? there are sha256, admin, "
+    assert words in str(caught.value)
+
+
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 

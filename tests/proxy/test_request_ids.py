@@ -15,6 +15,7 @@ from rich.console import Console
 from discovery.store import Store
 from proxy import keys, logs
 from proxy.access import client_id
+from proxy.drain import Gate
 from proxy.recent import Recent
 from proxy.server import running
 from proxy.settings import load
@@ -55,6 +56,22 @@ async def test_it_comes_back_with_errors_too(proxy: Proxy) -> None:
     assert headers["x-client-request-id"] == MINE
     async with proxy.http.get(f"{proxy.url}/nothing", headers={"x-request-id": MINE}) as response:
         assert (response.status, response.headers["x-client-request-id"]) == (404, MINE)
+
+
+async def test_it_comes_back_while_the_server_shuts_down() -> None:
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError("nothing runs any more")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = Gate(nothing)
+    gate.shut()
+    await gate({"type": "http", "path": "/v1/models", "headers": [(b"x-request-id", MINE.encode())]}, nothing, send)
+    assert sent[0]["status"] == 503
+    assert (b"x-client-request-id", MINE.encode()) in sent[0]["headers"]
 
 
 @pytest.mark.parametrize("value", [b"", b"a" * 129, b"a b", "é".encode(), b"a\tb"])
