@@ -16,8 +16,6 @@ from proxy.errors import BadRequest, clipped
 
 MOST_INT: Final = 2**31 - 1
 """Largest value of a number of tokens, or of repetitions."""
-LEAST_WIDE, MOST_WIDE = -(2**63), 2**64 - 1
-"""Range of other integers: vLLM hands requests to its engine as MessagePack, which has no others."""
 MOST_STOP: Final = 1024
 """Characters of a stop string, which is sent with each request for a branch."""
 MOST_WORD: Final = 128
@@ -31,6 +29,8 @@ MOST_LIST: Final[Mapping[str, int]] = {
 """Entries of fields that are lists."""
 MOST_CONSTRAINT: Final = 65_536
 """Bytes of a grammar, a schema or a list of choices."""
+MOST_CONSTRAINTS: Final = 2**20
+"""Bytes of all grammars and schemas of a request, which are looked through while other requests wait."""
 MOST_TEXT: Final = 32_768
 """Characters of one text in it, whose compilation takes time that grows with the square."""
 MOST_CHOICES: Final = 5000
@@ -73,10 +73,8 @@ def check(body: Mapping[str, Any]) -> None:
     for name in _INTEGERS:
         _check_integer(body, name)
     for name, value in body.items():
-        if name not in _TEXTS and isinstance(value, dict | list):
-            for found in _walk(name, value):
-                if type(found.value) is int and not LEAST_WIDE <= found.value <= MOST_WIDE:
-                    raise _wrong(name, f"has the integer {_shown(found.value)}, which is not one of 64 bits")
+        if name not in _TEXTS and isinstance(value, dict | list) and not _is_packable(value):
+            raise _wrong(name, "has an integer of more than 64 bits")
     stops = body.get("stop")
     for stop in stops if isinstance(stops, list) else [stops]:
         if isinstance(stop, str) and len(stop) > MOST_STOP:
@@ -88,8 +86,11 @@ def check(body: Mapping[str, Any]) -> None:
     for word in _listed(body.get("bad_words")):
         if isinstance(word, str) and len(word) > MOST_WORD:
             raise _wrong("bad_words", f"has a text of {len(word)} characters; at most {MOST_WORD} are accepted")
+    total = 0
     for name, value in _constraints(body):
-        _check_constraint(name, value)
+        total += _check_constraint(name, value)
+        if total > MOST_CONSTRAINTS:
+            raise _wrong(name, f"is one of constraints with over {MOST_CONSTRAINTS} bytes in all, the most accepted")
 
 
 def _check_integer(body: Mapping[str, Any], path: str) -> None:
@@ -119,7 +120,17 @@ def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"tools.{index}.function.parameters", function["parameters"]
 
 
-def _check_constraint(name: str, value: Any) -> None:
+def _is_packable(value: Any) -> bool:
+    """Whether vLLM can hand `value` to its engine, as MessagePack, which has no integers of more than 64 bits."""
+    try:
+        msgspec.msgpack.encode(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _check_constraint(name: str, value: Any) -> int:
+    """Return the bytes that a grammar or schema has. Raises BadRequest if it has too many, or something wrong in it."""
     size = len(msgspec.json.encode(value))
     if size > MOST_CONSTRAINT:
         raise _wrong(name, f"has {size} bytes; at most {MOST_CONSTRAINT} are accepted")
@@ -135,6 +146,7 @@ def _check_constraint(name: str, value: Any) -> None:
         elif key == "patternProperties" and isinstance(found, dict):
             for pattern in found:
                 _check_text(name, "pattern", pattern)
+    return size
 
 
 def _check_text(name: str, key: str, text: str) -> None:
@@ -177,7 +189,7 @@ def _problem(pattern: str) -> str:
 
 
 def _walk(key: str, value: Any) -> Iterator[_Value]:
-    """Yield `value` and all that is in it, keys of objects included."""
+    """Yield `value` and all that is in it, keys included. Numbers in lists are left out unless they are counts."""
     waiting = [_Value(key, value)]
     while waiting:
         found = waiting.pop()
@@ -187,7 +199,13 @@ def _walk(key: str, value: Any) -> Iterator[_Value]:
             waiting += [_Value("", name) for name in found.value]
             waiting += [_Value("" if is_literal else name, member, is_literal) for name, member in found.value.items()]
         elif isinstance(found.value, list):
-            waiting += [_Value("" if is_literal else found.key, member, is_literal) for member in found.value]
+            key = "" if is_literal else found.key
+            members = found.value if key in _COUNTS else filter(_is_text_or_more, found.value)
+            waiting += [_Value(key, member, is_literal) for member in members]
+
+
+def _is_text_or_more(value: object) -> bool:
+    return isinstance(value, str | dict | list)
 
 
 def _parsed(value: Any) -> Any:

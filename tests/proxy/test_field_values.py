@@ -9,12 +9,14 @@ from typing import Any
 import aiohttp
 import pytest
 
+from proxy import field_values
 from proxy.engine import Engine
 from proxy.errors import BadRequest
 from proxy.field_values import (
     MOST_ALTERNATIVES,
     MOST_CHOICES,
     MOST_CONSTRAINT,
+    MOST_CONSTRAINTS,
     MOST_INT,
     MOST_LIST,
     MOST_STOP,
@@ -139,6 +141,24 @@ def test_what_may_be_compiled_is_bounded_by_its_size() -> None:
     properties = {f"key{i}": {"type": "string"} for i in range(1700)}
     assert len(json.dumps(properties, separators=(",", ":"))) < MOST_CONSTRAINT
     check({"structured_outputs": {"json": {"type": "object", "properties": properties}}})
+
+
+def test_all_that_may_be_compiled_is_bounded_together() -> None:
+    schema = {"enum": ["a" * (MOST_TEXT - 100)]}
+    tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
+    fits = MOST_CONSTRAINTS // len(json.dumps(schema, separators=(",", ":")))
+    check({"tools": [tool] * fits})
+    with pytest.raises(BadRequest, match=f"over {MOST_CONSTRAINTS} bytes in all"):
+        check({"tools": [tool] * (fits + 1)})
+
+
+@pytest.mark.parametrize("count", [100, 10_000])
+def test_numbers_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    made: list[str] = []
+    value_of = field_values._Value
+    monkeypatch.setattr(field_values, "_Value", lambda *given: made.append(given[0]) or value_of(*given))  # type: ignore[func-returns-value]
+    check({"metadata": {"a": [1] * count}, "documents": [[1.5] * count], "response_format": {"enum": [[2] * 9] * 9}})
+    assert len(made) < 100
 
 
 @pytest.mark.parametrize(
