@@ -120,6 +120,6 @@ def _refusal(scope: Scope) -> Response:
     error: ApiError = refusal()
     told = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
-    if named := client_id(scope["headers"]):
+    if named := client_id(scope.get("headers", ())):
         headers[ECHO.decode()] = named.decode()
     return Response(json.dumps(told), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")
