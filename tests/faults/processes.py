@@ -103,7 +103,7 @@ class Command:
 
     async def url(self) -> str:
         """The address `serve` listens on."""
-        await until(lambda: URL.search(self.output) is not None or self.status is not None)
+        await until(lambda: URL.search(self.output) is not None or self.status is not None, 180)
         found = URL.search(self.output)
         assert found is not None, self.output
         return found[1]

@@ -37,6 +37,8 @@ STORE: Final = "s.db"
 ADMIN: Final = "admin-key-of-this-test"
 CLIENTS: Final = 2
 """Of each proxy, at once."""
+PATIENCE_S: Final = 180
+"""How long a busy machine may take for one step."""
 
 SERVING: Final = {"serve", "demo", "config show", "config check"}
 """Commands that are a proxy themselves, or look at its settings only."""
@@ -76,9 +78,9 @@ class Load:
                 raise outcome
 
     async def more(self, count: int = 1) -> None:
-        """Wait until `count` more requests are acknowledged."""
-        enough = len(self.acknowledged) + count
-        await until(lambda: len(self.acknowledged) >= enough or self.proxy.status is not None)
+        """Wait until feedback on `count` more requests is accepted."""
+        enough = len(self.accepted) + count
+        await until(lambda: len(self.accepted) >= enough or self.proxy.status is not None, PATIENCE_S)
         assert self.proxy.status is None, self.proxy.output
 
     async def _ask(self, number: int) -> None:
@@ -181,12 +183,18 @@ def rows(path: Path, statement: str) -> list[Any]:
         return connection.execute(statement).fetchall()
 
 
+def heard(path: Path) -> set[str]:
+    """The requests on which there is feedback in the store."""
+    return {request for (request,) in rows(path, "SELECT request_id FROM feedback")}
+
+
 async def read_back(path: Path) -> None:
     """Have what waits in files written to the store."""
     recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
-        await until(lambda: not any(place.exists() for place in places(path.with_name(f"{path.name}.spill"))))
+        spills = list(places(path.with_name(f"{path.name}.spill")))
+        await until(lambda: not any(place.exists() for place in spills), PATIENCE_S)
         assert recorder.lost == 0
     finally:
         await recorder.close()
@@ -195,7 +203,7 @@ async def read_back(path: Path) -> None:
 async def run(forker: Forker, arguments: list[str]) -> None:
     """Run a command that succeeds, or says that a busy proxy keeps it from erasing what it removed."""
     done = forker.start(*arguments, AUTOTTS_ADMIN_KEY=ADMIN)
-    status = await done.ended()
+    status = await done.ended(PATIENCE_S)
     is_busy = arguments[:2] in (["store", "prune"], ["store", "forget"]) and "say it again" in done.output
     assert status == 0 or is_busy, (arguments, done.output)
 
@@ -206,7 +214,8 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
     begin(folder)
     await run(forker, ["import", "jsonl", "lines.jsonl", f"--store={STORE}"])
     async with loaded(forker, upstream, count) as loads:
-        request, gone = sorted(loads[-1].acknowledged)[:2]
+        await until(lambda: len(loads[-1].accepted & heard(path)) >= 2, PATIENCE_S)
+        request, gone = sorted(loads[-1].accepted & heard(path))[:2]
         for arguments in commands(loads[0].url, request, gone):
             await run(forker, arguments)
             for load in loads:
@@ -224,11 +233,10 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
     async with Store.open(path) as store:
         assert (await store.verify()).bad == []
     served = {one for (one,) in rows(path, "SELECT request_id FROM episodes")}
-    heard = {one for (one,) in rows(path, "SELECT request_id FROM feedback")}
     for load, number in zip(loads, signals, strict=True):
         expected = (load.acknowledged if number is signal.SIGKILL else load.accepted) - {gone}
-        assert len(expected) > len(list(commands("", "", "")))
-        assert expected <= served & heard
+        assert len(load.accepted) > len(list(commands("", "", "")))
+        assert expected <= served & heard(path)
     live = rows(path, "SELECT COUNT(*) FROM provenance WHERE request_id <> ''")[0][0]
     forgotten = 3  # at most: an episode, its feedback, its recording
     assert counted <= len(rows(path, "SELECT 1 FROM episodes UNION ALL SELECT 1 FROM feedback")) + live + forgotten
