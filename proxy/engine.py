@@ -320,21 +320,21 @@ class Engine:
         self, request: Mapping[str, Any], most: int | None = None, *, is_watched: bool = True
     ) -> list[int]:
         """Return the ids that the upstream has for a request. Raises TooManyTokens if `most` do not nearly suffice."""
-        size = len(json.dumps(request.get("prompt", request)))
-        longest = size if most is None else min(size, most)  # a token is a byte at least, on the whole
+        sent = _as_json(request)
+        longest = len(sent) if most is None else min(len(sent), most)  # a token is a byte at least, on the whole
         bound = LEAST_BYTES + BYTES_PER_ID * longest
         try:
-            return self._ids(await self._json("POST", "/tokenize", request, most=bound, is_watched=is_watched))
+            return self._ids(await self._json("POST", "/tokenize", sent, most=bound, is_watched=is_watched))
         except BodyTooLong:
-            if most is not None and size > most:
+            if most is not None and len(sent) > most:
                 raise TooManyTokens from None
             raise
 
     async def detokenise(self, model: str, ids: Sequence[int], *, is_watched: bool = True) -> str:
         """The text of `ids`, special tokens included."""
         most = LEAST_BYTES + BYTES_PER_TEXT * BYTES_PER_ID * len(ids)
-        request = {"model": model, "tokens": list(ids)}
-        reply = await self._json("POST", "/detokenize", request, most=most, is_watched=is_watched)
+        sent = _as_json({"model": model, "tokens": list(ids)})
+        reply = await self._json("POST", "/detokenize", sent, most=most, is_watched=is_watched)
         text = reply.get("prompt")
         if not isinstance(text, str):
             raise UpstreamNonsense(f"{self.shown}/detokenize gave no text")
@@ -542,15 +542,18 @@ class Engine:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: bytes | None = None,
         *,
         is_check: bool = False,
         is_watched: bool = True,
         most: int,
     ) -> dict[str, Any]:
-        """Return the JSON object that the upstream answers with, which may have `most` bytes."""
+        """Return the JSON object that the upstream answers the JSON `body` with, which may have `most` bytes."""
         flags = {"is_check": is_check, "is_telling": False, "is_watched": is_watched}
-        async with self._request(method, path, **flags, json=body) as response:
+        content: dict[str, Any] = {}
+        if body is not None:
+            content = {"data": body, "headers": {"content-type": "application/json"}}
+        async with self._request(method, path, **flags, **content) as response:
             await self._raise_for_status(response)
             reply = self._parse(await read_body(response, most, self.silence_s))
             if reply.get("error"):
@@ -681,6 +684,10 @@ def _ids_of(found: object) -> list[int]:
     if found and not 0 <= min(found) <= max(found) < MOST_ID:
         raise TypeError
     return found
+
+
+def _as_json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _length(value: object) -> int:
