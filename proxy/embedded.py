@@ -17,6 +17,7 @@ from typing import Final
 
 import aiohttp
 
+from deploy.embedded.server import FOLDER
 from discovery.files import create
 from proxy.errors import StartError
 
@@ -27,6 +28,8 @@ STOP_TIMEOUT_S = 15
 POLL_S = 0.25
 FIRST_WAIT_S = 1.0
 LOG: Final = "server.log"
+LONGEST_FOLDER: Final = 68
+"""Characters: vLLM puts sockets with names of 37 there, and the kernel takes paths of 107."""
 MOST_RESTARTS = 5
 """In a row, each after twice the wait of the one before; a server that came up healthy starts the count anew."""
 
@@ -87,7 +90,7 @@ class EmbeddedServer:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env={**os.environ, "TMPDIR": str(self._folder)},
+                    env=_environment(self._folder),
                 )
         except OSError as error:
             self._remove_folder()
@@ -165,6 +168,12 @@ class EmbeddedServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The child's environment, with `folder` for its temporary files unless sockets there had too long a path."""
+    given = {**os.environ, FOLDER: str(folder)}
+    return given if len(str(folder)) > LONGEST_FOLDER else {**given, "TMPDIR": str(folder)}
 
 
 def free_port() -> int:

@@ -138,7 +138,8 @@ def _described(operation: Operation) -> dict[str, Any]:
         name = operation.path.rpartition("{")[2].rstrip("}")
         parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
     if operation.takes == "query":
-        parameters.append({"name": "model", "in": "query", "required": False, "schema": {"type": "string"}})
+        for name in ("model", "controller"):
+            parameters.append({"name": name, "in": "query", "required": False, "schema": {"type": "string"}})
     if operation.streams:
         beta = {"type": "string", "pattern": r"^(0?\.[0-9]{1,9}|[01])$"}
         parameters.append({"name": dial.HEADER, "in": "header", "required": False, "schema": beta})

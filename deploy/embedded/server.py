@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ FLAGS = (
     *("--structured-outputs-config.backend", "xgrammar"),
 )
 
+FOLDER = "AUTOTTS_EMBEDDED_FOLDER"
+"""The variable that names the folder of this process's temporary files, which the starting process removes."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,10 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if trouble is not None:
         print(f"embedded model: {trouble}", file=sys.stderr)
         return 1
+    parent = os.getppid()
     if not arguments.outlive_parent:
         _die_with_parent(signal.SIGTERM)
     os.environ.update(ENVIRONMENT)
-    return _serve(_command(arguments, extra), mended=mends.apply())
+    try:
+        return _serve(_command(arguments, extra), mended=mends.apply())
+    finally:
+        _clean_up(parent)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +113,13 @@ def _die_with_parent(by: signal.Signals) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:  # it ended before the request was made
         os.kill(os.getpid(), by)
+
+
+def _clean_up(parent: int) -> None:
+    """Remove the folder that the starting process made for this one, if it is gone and cannot do so itself."""
+    folder = os.environ.get(FOLDER)
+    if folder and os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -202,7 +203,9 @@ def test_the_python_snippets(serving: Serving, source: str) -> None:
 @pytest.mark.vllm
 def test_a_killed_proxy_leaves_no_server_behind() -> None:
     command = [sys.executable, "-m", "proxy.cli", "serve", "--no-record", "--port", str(free_port())]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # a short path, for sockets are put there
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("print("):
@@ -211,11 +214,14 @@ def test_a_killed_proxy_leaves_no_server_behind() -> None:
         if not children.exists():
             pytest.skip("this kernel does not list a process's children")
         child = int(children.read_text().split()[0])
+        assert [path.name[:8] for path in temporary.iterdir()] == ["autotts-"]
         descriptor = os.pidfd_open(child)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
     try:
         gone = select.select([descriptor], [], [], 30)[0]
         assert gone, "the embedded model outlived the proxy"
+        assert list(temporary.iterdir()) == []
     finally:
         os.close(descriptor)
+        shutil.rmtree(temporary)

@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -109,22 +110,35 @@ async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-async def test_its_files_are_where_nobody_else_can_put_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    precious = tmp_path / "precious"
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a path that is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
+
+
+async def test_its_files_are_where_nobody_else_can_put_a_link(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    precious = temporary / "precious"
     precious.write_text("keep")
     server = stand_in("import os, tempfile; print(tempfile.gettempdir(), flush=True)\n" + SERVER)
-    (tmp_path / f"autotts-embedded-{server.port}.log").symlink_to(precious)
+    (temporary / f"autotts-embedded-{server.port}.log").symlink_to(precious)
     before = os.umask(0)
     try:
         async with server:
-            folder, log = folder_and_log(tmp_path)
+            folder, log = folder_and_log(temporary)
             assert (mode(folder), mode(log)) == (0o700, 0o600)
             assert log.read_text().strip() == str(folder)  # what it makes itself goes there too
     finally:
         os.umask(before)
     assert precious.read_text() == "keep"
     assert not folder.exists()
+
+
+def test_a_folder_too_deep_for_sockets_is_not_the_childs_temporary_folder() -> None:
+    short, deep = Path("/tmp/autotts-12345678"), Path("/", "d" * 80, "autotts-12345678")
+    assert embedded._environment(short)["TMPDIR"] == str(short)
+    assert embedded._environment(deep).get("TMPDIR") == os.environ.get("TMPDIR")
 
 
 async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
