@@ -112,14 +112,15 @@ class Service:
         self.load = Load(engine, settings, self.metrics)
         self.recent = Recent()
         self._models: dict[str, Model] = {}
+        self._served: list[str] = []  # models, as of the latest look at the upstream
 
     def _hear_of_upstream(self, event: str) -> None:
         self.metrics.upstream_events.labels(event).inc()
         self.drift.fail()
 
-    async def models(self, *, is_check: bool = False) -> dict[str, Model]:
+    async def models(self) -> dict[str, Model]:
         """The upstream's models by name, asked anew. Raises UpstreamError."""
-        self._models = {model.id: model for model in await self.engine.models(is_check=is_check)}
+        self._models = {model.id: model for model in await self.engine.models()}
         return self._models
 
     async def find_model(self, name: str | None) -> tuple[Model, float | None]:
@@ -476,16 +477,18 @@ class Service:
         told: dict[str, object] = {"ready": up}
         if self.callers.knows(request):
             sandbox = {"level": self.casting.level, "lacking": self.casting.lacking}
-            told |= {"upstream": self.engine.shown, "models": list(self._models), "sandbox": sandbox}
+            told |= {"upstream": self.engine.shown, "models": self._served, "sandbox": sandbox}
             told["recorder"] = self.records.recorder.as_json()
         return JSONResponse(told, HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def _is_ready(self) -> bool:
         """Return whether the upstream is well and serves a model, by asking it."""
         try:
-            return await self.engine.healthy() and bool(await self.models(is_check=True))
+            is_well = await self.engine.healthy()
+            self._served = [model.id for model in await self.engine.models(is_check=True)] if is_well else []
         except UpstreamError:
-            return False
+            self._served = []
+        return bool(self._served)
 
     async def document(self, _: Request) -> Response:
         """What there is to be asked, as OpenAPI tells it."""
