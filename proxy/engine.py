@@ -587,10 +587,12 @@ class Engine:
             raise UpstreamNonsense(f"{self.shown}: {error}") from None
 
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
+        if "detail" in reply and "error" not in reply:  # FastAPI's own form
+            if status == HTTPStatus.NOT_FOUND:
+                return UpstreamNonsense(f"{self.shown} answered 404 to a path that vLLM has; is it vLLM?")
+            return UpstreamRefused(status, detail(reply["detail"]))
         error = reply.get("error", reply)
         message = error.get("message") if isinstance(error, Mapping) else None
-        if message is None and "detail" in reply:  # FastAPI's own form
-            message = detail(reply["detail"])
         if not isinstance(message, str):
             return UpstreamNonsense(f"{self.shown} answered {status} without a message")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):

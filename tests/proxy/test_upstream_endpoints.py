@@ -79,6 +79,29 @@ async def test_other_errors_come_back_as_they_are(body: bytes) -> None:
         assert (response.status, await response.read()) == (400, body)
 
 
+@pytest.mark.parametrize(
+    ("status", "told", "answered", "words"),
+    [
+        (404, {"detail": "Not Found"}, 502, "answered 404 to a path that vLLM has; is it vLLM?"),
+        (422, {"detail": FIELDS}, 422, "body.prompt: Field required; body.messages: Field required"),
+        (400, {"detail": "no", "error": "x"}, 502, "answered 400 without a message"),
+    ],
+)
+async def test_they_are_read_where_a_controller_serves_too(status: int, told: Any, answered: int, words: str) -> None:
+    async with (
+        RawUpstream([json.dumps(told).encode()], status, content_type="application/json").serve() as upstream,
+        running(load(upstream=upstream.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(
+            f"{url}/v1/chat/completions",
+            json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}},
+        ) as response,
+    ):
+        error = (await response.json())["error"]
+        assert response.status == answered
+    assert words in error["message"]
+
+
 @pytest.mark.parametrize("path", UNSERVED)
 async def test_what_is_not_served_says_what_to_do(proxy: Proxy, path: str) -> None:
     async with proxy.http.post(proxy.url + path, json={}) as response:
