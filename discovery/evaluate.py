@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from controllers.loading import Spec
+from controllers.sandbox.worker import Clock
 from discovery.answers import Judge, Labels, canonical
 from discovery.curve import Grading, Score, limits_met, scores
 from discovery.engines import Batch, Engine
@@ -75,7 +76,7 @@ class Evaluation:
         """
         graded: dict[Cell, Grading] = {}
         branches: dict[Cell, list[int]] = {}
-        with Judge() as judge:
+        with Judge(clock=Clock.CPU) as judge:
             played = scores(_told(engine(self._batches(judge, graded, branches), self.rules), on_progress))
             found = [
                 replace(

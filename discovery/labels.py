@@ -14,6 +14,7 @@ from math import fsum
 from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
 
+from controllers.sandbox.worker import Clock
 from controllers.voting import confidence, plurality, tally, top_two
 from discovery.answers import Judge
 from discovery.evaluate import regrade
@@ -147,7 +148,7 @@ async def fill(
 ) -> Report:
     """Bring a store's labels up to date. Where nothing has changed nothing is written. Raises StoreError."""
     material = await gather(store)
-    with Judge() as judge:
+    with Judge(clock=Clock.CPU) as judge:
         made = make(material, references, min_margin, min_branches, judge)
     if made.labels or made.gone:
         await store.set_labels(made.labels, made.gone)

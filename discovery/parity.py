@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from controllers import ControllerError, Limits, State, Stop, run_episode
 from controllers.loading import Spec
+from controllers.sandbox.worker import Clock
 from discovery.again import Company, Decider, Decisions, Key, Run, ask_again, company, key_of, run
 from discovery.answers import Judge, Labels, canonical, is_veiled, veiled
 from discovery.curve import BLOCK, RESAMPLES, SEED
@@ -217,7 +218,7 @@ def parity(found: Records, given: Sequence[Spec] = (), shuffles: int = 20) -> Pa
     """
     who = company(found.episodes, given)
     decisions = ask_again(found.episodes, who)
-    with Judge() as judge:
+    with Judge(clock=Clock.CPU) as judge:
         truth = _Truth(found.references, judge)
         pairs = [pair for one in found.episodes if (pair := _pair(one, found, who, truth)) is not None]
         groups = list(_groups(found.episodes, pairs, truth, shuffles))

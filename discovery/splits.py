@@ -13,6 +13,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
 from discovery.errors import DiscoveryError, NotRecorded
 from discovery.evaluate import Answers, pooled, regrade
@@ -52,7 +53,7 @@ def export_search(recordings: Path, to: Path, salt: str | None = None, answers: 
     source = search_only(open_source(recordings))
     salted = salt if salt is not None else secrets.token_hex(16)
     written = 0
-    with Judge() as judge, whole(to) as file:
+    with Judge(clock=Clock.CPU) as judge, whole(to) as file:
         for cell in source.cells():
             found = source.load(cell)
             tell: Callable[[RecordedQuestion], Recording] = (

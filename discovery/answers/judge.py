@@ -17,9 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from controllers.sandbox.meter import Meter, Usage
+from controllers.sandbox.worker import Clock
+
 WORKER: Final = Path(__file__).with_name("equality.py")
 START_S: Final = 60.0
 """Seconds a worker may take to load what it needs."""
+BACKSTOP_S: Final = 120.0
+"""Seconds of wall clock a question takes at most where processor time is what counts."""
 MOST_KNOWN: Final = 16_384
 """Pairs, and texts that could not be finished with, that are remembered."""
 
@@ -37,17 +42,18 @@ class Judge:
     """A pool of workers, started when first asked and replaced at once when they are killed. Threads may share it.
 
     What was found of a pair is kept. A text that could not be finished with is not asked about again. Use it as a
-    context, or `close` it.
+    context, or `close` it. Where nobody waits for it, the clock is the worker's processor time: what is found is then
+    the same however busy the machine is.
     """
 
-    def __init__(self, seconds: float = 1.0, workers: int = 1) -> None:
-        self.seconds = seconds  # the wall clock of one question
+    def __init__(self, seconds: float = 1.0, workers: int = 1, clock: Clock = Clock.WALL) -> None:
+        self.seconds = seconds  # of one question
         self.killed = 0  # workers killed over a question
         self._known: OrderedDict[tuple[str, str], bool] = OrderedDict()
         self._endless: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()  # never held while a worker is asked
         self._freed = threading.Condition(self._lock)
-        self._idle: list[_Worker] = [_Worker() for _ in range(workers)]
+        self._idle: list[_Worker] = [_Worker(clock) for _ in range(workers)]
         self._workers = tuple(self._idle)
         self._is_closed = False
 
@@ -137,7 +143,8 @@ class Judge:
 class _Worker:
     """One process that compares answers, asked by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False  # it has loaded what it needs
 
@@ -168,21 +175,31 @@ class _Worker:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return None
-        deadline = time.monotonic() + seconds
         line = b""
         try:
-            process.stdin.write(question)
-            while not line.endswith(b"\n"):
-                left = deadline - time.monotonic()
-                if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                    return None
-                data = process.stdout.read(4096)
-                if not data:
-                    return None
-                line += data
+            with Meter(process.pid) as meter:
+                start = meter.read()
+                process.stdin.write(question)
+                while not line.endswith(b"\n"):
+                    left = self._left(seconds, start, meter.read())
+                    if not select.select([process.stdout], [], [], max(0.0, left))[0]:  # past the end: once more
+                        if left <= 0:
+                            return None
+                        continue
+                    data = process.stdout.read(4096)
+                    if not data:
+                        return None
+                    line += data
         except (OSError, ValueError):  # it has ended, or was stopped meanwhile
             return None
         return line.strip()
+
+    def _left(self, seconds: float, start: Usage, now: Usage) -> float:
+        """Seconds until one has to look again; none if the time is up."""
+        used = now.since(start)
+        if self._clock is Clock.WALL or not now.cpu:  # which is not known everywhere
+            return seconds - used.wall
+        return 0.0 if used.wall >= BACKSTOP_S else seconds - used.cpu
 
     def kill(self) -> None:
         """End the process; a question that is being asked then ends unanswered."""

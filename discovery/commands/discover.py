@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
 from discovery.arena import Arena, Trial
 from discovery.cascade import Cascade, Plan, fixed_recordings
@@ -158,7 +159,7 @@ def load(
     """The search split's recordings of each cell, and how answers are compared, in words. Raises DiscoveryError."""
     source = open_source(path)
     cells = choose(source.cells(), models, benchmarks, Split.SEARCH)
-    with Judge() as judge:
+    with Judge(clock=Clock.CPU) as judge:
         found = {cell: read_cell(source, cell, answers, judge) for cell in cells}
     compared = " and ".join(sorted({how for _, how in found.values()}))
     return {cell: recordings for cell, (recordings, _) in found.items()}, compared

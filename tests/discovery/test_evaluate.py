@@ -690,7 +690,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
     ("arguments", "words"),
     [
         (["--controllers", "cmcc"], "there is no controller 'cmcc'; there are single"),
-        (["--controllers", "none.py"], "none.py: [Errno 2] No such file or directory"),
+        (["--controllers", "none.py"], "none.py: No such file or directory"),
         (["--controllers", ","], "--controllers names none"),
         (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
         (["--betas", "0,1.5"], "not '1.5'"),

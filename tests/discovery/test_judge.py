@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
+import time
+from contextlib import suppress
 
+import pytest
+
+from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
 
 ENDLESS = r"9^{9^{9^9}}"
@@ -38,3 +46,30 @@ def test_who_waits_for_a_process_waits_no_longer_than_told() -> None:
         assert not asking.is_alive()
         assert not judge.same("2+y", "y+2")
     assert all(worker._process is None for worker in judge._workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processor time of another process is known on Linux only")
+@pytest.mark.parametrize("clock", Clock)
+def test_time_in_which_a_process_was_not_let_run_counts_where_somebody_waits(clock: Clock) -> None:
+    with Judge(seconds=5, clock=clock) as judge:
+        assert judge.same("1+x", "x+1")
+        judge.seconds = 1.0
+        process = judge._workers[0]._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        findings = []
+        asking = threading.Thread(target=lambda: findings.append(judge.compare("2+y", "y+2")))
+        begun = time.monotonic()
+        asking.start()
+        while time.monotonic() < begun + 1.2:  # as long as a busy machine might keep it waiting
+            asking.join(0.1)
+        with suppress(ProcessLookupError):  # it was killed
+            os.kill(process.pid, signal.SIGCONT)
+        asking.join()
+        (finding,) = findings
+        assert (finding.equal, finding.killed) == ((True, False) if clock is Clock.CPU else (False, True))
+
+
+def test_what_never_ends_is_killed_by_its_processor_time() -> None:
+    with Judge(seconds=0.5, clock=Clock.CPU) as judge:
+        assert judge.compare(ENDLESS, "5").killed
