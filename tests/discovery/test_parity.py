@@ -447,7 +447,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         ),
         (["--beta", "0.9"], "no episodes of that controller and β"),
         (["--beta", "2"], "--beta must be a decimal number from 0 to 1"),
-        (["--controllers", "none.py"], "none.py: [Errno 2]"),
+        (["--controllers", "none.py"], "none.py: No such file or directory"),
         (["--store", "none.db"], "none.db: there is no store"),
         (["--plot", "p.gif"], "must end in .png or .svg"),
     ):
