@@ -20,7 +20,7 @@ from controllers.loading import Spec
 from controllers.registry import is_admin_only
 from discovery.answers import AUTO, Way
 from discovery.recordings import question_id, question_text
-from proxy import drain, logs, probing
+from proxy import drain, logs, probing, votability
 from proxy.casting import Cast, Casting
 from proxy.counting import count
 from proxy.dial import Dial
@@ -158,7 +158,18 @@ async def plan(
         dial=dial,
         spec=spec,
         stage=stage,
-        prompt=Prompt(model.id, ids, tail, sampling, request.stops, request.seed, request.tts.answer, template, salt),
+        prompt=Prompt(
+            model=model.id,
+            ids=ids,
+            tail=tail,
+            sampling=sampling,
+            stop=request.stops,
+            seed=request.seed,
+            kind=request.tts.answer,
+            template=template,
+            salt=salt,
+            asks=votability.asks(_asked_last(request.conversation) or text),
+        ),
         sizes=bounds.sizes,
         limits=bounds.limits,
         closing=bounds.closing,
@@ -198,6 +209,15 @@ async def _read_prompt(engine: Engine, model: Model, request: Generation) -> tup
             param=request.param,
             code=CONTEXT_EXCEEDED,
         ) from None
+
+
+def _asked_last(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation's last message of the user; empty if there is none."""
+    content = next((one.get("content") for one in reversed(conversation) if one.get("role") == "user"), None)
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any]:

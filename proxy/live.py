@@ -13,8 +13,8 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import AUTO, VOTES_ALONE, Answer, Kind, Labels
-from proxy import probing
+from discovery.answers import AUTO, Answer, Kind, Labels
+from proxy import probing, votability
 from proxy.detokeniser import CallDecoder, Detokeniser
 from proxy.engine import Call, Engine, Output
 from proxy.grading import Grader, InlineGrader
@@ -35,6 +35,7 @@ class Prompt(NamedTuple):
     kind: Kind = AUTO
     template: probing.Template = probing.TEMPLATES[probing.Family.QWEN3]
     salt: str | None = None  # of its tenant's part of the upstream's prefix cache
+    asks: bool = False  # its question asks for an answer that can be voted on
 
 
 class Sizes(NamedTuple):
@@ -261,9 +262,9 @@ class LiveEnvironment:
     async def _admit(self, actions: Sequence[Action]) -> None:
         """Before a third branch is opened, find out with one whether there is anything to vote on.
 
-        Its first interval is run ahead, and it is asked: an answer that is no mere word vouches for the task. Otherwise
-        it is run to its end, alone. Raises NotVotable if that gives no answer. What was run ahead is not wasted: it is
-        what the branch gets when the controller asks.
+        Its first interval is run ahead, and it is probed. An answer that is no mere word vouches for the task, if the
+        question or the branch's own text shows another sign of one. Otherwise the branch is run to its end, alone.
+        Raises NotVotable if that gives no answer. What was run ahead is what the branch gets when the controller asks.
         """
         opening = sum(action.verb is Verb.BRANCH for action in actions)
         if self.votable or not opening or len(self.branches) + opening <= UNASKED:
@@ -294,14 +295,13 @@ class LiveEnvironment:
             await self._look(_all_of(branch)[1])
 
     async def _vouches(self, branch: LiveBranch) -> bool:
-        """Whether `branch`, asked now, gives an answer that is no mere word."""
+        """Whether `branch`, probed now, gives an answer, and it is not the only sign of one."""
         ids, text = _all_of(branch)
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
         output = await self._alone(context, self.sizes.probe, probing.sampling(), suffix=len(suffix))
         self.scouted += len(suffix) + len(output.ids)
-        answer = await self._said(output)
-        return answer is not None and answer.form.sort in VOTES_ALONE
+        return votability.vouches(self.prompt.asks, text, await self._said(output))
 
     def _ended(self, branch: LiveBranch) -> bool:
         """Whether running `branch` ahead has come to an end."""

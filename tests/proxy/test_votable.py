@@ -19,6 +19,8 @@ CODE = "Here you are:\n\n```python\n" + "print('x')\n" * 20 + "```\nRun it with 
 TOOL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": [' + "2, " * 60 + "3]}}</tool_call>"
 THOUGHT = "<think>" + "t" * 150 + "</think>\n\n" + POEM
 
+QUESTION = [{"role": "user", "content": "What is 3 + 4?"}]
+
 PROSE = {"poem": POEM, "code": CODE, "tool": TOOL, "thought": THOUGHT}
 
 
@@ -48,7 +50,7 @@ async def test_prose_ends_with_its_own_text_at_the_cost_of_two_branches_at_most(
 
 async def test_a_probe_that_vouches_wrongly_costs_no_more_than_the_first_to_finish(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain(POEM + "x" * i, ("7",)) for i in range(64)]
-    _, headers, reply = await proxy.ask("1", tts={"controller": "parallel_probe"})
+    _, headers, reply = await proxy.ask("1", messages=QUESTION, tts={"controller": "parallel_probe"})
     assert headers["x-tts-stop"] == "not_votable"
     assert reply["choices"][0]["message"]["content"] == POEM
     assert reply["tts"]["answer"] is None
@@ -69,11 +71,19 @@ async def test_an_unreadable_first_probe_delays_the_others_and_costs_nothing_twi
 
 async def test_a_readable_first_probe_lets_all_go_on_after_one_interval(proxy: Proxy) -> None:
     proxy.backend.chains = [chain("7", 300, ["7"], mark=chr(97 + i % 26)) for i in range(64)]
-    await proxy.ask("1", tts={"controller": "self_consistency"})
+    await proxy.ask("1", messages=QUESTION, tts={"controller": "self_consistency"})
     sizes = [(r["n"], r["max_tokens"]) for r in proxy.backend.requests]
     assert sizes[0] == (1, INTERVAL)  # the first interval of the first
     assert len(sizes) == 4  # its probe, its rest, and the others together
     assert sizes[-1][0] == 63 or sizes[-2][0] == 63
+
+
+async def test_a_readable_probe_alone_does_not_open_the_other_branches(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain(POEM, ("7",))]
+    _, headers, reply = await proxy.ask("1", tts={"controller": "self_consistency"})
+    assert headers["x-tts-stop"] == "not_votable"
+    assert reply["tts"]["branches"] == proxy.backend.opened == 1
+    assert reply["tts"]["tokens"]["winner"] == len(POEM) + 1
 
 
 async def test_a_client_that_names_the_kind_is_believed(proxy: Proxy) -> None:

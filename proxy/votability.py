@@ -1,0 +1,74 @@
+r"""Signs that a task has an answer to vote on, beside the answer a probe gives.
+
+A probe that leads into `\boxed{` gets something of nearly any text, so its answer alone proves nothing: the question
+must ask for an answer, or the branch's own text must work towards one or state the one that the probe gave.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from discovery.answers import VOTES_ALONE, Answer, Sort
+
+LONGEST: Final = 20_000
+"""Characters at the end of a question, and of a branch's text, in which signs are looked for."""
+
+_ARITHMETIC: Final = r"\d\s?[+*×÷^=]\s?\d|\d\s[-−/]\s\d"
+_MATHEMATICS: Final = r"\\(?:d?frac|sqrt|boxed|times|cdot|binom|sum|int|pi|theta|angle)(?![a-zA-Z])"
+_SUBJECT: Final = (
+    r"\d|\b(?:numbers?|sum|product|value|probability|area|volume|length|angle|remainder|integers?|equations?|"
+    r"percent(?:age)?|fraction|average|mean|median|total|distance|roots?|digits?|primes?)\b"
+)
+_PROSE = re.compile(
+    r"\b(?:write|compose|draft|create|generate|invent|tell|give|make|need)\b[^.?!\n]{0,60}\b(?:stor(?:y|ies)|poems?|essays?|"
+    r"e-?mails?|letters?|songs?|lyrics|haikus?|code|functions?|programs?|scripts?|articles?|posts?|reviews?|dialogues?|"
+    r"speech|jokes?|summary|paragraphs?|plans?|recipes?|names?|ideas?|tips|outline|slogans?|list)\b|"
+    r"\b(?:summari[sz]e|translate|rewrite|rephrase|paraphrase|proofread|brainstorm|describe)\b",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(
+    rf"\bhow\s(?:many|much|long|far|old|tall|fast|likely)\b|{_ARITHMETIC}|{_MATHEMATICS}|"
+    r"\bfinal\sanswer\b|\banswer\swith\b|\bwhich\s(?:one\s)?of\sthe(?:se|\sfollowing)\b|\btrue\sor\sfalse\b|"
+    r"^\s{0,9}\(?A[).:]\s(?s:.){1,2000}?^\s{0,9}\(?B[).:]\s|\(A\)(?s:.){1,500}?\(B\)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TASKED = re.compile(
+    r"\b(?:solve|compute|calculate|evaluate|simplify|factor(?:i[sz]e)?|differentiate|integrate|determine|find|count|"
+    r"what\s(?:is|are|was|were|will)|what's|express)\b",
+    re.IGNORECASE,
+)
+_ABOUT = re.compile(_SUBJECT, re.IGNORECASE)
+_WORKED = re.compile(rf"{_ARITHMETIC}|{_MATHEMATICS}|\b(?:the|final)\sanswer\b", re.IGNORECASE)
+
+
+def asks(question: str) -> bool:
+    """Whether a question asks for an answer that can be voted on."""
+    text = question[-LONGEST:]
+    if _PROSE.search(text) is not None:
+        return False
+    return _ASKED.search(text) is not None or (_TASKED.search(text) is not None and _ABOUT.search(text) is not None)
+
+
+def works(text: str) -> bool:
+    """Whether a branch's own text works towards an answer. Code does not: its signs mean something else."""
+    text = text[-LONGEST:]
+    return "```" not in text and _WORKED.search(text) is not None
+
+
+def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
+    """Whether a probe's answer, together with another sign, shows that the task can be voted on.
+
+    `asked` says whether the question asks for an answer, `text` is the branch's own.
+    """
+    if answer is None or answer.form.sort not in VOTES_ALONE:
+        return False
+    return asked or works(text) or _states(text[-LONGEST:], answer)
+
+
+def _states(text: str, answer: Answer) -> bool:
+    """Whether a text gives the number as a result: `= 7`, `is **7**`."""
+    if answer.form.sort is not Sort.NUMBER:
+        return False
+    written = re.escape(answer.written)
+    return re.search(rf"(?:=|≈|\bequals)\s?[*$]{{0,3}}{written}(?!\w|[.,/]\w)", text) is not None
