@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 async def _answer_rows(size: Size) -> list[Row]:
-    return [*answers.rows(size), *[row async for row in answers.mixed(size)]]
+    return [*answers.rows(size), answers.vouched(), *[row async for row in answers.mixed(size)]]
 
 
 async def _live_rows(size: Size) -> list[Row]:

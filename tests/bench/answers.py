@@ -12,10 +12,12 @@ from discovery.answers.algebra import express
 from discovery.answers.forms import canonical
 from proxy.server import running
 from proxy.settings import load
+from proxy.votability import asks, vouches
 from tests.bench.rows import Row, Size
 from tests.discovery.answer_pairs import DIFFERENT, SAME
 from tests.fakes import Chain, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL
+from tests.proxy.test_votability import PROSE, TASKS, probed
 
 TIMES = 20
 
@@ -32,6 +34,18 @@ def rows(size: Size) -> Iterator[Row]:
         f"{taken * 1e6:.0f} µs (median)",
         f"{plain * 1e6:.1f} µs for whole numbers",
         f"{taken / plain:.0f}",
+    )
+
+
+def vouched() -> Row:
+    """Return how often a probe's answer and the signs beside it are wrong about a task."""
+    wrong = sum(vouches(asks(question), text, probed(answer)) for question, text, answer in PROSE)
+    missed = sum(not vouches(asks(question), text, probed(answer)) for question, text, answer in TASKS)
+    return Row(
+        "votability by a probe and its signs, the probe always answering",
+        f"{wrong} of {len(PROSE)} prose tasks vouched for",
+        f"{missed} of {len(TASKS)} votable tasks missed",
+        f"{(wrong + missed) / (len(PROSE) + len(TASKS)):.3f}",
     )
 
 
