@@ -150,6 +150,11 @@ class Call:
         return BYTES_SENT_PER_ID * sum(map(len, self.prompts)) + len(json.dumps(dict(self.sampling)))
 
     @property
+    def brought(self) -> int:
+        """Tokens, and ends of completions, that it has brought so far."""
+        return self.generated + sum(output.finish is not None for output in self.outputs)
+
+    @property
     def generated(self) -> int:
         """Tokens it has brought so far."""
         return sum(len(output.ids) for output in self.outputs)
@@ -374,14 +379,21 @@ class Engine:
         async with self._request("POST", "/v1/completions", is_watched=False, json=body, headers=told) as response:
             await self._raise_for_status(response)
             if response.content_type == "application/json":  # no stream, whatever its status says
-                raise self._refusal(response.status, self._parse(await read_body(response, PAGE_BYTES)))
-            async for chunk in self._events(response, call):
-                if "error" in chunk:
-                    raise self._refusal(response.status, chunk)
-                usage = chunk.get("usage") or usage
-                for output in self._take(call, chunk):
-                    if call.on_finish is not None:
-                        await call.on_finish(output)
+                answer = await read_body(response, PAGE_BYTES, self.silence_s)
+                raise self._refusal(response.status, self._parse(answer))
+            async with asyncio.timeout(self.silence_s) as silence:  # whatever it sends that brings nothing
+                brought = 0
+                async for chunk in self._events(response, call):
+                    if "error" in chunk:
+                        raise self._refusal(response.status, chunk)
+                    usage = chunk.get("usage") or usage
+                    ended = self._take(call, chunk)
+                    if call.brought > brought:
+                        brought = call.brought
+                        silence.reschedule(asyncio.get_running_loop().time() + self.silence_s)
+                    for output in ended:
+                        if call.on_finish is not None:
+                            await call.on_finish(output)
         self._settle(call, usage)
 
     def relay(
@@ -569,7 +581,7 @@ class Engine:
         longest = max(map(len, call.prompts))  # the server sends them back, to each completion
         lines = Lines(LEAST_BYTES + BYTES_PER_ID * longest)
         least = LEAST_BYTES + BYTES_PER_ID * longest * len(call.outputs)
-        allowance = Allowance(least, BYTES_PER_TOKEN, self.silence_s)
+        allowance = Allowance(least, BYTES_PER_TOKEN)
         async for data in response.content.iter_any():
             allowance.spend(len(data))
             for line in lines.take(data):
@@ -578,7 +590,7 @@ class Engine:
                     if payload == b"[DONE]":
                         return
                     yield self._parse(payload)
-            allowance.earn(call.generated + sum(output.finish is not None for output in call.outputs))
+            allowance.earn(call.brought)
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:

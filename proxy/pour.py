@@ -72,8 +72,6 @@ class _Tap(asyncio.Protocol):
         return self._has_last
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_stream or b"data" in data:
-            self._heard = self._loop.time()
         self._inner.data_received(data)
         content = self._content
         if content.exception() is not None:
@@ -82,6 +80,8 @@ class _Tap(asyncio.Protocol):
         piece, self._has_last = content.read_nowait(), content.is_eof()
         if not piece and not self._has_last:
             return
+        if not self._is_stream or b"data" in piece:
+            self._heard = self._loop.time()
         try:
             slow = begin(self._hand(piece, self._has_last))
         except Exception as error:

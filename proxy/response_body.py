@@ -77,29 +77,20 @@ class Lines:
 
 
 class Allowance:
-    """Bounds the bytes and the time of a stream by what it brings: tokens, and the ends of completions.
+    """Bounds the bytes of a stream by what it brings: tokens, and the ends of completions."""
 
-    A stream that only keeps itself alive, by comments or by chunks with nothing in them, comes to an end so.
-    """
-
-    def __init__(self, least: int, per_token: int, seconds: float) -> None:
+    def __init__(self, least: int, per_token: int) -> None:
         self._left = least
         self._per_token = per_token
-        self._seconds = seconds
         self._brought = 0
-        self._since = asyncio.get_running_loop().time()
 
     def spend(self, received: int) -> None:
-        """Take in bytes that have come. Raises UpstreamNonsense for too many, TimeoutError if they bring nothing."""
+        """Take in bytes that have come. Raises UpstreamNonsense for too many."""
         self._left -= received
         if self._left < 0:
             raise UpstreamNonsense(f"the upstream sent too many bytes for {self._brought} tokens")
-        if asyncio.get_running_loop().time() - self._since > self._seconds:
-            raise TimeoutError
 
     def earn(self, brought: int) -> None:
         """Take in how many tokens and ends have come in all."""
-        if brought > self._brought:
-            self._left += (brought - self._brought) * self._per_token
-            self._brought = brought
-            self._since = asyncio.get_running_loop().time()
+        self._left += (brought - self._brought) * self._per_token
+        self._brought = brought

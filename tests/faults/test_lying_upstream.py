@@ -170,6 +170,30 @@ async def test_tokens_with_too_much_text_are_cut() -> None:
     assert len(call.outputs[0].text) < 4 * engines.LEAST_BYTES
 
 
+CHUNKED = b"\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("asked", ASKS)
+@pytest.mark.parametrize("head", [HEAD, STREAM])
+@pytest.mark.parametrize(
+    ("beginning", "piece"),
+    [
+        (b"5;", b"x" * 1000),  # an extension of a chunk
+        (b"", b"0" * 1000),  # the size of one
+        (b"2\r\n{}\r\n0\r\n", b"a: b\r\n" * 100),  # trailers
+        (b"2\r\n{}\r\n0\r\na: ", b"b" * 1000),
+        (b"FFFFFFFFFFFFFFFFFFFF\r\n", b"x" * 1000),
+    ],
+)
+async def test_chunks_that_never_come_to_an_end_are_given_up(
+    asked: str, head: bytes, beginning: bytes, piece: bytes
+) -> None:
+    liar = Liar(head.replace(b"\r\n\r\n", CHUNKED) + beginning, piece, pause_s=0.001)
+    async with over(liar, read_timeout_s=0.3) as engine:
+        with pytest.raises(UpstreamError):
+            await ASKS[asked](engine)
+
+
 @pytest.mark.parametrize("asked", ["tokenise", "detokenise", "models"])
 async def test_a_body_that_drips_is_given_up(asked: str) -> None:
     liar = Liar(HEAD + b'{"tokens": [', b"1,", pause_s=0.01)
@@ -321,6 +345,12 @@ async def relay(liar: Liar, **settings: Any) -> tuple[int, bytes]:
             async for piece in response.content.iter_any():
                 content += piece
         return response.status, content
+
+
+async def test_chunks_without_an_end_are_not_waited_for_on_behalf_of_a_client() -> None:
+    for head in (HEAD, STREAM):
+        liar = Liar(head.replace(b"\r\n\r\n", CHUNKED) + b"8\r\ndata: 1\n\r\n5;", b"x", pause_s=0.01)
+        assert await relay(liar, read_timeout_s=0.3) == (200, b"data: 1\n")
 
 
 @pytest.mark.parametrize("piece", [b": ping\n\n", b"\n", b"event: x\n\n"])
