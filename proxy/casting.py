@@ -143,6 +143,7 @@ class Casting:
             task.cancel()
         await asyncio.gather(*self._shadowing, *self._changing, return_exceptions=True)
         for pool in self._pools.values():
+            pool.stop("the server is shutting down")
             await pool.close()
         self._enders.shutdown(wait=False)
 

@@ -106,7 +106,7 @@ async def test_many_at_once_and_by_name(serve: Serve) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_the_baseline_goes_on_where_a_controller_failed(serve: Serve, fault: str) -> None:
-    decision_s = 0.25 if fault == "late" else 5.0
+    decision_s = 2.0 if fault == "late" else 5.0
     async with serve(LOCKSTEP.format(later=FAULTS[fault]), decision_s=decision_s) as proxy:
         status, headers, reply = await proxy.ask("1")
         assert status == 200, reply
