@@ -196,8 +196,7 @@ class Service:
             turn.leave()
             why = schema.Unserved("truncation", "truncation")
             return await self._pass(request, parsed, raw, model, turned, why)
-        if client_id := logs.client_request_id.get():
-            self.recent.name(caller.tenant, client_id, plan.request_id)
+        self.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
             return JSONResponse(form.whole(parsed, served), headers=served.headers)
@@ -255,8 +254,9 @@ class Service:
         with self._seeing_off(model.id):
             plans = await unless_gone(request.receive, plan_all())
         logs.request_id.set(name)
-        for known in filter(None, (name, logs.client_request_id.get())):  # they lead to the first prompt
-            self.recent.name(request.state.caller.tenant, known, plans[0].request_id)
+        tenant, first = request.state.caller.tenant, plans[0].request_id  # both names lead to the first prompt
+        self.recent.name(tenant, name, first)
+        self.recent.name_by_client(tenant, logs.client_request_id.get(), first)
         if not parsed.stream:
             batch = await unless_gone(request.receive, self.spans.episode(plans[0], serve_all()))
             return JSONResponse(wire.text_batch(batch), headers=batch.headers)
@@ -348,8 +348,7 @@ class Service:
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         about = request.scope["path"], model, reason, response.status_code, named or None
         self.recent.add(Passed(own, tenant, created, *about))
-        if named:
-            self.recent.name(tenant, named, own)
+        self.recent.name_by_client(tenant, named, own)
         if isinstance(response, Stream):
             response.pour = self.recent.seeing(response.pour, tenant, own)
         else:

@@ -225,6 +225,8 @@ _Upstream = AbstractAsyncContextManager["EmbeddedServer | None"]
 def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, _Upstream]:
     """Return settings that name an upstream, and a context in which it runs: that of the embedded model by default."""
     if settings.upstream is not None:
+        if settings.embedded_args:
+            say("AUTOTTS_EMBEDDED_ARGS has no effect: an upstream is given, and no embedded model is started")
         return settings, nullcontext()
     from proxy.embedded import EmbeddedServer
 

@@ -18,6 +18,8 @@ LOOKED_AT: Final = 4096
 """Bytes of a response's beginning in which its id is looked for."""
 _ID: Final = re.compile(rb'"id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 
+_OWN_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|req-)[0-9a-f]{32}")
+
 
 class Passed(NamedTuple):
     """A request that was handed to the upstream."""
@@ -55,6 +57,11 @@ class Recent:
         self._ids.pop((tenant, other), None)
         self._ids[tenant, other] = request
         _bound(self._ids, self._most)
+
+    def name_by_client(self, tenant: str, given: str, request: str) -> None:
+        """Remember what a client calls its `request`, unless it sends an id of the proxy's own again."""
+        if given and not _OWN_ID.fullmatch(given):
+            self.name(tenant, given, request)
 
     def see(self, tenant: str, request: str, beginning: bytes) -> None:
         """Remember the upstream's own id of `request`, which the response's `beginning` may hold."""

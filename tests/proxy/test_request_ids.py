@@ -103,6 +103,16 @@ async def test_a_served_request_is_found_by_its_clients_id(backend: FakeVLLM, tm
     assert json.loads(autotts("trace", "show", MINE, "--store", str(path), "--json").stdout)["request"] == own
 
 
+async def test_an_id_of_the_proxys_sent_again_names_nothing_else(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path / "s.db") as proxy:
+        for beta in ("0.5", None):
+            first, _ = await ask(proxy, beta, {})
+            again, _ = await ask(proxy, beta, {"x-request-id": first["x-request-id"]})
+            assert again["x-client-request-id"] == first["x-request-id"]
+            _, told = await call(proxy, "GET", f"/v1/tts/requests/{first['x-request-id']}")
+            assert told["request"] == first["x-request-id"]
+
+
 PIECES = [b'data: {"id":"chatcmpl-of-vllm","choices":[]}\n\n', b'data: {"id":"no"}\n\n', b"data: [DONE]\n\n"]
 
 
