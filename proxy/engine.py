@@ -239,9 +239,9 @@ class Engine:
             self._checking.cancel()
         self.breaker.reset()
 
-    async def check(self) -> None:
-        """Find out whether the upstream is up, by requests of our own. Waits for a check that is under way."""
-        await asyncio.wait([self._begin_check()])
+    async def check(self, seconds: float | None = None) -> None:
+        """Find out whether the upstream is up, by requests of our own. Waits for a check under way, so long at most."""
+        await asyncio.wait([self._begin_check()], timeout=seconds)
 
     def _begin_check(self) -> asyncio.Task[None]:
         if self._checking is None or self._checking.done():
@@ -513,7 +513,7 @@ class Engine:
     async def _admit(self) -> None:
         """Return if requests may go out now. Raises UpstreamEjected."""
         if self.breaker.is_due:
-            await self.check()
+            await self.check(CHECK_S)
         if not self.breaker.is_closed:
             message = f"upstream {self.shown} has failed too often and is left alone for a while"
             raise UpstreamEjected(message, after=self.breaker.wait_s)

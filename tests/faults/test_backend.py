@@ -313,6 +313,24 @@ async def test_a_restart_is_as_good_as_a_health_check(upstream: Upstream) -> Non
     await upstream.generate()
 
 
+async def test_nobody_waits_for_a_health_check_without_an_end(
+    upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.fake.fault = "broken"
+    await upstream.fail()
+    clock.now += OPEN_S
+    upstream.fake.gate.clear()
+    monkeypatch.setattr(engines, "CHECK_S", 0.05)
+    for _ in range(2):
+        with pytest.raises(UpstreamEjected) as caught:
+            await upstream.generate()
+        assert caught.value.headers == {"retry-after": "1"}
+    upstream.fake.fault = ""
+    upstream.fake.gate.set()
+    await upstream.engine.check()
+    await upstream.generate()
+
+
 async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
     for _ in range(FAILURES):
         upstream.fake.fault = "broken"
