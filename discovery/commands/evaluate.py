@@ -164,7 +164,8 @@ def _table(found: Sequence[Score]) -> Table:
             f"{score.beta:g}",
             score.cell.model,
             _where(score),
-            f"{score.accuracy:.1f} ± {score.error:.1f}",
+            # several models answer the same questions, so the spread over their sum says too little
+            f"{score.accuracy:.1f}" + ("" if score.cell.model == POOLED else f" ± {score.error:.1f}"),
             f"{figures['tokens']:,.0f}",
             f"{figures['tokens_by_kind']['probe']:,.0f}",
             f"{figures['rounds']:.1f}",
@@ -177,8 +178,11 @@ def _table(found: Sequence[Score]) -> Table:
 
 
 def _where(score: Score) -> str:
+    count = score.outcomes.shape[-1]
+    if score.cell.model == POOLED:
+        return f"{POOLED} ({count} over all models)"
     if score.cell.benchmark == POOLED:
-        return f"{POOLED} ({score.outcomes.shape[-1]} questions)"
+        return f"{POOLED} ({count} questions)"
     return f"{score.cell.benchmark} ({score.cell.split})"
 
 

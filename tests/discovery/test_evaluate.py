@@ -18,6 +18,7 @@ import pytest
 from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make, parse_spec
 from discovery.answers import veiled
+from discovery.commands.evaluate import _show as show
 from discovery.commands.evaluate import parse_weights
 from discovery.curve import Grading, Score, differences, frontier, paired_interval, pooled
 from discovery.engines import EngineName, engine_called
@@ -129,6 +130,14 @@ def test_cells_are_pooled_by_model_and_over_all() -> None:
         assert one.accuracy == pytest.approx(100 * right.mean())
         assert one.outcomes.shape[-1] == (10 if one.cell.model == "m" else 13)
     assert pooled(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
+
+
+def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    other = [replace(one, model="n") for one in SOURCE.recordings]
+    show(scores("cmc", source=Given(*SOURCE.recordings, *other), betas=[0.0], shuffles=1))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ cmc")]
+    assert ["±" in row for row in rows] == [True] * 6 + [False]
+    assert "all (20 over all models)" in rows[-1]
 
 
 def test_figures_are_those_of_the_episodes() -> None:
