@@ -29,7 +29,7 @@ HARD_S: Final = 0.25
 """Seconds after which a child that still decides is killed. Of a message for n episodes all but one have SOFT_S."""
 LOAD_S: Final = 2.0
 """Seconds of processor time a controller's file may take to run."""
-STILL_S: Final = 5.0
+STILL_S: Final = 2.0
 """Seconds a child that is timed by its processor time may sleep without an answer."""
 BACKSTOP_S: Final = 120.0
 """Seconds of wall clock after which nobody waits for an answer any more, however busy the machine is."""

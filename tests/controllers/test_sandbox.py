@@ -696,3 +696,16 @@ def test_attempts_succeed_where_nothing_is_sealed(monkeypatch: pytest.MonkeyPatc
     could = {one.what for at, one in enumerate(bare) if made._attempt(at).status == attempts.ESCAPED}
     made.close()
     assert could >= {one.what for one in bare} - {"become root", "call as x32"}
+
+
+@linux
+@pytest.mark.parametrize("wait", ["posix.read(3, 1)", "lock.acquire()"])
+def test_a_child_that_sleeps_is_late_by_either_clock(nest: Nursery, wait: str) -> None:
+    """It uses no processor time, and nothing keeps it from a processor."""
+    source = f"import posix, _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n{HEAD}        {wait}"
+    for clock in Clock:
+        worker = nest.spawn(0.2, clock)
+        worker.load(Spec("mine", source))
+        with pytest.raises(Crossed) as crossed:
+            SandboxedController(worker, 0.5).decide(State(LIMITS))
+        assert crossed.value.boundary is Boundary.LATE
