@@ -432,26 +432,40 @@ class Store:
 
 
 async def _migrate(path: Path, connection: aiosqlite.Connection, migrations: Sequence[Migration]) -> None:
-    """Bring a store up to date in one transaction. Raises StoreError if it is newer than this program, or none."""
+    """Bring a store up to date in one transaction. Raises StoreError if it is newer than this program.
+
+    Nothing is written to a store that is up to date, so that readers do not wait for another process's transaction.
+    """
+    newest = len(migrations)
+    if await _version(path, connection, newest) == newest:
+        return
     await connection.execute("BEGIN IMMEDIATE")
     try:
-        tables = {row[0] for row in await _all(connection, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not tables:
+        version = await _version(path, connection, newest)
+        if version is None:
             await connection.execute("CREATE TABLE autotts_store (version INTEGER NOT NULL)")
             await connection.execute("INSERT INTO autotts_store (version) VALUES (0)")
-        version = await _one(connection, "SELECT version FROM autotts_store")
-        if version > len(migrations):
-            raise StoreError(
-                f"{path}: the store has version {version}, this program knows up to {len(migrations)}; upgrade autotts"
-            )
-        for migration in migrations[version:]:
+        for migration in migrations[version or 0 :]:
             for statement in migration:
                 await connection.execute(statement)
-        await connection.execute("UPDATE autotts_store SET version = ?", (len(migrations),))
+        await connection.execute("UPDATE autotts_store SET version = ?", (newest,))
         await connection.execute("COMMIT")
     except BaseException:
         await connection.execute("ROLLBACK")
         raise
+
+
+async def _version(path: Path, connection: aiosqlite.Connection, newest: int) -> int | None:
+    """The version of a store, None for an empty file. Raises StoreError if it is none, or above `newest`."""
+    if not await _all(connection, "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'autotts_store'"):
+        return None
+    found = await _all(connection, "SELECT version FROM autotts_store")
+    version = found[0][0] if len(found) == 1 else None
+    if not isinstance(version, int) or version < 0:
+        raise CorruptRow(f"{path}: its table autotts_store does not say the store's version; restore it from a backup")
+    if version > newest:
+        raise StoreError(f"{path}: the store has version {version}, this program knows up to {newest}; upgrade autotts")
+    return version
 
 
 class _Bad(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from discovery.errors import NotWritten, StoreError
+from discovery.errors import CorruptRow, NotWritten, StoreError
 from discovery.files import check_place, is_database_file, whole
 from discovery.recordings import RecordedBranch, RecordedQuestion, question_id
 from discovery.source import open_source
@@ -229,6 +229,29 @@ async def test_an_old_stores_permissions_stay(tmp_path: Path) -> None:
             await store.add_all([episode("e")])
             found = modes(tmp_path)
         assert found == {"s.db": mode, "s.db-wal": mode, "s.db-shm": mode}
+
+
+async def test_a_store_can_be_read_while_another_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+    with closing(sqlite3.connect(path, isolation_level=None)) as writing:
+        writing.execute("BEGIN IMMEDIATE")
+        async with Store.open(path, wait_ms=0) as store:
+            assert [one.id for one in await store.episodes()] == ["e"]
+        writing.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("statement", ["UPDATE autotts_store SET version = 'x'", "DELETE FROM autotts_store"])
+async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True):
+        pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    with pytest.raises(CorruptRow, match="does not say the store's version"):
+        async with Store.open(path):
+            pass
 
 
 # Stores that are moved
