@@ -276,6 +276,10 @@ async def _bounds(
         reserve += suffix + probe
         ahead = max(0, cap - reserve - min(settings.interval, branch)) // 8
         reserve += ahead
+    cut_probes = None
+    if cap is not None and request.stops:
+        cut_probes = max(0, cap - reserve - min(settings.interval, branch)) // 8 // (suffix + probe)
+        reserve += cut_probes * (suffix + probe)
     least = reserve + min(settings.interval, branch)
     if cap is not None and cap < least:
         is_clients = cap == request.tts.max_total_tokens
@@ -294,7 +298,9 @@ async def _bounds(
         max_tokens=None if cap is None else cap - reserve,
     )
     return _Bounds(
-        Sizes(settings.interval, branch, probe, ahead, settings.max_sent_bytes), limits, Closing(finalise, probe)
+        Sizes(settings.interval, branch, probe, ahead, settings.max_sent_bytes, cut_probes),
+        limits,
+        Closing(finalise, probe),
     )
 
 

@@ -18,6 +18,7 @@ from proxy import probing, votability
 from proxy.detokeniser import CallDecoder, Detokeniser
 from proxy.engine import Call, Engine, Output
 from proxy.grading import Grader, InlineGrader
+from proxy.stop_strings import StopStrings
 
 UNASKED: Final = 2
 """Branches that may be opened before it is known that the task can be voted on."""
@@ -46,6 +47,7 @@ class Sizes(NamedTuple):
     probe: int  # the most a probe may generate
     ahead: int | None = None  # the most a branch may be run ahead of what is asked for; None if to its end
     sent_bytes: int | None = None  # after which no round begins any more
+    cut_probes: int | None = None  # replies cut by a stop string that may be asked for their answer; None is all
 
 
 class SentTooMuch(Exception):
@@ -66,6 +68,7 @@ class LiveBranch:
     finish: str | None = None  # "stop", "length", or None while it runs
     answer: Answer | None = None  # what its reply answers, once finished and read
     is_read: bool = False
+    is_cut: bool = False  # it was finished by one of the client's stop strings
     label: int | None = None  # the number of that answer, once a fact has told it
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
@@ -134,8 +137,10 @@ class LiveEnvironment:
         self.meter = Meter()
         self.votable = prompt.kind.vouched  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
-        self.scouted = 0  # tokens of the probe that asked whether it is
+        self.scouted = 0  # tokens of probes that no controller asked for
+        self.cut_probes = 0  # replies that were cut by a stop string and asked for their answer
         self.priority = 0  # of its requests
+        self.stops = StopStrings(prompt.stop, prompt.template, prompt.tail)
         self._decoder = CallDecoder(prompt.ids)
         self._scout: LiveBranch | None = None  # a branch run ahead that has not been opened yet
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
@@ -181,10 +186,20 @@ class LiveEnvironment:
         return await self.grader.read(self.prompt.template.split(self.prompt.tail, text)[1], self.prompt.kind)
 
     async def _answer(self, branch: LiveBranch) -> Answer | None:
-        """What a finished branch answers, read once. One cut in its thought answers nothing."""
+        """What a finished branch answers, read once. One cut in its thought answers nothing.
+
+        A reply that a stop string of the client's cut before its answer is asked for it, as if by a probe.
+        """
         if not branch.is_read and branch.finish == "stop":
             branch.answer, branch.is_read = await self.read(branch.text), True
+            if branch.answer is None and branch.is_cut and self.prompt.kind.probed and self._may_ask():
+                branch.answer = await self._ask(branch.ids, branch.text)
         return branch.answer
+
+    def _may_ask(self) -> bool:
+        """Whether another reply that was cut may be asked for its answer."""
+        self.cut_probes += 1
+        return self.sizes.cut_probes is None or self.cut_probes <= self.sizes.cut_probes
 
     async def suffix(self, index: int, *, lead: bool) -> list[int]:
         """Ids that close branch `index`'s thought and, with `lead`, lead into its answer."""
@@ -285,23 +300,33 @@ class LiveEnvironment:
 
     async def _run_ahead(self, branch: LiveBranch) -> None:
         """One more interval of `branch`, kept until it is asked for. Raises NotVotable if it ends without an answer."""
-        ids, _ = _all_of(branch)
+        ids, known = _all_of(branch)
         most = min(self.sizes.interval, self.sizes.branch - len(ids))
         piece = branch.pieces + len(branch.ahead)
-        sampling = self._sampling(None if self.prompt.seed is None else (self._index(branch), piece))
+        sampling = self._sampling(known, None if self.prompt.seed is None else (self._index(branch), piece))
         output = await self._alone([*self.prompt.ids, *ids], most, sampling, branch)
         branch.ahead.append(output)
+        ids, text = _all_of(branch)
+        cut = self.stops.cut(text, len(known))
+        if cut is not None:
+            output.finish, output.at_token = "stop", False
         if output.finish == "stop":
-            await self._look(_all_of(branch)[1])
+            is_cut = cut is not None or not output.at_token
+            answer = await self._look(text[:cut], ids if is_cut else None)
+            branch.answer, branch.is_read = answer, branch.is_read or is_cut
 
     async def _vouches(self, branch: LiveBranch) -> bool:
         """Whether `branch`, probed now, gives an answer, and it is not the only sign of one."""
         ids, text = _all_of(branch)
+        return votability.vouches(self.prompt.asks, text, await self._ask(ids, text))
+
+    async def _ask(self, ids: Sequence[int], text: str) -> Answer | None:
+        """What a branch with these ids and this text answers if it is asked now, though no controller asks."""
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
         output = await self._alone(context, self.sizes.probe, probing.sampling(), suffix=len(suffix))
         self.scouted += len(suffix) + len(output.ids)
-        return votability.vouches(self.prompt.asks, text, await self._said(output))
+        return await self._said(output)
 
     def _ended(self, branch: LiveBranch) -> bool:
         """Whether running `branch` ahead has come to an end."""
@@ -312,14 +337,21 @@ class LiveEnvironment:
             return True
         return len(branch.ids) + ahead >= self.sizes.branch
 
-    async def _look(self, text: str) -> None:
-        """At the first branch to finish: whether there is anything to vote on. Raises NotVotable."""
-        if self.votable_for_sure:
-            return
-        if await self.read(text) is not None:
+    async def _look(self, text: str, cut_ids: Sequence[int] | None = None) -> Answer | None:
+        """At the first branch to finish: whether there is anything to vote on. Raises NotVotable.
+
+        With `cut_ids`, its ids, a stop string has cut it: if it does not answer, it is asked.
+        """
+        if self.votable_for_sure and cut_ids is None:
+            return None
+        answer = await self.read(text)
+        if answer is None and cut_ids is not None and self.prompt.kind.probed and self._may_ask():
+            answer = await self._ask(cut_ids, text)
+        if answer is not None:
             self.votable = self.votable_for_sure = True
-        elif self.prompt.template.split(self.prompt.tail, text)[1].strip():
+        elif not self.votable_for_sure and self.prompt.template.split(self.prompt.tail, text)[1].strip():
             raise NotVotable
+        return answer
 
     def _index(self, branch: LiveBranch) -> int:
         return next((i for i, one in enumerate(self.branches) if one is branch), len(self.branches))
@@ -353,15 +385,24 @@ class LiveEnvironment:
                 facts[position] = self._advanced(action, index, before)
                 continue
             steps[position] = _Step(action, index, Output(), most, before)
-        calls = list(self._calls(steps.values(), suffixes))
-        self._flying = [
-            (None if step.action.verb is Verb.PROBE else self.branches[step.branch], step.output)
-            for step in steps.values()
-        ]
-        await self._gather(calls)
-        self._flying = []
-        for position, step in steps.items():
-            facts[position] = self._land(step, suffixes)
+        while steps:
+            calls = list(self._calls(steps.values(), suffixes))
+            self._flying = [
+                (None if step.action.verb is Verb.PROBE else self.branches[step.branch], step.output)
+                for step in steps.values()
+            ]
+            await self._gather(calls)
+            self._flying = []
+            landed, steps = steps, {}
+            for position, step in landed.items():
+                rest = self._land(step)
+                if rest is None:
+                    facts[position] = self._outcome(step, suffixes)
+                else:
+                    steps[position] = rest
+        for branch in self.branches:
+            if branch.is_cut and not branch.is_read and not self.votable_for_sure:
+                await self._look_at_cut(branch)
 
     def _reveal(self, branch: LiveBranch, intervals: int) -> int:
         """Give `branch` of what it was run ahead; returns how many tokens that was."""
@@ -376,11 +417,16 @@ class LiveEnvironment:
 
     def _calls(self, steps: Iterable[_Step], suffixes: Mapping[int, list[int]]) -> Iterable[Call]:
         """The requests that carry `steps`, each step's output wired to its place in one of them."""
-        groups: dict[tuple[bool, bool, int], list[_Step]] = defaultdict(list)
+        groups: dict[tuple[bool, bool, int, bool], list[_Step]] = defaultdict(list)
         for step in steps:
+            branch, most = self.branches[step.branch], step.most
             is_probe = step.action.verb is Verb.PROBE
-            groups[is_probe, not is_probe and not self.branches[step.branch].ids, step.most].append(step)
-        for (is_probe, opening, most), group in groups.items():
+            if not is_probe:
+                most = self.stops.most(branch.text, self.sizes.interval, most)
+            stops = not is_probe and bool(self.stops.at_server(branch.text))
+            groups[is_probe, not is_probe and not branch.ids, most, stops].append(step)
+        for (is_probe, opening, most, _), group in groups.items():
+            text = self.branches[group[0].branch].text  # all of them may be given the same stop strings
             if is_probe:
                 prompts = [self._context(step.branch) + suffixes[step.branch] for step in group]
                 ours = sum(len(suffixes[step.branch]) for step in group)
@@ -388,12 +434,12 @@ class LiveEnvironment:
             elif self.prompt.seed is not None:
                 for step in group:
                     piece = step.branch, self.branches[step.branch].pieces
-                    yield self._watch(Call([self._context(step.branch)], most, self._sampling(piece)), [step])
+                    yield self._watch(Call([self._context(step.branch)], most, self._sampling(text, piece)), [step])
             elif opening:
-                yield self._watch(Call([self.prompt.ids], most, self._sampling(), n=len(group)), group)
+                yield self._watch(Call([self.prompt.ids], most, self._sampling(text), n=len(group)), group)
             else:
                 prompts = [self._context(step.branch) for step in group]
-                yield self._watch(Call(prompts, most, self._sampling()), group)
+                yield self._watch(Call(prompts, most, self._sampling(text)), group)
 
     def _watch(self, call: Call, steps: Sequence[_Step]) -> Call:
         """A call of branches: the first one to finish is looked at when it does, not when its round ends."""
@@ -401,7 +447,7 @@ class LiveEnvironment:
         texts = {id(step.output): self.branches[step.branch].text for step in steps}
 
         async def finished(output: Output) -> None:
-            if output.finish == "stop":
+            if output.finish == "stop" and output.at_token:  # one that a stop string cut may have to be asked
                 await self._look(texts[id(output)] + output.text)
 
         call.on_finish = finished
@@ -410,14 +456,15 @@ class LiveEnvironment:
     def _context(self, index: int) -> list[int]:
         return [*self.prompt.ids, *self.branches[index].ids]
 
-    def _sampling(self, piece: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Of a branch's request; with `piece`, its branch and which of its requests it is, that has a seed of its own.
+    def _sampling(self, text: str, piece: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The sampling of a request that goes on with a branch's `text`. With `piece`, its branch and which of its
+        requests it is, it has a seed of its own.
 
         A shared request carries no seed: vLLM would give every prompt of it the same one, and equal branches.
         """
         sampling = dict(self.prompt.sampling)
-        if self.prompt.stop:
-            sampling["stop"] = list(self.prompt.stop)
+        if stops := self.stops.at_server(text):
+            sampling["stop"] = stops
         if self.prompt.template.special:
             sampling["skip_special_tokens"] = False
         if piece is not None and self.prompt.seed is not None:
@@ -436,13 +483,29 @@ class LiveEnvironment:
 
     # What came of it
 
-    def _land(self, step: _Step, suffixes: Mapping[int, list[int]]) -> _Outcome:
+    def _land(self, step: _Step) -> _Step | None:
+        """Give a branch what a request brought; returns the step that is left to do, if it is not done."""
+        if step.action.verb is Verb.PROBE:
+            return None
+        branch, tokens = self.branches[step.branch], len(step.output.ids)
+        self._grow(branch, step.output)
+        if branch.finish is not None or tokens >= step.most:
+            return None
+        return _Step(step.action, step.branch, Output(), step.most - tokens, step.before + tokens)
+
+    def _outcome(self, step: _Step, suffixes: Mapping[int, list[int]]) -> _Outcome:
+        """What came of a step that is done."""
         tokens = len(step.output.ids)
         if step.action.verb is Verb.PROBE:
-            cost = tokens + len(suffixes[step.branch])
-            return _Outcome(step.action, step.branch, 0, cost, step.output, False)
-        self._grow(self.branches[step.branch], step.output)
+            return _Outcome(step.action, step.branch, 0, tokens + len(suffixes[step.branch]), step.output, False)
         return self._advanced(step.action, step.branch, step.before + tokens)
+
+    async def _look_at_cut(self, branch: LiveBranch) -> None:
+        """As `_look`, at a branch that a stop string finished. Raises NotVotable."""
+        if await self._answer(branch) is not None:
+            self.votable = self.votable_for_sure = True
+        elif self.prompt.template.split(self.prompt.tail, branch.text)[1].strip():
+            raise NotVotable
 
     def _advanced(self, action: Action, index: int, tokens: int) -> _Outcome:
         branch = self.branches[index]
@@ -454,10 +517,10 @@ class LiveEnvironment:
         branch.text += output.text
         branch.pieces += 1
         if output.finish == "stop":
-            branch.finish = "stop"
-        cut = _first(self.prompt.stop, branch.text, known)
-        if cut is not None:  # a stop string across two requests, which the server cannot see
-            branch.text, branch.finish = branch.text[:cut], "stop"
+            branch.finish, branch.is_cut = "stop", not output.at_token
+        cut = self.stops.cut(branch.text, known)
+        if cut is not None:
+            branch.text, branch.finish, branch.is_cut = branch.text[:cut], "stop", True
         if branch.finish != "stop" and len(branch.ids) >= self.sizes.branch:
             branch.finish = "length"  # cut mid-thought: it answers nothing
 
@@ -516,9 +579,3 @@ def _derive(seed: int, branch: int, piece: int) -> int:
     """A seed of its own for each request of each branch: one used twice would draw the same numbers again."""
     digest = blake2b(f"{seed}/{branch}/{piece}".encode(), digest_size=4).digest()
     return int.from_bytes(digest) & 0x7FFFFFFF
-
-
-def _first(stops: Sequence[str], text: str, known: int) -> int | None:
-    """Where the first of `stops` begins in `text`, looking at what could involve anything beyond `known`."""
-    found = [text.find(stop, max(0, known - len(stop) + 1)) for stop in stops]
-    return min((at for at in found if at >= 0), default=None)

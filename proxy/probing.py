@@ -59,6 +59,16 @@ class Template:
             return False
         return self.always or self.opening in text or prompt_tail.rstrip().endswith(self.opening)
 
+    def reply_at(self, prompt_tail: str, text: str) -> int | None:
+        """Where the reply begins in a branch's text; None while it is inside its thought, or may still open one."""
+        if self.ending and self.ending in text:
+            begun = text.rindex(self.ending) + len(self.ending)
+            reply = text[begun:].lstrip("\n")
+            return len(text) - len(reply) if reply else None
+        if self.thinking(prompt_tail, text) or (self.opening and self.opening.startswith(text.strip())):
+            return None
+        return 0
+
     def closing(self, prompt_tail: str, text: str) -> str:
         """What ends the thought, so that the reply follows; nothing but a new paragraph where none is open."""
         if self.thinking(prompt_tail, text):

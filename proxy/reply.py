@@ -198,7 +198,8 @@ async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: St
         output = await environment.extend(index, closing, plan.closing.free, GREEDY)
         content = output.text.strip()
         if answer is None or await _says(environment, content, answer):
-            written = closed + output.text
+            content = environment.stops.trim(content)
+            written = closed + (output.text if content == output.text.strip() else content)
             return Message(content, reasoning, output.finish or "stop", len(output.ids), written), True
     suffix = await environment.suffix(index, lead=True)
     output = await environment.extend(index, suffix, plan.closing.led, probing.sampling())

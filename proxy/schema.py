@@ -37,6 +37,8 @@ MOST_PROMPT_IDS: Final = 2**20
 """Token ids of a prompt."""
 MOST_PROMPTS: Final = 128
 """Prompts of one text completion that controllers serve."""
+MOST_STOPS: Final = 64
+"""Stop strings. Four of them may be left to the upstream; of more the proxy takes care itself."""
 MOST_BIASES: Final = 1024
 """Tokens that `logit_bias` may name, as vLLM's sampler has it."""
 MOST_OPTIONS: Final = 64
@@ -83,7 +85,7 @@ Options = Annotated[dict[str, Any], Field(max_length=MOST_OPTIONS), _at_most(MOS
 Messages = Annotated[
     list[dict[str, Any]], Field(max_length=MOST_MESSAGES, fail_fast=True), _at_most(MOST_MESSAGES, "messages")
 ]
-_Stops = Annotated[list[str], Field(max_length=4)]
+_Stops = Annotated[list[str], Field(max_length=MOST_STOPS), _at_most(MOST_STOPS, "strings")]
 Stops = Annotated[_Stops, BeforeValidator(_as_list, json_schema_input_type=str | _Stops)]
 
 
