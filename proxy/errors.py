@@ -236,14 +236,14 @@ def body(error: ApiError) -> Mapping[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def detail(told: object) -> str:
-    """What FastAPI's `detail` says: a text, or a list of what is wrong by field."""
-    if isinstance(told, str):
-        return told
-    if not isinstance(told, list) or not all(isinstance(one, dict) and "msg" in one for one in told):
-        return json.dumps(told, ensure_ascii=False)
+def detail(value: object) -> str:
+    """The text of FastAPI's `detail`, which is a text or a list of what is wrong by field."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, dict) and "msg" in item for item in value):
+        return json.dumps(value, ensure_ascii=False)
     problems = []
-    for one in told:
-        place = ".".join(map(str, one["loc"])) if isinstance(one.get("loc"), list) else ""
-        problems.append(f"{place}: {one['msg']}" if place else str(one["msg"]))
+    for item in value:
+        place = ".".join(map(str, item["loc"])) if isinstance(item.get("loc"), list) else ""
+        problems.append(f"{place}: {item['msg']}" if place else str(item["msg"]))
     return "; ".join(problems)

@@ -97,14 +97,14 @@ async def forward(
 
 
 def as_openais(status: int, content: bytes) -> bytes:
-    """The body of an error in OpenAI's form, if it is one of FastAPI's (`{"detail": …}`); else as it is."""
+    """Return an error's body in OpenAI's form if it is in FastAPI's (`{"detail": …}`), else unchanged."""
     try:
-        told = json.loads(content)
+        error = json.loads(content)
     except (ValueError, RecursionError):
         return content
-    if not isinstance(told, dict) or "detail" not in told or "error" in told:
+    if not isinstance(error, dict) or "detail" not in error or "error" in error:
         return content
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "upstream_error"
     code = "not_found" if status == HTTPStatus.NOT_FOUND else "upstream_refused"
-    message = f"the upstream says: {errors.detail(told['detail'])}"
+    message = f"the upstream says: {errors.detail(error['detail'])}"
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()

@@ -34,7 +34,7 @@ class Passed(NamedTuple):
     client_request_id: str | None
 
     def as_json(self, upstream_id: str | None) -> dict[str, Any]:
-        """What is told of it."""
+        """The record as `GET /v1/tts/requests/ID` returns it."""
         return {**self._asdict(), "applied": False, "upstream_id": upstream_id}
 
 
@@ -65,8 +65,8 @@ class Recent:
 
     def see(self, tenant: str, request: str, beginning: bytes) -> None:
         """Remember the upstream's own id of `request`, which the response's `beginning` may hold."""
-        if found := _ID.search(beginning[:LOOKED_AT]):
-            upstream_id = found[1].decode()
+        if match := _ID.search(beginning[:LOOKED_AT]):
+            upstream_id = match[1].decode()
             self._upstream_ids[request] = upstream_id
             _bound(self._upstream_ids, self._most)
             self.name(tenant, upstream_id, request)

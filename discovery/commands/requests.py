@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
+from controllers.sandbox.frames import printable
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, AsJson, Place, with_store
 from discovery.store import Episode, Feedback, Store
@@ -45,16 +47,16 @@ def list_requests(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the latest requests, with what they cost and what was said of them."""
+    """List the latest requests, with what they cost and the feedback on them."""
 
     async def look(opened: Store) -> list[tuple[Episode, list[Feedback]]]:
-        return [(one, await opened.feedback(one.request_id)) for one in await opened.latest(limit, model, client_id)]
+        latest = await opened.latest(limit, model, client_id)
+        return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
-    found = with_store(place, look)
+    rows = [_figures(episode, feedback) for episode, feedback in with_store(place, look)]
     if as_json:
-        sys.stdout.write(json.dumps([_figures(*one) for one in found], indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return
-    rows = [_figures(*one) for one in found]
     has_names = any(row["client_request_id"] for row in rows)
     table = Table(title=str(place), title_justify="left")
     for heading in HEADINGS:
@@ -66,10 +68,11 @@ def list_requests(
         feedback = ", ".join(f"{kind} {value}" for kind, value in row["feedback"].items())
         names = [row["request"], *([row["client_request_id"] or ""] if has_names else []), row["model"]]
         about = (f"{row['beta']:g}", row["stop"], str(row["branches"]), f"{row['tokens']:,}", feedback)
-        table.add_row(row["created"][:19], *names, row["controller"], *about)
+        cells = (row["created"][:19], *names, row["controller"], *about)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = wide_console()
-    console.print(table, markup=False)
-    if not found:
+    console.print(table)
+    if not rows:
         console.print("no requests", highlight=False)
 
 
@@ -92,4 +95,4 @@ def _figures(episode: Episode, feedback: list[Feedback]) -> dict[str, Any]:
 
 def _values(feedback: list[Feedback]) -> dict[str, Any]:
     """The latest value of each kind."""
-    return {one.kind: json.loads(one.value) for one in feedback}
+    return {opinion.kind: json.loads(opinion.value) for opinion in feedback}

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from discovery.store import Store
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import backend
@@ -45,6 +47,19 @@ async def test_requests_are_listed_the_latest_first(backend: FakeVLLM, tmp_path:
     table = autotts("requests", "list", "--store", str(path)).stdout
     assert all(one in table for one in ids)
     assert "correct True" in table
+
+
+@pytest.mark.parametrize("name", ["[/]", "[red]x[/red]", "a[42]"])
+async def test_a_clients_id_is_shown_as_it_is(backend: FakeVLLM, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
+        sent = {"x-request-id": name}
+        async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=sent) as response:
+            assert response.status == 200
+    done = autotts("requests", "list", "--store", str(path))
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout
 
 
 async def test_store_info_shows_requests_and_feedback(backend: FakeVLLM, tmp_path: Path) -> None:
