@@ -46,10 +46,11 @@ class Caller(NamedTuple):
         return self.is_admin or self.tenant == tenant
 
     def salted(self, body: bytes) -> bytes:
-        """A body for the upstream, kept to this tenant's part of the prefix cache; untouched if that is shared.
-        `body` is a JSON object in which no key stands twice.
+        """Return a body for the upstream that is kept to this tenant's part of the prefix cache, if tenants have parts.
+
+        `body` is empty, or a JSON object in which no key stands twice.
         """
-        return body if self.salt is None else splice(body, put={"cache_salt": self.salt})
+        return body if self.salt is None or not body else splice(body, put={"cache_salt": self.salt})
 
     @property
     def holder(self) -> str:

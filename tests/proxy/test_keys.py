@@ -503,3 +503,11 @@ async def test_vllm_says_how_busy_it_is(vllm: str) -> None:
     assert pressure.waiting >= 0
     assert pressure.cache is not None
     assert 0 <= pressure.cache <= 1
+
+
+@pytest.mark.parametrize("path", ["/version", "/tokenizer_info", "/ping"])
+async def test_what_has_no_body_is_read_with_a_key(
+    backend: FakeVLLM, http: aiohttp.ClientSession, url: str, path: str
+) -> None:
+    async with http.get(url + path, headers=told(ALICE)) as response:
+        assert response.status < 500
