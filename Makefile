@@ -18,7 +18,7 @@ run: $(VENV)/embedded
 demo: $(VENV)/embedded
 	$(BIN)/autotts demo $(ARGS)
 
-test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus
+test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus $(VENV)/gateway
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 # What the suite does a few times, many: a proxy killed while it writes, every command beside proxies that end, a verdict
@@ -65,6 +65,11 @@ $(VENV)/prometheus: $(BIN)/python
 	      && dpkg -x prometheus_*.deb . && ln -sf "$$PWD"/usr/bin/prom* ../bin/ && rm -f prometheus_*.deb; \
 	  fi >/dev/null 2>&1 || true
 	@command -v prometheus >/dev/null || test -x $(BIN)/prometheus || echo "make: there is no prometheus here; its tests are skipped"
+
+# LiteLLM's gateway for the tests, in an environment of its own below $(VENV)/peers, for it needs other versions than we do.
+$(VENV)/gateway: $(VENV)/dev tests/bench/peers.py
+	@$(BIN)/python -m tests.bench.peers LiteLLM || echo "make: LiteLLM's gateway cannot be installed; its tests are skipped"
+	@touch $@
 
 $(VENV)/embedded: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt '$(TORCH)' || \

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -108,3 +108,20 @@ PEERS: Final = (
         {"OPENAI_API_KEY": "unused"},
     ),
 )
+
+
+def main(names: Sequence[str]) -> int:
+    """Install the named proxies, all if none is named; say which cannot be."""
+    status = 0
+    for peer in PEERS:
+        if not names or peer.name in names:
+            try:
+                asyncio.run(peer.install())
+            except PeerMissing as error:
+                sys.stderr.write(f"{peer}: {error}\n")
+                status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
