@@ -249,7 +249,7 @@ async def test_a_backend_that_fails_after_the_deadline_costs_no_answer(proxy: Pr
 async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "CLOSE_S", 0.2)
     proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
-    tts = {"deadline_s": 1.0, "controller": "parallel_probe", "answer": "boxed"}
+    tts = {"deadline_s": 2.0, "controller": "parallel_probe", "answer": "boxed"}
     _, _, reply = await proxy.ask("0.5", tts={**tts, "deadline_s": 60})
     assert reply["choices"][0]["message"]["content"] == "So \\boxed{7}"
     proxy.backend.fault, proxy.backend.fault_after = "hang", 2 * len(proxy.backend.requests) - 1
