@@ -93,7 +93,7 @@ class Finisher:
         ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
         readable = plan.prompt.kind.probed and not plan.prompt.stop  # a stop string is the client's text
         readable = readable and self._drift.is_asked_alike(plan)  # else it would be a version of its own
-        if plan.records_all:  # its client has the recording
+        if plan.records_all or plan.ignores_eos:  # its client has the recording, or it can have no answers
             return False
         return bool(settings.store and ended and readable and drawn(plan.request_id, settings.record_fraction))
 

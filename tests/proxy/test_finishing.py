@@ -95,6 +95,15 @@ def in_background(backend: FakeVLLM) -> list[dict[str, Any]]:
     return [one for one in backend.requests if one.get("priority")]
 
 
+async def test_what_runs_past_its_end_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
+    """Branches of `ignore_eos` answer nothing that a replay could reveal."""
+    async with recording(backend, tmp_path) as proxy:
+        await vote(proxy, ignore_eos=True)
+        readable = await vote(proxy)
+        await ended(proxy, "recorded")
+    assert [one.request for one in await recordings(tmp_path / "s.db")] == [readable]
+
+
 # Whatever fails
 
 
