@@ -28,7 +28,7 @@ from proxy.drift import Drift
 from proxy.engine import Engine, Model, TooManyTokens
 from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.grading import Grading
-from proxy.live import LiveEnvironment, NotVotable, Prompt, SentTooMuch, Sizes
+from proxy.live import CutShort, LiveEnvironment, NotVotable, Prompt, SentTooMuch, Sizes
 from proxy.metrics import Metrics
 from proxy.records import Records
 from proxy.reply import Closing, Reply, compose, too_late
@@ -364,6 +364,9 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
     except TimeoutError:
         environment.salvage()
         state.end(Stop.DEADLINE)
+    except CutShort:
+        environment.salvage()
+        state.end(Stop.MAX_TOKENS)
     except NotVotable:
         environment.salvage()
         state.end(Stop.NOT_VOTABLE)

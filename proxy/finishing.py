@@ -147,6 +147,7 @@ class Finisher:
 
     async def _finish(self, unfinished: Unfinished) -> RecordedQuestion:
         plan, environment = unfinished.plan, unfinished.environment
+        environment.ends_early = False
         environment.votable = environment.votable_for_sure = True  # somebody voted on it
         environment.engine, environment.priority = self._aside, PRIORITY
         await self._turn(unfinished, 1)

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import AUTO, Answer, Kind, Labels
+from discovery.answers import AUTO, VOTES_ALONE, Answer, Kind, Labels
 from proxy import probing, votability
 from proxy.detokeniser import CallDecoder, Detokeniser
 from proxy.engine import Call, Engine, Output
@@ -52,6 +52,10 @@ class Sizes(NamedTuple):
 
 class SentTooMuch(Exception):
     """The request has sent the upstream as many bytes as it may."""
+
+
+class CutShort(Exception):
+    """The branches were cut at the client's limit before they answered, and more of them would be too."""
 
 
 class NotVotable(Exception):
@@ -137,6 +141,9 @@ class LiveEnvironment:
         self.meter = Meter()
         self.votable = prompt.kind.vouched  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
+        self.vouched = False  # a probe has answered
+        self.unreadable = 0  # branches that have finished with a reply in which there is no answer
+        self.ends_early = True  # unless whatever its branches say is wanted
         self.scouted = 0  # tokens of probes that no controller asked for
         self.cut_probes = 0  # replies that were cut by a stop string and asked for their answer
         self.priority = 0  # of its requests
@@ -282,6 +289,8 @@ class LiveEnvironment:
         Raises NotVotable if that gives no answer. What was run ahead is what the branch gets when the controller asks.
         """
         opening = sum(action.verb is Verb.BRANCH for action in actions)
+        if opening and self.ends_early:
+            await self._check_limit()
         if self.votable or not opening or len(self.branches) + opening <= UNASKED:
             return
         running = [branch for branch in self.branches if branch.finish is None]
@@ -289,14 +298,36 @@ class LiveEnvironment:
             return  # cut by their length: nothing is known, and nothing will be
         if running:
             scout = max(running, key=lambda branch: len(branch.ids))
+        elif self._scout is not None:
+            scout = self._scout
         else:
             scout = self._scout = LiveBranch()
             await self._run_ahead(scout)
         if not self.votable and not self._ended(scout) and self.prompt.kind.probed:
-            self.votable = await self._vouches(scout)
+            self.votable = self.vouched = await self._vouches(scout)
         while not self.votable and not self._ended(scout):
             await self._run_ahead(scout)
+        if not self.votable and self.ends_early and self._is_cut_short(scout):
+            raise CutShort
         self.votable = True
+
+    async def _check_limit(self) -> None:
+        """Open no more branches than show that the client's limit cuts them. Raises CutShort once it has.
+
+        Where the limit is no longer than an interval, the first branch is run ahead alone.
+        """
+        if not self.branches and self._scout is None and self.sizes.branch <= self.sizes.interval:
+            self._scout = LiveBranch()
+            await self._run_ahead(self._scout)
+            if self._is_cut_short(self._scout):
+                raise CutShort
+        if self.branches and all(branch.finish == "length" for branch in self.branches) and not self.vouched:
+            raise CutShort
+
+    def _is_cut_short(self, branch: LiveBranch) -> bool:
+        """Whether `branch` has all the tokens it may have, and has not come to an end."""
+        last = branch.ahead[-1].finish if branch.ahead else branch.finish
+        return last != "stop" and len(_all_of(branch)[0]) >= self.sizes.branch
 
     async def _run_ahead(self, branch: LiveBranch) -> None:
         """One more interval of `branch`, kept until it is asked for. Raises NotVotable if it ends without an answer."""
@@ -349,9 +380,20 @@ class LiveEnvironment:
             answer = await self._ask(cut_ids, text)
         if answer is not None:
             self.votable = self.votable_for_sure = True
-        elif not self.votable_for_sure and self.prompt.template.split(self.prompt.tail, text)[1].strip():
-            raise NotVotable
+        else:
+            self._count_unreadable(text)
         return answer
+
+    def _count_unreadable(self, text: str) -> None:
+        """Take notice of a finished branch without an answer. Raises NotVotable.
+
+        Where a probe has answered, a single such branch only does not vote.
+        """
+        if self.votable_for_sure or not self.prompt.template.split(self.prompt.tail, text)[1].strip():
+            return
+        self.unreadable += 1
+        if self.unreadable > self.vouched:
+            raise NotVotable
 
     def _index(self, branch: LiveBranch) -> int:
         return next((i for i, one in enumerate(self.branches) if one is branch), len(self.branches))
@@ -504,8 +546,8 @@ class LiveEnvironment:
         """As `_look`, at a branch that a stop string finished. Raises NotVotable."""
         if await self._answer(branch) is not None:
             self.votable = self.votable_for_sure = True
-        elif self.prompt.template.split(self.prompt.tail, branch.text)[1].strip():
-            raise NotVotable
+        else:
+            self._count_unreadable(branch.text)
 
     def _advanced(self, action: Action, index: int, tokens: int) -> _Outcome:
         branch = self.branches[index]
@@ -529,7 +571,9 @@ class LiveEnvironment:
         if outcome.finished:
             label = branch.label = await self.number(await self._answer(branch))
         else:
-            label = None if outcome.probe is None else await self.number(await self._said(outcome.probe))
+            answer = None if outcome.probe is None else await self._said(outcome.probe)
+            self.vouched = self.vouched or (answer is not None and answer.form.sort in VOTES_ALONE)
+            label = await self.number(answer)
         if outcome.action.verb is Verb.PROBE:
             return Probed(outcome.branch, label, outcome.tokens)
         return Advanced(outcome.branch, outcome.intervals, outcome.tokens, outcome.finished, label)

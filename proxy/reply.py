@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CUT: Final = (Stop.DEADLINE, Stop.MAX_TOKENS, Stop.UPSTREAM_ERROR, Stop.CONTROLLER_ERROR)
+"""Reasons for which an episode ends before its vote. Its message may have an answer that nobody voted for."""
 GREEDY: Final = {"temperature": 0.0}
 
 
@@ -108,7 +110,8 @@ async def compose(
             raise
         logger.warning("%s: %s", plan.request_id, error.logged)
         message, agreed = _as_it_is(plan, environment, index, state)
-    answer = None if state.answer is None else await environment.grader.read(message.content, plan.prompt.kind)
+    is_read = state.answer is not None or state.stop in CUT
+    answer = await environment.grader.read(message.content, plan.prompt.kind) if is_read else None
     tokens = _ledger(environment, state, index, environment.meter.completed - completed)
     return Reply(
         plan=plan,
@@ -289,10 +292,10 @@ def _report(
         "branches": len(environment.branches),
         "rounds": state.rounds,
         "stop": str(state.stop),
-        "answer": None if state.answer is None else written[state.answer],
+        "answer": written[state.answer] if state.answer is not None else answer and answer.written,
         "answer_kind": str(plan.prompt.kind),
         "probe_template": plan.prompt.template.name,
-        "agreed": agreed,
+        "agreed": None if state.answer is None else agreed,
         "votes": {written[label]: count for label, count in state.votes.items()},
         "temperature": plan.temperature,
         "interval": plan.sizes.interval,

@@ -1,0 +1,76 @@
+"""Limits that cut every branch cost one branch, and say that they did."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes import Chain, chain
+from tests.proxy.conftest import INTERVAL, SERVED, Proxy
+
+
+@pytest.mark.parametrize("answer", [None, "boxed", "code"])
+@pytest.mark.parametrize("controller", SERVED)
+@pytest.mark.parametrize("limit", [1, 16, INTERVAL])
+async def test_a_limit_too_short_for_an_answer_costs_one_branch(
+    proxy: Proxy, limit: int, controller: str, answer: str | None
+) -> None:
+    tts = {"controller": controller} | ({} if answer is None else {"answer": answer})
+    status, headers, reply = await proxy.ask("0.5", max_tokens=limit, tts=tts)
+    assert status == 200, reply
+    assert proxy.backend.opened == 1
+    assert proxy.backend.generated == reply["usage"]["completion_tokens"] == limit
+    assert headers["x-tts-stop"] == "max_tokens"
+    assert (reply["tts"]["agreed"], reply["tts"]["answer"], reply["tts"]["votes"]) == (None, None, {})
+    choice = reply["choices"][0]
+    assert choice["finish_reason"] == "length"
+    written = (choice["message"].get("reasoning") or "") + choice["message"]["content"]
+    assert written.strip("<think>") == proxy.backend.chains[0].text[:limit].strip("<think>")
+
+
+async def test_a_limit_that_is_just_enough_for_the_first_lets_all_vote(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain("It is \\boxed{7}", ("7",)), Chain("So it is \\boxed{7}", ("7",))]
+    _, headers, reply = await proxy.ask("0.5", max_tokens=INTERVAL, tts={"controller": "self_consistency"})
+    assert headers["x-tts-stop"] == "answered"
+    assert reply["tts"]["votes"]["7"] == reply["tts"]["branches"] > 2
+    assert reply["tts"]["agreed"] is True
+
+
+async def test_a_longer_limit_that_cuts_the_first_branch_opens_no_more(proxy: Proxy) -> None:
+    proxy.backend.chains = [chain("7", 400, [""], mark=mark) for mark in "abcdefgh"]
+    limit = 3 * INTERVAL
+    _, headers, reply = await proxy.ask("0.5", max_tokens=limit, tts={"controller": "self_consistency"})
+    assert headers["x-tts-stop"] == "max_tokens"
+    assert proxy.backend.opened == reply["tts"]["branches"] == 1
+    assert reply["usage"]["completion_tokens"] <= limit + 10
+    assert reply["tts"]["agreed"] is None
+
+
+async def test_one_unreadable_reply_does_not_vote_and_costs_the_others_nothing(proxy: Proxy) -> None:
+    texts = ["I cannot tell what it is", *(f"The answer is \\boxed{{7}}{'.' * i}" for i in range(20))]
+    proxy.backend.chains = [
+        Chain(f"<think>1 + 1 = {chr(97 + i) * (60 + i)}</think>\n\n{text}", ("7",)) for i, text in enumerate(texts)
+    ]
+    for controller in ("self_consistency", "parallel_probe", "cmc"):
+        proxy.backend.opened = 0
+        _, headers, reply = await proxy.ask("0.6", tts={"controller": controller})
+        assert headers["x-tts-stop"] == "answered", controller
+        assert reply["tts"]["answer"] == "7"
+
+
+async def test_two_unreadable_replies_end_what_a_probe_vouched_for(proxy: Proxy) -> None:
+    proxy.backend.chains = [
+        Chain(f"<think>1 + 1 = {mark * 90}</think>\n\nRoses are red", ("7",)) for mark in "abcdefgh"
+    ]
+    _, headers, reply = await proxy.ask("0.6", tts={"controller": "asc"})
+    assert headers["x-tts-stop"] == "not_votable"
+    assert reply["tts"]["agreed"] is None
+    assert proxy.backend.opened <= 3
+
+
+async def test_an_answer_that_nobody_voted_for_is_told(proxy: Proxy) -> None:
+    proxy.backend.chains = [chain("7", 300, ["7"], mark=mark) for mark in "abcdefgh"]
+    proxy.backend.fault, proxy.backend.fault_after, proxy.backend.fault_times = "hang", 0, 1
+    _, _, reply = await proxy.ask("0.5", tts={"controller": "cmc", "deadline_s": 1.0, "answer": "boxed"})
+    assert reply["choices"][0]["message"]["content"].endswith("\\boxed{7}")
+    assert reply["tts"]["stop"] == "deadline"
+    assert (reply["tts"]["answer"], reply["tts"]["agreed"], reply["tts"]["votes"]) == ("7", None, {})
