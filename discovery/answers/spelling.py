@@ -75,7 +75,7 @@ def tidy(text: str) -> str:
     text = _TIMES_TEN.sub(r"\\times ", _UNEQUAL.sub(r"\\ne ", text))
     text = _TO_THE.sub("^", text)
     text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text)
-    text = _undollared(text.strip()).strip("\"'`*").strip()
+    text = _unquoted(_undollared(text.strip()).strip("`*").strip())
     while text.endswith((".", ";", ",")) and not text.endswith("..."):
         text = text[:-1].rstrip()
     if (whole := _WHOLE_GROUP.fullmatch(text)) is not None:
@@ -150,6 +150,13 @@ def _named(match: re.Match[str]) -> str:
     if known is None:
         return match[0]
     return known + (" " if known[-1:].isalpha() else "")
+
+
+def _unquoted(text: str) -> str:
+    """`text` without the quotes around it. A quote at its end alone is a prime, feet or inches."""
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    return text
 
 
 def _undollared(text: str) -> str:

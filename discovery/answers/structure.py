@@ -351,7 +351,7 @@ def _words(text: str) -> Form:
         letters = (
             text if text.isupper() and len(text) <= 4 and text.casefold() not in ("yes", "no") else text.casefold()
         )
-        plain = " ".join(_MARKS.sub(" ", letters).split()).strip(".-' ")
+        plain = " ".join(_MARKS.sub(" ", letters).split()).strip(".- ")
         plain = re.sub(r"^(?:the|an?) (?=\S)", "", plain)
         if plain:
             plain = _KNOWN_WORDS.get(plain, plain)

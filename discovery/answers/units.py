@@ -57,7 +57,7 @@ _KNOWN: Final = MappingProxyType(
 _SCALES: Final = MappingProxyType(
     {
         **{"hundred": "100", "thousand": "10^3", "million": "10^6", "billion": "10^9", "trillion": "10^{12}"},
-        **{"lakh": "10^5", "crore": "10^7", "dozen": "12"},
+        **{"lakh": "10^5", "crore": "10^7", "dozen": "12", "mn": "10^6", "mil": "10^6", "mln": "10^6", "bn": "10^9"},
     }
 )
 _PARTS: Final = MappingProxyType(
@@ -67,7 +67,7 @@ _PARTS: Final = MappingProxyType(
         "thousandth": "1/1000",
     }
 )
-_SCALED = re.compile(r"(?P<body>.*?[\d)}\]!])\s*(?P<scale>[a-zA-Z]{4,})\b\s*(?P<rest>.*)", re.DOTALL)
+_SCALED = re.compile(r"(?P<body>.*?[\d)}\]!])\s*(?P<scale>[a-zA-Z]{2,})\b\s*(?P<rest>.*)", re.DOTALL)
 _LEADING = re.compile(r"(?P<sign>[€£¥₹]|(?:US)?\\?\$)\s*(?P<body>[-+]?[\d.(\\].*)", re.DOTALL)
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ORDINAL = re.compile(r"(?P<body>.*[0-9)}])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\s*\}?", re.DOTALL)

@@ -122,6 +122,7 @@ SAME: dict[str, list[list[str]]] = {
     ],
     "multiples": [
         ["15 million", r"15{,}000{,}000", r"15\text{ million}", "15,000,000", r"1.5 \times 10^7", "0.015 billion"],
+        ["5 bn", "5 billion"],
         ["5 thousand", "5000", "5,000", r"5\text{ thousand}"],
         ["2 dozen", "24", r"2\text{ dozen}", "2 dozen eggs"],
         [r"\$2.5 million", "2.5 million dollars", "2,500,000 dollars", "2500000"],
@@ -282,7 +283,8 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"15\text{ million}", "15"), ("5 thousand", "5"), ("2 dozen", "2"), ("3 billion", "3 million"),
         ("2 hundred", "2"), ("4 dozen", "4 hundred"), ("1 million", "1"), ("2 thirds", "2"), ("3 tenths", "3"),
         ("5 million people", "5 people"), (r"\$2 million", r"\$2"), ("1.5 trillion", "1.5"), ("5 squared", "5"),
-        ("2 cubed", "2"), ("4 factorial", "4"), ("15 million", "15 billion"), ("3 lakh", "3"), ("2 halves", "2"),
+        ("2 cubed", "2"), ("4 factorial", "4"), ("15 million", "15 billion"), ("3 lakh", "3"),
+        ("5 bn", "5"), ("10 mil", "10"), ("5 mn", "5 bn"), ("2 halves", "2"),
     ],
     "dates": [
         ("2024-01-02", "2024-02-01"), ("1/2/2020", "2/4/2020"), ("2024-01-02", "2021"), ("3/4/2021", "6/8/2021"),
@@ -301,6 +303,9 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"(\frac{1}{2004!},1)", r"(\frac{1}{2006!},1)"), (r"e^{-40}", r"e^{-41}"), (r"\ln(1+10^{-14})", "0"),
         (r"\{\frac{1}{400!},2\}", r"\{\frac{1}{401!},2\}"), (r"10^{-14}\sin x", r"10^{-15}\sin x"),
         (r"\frac{1}{2^{5000}}", r"\frac{1}{2^{5001}}"), (r"1+\frac{1}{2004!}", "1"),
+    ],
+    "marks": [
+        ("5'", '5"'), ("5'", "5"), ('5"', "5"), ("a'", "a"), ("f'", "f"), ("5'3\"", "5"), ("x'", "x''"), ('"A', "B"),
     ],
     "units of physics": [
         ("500 N", "500 J"), ("12 V", "12 W"), (r"25^\circ C", r"25^\circ F"), ("20 J", "20 kJ"), ("5 m", "5 K"),
