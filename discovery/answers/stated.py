@@ -18,6 +18,8 @@ MOST_STATED: Final = 8
 """Statements of each kind that are tried, the last ones of a text."""
 LONGEST_LINE: Final = 600
 """Characters at a text's end in which a conclusion is looked for."""
+SHORT: Final = 3
+"""Words of a clause that may be an answer though it has no digit."""
 YES_NO: Final = ("yes", "no", "true", "false")
 VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
 """Sorts of answers that are votes wherever they are found; words may be prose."""
@@ -33,10 +35,12 @@ _CHOICE = re.compile(
 )
 _WORD = re.compile(rf"{_LEAD}(?i:(yes|no|true|false))\b")
 _HASHES = re.compile(r"(?m)^####\s?(\S[^\n]{0,80})$")
-_CLAUSE = re.compile(r"[^\n]{1,300}?(?=</answer>|[.!?;](?:[\s\"'*)\]$_]|$)|\n|$)", re.MULTILINE)
+_CLAUSE = re.compile(
+    r"[^\n]{1,300}?(?=</answer>|(?<!\.)\.(?:[\s\"'*)\]$_]|$)|!(?:\s+[A-Z]|[\"'*_]|$)|;(?!\s*[-\d])|\n|$)", re.MULTILINE
+)
 _FOLLOWED = re.compile(
-    r",\s+(?=[a-z])|\s+(?:because|since|as|so|which|where|for|"
-    r"(?:and\s)?not|rather\sthan|instead\sof)(?![a-zA-Z])|\s+\(|\s+[—–]\s|\s+-\s(?=[a-zA-Z]{3})"
+    r",\s+(?!or\b|and\b)(?=[a-z])|\s+(?:because|since|as|so|which|where|for|"
+    r"(?:and\s)?not|rather\sthan|instead\sof)(?![a-zA-Z])|\s+\((?!or\b|and\b)|\s+[—–]\s|\s+-\s(?=[a-zA-Z]{3})"
 )
 """What may follow an answer in its clause."""
 _TRAILING = re.compile(r"\s(?:in\stotal|in\sall|altogether|total|left|remaining|overall)\s*$")
@@ -89,14 +93,14 @@ def stated_choice(text: str) -> Stated | None:
 
 
 def _led(text: str) -> tuple[Stated | None, bool]:
-    """The answer after the last lead that a digit or formula follows, and whether what follows could not be read."""
+    """The answer after the last lead that an answer may follow, and whether what follows could not be read."""
     leads = deque(_LEADS.finditer(text), maxlen=MOST_STATED)
     for lead in reversed(leads):
         clause = _CLAUSE.match(text, lead.end())
         if clause is None:
             continue
         answer = _whole(clause[0], lead.end())
-        if answer is not None or any(char.isdigit() for char in clause[0]):
+        if answer is not None or any(char.isdigit() for char in clause[0]) or len(clause[0].split()) <= SHORT:
             return answer, answer is None
     return None, False
 
