@@ -34,6 +34,7 @@ def count(
     kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for kind, tokens in kinds.items():
         metrics.tokens.labels(*by_dial, kind).inc(tokens)
+    metrics.unseen.labels(model).inc(environment.meter.most_unseen)
     metrics.branches.labels(*by_dial).inc(len(environment.branches))
     metrics.rounds.labels(*by_dial).inc(state.rounds)
     metrics.chain_lengths.take(model, plan.limits.interval, environment.branches)

@@ -136,6 +136,7 @@ class Call:
     priority: int = 0  # larger is later, where the server schedules by priority
     salt: str | None = None  # of the part of the prefix cache it may use
     suffix_tokens: int = 0  # of its prompts, that are of our own making
+    stream_interval: int = STREAM_INTERVAL  # tokens of an output that come together
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
@@ -153,6 +154,12 @@ class Call:
     def brought(self) -> int:
         """Tokens, and ends of completions, that it has brought so far."""
         return self.generated + sum(output.finish is not None for output in self.outputs)
+
+    @property
+    def most_unseen(self) -> int:
+        """The most tokens that can have been generated and not arrived, if it is cut now."""
+        running = (output for output in self.outputs if output.finish is None)
+        return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
 
     @property
     def generated(self) -> int:
@@ -370,7 +377,7 @@ class Engine:
             "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "stream_interval": STREAM_INTERVAL,
+            "stream_interval": call.stream_interval,
             **({"priority": call.priority} if call.priority and self._takes_priority else {}),
             **({"cache_salt": call.salt} if call.salt else {}),
         }

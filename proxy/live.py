@@ -16,10 +16,15 @@ from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
 from discovery.answers import AUTO, VOTES_ALONE, Answer, Kind, Labels
 from proxy import probing, votability
 from proxy.detokeniser import CallDecoder, Detokeniser
-from proxy.engine import Call, Engine, Output
+from proxy.engine import STREAM_INTERVAL, Call, Engine, Output
+from proxy.errors import UpstreamError
 from proxy.grading import Grader, InlineGrader
 from proxy.stop_strings import StopStrings
 
+OPEN_STREAM_INTERVAL: Final = 8
+"""Tokens that come together while it is open whether the task can be voted on, at most."""
+PIECES: Final = 4
+"""Pieces in which the tokens of a short call come, at least."""
 UNASKED: Final = 2
 """Branches that may be opened before it is known that the task can be voted on."""
 
@@ -88,6 +93,7 @@ class Meter:
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens of our own making: what probes append
     aborted_tokens: int = 0  # generated in requests that were cut, as far as seen
+    most_unseen: int = 0  # generated in those and not seen, at most; they are not billed
     sent_bytes: int = 0  # of the bodies of its requests, about
 
     @property
@@ -264,16 +270,29 @@ class LiveEnvironment:
         meter.first = meter.first or call
         meter.sent_bytes += call.size
         call.priority, call.salt = self.priority, self.prompt.salt
+        call.stream_interval = self._stream_interval(call.max_tokens)
         try:
             if call.suffix_tokens and self.prompt.template in probing.TEMPLATES.values():  # these end in plain text
                 await self.engine.generate(self.prompt.model, call)
             else:
                 async with self._decoder.over(call, self._detokeniser):
                     await self.engine.generate(self.prompt.model, call)
-        except BaseException:
+        except BaseException as error:
             meter.aborted_tokens += call.generated
+            if call.generated or not isinstance(error, UpstreamError):  # else it was not even begun
+                meter.most_unseen += call.most_unseen
             raise
         meter.add(call)
+
+    def _stream_interval(self, most: int) -> int:
+        """Tokens that are to come together, in a call for up to `most` a branch.
+
+        What has not come when a call is cut is not billed. Calls are often cut while it is open whether the task can be
+        voted on, and short ones would be cut before anything but their first token has come.
+        """
+        if not self.votable_for_sure:
+            return max(1, min(OPEN_STREAM_INTERVAL, most // PIECES))
+        return STREAM_INTERVAL if most >= STREAM_INTERVAL else max(1, most // PIECES)
 
     @property
     def _detokeniser(self) -> Detokeniser:

@@ -211,6 +211,12 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.unseen = Counter(
+            "autotts_unseen_tokens",
+            "Most tokens that requests which were cut can have generated unseen; nobody is billed for them.",
+            ("model",),
+            registry=self.registry,
+        )
         self.recording_tokens = Counter(
             "autotts_recording_tokens",
             "Tokens spent on running episodes to their ends after their answers.",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
 
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy import chat, schema
 from proxy.casting import Casting
 from proxy.dial import Dial, Source
-from proxy.engine import Engine
+from proxy.engine import STREAM_INTERVAL, Engine
+from proxy.live import OPEN_STREAM_INTERVAL, PIECES
 from proxy.metrics import Metrics
-from proxy.settings import load
+from proxy.server import running
+from proxy.settings import EMBEDDED, load
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
 
@@ -190,3 +197,47 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     beside = len(plan.prompt.template.longest_closing) + plan.closing.free + asked * plan.limits.probe_tokens
     assert plan.limits.max_tokens + beside + (plan.sizes.ahead or 0) == cap
     assert (plan.sizes.ahead is None) == (asked == 1)
+
+
+async def test_what_is_cut_is_billed_but_for_a_few_tokens_a_branch(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain(POEM + "x" * i, ("7",)) for i in range(64)]
+    _, headers, _ = await proxy.ask("0.3", tts={"controller": "cmc"})
+    assert headers["x-tts-stop"] == "not_votable"
+    assert max(request["stream_interval"] for request in proxy.backend.requests) <= OPEN_STREAM_INTERVAL
+    unseen = await proxy.metric("autotts_unseen_tokens_total")
+    assert 0 <= unseen <= OPEN_STREAM_INTERVAL * proxy.backend.most_branches
+
+
+async def test_short_calls_come_in_pieces_and_long_ones_in_few(proxy: Proxy) -> None:
+    await proxy.ask("0.3", tts={"controller": "cmc", "answer": "boxed"}, max_tokens=200)
+    short = {r["stream_interval"] for r in proxy.backend.requests if r["max_tokens"] == INTERVAL}
+    assert short == {INTERVAL // PIECES}
+    proxy.backend.requests.clear()
+    await proxy.ask("0.3", tts={"controller": "self_consistency", "answer": "boxed"})
+    assert proxy.backend.requests[0]["stream_interval"] == STREAM_INTERVAL
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("controller", ["cmc", "self_consistency"])
+async def test_what_vllm_generated_and_nobody_saw_is_within_what_the_metric_says(vllm: str, controller: str) -> None:
+    async with running(load(upstream=vllm, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
+
+        async def metric(server: str, name: str) -> float:
+            async with http.get(f"{server}/metrics") as response:
+                families = text_string_to_metric_families(await response.text())
+            return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+        before = await metric(vllm, "vllm:generation_tokens_total")
+        body = {
+            "messages": [{"role": "user", "content": held_back(1)[0].question}],
+            "tts": {"beta": 0.3, "controller": controller, "deadline_s": 0.4},
+        }
+        async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+            reply = await response.json()
+        assert reply["tts"]["stop"] in ("deadline", "answered")
+        async with asyncio.timeout(10):
+            while await metric(vllm, "vllm:num_requests_running"):
+                pass
+        generated = await metric(vllm, "vllm:generation_tokens_total") - before
+        billed = reply["usage"]["completion_tokens"]
+        assert billed <= generated <= billed + await metric(url, "autotts_unseen_tokens_total")
