@@ -16,6 +16,8 @@ from discovery.answers.units import split_unit
 
 MOST_PARTS: Final = 256
 """Different parts of one answer that are read."""
+SCORES: Final = 100
+"""Numbers from which on `a - b` is no score."""
 DEEPEST: Final = 24
 """Levels at which parts of an answer stand within each other."""
 
@@ -149,7 +151,7 @@ class Reading:
 
     def value(self, text: str) -> Form:
         """What stands behind an equals sign, where `5-3` is a difference and no range."""
-        found = self.expression(text) if _RANGE.fullmatch(text) else None
+        found = self.expression(text) if _is_range(text) else None
         return self.form(text) if found is None else found
 
     def union(self, text: str) -> Form | None:
@@ -248,8 +250,8 @@ class Reading:
         if len(exactly) > 1 and exactly[0].strip():
             return self.form(exactly[0].strip())
         body, unit = split_unit(text)
-        if (match := _RANGE.fullmatch(body.strip())) is not None:
-            return replace(_range(match[0]), unit=unit)
+        if _is_range(body.strip()):
+            return replace(_range(body.strip()), unit=unit)
         if unit or body != text:
             found = self.expression(body.strip())
             if found is not None:
@@ -305,6 +307,18 @@ def _literal(text: str) -> Form | None:
             numeral = f"{match['digits'].lstrip('0') or '0'}_{base}"
             return Form(numeral, Sort.EXPRESSION, shape="base")
     return None
+
+
+def _is_range(text: str) -> bool:
+    """Whether `5-10` is a range or a score.
+
+    `1911 - 648`, with spaces and falling from a large number, is a difference that was not worked out.
+    """
+    if _RANGE.fullmatch(text) is None:
+        return False
+    terms = text.split(" - ") if "-" not in text.replace(" - ", "") and " to " not in text else []
+    parts = [float(re.sub(r"[^\d.]", "", term)) for term in terms]
+    return len(parts) < 2 or parts[0] < SCORES or parts[0] <= parts[1]
 
 
 def _range(text: str) -> Form:
