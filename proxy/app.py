@@ -29,7 +29,6 @@ from discovery.errors import DiscoveryError, TraceError
 from discovery.explain import explain
 from discovery.store import About, Episode
 from proxy import (
-    bodies,
     chat,
     dial,
     drain,
@@ -49,6 +48,7 @@ from proxy import (
 from proxy.access import Timing
 from proxy.batch import Batch, together
 from proxy.berths import Berths
+from proxy.bodies import Bodies
 from proxy.bounds import Bound
 from proxy.callers import Access, Caller, Callers
 from proxy.casting import Casting
@@ -105,6 +105,7 @@ class Service:
         engine.on_event = self._hear_of_upstream
         self.callers = callers
         self.guard = PageGuard(settings)
+        self.bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
         if (keyring := callers.keyring) is not None:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
         self.turns = Turns(settings, self.metrics)
@@ -156,7 +157,7 @@ class Service:
         return await self._complete(wire.RESPONSES, request)
 
     async def _complete(self, form: wire.Form, request: Request) -> Response:
-        raw = await bodies.read(request, self.settings.max_body_bytes)
+        raw = await self.bodies.read(request)
         parsed = schema.parse(form.made, raw)
         caller: Caller = request.state.caller
         is_recording = is_admin_only(parsed.tts.controller or "")
@@ -372,7 +373,7 @@ class Service:
 
     async def hear(self, request: Request) -> Response:
         """Take what a client says of an answer. Raises BadRequest, NotFound, TooMany or RecordsAway."""
-        said = schema.parse_feedback(await bodies.read(request, self.settings.max_body_bytes))
+        said = schema.parse_feedback(await self.bodies.read(request))
         caller: Caller = request.state.caller
         own = self.recent.resolve(caller.tenant, said.request, is_admin=caller.is_admin)
         said = said.model_copy(update={"request": own})
@@ -387,7 +388,7 @@ class Service:
 
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
-        raw = await bodies.read(request, self.settings.max_body_bytes)
+        raw = await self.bodies.read(request)
         asked = strict.read(raw)
         field_values.check(asked)
         drop = fields.withheld(asked, is_admin=request.state.caller.is_admin)

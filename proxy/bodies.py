@@ -6,16 +6,21 @@ import asyncio
 import codecs
 import io
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Final
 
 import zstandard
 from starlette.requests import ClientDisconnect, Request
 
-from proxy.errors import BadRequest, TooLarge, UnsupportedMedia
+from proxy.callers import Caller
+from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
 from proxy.stream import ClientGone
 
+SMALL: Final = 64 * 2**10
+"""Bytes of a body that is read however many others are held."""
 MOST_WINDOW: Final = 8 * 2**20
 """Bytes of memory that a zstd frame may ask for, as RFC 9659 has it for HTTP."""
 MOST_MEMBERS: Final = 16
@@ -23,20 +28,71 @@ MOST_MEMBERS: Final = 16
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
-async def read(request: Request, most: int) -> bytes:
-    """Return the body of a request, decoded. Raises TooLarge, UnsupportedMedia, BadRequest or ClientGone."""
-    body = bytearray()
-    try:
-        async for data in request.stream():
-            body += data
-            if len(body) > most:
-                raise TooLarge(f"the body is larger than {most} bytes", code="body_too_large")
-    except ClientDisconnect:
-        raise ClientGone from None
-    raw = bytes(body)
-    if encoding := request.headers.get("content-encoding", "").strip().lower():
-        raw = await _decoded(raw, encoding, most)
-    return raw.removeprefix(codecs.BOM_UTF8)
+class Bodies:
+    """Reads the bodies of requests, within a bound on all that are held at the same time.
+
+    Small bodies are always read, and so is one that is alone. A key may use half of the bound, so that one client
+    cannot keep others from sending.
+    """
+
+    def __init__(self, most: int, most_together: int) -> None:
+        self.held = 0  # bytes of bodies that are not small
+        self._most = most
+        self._most_together = most_together
+        self._by_holder: Counter[str] = Counter()
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body of a request, decoded; it counts as held until the request is over.
+
+        Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientGone.
+        """
+        body = bytearray()
+        hold = self._holding(request)
+        try:
+            async for data in request.stream():
+                body += data
+                if len(body) > self._most:
+                    raise TooLarge(f"the body is larger than {self._most} bytes", code="body_too_large")
+                if len(body) > SMALL:
+                    hold(len(body))
+        except ClientDisconnect:
+            raise ClientGone from None
+        raw = bytes(body)
+        if encoding := request.headers.get("content-encoding", "").strip().lower():
+            raw = await _decoded(raw, encoding, self._most)
+            if len(raw) > SMALL:
+                hold(len(raw))
+        return raw.removeprefix(codecs.BOM_UTF8)
+
+    def _holding(self, request: Request) -> Callable[[int], None]:
+        """Return what sets aside room for so many bytes of a request's body until the request is over."""
+        caller: Caller = request.state.caller
+        stack: ExitStack = request.state.held
+        share = self._most_together // (2 if caller.key else 1)
+        taken = 0
+
+        def hold(size: int) -> None:
+            nonlocal taken
+            more = size - taken
+            if more <= 0:
+                return
+            own = self._by_holder[caller.holder]
+            is_over = own > taken and own + more > share
+            if is_over or (self.held > taken and self.held + more > self._most_together):
+                raise TooMany("too many large requests are being read; ask again later", after="1", code="bodies_full")
+            if not taken:
+                stack.callback(release)
+            taken = size
+            self.held += more
+            self._by_holder[caller.holder] += more
+
+        def release() -> None:
+            self.held -= taken
+            self._by_holder[caller.holder] -= taken
+            if not self._by_holder[caller.holder]:
+                del self._by_holder[caller.holder]
+
+        return hold
 
 
 async def _decoded(raw: bytes, encoding: str, most: int) -> bytes:

@@ -220,6 +220,12 @@ class Settings(BaseSettings):
         description="bytes one request may send upstream over all its branches, whose texts go along with each "
         "interval; then it is answered with what there is",
     )
+    max_bodies_bytes: int = Field(
+        512 * 2**20,
+        ge=2**20,
+        description="bytes of request bodies above 64 KiB held at the same time, of which one key may use half; what "
+        "comes beyond is refused",
+    )
     head_s: Seconds = Field(10, description="seconds the head of a request may take to arrive")
     body_s: Seconds = Field(300, description="seconds the body of a request may take to arrive")
     body_rate: int = Field(

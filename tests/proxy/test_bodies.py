@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import gzip
+import io
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import pytest
 import pytest_asyncio
 import zstandard
+from starlette.requests import Request
 
 from proxy import bodies
+from proxy.callers import Caller
+from proxy.errors import TooMany
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, RawUpstream
@@ -48,7 +55,7 @@ async def send(url: str, raw: bytes, encoding: str | None, path: str = "chat/com
     headers = {"content-type": "application/json"} | ({} if encoding is None else {"content-encoding": encoding})
     async with (
         aiohttp.ClientSession() as http,
-        http.post(f"{url}/v1/{path}", data=raw, headers=headers) as response,
+        http.post(f"{url}/v1/{path}", data=io.BytesIO(raw), headers=headers) as response,
     ):
         return response.status, await response.json(content_type=None)
 
@@ -129,3 +136,71 @@ def test_a_frame_may_not_ask_for_much_memory() -> None:
     made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     with pytest.raises(zstandard.ZstdError, match="too much memory"):
         bodies._unzstd(made.compress(b"a") + made.flush(), MOST)
+
+
+# What is held together
+
+LARGE = 300_000
+
+
+class Sending:
+    """A request whose body comes in pieces, each when it is told to go on."""
+
+    def __init__(self, key: str, size: int) -> None:
+        self.headers: dict[str, str] = {}
+        self.held = ExitStack()
+        self.state = SimpleNamespace(caller=Caller(key, False, key), held=self.held)
+        self.go = asyncio.Event()
+        self._size = size
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield b" " * self._size
+        await self.go.wait()
+        yield b" "
+
+
+async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> None:
+    reader = bodies.Bodies(2**20, 4 * LARGE)
+
+    async def begin(key: str, size: int) -> tuple[Sending, asyncio.Task[bytes]]:
+        sending = Sending(key, size)
+        reading = asyncio.create_task(reader.read(cast(Request, sending)))
+        await asyncio.sleep(0)
+        return sending, reading
+
+    async def refused(key: str) -> bool:
+        sending, reading = await begin(key, LARGE)
+        with sending.held, pytest.raises(TooMany) as caught:
+            await reading
+        return caught.value.code == "bodies_full"
+
+    first, reading = await begin("a", LARGE)
+    second = await begin("a", LARGE - 1)
+    assert reader.held == 2 * LARGE - 1
+    assert await refused("a")  # a key has half
+    small, reading_small = await begin("a", bodies.SMALL - 1)
+    small.go.set()
+    assert len(await reading_small) == bodies.SMALL
+    others = [await begin(key, LARGE) for key in ("b", "c")]
+    assert await refused("d")  # all together have all of it
+    first.go.set()
+    assert len(await reading) == LARGE + 1
+    assert await refused("d")  # it is held until its request is over
+    first.held.close()
+    others.append(await begin("d", LARGE))
+    for sending, task in (second, *others):
+        sending.go.set()
+        await task
+        sending.held.close()
+    assert reader.held == 0
+    assert not reader._by_holder
+
+
+async def test_a_body_alone_is_read_whatever_the_bound() -> None:
+    reader = bodies.Bodies(2**20, LARGE)
+    for _ in range(2):
+        sending = Sending("a", LARGE)
+        sending.go.set()
+        with sending.held:
+            assert len(await reader.read(cast(Request, sending))) == LARGE + 1
+    assert reader.held == 0
