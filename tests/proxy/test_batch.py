@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from discovery.store import Store
 from proxy.batch import together
 from proxy.errors import UpstreamTimeout
 from proxy.server import running
 from proxy.settings import load
-from tests.fakes import ASSISTANT, MODEL, FakeVLLM
-from tests.proxy.conftest import SMALL, Proxy
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 
 PROMPTS = [f"first{ASSISTANT}", f"second one{ASSISTANT}", f"3{ASSISTANT}"]
 BETA = {"beta": 0.5, "controller": "asc@4"}
+
+
+@pytest_asyncio.fixture
+async def backend() -> AsyncIterator[FakeVLLM]:
+    """Chains that all say 7: which of them a prompt gets depends on who asks first."""
+    chains = [chain("7", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
+    async with FakeVLLM(chains, INTERVAL).serve() as fake:
+        yield fake
 
 
 async def post(proxy: Proxy, **fields: Any) -> tuple[int, Any, Any]:
