@@ -58,10 +58,11 @@ class Timing:
 
 
 def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """What a client calls its request: printable ASCII of 128 bytes at most. Empty if it says nothing, or more."""
+    """What a client calls its request: printable ASCII of 128 bytes at most, from the first header that has such a
+    value. Empty if none has."""
     given = dict(reversed([*headers]))
-    named = next((given[name] for name in CLIENT_IDS if name in given), b"")
-    return named if _CLIENT_ID.fullmatch(named) else b""
+    named = (given[name] for name in CLIENT_IDS if name in given)
+    return next((value for value in named if _CLIENT_ID.fullmatch(value)), b"")
 
 
 class _Passage:

@@ -719,12 +719,17 @@ async def _tell_http(request: Request, error: Exception) -> Response:
 
 
 def _meant(path: str) -> str | None:
-    """Return the path of an endpoint that a client asks for under a wrong base URL: without /v1, or with it twice."""
+    """Return the path of an endpoint that a client asks for under a wrong base URL: without /v1, with it twice, or
+    with the path of another server before it (`/openai/deployments/NAME/chat/completions`)."""
     with_version = f"/v1/{path.strip('/')}"
     while with_version.startswith("/v1/v1/"):
         with_version = with_version.removeprefix("/v1")
-    is_there = any(with_version == route.path for route in ROUTES) or with_version.startswith("/v1/models/")
-    return with_version if is_there and with_version != path else None
+    if with_version.startswith("/v1/models/") and with_version != path:
+        return with_version
+    served = [route.path for route in ROUTES if route.path.startswith("/v1/")]
+    ends = [known for known in served if with_version.endswith(known.removeprefix("/v1"))]
+    meant = max(ends, key=len, default=path)
+    return None if meant == path else meant
 
 
 async def _tell_nobody(_: Request, __: Exception) -> Response:

@@ -132,7 +132,9 @@ async def _finish(plan: Plan, environment: LiveEnvironment, index: int, state: S
     if branch.finish is None:
         return await _close(plan, environment, index, state)
     message = await _message(environment, branch)
-    return message, state.answer is None or await _says(environment, message.content, state.answer)
+    if state.answer is None or (branch.is_cut and branch.label == state.answer):  # cut, perhaps within its answer
+        return message, True
+    return message, await _says(environment, message.content, state.answer)
 
 
 def _as_it_is(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:

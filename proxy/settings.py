@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, get_args
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from controllers.errors import ControllersError
@@ -407,9 +408,17 @@ def _check_spill(settings: Settings) -> None:
 
 def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
     return "; ".join(
-        _told(tuple(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"], sources)
-        for e in error.errors(include_url=False)
+        _told(tuple(map(str, e["loc"])), _problem(e), e["input"], sources) for e in error.errors(include_url=False)
     )
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong with a value; of one that has not the form it needs, which form that is."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    field = Settings.model_fields.get(name)
+    if error["type"] == "string_pattern_mismatch" and field is not None and field.description:
+        return f"it must be: {field.description}"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _told(place: tuple[str, ...], words: str, value: object, sources: Mapping[str, str]) -> str:

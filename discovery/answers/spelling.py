@@ -41,7 +41,12 @@ _NAMED = re.compile(r"\\([a-zA-Z]+)\s*(\.(?=\s*$)|)")
 _SPACING = re.compile(r"(?<!\\)\\[;:! \n]|\\[hv]space\*?\{[^{}]*\}|(?<!\\)~")
 _THIN = re.compile(r"(?<=\d)(?:,?\\[,! ]|\{,\}|\\,\{\})\s*(?=\d{3}(?!\d))")
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
-_UNEQUAL = re.compile(r"(?<=\s)!=")
+_COMBINATIONS = re.compile(
+    r"(?:\{\s*\}\s*|(?<![\w)}\]]))\^\s*(?:\{\s*(\d+)\s*\}|(\d))\s*C_\s*(?:\{\s*(\d+)\s*\}|(\d))(?!\d)"
+)
+_UNEQUAL = re.compile(r"(?<=\s)!=|\\not\s*=")
+_MICRO = re.compile(r"(?<=\d)\s*[µμ](?=[gms](?![a-zA-Z]))")
+_MICRO_NAMED = re.compile(r"(?<=\d)(?:\s|\\[,; ])*\\mu\s*\\(?:text|mathrm)\s*\{\s*([gms])\s*\}")
 _TIMES_TEN = re.compile(r"(?<=[0-9.}])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _TO_THE = re.compile(r"(?<=[0-9a-zA-Z)}])\*\*(?=[0-9({-])")
 _REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
@@ -65,7 +70,9 @@ def tidy(text: str) -> str:
         text = _from_unicode(text)
     text = _joined(text)
     text = _THIN.sub("", text)
+    text = _COMBINATIONS.sub(r"\\binom{\1\2}{\3\4}", text)
     if "\\" in text or "~" in text:
+        text = _MICRO_NAMED.sub(r" u\1", text)
         text = _SPACING.sub(" ", text).replace("\\,", " ")
         text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
         text = _REPEATING.sub(_repeating, text)
@@ -123,6 +130,7 @@ def pieces(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def _from_unicode(text: str) -> str:
+    text = _MICRO.sub(" u", text)
     text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _VULGAR.sub(lambda match: _vulgar(match[0]), text)
     text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}", text)

@@ -44,7 +44,10 @@ _FOLLOWED = re.compile(
 )
 """What may follow an answer in its clause."""
 _TRAILING = re.compile(r"\s(?:in\stotal|in\sall|altogether|total|left|remaining|overall)\s*$")
-_MARKUP = re.compile(r"\\[()\[\]]|[*_`]{2,3}(?=\S)|(?<=\S)[*_`]{2,3}|^[*_`]|[*_`]$")
+_MARKUP = re.compile(r"\\[()\[\]]|(?<![0-9a-zA-Z)}])[*_`]{2,3}(?=\S)|(?<=\S)[*_`]{2,3}(?![0-9a-zA-Z(])|^[*_`]|[*_`]$")
+"""Markdown around an answer or a part of it; `2**5` is a power."""
+_NUMERAL = re.compile(r"[\d¼-¾⅐-⅞]")
+_SHOWN = re.compile(r"[\d¼-¾⅐-⅞$\\√π]")
 _OPERATION = re.compile(
     r"[\d)}%]\s{0,3}(?:[a-z]{1,20}\s{0,3}){0,3}[-+*/×÷^·−]|\d\s?[xX]\s?\d|\\(?:times|cdot|div|frac)(?![a-zA-Z])"
 )
@@ -100,7 +103,7 @@ def _led(text: str) -> tuple[Stated | None, bool]:
         if clause is None:
             continue
         answer = _whole(clause[0], lead.end())
-        if answer is not None or any(char.isdigit() for char in clause[0]) or len(clause[0].split()) <= SHORT:
+        if answer is not None or _NUMERAL.search(clause[0]) or len(clause[0].split()) <= SHORT:
             return answer, answer is None
     return None, False
 
@@ -108,7 +111,7 @@ def _led(text: str) -> tuple[Stated | None, bool]:
 def _whole(clause: str, begin: int) -> Stated | None:
     """The answer that a clause is, or is up to what may follow an answer."""
     for candidate in _candidates(clause):
-        if not any(char.isdigit() or char in "$\\√π" for char in candidate):
+        if not _SHOWN.search(candidate):
             continue
         form = canonical(_plain(candidate))
         if form is not None and form.sort in VOTES_ALONE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Final
 
@@ -39,6 +40,16 @@ _EITHER = re.compile(r"\\pm(?![a-z])")
 _UNION = re.compile(r"\\cup(?![a-z])")
 _LISTED = re.compile(r"\s*[,;]\s*(?:and|or)(?![a-zA-Z])|\s+(?:and|or)\s+|\s*;\s*|\s*,(?!\d{3}(?!\d))\s*|(?<!\d),")
 _OR = re.compile(r"\s*,?\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*")
+_OPEN_ENDED = re.compile(
+    r"(?<![a-zA-Z])or\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over|under|later|earlier|so)\b"
+)
+"""What makes a bound, or a rough guess, of the number before it."""
+_WITHOUT = re.compile(
+    r"(?:\\mathbb\s*(?:\{\s*R\s*\}|R)|\(\s*-\s*\\infty\s*,\s*\\infty\s*\))\s*"
+    r"(?:\\setminus(?![a-z])|\\backslash(?![a-z])|-)\s*\\\{(?P<points>.*)\\\}",
+    re.DOTALL,
+)
+"""The real numbers but for some."""
 _AND = re.compile(r"(?<![a-zA-Z])and(?![a-zA-Z])")
 _COMMA = re.compile(r"[,;]")
 _ROW = re.compile(r"\\\\")
@@ -64,7 +75,7 @@ _BASES: Final = MappingProxyType(
     }
 )
 _BASED = re.compile(
-    r"(?P<open>\()?(?P<digits>[0-9][0-9A-F]*)(?(open)\))"
+    r"(?P<open>\()?(?P<digits>[0-9][0-9A-F]*|[A-F][0-9A-F]+(?=[^0-9A-F].*16|.*sixteen))(?(open)\))"
     rf"(?:_\s*\{{?\s*\(?|\s*\(?\s*base\s*)(?P<base>[0-9]+|{'|'.join(_BASES)})\s*\)?\s*\}}?"
 )
 _PROSE = re.compile(r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+[a-zA-Z]|[a-zA-Z]\s+[a-zA-Z]{2,}")
@@ -127,7 +138,7 @@ class Reading:
             return found
         if (matrix := _MATRIX.fullmatch(text)) is not None:
             return self.matrix(matrix["body"], ("|", "|") if matrix[1] in ("vmatrix", "Vmatrix") else ROW)
-        for make in (self.union, self.listed, self.bracketed, self.compared, self.either_sign):
+        for make in (self.without, self.union, self.listed, self.bracketed, self.compared, self.either_sign):
             if (collection := make(text)) is not None:
                 return collection
         return self.single(text)
@@ -154,6 +165,19 @@ class Reading:
         found = self.expression(text) if _is_range(text) else None
         return self.form(text) if found is None else found
 
+    def without(self, text: str) -> Form | None:
+        r"""`\mathbb{R}\setminus\{2\}` is a union of intervals."""
+        match = _WITHOUT.fullmatch(text)
+        points = [] if match is None else [part.strip() for part in pieces(match["points"], _COMMA)]
+        if not points or not all(points):
+            return None
+        known = {form.text: form for form in map(self.form, points)}
+        places = {text: form.values[0] for text, form in known.items() if form.exact and form.values}
+        if len(places) < len(known) or any(place is None or place.imag for place in places.values()):
+            return None
+        bounds = ["-\\infty", *sorted(known, key=lambda text: getattr(places[text], "real", 0.0)), "\\infty"]
+        return self.form("\\cup".join(f"({low},{high})" for low, high in pairwise(bounds)))
+
     def union(self, text: str) -> Form | None:
         parts = pieces(text, _UNION)
         return _unordered([self.form(part.strip()) for part in parts], "\\cup ") if len(parts) > 1 else None
@@ -161,7 +185,7 @@ class Reading:
     def listed(self, text: str) -> Form | None:
         """Answers side by side: all of them, in any order; `x=1, y=2` by their names."""
         parts = [part.strip() for part in pieces(text, _LISTED)]
-        if len(parts) < 2 or not all(parts):
+        if len(parts) < 2 or not all(parts) or _OPEN_ENDED.search(text):
             return None
         forms = [self.form(part) for part in parts]
         if any(form.sort in (Sort.WORDS, Sort.OTHER) and " " in part for form, part in zip(forms, parts, strict=True)):

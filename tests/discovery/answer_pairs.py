@@ -148,6 +148,7 @@ SAME: dict[str, list[list[str]]] = {
     "numerals": [
         ["2516_8", "2516_{8}", "(2516)_8", r"2516_{\text{eight}}", "2516 base 8", r"2516_{(8)}", "02516_8"],
         ["1011_2", r"1011_{2}", r"1011_{\text{two}}", "(1011)_{2}"],
+        ["AB_{16}", "AB base 16", "(AB)_{16}", r"AB_{\text{sixteen}}"],
         ["1A3_{16}", "(1A3)_{16}", "1A3_{16}"],
     ],
     "arrays": [
@@ -165,7 +166,7 @@ SAME: dict[str, list[list[str]]] = {
         ["3x+y=7", "y=7-3x"],
     ],
     "relations": [
-        ["x != 3", r"x\neq 3", "x ≠ 3", r"x \ne 3"],
+        ["x != 3", r"x\neq 3", "x ≠ 3", r"x \ne 3", r"x\not=3", r"x \not= 3"],
         ["x<1", "-x>-1", r"(-\infty,1)", "1>x"],
         ["2x>6", "x>3", r"(3,\infty)", "6<2x", "-3x+1<-8"],
         [r"0\le 2x<6", r"[0,3)", r"-3<-x\le 0", r"1\le 2x+1<7"],
@@ -179,6 +180,7 @@ SAME: dict[str, list[list[str]]] = {
     "choose": [
         [r"{5\choose2}", "10", r"\binom{5}{2}", r"{5 \choose 2}"],
         [r"2{4\choose 2}", "12"],
+        [r"{}^{7}C_{2}", "21", r"{}^7C_2", r"\binom72"],
     ],
     "repeating decimals": [
         [r"0.\overline3", r"\frac13", r"0.\overline{3}", r"0.\dot{3}", r"0.\bar 3"],
@@ -186,6 +188,11 @@ SAME: dict[str, list[list[str]]] = {
         [r"1.\overline{27}", r"\frac{14}{11}"],
         [r"0.\overline{142857}", r"\frac17"],
     ],
+    "reals but for some": [
+        [r"\mathbb{R}\setminus\{2\}", r"(-\infty,2)\cup(2,\infty)", r"(-\infty,\infty)\setminus\{2\}", "x<2 or x>2"],
+        [r"\mathbb{R}\setminus\{1,-2\}", r"\mathbb{R}-\{-2,1\}", r"(-\infty,-2)\cup(-2,1)\cup(1,\infty)"],
+    ],
+    "small units": [["15 µm", "15 micrometers", r"15\ \mu\text{m}", "15 microns"], ["3 µs", "3 microseconds"]],
     "points": [
         ["(2,3)", "(x,y)=(2,3)", r"(x, y) = (2, 3)"],
         [r"\langle1,2,3\rangle", "(1,2,3)", r"\left\langle 1, 2, 3\right\rangle", "⟨1,2,3⟩"],
@@ -324,7 +331,7 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
     ],
     "numerals": [
         ("2516_8", "2516"), ("2516_8", "2516_9"), ("1011_2", "11"), ("1011_2", "1101_2"), ("10_2", "10_3"),
-        ("x_{8}", "8"), ("2516_8", "25168"), ("1358", "2516_8"),
+        ("x_{8}", "8"), ("AB_{12}", "AB_{16}"), ("A_{16}", "A"), ("2516_8", "25168"), ("1358", "2516_8"),
     ],
     "arrays": [
         (r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
@@ -348,7 +355,8 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"\mathbb{N}", r"\mathbb{Q}"), ("ℝ", "R"), ("ℝ", "ℤ"),
     ],
     "options": [("Option B", "Option C"), ("Option B", "A"), (r"\text{Option 2}", "B"), ("Option A or B", "A")],
-    "choose": [(r"{5\choose2}", r"{5\choose3}+1"), (r"{5\choose2}", r"\frac52"), (r"{n\choose2}", r"{n\choose3}")],
+    "choose": [(r"{5\choose2}", r"{5\choose3}+1"), (r"{5\choose2}", r"\frac52"), (r"{n\choose2}", r"{n\choose3}"),
+        (r"{}^7C_2", r"{}^7C_3"), ("2^5C_2", "10"), (r"{}^7C_2", "7")],
     "repeating decimals": [
         (r"0.\overline3", "0.3"), (r"0.\overline{3}", "0.33"), (r"0.1\overline6", r"0.\overline{16}"),
         (r"0.\overline{9}", "0.9"), (r"0.\overline{12}", r"0.1\overline{2}"), (r"\overline{3}", r"\frac13"),
@@ -360,6 +368,14 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
     "powers of ten": [
         ("1.5 x 10^-5", "1.5e5"), ("6.02 x 10^23", "6.02"), ("6.02 x 10^23", "6.02 x 10^22"), ("3 x 10^8", "3x"),
         ("1.5 x 10^-5", "1.5"), ("2 x 10", "2 x 10^2"),
+    ],
+    "reals but for some": [
+        (r"\mathbb{R}\setminus\{2\}", r"\mathbb{R}\setminus\{3\}"), (r"\mathbb{R}\setminus\{2\}", r"\mathbb{R}"),
+        (r"\mathbb{R}\setminus\{2\}", "2"), (r"\mathbb{R}\setminus\{x\}", r"\mathbb{R}\setminus\{y\}"),
+    ],
+    "small units": [("15 µm", "15 mm"), ("15 µs", "15 µm"), ("15 µm", "15 m")],
+    "open ends": [
+        ("2 or more", "2"), ("2 or more", "2 or less"), ("2 or more", "2, 3"), ("5 or so", "5"), ("3 or fewer", "3"),
     ],
     "unfinished": [("3.133...", "3.133"), ("27 + 25 + ...", "52"), ("1011_2", "1011")],
 }  # fmt: skip

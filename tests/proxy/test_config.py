@@ -163,6 +163,8 @@ def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
         (["interval"], 2, "say NAME=VALUE"),
         (["calibration=/nowhere.json"], 2, "/nowhere.json"),
         (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
+        (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may use"),
+        (["load_waiting=4"], 2, "load_waiting: it must be: requests waiting at the upstream"),
     ],
 )
 def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None:

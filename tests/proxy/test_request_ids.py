@@ -85,6 +85,11 @@ def test_the_first_id_counts() -> None:
     assert client_id([(b"x-request-id", b"a" * 128)]) == b"a" * 128
 
 
+@pytest.mark.parametrize("unfit", [b"", b"a" * 129, b"a b"])
+def test_an_id_that_is_unfit_leaves_the_other_header(unfit: bytes) -> None:
+    assert client_id([(b"x-request-id", unfit), (b"x-client-request-id", b"b")]) == b"b"
+
+
 async def test_a_served_request_is_found_by_its_clients_id(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:

@@ -108,8 +108,16 @@ async def test_a_reply_cut_before_its_answer_is_asked_for_it(proxy: Proxy, answe
     assert headers["x-tts-stop"] == "answered"
     assert reply["choices"][0]["message"]["content"] == "We find 3 + 4 "
     assert reply["tts"]["votes"] == {"7": reply["tts"]["branches"]}
+    assert reply["tts"]["agreed"] is True
     assert reply["tts"]["tokens"]["probe"] > 0
     assert reply["tts"]["tokens"]["total"] == sum(v for k, v in reply["tts"]["tokens"].items() if k != "total")
+
+
+async def test_a_reply_cut_within_its_answer_still_agrees_with_its_own_vote(proxy: Proxy) -> None:
+    proxy.backend.chains = [thinking("It is \\boxed{7}", mark=mark) for mark in "abcdefgh"]
+    _, _, reply = await proxy.ask("0.3", stop=["}"], tts={"controller": "self_consistency"})
+    assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7"
+    assert (reply["tts"]["answer"], reply["tts"]["agreed"]) == ("7", True)
 
 
 async def test_a_cap_holds_though_replies_are_asked(proxy: Proxy) -> None:
