@@ -7,6 +7,7 @@ must ask for an answer, or the branch's own text must work towards one or state 
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Final
 
 from discovery.answers import VOTES_ALONE, Answer, Sort
@@ -29,10 +30,13 @@ _PROSE = re.compile(
 )
 _ASKED = re.compile(
     rf"\bhow\s(?:many|much|long|far|old|tall|fast|likely)\b|{_ARITHMETIC}|{_MATHEMATICS}|"
-    r"\bfinal\sanswer\b|\banswer\swith\b|\bwhich\s(?:one\s)?of\sthe(?:se|\sfollowing)\b|\btrue\sor\sfalse\b|"
-    r"^\s{0,9}\(?A[).:]\s(?s:.){1,2000}?^\s{0,9}\(?B[).:]\s|\(A\)(?s:.){1,500}?\(B\)",
-    re.IGNORECASE | re.MULTILINE,
+    r"\bfinal\sanswer\b|\banswer\swith\b|\bwhich\s(?:one\s)?of\sthe(?:se|\sfollowing)\b|\btrue\sor\sfalse\b",
+    re.IGNORECASE,
 )
+_LISTED = re.compile(r"^[^\S\n]{0,9}\(?([AB])[).:]\s", re.IGNORECASE | re.MULTILINE)
+_INLINE = re.compile(r"\(([AB])\)", re.IGNORECASE)
+_OPTIONS: Final = ((_LISTED, 2000), (_INLINE, 500))
+"""Labels of the options A and B, and how many characters the text of option A may have."""
 _TASKED = re.compile(
     r"\b(?:solve|compute|calculate|evaluate|simplify|factor(?:i[sz]e)?|differentiate|integrate|determine|find|count|"
     r"what\s(?:is|are|was|were|will)|what's|express)\b",
@@ -47,7 +51,25 @@ def asks(question: str) -> bool:
     text = question[-LONGEST:]
     if _PROSE.search(text) is not None:
         return False
-    return _ASKED.search(text) is not None or (_TASKED.search(text) is not None and _ABOUT.search(text) is not None)
+    if _ASKED.search(text) is not None or _offers_options(text):
+        return True
+    return _TASKED.search(text) is not None and _ABOUT.search(text) is not None
+
+
+def _offers_options(text: str) -> bool:
+    """Whether an option A with a text is followed by an option B.
+
+    Looks at each label once. A pattern over both labels would read on from every A, which takes seconds where a
+    text has thousands of them.
+    """
+    for label, longest in _OPTIONS:
+        ends: deque[int] = deque(maxlen=2)  # of the last labels A; the text after the very last may be empty
+        for match in label.finditer(text):
+            if match[1] in "Aa":
+                ends.append(match.end())
+            elif any(1 <= match.start() - end <= longest for end in ends):
+                return True
+    return False
 
 
 def works(text: str) -> bool:

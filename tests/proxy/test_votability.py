@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from discovery.answers import Answer, parse_kind, read
@@ -79,3 +81,37 @@ def test_signs_are_looked_for_at_the_end_of_long_texts() -> None:
     assert not works("2 + 2 = 4" + "x" * LONGEST)
     assert works("x" * 10 * LONGEST + "2 + 2 = 4")
     assert not asks("How many?" + "x" * LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("question", "is_asked"),
+    [
+        ("Pick.\n  (a) sun\n\n \tb) moon", True),
+        ("Pick.\nA.\nthe sun\nB.\nthe moon", True),
+        ("Pick.\nA. \nA.\nB. moon", True),  # the second A has no text, the first has
+        ("Pick.\nA.\nB. moon", False),
+        ("Pick.\nB. moon\nA. sun", False),
+        ("Pick.\nA. " + "sun " * 500 + "\nB. moon", False),
+        ("Pick.\nA. " + "sun " * 490 + "\nB. moon", True),
+        ("Pick (A)(B)", False),
+        ("Pick (a) sun (A)(b)", True),
+        ("Pick (A) " + "sun " * 125 + "(B)", False),
+        ("Pick (A) " + "sun " * 120 + "(B)", True),
+    ],
+)
+def test_options_are_offered_by_an_a_with_a_text_before_a_b(question: str, is_asked: bool) -> None:
+    assert asks(question) is is_asked
+
+
+@pytest.mark.parametrize("unit", ["A." + "\n" * 10, "\n" * 8 + "A. ", "(A)", "(A", "\n" * 9, "(A) \n"])
+def test_many_labels_cost_about_what_other_texts_do(unit: str) -> None:
+    def cost(text: str) -> float:
+        """Processor time, so that a busy machine changes nothing."""
+        costs = []
+        for _ in range(3):
+            began = time.process_time()
+            asks(text)
+            costs.append(time.process_time() - began)
+        return min(costs)
+
+    assert cost((unit * LONGEST)[:LONGEST]) < 25 * cost(("so be it " * LONGEST)[:LONGEST])
