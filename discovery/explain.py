@@ -257,6 +257,8 @@ def _why(episode: Episode, stop: Stop | None, state: State, answer: str | None, 
     if stop is Stop.ANSWERED:
         who = "The controller" if fallback is None else "The baseline"
         words = f"{who} ended it without an answer{margin}" if answer is None else f"{who} answered {answer}{margin}"
+    elif (refused := about.get("refused")) is not None:
+        words = f"{_REFUSED.get(refused, f'A round was refused ({refused})')}; {best}"
     elif stop is Stop.MAX_TOKENS:
         cap, spent = limits.get("max_tokens"), about.get("spent", state.spent)
         under = "" if cap is None else f" of {cap:,} tokens, {spent:,} of which were spent"
@@ -270,6 +272,10 @@ def _why(episode: Episode, stop: Stop | None, state: State, answer: str | None, 
     return words + "."
 
 
+_REFUSED: Final[Mapping[str, str]] = {
+    "cut_short": "The request's max_tokens cut the first branches before they answered, so no more were opened",
+    "sent_too_much": "It had sent as much to the upstream as AUTOTTS_MAX_SENT_BYTES allows",
+}
 _OUTSIDE: Final[Mapping[str, str]] = {
     Stop.DEADLINE: "Time was up",
     Stop.UPSTREAM_ERROR: "The upstream failed",

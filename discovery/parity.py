@@ -256,6 +256,8 @@ def _left_out(episode: Episode) -> str | None:
     """Why an episode is no measure of its controller; None if it is."""
     if episode.about.get("fallback") is not None:
         return "baseline decided"
+    if (refused := episode.about.get("refused")) is not None:  # replay knows no such end
+        return refused.replace("_", " ")
     if episode.stop not in SERVED:
         return episode.stop
     return None if "spent" in episode.about else "tokens not known"

@@ -366,6 +366,7 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
         state.end(Stop.DEADLINE)
     except CutShort:
         environment.salvage()
+        environment.refused = "cut_short"
         state.end(Stop.MAX_TOKENS)
     except NotVotable:
         environment.salvage()
@@ -373,6 +374,7 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
     except SentTooMuch:
         logger.warning("%s: it has sent more than max_sent_bytes to the upstream; it ends here", plan.request_id)
         environment.salvage()
+        environment.refused = "sent_too_much"
         state.end(Stop.MAX_TOKENS)
     except ControllerError as error:
         logger.warning("%s: controller %s failed: %s", plan.request_id, plan.controller, error)

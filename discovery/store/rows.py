@@ -54,6 +54,7 @@ class About(TypedDict, total=False):
     probe_template: str
     streamed: bool
     votable: bool
+    refused: str | None  # why the proxy did not play its last round: `cut_short`, `sent_too_much`
     client_request_id: str  # what the client calls the request, if it said so
 
 

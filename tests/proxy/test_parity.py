@@ -54,3 +54,29 @@ async def test_replay_tells_the_truth_about_a_proxy(
         why = explain(episode)
         assert why["rounds"][-1]["tokens"] == episode.about["spent"]
         assert why["why"].startswith("The controller answered ")
+
+
+@pytest.mark.parametrize("controller", ["parallel_probe", "self_consistency"])
+async def test_a_request_that_its_limit_cuts_short_is_no_disagreement(
+    backend: FakeVLLM, tmp_path: Path, controller: str
+) -> None:
+    path = tmp_path / "s.db"
+
+    async def recorded() -> Records | None:
+        async with Store.open(path) as store:
+            found = await records(store)
+        return found if found.episodes else None
+
+    async with Store.open(path, create=True):
+        pass  # it is there before it is looked at
+    async with serving(backend, path) as proxy:
+        _, headers, _ = await proxy.ask("0.5", max_tokens=5, tts={"controller": controller})
+        assert headers["x-tts-stop"] == "max_tokens"
+        kept = await until(recorded)
+    told = parity(kept)
+    assert told.decisions.disagreements == []
+    assert [group.left_out for group in told.groups] in ([], [{"cut short": 1}])
+    assert explain(kept.episodes[0])["why"] == (
+        "The request's max_tokens cut the first branches before they answered, so no more were opened; "
+        "no answer had been given."
+    )
