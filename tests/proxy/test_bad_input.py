@@ -89,7 +89,7 @@ async def test_a_header_given_twice_is_refused(proxy: Proxy) -> None:
         ({"temperature": -1}, "temperature", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"max_tokens": 1.5}, "max_tokens", None),
-        ({"stop": ["a"] * 5}, "stop", None),
+        ({"stop": ["a"] * 65}, "stop", None),
         ({"stop": 5}, "stop", None),
         ({"repetition_penalty": 0}, "repetition_penalty", None),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages", "context_length_exceeded"),
