@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 MOST_WAITING: Final = 16
 """Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
+MOST_PIECES: Final = 4096
+"""Pieces in which a body may arrive, unless they have LEAST_PIECE bytes on average: each piece is some work."""
+LEAST_PIECE: Final = 64
 BODY_GRACE_S: Final = 20.0
 """Seconds before a body's rate counts."""
 LINGER_S: Final = 2.0
@@ -153,6 +156,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._body_began = 0.0  # by the loop's clock
         self._body_bytes = 0
+        self._pieces = 0  # in which the body has come so far
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -246,12 +250,19 @@ class EdgeProtocol(HttpToolsProtocol):
             self.flow.resume_reading()  # else nobody would notice the client leaving
         if len(self._cycles) > MOST_WAITING:
             self._end()
-        self._body_began, self._body_bytes = self.loop.time(), 0
+        self._body_began, self._body_bytes, self._pieces = self.loop.time(), 0, 0
         self._wait(min(BODY_GRACE_S, self._limits.body_s))
 
     def on_body(self, body: bytes) -> None:
         self._loose = 0
         self._body_bytes += len(body)
+        self._pieces += 1
+        if self._pieces > MOST_PIECES and self._body_bytes < LEAST_PIECE * self._pieces:
+            problem = (
+                f"the body comes in more than {MOST_PIECES} pieces of less than {LEAST_PIECE} bytes; send larger ones"
+            )
+            self._wrong = BadRequest(problem, code="bad_http")
+            raise self._wrong
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -39,6 +39,14 @@ __all__ = ["backend", "proxy"]  # fixtures
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
 HOST = b"Host: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+def in_chunks(body: bytes, size: int) -> bytes:
+    """Return a chunked body whose chunks have `size` bytes each."""
+    pieces = [body[begin : begin + size] for begin in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
 JSON = b"Content-Type: application/json\r\n"
 SMUGGLED = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -116,6 +124,7 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "a chunk size that is none": (post(CHUNKED, body=b"zz\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
     "a chunk longer than its size": (post(CHUNKED, body=b"1\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
     "a chunk size beyond 64 bits": (post(CHUNKED, body=b"fffffffffffffffff\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
+    "5,000 chunks of one byte": (post(CHUNKED, body=in_chunks(b"{" + b" " * 5000 + b"}", 1)), BAD_HTTP),
     "a chunk extension of 1 MB": (post(CHUNKED, body=b"2;" + b"a" * 2**20 + b"\r\n{}\r\n"), (431, None)),
     "a folded header": (get(b"/health", b"X-A: b\r\n c\r\n"), BAD_HTTP),
     "bare line feeds": (get().replace(b"\r\n", b"\n"), BAD_HTTP),
@@ -251,6 +260,13 @@ async def test_what_follows_a_request_never_answers_for_it(proxy: Proxy, bad: st
 async def test_after_the_last_request_nothing_is_read(proxy: Proxy) -> None:
     answers = await speak(proxy.url, get(b"/health", CLOSE) + SMUGGLED)
     assert [answer.status for answer in answers] == [200]
+
+
+@pytest.mark.parametrize("size", [1, 64])
+async def test_small_chunks_are_read_if_they_are_few_or_not_too_small(proxy: Proxy, size: int) -> None:
+    padded = BODY + b" " * (4096 * size - len(BODY) + (size > 1) * 102_400)
+    (answer,) = await speak(proxy.url, post(CHUNKED, CLOSE, body=in_chunks(padded, size)))
+    assert answer.status == 200
 
 
 async def test_trailers_are_no_headers(proxy: Proxy) -> None:
