@@ -40,7 +40,7 @@ MOST_WAITING: Final = 16
 """Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
 MOST_PIECES: Final = 4096
 """Pieces in which a body may arrive, unless they have LEAST_PIECE bytes on average: each piece is some work."""
-LEAST_PIECE: Final = 64
+LEAST_PIECE: Final = 32
 BODY_GRACE_S: Final = 20.0
 """Seconds before a body's rate counts."""
 LINGER_S: Final = 2.0
@@ -258,9 +258,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         self._pieces += 1
         if self._pieces > MOST_PIECES and self._body_bytes < LEAST_PIECE * self._pieces:
-            problem = (
-                f"the body comes in more than {MOST_PIECES} pieces of less than {LEAST_PIECE} bytes; send larger ones"
-            )
+            problem = f"the body comes in pieces of less than {LEAST_PIECE} bytes; send larger ones"
             self._wrong = BadRequest(problem, code="bad_http")
             raise self._wrong
         super().on_body(body)
