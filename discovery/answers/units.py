@@ -2,9 +2,12 @@ r"""Units and currencies: `5\text{ cm}`, `5 centimetres`; `\$5`, `5 dollars`."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from types import MappingProxyType
 from typing import Final
+
+from discovery.answers.algebra import NoExpression, TooHard, express
 
 _NAMES: Final = {
     "°": "deg degs degree degrees",
@@ -84,16 +87,25 @@ _WORDS = re.compile(
     re.DOTALL,
 )
 _MODULUS = re.compile(
-    r"(?P<body>.*?\S)\s*(?:\\pmod|\(\s*\\?b?mod|\\bmod|\\mod|\bmod)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?"
+    r"(?P<body>.*?\S)\s*(?P<sign>\\pmod|\(\s*\\?b?mod(?:ulo)?|\\bmod|\\mod|\bmod(?:ulo)?)(?![a-zA-Z])"
+    r"\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?",
+    re.IGNORECASE,
 )
+_INTEGER = re.compile(r"-?[0-9]+")
 _DEGREES = re.compile(r"deg(?:ree)?s?\s+(?=(?:celsius|centigrade|fahrenheit)$)", re.IGNORECASE)
 _POWERS: Final = MappingProxyType({"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"})
 _NO_UNITS: Final = frozenset(
     [
         *("or", "and", "if", "when", "mod", "is", "are", "to", "than", "plus", "minus", "times", "over", "squared"),
         *("cubed", "factorial", "choose", "through", "divided", "multiplied", "by", "base", "not", "out"),
+        *("modulo", "div", "rem", "remainder", "gcd", "gcf", "hcf", "lcm", "xor", "nand", "nor", "max", "floor"),
+        *("ceil", "abs", "pow", "exp", "log", "ln", "lg", "sin", "cos", "tan", "cot", "sec", "csc", "sqrt", "cbrt"),
+        *("permute", "raised", "added", "subtracted", "equals", "equal", "vs", "versus", "into", "upon", "twice"),
+        *("thrice", "without", "except"),
     ]
 )
+_OPERAND = re.compile(r"(?<!/)(?<!per)\s+[ijknpqrtxyz](?![a-zA-Z])")
+"""A variable after a word: `5 pick k` is an operation, not 5 of a unit."""
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -112,12 +124,31 @@ def split_unit(text: str) -> tuple[str, str]:
     if (match := _ORDINAL.fullmatch(text)) is not None:
         return match["body"], "th"
     if text[-1:].isalnum() or text[-1:] in "})":
-        if (match := _MODULUS.fullmatch(text)) is not None and any(char.isdigit() for char in match["body"]):
-            return match["body"], f"mod {match['modulus']}"
+        if (match := _MODULUS.fullmatch(text)) is not None and (residue := _residue(match)) is not None:
+            return residue
         worded = _WORDS.fullmatch(text)
         if worded is not None and (named := _named(worded)) is not None:
             return worded["body"], named
     return text, ""
+
+
+def _residue(match: re.Match[str]) -> tuple[str, str] | None:
+    r"""Return the least residue and its modulus: `12 mod 5` is 2, with the unit `mod 5`.
+
+    A residue class that is not an integer's, `k \pmod 5`, keeps its body. An operation of unknown value, `12 mod n`,
+    gives None.
+    """
+    modulus, value = match["modulus"], None
+    if not any(char.isdigit() for char in match["body"]):
+        return None
+    if _INTEGER.fullmatch(modulus):
+        modulus = modulus.lstrip("0")
+        with contextlib.suppress(NoExpression, TooHard):
+            value = express(match["body"]).text
+        if modulus and value is not None and _INTEGER.fullmatch(value):
+            return str(int(value) % int(modulus)), f"mod {modulus}"
+    is_class = match["sign"].startswith("(") or match["sign"].casefold() == "\\pmod"
+    return (match["body"], f"mod {modulus}") if is_class and modulus else None
 
 
 def _scaled(match: re.Match[str]) -> tuple[str, str] | None:
@@ -140,7 +171,7 @@ def _scaled(match: re.Match[str]) -> tuple[str, str] | None:
 
 def _named(match: re.Match[str]) -> str | None:
     words = match["unit"].split()
-    if any(word.casefold() in _NO_UNITS for word in words):
+    if any(word.casefold() in _NO_UNITS for word in words) or _OPERAND.search(match["unit"]):
         return None
     power = "".join(char for char in match["power"] if char in "23")
     power = f"^{power}" if power else {"squared": "^2", "cubed": "^3"}.get(match["power"].strip(), "")

@@ -45,6 +45,11 @@ SAME: dict[str, list[list[str]]] = {
         ["80 km/h", "80 kilometers per hour", r"80\text{ km/h}", "80"],
         ["4 hours", "4 hrs", "4 h", "4"],
         [r"5 \pmod{12}", "5 mod 12", "5 (mod 12)", "5"],
+        ["12 mod 5", "12 modulo 5", "12 MOD 5", r"12 \bmod 5", r"12 \pmod{5}", "2 mod 5", "2"],
+        ["-1 mod 5", "4 (mod 5)", "4"],
+        [r"2^{10} \mod 7", "1024 mod 7", "2"],
+        ["12,000 mod 7", "2"],
+        ["12 models", "12"],
         ["21st", r"21^{\text{st}}", "21"],
     ],
     "names": [
@@ -227,6 +232,16 @@ SAME: dict[str, list[list[str]]] = {
     ],
 }
 
+OPERATIONS = [
+    f"{word} {operand}"
+    for word in (
+        *("mod", "modulo", r"\bmod", "MOD", "div", "rem", "choose", "over", "by", "times", "gcd", "lcm", "log", "ln"),
+        *("xor", "power", "pick", "root", "less", "sqrt", "into", "divided by", "plus", "minus", "to the"),
+    )
+    for operand in ("5", "n", "m", "x")
+    if (word, operand) not in (("power", "m"), ("pick", "m"), ("root", "m"), ("less", "m"))  # metres, perhaps
+]
+
 DIFFERENT: dict[str, list[tuple[str, str]]] = {
     "integers": [("42", "24"), ("7", "-7"), ("1", "11"), ("0", "1"), ("100", "1000"), ("07", "70")],
     "thousands": [
@@ -242,7 +257,8 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
     "units": [
         ("5 cm", "5 m"), ("50%", "0.5"), ("60°", "60 cm"), (r"\$5", "5 euros"), ("5 m", "5 m^2"), ("3 hours",
         "3 minutes"),
-        ("5 cm", "6 cm"), ("5 mod 12", "5 mod 7"), ("30 km/h", "30 mph"), ("12 apples", "12 pears"),
+        ("5 cm", "6 cm"), ("5 mod 12", "5 mod 7"),
+        ("30 km/h", "30 mph"), ("12 apples", "12 pears"),
     ],
     "names": [("x=5", "y=5"), ("x=5", "6"), ("x=1,y=2", "x=2,y=1"), ("AB=5", "BC=5"), ("x^2+y^2=1", "1"), ("x+y=3",
     "3")],
@@ -374,6 +390,14 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"\mathbb{R}\setminus\{2\}", "2"), (r"\mathbb{R}\setminus\{x\}", r"\mathbb{R}\setminus\{y\}"),
     ],
     "small units": [("15 µm", "15 mm"), ("15 µs", "15 µm"), ("15 µm", "15 m")],
+    "operator words": [
+        *((f"12 {operation}", "12") for operation in OPERATIONS),
+        *((f"12 {operation.split()[0]}", "12") for operation in ("gcd 5", "log 2", "lcm 5", "div 5", "mod 5", "twice")),
+        ("12 modulo 5", "5"), ("2^{10} mod 7", "1024"), ("-1 mod 5", "-1"), ("12 mod 5", "12 mod 7"),
+        ("5k mod 12", "5k"),
+        ("1/2 mod 5", "1/2"), ("12 mod 0", "12"), ("gcd(12, 5)", "12"), ("5 choose 2", "7 choose 2"), ("3 by 4", "4"),
+        ("7 over 2", "2"), ("2 times 3", "3"), ("5 choose 2", "2"), ("5 choose 2", "11"),
+    ],
     "open ends": [
         ("2 or more", "2"), ("2 or more", "2 or less"), ("2 or more", "2, 3"), ("5 or so", "5"), ("3 or fewer", "3"),
     ],
