@@ -46,7 +46,7 @@ from proxy import (
     wire,
 )
 from proxy.access import Timing
-from proxy.batch import Batch, together
+from proxy.batch import BEGUN_TOGETHER, Batch, together
 from proxy.berths import Berths
 from proxy.bodies import Bodies
 from proxy.bounds import Bound
@@ -238,10 +238,15 @@ class Service:
             return self._planning(request, parts[index], model, turned, turns[index], f"{name}-{index}")
 
         async def plan_all() -> list[chat.Plan]:
-            first = await self.spans.plan(path, model.id, request.state.held, planning(0))
-            return [first, *await together([planning(i) for i in range(1, len(parts))], lambda _: 0)]
+            plans = [await self.spans.plan(path, model.id, request.state.held, planning(0))]
+            for start in range(1, len(parts), BEGUN_TOGETHER):
+                indices = range(start, min(start + BEGUN_TOGETHER, len(parts)))
+                plans += await together([planning(index) for index in indices], lambda _: 0)
+            return plans
 
         async def serve(index: int) -> reply.Reply:
+            for _ in range(index // BEGUN_TOGETHER):
+                await asyncio.sleep(0)  # let other requests run before the next prompts begin
             logs.request_id.set(plans[index].request_id)
             tell = partial(_tell_part, news, index) if parsed.tts.progress else None
             served = await self._episode(turns[index], plans[index], tell)

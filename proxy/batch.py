@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from proxy import drain
 from proxy.chat import Plan
@@ -14,6 +14,9 @@ from proxy.errors import ApiError
 from proxy.reply import Reply, reply_headers
 
 T = TypeVar("T")
+
+BEGUN_TOGETHER: Final = 16
+"""Prompts that begin in one turn of the event loop. Each may take milliseconds that every other request waits for."""
 
 
 @dataclass(frozen=True, slots=True)

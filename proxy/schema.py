@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -34,7 +35,7 @@ Some = Annotated[int, Field(ge=1, lt=2**63)]
 MOST_MESSAGES: Final = 10_000
 """Messages of a conversation, and items of a Responses request's `input`."""
 MOST_PROMPT_IDS: Final = 2**20
-"""Token ids of a prompt."""
+"""Token ids of a prompt, and of all prompts of one text completion that controllers serve."""
 MOST_PROMPTS: Final = 128
 """Prompts of one text completion that controllers serve."""
 MOST_STOPS: Final = 64
@@ -326,6 +327,7 @@ class CompletionRequest(Generation):
 
     prompt: Annotated[Any, BeforeValidator(_short_ids)] = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    _checked: Sequence[str | list[int]] | None = PrivateAttr(None)
 
     @property
     def branch_limit(self) -> int | None:
@@ -343,27 +345,43 @@ class CompletionRequest(Generation):
 
     def each(self) -> Sequence[Self]:
         prompts = self._prompts
-        return [self] if len(prompts) < 2 else [self.model_copy(update={"prompt": prompt}) for prompt in prompts]
+        return [self] if len(prompts) < 2 else [self._with_checked(prompt) for prompt in prompts]
+
+    def _with_checked(self, prompt: str | list[int]) -> Self:
+        """Return the request with one prompt, whose ids have been checked."""
+        part = self.model_copy(update={"prompt": prompt})
+        part._checked = [prompt]
+        return part
 
     @property
     def _prompts(self) -> Sequence[str | list[int]]:
-        """The prompts; none if one of them is empty or neither a text nor token ids."""
-        given = self.prompt
-        has_several = isinstance(given, list) and given and isinstance(given[0], str | list)
-        prompts = given if has_several else [given]
-        return prompts if all(_is_prompt(prompt) for prompt in prompts) else []
+        """The prompts, if controllers can serve them; else none. They are checked once: there may be a million ids."""
+        if self._checked is None:
+            self._checked = _served_prompts(self.prompt)
+        return self._checked
 
     def unserved(self) -> Unserved | None:
         unserved = super().unserved()
         if unserved is None and self.max_tokens == 0:
             return Unserved("max_tokens", "max_tokens")
-        is_served = 0 < len(self._prompts) <= MOST_PROMPTS
-        return Unserved(self.param, self.param) if unserved is None and not is_served else unserved
+        return Unserved(self.param, self.param) if unserved is None and not self._prompts else unserved
+
+
+def _served_prompts(given: Any) -> Sequence[str | list[int]]:
+    """Return the prompts in a `prompt` field.
+
+    Return none if one is empty or neither a text nor token ids, or if they are more than controllers serve.
+    """
+    has_several = isinstance(given, list) and given and isinstance(given[0], str | list)
+    prompts = given if has_several else [given]
+    if len(prompts) > MOST_PROMPTS or sum(len(ids) for ids in prompts if isinstance(ids, list)) > MOST_PROMPT_IDS:
+        return []
+    return prompts if all(map(_is_prompt, prompts)) else []
 
 
 def _is_prompt(given: object) -> bool:
     if isinstance(given, list):
-        return bool(given) and all(type(i) is int and i >= 0 for i in given)
+        return {*map(type, given)} == {int} and min(given) >= 0
     return isinstance(given, str) and bool(given)
 
 

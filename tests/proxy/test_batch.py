@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 import pytest_asyncio
 
 from discovery.store import Store
-from proxy.batch import together
+from proxy import chat, schema
+from proxy.batch import BEGUN_TOGETHER, together
 from proxy.errors import UpstreamTimeout
 from proxy.server import running
 from proxy.settings import load
@@ -201,3 +204,73 @@ async def test_the_first_error_says_what_all_have_cost() -> None:
         await together([end(3), fail(5), end(7), fail(11)], lambda cost: cost)
     assert raised.value.spent == 26
     assert await together([end(3), end(7)], lambda cost: cost) == [3, 7]
+
+
+def test_ids_of_prompts_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = list[object]()
+    check = schema._is_prompt
+
+    def count(given: object) -> bool:
+        checked.append(given)
+        return check(given)
+
+    monkeypatch.setattr(schema, "_is_prompt", count)
+    prompts: list[Any] = [[i, i + 1, i + 2] for i in range(20)]
+    parsed = schema.parse(schema.CompletionRequest, json.dumps({"prompt": prompts}).encode())
+    assert parsed.unserved() is None
+    parts = parsed.served_by("asc@4").each()
+    assert [part.prompt_ids for part in parts] == prompts
+    assert [part.served_by("asc@4").prompt_ids for part in parts] == prompts
+    assert {part.prompt_text for part in parts} == {None}
+    assert {part.unserved() for part in parts} == {None}
+    assert checked == prompts
+
+
+@pytest.mark.parametrize("bad", [True, -1, 1.0, "1", None, [1]])
+def test_a_prompt_with_a_value_that_is_no_id_is_not_served(bad: Any) -> None:
+    for prompt in ([1, 2, bad], [[1, 2], [3, bad]]):
+        parsed = schema.parse(schema.CompletionRequest, json.dumps({"prompt": prompt}).encode())
+        assert parsed.unserved() == schema.Unserved("prompt", "prompt")
+
+
+def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "MOST_PROMPT_IDS", 10)
+    for prompts, is_served in (([[1] * 5, [2] * 5], True), ([[1] * 5, [2] * 6], False), ([[1] * 10, "text"], True)):
+        parsed = schema.parse(schema.CompletionRequest, json.dumps({"prompt": prompts}).encode())
+        assert (parsed.unserved() is None) is is_served
+
+
+@pytest.mark.parametrize("kind", ["texts", "ids"])
+async def test_few_prompts_begin_in_one_turn_of_the_event_loop(
+    proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, turn, is_over = asyncio.get_running_loop(), 0, False
+    begun: dict[str, Counter[int]] = {"plan": Counter(), "serve": Counter()}
+
+    def tick() -> None:
+        nonlocal turn
+        turn += 1
+        if not is_over:
+            loop.call_soon(tick)
+
+    def counting(name: str, work: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+        async def run(*args: Any, **options: Any) -> Any:
+            begun[name][turn] += 1
+            return await work(*args, **options)
+
+        return run
+
+    for name in begun:
+        monkeypatch.setattr(chat, name, counting(name, getattr(chat, name)))
+    texts = [f"{i}{ASSISTANT}" for i in range(2 * BEGUN_TOGETHER + 3)]
+    prompts: Any = texts if kind == "texts" else [list(map(ord, text)) for text in texts]
+    loop.call_soon(tick)
+    try:
+        status, _, reply = await post(proxy, prompt=prompts, tts={"beta": 0.5, "controller": "single"})
+    finally:
+        is_over = True
+    assert status == 200, reply
+    assert [choice["index"] for choice in reply["choices"]] == [*range(len(texts))]
+    for turns in begun.values():
+        assert turns.total() == len(texts)
+        assert max(turns.values()) <= BEGUN_TOGETHER
