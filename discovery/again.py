@@ -191,7 +191,8 @@ def _parts(episode: Episode) -> list[_Part]:
     rounds = unpacked(episode.trace)
     own = min(own_rounds(episode), len(rounds))
     replaced = episode.about.get("fallback") is not None
-    # Under the cap it is a decision for which nothing was left; a round that was refused is not known.
+    # Under the cap it is a decision for which nothing was left; a round that was refused is not known, and where all
+    # branches were cut the answer is among the rounds.
     ended = stop_of(episode) is Stop.MAX_TOKENS and episode.about.get("refused") is None
     parts = [
         _Part(episode, rounds, 0, own, ended and not replaced, False),

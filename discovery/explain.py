@@ -274,6 +274,7 @@ def _why(episode: Episode, stop: Stop | None, state: State, answer: str | None, 
 
 _REFUSED: Final[Mapping[str, str]] = {
     "cut_short": "The request's max_tokens cut the first branches before they answered, so no more were opened",
+    "all_cut": "The request's max_tokens cut every branch before it answered",
     "sent_too_much": "It had sent as much to the upstream as AUTOTTS_MAX_SENT_BYTES allows",
 }
 _OUTSIDE: Final[Mapping[str, str]] = {

@@ -322,6 +322,7 @@ async def serve(
     environment = LiveEnvironment(engine, plan.prompt, plan.sizes, grading.grader(plan.asked.tenant))
     if plan.records_all or plan.ignores_eos:  # all branches are wanted, whatever they say
         environment.votable = environment.votable_for_sure = True
+        environment.ends_early = False
     state = State(plan.limits)
     cast = casting.cast(Choice(plan.spec, plan.stage))
     if tell is not None:
@@ -361,6 +362,8 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
     try:
         async with asyncio.timeout(plan.left_s):
             await cast.run(plan.dial.beta, environment, state)
+        if not plan.records_all and _is_all_cut(environment, state):
+            environment.refused, state.stop = "all_cut", Stop.MAX_TOKENS
     except TimeoutError:
         environment.salvage()
         state.end(Stop.DEADLINE)
@@ -385,6 +388,15 @@ async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: Stat
         state.end(Stop.UPSTREAM_ERROR)
         return error
     return None
+
+
+def _is_all_cut(environment: LiveEnvironment, state: State) -> bool:
+    """Whether the controller answered nothing because the request's limit cut every branch that it had not pruned."""
+    if state.stop is not Stop.ANSWERED or state.answer is not None or state.votes:
+        return False
+    branches = zip(environment.branches, state.branches, strict=False)
+    reasons = {live.finish for live, known in branches if live.finish is not None or not known.pruned}
+    return reasons == {"length"}
 
 
 async def _compose(

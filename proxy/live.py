@@ -149,7 +149,7 @@ class LiveEnvironment:
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
         self.vouched = False  # a probe has answered
         self.unreadable = 0  # branches that have finished with a reply in which there is no answer
-        self.refused: str | None = None  # why the last round was not played, though it fits under the cap
+        self.refused: str | None = None  # why the controller's decision did not end it: see `About.refused`
         self.ends_early = True  # unless whatever its branches say is wanted
         self.scouted = 0  # tokens of probes that no controller asked for
         self.cut_probes = 0  # replies that were cut by a stop string and asked for their answer

@@ -54,7 +54,9 @@ class About(TypedDict, total=False):
     probe_template: str
     streamed: bool
     votable: bool
-    refused: str | None  # why the proxy did not play its last round: `cut_short`, `sent_too_much`
+    refused: str | None
+    """Why the proxy ended it as `max_tokens`: it did not play the next round (`cut_short`, `sent_too_much`), or the
+    controller answered nothing after the request's limit had cut all branches (`all_cut`)."""
     client_request_id: str  # what the client calls the request, if it said so
 
 

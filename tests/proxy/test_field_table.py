@@ -445,17 +445,19 @@ async def test_limits_hold_for_a_branch(both: Both, endpoint: str) -> None:
 
 @pytest.mark.vllm
 @loops
+@pytest.mark.parametrize("tokens", [24, 300])
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_ignoring_the_end_runs_every_branch_to_its_limit(both: Both, endpoint: str) -> None:
-    """What benchmarks ask for measures β, and none of it is a vote."""
+async def test_ignoring_the_end_runs_every_branch_to_its_limit(both: Both, endpoint: str, tokens: int) -> None:
+    """Benchmarks that set `ignore_eos` measure β, and their branches do not vote."""
     limit = ENDPOINTS[endpoint].limit
     answer = await both.ask(
-        endpoint, ignore_eos=True, tts={"beta": 0, "controller": "self_consistency@4"}, **{limit: 300}
+        endpoint, ignore_eos=True, tts={"beta": 0, "controller": "self_consistency@4"}, **{limit: tokens}
     )
     assert answer.headers["x-tts-applied"] == "true"
     tts = answer.body["tts"]
     assert (tts["branches"], tts["votes"], tts["answer"]) == (4, {}, None)
-    assert answer.tokens == 4 * 300
+    assert answer.tokens == 4 * tokens
+    assert tts["stop"] == "max_tokens"
 
 
 @pytest.mark.vllm

@@ -80,3 +80,28 @@ async def test_a_request_that_its_limit_cuts_short_is_no_disagreement(
         "The request's max_tokens cut the first branches before they answered, so no more were opened; "
         "no answer had been given."
     )
+
+
+async def test_a_request_whose_branches_are_all_cut_is_no_disagreement(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    backend.chains = [chain("7", 400, mark=mark) for mark in "abcdefgh"]
+
+    async def recorded() -> Records | None:
+        async with Store.open(path) as store:
+            found = await records(store)
+        return found if found.episodes else None
+
+    async with Store.open(path, create=True):
+        pass  # it is there before it is looked at
+    async with serving(backend, path) as proxy:
+        tts = {"controller": "parallel_probe", "answer": "boxed"}
+        _, headers, _ = await proxy.ask("0.25", max_tokens=60, tts=tts)
+        assert headers["x-tts-stop"] == "max_tokens"
+        kept = await until(recorded)
+    report = parity(kept)
+    assert report.decisions.disagreements == []
+    assert report.decisions.agreed == report.decisions.rounds > 0
+    assert [group.left_out for group in report.groups] in ([], [{"all cut": 1}])
+    assert explain(kept.episodes[0])["why"] == (
+        "The request's max_tokens cut every branch before it answered; no answer had been given."
+    )

@@ -249,6 +249,14 @@ async def test_an_answer_is_not_needed(admin: Admin) -> None:
     ]
 
 
+@pytest.mark.parametrize("limit", [16, INTERVAL, INTERVAL + 20])
+async def test_a_short_limit_cuts_no_branch_off_a_recording(admin: Admin, limit: int) -> None:
+    admin.backend.chains = [chain("7", 400, mark=mark) for mark in "abcd"]
+    _, reply = await admin.ask("everything@4", max_tokens=limit)
+    assert reply["tts"]["stop"] == "answered"
+    assert [branch["tokens"] for branch in reply["tts"]["recording"]["branches"]] == [limit] * 4
+
+
 async def test_a_stream_ends_with_it(admin: Admin) -> None:
     async with admin.http.post(admin.url, json=_body("everything@2", stream=True), headers=ADMIN) as response:
         events = [line[6:] for line in (await response.text()).splitlines() if line.startswith("data: {")]

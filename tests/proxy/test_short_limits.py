@@ -74,3 +74,38 @@ async def test_an_answer_that_nobody_voted_for_is_told(proxy: Proxy) -> None:
     assert reply["choices"][0]["message"]["content"].endswith("\\boxed{7}")
     assert reply["tts"]["stop"] == "deadline"
     assert (reply["tts"]["answer"], reply["tts"]["agreed"], reply["tts"]["votes"]) == ("7", None, {})
+
+
+@pytest.mark.parametrize("answer", [None, "boxed"])
+@pytest.mark.parametrize("limit", [16, INTERVAL, 3 * INTERVAL])
+async def test_branches_that_ignore_their_end_all_run_to_the_limit(
+    proxy: Proxy, limit: int, answer: str | None
+) -> None:
+    proxy.backend.chains = [chain("7", 400, [""], mark=mark) for mark in "abcdefgh"]
+    tts = {"controller": "self_consistency@4"} | ({} if answer is None else {"answer": answer})
+    status, headers, reply = await proxy.ask("0", max_tokens=limit, ignore_eos=True, tts=tts)
+    assert status == 200, reply
+    assert proxy.backend.opened == reply["tts"]["branches"] == 4
+    assert proxy.backend.generated == reply["usage"]["completion_tokens"] == 4 * limit
+    assert (reply["tts"]["votes"], reply["tts"]["agreed"]) == ({}, None)
+    assert headers["x-tts-stop"] == "max_tokens"
+
+
+@pytest.mark.parametrize("controller", SERVED)
+@pytest.mark.parametrize("hunches", [[""], ["7"]])
+async def test_an_end_without_a_vote_at_the_limit_stops_as_max_tokens(
+    proxy: Proxy, controller: str, hunches: list[str]
+) -> None:
+    proxy.backend.chains = [chain("7", 400, hunches, mark=mark) for mark in "abcdefgh"]
+    tts = {"controller": controller, "answer": "boxed"}
+    _, headers, reply = await proxy.ask("0.25", max_tokens=INTERVAL + 20, tts=tts)
+    decided = reply["tts"]["agreed"] is not None
+    assert headers["x-tts-stop"] == ("answered" if decided else "max_tokens")
+    assert decided or reply["choices"][0]["finish_reason"] == "length"
+
+
+async def test_an_end_without_a_vote_is_answered_where_branches_came_to_their_ends(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain("a" * 50), *(Chain(mark * 400) for mark in "bcdefgh")]
+    tts = {"controller": "self_consistency@4", "answer": "boxed"}
+    _, headers, reply = await proxy.ask("0.25", max_tokens=INTERVAL + 20, tts=tts)
+    assert (headers["x-tts-stop"], reply["tts"]["answer"]) == ("answered", None)
