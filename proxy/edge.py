@@ -274,8 +274,8 @@ class EdgeProtocol(HttpToolsProtocol):
             self._table.serve(self)
 
     def on_response_complete(self) -> None:
-        if self._stage is Stage.BODY and self.cycle.response_complete:  # the rest of its body may be long in coming
-            self._close()
+        if self._stage is Stage.BODY and self.cycle.response_complete:  # answered before the body had come in full
+            self._wait(LINGER_S, self._close)  # a client that sends the rest at once may go on with the connection
         if self._is_closing:
             self.server_state.total_requests += 1
             return

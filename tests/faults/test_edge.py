@@ -532,6 +532,22 @@ async def test_a_client_without_a_key_is_closed_at_once(backend: FakeVLLM) -> No
             assert (answer.status, answer.headers["connection"]) == (401, "close")
 
 
+async def test_an_answer_before_the_body_has_come_leaves_the_connection_open(proxy: Proxy) -> None:
+    where = urlsplit(proxy.url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    answers = read_answers(reader)
+    try:
+        async with asyncio.timeout(20):
+            head = post(b"Content-Length: 2\r\n", body=b"").replace(JSON, b"Content-Type: text/plain\r\n")
+            writer.write(head)
+            first = await anext(answers)
+            assert (first.status, "connection" in first.headers) == (415, False)
+            writer.write(b"{}" + get(b"/health", CLOSE))
+            assert [answer.status async for answer in answers] == [200]
+    finally:
+        writer.close()
+
+
 async def test_full_tables_evict_those_who_wait_the_longest(backend: FakeVLLM) -> None:
     async with serving(backend, max_connections=4) as proxy:
         where = urlsplit(proxy.url)
