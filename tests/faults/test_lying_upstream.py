@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from proxy import engine as engines
 from proxy.bounds import Bound
@@ -21,7 +22,7 @@ from proxy.response_body import Lines, parse_object
 from proxy.server import running
 from proxy.settings import load
 from proxy.usage import Bill
-from tests.fakes import MODEL
+from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
 __all__ = ["backend", "proxy"]  # fixtures
@@ -405,3 +406,51 @@ async def test_a_prompt_far_beyond_the_model_is_not_read_to_its_end(proxy: Proxy
     status, _, reply = await proxy.ask("0.5", messages=[{"role": "user", "content": text}])
     assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
     assert "2000" in reply["error"]["message"]
+
+
+class Commenting(FakeVLLM):
+    """A vLLM that answers completions with nothing but comments, for ever."""
+
+    pause_s = 0.0
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if isinstance(body["prompt"], str):  # the proxy's own health check
+            return await super()._generate(request, body)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        while True:
+            await response.write(b": ping\n\n" * (1 if self.pause_s else 100))
+            await asyncio.sleep(self.pause_s)
+
+
+@pytest.mark.parametrize("controller", ["self_consistency", "single"])
+@pytest.mark.parametrize(
+    ("pause_s", "status", "problem"),
+    [(0.02, 504, "was silent for too long"), (0, 502, "sent too many bytes for 0 tokens")],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_episode_of_comments_alone_ends(
+    controller: str, pause_s: float, status: int, problem: str, streamed: bool
+) -> None:
+    commenting = Commenting([chain("7", 100)])
+    commenting.pause_s = pause_s
+    timeout_s = 0.4 if pause_s else 60  # what comes without a pause is cut by its bytes
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": streamed,
+        "tts": {"beta": 1, "controller": controller},
+    }
+    async with (
+        commenting.serve() as upstream,
+        running(load(upstream=upstream.url, **{**SMALL, "read_timeout_s": timeout_s})) as url,
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/chat/completions", json=body) as response,
+    ):
+        content = await response.read()
+        await commenting.idle.wait()  # and no request is left at the upstream
+    *_, last = (line for line in content.decode().splitlines() if line.startswith("data: {" if streamed else "{"))
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (response.status, error["type"]) == (200 if streamed else status, "upstream_error")
+    assert problem in error["message"]
+    assert len(commenting.requests) == 1
