@@ -33,7 +33,7 @@ STATELESS: Final = "one object serves one episode; keep what it learns in self"
 
 
 def advise(source: str) -> list[str]:
-    """What is wrong, a line each, in the order of the file; nothing if all is well.
+    """Return the problems of a file, a line each, in the order of the file.
 
     Takes time in proportion to the text, and raises nothing, whatever the text is.
     """

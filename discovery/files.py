@@ -18,7 +18,7 @@ BLOCK: Final = 1 << 16
 PRIVATE: Final = 0o600
 """Permissions of files that hold texts of questions or answers."""
 DATABASE_FILES: Final = ("", "-wal", "-shm", "-journal")
-"""What the names of a database's files end in."""
+"""Endings of the names of a database's files."""
 _NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 

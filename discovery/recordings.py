@@ -21,7 +21,7 @@ from discovery.answers.veil import is_veiled, veiled
 
 NO_ANSWER = -1
 MOST_TOKENS: Final = 2**31 - 1
-"""Of a branch: what an array of 32-bit numbers holds."""
+"""Most tokens of a branch: the largest number that an array of 32-bit integers holds."""
 
 
 class Split(StrEnum):

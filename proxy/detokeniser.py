@@ -44,7 +44,7 @@ class Ending(Enum):
 
 
 class Known(NamedTuple):
-    """What is known of one id."""
+    """The cached properties of one id."""
 
     text: str  # its own, special or not
     ending: Ending
@@ -62,7 +62,7 @@ class Endings:
         return len(self._known)
 
     def get(self, model: str, token: int) -> Known | None:
-        """What is known of an id, if anything."""
+        """Return the cached properties of an id, None if there are none."""
         return self._known.get((model, token))
 
     def add(self, model: str, token: int, known: Known) -> None:
@@ -149,7 +149,7 @@ class Detokeniser:
         return await self.visible(ids) if known is None else text[known:]
 
     async def _hidden(self, ids: Sequence[int], shown: str) -> set[int]:
-        """Those of `ids` that end with a whole character and have left no text in `shown`."""
+        """Return the members of `ids` that end with a whole character and have left no text in `shown`."""
         texts = {token: (await self._learn(token)).text for token in ids}
         return {token for token, text in texts.items() if text and BROKEN not in text and text not in shown}
 

@@ -102,7 +102,7 @@ class Tenant:
 
 
 class Grading:
-    """What the graders of all episodes share: threads, math-verify, and each tenant's lane."""
+    """Resources that the graders of all episodes share: threads, math-verify, and each tenant's lane."""
 
     def __init__(self, metrics: Metrics, judge: Judge | None = None) -> None:
         self.metrics = metrics

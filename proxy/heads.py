@@ -13,7 +13,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
-"""Of a request's first line and headers together."""
+"""Most bytes of a request's first line and headers together."""
 ONCE: Final = (
     *(b"authorization", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"expect"),
 )

@@ -47,7 +47,7 @@ class Limit(NamedTuple):
 
 
 def limit(asked: int | None, key: str, own: Caps, common: Caps) -> Limit:
-    """What a request may spend that asks for `asked`, by the caps of its `key` (empty if it has none) and of all."""
+    """Return the tokens a request may spend: the least of `asked`, the caps of its `key` and those of all requests."""
     tokens = own.within(common).cap(asked)
     if tokens is None:
         return Limit(None)

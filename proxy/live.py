@@ -200,7 +200,7 @@ class LiveEnvironment:
         return await self.grader.read(self.prompt.template.split(self.prompt.tail, text)[1], self.prompt.kind)
 
     async def _answer(self, branch: LiveBranch) -> Answer | None:
-        """What a finished branch answers, read once. One cut in its thought answers nothing.
+        """Return the answer of a finished branch, read once. A branch cut in its thought has none.
 
         A reply that a stop string of the client's cut before its answer is asked for it, as if by a probe.
         """
@@ -372,7 +372,7 @@ class LiveEnvironment:
         return votability.vouches(self.prompt.asks, text, await self._ask(ids, text))
 
     async def _ask(self, ids: Sequence[int], text: str) -> Answer | None:
-        """What a branch with these ids and this text answers if it is asked now, though no controller asks."""
+        """Probe a branch with these ids and this text on the proxy's own account."""
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
         output = await self._alone(context, self.sizes.probe, probing.sampling(), suffix=len(suffix))
@@ -556,14 +556,14 @@ class LiveEnvironment:
         return _Step(step.action, step.branch, Output(), step.most - tokens, step.before + tokens)
 
     def _outcome(self, step: _Step, suffixes: Mapping[int, list[int]]) -> _Outcome:
-        """What came of a step that is done."""
+        """Return the outcome of a step that is done."""
         tokens = len(step.output.ids)
         if step.action.verb is Verb.PROBE:
             return _Outcome(step.action, step.branch, 0, tokens + len(suffixes[step.branch]), step.output, False)
         return self._advanced(step.action, step.branch, step.before + tokens)
 
     async def _look_at_cut(self, branch: LiveBranch) -> None:
-        """As `_look`, at a branch that a stop string finished. Raises NotVotable."""
+        """Check votability at a branch that a stop string finished. Raises NotVotable."""
         if await self._answer(branch) is not None:
             self.votable = self.votable_for_sure = True
         else:

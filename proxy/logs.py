@@ -27,7 +27,7 @@ ACCESS: Final = "proxy.access"
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The request that is being served here, as its response names it; empty outside of any."""
 client_request_id: ContextVar[str] = ContextVar("client_request_id", default="")
-"""What its client calls it; empty if the client does not say."""
+"""The client's id of the request; empty if the client sent none."""
 
 
 def set_up(settings: Settings, console: Console) -> None:

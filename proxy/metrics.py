@@ -1,4 +1,4 @@
-"""What Prometheus sees. Labels are few by construction: served models, controllers, β by its nearest alias, kinds."""
+"""Prometheus metrics. Labels are few by construction: served models, controllers, β by its nearest alias, kinds."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ PATHS: Final = (
     "/detokenize",
     "/v1/messages/count_tokens",
 )
-"""What may be posted to through the proxy untouched. All else of the upstream is out of reach."""
+"""Paths to which a client may post through the proxy. The rest of the upstream is out of reach."""
 LOOKS: Final = ("/version", "/tokenizer_info", "/ping")
-"""What may be read through the proxy untouched."""
+"""Paths that a client may read through the proxy."""
 UNSERVED: Final[Mapping[str, str]] = MappingProxyType(
     {
         "/v1/messages": "the proxy does not serve Anthropic's API; use /v1/chat/completions",

@@ -101,7 +101,7 @@ class Recent:
         return self._passed.get(request)
 
     def upstream_id(self, request: str) -> str | None:
-        """What the upstream called a request."""
+        """Return the upstream's id of a request."""
         return self._upstream_ids.get(request)
 
 

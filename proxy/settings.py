@@ -413,7 +413,7 @@ def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def _problem(error: ErrorDetails) -> str:
-    """What is wrong with a value; of one that has not the form it needs, which form that is."""
+    """Describe the problem of a value, or the form it must have."""
     name = str(error["loc"][0]) if error["loc"] else ""
     field = Settings.model_fields.get(name)
     if error["type"] == "string_pattern_mismatch" and field is not None and field.description:

@@ -31,7 +31,7 @@ _FIRST_EVENT: Final = re.compile(rb'^data:\s*\{\s*(["}])', re.MULTILINE)
 
 
 class Unapplied:
-    """What becomes of requests whose β is not applied, over one proxy's life."""
+    """Counts, logs and reports requests whose β is not applied, over one proxy's life."""
 
     def __init__(self, metrics: Metrics, *, is_required: bool) -> None:
         self._metrics = metrics

@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 BatchThinking = AsyncGenerator[Part | Batch | None]
-"""What `stream.thinking` yields for several prompts."""
+"""Events of a stream of several prompts, as `stream.thinking` yields them."""
 
 
 class Form(NamedTuple):

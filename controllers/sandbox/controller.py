@@ -60,7 +60,7 @@ class SandboxedController:
         self._seat = _Seat(0, beta, worker.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
-        """As `Controller.decide`; the caller waits. Raises ControllerError, Crossed or Disturbed."""
+        """Decide like `Controller.decide`; the caller waits. Raises ControllerError, Crossed or Disturbed."""
         (decision,) = self.worker.decide([self._seat.turn(state)], frames.most_actions(state.limits))
         return self._seat.take(decision)
 

@@ -417,7 +417,7 @@ def _again(error: Crossed | Disturbed) -> Crossed | Disturbed:
 
 
 def _complaint(reply: Sequence[int]) -> str:
-    """What the child says of a file it was to load; nothing if all is well. Raises BadFrame."""
+    """Return the child's complaint about a file it was to load, empty if there is none. Raises BadFrame."""
     return frames.text(reply, 1, frames.LONGEST)[0]
 
 
@@ -441,7 +441,7 @@ def _is_ready(descriptor: int, event: int, seconds: float = 0.0) -> bool:
 
 
 async def _ready(descriptor: int, event: int, seconds: float) -> bool:
-    """As `_is_ready`, in an event loop."""
+    """Do the same as `_is_ready` without blocking the event loop."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bool] = loop.create_future()
     reading = event == select.POLLIN

@@ -30,7 +30,7 @@ MOST_KNOWN: Final = 16_384
 
 
 class Finding(NamedTuple):
-    """What came of one question."""
+    """The outcome of one question."""
 
     equal: bool  # False also where it could not be found out
     seconds: float = 0.0  # a worker spent on it; 0 if the answer was known

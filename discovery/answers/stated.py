@@ -42,7 +42,7 @@ _FOLLOWED = re.compile(
     r",\s+(?!or\b|and\b)(?=[a-z])|\s+(?:because|since|as|so|which|where|for|"
     r"(?:and\s)?not|rather\sthan|instead\sof)(?![a-zA-Z])|\s+\((?!or\b|and\b)|\s+[—–]\s|\s+-\s(?=[a-zA-Z]{3})"
 )
-"""What may follow an answer in its clause."""
+"""Pattern of the text that may follow an answer in its clause."""
 _TRAILING = re.compile(r"\s(?:in\stotal|in\sall|altogether|total|left|remaining|overall)\s*$")
 _MARKUP = re.compile(r"\\[()\[\]]|(?<![0-9a-zA-Z)}])[*_`]{2,3}(?=\S)|(?<=\S)[*_`]{2,3}(?![0-9a-zA-Z(])|^[*_`]|[*_`]$")
 """Markdown around an answer or a part of it; `2**5` is a power."""
@@ -55,7 +55,7 @@ _OPERATED = re.compile(
     r"[\d\s.,+\-*/×÷^·−()$€£%{}]|\\(?:times|cdot|div|d?frac|left|right|sqrt|text)(?![a-zA-Z])|(?<=\d)[xX](?=\d)|"
     r"(?<=\d\s)[xX](?=\s\d)|(?<![^\s({])[A-Za-z][a-z]{1,20}(?![a-z])"
 )
-"""What a sum consists of, units and all; in anything else an equals sign may be code."""
+"""Pattern of the parts of a sum, units included; elsewhere an equals sign may be code."""
 _CONCLUDED = re.compile(
     r"(?:^|[\s,;])(?i:so|thus|therefore|hence|then|gives|get|have)[,:]?\s{1,3}\$?(?:\\\()?[a-zA-Z]\s?=\s?(?P<value>[^\n=]{1,40})$"
 )

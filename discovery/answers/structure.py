@@ -43,7 +43,7 @@ _OR = re.compile(r"\s*,?\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*")
 _OPEN_ENDED = re.compile(
     r"(?<![a-zA-Z])or\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over|under|later|earlier|so)\b"
 )
-"""What makes a bound, or a rough guess, of the number before it."""
+"""Pattern of words that make the number before them a bound or a rough guess."""
 _WITHOUT = re.compile(
     r"(?:\\mathbb\s*(?:\{\s*R\s*\}|R)|\(\s*-\s*\\infty\s*,\s*\\infty\s*\))\s*"
     r"(?:\\setminus(?![a-z])|\\backslash(?![a-z])|-)\s*\\\{(?P<points>.*)\\\}",
@@ -161,7 +161,7 @@ class Reading:
         return None if found.sort is Sort.OTHER else replace(found, name=found.name or name)
 
     def value(self, text: str) -> Form:
-        """What stands behind an equals sign, where `5-3` is a difference and no range."""
+        """Read the right side of an equation, where `5-3` is a difference and no range."""
         found = self.expression(text) if _is_range(text) else None
         return self.form(text) if found is None else found
 
@@ -229,7 +229,7 @@ class Reading:
         return _collect(forms, ",", ends)
 
     def described(self, text: str) -> Form | None:
-        """What stands in the braces of `{x | x > 2}`."""
+        """Read the content of the braces of `{x | x > 2}`."""
         match = _BUILDER.fullmatch(text)
         if match is None:
             return None
@@ -321,7 +321,7 @@ class Reading:
 
 
 def _literal(text: str) -> Form | None:
-    """What looks like an expression and is none: a date, a numeral in another base."""
+    """Read a literal that looks like an expression: a date, a numeral in another base."""
     if _DATE.fullmatch(text):
         date = re.sub(r"(?<!\d)0+(?=\d)", "", text)
         return Form(date, Sort.WORDS, shape=date)

@@ -1,4 +1,4 @@
-"""What a canonical form is: its sort, its text, and what may be left out of it."""
+"""The types of canonical forms: sort, text, and the parts that may be left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Sort(StrEnum):
-    """What kind of thing an answer is."""
+    """Kind of an answer."""
 
     NUMBER = "number"  # a rational number
     EXPRESSION = "expression"

@@ -26,7 +26,7 @@ from discovery.files import PRIVATE
 RETRY_S: Final = 0.01
 """Seconds between attempts at what SQLite does not wait for itself."""
 LOG, INDEX = "-wal", "-shm"
-"""What the names of the files end in that SQLite keeps beside a store."""
+"""Endings of the names of the files that SQLite keeps beside a store."""
 
 Identity = tuple[int, int]
 

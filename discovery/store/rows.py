@@ -217,7 +217,7 @@ def fault(table: str, row: Sequence[Any]) -> str:
 
 
 def read(store: object, table: str, rows: Iterable[Sequence[Any]], make: Callable[[Sequence[Any]], T]) -> list[T]:
-    """What `make` makes of rows without their checksums. Raises CorruptRow at one that is unsound or cannot be read."""
+    """Return what `make` builds of rows without their checksums. Raises CorruptRow at an unsound or unreadable one."""
     made = []
     for row in opened(store, table, rows):
         try:
@@ -334,7 +334,7 @@ def episode_row(episode: Episode) -> Row:
 
 
 def episode(row: Sequence[Any]) -> Episode:
-    """What a row of table episodes says; without its checksum. Raises ValueError."""
+    """Return the episode of a row without its checksum. Raises ValueError."""
     columns = dict(zip(COLUMNS["episodes"], row, strict=True))
     columns["question"] = columns.pop("question_id")
     for name in ("ledger", "about"):
@@ -350,7 +350,7 @@ def feedback_row(feedback: Feedback) -> Row:
 
 
 def feedback(row: Sequence[Any]) -> Feedback:
-    """What a row of table feedback says; without its checksum. Raises ValueError."""
+    """Return the feedback of a row without its checksum. Raises ValueError."""
     made = Feedback(*row)
     parse(made.value)
     return made
@@ -398,7 +398,7 @@ def line(item: Item) -> bytes:
 
 
 def item(line: bytes) -> Item:
-    """What `line` made a line of. Raises ValueError for anything else."""
+    """Return the item that `line` wrote. Raises ValueError for anything else."""
     try:
         kind, content = parse(line, finite=True)
         found: Item = _ADAPTERS[kind][1].validate_python(content)
@@ -431,7 +431,7 @@ def recorded(
     provenance: Sequence[Any] | None = None,
     labels: Sequence[Label] = (),
 ) -> RecordedQuestion:
-    """What tables say of a recording; rows without checksums. The surest of `labels` and the question's own counts.
+    """Return the recording of rows without checksums. The surest of `labels` and the question's own counts.
 
     Raises ValueError.
     """
@@ -523,7 +523,7 @@ _READERS: Final[Mapping[str, Callable[[Sequence[Any]], object]]] = dict.fromkeys
     "labels": label,
     "runs": lambda row: _object(row[3]),
 }
-"""What reads a row of each table, and raises something where it cannot be used."""
+"""Functions that read a row of each table and raise an error where it cannot be used."""
 
 _ADAPTERS: Final[Mapping[str, tuple[type, TypeAdapter[Any]]]] = {
     kind: (made, TypeAdapter(made))

@@ -39,7 +39,7 @@ _OF_A_ROW: Final = (
     *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError),
     *(OverflowError, UnicodeEncodeError),
 )
-"""What a value that no column holds raises, and what nothing else does."""
+"""Errors that only a value which no column can hold raises."""
 
 
 class _Write(NamedTuple):
