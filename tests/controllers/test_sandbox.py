@@ -625,22 +625,29 @@ async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nes
 
 @linux
 async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Nursery) -> None:
-    """It shares one processor with a process that has three hundred times its weight."""
-    sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
+    """It shares one processor with a process that has three hundred times its weight.
+
+    Other work on the machine may still give it some time, so one of a few tries must do.
+    """
     here = min(os.sched_getaffinity(0))
     spin = "print(flush=True)\nwhile True: pass"
     busy = await asyncio.create_subprocess_exec(sys.executable, "-c", spin, stdout=asyncio.subprocess.PIPE)
     os.sched_setaffinity(busy.pid, {here})
-    os.sched_setaffinity(sealed.worker.process, {here})
-    os.sched_setscheduler(sealed.worker.process, os.SCHED_IDLE, os.sched_param(0))
     assert busy.stdout is not None
     await busy.stdout.readline()
+    ended: list[Exception] = []
     try:
-        with pytest.raises(Disturbed, match="the machine is too busy"):
-            await sealed.decide_later(State(LIMITS))
+        while len(ended) < 8 and not any(isinstance(error, Disturbed) for error in ended):
+            sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
+            os.sched_setaffinity(sealed.worker.process, {here})
+            os.sched_setscheduler(sealed.worker.process, os.SCHED_IDLE, os.sched_param(0))
+            with pytest.raises((Crossed, Disturbed)) as caught:
+                await sealed.decide_later(State(LIMITS))
+            ended.append(caught.value)
     finally:
         busy.kill()
         await busy.wait()
+    assert "the machine is too busy" in str(ended[-1])
 
 
 def test_who_is_to_blame_for_a_late_answer() -> None:
