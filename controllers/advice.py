@@ -26,7 +26,7 @@ BUILTINS: Final = {
 DEFINED: Final = frozenset({"__init__", "__post_init__", "__slots__", "__name__", "__doc__", "__all__"})
 """Names with two underscores on each side that a controller has a use for."""
 MOST: Final = 20
-"""Findings that are told of one file."""
+"""Most findings that are reported for one file."""
 LONGEST: Final = 500
 """Characters of one finding."""
 STATELESS: Final = "one object serves one episode; keep what it learns in self"

@@ -58,8 +58,10 @@ class Timing:
 
 
 def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """What a client calls its request: printable ASCII of 128 bytes at most, from the first header that has such a
-    value. Empty if none has."""
+    """Return the client's id of its request, from the first header that has a fit value. Empty if none has.
+
+    Printable ASCII of 128 bytes at most is fit.
+    """
     given = dict(reversed([*headers]))
     named = (given[name] for name in CLIENT_IDS if name in given)
     return next((value for value in named if _CLIENT_ID.fullmatch(value)), b"")

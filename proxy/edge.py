@@ -315,7 +315,7 @@ class EdgeProtocol(HttpToolsProtocol):
         """Take a request whose body is being read from the app. Returns False if there is none, or it is answered."""
         if self._stage is not Stage.BODY or self.cycle.response_started:
             return False
-        self.cycle.disconnected = True  # as the app is told
+        self.cycle.disconnected = True  # the app sees a client that has left
         self.cycle.message_event.set()
         self._cycles.remove(self.cycle)
         if self._unanswered():
@@ -356,7 +356,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._wait(self._limits.write_s, self.transport.abort)
 
     def _give_up(self) -> None:
-        """Cut a connection whose client does not read its answer. The app is told that the client has left."""
+        """Cut a connection whose client does not read its answer. The app sees a client that has left."""
         logger.info("a response was cut: its client has read nothing for %g s", self._limits.write_s)
         self._on_event("unread")
         self.transport.abort()

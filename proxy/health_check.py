@@ -1,4 +1,4 @@
-"""Ask an upstream something of our own, to tell one that is down from one that failed a client's request.
+"""Check an upstream with requests of our own: is it down, or did it only fail one client's request?
 
 The check generates one token, for a server can say that it is well while it generates nothing. If that takes too long,
 the server's own counters tell whether it is stuck or busy with what others asked for.

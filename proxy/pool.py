@@ -60,7 +60,7 @@ class Pool:
         self._fill()
 
     def stop(self, why: str) -> None:
-        """Retire, and kill the processes of episodes under way too: they are told `why`, by Disturbed."""
+        """Retire, and kill the processes of episodes under way too, which then raise Disturbed with `why`."""
         self.keep(RETIRED)
         self._stopped = why
         for worker in [*self._in_use, *list(self._loading)]:
@@ -117,7 +117,7 @@ class Pool:
         error = done.exception()
         if error is None:
             self._put(done.result())
-        elif waiting := self._first():  # else it is told to the episode that meets it
+        elif waiting := self._first():  # without one the error is dropped: the next load fails alike
             waiting.set_exception(error)
 
     def _put(self, worker: Worker) -> None:

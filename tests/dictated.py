@@ -134,7 +134,7 @@ class DictatedVLLM:
         return response
 
     def _generate(self, prompt: list[int], body: dict[str, Any]) -> _Generated:
-        """What follows `prompt`, decoded and stopped as vLLM does it."""
+        """Return the continuation of `prompt`, decoded and stopped as vLLM does it."""
         stream = DecodeStream(ids=prompt, skip_special_tokens=body.get("skip_special_tokens", True))
         ids: list[int] = []
         text = ""

@@ -144,7 +144,7 @@ class Worker:
         return decisions
 
     def kill(self, why: str) -> None:
-        """Kill it without waiting for its end. Whoever asks it from now on is told why, by Disturbed."""
+        """Kill the process without waiting for its end. Later questions to it raise Disturbed with `why`."""
         if self._ended is None:
             self._ended = Disturbed(why)
         self._signal(signal.SIGKILL)

@@ -462,7 +462,7 @@ def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: Nursery) 
 
 @linux
 def test_computing_between_two_questions_is_a_boundary(nest: Nursery) -> None:
-    """Of a child that is not stopped, as in replay; so late does its owner look that it shows."""
+    """A child that is never stopped, as in replay, computes on while its owner looks late."""
     worker = nest.spawn(5.0, Clock.CPU)
     worker.load(Spec("mine", RESTLESS))
     sealed, state = SandboxedController(worker, 0.5), State(LIMITS)

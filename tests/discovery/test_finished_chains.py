@@ -1,4 +1,4 @@
-"""What stopping costs on strong models whose short chains are not right more often: finished chains of ten models.
+"""Points and tokens that early stopping costs on ten strong models, whose short chains are not right more often.
 
 Skipped where the public recordings are not beside the project.
 """

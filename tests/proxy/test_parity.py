@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,23 +57,25 @@ async def test_replay_tells_the_truth_about_a_proxy(
         assert why["why"].startswith("The controller answered ")
 
 
+async def read_episodes(path: Path) -> Records | None:
+    """Return the records of a store once it holds an episode."""
+    async with Store.open(path) as store:
+        read = await records(store)
+    return read if read.episodes else None
+
+
 @pytest.mark.parametrize("controller", ["parallel_probe", "self_consistency"])
 async def test_a_request_that_its_limit_cuts_short_is_no_disagreement(
     backend: FakeVLLM, tmp_path: Path, controller: str
 ) -> None:
     path = tmp_path / "s.db"
 
-    async def recorded() -> Records | None:
-        async with Store.open(path) as store:
-            found = await records(store)
-        return found if found.episodes else None
-
     async with Store.open(path, create=True):
         pass  # it is there before it is looked at
     async with serving(backend, path) as proxy:
         _, headers, _ = await proxy.ask("0.5", max_tokens=5, tts={"controller": controller})
         assert headers["x-tts-stop"] == "max_tokens"
-        kept = await until(recorded)
+        kept = await until(partial(read_episodes, path))
     told = parity(kept)
     assert told.decisions.disagreements == []
     assert [group.left_out for group in told.groups] in ([], [{"cut short": 1}])
@@ -86,18 +89,13 @@ async def test_a_request_whose_branches_are_all_cut_is_no_disagreement(backend: 
     path = tmp_path / "s.db"
     backend.chains = [chain("7", 400, mark=mark) for mark in "abcdefgh"]
 
-    async def recorded() -> Records | None:
-        async with Store.open(path) as store:
-            found = await records(store)
-        return found if found.episodes else None
-
     async with Store.open(path, create=True):
         pass  # it is there before it is looked at
     async with serving(backend, path) as proxy:
         tts = {"controller": "parallel_probe", "answer": "boxed"}
         _, headers, _ = await proxy.ask("0.25", max_tokens=60, tts=tts)
         assert headers["x-tts-stop"] == "max_tokens"
-        kept = await until(recorded)
+        kept = await until(partial(read_episodes, path))
     report = parity(kept)
     assert report.decisions.disagreements == []
     assert report.decisions.agreed == report.decisions.rounds > 0
