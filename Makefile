@@ -26,8 +26,8 @@ test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus $(VENV)/gateway
 soak: $(VENV)/embedded $(VENV)/dev
 	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies" $(ARGS)
-	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/test_busy.py -k verdict $(ARGS)
-	SOAK_SEAMS=2000 $(BIN)/python -m pytest tests/proxy/test_vllm_seams.py $(ARGS)
+	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/evaluation/test_busy_machine.py -k verdict $(ARGS)
+	SOAK_SEAMS=2000 $(BIN)/python -m pytest tests/proxy/upstream/test_vllm_seams.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

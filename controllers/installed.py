@@ -1,4 +1,4 @@
-"""Which controllers are installed, and at which stage. Pure data; `discovery/installed.py` keeps it in a folder.
+"""Installed controllers and their rollout stages, as pure data. `discovery/promotion/registry.py` keeps them in a folder.
 
 a file ──▶ shadow ──▶ canary, for a share of the requests ──▶ champion, for the rest
                          └────────────── rollback ◀──────────────┘
@@ -13,7 +13,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Final
 
-from controllers.registry import ALIASES, BUILT_IN
+from controllers.builtin import ALIASES, BUILT_IN
 
 FORMAT: Final = 1
 """Of the registry's file."""

@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Final
 
 from controllers.advice import advise
+from controllers.builtin import find
 from controllers.episode import Controller, Factory
 from controllers.errors import BadController, ControllersError, UnknownController
-from controllers.registry import find
 
 LARGEST: Final = 64 * 1024
 """Bytes a controller file may have."""

@@ -21,39 +21,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from controllers.builtin import is_admin_only
 from controllers.installed import Stage
-from controllers.registry import is_admin_only
-from discovery import calibration
-from discovery.calibration import WHOLE, Arm, Calibrations, Map
+from discovery.audit.explain import explain
 from discovery.errors import DiscoveryError, TraceError
-from discovery.explain import explain
+from discovery.evaluation import calibration
+from discovery.evaluation.calibration import WHOLE, Arm, Calibrations, Map
 from discovery.store import About, Episode
-from proxy import (
-    chat,
-    dial,
-    drain,
-    eager,
-    errors,
-    field_values,
-    fields,
-    logs,
-    openapi,
-    passthrough,
-    reply,
-    schema,
-    spans,
-    strict,
-    wire,
-)
-from proxy.access import Timing
-from proxy.batch import BEGUN_TOGETHER, Batch, together
-from proxy.berths import Berths
-from proxy.bodies import Bodies
-from proxy.bounds import Bound
-from proxy.callers import Access, Caller, Callers
-from proxy.casting import Casting
-from proxy.drift import Drift
-from proxy.engine import Engine, Model
+from proxy import errors
+from proxy.admission.auth import Access, Caller, Callers
+from proxy.admission.load_shedding import Load
+from proxy.admission.request_slot import Held, Turn, Turns
+from proxy.admission.token_bound import Bound
+from proxy.api import endpoints as wire
+from proxy.api import openapi
+from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
+from proxy.episode import reply, run
+from proxy.episode.answer_reader import Grading
 from proxy.errors import (
     ApiError,
     BadRequest,
@@ -64,18 +48,28 @@ from proxy.errors import (
     Unauthorised,
     UpstreamError,
 )
-from proxy.grading import Grading
-from proxy.load import Load
-from proxy.metrics import CONTENT_TYPE, Metrics
-from proxy.origins import PageGuard, with_cors
-from proxy.pulse import Pulse
-from proxy.recent import Passed, Recent
-from proxy.records import Records
+from proxy.http import graceful_shutdown
+from proxy.http.access_log import Timing
+from proxy.http.json_edit import splice
+from proxy.http.origins import PageGuard, with_cors
+from proxy.http.request_body import Bodies
+from proxy.http.sse import ClientGone, Stream, thinking, unless_gone
+from proxy.passthrough import forward as passthrough
+from proxy.passthrough.request_ids import Passed, Recent
+from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA, Unapplied, mark, told
+from proxy.recording.episode_log import Records
+from proxy.recording.template_drift import Drift
+from proxy.requests import beta as dial
+from proxy.requests import field_table, field_values, strict_json
+from proxy.requests import models as schema
+from proxy.rollout.controller_runner import Casting
 from proxy.settings import Settings
-from proxy.splice import splice
-from proxy.stream import ClientGone, Stream, thinking, unless_gone
-from proxy.turns import Held, Turn, Turns
-from proxy.unapplied import GREEDY, NO_BETA, Unapplied, mark, told
+from proxy.telemetry import logs, tracing
+from proxy.telemetry.metrics import CONTENT_TYPE, Metrics
+from proxy.upstream import eager_task
+from proxy.upstream.branch_semaphore import Berths
+from proxy.upstream.client import Engine, Model
+from proxy.upstream.health_monitor import Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +87,8 @@ class Service:
         self.engine = engine
         self.calibrations = calibrations
         self.metrics = Metrics()
-        self.spans = spans.make()
-        engine.watcher = spans.Observer(self.metrics, self.spans)
+        self.spans = tracing.make()
+        engine.watcher = tracing.Observer(self.metrics, self.spans)
         self.pulse = Pulse(self._is_ready, self.metrics)
         self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
@@ -192,7 +186,7 @@ class Service:
             with self._seeing_off(model.id):
                 plan = await unless_gone(request.receive, self.spans.plan(*named, planning))
         except BadRequest as error:
-            if error.code != chat.CONTEXT_EXCEEDED or not parsed.truncates:
+            if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
             turn.leave()
             why = schema.Unserved("truncation", "truncation")
@@ -209,10 +203,10 @@ class Service:
 
     def _planning(
         self, request: Request, parsed: schema.Generation, model: Model, turned: dial.Dial, turn: Turn, name: str
-    ) -> Coroutine[Any, Any, chat.Plan]:
+    ) -> Coroutine[Any, Any, run.Plan]:
         caller: Caller = request.state.caller
         is_kept = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
-        return chat.plan(
+        return run.plan(
             self.engine,
             self.casting,
             self.turns.settings_for(request, turn),
@@ -234,10 +228,10 @@ class Service:
         turns = self.turns.episodes_of(request, parsed.tts.max_total_tokens, len(parts))
         news: asyncio.Queue[wire.Part] = asyncio.Queue()
 
-        def planning(index: int) -> Coroutine[Any, Any, chat.Plan]:
+        def planning(index: int) -> Coroutine[Any, Any, run.Plan]:
             return self._planning(request, parts[index], model, turned, turns[index], f"{name}-{index}")
 
-        async def plan_all() -> list[chat.Plan]:
+        async def plan_all() -> list[run.Plan]:
             plans = [await self.spans.plan(path, model.id, request.state.held, planning(0))]
             for start in range(1, len(parts), BEGUN_TOGETHER):
                 indices = range(start, min(start + BEGUN_TOGETHER, len(parts)))
@@ -302,16 +296,16 @@ class Service:
             reason = f"model {model!r} was calibrated for {known}, {other}"
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
-    async def _serve(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
+    async def _serve(self, turn: Turn, plan: run.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
         return await self.spans.episode(plan, self._episode(turn, plan, tell))
 
-    async def _episode(self, turn: Turn, plan: chat.Plan, tell: Callable[[str], None] | None) -> reply.Reply:
+    async def _episode(self, turn: Turn, plan: run.Plan, tell: Callable[[str], None] | None) -> reply.Reply:
         known = self.engine, self.grading, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
             with self._seeing_off(plan.prompt.model):
-                async with chat.in_time(plan.left_s):
+                async with run.in_time(plan.left_s):
                     await stack.enter_async_context(turn)
-            return await chat.serve(*known, plan, tell, turn.settle)
+            return await run.serve(*known, plan, tell, turn.settle)
 
     @contextmanager
     def _seeing_off(self, model: str) -> Iterator[None]:
@@ -319,7 +313,7 @@ class Service:
         try:
             yield
         except (ClientGone, asyncio.CancelledError):
-            if not drain.is_cut():
+            if not graceful_shutdown.is_cut():
                 self.metrics.requests.labels(model, "", "disconnected").inc()
             raise
 
@@ -336,7 +330,7 @@ class Service:
         is_named = parsed.model is not None or self.settings.model is not None
         bound = self.turns.bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
-        drop = list(fields.withheld(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
+        drop = list(field_table.withheld(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
         if "tts" in parsed.model_fields_set:
             drop.append("tts")
         body = splice(raw, drop=drop, put=put)
@@ -394,9 +388,9 @@ class Service:
     async def forward(self, request: Request) -> Response:
         """Another endpoint of the upstream's, untouched."""
         raw = await self.bodies.read(request)
-        asked = strict.read(raw)
+        asked = strict_json.read(raw)
         field_values.check(asked)
-        drop = fields.withheld(asked, is_admin=request.state.caller.is_admin)
+        drop = field_table.withheld(asked, is_admin=request.state.caller.is_admin)
         name, put = asked.get("model"), dict[str, str]()
         if isinstance(name, str) and "@" in name:
             put = {"model": (await self.find_model(name))[0].id}
@@ -654,7 +648,7 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,
-        request_class=eager.Request,
+        request_class=eager_task.Request,
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )
 

@@ -34,14 +34,14 @@ from discovery.commands.store import importing
 from discovery.commands.store import store as keeping
 from discovery.commands.trace import trace
 from discovery.errors import DiscoveryError
-from proxy.config import File, Flags, Sets, configuring, gather, with_flags
+from proxy.commands.config import File, Flags, Sets, configuring, gather, with_flags
+from proxy.commands.forget import forget
+from proxy.commands.keys import keysmith
 from proxy.errors import ProxyError
-from proxy.forgetting import forget
-from proxy.keysmith import keysmith
 
 if TYPE_CHECKING:
-    from proxy.embedded import EmbeddedServer
     from proxy.settings import Settings
+    from proxy.upstream.embedded import EmbeddedServer
 
 BAD_INPUT = 2
 """Exit status when what the user gave cannot be used, or the machine cannot do it."""
@@ -107,7 +107,7 @@ def autotts(
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve, until interrupted."""
     settings = gather(config, sets, given).settings
-    from proxy.logs import set_up
+    from proxy.telemetry.logs import set_up
 
     set_up(settings, console)
     _run(_serve(settings))
@@ -155,7 +155,7 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    from proxy.callers import check_host
+    from proxy.admission.auth import check_host
     from proxy.server import Server, listen
     from proxy.settings import LogForm
 
@@ -187,8 +187,8 @@ async def _serve(settings: Settings) -> None:
 async def _example_model(settings: Settings) -> str | None:
     """The model for the printed example; None, with a warning, if the upstream does not say which it serves."""
     from proxy.app import upstream_session
-    from proxy.engine import Engine
     from proxy.errors import UpstreamError
+    from proxy.upstream.client import Engine
 
     log = logging.getLogger("proxy")
     async with upstream_session(settings) as session:
@@ -207,8 +207,8 @@ async def _example_model(settings: Settings) -> str | None:
 
 
 async def _demo(problems: int, plot: Path, **given: Any) -> None:
-    from discovery.picture import check_plot
-    from proxy import demo
+    from discovery.evaluation.plot import check_plot
+    from proxy.commands import demo
     from proxy.server import running
     from proxy.settings import load
 
@@ -228,7 +228,7 @@ def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings,
         if settings.embedded_args:
             say("AUTOTTS_EMBEDDED_ARGS has no effect: an upstream is given, and no embedded model is started")
         return settings, nullcontext()
-    from proxy.embedded import EmbeddedServer
+    from proxy.upstream.embedded import EmbeddedServer
 
     server = EmbeddedServer(args=settings.embedded_flags)
     return settings.model_copy(update={"upstream": server.url}), _starting(server, say)

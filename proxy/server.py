@@ -16,10 +16,10 @@ from typing import Final
 import uvicorn
 
 from proxy.app import create_app
-from proxy.connections import Connections, room_for
-from proxy.drain import Gate
-from proxy.edge import Edge, EdgeLimits, EdgeProtocol
 from proxy.errors import StartError
+from proxy.http.connections import Connections, room_for
+from proxy.http.graceful_shutdown import Gate
+from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
 from proxy.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -15,14 +15,14 @@ from pydantic import AfterValidator, AnyHttpUrl, Field, SecretStr, ValidationErr
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from controllers.builtin import is_admin_only
 from controllers.errors import ControllersError
 from controllers.installed import wrong_name
 from controllers.loading import parse_spec
-from controllers.registry import is_admin_only
-from discovery.files import DATABASE_FILES
+from discovery.data.files import DATABASE_FILES
 from proxy.errors import SettingsError
-from proxy.probing import Family
-from proxy.spill import is_foreign, places
+from proxy.probe_templates import Family
+from proxy.recording.spill_file import is_foreign, places
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from proxy.embedded import EmbeddedServer
+from proxy.upstream.embedded import EmbeddedServer
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from aiohttp import web
 from controllers import Action, Advanced, Controller, Fact, Limits, Probed, State, Verb, answer, probe
 from controllers.actions import TO_END
 from discovery.answers import Answer, Labels, read
-from proxy.probing import LEAD, TEMPLATES, Family
+from proxy.probe_templates import LEAD, TEMPLATES, Family
 
 LONGEST_CLOSING = TEMPLATES[Family.QWEN3].close
 MODEL = "fake-model"

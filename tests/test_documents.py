@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -19,12 +20,17 @@ def text(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_module_is_named_in_the_architecture(package: str) -> None:
-    modules = [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
-    assert modules
-    missing = [path.name for path in modules if f"`{path.name}`" not in text("ARCHITECTURE.md")]
-    assert missing == []
+FOLDERS = sorted(
+    path.parent.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_every_folder_says_what_it_holds_and_stands_in_the_architecture(folder: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+    assert docstring
+    first = " ".join(docstring.split("\n\n")[0].split())
+    assert f"| `{folder}/` | {first} |" in text("ARCHITECTURE.md")
 
 
 def test_every_setting_is_in_the_readme() -> None:

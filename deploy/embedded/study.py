@@ -24,10 +24,10 @@ from rich.table import Table
 
 from deploy.embedded import task
 from discovery.answers import boxed
-from proxy import probing
-from proxy.engine import Call, Engine, Output
+from proxy import probe_templates
+from proxy.upstream.client import Call, Engine, Output
 
-TEMPLATE = probing.TEMPLATES[probing.Family.QWEN3]
+TEMPLATE = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
 
 VOTERS = (1, 2, 4, 8, 16, 32)
 DEPTHS = tuple(tenth / 10 for tenth in range(11))

@@ -10,8 +10,8 @@ from discovery.answers.judge import Judge
 from discovery.answers.kinds import AUTO, Kind, Way, parse_kind
 from discovery.answers.labels import Labels
 from discovery.answers.reading import PATTERN_S, Answer, boxed, read
+from discovery.answers.redaction import is_veiled, veiled
 from discovery.answers.stated import VOTES_ALONE
-from discovery.answers.veil import is_veiled, veiled
 
 __all__ = [
     "AUTO",

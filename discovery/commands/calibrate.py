@@ -10,15 +10,15 @@ from rich.table import Table
 
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
-from discovery.calibration import Arm, Calibrations, calibrate, write
 from discovery.commands.console import names, wide_console
-from discovery.engines import EngineName, engine_called
+from discovery.data.files import check_place
+from discovery.data.recordings import Split
 from discovery.errors import NotRecorded
-from discovery.evaluate import WHEN_SAME, Answers
-from discovery.files import check_place
-from discovery.playing import Rules
-from discovery.recordings import Split
-from discovery.source import choose, open_source
+from discovery.evaluation.calibration import Arm, Calibrations, calibrate, write
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.evaluate import WHEN_SAME, Answers
+from discovery.evaluation.replay_jobs import Rules
+from discovery.evaluation.sources import choose, open_source
 
 
 def calibrating(

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from discovery.answers import parse_kind
 from discovery.commands.console import wide_console
+from discovery.data.files import check_place
+from discovery.data.questions import read_questions
 from discovery.errors import CollectError
-from discovery.files import check_place
-from discovery.questions import read_questions
 
 if TYPE_CHECKING:
-    from discovery.collect import Collected
+    from discovery.data.collect import Collected
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def collecting(
 
     The proxy's admin key is taken from AUTOTTS_ADMIN_KEY.
     """
-    from discovery.collect import KEY, Order, collect  # these bring `openai` along, which takes its time
+    from discovery.data.collect import KEY, Order, collect  # these bring `openai` along, which takes its time
 
     if 0 in (temperature, top_p):
         raise typer.BadParameter("--temperature, --top-p: at 0 all branches are the same; name more, or neither")

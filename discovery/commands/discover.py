@@ -19,28 +19,28 @@ from rich.table import Table
 
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
-from discovery.arena import Arena, Trial
-from discovery.cascade import Cascade, Plan, fixed_recordings
 from discovery.commands.console import names, wide_console
-from discovery.digest import digest
-from discovery.discover import Digester, Finalist, Limits, Run, card, read_pairs
+from discovery.data.files import whole
+from discovery.data.json_text import parse
+from discovery.data.recordings import Cell, Recording, Split
+from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError
-from discovery.evaluate import WHEN_SAME, Answers, read_cell
-from discovery.explorers import Candidate, Explorer
-from discovery.explorers.agent import Agent
-from discovery.explorers.files import Files
-from discovery.explorers.grammar import Grammar
-from discovery.explorers.tuned import Tuned
-from discovery.files import whole
-from discovery.history import History
-from discovery.json_text import parse
-from discovery.playing import Rules
-from discovery.prompt import SYSTEM, USER, together
-from discovery.recordings import Cell, Recording, Split
-from discovery.source import choose, open_source
-from discovery.splits import export_search
+from discovery.evaluation.evaluate import WHEN_SAME, Answers, read_cell
+from discovery.evaluation.replay_jobs import Rules
+from discovery.evaluation.sources import choose, open_source
+from discovery.evaluation.splits import export_search
+from discovery.search.arena import Arena, Trial
+from discovery.search.cascade import Cascade, Plan, fixed_recordings
+from discovery.search.digest import digest
+from discovery.search.explorers import Candidate, Explorer
+from discovery.search.explorers.agent import Agent
+from discovery.search.explorers.files import Files
+from discovery.search.explorers.grammar import Grammar
+from discovery.search.explorers.tuned import Tuned
+from discovery.search.history import History
+from discovery.search.loop import Digester, Finalist, Limits, Run, card, read_pairs
+from discovery.search.prompt import SYSTEM, USER, together
 from discovery.store import Search, Store, Tried
-from discovery.traces import trace_files
 
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
 PROBE_TOKENS = 20
@@ -188,9 +188,9 @@ def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
 
 def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     """A model asked as the file at `path` says. Raises ExplorerError."""
-    from discovery.explorers.endpoint import LLMSettings  # these bring `openai` along, which takes its time
-    from discovery.explorers.llm import LLM
-    from discovery.explorers.transcript import Transcript
+    from discovery.search.explorers.endpoint import LLMSettings  # these bring `openai` along, which takes its time
+    from discovery.search.explorers.llm import LLM
+    from discovery.search.explorers.transcript import Transcript
 
     try:
         about = parse(path.read_text())

@@ -18,14 +18,14 @@ from controllers.dial import parse_beta
 from controllers.errors import BetaError, UnknownController, Unsealed
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
-from discovery.curve import POOLED, Difference, Score, differences, pooled
-from discovery.engines import EngineName, engine_called
-from discovery.evaluate import SURE, WHEN_SAME, Answers, Evaluation, Weights
-from discovery.files import check_place, whole
-from discovery.picture import Panel, Point, check_plot, draw
-from discovery.playing import Rules, Sealing
-from discovery.recordings import Cell, LabelSource, Split
-from discovery.source import choose, open_source
+from discovery.data.files import check_place, whole
+from discovery.data.recordings import Cell, LabelSource, Split
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.evaluate import SURE, WHEN_SAME, Answers, Evaluation, Weights
+from discovery.evaluation.plot import Panel, Point, check_plot, draw
+from discovery.evaluation.replay_jobs import Rules, Sealing
+from discovery.evaluation.scores import POOLED, Difference, Score, differences, pooled
+from discovery.evaluation.sources import choose, open_source
 
 CONFIDENCE: Final = "confidence"
 """In place of a weight: each question counts for as much as its right answer is sure."""

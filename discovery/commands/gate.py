@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from discovery.commands.console import wide_console
-from discovery.engines import EngineName
+from discovery.data.files import check_place
+from discovery.data.recordings import Split
 from discovery.errors import GateError
-from discovery.evaluate import WHEN_SAME, Answers
-from discovery.files import check_place
-from discovery.gate import Order
-from discovery.recordings import Split
+from discovery.evaluation.engines import EngineName
+from discovery.evaluation.evaluate import WHEN_SAME, Answers
+from discovery.promotion.gate import Order
+from discovery.promotion.verdict import Report, Terms, Verdict, report_of
 from discovery.store.rows import now
-from discovery.verdict import Report, Terms, Verdict, report_of
 
 COLOURS = {Verdict.PROMOTE: "green", Verdict.REJECT: "red", Verdict.UNDECIDED: "yellow"}
 
@@ -74,7 +74,7 @@ def gate(
 
 def judged_apart(order: Order) -> Report:
     """The report of an order carried out in another process. Raises GateError with what that one said."""
-    command = [sys.executable, "-m", "discovery.gate", *order.options]
+    command = [sys.executable, "-m", "discovery.promotion.gate", *order.options]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         words = done.stderr.strip().rpartition("\n")[2]

@@ -13,14 +13,14 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from discovery.cascade import Verdict
 from discovery.commands.console import wide_console
 from discovery.commands.discover import RECORD
-from discovery.discover import read_pairs
 from discovery.errors import HistoryError
-from discovery.explorers import Candidate
-from discovery.history import History
-from discovery.picture import Point, check_plot, draw
+from discovery.evaluation.plot import Point, check_plot, draw
+from discovery.search.cascade import Verdict
+from discovery.search.explorers import Candidate
+from discovery.search.history import History
+from discovery.search.loop import read_pairs
 
 history = typer.Typer(name="history", no_args_is_help=True, help="Look at what `autotts discover` did.")
 

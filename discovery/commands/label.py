@@ -14,10 +14,10 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, Place
-from discovery.files import check_place, whole
-from discovery.labels import ENOUGH, MIN_BRANCHES, MIN_MARGIN, Agreement, Report, fill
-from discovery.questions import Question, read_questions
-from discovery.recordings import LabelSource
+from discovery.data.files import check_place, whole
+from discovery.data.questions import Question, read_questions
+from discovery.data.recordings import LabelSource
+from discovery.evaluation.reference_answers import ENOUGH, MIN_BRANCHES, MIN_MARGIN, Agreement, Report, fill
 from discovery.store import Store
 
 

@@ -18,13 +18,13 @@ from rich.text import Text
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
 from controllers.sandbox.frames import printable
-from discovery.again import Decisions
+from discovery.audit.decision_replay import Decisions
+from discovery.audit.parity import Compared, Group, Mean, Parity, Records, Reproduced, Verdict, parity, records
 from discovery.commands.console import names, wide_console
 from discovery.commands.store import DEFAULT, Place
+from discovery.data.files import check_place, whole
 from discovery.errors import NotRecorded
-from discovery.files import check_place, whole
-from discovery.parity import Compared, Group, Mean, Parity, Records, Reproduced, Verdict, parity, records
-from discovery.picture import Rows, Span, check_plot, draw_spans
+from discovery.evaluation.plot import Rows, Span, check_plot, draw_spans
 from discovery.store import Store
 
 SHOWN: Final = 10

@@ -16,10 +16,10 @@ from controllers.installed import Installed, Stage
 from controllers.loading import Spec, read
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judged_apart
+from discovery.data.json_text import parse
 from discovery.errors import PromotionError
-from discovery.gate import Order
-from discovery.installed import By, Card, Registry
-from discovery.json_text import parse
+from discovery.promotion.gate import Order
+from discovery.promotion.registry import By, Card, Registry
 from discovery.store.rows import now
 
 PASSED: Final = "promote"

@@ -17,11 +17,11 @@ from rich.progress import track
 from rich.table import Table
 
 from discovery.commands.console import names, wide_console
+from discovery.data.files import check_place, whole
+from discovery.data.importers import as_line, read_jsonl, read_release, release_files
+from discovery.data.recordings import Origin, RecordedQuestion, Split, split_of
 from discovery.errors import NotRecorded, StoreError
-from discovery.files import check_place, whole
-from discovery.formats import as_line, read_jsonl, read_release, release_files
-from discovery.recordings import Origin, RecordedQuestion, Split, split_of
-from discovery.source import choose, open_source
+from discovery.evaluation.sources import choose, open_source
 from discovery.store import Served, Store, Summary
 
 T = TypeVar("T")

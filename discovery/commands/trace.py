@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from controllers.sandbox.frames import printable
+from discovery.audit.explain import Ballot, Estimate, Explanation, Pruned, Told, branches, explain, tell
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, AsJson, Place
+from discovery.data.traces import Trace, read_trace, trace_files
 from discovery.errors import TraceError
-from discovery.explain import Ballot, Estimate, Explanation, Pruned, Told, branches, explain, tell
 from discovery.store import Episode, Store
-from discovery.traces import Trace, read_trace, trace_files
 
 BARS: Final = "·▁▂▃▄▅▆▇█"
 """From no votes to the most there are."""

@@ -20,8 +20,8 @@ from typing import Final
 
 import aiosqlite
 
+from discovery.data.files import PRIVATE
 from discovery.errors import StoreError
-from discovery.files import PRIVATE
 
 RETRY_S: Final = 0.01
 """Seconds between attempts at what SQLite does not wait for itself."""

@@ -14,9 +14,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import Level
-from discovery.errors import CorruptRow
-from discovery.json_text import dump_finite, parse
-from discovery.recordings import (
+from discovery.data.json_text import dump_finite, parse
+from discovery.data.recordings import (
     MOST_TOKENS,
     Cell,
     LabelSource,
@@ -26,6 +25,7 @@ from discovery.recordings import (
     Split,
     Version,
 )
+from discovery.errors import CorruptRow
 from discovery.store.schema import COLUMNS, NUMBERS
 
 Row = tuple[Any, ...]
@@ -80,7 +80,7 @@ class Episode:
     sandbox: Level = Level.TRUSTED  # how its controller was held
     tenant: str = ""  # whose request it was; empty for a caller without a key
     about: About = field(default_factory=lambda: About())
-    trace: str = ""  # its rounds, as `discovery.rounds` packs them
+    trace: str = ""  # its rounds, as `discovery.data.rounds` packs them
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import aiosqlite
 
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.errors import CorruptRow, StoreError, Unwritable
-from discovery.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
 from discovery.store import rows
 from discovery.store.connections import Identity, connection, identity_of, truncate_log
 from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Served, Summary, Verified

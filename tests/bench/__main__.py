@@ -23,9 +23,9 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from proxy.embedded import EmbeddedServer
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
+from proxy.upstream.embedded import EmbeddedServer
 from tests.bench import answers, cascade, edge, live, recorder, replay, sealed
 from tests.bench.peers import PEERS
 from tests.bench.rows import Row, Size

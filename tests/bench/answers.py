@@ -10,14 +10,14 @@ import aiohttp
 
 from discovery.answers.algebra import express
 from discovery.answers.forms import canonical
+from proxy.episode.votability import asks, vouches
 from proxy.server import running
 from proxy.settings import load
-from proxy.votability import asks, vouches
 from tests.bench.rows import Row, Size
-from tests.discovery.answer_pairs import DIFFERENT, SAME
+from tests.discovery.answers.answer_pairs import DIFFERENT, SAME
 from tests.fakes import Chain, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL
-from tests.proxy.test_votability import PROSE, TASKS, probed
+from tests.proxy.episode.test_votability import PROSE, TASKS, probed
 
 TIMES = 20
 

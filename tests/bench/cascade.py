@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Final
 
 from controllers.loading import parse_spec
-from discovery.afs import afs
-from discovery.arena import Arena, Trial
-from discovery.cascade import Cascade, Plan, Verdict, fixed_recordings
-from discovery.discover import FINE, baselines
-from discovery.explorers import Candidate, Context, Standing
-from discovery.explorers.grammar import Grammar
-from discovery.formats import read_release, release_cell
-from discovery.playing import Rules
-from discovery.recordings import Cell, Split, intern
+from discovery.data.importers import read_release, release_cell
+from discovery.data.recordings import Cell, Split, intern
+from discovery.evaluation.afs import afs
+from discovery.evaluation.replay_jobs import Rules
+from discovery.search.arena import Arena, Trial
+from discovery.search.cascade import Cascade, Plan, Verdict, fixed_recordings
+from discovery.search.explorers import Candidate, Context, Standing
+from discovery.search.explorers.grammar import Grammar
+from discovery.search.loop import FINE, baselines
 from tests.bench.replay import FILE
 from tests.bench.rows import Row, Size
 

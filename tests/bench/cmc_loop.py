@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import comb
 
-from discovery.recordings import RecordedRow, Recording
+from discovery.data.recordings import RecordedRow, Recording
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import aiohttp
 
-from proxy.embedded import free_port
+from proxy.upstream.embedded import free_port
 from tests.bench.generator import BODY, CONNECTIONS, STREAMS, Figures
 from tests.bench.peers import Peer, PeerMissing
 from tests.bench.rows import Row, Size, spread

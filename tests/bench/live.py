@@ -12,8 +12,8 @@ from controllers import Action, Controller, Limits, State, advance, answer, bran
 from controllers.baselines import CMC, SelfConsistency
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
-from proxy.engine import Call, Engine
-from proxy.live import LiveEnvironment, Prompt, Sizes
+from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.upstream.client import Call, Engine
 from tests.bench.rows import Row, Size, median_ratio
 
 MODEL = "autotts-tiny"

@@ -14,12 +14,12 @@ from pathlib import Path
 import aiohttp
 
 from controllers import Advanced, Probed, Round, advance, branch, probe
-from discovery.rounds import packed
+from discovery.data.rounds import packed
 from discovery.store import Episode
-from proxy.metrics import Metrics
-from proxy.recorder import Recorder
+from proxy.recording.store_writer import Recorder
 from proxy.server import running
 from proxy.settings import load
+from proxy.telemetry.metrics import Metrics
 from tests.bench.rows import Row, Size
 from tests.fakes import MODEL, FakeVLLM, chain
 

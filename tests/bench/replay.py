@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from controllers.loading import Spec
-from discovery.engines import EngineName, engine_called
-from discovery.evaluate import Evaluation
-from discovery.formats import read_release, release_cell
-from discovery.playing import Played, Rules, jobs, play
-from discovery.recordings import Cell, RecordedQuestion, Recording, intern
-from discovery.replay import shuffled
+from discovery.data.importers import read_release, release_cell
+from discovery.data.recordings import Cell, RecordedQuestion, Recording, intern
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.evaluate import Evaluation
+from discovery.evaluation.replay import shuffled
+from discovery.evaluation.replay_jobs import Played, Rules, jobs, play
 from tests.bench import cmc_loop
 from tests.bench.rows import Row, Size, median_ratio
 
@@ -124,9 +124,9 @@ MEMORY: Final = """
 import sys
 from pathlib import Path
 from controllers.loading import Spec
-from discovery.engines import EngineName, engine_called
-from discovery.evaluate import Evaluation
-from discovery.source import open_source
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.evaluate import Evaluation
+from discovery.evaluation.sources import open_source
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 

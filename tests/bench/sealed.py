@@ -14,13 +14,13 @@ from controllers.loading import Spec
 from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.worker import HARD_S, Worker
-from discovery.formats import read_release, release_cell
-from discovery.playing import Job, Rules, Sealing, play
-from discovery.recordings import Recording, intern
-from discovery.replay import ReplayEnvironment, shuffled
+from discovery.data.importers import read_release, release_cell
+from discovery.data.recordings import Recording, intern
+from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.replay_jobs import Job, Rules, Sealing, play
 from tests.bench.replay import BLOCK, FILE
 from tests.bench.rows import Row, Size, spread
-from tests.discovery.test_evaluate import question
+from tests.discovery.evaluation.test_evaluate import question
 
 EPISODES: Final = 8
 """Live ones at once."""

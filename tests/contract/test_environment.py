@@ -28,13 +28,13 @@ from controllers import (
     prune,
     run_episode,
 )
-from controllers.registry import BUILT_IN, create
+from controllers.builtin import BUILT_IN, create
 from discovery.answers import read
-from discovery.recordings import RecordedBranch, RecordedQuestion, intern
-from discovery.replay import ReplayEnvironment
-from proxy.engine import Engine
-from proxy.live import LiveEnvironment, Prompt, Sizes
-from proxy.probing import LEAD, TEMPLATES, Family
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern
+from discovery.evaluation.replay import ReplayEnvironment
+from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.probe_templates import LEAD, TEMPLATES, Family
+from proxy.upstream.client import Engine
 from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
 INTERVAL = 40

@@ -23,8 +23,8 @@ from controllers import (
 )
 from controllers.baselines import CMC, ParallelProbe, SelfConsistency, ShortestFirst
 from controllers.baselines.adaptive_consistency import gain
+from controllers.builtin import ADMIN_ONLY, BUILT_IN, PINNABLE, create, find, is_admin_only
 from controllers.dial import linear
-from controllers.registry import ADMIN_ONLY, BUILT_IN, PINNABLE, create, find, is_admin_only
 from tests.fakes import Chain, Eager, ScriptedEnvironment, chain, episode
 
 INTERVAL = 40

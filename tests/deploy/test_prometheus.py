@@ -16,10 +16,10 @@ import aiohttp
 import pytest
 import yaml
 
-from proxy import pulse
-from proxy.embedded import free_port
 from proxy.server import running
 from proxy.settings import load
+from proxy.upstream import health_monitor
+from proxy.upstream.embedded import free_port
 from tests.fakes import FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL
 
@@ -117,7 +117,7 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
 async def test_it_scrapes_the_proxy_and_tells_when_the_upstream_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulse, "EVERY_S", 0.1)
+    monkeypatch.setattr(health_monitor, "EVERY_S", 0.1)
     async with FakeVLLM([chain("7", 120, ["7"])], INTERVAL).serve() as backend:
         settings = load(upstream=backend.url, store=tmp_path / "records.db", **SMALL)
         async with running(settings) as url, prometheus(tmp_path, url) as server:

@@ -31,8 +31,8 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from proxy import keys
-from proxy.embedded import free_port
+from proxy.admission import api_keys
+from proxy.upstream.embedded import free_port
 from tests.faults.attackers import ATTACKS, DOUBTFUL, INTERVAL, SPINNER, Target, chat
 
 ROOT: Final = Path(__file__).parents[2]
@@ -181,9 +181,9 @@ def _memory_mib(pid: int, what: str) -> int:
 
 async def measure(attack: str, seconds: float, folder: Path) -> Outcome:
     """Run one attack against a fresh proxy."""
-    attacker_token, victim_token = keys.new(), keys.new()
+    attacker_token, victim_token = api_keys.new(), api_keys.new()
     key_file = folder / "keys.toml"
-    key_file.write_text(keys.line("attacker", attacker_token) + "\n" + keys.line("victim", victim_token) + "\n")
+    key_file.write_text(api_keys.line("attacker", attacker_token) + "\n" + api_keys.line("victim", victim_token) + "\n")
     port = free_port()
     if attack == "spinning_children":
         (folder / "spinner.py").write_text(SPINNER)

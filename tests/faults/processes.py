@@ -17,7 +17,7 @@ from typing import Final
 
 FORKER: Final = """
 import json, os, signal, sys, traceback
-import discovery.collect, discovery.gate, proxy.app, proxy.server, proxy.logs, uvloop
+import discovery.data.collect, discovery.promotion.gate, proxy.app, proxy.server, proxy.telemetry.logs, uvloop
 from proxy.cli import main
 
 status_files = {}

@@ -12,11 +12,6 @@ import pytest
 import pytest_asyncio
 from aiohttp.client_reqrep import ConnectionKey
 
-from proxy import engine as engines
-from proxy import health_check
-from proxy.breaker import CHECK_PAUSE_S, FAILURES, MOST_TIMES, OPEN_S, Breaker, BreakerState, RetryBudget
-from proxy.embedded import free_port
-from proxy.engine import Call, Engine
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -25,9 +20,22 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.health_check import HealthCheck
 from proxy.server import running
 from proxy.settings import load
+from proxy.upstream import client as engines
+from proxy.upstream import health_check
+from proxy.upstream.circuit_breaker import (
+    CHECK_PAUSE_S,
+    FAILURES,
+    MOST_TIMES,
+    OPEN_S,
+    Breaker,
+    BreakerState,
+    RetryBudget,
+)
+from proxy.upstream.client import Call, Engine
+from proxy.upstream.embedded import free_port
+from proxy.upstream.health_check import HealthCheck
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 

@@ -15,14 +15,14 @@ import uvicorn
 from aiohttp import web
 from starlette.types import Receive, Scope, Send
 
-from proxy.connections import Connections
-from proxy.edge import Edge, EdgeLimits, EdgeProtocol
+from proxy.http.connections import Connections
+from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
+from proxy.http.sse import Stream
 from proxy.server import listen, running
 from proxy.settings import load
-from proxy.stream import Stream
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
-from tests.proxy.test_records import until
+from tests.proxy.recording.test_episode_log import until
 
 __all__ = ["backend", "proxy"]  # fixtures
 

@@ -16,11 +16,11 @@ import aiohttp
 import pytest
 
 from discovery.store import Store
-from proxy.drain import Gate
-from proxy.embedded import free_port
+from proxy.http.graceful_shutdown import Gate
+from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, backend
-from tests.proxy.test_records import until
+from tests.proxy.recording.test_episode_log import until
 
 __all__ = ["backend"]  # a fixture
 

@@ -22,17 +22,25 @@ import uvicorn
 from openai import AsyncOpenAI
 from uvicorn.server import ServerState
 
-from proxy import edge
 from proxy.app import ROUTES
-from proxy.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
-from proxy.edge import Edge, EdgeLimits, EdgeProtocol
 from proxy.errors import ApiError
-from proxy.heads import MOST_HEADERS, MOST_SHOWN, PARTS, check_head, check_target, shown_path, without_upgrade
+from proxy.http import protocol as edge
+from proxy.http.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
+from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
+from proxy.http.request_head import (
+    MOST_HEADERS,
+    MOST_SHOWN,
+    PARTS,
+    check_head,
+    check_target,
+    shown_path,
+    without_upgrade,
+)
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
-from tests.proxy.test_records import until
+from tests.proxy.recording.test_episode_log import until
 
 __all__ = ["backend", "proxy"]  # fixtures
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.embedded import free_port
+from proxy.upstream.embedded import free_port
 from tests.fakes import FakeVLLM, chain
 from tests.faults.attack import FOLDER, attacks
 
@@ -134,8 +134,8 @@ def test_doctor_names_the_missing_layer(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_evaluate_refuses_rather_than_run_unsealed(layer: str, tmp_path: Path) -> None:
-    from discovery.formats import as_line
-    from tests.discovery.test_evaluate import question
+    from discovery.data.importers import as_line
+    from tests.discovery.evaluation.test_evaluate import question
 
     (tmp_path / "mine.py").write_text(CONTROLLER)
     (tmp_path / "r.jsonl").write_text(as_line(question(0)))

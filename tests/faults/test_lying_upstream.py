@@ -13,15 +13,15 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy import engine as engines
-from proxy.bounds import Bound
-from proxy.breaker import FAILURES
-from proxy.engine import Call, Engine
+from proxy.admission.token_bound import Bound
+from proxy.admission.usage_meter import Bill
 from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
-from proxy.response_body import Lines, parse_object
 from proxy.server import running
 from proxy.settings import load
-from proxy.usage import Bill
+from proxy.upstream import client as engines
+from proxy.upstream.circuit_breaker import FAILURES
+from proxy.upstream.client import Call, Engine
+from proxy.upstream.response_body import Lines, parse_object
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 

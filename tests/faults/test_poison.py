@@ -16,22 +16,22 @@ from zlib import crc32
 
 import pytest
 
+from discovery.data.importers import as_line, read_jsonl, read_release
+from discovery.data.json_text import parse
+from discovery.data.recordings import LabelSource, Origin, RecordedBranch, RecordedQuestion, question_id
 from discovery.errors import BadRecording, CorruptRow, HistoryError, StoreError
-from discovery.explorers.transcript import Transcript
-from discovery.formats import as_line, read_jsonl, read_release
-from discovery.history import History
-from discovery.json_text import parse
-from discovery.labels import fill
-from discovery.recordings import LabelSource, Origin, RecordedBranch, RecordedQuestion, question_id
+from discovery.evaluation.reference_answers import fill
+from discovery.search.explorers.transcript import Transcript
+from discovery.search.history import History
 from discovery.store import Episode, Feedback, Label, Search, Store, Tried, rows
 from discovery.store.rows import checksum, line
 from discovery.store.schema import COLUMNS
-from proxy import spill as spilling
-from proxy.forgetting import forget
-from proxy.metrics import Metrics
-from proxy.recorder import Recorder
+from proxy.commands.forget import forget
+from proxy.recording import spill_file as spilling
+from proxy.recording.spill_file import Spill
+from proxy.recording.store_writer import Recorder
 from proxy.settings import load
-from proxy.spill import Spill
+from proxy.telemetry.metrics import Metrics
 from tests.faults.processes import until
 
 DEEP: Final = "[" * 100_000

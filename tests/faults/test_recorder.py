@@ -23,15 +23,15 @@ import aiohttp
 import pytest
 from openai import AsyncOpenAI
 
+from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
-from discovery.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.store import Episode, Feedback, Item, Store
 from discovery.store.rows import line
-from proxy.metrics import Metrics
-from proxy.recorder import FILE, GROUP, STORE, Owner, Recorder
+from proxy.recording.spill_file import MOST_FILES, Spill, places
+from proxy.recording.store_writer import FILE, GROUP, STORE, Owner, Recorder
 from proxy.server import running
 from proxy.settings import load
-from proxy.spill import MOST_FILES, Spill, places
+from proxy.telemetry.metrics import Metrics
 from tests.proxy.conftest import SMALL, Proxy, backend
 
 __all__ = ["backend"]  # a fixture
@@ -111,7 +111,7 @@ class Turnstile:
             return await plain(store, items)
 
         monkeypatch.setattr(Store, "add_all", add_all)
-        monkeypatch.setattr("proxy.recorder.PATIENCE_S", 1e9)
+        monkeypatch.setattr("proxy.recording.store_writer.PATIENCE_S", 1e9)
 
     def open(self) -> None:
         for _ in range(10_000):
@@ -243,7 +243,7 @@ async def test_nobody_waits_for_a_store_that_never_acknowledges(
     async with serving(backend, tmp_path / "s.db") as proxy:
         (request,) = await answered(proxy)
         await turnstile.entered.acquire()
-        monkeypatch.setattr("proxy.records.asyncio.wait", wait)
+        monkeypatch.setattr("proxy.recording.episode_log.asyncio.wait", wait)
         said = {"request_id": request, "correct": True}
         async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", json=said) as response:
             assert response.status == 202  # and not yet on disk
@@ -301,7 +301,7 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             await go_on.wait()
             return await plain(store, items)
 
-        monkeypatch.setattr("proxy.recorder.PATIENCE_S", 0.05)
+        monkeypatch.setattr("proxy.recording.store_writer.PATIENCE_S", 0.05)
         monkeypatch.setattr(Store, "add_all", slow)
         assert all(await asyncio.gather(*putting(recorder, *map(str, range(20)))))
         assert recorder.spill is not None
@@ -442,7 +442,7 @@ async def test_closing_leaves_in_the_file_what_the_store_does_not_take_in_time(
 ) -> None:
     path = tmp_path / "s.db"
     limit = len(left(tmp_path / "like", *map(str, range(fit))))
-    monkeypatch.setattr("proxy.recorder.FLUSH_S", 2)
+    monkeypatch.setattr("proxy.recording.store_writer.FLUSH_S", 2)
     turnstile = Turnstile(monkeypatch)
     async with recording(path, spill_bytes=limit) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
@@ -464,7 +464,7 @@ async def test_closing_waits_for_what_still_writes_the_file(tmp_path: Path, monk
         return plain(spill, lines)
 
     monkeypatch.setattr(Spill, "append", append)
-    monkeypatch.setattr("proxy.recorder.FLUSH_S", 0.1)
+    monkeypatch.setattr("proxy.recording.store_writer.FLUSH_S", 0.1)
     recorder = Recorder(
         load(upstream="http://x", store=tmp_path / "away" / "s.db", spill=tmp_path / "spill"), Metrics()
     )
@@ -528,7 +528,7 @@ async def test_what_nobody_foresaw_is_tried_again(
         return await plain(recorder)
 
     monkeypatch.setattr(Recorder, "_keep", keep)
-    monkeypatch.setattr("proxy.recorder.AGAIN_S", 0.01)
+    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
     async with recording(tmp_path / "s.db") as recorder:
         assert await asyncio.gather(*putting(recorder, "a")) == [True]
     assert "RuntimeError" in caplog.text
@@ -601,7 +601,7 @@ async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeyp
         return await plain(store, items)
 
     monkeypatch.setattr(Store, "add_all", add_all)
-    monkeypatch.setattr("proxy.recorder.AGAIN_S", 0.01)
+    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
     async with recording(path) as recorder:
         await until(lambda: failures < 0 and recorder.spill is not None and not recorder.spill.size)
         assert stored(path) == {"a", "b"}
@@ -649,7 +649,7 @@ async def test_each_trouble_is_complained_of_once(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Store, "open", opened)
-    monkeypatch.setattr("proxy.recorder.AGAIN_S", 0.01)
+    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
     with monkeypatch.context() as patched:
         patched.setattr(Spill, "append", append)
         async with recording(path, spill=tmp_path / "spill") as recorder:
@@ -775,9 +775,9 @@ STARTER = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
 from discovery.store import Episode
-from proxy import recorder as recording
-from proxy.metrics import Metrics
-from proxy.recorder import Recorder
+from proxy.recording import store_writer as recording
+from proxy.telemetry.metrics import Metrics
+from proxy.recording.store_writer import Recorder
 from proxy.settings import load
 
 recording.WAIT_MS = 50

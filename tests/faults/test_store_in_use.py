@@ -18,14 +18,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
-from discovery.formats import as_line
-from discovery.recordings import RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.data.importers import as_line
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Store
 from proxy.cli import app
-from proxy.metrics import Metrics
-from proxy.recorder import RECOVERED, STORED, Recorder
+from proxy.recording.spill_file import places
+from proxy.recording.store_writer import RECOVERED, STORED, Recorder
 from proxy.settings import load
-from proxy.spill import places
+from proxy.telemetry.metrics import Metrics
 from tests.faults.processes import Command, Forker, forking, until
 from tests.proxy.conftest import SMALL, backend
 

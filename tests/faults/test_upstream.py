@@ -7,9 +7,9 @@ import socket
 import aiohttp
 import pytest
 
-from proxy.embedded import free_port
 from proxy.server import running
 from proxy.settings import load
+from proxy.upstream.embedded import free_port
 from tests.fakes import ASSISTANT
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 

@@ -10,7 +10,7 @@ import aiohttp
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from controllers.registry import ADMIN_ONLY, BUILT_IN
+from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM, chain

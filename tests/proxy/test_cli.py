@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from proxy.cli import base_url, welcome
-from proxy.embedded import free_port
+from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 
 ROOT = Path(__file__).parents[2]

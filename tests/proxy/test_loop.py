@@ -15,8 +15,8 @@ from openai import AsyncOpenAI
 from controllers.installed import lot
 from controllers.loading import read
 from deploy.embedded.task import held_back
-from discovery.formats import read_jsonl
-from discovery.recordings import Split
+from discovery.data.importers import read_jsonl
+from discovery.data.recordings import Split
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 

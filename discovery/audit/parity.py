@@ -1,0 +1,474 @@
+"""Whether replay tells the truth about live: served episodes held against replays of what was recorded of them.
+
+Three questions. Shown the same facts, does a controller decide what it decided then (`again.py`)? Opened in live's
+order, do the recorded branches bring live's answer at live's tokens? And are means over shuffled orders, which
+evaluations go by, those of live traffic? The first two are exact; the third is told with its uncertainty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controllers import ControllerError, Limits, State, Stop, run_episode
+from controllers.loading import Spec
+from controllers.sandbox.worker import Clock
+from discovery.answers import Judge, Labels, canonical, is_veiled, veiled
+from discovery.audit.decision_replay import Company, Decider, Decisions, Key, Run, ask_again, company, key_of, run
+from discovery.audit.served_episodes import limits_of
+from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern
+from discovery.errors import Censored
+from discovery.evaluation.paired_statistics import TIE, bounds, share_interval
+from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
+from discovery.store import Episode, Store
+from discovery.store.rows import surer
+
+LEAST: Final = 10
+"""Recorded questions below which nothing is said of means."""
+BOTH_SIDES: Final = 2.5
+"""Percent beyond each end of an interval."""
+SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
+"""How episodes end that are a measure of their controllers, and may be recorded. A deadline cuts the costly ones:
+replays that are not cut cannot stand for them."""
+
+
+class Reference(NamedTuple):
+    """An answer that is held for right."""
+
+    answer: str
+    source: LabelSource
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a store has of served requests."""
+
+    episodes: Sequence[Episode]
+    recordings: Mapping[str, RecordedQuestion]  # the complete ones made of requests, by request
+    references: Mapping[str, Reference]  # by question: of each the surest
+
+
+async def records(store: Store) -> Records:
+    """All that is held against each other. Raises StoreError."""
+    references: dict[str, Reference] = {}
+    for label in await store.labels():
+        known = references.get(label.question)
+        if known is None or surer(label.source, known.source):
+            references[label.question] = Reference(label.answer, label.source)
+    recordings: dict[str, RecordedQuestion] = {}
+    for summary in await store.summaries():
+        for one in await store.load(summary.cell):
+            if one.reference is not None:  # the surest of its own and the labels
+                references[one.question] = Reference(one.reference, one.label_source)
+            if one.origin is Origin.LIVE and one.request and one.complete:
+                recordings.setdefault(one.request, one)
+    return Records(await store.episodes(), recordings, references)
+
+
+# What is found
+
+
+class Differing(NamedTuple):
+    """A recorded episode that a replay in its own order does not reproduce."""
+
+    request: str
+    spent: int | None  # tokens, live; None if it is not known
+    replayed: int
+    answer: str | None
+    replayed_answer: str | None
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """Recorded episodes that their controllers ended, replayed in the order in which they opened their branches."""
+
+    episodes: int
+    differing: Sequence[Differing]
+
+
+class Verdict(StrEnum):
+    """What is said of means."""
+
+    AGREE = "agree"
+    DISAGREE = "disagree"
+    TOO_LITTLE = "too little data"
+
+
+class Mean(NamedTuple):
+    """A mean in which every question counts the same, with its 95 % interval; None where one question says nothing."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    questions: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure, live and replayed."""
+
+    live: Mean
+    replayed: Mean
+    paired: Mean  # live less replayed, on the requests that were recorded
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the intervals overlap, and the paired one has 0 in it."""
+        slack = TIE * max(1.0, abs(self.live.mean), abs(self.replayed.mean))
+        if min(self.live.questions, self.replayed.questions, self.paired.questions) < LEAST:
+            return Verdict.TOO_LITTLE
+        agrees = _meet(self.live, self.replayed, slack) and _meet(self.paired, Mean(0, 0, 0, 0), slack)
+        return Verdict.AGREE if agrees else Verdict.DISAGREE
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        means = {name: getattr(self, name)._asdict() for name in ("live", "replayed", "paired")}
+        return {**means, "verdict": str(self.verdict)}
+
+
+def _meet(one: Mean, other: Mean, slack: float) -> bool:
+    """Whether two intervals overlap."""
+    ends = one.low, one.high, other.low, other.high
+    low, high, other_low, other_high = (0.0 if end is None else end for end in ends)
+    return max(low, other_low) <= min(high, other_high) + slack
+
+
+@dataclass(frozen=True)
+class Group:
+    """One controller at one β on one model."""
+
+    controller: str
+    digest: str
+    beta: float
+    model: str
+    episodes: int  # live ones that are a measure of it
+    recorded: int  # of which so many were recorded
+    stops: Mapping[str, int]  # how they ended
+    left_out: Mapping[str, int]  # other live ones, by why
+    labels: Mapping[str, int]  # live episodes of which a right answer is known, by how it is
+    finalise: float  # mean tokens of a live episode for closing its reply: replay does not see them,
+    aborted: float  # nor those generated in requests that were cut
+    exhausted: float  # share of replays that opened all that was recorded where live would have allowed more
+    tokens: Compared
+    accuracy: Compared | None  # percent; None if of no recorded question a right answer is known
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of tokens and accuracy together."""
+        both = self.tokens.verdict, Verdict.TOO_LITTLE if self.accuracy is None else self.accuracy.verdict
+        worst = (Verdict.DISAGREE, Verdict.TOO_LITTLE, Verdict.AGREE)
+        return next(verdict for verdict in worst if verdict in both)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        accuracy = None if self.accuracy is None else self.accuracy.as_json()
+        return asdict(self) | {"tokens": self.tokens.as_json(), "accuracy": accuracy, "verdict": str(self.verdict)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Everything that was found."""
+
+    decisions: Decisions
+    reproduced: Reproduced
+    groups: Sequence[Group]
+
+    @property
+    def checked(self) -> bool:
+        """Whether there was anything that could have spoken against replay."""
+        return bool(self.decisions.rounds or self.reproduced.episodes or self.groups)
+
+    @property
+    def holds(self) -> bool:
+        """Whether something was checked, and nothing that was found speaks against replay."""
+        exact = self.decisions.agreed == self.decisions.rounds and not self.reproduced.differing
+        return self.checked and exact and all(group.verdict is not Verdict.DISAGREE for group in self.groups)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        decisions, reproduced = self.decisions, self.reproduced
+        return {
+            "checked": self.checked,
+            "holds": self.holds,
+            "decisions": {
+                **vars(decisions),
+                "disagreements": [one._asdict() for one in decisions.disagreements],
+                "unchecked": [one._asdict() for one in decisions.unchecked],
+            },
+            "reproduced": {
+                "episodes": reproduced.episodes,
+                "differing": [one._asdict() for one in reproduced.differing],
+            },
+            "means": [group.as_json() for group in self.groups],
+        }
+
+
+def parity(found: Records, given: Sequence[Spec] = (), shuffles: int = 20) -> Parity:
+    """Hold what was served against its controllers, those from files as `given`, and against replays in so many orders.
+
+    Raises TraceError, ControllerError if a file does not load, and Unsealed.
+    """
+    who = company(found.episodes, given)
+    decisions = ask_again(found.episodes, who)
+    with Judge(clock=Clock.CPU) as judge:
+        truth = _Truth(found.references, judge)
+        pairs = [pair for one in found.episodes if (pair := _pair(one, found, who, truth)) is not None]
+        groups = list(_groups(found.episodes, pairs, truth, shuffles))
+    return Parity(decisions, _reproduced(pairs), groups)
+
+
+# What is held against what
+
+
+class _Pair(NamedTuple):
+    """A served episode, and what was recorded of it."""
+
+    episode: Episode
+    spec: Spec
+    limits: Limits  # live
+    recording: Recording  # one text stands for all spellings of an answer: as live told them apart
+    right: frozenset[str] | None  # the recorded answers that are right; None if nobody knows
+
+    @property
+    def replay_limits(self) -> Limits:
+        """Live's, as far as there are recorded branches."""
+        return replace(self.limits, max_branches=min(self.limits.max_branches, self.recording.branches))
+
+
+def _pair(episode: Episode, found: Records, who: Company, truth: _Truth) -> _Pair | None:
+    """None if nothing was recorded, or nobody can be asked, or there is nothing to hold it against."""
+    recorded, spec = found.recordings.get(episode.request_id), who.known.get(key_of(episode))
+    if recorded is None or spec is None or "limits" not in episode.about or _left_out(episode) is not None:
+        return None
+    recording = intern(recorded)
+    return _Pair(episode, spec, limits_of(episode), recording, truth.right_among(recorded.question, recording.answers))
+
+
+def _left_out(episode: Episode) -> str | None:
+    """Why an episode is no measure of its controller; None if it is."""
+    if episode.about.get("fallback") is not None:
+        return "baseline decided"
+    if (refused := episode.about.get("refused")) is not None:  # replay knows no such end
+        return refused.replace("_", " ")
+    if episode.stop not in SERVED:
+        return episode.stop
+    return None if "spent" in episode.about else "tokens not known"
+
+
+class _Truth:
+    """Which answers are right: as the proxy tells answers apart, hidden ones by their hashes."""
+
+    def __init__(self, references: Mapping[str, Reference], judge: Judge) -> None:
+        self._references = references
+        self._judge = judge
+        self._same: dict[tuple[str, str], bool] = {}
+
+    def source(self, question: str | None) -> LabelSource | None:
+        """How the right answer is known, if it is."""
+        known = self._references.get(question or "")
+        return None if known is None else known.source
+
+    def is_right(self, question: str | None, answer: str | None) -> bool:
+        """Whether `answer` is known to be right."""
+        known = self._references.get(question or "")
+        if known is None or answer is None:
+            return False
+        both = answer, known.answer
+        if both not in self._same:
+            self._same[both] = self._compare(*both)
+        return self._same[both]
+
+    def right_among(self, question: str, answers: Iterable[str]) -> frozenset[str] | None:
+        """Those that are right; None if nobody knows."""
+        if self.source(question) is None:
+            return None
+        return frozenset(answer for answer in answers if self.is_right(question, answer))
+
+    def _compare(self, one: str, other: str) -> bool:
+        if is_veiled(one) or is_veiled(other):
+            return veiled(one) == veiled(other)
+        form, other_form = canonical(one), canonical(other)
+        if form is None or other_form is None:
+            return one.strip() == other.strip()
+        labels = Labels(self._judge)
+        return labels.number(form, one) == labels.number(other_form, other)
+
+
+# Replays
+
+
+class _Replayed(NamedTuple):
+    """What came of a replay."""
+
+    tokens: int
+    answer: str | None
+    width: int  # branches opened
+
+
+def _replay(recording: Recording, order: Sequence[int], limits: Limits) -> Run[_Replayed]:
+    return partial(_run, recording, order, limits)
+
+
+async def _run(recording: Recording, order: Sequence[int], limits: Limits, decider: Decider) -> _Replayed:
+    environment, state = ReplayEnvironment(recording, order), State(limits)
+    try:
+        await run_episode(decider, environment, state)
+    except ControllerError:
+        state.end(Stop.CONTROLLER_ERROR)
+    except Censored:  # it opens more than were recorded: live it did not
+        state.end(Stop.UPSTREAM_ERROR)
+    answer = None if state.answer is None else recording.answers[environment.revealed[state.answer]]
+    return _Replayed(state.spent, answer, state.width)
+
+
+def _reproduced(pairs: Iterable[_Pair]) -> Reproduced:
+    """Recorded episodes that their controllers ended, replayed in their own order under their own limits."""
+    ended = [pair for pair in pairs if pair.episode.stop == Stop.ANSWERED]
+    differing: list[Differing] = []
+    for pair in ended:
+        episode, order = pair.episode, range(pair.recording.branches)
+        (replayed,) = run(pair.spec, episode.beta, pair.limits, [_replay(pair.recording, order, pair.limits)])
+        spent = episode.about.get("spent")
+        if (replayed.tokens, replayed.answer) != (spent, episode.answer):
+            differing.append(Differing(episode.request_id, spent, replayed.tokens, episode.answer, replayed.answer))
+    return Reproduced(len(ended), differing)
+
+
+# Means
+
+_GroupKey = tuple[Key, float, str]
+
+
+def _group_key(episode: Episode) -> _GroupKey:
+    return key_of(episode), episode.beta, episode.model
+
+
+def _groups(episodes: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Iterable[Group]:
+    """A group for each controller, β and model of which there are recordings."""
+    for key in sorted({_group_key(pair.episode) for pair in pairs}):
+        served = [one for one in episodes if _group_key(one) == key]
+        yield _group(served, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
+
+
+def _group(served: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Group:
+    live = [one for one in served if _left_out(one) is None]
+    spec, beta = pairs[0].spec, pairs[0].episode.beta
+    orders = [(pair, shuffled(pair.recording.branches, seed)) for pair in pairs for seed in range(shuffles)]
+    widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
+    replays = run(spec, beta, widest, [_replay(pair.recording, order, pair.replay_limits) for pair, order in orders])
+    by_pair = [replays[at : at + shuffles] for at in range(0, len(replays), shuffles)]
+    tokens = _compared(
+        [(_question(one), one.about["spent"]) for one in live],
+        [
+            _Row(_question(pair.episode), pair.episode.about["spent"], [one.tokens for one in played])
+            for pair, played in zip(pairs, by_pair, strict=True)
+        ],
+    )
+    known = [one for one in live if truth.source(one.question) is not None]
+    rows = [
+        _Row(
+            _question(pair.episode),
+            100 * truth.is_right(pair.recording.question, pair.episode.answer),
+            [100 * (one.answer in pair.right) for one in played],
+        )
+        for pair, played in zip(pairs, by_pair, strict=True)
+        if pair.right is not None
+    ]
+    right = [(_question(one), 100 * truth.is_right(one.question, one.answer)) for one in known]
+    exhausted = [
+        one.width == pair.recording.branches < pair.limits.max_branches
+        for pair, played in zip(pairs, by_pair, strict=True)
+        for one in played
+    ]
+    return Group(
+        controller=spec.name,
+        digest=spec.digest,
+        beta=beta,
+        model=pairs[0].episode.model,
+        episodes=len(live),
+        recorded=len(pairs),
+        stops=_counted(one.stop for one in live),
+        left_out=_counted(why for one in served if (why := _left_out(one)) is not None),
+        labels=_counted(str(truth.source(one.question)) for one in known),
+        finalise=_average(one.ledger.get("finalise", 0) for one in live),
+        aborted=_average(one.ledger.get("aborted", 0) for one in live),
+        exhausted=_average(exhausted),
+        tokens=tokens,
+        accuracy=_compared(right, rows, percent=True) if rows else None,
+    )
+
+
+def _question(episode: Episode) -> str:
+    """What its intervals are drawn over; an episode whose question was not kept stands alone."""
+    return episode.question or episode.request_id
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _average(values: Iterable[float]) -> float:
+    every = list(values)
+    return sum(every) / len(every)
+
+
+class _Row(NamedTuple):
+    """A figure of one recorded request."""
+
+    question: str
+    live: float
+    replayed: Sequence[float]  # by shuffle
+
+
+def _compared(live: Sequence[tuple[str, float]], rows: Sequence[_Row], percent: bool = False) -> Compared:
+    return Compared(
+        live=_mean(live, percent),
+        replayed=_mean([(row.question, _average(row.replayed)) for row in rows], percent),
+        paired=_paired(rows),
+    )
+
+
+def _mean(values: Sequence[tuple[str, float]], percent: bool) -> Mean:
+    """Its interval is bootstrapped over questions. Percentages that are all the same show no spread to draw from:
+    theirs is Wilson's, for answers that were right or wrong."""
+    by_question: dict[str, list[float]] = {}
+    for question, value in values:
+        by_question.setdefault(question, []).append(value)
+    means = np.array([_average(of_one) for of_one in by_question.values()])
+    mean, count = float(means.mean()), means.size
+    if count < 2:
+        return Mean(mean, None, None, count)
+    low, high = share_interval(mean / 100, count) if percent and not np.ptp(means) else bounds(means, BOTH_SIDES)
+    return Mean(mean, low, high, count)
+
+
+def _paired(rows: Sequence[_Row]) -> Mean:
+    """Live less replayed, every question counting the same, with the interval chance leaves around it.
+
+    If replay tells the truth, the live order is as good as any shuffled one: which of them it was is drawn anew for
+    every request. That holds for few questions too, and where answers are nearly all right.
+    """
+    count = Counter(row.question for row in rows)
+    weights = np.array([1 / (len(count) * count[row.question]) for row in rows])
+    values = np.array([[row.live, *row.replayed] for row in rows], np.float64)
+    others = (values.sum(axis=1, keepdims=True) - values) / (values.shape[1] - 1)
+    apart = weights[:, None] * (values - others)  # of each order from the mean of the others: (requests, orders)
+    mean = float(apart[:, 0].sum())
+    if len(count) < 2:
+        return Mean(mean, None, None, len(count))
+    generator = np.random.default_rng(SEED)
+    requests = np.arange(len(rows))
+    sums: list[NDArray[np.float64]] = []
+    for _ in range(RESAMPLES // BLOCK):
+        drawn = generator.integers(0, values.shape[1], (BLOCK, len(rows)))
+        sums.append(apart[requests, drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(sums), [BOTH_SIDES, 100 - BOTH_SIDES])
+    return Mean(mean, mean - float(high), mean - float(low), len(count))

@@ -1,0 +1,96 @@
+"""Accuracy against tokens, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from discovery.data.files import check_place, whole
+from discovery.errors import NotWritten
+
+COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
+
+
+class Point(NamedTuple):
+    """One setting."""
+
+    tokens: float
+    accuracy: float  # percent
+    error: float  # standard error of it, points
+    label: str = ""
+
+
+Panel = Mapping[str, Sequence[Point]]
+"""Lines by name, each from left to right."""
+
+
+def check_plot(path: Path) -> None:
+    """Raise NotWritten, before anything costly, if a picture could not be written to `path`."""
+    if path.suffix not in (".png", ".svg"):
+        raise NotWritten(f"--plot {path}: the name must end in .png or .svg")
+    check_place(path, "--plot")
+
+
+def draw(panels: Mapping[str, Panel], path: Path) -> None:
+    """One panel beside the other, by title; bars are standard errors."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(7.0, 4.5 * columns), 4.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for number, (name, points) in enumerate(lines.items()):
+            tokens, percents, errors, _ = zip(*points, strict=True)
+            colour = COLOURS[number % len(COLOURS)]
+            marker = "o" if len(points) > 1 else "s"
+            axes.errorbar(tokens, percents, errors, marker=marker, capsize=3, color=colour, label=name)
+            for point in points:
+                axes.annotate(
+                    point.label, point[:2], textcoords="offset points", xytext=(6, -11), fontsize=8, color=colour
+                )
+        axes.set(xscale="log", xlabel="tokens a question, all branches and probes", ylabel="accuracy, %")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=8)
+    with whole(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
+class Span(NamedTuple):
+    """A mean and its interval; None where there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+Rows = Mapping[str, Mapping[str, Span]]
+"""What is compared, by name, in rows by name."""
+
+
+def draw_spans(panels: Mapping[str, Rows], path: Path) -> None:
+    """One panel beside the other, by title: rows from above, in each what is compared, one below the other."""
+    from matplotlib.figure import Figure
+
+    most = max(len(rows) for rows in panels.values())
+    figure = Figure(figsize=(6.0 * len(panels), 1.6 + 0.7 * most), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, compared in enumerate(rows.values()):
+            for at, (name, (mean, low, high)) in enumerate(compared.items()):
+                place = number + 0.3 * (at - (len(compared) - 1) / 2)
+                ends = [[mean - (mean if low is None else low)], [(mean if high is None else high) - mean]]
+                label = name if number == 0 else None
+                axes.errorbar(
+                    [mean], [place], xerr=ends, marker="os^v"[at % 4], capsize=3, color=COLOURS[at], label=label
+                )
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+        axes.legend(fontsize=8)
+    with whole(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:])

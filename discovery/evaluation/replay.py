@@ -1,0 +1,173 @@
+"""The environment of a recorded question: branches run again, interval by interval, without a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from controllers import TO_END, Action, Advanced, Fact, Probed
+from controllers.actions import BRANCH, CONTINUE, PROBE
+from discovery.data.recordings import RecordedRow, Recording
+from discovery.errors import Censored
+
+SHORT = 8
+"""Advances of fewer intervals are looked up, not made."""
+UNSEEN = -1
+"""The label of an answer not revealed yet."""
+
+
+@lru_cache(maxsize=1024)
+def shuffled(branches: int, seed: int) -> Sequence[int]:
+    """The order in which branches are opened under a shuffle seed; the same object for every controller."""
+    order = list(range(branches))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
+
+
+class ReplayEnvironment:
+    """Implements `controllers.Environment` over a Recording. It never suspends.
+
+    `order` says which recorded branch is opened when. An interval costs Δ while probes remain; the one after the last
+    probe finishes the branch at the cost of what is left of the chain, never less than 0. A branch opened to its end
+    costs its length. A probe costs what was recorded, or `probe_tokens` if that is given. Raises Censored when no
+    recorded branch is left to open.
+    """
+
+    def __init__(self, recording: Recording, order: Sequence[int], probe_tokens: int | None = None) -> None:
+        self.recording = recording
+        self.order = order
+        self.revealed: list[int] = []  # the recording's number of each label
+        self.critical_path = 0  # tokens generated one after the other: of each round, the branch that ran longest
+        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; then of none
+        self._rows = recording.rows
+        self._opened: list[RecordedRow] = []
+        self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
+        self._left: list[int] = []  # whole intervals each can still run; -1 once it has finished
+        self._probe_tokens = probe_tokens or 0
+        self._priced = probe_tokens is None and recording.priced
+        self._charged = self._priced or self._probe_tokens > 0
+        self._delta = recording.interval
+        self._steps = _steps(recording.interval, len(order))
+        self._asked = _asked(self._probe_tokens, len(order))
+
+    async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
+        facts: list[Fact] = []
+        add = facts.append
+        left, steps, probes, labels, asked = self._left, self._steps, self._probes, self._labels, self._asked
+        priced, most, longest = self._priced, 0, 0  # intervals, tokens
+        before, repeated = -1, self._charged  # a branch that moves twice, or pays for probes, has to be summed up
+        for action in actions:
+            verb, index = action.verb, action.branch
+            if verb is CONTINUE:
+                intervals = action.intervals
+                rest = left[index] - intervals
+                if index <= before:
+                    repeated = True
+                before = index
+                if rest < 0:
+                    fact = self._finish(index)
+                    add(fact)
+                    if fact.tokens > longest:
+                        longest = fact.tokens
+                else:
+                    left[index] = rest
+                    if intervals > most:
+                        most = intervals
+                    try:
+                        add(steps[index][intervals])
+                    except IndexError:
+                        add(self._step(index, intervals))
+            elif verb is PROBE:
+                rest = left[index]
+                if rest < 0 or priced:
+                    add(self._ask(index))
+                    continue
+                answer = probes[index][rest]
+                label = labels[answer]
+                if label == UNSEEN:
+                    label = self._label(answer)
+                try:
+                    add(asked[index][label])
+                except KeyError:
+                    asked[index][label] = Probed(index, label, self._probe_tokens)
+                    add(asked[index][label])
+            elif verb is BRANCH:
+                fact = self._open(action.intervals)
+                add(fact)
+                before = fact.branch
+                if fact.tokens > longest:
+                    longest = fact.tokens
+        self.critical_path += _longest(facts) if repeated else max(longest, most * self._delta)
+        return facts
+
+    def is_right(self, label: int | None) -> bool:
+        """Whether `label` is the reference answer."""
+        return label is not None and self.revealed[label] == self.recording.reference
+
+    def _open(self, intervals: int) -> Advanced:
+        index = len(self._left)
+        if index >= len(self.order):
+            raise Censored(f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that")
+        row = self._rows[self.order[index]]
+        self._opened.append(row)
+        self._probes.append(row.probes)
+        self._left.append(len(row.probes))
+        if intervals <= len(row.probes):
+            self._left[index] -= intervals
+            return self._steps[index][intervals] if intervals < SHORT else self._step(index, intervals)
+        fact = self._finish(index)
+        return replace(fact, tokens=row.tokens) if intervals == TO_END else fact
+
+    def _step(self, index: int, intervals: int) -> Advanced:
+        return Advanced(index, intervals, intervals * self._delta, False)
+
+    def _finish(self, index: int) -> Advanced:
+        """What is left of branch `index`; nothing if it has finished."""
+        row, left = self._opened[index], self._left[index]
+        if not row.complete:
+            raise Censored(
+                f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
+            )
+        whole, delta = len(row.probes), self._delta
+        label = self._label(row.final)
+        if left < 0:
+            return Advanced(index, 0, 0, True, label)
+        self._left[index] = -1
+        rest = max(0, row.tokens - whole * delta)
+        return Advanced(index, left + 1, left * delta + rest, True, label)
+
+    def _ask(self, index: int) -> Probed:
+        """A probe at its recorded price; of a finished branch, its final label for nothing."""
+        row, left = self._opened[index], self._left[index]
+        if left < 0:
+            return Probed(index, self._label(row.final), 0)
+        return Probed(index, self._label(row.probes[left]), row.probe_tokens[left])
+
+    def _label(self, answer: int) -> int | None:
+        label = self._labels[answer]
+        if label == UNSEEN:
+            label = self._labels[answer] = len(self.revealed)
+            self.revealed.append(answer)
+        return label
+
+
+def _longest(facts: Sequence[Fact]) -> int:
+    """Tokens of the branch that a round gave most."""
+    spent: dict[int, int] = {}
+    for fact in facts:
+        spent[fact.branch] = spent.get(fact.branch, 0) + fact.tokens
+    return max(spent.values(), default=0)
+
+
+@lru_cache(maxsize=8)
+def _steps(delta: int, width: int) -> list[list[Advanced]]:
+    """By branch and intervals: the branch ran them all and did not finish."""
+    return [[Advanced(i, intervals, intervals * delta, False) for intervals in range(SHORT)] for i in range(width)]
+
+
+@lru_cache(maxsize=8)
+def _asked(tokens: int, width: int) -> list[dict[int | None, Probed]]:
+    """By branch and label: the branch was asked for that many tokens and said that. Filled in as it comes."""
+    return [{} for _ in range(width)]

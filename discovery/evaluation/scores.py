@@ -1,0 +1,328 @@
+"""Scores: what an evaluation says of each controller at each β on each cell, and how sure a difference is.
+
+Uncertainty comes from the questions: they are few and shuffles of the same branches are no new ones. Intervals are
+therefore bootstrapped over questions, each taken with all its shuffles, and two controllers on the same resample.
+
+Questions may count for less than one, by how their right answers are known. Where none does, sums are of whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from discovery.data.recordings import Cell, LabelSource
+from discovery.evaluation.replay_jobs import COLUMNS, KINDS, Failure, Job, Played
+
+RESAMPLES: Final = 10_000
+BLOCK: Final = 500
+"""Resamples drawn at once, to bound memory."""
+SEED: Final = 0
+COVERAGE: Final = 95.0
+"""Percent of an interval."""
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How the right answers of a cell's questions are known, and what each question counts for."""
+
+    sources: Sequence[LabelSource]  # (questions,)
+    weights: Sequence[float]  # (questions,), above 0
+    answers: str = ""  # when two were the same, as `evaluate.Answers` has it; empty if unknown
+
+    @property
+    def by_source(self) -> dict[LabelSource, int]:
+        """How many questions there are of each source, the surest first."""
+        found = Counter(self.sources)
+        return {source: found[source] for source in LabelSource if found[source]}
+
+    def mean_weight(self, source: LabelSource) -> float:
+        """Of the questions of a source."""
+        weights = [weight for weight, of in zip(self.weights, self.sources, strict=True) if of is source]
+        return sum(weights) / len(weights)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One controller at one β on one cell."""
+
+    controller: str
+    digest: str  # of the controller
+    beta: float
+    cell: Cell
+    outcomes: NDArray[np.int64]  # (columns, shuffles, questions), see `playing.COLUMNS`
+    failures: list[Failure] = field(repr=False)
+    seconds: float  # of one core
+    grading: Grading | None = None  # None if nothing is known of its questions: all count the same
+    recorded: Sequence[int] | None = None  # branches of each question: (questions,); None if unknown
+    max_branches: int = 0  # that an episode was allowed, if so many had been recorded
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """What each question counts for: (questions,); None if all count the same, as one."""
+        if self.grading is None or all(weight == 1 for weight in self.grading.weights):
+            return None
+        return np.array(self.grading.weights, np.float64)
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """One figure of every episode: (shuffles, questions)."""
+        column: NDArray[np.int64] = self.outcomes[COLUMNS.index(name)]
+        return column
+
+    def mean(self, name: str) -> float:
+        """The mean of a figure over all episodes. Without weights the sum is of whole numbers, so it is exact."""
+        column = self.column(name)
+        if self.weights is not None:
+            return float(np.average(column.sum(axis=0), weights=self.weights)) / len(column)
+        return int(column.sum()) / column.size
+
+    def per_question(self, name: str) -> NDArray[np.float64]:
+        """The mean of a figure over shuffles: (questions,)."""
+        means: NDArray[np.float64] = self.column(name).sum(axis=0) / len(self.column(name))
+        return means
+
+    @property
+    def episodes(self) -> int:
+        """How many there were."""
+        return int(self.outcomes[0].size)
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of episodes that ended with the reference answer; failed ones did not."""
+        return 100 * self.mean("right")
+
+    @property
+    def error(self) -> float:
+        """The standard error of the accuracy in points, by the spread over questions."""
+        means = self.per_question("right")
+        if means.size < 2:
+            return 0.0
+        if self.weights is not None:
+            apart = self.weights * (means - np.average(means, weights=self.weights))
+            return float(100 * np.sqrt(means.size / (means.size - 1) * (apart**2).sum()) / self.weights.sum())
+        return float(100 * means.std(ddof=1) / np.sqrt(means.size))
+
+    @property
+    def limited(self) -> float:
+        """The share of episodes that opened all recorded branches where more were allowed."""
+        if self.recorded is None or "@" in self.controller:  # a pinned number of chains
+            return 0.0
+        recorded = np.array(self.recorded, np.int64)
+        return float(((self.column("branches") >= recorded) & (recorded < self.max_branches)).mean())
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` writes. Episodes, failures and decisions a second are counted, whatever questions weigh."""
+        rounds = int(self.column("rounds").sum())
+        return {
+            "controller": self.controller,
+            "beta": self.beta,
+            "model": self.cell.model,
+            "benchmark": self.cell.benchmark,
+            "split": str(self.cell.split),
+            "episodes": self.episodes,
+            "accuracy": self.accuracy,
+            "tokens": self.mean("tokens"),
+            "tokens_by_kind": {kind: self.mean(kind) for kind in KINDS},
+            "rounds": self.mean("rounds"),
+            "branches": self.mean("branches"),
+            "critical_path_mean": self.mean("critical_path"),
+            "critical_path_p95": self._path(95),
+            "decisions_per_s": rounds / self.seconds if self.seconds else 0.0,
+            "seconds": self.seconds,
+            "failures": int(self.column("failed").sum()),
+            "failure": self.failures[0].message if self.failures else None,
+            "digest": self.digest,
+            **({} if self.recorded is None else {"recorded_branches": min(self.recorded)}),
+            **({"limited_by_recordings": self.limited} if self.limited else {}),
+            **self._graded(),
+        }
+
+    def _path(self, percent: float) -> float:
+        """A percentile of the critical path."""
+        path = self.column("critical_path")
+        if self.weights is None:
+            return float(np.percentile(path, percent))
+        weights = np.broadcast_to(self.weights, path.shape)
+        return float(np.percentile(path.ravel(), percent, weights=weights.ravel(), method="inverted_cdf"))
+
+    def _graded(self) -> dict[str, Any]:
+        """How many questions there are by how their answers are known, and what those weigh on average, if not one."""
+        if self.grading is None:
+            return {}
+        sources = self.grading.by_source
+        told: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
+        if self.grading.answers:
+            told["answers"] = str(self.grading.answers)
+        if self.weights is not None:
+            told["weights"] = {str(source): self.grading.mean_weight(source) for source in sources}
+        return told
+
+
+def scores(outcomes: Iterable[tuple[Job, Played]]) -> Iterator[Score]:
+    """Gather jobs, in the order of `playing.jobs`, into scores."""
+    for (spec, beta, cell), group in groupby(outcomes, key=lambda one: one[0][:3]):
+        played = [outcome for _, outcome in group]
+        yield Score(
+            controller=spec.name,
+            digest=spec.digest,
+            beta=beta,
+            cell=cell,
+            outcomes=np.concatenate([one.outcomes for one in played], axis=1),
+            failures=[failure for one in played for failure in one.failures],
+            seconds=sum(one.seconds for one in played),
+        )
+
+
+def limits_met(found: Iterable[Score]) -> list[str]:
+    """A line for each cell where recordings have fewer branches than controllers might have opened."""
+    by_cell: dict[Cell, list[Score]] = {}
+    for score in found:
+        if score.limited:
+            by_cell.setdefault(score.cell, []).append(score)
+    lines = []
+    for cell, scores_ in by_cell.items():
+        betas: dict[str, list[str]] = {}
+        for score in scores_:
+            betas.setdefault(score.controller, []).append(f"{score.beta:g}")
+        who = "; ".join(f"{name} at β = {', '.join(values)}" for name, values in betas.items())
+        most = min(scores_[0].recorded or (0,))
+        lines.append(
+            f"{' '.join(cell)}: only {most} branches are recorded, {scores_[0].max_branches} are allowed: {who} opened "
+            "all of them, and these figures are not what more branches would bring"
+        )
+    return lines
+
+
+POOLED: Final = "all"
+"""In place of a model, a benchmark or a split."""
+
+
+def pooled(found: Sequence[Score]) -> list[Score]:
+    """Each controller at each β over several cells together, every question counting as in its cell.
+
+    Over the cells of each model that has several, and over all cells if there are several models.
+    """
+    cells = list(dict.fromkeys(score.cell for score in found))
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    groups = {model: [cell for cell in cells if cell.model == model] for model in models}
+    if len(models) > 1:
+        groups[POOLED] = cells
+    by_key: dict[tuple[str, str, float], list[Score]] = {}
+    for model, members in groups.items():
+        if len(members) > 1:
+            for score in found:
+                if score.cell in members:
+                    by_key.setdefault((model, score.digest, score.beta), []).append(score)
+    return [_pooled(model, scores_) for (model, _, _), scores_ in by_key.items()]
+
+
+def _pooled(model: str, parts: Sequence[Score]) -> Score:
+    gradings = [score.grading for score in parts if score.grading is not None]
+    sources = [source for one in gradings for source in one.sources]
+    weights = [weight for one in gradings for weight in one.weights]
+    return replace(
+        parts[0],
+        cell=Cell(model, POOLED, POOLED),  # type: ignore[arg-type]
+        outcomes=np.concatenate([score.outcomes for score in parts], axis=2),
+        failures=[failure for score in parts for failure in score.failures],
+        seconds=sum(score.seconds for score in parts),
+        grading=Grading(sources, weights) if len(gradings) == len(parts) else None,
+        recorded=None,
+    )
+
+
+class Difference(NamedTuple):
+    """By how much one controller beats another on the same questions, with its interval."""
+
+    controller: str
+    against: str
+    beta: float
+    model: str
+    questions: int
+    accuracy: float  # points
+    low: float
+    high: float
+    tokens: float  # ratio of mean tokens
+
+
+def differences(found: Sequence[Score]) -> list[Difference]:
+    """Every controller against the first one, for each β and model, over all cells of the model together."""
+    if not found:
+        return []
+    first = found[0].controller
+    pairs: dict[tuple[str, float, str], list[tuple[Score, Score]]] = {}
+    reference = {(score.beta, score.cell): score for score in found if score.controller == first}
+    for score in found:
+        if score.controller != first:
+            key = score.controller, score.beta, score.cell.model
+            pairs.setdefault(key, []).append((score, reference[score.beta, score.cell]))
+    return [_difference(*key, first, both) for key, both in pairs.items()]
+
+
+def _difference(
+    controller: str, beta: float, model: str, against: str, both: Sequence[tuple[Score, Score]]
+) -> Difference:
+    one, other = (np.concatenate([pair[side].per_question("right") for pair in both]) for side in (0, 1))
+    weights = _weights([pair[0] for pair in both])
+    spent, spent_other = (sum(_sum(pair[side], "tokens") for pair in both) for side in (0, 1))
+    gained = 100 * (one - other)
+    low, high = paired_interval(gained, weights)
+    ratio = float(spent / spent_other) if spent_other else float("inf")
+    mean = gained.mean() if weights is None else np.average(gained, weights=weights)
+    return Difference(controller, against, beta, model, one.size, float(mean), low, high, ratio)
+
+
+def _weights(found: Sequence[Score]) -> NDArray[np.float64] | None:
+    """What each question of some scores counts for, one score after the other; None if all count the same."""
+    if all(score.weights is None for score in found):
+        return None
+    ones = (np.ones(score.outcomes.shape[-1]) if score.weights is None else score.weights for score in found)
+    return np.concatenate(list(ones))
+
+
+def _sum(score: Score, name: str) -> float:
+    """A figure over all questions of a score, by what they count for."""
+    means = score.per_question(name)
+    return float(means.sum() if score.weights is None else score.weights @ means)
+
+
+def paired_interval(
+    differences: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of one difference a question: (questions,).
+
+    Questions are drawn with equal chance; each counts for its weight in the mean of those that were drawn.
+    """
+    generator = np.random.default_rng(SEED)
+    blocks = (generator.integers(0, differences.size, (BLOCK, differences.size)) for _ in range(RESAMPLES // BLOCK))
+    means = np.concatenate([_means(differences, weights, drawn) for drawn in blocks])
+    tail = (100 - COVERAGE) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _means(
+    differences: NDArray[np.float64], weights: NDArray[np.float64] | None, drawn: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The mean of each resample, (resamples, questions) of indices: (resamples,)."""
+    if weights is None:
+        means: NDArray[np.float64] = differences[drawn].mean(axis=1)
+        return means
+    return (weights * differences)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)  # type: ignore[no-any-return]
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (tokens, accuracy) no other beats in both, by rising tokens."""
+    best, kept = float("-inf"), []
+    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[at][1] > best:
+            best = points[at][1]
+            kept.append(at)
+    return kept

@@ -1,0 +1,109 @@
+"""Where recordings come from: a store, a folder of the public release, or one file of either format."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from discovery.data.importers import read_jsonl, read_release, release_cell, release_files
+from discovery.data.recordings import Cell, RecordedQuestion, Split
+from discovery.errors import NotRecorded
+from discovery.store import Store
+
+
+class Source(Protocol):
+    """Recordings, found at once and read when asked for."""
+
+    def cells(self) -> Sequence[Cell]:
+        """What there is, in a stable order."""
+        ...
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        """The recordings of one cell, in the order they were recorded in."""
+        ...
+
+
+class ReleaseSource:
+    """Files of the public release."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = {release_cell(file): file for file in release_files(path)}
+
+    def cells(self) -> Sequence[Cell]:
+        return list(self._files)
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return read_release(self._files[cell])
+
+
+class FileSource:
+    """A file of the generic format; it is read at once, for its lines say what they belong to."""
+
+    def __init__(self, path: Path) -> None:
+        self._questions: dict[Cell, list[RecordedQuestion]] = {}
+        for question in read_jsonl(path):
+            self._questions.setdefault(question.cell, []).append(question)
+
+    def cells(self) -> Sequence[Cell]:
+        return list(self._questions)
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return self._questions[cell]
+
+
+class StoreSource:
+    """A replay store."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def cells(self) -> Sequence[Cell]:
+        return asyncio.run(self._cells())
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return asyncio.run(self._load(cell))
+
+    async def _cells(self) -> list[Cell]:
+        async with Store.open(self._path) as store:
+            return [one.cell for one in await store.summaries()]
+
+    async def _load(self, cell: Cell) -> list[RecordedQuestion]:
+        async with Store.open(self._path) as store:
+            return await store.load(cell)
+
+
+def open_source(path: Path) -> Source:
+    """The recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
+    if not path.exists():
+        raise NotRecorded(f"{path}: no such file or folder; name a store, or a folder of recordings")
+    name = path.name.removesuffix(".xz")
+    if path.is_dir() or name.endswith(".json"):
+        return ReleaseSource(path)
+    return FileSource(path) if name.endswith(".jsonl") else StoreSource(path)
+
+
+def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[str], split: Split | None) -> list[Cell]:
+    """The cells asked for; no models, or no benchmarks, means all. Raises NotRecorded, naming what is missing."""
+    for what, wanted, there in (
+        ("model", models, {cell.model for cell in cells}),
+        ("benchmark", benchmarks, {cell.benchmark for cell in cells}),
+        ("split", [split] if split else [], {cell.split for cell in cells}),
+    ):
+        for name in wanted:
+            if name not in there:
+                raise NotRecorded(
+                    f"no recordings of {what} {str(name)!r}; there are {', '.join(sorted(there)) or 'none'}"
+                )
+    chosen = [
+        cell
+        for cell in cells
+        if (not models or cell.model in models)
+        and (not benchmarks or cell.benchmark in benchmarks)
+        and (split is None or cell.split == split)
+    ]
+    if not chosen:
+        listed = "; ".join(" ".join(cell) for cell in cells)
+        raise NotRecorded(f"no recordings are of all that was asked for at once; there are {listed or 'none'}")
+    return chosen

@@ -1,0 +1,4 @@
+"""Decide whether a finalist is better than the champion, and keep the registry of installed controllers.
+
+Imported by commands and the proxy.
+"""

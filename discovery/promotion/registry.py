@@ -1,0 +1,314 @@
+"""The folder of installed controllers, which the proxy reads and the verbs of promotion change.
+
+    registry.json    who is at which stage, and the latest line of the audit: the one file whose renaming is a change
+    DIGEST.py        a controller's text, named by its hash
+    DIGEST.json      its card: its name, the report it passed by, whether it was forced
+    audit.jsonl      a line a change, each with the hash of the line before it
+
+A change is made under a lock. Whatever is cut short leaves the old or the new: files are whole before they are named,
+and a line the audit lacks is in registry.json and added by the next change.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from controllers.errors import BadController
+from controllers.installed import Installed, Stage, wrong_name
+from controllers.loading import Spec, read_source
+from discovery.data.files import create
+from discovery.data.json_text import parse
+from discovery.errors import PromotionError
+
+SHORTEST: Final = 4
+"""Digits of a digest that may stand for it."""
+FIRST: Final = "0" * 64
+"""What the first line of an audit has for the hash of the line before it."""
+
+_UNFINISHED: Final = ".autotts-"
+
+Card = Mapping[str, Any]
+"""What is known of an installed controller: its `name` and `digest`, a `headline`, the `report`, whether `forced`."""
+Move = Callable[[Installed], Installed]
+
+
+@dataclass(frozen=True, slots=True)
+class By:
+    """Who changes what is installed, and why."""
+
+    who: str
+    why: str
+    when: datetime  # with its time zone
+    forced: bool = False  # without a passed gate, or against a quarantine
+
+
+class Stamp(NamedTuple):
+    """What is different once registry.json has been replaced."""
+
+    changed_ns: int
+    inode: int
+    size: int
+
+
+class Registry:
+    """The controllers installed in a folder, which need not be there before the first is. Threads may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "registry.json"
+        self.trail = folder / "audit.jsonl"
+
+    # Reading
+
+    def stamp(self) -> Stamp | None:
+        """Cheaply, whether there is something new to read; None where nothing is installed. Raises PromotionError."""
+        try:
+            found = self.file.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise PromotionError(f"{self.file}: {error.strerror}") from None
+        return Stamp(found.st_mtime_ns, found.st_ino, found.st_size)
+
+    def read(self) -> Installed:
+        """Who is at which stage now. Raises PromotionError."""
+        return self._load()[0]
+
+    def spec(self, digest: str) -> Spec:
+        """An installed controller. Raises PromotionError if its file is not what was installed."""
+        path = self._source(digest)
+        try:
+            source = read_source(path)
+        except BadController as error:
+            raise PromotionError(f"{error}; {_MEND_FILE}") from None
+        if sha256(source.encode()).hexdigest() != digest:
+            raise PromotionError(f"{path}: its text is not what its name is the hash of; {_MEND_FILE}")
+        return Spec(self.card(digest)["name"], source)
+
+    def card(self, digest: str) -> Card:
+        """What is known of an installed controller. Raises PromotionError."""
+        path = self._card(digest)
+        try:
+            card = parse(path.read_bytes())
+        except OSError as error:
+            raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
+        except ValueError as error:
+            raise PromotionError(f"{path}: {error}; {_MEND_FILE}") from None
+        if not isinstance(card, dict) or not isinstance(card.get("name"), str) or wrong_name(card["name"]):
+            raise PromotionError(f"{path}: it names no controller; {_MEND_FILE}")
+        return card
+
+    def digests(self) -> list[str]:
+        """All that are installed, at a stage or not."""
+        return sorted(path.stem for path in self.folder.glob("*.py"))
+
+    def find(self, prefix: str) -> str:
+        """The digest of the installed controller whose digest begins so. Raises PromotionError."""
+        found = [digest for digest in self.digests() if digest.startswith(prefix)]
+        if len(prefix) < SHORTEST or len(found) != 1:
+            known = ", ".join(digest[:12] for digest in self.digests()) or "none"
+            raise PromotionError(f"{prefix!r} is the beginning of {len(found)} digests in {self.folder}: {known}")
+        return found[0]
+
+    def audit(self) -> list[Mapping[str, Any]]:
+        """Every change, the latest last. Raises PromotionError at a line that was not written after the one before."""
+        lines, missing = self._lines(self._load()[1])
+        found = [*lines, *missing]
+        before = None
+        for number, line in enumerate(found, 1):
+            try:
+                chain = parse(line)["chain"]
+            except (ValueError, KeyError, TypeError):
+                raise PromotionError(f"{self.trail}: line {number} is no line of an audit; {_MEND_AUDIT}") from None
+            if before is not None and chain != _hash(before):
+                raise PromotionError(f"{self.trail}: line {number} does not follow the one before; {_MEND_AUDIT}")
+            before = line
+        return [parse(line) for line in found]
+
+    # Changing
+
+    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: By) -> Installed:
+        """Put a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
+        if spec.source is None or (wrong := wrong_name(spec.name)):
+            raise PromotionError(wrong if spec.source else f"{spec.name} is built in: it is configured, not promoted")
+        told = {**card, "name": spec.name, "digest": spec.digest, "forced": by.forced}
+        files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _written(told)}
+        return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
+
+    def promote(self, digest: str, stage: Stage, share: float, by: By) -> Installed:
+        """Move an installed controller to a stage. Raises PromotionError."""
+        self.spec(digest)
+        card = self.card(digest)
+        files = {self._card(digest): _written({**card, "forced": True})} if by.forced else {}
+        return self._change(f"promote to {stage}", digest, _promote(digest, stage, share, by), by, files)
+
+    def roll_back(self, by: By) -> Installed:
+        """Return to the champion before this one, without a canary. Raises PromotionError."""
+
+        def back(now: Installed) -> Installed:
+            moved = now.roll_back()
+            if moved.champion is not None and moved.champion != now.champion:
+                self.spec(moved.champion)
+            return moved
+
+        return self._change("rollback", None, back, by)
+
+    def drop_canary(self, digest: str, by: By) -> Installed:
+        """No canary any more, if it is this one. Raises PromotionError."""
+        return self._change("drop canary", digest, lambda now: now.drop_canary(digest), by)
+
+    def quarantine(self, digest: str, by: By) -> Installed:
+        """A controller that fails is not asked any more. Raises PromotionError."""
+        return self._change("quarantine", digest, lambda now: now.quarantine(digest), by)
+
+    def _change(
+        self, action: str, digest: str | None, move: Move, by: By, files: Mapping[Path, bytes] | None = None
+    ) -> Installed:
+        with self._locked() as folder:
+            before, last = self._load()
+            lines = self._mend(last)
+            try:
+                after = move(before)
+            except ValueError as error:
+                raise PromotionError(str(error)) from None
+            for path, data in (files or {}).items():
+                self._put(path, data)
+            os.fsync(folder)
+            line = _line(action, digest, before, after, by, _hash(lines[-1]) if lines else FIRST)
+            self._put(self.file, _written({**after.as_json(), "audit": line}))
+            with suppress(OSError):  # the change is made, and its line in registry.json: the next change adds it
+                self._append(line)
+            self._keep(folder)
+        return after
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The folder's descriptor; nobody else changes anything meanwhile."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                for left in self.folder.glob(f"{_UNFINISHED}*"):  # by one that was killed: whoever lives holds the lock
+                    left.unlink()
+                yield folder
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise PromotionError(f"{error.filename or self.folder}: {error.strerror}") from None
+
+    def _put(self, path: Path, data: bytes) -> None:
+        """A file that is whole on the disk before it has its name."""
+        unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+        with create(unfinished) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def _keep(self, folder: int) -> None:
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            words = "the change is made, but a power cut now may undo it"
+            raise PromotionError(f"{self.folder}: {error.strerror}: {words}") from None
+
+    def _append(self, line: str) -> None:
+        with self.trail.open("ab") as file:
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _mend(self, last: str | None) -> Sequence[str]:
+        """The audit's lines, once what a change that was cut short left is put right."""
+        lines, missing = self._lines(last)
+        whole = sum(len(line.encode()) + 1 for line in lines)
+        if self.trail.exists() and self.trail.stat().st_size > whole:
+            os.truncate(self.trail, whole)
+        for line in missing:
+            self._append(line)
+        return [*lines, *missing]
+
+    def _lines(self, last: str | None) -> tuple[Sequence[str], Sequence[str]]:
+        """The audit's whole lines, and the one that only registry.json has."""
+        try:
+            text = self.trail.read_bytes().decode()
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromotionError(f"{self.trail}: {error}; {_MEND_AUDIT}") from None
+        lines = text.split("\n")[:-1]
+        if last is None or last in lines:
+            return lines, ()
+        if lines and parse(last)["chain"] != _hash(lines[-1]):
+            raise PromotionError(f"{self.trail}: registry.json does not follow its last line; {_MEND_AUDIT}")
+        return lines, (last,)
+
+    def _load(self) -> tuple[Installed, str | None]:
+        """What registry.json says, and the audit's line it was written with."""
+        try:
+            data = parse(self.file.read_bytes())
+            if not isinstance(data, dict) or not isinstance(parse(data["audit"])["chain"], str):
+                raise ValueError("it is no registry")
+            return Installed.parse(data), data["audit"]
+        except FileNotFoundError:
+            return Installed(), None
+        except OSError as error:
+            raise PromotionError(f"{self.file}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            words = str(error) if isinstance(error, ValueError) else "it is no registry"
+            raise PromotionError(f"{self.file}: {words}; {_MEND_REGISTRY}") from None
+
+    def _source(self, digest: str) -> Path:
+        return self.folder / f"{digest}.py"
+
+    def _card(self, digest: str) -> Path:
+        return self.folder / f"{digest}.json"
+
+
+_MEND_FILE: Final = "promote the controller's file again, or `autotts rollback` to the champion before it"
+_MEND_AUDIT: Final = "put it back from a copy, or move it away to begin another"
+_MEND_REGISTRY: Final = (
+    "put it back from a copy, or move it away and promote again: audit.jsonl says what was installed"
+)
+
+
+def _promote(digest: str, stage: Stage, share: float, by: By) -> Move:
+    return lambda now: now.promote(digest, stage, share, by.forced)
+
+
+def _line(action: str, digest: str | None, before: Installed, after: Installed, by: By, chain: str) -> str:
+    """A line of the audit. Of `before` and `after` it has the stages whose holder is another."""
+    changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
+    return json.dumps(
+        {
+            "when": by.when.isoformat(),
+            "who": by.who,
+            "action": action,
+            "why": by.why,
+            "digest": digest,
+            "before": {stage: before.stages[stage] for stage in changed},
+            "after": {stage: after.stages[stage] for stage in changed},
+            "share": after.share,
+            "forced": by.forced,
+            "version": after.version,
+            "chain": chain,
+        }
+    )
+
+
+def _hash(line: str) -> str:
+    return sha256(line.encode()).hexdigest()
+
+
+def _written(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, indent=2).encode() + b"\n"

@@ -1,0 +1,4 @@
+"""Search for controllers: explorers propose, the cascade judges, the loop records what happened.
+
+Imported by commands alone.
+"""

@@ -1,0 +1,117 @@
+"""Where candidates are tried: recordings laid out once, and workers that hold them for as long as a search lasts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from controllers.loading import Spec
+from discovery.data.mapped_file import shelve, take
+from discovery.data.recordings import Cell, Recording
+from discovery.errors import EngineError, NotRecorded
+from discovery.evaluation.afs import Anchor, Curve, anchor_of, curves
+from discovery.evaluation.replay_jobs import Job, Played, Rules, play
+from discovery.evaluation.scores import Score, scores
+
+DIED = "a worker process died"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a controller is tried: at which β, over which questions of each cell, in which orders of their branches."""
+
+    betas: Sequence[float]
+    shuffles: range
+    every: int = 1  # of so many questions one
+
+
+class Arena:
+    """Workers over some cells. A context: leaving it ends them."""
+
+    def __init__(self, cells: Mapping[Cell, Sequence[Recording]], rules: Rules, workers: int | None = None) -> None:
+        if not cells:
+            raise NotRecorded("there is nothing to try controllers on")
+        self.cells = cells
+        self.rules = rules
+        self._workers = workers or len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="autotts-")
+        self._shelves = {
+            cell: shelve(recordings, Path(self._folder.name, str(number)))
+            for number, (cell, recordings) in enumerate(self.cells.items())
+        }
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["discovery.search.arena"])
+        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+    def anchors(self, trial: Trial) -> Mapping[Cell, Anchor]:
+        """One chain of each cell, over the questions a trial asks."""
+        return {cell: anchor_of(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
+
+    def enter(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> Entry:
+        """Have the workers try a controller; its scores are there when they are asked for. Raises EngineError."""
+        cells = [cell for cell in self.cells for _ in trial.betas]
+        jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
+        try:
+            waiting = [
+                self._pool.submit(_play, job, self._shelves[cell], trial.every, rules or self.rules)
+                for job, cell in zip(jobs, cells, strict=True)
+            ]
+        except BrokenProcessPool:
+            raise EngineError(DIED) from None
+        return Entry(jobs, waiting, self.anchors(trial))
+
+    def measure(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> list[Curve]:
+        """A controller's curves, a cell each. Raises EngineError."""
+        return self.enter(spec, trial, rules).curves()
+
+
+class Entry:
+    """A controller that is being tried."""
+
+    def __init__(self, jobs: Sequence[Job], waiting: Sequence[Future[Played]], anchors: Mapping[Cell, Anchor]) -> None:
+        self._jobs = jobs
+        self._waiting = waiting
+        self._anchors = anchors
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """What came of it, a score a cell and β; waited for. Raises EngineError, Unsealed."""
+        try:
+            return list(scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True)))
+        except BrokenProcessPool:
+            raise EngineError(DIED) from None
+
+    def curves(self) -> list[Curve]:
+        """The same as curves, a cell each."""
+        return curves(self.scores, self._anchors)
+
+
+def _play(job: Job, shelf: Path, every: int, rules: Rules) -> Played:
+    return play(job, _recordings(shelf)[::every], rules)
+
+
+@lru_cache(maxsize=64)
+def _recordings(shelf: Path) -> list[Recording]:
+    return take(shelf)
+
+
+def failures(found: Iterable[Score]) -> str:
+    """What went wrong in the first episode that failed, and how many did; nothing if none did."""
+    failed = [failure for score in found for failure in score.failures]
+    return f"{len(failed)} episodes failed: {failed[0].message}" if failed else ""

@@ -1,0 +1,57 @@
+"""Candidates somebody else wrote, from a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from controllers.errors import BadController
+from controllers.loading import read_source
+from discovery.errors import ExplorerError
+from discovery.search.explorers import Candidate, Context
+from discovery.search.prompt import clean
+
+NAME: Final = 64
+"""Characters of a candidate's name."""
+
+
+class Files:
+    """Proposes each `*.py` of a folder that was not proposed before, by name; implements `Explorer`.
+
+    A step proposes all there are. A file that cannot be read is a candidate all the same, one that says so: it fails,
+    and is proposed again once it is mended.
+    """
+
+    name = "files"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def propose(self, context: Context) -> list[Candidate]:
+        """The files that are new; none if there are no more. Raises ExplorerError if there is no folder."""
+        try:
+            paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and not path.is_dir())
+        except OSError as error:
+            raise ExplorerError(f"{self._folder}: {error.strerror}") from None
+        known = {standing.candidate.digest for standing in context.standings}
+        made: list[Candidate] = []
+        for path in paths:
+            candidate = self._read(path)
+            if candidate.digest not in known:
+                known.add(candidate.digest)
+                made.append(candidate)
+        return made
+
+    def _read(self, path: Path) -> Candidate:
+        try:
+            source, note = read_source(path), ""
+        except BadController as error:
+            note = clean(str(error).replace(str(path), path.name))
+            source = f"# {note}\n"
+        return Candidate(cleaned_name(path.stem), source, self.name, note=note)
+
+
+def cleaned_name(text: str) -> str:
+    """A name candidates may have."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:NAME] or "_"

@@ -1,0 +1,71 @@
+"""What was said to an endpoint and what it said, kept so that a run can be played again without it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from discovery.data.json_text import parse
+from discovery.errors import ExplorerError, HistoryError
+
+Response = Mapping[str, Any]
+
+
+def exchange_key(seed: int, step: int, call: int, request: Mapping[str, Any]) -> str:
+    """What an exchange is found by: which call of which step it is, and what was asked."""
+    return sha256(json.dumps([seed, step, call, request], sort_keys=True).encode()).hexdigest()
+
+
+class Transcript:
+    """Exchanges, a JSON line each, appended to a file and on disk before anything comes of them.
+
+    Without a path they are kept in memory alone. A line a crash left half written is dropped when the file is opened.
+    Raises HistoryError if another line is broken.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._responses: dict[str, tuple[Mapping[str, Any], Response]] = {}  # request and response by key
+        if path is not None and path.exists():
+            self._read(path)
+
+    def record(self, key: str, request: Mapping[str, Any], response: Response) -> None:
+        """Take an exchange down for good. Raises ExplorerError if it cannot be written."""
+        line = json.dumps({"key": key, "request": request, "response": response})
+        if self._path is not None:
+            try:
+                with self._path.open("ab") as file:
+                    file.write(line.encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise ExplorerError(f"{self._path}: {error.strerror}; nothing is asked that cannot be kept") from None
+        self._responses[key] = request, response
+
+    def replay(self, key: str) -> Response | None:
+        """What was answered then; None if that was never asked."""
+        known = self._responses.get(key)
+        return None if known is None else known[1]
+
+    def exchanges(self) -> Iterator[tuple[Mapping[str, Any], Response]]:
+        """Every request and its response, in the order they were taken down."""
+        yield from self._responses.values()
+
+    def _read(self, path: Path) -> None:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise HistoryError(f"{path}: {error.strerror}") from None
+        ended = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:ended].splitlines(), 1):
+            try:
+                read = parse(line)
+                self._responses[read["key"]] = read["request"], read["response"]
+            except (ValueError, KeyError, TypeError):
+                raise HistoryError(f"{path}: line {number} is no exchange") from None
+        if ended < len(data):
+            os.truncate(path, ended)

@@ -1,0 +1,251 @@
+"""A request's turn: its place among those under way, and the tokens set aside for it; or the refusal, at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from http import HTTPStatus
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from proxy.admission.auth import Caller
+from proxy.admission.fair_queue import Admission, Full, Place
+from proxy.admission.token_bound import NOTHING, Bound, fit
+from proxy.admission.token_budget import Caps, OverBudget, Purses, Reserve, limit, retry_after
+from proxy.admission.usage_meter import TAIL, TOLD, Bill, Glance, last_of
+from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
+from proxy.http.sse import Stream
+from proxy.requests.models import Generation
+from proxy.settings import Settings
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.body_tap import Hand, Pour
+from proxy.upstream.client import Model
+
+T = TypeVar("T", bound="Turn")
+
+_UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Statuses of an upstream's failures before which it has generated nothing."""
+
+
+class Turn:
+    """What one request was given. `async with` waits for its place; it is left once, settled or not."""
+
+    def __init__(self, place: Place, reserve: Reserve, cap: int | None, cap_source: str = "") -> None:
+        self.cap = cap  # tokens it may spend
+        self.cap_source = cap_source  # who set the cap, as messages name it
+        self.due = 0  # tokens it is taken to have cost if it is left without being settled
+        self._place = place
+        self._reserve = reserve
+
+    async def __aenter__(self) -> None:
+        await self._place.__aenter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leave()
+
+    def settle(self, cost: int) -> None:
+        """It is over and has cost so many tokens."""
+        self._reserve.settle(cost, time.monotonic())
+
+    def leave(self) -> None:
+        """It is over; what was set aside for it, and is neither settled nor due, is free again."""
+        self.settle(self.due)
+        self._place.leave()
+
+
+class Passage(Turn):
+    """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
+
+    def __init__(self, place: Place, reserve: Reserve, bound: Bound, count: Callable[[int, str], object]) -> None:
+        super().__init__(place, reserve, bound.most)
+        self._bound = bound
+        self._count: Callable[[int, str], object] | None = count  # told once what it has cost, and as which kind
+
+    async def metered(self, asked: Awaitable[Response]) -> Response:
+        """The response that comes of `asked`, which asks the upstream; its end tells what it has cost."""
+        self.due = self._bound.most or 0
+        try:
+            response = await asked
+        except (UpstreamUnreachable, UpstreamEjected):
+            self.due = 0
+            raise
+        status = response.status_code
+        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
+            self.due = 0
+        elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
+            response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=_is_stream(response)))
+        if self.cap is None and isinstance(response, Stream):
+            response.pour = _metered(response.pour, self, Glance(is_stream=_is_stream(response)))
+        elif self.cap is None:
+            self.settle(last_of(bytes(response.body[-TAIL:])) or 0)
+        return response
+
+    def settle(self, cost: int, kind: str = TOLD) -> None:
+        super().settle(cost)
+        count, self._count = self._count, None
+        if count is not None and cost > 0:
+            count(cost, kind)
+
+
+class Turns:
+    """The turns of one proxy. Needs a running loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.episodes = Admission(settings.max_episodes, settings.queue)
+        self.passed = Admission(settings.max_passed, settings.queue)
+        self.purses = Purses(settings.tokens_per_minute)
+        self._settings = settings
+        self._metrics = metrics
+        self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
+        for kind, admission in (("episode", self.episodes), ("passed", self.passed)):
+            metrics.waiting.labels(kind).set_function(lambda admission=admission: admission.waiting)  # type: ignore[misc]
+
+    def episode(self, request: Request, asked: int | None) -> Turn:
+        """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
+        caller: Caller = request.state.caller
+        cap, source = limit(asked, caller.key, caller.caps, self._common)
+        return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap, source))
+
+    def episodes_of(self, request: Request, asked: int | None, count: int) -> Sequence[Turn]:
+        """Return turns for `count` episodes of one request, which share its cap evenly. Raises TooMany."""
+        caller: Caller = request.state.caller
+        cap, source = limit(asked, caller.key, caller.caps, self._common)
+        share = None if cap is None else max(1, cap // count)
+        source = f"the share of each of {count} prompts in {source}"
+
+        def make(place: Place, reserve: Reserve) -> Turn:
+            return Turn(place, reserve, share, source)
+
+        return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
+
+    def bound(self, request: Request, parsed: Generation, model: Model) -> Bound:
+        """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
+        caller: Caller = request.state.caller
+        return fit(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
+
+    def passing(self, request: Request, model: str, bound: Bound | None) -> Passage:
+        """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
+        caller: Caller = request.state.caller
+
+        def count(tokens: int, kind: str) -> None:
+            self._metrics.tokens.labels(model, "", "", kind).inc(tokens)
+
+        bound = NOTHING if bound is None else bound
+        return self._take(
+            request, self.passed, caller, bound.most, lambda place, reserve: Passage(place, reserve, bound, count)
+        )
+
+    def settings_for(self, request: Request, turn: Turn) -> Settings:
+        """The settings, as narrow as its caller's key and its turn make them."""
+        caller: Caller = request.state.caller
+        if turn.cap is None and caller.caps.branches is None:
+            return self._settings
+        branches = caller.caps.within(self._common).branches
+        return self._settings.model_copy(update={"max_branches": branches, "max_total_tokens": turn.cap})
+
+    def _take(
+        self,
+        request: Request,
+        admission: Admission,
+        caller: Caller,
+        cap: int | None,
+        make: Callable[[Place, Reserve], T],
+    ) -> T:
+        now = time.monotonic()
+        self.purses.forget(now)
+        try:
+            reserve = self.purses.reserve(caller.holder, caller.caps.tokens_per_minute, cap, now)
+        except OverBudget as error:
+            whose = f"key {caller.key}" if error.holder else "all together"
+            words = f"{cap} tokens do not fit into what {whose} may spend in a minute; ask again later, or for less"
+            raise self._refuse("tokens_per_minute", words, error.after_s) from None
+        share = 2 if caller.key else 1
+        try:
+            place = admission.enter(caller.holder, caller.caps.episodes, share=share)
+        except Full as error:
+            reserve.settle(0, now)
+            if error.own:
+                words = f"{admission.waiting_of(caller.holder)} requests of key {caller.key} wait; ask again later"
+                raise self._refuse("key_queue_full", words, error.after_s) from None
+            words = f"{admission.in_flight} requests are under way and {admission.waiting} wait; ask again later"
+            raise self._refuse("queue_full", words, error.after_s) from None
+        turn = make(place, reserve)
+        held: ExitStack = request.state.held
+        held.callback(turn.leave)
+        return turn
+
+    def _refuse(self, reason: str, words: str, after_s: float) -> TooMany:
+        self._metrics.refusals.labels(reason).inc()
+        code = "queue_full" if reason == "queue_full" else "rate_limit_exceeded"
+        return TooMany(words, after=retry_after(after_s), code=code)
+
+    def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
+        """What is under way and what the last minute has cost, for all together and for each of `callers`."""
+        now = time.monotonic()
+
+        def of(holder: str, caps: Caps) -> dict[str, Any]:
+            window = self.purses.windows.get(holder)
+            nothing = None if caps.tokens_per_minute is None else 0  # only what has a cap is counted
+            return {
+                "limits": caps._asdict(),
+                "episodes": self.episodes.taken[holder],
+                "passed": self.passed.taken[holder],
+                "waiting": self.episodes.waiting_of(holder) + self.passed.waiting_of(holder),
+                "spent": nothing if window is None else window.spent(now),
+                "reserved": nothing if window is None else window.reserved,
+            }
+
+        common = self.purses.common
+        together = {
+            "limits": self._common._replace(episodes=self.episodes.places)._asdict(),
+            "episodes": self.episodes.in_flight,
+            "passed": self.passed.in_flight,
+            "waiting": self.episodes.waiting + self.passed.waiting,
+            "spent": None if common is None else common.spent(now),
+            "reserved": None if common is None else common.reserved,
+        }
+        return {"all": together, "keys": {name: of(name, caps) for name, caps in callers.items()}}
+
+
+class Held(Response):
+    """A response after which what its request holds is let go, however it ends."""
+
+    def __init__(self, response: Response, held: ExitStack) -> None:
+        self.response = response
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.held:
+            await self.response(scope, receive, send)
+
+
+def _is_stream(response: Response) -> bool:
+    return response.headers.get("content-type", "").startswith("text/event-stream")
+
+
+def _metered(pour: Pour, turn: Passage, bill: Bill | Glance) -> Pour:
+    """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
+
+    async def metered(hand: Hand) -> None:
+        def read(piece: bytes, is_last: bool) -> Awaitable[None]:
+            passed = bill.take(piece)
+            if is_last:
+                passed += bill.rest()
+                turn.settle(*bill.booking)
+            return hand(passed, is_last) if passed or is_last else _nothing()
+
+        try:
+            await pour(read)
+        except BaseException:
+            turn.settle(*bill.booking)
+            raise
+
+    return metered
+
+
+async def _nothing() -> None:
+    pass

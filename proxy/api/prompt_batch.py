@@ -1,0 +1,120 @@
+"""Several prompts of one text completion: an episode each, and one reply with one bill."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from proxy.episode.reply import Reply, reply_headers
+from proxy.episode.run import Plan
+from proxy.errors import ApiError
+from proxy.http import graceful_shutdown
+
+T = TypeVar("T")
+
+BEGUN_TOGETHER: Final = 16
+"""Prompts that begin in one turn of the event loop. Each may take milliseconds that every other request waits for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The outcome of a request with several prompts. The sums are over all of them."""
+
+    request_id: str
+    replies: Sequence[Reply]  # in the order of the prompts
+
+    @property
+    def plan(self) -> Plan:
+        """The first prompt's plan, for what all have in common."""
+        return self.replies[0].plan
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """How each text ended."""
+        return [reply.message.finish_reason for reply in self.replies]
+
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        """OpenAI's usage."""
+        usages = [reply.usage for reply in self.replies]
+        details = [usage["prompt_tokens_details"] for usage in usages if usage["prompt_tokens_details"]]
+        cached = sum(detail["cached_tokens"] for detail in details) if details else None
+        thinking = sum(usage["completion_tokens_details"]["reasoning_tokens"] for usage in usages)
+        return {
+            **{name: sum(usage[name] for usage in usages) for name in _COUNTS},
+            "completion_tokens_details": {"reasoning_tokens": thinking},
+            "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+        }
+
+    @property
+    def tts(self) -> Mapping[str, Any]:
+        """The `tts` object: the bill of all prompts, and each prompt's own object under `prompts`."""
+        objects = [reply.tts for reply in self.replies]
+        tokens: Counter[str] = Counter()
+        for one in objects:
+            tokens.update(one["tokens"])
+        stops = {str(one["stop"]): None for one in objects}
+        known = [one["upstream"]["cached_tokens"] for one in objects if one["upstream"]["cached_tokens"] is not None]
+        fallbacks = [one["fallback"] for one in objects if one["fallback"] is not None]
+        return {
+            **{name: value for name, value in objects[0].items() if name in _COMMON},
+            "branches": sum(one["branches"] for one in objects),
+            "rounds": sum(one["rounds"] for one in objects),
+            "stop": ",".join(stops),
+            "fallback": fallbacks[0] if fallbacks else None,
+            "tokens": dict(tokens),
+            "upstream": {
+                "requests": sum(one["upstream"]["requests"] for one in objects),
+                "prompt_tokens": sum(one["upstream"]["prompt_tokens"] for one in objects),
+                "cached_tokens": sum(known) if known else None,
+            },
+            "prompts": [{"request_id": reply.plan.request_id, **reply.tts} for reply in self.replies],
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's headers."""
+        return {**reply_headers(self.plan, self.tts), "x-request-id": self.request_id}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_COMMON = ("applied", "beta", "beta_source", "beta_asked", "temperature", "interval", "answer_kind", "probe_template")
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]], cost: Callable[[T], int]) -> list[T]:
+    """Run all of `work` to its end and return the results. Raise the first error, which says what all have cost.
+
+    Cancelling it cancels all.
+    """
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks, return_exceptions=True)
+    except asyncio.CancelledError:
+        if not graceful_shutdown.is_cut():
+            raise
+        error: ApiError = graceful_shutdown.refusal()
+        error.spent, error.is_counted = _spent(tasks, cost), True
+        raise error from None
+    for task in tasks:
+        failure = None if task.cancelled() else task.exception()
+        if isinstance(failure, ApiError):
+            failure.spent = _spent(tasks, cost)
+        if failure is not None:
+            raise failure
+    return [task.result() for task in tasks]
+
+
+def _spent(tasks: Sequence[asyncio.Task[T]], cost: Callable[[T], int]) -> int:
+    spent = 0
+    for task in tasks:
+        if task.cancelled():
+            continue
+        failure = task.exception()
+        if failure is None:
+            spent += cost(task.result())
+        elif isinstance(failure, ApiError):
+            spent += failure.spent
+    return spent

@@ -1,0 +1,196 @@
+"""The Response object of OpenAI's Responses API, and the events in which it comes into being."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from proxy import errors
+from proxy.episode.reply import Message, Reply
+from proxy.episode.run import Plan
+from proxy.errors import ApiError
+from proxy.http.sse import PING, event, pieces
+from proxy.requests.models import ResponsesRequest
+
+
+def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
+    """A finished `response`."""
+    message = reply.message
+    output = [_said(reply.plan, message)]
+    if message.reasoning and request.include_reasoning is not False:
+        output.insert(0, _thought(reply.plan, "", message.reasoning))
+    return _complete(request, reply, output)
+
+
+async def events(
+    request: ResponsesRequest, plan: Plan, thinking: AsyncGenerator[str | Reply | None]
+) -> AsyncGenerator[bytes]:
+    """The same event by event. What the rounds bring is the summary of the reasoning."""
+    stream = _Events(plan)
+    yield stream.one("response.created", response=_response(request, plan, "in_progress"))
+    yield stream.one("response.in_progress", response=_response(request, plan, "in_progress"))
+    summary = ""
+    try:
+        async with aclosing(thinking) as items:
+            async for item in items:
+                if item is None:
+                    yield PING
+                elif isinstance(item, str):
+                    for data in stream.summarise(item, is_first=not summary):
+                        yield data
+                    summary += item
+                else:
+                    reply = item
+    except ApiError as error:  # the status is out: an error can only be an event now
+        told = errors.body(error)
+        about = {"code": error.code, "message": error.message, "param": error.param}
+        yield stream.one("error", **about, **told)
+        failed = {"code": "server_error", "message": error.message}
+        yield stream.one("response.failed", response=_response(request, plan, "failed", error=failed))
+        return
+    output: list[dict[str, Any]] = []
+    thought = "" if request.include_reasoning is False else reply.message.reasoning or ""
+    if summary or thought:
+        output.append(_thought(plan, summary, thought))
+        for data in stream.think(output[0]):
+            yield data
+    output.append(_said(plan, reply.message))
+    for data in stream.say(output[-1], len(output) - 1):
+        yield data
+    done = _complete(request, reply, output)
+    yield stream.one(f"response.{done['status']}", response=done, tts=reply.tts)
+
+
+class _Events:
+    """Events numbered as they are made."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._number = 0
+
+    def one(self, kind: str, **data: Any) -> bytes:
+        """An event of one kind."""
+        made = event({"type": kind, "sequence_number": self._number, **data}, kind)
+        self._number += 1
+        return made
+
+    def summarise(self, line: str, *, is_first: bool) -> Iterator[bytes]:
+        """More of the summary of what is being thought."""
+        at: dict[str, Any] = {"item_id": _id(self._plan, "rs"), "output_index": 0}
+        if is_first:
+            item = {**_thought(self._plan, "", ""), "status": "in_progress"}
+            yield self.one("response.output_item.added", output_index=0, item=item)
+            part = {"type": "summary_text", "text": ""}
+            yield self.one("response.reasoning_summary_part.added", **at, summary_index=0, part=part)
+        yield self.one("response.reasoning_summary_text.delta", **at, summary_index=0, delta=line)
+
+    def think(self, item: Mapping[str, Any]) -> Iterator[bytes]:
+        """The rest of the thought, once it is known."""
+        at: dict[str, Any] = {"item_id": item["id"], "output_index": 0}
+        for part in item["summary"]:
+            yield self.one("response.reasoning_summary_text.done", **at, summary_index=0, text=part["text"])
+            yield self.one("response.reasoning_summary_part.done", **at, summary_index=0, part=part)
+        if not item["summary"]:
+            empty = {**item, "content": [], "status": "in_progress"}
+            yield self.one("response.output_item.added", output_index=0, item=empty)
+        at["content_index"] = 0
+        for part in item["content"]:
+            yield self.one("response.content_part.added", **at, part={**part, "text": ""})
+            for piece in pieces(part["text"]):
+                yield self.one("response.reasoning_text.delta", **at, delta=piece)
+            yield self.one("response.reasoning_text.done", **at, text=part["text"])
+            yield self.one("response.content_part.done", **at, part=part)
+        yield self.one("response.output_item.done", output_index=0, item=item)
+
+    def say(self, item: Mapping[str, Any], index: int) -> Iterator[bytes]:
+        """The message."""
+        at: dict[str, Any] = {"item_id": item["id"], "output_index": index, "content_index": 0}
+        part = item["content"][0]
+        empty = {**item, "content": [], "status": "in_progress"}
+        yield self.one("response.output_item.added", output_index=index, item=empty)
+        yield self.one("response.content_part.added", **at, part={**part, "text": ""})
+        for piece in pieces(part["text"]):
+            yield self.one("response.output_text.delta", **at, delta=piece, logprobs=[])
+        yield self.one("response.output_text.done", **at, text=part["text"], logprobs=[])
+        yield self.one("response.content_part.done", **at, part=part)
+        yield self.one("response.output_item.done", output_index=index, item=item)
+
+
+def _complete(request: ResponsesRequest, reply: Reply, output: list[dict[str, Any]]) -> dict[str, Any]:
+    usage, is_cut = reply.usage, reply.message.finish_reason == "length"
+    cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+    return _response(
+        request,
+        reply.plan,
+        "incomplete" if is_cut else "completed",
+        output=output,
+        incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
+        usage={
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": usage["completion_tokens_details"],
+            "total_tokens": usage["total_tokens"],
+        },
+        tts=reply.tts,
+    )
+
+
+def _response(request: ResponsesRequest, plan: Plan, status: str, **known: Any) -> dict[str, Any]:
+    """The object, with what the request said of itself."""
+    extra = request.model_extra or {}
+    effort = None if request.reasoning is None else request.reasoning.effort
+    return {
+        "id": plan.request_id,
+        "object": "response",
+        "created_at": plan.created,
+        "status": status,
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": extra.get("metadata") or {},
+        "model": plan.prompt.model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": effort, "summary": None},
+        "service_tier": "default",
+        "store": False,
+        "temperature": request.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": request.top_p,
+        "truncation": request.truncation or "disabled",
+        "usage": None,
+        "user": extra.get("user"),
+        **known,
+    }
+
+
+def _thought(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
+    return {
+        "id": _id(plan, "rs"),
+        "type": "reasoning",
+        "summary": [{"type": "summary_text", "text": summary}] if summary else [],
+        "content": [{"type": "reasoning_text", "text": reasoning}] if reasoning else [],
+        "encrypted_content": None,
+        "status": "completed",
+    }
+
+
+def _said(plan: Plan, message: Message) -> dict[str, Any]:
+    return {
+        "id": _id(plan, "msg"),
+        "type": "message",
+        "role": "assistant",
+        "status": "incomplete" if message.finish_reason == "length" else "completed",
+        "content": [{"type": "output_text", "text": message.content, "annotations": [], "logprobs": []}],
+    }
+
+
+def _id(plan: Plan, kind: str) -> str:
+    return f"{kind}_{plan.request_id.removeprefix('resp_')}"

@@ -1,0 +1,123 @@
+"""`autotts demo`: what β buys, on the embedded model, asked as any client would ask."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.embedded.task import Problem, held_back
+from discovery.answers import read
+from discovery.evaluation.plot import Panel, Point, draw
+
+BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CONCURRENCY = 4
+"""Requests under way at once, in every row alike: latencies are comparable with each other only."""
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    beta: float
+    controller: str | None  # None for the server's own
+
+
+class Asked(NamedTuple):
+    """One answered request."""
+
+    right: bool
+    tokens: int  # spent beyond the prompt, over all branches and probes
+    branches: int
+    seconds: float
+
+
+SETTINGS = (Setting("single sample", 0.0, "single"), *(Setting(f"β = {beta:g}", beta, None) for beta in BETAS))
+
+
+async def run(base_url: str, problems: int, plot: Path) -> None:
+    """Ask every problem at every setting, print the table, write the picture."""
+    console = Console()
+    questions = held_back(problems)
+    rows: dict[Setting, list[Asked]] = {}
+    columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    async with AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for setting in SETTINGS:
+                task = progress.add_task(setting.name, total=len(questions))
+                rows[setting] = await _ask_all(client, setting, questions, lambda task=task: progress.advance(task))
+    console.print(table(rows))
+    draw({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
+    console.print(f"picture: {plot}", highlight=False)
+
+
+async def _ask_all(client: AsyncOpenAI, setting: Setting, questions: Sequence[Problem], done: object) -> list[Asked]:
+    gate = asyncio.Semaphore(CONCURRENCY)
+
+    async def ask(problem: Problem) -> Asked:
+        async with gate:
+            asked = await _ask(client, setting, problem)
+        if callable(done):
+            done()
+        return asked
+
+    return list(await asyncio.gather(*map(ask, questions)))
+
+
+async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked:
+    started = time.perf_counter()
+    reply = await client.chat.completions.with_raw_response.create(
+        model="autotts-tiny",
+        messages=[{"role": "user", "content": problem.question}],
+        extra_headers={"x-tts-beta": f"{setting.beta:g}"},
+        extra_body={"tts": {"controller": setting.controller}} if setting.controller else None,
+    )
+    seconds = time.perf_counter() - started
+    answer = read(reply.parse().choices[0].message.content or "")
+    headers = reply.headers
+    right = answer is not None and answer.form.text == problem.answer
+    return Asked(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
+
+
+def accuracy(asked: Sequence[Asked]) -> tuple[float, float]:
+    """Percent right, and its standard error in points."""
+    share = statistics.fmean(one.right for one in asked)
+    return 100 * share, 100 * math.sqrt(share * (1 - share) / len(asked))
+
+
+def table(rows: dict[Setting, list[Asked]]) -> Table:
+    """The rows as a table; every figure but the median latency is a mean."""
+    shown = Table(title=f"{len(next(iter(rows.values())))} held-back problems, embedded model")
+    for heading in ("", "accuracy %", "tokens", "branches", "latency s (p50)"):
+        shown.add_column(heading, justify="right")
+    for setting, asked in rows.items():
+        percent, error = accuracy(asked)
+        shown.add_row(
+            setting.name,
+            f"{percent:.1f} ± {error:.1f}",
+            f"{statistics.fmean(one.tokens for one in asked):,.0f}",
+            f"{statistics.fmean(one.branches for one in asked):.1f}",
+            f"{statistics.median(one.seconds for one in asked):.2f}",
+        )
+    return shown
+
+
+def panel(rows: dict[Setting, list[Asked]]) -> Panel:
+    """The rows as lines of a picture: the controller by β, and the single sample beside it."""
+    lines: dict[str, list[Point]] = {"controller, by β": []}
+    for setting, asked in rows.items():
+        spent = statistics.fmean(one.tokens for one in asked)
+        if setting.controller is None:
+            lines["controller, by β"].append(Point(spent, *accuracy(asked), setting.name))
+        else:
+            lines[setting.name] = [Point(spent, *accuracy(asked))]
+    return lines

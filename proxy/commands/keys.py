@@ -1,0 +1,42 @@
+"""`autotts keys`: keys for clients are made here, shown once, and told by their hashes from then on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from discovery.commands.console import wide_console
+
+keysmith = typer.Typer(name="keys", no_args_is_help=True, help="Keys of clients, for a file that AUTOTTS_KEYS names.")
+
+
+@keysmith.command()
+def new(
+    name: Annotated[str, typer.Argument(help="whose key it is; the tenant follows from it")],
+    admin: Annotated[bool, typer.Option("--admin", help="it may see every request and name any controller")] = False,
+) -> None:
+    """Make a key. It is shown once, on standard error; the line for the file goes to standard output."""
+    from proxy.admission import api_keys
+
+    token = api_keys.new()
+    line = api_keys.line(name, token, admin=admin)
+    sys.stderr.write(f"{token}\n")
+    sys.stdout.write(f"{line}\n")
+
+
+@keysmith.command("list")
+def listing(file: Annotated[Path, typer.Argument(help="the file", envvar="AUTOTTS_KEYS")]) -> None:
+    """The keys of a file: whose they are, the tenant that stands in the store, and what each may use."""
+    from proxy.admission import api_keys
+
+    table = Table()
+    for heading in ("name", "tenant", "admin", "branches", "tokens", "tokens a minute", "episodes"):
+        table.add_column(heading, justify="left" if heading in ("name", "tenant", "admin") else "right")
+    for key in api_keys.read(file):
+        caps = ("" if cap is None else f"{cap:,}" for cap in key.caps)
+        table.add_row(key.name, key.tenant, "yes" if key.is_admin else "", *caps)
+    wide_console().print(table, markup=False, highlight=False)

@@ -1,0 +1,405 @@
+"""The HTTP/1.1 protocol of one connection: well-formed requests within bounds of size and time, answered in order.
+
+This is uvicorn's httptools protocol, made stricter. llhttp refuses smuggling by framing (two lengths, a length beside
+chunks, an encoding that does not end in `chunked`, folded headers, bare line feeds), but a target may be absolute or
+climb, hosts may be many or none, versions 0.9 and 2.0 pass, heads have no bound, trailers are taken for headers, bodies
+may take for ever, and a request may be answered before the one it follows. None of that reaches the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Final, NamedTuple
+from uuid import uuid4
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from proxy import errors
+from proxy.errors import ApiError, BadRequest, TooManyConnections, TooSlow
+from proxy.http.connections import Connections
+from proxy.http.request_head import (
+    METHODS,
+    MOST_HEAD_BYTES,
+    MOST_HEADERS,
+    check_head,
+    rewritten,
+    shown_path,
+    too_large,
+    without_upgrade,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING: Final = 16
+"""Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
+MOST_PIECES: Final = 4096
+"""Pieces in which a body may arrive, unless they have LEAST_PIECE bytes on average: each piece is some work."""
+LEAST_PIECE: Final = 32
+BODY_GRACE_S: Final = 20.0
+"""Seconds before a body's rate counts."""
+LINGER_S: Final = 2.0
+"""Seconds in which input after an early answer is read and dropped. Closing at once could cost a client the answer."""
+
+
+def answer(error: ApiError) -> bytes:
+    """Return the whole response to a request that no app sees, after which the connection closes."""
+    content = json.dumps(errors.body(error)).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        "x-request-id": f"req-{uuid4().hex}",
+        **error.headers,
+        "connection": "close",
+    }
+    lines = [f"HTTP/1.1 {error.status.value} {error.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+class Stage(Enum):
+    """What is being read."""
+
+    IDLE = 0  # nothing has begun
+    HEAD = 1
+    BODY = 2
+
+
+_FAULTS: Final = logging.getLogger("uvicorn.error.edge")
+"""uvicorn's logger of a connection. It reports faults only: why a request is refused is logged here."""
+_FAULTS.setLevel(logging.ERROR)
+
+
+class EdgeLimits(NamedTuple):
+    """How long the parts of an exchange may take."""
+
+    head_s: float = 10.0  # for a head to arrive in full
+    body_s: float = 300.0  # for a body to arrive in full
+    body_rate: int = 1024  # bytes a second that a body must come at on average, after BODY_GRACE_S
+    write_s: float = 60.0  # that a client may leave its answer unread
+
+
+class Edge(NamedTuple):
+    """Everything that the connections of one server share."""
+
+    limits: EdgeLimits
+    connections: Connections
+    on_event: Callable[[str], object]  # called with "slow" and "unread" when a connection is given up
+
+
+class _Flow(FlowControl):
+    """Flow control that gives a connection up if its client does not read for too long."""
+
+    def __init__(self, transport: asyncio.Transport, seconds: float, give_up: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._seconds = seconds
+        self._give_up = give_up
+        self._timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._give_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Endless(int):
+    """The length of a reply that ends with its connection: nothing makes it shorter, and nothing is longer.
+
+    uvicorn would send such a reply in chunks, which HTTP/1.0 does not have.
+    """
+
+    def __sub__(self, _: int) -> _Endless:
+        return self
+
+    def __lt__(self, _: int) -> bool:
+        return False
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+
+class _Outlet:
+    """The transport as a response sees it. Closing it leaves the client time to read the answer."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+class EdgeProtocol(HttpToolsProtocol):
+    """The protocol of one connection."""
+
+    def __init__(self, *args: Any, edge: Edge, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logger = _FAULTS
+        self._limits = edge.limits
+        self._table = edge.connections
+        self._on_event = edge.on_event
+        self._cycles: list[RequestResponseCycle] = []  # not answered, as far as is known, in order
+        self._stage = Stage.IDLE
+        self._loose = 0  # bytes that came since the parser last made something of them
+        self._is_deaf = False  # further input is dropped
+        self._is_offer = False  # the head that was read offers to go on in another protocol
+        self._is_closing = False  # no further answer is sent
+        self._wrong: ApiError | None = None  # with the message that is being read
+        self._timer: asyncio.TimerHandle | None = None
+        self._body_began = 0.0  # by the loop's clock
+        self._body_bytes = 0
+        self._pieces = 0  # in which the body has come so far
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self._limits.write_s, self._give_up)
+        self._outlet = _Outlet(transport, self._finish)
+        if self._table.admit(self, self.client[0] if self.client else ""):
+            self._wait(self._limits.head_s)
+        else:
+            transport.write(answer(_full()))
+            self._close_transport()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait(None)
+        self._table.leave(self)
+        for cycle in self._unanswered():  # uvicorn tells only the last one
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        if self._stage is Stage.IDLE and self._timer is None:
+            self._wait(self._limits.head_s)
+        self._loose += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                data = self._feed(data)
+        except httptools.HttpParserError:
+            self._refuse(self._wrong or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
+        if not self._is_deaf and self._loose > MOST_HEAD_BYTES:
+            self._refuse(too_large())
+
+    def evict(self) -> None:
+        """Close the connection at once. Whatever was being read is refused."""
+        if self._stage is Stage.HEAD or self._take_back():
+            self.transport.write(answer(_full()))
+        self._close_transport()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse `data`, and return what is left to be parsed: a head that offers another protocol, without the offer.
+
+        The parser takes such an offer for accepted and leaves the request's body alone.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._is_offer = False
+            version, method = self.parser.get_http_version(), self.parser.get_method()
+            head = rewritten(method, self.url, version, without_upgrade(self.headers))
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return head + data[offer.args[0] :]
+        return b""
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        self._stage = Stage.HEAD
+        self._loose = 0
+        self._wait(self._limits.head_s)
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._stage is not Stage.HEAD:  # a trailer: whatever it says, the head has been judged
+            return
+        if len(self.headers) == MOST_HEADERS:
+            self._wrong = too_large()
+            raise self._wrong
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        try:
+            check_head(self.parser.get_http_version(), self.url, self.headers)
+        except ApiError as error:
+            self._wrong = error
+            raise
+        self._loose = 0
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._is_offer = True
+            return
+        self._cycles = self._unanswered()
+        super().on_headers_complete()
+        self._stage = Stage.BODY
+        self.cycle.transport = self._outlet  # type: ignore[assignment]
+        self._cycles.append(self.cycle)
+        if self.scope["http_version"] == "1.0":
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _Endless()
+        if len(self._cycles) > 1:
+            self.flow.resume_reading()  # else nobody would notice the client leaving
+        if len(self._cycles) > MOST_WAITING:
+            self._end()
+        self._body_began, self._body_bytes, self._pieces = self.loop.time(), 0, 0
+        self._wait(min(BODY_GRACE_S, self._limits.body_s))
+
+    def on_body(self, body: bytes) -> None:
+        self._loose = 0
+        self._body_bytes += len(body)
+        self._pieces += 1
+        if self._pieces > MOST_PIECES and self._body_bytes < LEAST_PIECE * self._pieces:
+            problem = f"the body comes in pieces of less than {LEAST_PIECE} bytes; send larger ones"
+            self._wrong = BadRequest(problem, code="bad_http")
+            raise self._wrong
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_offer:
+            return
+        self._stage = Stage.IDLE
+        self._loose = 0
+        self._wait(None)
+        super().on_message_complete()
+        if not self.cycle.response_complete:
+            self._table.serve(self)
+
+    def on_response_complete(self) -> None:
+        if self._stage is Stage.BODY and self.cycle.response_complete:  # answered before the body had come in full
+            self._wait(LINGER_S, self._close)  # a client that sends the rest at once may go on with the connection
+        if self._is_closing:
+            self.server_state.total_requests += 1
+            return
+        super().on_response_complete()
+        if all(cycle.more_body for cycle in self._unanswered()):
+            self._table.wait(self)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close_transport()
+
+    # Refusals
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what is being read with `error` unless it is answered already, after all that came before it."""
+        logger.warning("%s was refused: %s (%s)", self._what_is_read(), error.message, error.code)
+        if self._stage is Stage.BODY and self.cycle.response_complete:
+            self._close()
+            return
+        self._take_back()
+        self._cycles = self._unanswered()
+        if self._cycles:
+            self._end()
+        else:
+            self.transport.write(answer(error))
+            self._close()
+
+    def _what_is_read(self) -> str:
+        """The method and path of what is being read, as far as they are known, and who sends it."""
+        host, port = self.client or ("unknown", 0)
+        sender = f"from {host}:{port}"
+        if self._stage is Stage.IDLE or not self.url:
+            return f"a request {sender}"
+        method = self.parser.get_method().decode("latin-1")
+        return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
+
+    def _take_back(self) -> bool:
+        """Take a request whose body is being read from the app. Returns False if there is none, or it is answered."""
+        if self._stage is not Stage.BODY or self.cycle.response_started:
+            return False
+        self.cycle.disconnected = True  # the app sees a client that has left
+        self.cycle.message_event.set()
+        self._cycles.remove(self.cycle)
+        if self._unanswered():
+            self.pipeline.popleft()
+        return True
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._cycles if not cycle.response_complete]
+
+    def _end(self) -> None:
+        """Read no more, and close the connection once everything that was asked is answered."""
+        self._is_deaf = True
+        self._wait(None)
+        if self._cycles:
+            self._cycles[-1].keep_alive = False
+
+    def _finish(self) -> None:
+        """Close the connection after its last answer."""
+        if self._stage is Stage.BODY:
+            self._close()
+        else:
+            self._close_transport()
+
+    def _close(self) -> None:
+        """Close the connection, but leave the client time to read what it was answered."""
+        self._is_deaf = self._is_closing = True
+        self.flow.resume_reading()
+        self._unset_keepalive_if_required()
+        if not self.transport.is_closing():
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self._wait(LINGER_S, self._close_transport)
+
+    def _close_transport(self) -> None:
+        """Close the connection once everything is sent, or has not been read for too long."""
+        self._is_deaf = self._is_closing = True
+        self.transport.close()
+        self._wait(self._limits.write_s, self.transport.abort)
+
+    def _give_up(self) -> None:
+        """Cut a connection whose client does not read its answer. The app sees a client that has left."""
+        logger.info("a response was cut: its client has read nothing for %g s", self._limits.write_s)
+        self._on_event("unread")
+        self.transport.abort()
+
+    # Time
+
+    def _wait(self, seconds: float | None, then: Callable[[], object] | None = None) -> None:
+        """Call `then`, or else `_late`, in so many seconds, and nothing that was to be called before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._stage is Stage.IDLE:
+            if not self._unanswered():
+                self._close_transport()
+        elif self._stage is Stage.HEAD:
+            self._refuse_slow(f"the head of the request took longer than {self._limits.head_s:g} s")
+        elif self.flow.read_paused or self.cycle.waiting_for_100_continue:  # it is the app that is late
+            self._body_began, self._body_bytes = self.loop.time(), 0
+            self._wait(min(BODY_GRACE_S, self._limits.body_s))
+        else:
+            self._check_body()
+
+    def _check_body(self) -> None:
+        """Refuse a body that takes too long or comes too slowly; else look again when it would."""
+        limits, passed = self._limits, self.loop.time() - self._body_began
+        allowed = limits.body_s
+        if limits.body_rate:
+            allowed = min(allowed, BODY_GRACE_S + self._body_bytes / limits.body_rate)
+        if passed < allowed:
+            self._wait(allowed - passed)
+        elif allowed >= limits.body_s:
+            self._refuse_slow(f"the body took longer than {limits.body_s:g} s")
+        else:
+            slow = f"{self._body_bytes} bytes in {passed:.0f} s"
+            self._refuse_slow(f"the body came too slowly: {slow}; at least {limits.body_rate} a second are expected")
+
+    def _refuse_slow(self, message: str) -> None:
+        self._on_event("slow")
+        self._refuse(TooSlow(message, code="too_slow"))
+
+
+def _full() -> TooManyConnections:
+    return TooManyConnections("too many connections are open; retry", code="too_many_connections")

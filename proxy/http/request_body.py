@@ -1,0 +1,159 @@
+"""Read request bodies: within a size bound, decoded, and without a byte order mark."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import io
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Final
+
+import zstandard
+from starlette.requests import ClientDisconnect, Request
+
+from proxy.admission.auth import Caller
+from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
+from proxy.http.sse import ClientGone
+
+SMALL: Final = 64 * 2**10
+"""Bytes of a body that is read however many others are held."""
+MOST_WINDOW: Final = 8 * 2**20
+"""Bytes of memory that a zstd frame may ask for, as RFC 9659 has it for HTTP."""
+MOST_MEMBERS: Final = 16
+"""Members of a gzip file, and frames of zstd. One is usual, and each costs time even if it is empty."""
+_GZIP: Final = 16 + zlib.MAX_WBITS
+
+
+class Bodies:
+    """Reads the bodies of requests, within a bound on all that are held at the same time.
+
+    Small bodies are always read, and so is one that is alone. A key may use half of the bound, so that one client
+    cannot keep others from sending.
+    """
+
+    def __init__(self, most: int, most_together: int) -> None:
+        self.held = 0  # bytes of bodies that are not small
+        self._most = most
+        self._most_together = most_together
+        self._by_holder: Counter[str] = Counter()
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body of a request, decoded; it counts as held until the request is over.
+
+        Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientGone.
+        """
+        body = bytearray()
+        hold = self._holding(request)
+        try:
+            async for data in request.stream():
+                body += data
+                if len(body) > self._most:
+                    raise TooLarge(f"the body is larger than {self._most} bytes", code="body_too_large")
+                if len(body) > SMALL:
+                    hold(len(body))
+        except ClientDisconnect:
+            raise ClientGone from None
+        raw = bytes(body)
+        if encoding := request.headers.get("content-encoding", "").strip().lower():
+            raw = await _decoded(raw, encoding, self._most)
+            if len(raw) > SMALL:
+                hold(len(raw))
+        return raw.removeprefix(codecs.BOM_UTF8)
+
+    def _holding(self, request: Request) -> Callable[[int], None]:
+        """Return what sets aside room for so many bytes of a request's body until the request is over."""
+        caller: Caller = request.state.caller
+        stack: ExitStack = request.state.held
+        share = self._most_together // (2 if caller.key else 1)
+        taken = 0
+
+        def hold(size: int) -> None:
+            nonlocal taken
+            more = size - taken
+            if more <= 0:
+                return
+            own = self._by_holder[caller.holder]
+            is_over = own > taken and own + more > share
+            if is_over or (self.held > taken and self.held + more > self._most_together):
+                raise TooMany("too many large requests are being read; ask again later", after="1", code="bodies_full")
+            if not taken:
+                stack.callback(release)
+            taken = size
+            self.held += more
+            self._by_holder[caller.holder] += more
+
+        def release() -> None:
+            self.held -= taken
+            self._by_holder[caller.holder] -= taken
+            if not self._by_holder[caller.holder]:
+                del self._by_holder[caller.holder]
+
+        return hold
+
+
+async def _decoded(raw: bytes, encoding: str, most: int) -> bytes:
+    """Return a body without its encoding, which is done in a thread: a megabyte takes milliseconds."""
+    if encoding == "identity":
+        return raw
+    decode = _DECODERS.get(encoding)
+    if decode is None:
+        raise UnsupportedMedia(
+            f"the content encoding is {encoding[:50]!r}; send the body plain, or encoded as gzip or zstd",
+            param="content-encoding",
+            code="unsupported_encoding",
+        )
+    try:
+        decoded = await asyncio.to_thread(decode, raw, most)
+    except (zlib.error, zstandard.ZstdError, EOFError):
+        raise BadRequest(
+            f"the body is not encoded as {encoding}, as its content-encoding says",
+            param="content-encoding",
+            code="bad_encoding",
+        ) from None
+    if len(decoded) > most:
+        raise TooLarge(f"the body is larger than {most} bytes when it is decoded", code="body_too_large")
+    return decoded
+
+
+def _gunzipped(raw: bytes, most: int) -> bytes:
+    """Return at most `most` + 1 bytes of a gzip file. Raises zlib.error or EOFError."""
+    decoded = b""
+    for _ in range(MOST_MEMBERS):
+        member = zlib.decompressobj(_GZIP)
+        decoded += member.decompress(raw, most + 1 - len(decoded))
+        if len(decoded) > most or (member.eof and not member.unused_data):
+            return decoded
+        if not member.eof:
+            raise EOFError
+        raw = member.unused_data
+    raise EOFError
+
+
+def _unzstd(raw: bytes, most: int) -> bytes:
+    """Return at most `most` + 1 bytes of zstd frames. Raises ZstdError or EOFError.
+
+    A reader bounds what is decoded but does not tell whether the frame was whole, so a small one is decoded again.
+    """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW)
+    decoded = b""
+    for _ in range(MOST_MEMBERS):
+        decoded += decompressor.stream_reader(io.BytesIO(raw)).read(most + 1 - len(decoded))
+        if len(decoded) > most:
+            return decoded
+        frame = decompressor.decompressobj()
+        frame.decompress(raw)
+        if not frame.eof:
+            raise EOFError
+        raw = frame.unused_data
+        if not raw:
+            return decoded
+    raise EOFError
+
+
+_DECODERS: Final[Mapping[str, Callable[[bytes, int], bytes]]] = MappingProxyType(
+    {"gzip": _gunzipped, "x-gzip": _gunzipped, "zstd": _unzstd}
+)

@@ -1,0 +1,109 @@
+"""Check an upstream with requests of our own: is it down, or did it only fail one client's request?
+
+The check generates one token, for a server can say that it is well while it generates nothing. If that takes too long,
+the server's own counters tell whether it is stuck or busy with what others asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any, Final
+
+import aiohttp
+
+from proxy.errors import UpstreamNonsense
+from proxy.upstream.response_body import parse_object, read_body
+
+ANSWER_S: Final = 5.0
+"""Seconds each request of a check may take."""
+ATTEMPTS: Final = 2
+"""Times a check is made that the upstream is too slow for."""
+PAGE_BYTES: Final = 8 * 2**20
+"""Bytes of a page of metrics, or of a list of models, that are read."""
+COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+"""Counters of vLLM's that grow while it works."""
+
+
+def is_failure(status: int) -> bool:
+    """Return whether a status says that the upstream failed. 501 tells what it was not made for, however well it is."""
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
+
+
+class HealthCheck:
+    """Health check of one upstream. Its requests pass by the breaker."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self._url = url
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=ANSWER_S, sock_connect=session.timeout.sock_connect)
+
+    async def is_up(self) -> bool:
+        """Return whether the upstream generates. It is asked once more if it was too slow: others may keep it busy."""
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._generates()
+            except TimeoutError:
+                continue
+            except (aiohttp.ClientError, UpstreamNonsense):
+                return False
+        return False
+
+    async def _generates(self) -> bool:
+        """Return whether the upstream generates. Raises TimeoutError, ClientError or UpstreamNonsense."""
+        if is_failure((await self._ask("GET", "/health"))[0]):
+            return False
+        status, body = await self._ask("GET", "/v1/models")
+        if is_failure(status):
+            return False
+        name = _first_model(status, body)
+        if name is None:
+            return True  # it serves nothing that could be asked for
+        before = await self._counted()
+        request = {"model": name, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": True}
+        try:
+            status, body = await self._ask("POST", "/v1/completions", json=request)
+        except TimeoutError:
+            if await self._counted() > before:
+                return True
+            raise
+        return not is_failure(status) if status != HTTPStatus.OK else _is_complete(body)
+
+    async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
+        asked = self._session.request(method, self._url + path, timeout=self._timeout, allow_redirects=False, **content)
+        async with asked as response:
+            return response.status, await read_body(response, PAGE_BYTES)
+
+    async def _counted(self) -> float:
+        """Return the tokens that the upstream has read and generated; 0 if it does not tell."""
+        try:
+            status, page = await self._ask("GET", "/metrics")
+        except (aiohttp.ClientError, TimeoutError, UpstreamNonsense):
+            return 0.0
+        lines = page.decode("utf-8", "replace").splitlines() if status == HTTPStatus.OK else []
+        values = [_number(line) for line in lines if line.startswith(COUNTERS)]
+        return sum(value for value in values if math.isfinite(value))
+
+
+def _is_complete(stream: bytes) -> bool:
+    """Return whether a stream of events came to its end and tells of no error. Raises UpstreamNonsense."""
+    payloads = [line[5:].strip() for line in stream.splitlines() if line.startswith(b"data:")]
+    if not payloads or payloads.pop() != b"[DONE]":
+        return False
+    return all("error" not in parse_object(payload) for payload in payloads)
+
+
+def _number(line: str) -> float:
+    """Return the value of a line of Prometheus' format; NaN if there is none."""
+    try:
+        return float(line.rpartition(" ")[2])
+    except ValueError:
+        return math.nan
+
+
+def _first_model(status: int, body: bytes) -> str | None:
+    """Return the first model of a list of models, or None if the body is no such list."""
+    cards = parse_object(body).get("data") if status == HTTPStatus.OK else None
+    card = cards[0] if isinstance(cards, list) and cards else None
+    name = card.get("id") if isinstance(card, dict) else None
+    return name if isinstance(name, str) else None

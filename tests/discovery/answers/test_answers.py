@@ -1,0 +1,504 @@
+"""Text → label: what is read, what is the same, and that nothing a model writes does any harm."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import string
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from discovery.answers import Form, Judge, Labels, Sort, boxed, canonical, parse_kind, read
+from discovery.errors import UnknownKind
+from tests.discovery.answers.answer_pairs import DIFFERENT, SAME, UNREADABLE
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[Judge]:
+    with Judge(seconds=20) as one:
+        yield one
+
+
+def same(one: str, other: str, judge: Judge) -> bool:
+    """Whether an episode would give both answers one label."""
+    labels = Labels(judge)
+    forms = [canonical(written) for written in (one, other)]
+    numbers = [None if f is None else labels.number(f, w) for f, w in zip(forms, (one, other), strict=True)]
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("group", SAME)
+def test_what_is_the_same_is_one_label_in_either_order(group: str, judge: Judge) -> None:
+    pairs = [pair for spellings in SAME[group] for pair in itertools.combinations(spellings, 2)]
+    apart = [pair for pair in pairs if not (same(*pair, judge) and same(*pair[::-1], judge))]
+    assert not apart
+
+
+@pytest.mark.parametrize("group", DIFFERENT)
+def test_what_differs_is_never_merged(group: str, judge: Judge) -> None:
+    merged = [pair for pair in DIFFERENT[group] if same(*pair, judge) or same(*pair[::-1], judge)]
+    assert not merged
+
+
+def test_answers_of_different_classes_are_never_merged(judge: Judge) -> None:
+    """The first spellings of all classes against each other: thousands of pairs, whatever their group."""
+    firsts = [(group, number, spellings[0]) for group in SAME for number, spellings in enumerate(SAME[group])]
+    known = {frozenset(("9", "x=9")), frozenset((r"\frac{1}{2}", "0.5"))}  # written down in two groups
+    for (one_group, _, one), (other_group, _, other) in itertools.combinations(firsts, 2):
+        texts = [form.text for spelled in (one, other) if (form := canonical(spelled)) is not None]
+        if same(one, other, judge) and frozenset((one, other)) not in known:
+            assert texts[0] == texts[1] or "symbolic" in (one_group, other_group), (one, other)
+
+
+def test_the_table_is_as_large_as_it_should_be() -> None:
+    equal = sum(len(list(itertools.combinations(s, 2))) for group in SAME.values() for s in group)
+    assert equal + sum(map(len, DIFFERENT.values())) >= 300
+
+
+@pytest.mark.parametrize("written", UNREADABLE)
+def test_what_cannot_be_read_is_no_answer(written: str) -> None:
+    assert canonical(written) is None
+
+
+# Properties
+
+NUMBERS = st.integers(-(10**6), 10**6).map(str)
+LEAVES = NUMBERS | st.sampled_from(
+    ["x", "y", r"\pi", "n", "2.5", ".75", r"\frac{1}{3}", r"\sqrt{2}", r"\sqrt{12}", "a_1", "i"]
+)
+EXPRESSIONS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", "-", r"\cdot ", "*"]), inner).map(lambda t: f"{t[0]}{t[1]}({t[2]})"),
+        st.tuples(inner, inner).map(lambda t: rf"\frac{{{t[0]}}}{{{t[1]}}}"),
+        inner.map(lambda t: f"({t})^2"),
+        inner.map(lambda t: rf"\sqrt{{{t}}}"),
+        inner.map(lambda t: rf"\sin({t})"),
+    ),
+    max_leaves=8,
+)
+ANSWERS = st.one_of(
+    EXPRESSIONS,
+    st.lists(EXPRESSIONS, min_size=2, max_size=4).map(lambda parts: f"({','.join(parts)})"),
+    st.lists(EXPRESSIONS, min_size=2, max_size=4).map(lambda parts: rf"\{{{','.join(parts)}\}}"),
+    st.sampled_from([one for group in SAME.values() for spellings in group for one in spellings]),
+    st.text(alphabet=string.printable, max_size=60),
+    st.text(max_size=60),
+    st.text(alphabet="\\{}[]()$^_.,0123456789xyz frac sqrt pm text in cup le", max_size=80),
+)
+
+
+@given(ANSWERS)
+@settings(max_examples=400, deadline=None)
+def test_a_canonical_form_is_its_own_and_nothing_raises(written: str) -> None:
+    form = canonical(written)
+    assert form == canonical(written)
+    if form is not None:
+        assert form.text
+        again = canonical(form.text)
+        if again is None or again.text != form.text:
+            # What is not understood, and words, may hold what means something once it stands alone.
+            assert form.sort in (Sort.OTHER, Sort.WORDS) or not form.exact or form.sort is Sort.COLLECTION
+
+
+@given(EXPRESSIONS)
+@example(r"\sqrt{\frac{44563}{85903}}")  # two primes whose product nobody takes apart again
+@settings(max_examples=400, deadline=None)
+def test_the_canonical_form_of_an_expression_is_idempotent(written: str) -> None:
+    form = canonical(written)
+    assume(form is not None and form.exact and len(form.text) < 1000)
+    assert form is not None
+    again = canonical(form.text)
+    assert again is not None
+    assert (again.text, again.sort) == (form.text, form.sort)
+
+
+@given(ANSWERS, ANSWERS, ANSWERS)
+@settings(max_examples=200, deadline=None)
+def test_sameness_of_forms_is_an_equivalence(a: str, b: str, c: str) -> None:
+    forms = [canonical(written) for written in (a, b, c)]
+    assume(None not in forms)
+    one, other, third = forms
+    assert one == canonical(a)
+    assert (one == other) is (other == one)
+    assert one == third or not (one == other and other == third)
+
+
+@given(st.lists(ANSWERS, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_labels_are_numbered_by_first_reveal_and_stay(texts: list[str]) -> None:
+    labels, seen = Labels(), -1
+    for written in texts:
+        form = canonical(written)
+        if form is None:
+            continue
+        label = labels.number(form, written)
+        assert 0 <= label <= seen + 1
+        seen = max(seen, label)
+        assert labels.number(form, written) == label
+    assert len(labels) == seen + 1
+
+
+@given(
+    st.text(alphabet="\\boxed{}$ (ABC).,0123-frac answer is\n*#", max_size=300),
+    st.sampled_from(["auto", "boxed", "choice", "number", "json", "regex:(\\d+)", "text:words", "code:lines", "text"]),
+)
+@settings(deadline=None)
+def test_any_text_is_read_without_raising_and_the_answer_stands_in_it(text: str, kind: str) -> None:
+    answer = read(text, parse_kind(kind))
+    if answer is not None:
+        assert answer.written in text
+        assert answer.form.text
+
+
+# Labels
+
+
+def number(labels: Labels, written: str) -> int:
+    form = canonical(written)
+    assert form is not None
+    return labels.number(form, written)
+
+
+def test_a_bare_answer_joins_the_unit_that_came_first_and_units_never_meet() -> None:
+    labels = Labels()
+    assert [number(labels, text) for text in ("5 cm", "5 m", "5", "5 metres", "5 km")] == [0, 1, 0, 1, 2]
+    assert [labels.written(i) for i in range(3)] == ["5 cm", "5 m", "5 km"]
+    labels = Labels()
+    assert [number(labels, text) for text in ("5", "5 m", "5 cm", "x=5", "y=5 m")] == [0, 0, 1, 0, 2]
+
+
+def test_without_a_judge_only_forms_count() -> None:
+    labels = Labels()
+    assert number(labels, r"\log_2 8") != number(labels, "3")
+
+
+def test_a_judge_is_asked_only_where_values_agree() -> None:
+    class Asked:
+        pairs: list[tuple[str, str]] = []  # noqa: RUF012 - one test's own
+
+        def same(self, one: str, other: str) -> bool:
+            self.pairs.append((one, other))
+            return True
+
+    asked = Asked()
+    labels = Labels(asked)
+    for written in ("3", "8", "yes", r"\log_2 7", r"\sqrt{9}", "A"):
+        form = canonical(written)
+        assert form is not None
+        assert not labels.doubtful(form)
+        labels.number(form, written)
+    assert asked.pairs == []
+    doubtful = canonical(r"\log_2 8")
+    assert doubtful is not None
+    assert labels.doubtful(doubtful)
+    assert labels.number(doubtful, r"\log_2 8") == 0
+    assert asked.pairs == [(r"\log_2 8", "3")]
+
+
+# The judge
+
+
+def test_what_never_ends_is_killed_with_its_process_and_not_asked_again() -> None:
+    with Judge(seconds=1) as judge:
+        assert judge.same("1+x", "x+1")
+        assert not judge.same(r"9^{9^{9^9}}", "5")
+        assert judge.killed == 1
+        assert not judge.same("6", r"9^{9^{9^9}}")
+        assert judge.killed == 1
+        assert judge.same(r"\frac{2}{4}", r"\frac12")
+
+
+def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    target = os.path.join(str(tmp_path), "written")
+    code = f"__import__('os').system('touch {target}')"
+    for evil in (code, f"$ {code} $", f"\\text{{{code}}}"):
+        judge.same(evil, "1")
+    assert not os.path.exists(target)
+    worker = judge._workers[0]._process
+    assert worker is not None
+    with open(f"/proc/{worker.pid}/environ", "rb") as file:
+        assert b"hunter2" not in file.read()
+
+
+def test_a_judge_that_died_is_replaced(judge: Judge) -> None:
+    assert judge.same("y+2", "2+y")
+    assert judge._workers[0]._process is not None
+    judge._workers[0]._process.kill()
+    judge._workers[0]._process.wait()
+    assert judge.same("z+3", "3+z")
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("text", "inner"),
+    [
+        (r"\boxed{7}", "7"),
+        (r"first \boxed{1}, then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and an open \boxed{2", "1"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"}} \boxed{4}", "4"),
+        (r"{\boxed{5}}", "5"),
+        (r"\boxed {6}", "6"),
+        (r"\boxed{}", ""),
+        ("none", None),
+        (r"\boxed{", None),
+    ],
+)
+def test_the_last_complete_box(text: str, inner: str | None) -> None:
+    assert boxed(text) == inner
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "answer"),
+    [
+        (r"So \boxed{007}.", "auto", "7"),
+        (r"\boxed{1,234.50}", "auto", "2469/2"),
+        (r"\boxed{\left(1,\,2\right)}", "auto", "(1,2)"),
+        (r"\boxed{\text{yes}}", "auto", "yes"),
+        (r"The roots are \boxed{3} and \boxed{5}.", "auto", r"\{3,5\}"),
+        (r"The roots are $\boxed{3}$, $\boxed{5}$.", "auto", r"\{3,5\}"),
+        (r"At first \boxed{3}. But then \boxed{5}.", "auto", "5"),
+        (r"\boxed{}", "auto", None),
+        (r"the answer is 5, or \boxed{?}", "auto", None),
+        ("The answer is (C).", "auto", "C"),
+        ("Answer: **B**", "auto", "B"),
+        ("The correct option is D.", "auto", "D"),
+        ("**Answer: C) 15**", "auto", "C"),
+        ("The final answer is 42.", "auto", "42"),
+        ("**Final Answer:** 42", "auto", "42"),
+        ("The answer is **$\\frac{1}{2}$**.", "auto", "1/2"),
+        ("so\n#### 1,234", "auto", "1234"),
+        ("the answer is $1,000", "auto", "1000"),
+        ("The answer is 3. No, the answer is 4.", "auto", "4"),
+        ("My answer is no.", "auto", "no"),
+        ("42", "auto", "42"),
+        ("(B)", "auto", "B"),
+        ("Yes.", "auto", "yes"),
+        ("$x = 7$", "auto", "7"),
+        ("the answer is A good one", "auto", None),
+        ("the answer is 5 + 3", "auto", "8"),
+        ("It rained for 3 days.", "auto", None),
+        ("Hello! How can I help you today?", "auto", None),
+        ("Paris", "auto", None),
+        ("```python\nprint(42)\n```", "auto", None),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', "auto", None),
+        # whole, or not at all
+        ("The answer is 4 4/9.", "auto", "40/9"),
+        ("The answer is 3:20.", "auto", None),
+        ("The answer is 3 hours 20 minutes.", "auto", None),
+        ("The answer is 15 million.", "auto", "15000000"),
+        ("The answer is 6.02 x 10^23.", "auto", "602000000000000000000000"),
+        ("The answer is 3√2.", "auto", "3*sqrt(2)"),
+        ("The answer is 4 + √3.", "auto", "4+sqrt(3)"),
+        ("The answer is 3 - i.", "auto", "3-i"),
+        ("The answer is 5 or -2.", "auto", r"\{-2,5\}"),
+        ("The answer is 5 to 10.", "auto", None),
+        ("The answer is 10-3.", "auto", None),
+        ("The answer is 1/2/2020.", "auto", None),
+        ("The answer is $5$ or $7$.", "auto", r"\{5,7\}"),
+        ("The answer is (B) or (C).", "auto", None),
+        ("The answer is 5 times as large.", "auto", None),
+        ("The answer is 5 squared.", "auto", None),
+        ("The answer is 4. Rather, the answer is 3:20.", "auto", None),
+        ("The answer is 5 feet 3 inches.", "auto", None),
+        ("The answer is 2 thirds.", "auto", "2/3"),
+        ("The answer is 2**5.", "auto", "32"),
+        ("The answer is **2**.", "auto", "2"),
+        ("The answer is (**5**).", "auto", "5"),
+        ("The answer is 12 (or so we think).", "auto", None),
+        ("The answer is 2 or more.", "auto", None),
+        ("The answer is ½.", "auto", "1/2"),
+        ("The answer is 42 because 6*7=42.", "auto", "42"),
+        ("The answer is 42, as shown above.", "auto", "42"),
+        ("The answer is 42 (see above).", "auto", "42"),
+        ("The answer is 42 and not 43.", "auto", "42"),
+        ("The answer is 42 apples in total.", "auto", "42"),
+        ("The result is 5; the rest is noise.", "auto", "5"),
+        ("The answer is 1,234.50 dollars.", "auto", "2469/2"),
+        ("The answer is 5, or maybe 6.", "auto", None),
+        ("The answer is 5 (or 6).", "auto", None),
+        ("The answer is 5? No, 6.", "auto", None),
+        ("The answer is 5; 6.", "auto", r"\{5,6\}"),
+        ("The answer is 5! = 120.", "auto", "120"),
+        ("The answer is 3.14159...", "auto", None),
+        ("answer: 5\nanswer: six", "auto", None),
+        ("The answer is 5! It was easy.", "auto", "5"),
+        ("The answer is 5 > 3.", "auto", None),
+        ("The answer is between 5 and 6.", "auto", None),
+        ("The answer is not 5.", "auto", None),
+        ("The answer is 3 out of 4.", "auto", None),
+        ("#### 3 hours 20 minutes", "auto", None),
+        ("1 + 1 = 2 or 3", "auto", None),
+        ("x^2 + 3 = 12", "auto", None),
+        ("The answer is up to you.", "auto", None),
+        ("The answer is not clear.", "auto", None),
+        # as small and base models write
+        ("12 + 15 = 27", "auto", "27"),
+        ("So 12 + 15 = 27.", "auto", "27"),
+        ("First, 12 + 15 = 27. Then 27 + 3 = 30.", "auto", "30"),
+        ("$12 + 15 = 27$", "auto", "27"),
+        (r"\(3 \times 4 = 12\)", "auto", "12"),
+        ("3 x 4 = 12", "auto", "12"),
+        ("12 apples + 15 apples = 27 apples", "auto", "27"),
+        ("12 + 15 = 27, so she has 27 apples.", "auto", "27"),
+        ("She has 3 * 4 = 12 and 12 - 5 = 7.", "auto", "7"),
+        ("2 * 3 = 6 + 1 = 7", "auto", "7"),
+        (r"The answer is \Box{53}.", "auto", "53"),
+        ("So x = 5.", "auto", "5"),
+        ("The sum of 12 and 15 is 27.", "auto", "27"),
+        ("12 plus 15 equals 27.", "auto", "27"),
+        ("<think>12 and 15</think>\n<answer>27</answer>", "auto", "27"),
+        ("Q: 12 + 15?\nA: 27", "auto", "27"),
+        ("2x + 3 = 7", "auto", None),
+        ("y = a*2 + 3", "auto", None),
+        ("a[1] + b[2] = 3", "auto", None),
+        ("if x + 1 == 2", "auto", None),
+        ("total += 3", "auto", None),
+        ("It was 3 - 2 = 3:20.", "auto", None),
+        ("12 + 15 =", "auto", None),
+        ("It was 1984 - a year like any other.", "auto", None),
+        ("They scored 3-2 in 2020.", "auto", None),
+        # boxes
+        (r"\boxed 5", "auto", "5"),
+        (r"\boxed5", "auto", "5"),
+        (r"so $\boxed5.$", "auto", "5"),
+        (r"\boxed 12 apples", "auto", "12"),
+        (r"\boxed\frac{1}{2}", "auto", "1/2"),
+        (r"\boxed 4 4/9", "auto", None),
+        (r"\boxed{3}\text{ and }\boxed{5}", "auto", r"\{3,5\}"),
+        (r"\(\boxed{3}\) and \(\boxed{5}\)", "auto", r"\{3,5\}"),
+        (r"\boxed{3} or \boxed{5}", "auto", r"\{3,5\}"),
+        (r"\boxed{x+1}", "boxed", "1+x"),
+        ("the answer is 5", "boxed", None),
+        ("(d)", "choice", "D"),
+        (r"\boxed{E}", "choice", "E"),
+        (r"\boxed{\text{(B) 12}}", "choice", "B"),
+        ("I pick: the answer is D", "choice", "D"),
+        ("All fit, but one.\n\nB) 15", "choice", "B"),
+        ("A good story", "choice", None),
+        ("there are 3 of 12", "number", "12"),
+        (r"\boxed{17} of 20", "number", "17"),
+        (r"\boxed{\frac{3}{4}\text{ m}}", "number", "3/4"),
+        ("answer: 8, not 9", "number", "8"),
+        ("The answer is 4 4/9.", "number", "40/9"),
+        ("It is 4 4/9 of it", "number", "40/9"),
+        ("The answer is 3√2.", "number", None),
+        ("The answer is 3 - i.", "number", None),
+        ("It took 3 hours 20 minutes", "number", None),
+        ("5 to 10", "number", None),
+        ("5 or -2", "number", None),
+        ("about 15 million people", "number", "15000000"),
+        ("6.02 x 10^23", "number", "602000000000000000000000"),
+        ("at 3:20", "number", None),
+        ("the score was 3-1", "number", None),
+        ("page 3. 27 of them", "number", "27"),
+        ("x12 or v1.2.3", "number", None),
+        ("nothing", "number", None),
+        ('{"b": [1, 2.0], "a": 1.50}', "json", '{"a":1.5,"b":[1,2]}'),
+        ('Here:\n```json\n{"a": 1.5, "b": [1e0, 2]}\n```', "json", '{"a":1.5,"b":[1,2]}'),
+        ('{"a": 1} or rather {"a": true, "b": null}', "json", '{"a":true,"b":null}'),
+        ('{"a": NaN}', "json", None),
+        ("[" * 5000, "json", None),
+        ("no json", "json", None),
+        ("released as v12, then v13.", r"regex:v(\d+)", "13"),
+        ("ticket ABC-7", "regex:[A-Z]+-[0-9]+", "ABC-7"),
+        ("none", r"regex:v(\d+)", None),
+        ("A  poem, short.", "text:words", "a poem short"),
+        ("A poem", "text", None),
+        ("So:\n```python\nx = 1  \n\ny = 2\n```\nDone.", "code:lines", "x = 1\ny = 2"),
+        ("x = 1", "code", None),
+    ],
+)  # fmt: skip
+def test_read(text: str, kind: str, answer: str | None) -> None:
+    found = read(text, parse_kind(kind))
+    assert (None if found is None else found.form.text) == answer
+    if found is not None:
+        assert found.written in text
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("prose", "auto, boxed"),
+        ("boxed:7", "there is no 'boxed:7'; there is boxed"),
+        ("text:poem", "text:words"),
+        ("regex:", "1 to 500"),
+        ("regex:" + "a" * 501, "1 to 500"),
+        ("regex:(a", "missing"),
+        ("regex:(?=a)", "RE2"),
+    ],
+)
+def test_a_kind_that_is_none_is_told_so(spec: str, says: str) -> None:
+    with pytest.raises(UnknownKind) as error:
+        parse_kind(spec)
+    assert says in str(error.value)
+
+
+HOSTILE = [
+    r"\boxed{9^{9^{9^9}}}",
+    "\\boxed{" * 20_000,
+    "{" * 50_000 + "}" * 50_000,
+    "answer is" + " " * 100_000,
+    "\\boxed{1}" + " " * 100_000 + "\\boxed{2}",
+    "[" * 100_000,
+    "1 " * 50_000,
+    "answer = " * 10_000,
+    "```a\n" * 20_000,
+    "\\boxed{" + "\\sqrt{" * 150 + "2" + "}" * 151,
+    "\\boxed{" + "(" * 400 + ")" * 401,
+    "\\boxed{" + "-" * 900 + "1}",
+    "\\boxed{" + "x=" * 400 + "1}",
+    "\\boxed{" + "\\frac{1}{1+" * 80 + "1" + "}" * 81,
+    "\\boxed{300!^{300!}}",
+    r"\boxed{(\sqrt2+\sqrt3+\sqrt5+\sqrt7)^{6}}",
+    r"\boxed{\sqrt{99999999999999999999999999999999977}}",
+    "\\boxed{" + "a b " * 200 + "}",
+]
+
+
+@pytest.mark.timeout(60)  # seconds for all of them under every kind, where one bad pattern would take hours
+@pytest.mark.parametrize("kind", ["auto", "number", "choice", "json", "text:words", "code:lines", "regex:(a+)+b"])
+def test_no_answer_hangs_or_crashes_the_reader(kind: str) -> None:
+    for text in HOSTILE:
+        read(text, parse_kind(kind))
+
+
+def test_random_latex_never_raises() -> None:
+    rng = random.Random(0)
+    tokens = [
+        r"\frac",
+        r"\sqrt",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "^",
+        "_",
+        "+",
+        "-",
+        "1",
+        "x",
+        r"\pm",
+        ",",
+        r"\text{a}",
+        "!",
+        "|",
+        "=",
+    ]
+    for _ in range(3000):
+        form = canonical("".join(rng.choices(tokens, k=rng.randrange(1, 30))))
+        assert form is None or isinstance(form, Form)

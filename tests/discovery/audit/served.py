@@ -1,0 +1,66 @@
+"""Served episodes without a proxy: controllers run on recorded branches, and what a proxy would write down of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from controllers import Controller, Limits, Round, State, run_episode, run_sync
+from controllers.loading import Spec, make
+from discovery.data.recordings import Origin, RecordedQuestion, intern
+from discovery.data.rounds import packed
+from discovery.evaluation.replay import ReplayEnvironment
+from discovery.store import About, Episode, Store
+
+
+def serve(
+    recorded: RecordedQuestion,
+    spec: Spec,
+    beta: float,
+    request: str,
+    limits: Limits | None = None,
+    controller: Controller | None = None,
+    **changes: Any,
+) -> Episode:
+    """The episode a controller makes of a recording's branches, opened in the order in which they stand there."""
+    limits = limits or Limits(recorded.interval, len(recorded.branches))
+    recording = intern(recorded)
+    environment = ReplayEnvironment(recording, range(recording.branches))
+    state, rounds = State(limits), list[Round]()
+
+    def keep(_: State, played: Round) -> None:
+        rounds.append(Round(list(played.actions), played.facts))
+
+    run_sync(run_episode(controller or make(spec, beta), environment, state, keep))
+    answers = [recording.answers[number] for number in environment.revealed]
+    about = About(limits=asdict(limits), decided=len(rounds), spent=state.spent, answers=answers, fallback=None)
+    known: dict[str, Any] = {
+        "rounds": len(rounds),
+        "branches": state.width,
+        "ledger": state.ledger() | {"finalise": 7, "aborted": 0},
+        "stop": str(state.stop),
+        "answer": None if state.answer is None else answers[state.answer],
+        "question": recorded.question,
+        "about": about,
+        "trace": packed(rounds),
+    }
+    return Episode(request, request, recorded.model, spec.name, spec.digest, beta, **(known | changes))
+
+
+def live(recorded: RecordedQuestion, request: str) -> RecordedQuestion:
+    """The recording as one made of a request."""
+    return replace(recorded, benchmark="live", origin=Origin.LIVE, request=request)
+
+
+def write(path: Path, episodes: Sequence[Episode], recordings: Sequence[RecordedQuestion] = ()) -> Path:
+    """A store of them."""
+
+    async def go() -> None:
+        async with Store.open(path, create=True) as store:
+            await store.add_all([*episodes, *recordings])
+
+    asyncio.run(go())
+    return path

@@ -1,0 +1,312 @@
+"""Why an episode stopped: every figure that is told is one that was, and nothing a controller may do upsets it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controllers import TO_END, Action, Limits, State, Stop, advance, answer, branch, probe, prune
+from controllers.loading import Spec
+from discovery.answers import veiled
+from discovery.audit.explain import estimates, explain, restricted_mean
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
+from discovery.data.rounds import packed, unpacked
+from discovery.errors import TraceError
+from discovery.store import About, Episode
+from tests.discovery.audit.served import serve, write
+from tests.discovery.evaluation.test_evaluate import autotts, question
+from tests.fakes import Scripted
+
+CHAINS = [
+    RecordedBranch(["7", "7", "7"], 310, "7", [3, 3, 3]),
+    RecordedBranch(["9", "9"], 250, "9", [3, 3]),
+    RecordedBranch([], 80, "7"),
+    RecordedBranch([None, "8"], 290, "8", [3, 3]),
+    RecordedBranch(["7"], 190, "7", [3]),
+]
+RECORDED = RecordedQuestion(question_id("q"), "m", "b", 100, CHAINS, "7")
+MINE = Spec("mine", "class Mine: ...")
+
+
+def scripted(*rounds: Sequence[Action], **changes: object) -> Episode:
+    return serve(RECORDED, MINE, 0.5, "r", controller=Scripted(*rounds), **changes)  # type: ignore[arg-type]
+
+
+GIVEN_UP = scripted(
+    [branch() for _ in range(5)],
+    [probe(0), probe(1), probe(3), prune(4)],
+    [advance(0), prune(1), prune(3)],
+    [advance(0, TO_END)],
+)
+
+
+def test_every_round_is_told_as_it_was() -> None:
+    told = explain(GIVEN_UP)
+    assert [one["tokens"] for one in told["rounds"]] == [480, 489, 589, 699, 699]
+    first, second, third, _, last = told["rounds"]
+    assert (first["opened"], first["finished"], first["running"]) == ([0, 1, 2, 3, 4], 1, 4)
+    assert first["votes"] == [{"label": 0, "answer": "7", "count": 1}]
+    assert (second["asked"], second["pruned"]) == ([0, 1, 3], [4])
+    assert second["leaning"] == [
+        {"label": 0, "answer": "7", "count": 1},
+        {"label": 1, "answer": "9", "count": 1},
+    ]
+    assert (third["advanced"], third["pruned"], third["running"]) == ([0], [1, 3], 1)
+    assert (last["answered"], last["votes"]) == (["7"], [{"label": 0, "answer": "7", "count": 2}])
+    assert told["why"] == "The controller answered 7 (2 of 2 finished branches; no other was given)."
+    assert told["tokens"] == sum(told["ledger"].values()) == 699 + 7
+
+
+def test_what_was_given_up_is_told_by_what_was_known_then() -> None:
+    told = explain(GIVEN_UP)["pruned"]
+    assert [(one["branch"], one["round"], one["tokens"]) for one in told] == [(4, 2, 100), (1, 3, 100), (3, 3, 100)]
+    assert [one["why"] for one in told] == [
+        "it had not been asked; 7 led with 1 of 1 finished branch",
+        "its latest answer was 9, given by 0 of 1 finished branch; 7 led with 1",
+        "its latest answer could not be read; 7 led with 1 of 1 finished branch",
+    ]
+    assert told[1]["answer"] == "9"
+    assert (told[1]["count"], told[1]["leader"], told[1]["leader_count"]) == (0, "7", 1)
+
+
+def test_while_nothing_has_finished_running_branches_are_counted() -> None:
+    opened = [branch(), branch(), branch(3), branch()]
+    episode = serve(
+        replace(RECORDED, branches=[CHAINS[0], CHAINS[1], CHAINS[0], CHAINS[3]]),
+        MINE,
+        0.5,
+        "r",
+        controller=Scripted(opened, [probe(0), probe(1), probe(2), prune(3)], [prune(1), prune(0)]),
+    )
+    told = explain(episode)
+    assert [one["why"] for one in told["pruned"]] == [
+        "it had not been asked; nothing led",
+        "its latest answer was 9, given by 1 of 3 asked branches; 7 led with 2",
+        "its latest answer was 7, which led with 2 of 3 asked branches",
+    ]
+    assert told["why"] == "The controller answered 7 (1 of 1 asked branch; no other was given)."
+    assert told["estimates"] is None
+
+
+def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() -> None:
+    episode = scripted([branch(), branch()], [advance(1, TO_END), prune(1), branch(), prune(2)], [advance(0, TO_END)])
+    assert explain(episode)["pruned"] == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "fallback", "words"),
+    [
+        (
+            "max_tokens",
+            None,
+            "fitted under the cap of 9,000 tokens, 589 of which were spent; the best answer so far was 7 ",
+        ),
+        ("deadline", None, "Time was up; the best answer so far was 7 (1 of 1 finished branch; no other was given)."),
+        ("upstream_error", None, "The upstream failed; the best answer so far was 7 "),
+        ("controller_error", None, "The controller failed, and nothing could take over; the best answer so far was 7 "),
+        ("not_votable", None, "The first branch to finish gave no answer that could be voted on."),
+        ("disconnected", None, "The client left."),
+        ("solar flare", None, "It ended (solar flare)."),
+        ("deadline", "late", "; the baseline, short_m_at_k, had decided from round 2 on (late)."),
+    ],
+)
+def test_why_it_stopped_is_one_sentence(stop: str, fallback: str | None, words: str) -> None:
+    rounds = unpacked(GIVEN_UP.trace)[:3]
+    about = GIVEN_UP.about | {
+        "fallback": fallback,
+        "decided": 3 if fallback is None else 2,
+        "spent": 589,
+        "limits": {"interval": 100, "max_branches": 5, "branch_tokens": 500, "max_tokens": 9000},
+    }
+    cut = replace(GIVEN_UP, stop=stop, rounds=3, trace=packed(rounds), about=about)
+    told = explain(cut)
+    assert words in told["why"]
+    assert told["why"].endswith(".")
+    assert [one["baseline"] for one in told["rounds"]] == [False, False, fallback is not None]
+
+
+def test_the_baselines_answer_is_not_told_as_the_controllers() -> None:
+    about = GIVEN_UP.about | {"fallback": "raised", "decided": 0}
+    told = explain(replace(GIVEN_UP, about=about))
+    assert told["why"] == (
+        "The baseline answered 7 (2 of 2 finished branches; no other was given); "
+        "the baseline, short_m_at_k, had decided from round 0 on (raised)."
+    )
+
+
+def test_an_episode_of_which_nothing_is_known_but_its_end() -> None:
+    bare = Episode("e", "r", "m", "cmc", "d", 0.5, 0, 0, {"aborted": 12}, "deadline")
+    told = explain(bare)
+    assert (told["rounds"], told["pruned"], told["estimates"]) == ([], [], None)
+    assert told["why"] == "Time was up; no answer had been given."
+    assert explain(replace(bare, stop="answered", answer="7"))["why"] == "The controller answered 7."
+
+
+def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
+    hidden = [veiled(text) for text in GIVEN_UP.about["answers"]]
+    told = explain(replace(GIVEN_UP, answer=hidden[0], about=GIVEN_UP.about | {"answers": hidden}))
+    assert told["answers"] == [f"#{one.removeprefix('veiled:')[:6]}" for one in hidden]
+    assert told["answers"][0] in told["why"]
+    assert "veiled" not in json.dumps(told)
+
+
+def test_rounds_that_cannot_have_been_are_an_error() -> None:
+    rounds = unpacked(GIVEN_UP.trace)
+    with pytest.raises(TraceError, match="r: round 0 cannot have been"):
+        explain(replace(GIVEN_UP, trace=packed(rounds[1:])))
+    with pytest.raises(TraceError, match="r: its limits cannot be read"):
+        explain(replace(GIVEN_UP, about=About(limits={"interval": 0})))
+
+
+# What self-consistency would have cost
+
+
+def test_unfinished_branches_count_for_as_long_as_they_are_known_to_be() -> None:
+    mean, beyond = restricted_mean([(1, True), (2, False), (3, True)])
+    assert mean == pytest.approx(1 + 2 * 2 / 3)
+    assert beyond == 0
+    mean, beyond = restricted_mean([(10, True), (30, False)])
+    assert (mean, beyond) == (10 + 20 * 0.5, 0.5)
+    found = estimates([(10, True), (30, False)])
+    assert found is not None
+    assert [(one["chains"], one["estimated_tokens"]) for one in found] == [
+        (2, 40), (8, 160), (16, 320), (32, 640), (64, 1280)
+    ]  # fmt: skip
+    assert {(one["finished"], one["unfinished"], one["at_least"]) for one in found} == {(1, 1, True)}
+    assert estimates([(10, False)]) is estimates([]) is None
+
+
+lengths = st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, max_size=20)
+
+
+@given(lengths)
+def test_the_mean_length_is_between_what_is_known_and_the_longest(found: list[tuple[int, bool]]) -> None:
+    mean, beyond = restricted_mean(found)
+    every = [length for length, _ in found]
+    assert sum(every) / len(every) <= mean + 1e-6
+    assert mean <= max(every) + 1e-6
+    assert (beyond > 0) == any(not ended for length, ended in found if length == max(every))
+    plain, nothing = restricted_mean([(length, True) for length in every])
+    assert plain == pytest.approx(sum(every) / len(every))
+    assert nothing == 0
+
+
+# Anything a controller may do
+
+
+class Whimsical:
+    """Any legal round may come."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def decide(self, state: State) -> list[Action]:
+        rng = self.rng
+        if state.rounds > 12 or (state.labels and rng.random() < 0.1):
+            leader = state.leader()
+            return [answer(leader if leader is None or rng.random() < 0.5 else rng.randrange(state.labels))]
+        actions: list[Action] = []
+        for index in state.active:
+            known, move = state.branches[index], rng.random()
+            if move < 0.15:
+                actions.append(prune(index))
+            elif move < 0.7:
+                actions.append(advance(index, rng.choice((1, 1, 2, TO_END))))
+                actions += [probe(index)] * (rng.random() < 0.6)
+                actions += [prune(index)] * (rng.random() < 0.1)
+            elif known.probed < known.intervals:
+                actions.append(probe(index))
+        for index in range(state.width, min(state.width + rng.randrange(4), state.limits.max_branches)):
+            actions.append(branch(rng.choice((1, 2, TO_END))))
+            actions += [probe(index)] * (rng.random() < 0.5)
+            actions += [prune(index)] * (rng.random() < 0.1)
+        return actions or ([branch()] if state.room else [answer(state.leader())])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    cut=st.integers(0, 14),
+    stop=st.sampled_from([*Stop, "disconnected"]),
+    cap=st.none() | st.integers(100, 4000),
+    hide=st.booleans(),
+)
+def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, cap: int | None, hide: bool) -> None:
+    limits = Limits(100, 12, branch_tokens=1000, probe_tokens=3, max_tokens=cap)
+    episode = serve(question(seed, branches=12), MINE, 0.5, "r", limits, controller=Whimsical(seed))
+    if cut < episode.rounds:
+        episode = replace(episode, trace=packed(unpacked(episode.trace)[:cut]), stop=str(stop), answer=None)
+    if hide:
+        about = About(**{k: v for k, v in episode.about.items() if k not in ("limits", "answers", "spent")})  # type: ignore[typeddict-item]
+        episode = replace(episode, about=about)
+    told = explain(episode)
+    assert json.loads(json.dumps(told)) == told
+    tokens = [one["tokens"] for one in told["rounds"]]
+    assert tokens == sorted(tokens)
+    assert all(sum(vote["count"] for vote in one["votes"]) <= one["finished"] for one in told["rounds"])
+    given_up = [one["branch"] for one in told["pruned"]]
+    assert len(given_up) == len(set(given_up))
+    if cut >= episode.rounds:
+        assert tokens[-1:] == ([episode.about["spent"]] if tokens and not hide else tokens[-1:])
+    for one in told["pruned"]:
+        assert one["count"] <= one["leader_count"] or one["leader"] is None
+        assert one["branch"] in told["rounds"][one["round"] - 1]["pruned"]
+
+
+# The command
+
+
+def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
+    odd = [veiled("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
+    episode = replace(GIVEN_UP, about=GIVEN_UP.about | {"answers": odd}, answer=odd[0])
+    write(tmp_path / "s.db", [episode])
+    done = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "open 5",
+        "ask 3; drop 4",
+        "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}",
+        "it had not been asked; #4e00b5 led with 1 of 1 finished branch",
+        "706 tokens were spent:",
+        "Estimated tokens of self-consistency, from 2 finished branches and 3 that had at least",
+        "The controller answered #4e00b5 (2 of 2 finished branches; no other was given).",
+    ):
+        assert words in done.stdout
+    assert any("█" in line for line in done.stdout.splitlines())
+    assert "\x1b" not in done.stdout
+    told = autotts("trace", "show", "r", "--store", "s.db", "--json", folder=tmp_path)
+    assert told.stdout.isascii()  # whatever a model wrote, a terminal does nothing of it
+    assert "\x7f" not in told.stdout
+    assert json.loads(told.stdout) == explain(episode)
+
+
+def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
+    steps = [[branch()], *([advance(0)] for _ in range(150))]
+    recorded = replace(RECORDED, branches=[RecordedBranch(["7"] * 200, 20_010, "7")])
+    write(tmp_path / "s.db", [serve(recorded, MINE, 0, "long", controller=Scripted(*steps, [advance(0, TO_END)]))])
+    done = autotts("trace", "show", "long", "--store", "s.db", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run 1") == 151
+    assert f"{'·' * 59}█" in done.stdout
+
+
+def test_a_request_nobody_knows_is_told_in_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "s.db", [GIVEN_UP])
+    for arguments, words in (
+        (["x", "--store", "s.db"], "no request the store s.db knows; a response's x-request-id is its id"),
+        (["x", "--store", "none.db"], "x: no file or folder, and there is no store none.db to know it; --store names"),
+        (["x" * 300, "--store", "s.db"], "xxx: no file or folder, and no request the store s.db knows"),
+        (["x", "--question", "1"], "x: no traces there"),
+        ([".", "--json"], ".: --json tells of served requests, by their ids"),
+    ):
+        done = autotts("trace", "show", *arguments, folder=tmp_path)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
+        assert done.stderr.strip().count("\n") == 0

@@ -1,0 +1,923 @@
+"""Collecting: complete, once each, whatever is killed when; within its budget; and what is told when it cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from io import StringIO
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from rich.console import Console
+
+from controllers import Limits, State, Stop, run_episode, run_sync
+from controllers.builtin import create
+from discovery.commands.collect import Shown
+from discovery.data.collect import AWAY_S, CLOSING, PAUSE_S, PROBE, Collected, Order, Pace, collect
+from discovery.data.importers import as_line, read_jsonl
+from discovery.data.questions import Question, read_questions
+from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Split, intern, question_id, split_of
+from discovery.errors import BadRecording, CollectError
+from discovery.evaluation.replay import ReplayEnvironment
+from proxy.server import running
+from proxy.settings import load
+from proxy.upstream.embedded import free_port
+from tests.fakes import MODEL, FakeVLLM, chain
+
+INTERVAL = 40
+SETTINGS = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "read_timeout_s": 30, "admin_key": "sesame"}
+CHAINS = [chain("7" if i % 3 else "9", 100 + 7 * i, ["", "7"], mark=chr(97 + i % 26)) for i in range(60)]
+QUESTIONS = 3
+BRANCHES = 5
+ALL = QUESTIONS * BRANCHES
+ORDER = Order("", "hard", BRANCHES)
+
+
+@pytest_asyncio.fixture
+async def backend() -> AsyncIterator[FakeVLLM]:
+    async with FakeVLLM(CHAINS, INTERVAL).serve() as fake:
+        yield fake
+
+
+@pytest_asyncio.fixture
+async def url(backend: FakeVLLM) -> AsyncIterator[str]:
+    async with running(load(upstream=backend.url, **SETTINGS)) as url:
+        yield url
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """A file of questions."""
+    lines = [
+        {"id": f"q{i}", "messages": [{"role": "user", "content": f"question {i}"}], "reference": "7"}
+        for i in range(QUESTIONS)
+    ]
+    lines[0]["split"] = "held-out"
+    path = tmp_path / "hard.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def questions(asked: Path) -> Sequence[Question]:
+    return read_questions(asked)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+class Verb:
+    """A running `autotts collect`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def ends(self, code: int) -> str:
+        said, _ = await self.process.communicate()
+        assert self.process.returncode == code, said.decode()
+        return said.decode()
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+
+
+@asynccontextmanager
+async def verb(url: str, asked: Path, out: Path, *arguments: str, key: str | None = "sesame") -> AsyncIterator[Verb]:
+    command = ("collect", str(asked), "--out", str(out), "--url", url, "--branches", str(BRANCHES), *arguments)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy.cli", *command),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | ({} if key is None else {"AUTOTTS_ADMIN_KEY": key}),
+    )
+    try:
+        yield Verb(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    async with asyncio.timeout(seconds):
+        for _ in repeat(None):
+            if holds():
+                return
+            await asyncio.sleep(0.01)  # no event tells of what another process has done
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def put(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content(out).splitlines()]
+
+
+def parts(out: Path) -> Counter[tuple[str, int]]:
+    return Counter((line["id"], line["part"]) for line in lines(out))
+
+
+def spent(out: Path) -> int:
+    return sum(line["branches"][0]["tokens"] + sum(line["branches"][0]["probe_tokens"]) for line in lines(out))
+
+
+def check_complete(out: Path) -> list[RecordedQuestion]:
+    """Every branch of every question, once, and whole."""
+    assert set(parts(out).values()) == {1}
+    found = read_jsonl(out)
+    assert [len(one.branches) for one in found] == [BRANCHES] * QUESTIONS
+    assert all(one.complete for one in found)
+    return found
+
+
+# What is collected
+
+
+async def test_a_recording_is_complete_and_says_how_it_was_made(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
+) -> None:
+    order = Order(MODEL, "hard", BRANCHES, "boxed", 0.5, 0.9, 1000)
+    at = await collect(url, "sesame", questions, order, out)
+    assert (at.total, at.done, at.mine, at.skipped, at.is_out) == (ALL, ALL, ALL, [], False)
+    assert at.tokens == at.spent == spent(out)
+    found = check_complete(out)
+    assert backend.opened == ALL
+    lengths = sorted(branch.tokens for one in found for branch in one.branches)
+    assert lengths == sorted(one.tokens for one in CHAINS[:ALL])
+    for number, one in enumerate(found):
+        assert one.question == questions[number].question == question_id(f"question {number}")
+        assert (one.model, one.benchmark, one.interval) == (MODEL, "hard", INTERVAL)
+        assert (one.reference, one.text, one.origin) == ("7", None, Origin.COLLECTED)
+        assert one.split == (split_of(one.question) if number else Split.HELD_OUT)
+        assert one.sampling == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 1000, "answer": "boxed"}
+        assert one.probe_template == "qwen3/2"
+        state = State(Limits(INTERVAL, max_branches=BRANCHES))
+        run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern(one), range(BRANCHES)), state))
+        assert state.stop is Stop.ANSWERED
+    sent = backend.requests[-1]
+    assert (sent["temperature"], sent["top_p"]) in [(0.5, 0.9), (0.0, sent.get("top_p"))]
+
+
+async def test_questions_are_written_down_if_they_may_be(url: str, questions: Sequence[Question], out: Path) -> None:
+    await collect(url, "sesame", questions, replace(ORDER, keep_text=True), out)
+    assert [one.text for one in check_complete(out)] == [f"question {i}" for i in range(QUESTIONS)]
+
+
+async def test_what_is_there_is_not_bought_again(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
+) -> None:
+    await collect(url, "sesame", questions[:2], replace(ORDER, branches=3), out)
+    assert backend.opened == 6
+    at = await collect(url, "sesame", questions, ORDER, out)
+    assert (at.done, at.mine) == (ALL, ALL - 6)
+    check_complete(out)
+    assert (await collect(url, "sesame", questions, ORDER, out)).mine == 0
+    assert backend.opened == ALL
+
+
+@pytest.mark.parametrize(
+    "other",
+    [replace(ORDER, temperature=0.5), replace(ORDER, answer="boxed"), replace(ORDER, benchmark="soft")],
+    ids=["temperature", "answer", "benchmark"],
+)
+async def test_other_settings_are_other_recordings(
+    url: str, questions: Sequence[Question], out: Path, other: Order
+) -> None:
+    await collect(url, "sesame", questions, ORDER, out)
+    before = spent(out)
+    at = await collect(url, "sesame", questions, other, out, budget=10**9)
+    assert (at.mine, at.spent) == (ALL, spent(out) - before)
+    assert len(read_jsonl(out)) == 2 * QUESTIONS
+
+
+# Whoever is killed
+
+
+async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> None:
+    async with verb(url, asked, out, "--usd-per-million", "1000000") as one:
+        said = await one.ends(0)
+    check_complete(out)
+    assert said.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them now; {spent(out):,} tokens in ")
+    assert f"${spent(out):,}.00" in said
+    async with verb(url, asked, out) as one:
+        assert "there are recordings in it; --resume goes on with them" in await one.ends(2)
+    async with verb(url, asked, out, "--resume") as one:
+        assert f"{ALL} of {ALL} branches, 0 of them now" in await one.ends(0)
+    check_complete(out)
+
+
+async def test_killed_in_the_middle_and_resumed(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+    backend.fault, backend.fault_after = "hang", 30
+    async with verb(url, asked, out, "--at-once", "2") as one:
+        await until(lambda: backend.running == 2 and backend.hanging.is_set())
+        await one.kill()
+    known = lines(out)
+    assert 0 < len(known) < ALL
+    assert backend.opened == len(known) + 2
+    await asyncio.wait_for(backend.idle.wait(), 10)  # what nobody waits for is not made
+    backend.fault = ""
+    async with verb(url, asked, out, "--resume") as one:
+        await one.ends(0)
+    check_complete(out)
+    assert lines(out)[: len(known)] == known
+    assert backend.opened == ALL + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_interrupted(backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals) -> None:
+    backend.fault, backend.fault_after = "hang", 30
+    async with verb(url, asked, out, "--at-once", "2") as one:
+        await until(lambda: backend.running == 2 and backend.hanging.is_set())
+        one.process.send_signal(number)
+        assert "interrupted; what was finished is in it, and --resume goes on" in await one.ends(130)
+    await asyncio.wait_for(backend.idle.wait(), 10)
+    assert 0 < len(lines(out)) == sum(parts(out).values())
+
+
+async def test_a_line_that_was_half_written_is_bought_again(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
+) -> None:
+    await collect(url, "sesame", questions, ORDER, out)
+    put(out, content(out)[:-20])
+    assert len(read_jsonl(out)[-1].branches) == BRANCHES - 1
+    at = await collect(url, "sesame", questions, ORDER, out)
+    assert (at.done, at.mine) == (ALL, 1)
+    check_complete(out)
+    put(out, content(out)[:-1])  # nothing but its end is missing
+    assert (await collect(url, "sesame", questions, ORDER, out)).mine == 0
+    check_complete(out)
+
+
+async def test_two_at_once_share_the_work(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+    backend.gate.clear()
+    few = ("--resume", "--at-once", "3")
+    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
+        await until(lambda: backend.running == 6)  # both are at work, and at different branches
+        backend.gate.set()
+        said = [await one.ends(0), await other.ends(0)]
+    check_complete(out)
+    assert backend.opened == ALL
+    mine = [int(words.split("branches, ")[1].split()[0]) for words in said]
+    assert sum(mine) == ALL
+    assert min(mine) >= 3
+
+
+async def test_what_one_that_was_killed_was_at_another_does(
+    backend: FakeVLLM, url: str, asked: Path, out: Path
+) -> None:
+    backend.gate.clear()
+    few = ("--resume", "--at-once", "3")
+    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
+        await until(lambda: backend.running == 6)
+        await one.kill()
+        await until(lambda: backend.running == 3)
+        backend.gate.set()
+        await other.ends(0)
+    check_complete(out)
+
+
+# The budget
+
+
+BOUNDED = replace(ORDER, max_tokens=200)
+RESERVE = BOUNDED.most(INTERVAL)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+async def test_a_budget_is_not_passed_and_resuming_goes_on(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int
+) -> None:
+    backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
+    each = (await collect(url, "sesame", questions[:1], replace(BOUNDED, branches=1), out)).spent
+    for budget, least in ((each * 3 + RESERVE, 4), (each * 4 + RESERVE - 1, 4), (each * 8 + RESERVE, 9)):
+        at = await collect(url, "sesame", questions, BOUNDED, out, at_once, budget)
+        assert (at.is_out, at.reserve) == (True, RESERVE)
+        assert at.spent == spent(out) <= budget
+        assert at.done == len(lines(out)) == least
+    at = await collect(url, "sesame", questions, BOUNDED, out, at_once, 10**9)
+    assert not at.is_out
+    check_complete(out)
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("max_tokens", [None, 1500])
+async def test_a_budget_is_not_passed_however_long_branches_become(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int, max_tokens: int | None
+) -> None:
+    """Without a bound of the client's the model's context is one; the proxy holds each branch to what is set aside."""
+    backend.chains = [chain("7", 80 if i < 3 else 1400, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
+    at = await collect(url, "sesame", questions, replace(ORDER, max_tokens=max_tokens), out, at_once, 16_000)
+    assert at.is_out
+    assert at.done > 3
+    assert at.spent == spent(out) <= 16_000
+    assert backend.generated < at.spent  # what probes read is on the bill too
+    assert all(one.complete for one in read_jsonl(out))
+
+
+async def test_what_is_set_aside_is_the_cap_of_a_request(questions: Sequence[Question], out: Path) -> None:
+    """The first goes alone, for nobody knows yet how often branches are probed."""
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
+    first, *others = (asked["tts"]["max_total_tokens"] for asked in stub.asked)
+    assert first == (70 + 3 * PROBE) * 8 // 7 + CLOSING
+    assert others == [(70 + 2 * PROBE) * 8 // 7 + CLOSING] * (ALL - 1)
+
+
+async def test_a_budget_needs_a_bound(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded(), longest=None) as stub:
+        with pytest.raises(CollectError, match=r"how long a branch of fake-model can be: .* needs --max-tokens"):
+            await collect(stub.url, "sesame", questions, ORDER, out, budget=10**6)
+        assert (await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, budget=10**6)).done
+    async with answering(lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens")) as stub:
+        with pytest.raises(CollectError, match="of --max-tokens-total it could have 1,430, which may be too few"):
+            await collect(stub.url, "sesame", questions, ORDER, out.with_name("other.jsonl"), budget=10**6)
+    assert spent_on_nothing(out.with_name("other.jsonl")) == 69
+
+
+def spent_on_nothing(out: Path) -> int:
+    return sum(line["tokens"] for line in lines(out.with_name(f"{out.name}.lost")))
+
+
+async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequence[Question], out: Path) -> None:
+    order = replace(ORDER, max_tokens=100, branches=1)
+    fail = "the upstream failed"
+    async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, pace=Pace(0))
+        assert (at.is_out, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
+        for budget, times in ((3500, 3), (3000 + order.most(None), 4)):
+            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, pace=Pace(0))
+            assert (at.is_out, len(stub.asked)) == (True, times)
+    assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
+    async with answering(lambda _: recorded()) as stub:
+        other = await collect(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
+        assert (other.done, other.spent) == (QUESTIONS, QUESTIONS * 69)  # it has lost nothing
+        assert (await collect(stub.url, "sesame", questions, order, out, 1, 10**6)).spent == 4000 + QUESTIONS * 69
+
+
+async def test_what_nobody_tells_the_cost_of_counts_in_full(questions: Sequence[Question], out: Path) -> None:
+    order = replace(ORDER, max_tokens=100, branches=1)
+    async with answering(lambda number: None if number == 1 else recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, pace=Pace(0))
+    assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.most(INTERVAL))
+
+
+async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
+    """The proxy is restarted between two tries."""
+    time = Time()
+    async with answering(lambda i: recorded() if i else refused(429, "later")) as stub:
+
+        async def nap(seconds: float) -> None:
+            if not time.naps:
+                await stub.stop()
+            elif len(time.naps) == 2:
+                await stub.start()
+            await time.nap(seconds)
+
+        at = await collect(stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, pace=Pace(1, nap))
+    assert (at.done, at.spent, len(stub.asked)) == (QUESTIONS, QUESTIONS * 69, QUESTIONS + 1)
+    assert time.naps == [1.0, 2.0, PAUSE_S]
+
+
+async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question], out: Path) -> None:
+    lost = out.with_name(f"{out.name}.lost")
+    put(lost, b'{"of": [], "tokens": 3}\n{"tokens": 3}\n')
+    async with answering(lambda _: recorded()) as stub:
+        with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: tells of no tokens that were lost"):
+            await collect(stub.url, "sesame", questions, ORDER, out)
+        put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # who wrote it was killed
+        assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
+
+
+async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+    backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
+    each = (await collect(url, "sesame", read_questions(asked)[:1], replace(BOUNDED, branches=1), out)).spent
+    backend.gate.clear()
+    few = ("--resume", "--at-once", "4", "--max-tokens", "200", "--max-tokens-total", str(each * 4 + 2 * RESERVE))
+    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
+        await until(lambda: backend.running == 2)  # the first of each
+        backend.gate.set()
+        said = [await one.ends(0), await other.ends(0)]
+    made = 5 + RESERVE // each
+    assert (len(lines(out)), spent(out)) == (made, each * made)
+    assert all(f"stopped: {each * made:,} tokens are spent" in words for words in said)
+
+
+async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: Path) -> None:
+    async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
+        said = await one.ends(0)
+    assert "stopped: 0 tokens are spent, and one more branch, which may cost 7,917, might pass 1,000; " in said
+    assert "--resume with a larger --max-tokens-total goes on, and --max-tokens bounds a branch" in said
+    async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as one:
+        assert said.partition("; --resume")[0] != (said := await one.ends(0))
+    assert f"stopped: {spent(out):,} tokens are spent" in said
+    assert "--max-tokens bounds" not in said
+
+
+# How fast it goes
+
+
+def shown(*changes: Collected) -> str:
+    """The bar, after `changes`."""
+    console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
+    with Shown(2.5, console) as bar:
+        for at in changes:
+            bar.change(at)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_the_bar_tells_tokens_cost_and_what_is_left_of_slow_branches() -> None:
+    """100 were there before; three have taken 20 minutes each since."""
+    begun = Collected(total=640, done=100)
+    said = shown(begun, Collected(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
+    assert "103/640 1,200,000 tokens in 3,600 s (333/s), $3.00, 7 days, 11:00:00 left" in said
+    assert "left" not in shown(begun, replace(begun, seconds=3600.0))
+    assert "640/640 9 tokens in 60 s (0/s), $0.00, 0:00:00 left" in shown(
+        begun, Collected(total=640, done=640, tokens=9, seconds=60)
+    )
+
+
+async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded()) as stub:
+        pace = Pace(clock=lambda: 500.0 * len(stub.asked))
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 1, pace=pace)
+    assert at.seconds == 500 * ALL
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (None, "AUTOTTS_ADMIN_KEY is not set: recording is for admins"),
+        ("", "AUTOTTS_ADMIN_KEY is not set"),
+        ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that no header can carry"),
+        ("open", "the proxy says 403: controller everything@1 is for admins"),
+    ],
+)
+async def test_keys_that_are_none(url: str, asked: Path, out: Path, key: str | None, words: str) -> None:
+    async with verb(url, asked, out, key=key) as one:
+        said = await one.ends(2)
+    assert words in said
+    assert said.count("\n") == 1
+    assert content(out) == b""
+    if key:
+        assert key not in said.replace("open/v1", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--temperature", "0"), "at 0 all branches are the same"),
+        (("--answer", "prose"), "answers are read as auto"),
+        (("--model", "other"), "there is no model 'other'; the proxy serves fake-model"),
+    ],
+)
+async def test_arguments_that_cannot_be(
+    url: str, asked: Path, out: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    async with verb(url, asked, out, *arguments) as one:
+        said = await one.ends(2)
+    assert words in said
+    assert said.count("\n") == 1
+
+
+async def test_where_no_proxy_is(questions: Sequence[Question], out: Path, backend: FakeVLLM) -> None:
+    with pytest.raises(CollectError, match=r"no proxy answers at .*; start one, or name it by --url"):
+        await collect(f"http://127.0.0.1:{free_port()}", "sesame", questions, ORDER, out)
+    with pytest.raises(CollectError, match="replies without a recording; --url is to be an AutoTTS proxy's"):
+        await collect(backend.url, "sesame", questions, ORDER, out)
+
+
+async def test_a_branch_that_fails_is_tried_again(
+    backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
+) -> None:
+    backend.fault, backend.fault_after, backend.fault_times = "cut", 10, 3
+    at = await collect(url, "sesame", questions, ORDER, out, 2, pace=Pace(0))
+    assert (at.done, at.skipped) == (ALL, [])
+    assert at.tokens > spent(out)  # what failed has cost something
+    check_complete(out)
+
+
+async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+    questions = read_questions(asked)
+    backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
+    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
+    assert (at.total, at.done) == (BRANCHES, BRANCHES - 1)
+    (skipped,) = at.skipped
+    assert skipped.startswith("question q0, branch 0: 502: ")
+    async with verb(url, asked, out, "--resume") as one:
+        await one.ends(0)
+    check_complete(out)
+
+
+# What a proxy may say besides
+
+
+Answer = Callable[[int], web.Response | None]
+
+
+class Stub:
+    """Says what it is told, at `url`, to each request for a branch by its number; to None it hangs up."""
+
+    def __init__(self, answer: Answer, models: Sequence[str], longest: int | None) -> None:
+        self.answer = answer
+        self.served = models
+        self.longest = longest
+        self.readiness = [200]  # what it says of itself, each once and the last from then on; 0 hangs up
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.url = ""
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Serve, at the same address as before."""
+        app = web.Application()
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/ready", self.ready)
+        app.router.add_post("/v1/chat/completions", self.chat)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rpartition(":")[2] or 0)).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def models(self, _: web.Request) -> web.Response:
+        cards = [{"id": name, "object": "model", "max_model_len": self.longest} for name in self.served]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        status = self.readiness.pop(0) if len(self.readiness) > 1 else self.readiness[0]
+        if not status and request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=status or 500)
+
+    async def chat(self, request: web.Request) -> web.Response:
+        self.asked.append(await request.json())
+        self.keys.append(request.headers["authorization"])
+        said = self.answer(len(self.asked) - 1)
+        if said is None and request.transport is not None:
+            request.transport.abort()
+        return said or web.Response()
+
+
+@asynccontextmanager
+async def answering(answer: Answer, models: Sequence[str] = (MODEL,), longest: int | None = 100) -> AsyncIterator[Stub]:
+    stub = Stub(answer, models, longest)
+    try:
+        await stub.start()
+        yield stub
+    finally:
+        await stub.stop()
+
+
+WHOLE = {"probes": ["7"], "tokens": 60, "final": "7", "probe_tokens": [9], "complete": True}
+RECORDING = {
+    "interval": INTERVAL,
+    "sampling": {},
+    "probe_template": "qwen3/2",
+    "chat_template": "",
+    "branches": [WHOLE],
+}
+
+
+def recorded(branch: dict[str, Any] | None = None, **change: Any) -> web.Response:
+    """A reply with a recording in it; `change` is of its `tts`, or of its recording."""
+    recording = RECORDING | {"branches": [branch or WHOLE]} | {k: v for k, v in change.items() if k in RECORDING}
+    tts = {"recording": recording, "stop": "answered", "tokens": {"total": 69}}
+    tts |= {k: v for k, v in change.items() if k not in RECORDING}
+    model = change.get("model", MODEL)
+    message = {"role": "assistant", "content": "7"}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    reply = {"id": "c", "object": "chat.completion", "created": 1, "model": model, "choices": choices}
+    return web.json_response(reply | {"tts": tts})
+
+
+def refused(status: int, message: str, **headers: str) -> web.Response:
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    return web.json_response(
+        {"error": error}, status=status, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+async def test_what_is_sent(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded(sampling={"temperature": 0.7})) as stub:
+        order = Order(MODEL, "hard", 1, "boxed", temperature=0.7)
+        await collect(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
+    assert stub.asked == [
+        {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "question 0"}],
+            "temperature": 0.7,
+            "tts": {"controller": "everything@1", "beta": 1, "answer": "boxed", "required": True},
+        }
+    ]
+    assert stub.keys == ["Bearer sesame"]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_a_branch_is_on_disk_before_the_next_is_begun(
+    questions: Sequence[Question], out: Path, at_once: int
+) -> None:
+    flying: list[int] = []
+
+    def answer(number: int) -> web.Response:
+        flying.append(number - len(lines(out)))
+        return recorded()
+
+    async with answering(answer) as stub:
+        await collect(stub.url, "sesame", questions, ORDER, out, at_once)
+    assert max(flying) == at_once - 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
+async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Question], out: Path, status: int) -> None:
+    """When and as often as is asked; else after twice as long each time."""
+    async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=Pace(0.001))
+    assert (at.done, len(stub.asked)) == (1, 4)
+
+
+async def test_a_proxy_that_hangs_up_is_asked_again(questions: Sequence[Question], out: Path) -> None:
+    order = replace(ORDER, branches=1)
+    async with answering(lambda number: None if number < 2 else recorded()) as stub:
+        assert (await collect(stub.url, "sesame", questions[:1], order, out, pace=Pace(0))).done == 1
+    async with answering(lambda _: None) as stub:
+        at = await collect(stub.url, "sesame", questions, order, out, pace=Pace(0))
+    assert (at.done, len(at.skipped), len(stub.asked)) == (1, 2, 8)
+    assert min(at.skipped).startswith(f"question q1, branch 0: {stub.url}/v1/: ")
+
+
+class Time:
+    """A clock that naps move on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.naps: list[float] = []
+        self.looking = 0  # who nap between looks
+        self.most_looking = 0
+
+    async def nap(self, seconds: float) -> None:
+        self.now += seconds
+        self.naps.append(seconds)
+        self.looking += seconds == PAUSE_S
+        self.most_looking = max(self.most_looking, self.looking)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.looking -= seconds == PAUSE_S
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(1, self.nap, lambda: self.now)
+
+
+async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], out: Path) -> None:
+    time = Time()
+    says = [{"retry_after": "7"}, {"retry_after": "soon"}, {"retry_after": "86400", "x_tts_tokens": "50"}]
+    async with answering(lambda i: refused(429, "later", **says[i]) if i < 3 else recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=time.pace)
+    assert time.naps == [7.0, 2.0, 300.0]
+    assert (at.tokens, at.spent) == (119, 119)
+
+
+@pytest.mark.parametrize("answer", [None, 502, 503], ids=str)
+async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
+    questions: Sequence[Question], out: Path, answer: int | None
+) -> None:
+    """Whatever is asked of it meanwhile waits, and only one looks whether it is back."""
+    time = Time()
+
+    def say(_: int) -> web.Response | None:
+        if len(stub.readiness) > 1:
+            return None if answer is None else refused(answer, "gone")
+        return recorded()
+
+    async with answering(say) as stub:
+        stub.readiness = [0, 503] * 60 + [200]
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+    assert (at.done, at.skipped) == (ALL, [])
+    assert len(stub.asked) == ALL + 8
+    assert Counter(time.naps) == {1.0: 8, PAUSE_S: 120}
+    assert time.most_looking == 1
+
+
+async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequence[Question], out: Path) -> None:
+    time = Time()
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions[:1], ORDER, out)
+        stub.answer, stub.readiness, stub.asked = lambda _: None, [0], []
+        with pytest.raises(CollectError, match=r"has not served for 900 s \(.*\); .* --resume goes on once it is back"):
+            await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+    assert AWAY_S < time.now < AWAY_S + 9
+    assert (len(stub.asked), len(lines(out))) == (1, BRANCHES)
+
+
+async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Question], out: Path) -> None:
+    """However many of the first are claimed; what they were at is done once they are gone."""
+    order = Order("", "hard", 300)
+    script = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from discovery.data.shared_lines import Claims\n"
+        "claims = Claims(Path(sys.argv[1]))\n"
+        "names = (json.dumps([sys.argv[2], 'hard', {}, sys.argv[3], part]) for part in range(256))\n"
+        "print(all([claims.take(name) for name in names]), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    arguments = (f"{out}.lock", MODEL, questions[0].question)
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script, *arguments), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert await other.stdout.readline() == b"True\n"
+    before: list[int] = []
+
+    def change(at: Collected) -> None:
+        if at.done == 44 and not before and other.stdin is not None:
+            before.append(at.done)
+            other.stdin.close()
+
+    async with answering(lambda _: recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], order, out, on_change=change)
+    await other.wait()
+    assert before
+    assert (at.done, len(stub.asked)) == (300, 300)
+
+
+async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
+    async with (
+        answering(lambda _: refused(503, "the store\nis [red]away", retry_after="0")) as stub,
+        verb(stub.url, asked, out, "--branches", "1") as one,
+    ):
+        said = await one.ends(1)
+    assert said.count("given up: question q") == QUESTIONS
+    assert "question q0, branch 0: 503: the store is [red]away\n" in said
+    assert "--resume tries again" in said
+    assert len(stub.asked) == QUESTIONS * 4
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+async def test_what_would_be_refused_again_ends_it_at_once(
+    questions: Sequence[Question], out: Path, status: int
+) -> None:
+    async with answering(lambda _: refused(status, "do otherwise")) as stub:
+        with pytest.raises(CollectError, match=f"the proxy says {status}: do otherwise") as caught:
+            await collect(stub.url, "sesame", questions, ORDER, out)
+    assert ("AUTOTTS_ADMIN_KEY" in str(caught.value)) == (status in (401, 403))
+    assert len(stub.asked) <= 8
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, status: int) -> None:
+    """By its name and with the reason; however often it is resumed, others are made."""
+
+    def answer(_: int) -> web.Response:
+        is_bad = stub.asked[-1]["messages"][0]["content"] == "question 0"
+        return refused(status, "the prompt is\ntoo long") if is_bad else recorded()
+
+    async with answering(answer) as stub:
+        for times in (1, 2):
+            async with verb(stub.url, asked, out, "--at-once", "2", "--resume") as one:
+                said = await one.ends(1)
+            assert f"{ALL - BRANCHES} of {ALL} branches" in said
+            assert said.count("given up: ") == 1
+            assert f"given up: question q0: {status}: the prompt is too long\n" in said
+            assert len(stub.asked) - (ALL - BRANCHES) <= 2 * times
+    assert len(lines(out)) == ALL - BRANCHES
+
+
+async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path, out: Path) -> None:
+    many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
+    async with answering(lambda _: refused(400, "no such field")) as stub:
+        with pytest.raises(CollectError, match="says 400: no such field; so it does to each of the first 3 questions"):
+            await collect(stub.url, "sesame", many, ORDER, out, 1)
+        assert len(stub.asked) == 3
+        stub.answer, stub.asked = lambda number: refused(400, f"it has {number} tokens"), []
+        at = await collect(stub.url, "sesame", many, ORDER, out, 1)
+        assert (len(at.skipped), at.done, at.is_out) == (20, 0, False)
+        stub.answer, stub.asked = lambda number: recorded() if number == 2 else refused(400, "image"), []
+        at = await collect(stub.url, "sesame", many, replace(ORDER, branches=1), out, 1)
+        assert (len(at.skipped), at.done) == (19, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "8"}, "question q1: its reference is '8' now, and '7' in .*out.jsonl:6"),
+        ({"reference": None}, "question q1: its reference is None now, and '7' in "),
+        ({"split": Split.VALIDATION}, "question q1: its split is 'validation' now, and 'search' in "),
+    ],
+)
+async def test_what_is_known_of_a_question_is_not_changed_between_runs(
+    questions: Sequence[Question], out: Path, change: dict[str, Any], words: str
+) -> None:
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions, ORDER, out, 1)
+        before, corrected = content(out), [questions[0], questions[1].model_copy(update=change), questions[2]]
+        with pytest.raises(CollectError, match=f"{words}.*; set it back, .* or collect into another file"):
+            await collect(stub.url, "sesame", corrected, replace(ORDER, branches=9), out)
+        assert (len(stub.asked), content(out)) == (ALL, before)
+        await collect(stub.url, "sesame", corrected, ORDER, out.with_name("other.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda _: web.json_response({"id": "c", "choices": []}), "replies without a recording"),
+        (lambda _: web.Response(text="<html>", content_type="text/html"), "replies without a recording"),
+        (lambda _: web.Response(text="{", content_type="application/json"), "gives no chat completion"),
+        (lambda _: recorded(model="x"), "the proxy answers as model 'x': say --model x"),
+        (lambda _: recorded(interval=0), "replies with what is no recording: .*interval"),
+        (lambda _: recorded(branches=[WHOLE, WHOLE]), "no recording: .*2 branches"),
+        (lambda _: recorded(recording=[]), "replies with what is no recording"),
+        (lambda _: recorded(WHOLE | {"complete": False}, stop="deadline"), r"cuts branches short \(deadline\)"),
+        (lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens"), r"cuts branches short \(max_tokens\)"),
+        (lambda number: recorded(interval=INTERVAL + number // 2), "is not made as what is in .*interval 40 is 41 now"),
+    ],
+)
+async def test_what_is_no_recording_ends_it(
+    questions: Sequence[Question], out: Path, answer: Answer, words: str
+) -> None:
+    async with answering(answer) as stub:
+        with pytest.raises(CollectError, match=words):
+            await collect(stub.url, "sesame", questions, ORDER, out, 2)
+    assert len(stub.asked) <= 4
+
+
+async def test_a_branch_the_upstream_broke_off_is_made_again(questions: Sequence[Question], out: Path) -> None:
+    cut = WHOLE | {"complete": False, "tokens": 40}
+    async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
+        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
+    assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
+
+
+async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_bought(
+    questions: Sequence[Question], out: Path
+) -> None:
+    async with answering(lambda _: recorded()) as stub:
+        await collect(stub.url, "sesame", questions[:1], ORDER, out)
+    before = content(out)
+    async with answering(lambda _: recorded(chat_template="new")) as stub:
+        with pytest.raises(CollectError, match="chat template '' is 'new' now; the two are not comparable"):
+            await collect(stub.url, "sesame", questions, ORDER, out)
+    assert len(stub.asked) == 1
+    assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "words"),
+    [
+        (lambda one: "{}\n", BadRecording, r"out.jsonl:2: model: Field required"),
+        (
+            lambda one: as_line(one),
+            CollectError,
+            r"out.jsonl:2 was not collected \(it has no part\); name another file",
+        ),
+        (lambda one: as_line(replace(one, interval=9), 1), CollectError, r"out.jsonl:2 is not made as what is in"),
+    ],
+)
+async def test_a_file_of_other_lines_is_not_added_to(
+    questions: Sequence[Question],
+    out: Path,
+    line: Callable[[RecordedQuestion], str],
+    error: type[Exception],
+    words: str,
+) -> None:
+    branch, asked = RecordedBranch(["7"], 60, "7", [9]), questions[0]
+    one = RecordedQuestion(asked.question, MODEL, "hard", INTERVAL, [branch], "7", split=Split.HELD_OUT)
+    put(out, (as_line(one, 0) + line(one)).encode())
+    before = content(out)
+    async with answering(lambda _: recorded()) as stub:
+        with pytest.raises(error, match=words):
+            await collect(stub.url, "sesame", questions, ORDER, out)
+    assert (stub.asked, content(out)) == ([], before)
+
+
+async def test_several_models_need_a_name(questions: Sequence[Question], out: Path) -> None:
+    async with answering(lambda _: recorded(), [MODEL, "other"]) as stub:
+        with pytest.raises(CollectError, match="--model is needed; the proxy serves fake-model, other"):
+            await collect(stub.url, "sesame", questions, ORDER, out)

@@ -1,0 +1,277 @@
+"""Readers: malformed files are refused whole, naming the record and the reason; what is written is read again."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from discovery.data.importers import as_line, read_jsonl, read_release, release_cell, release_files
+from discovery.data.recordings import (
+    Cell,
+    LabelSource,
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Split,
+    question_id,
+    split_of,
+)
+from discovery.errors import BadRecording, NotRecorded
+
+RELEASED = {"question": "q", "gold_answer": "7", "probe_freq": 500, "each_branch": [[["1", "7"], 1200, "7"]]}
+LINE = {
+    "question": "q",
+    "model": "m",
+    "benchmark": "b",
+    "interval": 500,
+    "branches": [{"probes": ["1", None], "tokens": 1200, "final": "7", "probe_tokens": [9, 9]}],
+}
+
+
+def write(folder: Path, name: str, content: Any) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"each_branch": [[["1"], 1200]]}, "question 1: branch 0: not three things"),
+        ({"each_branch": [7]}, "question 1: branch 0: not three things"),
+        ({"each_branch": [[[1], 1200, "7"]]}, "branch 0: answers must be strings"),
+        ({"each_branch": [[["1"], -3, "7"]]}, "branch 0: -3 is no number of tokens"),
+        ({"each_branch": [[["1"], True, "7"]]}, "branch 0: True is no number of tokens"),
+        ({"each_branch": [[["1"], 2**31, "7"]]}, "2147483648 is no number of tokens"),
+        ({"each_branch": []}, "no branches"),
+        ({"each_branch": None}, "no branches"),
+        ({"probe_freq": 0}, "probe_freq is 0"),
+        ({"gold_answer": None}, "gold_answer is None, not a text"),
+        ({"question": "first"}, "question 1: the same question as .*question 0"),
+    ],
+)
+def test_a_malformed_release_is_refused_and_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = write(tmp_path, "x.json", [RELEASED | {"question": "first"}, RELEASED | change])
+    with pytest.raises(BadRecording, match=words) as caught:
+        read_release(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_release(tmp_path: Path) -> None:
+    whole = lzma.compress(json.dumps([RELEASED | {"question": str(i)} for i in range(50)]).encode())
+    for name, content in (
+        ("cut.json.xz", whole[:-20]),
+        ("no.json", b"{"),
+        ("object.json", b"{}"),
+        ("a.json", b"[1]"),
+        ("nan.json", b"[NaN]"),
+        ("latin.json", b"\xff"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadRecording, match=name.split(".", maxsplit=1)[0]):
+            read_release(tmp_path / name)
+    with pytest.raises(BadRecording, match="has no 'gold_answer'"):
+        read_release(write(tmp_path, "m.json", [{k: v for k, v in RELEASED.items() if k != "gold_answer"}]))
+    (tmp_path / "good.json.xz").write_bytes(whole)
+    assert len(read_release(tmp_path / "good.json.xz")) == 50
+
+
+def test_a_release_says_by_its_folders_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(NotRecorded, match="no MODEL/BENCHMARK"):
+        release_files(tmp_path)
+    for model in ("a", "b"):
+        (tmp_path / model).mkdir()
+        for name in ("aime24.json", "aime25.json.xz", "notes.txt"):
+            (tmp_path / model / name).touch()
+    files = release_files(tmp_path)
+    assert [release_cell(file) for file in files] == [
+        Cell(model, benchmark, split)
+        for model in ("a", "b")
+        for benchmark, split in (("aime24", Split.SEARCH), ("aime25", Split.HELD_OUT))
+    ]
+    assert release_files(tmp_path / "a") == files[:2]
+    assert release_files(files[3]) == [files[3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"branches": []}, "branches: List should have at least 1 item"),
+        ({"branches": [{"probes": [], "tokens": -1}]}, "branches.0.tokens: Input should be greater than"),
+        ({"branches": [{"probes": [], "tokens": 1.5}]}, "branches.0.tokens: Input should be a valid integer"),
+        ({"branches": [{"probes": [3], "tokens": 1}]}, "branches.0.probes.0: Input should be a valid string"),
+        ({"branches": [{"probes": [], "tokens": 1, "probe_tokens": [3]}]}, "1 probe_tokens for 0 probes"),
+        ({"interval": 0}, "interval: Input should be greater than"),
+        ({"split": "test"}, "split: Input should be 'search', 'validation' or 'held-out'"),
+        ({"question": None}, "question or id is needed"),
+        ({"id": "0" * 64}, "id is not the SHA-256 of question"),
+        ({"id": "7"}, "id: String should match pattern"),
+        ({"reward": 1}, "reward: there is no such field; there are question, id, "),
+        ({"branches": [{"prob": [], "tokens": 1}]}, "branches.0"),
+        ({"confidence": 1.5}, "confidence: Input should be less than or equal to 1"),
+        ({"part": -1}, "part: Input should be greater than or equal to 0"),
+        ({"part": 3, "branches": [{"probes": [], "tokens": 1}] * 2}, "2 branches in a line that is part 3"),
+        ({"question": "first"}, "the same question as .*x.jsonl:1"),
+    ],
+)
+def test_a_malformed_line_is_refused_and_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    lines = [LINE | {"question": "first"}, LINE | change]
+    path = write(tmp_path, "x.jsonl", "\n\n".join(map(json.dumps, lines)))
+    with pytest.raises(BadRecording, match=words) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_hold_no_lines(tmp_path: Path) -> None:
+    for name, content in (("cut.jsonl", json.dumps(LINE)[:-5]), ("empty.jsonl", "\n"), ("list.jsonl", "[1]")):
+        with pytest.raises(BadRecording, match=name):
+            read_jsonl(write(tmp_path, name, content))
+    with pytest.raises(BadRecording, match="No such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_line_says_the_split_or_the_hash_does(tmp_path: Path) -> None:
+    by_hash, said = read_jsonl(
+        write(tmp_path, "x.jsonl", f"{json.dumps(LINE)}\n{json.dumps(LINE | {'question': 'p', 'split': 'held-out'})}")
+    )
+    assert by_hash.split is split_of(question_id("q"))
+    assert said.split is Split.HELD_OUT
+
+
+def test_splits_are_of_the_sizes_said() -> None:
+    splits = [split_of(question_id(str(i))) for i in range(10_000)]
+    shares = [splits.count(split) / 10_000 for split in Split]
+    assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.02)
+
+
+answers = st.none() | st.text(max_size=5)
+counts = st.integers(0, 2**31 - 1)
+
+
+@st.composite
+def branches(draw: st.DrawFn) -> RecordedBranch:
+    probes = draw(st.lists(answers, max_size=4))
+    costs = draw(st.just([]) | st.lists(counts, min_size=len(probes), max_size=len(probes)))
+    return RecordedBranch(probes, draw(counts), draw(answers), costs, draw(st.booleans()))
+
+
+recordings = st.builds(
+    RecordedQuestion,
+    question=st.text(max_size=9).map(question_id),
+    model=st.text(min_size=1, max_size=5),
+    benchmark=st.text(min_size=1, max_size=5),
+    interval=st.integers(1, 9999),
+    branches=st.lists(branches(), min_size=1, max_size=3),
+    reference=answers,
+    label_source=st.sampled_from(LabelSource),
+    split=st.sampled_from(Split),
+    sampling=st.dictionaries(st.text(max_size=3), st.integers() | st.floats(0, 2) | st.none(), max_size=2),
+    probe_template=st.text(max_size=5),
+    origin=st.sampled_from(Origin),
+    chat_template=st.text(max_size=5),
+    request=st.text(max_size=5),
+    confidence=st.floats(0, 1),
+).map(lambda one: one if one.reference is not None else replace(one, confidence=1.0))
+
+
+@given(recorded=recordings)
+def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    path.write_text(as_line(recorded), encoding="utf-8")
+    assert read_jsonl(path) == [recorded]
+
+
+def test_a_line_says_nothing_that_goes_without_saying() -> None:
+    recorded = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
+    fields = {"id", "model", "benchmark", "interval", "branches", "split"}
+    assert set(json.loads(as_line(recorded))) == fields
+    assert set(json.loads(as_line(recorded, part=0))) == fields | {"part"}
+
+
+@given(recorded=recordings, data=st.data())
+def test_parts_are_gathered_in_their_order(
+    tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion, data: st.DataObject
+) -> None:
+    """However they lie between others, and whatever is there twice or missing."""
+    parts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9))
+    made = [replace(recorded, branches=[RecordedBranch(["1"], 9, str(at), [])]) for at in range(len(parts))]
+    other = replace(recorded, interval=recorded.interval + 1)
+    lines = [as_line(one, part) for one, part in zip(made, parts, strict=True)]
+    lines.insert(data.draw(st.integers(1, len(lines))), as_line(other))
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    firsts = [made[parts.index(part)].branches[0] for part in sorted(set(parts))]
+    assert read_jsonl(path) == [replace(recorded, branches=firsts), other]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"},
+        {"benchmark": "c"},
+        {"interval": 10},
+        {"sampling": {"temperature": 0.5}},
+        {"probe_template": "p"},
+        {"chat_template": "c"},
+        {"request": "r"},
+        {"question": question_id("p")},
+    ],
+)
+def test_parts_of_other_recordings_stay_apart(tmp_path: Path, change: dict[str, Any]) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], split=Split.SEARCH)
+    other = replace(one, **change)
+    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(other, 1))
+    assert read_jsonl(path) == [one, other]
+    assert read_jsonl(write(tmp_path, "y.jsonl", as_line(one) + as_line(other))) == [one, other]
+
+
+def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_path: Path) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
+    with pytest.raises(BadRecording, match=r"x.jsonl:2: the same question as .*x.jsonl:1"):
+        read_jsonl(write(tmp_path, "x.jsonl", as_line(one) + as_line(one, 1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "8"}, "its reference is 8, and 7 in "),
+        ({"reference": None, "confidence": 1.0}, "its reference is None, and 7 in "),
+        ({"label_source": LabelSource.CONSENSUS}, "its label_source is consensus, and reference in "),
+        ({"confidence": 0.5}, "its confidence is 0.5, and 1.0 in "),
+        ({"split": Split.HELD_OUT}, "its split is held-out, and search in "),
+    ],
+)
+def test_parts_say_the_same_of_their_question(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH)
+    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(replace(one, text="q"), 1))
+    assert len(read_jsonl(path)[0].branches) == 2  # one line keeps the text, the other its hash
+    write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(one, 1) + as_line(replace(one, **change), 2))
+    with pytest.raises(BadRecording, match=f"x.jsonl:3: {words}.*x.jsonl:1"):
+        read_jsonl(path)
+
+
+def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> None:
+    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
+    parts = as_line(one, 0) + as_line(one, 1)
+    torn = as_line(one, 2).encode()
+    path = tmp_path / "x.jsonl"
+    for length in range(len(torn)):
+        path.write_bytes(parts.encode() + torn[:length])
+        assert len(read_jsonl(path)[0].branches) == (3 if length == len(torn) - 1 else 2)
+    path.write_bytes(parts.encode() + torn[:30] + b"\n")
+    with pytest.raises(BadRecording, match=r"x.jsonl:3: Invalid JSON"):
+        read_jsonl(path)
+    path.write_bytes(as_line(one).encode() + torn[:30])
+    with pytest.raises(BadRecording, match=r"x.jsonl:2: Invalid JSON"):
+        read_jsonl(path)
+    path.write_bytes(torn[:30])
+    with pytest.raises(BadRecording, match=r"x.jsonl:1: Invalid JSON"):
+        read_jsonl(path)

@@ -1,0 +1,152 @@
+"""Lines that several processes append to: whole or not there, whoever is killed when; and claims that die with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from discovery.data.files import BLOCK
+from discovery.data.shared_lines import Claims, Lines
+from discovery.errors import NotWritten
+
+WRITER = """
+import json, sys
+from pathlib import Path
+from discovery.data.shared_lines import Lines
+file, name, count = Lines(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+for number in range(count):
+    file.append(json.dumps({"who": name, "number": number, "filling": "x" * 5000}) + "\\n")
+    if number == 20:
+        print("ready", flush=True)
+"""
+CLAIMER = """
+import sys
+from pathlib import Path
+from discovery.data.shared_lines import Claims
+claims = Claims(Path(sys.argv[1]))
+print([claims.take(name) for name in sys.argv[2:]], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for _, line in Lines(path).new()]
+
+
+def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    reader, writer = Lines(path), Lines(path)
+    assert reader.new() == []
+    writer.append('{"a": 1}\n')
+    writer.append('{"a": "é"}\n')
+    assert reader.new() == [(1, b'{"a": 1}'), (2, '{"a": "é"}'.encode())]
+    assert reader.new() == []
+    writer.append('{"a": 3}\n')
+    assert reader.new() == [(3, b'{"a": 3}')]
+    assert len(writer.new()) == 3
+
+
+@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": "' + "x" * 3 * BLOCK + '"}\n'])
+def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "x.jsonl"
+    torn = '{"a": "é", "b": [1, 2]}'.encode()
+    for length in range(len(torn) + 1):
+        path.write_bytes(before.encode() + torn[:length])
+        reader = Lines(path)
+        known = len(reader.new())
+        assert known == before.count("\n")
+        Lines(path).append('{"a": 2}\n')
+        assert [json.loads(line)["a"] for _, line in reader.new()] == (["é", 2] if length == len(torn) else [2])
+        assert len(read(path)) == known + 1 + (length == len(torn))
+
+
+def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * BLOCK)
+    Lines(path).mend()
+    assert path.read_text() == '{"a": 1}\n'
+    Lines(tmp_path / "none.jsonl").mend()
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    file = Lines(path)
+    file.append('{"a": 1}\n')
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(NotWritten, match=r"x.jsonl: No space left"):
+            file.append('{"a": 2}\n')
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "x.jsonl"
+    folder.mkdir()
+    for work in (Lines(folder).new, Lines(folder).mend, lambda: Lines(folder).append("{}\n"), lambda: Claims(folder)):
+        with pytest.raises(NotWritten, match=r"x.jsonl: Is a directory"):
+            work()
+
+
+def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with running(WRITER, path, "a", 10**6) as one, running(WRITER, path, "b", 60) as other:
+        assert said(one) == said(other) == "ready"
+        one.kill()
+        assert other.wait() == 0
+        one.wait()
+    Lines(path).append('{"who": "c", "number": 0}\n')
+    found = read(path)
+    for name, least in (("a", 21), ("b", 60), ("c", 1)):
+        numbers = [line["number"] for line in found if line["who"] == name]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) >= least
+
+
+def test_a_claim_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    claims = Claims(path)
+    assert claims.take("a")
+    assert not claims.take("a")
+    with running(CLAIMER, path, "a", "b", "c") as other:
+        assert said(other) == "[False, True, True]"
+        assert not claims.take("b")
+        assert claims.elsewhere(["a", "b", "c", "d"]) == 2
+        claims.give_back("a")
+        claims.give_back("b")  # is not this one's to give
+        assert not claims.take("b")
+        other.kill()
+        other.wait()
+        assert claims.take("b")
+        assert claims.take("a")
+    with running(CLAIMER, path, "a") as other:
+        assert said(other) == "[False]"
+        claims.close()
+    with running(CLAIMER, path, "a") as other:
+        assert said(other) == "[True]"

@@ -1,0 +1,182 @@
+"""Replay on a machine that is busy, or kills processes: what comes out is the same, and nobody is accused for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+
+from controllers.errors import Disturbed
+from controllers.loading import Spec
+from controllers.sandbox import worker as handles
+from controllers.sandbox.worker import Worker
+from discovery.data.recordings import Cell, Recording, Split, intern
+from discovery.errors import GateError
+from discovery.evaluation.replay_jobs import Job, Played, Rules, play
+from discovery.evaluation.score_set import Measured
+from discovery.promotion import gate
+from discovery.promotion.ledger import DISTURBED, FREE, Ledger
+from tests.discovery.evaluation.test_evaluate import question
+from tests.discovery.promotion.test_gate import FEW, FIRST, quickly, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
+
+BUSY: Final = 4
+VERDICTS: Final = int(os.environ.get("SOAK_VERDICTS", "2"))
+RECORDINGS: Final[list[Recording]] = [intern(question(number)) for number in range(8)]
+HONEST: Final = """
+from controllers import advance, answer, branch
+
+class Mine:
+    def __init__(self, beta): ...
+    def decide(self, state):
+        if not state.width:
+            return [branch()] * 4
+        {first}
+        return [advance(i) for i in state.active] or [answer(state.leader())]
+"""
+THOROUGH: Final = HONEST.format(
+    first="""if state.rounds == 1 and state.limits.max_tokens is not None:
+            for _ in range({steps}): pass"""
+)
+"""It decides the same under a cap, after having counted for a while."""
+
+
+@contextmanager
+def busy(count: int = BUSY) -> Iterator[None]:
+    """A machine on which so many other processes compute."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            spin = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+            process = stack.enter_context(subprocess.Popen(spin, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+
+
+def played(source: str = HONEST.format(first="pass")) -> Played:
+    job = Job(Spec("mine", source), 0.5, Cell("m", "b", Split.SEARCH), range(2))
+    return play(job, RECORDINGS, Rules(16))
+
+
+def steps(seconds: float) -> int:
+    """How many steps of the loop take so long here, on a processor of one's own."""
+    code = f"import time\nat = time.process_time()\nfor _ in range({10**6}): pass\nprint(time.process_time() - at)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(seconds / float(done.stdout) * 10**6)
+
+
+def test_a_decision_is_as_long_as_it_computes_however_busy_the_machine_is() -> None:
+    """The audit's children, and four processes more, share two processors."""
+    with busy():
+        found = played(THOROUGH.format(steps=steps(0.1)))
+    assert found.failures == []
+    assert np.array_equal(found.outcomes, played().outcomes)
+
+
+def test_one_that_is_late_alone_is_called_late_and_nothing_else() -> None:
+    messages = {failure.message for failure in played(THOROUGH.format(steps=10**9)).failures}
+    assert len(messages) == 1
+    (message,) = messages
+    assert "alone in its process, under a cap, it failed twice: it took longer than 250 ms of processor time" in message
+    assert "otherwise" not in message
+
+
+Kill = Callable[..., None]
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
+    """Kill the children of those numbers, in the order in which they are first asked; as they decide, or before."""
+
+    def some(*numbers: int, idle: bool = False) -> None:
+        begin, seen = Worker.begin, dict[Worker, int]()
+
+        def begin_and_die(self: Worker, turns: Sequence[Sequence[int]], most: int) -> None:
+            dies = seen.setdefault(self, len(seen)) in numbers
+            if dies:
+                os.kill(self.process, signal.SIGKILL if idle else signal.SIGSTOP)
+            while dies and idle and self.alive:
+                pass
+            begin(self, turns, most)
+            if dies and not idle:
+                os.kill(self.process, signal.SIGKILL)
+                monkeypatch.setattr(handles, "IDLE_S", 0.0)  # it has been asked, and stood still
+
+        monkeypatch.setattr(Worker, "begin", begin_and_die)
+
+    return some
+
+
+AUDITED: Final = 4
+PASS, AUDIT, ALONE = 0, 1, 1 + AUDITED  # numbers of the first child of each; one child has a seat for all episodes
+
+
+@pytest.mark.parametrize("idle", [True, False])
+@pytest.mark.parametrize("number", [PASS, AUDIT])
+def test_a_process_that_is_killed_from_outside_changes_nothing(kill: Kill, number: int, idle: bool) -> None:
+    honest = played()
+    kill(number, idle=idle)
+    found = played()
+    assert found.failures == []
+    assert np.array_equal(found.outcomes, honest.outcomes)
+
+
+def test_one_that_dies_whenever_it_is_alone_is_told_so(kill: Kill) -> None:
+    kill(AUDIT, ALONE)
+    messages = {failure.message for failure in played().failures}
+    assert len(messages) == 1
+    assert "alone in its process, under a cap, it failed twice: it was killed by SIGKILL" in messages.pop()
+
+
+def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) -> None:
+    kill(*range(100), idle=True)
+    with pytest.raises(Disturbed, match="killed from outside"):
+        played()
+
+
+# Verdicts
+
+
+def test_a_verdict_is_the_same_on_a_busy_machine(tmp_path: Path) -> None:
+    def verdict(name: str) -> gate.Report:
+        return run(FEW, Spec("first", FIRST), tmp_path / name, shuffles=2)
+
+    idle = verdict("idle")
+    with busy():
+        found = [verdict(str(number)) for number in range(VERDICTS)]
+    assert [replace(one, created="") for one in found] == [replace(idle, created="")] * VERDICTS
+
+
+def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+
+    def disturbed(*_: object) -> Measured:
+        raise Disturbed("it was killed")
+
+    def disturb(words: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "measure", disturbed)
+            with pytest.raises(GateError, match=words):
+                quickly("single", path)
+
+    assert quickly("asc@4", path).k == 1
+    for number in range(1, FREE + 1):
+        disturb(rf"single could not be judged: it was killed; no look is spent, .* disturbance {number} of the {FREE}")
+    assert [one.verdict for one in Ledger(path).judgements()[1:]] == [DISTURBED] * FREE
+    assert quickly("esc@8", path).k == 2
+    disturb(f"a look is spent, for {FREE} judgements on these questions were disturbed before")
+    assert quickly("single", path).k == 4
+    assert [one.k for one in Ledger(path).judgements()] == [1, *[2] * FREE, 2, 3, 4]

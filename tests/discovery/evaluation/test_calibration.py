@@ -1,0 +1,240 @@
+"""Calibration: what β costs and brings, whether it pays, and β by what it costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from controllers.loading import Spec
+from discovery.data.importers import as_line
+from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import DiscoveryError
+from discovery.evaluation.calibration import (
+    Arm,
+    Calibration,
+    Calibrations,
+    Map,
+    Point,
+    Single,
+    calibrate,
+    default_map,
+    is_worth,
+    read,
+    write,
+)
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.replay_jobs import Rules
+from proxy.cli import app
+from tests.discovery.evaluation.test_evaluate import Given, scores
+from tests.discovery.evaluation.test_evaluate import question as varied
+
+VARIED = Given(*(varied(i) for i in range(6)), *(varied(i, benchmark="c") for i in range(6, 10)))
+
+
+def calibrated(source: Given, *names: str, **changes: Any) -> Calibrations:
+    about: dict[str, Any] = {"betas": [1.0, 0.0, 0.5], "shuffles": 5} | changes
+    specs = [Spec(name) for name in names or ("cmc",)]
+    return calibrate(source, source.cells(), specs, engine_called(EngineName.LOCAL), Rules(16), **about)
+
+
+def question(number: int, right: float, branches: int = 16) -> RecordedQuestion:
+    """Chains of one length that end right so often, and wrong in the same way else; probes say how they end."""
+    rng = np.random.default_rng(number)
+    finals = ["7" if rng.random() < right else "8" for _ in range(branches)]
+    chains = [RecordedBranch([final] * 9, 950, final, []) for final in finals]
+    return RecordedQuestion(question_id(str(number)), "m", "b", 100, chains, "7")
+
+
+def test_points_are_those_of_the_evaluator() -> None:
+    found = calibrated(VARIED)["m"]
+    assert (found.controller, found.digest) == ("cmc", Spec("cmc").digest)
+    assert [point.beta for point in found.points] == [0, 0.5, 1]
+    for point in found.points:
+        cells = scores("cmc", source=VARIED, betas=[point.beta], shuffles=5)
+        for column, scale, at, low, high in (
+            ("tokens", 1, point.tokens, point.tokens_low, point.tokens_high),
+            ("right", 100, point.accuracy, point.low, point.high),
+        ):
+            values = scale * np.concatenate([one.per_question(column) for one in cells])
+            half = 1.96 * values.std() / np.sqrt(10)
+            assert at == pytest.approx(values.mean())
+            assert low == pytest.approx(at - half, abs=half / 2)
+            assert high == pytest.approx(at + half, abs=half / 2)
+        assert point.gain == pytest.approx(point.accuracy - found.single.accuracy)
+
+
+def test_one_chain_is_the_mean_of_chains() -> None:
+    chains = [(b.tokens, b.final == "7") for one in VARIED.recordings for b in one.branches]
+    found = calibrated(VARIED)["m"].single
+    assert (found.tokens, found.accuracy) == pytest.approx(tuple(np.mean(chains, axis=0) * (1, 100)))
+
+
+def test_models_are_calibrated_apart() -> None:
+    others = [RecordedQuestion(**{**vars(one), "model": "n"}) for one in VARIED.recordings[:3]]
+    found = calibrated(Given(*VARIED.recordings, *others))
+    assert list(found) == ["m", "n"]
+    assert found["m"] == calibrated(VARIED)["m"]
+
+
+def test_voting_on_chains_that_are_mostly_right_pays() -> None:
+    found = calibrated(Given(*(question(i, 0.7) for i in range(12))), "self_consistency")["m"]
+    assert found.pays
+    assert found.map == Map(Arm.CONTROLLER, 1)
+    assert found.points[-1].gains
+
+
+@pytest.mark.parametrize("name", ["cmc", "self_consistency"])
+def test_where_chains_are_all_alike_nothing_pays(name: str) -> None:
+    found = calibrated(Given(*(question(i, i % 2) for i in range(12))), name)["m"]
+    assert not found.pays
+    assert found.map == Map(Arm.SINGLE, 0)
+    assert found.single.accuracy == 50
+
+
+def test_one_question_pays_for_nothing() -> None:
+    found = calibrated(Given(question(1, 0.7)))["m"]
+    assert (found.pays, found.points[0].low, found.points[0].gain_half) == (False, None, None)
+    assert "NaN" not in json.dumps(found.as_json())
+
+
+def point(beta: float, tokens: float, accuracy: float, half: float = 2.0) -> Point:
+    return Point(beta, tokens, None, None, accuracy, None, None, accuracy - 50, half)
+
+
+def test_what_is_worth_what_it_costs() -> None:
+    rival = [(1000.0, 50.0), (8000.0, 60.0), (64000.0, 66.0)]
+    assert is_worth(point(0, 3000, 55), rival)
+    assert not is_worth(point(0, 5000, 55), rival)  # 4,500 bring as much
+    assert is_worth(point(1, 10**6, 67), rival)  # nothing else does
+    assert not is_worth(point(0, 100, 51.9), rival)  # within what chance may bring
+    assert is_worth(point(0, 10**6, 53), [])
+
+
+def test_a_dial_that_does_not_pay_is_capped_or_left() -> None:
+    rival = [(1000.0, 50.0), (8000.0, 60.0)]
+    points = [point(0, 3000, 55), point(0.5, 5000, 57), point(1, 9000, 58)]
+    assert default_map(points, rival, False) == Map(Arm.CONTROLLER, 0.5)
+    assert default_map(points[2:], rival, False) == Map(Arm.SINGLE, 1)
+    assert default_map(points, rival, True) == Map(Arm.CONTROLLER, 1)
+
+
+def dial(*tokens: float) -> Calibration:
+    betas = np.linspace(0, 1, len(tokens))
+    points = tuple(point(float(beta), spent, 60) for beta, spent in zip(betas, tokens, strict=True))
+    return Calibration("cmc", Spec("cmc").digest, points, Single(100, 50), True, Map(Arm.CONTROLLER, 1))
+
+
+def test_tokens_find_their_beta() -> None:
+    one = dial(1000, 3000, 5000)
+    assert [one.beta_for(tokens) for tokens in (1, 1000, 2000, 3000, 4500, 5000, 10**9)] == [
+        *(0, 0, 0.25, 0.5, 0.875, 1, 1)
+    ]
+    found = [dial(1000, 4000, 3500, 4000, 8000).beta_for(tokens) for tokens in range(0, 9000, 250)]
+    assert found == sorted(found)
+    assert dial(1000, 4000, 3500, 4000, 8000).beta_for(4000) == 0.25
+    assert dial(1000).beta_for(5000) == 0
+
+
+def test_a_file_keeps_it_all(tmp_path: Path) -> None:
+    found = calibrated(VARIED)
+    write(found, tmp_path / "c.json")
+    assert read(tmp_path / "c.json") == found
+    told = json.loads((tmp_path / "c.json").read_text())["m"]
+    assert list(told) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
+    assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(told["points"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"points": []}, "m.points: "),
+        ({"pays": "perhaps"}, "m.pays: "),
+        ({"single": {"tokens": -1, "accuracy": 3}}, "m.single.tokens: "),
+        ({"map": {"arm": "leg", "cap": 1}}, "m.map.arm: "),
+    ],
+)
+def test_a_file_that_is_none_is_told(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"m": {**dial(1, 2).as_json(), **change}}))
+    with pytest.raises(DiscoveryError, match=f"{path}: no calibration: {words}"):
+        read(path)
+    with pytest.raises(DiscoveryError, match="No such file"):
+        read(tmp_path / "d.json")
+
+
+def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Path) -> None:
+    found = calibrated(VARIED, "asc", "self_consistency", "cmc")
+    write(found, tmp_path / "c.json")
+    first = read(tmp_path / "c.json")["m"]
+    assert first == found["m"]
+    for name in ("asc", "self_consistency", "cmc"):
+        (alone,) = calibrated(VARIED, name).values()
+        together = first.of_name(name)
+        assert together is not None
+        assert replace(together, others=()) == alone == replace(alone, others=())
+        assert first.of_digest(Spec(name).digest) is together
+    assert [one.controller for one in first.all] == ["asc", "self_consistency", "cmc"]
+    assert first.of_name("esc") is None
+
+
+def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i)) for i in range(4)))
+    status, output = verb(tmp_path, "--controllers", "cmc,asc")
+    assert status == 0, output
+    assert [name for name in ("cmc", "asc") if f"{name}: accuracy % and tokens" in output] == ["cmc", "asc"]
+    assert [one.controller for one in read(tmp_path / "c.json")["m"].all] == ["cmc", "asc"]
+
+
+@pytest.mark.parametrize(
+    ("pays", "best", "words"),
+    [
+        (True, Map(Arm.CONTROLLER, 1), "yes: all of β"),
+        (False, Map(Arm.CONTROLLER, 0.75), "yes: β up to 0.75"),
+        (False, Map(Arm.SINGLE, 0), "no: one chain serves best"),
+    ],
+)
+def test_whether_it_is_worth_it_is_said_once(pays: bool, best: Map, words: str) -> None:
+    assert replace(dial(1, 2), pays=pays, map=best).advice == words
+
+
+def verb(folder: Path, *more: str) -> tuple[int, str]:
+    options = ["--recordings", str(folder / "r.jsonl"), "--out", str(folder / "c.json"), "--max-branches", "16"]
+    done = CliRunner().invoke(app, ["calibrate", *options, "--shuffles", "2", "--engine", "local", *more])
+    return done.exit_code, done.output
+
+
+def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
+    lines = [as_line(varied(i)) for i in range(4)]
+    held = [as_line(varied(i, split=Split.HELD_OUT, benchmark="h")) for i in range(4, 8)]
+    (tmp_path / "r.jsonl").write_text("".join(lines + held))
+    status, output = verb(tmp_path, "--controllers", "cmc")
+    assert status == 0, output
+    assert "cmc: accuracy % and tokens" in output
+    assert "mean chain" in output
+    assert "controllers are played in 2 orders of them" in output
+    assert read(tmp_path / "c.json") == calibrated(
+        Given(*(varied(i) for i in range(4))), betas=[0, 0.25, 0.5, 0.75, 1], shuffles=2
+    )
+    (tmp_path / "r.jsonl").write_text("".join(held))
+    assert verb(tmp_path)[0] == 2
+    assert verb(tmp_path, "--split", "held-out")[0] == 0
+
+
+@pytest.mark.parametrize(("origin", "how"), [(Origin.IMPORTED, "exact"), (Origin.COLLECTED, "canonical")])
+def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
+    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i, origin=origin)) for i in range(4)))
+    status, output = verb(tmp_path)
+    assert (status, f"answers are compared: {how}\n" in output) == (0, True)
+    assert read(tmp_path / "c.json")["m"].answers == how
+
+
+@pytest.mark.parametrize("more", [["--controllers", ""], ["--betas", ","]])
+def test_the_verb_takes_some_controllers_and_betas(tmp_path: Path, more: list[str]) -> None:
+    (tmp_path / "r.jsonl").write_text(as_line(varied(1)))
+    assert verb(tmp_path, *more)[0] == 2

@@ -1,0 +1,770 @@
+"""The evaluator: what it says of controllers, failing ones too; engines that agree; traces that hold all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from controllers import Limits, Round, State, run_episode, run_sync
+from controllers.loading import Spec, make, parse_spec
+from discovery.answers import veiled
+from discovery.commands.evaluate import _show as show
+from discovery.commands.evaluate import parse_weights
+from discovery.data.mapped_file import shelve, take
+from discovery.data.recordings import (
+    NO_ANSWER,
+    Cell,
+    LabelSource,
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Split,
+    intern,
+    question_id,
+)
+from discovery.data.traces import read_trace, trace_files
+from discovery.errors import EngineError, NotRecorded, TraceError
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.evaluate import SURE, Answers, Evaluation, Weights, regrade
+from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.replay_jobs import COLUMNS, KINDS, Rules, Sealing
+from discovery.evaluation.scores import Grading, Score, differences, frontier, paired_interval, pooled
+from discovery.evaluation.sources import choose
+
+CELL = Cell("m", "b", Split.SEARCH)
+
+
+class Given:
+    """A source of given recordings."""
+
+    def __init__(self, *recordings: RecordedQuestion) -> None:
+        self.recordings = recordings
+
+    def cells(self) -> Sequence[Cell]:
+        return list(dict.fromkeys(Cell(one.model, one.benchmark, one.split) for one in self.recordings))
+
+    def load(self, cell: Cell) -> list[RecordedQuestion]:
+        return [one for one in self.recordings if Cell(one.model, one.benchmark, one.split) == cell]
+
+
+def question(number: int, branches: int = 16, benchmark: str = "b", **changes: Any) -> RecordedQuestion:
+    """Chains of varied length, two thirds of which come round to 7."""
+    rng = np.random.default_rng(number)
+    chains = []
+    for _ in range(branches):
+        length = int(rng.integers(60, 900))
+        final = "7" if rng.random() < 0.67 else str(rng.integers(8, 12))
+        probes = [final if rng.random() < at / 9 else str(rng.integers(0, 12)) for at in range(length // 100)]
+        chains.append(RecordedBranch(probes, length, final, [3] * len(probes)))
+    about: dict[str, Any] = {"reference": "7", "interval": 100} | changes
+    return RecordedQuestion(question_id(str(number)), "m", benchmark, branches=chains, **about)
+
+
+SOURCE = Given(*(question(i) for i in range(6)), *(question(i, benchmark="c") for i in range(6, 10)))
+
+
+def scores(
+    *names: str | Spec, source: Given = SOURCE, engine: EngineName = EngineName.LOCAL, **changes: Any
+) -> list[Score]:
+    about: dict[str, Any] = {"betas": [0.0, 1.0], "shuffles": 7} | changes
+    cells = about.pop("cells", source.cells())
+    rules = about.pop("rules", Rules(max_branches=16))
+    specs = [name if isinstance(name, Spec) else parse_spec(name) for name in names]
+    return Evaluation(source, cells, specs, rules=rules, **about).run(engine_called(engine, 2))
+
+
+def without_time(score: Score) -> dict[str, Any]:
+    return {key: value for key, value in score.as_json().items() if key not in ("seconds", "decisions_per_s")}
+
+
+def columns(found: Sequence[Score]) -> list[Any]:
+    return [score.outcomes.tolist() for score in found]
+
+
+@pytest.mark.parametrize(
+    ("names", "branches", "allowed", "words"),
+    [
+        (("sc",), 16, 64, "m b search: only 16 branches are recorded, 64 are allowed: sc at β = 1 opened all of them"),
+        (("sc@16", "single"), 16, 64, None),
+        (("sc",), 16, 16, None),
+        (("sc",), 64, 64, None),
+    ],
+)
+def test_figures_that_recordings_limit_are_told(
+    caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, words: str | None
+) -> None:
+    source = Given(*(question(i, branches) for i in range(4)))
+    found = scores(*names, source=source, rules=Rules(max_branches=allowed))
+    told = [record.getMessage() for record in caplog.records if "are recorded" in record.getMessage()]
+    assert len(told) == (words is not None)
+    assert words is None or told[0].startswith(words)
+    assert {score.as_json()["recorded_branches"] for score in found} == {branches}
+    assert [score.beta for score in found if score.limited] == ([] if words is None else [1.0])
+
+
+def test_cells_are_pooled_by_model_and_over_all() -> None:
+    other = [replace(one, model="n") for one in SOURCE.recordings[:3]]
+    found = scores("cmc", "asc", source=Given(*SOURCE.recordings, *other))
+    together = pooled(found)
+    assert [(one.cell.model, one.controller, one.beta) for one in together] == [
+        (model, name, beta) for model in ("m", "all") for name in ("cmc", "asc") for beta in (0.0, 1.0)
+    ]
+    for one in together:
+        parts = [
+            score
+            for score in found
+            if (score.controller, score.beta) == (one.controller, one.beta)
+            and one.cell.model in (score.cell.model, "all")
+        ]
+        right = np.concatenate([score.per_question("right") for score in parts])
+        assert one.accuracy == pytest.approx(100 * right.mean())
+        assert one.outcomes.shape[-1] == (10 if one.cell.model == "m" else 13)
+    assert pooled(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
+
+
+def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    other = [replace(one, model="n") for one in SOURCE.recordings]
+    show(scores("cmc", source=Given(*SOURCE.recordings, *other), betas=[0.0], shuffles=1))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ cmc")]
+    assert ["±" in row for row in rows] == [True] * 6 + [False]
+    assert "all (20 over all models)" in rows[-1]
+
+
+def test_figures_are_those_of_the_episodes() -> None:
+    score = scores("cmc", betas=[0.5], cells=[CELL])[0]
+    right, tokens, paths, rounds, width = 0, 0, [], 0, 0
+    for recorded in SOURCE.load(CELL):
+        for shuffle in range(7):
+            environment = ReplayEnvironment(intern(recorded), shuffled(16, shuffle))
+            state = State(Limits(100, 16))
+            longest: list[int] = []
+
+            def on_round(state: State, played: Round, longest: list[int] = longest) -> None:
+                spent: dict[int, int] = {}
+                for fact in played.facts:
+                    spent[fact.branch] = spent.get(fact.branch, 0) + fact.tokens
+                longest.append(max(spent.values(), default=0))
+
+            run_sync(run_episode(make(Spec("cmc"), 0.5), environment, state, on_round))
+            right += environment.is_right(state.answer)
+            tokens += state.spent
+            rounds += state.rounds
+            width += state.width
+            paths.append(sum(longest))
+    figures = score.as_json()
+    assert " ".join(figures).startswith(
+        "controller beta model benchmark split episodes accuracy tokens tokens_by_kind "
+        "rounds branches critical_path_mean critical_path_p95 decisions_per_s seconds"
+    )
+    assert figures["episodes"] == 42
+    assert figures["accuracy"] == 100 * (right / 42)
+    assert figures["tokens"] == tokens / 42 == pytest.approx(sum(figures["tokens_by_kind"].values()))
+    assert figures["tokens_by_kind"]["probe"] > 0
+    assert set(figures["tokens_by_kind"]) == set(KINDS)
+    assert (figures["rounds"], figures["branches"]) == (rounds / 42, width / 42)
+    assert figures["critical_path_mean"] == sum(paths) / 42
+    assert figures["critical_path_p95"] == pytest.approx(np.percentile(paths, 95))
+
+
+@pytest.mark.parametrize("priced", [False, True])
+def test_the_critical_path_is_the_longest_branch_of_each_round(priced: bool) -> None:
+    controller = """
+from controllers import advance, answer, branch, probe, TO_END
+class Mine:
+    def __init__(self, beta): self.round = 0
+    def decide(self, state):
+        self.round += 1
+        if self.round == 1: return [branch(2), branch(), branch(9)]
+        if self.round == 2: return [advance(1), probe(1), advance(1, 2), advance(0)]
+        if self.round == 3: return [advance(1, TO_END), advance(0, TO_END)]
+        return [answer(state.leader())]
+"""
+    chains = [
+        RecordedBranch(["1"] * 20, 2050, "7"),
+        RecordedBranch(["1"] * 9, 905, "7"),
+        RecordedBranch(["1"] * 9, 990, "7"),
+    ]
+    recorded = intern(RecordedQuestion("q", "m", "b", 100, chains, "7"))
+    environment = ReplayEnvironment(recorded, [0, 1, 2], probe_tokens=11 if priced else None)
+    state = State(Limits(100))
+    run_sync(run_episode(make(Spec("mine", controller), 0), environment, state))
+    assert environment.critical_path == 900 + (300 + (11 if priced else 0)) + 1750
+
+
+@pytest.mark.parametrize("engine", [EngineName.PROCESS, EngineName.RAY])
+def test_engines_agree_to_the_bit(engine: EngineName, tmp_path: Path) -> None:
+    if engine is EngineName.RAY:
+        pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    names = ["cmc", "self_consistency@8", "parallel_probe"]
+    here, there = scores(*names), scores(*names, engine=engine)
+    assert [without_time(score) for score in there] == [without_time(score) for score in here]
+    for one, other in zip(here, there, strict=True):
+        assert (one.outcomes == other.outcomes).all()
+    assert differences(here) == differences(there)
+
+
+def test_shuffles_are_the_same_for_every_controller_and_run() -> None:
+    one, two, again = scores("cmc", "asc@16", betas=[1.0]), scores("asc@16", "cmc", betas=[1.0]), scores("cmc")
+    assert without_time(one[0]) == without_time(two[1])
+    assert without_time(one[0]) == without_time(again[1])
+
+
+FAULTY = {
+    "raises": "        raise ValueError('no idea')",
+    "exits": "        raise SystemExit('bye')",
+    "illegal": "        return [advance(3)]",
+    "empty": "        return []",
+    "nothing": "        return None",
+    "loops": "        while True:\n            try: pass\n            except Exception: pass",
+}
+WORDS = {
+    "raises": "Mine raised ValueError: no idea",
+    "exits": "Mine raised SystemExit: bye",
+    "illegal": "CONTINUE: there is no branch 3; 1 are open",
+    "empty": "an empty round makes no progress",
+    "nothing": "Mine decided on what is no list of actions: 'NoneType' object is not iterable",
+    "loops": "it took longer than",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / f"{fault}.py"
+    path.write_text(
+        "from controllers import advance, branch\n"
+        "class Mine:\n"
+        "    def __init__(self, beta): pass\n"
+        "    def decide(self, state):\n"
+        "        if not state.width: return [branch()]\n" + FAULTY[fault]
+    )
+    found = scores(str(path), "single", betas=[1.0], cells=[CELL])
+    figures = found[0].as_json()
+    assert (figures["accuracy"], figures["episodes"], figures["failures"]) == (0, 42, 42)
+    assert WORDS[fault] in figures["failure"]
+    assert figures["tokens"] == pytest.approx(100, rel=0.2)
+    assert found[1].as_json()["failures"] == 0
+
+
+def test_a_constructor_that_fails_is_a_scored_failure(tmp_path: Path) -> None:
+    path = tmp_path / "late.py"
+    path.write_text("class Mine:\n    def __init__(self, beta): 1 / beta\n    def decide(self, state): return []\n")
+    figures = scores(str(path), betas=[0.0], cells=[CELL])[0].as_json()
+    assert (figures["failures"], figures["tokens"]) == (42, 0)
+    assert "its constructor raised ZeroDivisionError" in figures["failure"]
+
+
+def test_only_complete_recordings_with_a_reference_are_scored() -> None:
+    censored = question(1, split=Split.SEARCH)
+    censored.branches[0] = censored.branches[0]._replace(complete=False)  # type: ignore[index]
+    unknown = question(2, reference=None)
+    assert scores("single", source=Given(question(0), censored, unknown))[0].episodes == 7
+    with pytest.raises(NotRecorded, match="m b search: none of 2 recordings is complete and has a reference answer"):
+        scores("single", source=Given(censored, unknown))
+
+
+def versions(*changes: dict[str, Any], origin: Origin = Origin.LIVE) -> Given:
+    """Two questions of each version, the last of which is the newest."""
+    return Given(*(question(2 * i + j, origin=origin, **one) for i, one in enumerate(changes) for j in range(2)))
+
+
+HOT: dict[str, Any] = {"sampling": {"temperature": 0.9}}
+COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (HOT, r"sampling \{\}\); \w{12} \(2: sampling {\"temperature\": 0.9}\)"),
+        ({"interval": 50}, r"interval 100\); \w{12} \(2: interval 50\)"),
+        ({"probe_template": "p"}, r"probe template unknown\); \w{12} \(2: probe template p\)"),
+        ({"chat_template": "c"}, r"chat template unknown\); \w{12} \(2: chat template c\)"),
+    ],
+)
+def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], words: str) -> None:
+    source = versions({}, change, origin=Origin.IMPORTED)
+    first = source.recordings[0].version.digest
+    words = rf"recordings of 2 versions are not scored together: {first} \(2: {words}; `autotts evaluate --version`"
+    with pytest.raises(NotRecorded, match=words):
+        scores("single", source=source)
+    mixed = Given(
+        *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
+    )
+    with pytest.raises(NotRecorded, match="recordings of 2 versions are not scored together"):
+        scores("single", source=mixed)
+
+
+@pytest.mark.parametrize("origin", [Origin.LIVE, Origin.COLLECTED])
+def test_of_what_was_recorded_here_the_newest_version_is_scored(
+    origin: Origin, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = versions(HOT, {}, COOL, origin=origin)
+    older = [source.recordings[i].version.digest for i in (0, 2)]
+    newest = source.recordings[-1].version.digest
+    found = scores("single", source=source)
+    assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert f"version {newest} is scored; left out are {older[0]} (2: sampling" in line
+    assert f"; {older[1]} (2: sampling {{}})" in line
+
+
+def test_one_odd_request_does_not_leave_all_others_out() -> None:
+    usual = versions({"chat_template": "old"}, HOT, HOT, origin=Origin.LIVE).recordings
+    odd = versions(COOL, origin=Origin.LIVE).recordings[:1]
+    found = scores("single", source=Given(*usual, *odd))
+    assert columns(found) == columns(scores("single", source=Given(*usual[2:])))
+
+
+@pytest.mark.parametrize("origin", Origin)
+def test_another_version_can_be_asked_for(origin: Origin) -> None:
+    source = versions(HOT, COOL, origin=origin)
+    first, second = (one.version.digest for one in source.recordings[::2])
+    older = scores("single", source=source, version=first[:5])
+    assert columns(older) == columns(scores("single", source=Given(*source.recordings[:2])))
+    with pytest.raises(NotRecorded, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "):
+        scores("single", source=source, version="zz")
+
+
+def test_a_version_is_named_by_enough_of_its_digest() -> None:
+    source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
+    begins = [one.version.digest[0] for one in source.recordings[::2]]
+    twice = next(digit for digit in begins if begins.count(digit) > 1)
+    with pytest.raises(NotRecorded, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
+        scores("single", source=source, version=twice)
+
+
+def test_a_newest_version_of_which_nothing_is_known_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    source = versions(HOT, {**HOT, "chat_template": "new", "reference": None})
+    assert scores("single", source=source)[0].episodes == 14
+    assert f"of the newest version, {source.recordings[-1].version.digest}, nothing can be scored" in caplog.text
+    caplog.clear()
+    scores("single", source=source, version=source.recordings[0].version.digest)
+    assert caplog.text == ""
+
+
+def test_branches_of_one_question_are_scored_together_whoever_asked_it() -> None:
+    whole = [question(i, origin=Origin.LIVE, request=f"r {i}") for i in range(3)]
+    parts = [
+        replace(one, request=f"r {one.request} {at}", branches=one.branches[at::2]) for one in whole for at in (0, 1)
+    ]
+    (here,) = scores("self_consistency@16", betas=[1.0], source=Given(*parts))
+    (there,) = scores("self_consistency@16", betas=[1.0], source=Given(*whole))
+    assert here.outcomes.shape == there.outcomes.shape == (len(COLUMNS), 7, 3)
+    assert here.per_question("tokens") == pytest.approx(there.per_question("tokens"))  # all branches of each
+
+
+# How right answers are known
+
+FEEDBACK, CONSENSUS = LabelSource.FEEDBACK, LabelSource.CONSENSUS
+MIXED = Given(
+    *(question(i) for i in range(3)),
+    *(question(i, label_source=FEEDBACK, confidence=0.5) for i in range(3, 6)),
+    *(question(i, label_source=CONSENSUS, confidence=0.25 * (i - 5)) for i in range(6, 9)),
+)
+
+
+def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+    (score,) = scores("cmc", betas=[1.0], source=MIXED)
+    assert score.as_json()["label_sources"] == {"reference": 3, "feedback": 3}
+    assert "weights" not in score.as_json()
+    assert (
+        "left out are recordings whose right answers are known in a way that does not count, 3 by consensus"
+        in caplog.text
+    )
+    alone = Given(*MIXED.recordings[6:])
+    with pytest.raises(NotRecorded, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"):
+        scores("cmc", source=alone)
+    (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
+    assert score.as_json()["label_sources"] == {"consensus": 3}
+    with pytest.raises(NotRecorded, match="only 3 by feedback and 3 by consensus"):
+        scores("cmc", source=Given(*MIXED.recordings[3:]), weights={LabelSource.REFERENCE: 1.0})
+
+
+ALL: Weights = dict.fromkeys(LabelSource, 1.0)
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    plain = Given(*(replace(one, label_source=LabelSource.REFERENCE) for one in MIXED.recordings))
+    sure = Given(*(replace(one, confidence=1.0) for one in MIXED.recordings))
+    names = ["cmc", "self_consistency@8"]
+    expected = scores(*names, source=plain)
+    for source, weights in ((MIXED, ALL), (sure, dict.fromkeys(LabelSource, None))):
+        found = scores(*names, source=source, weights=weights)
+        for one, other in zip(found, expected, strict=True):
+            told = without_time(other) | {"label_sources": {"reference": 3, "feedback": 3, "consensus": 3}}
+            assert without_time(one) == told
+            assert one.error == other.error
+        assert differences(found) == differences(expected)
+
+
+def test_a_question_counts_for_its_weight() -> None:
+    weights: Weights = {LabelSource.REFERENCE: 1.0, FEEDBACK: 0.5, CONSENSUS: None}
+    of_each = np.array([1.0] * 3 + [0.5] * 3 + [0.25, 0.5, 0.75])
+    (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=weights)
+    (plain,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
+    figures = score.as_json()
+    for name in ("tokens", "rounds", "branches", *KINDS):
+        told = figures["tokens_by_kind"] if name in KINDS else figures
+        assert told[name] == pytest.approx((of_each * plain.per_question(name)).sum() / of_each.sum())
+    assert score.accuracy == pytest.approx(100 * (of_each * plain.per_question("right")).sum() / of_each.sum())
+    assert score.accuracy != plain.accuracy
+    assert (figures["episodes"], figures["failures"]) == (63, 0)
+    assert figures["weights"] == {"reference": 1, "feedback": 0.5, "consensus": 0.5}
+    few: Weights = {FEEDBACK: 0.2}
+    assert scores("cmc", betas=[1.0], source=MIXED, weights=few)[0].outcomes.shape[-1] == 3
+
+
+def graded(score: Score, weights: Sequence[float]) -> Score:
+    return replace(score, grading=Grading([LabelSource.REFERENCE] * len(weights), weights))
+
+
+def repeated(score: Score, times: Sequence[int]) -> Score:
+    return replace(score, outcomes=np.repeat(score.outcomes, times, axis=-1))
+
+
+def test_a_weight_counts_as_being_there_more_often() -> None:
+    (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
+    times = [4, 4, 4, 2, 2, 2, 1, 2, 3]
+    weighted, more = graded(score, [one / 4 for one in times]), repeated(score, times)
+    for name in COLUMNS:
+        assert weighted.mean(name) == pytest.approx(more.mean(name))
+    path = np.sort(more.column("critical_path").ravel())
+    assert weighted.as_json()["critical_path_p95"] == path[int(np.ceil(0.95 * path.size)) - 1]
+    assert graded(score, [0.3] * 9).error == pytest.approx(score.error)
+    assert graded(score, [1.0] * 8 + [1e-9]).error == pytest.approx(
+        replace(score, outcomes=score.outcomes[..., :8]).error, rel=0.02
+    )
+
+
+def test_intervals_are_of_weighted_questions() -> None:
+    names, weights = ("self_consistency@1", "self_consistency@16"), [1.0] * 3 + [0.5] * 3 + [0.25] * 3
+    found = [graded(one, weights) for one in scores(*names, betas=[1.0], source=MIXED, weights=ALL)]
+    (one,) = differences(found)
+    gained = 100 * (found[1].per_question("right") - found[0].per_question("right"))
+    assert one.accuracy == pytest.approx(np.average(gained, weights=weights))
+    assert one.low < one.accuracy < one.high
+    assert one.tokens == pytest.approx(found[1].mean("tokens") / found[0].mean("tokens"))
+    assert paired_interval(gained, np.full(9, 0.5)) == pytest.approx(paired_interval(gained))
+    assert (one.low, one.high) != paired_interval(gained)
+    assert paired_interval(np.array([5.0, 5.0, 5.0]), np.array([1.0, 0.1, 0.2])) == pytest.approx((5, 5))
+
+
+def test_a_weighted_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(8)
+    hits = 0
+    for _ in range(60):
+        weights = rng.uniform(0.2, 1, 60)
+        low, high = paired_interval(rng.normal(0.3, 1.0, 60), weights)
+        hits += low <= 0.3 <= high
+    assert 50 <= hits <= 60  # as above
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("reference", {LabelSource.REFERENCE: 1.0}),
+        ("feedback=0.8, consensus = 1e-3", {FEEDBACK: 0.8, CONSENSUS: 0.001}),
+        ("consensus=confidence", {CONSENSUS: None}),
+        ("reference,feedback", dict(SURE)),
+    ],
+)
+def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) -> None:
+    assert parse_weights(text) == weights
+
+
+# Answers that cannot be read
+
+
+@pytest.mark.parametrize("how", Answers)
+@pytest.mark.parametrize("hidden", ["answers", "reference", "both", "one"])
+def test_veiled_answers_are_graded_by_equality(how: Answers, hidden: str) -> None:
+    spelled = ["7.0", "$7$", "8", "007", "9", "8"]
+    hide = {"answers": range(6), "reference": (), "both": range(6), "one": [2]}[hidden]
+    finals = [veiled(one) if at in hide else one for at, one in enumerate(spelled)]
+    reference = veiled(" 7 ") if hidden in ("reference", "both") else " 7 "
+    chains = [RecordedBranch([final], 150, final, [3]) for final in finals]
+    recorded = RecordedQuestion("q", "m", "b", 100, chains, reference)
+    recording = intern(recorded) if how is Answers.EXACT else regrade(recorded)
+    assert recording.finals.tolist() == recording.probes.tolist() == [0, 0, 1, 0, 2, 1]
+    assert recording.reference == 0
+    assert recording.answers == (finals[0], finals[2], finals[4])
+    (score,) = scores("self_consistency@6", betas=[1.0], source=Given(recorded), answers=how, rules=Rules(6))
+    assert score.accuracy == 100
+
+
+def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
+    finals = [veiled("7"), "[placeholder]", "7", None]
+    recorded = RecordedQuestion("q", "m", "b", 100, [RecordedBranch([], 10, final) for final in finals], "8")
+    assert regrade(recorded).finals.tolist() == [0, NO_ANSWER, 0, NO_ANSWER]
+    assert regrade(recorded).reference == intern(recorded).reference == NO_ANSWER
+
+
+def test_more_chains_than_were_recorded_are_refused() -> None:
+    with pytest.raises(NotRecorded, match="asc@17 opens 17 branches; m b search has 16 a question"):
+        scores("asc@17", rules=Rules(max_branches=64))
+
+
+def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
+    chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
+    source = Given(RecordedQuestion("q", "m", "b", 100, chains, " 7 "))
+    exact, canonical = (
+        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=Rules(5))[0]
+        for how in (Answers.EXACT, Answers.CANONICAL)
+    )
+    assert (exact.accuracy, canonical.accuracy) == (0, 100)
+
+
+@pytest.mark.parametrize(
+    ("origins", "accuracy", "how"),
+    [
+        ([Origin.IMPORTED], 0, "exact"),
+        ([Origin.COLLECTED], 100, "canonical"),
+        ([Origin.LIVE], 100, "canonical"),
+        ([Origin.IMPORTED, Origin.LIVE], 100, "canonical"),
+    ],
+)
+def test_models_spell_answers_in_many_ways_and_published_tables_in_one(
+    origins: Sequence[Origin], accuracy: float, how: str
+) -> None:
+    chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
+    asked = RecordedQuestion("q", "m", "b", 100, chains, " 7 ")
+    source = Given(*(replace(asked, question=str(at), origin=origin) for at, origin in enumerate(origins)))
+    (score,) = scores("self_consistency@5", source=source, betas=[1.0], rules=Rules(5))
+    assert (score.accuracy, score.as_json()["answers"]) == (accuracy, how)
+
+
+def test_cells_that_are_not_there_are_named() -> None:
+    cells = [CELL, Cell("n", "c", Split.HELD_OUT)]
+    assert choose(cells, ["n"], [], None) == cells[1:]
+    assert choose(cells, [], [], Split.SEARCH) == cells[:1]
+    for models, benchmarks, split, words in (
+        (["x"], [], None, "no recordings of model 'x'; there are m, n"),
+        ([], ["x"], None, "no recordings of benchmark 'x'; there are b, c"),
+        ([], [], Split.VALIDATION, "no recordings of split 'validation'; there are held-out, search"),
+        (["m"], ["c"], None, "of all that was asked for at once; there are m b search; n c held-out"),
+    ):
+        with pytest.raises(NotRecorded, match=words):
+            choose(cells, models, benchmarks, split)
+
+
+def test_a_difference_is_paired_by_question() -> None:
+    found = scores("self_consistency@1", "self_consistency@16", betas=[1.0])
+    (one,) = differences(found)
+    assert (one.controller, one.against, one.questions) == ("self_consistency@16", "self_consistency@1", 10)
+    wins = np.concatenate([found[2 * i + 1].per_question("right") - found[2 * i].per_question("right") for i in (0, 1)])
+    assert one.accuracy == pytest.approx(100 * wins.mean())
+    assert one.low < one.accuracy < one.high
+    assert one.tokens == pytest.approx(16, rel=0.2)
+    assert differences(found[:1]) == []
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(60):
+        low, high = paired_interval(rng.normal(0.3, 1.0, 60))
+        hits += low <= 0.3 <= high
+    assert 50 <= hits <= 60  # 57 are expected; fewer than 50 come up in a run of ten thousand
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    assert frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
+
+
+def test_shelved_recordings_are_the_same_and_nobodys_to_change(tmp_path: Path) -> None:
+    recordings = [intern(one) for one in SOURCE.recordings]
+    taken = take(shelve(recordings, tmp_path / "shelf"))
+    for one, other in zip(recordings, taken, strict=True):
+        assert one.rows == other.rows
+        assert (one.question, one.answers, one.reference) == (other.question, other.answers, other.reference)
+        assert not other.probes.flags.owndata
+        with pytest.raises(ValueError, match="read-only"):
+            other.probes[0] = 1
+
+
+def test_traces_hold_every_round(tmp_path: Path) -> None:
+    rules = Rules(16, traces=tmp_path)
+    plain, traced = scores("cmc", "asc@16"), scores("cmc", "asc@16", rules=rules)
+    assert [without_time(one) for one in plain] == [without_time(one) for one in traced]
+    files = trace_files(tmp_path)
+    assert len(files) == 2 * 2 * 2  # cells, controllers, βs
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".npz"] == []
+    for file in files:
+        trace = read_trace(file)
+        cell = Cell(trace.about["model"], trace.about["benchmark"], Split(trace.about["split"]))
+        recordings = SOURCE.load(cell)
+        for at, episode in enumerate(trace.episodes()):
+            rounds: list[Round] = []
+            environment = ReplayEnvironment(intern(recordings[episode.question]), shuffled(16, episode.shuffle))
+            state = State(Limits(100, 16))
+            controller = make(Spec(trace.about["controller"]), trace.about["beta"])
+            run_sync(run_episode(controller, environment, state, lambda _, played: rounds.append(played)))  # noqa: B023
+            assert [(list(a), list(f)) for a, f in trace.rounds(at)] == [(list(a), list(f)) for a, f in rounds]
+            *_, (last, _) = trace.states(at)
+            assert (last.spent, last.answer, last.stop) == (state.spent, state.answer, state.stop)
+            assert (episode.answer, episode.right) == (state.answer, environment.is_right(state.answer))
+
+
+def test_what_is_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no traces there"):
+        trace_files(tmp_path)
+    (tmp_path / "x.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(TraceError, match=r"x\.npz: no file of traces"):
+        read_trace(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", about=np.array(json.dumps({"format": 99})))
+    with pytest.raises(TraceError, match="written in format 99; this program reads 1"):
+        read_trace(tmp_path / "y.npz")
+
+
+def test_a_worker_that_dies_is_told_in_a_line() -> None:
+    source = "import os\nclass Mine:\n    def __init__(self, beta): pass\n    def decide(self, state): os._exit(3)\n"
+    rules = Rules(16, sealing=Sealing.NONE)
+    with pytest.raises(EngineError, match="a worker process died"):
+        scores(Spec("dies", source), rules=rules, engine=EngineName.PROCESS)
+
+
+def autotts(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "proxy.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=folder, env=environment
+    )
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """A file of the generic format."""
+    from discovery.data.importers import as_line
+
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(map(as_line, SOURCE.recordings)))
+    return path
+
+
+def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) -> None:
+    done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (
+        0,
+        "s.db: 10 recordings of 10 new questions, 160 branches added; 0 were there already\n",
+    )
+    done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
+    assert "0 branches added; 10 were there already" in done.stdout
+    asked = ["--controllers", "cmc,asc@16", "--betas", "0,1", "--shuffles", "3", "--split", "search"]
+    asked += ["--max-branches", "16", "--json", "-"]
+    by_source = [
+        json.loads(autotts("evaluate", "--recordings", name, *asked, folder=tmp_path).stdout)
+        for name in ("s.db", "lines.jsonl")
+    ]
+    for rows in by_source:
+        for row in rows:
+            del row["seconds"], row["decisions_per_s"]
+    assert by_source[0] == by_source[1]
+    assert [(row["controller"], row["beta"], row["benchmark"]) for row in by_source[0]] == [
+        (name, beta, benchmark) for benchmark in "bc" for name in ("cmc", "asc@16") for beta in (0, 1)
+    ]
+    assert not any(math.isnan(row["tokens"]) for row in by_source[0])
+    shown = ["--max-branches", "16", "--shuffles", "2", "--engine", "process", "--traces", "tr", "--plot", "p.svg"]
+    done = autotts("evaluate", "--recordings", "s.db", "--json", "f.json", *shown, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy %" in done.stdout
+    assert "all (10 questions)" in done.stdout
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+    assert len(json.loads((tmp_path / "f.json").read_text())) == 6
+    done = autotts("trace", "show", "tr/m/b/search/cmc-beta-1", "--question", "2", "--shuffle", "1", folder=tmp_path)
+    assert "question 2, shuffle 1" in done.stdout
+    assert "answer" in done.stdout
+    assert "shuffles 0 to 1" in autotts("trace", "show", "tr", folder=tmp_path).stdout
+    exported = autotts("store", "export", "again.jsonl", "--store", "s.db", folder=tmp_path)
+    assert exported.stdout == "again.jsonl: 10 recordings\n"
+    assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(lines.read_text().splitlines())
+    assert '"feedback": 0' in autotts("store", "verify", "--json", "--store", "s.db", folder=tmp_path).stdout
+    assert (
+        json.loads(autotts("store", "info", "--json", "--store", "s.db", folder=tmp_path).stdout)["cells"][0][
+            "branches"
+        ]
+        == 96
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--controllers", "cmcc"], "there is no controller 'cmcc'; there are single"),
+        (["--controllers", "none.py"], "none.py: No such file or directory"),
+        (["--controllers", ","], "--controllers names none"),
+        (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
+        (["--betas", "0,1.5"], "not '1.5'"),
+        (["--split", "validation"], "no recordings of split 'validation'; there are search"),
+        (["--split", "test"], "'test' is not one of 'search', 'validation', 'held-out'"),
+        (["--shuffles", "0"], "Invalid value for '--shuffles'"),
+        (["--recordings", "none.db"], "none.db: no such file or folder"),
+        (["--recordings", "lines.jsonl", "--plot", "p.gif"], "must end in .png or .svg"),
+        (["--json", "no/f.json"], "there is no folder"),
+        (["--controllers", "asc@99"], "asc@99 opens 99 branches"),
+        (["--labels", "hearsay"], "--labels: 'hearsay' is none of reference, feedback, consensus"),
+        (["--labels", ","], "--labels names none"),
+        (["--labels", "feedback,feedback=0.5"], "--labels names feedback twice"),
+        (["--labels", "feedback=0"], "'feedback=0': a weight is above 0 and at most 1, or 'confidence'"),
+        (["--labels", "feedback=1.5"], "'feedback=1.5': a weight is above 0 and at most 1"),
+        (["--labels", "feedback=nan"], "'feedback=nan': a weight is above 0 and at most 1"),
+        (["--labels", "feedback="], "'feedback=': a weight is above 0 and at most 1"),
+        (["--labels", "consensus"], "m b search: no right answer is known in a way that counts, only 6 by reference"),
+        (["--version", "zz"], "m b search: no version 'zz' can be scored; there are"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(
+    tmp_path: Path, lines: Path, arguments: list[str], words: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    done = autotts("evaluate", "--recordings", "lines.jsonl", *arguments, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> None:
+    from discovery.data.importers import as_line
+
+    newer = [replace(one, origin=Origin.LIVE, request=f"r {at}", **COOL) for at, one in enumerate(MIXED.recordings)]
+    older = [replace(one, request=f"s {at}", sampling={}) for at, one in enumerate(newer[:2])]
+    (tmp_path / "l.jsonl").write_text("".join(map(as_line, [*older, *newer])))
+    asked = ["evaluate", "--recordings", "l.jsonl", "--shuffles", "2", "--betas", "1", "--max-branches", "16"]
+    done = autotts(*asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "m b search: answers are compared: canonical; right ones are known 3 by reference; 3 by feedback\n"
+        in done.stdout
+    )
+    unknown, versions = done.stderr.splitlines()
+    assert "does not count, 3 by consensus" in unknown
+    assert f"version {newer[0].version.digest} is scored" in versions
+    asked += ["--labels", "reference,feedback=0.8,consensus=confidence", "--version", older[0].version.digest]
+    done = autotts(*asked, "--json", "-", folder=tmp_path)
+    assert (done.stderr, json.loads(done.stdout)[0]["label_sources"]) == ("", {"reference": 2})
+    asked[-1] = newer[0].version.digest
+    done = autotts(*asked, "--json", "f.json", folder=tmp_path)
+    assert (
+        "3 by reference; 3 by feedback, which count for 0.8 each; 3 by consensus, which count for 0.5 each"
+        in done.stdout
+    )
+    (figures,) = json.loads((tmp_path / "f.json").read_text())
+    assert figures["weights"] == {"reference": 1, "feedback": pytest.approx(0.8), "consensus": 0.5}
+
+
+def test_a_file_that_breaks_off_imports_nothing(tmp_path: Path, lines: Path) -> None:
+    whole = lines.read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
+    done = autotts("import", "jsonl", "lines.jsonl", "cut.jsonl", "--store", "s.db", folder=tmp_path)
+    assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
+    assert "cut.jsonl:" in done.stderr
+    assert not (tmp_path / "s.db").exists()

@@ -1,0 +1,607 @@
+"""Labels: what references, clients and votes say of a question; which of them counts; and how far they agree."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from discovery.answers import Judge, veiled
+from discovery.data.questions import Question
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.evaluation.reference_answers import (
+    ENOUGH,
+    Agreement,
+    Report,
+    Said,
+    Vote,
+    by_feedback,
+    calibrated,
+    fill,
+    reckoned,
+    said_of,
+    same,
+    vote,
+)
+from discovery.store import Episode, Feedback, Label, Store
+from proxy.cli import app
+
+REFERENCE, FEEDBACK, CONSENSUS = LabelSource
+JUDGE = Judge()
+"""It is not asked: the answers here are plain."""
+
+
+def asked(text: str, reference: str | None = None) -> Question:
+    return Question(messages=[{"role": "user", "content": text}], reference=reference)
+
+
+def recorded(text: str, finals: str = "7778", **changes: Any) -> RecordedQuestion:
+    """A recording made of a live request, a letter of `finals` a branch."""
+    branches = [RecordedBranch([], 10, None if final == "-" else final) for final in finals]
+    about: dict[str, Any] = {"model": "m", "benchmark": "live", "chat_template": "t", "request": f"r {text}"}
+    about |= {"sampling": {"temperature": 0.6, "top_p": 0.9}}
+    return RecordedQuestion(
+        question_id(text), interval=100, branches=branches, **{"origin": Origin.LIVE, **about, **changes}
+    )
+
+
+def episode(request: str, text: str, answer: str | None = "7", **changes: Any) -> Episode:
+    """Of a served request; unless it says otherwise, each is of a tenant of its own."""
+    about: dict[str, Any] = {"answer": answer, "question": question_id(text), "tenant": f"of {request}"} | changes
+    return Episode(request, request, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", **about)
+
+
+def feedback(request: str, value: Any, number: int = 0) -> Feedback:
+    kind = {bool: "correct", str: "answer", float: "score"}[type(value)]
+    created = f"2026-01-01T00:00:{number:02}"
+    return Feedback(f"{request} {number}", request, kind, json.dumps(value), created)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "s.db"
+
+
+def put(place: Path, *items: Episode | Feedback | RecordedQuestion) -> None:
+    """Write items, with the episodes recordings were made of."""
+
+    async def go() -> None:
+        async with Store.open(place, create=True) as store:
+            made_for = {one.request: one for one in items if isinstance(one, RecordedQuestion)}
+            there = {one.request_id for one in items if isinstance(one, Episode)}
+            known = {one.request_id for one in await store.episodes()} | there
+            missing = [one for request, one in made_for.items() if request and request not in known]
+            await store.add_all([*(replace(episode(one.request, ""), question=one.question) for one in missing)])
+            await store.add_all(items)
+
+    asyncio.run(go())
+
+
+def filled(place: Path, *references: Question, **about: Any) -> Report:
+    async def go() -> Report:
+        async with Store.open(place) as store:
+            return await fill(store, references, **about)
+
+    return asyncio.run(go())
+
+
+def labels(place: Path) -> list[Label]:
+    async def go() -> list[Label]:
+        async with Store.open(place) as store:
+            return await store.labels()
+
+    return asyncio.run(go())
+
+
+def by_question(place: Path, source: LabelSource) -> dict[str, tuple[str, float]]:
+    return {one.question: (one.answer, one.confidence) for one in labels(place) if one.source is source}
+
+
+def read(place: Path, benchmark: str = "live", split: Split = Split.SEARCH) -> list[RecordedQuestion]:
+    async def go() -> list[RecordedQuestion]:
+        async with Store.open(place) as store:
+            return await store.load(Cell("m", benchmark, split))
+
+    return asyncio.run(go())
+
+
+def sure(first: int, second: int) -> float:
+    """Of a vote whose every branch says one of two."""
+    return reckoned(Vote("7", first, second, first + second))
+
+
+# What clients say
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value", "answer", "weight"),
+    [
+        ("7", "correct", "true", "7", 1.0),
+        ("7", "correct", "false", "7", -1.0),
+        ("7", "answer", '"8"', "8", 1.0),
+        (None, "answer", '"8"', "8", 1.0),
+        ("7", "score", "0.8", "7", 0.8),
+        ("7", "score", "0.5", "7", 0.5),
+        ("7", "score", "1", "7", 1.0),
+        ("7", "score", "0.25", "7", -0.75),
+        ("7", "score", "0", "7", -1.0),
+    ],
+)
+def test_what_feedback_says(given: str | None, kind: str, value: str, answer: str, weight: float) -> None:
+    found = said_of(episode("r", "q", given), Feedback("f", "r", kind, value))
+    assert found == Said(question_id("q"), answer, weight, "of r")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value"),
+    [
+        (None, "correct", "true"),
+        (None, "score", "0.1"),
+        ("7", "correct", "1"),
+        ("7", "answer", "8"),
+        ("7", "score", "NaN"),
+        ("7", "score", "7"),
+        ("7", "score", "-0.1"),
+        ("7", "mood", "true"),
+        ("7", "correct", "tru"),
+    ],
+)
+def test_what_bears_on_no_answer(given: str | None, kind: str, value: str) -> None:
+    heard = Feedback("f", "r", kind, value)
+    assert said_of(episode("r", "q", given), heard) is None
+    assert said_of(None, heard) is None
+    assert said_of(episode("r", "q", "7", question=None), Feedback("f", "r", "correct", "true")) is None
+
+
+def heard(*said: tuple[str, float], tenants: Sequence[str] = "abcdefghi") -> tuple[str | None, float, list[str]]:
+    found = by_feedback([Said("q", *one, tenant) for one, tenant in zip(said, tenants, strict=False)], JUDGE)
+    label = found.label
+    return (None, 0.0, list(found.refuted)) if label is None else (label.answer, label.confidence, list(found.refuted))
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "sure", "refuted"),
+    [
+        ([("7", 1.0)], "7", 2 / 3, []),
+        ([("7", 0.8)], "7", 1.8 / 3, []),
+        ([("7", -1.0)], None, 0.0, ["7"]),
+        ([("7", -0.6)], None, 0.0, ["7"]),
+        ([("7", 1.0), ("8", 1.0), (" 8.0", 1.0)], "8", 3 / 5, []),  # in whatever spelling
+        ([("7", 1.0), ("8", 1.0)], None, 0.0, []),
+        ([("7", 1.0), ("8", 0.9)], "7", 2 / 4, []),
+        ([("7", 1.0), ("7", -1.0)], None, 0.0, ["7"]),
+        ([("7", 1.0), ("7", 1.0), ("7", 1.0), ("7", -1.0)], "7", 4 / 6, []),
+        ([("7", 1.0), ("7", 0.5), ("7", -1.0), ("8", 0.6)], "8", 1.6 / 5, []),
+        ([("8", -1.0), ("7", 1.0), ("7", 1.0)], "7", 3 / 4, ["8"]),  # who refutes another says nothing of this one
+        ([("7", 1.0), ("placeholder", 1.0)], "7", 2 / 3, []),
+        ([("placeholder", 1.0)], None, 0.0, []),
+        ([(veiled("7"), 1.0), ("7.0", 1.0), ("8", 1.0)], veiled("7"), 3 / 5, []),  # before and after text was stored
+    ],
+)
+def test_what_clients_hold_for_right(
+    said: list[tuple[str, float]], answer: str | None, sure: float, refuted: list[str]
+) -> None:
+    found = heard(*said)
+    assert (found[0], found[2]) == (answer, refuted)
+    assert found[1] == pytest.approx(sure)
+
+
+@pytest.mark.parametrize(
+    ("said", "tenants", "answer", "sure", "refuted"),
+    [
+        ([("7", 1.0)] * 3 + [("8", 1.0)] * 2, "aaabc", "8", 3 / 5, []),  # saying it three times is saying it
+        ([("7", 1.0), ("8", 1.0)], "aa", "8", 2 / 3, []),  # one has changed its mind
+        ([("7", 1.0), ("7", -1.0)], "aa", None, 0.0, ["7"]),
+        ([("7", -1.0), ("7.0", 1.0)], "aa", "7", 2 / 3, []),
+        ([("7", -1.0), ("8", -1.0), ("9", 1.0)], "aaa", "9", 2 / 3, ["7", "8"]),  # of one, all that it says
+        ([("7", 1.0), ("8", -1.0), ("8", 1.0)], "aba", None, 0.0, ["8"]),
+    ],
+)
+def test_a_tenant_has_one_voice_its_latest(
+    said: list[tuple[str, float]], tenants: str, answer: str | None, sure: float, refuted: list[str]
+) -> None:
+    found = heard(*said, tenants=tenants)
+    assert (found[0], found[2]) == (answer, refuted)
+    assert found[1] == pytest.approx(sure)
+
+
+def test_a_text_that_begins_as_a_veil_is_a_text() -> None:
+    (begins, form) = "veiled:ten million", "veiled:" + 24 * "0"
+    assert heard((begins, 1.0), (form, -1.0))[2] == [form]
+    assert veiled(begins) != begins
+    spelled = ["5", "5 cm", begins]  # whatever is beside them, a unit may be left out
+    assert vote(spelled, JUDGE) == Vote("5", 2, 1, 3)
+
+
+sayings = st.lists(
+    st.tuples(st.sampled_from("789"), st.sampled_from([-1.0, -0.75, -0.5, 0.5, 0.75, 1.0])), min_size=1, max_size=9
+)
+
+
+@given(sayings, st.randoms())
+def test_what_is_refuted_is_no_label_whatever_the_order(said: list[tuple[str, float]], random: Any) -> None:
+    answer, sure, refuted = heard(*said)
+    support = {one: sum(weight for what, weight in said if what == one) for one in "789"}
+    assert set(refuted) == {one for one in support if support[one] <= 0 and one in dict(said)}
+    if answer is not None:
+        assert support[answer] > max(0, *(support[one] for one in support if one != answer))
+        assert 0 < sure < 1
+    shuffled = list(said)
+    random.shuffle(shuffled)
+    again = heard(*shuffled)
+    assert (again[0], again[1], set(again[2])) == (answer, sure, set(refuted))
+
+
+# Votes
+
+
+def voted(finals: str) -> Vote | None:
+    return vote([None if final == "-" else final for final in finals], JUDGE)
+
+
+def test_a_vote_is_over_all_branches() -> None:
+    assert voted("77787") == Vote("7", 4, 1, 5)
+    assert voted("787--") == Vote("7", 2, 1, 5)
+    assert voted("787--").margin == 0.2  # type: ignore[union-attr]
+    assert voted("77") is None
+    assert voted("7--") == Vote("7", 1, 0, 3)
+    assert voted("---") is None
+    assert voted("8778") == Vote("8", 2, 2, 4)
+
+
+def test_a_vote_knows_what_is_the_same() -> None:
+    spelled = ["7.0", "$8$", "007", "8", "7", "[placeholder]"]
+    assert vote(spelled, JUDGE) == Vote("7.0", 3, 2, 6)
+    assert vote([*spelled, "8", "007", "007", "$8$"], JUDGE) == Vote("007", 5, 4, 10)  # as most of them write it
+    assert vote([veiled(one) for one in spelled[:5]], JUDGE) == Vote(veiled("7"), 3, 2, 5)
+    assert same("7.0", veiled("7"), JUDGE)
+    assert not same("8", veiled("7"), JUDGE)
+    assert not same("[placeholder]", "[placeholder]", JUDGE)
+
+
+def test_a_vote_is_no_surer_than_the_share_that_says_it() -> None:
+    assert sure(3, 0) == 15 / 16 * 4 / 5  # 1 - BetaCDF(1/2; 4, 1)
+    assert sure(60, 40) == pytest.approx(0.6, abs=0.02)
+    assert reckoned(Vote("7", 3, 0, 6)) == 15 / 16 * 4 / 8
+    assert sure(2, 2) == 1 / 4
+    assert sure(64, 0) == pytest.approx(65 / 66)  # never beyond doubt
+
+
+reckonings = st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.9])
+
+
+@given(st.lists(st.tuples(reckonings, st.booleans()), min_size=ENOUGH, max_size=60))
+def test_calibration_rises_and_each_step_is_as_sure_as_its_own_answers(judged: list[tuple[float, bool]]) -> None:
+    sure = calibrated(judged)
+    levels = sorted({level for level, _ in judged})
+    found = [sure(level) for level in levels]
+    assert found == sorted(found)
+    for share in set(found):
+        own = [is_right for level, is_right in judged if sure(level) == share]
+        assert share == (sum(own) + 1) / (len(own) + 2)
+    assert (sure(0.0), sure(1.0)) == (found[0], found[-1])
+    assert sure((levels[0] + levels[-1]) / 2) in found
+
+
+def test_one_answer_makes_nobody_sure() -> None:
+    half = [(0.5, number % 2 == 0) for number in range(ENOUGH)]
+    assert calibrated([*half, (0.9, True)])(0.95) == 2 / 3
+    assert calibrated([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # one step of all
+    assert calibrated([(0.9, True)] * ENOUGH)(0.1) == 21 / 22
+    assert calibrated(half[1:])(0.95) == 0.95  # too few to tell
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 4), (4, 4), (46, 56), (1, 2)])
+def test_the_interval_is_wilsons(right: int, of: int) -> None:
+    interval = Agreement(right, of).interval
+    assert interval is not None
+    for end in (one / 100 for one in interval):  # the ends are as far from the share as their own spread allows
+        assert abs(end - right / of) == pytest.approx(1.959964 * (end * (1 - end) / of) ** 0.5, abs=1e-6)
+    assert interval[0] <= 100 * right / of <= interval[1]
+    assert Agreement(0, 0).interval is None
+
+
+# A store
+
+
+def test_the_surest_source_counts_from_import_to_score(place: Path) -> None:
+    put(place, recorded("q", "8888"))
+    assert read(place)[0].reference is None
+    filled(place)
+    (one,) = read(place)
+    assert (one.reference, one.label_source, one.confidence) == ("8", CONSENSUS, sure(4, 0))
+    put(place, feedback("r q", "9"))
+    filled(place)
+    (one,) = read(place)
+    assert (one.reference, one.label_source, one.confidence) == ("9", FEEDBACK, 2 / 3)
+    filled(place, asked("q", "7"))
+    (one,) = read(place)
+    assert (one.reference, one.label_source, one.confidence) == ("7", REFERENCE, 1)
+    report = filled(place)
+    assert report.effective == {REFERENCE: 1, FEEDBACK: 0, CONSENSUS: 0, None: 0}
+    assert (report.feedback, report.consensus) == (Agreement(0, 1), Agreement(0, 1))
+    assert {one.source: one.answer for one in labels(place)} == {REFERENCE: "7", FEEDBACK: "9", CONSENSUS: "8"}
+
+
+def test_a_second_time_writes_nothing(place: Path) -> None:
+    put(place, recorded("q"), recorded("p", "9999"), feedback("r q", 0.8), episode("s", "p"), feedback("s", False))
+
+    async def go() -> None:
+        async with Store.open(place) as store:
+            first = await fill(store, [asked("p", "9")])
+            before, count = await store.labels(), store.transactions
+            second = await fill(store, [asked("p", "9")])
+            assert await store.labels() == before  # their times too
+            assert store.transactions == count
+            assert first.written == {REFERENCE: 1, FEEDBACK: 1, CONSENSUS: 2}
+            assert replace(second, written=first.written) == first
+            assert set(second.written.values()) == {0}
+
+    asyncio.run(go())
+
+
+def test_the_latest_feedback_of_a_request_counts_and_an_earlier_label_goes(place: Path) -> None:
+    put(place, episode("r", "q"), feedback("r", True, 1))
+    filled(place)
+    assert by_question(place, FEEDBACK) == {question_id("q"): ("7", 2 / 3)}
+    put(place, feedback("r", 0.6, 2))
+    filled(place)
+    assert by_question(place, FEEDBACK) == {question_id("q"): ("7", 1.6 / 3)}
+    put(place, feedback("r", False, 3))
+    report = filled(place)
+    assert labels(place) == []
+    assert (report.removed[FEEDBACK], report.effective[None]) == (1, 1)
+
+
+def test_what_is_forgotten_labels_nothing(place: Path) -> None:
+    put(place, recorded("q", "78"), episode("s", "q"), feedback("s", True))
+    filled(place)
+
+    async def forget() -> None:
+        async with Store.open(place) as store:
+            await store.forget(request="s")
+
+    asyncio.run(forget())
+    filled(place)
+    assert labels(place) == []
+
+
+def test_a_refuted_answer_is_no_consensus(place: Path) -> None:
+    put(place, recorded("q", "7777"), recorded("p", "7777"), feedback("r q", False), feedback("r p", True))
+    report = filled(place)
+    assert by_question(place, CONSENSUS) == {question_id("p"): ("7", sure(4, 0))}
+    assert (report.votes, report.close, report.refuted) == (2, 0, 1)
+    put(place, episode("s", "q"), episode("t", "q"), feedback("s", True), feedback("t", True))
+    assert filled(place).refuted == 0  # two say it is right, and one that it is not
+
+
+def test_a_vote_that_is_close_or_small_is_no_label(place: Path) -> None:
+    finals = {"even": "7788", "near": "7" * 55 + "8" * 45, "clear": "7778", "small": "77", "silent": "----"}
+    put(place, *(recorded(text, said) for text, said in finals.items()))
+    report = filled(place)
+    assert set(by_question(place, CONSENSUS)) == {question_id("clear")}
+    assert (report.votes, report.close) == (3, 2)
+    filled(place, min_margin=0.1)
+    assert set(by_question(place, CONSENSUS)) == {question_id("clear"), question_id("near")}
+    filled(place, min_margin=0.0)  # of equal votes nobody leads
+    assert set(by_question(place, CONSENSUS)) == {question_id("clear"), question_id("near")}
+    assert filled(place, min_margin=0.9).removed[CONSENSUS] == 2
+    assert labels(place) == []
+
+
+def test_votes_are_of_the_newest_version_and_of_complete_recordings(place: Path) -> None:
+    cut = recorded("q", "5555", request="r 3")
+    cut = replace(cut, branches=[cut.branches[0]._replace(complete=False), *cut.branches[1:]])
+    put(
+        place,
+        recorded("q", "8888888", request="r 1", chat_template="old"),
+        recorded("q", "76", request="r 4", benchmark="asked again"),
+        recorded(
+            "p", "888", request="r 5", chat_template="old", benchmark="asked again"
+        ),  # last of its cell, not of all
+        recorded("q", "777", request="r 2"),
+        cut,
+    )
+    report = filled(place)
+    assert by_question(place, CONSENSUS) == {
+        question_id("q"): ("7", sure(4, 1)),  # of both benchmarks
+        question_id("p"): ("8", sure(3, 0)),  # the newest there is
+    }
+    assert report.votes == 2
+
+
+def test_a_store_knows_versions_as_recordings_do(place: Path) -> None:
+    both = [recorded("q", chat_template="old"), recorded("q", sampling={"top_p": 0.9, "ü": [1, 2]}, request="r 2")]
+    put(place, *both)
+
+    async def versions() -> list[Any]:
+        async with Store.open(place) as store:
+            return list(await store.versions("m"))
+
+    assert asyncio.run(versions()) == [both[1].version, both[0].version]
+
+
+def test_of_several_models_the_clearest_vote_counts(place: Path) -> None:
+    put(place, recorded("q", "88887777777", model="n", request="r 1"), recorded("q", "999", request="r 2"))
+    filled(place)
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("9", sure(3, 0))}
+
+
+def test_a_large_vote_goes_before_a_small_unanimous_one(place: Path) -> None:
+    put(place, recorded("q", "7" * 62 + "88", model="n", request="r 1"), recorded("q", "999", request="r 2"))
+    filled(place)
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("7", sure(62, 2))}
+
+
+def test_how_many_branches_make_a_vote_can_be_said(place: Path) -> None:
+    put(place, recorded("q", "77"), recorded("p", "7777"))
+    assert filled(place).votes == 1
+    assert filled(place, min_branches=2).votes == 2
+    report = filled(place, min_branches=5)
+    assert (report.votes, report.removed[CONSENSUS]) == (0, 2)
+
+
+def test_feedback_is_as_sure_as_references_find_it_where_there_are_enough(place: Path) -> None:
+    known = [f"known {number}" for number in range(ENOUGH)]
+    put(place, *(item for text in [*known, "q"] for item in (episode(text, text), feedback(text, True))))
+    references = [asked(text, "7" if number < ENOUGH // 4 else "8") for number, text in enumerate(known)]
+    assert filled(place, *references[1:]).as_json()["feedback"]["confidence"] == "reckoned"
+    assert by_question(place, FEEDBACK)[question_id("q")] == ("7", 2 / 3)
+    report = filled(place, *references)
+    assert report.as_json()["feedback"]["confidence"] == "calibrated"
+    assert by_question(place, FEEDBACK)[question_id("q")] == ("7", (ENOUGH // 4 + 1) / (ENOUGH + 2))
+
+
+@pytest.mark.parametrize(("source", "finals"), [(CONSENSUS, "7" * 64), (FEEDBACK, "78")])
+def test_what_was_labelled_elsewhere_can_be_refuted_here(tmp_path: Path, source: LabelSource, finals: str) -> None:
+    there, here = tmp_path / "there.db", tmp_path / "here.db"
+    put(there, recorded("q", finals), *([feedback("r q", "7")] if source is FEEDBACK else []))
+    filled(there)
+    (exported,) = read(there)
+    assert (exported.reference, exported.label_source) == ("7", source)
+    for sent in (exported, replace(exported, confidence=1.0)):  # as an earlier program, or anyone, has written it
+        here.unlink(missing_ok=True)
+        put(here, sent, feedback("r q", "8"))
+        assert by_question(here, source)[question_id("q")][0] == "7"
+        put(here, feedback("r q", "9", 1))  # which says nothing of 7
+        filled(here)
+        put(here, episode("s", "q"), feedback("s", False, 2))
+        filled(here)
+        assert "7" not in {one.answer for one in labels(here)}
+        assert read(here)[0].reference == "9"
+
+
+def test_the_latest_of_a_tenant_is_its_latest_whichever_request_it_was_of(place: Path) -> None:
+    put(place, episode("r", "q", tenant="a"), episode("s", "q", tenant="a"))
+    put(place, feedback("r", "7", 1), feedback("s", "8", 2), feedback("r", "9", 3))
+    filled(place)
+    assert by_question(place, FEEDBACK) == {question_id("q"): ("9", 2 / 3)}
+
+
+def test_confidence_is_read_off_votes_with_a_reference_where_there_are_enough(place: Path) -> None:
+    known = [f"known {number}" for number in range(ENOUGH)]
+    put(place, recorded("q", "7777"), *(recorded(text, "7777") for text in known))
+    references = [asked(text, "7" if number < ENOUGH // 2 else "8") for number, text in enumerate(known)]
+    report = filled(place, *references[1:])
+    assert report.calibrated == 0
+    assert by_question(place, CONSENSUS)[question_id("q")] == ("7", sure(4, 0))
+    report = filled(place, *references)
+    assert report.calibrated == ENOUGH
+    assert by_question(place, CONSENSUS)[question_id("q")] == ("7", 0.5)
+    assert report.consensus == Agreement(ENOUGH // 2, ENOUGH)
+    assert [(low, high, found) for low, high, found in report.by_margin if found.of] == [
+        (0.8, 1.0, Agreement(ENOUGH // 2, ENOUGH))
+    ]
+
+
+def test_margins_fall_into_bins_with_their_lower_ends(place: Path) -> None:
+    finals = {"0.0": "78787-", "0.2": "7778899999", "0.8": "777777777-" + "8" * 1, "1.0": "777"}
+    put(place, *(recorded(text, said) for text, said in finals.items()))
+    report = filled(place, *(asked(text, "7") for text in finals))
+    margins = {text: voted(said).margin for text, said in finals.items()}  # type: ignore[union-attr]
+    assert margins == pytest.approx({"0.0": 1 / 6, "0.2": 0.2, "0.8": 8 / 11, "1.0": 1})
+    assert {low: tuple(found) for low, _, found in report.by_margin} == {
+        0.0: (1, 1),
+        0.2: (0, 1),
+        0.4: (0, 0),
+        0.6: (1, 1),
+        0.8: (1, 1),
+    }
+    assert report.consensus == Agreement(2, 3)
+
+
+def test_references_are_of_questions_that_are_there_and_do_not_unsay_their_own(place: Path) -> None:
+    own = recorded("own", reference="7", request="", chat_template="", origin=Origin.COLLECTED)
+    put(place, own, recorded("q"), episode("s", "served"))
+    given = [asked("own", "8"), asked("q", "5"), asked("served", "6"), asked("other", "1"), asked("no reference")]
+    report = filled(place, *given)
+    assert by_question(place, REFERENCE) == {question_id("q"): ("5", 1.0), question_id("served"): ("6", 1.0)}
+    assert (report.unknown, report.contradicted) == (1, 1)
+    assert report.effective == {REFERENCE: 3, FEEDBACK: 0, CONSENSUS: 0, None: 0}
+    assert report.consensus == Agreement(1, 2)  # of "own" its own reference is right
+    assert filled(place, asked("own", "7.0")).contradicted == 0
+    assert filled(place, asked("q", "4")).written[REFERENCE] == 1
+    assert by_question(place, REFERENCE)[question_id("q")] == ("4", 1.0)
+
+
+def test_labels_that_came_from_elsewhere_stay_until_they_are_known_better(place: Path) -> None:
+    put(place, recorded("q", "78"))
+
+    async def came() -> None:
+        async with Store.open(place) as store:
+            await store.set_labels([Label(question_id("q"), source, "7", 0.9) for source in (FEEDBACK, CONSENSUS)])
+
+    asyncio.run(came())
+    assert set(filled(place).removed.values()) == {0}
+    assert len(labels(place)) == 2
+    put(place, recorded("q", "888", request="r 2"), feedback("r q", "9"))
+    filled(place)
+    assert by_question(place, FEEDBACK) == {question_id("q"): ("9", 2 / 3)}
+    assert by_question(place, CONSENSUS) == {question_id("q"): ("8", sure(4, 1))}
+
+
+def test_answers_that_cannot_be_read_are_counted_all_the_same(place: Path) -> None:
+    hidden = recorded("q", "7778")
+    hidden = replace(hidden, branches=[one._replace(final=veiled(one.final or "")) for one in hidden.branches])
+    put(place, hidden, replace(hidden, question=question_id("p"), request="r p"), feedback("r p", veiled("8")))
+    report = filled(place, asked("q", "7.0"), asked("p", "8"))
+    assert report.consensus == Agreement(1, 2)
+    assert report.feedback == Agreement(1, 1)
+    assert by_question(place, CONSENSUS)[question_id("p")] == (veiled("7"), sure(3, 1))
+    assert by_question(place, FEEDBACK) == {question_id("p"): (veiled("8"), 2 / 3)}
+
+
+# The verb
+
+
+def run(place: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["label", "--store", str(place), *arguments])
+
+
+@pytest.fixture
+def asking(tmp_path: Path) -> Path:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "q", "reference": "7"}\n{"question": "other", "reference": "7"}\n')
+    return path
+
+
+def test_the_verb_tells_people_and_machines(place: Path, asking: Path, tmp_path: Path) -> None:
+    put(place, recorded("q"), recorded("p", "8888"), episode("s", "p", None), feedback("s", True))
+    done = run(place, "--references", str(asking), "--json", str(tmp_path / "f.json"))
+    assert done.exit_code == 0, done.output
+    for words in ("1 of 1", "21 to 100 %", "of 2 votes 0 are too close", "reckoned from counts", "1 are of questions"):
+        assert words in done.output
+    assert "of 1 requests it bears on no answer" in done.output
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["questions"] == {"reference": 1, "feedback": 0, "consensus": 1, "none": 0}
+    assert figures["written"] == {"reference": 1, "feedback": 0, "consensus": 2}
+    assert figures["consensus"]["agreement"]["right"] == figures["consensus"]["agreement"]["of"] == 1
+    assert figures["consensus"]["by_margin"][2] == {"from": 0.4, "to": 0.6} | figures["consensus"]["agreement"]
+    done = run(place, "--references", str(asking), "--json", "-")
+    assert json.loads(done.stdout) == figures | {"written": {"reference": 0, "feedback": 0, "consensus": 0}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--references", "none.jsonl"], "none.jsonl: No such file"),
+        (["--json", "no/f.json"], "there is no folder"),
+        (["--min-margin", "2"], "Invalid value for '--min-margin'"),
+        (["--min-branches", "0"], "Invalid value for '--min-branches'"),
+        (["--store", "none.db"], "none.db: there is no store"),
+    ],
+)
+def test_bad_arguments_write_nothing(place: Path, arguments: list[str], words: str) -> None:
+    put(place, recorded("q"))
+    done = run(place, *arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+    assert labels(place) == []

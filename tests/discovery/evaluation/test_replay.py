@@ -1,0 +1,46 @@
+"""Replay: what recordings are, what probes cost, and where a recording ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from controllers import Limits, State, advance, branch, probe, run_episode, run_sync
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, Recording, intern
+from discovery.errors import Censored
+from discovery.evaluation.replay import ReplayEnvironment
+from tests.fakes import Scripted
+
+
+def recording_of(branches: list[RecordedBranch]) -> Recording:
+    return intern(RecordedQuestion("q", "m", "b", 10, branches, "7"))
+
+
+def test_a_recording_cannot_be_changed() -> None:
+    recording = recording_of([RecordedBranch(["1", None], 25, "7")])
+    assert recording.answers == ("1", "7")
+    with pytest.raises(ValueError, match="read-only"):
+        recording.probes[0] = 3
+
+
+def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
+    recording = recording_of([RecordedBranch(["7"], 25, "7", [4])])
+    for supposed, spent in ((None, 14), (9, 19)):
+        state = State(Limits(10))
+        script = Scripted([branch(), probe(0)])
+        run_sync(run_episode(script, ReplayEnvironment(recording, [0], probe_tokens=supposed), state))
+        assert state.spent == spent
+
+
+def test_more_branches_than_recorded_is_an_error_of_the_environment() -> None:
+    recording = recording_of([RecordedBranch(["1"], 25, "7")])
+    with pytest.raises(Censored, match="only 1 branches"):
+        run_sync(run_episode(Scripted([branch(), branch()]), ReplayEnvironment(recording, [0]), State(Limits(10))))
+
+
+def test_past_the_end_of_a_censored_branch_is_an_error_of_the_environment() -> None:
+    recording = recording_of([RecordedBranch(["1", "7"], 25, None, complete=False)])
+    state = State(Limits(10))
+    script = Scripted([branch(2), probe(0)], [advance(0)])
+    with pytest.raises(Censored, match="branch 0 was recorded for 2 intervals and not to its end"):
+        run_sync(run_episode(script, ReplayEnvironment(recording, [0]), state))
+    assert (state.spent, state.branches[0].label) == (20, 0)

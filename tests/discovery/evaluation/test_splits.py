@@ -1,0 +1,161 @@
+"""What explorers may see: the search split alone, and of that nothing that can be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.answers import veiled
+from discovery.data.importers import as_line, read_jsonl
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import DiscoveryError, NotRecorded
+from discovery.evaluation.evaluate import Answers
+from discovery.evaluation.scores import Score
+from discovery.evaluation.sources import open_source
+from discovery.evaluation.splits import export_search, salted_id, search_only
+from tests.discovery.evaluation.test_evaluate import Given, question, scores
+
+WORDS = {str(number): f"answer-number-{'x' * number}!" for number in range(7)}
+
+
+def worded(number: int, **changes: Any) -> RecordedQuestion:
+    """A question whose answers are words no other part of a recording holds; 7 is seven's."""
+    text = f"What is the meaning of {number}?"
+    plain = question(number, **changes)
+
+    def word(answer: str | None) -> str | None:
+        return None if answer in (None, "11") else WORDS.get(answer or "", f"seven+{answer}")
+
+    branches = [
+        RecordedBranch([word(one) for one in b.probes], b.tokens, word(b.final), list(b.probe_tokens))
+        for b in plain.branches
+    ]
+    reference = None if plain.reference is None else word(plain.reference)
+    return replace(plain, question=question_id(text), text=text, branches=branches, reference=reference)
+
+
+QUESTIONS = (
+    *(worded(i) for i in range(6)),
+    worded(6, reference="99"),  # no branch says so
+    worded(7, reference=None),
+    worded(8, split=Split.VALIDATION),
+    worded(9, split=Split.HELD_OUT),
+    *(worded(i, benchmark="c") for i in range(10, 13)),
+)
+
+
+def written(path: Path, questions: Sequence[RecordedQuestion] = QUESTIONS) -> Path:
+    path.write_text("".join(as_line(one) for one in questions))
+    return path
+
+
+def test_only_the_search_split_is_shown_and_read() -> None:
+    source = search_only(Given(*QUESTIONS))
+    assert source.cells() == [Cell("m", "b", Split.SEARCH), Cell("m", "c", Split.SEARCH)]
+    assert len(source.load(source.cells()[0])) == 8
+    for split in (Split.VALIDATION, Split.HELD_OUT):
+        with pytest.raises(DiscoveryError, match=f"m b {split}: explorers read the search split and no other"):
+            source.load(Cell("m", "b", split))
+
+
+def columns(found: Sequence[Score]) -> list[Any]:
+    return [(score.cell, score.beta, score.outcomes.tolist()) for score in found]
+
+
+@pytest.mark.parametrize("controller", ["cmc", "asc@16"])
+def test_the_export_replays_as_the_original(tmp_path: Path, controller: str) -> None:
+    path = written(tmp_path / "all.jsonl")
+    assert export_search(path, tmp_path / "search.jsonl") == 11
+    both = [search_only(open_source(one)) for one in (path, tmp_path / "search.jsonl")]
+    original, exported = (
+        scores(controller, source=Given(*(q for c in one.cells() for q in one.load(c)))) for one in both
+    )
+    assert columns(exported) == columns(original)
+    assert sum(score.accuracy for score in original) > 0
+
+
+def test_nothing_can_be_read_in_the_export(tmp_path: Path) -> None:
+    export_search(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
+    text = (tmp_path / "search.jsonl").read_text()
+    for one in QUESTIONS:
+        answers = {answer for branch in one.branches for answer in (*branch.probes, branch.final)}
+        for word in (one.question, one.question[:12], one.text, one.reference, *answers):
+            assert word is None or word not in text
+    assert "held-out" not in text
+    assert "meaning" not in text
+    for line in map(json.loads, text.splitlines()):
+        said = [line.get("reference"), *(a for b in line["branches"] for a in (*b["probes"], b.get("final")))]
+        assert all(answer is None or (answer[0] == "a" and answer[1:].isdigit()) for answer in said)
+        assert "question" not in line
+
+
+def test_the_first_answer_has_no_number_of_its_own(tmp_path: Path) -> None:
+    export_search(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
+    exported = read_jsonl(tmp_path / "search.jsonl")
+    assert len({one.branches[0].final for one in exported}) > 1
+    assert len({one.reference for one in exported}) > 2
+
+
+def test_a_salt_gives_the_same_file_and_none_another(tmp_path: Path) -> None:
+    path = written(tmp_path / "all.jsonl")
+    texts = []
+    for salt in ("s", "s", None, None):
+        export_search(path, tmp_path / "search.jsonl", salt)
+        texts.append((tmp_path / "search.jsonl").read_text())
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    assert salted_id(QUESTIONS[0].question, "s") in texts[0]
+
+
+def test_answers_can_be_the_same_as_the_proxy_reads_them(tmp_path: Path) -> None:
+    chains = [RecordedBranch([], 10, answer, []) for answer in ("7.0", "007", "8", "$7$", "8")]
+    given = RecordedQuestion(question_id("q"), "m", "b", 100, chains, " 7 ")
+    export_search(written(tmp_path / "all.jsonl", [given]), tmp_path / "search.jsonl", answers=Answers.CANONICAL)
+    (exported,) = read_jsonl(tmp_path / "search.jsonl")
+    finals = [branch.final for branch in exported.branches]
+    assert finals[0] == finals[1] == finals[3] == exported.reference
+    assert finals[2] == finals[4] != finals[0]
+
+
+def hidden(recorded: RecordedQuestion) -> RecordedQuestion:
+    """The recording as one made of a request where no text may be kept."""
+    branches = [
+        one._replace(
+            probes=[None if answer is None else veiled(answer) for answer in one.probes],
+            final=None if one.final is None else veiled(one.final),
+        )
+        for one in recorded.branches
+    ]
+    return replace(recorded, branches=branches, text=None, origin=Origin.LIVE, request=f"request {recorded.question}")
+
+
+@pytest.mark.parametrize("answers", Answers)
+def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
+    tmp_path: Path, answers: Answers
+) -> None:
+    live = [replace(hidden(one), label_source=LabelSource.FEEDBACK, confidence=0.5) for one in QUESTIONS[:6]]
+    again = [replace(one, request=f"{one.request} again", branches=one.branches[::-1]) for one in live]
+    path = written(tmp_path / "all.jsonl", [*live, *again])
+    assert export_search(path, tmp_path / "search.jsonl", answers=answers) == 6
+    exported = read_jsonl(tmp_path / "search.jsonl")
+    assert columns(scores("cmc", source=Given(*exported))) == columns(
+        scores("cmc", source=Given(*live, *again), answers=answers)
+    )
+    assert sum(score.accuracy for score in scores("cmc", source=Given(*exported))) > 0
+    assert {(one.label_source, one.confidence) for one in exported} == {(LabelSource.FEEDBACK, 0.5)}
+    assert {len(one.branches) for one in exported} == {32}
+    text = (tmp_path / "search.jsonl").read_text()
+    assert not any(one.request in text or one.question in text for one in (*live, *again))
+    assert "veiled" not in text
+
+
+def test_nothing_to_export_leaves_no_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "all.jsonl", QUESTIONS[8:10])
+    with pytest.raises(NotRecorded, match="nothing there is of the search split"):
+        export_search(path, tmp_path / "search.jsonl")
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,557 @@
+"""The gate: its statistics alone, by simulation; each condition; planted finalists; the ledger."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from controllers.loading import Spec
+from discovery.commands.gate import _show
+from discovery.data.importers import as_line
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import GateError, NotRecorded
+from discovery.evaluation.afs import Anchor, afs, curves
+from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.paired_statistics import bounds, clusters, detectable, level, sign_flip
+from discovery.evaluation.replay_jobs import COLUMNS, Failure, Rules, Sealing
+from discovery.evaluation.score_set import Ground, Measured, Side, cheapest, measure
+from discovery.evaluation.scores import Score
+from discovery.promotion import gate
+from discovery.promotion.gate import Order, run_gate
+from discovery.promotion.ledger import Ledger, fingerprint
+from discovery.promotion.verdict import About, Report, Terms, Verdict, card_of, judge, report_of
+from proxy.cli import app
+from tests.discovery.evaluation.test_evaluate import Given
+
+NOISES = 200
+
+# The test alone
+
+
+def exactly(differences: Sequence[float]) -> float:
+    """The sign-flip p by its definition."""
+    flips = itertools.product((1, -1), repeat=len(differences))
+    sums = [sum(sign * one for sign, one in zip(signs, differences, strict=True)) for signs in flips]
+    return sum(one >= sum(differences) - 1e-12 for one in sums) / len(sums)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [([1, 2, 3], 1 / 8), ([1, 1, 1, -1], 5 / 16), ([1], 1 / 2), ([-1], 1), ([0, 0], 1), ([0, 1, 0, 2], 1 / 4)],
+)
+def test_the_test_is_exact_on_few_questions(differences: list[float], p: float) -> None:
+    assert sign_flip(np.array(differences, float)) == p == exactly(differences)
+
+
+def test_the_test_is_exact_whatever_the_differences() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        differences = rng.integers(-3, 5, 9) / 10  # many ties, and sums that adding in another order makes differ
+        assert sign_flip(differences) == pytest.approx(exactly(list(differences)))
+
+
+def test_draws_come_close_to_all_flips_and_never_to_nothing() -> None:
+    differences = np.random.default_rng(2).normal(0.4, 1, 16)
+    assert sign_flip(differences) == pytest.approx(exactly(list(differences)), abs=0.01)
+    assert sign_flip(np.ones(60)) == 1 / 20_001
+    assert sign_flip(np.ones(60), level(40, 0.05)) < level(40, 0.05)  # as many draws as it takes
+
+
+def test_all_levels_together_spend_alpha() -> None:
+    levels = [level(k, 0.05) for k in range(1, 10_000)]
+    assert 0.0499 < sum(levels) < 0.05
+    assert levels == sorted(levels, reverse=True)
+
+
+def noises(rng: np.random.Generator, finalists: int, questions: int = 12) -> NDArray[np.float64]:
+    """Differences of finalists no better than the champion, on the same questions: of unequal weight."""
+    hard = rng.gamma(0.7, 5, questions)
+    shared = rng.choice([-1, 1], questions) * (rng.random(questions) < 0.3)  # what finalists of one search share
+    return hard * (shared + rng.normal(0, 1, (finalists, questions)))
+
+
+def test_noise_is_promoted_no_more_often_than_stated() -> None:
+    rng = np.random.default_rng(3)
+    first = ever = 0
+    for _ in range(NOISES):
+        passed = [sign_flip(one) <= level(k, 0.05) for k, one in enumerate(noises(rng, 10), start=1)]
+        first += passed[0]
+        ever += any(passed)
+    assert first <= 14  # 6 are expected; more than 14 come up once in a thousand
+    assert ever <= 20  # 10 at most are expected; more than 20 come up once in a thousand
+
+
+def test_power_grows_with_the_effect_and_is_what_is_said_of_it() -> None:
+    rng = np.random.default_rng(4)
+    drawn = rng.normal(0, 1, (60, 60))
+    alpha = level(1, 0.05)
+    noticed = detectable(drawn[0] / drawn[0].std(ddof=1), alpha)
+    assert noticed is not None
+    assert noticed == pytest.approx((1.913 + 0.848) / math.sqrt(60), abs=0.001)  # t of 59 degrees
+    power = [np.mean([sign_flip(one + shift, alpha) <= alpha for one in drawn]) for shift in (0, noticed / 2, noticed)]
+    assert power[0] < 0.1 < power[1] < 0.6 < power[2]
+    assert 0.65 < power[2] < 0.95
+
+
+def test_too_few_questions_notice_nothing() -> None:
+    assert detectable(np.ones(1), 0.05) is None
+    assert detectable(np.array([1.0, 2, 3, 4]), 0.03) is None  # 1 in 16 is the least p
+    assert detectable(np.array([1.0, 2, 3, 4, 5, 6]), 0.03) is not None
+
+
+def test_bounds_are_those_of_questions() -> None:
+    differences = np.random.default_rng(5).normal(1, 2, 100)
+    half = 1.645 * differences.std() / 10
+    assert bounds(differences) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.03)
+    assert bounds(np.ones(5)) == (1, 1)
+    assert bounds(np.ones(1)) == (-math.inf, math.inf)
+
+
+def test_a_question_of_many_models_is_one_and_cells_count_equally() -> None:
+    one, two, three = (Cell(model, "b", Split.HELD_OUT) for model in "mno")
+    values = {one: np.array([1.0, 3]), two: np.array([5.0, 3])}
+    questions = {one: ["p", "q"], two: ["q", "p"], three: ["r"]}
+    assert list(clusters(values, questions)) == [2, 4]
+    pooled = clusters({**values, three: np.array([9.0])}, questions)
+    assert len(pooled) == 3
+    assert pooled.mean() == pytest.approx((2 + 4 + 9) / 3)
+
+
+def test_the_cheapest_tokens_of_an_accuracy() -> None:
+    line = [(10.0, 50.0), (20.0, 60.0), (40.0, 55.0), (80.0, 65.0)]
+    assert [cheapest(line, accuracy) for accuracy in (40, 50, 55, 60, 61, 66)] == [10, 10, 15, 20, 64, None]
+
+
+# Each condition, on scores made by hand
+
+BETAS = (0.0, 0.5, 1.0)
+TOKENS = (1000, 4000, 16000)
+SHUFFLES = 100
+QUESTIONS = 12
+
+
+def score(name: str, at: int, model: str, accuracy: NDArray[np.float64], path: int, failures: int) -> Score:
+    """One controller at one β: percent by question, the same path in every episode."""
+    outcomes = np.zeros((len(COLUMNS), SHUFFLES, len(accuracy)), np.int64)
+    outcomes[COLUMNS.index("right")] = np.arange(SHUFFLES)[:, None] < accuracy
+    outcomes[COLUMNS.index("tokens")] = TOKENS[at]
+    outcomes[COLUMNS.index("critical_path")] = path
+    cell = Cell(model, "b", Split.HELD_OUT)
+    failed = [Failure(0, shuffle, "no idea") for shuffle in range(failures)]
+    return Score(name, Spec(name).digest, BETAS[at], cell, outcomes, failed, 1.0)
+
+
+def side(name: str, gains: Mapping[str, Any], path: int = 1000, failures: int = 0, questions: int = QUESTIONS) -> Side:
+    """A controller that has so many points more than 50 in each model, the same for all or a list by β."""
+    scores = []
+    for (model, gain), at in itertools.product(gains.items(), range(len(BETAS))):
+        of_beta = np.broadcast_to(gain[at] if isinstance(gain, list) else gain, questions)
+        scores.append(score(name, at, model, 50 + of_beta, path, failures))
+    anchors = dict.fromkeys((one.cell for one in scores), Anchor(1000, 50, 1000))
+    return Side(Spec(name), scores, {curve.cell: curve for curve in curves(scores, anchors)})
+
+
+def measured(gains: Mapping[str, Any], questions: int = QUESTIONS, **changes: Any) -> Measured:
+    sides = [
+        side("finalist", gains, questions=questions, **changes),
+        side("champion", dict.fromkeys(gains, 0), questions=questions),
+    ]
+    ids = [question_id(str(number)) for number in range(questions)]
+    ground = {
+        cell: Ground(ids, curve.anchor, np.full(questions, 0.5), np.full(questions, 1000.0), 100)
+        for cell, curve in sides[0].curves.items()
+    }
+    return Measured(ground, sides)
+
+
+def judged(gains: Mapping[str, Any], k: int = 1, advice: Sequence[str] = (), **changes: Any) -> Report:
+    return judge(measured(gains, **changes), Terms(), About(k, advice, "split", "now", "me"))
+
+
+def failed(report: Report) -> list[str]:
+    return [one.name for one in report.failed]
+
+
+SPREAD = np.array([4.0, 6] * 6)
+WIDE = np.array([-10.0, 10] * 6)
+
+CONDITIONS: dict[str, tuple[dict[str, Any], Verdict, list[str]]] = {
+    "none": ({}, Verdict.PROMOTE, []),
+    "static": ({"advice": ["line 1: print()"]}, Verdict.REJECT, ["static"]),
+    "failures": ({"failures": 3}, Verdict.REJECT, ["failures"]),
+    "not significant": ({"k": 20}, Verdict.UNDECIDED, ["significant"]),
+    "unsure at β": ({"gains": {"m": [20, WIDE, 40]}}, Verdict.UNDECIDED, ["accuracy"]),
+    "inferior at β": ({"gains": {"m": [20, -SPREAD, 40]}}, Verdict.REJECT, ["accuracy"]),
+    "a losing cell": ({"gains": {"m": 20, "n": -3, "o": 20}}, Verdict.REJECT, ["cells"]),
+    "path": ({"path": 1351}, Verdict.REJECT, ["path"]),
+    "one model carries it": ({"gains": {"m": 20, "n": -1}}, Verdict.UNDECIDED, ["models"]),
+    "worse": ({"gains": {"m": -SPREAD}}, Verdict.REJECT, ["better", "significant", "accuracy", "cells"]),
+    "the same": ({"gains": {"m": 0}}, Verdict.REJECT, ["better", "significant"]),
+}
+
+
+@pytest.mark.parametrize("what", CONDITIONS)
+def test_each_condition_can_fail_alone(what: str) -> None:
+    changes, verdict, names = CONDITIONS[what]
+    report = judged(**{"gains": {"m": SPREAD, "n": SPREAD[::-1]}, **changes})
+    assert (failed(report), report.verdict) == (names, verdict)
+
+
+def test_a_report_says_what_it_rests_on() -> None:
+    report = judged({"m": SPREAD, "n": 2 * SPREAD})
+    given = measured({"m": SPREAD, "n": 2 * SPREAD})
+    whole = [afs(list(one.curves.values())) for one in given.sides]
+    assert report.delta_afs == pytest.approx(whole[0] - whole[1])
+    assert report.interval is not None
+    assert report.interval[0] < report.delta_afs < report.interval[1]
+    assert (report.p, report.alpha, report.k) == (2**-12, level(1, 0.05), 1)
+    assert [one.name for one in report.conditions] == [
+        *("static", "failures", "better", "significant", "accuracy", "cells", "path", "models")
+    ]
+    assert report.cells[0].finalist[1] == pytest.approx({"beta": 0.5, "tokens": 4000, "accuracy": 55, "path": 1000})
+    assert report.headlines.accuracy == pytest.approx(7.5)
+    assert report.headlines.savings == pytest.approx(75)  # β = 0 is as accurate already
+    assert report_of(json.loads(json.dumps(report.as_json()))) == report
+
+
+def test_the_bound_on_the_path_is_in_tokens() -> None:
+    assert judged({"m": SPREAD}, path=1350).verdict is Verdict.PROMOTE  # 1.25 × 1,000 and an interval of 100
+
+
+def test_a_card_says_where_a_controller_comes_from() -> None:
+    card = card_of(judged({"m": SPREAD}), ["parent", "grandparent"], run="r1")
+    assert (card["lineage"], card["run"], card["gate"]["verdict"]) == (["parent", "grandparent"], "r1", "promote")
+    assert card["curve"]["m b"][0]["tokens"] == 1000
+    assert json.dumps(card)
+
+
+@pytest.mark.parametrize("gain", [20, 0, -20])
+def test_one_question_decides_nothing_good(gain: float) -> None:
+    report = judged({"m": gain}, questions=1)
+    assert report.verdict is (Verdict.UNDECIDED if gain > 0 else Verdict.REJECT)
+    assert (report.mde, report.interval, report.cells[0].low) == (None, None, None)
+    assert "NaN" not in json.dumps(report.as_json())
+    assert "Infinity" not in json.dumps(report.as_json())
+
+
+def test_no_variance_is_no_hindrance() -> None:
+    report = judged({"m": 20})
+    assert (report.verdict, report.mde) == (Verdict.PROMOTE, 0)
+
+
+# Planted finalists, on recordings
+
+FIRST = """
+from controllers import advance, answer, branch
+
+
+class First:
+    '''As many chains as self-consistency has, and the first that finishes is believed.'''
+
+    def __init__(self, beta):
+        self.chains = round(2 ** (6 * beta))
+
+    def decide(self, state):
+        if state.finished:
+            return [answer(state.branches[state.finished[0]].label)]
+        missing = min(self.chains - state.width, state.room)
+        return [advance(i) for i in state.active] + [branch()] * missing
+"""
+LAST = """
+from controllers import TO_END, advance, answer, branch
+
+
+class Last:
+    '''As self-consistency, but of equal votes the one seen last leads: noise.'''
+
+    def __init__(self, beta):
+        self.chains = round(2 ** (6 * beta))
+
+    def decide(self, state):
+        missing = min(self.chains - state.width, state.room)
+        if state.active or missing:
+            return [advance(i, TO_END) for i in state.active] + [branch(TO_END)] * missing
+        votes = sorted(state.votes.items(), key=lambda one: (one[1], one[0]))
+        return [answer(votes[-1][0] if votes else None)]
+"""
+SHORTER, LONGER = 0.95, 0.05
+
+
+def question(number: int, model: str, split: Split, shorter: float, longer: float) -> RecordedQuestion:
+    """Sixteen chains, of which the shorter ones are right so often, and the longer ones so often."""
+    rng = np.random.default_rng([number, *model.encode(), *split.encode()])
+    chains = []
+    for _ in range(16):
+        length = int(rng.integers(60, 900))
+        final = "7" if rng.random() < (shorter if length < 480 else longer) else "8"
+        chains.append(RecordedBranch([final] * (length // 100), length, final, []))
+    text = f"{split} {number}"
+    return RecordedQuestion(question_id(text), model, "b", 100, chains, "7", split=split)
+
+
+def recorded(split: Split, shorter: float, longer: float, questions: int = 20) -> list[RecordedQuestion]:
+    return [question(number, model, split, shorter, longer) for model in "mn" for number in range(questions)]
+
+
+GOOD = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER))
+OVERFITTED = Given(*recorded(Split.SEARCH, SHORTER, LONGER), *recorded(Split.HELD_OUT, LONGER, SHORTER))
+
+
+def run(
+    source: Given,
+    finalist: Spec,
+    ledger: Path,
+    split: Split = Split.HELD_OUT,
+    champion: Spec = Spec("self_consistency"),  # noqa: B008
+    **changes: Any,
+) -> Report:
+    about: dict[str, Any] = {"rules": Rules(16), "betas": BETAS, "shuffles": 4, "now": "now", "who": "me"} | changes
+    cells = [cell for cell in source.cells() if cell.split is split]
+    return run_gate(source, cells, finalist, champion, ledger, engine_called(EngineName.LOCAL), **about)
+
+
+def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
+    report = run(GOOD, Spec("first", FIRST), tmp_path / "ledger")
+    assert failed(report) == []
+    assert report.verdict is Verdict.PROMOTE
+    assert report.delta_afs > 5
+    assert (report.questions, len(report.cells)) == (20, 2)
+
+
+def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) -> None:
+    finalist = Spec("first", FIRST)
+    assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is Verdict.PROMOTE
+    report = run(OVERFITTED, finalist, tmp_path / "ledger")
+    assert report.verdict is Verdict.REJECT
+    assert {"better", "significant", "accuracy", "cells"} <= set(failed(report))
+
+
+def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path: Path) -> None:
+    report = run(GOOD, Spec("last", LAST), tmp_path / "ledger")
+    assert report.verdict is not Verdict.PROMOTE
+    assert "significant" in failed(report)
+    assert report.mde is not None
+    assert 0 < report.mde < 10
+
+
+def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path) -> None:
+    body = FIRST + "        print()\n"
+    report = run(GOOD, Spec("first", body), tmp_path / "ledger", shuffles=1)
+    assert "static" in failed(report)
+    body = FIRST.replace(
+        "if state.finished:", "if state.width > 9: raise ValueError('wide')\n        if state.finished:"
+    )
+    report = run(GOOD, Spec("first", body), tmp_path / "ledger", shuffles=1)
+    assert "failures" in failed(report)
+    assert "First raised ValueError: wide" in next(one.words for one in report.failed if one.name == "failures")
+    assert (report.verdict, report.k) == (Verdict.REJECT, 2)
+
+
+@pytest.mark.parametrize(
+    ("finalist", "changes", "words"),
+    [
+        (Spec("self_consistency"), {}, "self_consistency is the champion itself"),
+        (Spec("first", FIRST), {"rules": Rules(16, sealing=Sealing.NONE)}, "judged sealed or not at all"),
+        (Spec("single"), {"betas": [0.0, 1.0]}, "the deployed β 0.5 is not among those scored: 0.0, 1.0"),
+        (Spec("single"), {"terms": Terms(alpha=0)}, "α is 0; what may be spent lies between 0 and 1"),
+        (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "the champion no fails itself"),
+    ],
+)
+def test_what_cannot_be_judged_spends_nothing(
+    tmp_path: Path, finalist: Spec, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(GateError, match=words):
+        run(GOOD, finalist, tmp_path / "ledger", shuffles=1, **changes)
+    assert Ledger(tmp_path / "ledger").judgements() == []
+
+
+def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
+    voted = [replace(one, label_source=LabelSource.CONSENSUS) for one in recorded(Split.HELD_OUT, LONGER, SHORTER, 40)]
+    both = Given(*GOOD.recordings, *voted[20:40], *voted[60:])
+    alone = run(GOOD, Spec("single"), tmp_path / "alone", shuffles=1)
+    report = run(both, Spec("single"), tmp_path / "both", shuffles=1)
+    assert (report.questions, report.delta_afs, report.p) == (20, alone.delta_afs, alone.p)
+    with pytest.raises(NotRecorded, match="no right answer is known in a way that counts, only 40 by consensus"):
+        run(Given(*voted), Spec("single"), tmp_path / "ledger")
+    assert Ledger(tmp_path / "ledger").judgements() == []
+
+
+def test_spelling_decides_nothing_of_what_was_recorded_here(tmp_path: Path) -> None:
+    spelled = [
+        replace(one, branches=[b._replace(final=f" {b.final}.0") for b in one.branches], origin=Origin.COLLECTED)
+        for one in GOOD.recordings
+    ]
+    report, plain = (
+        run(source, Spec("single"), tmp_path / name, shuffles=1)
+        for name, source in (("spelled", Given(*spelled)), ("plain", GOOD))
+    )
+    assert (report.answers, plain.answers) == ("canonical", "exact")
+    assert (report.delta_afs, report.p) == (plain.delta_afs, plain.p)
+
+
+# The ledger
+
+FEW = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=3))
+
+
+def quickly(name: str, ledger: Path, source: Given = FEW, **changes: Any) -> Report:
+    return run(source, Spec(name), ledger, shuffles=1, **changes)
+
+
+def test_every_finalist_is_counted_and_none_is_judged_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger"
+    reports = [quickly(name, path) for name in ("single", "asc@4", "esc@8")]
+    assert [one.k for one in reports] == [1, 2, 3]
+    assert [one.alpha for one in reports] == [level(k, 0.05) for k in (1, 2, 3)]
+    assert quickly("single", path, champion=Spec("asc@8")).k == 4  # another champion is another question
+    monkeypatch.setattr(gate, "measure", None)  # nothing is scored again
+    assert quickly("asc@4", path) == reports[1]
+    lines = Ledger(path).judgements()
+    assert [(one.k, one.verdict, one.p) for one in lines[:3]] == [(one.k, one.verdict, one.p) for one in reports]
+    assert lines[0].split == fingerprint((one.question for one in FEW.recordings), ["m", "n"])
+    assert [one.who for one in lines] == ["me"] * 4
+
+
+def test_a_split_that_has_grown_is_no_new_split(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    grown = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=4))
+    other = Given(*recorded(Split.VALIDATION, SHORTER, LONGER, questions=3))
+    assert quickly("single", path).k == 1
+    assert quickly("single", path, grown).k == 2
+    assert quickly("single", path, other, split=Split.VALIDATION).k == 1
+
+
+def order(folder: Path, finalist: str = "asc@4") -> Order:
+    recordings = folder / "recordings.jsonl"
+    recordings.write_text("".join(as_line(one) for one in FEW.recordings))
+    return Order(
+        finalist,
+        "self_consistency",
+        recordings,
+        folder / "ledger",
+        folder / "report",
+        "now",
+        "me",
+        betas="0,0.5",
+        shuffles=1,
+        max_branches=16,
+        engine=EngineName.LOCAL,
+    )
+
+
+def test_who_dies_before_the_report_has_spent(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    dying = (
+        "import os, sys; from discovery.promotion import gate; from discovery.promotion.verdict import Report\n"
+        "Report.write = lambda *_: os._exit(9)\n"
+        "gate.main(sys.argv[1:])"
+    )
+    assert subprocess.run([sys.executable, "-c", dying, *given.options], check=False).returncode == 9
+    assert not given.report.exists()
+    (line,) = Ledger(given.ledger).judgements()
+    report = given.run()
+    assert (report.k, report.verdict, report.p) == (line.k, line.verdict, line.p)
+    assert json.loads(given.report.read_text()) == report.as_json() == line.report
+    assert len(Ledger(given.ledger).judgements()) == 1
+    assert replace(given, finalist="single").run().k == 2
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "dropped", "nonsense", "binary"])
+def test_a_corrupt_ledger_is_refused_by_name(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "ledger"
+    for name in ("single", "asc@4", "esc@8"):
+        quickly(name, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    harmed = {
+        "cut": b"".join(lines)[:-9],
+        "changed": b"".join([lines[0].replace(b'"k":1', b'"k":9'), *lines[1:]]),
+        "dropped": b"".join(lines[1:]),
+        "nonsense": b"".join([*lines, b"{}\n"]),
+        "binary": b"\xff\xfe",
+    }
+    path.write_bytes(harmed[harm])
+    with pytest.raises(GateError, match=str(path)):
+        quickly("single", path)
+    assert path.read_bytes() == harmed[harm]
+
+
+# The verb
+
+
+def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    file = tmp_path / "first.py"
+    file.write_text(FIRST)
+    options = ["--recordings", given.recordings, "--champion", "self_consistency", "--ledger", given.ledger]
+    more = [
+        "--report",
+        given.report,
+        "--betas",
+        "0,0.5",
+        "--shuffles",
+        "1",
+        "--max-branches",
+        "16",
+        "--engine",
+        "local",
+    ]
+    done = CliRunner().invoke(app, ["gate", str(file), *map(str, options), *map(str, more)])
+    assert done.exit_code == 0, done.output
+    assert "significant" in done.output
+    assert "first: undecided" in done.output
+    assert "answers are compared: exact\n" in done.output
+    assert "noticed" in done.output
+    assert json.loads(given.report.read_text())["name"] == "first"
+    done = CliRunner().invoke(app, ["gate", "nobody", *map(str, options), *map(str, more)])
+    assert done.exit_code == 2
+
+
+def test_the_verb_shows_whatever_a_controller_says(capsys: pytest.CaptureFixture[str]) -> None:
+    for report in (judged({"m": SPREAD}, failures=1), judged({"m": 20}, questions=1), judged({"m": -SPREAD})):
+        marked = replace(report.conditions[1], words="[/red] [link")
+        _show(replace(report, name="[/x]", conditions=[marked]))
+        told = capsys.readouterr().out
+        assert "[/red] [link" in told
+        assert f"[/x]: {report.verdict}" in told
+
+
+def test_an_order_is_carried_out_in_one_process_too(tmp_path: Path) -> None:
+    given = order(tmp_path)
+    assert gate.main(given.options) == 0
+    assert json.loads(given.report.read_text())["verdict"] in list(Verdict)
+
+
+def test_who_is_slower_is_told_what_the_faster_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger"
+    told: list[Report] = []
+
+    def meanwhile(*arguments: Any) -> Measured:
+        monkeypatch.setattr(gate, "measure", measure)
+        told.append(quickly("single", path))
+        return measure(*arguments)
+
+    monkeypatch.setattr(gate, "measure", meanwhile)
+    assert quickly("single", path) == told[0]
+    assert len(Ledger(path).judgements()) == 1
+
+
+@pytest.mark.parametrize(("change", "words"), [({"finalist": "nobody"}, "nobody"), ({"shuffles": "x"}, "--shuffles")])
+def test_a_bad_order_is_told_in_a_line(
+    tmp_path: Path, change: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gate.main(replace(order(tmp_path), **change).options) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1

@@ -1,0 +1,321 @@
+"""The grammar: every controller it can write is sound, and what it proposes follows from what it is shown alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
+
+from controllers import State, Stop, run_episode, run_sync
+from controllers.advice import advise
+from controllers.episode import Factory
+from controllers.loading import LARGEST, Spec, load
+from discovery.data.recordings import intern
+from discovery.evaluation.replay_jobs import Job, Rules, Sealing, play
+from discovery.search.explorers import Candidate, Context, Cost, Standing
+from discovery.search.explorers.grammar import (
+    CLASSICS,
+    PARTS,
+    REFINED_EVERY,
+    Genome,
+    Grammar,
+    Knob,
+    emit,
+    genome_of,
+    knobs,
+    space,
+)
+from tests.controllers.test_baselines import INTERVAL, crowd
+from tests.discovery.evaluation.test_evaluate import CELL, question
+from tests.fakes import Chain, ScriptedEnvironment, episode
+
+COMBINATIONS = [dict(zip(PARTS, names, strict=True)) for names in itertools.product(*PARTS.values())]
+BETAS = [at / 8 for at in range(9)]
+
+
+def numbered(parts: dict[str, str], seed: int) -> dict[str, Any]:
+    """A genome of these components whose numbers are anywhere they may be, every third at an end."""
+    rng, genome = random.Random(seed), dict[str, Any](genome_of(parts))
+    for name, kind in space(genome).items():
+        if isinstance(kind, FloatDistribution):
+            genome[name] = (
+                rng.choice([kind.low, kind.high]) if rng.random() < 1 / 3 else rng.uniform(kind.low, kind.high)
+            )
+    return genome
+
+
+GENOMES = st.builds(numbered, st.sampled_from(COMBINATIONS), st.integers(0, 10_000))
+
+
+@cache
+def made(source: str) -> Factory:
+    return load(source, "mine")
+
+
+# What it writes
+
+
+def test_there_are_as_many_structures_as_components_allow() -> None:
+    assert len(COMBINATIONS) == 432
+    assert len({emit(genome_of(parts)) for parts in COMBINATIONS}) == 432
+
+
+@pytest.mark.parametrize("widen", PARTS["widen"])
+def test_every_structure_is_a_file_that_can_be_used(widen: str) -> None:
+    for number, parts in enumerate(one for one in COMBINATIONS if one["widen"] == widen):
+        check_file(numbered(parts, number))
+
+
+@settings(max_examples=200, deadline=None)
+@given(genome=GENOMES)
+def test_any_numbers_make_a_file_that_can_be_used(genome: Genome) -> None:
+    check_file(genome)
+
+
+def check_file(genome: Genome) -> None:
+    source = emit(genome)
+    assert advise(source) == []
+    assert len(source.encode()) < LARGEST / 8
+    assert max(map(len, source.splitlines())) <= 120
+    assert not [line for line in source.splitlines() if line != line.rstrip()]
+    assert source.endswith("\n")
+    assert not source.endswith("\n\n")
+    for beta in (0.0, 0.5, 1.0):
+        made(source)(beta)
+
+
+def test_files_are_as_the_formatter_would_have_them(tmp_path: Path) -> None:
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists():
+        pytest.skip("ruff is not installed")
+    for number, parts in enumerate(COMBINATIONS):
+        (tmp_path / f"{number}.py").write_text(emit(numbered(parts, number)))
+    for verb in (["format", "--check"], ["check", "--select", "E,F,I,B,UP"]):
+        done = subprocess.run(
+            [ruff, *verb, "--line-length", "120", "--no-cache", "--isolated", tmp_path], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+@settings(max_examples=200, deadline=None)
+@given(genome=GENOMES)
+def test_each_number_follows_beta_one_way_and_within_its_bounds(genome: Genome) -> None:
+    controllers = [made(emit(genome))(beta) for beta in BETAS]
+    for knob in knobs(genome):
+        values = [getattr(controller, knob.name) for controller in controllers]
+        assert values == sorted(values, reverse=knob.falls), knob.name
+        assert all(isinstance(value, int) for value in values) or not knob.whole
+        slack = 0.51 if knob.whole else 0.0005 * knob.high  # what rounding takes
+        assert knob.low - slack <= values[0]
+        assert values[-1] <= knob.high + slack
+        assert [values[0], values[-1]] == pytest.approx(knob.span(genome)[:2], rel=0.002, abs=slack)
+
+
+@settings(max_examples=200, deadline=None)
+@given(share=st.tuples(st.floats(0.4, 1.0), st.floats(0.4, 1.0)))
+def test_no_more_than_all_votes_are_ever_asked_for(share: tuple[float, float]) -> None:
+    genome = genome_of({"stop": "share"}, share=(*share, 1.0))
+    assert all(made(emit(genome))(beta).share <= 1 for beta in BETAS)  # type: ignore[attr-defined]
+
+
+def test_a_number_that_falls_falls() -> None:
+    knob = Knob("weariness", "how soon it stops", 1, 9, falls=True)
+    genome = {"weariness.lo": 2.0, "weariness.hi": 7.0, "weariness.g": 1.5}
+    assert knob.span(genome) == (7.0, 2.0, 1.5)
+    assert knob._replace(falls=False).span(genome) == (2.0, 7.0, 1.5)
+
+
+# What its controllers do
+
+
+def run(genome: Genome, beta: float, chains: list[Chain], **limits: int) -> State:
+    environment = ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda _: 3)
+    state = episode(INTERVAL, **limits)
+    run_sync(run_episode(made(emit(genome))(beta), environment, state))
+    return state
+
+
+@settings(max_examples=150, deadline=None)
+@example(genome=numbered({"depth": "horizon", "pool": "all"}, 1), beta=1.0, seed=0, cap=498, width=4)
+@given(
+    genome=GENOMES,
+    beta=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    cap=st.integers(INTERVAL, 4000),
+    width=st.integers(1, 64),
+)
+def test_each_ends_within_any_limits(genome: Genome, beta: float, seed: int, cap: int, width: int) -> None:
+    limits = {"max_tokens": cap, "branch_tokens": 500, "probe_tokens": 3, "max_branches": width}
+    state = run(genome, beta, crowd(seed), **limits)
+    assert state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
+    assert state.spent <= cap
+    assert state.width <= width
+
+
+@settings(max_examples=100, deadline=None)
+@given(genome=GENOMES, beta=st.floats(0, 1))
+def test_each_ends_when_no_chain_says_anything(genome: Genome, beta: float) -> None:
+    state = run(genome, beta, [Chain("<think>hm" * (i + 1)) for i in range(64)])
+    assert (state.stop, state.answer) == (Stop.ANSWERED, None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(genome=GENOMES, beta=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_each_says_what_all_chains_say(genome: Genome, beta: float, seed: int) -> None:
+    state = run(genome, beta, crowd(seed, right=1.0))
+    assert state.stop is Stop.ANSWERED
+    if genome["depth"] == "whole":  # else they may all stand still before one knows what to say
+        assert (state.labels, state.answer) == (1, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(genome=GENOMES, beta=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_the_same_chains_make_the_same_episode(genome: Genome, beta: float, seed: int) -> None:
+    first, second = (run(genome, beta, crowd(seed)) for _ in range(2))
+    assert (first.spent, first.rounds, first.answer) == (second.spent, second.rounds, second.answer)
+
+
+@pytest.mark.parametrize("genome", [*CLASSICS[1:], numbered(COMBINATIONS[-1], 5)], ids=lambda _: "")
+def test_sealed_they_do_the_same(genome: Genome) -> None:
+    recordings = [intern(question(number)) for number in range(3)]
+    job = Job(Spec("mine", emit(genome)), 0.7, CELL, range(2))
+    open_, sealed = (play(job, recordings, Rules(sealing=how)) for how in (Sealing.NONE, Sealing.ALL))
+    assert open_.failures == sealed.failures == []
+    assert (open_.outcomes == sealed.outcomes).all()
+
+
+# What it proposes
+
+BASE = Standing(Candidate("cmc", "class CMC: ...\n", "baseline"), 50.0)
+
+
+def told(candidates: list[Candidate], step: int) -> list[Standing]:
+    """How they did, by their text alone; one of five failed."""
+    found = []
+    for candidate in candidates:
+        chance = random.Random(f"{candidate.source} {step}")
+        failed = chance.random() < 0.2
+        found.append(Standing(candidate, None if failed else round(chance.uniform(40, 70), 2)))
+    return found
+
+
+def search(grammar: Grammar, steps: int, seed: int = 0) -> list[list[Candidate]]:
+    """What is proposed in so many steps after the baselines."""
+    standings, proposed = [BASE], []
+    for step in range(1, steps + 1):
+        proposed.append(grammar.propose(Context(seed, step, standings)))
+        standings += told(proposed[-1], step)
+    return proposed
+
+
+def test_it_begins_with_the_classics() -> None:
+    first, *later = search(Grammar(batch=3), 3)
+    assert [one.source for one in first] == [emit(genome) for genome in CLASSICS]
+    assert [len(batch) for batch in later] == [3, 3]
+    assert [one.name for one in later[0]] == ["grammar-2-0", "grammar-2-1", "grammar-2-2"]
+    assert {one.explorer for batch in (first, *later) for one in batch} == {"grammar"}
+    assert all(part in one.note for one in first for part in PARTS)
+
+
+def test_every_so_many_steps_it_draws_structures_and_else_refines_the_best() -> None:
+    standings: list[Standing] = [BASE]
+    for step in range(1, 8):
+        context = Context(0, step, standings)
+        leader = next((one.candidate for one in context.leaders if one.candidate.explorer == "grammar"), None)
+        batch = Grammar(batch=4).propose(context)
+        if leader is not None and step % REFINED_EVERY:
+            check_refined(leader, batch)
+        elif leader is not None:
+            assert all(one.parent is None and "line" not in one.genome for one in batch)
+            assert len({tuple(one.genome[part] for part in PARTS) for one in batch}) > 1
+        standings += told(batch, step)
+
+
+def check_refined(leader: Candidate, batch: list[Candidate]) -> None:
+    """The same components, other numbers, all where they may be."""
+    assert len({one.digest for one in batch} | {leader.digest}) == len(batch) + 1
+    for one in batch:
+        assert one.parent == leader.digest
+        assert [one.genome[part] for part in PARTS] == [leader.genome[part] for part in PARTS]
+        assert one.genome["line"] == leader.genome.get("line", leader.digest)
+        for name, kind in space(one.genome).items():
+            assert kind._contains(kind.to_internal_repr(one.genome[name])), name
+        check_file(one.genome)
+
+
+def test_it_follows_from_seed_step_and_standings() -> None:
+    assert search(Grammar(batch=3), 5) == search(Grammar(batch=3), 5)
+    assert search(Grammar(batch=3), 3)[1:] != search(Grammar(batch=3), 3, seed=1)[1:]
+
+
+def test_nothing_is_kept_between_steps_that_the_record_does_not_hold() -> None:
+    """One explorer over all steps, and a new one at each that is shown what was read back from JSON."""
+    grammar, standings = Grammar(batch=3), [BASE]
+    for step in range(1, 8):
+        context = Context(5, step, standings)
+        proposed = grammar.propose(context)
+        read = [one._replace(candidate=read_again(one.candidate)) for one in standings]
+        assert Grammar(batch=3).propose(replace(context, standings=read)) == proposed
+        standings = [*standings, *told(proposed, step)]
+
+
+def read_again(candidate: Candidate) -> Candidate:
+    body = json.loads(json.dumps(asdict(candidate)))
+    return Candidate(**{**body, "cost": Cost(*body["cost"])})
+
+
+PROCESS = """
+from discovery.search.explorers.grammar import Grammar
+from tests.discovery.search.test_grammar import search
+print(*(one.digest for batch in search(Grammar(batch=3), 4) for one in batch))
+"""
+
+
+def test_another_process_proposes_the_same() -> None:
+    """Whatever the order of its sets."""
+    digests = [one.digest for batch in search(Grammar(batch=3), 4) for one in batch]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONHASHSEED": "17"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    assert done.stdout.split() == digests
+
+
+def test_where_all_have_failed_it_goes_on_drawing() -> None:
+    standings = [BASE, *(Standing(one, None, failure="no") for one in search(Grammar(), 1)[0])]
+    for step in (2, 3):
+        batch = Grammar(batch=3).propose(Context(0, step, standings))
+        assert len(batch) == 3
+        assert all(one.parent is None for one in batch)
+
+
+def test_where_all_do_the_same_it_goes_on() -> None:
+    standings = [BASE]
+    for step in range(1, 9):
+        batch = Grammar(batch=2).propose(Context(0, step, standings))
+        assert batch
+        standings += [Standing(one, 50.0) for one in batch]
+
+
+@pytest.mark.parametrize("ends", ["low", "high"])
+def test_a_leader_at_its_bounds_can_be_refined(ends: str) -> None:
+    parts = COMBINATIONS[-1]
+    genome: dict[str, Any] = dict(genome_of(parts))
+    for name, kind in space(genome).items():
+        if isinstance(kind, FloatDistribution):
+            genome[name] = getattr(kind, ends)
+    leader = Candidate("grammar-1-0", emit(genome), "grammar", genome=genome)
+    batch = Grammar(batch=4).propose(Context(0, 2, [BASE, Standing(leader, 60.0)]))
+    check_refined(leader, batch)

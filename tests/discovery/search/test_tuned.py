@@ -1,0 +1,106 @@
+"""Tuning: only numbers change, and only those of the constructor; generations follow from the record alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controllers.advice import advise
+from discovery.search.cascade import BASELINE
+from discovery.search.explorers import Candidate, Context, Standing
+from discovery.search.explorers.evolution import Vector, offspring
+from discovery.search.explorers.files import Files
+from discovery.search.explorers.tuned import Tuned, spots_of, varied
+
+SOURCE = '''"""β goes in, 7 comes out."""
+
+from controllers import advance, answer, branch
+
+
+class Mine:
+    def __init__(self, beta: float) -> None:
+        self.first = round(2 + 30 * beta**1.5)  # not these: 5, 6
+        self.sure = 0.25 + 0.7 * beta
+        self.none, self.one, self.yes, self.word = 0, 1, True, "3"
+
+    def decide(self, state):
+        if not state.width:
+            return [branch()] * min(64, self.first)
+        return [advance(i) for i in state.active] or [answer(state.leader())]
+'''
+VALUES = [2, 30, 1.5, 0.25, 0.7]
+
+
+def standing(candidate: Candidate, score: float | None) -> Standing:
+    return Standing(candidate, score)
+
+
+def test_the_constructors_numbers_are_found() -> None:
+    assert sorted(spot.value for spot in spots_of(SOURCE)) == sorted(VALUES)
+    assert spots_of("def f(:") == []
+    huge = SOURCE.replace("30", f"0x{'f' * 400}", 1).replace("1.5", "1e308", 1)
+    assert len(spots_of(huge)) == len(VALUES) - 2  # numbers that cannot be multiplied are left alone
+
+
+@given(factors=st.lists(st.floats(-9, 9), min_size=5, max_size=5))
+def test_nothing_but_numbers_changes(factors: list[float]) -> None:
+    spots = spots_of(SOURCE)
+    made = varied(SOURCE, spots, np.array(factors))
+    assert advise(made) == []
+    again = spots_of(made)
+    kept = [spot.whole for spot in again if spot.value not in (0, 1)]
+    assert len(kept) <= len(spots)  # one that came to be 1 is a number no more
+    for old, new in zip(ast.walk(ast.parse(SOURCE)), ast.walk(ast.parse(made)), strict=True):
+        assert type(old) is type(new)
+        if isinstance(old, ast.Constant) and isinstance(new, ast.Constant):
+            assert type(old.value) is type(new.value)
+    assert varied(SOURCE, spots, np.zeros(5)) == SOURCE
+
+
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    return tmp_path
+
+
+def test_it_tunes_between_proposals_and_when_there_are_no_more(tmp_path: Path) -> None:
+    tuned = Tuned(Files(folder(tmp_path)), batch=4)
+    baseline = standing(Candidate("cmc", "x", BASELINE), 59.0)
+    (first,) = tuned.propose(Context(3, 1, [baseline]))
+    assert first.source == SOURCE
+    standings = [baseline, standing(first, 50.0)]
+    for step in range(2, 6):
+        made = tuned.propose(Context(3, step, standings))
+        assert made == Tuned(Files(tmp_path), batch=4).propose(Context(3, step, standings))  # nothing is remembered
+        assert len(made) == 4
+        assert {one.explorer for one in made} == {"files"}
+        assert all(one.parent in {other.candidate.digest for other in standings} for one in made)
+        assert len({one.digest for one in made}) == 4
+        standings += [standing(one, 50.0 + step + at) for at, one in enumerate(made)]
+    roots = {one.candidate.genome.get("root") for one in standings[2:]}
+    assert roots == {first.digest}
+
+
+def test_a_file_without_numbers_is_left_to_its_author(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
+    )
+    tuned = Tuned(Files(tmp_path))
+    (first,) = tuned.propose(Context(0, 1, []))
+    assert tuned.propose(Context(0, 2, [standing(first, 50.0)])) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_generations_climb(seed: int) -> None:
+    """Towards a hill none of the first can stand on."""
+    top = np.array([0.6, -0.4, 0.3])
+    told: list[tuple[Vector, float]] = []
+    for step in range(30):
+        for child in offspring([0.0] * 3, told, 100 * seed + step, 6, 0.15):
+            told.append((child, -float(((child - top) ** 2).sum())))
+    assert max(score for _, score in told[:6]) < -0.1
+    assert max(score for _, score in told) > -0.01

@@ -1,0 +1,316 @@
+"""Only SQLite opens and closes a store's file, and no file of a store in use is removed or replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from discovery.data.files import check_place, is_database_file, whole
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
+from discovery.errors import CorruptRow, NotWritten, StoreError
+from discovery.evaluation.sources import open_source
+from discovery.store import Episode, Store
+from proxy.errors import SettingsError
+from proxy.recording.spill_file import Spill, is_foreign
+from proxy.recording.store_writer import Recorder
+from proxy.recording.template_drift import Drift
+from proxy.settings import load
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.client import Engine
+
+
+def episode(name: str) -> Episode:
+    return Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
+
+
+def locks(path: Path) -> set[str]:
+    """The bytes of a file that this process holds POSIX locks on."""
+    status = path.stat()
+    name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    held = set()
+    for line in Path("/proc/locks").read_text().splitlines():
+        _, kind, _, mode, pid, place, begin, end = [part for part in line.split() if part != "->"]
+        if (kind, pid, place) == ("POSIX", str(os.getpid()), name):
+            held.add(f"{mode} {begin}-{end}")
+    return held
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+def stored(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return {name for (name,) in connection.execute("SELECT id FROM episodes")}
+
+
+async def open_again(path: Path) -> None:
+    async with Store.open(path) as store:
+        await store.summaries()
+
+
+async def compare(path: Path) -> None:
+    settings = load(upstream="http://127.0.0.1:1", store=path)
+    async with aiohttp.ClientSession() as session:
+        await Drift(Engine(str(settings.upstream), session), settings, Metrics())._compare()
+
+
+async def read_cells(path: Path) -> None:
+    source = open_source(path)
+    for cell in await asyncio.to_thread(source.cells):
+        await asyncio.to_thread(source.load, cell)
+
+
+async def record(path: Path) -> None:
+    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    await recorder.open()
+    assert await recorder.put("r", lambda: episode("r"))
+    await recorder.close()
+
+
+def blocking(work: Callable[[Path], object]) -> Callable[[Path], object]:
+    async def run(path: Path) -> None:
+        with suppress(OSError, NotWritten, StoreError, SettingsError):
+            work(path)
+
+    return run
+
+
+def overwrite(path: Path) -> None:
+    with whole(path) as file:
+        file.write(b"{}")
+
+
+def spill(path: Path) -> None:
+    waiting = Spill(path, 1 << 20)
+    try:
+        waiting.adopt()
+        waiting.append([b"{}"])
+    finally:
+        waiting.close()
+
+
+OTHERS = {
+    "open": open_again,
+    "drift": compare,
+    "cells": read_cells,
+    "recorder": record,
+    "place": blocking(lambda path: check_place(path, "--out")),
+    "write": blocking(overwrite),
+    "spill": blocking(spill),
+    "foreign": blocking(is_foreign),
+    "settings": blocking(lambda path: load(store=path, spill=path)),
+    "sniff": blocking(is_database_file),
+}
+
+
+@pytest.mark.parametrize("by", ["name", "symbolic link", "hard link"])
+@pytest.mark.parametrize("work", OTHERS)
+async def test_nothing_done_to_an_open_store_drops_its_locks(tmp_path: Path, work: str, by: str) -> None:
+    path = named = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([RecordedQuestion(question_id("q"), "m", "b", 500, [RecordedBranch(["7"], 900, "7")], "7")])
+        await store.add_all([episode("e")])
+        if by != "name":
+            named = tmp_path / "other.db"
+            (named.symlink_to if by == "symbolic link" else named.hardlink_to)(path)
+        files = [path, tmp_path / "s.db-shm"]
+        before = list(map(locks, files))
+        assert all(before)
+        if by == "hard link" and work in ("open", "drift", "cells"):
+            with pytest.raises(StoreError, match=r"the file has 2 names \(hard links\)"):
+                await OTHERS[work](named)  # type: ignore[misc]
+        else:
+            await OTHERS[work](named)  # type: ignore[misc]
+        assert list(map(locks, files)) == before
+        await store.add_all([episode("after")])
+        if named != path:
+            named.unlink()
+    assert stored(path) >= {"e", "after"}
+
+
+def test_a_database_is_known_without_being_changed(tmp_path: Path) -> None:
+    names = ("s.db", "s.db-wal", "s.db-shm", "s.db-journal")
+    for name in ("text", "empty", "x-wal"):
+        (tmp_path / name).write_text("" if name == "empty" else "line one\n" * 200)
+        assert not is_database_file(tmp_path / name)
+    with closing(sqlite3.connect(tmp_path / "s.db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (x)")
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert all(is_database_file(tmp_path / name) for name in names)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not is_database_file(tmp_path / "none.db-wal")
+
+
+@pytest.mark.parametrize("name", ["s.db", "s.db-wal", "s.db-shm", "link", "other"])
+async def test_no_output_replaces_a_store(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("s.db")
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        if name == "other":
+            (tmp_path / "other").hardlink_to(tmp_path / "s.db")
+        await store.add_all([episode("e")])
+        for refused in (overwrite, lambda path: check_place(path, "--out")):
+            with pytest.raises(NotWritten, match="that is a database, which is not overwritten; name another file"):
+                refused(tmp_path / name)
+        await store.add_all([episode("f")])
+    assert stored(tmp_path / "s.db") == {"e", "f"}
+
+
+# Files that are no stores, and new ones
+
+
+async def test_a_foreign_database_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="a database, but not a store of this program"):
+        async with Store.open(path, create=True):
+            pass
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["other.db"]
+
+
+async def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="not a regular file"):
+        async with Store.open(tmp_path / "pipe", create=True):
+            pass
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreError, match="Too many levels of symbolic links"):
+        async with Store.open(tmp_path / "loop", create=True):
+            pass
+
+
+async def test_an_empty_file_becomes_a_store_only_where_one_may_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    path.touch()
+    with pytest.raises(StoreError, match="not a store"):
+        async with Store.open(path):
+            pass
+    assert path.stat().st_size == 0
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+
+
+@pytest.mark.parametrize("name", ["a b?c#d%41&mode=memory.db", "ü.db"])
+async def test_names_with_characters_that_mean_something_to_sqlite(tmp_path: Path, name: str) -> None:
+    async with Store.open(tmp_path / name, create=True) as store:
+        await store.add_all([episode("e")])
+    assert os.listdir(tmp_path) == [name]
+    assert stored(tmp_path / name) == {"e"}
+
+
+async def test_a_new_store_and_what_stands_beside_it_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+        found = modes(tmp_path)
+    assert found == {"s.db": 0o600, "s.db-wal": 0o600, "s.db-shm": 0o600}
+
+
+async def test_an_old_stores_permissions_stay(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    for mode in (0o640, 0o600):
+        async with Store.open(path, create=True):
+            pass
+        path.chmod(mode)
+        async with Store.open(path, create=True) as store:
+            await store.add_all([episode("e")])
+            found = modes(tmp_path)
+        assert found == {"s.db": mode, "s.db-wal": mode, "s.db-shm": mode}
+
+
+async def test_a_store_can_be_read_while_another_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+    with closing(sqlite3.connect(path, isolation_level=None)) as writing:
+        writing.execute("BEGIN IMMEDIATE")
+        async with Store.open(path, wait_ms=0) as store:
+            assert [one.id for one in await store.episodes()] == ["e"]
+        writing.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("statement", ["UPDATE autotts_store SET version = 'x'", "DELETE FROM autotts_store"])
+async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True):
+        pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    with pytest.raises(CorruptRow, match="does not say the store's version"):
+        async with Store.open(path):
+            pass
+
+
+# Stores that are moved
+
+
+async def test_what_is_in_the_log_of_a_store_goes_with_it_when_it_is_moved(tmp_path: Path) -> None:
+    path, aside = tmp_path / "s.db", tmp_path / "aside.db"
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+        assert not store.is_moved
+        path.rename(aside)
+        assert store.is_moved
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("new")])
+    assert (stored(aside), stored(path)) == ({"e"}, {"new"})
+
+
+async def test_a_store_that_is_replaced_by_a_backup_corrupts_none_of_both(tmp_path: Path) -> None:
+    path, backup = tmp_path / "s.db", tmp_path / "backup.db"
+    async with Store.open(backup, create=True) as store:
+        await store.add_all([episode(f"old {number}") for number in range(500)])
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode(f"gone {number}") for number in range(300)])
+        backup.rename(path)
+    async with Store.open(path) as store:
+        await store.add_all([episode("new")])
+        assert (await store.verify()).bad == []
+    assert stored(path) == {f"old {number}" for number in range(500)} | {"new"}
+
+
+async def test_no_store_is_made_beside_the_log_of_another(tmp_path: Path) -> None:
+    path, aside = tmp_path / "s.db", tmp_path / "aside.db"
+    async with Store.open(path, create=True) as store:
+        await store.add_all([episode("e")])
+        log = (tmp_path / "s.db-wal").read_bytes()
+    path.rename(aside)
+    (tmp_path / "s.db-wal").write_bytes(log)  # as a kill would leave it
+    with pytest.raises(StoreError, match=r"the store is gone, but its log s\.db-wal is there and holds records"):
+        async with Store.open(path, create=True):
+            pass
+    assert (tmp_path / "s.db-wal").read_bytes() == log
+    assert not path.exists()
+    aside.rename(path)
+    async with Store.open(path, create=True):
+        pass
+    assert stored(path) == {"e"}
+
+
+async def test_a_moved_store_that_another_still_uses_shares_nothing_with_the_new_one(tmp_path: Path) -> None:
+    path, aside = tmp_path / "s.db", tmp_path / "aside.db"
+    async with Store.open(path, create=True) as slow:
+        await slow.add_all([episode("a")])
+        async with Store.open(path) as quick:
+            path.rename(aside)
+            assert quick.is_moved
+        async with Store.open(path, create=True) as fresh:
+            await slow.add_all([episode("late")])
+            await fresh.add_all([episode("new")])
+            await slow.add_all([episode("later")])
+            await fresh.add_all([episode("newer")])
+    assert stored(aside) == {"a", "late", "later"}
+    assert stored(path) == {"new", "newer"}

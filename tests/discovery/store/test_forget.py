@@ -1,0 +1,273 @@
+"""What is forgotten, or too old: all of it goes, its bytes too, and it does not come back."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, question_id
+from discovery.errors import NotRecorded, StoreError
+from discovery.store import Episode, Feedback, Forgotten, Item, Label, Store
+from discovery.store.rows import line
+from discovery.store.schema import COLUMNS
+from proxy.commands.forget import forget
+from proxy.recording.spill_file import Spill
+from tests.discovery.audit.served import write
+from tests.discovery.evaluation.test_evaluate import autotts
+from tests.discovery.store.test_sqlite import change, some
+
+OLD, THEN = "2020-01-01T00:00:00.000000+00:00", "2021-01-01T00:00:00.000000+00:00"
+
+
+@pytest.fixture(autouse=True)
+def plain_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections begin without `secure_delete`: some builds of SQLite have it by default, and hide that we do not."""
+    connect = sqlite3.connect
+
+    def plainly(*about: Any, **how: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*about, **how)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", plainly)
+
+
+def episode(name: str, tenant: str = "t", question: str | None = None, **changes: Any) -> Episode:
+    about = {"text": f"secret-{name}-text " * 9}
+    made = Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", "7", question or f"q{name}")
+    return replace(made, tenant=tenant, about=about, **changes)  # type: ignore[arg-type]
+
+
+def said(name: str, **changes: Any) -> Feedback:
+    return replace(Feedback(f"f{name}", name, "answer", f'"secret-{name}-said"', tenant="t"), **changes)
+
+
+def recorded(name: str) -> RecordedQuestion:
+    made = some(f"secret-{name}-asked", request=name, origin=Origin.LIVE)
+    return replace(made, question=f"q{name}", reference=None)
+
+
+def labelled(question: str, *sources: LabelSource) -> list[Label]:
+    return [Label(question, source, f"secret-{question[1:]}-label", 0.9, 0.5) for source in sources]
+
+
+async def put(store: Store, *names: str, **changes: Any) -> None:
+    """Requests, with all that may come of one."""
+    for one in names:
+        heard = {key: value for key, value in changes.items() if key in ("tenant", "created")}
+        await store.add_all([episode(one, **changes), said(one, **heard), recorded(one)])
+        await store.set_labels(labelled(f"q{one}", *LabelSource))
+
+
+async def counted(store: Store) -> dict[str, int]:
+    counts = (await store.verify()).rows
+    return {table: counts[table] for table in COLUMNS if counts[table] and table != "forgotten"}
+
+
+def holding(folder: Path, word: str) -> list[str]:
+    """The files that have `word` in them."""
+    return [one.name for one in folder.iterdir() if word.encode() in one.read_bytes()]
+
+
+ONE = {"questions": 1, "recordings": 1, "branches": 2, "episodes": 1, "feedback": 1, "provenance": 1, "labels": 3}
+ALL = Forgotten(1, 1, 1, 3, 1)
+
+
+@pytest.mark.parametrize("which", [{"request": "a"}, {"tenant": "A"}])
+async def test_all_of_it_goes_and_its_bytes_and_nothing_comes_back(tmp_path: Path, which: dict[str, str]) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await put(store, "a", tenant="A")
+        await put(store, "b", tenant="B")
+        was = await store.episodes(), await store.feedback()
+        assert holding(tmp_path, "secret-a-") != []
+        assert await store.forget(**which) == ALL
+        assert holding(tmp_path, "secret-a-") == []  # while the store is open
+        assert await counted(store) == ONE
+        late = said("a", id="later", tenant="A")  # said after it was forgotten
+        await store.add_all([*was[0], *was[1], recorded("a"), late])  # as a spill file might have them
+        assert await counted(store) == ONE
+        assert [one.id for one in await store.episodes()] == ["b"]
+        assert [one.id for one in await store.feedback()] == ["fb"]
+        assert (await store.verify()).bad == []
+    assert holding(tmp_path, "secret-a-") == []
+    assert holding(tmp_path, "secret-b-") == ["s.db"]
+
+
+async def test_an_old_episode_of_a_forgotten_tenant_is_not_taken_though_it_was_never_there(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.forget(tenant="A")
+        await store.add_all([episode("a", "A", created=OLD), said("a", tenant="A", created=OLD)])
+        assert await counted(store) == {}
+        await store.add_all([episode("b", "A")])  # who was forgotten may go on
+        assert await counted(store) == {"episodes": 1}
+
+
+async def test_nothing_is_lost_of_others(tmp_path: Path) -> None:
+    """Of a question that others asked too only what was counted goes: a client's answer may stand in it."""
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        served = [episode("a", "A", "q"), episode("b", "B", "q"), episode("c", "B", "p"), episode("d", "B", "other")]
+        heard = [said("a", tenant="A"), said("b", tenant="B"), said("c", id="of A", tenant="A")]
+        await store.add_all([*served, *heard])
+        sources = list(LabelSource)
+        await store.set_labels([*labelled("q", *sources), *labelled("p", *sources), *labelled("other", *sources)])
+        assert await store.forget(tenant="A") == Forgotten(1, 2, 0, 4, 0)
+        left = [(one.question, one.source) for one in await store.labels()]
+        assert sorted(left) == sorted(
+            [("q", LabelSource.REFERENCE), ("p", LabelSource.REFERENCE), *(("other", source) for source in sources)]
+        )
+        assert [one.id for one in await store.feedback()] == ["fb"]
+
+
+async def test_what_is_too_old_goes_with_all_that_came_of_it(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await put(store, "a", created=OLD)
+        await put(store, "b")
+        await store.add_all([said("a", id="later")])  # young, of an old episode
+        assert await store.expire(THEN) == Forgotten(1, 2, 1, 3, 1)
+        assert holding(tmp_path, "secret-a-") == []
+        assert await counted(store) == ONE
+        assert await store.expire(THEN) == Forgotten(0, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """Another process's, reading one state of the store from when it says BEGIN."""
+    connection = sqlite3.connect(tmp_path / "s.db", isolation_level=None)
+    yield connection
+    connection.close()
+
+
+async def test_bytes_that_somebody_still_reads_are_owned_up_to(tmp_path: Path, reader: sqlite3.Connection) -> None:
+    async with Store.open(tmp_path / "s.db", create=True, wait_ms=10) as store:
+        await put(store, "a", created=OLD)
+        await put(store, "b")
+        for names in ("b", "a"):
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM episodes").fetchall()
+            if names == "b":
+                with pytest.raises(StoreError, match="rows are gone, but bytes of them remain in its log until"):
+                    await store.forget(request="b")
+            else:
+                assert (await store.expire(THEN)).episodes == 1  # it is called again by itself
+            assert await store.episode(names) is None
+            assert holding(tmp_path, f"secret-{names}-") != []
+            reader.execute("COMMIT")
+            await (store.forget(request="b") if names == "b" else store.expire(THEN))
+            assert holding(tmp_path, f"secret-{names}-") == []
+
+
+async def test_bytes_that_somebody_writes_over_are_owned_up_to(tmp_path: Path, reader: sqlite3.Connection) -> None:
+    async with Store.open(tmp_path / "s.db", create=True, wait_ms=0) as store:
+        await put(store, "a")
+        begin = store._writing.execute_fetchall
+
+        def and_another(statement: str, *values: Any) -> Any:
+            if statement == "VACUUM":
+                reader.execute("BEGIN IMMEDIATE")
+            return begin(statement, *values)
+
+        store._writing.execute_fetchall = and_another  # type: ignore[method-assign]
+        with pytest.raises(StoreError, match="rows are gone, but bytes of them remain: database is locked"):
+            await store.forget(request="a")
+        assert await counted(store) == {}
+
+
+async def test_the_recordings_of_an_episode_that_is_pruned_go_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await put(store, "a", "b")
+    change(path, "UPDATE episodes SET stop = 'x' WHERE id = 'a'")
+    async with Store.open(path) as store:
+        assert tuple(await store.prune(corrupt=True)) == (1, 1, 2)
+        assert {one.request for cell in await store.summaries() for one in await store.load(cell.cell)} == {"b"}
+    assert holding(tmp_path, "secret-a-asked") == []
+
+
+# Opening
+
+
+async def test_a_new_store_is_waited_for_while_another_process_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="database is locked"):
+        async with Store.open(path, create=True, wait_ms=0):
+            pass
+    refused = []
+    sleep = asyncio.sleep
+
+    async def and_commit(seconds: float) -> None:
+        refused.append(seconds)
+        if len(refused) == 2:
+            other.execute("COMMIT")
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", and_commit)
+    async with Store.open(path, create=True) as store:
+        assert await store.add([some()]) == (1, 1, 2)
+    assert len(refused) == 2
+    other.close()
+
+
+# The command
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+
+    async def fill() -> None:
+        async with Store.open(path, create=True) as store:
+            await put(store, "a", "b", tenant="A")
+            await put(store, "c", tenant="")
+            await store.add_all([replace(episode("e", "E"), question=question_id("e"))])
+
+    asyncio.run(fill())
+    for arguments, code, words in (
+        (["--request-id", "a"], 0, "forgot 1 episodes, 1 of feedback, 1 recordings, 3 labels, and 1 questions"),
+        (["--request-id", "a"], 2, "s.db: holds nothing of a"),
+        (["--tenant", "nobody"], 2, "s.db: holds nothing of nobody"),
+        (["--anonymous"], 0, "forgot 1 episodes"),
+        (["--anonymous"], 2, "s.db: holds nothing of requests without a key"),
+        (["--tenant", "A"], 0, "forgot 1 episodes"),
+        ([], 2, "say --request-id ID, --tenant HASH or --anonymous, one of them"),
+        (["--anonymous", "--tenant", "E"], 2, "one of them"),
+    ):
+        done = autotts("store", "forget", "--store", "s.db", *arguments, folder=tmp_path)
+        assert (done.returncode, words in " ".join((done.stdout + done.stderr).split())) == (code, True), done
+    assert [holding(tmp_path, f"secret-{one}-") for one in "abc"] == [[], [], []]
+    assert holding(tmp_path, "secret-e-") == ["s.db"]
+
+
+def test_what_waits_in_a_file_is_forgotten_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a proxy that has ended; of one that runs it is told."""
+    monkeypatch.delenv("AUTOTTS_SPILL", raising=False)
+    path = tmp_path / "s.db"
+    write(path, [episode("c")])
+
+    def spilled(*items: Item) -> Spill:
+        spill = Spill(tmp_path / "s.db.spill", 1 << 20)
+        spill.append([line(one) for one in items] + [b"[]"])
+        return spill
+
+    spilled(episode("a", "A"), said("a", tenant="A"), recorded("a"), episode("b", "B")).close()
+    running = spilled(episode("d", "A"), replace(episode("e"), branches=2**70))  # it took the file over
+    with pytest.raises(StoreError, match=r"s\.db\.spill: a running proxy holds it"):
+        forget(tenant="A", place=path)
+    assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
+    running.close()
+    with pytest.raises(NotRecorded, match="holds nothing of A"):  # it was forgotten before
+        forget(tenant="A", place=path)
+    assert holding(tmp_path, "secret-a-") == holding(tmp_path, "secret-d-") == []
+    assert (holding(tmp_path, "secret-b-"), holding(tmp_path, "spill")) == (["s.db"], [])
+    assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
+    spilled(episode("f", "F")).close()
+    forget(tenant="F", place=path)  # it was nowhere else
+    assert holding(tmp_path, "secret-f-") == []

@@ -1,0 +1,387 @@
+"""The store: all or nothing, once, found again as it was; and what is told of stores that are not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from controllers.sandbox.proof import Level
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
+from discovery.errors import CorruptRow, StoreError
+from discovery.store import Added, Episode, Feedback, Label, Search, Store, Tried
+from discovery.store.schema import FIRST, MIGRATIONS
+from tests.discovery.data.test_importers import recordings
+
+
+def some(text: str = "q", **changes: object) -> RecordedQuestion:
+    branches = [RecordedBranch(["1", None, "7"], 1700, "7", [9, 9, 9]), RecordedBranch([], 20, None, [])]
+    made = RecordedQuestion(question_id(text), "m", "b", 500, branches, "7", text=text, sampling={"temperature": 0.6})
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+CELL = Cell("m", "b", Split.SEARCH)
+
+
+async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> None:
+    given = [some(str(i)) for i in (5, 3, 9, 1)]
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        assert await store.add(given) == Added(4, 4, 8)
+        assert await store.load(CELL) == given
+    async with Store.open(tmp_path / "s.db") as store:
+        assert await store.load(CELL) == given
+        assert [tuple(one) for one in await store.summaries()] == [(CELL, 4, 4, 4, 8)]
+        assert (await store.verify()).bad == []
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(given=st.lists(recordings, min_size=1, max_size=3, unique_by=lambda one: one.question))
+def test_anything_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, given: list[RecordedQuestion]) -> None:
+    async def go() -> None:
+        async with Store.open(tmp_path_factory.mktemp("any") / "s.db", create=True) as store:
+            await store.add(given)
+            for one in given:
+                assert one in await store.load(Cell(one.model, one.benchmark, one.split))
+
+    asyncio.run(go())
+
+
+async def test_a_second_import_adds_nothing(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some()])
+        assert await store.add([some(), some("p")]) == Added(1, 1, 2)
+        assert await store.add([some(split=Split.HELD_OUT)]) == Added(0, 0, 0)
+        assert await store.add([some(model="n", split=Split.HELD_OUT)]) == Added(0, 1, 2)
+        assert [one.split for one in await store.load(Cell("n", "b", Split.SEARCH))] == [Split.SEARCH]
+
+
+def collected(branches: Sequence[int], **changes: Any) -> RecordedQuestion:
+    """Recorded here, a branch a number; two of one number are equal."""
+    made = [RecordedBranch(["7"], 500 + number, "7", [9]) for number in branches]
+    return some(branches=made, **({"origin": Origin.COLLECTED, "chat_template": "t"} | changes))
+
+
+async def test_a_collection_that_went_on_takes_the_place_of_what_it_was(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([collected(range(5)), collected([1], text="p", question=question_id("p"))])
+        assert await store.add([collected(range(8))]) == Added(0, 0, 3)
+        assert [one for one in await store.load(CELL) if one.text == "q"] == [collected(range(8))]
+        for known in (range(8), range(5), [7, 0]):  # in whatever order
+            assert await store.add([collected(known)]) == Added(0, 0, 0)
+        assert await store.add([collected([0, 0])]) == Added(0, 1, 2)  # two that are equal are two
+        assert await store.add([collected([*range(8), 0, 9])]) == Added(0, 0, 0)  # both of those, and no more
+        assert [len(one.branches) for one in await store.load(CELL)] == [1, 10]
+        assert (await store.verify()).bad == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"},
+        {"benchmark": "c"},
+        {"origin": Origin.IMPORTED},
+        {"chat_template": ""},
+        {"chat_template": "u"},
+        {"interval": 501},
+        {"probe_template": "p"},
+        {"sampling": {"temperature": 0.7}},
+        {"request": "r"},
+    ],
+)
+async def test_what_was_made_otherwise_takes_no_place(tmp_path: Path, change: dict[str, object]) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_all([ASKED, collected(range(3))])
+        assert await store.add([collected(range(5), **change)]) == Added(0, 1, 5)
+        assert await store.add([collected(range(2), **change)]) == Added(
+            0, *((1, 2) if "request" in change else (0, 0))
+        )
+        assert await store.add([collected([7, 8])]) == Added(0, 1, 2)  # others, of the same
+
+
+async def test_a_store_that_has_branches_twice_has_them_once_when_they_are_added_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([collected(range(5)), collected(range(4, 9), chat_template="u")])
+    change(path, "UPDATE provenance SET chat_template = 't'")  # as an earlier program has left it
+    async with Store.open(path) as store:
+        await store.add([collected(range(9))])
+        assert (await store.verify()).rows["recordings"] == 1
+
+
+@pytest.mark.parametrize("source", LabelSource)
+async def test_what_is_not_known_by_reference_is_never_beyond_doubt(tmp_path: Path, source: LabelSource) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some(label_source=source)])
+        assert [one.source for one in await store.labels()] == ([] if source is LabelSource.REFERENCE else [source])
+        assert await store.load(CELL) == [some(label_source=source)]
+
+
+async def test_a_label_of_what_was_forgotten_meanwhile_does_not_come_back(tmp_path: Path) -> None:
+    served = [Episode(one, one, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", question=one) for one in "ab"]
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some()])
+        await store.add_all(served)
+        labels = [Label(one, LabelSource.FEEDBACK, "7", 0.5, 1.0) for one in (question_id("q"), "a", "b")]
+        await store.set_labels(labels)
+        await store.forget(request="a")
+        await store.set_labels(labels)
+        assert {one.question for one in await store.labels()} == {question_id("q"), "b"}
+
+
+async def test_all_or_nothing(tmp_path: Path) -> None:
+    broken = some("p", sampling={"temperature": object()})
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            await store.add([some(), broken])
+        assert await store.load(CELL) == []
+        assert await store.add([some()]) == Added(1, 1, 2)
+
+
+ASKED = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
+"""What there is feedback on."""
+
+
+async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(tmp_path: Path) -> None:
+    async def fail(connection: aiosqlite.Connection) -> None:
+        await connection.execute("DELETE FROM feedback")
+        raise RuntimeError("mine alone")
+
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_all([ASKED])
+        before = store.transactions
+        writes = [store.add_all([Feedback(str(i), "r", "correct", "1")]) for i in range(200)]
+        outcomes = await asyncio.gather(*writes[:100], store.write(fail), *writes[100:], return_exceptions=True)
+        assert [str(one) for one in outcomes if one] == ["mine alone"]
+        assert store.transactions - before <= 3
+        assert (await store.verify()).rows["feedback"] == 200
+
+
+async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(connection: aiosqlite.Connection) -> None:
+        begun.set()
+        await go_on.wait()
+        await connection.execute("UPDATE feedback SET value = value")
+
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        task = asyncio.create_task(store.write(slow))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await store.add([some()])
+        async with Store.open(tmp_path / "s.db") as other:
+            assert await other.add([some("p")]) == Added(1, 1, 2)
+
+
+async def test_feedback_on_nothing_is_not_kept(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_all([ASKED, Feedback("1", "r", "correct", "1"), Feedback("2", "s", "correct", "1")])
+        assert [one.id for one in await store.feedback()] == ["1"]
+
+
+async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_all([ASKED])
+        waiting = [asyncio.ensure_future(store.add_all([Feedback(str(i), "r", "score", "1")])) for i in range(600)]
+        await asyncio.sleep(0)  # they are queued
+    await asyncio.gather(*waiting)
+    async with Store.open(tmp_path / "s.db") as store:
+        assert (await store.verify()).rows["feedback"] == 600
+
+
+async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
+    episode = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add_all([episode])
+        await store.add_all([replace(episode, stop="deadline")])
+        assert await store.episodes() == [episode]
+        assert await store.episode("r") == episode
+        assert await store.episode("s") is None
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from discovery.store import Episode, Feedback, Store
+
+async def main():
+    async with Store.open(Path(sys.argv[1]), create=True) as store:
+        await store.add_all([Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")])
+        async def one(name):
+            for i in range(10**6):
+                await store.add_all([Feedback(f"{name}-{i}", "r", "correct", "1")])
+                print(f"{name}-{i}", flush=True)
+        await asyncio.gather(*(one(f"{sys.argv[2]}{k}") for k in range(8)))
+
+asyncio.run(main())
+"""
+
+
+def writer(path: Path, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], stdout=subprocess.PIPE, text=True)
+
+
+async def test_two_processes_killed_at_work_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    acknowledged: set[str] = set()
+    processes = [writer(path, name) for name in "ab"]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            acknowledged |= {process.stdout.readline().strip() for _ in range(150)}
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            rest, _ = process.communicate()
+            acknowledged |= {line for line in rest.splitlines(keepends=True) if line.endswith("\n")}
+    acknowledged = {line.strip() for line in acknowledged}
+    async with Store.open(path) as store:
+        assert (await store.verify()).bad == []
+    with sqlite3.connect(path) as connection:
+        kept = {row[0] for row in connection.execute("SELECT id FROM feedback")}
+    connection.close()
+    assert len(acknowledged) >= 300
+    assert acknowledged <= kept
+
+
+def change(path: Path, statement: str) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE branches SET tokens = tokens + 1 WHERE number = 1", "/1 of branches is not what was written"),
+        ("UPDATE questions SET reference = '8' WHERE body = 'q'", "of questions is not what was written"),
+        ("UPDATE recordings SET checksum = 'x'", "of recordings is not what was written"),
+        ("DELETE FROM branches WHERE number = 0", "has 1 of its 2 branches"),
+    ],
+)
+async def test_a_row_that_was_changed_is_not_loaded(tmp_path: Path, statement: str, words: str) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([some(), some("sound", benchmark="other")])
+    change(path, statement)
+    async with Store.open(path) as store:
+        with pytest.raises(CorruptRow, match=words) as caught:
+            await store.load(CELL)
+        assert str(path) in str(caught.value)
+        assert "autotts store prune --corrupt" in str(caught.value)
+        assert len((await store.verify()).bad) >= 1
+        removed = await store.prune(corrupt=True)
+        assert removed.recordings >= 1
+        assert (await store.verify()).bad == []
+        await store.add([some()])
+        assert await store.load(CELL) == [some()]
+
+
+async def test_what_is_picked_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        await store.add([some(), some("p"), some(model="n"), some("l", origin=Origin.LIVE)])
+        assert await store.prune(lambda model, benchmark, origin: model == "n") == Added(0, 1, 2)
+        assert await store.prune(lambda model, benchmark, origin: origin is Origin.LIVE) == Added(1, 1, 2)
+        assert await store.load(CELL) == [some(), some("p")]
+
+
+async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
+        pass
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="has version 6, this program knows up to 5; upgrade autotts"):
+        async with Store.open(path):
+            pass
+    assert path.read_bytes() == before
+
+
+async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True) as store:
+        await store.add([some()])
+    with pytest.raises(StoreError, match="syntax error"):
+        async with Store.open(
+            path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER", "NONSENSE"]]
+        ):
+            pass
+    async with Store.open(path) as store:
+        assert await store.load(CELL) == [some()]
+    async with Store.open(path, migrations=[*MIGRATIONS, ["ALTER TABLE feedback ADD COLUMN weight INTEGER"]]) as store:
+        assert await store.load(CELL) == [some()]
+    with pytest.raises(StoreError, match="has version 6"):
+        async with Store.open(path):
+            pass
+
+
+async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True, migrations=[FIRST]) as store:
+        await store.add([some()])
+    async with Store.open(path) as store:
+        await store.add_all([Episode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED)])
+        (row,) = await store._read("SELECT sandbox FROM episodes")
+        assert row[0] == "sealed"
+        assert (await store.verify()).bad == []
+
+
+async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
+    tried = [
+        Tried("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ..."),
+        Tried("d2", "two", "llm", "d1", None, "it raised", 0.02, "class Two: ..."),
+    ]
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        for _ in range(2):
+            await store.add_search(Search("hash", "llm", 7, {"shuffles": 4}, tried))
+        assert (await store._read("SELECT explorer, seed, settings, candidates FROM runs")) == [
+            ("llm", 7, '{"shuffles":4}', 2)
+        ]
+        found = await store._read("SELECT name, score, failure, usd FROM candidates WHERE run_id = 'hash' ORDER BY id")
+        assert found == [("one", 53.2, "", 0.01), ("two", None, "it raised", 0.02)]
+        verified = await store.verify()
+        assert (verified.rows["runs"], verified.rows["candidates"], verified.bad) == (1, 2, [])
+    change(tmp_path / "s.db", "UPDATE candidates SET score = 99 WHERE name = 'one'")
+    async with Store.open(tmp_path / "s.db") as store:
+        assert len((await store.verify()).bad) == 1
+        await store.prune(corrupt=True)
+        assert (await store.verify()).rows["candidates"] == 1
+
+
+async def test_what_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, I am a text")
+    change(tmp_path / "other.db", "CREATE TABLE mine (x INTEGER)")
+    for name, words in (
+        ("none.db", "there is no store"),
+        ("text", "not a store"),
+        ("other.db", "not a store of this program"),
+        (".", "Is a directory"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            async with Store.open(tmp_path / name):
+                pass
+    with pytest.raises(StoreError, match="there is no folder"):
+        async with Store.open(tmp_path / "no" / "s.db", create=True):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["other.db", "text"]  # nothing was made
+
+
+async def test_reading_cannot_write(tmp_path: Path) -> None:
+    async with Store.open(tmp_path / "s.db", create=True) as store:
+        with pytest.raises(StoreError, match="readonly"):
+            await store._read("DELETE FROM feedback")

@@ -1,0 +1,221 @@
+"""Places: who has one, who waits, who is next, and what is told those there is no room for."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from openai import AsyncOpenAI, RateLimitError
+
+from proxy.admission.fair_queue import Admission, Full, Place
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import FakeVLLM
+from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, told
+from tests.proxy.admission.test_token_budget import keyed
+from tests.proxy.conftest import SMALL
+
+
+async def test_everybody_in_turn_whoever_asks_most() -> None:
+    admission = Admission(1, 100)
+    order: list[str] = []
+    places = [admission.enter(holder) for holder in "aaaaaabbc"]
+
+    async def stay(place: Place) -> None:
+        async with place:
+            order.append(place.holder)
+
+    await asyncio.gather(*map(stay, places))
+    assert "".join(order) == "aabcabaaa"
+    assert (admission.in_flight, admission.waiting) == (0, 0)
+
+
+async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
+    admission = Admission(3, 10)
+    first, second, third = (admission.enter("a", 1) for _ in range(3))
+    other = admission.enter("b", 2)
+    assert first.given.is_set()
+    assert other.given.is_set()
+    assert not second.given.is_set()
+    first.leave()
+    first.leave()
+    assert second.given.is_set()
+    assert not third.given.is_set()
+    assert admission.in_flight == 2
+
+
+async def test_the_queue_is_bounded_and_nobody_fills_it_alone() -> None:
+    admission = Admission(1, 4)
+    admission.enter("a")
+    for _ in range(2):
+        admission.enter("a", share=2)
+    with pytest.raises(Full) as caught:
+        admission.enter("a", share=2)
+    assert caught.value.own
+    admission.enter("b", share=2)
+    admission.enter("c", share=2)
+    with pytest.raises(Full) as caught:
+        admission.enter("d", share=2)
+    assert not caught.value.own
+    assert caught.value.after_s > 0
+    assert admission.waiting == 4
+
+
+async def test_who_leaves_while_waiting_is_dropped() -> None:
+    admission = Admission(1, 10)
+    first, second, third = (admission.enter("a") for _ in range(3))
+
+    async def stay(place: Place) -> None:
+        async with place:
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(stay(second))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert admission.waiting == 1
+    first.leave()
+    assert third.given.is_set()
+    assert not second.given.is_set()
+
+
+@effort(max_examples=200, deadline=None)
+@example(2, 2, [("a", 1), ("a", 1), ("a", None), 1])
+@given(
+    st.integers(1, 4),
+    st.integers(0, 6),
+    st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(1, 3)) | st.integers(0, 30), max_size=60),
+)
+def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, moves: list[Any]) -> None:
+    async def play() -> None:
+        admission = Admission(places, queue)
+        there: list[Place] = []
+        for move in moves:
+            if isinstance(move, int):
+                if there:
+                    there.pop(move % len(there)).leave()
+            else:
+                try:
+                    there.append(admission.enter(*move))
+                except Full:
+                    assert admission.waiting >= queue
+            given = [place for place in there if place.given.is_set()]
+            waiting = [place for place in there if not place.given.is_set()]
+            assert admission.in_flight == admission.taken.total() == len(given) <= places
+            assert admission.waiting == len(waiting) <= queue
+            for holder in "abc":
+                own = sum(place.holder == holder for place in given)
+                assert admission.taken[holder] == own
+                first = next((place for place in waiting if place.holder == holder), None)
+                if first is not None and len(given) < places:
+                    assert first.most is not None
+                    assert own >= first.most
+        for place in there:
+            place.leave()
+        assert (admission.in_flight, admission.waiting, dict(admission.taken)) == (0, 0, {})
+
+    asyncio.run(play())
+
+
+# Over HTTP
+
+
+async def settled(url: str, http: aiohttp.ClientSession, **wanted: int) -> dict[str, Any]:
+    """What the proxy says of all together once it is as wanted."""
+    for _ in range(500):
+        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
+            said: dict[str, Any] = await response.json()
+        if all(said["all"][name] == value for name, value in wanted.items()):
+            return said
+        await asyncio.sleep(0)
+    raise AssertionError(said)
+
+
+async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leaves_is_dropped(
+    backend: FakeVLLM,
+) -> None:
+    backend.gate.clear()
+    settings = load(upstream=backend.url, admin_key=BOSS, max_episodes=1, queue=2, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        first = asyncio.create_task(ask(http, url, "x", "0"))
+        await settled(url, http, episodes=1)
+        stream, whole = (asyncio.create_task(ask(http, url, "x", "0", stream=flag)) for flag in (True, False))
+        await settled(url, http, episodes=1, waiting=2)
+        status, headers, reply = await ask(http, url, "y", "0")
+        assert (status, reply["error"]["type"], reply["error"]["code"]) == (429, "rate_limit_error", "queue_full")
+        assert 1 <= int(headers["retry-after"]) <= 60
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="y", max_retries=0) as openai:
+            for streamed in (False, True):
+                with pytest.raises(RateLimitError):
+                    await openai.chat.completions.create(
+                        model="fake-model",
+                        messages=[{"role": "user", "content": "hi"}],
+                        extra_headers={"x-tts-beta": "0"},
+                        stream=streamed,
+                    )
+        whole.cancel()
+        stream.cancel()
+        await settled(url, http, episodes=1, waiting=0)
+        asked = len(backend.requests)
+        late = asyncio.create_task(ask(http, url, "y", "0"))
+        await settled(url, http, episodes=1, waiting=1)
+        assert len(backend.requests) == asked
+        backend.gate.set()
+        assert (await first)[0] == (await late)[0] == 200
+        await settled(url, http, episodes=0, waiting=0)
+        async with http.get(f"{url}/metrics") as response:
+            page = await response.text()
+        assert 'autotts_refusals_total{reason="queue_full"} 3.0' in page
+        assert 'autotts_requests_total{controller="",model="fake-model",outcome="disconnected"} 2.0' in page
+        assert 'autotts_queue{kind="episode"} 0.0' in page
+
+
+async def test_keys_have_bounds_of_their_own(backend: FakeVLLM, tmp_path: Path) -> None:
+    backend.gate.clear()
+    file = keyed(tmp_path / "keys.toml", episodes=1)
+    settings = load(upstream=backend.url, admin_key=BOSS, keys=file, max_episodes=3, queue=2, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        mine = [asyncio.create_task(ask(http, url, ALICE, "0")) for _ in range(2)]
+        await settled(url, http, episodes=1, waiting=1)
+        status, _, reply = await ask(http, url, ALICE, "0")
+        assert (status, reply["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert "key alice" in reply["error"]["message"]
+        other = asyncio.create_task(ask(http, url, BOB, "0"))
+        await settled(url, http, episodes=2, waiting=1)
+        backend.gate.set()
+        assert {(await task)[0] for task in (*mine, other)} == {200}
+
+
+async def test_what_is_handed_on_has_places_of_its_own(backend: FakeVLLM) -> None:
+    backend.fault = "hang"
+    settings = load(upstream=backend.url, admin_key=BOSS, max_episodes=1, max_passed=1, queue=1, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        episode = asyncio.create_task(ask(http, url, "x", "0"))
+        await settled(url, http, episodes=1, passed=0)
+        body = {"prompt": [[60]], "max_tokens": 9, "stream": True}
+        first = await http.post(f"{url}/v1/completions", json=body)
+        second = asyncio.create_task(http.post(f"{url}/v1/completions", json=body))
+        await settled(url, http, episodes=1, passed=1, waiting=1)
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (429, "queue_full")
+        first.close()
+        await settled(url, http, episodes=1, passed=1, waiting=0)
+        (await second).close()
+        episode.cancel()
+        await settled(url, http, episodes=0, passed=0, waiting=0)
+
+
+async def test_a_request_that_is_refused_later_leaves_its_place(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, admin_key=BOSS, max_episodes=1, queue=0, **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        for _ in range(3):
+            status, _, reply = await ask(http, url, "x", "0", tts={"max_total_tokens": 1})
+            assert (status, reply["error"]["code"]) == (400, "cap_too_small")
+        await settled(url, http, episodes=0, waiting=0)
+        assert (await ask(http, url, "x", "0"))[0] == 200

@@ -1,0 +1,403 @@
+"""Budgets: whatever is asked, spent and reserved never pass a cap; and what a key's limits do to its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from controllers import Action, Limits, State, advance, answer, branch, probe, prune
+from controllers.episode import run_episode, run_sync
+from controllers.errors import ControllerError
+from proxy.admission import api_keys
+from proxy.admission.token_bound import Bound
+from proxy.admission.token_budget import (
+    GRAIN_S,
+    MINUTE_S,
+    SHARE,
+    Caps,
+    OverBudget,
+    Purses,
+    Rate,
+    Reserve,
+    Window,
+    retry_after,
+)
+from proxy.admission.usage_meter import LATE, Bill
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
+from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ROOT, ask, told
+from tests.proxy.conftest import SMALL
+
+CAPS = {"alice": 1000, "bob": 300, "carol": None}
+COMMON = 1200
+BRANCH = 120
+
+
+USAGES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats() | st.lists(st.none(), max_size=2)
+"""What a faulty upstream may say that it has generated."""
+
+
+class Spender:
+    """A controller that wants what it is told to, legal or not, and never answers of its own accord."""
+
+    def __init__(self, wishes: list[tuple[int, int]]) -> None:
+        self.wishes = wishes
+
+    def decide(self, state: State) -> list[Action]:
+        if not self.wishes:
+            return [answer(state.leader())]
+        kind, index = self.wishes.pop()
+        active = state.active or (0,)
+        at = active[index % len(active)]
+        return [[branch(1 + index % 9)] * (1 + index % 5), [advance(at, 1 + index % 50)], [probe(at)], [prune(at)]][
+            kind
+        ]
+
+
+class Budgets(RuleBasedStateMachine):
+    """Requests of three keys, with any controller, under caps of their own and one for all."""
+
+    running = Bundle("running")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.purses = Purses(COMMON)
+        self.spent: list[tuple[float, str, int]] = []  # when, whose, how many
+        self.open: dict[int, tuple[str, Reserve]] = {}
+
+    @rule(target=running, who=st.sampled_from(sorted(CAPS)), asked=st.none() | st.integers(1, 2000))
+    def begin(self, who: str, asked: int | None) -> Any:
+        caps = Caps(tokens_per_minute=CAPS[who]).within(Caps(tokens_per_minute=COMMON))
+        cap = caps.cap(asked)
+        assert cap is not None
+        assert 0 < cap <= (CAPS[who] or COMMON)
+        before = {name: window.reserved for name, window in self.purses.windows.items()}
+        try:
+            reserve = self.purses.reserve(who, CAPS[who], cap, self.now)
+        except OverBudget as refused:
+            assert {name: window.reserved for name, window in self.purses.windows.items() if window.reserved} == {
+                name: reserved for name, reserved in before.items() if reserved
+            }
+            after_s = refused.after_s
+            assert 0 <= after_s <= MINUTE_S + GRAIN_S
+            return None
+        self.open[id(reserve)] = who, reserve
+        return reserve
+
+    @rule(
+        reserve=consumes(running),
+        wishes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99)), max_size=12),
+        lengths=st.lists(st.integers(1, BRANCH - 1), min_size=1, max_size=6),
+    )
+    def run(self, reserve: Reserve | None, wishes: list[tuple[int, int]], lengths: list[int]) -> None:
+        """An episode under its reserve as cap, with a controller that may move illegally."""
+        if reserve is None:
+            return
+        chains = [Chain("t" * length, ("7",)) for length in lengths]
+        state = State(Limits(10, max_branches=8, branch_tokens=BRANCH, probe_tokens=3, max_tokens=reserve.tokens))
+        with suppress(ControllerError):
+            run_sync(run_episode(Spender(wishes), ScriptedEnvironment(chains * 8, 10, lambda _: 3), state))
+        assert state.spent <= reserve.tokens
+        self.settle(reserve, state.spent)
+
+    @rule(
+        reserve=consumes(running),
+        words=st.lists(st.text("aé", min_size=1, max_size=4), max_size=40),
+        late=st.integers(0, LATE),
+        ends=st.sampled_from(["told", "untold", "cut", "lies"]),
+        lie=USAGES,
+        bound=st.builds(Bound, *map(st.just, Bound()[:3]), *[st.booleans()] * 3),
+        is_stream=st.booleans(),
+        size=st.integers(1, 99),
+    )
+    def hand_on(
+        self,
+        reserve: Reserve | None,
+        words: list[str],
+        late: int,
+        ends: str,
+        lie: Any,
+        bound: Bound,
+        is_stream: bool,
+        size: int,
+    ) -> None:
+        """A request under its reserve as bound, a token a word. Its upstream may lie, and either end may leave."""
+        if reserve is None:
+            return
+        words = words[: reserve.tokens]
+        generated = min(reserve.tokens, len(words) + late) if ends == "cut" else len(words)
+        usage = {"usage": {"completion_tokens": lie if ends == "lies" else generated}}
+        chunks = [{"choices": [{"index": 0, "text": word}]} for word in words]
+        said: list[Any] = [] if ends in ("untold", "cut") else [{"choices": [], **usage}]
+        events = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*chunks, *said])
+        whole = json.dumps({"choices": chunks, **(usage if said else {})}).encode()
+        bill = Bill(bound._replace(most=reserve.tokens), is_stream=is_stream)
+        reply = events if is_stream else whole
+        for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
+            bill.take(reply[at : at + size])
+        if ends != "cut":
+            bill.rest()
+        assert 0 <= bill.cost <= reserve.tokens
+        assert bill.cost >= generated or ends == "lies"
+        self.settle(reserve, bill.cost)
+
+    @rule(reserve=consumes(running), share=st.floats(0, 1))
+    def fail(self, reserve: Reserve | None, share: float) -> None:
+        """A request that is cancelled or breaks off, having cost anything; it is told of more than once."""
+        if reserve is not None:
+            self.settle(reserve, int(reserve.tokens * share))
+            reserve.settle(0, self.now)
+            reserve.settle(99, self.now)
+
+    def settle(self, reserve: Reserve, cost: int) -> None:
+        who, _ = self.open.pop(id(reserve))
+        reserve.settle(cost, self.now)
+        self.spent.append((self.now, who, cost))
+
+    @rule(seconds=st.sampled_from([0.0, 0.3, 1.0, 7.0, 29.5, 60.0, 61.0]) | st.floats(0, 200))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def forget(self) -> None:
+        self.purses.forget(self.now)
+
+    @invariant()
+    def nothing_passes_a_cap(self) -> None:
+        common = self.purses.common
+        assert common is not None
+        for who, cap in (*CAPS.items(), (None, COMMON)):
+            if cap is None:
+                continue
+            reserved = sum(reserve.tokens for owner, reserve in self.open.values() if who in (owner, None))
+            spent = sum(n for at, owner, n in self.spent if who in (owner, None) and at > self.now - MINUTE_S)
+            assert spent + reserved <= cap
+            window = common if who is None else self.purses.windows.get(who)
+            if window is not None:
+                assert window.reserved == reserved
+                assert spent <= window.spent(self.now) <= cap - reserved
+                assert window.room(self.now) >= 0
+
+    def teardown(self) -> None:
+        """What is over leaves nothing behind."""
+        for _, reserve in self.open.values():
+            reserve.settle(0, self.now)
+        self.purses.forget(self.now + MINUTE_S + GRAIN_S)
+        assert not self.purses.windows
+
+
+TestBudgets = Budgets.TestCase
+TestBudgets.settings = effort(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_tokens_come_back_after_a_minute_and_when_is_told() -> None:
+    window = Window(100)
+    window.reserve(80)
+    window.settle(80, 60, now=0.0)
+    window.reserve(30)
+    window.settle(30, 30, now=10.0)
+    assert window.room(10.0) == 10
+    assert window.after_s(10, 10.0) == 0
+    assert window.after_s(50, 10.0) == pytest.approx(51)
+    assert window.after_s(90, 10.0) == pytest.approx(61)
+    assert (window.room(60.9), window.room(61.0), window.room(71.0)) == (10, 70, 100)
+
+
+def test_settling_without_a_pause_keeps_nothing_for_ever() -> None:
+    window = Window(10**9)
+    for tenth in range(6000):
+        window.settle(0, 1, now=tenth / 10)
+    assert 600 <= window.spent(599.9) <= 610
+
+
+def test_what_costs_more_than_was_set_aside_counts_in_full() -> None:
+    purses = Purses(100)
+    purses.reserve("alice", None, 50, 0.0).settle(500, 0.0)
+    assert purses.common is not None
+    assert (purses.common.spent(0.0), purses.common.room(0.0)) == (500, 0)
+    with pytest.raises(OverBudget):
+        purses.reserve("alice", None, 1, 0.0)
+
+
+def test_a_request_without_a_cap_gets_one() -> None:
+    assert Caps().cap(None) is None
+    assert Caps(tokens=50).cap(None) == 50
+    assert Caps(tokens=50).cap(9) == 9
+    assert Caps(tokens_per_minute=100).cap(None) == 100 // SHARE
+    assert Caps(tokens=500, tokens_per_minute=100).cap(None) == 100
+    assert Caps(1, 2, 3, None).within(Caps(None, 1, 4, 7)) == Caps(1, 1, 3, 7)
+
+
+def test_retry_after_is_whole_seconds_a_minute_at_most() -> None:
+    assert [retry_after(s) for s in (0.0, 0.2, 3.2, 1e9)] == ["1", "1", "4", "60"]
+
+
+# Over HTTP
+
+
+def keyed(path: Path, **limits: int) -> Path:
+    said = "".join(f", {name} = {value}" for name, value in limits.items())
+    lines = [api_keys.line("alice", ALICE).replace(" }", said + " }"), api_keys.line("bob", BOB)]
+    path.write_text("\n".join([*lines, api_keys.line("root", ROOT, admin=True)]))
+    return path
+
+
+async def test_a_keys_limits_bind_its_requests_and_no_others(backend: FakeVLLM, tmp_path: Path) -> None:
+    file = keyed(tmp_path / "keys.toml", branches=3, tokens=700)
+    async with running(load(upstream=backend.url, keys=file, **SMALL)) as url, aiohttp.ClientSession() as http:
+        for fields in ({}, {"tts": {"max_total_tokens": 100_000}}):
+            _, headers, reply = await ask(http, url, ALICE, "1", **fields)
+            assert int(headers["x-tts-branches"]) <= 3
+            assert reply["tts"]["tokens"]["total"] <= 700
+        _, headers, reply = await ask(http, url, BOB, "1")
+        assert int(headers["x-tts-branches"]) > 3
+        assert reply["tts"]["tokens"]["total"] > 700
+
+
+@pytest.mark.parametrize(
+    ("limits", "settings", "asked", "words", "param"),
+    [
+        ({"tokens": 50}, {}, None, "the limit `tokens` of key alice is 50; one interval", None),
+        ({"tokens": 50}, {}, 500, "the limit `tokens` of key alice is 50; one interval", None),
+        ({"tokens_per_minute": 90}, {}, 500, "the limit `tokens_per_minute` of key alice is 90; one interval", None),
+        (
+            {"tokens_per_minute": 200},
+            {},
+            None,
+            "a quarter of the limit `tokens_per_minute` of key alice (200), for a request that sets no "
+            "tts.max_total_tokens, is 50; one interval",
+            None,
+        ),
+        ({}, {"max_total_tokens": 50}, None, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS is 50; one", None),
+        ({}, {"tokens_per_minute": 90}, 500, "the server's limit AUTOTTS_TOKENS_PER_MINUTE is 90; one", None),
+        ({"tokens": 500}, {}, 50, "tts.max_total_tokens is 50; one interval", "tts.max_total_tokens"),
+    ],
+)
+async def test_a_cap_that_is_too_small_is_named_by_who_set_it(
+    backend: FakeVLLM,
+    tmp_path: Path,
+    limits: dict[str, int],
+    settings: dict[str, int],
+    asked: int | None,
+    words: str,
+    param: str | None,
+) -> None:
+    file = keyed(tmp_path / "keys.toml", **limits)
+    tts = {} if asked is None else {"tts": {"max_total_tokens": asked}}
+    async with (
+        running(load(upstream=backend.url, keys=file, **settings, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        status, _, reply = await ask(http, url, ALICE, "1", **tts)
+    error = reply["error"]
+    assert (status, error["code"], error["param"]) == (400, "cap_too_small", param)
+    assert error["message"].startswith(words)
+
+
+async def test_the_minutes_tokens_of_a_key(backend: FakeVLLM, tmp_path: Path) -> None:
+    file = keyed(tmp_path / "keys.toml", tokens_per_minute=1500)
+    async with (
+        running(load(upstream=backend.url, keys=file, admin_key=BOSS, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        spent = 0
+        for _ in range(20):
+            status, headers, reply = await ask(http, url, ALICE, "1", tts={"max_total_tokens": 900})
+            if status != 200:
+                break
+            spent += reply["tts"]["tokens"]["total"]
+        assert (status, reply["error"]["type"], reply["error"]["code"]) == (
+            429,
+            "rate_limit_error",
+            "rate_limit_exceeded",
+        )
+        assert "key alice" in reply["error"]["message"]
+        assert 1 <= int(headers["retry-after"]) <= 60
+        assert 600 < spent <= 1500
+        assert (await ask(http, url, BOB, "1"))[0] == 200
+        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
+            said = (await response.json())["keys"]["alice"]
+        assert (said["spent"], said["reserved"], said["episodes"]) == (spent, 0, 0)
+        assert said["limits"]["tokens_per_minute"] == 1500
+
+
+async def test_a_client_that_leaves_pays_for_what_was_generated_and_gets_the_rest_back(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    file = keyed(tmp_path / "keys.toml", tokens_per_minute=4000)
+    backend.fault, backend.fault_after = "hang", 3
+    async with (
+        running(load(upstream=backend.url, keys=file, admin_key=BOSS, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        for stream in (False, True):
+            backend.hanging.clear()
+            task = asyncio.create_task(
+                ask(http, url, ALICE, "1", tts={"max_total_tokens": 1900, "answer": "number"}, stream=stream)
+            )
+            await backend.hanging.wait()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait_for(backend.idle.wait(), 10)
+            backend.fault_after = len(backend.requests) + 3
+        for _ in range(200):
+            async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
+                said = (await response.json())["keys"]["alice"]
+            if not said["reserved"]:
+                break
+        assert said["reserved"] == said["episodes"] == 0
+        assert 0 < said["spent"] < 1900
+
+
+async def test_what_is_handed_on_is_counted_by_its_usage(backend: FakeVLLM, tmp_path: Path) -> None:
+    backend.chains = [Chain("t" * 300)]
+    file = keyed(tmp_path / "keys.toml", tokens_per_minute=1000)
+    async with (
+        running(load(upstream=backend.url, keys=file, admin_key=BOSS, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        body = {"model": "fake-model", "prompt": [[ord("t")]], "max_tokens": 400}
+        statuses = []
+        for _ in range(4):
+            async with http.post(f"{url}/v1/completions", json=body, headers=told(ALICE)) as response:
+                statuses.append(response.status)
+                await response.read()
+        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
+            said = (await response.json())["keys"]["alice"]
+        assert statuses == [200, 200, 200, 429] or statuses == [200, 200, 429, 429]
+        assert said["reserved"] == said["passed"] == 0
+        assert said["spent"] == backend.generated
+
+
+def test_a_rate_is_a_minutes_and_each_holders_own() -> None:
+    rate = Rate(3)
+    for now in (0.0, 10.0, 20.0):
+        rate.take("a", now)
+    rate.take("b", 20.0)
+    with pytest.raises(OverBudget) as caught:
+        rate.take("a", 30.0)
+    assert caught.value.holder == "a"
+    assert 30 < caught.value.after_s <= 31 + GRAIN_S  # the first is forgotten then
+    rate.take("a", 30.0 + caught.value.after_s)
+    with pytest.raises(OverBudget):
+        rate.take("a", 30.5 + caught.value.after_s)
+
+
+def test_a_rate_holds_however_often_it_is_tried() -> None:
+    rate, taken = Rate(100), 0
+    for at in range(17_772):  # in 15 seconds
+        with suppress(OverBudget):
+            rate.take("a", 15 * at / 17_772)
+            taken += 1
+    assert taken == 100

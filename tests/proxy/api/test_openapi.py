@@ -1,0 +1,184 @@
+"""The OpenAPI document against what the proxy does, and whatever else may come: never a fault of the proxy's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import AsyncOpenAI
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from proxy.api.openapi import OPERATIONS, document
+from proxy.app import ROUTES
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
+
+__all__ = ["backend"]  # a fixture
+
+EXAMPLES = 25
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+bounded = settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest_asyncio.fixture
+async def proxy(backend: FakeVLLM) -> AsyncIterator[Proxy]:
+    fake = FakeVLLM(backend.chains, INTERVAL)
+    fake.is_polite = True
+    async with (
+        fake.serve(),
+        running(load(upstream=fake.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+    ):
+        yield Proxy(fake, url, http, openai)
+
+
+def test_all_that_can_be_reached_is_described() -> None:
+    described = {(path, method.upper()) for path, told in document()["paths"].items() for method in told}
+    assert described == {(route.path.replace(":path", ""), route.method) for route in ROUTES}
+
+
+async def test_the_document_is_served(proxy: Proxy) -> None:
+    async with proxy.http.get(f"{proxy.url}/openapi.json") as response:
+        assert await response.json() == document()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", [operation.path for operation in OPERATIONS])
+async def test_the_proxy_does_as_it_is_described(proxy: Proxy, path: str, mode: GenerationMode) -> None:
+    found = [result.ok() for result in schemathesis.openapi.from_dict(document()).get_all_operations()]  # type: ignore[union-attr]
+    (operation,) = [one for one in found if one.path == path]
+    checks = [*CHECKS, negative_data_rejection] if "tts/feedback" in path else CHECKS
+
+    @bounded
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def conforms(case: Any) -> None:
+        response = case.call(base_url=proxy.url, timeout=30)
+        case.validate_response(response, checks=checks)
+
+    try:
+        await asyncio.to_thread(conforms)
+    except Exception as error:
+        if "nsatisfiable" not in type(error).__name__:  # nothing that is wrong can be said to it
+            raise
+
+
+# Whatever may come
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=12,
+)
+TTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "beta": st.sampled_from([0, 0.5, 1, -1, "0.5", None, True, 1e300]),
+        "controller": st.sampled_from(["cmc", "asc@2", "sc@9999999", "everything", "x.py", "", "asc@x"]) | st.text(),
+        "max_total_tokens": st.integers() | st.sampled_from([1, 300, 2**31]),
+        "deadline_s": st.sampled_from([0.001, 0, 1e9, "1"]),
+        "answer": st.sampled_from(["boxed", "regex:(", "regex:a", "json", "text", "code:lines"]) | st.text(),
+        "required": st.booleans() | JSON,
+        "target_tokens": st.integers(),
+        "progress": JSON,
+    },
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "tool", "", 5]), "content": JSON | st.text()}),
+    max_size=3,
+)
+CHAT = st.fixed_dictionaries(
+    {"model": st.sampled_from([MODEL, f"{MODEL}@0.5", f"{MODEL}@nan", "nope", "", 5, None])},
+    optional={
+        "messages": MESSAGES | JSON,
+        "tts": TTS | JSON,
+        "stream": st.booleans() | JSON,
+        "stream_options": st.just({"include_usage": True}) | JSON,
+        "stop": st.lists(st.text(max_size=3), max_size=5) | JSON,
+        "seed": st.integers() | JSON,
+        "temperature": st.floats(allow_nan=False, allow_infinity=False) | JSON,
+        "max_tokens": st.integers() | JSON,
+        "n": st.integers() | JSON,
+        "logit_bias": st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False), max_size=2) | JSON,
+        "response_format": JSON,
+        "reasoning_effort": st.sampled_from(["low", "high", "weird"]) | JSON,
+        "chat_template_kwargs": JSON,
+    },
+)
+FEEDBACK = st.fixed_dictionaries(
+    {},
+    optional={"request_id": st.text() | JSON, "id": JSON, "correct": JSON, "score": JSON, "answer": JSON},
+)
+VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=20)
+HEADERS = st.fixed_dictionaries(
+    {"content-type": st.sampled_from([*["application/json"] * 9, "text/plain", "a/b; charset=x", ""]) | VALUES},
+    optional={
+        "x-tts-beta": st.sampled_from(["0", "0.5", "1", "nan", "", "½"]) | VALUES,
+        "authorization": VALUES.map("Bearer {}".format) | VALUES,
+        "accept": VALUES,
+        "x-request-id": VALUES,
+        "traceparent": VALUES,
+        "idempotency-key": VALUES,
+    },
+)
+
+
+def written(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "bodies"),
+    [
+        ("/v1/chat/completions", CHAT.map(written) | JSON.map(written) | st.binary(max_size=50)),
+        ("/v1/tts/feedback", FEEDBACK.map(written) | JSON.map(written) | st.binary(max_size=50)),
+    ],
+)
+async def test_whatever_comes_is_never_the_proxys_fault(
+    proxy: Proxy, path: str, bodies: st.SearchStrategy[bytes]
+) -> None:
+    with requests.Session() as session:
+
+        @settings(bounded, max_examples=200)
+        @given(body=bodies, headers=HEADERS)
+        def holds(body: bytes, headers: dict[str, str]) -> None:
+            sent = {name: value.strip().encode("latin-1") for name, value in headers.items()}
+            response = session.post(proxy.url + path, data=body, headers=sent, timeout=30)
+            assert response.status_code < 500, response.text
+            if "event-stream" not in response.headers["content-type"] and response.status_code >= 400:
+                assert set(response.json()["error"]) >= {"message", "code"}
+
+        run: Callable[[], None] = holds
+        await asyncio.to_thread(run)
+    assert proxy.backend.running == 0

@@ -1,0 +1,215 @@
+"""Settings: flags before variables, a file, defaults; what is wrong is told by name and place, and no secret shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+
+from proxy.commands.config import gather
+from proxy.errors import SettingsError
+from proxy.settings import SERVED, configure, find_file, is_secret, load
+from tests.fakes import FakeVLLM
+from tests.proxy.test_cli import autotts
+
+UP = {"upstream": "http://127.0.0.1:1"}
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "autotts.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_first_to_say_something_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = toml(tmp_path, "interval = 1\nport = 1\nprobe_tokens = 1\nfinalise_tokens = 99")
+    monkeypatch.setenv("AUTOTTS_INTERVAL", "2")
+    monkeypatch.setenv("AUTOTTS_PORT", "2")
+    settings, sources = configure(file, {"interval": 3, "beta": None})
+    assert (settings.interval, settings.port, settings.probe_tokens, settings.host) == (3, 2, 1, "127.0.0.1")
+    assert [sources[name] for name in ("interval", "port", "probe_tokens", "host", "controller")] == [
+        "flag",
+        "environment",
+        f"file {file}",
+        "default",
+        "embedded default",
+    ]
+
+
+def test_a_blank_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTTS_STORE", "")
+    settings, sources = configure(None, UP, SERVED)
+    assert (settings.store, sources["store"]) == (Path("autotts.db"), "default")
+
+
+def test_a_file_here_is_no_business_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_file() is None
+    toml(tmp_path, "interval = 77")
+    assert find_file() == Path("autotts.toml")
+    assert load(**UP).interval == 512
+    monkeypatch.setenv("AUTOTTS_CONFIG", "other.toml")
+    assert find_file() == Path("other.toml")
+    assert find_file(Path("third.toml")) == Path("third.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("intervall = 3", "there is no setting 'intervall'; did you mean interval?"),
+        ("[store]\npath = 'x'", "store: Input is not a valid path"),
+        ("interval = 0", "interval: Input should be greater than or equal to 1, not 0"),
+        ("interval = x", "Invalid value (at line 1, column 12)"),
+    ],
+)
+def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, words: str) -> None:
+    file = toml(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        configure(file, {})
+    assert str(caught.value).startswith(f"{file}: ")
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
+        configure(Path("nowhere.toml"), {})
+
+
+def test_a_secret_that_is_wrong_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        configure(toml(tmp_path, "admin_key = 31337"), {})
+    assert "admin_key" in str(caught.value)
+    assert "31337" not in str(caught.value)
+    assert is_secret("admin_key")
+    assert not is_secret("interval")
+
+
+def test_no_record_wins_over_a_store(tmp_path: Path) -> None:
+    assert configure(toml(tmp_path, "store = 'x.db'"), {"record": False}).settings.store is None
+
+
+@pytest.mark.parametrize("spill", ["s.db", "./s.db", "s.db-wal", "s.db-shm", "s", "notes", "folder", "link"])
+def test_records_wait_in_no_file_that_is_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spill: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("line one\nline two")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("notes")
+    store = "s.1" if spill == "s" else "s.db"  # for files of several proxies are numbered
+    monkeypatch.setenv("AUTOTTS_SPILL", spill)
+    with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} is "):
+        load(**UP, store=store)
+    assert (tmp_path / "notes").read_text() == "line one\nline two"
+
+
+def test_records_may_wait_in_a_file_that_was_left(tmp_path: Path) -> None:
+    path = tmp_path / "spill"
+    for content in (b"", b"%08x {}\n" % crc32(b"{}")):
+        path.write_bytes(content)
+        assert load(**UP, store=tmp_path / "s.db", spill=path).spill == path
+
+
+@pytest.mark.parametrize("days", [0, 36501, 1e12])
+def test_days_that_no_calendar_has_are_refused(days: float) -> None:
+    with pytest.raises(SettingsError, match="retain_days"):
+        load(**UP, retain_days=days)
+
+
+def test_show_masks_and_names_sources(tmp_path: Path) -> None:
+    file = toml(tmp_path, "upstream = 'http://me:hidden@127.0.0.1:1'\nadmin_key = 'hidden'")
+    done = autotts("config", "show", "--json", "--config", str(file), "--set", "port=9", AUTOTTS_BETA="0.25")
+    told = json.loads(done.stdout)
+    assert "hidden" not in done.stdout
+    assert told["upstream"]["value"] == "http://********@127.0.0.1:1/"
+    assert told["admin_key"] == {**told["admin_key"], "value": "********", "source": f"file {file}"}
+    assert (told["port"]["value"], told["port"]["source"]) == (9, "flag")
+    assert (told["beta"]["value"], told["beta"]["source"]) == (0.25, "environment")
+    assert told["store"]["value"] == "autotts.db"
+    assert "hidden" not in autotts("config", "show", AUTOTTS_CONFIG=str(file)).stdout
+
+
+def test_the_flags_of_serve_are_taken_here_too() -> None:
+    flags = ["--port", "9", "--beta", "0.5", "--no-record", "--upstream", "http://127.0.0.1:1"]
+    told = json.loads(autotts("config", "show", "--json", *flags, AUTOTTS_PORT="8").stdout)
+    assert {name for name, one in told.items() if one["source"] == "flag"} == {"port", "beta", "record", "upstream"}
+    assert (told["port"]["value"], told["beta"]["value"], told["store"]["value"]) == (9, 0.5, None)
+    done = autotts("config", "check", *flags, "--host", "0.0.0.0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there are no keys" in done.stderr
+    done = autotts("config", "check", "--beta", "much")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--beta must be" in done.stderr
+    shown, served = ((autotts(*verb, "--help").stdout) for verb in (("config", "show"), ("serve",)))
+    assert set(re.findall(r"--[a-z-]+", served)) <= set(re.findall(r"--[a-z-]+", shown))
+
+
+@pytest.mark.parametrize("name", ["beta", "AUTOTTS_BETA", "autotts_beta", "autotts-beta", " Beta "])
+def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
+    settings, sources = gather(None, [f"{name}=0.5"], {})
+    assert (settings.beta, sources["beta"]) == (0.5, "flag")
+
+
+@pytest.mark.parametrize(
+    ("sets", "status", "words"),
+    [
+        (["interval=64"], 0, "the settings are good: 2 of"),
+        (["interval=none"], 2, "interval: Input should be a valid integer"),
+        (["interval"], 2, "say NAME=VALUE"),
+        (["calibration=/nowhere.json"], 2, "/nowhere.json"),
+        (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
+        (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may use"),
+        (["load_waiting=4"], 2, "load_waiting: it must be: requests waiting at the upstream"),
+    ],
+)
+def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None:
+    file = toml(tmp_path, "port = 0")
+    flags = [part for one in sets for part in ("--set", one)]
+    done = autotts("config", "check", "--config", str(file), *flags, AUTOTTS_INTERVALL="4")
+    assert done.returncode == status, done.stderr
+    assert words in (done.stderr if status else done.stdout)
+    assert ("AUTOTTS_INTERVALL sets nothing" in done.stdout) is not bool(status)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--max-model-len '512", "embedded_args: the flags cannot be read: No closing quotation"),
+        ("--port 9", "embedded_args: the proxy itself sets --port; leave it out"),
+        ("--host=0.0.0.0", "the proxy itself sets --host; leave it out"),
+    ],
+)
+def test_flags_of_the_embedded_server_that_cannot_be(text: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(embedded_args=text)
+    assert words in str(caught.value)
+
+
+def test_flags_of_the_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().embedded_flags == ()
+    monkeypatch.setenv("AUTOTTS_EMBEDDED_ARGS", "--max-model-len 512 --override-generation-config '{\"top_k\": 3}'")
+    assert load().embedded_flags == ("--max-model-len", "512", "--override-generation-config", '{"top_k": 3}')
+
+
+async def test_serve_goes_by_the_file_and_logs_as_it_says(tmp_path: Path) -> None:
+    async with FakeVLLM().serve() as backend:
+        toml(tmp_path, f"upstream = '{backend.url}'\nport = 0\nlog = 'json'\nrecord = false")
+        serving = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy.cli", "serve", "--config", str(tmp_path / "autotts.toml")),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert serving.stderr is not None
+        try:
+            message = ""
+            while not message.startswith("listening on http://127.0.0.1:"):
+                message = json.loads(await serving.stderr.readline())["message"]
+        finally:
+            serving.terminate()
+            _, rest = await serving.communicate()
+    assert all(json.loads(line)["level"] == "info" for line in rest.splitlines())
+    assert serving.returncode == 0

@@ -1,0 +1,82 @@
+"""`autotts requests` and `autotts store info`: what a proxy has served, as its store has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.store import Store
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import backend
+from tests.proxy.recording.test_episode_log import call, serving
+from tests.proxy.test_cli import autotts
+
+__all__ = ["backend"]  # a fixture
+
+
+async def served(backend: FakeVLLM, path: Path) -> list[str]:
+    """The ids of three served requests, of which the second got feedback twice."""
+    ids = []
+    async with serving(backend, path) as proxy:
+        for beta in ("0", "0.25", "0.5"):
+            _, headers, _ = await proxy.ask(beta, tts={"answer": "boxed"})
+            ids.append(headers["x-request-id"])
+        for fields in ({"correct": False}, {"correct": True}, {"score": 0.5}):
+            status, _ = await call(proxy, "POST", "/v1/tts/feedback", body={"request_id": ids[1], **fields})
+            assert status in (200, 202)
+    return ids
+
+
+def listed(path: Path, *more: str) -> Any:
+    return json.loads(autotts("requests", "list", "--store", str(path), "--json", *more).stdout)
+
+
+async def test_requests_are_listed_the_latest_first(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    ids = await served(backend, path)
+    rows = listed(path)
+    assert [row["request"] for row in rows] == ids[::-1]
+    assert [row["beta"] for row in rows] == [0.5, 0.25, 0]
+    assert [row["feedback"] for row in rows] == [{}, {"correct": True, "score": 0.5}, {}]
+    assert all(row["tokens"] > 0 and row["stop"] == "answered" and row["model"] == MODEL for row in rows)
+    assert [row["request"] for row in listed(path, "--limit", "1")] == ids[2:]
+    assert listed(path, "--model", "another") == []
+    table = autotts("requests", "list", "--store", str(path)).stdout
+    assert all(one in table for one in ids)
+    assert "correct True" in table
+
+
+@pytest.mark.parametrize("name", ["[/]", "[red]x[/red]", "a[42]"])
+async def test_a_clients_id_is_shown_as_it_is(backend: FakeVLLM, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
+        sent = {"x-request-id": name}
+        async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=sent) as response:
+            assert response.status == 200
+    done = autotts("requests", "list", "--store", str(path))
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout
+
+
+async def test_store_info_shows_requests_and_feedback(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    await served(backend, path)
+    told = json.loads(autotts("store", "info", "--store", str(path), "--json").stdout)
+    assert (told["cells"], told["episodes"], told["stops"]) == ([], 3, {"answered": 3})
+    assert told["feedback"] == {"correct": 2, "score": 1}
+    assert told["oldest"] < told["newest"]
+    shown = autotts("store", "info", "--store", str(path)).stdout
+    assert "served requests: 3 from 20" in shown
+    assert "feedback: correct: 2, score: 1" in shown
+
+
+async def test_an_empty_store_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with Store.open(path, create=True):
+        pass
+    assert "served requests: none" in autotts("store", "info", "--store", str(path)).stdout
+    assert "no requests" in autotts("requests", "list", "--store", str(path)).stdout

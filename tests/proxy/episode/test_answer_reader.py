@@ -1,0 +1,199 @@
+"""Answers are read and compared off the event loop, and no tenant's answers delay another's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from discovery.answers import Judge, Labels, canonical, parse_kind, read
+from discovery.answers.judge import Finding
+from proxy.episode import answer_reader
+from proxy.episode.answer_reader import Budget, EpisodeGrader, Grading, InlineGrader
+from proxy.telemetry.metrics import Metrics
+
+PATTERN = parse_kind(r"regex:x.*y|x")
+
+
+class ScriptedJudge(Judge):
+    """A judge whose answers, and their price, are given."""
+
+    def __init__(self, finding: Callable[[str, str], Finding]) -> None:
+        super().__init__()
+        self.finding = finding
+        self.asked: list[tuple[str, str]] = []
+
+    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> Finding:
+        self.asked.append((one, other))
+        return self.finding(one, other)
+
+
+class Gate:
+    """A judge that answers when it is opened, each question on its own."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, threading.Event] = {}
+        self.running: list[str] = []
+        self.most = 0
+        self.begun = threading.Event()
+
+    def __call__(self, one: str, other: str) -> Finding:
+        self.running.append(one)
+        self.most = max(self.most, len(self.running))
+        self.begun.set()
+        assert self.opened.setdefault(one, threading.Event()).wait(30)
+        self.running.remove(one)
+        return Finding(False, 0.01)
+
+    def open(self, one: str) -> None:
+        self.opened.setdefault(one, threading.Event()).set()
+
+
+def limits(metrics: Metrics) -> dict[str, float]:
+    samples = next(iter(metrics.answer_limits.collect())).samples
+    return {s.labels["limit"]: s.value for s in samples if s.name.endswith("_total") and s.value}
+
+
+async def make(finding: Callable[[str, str], Finding]) -> AsyncIterator[Grading]:
+    made = Grading(Metrics(), ScriptedJudge(finding))
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def killing() -> AsyncIterator[Grading]:
+    """A judge whose every question ends with a killed process."""
+    async for made in make(lambda one, other: Finding(False, 1.0, True)):
+        yield made
+
+
+def asked(made: Grading) -> int:
+    judge = made.judge
+    assert isinstance(judge, ScriptedJudge)
+    return len(judge.asked)
+
+
+OTHERS = [(number, str(number)) for number in range(8)]
+
+
+async def test_an_episode_whose_questions_are_killed_is_soon_compared_by_form(killing: Grading) -> None:
+    grader = killing.grader("a")
+    for _ in range(5):
+        assert await grader.compare("9", OTHERS) is None
+    assert asked(killing) == 1  # it cost 1 s and a new process
+    assert limits(killing.metrics) == {"judge_episode": 5}
+
+
+async def test_a_tenant_with_many_such_episodes_is_too_and_another_is_not(killing: Grading) -> None:
+    for _ in range(20):
+        await killing.grader("a").compare("9", OTHERS)
+    most = answer_reader.TENANT_S / (1 + answer_reader.KILL_S)
+    assert most <= asked(killing) <= most + 1
+    counted = limits(killing.metrics)
+    assert counted["judge_tenant"] >= 20 - most - 1
+    before = asked(killing)
+    await killing.grader("b").compare("9", OTHERS)
+    assert asked(killing) == before + 1
+
+
+async def test_a_tenant_s_questions_run_one_at_a_time_and_another_s_beside_them() -> None:
+    gate = Gate()
+    async for made in make(gate):
+        first, second = made.grader("a"), made.grader("a")
+        waiting = [asyncio.create_task(g.compare(name, OTHERS[:1])) for g, name in ((first, "a1"), (second, "a2"))]
+        gate.open("b")
+        assert await made.grader("b").compare("b", OTHERS[:1]) is None  # while both of a's wait
+        assert gate.running in ([], ["a1"])
+        gate.open("a1")
+        gate.open("a2")
+        await asyncio.gather(*waiting)
+        assert gate.most <= 2
+        assert [one for one, _ in made.judge.asked if one != "b"] == ["a1", "a2"]  # type: ignore[attr-defined]
+
+
+async def test_a_lane_stays_taken_by_what_was_cancelled_until_that_has_ended() -> None:
+    gate = Gate()
+    async for made in make(gate):
+        grader = made.grader("a")
+        for number in range(5):
+            task = asyncio.create_task(grader.compare(f"a{number}", OTHERS[:1]))
+            await asyncio.sleep(0)
+            assert await asyncio.to_thread(gate.begun.wait, 30)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert gate.running == ["a0"]
+        gate.open("a0")
+        gate.open("last")
+        await grader.compare("last", OTHERS[:1])
+        assert [one for one, _ in made.judge.asked] == ["a0", "last"]  # type: ignore[attr-defined]
+
+
+async def test_the_first_that_is_equal_is_found_and_a_busy_judge_is_counted() -> None:
+    async for made in make(lambda one, other: Finding(other == "3", 0.01)):
+        assert await made.grader("a").compare("9", OTHERS) == 3
+        assert asked(made) == 4
+        assert await made.grader("a").compare("9", []) is None
+        assert limits(made.metrics) == {}
+    async for made in make(lambda one, other: Finding(False, waited=True)):
+        assert await made.grader("a").compare("9", OTHERS) is None
+        assert (asked(made), limits(made.metrics)) == (1, {"judge_busy": 1})
+
+
+async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        where.append(threading.current_thread().name.partition("_")[0])
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr("proxy.episode.answer_reader.read", noted)
+    async for made in make(lambda one, other: Finding(False)):
+        grader = made.grader("a")
+        answers = [
+            await grader.read("x", PATTERN),
+            await grader.read("The answer is 7.", parse_kind("auto")),
+            await grader.read("." * answer_reader.SHORT + " The answer is 7.", parse_kind("auto")),
+        ]
+        assert [answer and answer.written for answer in answers] == ["x", "7", "7"]
+        assert where == ["grading", threading.main_thread().name, "reading"]
+
+
+async def test_an_episode_s_pattern_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_reader, "EPISODE_S", 1e-9)
+    async for made in make(lambda one, other: Finding(False)):
+        grader = made.grader("a")
+        await grader.read("x" * 1000, PATTERN)
+        assert await grader.read("x", PATTERN) is None
+        assert limits(made.metrics) == {"pattern_episode": 1}
+
+
+async def test_math_verify_decides_what_forms_do_not() -> None:
+    made = Grading(Metrics())
+    try:
+        assert await label(made.grader("a"), r"\log_2 8", "3") == [0, 0]
+        assert await label(InlineGrader(), r"\log_2 8", "3") == [0, 1]
+    finally:
+        await made.close()
+
+
+async def label(grader: EpisodeGrader | InlineGrader, *answers: str) -> list[int]:
+    labels, numbers = Labels(), []
+    for written in answers:
+        form = canonical(written)
+        assert form is not None
+        numbers.append(labels.settle(form, written, await grader.compare(written, labels.doubtful(form))))
+    return numbers
+
+
+def test_a_budget_comes_back_with_time() -> None:
+    now = [0.0]
+    budget = Budget(10, 0.5, lambda: now[0])
+    budget.spend(12)
+    assert budget.left == -2
+    now[0] = 6
+    assert budget.left == 1
+    now[0] = 1000
+    assert budget.left == 10

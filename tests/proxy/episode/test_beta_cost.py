@@ -1,0 +1,177 @@
+"""What β costs, told, and asked for by its cost."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+
+from controllers.loading import Spec
+from discovery.evaluation.calibration import Arm, Calibration, Map, Point, Single, write
+from proxy.app import create_app
+from proxy.errors import BadRequest, SettingsError
+from proxy.requests.beta import Source, resolve
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, FakeVLLM
+from tests.proxy.conftest import SMALL, Proxy
+from tests.proxy.requests.test_bad_input import check_error
+
+
+def calibrated(controller: str = "cmc") -> Calibration:
+    """A thousand tokens at β = 0, five thousand at 1."""
+    points = tuple(Point(at, 1000 + 4000 * at, None, None, 50, None, None, 0, None) for at in (0.0, 0.5, 1.0))
+    return Calibration(controller, Spec(controller).digest, points, Single(400, 45), True, Map(Arm.CONTROLLER, 1.0))
+
+
+@pytest_asyncio.fixture
+async def aiming(backend: FakeVLLM, tmp_path: Path) -> AsyncIterator[Proxy]:
+    """A proxy that knows what β costs."""
+    write({MODEL: calibrated()}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
+    async with (
+        running(settings) as url,
+        aiohttp.ClientSession() as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+    ):
+        yield Proxy(backend, url, http, openai)
+
+
+async def curve(proxy: Proxy, **query: str) -> tuple[int, Any]:
+    async with proxy.http.get(f"{proxy.url}/v1/tts/curve", params=query) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize("query", [{}, {"model": MODEL}, {"model": f"{MODEL}@0.5"}])
+async def test_the_curve_of_a_model_is_told(aiming: Proxy, query: dict[str, str]) -> None:
+    assert await curve(aiming, **query) == (200, {"model": MODEL, **calibrated().as_json()})
+
+
+async def test_a_curve_that_is_not_there_is_404(proxy: Proxy, aiming: Proxy) -> None:
+    status, reply = await curve(proxy, model=MODEL)
+    check_error(reply, 404, status, param="model", code="no_calibration")
+    status, reply = await curve(aiming, model="another")
+    check_error(reply, 404, status, param="model", code="model_not_found")
+
+
+@pytest.mark.parametrize(("target", "beta"), [(1, 0), (1000, 0), (2000, 0.25), (4000, 0.75), (10**6, 1)])
+async def test_tokens_aimed_at_set_the_dial(aiming: Proxy, target: int, beta: float) -> None:
+    status, headers, reply = await aiming.ask(None, tts={"target_tokens": target})
+    assert status == 200, reply
+    assert float(headers["x-tts-beta"]) == beta == reply["tts"]["beta"]
+    assert headers["x-tts-beta-source"] == reply["tts"]["beta_source"] == "target_tokens"
+
+
+@pytest.mark.parametrize(
+    ("best", "controller", "beta"),
+    [
+        (Map(Arm.CONTROLLER, 1.0), "cmc", "0.8"),
+        (Map(Arm.CONTROLLER, 0.5), "cmc", "0.5"),
+        (Map(Arm.SINGLE, 0.0), "single", "0"),
+    ],
+)
+async def test_a_dial_nobody_turned_stays_where_it_pays(
+    backend: FakeVLLM, tmp_path: Path, best: Map, controller: str, beta: str
+) -> None:
+    write({MODEL: replace(calibrated(), map=best, pays=False)}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, beta=0.8, calibration=tmp_path / "calibration.json", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
+        proxy = Proxy(backend, url, http, unused)
+        _, headers, _ = await proxy.ask(None)
+        assert (headers["x-tts-controller"], headers["x-tts-beta"]) == (controller, beta)
+        for turned, named in (("0.8", None), (None, "esc")):  # who asks for something gets it
+            _, headers, _ = await proxy.ask(turned, tts={} if named is None else {"controller": named})
+            assert headers["x-tts-controller"] == (named or "cmc")
+        await unused.close()
+
+
+async def test_a_header_wins_over_tokens_aimed_at(aiming: Proxy, proxy: Proxy) -> None:
+    for one in (aiming, proxy):  # where there is no calibration it is not asked for
+        status, headers, _ = await one.ask("1", tts={"target_tokens": 1000})
+        assert (status, headers["x-tts-beta"], headers["x-tts-beta-source"]) == (200, "1", "header")
+
+
+async def test_tokens_aimed_at_win_over_effort_and_alias(aiming: Proxy) -> None:
+    fields: dict[str, Any] = {"model": f"{MODEL}@1", "reasoning_effort": "high", "tts": {"target_tokens": 1000}}
+    _, headers, _ = await aiming.ask(None, **fields)
+    assert (headers["x-tts-beta"], headers["x-tts-beta-source"]) == ("0", "target_tokens")
+
+
+@pytest.mark.parametrize(
+    ("tts", "param", "code"),
+    [
+        ({"target_tokens": 1000, "beta": 0.5}, "tts.target_tokens", "bad_beta"),
+        ({"target_tokens": 0}, "tts.target_tokens", None),
+        ({"target_tokens": "1000"}, "tts.target_tokens", None),
+        ({"target_tokens": 1.5}, "tts.target_tokens", None),
+        ({"target_tokens": 1000, "controller": "single"}, "tts.target_tokens", "no_calibration"),
+    ],
+)
+async def test_what_cannot_be_aimed_at(aiming: Proxy, tts: dict[str, Any], param: str, code: str | None) -> None:
+    status, _, reply = await aiming.ask(None, tts=tts)
+    check_error(reply, 400, status, param=param, code=code)
+    assert aiming.backend.requests == []
+
+
+async def test_without_a_calibration_there_is_no_aiming(proxy: Proxy) -> None:
+    status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000})
+    check_error(reply, 400, status, param="tts.target_tokens", code="no_calibration")
+    assert "no calibration for model 'fake-model'" in reply["error"]["message"]
+
+
+async def test_a_calibration_of_another_controller_is_none(backend: FakeVLLM, tmp_path: Path) -> None:
+    write({MODEL: calibrated("asc")}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http, AsyncOpenAI(api_key="unused") as openai:
+        one = Proxy(backend, url, http, openai)
+        status, _, reply = await one.ask(None, tts={"target_tokens": 1000})
+        check_error(reply, 400, status, param="tts.target_tokens", code="no_calibration")
+        assert "calibrated for asc, and cmc serves" in reply["error"]["message"]
+        status, _, reply = await one.ask(None, tts={"target_tokens": 1000, "controller": "asc"})
+        assert (status, reply["tts"]["controller"]) == (200, "asc")
+
+
+def test_what_is_aimed_at_is_asked_for_only_where_it_decides() -> None:
+    def never() -> float:
+        raise BadRequest("asked")
+
+    about: dict[str, Any] = {"effort": None, "alias": None, "model": "m", "default": None, "target": never}
+    turned = resolve(["0.5"], body=None, **about)
+    assert turned is not None
+    assert turned.source is Source.HEADER
+    with pytest.raises(BadRequest, match="asked"):
+        resolve([], body=None, **about)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"m": {"controller": "cmc"}}'])
+def test_a_bad_file_is_a_bad_setting(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "calibration.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SettingsError, match=f"calibration: {path}"):
+        create_app(load(upstream="http://127.0.0.1:1", calibration=path))
+
+
+async def test_a_calibration_of_several_controllers(backend: FakeVLLM, tmp_path: Path) -> None:
+    cheap = replace(calibrated("asc"), points=(Point(0, 10, None, None, 50, None, None, 0, None),) * 1)
+    write({MODEL: replace(cheap, others=(calibrated("cmc"),))}, tmp_path / "calibration.json")
+    settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
+        proxy = Proxy(backend, url, http, unused)
+        assert (await curve(proxy, model=MODEL))[1]["controller"] == "asc"
+        assert (await curve(proxy, model=MODEL, controller="cmc"))[1]["points"] == calibrated().as_json()["points"]
+        status, reply = await curve(proxy, model=MODEL, controller="esc")
+        check_error(reply, 404, status, param="controller", code="no_calibration")
+        assert "was calibrated for asc, cmc, not 'esc'" in reply["error"]["message"]
+        for named, beta in ((None, 0.5), ("cmc", 0.5), ("asc", 0.0)):
+            tts = {"target_tokens": 3000} | ({} if named is None else {"controller": named})
+            _, headers, _ = await proxy.ask(None, tts=tts)
+            assert float(headers["x-tts-beta"]) == beta

@@ -1,0 +1,395 @@
+"""Chat completions through a running proxy over the fake vLLM: what clients see, and that the bill adds up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from openai import OpenAI
+
+from proxy.episode import run
+from proxy.probe_templates import LEAD
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, Chain, FakeVLLM, chain
+from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
+
+HEADERS = (
+    "x-request-id",
+    "x-tts-beta",
+    "x-tts-controller",
+    "x-tts-branches",
+    "x-tts-rounds",
+    "x-tts-tokens",
+    "x-tts-stop",
+)
+KINDS = {"total", "winner", "agreeing", "losing", "pruned", "probe", "finalise", "aborted"}
+
+
+@pytest.mark.parametrize("controller", SERVED)
+@pytest.mark.parametrize("beta", ["0", "0.5", "1"])
+async def test_a_controller_answers_and_the_bill_adds_up(proxy: Proxy, controller: str, beta: str) -> None:
+    status, headers, reply = await proxy.ask(beta, tts={"controller": controller})
+    assert status == 200, reply
+    assert all(name in headers for name in HEADERS)
+    assert headers["x-tts-applied"] == "true"
+    assert (headers["x-tts-beta"], headers["x-tts-controller"]) == (beta, controller)
+    usage, tts = reply["usage"], reply["tts"]
+    assert usage["completion_tokens"] == proxy.backend.generated
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert set(tts["tokens"]) == KINDS
+    assert tts["tokens"]["total"] == sum(v for k, v in tts["tokens"].items() if k != "total")
+    assert tts["tokens"]["total"] == int(headers["x-tts-tokens"])
+    assert tts["tokens"]["aborted"] == 0
+    assert tts["branches"] == proxy.backend.opened == int(headers["x-tts-branches"])
+    assert tts["stop"] == headers["x-tts-stop"] == "answered"
+    message = reply["choices"][0]["message"]
+    assert f"\\boxed{{{tts['answer']}}}" in message["content"]
+    assert tts["agreed"]
+    assert "think" not in message["content"]
+    assert message["reasoning"] == message["reasoning_content"]
+    visible = usage["completion_tokens"] - usage["completion_tokens_details"]["reasoning_tokens"]
+    assert 0 < visible <= len(message["content"]) + 4
+    assert await proxy.metric("autotts_tokens_total", controller=controller) == tts["tokens"]["total"]
+    assert await proxy.metric("autotts_requests_total", controller=controller, outcome="answered") == 1
+    assert await proxy.metric("autotts_stops_total", reason="answered") == 1
+    assert await proxy.metric("autotts_rounds_total") == int(headers["x-tts-rounds"])
+    assert await proxy.metric("autotts_episodes_in_flight") == 0
+
+
+async def test_the_openai_client_needs_nothing_special(proxy: Proxy) -> None:
+    reply = await proxy.openai.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hi"}], extra_body={"tts": {"beta": 0.5}}
+    )
+    assert reply.choices[0].message.content == "It is \\boxed{7}"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == proxy.backend.generated
+
+
+async def test_streams_are_what_the_openai_client_expects(proxy: Proxy) -> None:
+    stream = await proxy.openai.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "hi"}],
+        extra_headers={"x-tts-beta": "0.5"},
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(c.id, c.object, c.created, c.model) for c in chunks}) == 1
+    content = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert content == "It is \\boxed{7}"
+    assert "".join(getattr(c.choices[0].delta, "reasoning", "") for c in chunks if c.choices).startswith("bbb")
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == proxy.backend.generated
+    assert chunks[-1].tts["stop"] == "answered"  # type: ignore[attr-defined]
+
+
+async def test_the_synchronous_client_works_too(proxy: Proxy) -> None:
+    def ask() -> str | None:
+        with OpenAI(base_url=f"{proxy.url}/v1", api_key="unused", max_retries=0) as client:
+            reply = client.chat.completions.create(model=f"{MODEL}@0.25", messages=[{"role": "user", "content": "hi"}])
+            return reply.choices[0].message.content
+
+    assert await asyncio.to_thread(ask) == "It is \\boxed{7}"
+
+
+async def test_a_stream_starts_at_once_and_pings_while_it_thinks(proxy: Proxy) -> None:
+    proxy.backend.fault = "hang"
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "tts": {"beta": 1}}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        assert response.headers["x-tts-applied"] == "true"
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line async for line in _some(response.content, 4)]
+    assert json.loads(lines[0].removeprefix(b"data: "))["choices"][0]["delta"]["role"] == "assistant"
+    assert lines[2] == b": ping\n"
+
+
+async def _some(lines: Any, count: int) -> Any:
+    async for line in lines:
+        yield line
+        count -= 1
+        if not count:
+            return
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_stops_everything(proxy: Proxy, stream: bool) -> None:
+    proxy.backend.fault = "hang"
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "tts": {"beta": 1, "answer": "boxed"}}
+    request = asyncio.create_task(_post(proxy, body))
+    await proxy.backend.hanging.wait()
+    request.cancel()
+    await asyncio.wait_for(proxy.backend.idle.wait(), 1)
+    assert proxy.backend.running == 0
+    await _until_metric(proxy, "autotts_requests_total", outcome="disconnected")
+    assert await proxy.metric("autotts_tokens_total", kind="aborted") == 8  # one seen of each of the eight branches
+
+
+async def _post(proxy: Proxy, body: dict[str, Any]) -> None:
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
+        await response.read()
+
+
+async def _until_metric(proxy: Proxy, name: str, **labels: str) -> None:
+    async with asyncio.timeout(5):
+        while not await proxy.metric(name, **labels):
+            pass  # asking is what gives way to the server
+
+
+async def test_a_hard_cap_is_never_passed(proxy: Proxy) -> None:
+    for cap in (260, 400, 1000):
+        proxy.backend.generated = 0
+        _, _, reply = await proxy.ask("1", tts={"max_total_tokens": cap, "controller": "parallel_probe"})
+        tts = reply["tts"]
+        assert tts["tokens"]["total"] <= cap
+        assert proxy.backend.generated <= tts["tokens"]["total"]
+        assert tts["stop"] == "max_tokens"
+        assert "\\boxed{" in reply["choices"][0]["message"]["content"]
+
+
+async def test_a_cap_too_small_for_any_answer_is_refused(proxy: Proxy) -> None:
+    status, _, reply = await proxy.ask("1", tts={"max_total_tokens": 50})
+    assert status == 400
+    assert reply["error"]["code"] == "cap_too_small"
+    assert reply["error"]["param"] == "tts.max_total_tokens"
+    assert proxy.backend.generated == 0
+
+
+@pytest.mark.parametrize(
+    ("controller", "after", "content"),
+    [
+        pytest.param("parallel_probe", 2, f"{LEAD}7}}", id="an answer leads and is led into"),
+        pytest.param("cmc", 4, "It is \\boxed{7}", id="nothing was asked yet, so the thought is closed and answers"),
+    ],
+)
+async def test_at_the_deadline_the_best_so_far_goes_out(
+    proxy: Proxy, controller: str, after: int, content: str
+) -> None:
+    proxy.backend.fault, proxy.backend.fault_after = "hang", after
+    request = asyncio.create_task(
+        proxy.ask("0.5", tts={"deadline_s": 1.0, "controller": controller, "answer": "boxed"})
+    )
+    await proxy.backend.hanging.wait()
+    proxy.backend.fault = ""
+    status, headers, reply = await request
+    assert status == 200, reply
+    assert headers["x-tts-stop"] == "deadline"
+    assert reply["choices"][0]["message"]["content"] == content
+    assert reply["tts"]["tokens"]["aborted"] > 0
+    assert proxy.backend.running == 0
+
+
+SOON_S = 3.0
+"""Seconds within which an answer to a deadline of half a second must be there, on a busy machine too."""
+
+
+async def told(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, Any]:
+    """The content, the finish reason and the `tts` object of an answer that must come soon."""
+    began = time.monotonic()
+    async with asyncio.timeout(20):
+        if not stream:
+            status, _, reply = await proxy.ask("0.5", **fields)
+            assert status == 200, reply
+            choice = reply["choices"][0]
+            said = choice["message"]["content"], choice["finish_reason"], reply["tts"]
+        else:
+            body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
+            headers = {"x-tts-beta": "0.5"}
+            async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers) as response:
+                lines = (await response.text()).splitlines()
+            assert lines[-2] == "data: [DONE]"
+            chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+            content = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+            said = content, chunks[-1]["choices"][0]["finish_reason"], chunks[-1]["tts"]
+    assert time.monotonic() - began < SOON_S
+    return said
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("after", "content", "finish"), [(0, "<", "length"), (1, "", "length"), (3, "7", "stop")])
+async def test_a_deadline_is_kept_though_nothing_is_finished_and_the_backend_hangs(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: int, content: str, finish: str, stream: bool
+) -> None:
+    monkeypatch.setattr(run, "CLOSE_S", 0.2)
+    proxy.backend.fault, proxy.backend.fault_after = "hang", after
+    tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
+    said, why, told_of_it = await told(proxy, stream=stream, tts=tts)
+    assert (said, why) == (f"{LEAD}7}}" if content == "7" else content, finish)
+    assert (told_of_it["stop"], told_of_it["agreed"]) == ("deadline", False if content == "7" else None)
+    hung = proxy.backend.requests[after:]
+    seen = sum(one.get("n", 1) * (len(one["prompt"]) if isinstance(one["prompt"][0], list) else 1) for one in hung)
+    tokens = dict(told_of_it["tokens"])
+    assert (tokens["finalise"], len(hung)) == (0, 2)  # a round, and the closing
+    assert tokens.pop("total") == sum(tokens.values())
+    assert tokens["aborted"] >= seen
+    assert proxy.backend.running == 0
+
+
+async def test_a_backend_that_fails_after_the_deadline_costs_no_answer(proxy: Proxy) -> None:
+    proxy.backend.fault, proxy.backend.fault_after = "hang", 3
+    tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
+    asking = asyncio.create_task(told(proxy, stream=False, tts=tts))
+    await proxy.backend.hanging.wait()
+    proxy.backend.fault = "garbage"
+    content, finish, told_of_it = await asking
+    assert (content, finish, told_of_it["stop"]) == (f"{LEAD}7}}", "stop", "deadline")
+
+
+async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CLOSE_S", 0.2)
+    proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
+    tts = {"deadline_s": 2.0, "controller": "parallel_probe", "answer": "boxed"}
+    _, _, reply = await proxy.ask("0.5", tts={**tts, "deadline_s": 60})
+    assert reply["choices"][0]["message"]["content"] == "So \\boxed{7}"
+    proxy.backend.fault, proxy.backend.fault_after = "hang", 2 * len(proxy.backend.requests) - 1
+    content, finish, told_of_it = await told(proxy, stream=False, tts=tts)
+    assert (content, finish) == (f"{LEAD}7}}", "stop")
+    assert (told_of_it["stop"], told_of_it["agreed"]) == ("answered", False)
+    assert (told_of_it["tokens"]["finalise"], told_of_it["tokens"]["aborted"]) == (0, 1)
+
+
+async def test_where_nothing_was_said_before_the_deadline_there_is_nothing_to_answer_with(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "CLOSE_S", 0.1)
+    proxy.backend.gate.clear()
+    status, headers, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
+    assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
+    assert reply["error"]["message"] == "the deadline passed before the first token"
+    assert "x-should-retry" not in headers
+
+
+class Mute(FakeVLLM):
+    """Says nothing to who asks it for ids."""
+
+    async def _tokenise(self, request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("store", [None, "s.db"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_planning_counts_towards_the_deadline(tmp_path: Path, store: str | None, stream: bool) -> None:
+    async with Mute().serve() as backend, aiohttp.ClientSession() as http:
+        settings = load(upstream=backend.url, store=tmp_path / store if store else None, **SMALL)
+        async with running(settings) as url:
+            proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+            asking = proxy.ask("0.5", tts={"deadline_s": 0.3}, stream=stream)
+            status, _, reply = await asyncio.wait_for(asking, SOON_S)
+    assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
+    assert backend.requests == []
+
+
+async def test_so_does_waiting_for_a_place(backend: FakeVLLM) -> None:
+    backend.fault = "hang"
+    async with (
+        running(load(upstream=backend.url, max_episodes=1, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        first = asyncio.create_task(proxy.ask("0.5"))
+        await backend.hanging.wait()
+        status, _, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
+        assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
+        assert len(backend.requests) == 1
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_greedy_requests_branch_at_the_servers_temperature(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask("0.5", temperature=0, top_k=5)
+    assert reply["tts"]["temperature"] == 1.0
+    first = proxy.backend.requests[0]
+    assert (first["temperature"], first["top_k"]) == (1.0, 5)
+    _, _, reply = await proxy.ask("0.5", temperature=0.7)
+    assert reply["tts"]["temperature"] == 0.7
+
+
+async def test_a_round_goes_out_in_as_few_requests_as_can_be(proxy: Proxy) -> None:
+    await proxy.ask("1", tts={"controller": "self_consistency", "answer": "boxed"})
+    assert [r["n"] for r in proxy.backend.requests] == [64]
+    proxy.backend.requests.clear()
+    _, _, reply = await proxy.ask("0.5", tts={"controller": "cmc"})
+    assert reply["tts"]["upstream"]["requests"] == len(proxy.backend.requests)
+    assert len(proxy.backend.requests) <= 3 * int(reply["tts"]["rounds"])
+    assert all("seed" not in r for r in proxy.backend.requests)
+
+
+async def test_a_seed_gives_every_request_of_every_branch_one_of_its_own(proxy: Proxy) -> None:
+    await proxy.ask("0.5", seed=11)
+    seeds = [r["seed"] for r in proxy.backend.requests if r.get("temperature") != 0]
+    assert len(seeds) == len(set(seeds)) > 5
+    proxy.backend.requests.clear()
+    proxy.backend.opened = 0
+    await proxy.ask("0.5", seed=11)
+    assert [r["seed"] for r in proxy.backend.requests if r.get("temperature") != 0] == seeds
+
+
+async def test_max_tokens_bounds_each_branch(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask(
+        "0.5", max_tokens=INTERVAL + 5, tts={"controller": "self_consistency", "answer": "boxed"}
+    )
+    assert {r["max_tokens"] for r in proxy.backend.requests} == {INTERVAL + 5}
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["tts"]["answer"] is None
+    assert reply["choices"][0]["message"]["reasoning"]
+
+
+async def test_a_stop_string_across_two_requests_still_stops(proxy: Proxy) -> None:
+    text = "<think>" + "a" * (INTERVAL - 7 - 12) + "</think>\n\n" + "So" * INTERVAL + "STOP and more" + "b" * 200
+    assert text.index("STOP") < 3 * INTERVAL < text.index("STOP") + 4
+    proxy.backend.chains = [Chain(text, ("7",))]
+    _, _, reply = await proxy.ask("0", stop="STOP", tts={"controller": "cmc"})
+    assert "STOP" not in json.dumps(reply["choices"])
+    assert proxy.backend.generated < 12 * INTERVAL < 2 * len(text)  # of two branches
+
+
+async def test_an_unfinished_winner_is_made_to_close_and_answer(proxy: Proxy) -> None:
+    proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
+    _, headers, reply = await proxy.ask("0", tts={"controller": "parallel_probe"})
+    assert headers["x-tts-stop"] == "answered"
+    assert reply["choices"][0]["message"]["content"] == "So \\boxed{7}"
+    assert reply["tts"]["tokens"]["finalise"] > 0
+    assert reply["tts"]["agreed"]
+    assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+
+
+async def test_text_without_an_answer_is_still_a_reply(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain("Roses are red.")]
+    status, _, reply = await proxy.ask("0")
+    assert status == 200
+    assert reply["choices"][0]["message"]["content"] == "Roses are red."
+    assert reply["tts"]["answer"] is None
+    assert "reasoning" not in reply["choices"][0]["message"]
+
+
+async def test_text_cut_inside_a_character_comes_back_whole(proxy: Proxy) -> None:
+    proxy.backend.chains = [Chain("<think>" + "é" * 90 + "</think>\n\nça: \\boxed{7}", ("7",))]
+    _, _, reply = await proxy.ask("0")
+    assert reply["choices"][0]["message"]["content"] == "ça: \\boxed{7}"
+    assert reply["choices"][0]["message"]["reasoning"] == "é" * 90
+
+
+async def test_the_model_may_be_left_out(proxy: Proxy) -> None:
+    status, _, reply = await proxy.ask("0", model=None)
+    assert (status, reply["model"]) == (200, MODEL)
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udc00\ud83d"])
+async def test_half_a_character_of_the_upstreams_is_replaced(proxy: Proxy, half: str) -> None:
+    whole = chain("7", 100, ["7"])
+    proxy.backend.chains = [replace(whole, text=whole.text.replace("It is", f"\U0001f600{half} is"))]
+    status, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@1"})
+    assert status == 200
+    assert body["choices"][0]["message"]["content"] == "\U0001f600" + "\ufffd" * len(half) + " is \\boxed{7}"

@@ -1,0 +1,206 @@
+"""Bodies are decoded within their bound, and reach the upstream as JSON that every reader takes."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import gzip
+import io
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, cast
+
+import aiohttp
+import pytest
+import pytest_asyncio
+import zstandard
+from starlette.requests import Request
+
+from proxy.admission.auth import Caller
+from proxy.errors import TooMany
+from proxy.http import request_body
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, RawUpstream
+from tests.proxy.conftest import SMALL
+
+BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "é"}]}).encode()
+MOST = 4096
+
+
+def zstd(raw: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(raw)
+
+
+def zstd_of_unknown_size(raw: bytes) -> bytes:
+    made = zstandard.ZstdCompressor().compressobj()
+    return made.compress(raw) + made.flush()
+
+
+@pytest_asyncio.fixture
+async def upstream() -> AsyncIterator[RawUpstream]:
+    async with RawUpstream([b'{"id": 1}'], content_type="application/json").serve() as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def url(upstream: RawUpstream) -> AsyncIterator[str]:
+    async with running(load(upstream=upstream.url, max_body_bytes=MOST, **SMALL)) as url:
+        yield url
+
+
+async def send(url: str, raw: bytes, encoding: str | None, path: str = "chat/completions") -> tuple[int, Any]:
+    headers = {"content-type": "application/json"} | ({} if encoding is None else {"content-encoding": encoding})
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/{path}", data=io.BytesIO(raw), headers=headers) as response,
+    ):
+        return response.status, await response.json(content_type=None)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "embeddings"])
+@pytest.mark.parametrize(
+    ("encoding", "raw"),
+    [
+        (None, BODY),
+        ("identity", BODY),
+        ("gzip", gzip.compress(BODY)),
+        ("GZIP", gzip.compress(BODY[:9]) + gzip.compress(BODY[9:])),
+        ("x-gzip", gzip.compress(BODY)),
+        ("zstd", zstd(BODY)),
+        ("zstd", zstd_of_unknown_size(BODY)),
+        ("zstd", zstd(BODY[:9]) + zstd(BODY[9:])),
+        (None, codecs.BOM_UTF8 + BODY),
+        ("gzip", gzip.compress(codecs.BOM_UTF8 + BODY)),
+        ("zstd", zstd(codecs.BOM_UTF8 + BODY)),
+    ],
+)
+async def test_a_body_is_handed_on_decoded(
+    url: str, upstream: RawUpstream, path: str, encoding: str | None, raw: bytes
+) -> None:
+    status, reply = await send(url, raw, encoding, path)
+    assert status == 200, reply
+    (seen,) = upstream.seen
+    assert seen.body == BODY
+    assert "content-encoding" not in seen.headers
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, zstd", "compress", "x" * 500])
+async def test_other_encodings_are_named(url: str, upstream: RawUpstream, encoding: str) -> None:
+    status, reply = await send(url, BODY, encoding)
+    assert (status, reply["error"]["code"]) == (415, "unsupported_encoding")
+    assert reply["error"]["param"] == "content-encoding"
+    assert reply["error"]["message"].endswith("; send the body plain, or encoded as gzip or zstd")
+    assert repr(encoding[:50]) in reply["error"]["message"]
+    assert not upstream.seen
+
+
+@pytest.mark.parametrize("encode", [gzip.compress, zstd, zstd_of_unknown_size])
+async def test_a_body_that_grows_is_refused(url: str, upstream: RawUpstream, encode: Callable[[bytes], bytes]) -> None:
+    encoding = "gzip" if encode is gzip.compress else "zstd"
+    for size in (MOST + 1, 10**7):
+        raw = encode(b" " * size)
+        status, reply = await send(url, raw if len(raw) < MOST else raw[: MOST - 1], encoding)
+        assert (status, reply["error"]["code"]) == (413, "body_too_large")
+    status, reply = await send(url, encode(b" " * MOST), encoding)
+    assert (status, reply["error"]["code"]) == (400, "bad_json")
+    assert not upstream.seen
+
+
+@pytest.mark.parametrize(
+    ("encoding", "raw"),
+    [
+        ("gzip", BODY),
+        ("gzip", b""),
+        ("gzip", gzip.compress(BODY)[:-3]),
+        ("gzip", gzip.compress(BODY) + b"xx"),
+        ("gzip", gzip.compress(b"") * (request_body.MOST_MEMBERS + 1)),
+        ("zstd", BODY),
+        ("zstd", b""),
+        ("zstd", zstd(BODY)[:-3]),
+        ("zstd", zstd(BODY) + b"xx"),
+        ("zstd", zstd(b"") * (request_body.MOST_MEMBERS + 1)),
+    ],
+)
+async def test_what_is_not_so_encoded_is_refused(url: str, upstream: RawUpstream, encoding: str, raw: bytes) -> None:
+    status, reply = await send(url, raw, encoding)
+    assert (status, reply["error"]["code"]) == (400, "bad_encoding")
+    assert reply["error"]["message"] == f"the body is not encoded as {encoding}, as its content-encoding says"
+    assert not upstream.seen
+
+
+def test_a_frame_may_not_ask_for_much_memory() -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        request_body._unzstd(made.compress(b"a") + made.flush(), MOST)
+
+
+# What is held together
+
+LARGE = 300_000
+
+
+class Sending:
+    """A request whose body comes in pieces, each when it is told to go on."""
+
+    def __init__(self, key: str, size: int) -> None:
+        self.headers: dict[str, str] = {}
+        self.held = ExitStack()
+        self.state = SimpleNamespace(caller=Caller(key, False, key), held=self.held)
+        self.go = asyncio.Event()
+        self._size = size
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield b" " * self._size
+        await self.go.wait()
+        yield b" "
+
+
+async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> None:
+    reader = request_body.Bodies(2**20, 4 * LARGE)
+
+    async def begin(key: str, size: int) -> tuple[Sending, asyncio.Task[bytes]]:
+        sending = Sending(key, size)
+        reading = asyncio.create_task(reader.read(cast(Request, sending)))
+        await asyncio.sleep(0)
+        return sending, reading
+
+    async def refused(key: str) -> bool:
+        sending, reading = await begin(key, LARGE)
+        with sending.held, pytest.raises(TooMany) as caught:
+            await reading
+        return caught.value.code == "bodies_full"
+
+    first, reading = await begin("a", LARGE)
+    second = await begin("a", LARGE - 1)
+    assert reader.held == 2 * LARGE - 1
+    assert await refused("a")  # a key has half
+    small, reading_small = await begin("a", request_body.SMALL - 1)
+    small.go.set()
+    assert len(await reading_small) == request_body.SMALL
+    others = [await begin(key, LARGE) for key in ("b", "c")]
+    assert await refused("d")  # all together have all of it
+    first.go.set()
+    assert len(await reading) == LARGE + 1
+    assert await refused("d")  # it is held until its request is over
+    first.held.close()
+    others.append(await begin("d", LARGE))
+    for sending, task in (second, *others):
+        sending.go.set()
+        await task
+        sending.held.close()
+    assert reader.held == 0
+    assert not reader._by_holder
+
+
+async def test_a_body_alone_is_read_whatever_the_bound() -> None:
+    reader = request_body.Bodies(2**20, LARGE)
+    for _ in range(2):
+        sending = Sending("a", LARGE)
+        sending.go.set()
+        with sending.held:
+            assert len(await reader.read(cast(Request, sending))) == LARGE + 1
+    assert reader.held == 0

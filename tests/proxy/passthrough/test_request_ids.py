@@ -1,0 +1,231 @@
+"""A request is found by each of its ids: the proxy's, its client's, and the one in an upstream's body."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from rich.console import Console
+
+from discovery.store import Store
+from proxy.admission import api_keys
+from proxy.http.access_log import client_id
+from proxy.http.graceful_shutdown import Gate
+from proxy.passthrough.request_ids import Recent
+from proxy.server import running
+from proxy.settings import load
+from proxy.telemetry import logs
+from tests.fakes import MODEL, FakeVLLM, RawUpstream
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
+from tests.proxy.recording.test_episode_log import call, serving
+from tests.proxy.test_cli import autotts
+
+__all__ = ["backend", "proxy"]  # fixtures
+
+MINE = "trace/7c9e-[42]"
+
+
+async def ask(proxy: Proxy, beta: str | None, names: dict[str, str], key: str = "", **fields: Any) -> tuple[Any, bytes]:
+    headers = dict(names) | ({} if beta is None else {"x-tts-beta": beta})
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"answer": "boxed"}, **fields}
+    async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers) as response:
+        return response.headers, await response.read()
+
+
+@pytest.mark.parametrize("header", ["x-request-id", "X-Request-ID", "x-client-request-id"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("beta", ["0.5", None])
+async def test_a_clients_id_comes_back_beside_the_proxys(
+    proxy: Proxy, header: str, stream: bool, beta: str | None
+) -> None:
+    headers, _ = await ask(proxy, beta, {header: MINE}, stream=stream)
+    assert headers["x-client-request-id"] == MINE
+    assert headers["x-request-id"] != MINE
+    headers, _ = await ask(proxy, beta, {}, stream=stream)
+    assert "x-client-request-id" not in headers
+
+
+async def test_it_comes_back_with_errors_too(proxy: Proxy) -> None:
+    headers, _ = await ask(proxy, "2", {"x-request-id": MINE})
+    assert headers["x-client-request-id"] == MINE
+    async with proxy.http.get(f"{proxy.url}/nothing", headers={"x-request-id": MINE}) as response:
+        assert (response.status, response.headers["x-client-request-id"]) == (404, MINE)
+
+
+async def test_it_comes_back_while_the_server_shuts_down() -> None:
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError("nothing runs any more")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = Gate(nothing)
+    gate.shut()
+    await gate({"type": "http", "path": "/v1/models", "headers": [(b"x-request-id", MINE.encode())]}, nothing, send)
+    assert sent[0]["status"] == 503
+    assert (b"x-client-request-id", MINE.encode()) in sent[0]["headers"]
+
+
+@pytest.mark.parametrize("value", [b"", b"a" * 129, b"a b", "é".encode(), b"a\tb"])
+def test_what_is_too_long_or_not_printable_is_no_id(value: bytes) -> None:
+    assert client_id([(b"x-request-id", value)]) == b""
+
+
+def test_the_first_id_counts() -> None:
+    sent = [(b"x-client-request-id", b"b"), (b"x-request-id", b"a"), (b"x-request-id", b"c")]
+    assert client_id(sent) == b"a"
+    assert client_id([(b"x-request-id", b"a" * 128)]) == b"a" * 128
+
+
+@pytest.mark.parametrize("unfit", [b"", b"a" * 129, b"a b"])
+def test_an_id_that_is_unfit_leaves_the_other_header(unfit: bytes) -> None:
+    assert client_id([(b"x-request-id", unfit), (b"x-client-request-id", b"b")]) == b"b"
+
+
+async def test_a_served_request_is_found_by_its_clients_id(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        headers, body = await ask(proxy, "0.5", {"x-request-id": MINE})
+        own = headers["x-request-id"]
+        status, told = await call(proxy, "GET", f"/v1/tts/requests/{MINE.replace('/', '%2F')}")
+        assert (status, told["request"], told["client_request_id"]) == (200, own, MINE)
+        assert json.loads(body)["id"] == own
+        status, told = await call(proxy, "POST", "/v1/tts/feedback", body={"request_id": MINE, "correct": True})
+        assert status in (200, 202)
+    async with Store.open(path) as store:
+        assert [one.request_id for one in await store.feedback()] == [own]
+    found = json.loads(autotts("requests", "list", "--store", str(path), "--client-id", MINE, "--json").stdout)
+    assert [(row["request"], row["client_request_id"]) for row in found] == [(own, MINE)]
+    assert autotts("requests", "list", "--store", str(path), "--client-id", "trace/%", "--json").stdout.strip() == "[]"
+    assert json.loads(autotts("trace", "show", MINE, "--store", str(path), "--json").stdout)["request"] == own
+
+
+async def test_an_id_of_the_proxys_sent_again_names_nothing_else(backend: FakeVLLM, tmp_path: Path) -> None:
+    async with serving(backend, tmp_path / "s.db") as proxy:
+        for beta in ("0.5", None):
+            first, _ = await ask(proxy, beta, {})
+            again, _ = await ask(proxy, beta, {"x-request-id": first["x-request-id"]})
+            assert again["x-client-request-id"] == first["x-request-id"]
+            _, told = await call(proxy, "GET", f"/v1/tts/requests/{first['x-request-id']}")
+            assert told["request"] == first["x-request-id"]
+
+
+PIECES = [b'data: {"id":"chatcmpl-of-vllm","choices":[]}\n\n', b'data: {"id":"no"}\n\n', b"data: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kind"),
+    [
+        ([b'{"id": "chatcmpl-of-vllm", "choices": [{"id": "no"}]}'], "application/json"),
+        (PIECES, "text/event-stream"),
+        ([b'event: response.created\ndata: {"response":{"id":"chatcmpl-of-vllm"}}\n\n'], "text/event-stream"),
+    ],
+)
+@pytest.mark.parametrize("limits", [{}, {"max_total_tokens": 500}])
+async def test_one_that_passed_through_is_found_by_its_headers_and_its_bodys_id(
+    pieces: list[bytes], kind: str, limits: dict[str, int]
+) -> None:
+    async with (
+        RawUpstream(pieces, content_type=kind).serve() as upstream,
+        running(load(upstream=upstream.url, **limits, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": "event" in kind}
+        sent = {"x-request-id": MINE}
+        async with http.post(f"{url}/v1/chat/completions", json=body, headers=sent) as response:
+            await response.read()
+            own = response.headers["x-request-id"]
+        assert upstream.seen[0].headers["x-request-id"] == own
+        records = []
+        for name in (own, "chatcmpl-of-vllm", MINE.replace("/", "%2F")):
+            async with http.get(f"{url}/v1/tts/requests/{name}") as response:
+                assert response.status == 200, name
+                records.append(await response.json())
+    assert records[0] == records[1] == records[2]
+    assert {**records[0], "created": ""} == {
+        "request": own,
+        "tenant": "",
+        "created": "",
+        "endpoint": "/v1/chat/completions",
+        "model": MODEL,
+        "reason": "no_beta",
+        "status": 200,
+        "client_request_id": MINE,
+        "applied": False,
+        "upstream_id": "chatcmpl-of-vllm",
+    }
+
+
+async def test_nobody_finds_anothers_request(backend: FakeVLLM, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    lines = [api_keys.line("alice", "a-key"), api_keys.line("bob", "b-key"), api_keys.line("root", "r-key", admin=True)]
+    file.write_text("\n".join(lines))
+    async with serving(backend, tmp_path / "s.db", keys=file) as proxy:
+        for beta in ("0.5", None):
+            headers, body = await ask(proxy, beta, {"x-request-id": "the-same"}, "a-key")
+            names = (headers["x-request-id"], "the-same", json.loads(body)["id"])
+            for key, status in (("a-key", 200), ("b-key", 404), ("r-key", 200)):
+                found = [(await call(proxy, "GET", f"/v1/tts/requests/{name}", key)) for name in names]
+                assert [one[0] for one in found] == [status] * 3, (key, beta, found)
+        mine, _ = await ask(proxy, "0.5", {"x-request-id": "the-same"}, "b-key")
+        _, told = await call(proxy, "GET", "/v1/tts/requests/the-same", "b-key")
+        assert told["request"] == mine["x-request-id"]
+        _, told = await call(proxy, "GET", "/v1/tts/requests/the-same", "a-key")
+        assert told["request"] == headers["x-request-id"]
+
+
+async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
+    written = io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    settings = load(upstream=backend.url, log="json", **SMALL)
+    logs.set_up(settings, Console(file=written))
+    try:
+        backend.fault = "echo"
+        async with running(settings) as url, aiohttp.ClientSession() as http:
+            await ask(Proxy(backend, url, http, None), "0.5", {"x-request-id": MINE})  # type: ignore[arg-type]
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    about = [line for line in lines if line.get("request_id")]
+    assert len(about) >= 2
+    assert {line.get("client_request_id") for line in about} == {MINE}
+
+
+def test_no_more_is_remembered_than_the_bound() -> None:
+    recent = Recent(3)
+    for number in range(10):
+        recent.name("t", f"name-{number}", f"req-{number}")
+        recent.see("t", f"req-{number}", b'{"id": "up-%d"}' % number)
+    assert [recent.resolve("t", f"name-{number}") for number in (0, 9)] == ["name-0", "req-9"]
+    assert recent.resolve("t", "up-9") == "req-9"
+    assert len(recent._ids) == len(recent._upstream_ids) == 3
+
+
+@pytest.mark.vllm
+async def test_vllm_makes_its_id_of_the_proxys(vllm: str) -> None:
+    async with running(load(upstream=vllm, **SMALL)) as url, aiohttp.ClientSession() as http:
+        for path, fields in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+            ("/v1/completions", {"prompt": "hi", "max_tokens": 4}),
+            ("/v1/responses", {"input": "hi", "max_output_tokens": 4}),
+        ):
+            for stream in (False, True):
+                body = {"model": "autotts-tiny", "stream": stream, **fields}
+                async with http.post(url + path, json=body) as response:
+                    own, content = response.headers["x-request-id"], await response.text()
+                identity = json.loads(content)["id"] if not stream else content.partition('"id":"')[2].partition('"')[0]
+                async with http.get(f"{url}/v1/tts/requests/{identity}") as response:
+                    told = await response.json()
+                assert (told.get("request"), told.get("upstream_id")) == (own, identity), (path, stream)
+                assert own in identity or path == "/v1/responses"

@@ -1,0 +1,152 @@
+"""A β that is set and not applied is never lost without a trace: it is counted, logged, told, or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import aiohttp
+import pytest
+from starlette.responses import Response
+
+from proxy.passthrough.unapplied_beta import SEARCHED, _Insertion, mark
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, FakeVLLM, RawUpstream
+from tests.proxy.conftest import SMALL, Proxy
+
+NAME = "autotts_beta_not_applied_total"
+JSON_FORMAT: dict[str, Any] = {"response_format": {"type": "json_object"}}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+async def test_it_is_counted_by_reason_and_source(proxy: Proxy) -> None:
+    await proxy.ask("0.5", **JSON_FORMAT)
+    await proxy.ask(None, **JSON_FORMAT, model=f"{MODEL}@0.5")
+    await proxy.ask("0.5", n=2)
+    by = {"model": MODEL, "reason": "structured_output"}
+    assert await proxy.metric(NAME, **by, source="header") == 1
+    assert await proxy.metric(NAME, **by, source="model_alias") == 1
+    assert await proxy.metric(NAME, reason="n") == 1
+    await proxy.ask(None, n=2)
+    await proxy.ask("0")
+    assert await proxy.metric(NAME) == 3  # without β nothing is lost, nor where it is applied
+
+
+async def test_the_first_for_each_reason_is_logged(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "proxy.passthrough.unapplied_beta"):
+        for _ in range(3):
+            await proxy.ask("0.5", **JSON_FORMAT)
+        await proxy.ask("0.25", n=2)
+        await proxy.ask(None, n=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "proxy.passthrough.unapplied_beta"]
+    assert lines == [
+        f"β 0.5 (header) was not applied to a request for {MODEL}: structured_output. "
+        "More like it are counted, not logged",
+        f"β 0.25 (header) was not applied to a request for {MODEL}: n. More like it are counted, not logged",
+    ]
+
+
+async def test_the_access_log_says_why(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy.access"):
+        await proxy.ask("0.5", **JSON_FORMAT)
+    facts: Any = [record.facts for record in caplog.records if hasattr(record, "facts")][-1]
+    assert (facts["applied"], facts["reason"]) == ("false", "structured_output")
+
+
+async def test_a_server_may_refuse_to_lose_it(backend: FakeVLLM) -> None:
+    async with (
+        running(load(upstream=backend.url, required=True, beta=0.5, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        for beta in ("0.5", None):
+            status, _, reply = await proxy.ask(beta, **JSON_FORMAT)
+            error = reply["error"]
+            assert (status, error["code"], error["param"]) == (400, "tts_not_applicable", "response_format")
+            assert error["message"] == (
+                "a controller cannot serve this request (structured_output) and the server's AUTOTTS_REQUIRED is set; "
+                "leave response_format out, or set tts.required to false"
+            )
+        assert not backend.requests
+        status, headers, _ = await proxy.ask("0.5", **JSON_FORMAT, tts={"required": False})
+        assert (status, headers["x-tts-reason"]) == (200, "structured_output")
+        status, headers, _ = await proxy.ask(None, temperature=0)  # the server's own β is not for greedy requests
+        assert (status, headers["x-tts-reason"]) == (200, "temperature")
+        status, headers, _ = await proxy.ask("0")
+        assert (status, headers["x-tts-applied"]) == (200, "true")
+
+
+async def test_a_server_that_refuses_lets_requests_without_beta_pass(backend: FakeVLLM) -> None:
+    async with running(load(upstream=backend.url, required=True, **SMALL)) as url, aiohttp.ClientSession() as http:
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        status, headers, _ = await proxy.ask(None, **JSON_FORMAT)
+        assert (status, headers["x-tts-reason"]) == (200, "no_beta")
+
+
+async def test_a_reply_tells_who_asked_by_tts(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask(None, **JSON_FORMAT, tts={"beta": 0.5})
+    assert reply["tts"] == {
+        "applied": False,
+        "reason": "structured_output",
+        "field": "response_format",
+        "beta_asked": 0.5,
+        "beta_source": "body",
+    }
+    assert reply["id"] == "upstream"
+    _, _, reply = await proxy.ask(None, tts={"controller": "asc"})
+    assert (reply["tts"]["reason"], reply["tts"]["field"], reply["tts"]["beta_asked"]) == ("no_beta", None, None)
+    _, _, reply = await proxy.ask("0.5", **JSON_FORMAT)
+    assert "tts" not in reply
+
+
+EVENTS = [b": ping\n\nda", b'ta: {"id":"x","choices":[]}\n\ndata: {"id"', b':"y"}\n\ndata: [DONE]\n\n']
+NAMED = [b'event: response.created\ndata: {"type":"response.created"}\n\n', b'event: e\ndata: {"type":"e"}\n\n']
+
+
+@pytest.mark.parametrize(
+    ("path", "pieces", "media", "expected"),
+    [
+        ("chat/completions", EVENTS, "text/event-stream", b': ping\n\ndata: {TTS,"id":"x","choices":[]}\n\n'),
+        (
+            "responses",
+            NAMED,
+            "text/event-stream",
+            b'event: response.created\ndata: {TTS,"type":"response.created"}\n\n',
+        ),
+        ("chat/completions", [b' { "id"', b": 1}"], "application/json", b' { TTS,"id": 1}'),
+        ("chat/completions", [b"{}"], "application/json", b"{TTS}"),
+        ("chat/completions", [b"hello"], "text/plain", b"hello"),
+        ("chat/completions", [b"[1", b"]"], "application/json", b"[1]"),
+    ],
+)
+async def test_bytes_stay_as_they_are_around_it(path: str, pieces: list[bytes], media: str, expected: bytes) -> None:
+    async with (
+        RawUpstream(pieces, content_type=media).serve() as upstream,
+        running(load(upstream=upstream.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        body = {"model": MODEL, "messages": MESSAGES, "input": "hi", "tools": [{"type": "x"}], "tts": {"beta": 0.5}}
+        async with http.post(f"{url}/v1/{path}", json=body) as response:
+            raw = await response.read()
+        member = raw[raw.find(b'"tts"') : raw.find(b"}", raw.find(b'"tts"')) + 1] or b"TTS"
+        whole = b"".join(pieces)
+        kept = raw.replace(member + b",", b"", 1) if member + b"," in raw else raw.replace(member, b"", 1)
+        assert kept == whole
+        assert raw.replace(member, b"TTS", 1).startswith(expected)
+        if b"TTS" in expected:
+            assert json.loads(b"{" + member + b"}")["tts"]["reason"] == "tools"
+
+
+def test_it_does_not_wait_for_an_object_for_ever() -> None:
+    insertion = _Insertion({"applied": False}, is_stream=False)
+    assert insertion.take(b" " * SEARCHED) == b""
+    assert insertion.take(b" x") == b" " * SEARCHED + b" x"
+    assert insertion.take(b'{"a": 1}') == b'{"a": 1}'
+
+
+def test_an_error_is_left_as_it_is() -> None:
+    response = Response(b'{"error": {}}', 400, media_type="application/json")
+    mark(response, {"applied": False})
+    assert response.body == b'{"error": {}}'

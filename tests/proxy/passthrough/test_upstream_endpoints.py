@@ -1,0 +1,139 @@
+"""vLLM's other endpoints: passed through or named as not served, with errors in one form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.errors import detail
+from proxy.passthrough.forward import LOOKS, PATHS, UNSERVED
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import MODEL, RawUpstream
+from tests.proxy.conftest import SMALL, Proxy, backend, proxy
+
+__all__ = ["backend", "proxy"]  # fixtures
+
+FIELDS = [
+    {"type": "missing", "loc": ["body", "prompt"], "msg": "Field required", "input": {}},
+    {"type": "missing", "loc": ["body", "messages"], "msg": "Field required"},
+]
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("Not Found", "Not Found"),
+        (FIELDS, "body.prompt: Field required; body.messages: Field required"),
+        ([{"msg": "no"}], "no"),
+        ({"why": 1}, '{"why": 1}'),
+        (["a"], '["a"]'),
+    ],
+)
+def test_what_fastapi_says(told: Any, words: str) -> None:
+    assert detail(told) == words
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions"])
+@pytest.mark.parametrize("limits", [{}, {"max_total_tokens": 500}])
+@pytest.mark.parametrize(
+    ("status", "told", "kind", "words"),
+    [
+        (404, {"detail": "Not Found"}, "invalid_request_error", "the upstream says: Not Found"),
+        (422, {"detail": FIELDS}, "invalid_request_error", "the upstream says: body.prompt: Field required; "),
+        (500, {"detail": "it broke"}, "upstream_error", "the upstream says: it broke"),
+    ],
+)
+async def test_its_errors_come_back_in_openais_form(
+    path: str, limits: dict[str, int], status: int, told: Any, kind: str, words: str
+) -> None:
+    body = json.dumps(told).encode()
+    headers = {"content_type": "application/json", "content_length": str(len(body))}
+    async with (
+        RawUpstream([body], status, **headers).serve() as upstream,
+        running(load(upstream=upstream.url, **limits, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(url + path, json={"model": MODEL, "messages": [], "input": "x"}) as response,
+    ):
+        assert (response.status, response.headers["x-tts-applied"]) == (status, "false")
+        error = (await response.json())["error"]
+    assert (error["type"], error["param"]) == (kind, None)
+    assert error["message"].startswith(words)
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"error": {"message": "no"}, "detail": "x"}', b"{}", b"[1]", b"<html>", b'{"detail', b'{"x": 1}']
+)
+async def test_other_errors_come_back_as_they_are(body: bytes) -> None:
+    headers = {"content_type": "application/json", "content_length": str(len(body))}
+    async with (
+        RawUpstream([body], 400, **headers).serve() as upstream,
+        running(load(upstream=upstream.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"}) as response,
+    ):
+        assert (response.status, await response.read()) == (400, body)
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "answered", "words"),
+    [
+        (404, {"detail": "Not Found"}, 502, "answered 404 to a path that vLLM has; is it vLLM?"),
+        (422, {"detail": FIELDS}, 422, "body.prompt: Field required; body.messages: Field required"),
+        (400, {"detail": "no", "error": "x"}, 502, "answered 400 without a message"),
+    ],
+)
+async def test_they_are_read_where_a_controller_serves_too(status: int, told: Any, answered: int, words: str) -> None:
+    async with (
+        RawUpstream([json.dumps(told).encode()], status, content_type="application/json").serve() as upstream,
+        running(load(upstream=upstream.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(
+            f"{url}/v1/chat/completions",
+            json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}},
+        ) as response,
+    ):
+        error = (await response.json())["error"]
+        assert response.status == answered
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("path", UNSERVED)
+async def test_what_is_not_served_says_what_to_do(proxy: Proxy, path: str) -> None:
+    async with proxy.http.post(proxy.url + path, json={}) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (404, "not_found")
+    assert error["message"] == f"POST {path} is not served: {UNSERVED[path]}"
+
+
+def test_a_path_is_served_or_not() -> None:
+    assert not set(UNSERVED) & {*PATHS, *LOOKS}
+
+
+@pytest.mark.vllm
+async def test_vllms_own_endpoints(vllm: str) -> None:
+    async with running(load(upstream=vllm, **SMALL)) as url, aiohttp.ClientSession() as http:
+
+        async def asked(base: str, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+            async with http.request(method, base + path, json=body) as response:
+                return response.status, await response.read()
+
+        messages = [{"role": "user", "content": "hi"}]
+        counted: Any = {"model": "autotts-tiny", "messages": messages, "system": "Be brief, be kind."}
+        body: Any
+        for method, path, body in (
+            ("GET", "/version", None),
+            ("GET", "/ping", None),
+            ("POST", "/v1/messages/count_tokens", counted),
+        ):
+            mine = await asked(url, method, path, body)
+            assert mine == await asked(vllm, method, path, body)
+            assert mine[0] == 200
+        for method, path, body in (("GET", "/tokenizer_info", None), ("POST", "/v1/embeddings", {"input": "x"})):
+            status, content = await asked(url, method, path, body)
+            assert status == 404
+            assert json.loads(content)["error"]["message"] == "the upstream says: Not Found"

@@ -1,0 +1,287 @@
+"""What is recorded of an episode, replayed, is the episode again, whoever decides in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controllers import (
+    TO_END,
+    Controller,
+    Environment,
+    Limits,
+    Probed,
+    Round,
+    State,
+    advance,
+    branch,
+    probe,
+    prune,
+    run_episode,
+    run_sync,
+)
+from controllers.builtin import BUILT_IN, create
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern
+from discovery.errors import Censored
+from discovery.evaluation.replay import ReplayEnvironment
+from proxy.errors import SettingsError
+from proxy.probe_templates import TEMPLATES, Family
+from proxy.recording import recorded_branches
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
+from tests.proxy.conftest import INTERVAL, SMALL
+
+TEMPLATE = TEMPLATES[Family.QWEN3]
+ADMIN = {"authorization": "Bearer sesame"}
+
+
+def play(
+    controller: object, environment: Environment, interval: int = INTERVAL, most: int = 64
+) -> tuple[State, list[Round]]:
+    rounds: list[Round] = []
+    state = State(Limits(interval, max_branches=most))
+    run_sync(run_episode(controller, environment, state, lambda _, played: rounds.append(played)))  # type: ignore[arg-type]
+    return state, [Round(list(played.actions), list(played.facts)) for played in rounds]
+
+
+def scripted(chains: Sequence[Chain], interval: int = INTERVAL) -> ScriptedEnvironment:
+    return ScriptedEnvironment(chains, interval, probe_cost=lambda text: 1 + len(text) % 7)
+
+
+def replayed(branches: Sequence[RecordedBranch], interval: int = INTERVAL) -> ReplayEnvironment:
+    recorded = RecordedQuestion("q", "m", "b", interval, branches, "7")
+    return ReplayEnvironment(intern(recorded), range(len(branches)))
+
+
+def record(
+    *script: Sequence[object], chains: Sequence[Chain], late: recorded_branches.Asked | None = None
+) -> list[RecordedBranch]:
+    environment = scripted(chains)
+    _, rounds = play(Scripted(*script), environment)  # type: ignore[arg-type]
+    return recorded_branches.branches(environment, rounds, late or {})
+
+
+hunches = st.lists(st.sampled_from(["", "1", "7", "9"]), min_size=1, max_size=9)
+speaking = st.builds(chain, st.sampled_from(["7", "9", "12"]), st.integers(40, 400), hunches)
+silent = st.builds(lambda length, said: Chain("<think>" + "m" * length, tuple(said)), st.integers(0, 300), hunches)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    chains=st.lists(speaking | silent, min_size=1, max_size=12),
+    interval=st.integers(3, 90),
+    name=st.sampled_from(list(BUILT_IN)),
+    beta=st.floats(0, 1),
+)
+def test_a_replayed_recording_is_the_episode_again(chains: list[Chain], interval: int, name: str, beta: float) -> None:
+    environment = scripted(chains, interval)
+    _, rounds = play(create(f"everything@{len(chains)}", 1), environment, interval)
+    branches = recorded_branches.branches(environment, rounds)
+    assert all(one.complete for one in branches)
+    assert [one.tokens for one in branches] == [one.tokens for one in chains]
+
+    def decide() -> Controller:
+        return create(name, beta)
+
+    live, facts = play(decide(), scripted(chains, interval), interval, len(chains))
+    again, same = play(decide(), replayed(branches, interval), interval, len(chains))
+    assert same == facts
+    assert (again.answer, again.spent, again.stop) == (live.answer, live.spent, live.stop)
+
+
+CHAIN = chain("7", 130, ["1", "9", "7"])
+WHOLE = RecordedBranch(["1", "9", "7"], 130, "7", [6, 4, 2], complete=True)
+
+
+def test_every_way_to_ask_says_the_same() -> None:
+    step = [advance(0), probe(0)]
+    assert record([branch(), probe(0)], step, step, step, chains=[CHAIN]) == [WHOLE]
+    assert record([branch(), probe(0), *step, *step, *step], chains=[CHAIN]) == [WHOLE]
+
+
+def test_late_probes_fill_gaps_and_no_more() -> None:
+    script = ([branch(2), probe(0)], [advance(0, TO_END), branch(), probe(1)])
+    early = chain("9", 300, ["2"])
+    late = {(0, 1): Probed(0, 0, 6), (0, 2): Probed(0, None, 99), (0, 3): Probed(0, 1, 2)}
+    first, second = record(*script, chains=[CHAIN, early], late=late)
+    assert first == RecordedBranch(["9", "9", "7"], 130, "7", [6, 4, 2])
+    assert second == RecordedBranch(["2"], 40, None, [6], complete=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        pytest.param([[branch(TO_END)]], RecordedBranch([], 130, "7", [], complete=False), id="never asked"),
+        pytest.param(
+            [[branch(), probe(0)], [advance(0, 3)]], RecordedBranch(["1"], 130, "7", [6], complete=False), id="gap"
+        ),
+        pytest.param(
+            [[branch(), probe(0)], [advance(0, 2), probe(0)]],
+            RecordedBranch(["1"], 120, None, [6], complete=False),
+            id="gap before the end",
+        ),
+        pytest.param(
+            [[branch(), probe(0)], [prune(0)]], RecordedBranch(["1"], 40, None, [6], complete=False), id="pruned"
+        ),
+    ],
+)
+def test_a_branch_that_is_not_known_to_its_end_is_censored(
+    script: list[Sequence[object]], expected: RecordedBranch
+) -> None:
+    (found,) = record(*script, chains=[CHAIN])
+    assert found == expected
+    whole = len(found.probes)
+    if whole:
+        known, _ = play(Scripted([branch(whole), probe(0)]), replayed([found]))
+        assert known.branches[0].tokens == whole * INTERVAL
+    with pytest.raises(Censored):
+        play(Scripted([branch(whole + 1)]), replayed([found]))
+
+
+def test_a_chain_that_ends_where_an_interval_does() -> None:
+    assert record([branch(), probe(0)], [advance(0), probe(0)], chains=[chain("7", 80, ["1"])]) == [
+        RecordedBranch(["1"], 80, "7", [6])
+    ]
+
+
+def test_a_chain_that_ends_in_its_first_interval_and_says_nothing() -> None:
+    assert record([branch(), probe(0)], chains=[Chain("hm")]) == [RecordedBranch([], 3, None, [])]
+
+
+# Live
+
+
+class Admin:
+    """A proxy with an admin key over the fake vLLM."""
+
+    def __init__(self, backend: FakeVLLM, url: str, http: aiohttp.ClientSession) -> None:
+        self.backend = backend
+        self.url = f"{url}/v1/chat/completions"
+        self.http = http
+
+    async def ask(self, controller: str, key: dict[str, str] = ADMIN, **fields: Any) -> tuple[int, Any]:
+        body = _body(controller, **fields)
+        async with self.http.post(self.url, json=body, headers=key) as response:
+            return response.status, await response.json()
+
+
+def _body(controller: str, tts: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    told = {"beta": 1, "controller": controller, "required": True, **(tts or {})}
+    return {"messages": [{"role": "user", "content": "hi"}], "tts": told, **fields}
+
+
+@pytest_asyncio.fixture
+async def admin(backend: FakeVLLM) -> AsyncIterator[Admin]:
+    settings = load(upstream=backend.url, admin_key="sesame", **SMALL)
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        yield Admin(backend, url, http)
+
+
+@pytest.mark.parametrize("key", [{}, {"authorization": "Bearer open"}, {"authorization": "Basic sesame"}])
+@pytest.mark.parametrize("controller", ["everything", "everything@3"])
+async def test_only_admins_record(admin: Admin, controller: str, key: dict[str, str]) -> None:
+    status, reply = await admin.ask(controller, key)
+    assert (status, reply["error"]["code"]) == (403, "admin_only")
+    assert "send the admin key" in reply["error"]["message"]
+    assert admin.backend.requests == []
+
+
+async def test_without_an_admin_key_nobody_does(backend: FakeVLLM) -> None:
+    async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
+        status, reply = await Admin(backend, url, http).ask("everything")
+    assert (status, reply["error"]["code"]) == (403, "admin_only")
+    assert "AUTOTTS_ADMIN_KEY" in reply["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["everything", "everything@4"])
+def test_it_is_nobodys_default(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"controller: {name} is for requests that admins make"):
+        load(upstream="http://x", controller=name)
+
+
+CHAINS = [
+    chain("7", 130, ["1", "", "7"], mark="a"),
+    chain("9", 70, ["9"], mark="b"),
+    Chain("<think>" + "c" * 200, ("2", "3", "")),
+    chain("8", 39, ["8"], mark="d"),
+    chain("7", 80, ["7"], mark="e"),
+]
+
+
+async def test_what_is_recorded_live_is_what_the_chains_are(admin: Admin) -> None:
+    admin.backend.chains = CHAINS
+    status, reply = await admin.ask("everything@5", temperature=0.5, max_tokens=1000)
+    assert status == 200, reply
+    told = reply["tts"]["recording"]
+    said = 3  # one digit, a brace and the end token
+    silent = len("}") + 1
+
+    def cost(text: str) -> int:
+        one = next(one for one in CHAINS if one.text.startswith(text))
+        return len(TEMPLATE.suffix("", text)) + (said if one.hunch(len(text), INTERVAL) else silent)
+
+    environment = ScriptedEnvironment(CHAINS, INTERVAL, cost)
+    _, rounds = play(create("everything@5", 1), environment)
+    assert [RecordedBranch(**one) for one in told["branches"]] == recorded_branches.branches(environment, rounds)
+    assert all(one["complete"] for one in told["branches"])
+    assert (told["interval"], told["probe_template"]) == (INTERVAL, TEMPLATE.name)
+    assert told["sampling"] == {"temperature": 0.5, "max_tokens": 1000}
+    assert isinstance(told["chat_template"], str)
+    tokens = reply["tts"]["tokens"]
+    assert tokens["total"] == sum(one["tokens"] + sum(one["probe_tokens"]) for one in told["branches"])
+
+
+async def test_an_answer_is_not_needed(admin: Admin) -> None:
+    prose = "Roses are red, violets are blue, " * 3
+    admin.backend.chains = [Chain(f"{i} {prose}" + "and " * i) for i in range(4)]
+    _, reply = await admin.ask("everything@4")
+    assert (reply["tts"]["stop"], reply["tts"]["answer"]) == ("answered", None)
+    assert [(one["tokens"], one["final"], one["complete"]) for one in reply["tts"]["recording"]["branches"]] == [
+        (len(prose) + 4 * i + 3, None, True) for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("limit", [16, INTERVAL, INTERVAL + 20])
+async def test_a_short_limit_cuts_no_branch_off_a_recording(admin: Admin, limit: int) -> None:
+    admin.backend.chains = [chain("7", 400, mark=mark) for mark in "abcd"]
+    _, reply = await admin.ask("everything@4", max_tokens=limit)
+    assert reply["tts"]["stop"] == "answered"
+    assert [branch["tokens"] for branch in reply["tts"]["recording"]["branches"]] == [limit] * 4
+
+
+async def test_a_stream_ends_with_it(admin: Admin) -> None:
+    async with admin.http.post(admin.url, json=_body("everything@2", stream=True), headers=ADMIN) as response:
+        events = [line[6:] for line in (await response.text()).splitlines() if line.startswith("data: {")]
+    assert len(json.loads(events[-1])["tts"]["recording"]["branches"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("stop", "fault", "tts"),
+    [("deadline", "hang", {"deadline_s": 0.3}), ("upstream_error", "cut", {}), ("max_tokens", "", {})],
+)
+async def test_what_is_cut_short_is_censored(admin: Admin, stop: str, fault: str, tts: dict[str, Any]) -> None:
+    admin.backend.chains = [chain("7", 400, ["7"], mark="a")]
+    admin.backend.fault, admin.backend.fault_after, admin.backend.fault_times = fault, 4, 1
+    cap = {} if fault else {"max_total_tokens": 400}
+    status, reply = await admin.ask("everything@1", tts=tts | cap)
+    assert status == 200, reply
+    (told,) = reply["tts"]["recording"]["branches"]
+    assert reply["tts"]["stop"] == stop
+    assert (told["probes"], told["final"], told["complete"]) == (["7", "7"], None, False)
+    assert told["tokens"] == (2 if fault else 3) * INTERVAL  # under the cap one more, and no probe of it
+
+
+async def test_what_failed_altogether_says_what_it_cost(admin: Admin) -> None:
+    admin.backend.chains = [chain("7", 400, [""], mark="a")]
+    admin.backend.fault, admin.backend.fault_after = "cut", 2
+    async with admin.http.post(admin.url, json=_body("everything@1"), headers=ADMIN) as response:
+        assert response.status == 502
+        assert int(response.headers["x-tts-tokens"]) > INTERVAL

@@ -1,0 +1,126 @@
+"""Which fields of a request that is handed on reach the upstream, and what requests are counted as that fail."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import AsyncIterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+
+from proxy.errors import Forbidden
+from proxy.requests.field_table import ADMINS, FORWARDED, withheld
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import RawUpstream
+from tests.proxy.conftest import SMALL, Proxy
+
+CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "q"}]}
+KEY = {"authorization": "Bearer admin"}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        chat_create_params.CompletionCreateParamsBase,
+        completion_create_params.CompletionCreateParamsBase,
+        response_create_params.ResponseCreateParamsBase,
+        embedding_create_params.EmbeddingCreateParams,
+    ],
+)
+def test_every_field_of_the_openai_client_goes_along(made: type) -> None:
+    missing = set(made.__annotations__) - FORWARDED
+    assert len(missing) <= 5, missing  # a newer client may know more than vLLM does
+
+
+@pytest.mark.parametrize("name", ["chat_completion", "completion", "responses"])
+def test_every_field_of_vllm_is_decided_on(name: str) -> None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = Path(found.origin).parent / "entrypoints" / "openai" / name / "protocol.py"
+    made = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
+    classes = [one for one in ast.parse(source.read_text()).body if isinstance(one, ast.ClassDef) and one.name in made]
+    members = [member for one in classes for member in one.body if isinstance(member, ast.AnnAssign)]
+    fields = {ast.unparse(member.target) for member in members}
+    assert len(fields) > 20
+    assert {field for field in fields if not field.startswith("_")} <= FORWARDED | ADMINS.keys()
+
+
+def test_admins_may_send_anything_and_others_what_is_theirs() -> None:
+    assert not FORWARDED & ADMINS.keys()
+    assert not withheld(dict.fromkeys([*FORWARDED, "tts"], 1), is_admin=False)
+    assert not withheld(dict.fromkeys([*ADMINS, "frobnicate"], 1), is_admin=True)
+    assert withheld({"model": "m", "frobnicate": 1}, is_admin=False) == ["frobnicate"]
+    for name, defaults in ADMINS.items():
+        with pytest.raises(Forbidden, match=name) as refused:
+            withheld({"model": "m", name: "x"}, is_admin=False)
+        assert refused.value.param == name
+        for value in (None, [], {}, *defaults):
+            assert not withheld({name: value}, is_admin=False)
+
+
+@pytest_asyncio.fixture
+async def upstream() -> AsyncIterator[RawUpstream]:
+    async with RawUpstream([b'{"id": 1}'], content_type="application/json").serve() as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def proxy(upstream: RawUpstream) -> AsyncIterator[Proxy]:
+    async with (
+        running(load(upstream=upstream.url, admin_key="admin", **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+    ):
+        yield Proxy(upstream, url, http, openai)  # type: ignore[arg-type]  # bytes are all that is asked of it
+
+
+async def ask(proxy: Proxy, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+    async with proxy.http.post(f"{proxy.url}/v1/{path}", json=body, headers=headers) as response:
+        return response.status, await response.json(content_type=None)
+
+
+@pytest.mark.parametrize(("path", "asked"), [("chat/completions", CHAT), ("embeddings", {"model": "m", "input": "x"})])
+async def test_what_a_client_may_not_set_does_not_reach_the_upstream(
+    proxy: Proxy, upstream: RawUpstream, path: str, asked: dict[str, Any]
+) -> None:
+    status, told = await ask(proxy, path, {**asked, "priority": -1000})
+    assert (status, told["error"]["param"], told["error"]["code"]) == (403, "priority", "admin_only")
+    assert not upstream.seen
+    assert (await ask(proxy, path, {**asked, "frobnicate": 1, "user": "me"}))[0] == 200
+    assert json.loads(upstream.seen[-1].body) == {**asked, "user": "me"}
+    assert (await ask(proxy, path, {**asked, "priority": -1, "frobnicate": 1}, **KEY))[0] == 200
+    assert json.loads(upstream.seen[-1].body) == {**asked, "priority": -1, "frobnicate": 1}
+
+
+async def test_an_alias_names_its_model_everywhere(proxy: Proxy, upstream: RawUpstream) -> None:
+    assert (await ask(proxy, "embeddings", {"model": "fake-model@0.5", "input": "x"}))[0] == 200
+    assert json.loads(upstream.seen[-1].body) == {"model": "fake-model", "input": "x"}
+    status, told = await ask(proxy, "embeddings", {"model": "nobody@0.5", "input": "x"})
+    assert (status, told["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_what_fails_is_counted_as_failed(proxy: Proxy, upstream: RawUpstream) -> None:
+    name = "autotts_requests_total"
+    assert (await ask(proxy, "chat/completions", CHAT))[0] == 200
+    assert await proxy.metric(name, outcome="passed_through") == 1
+    upstream.status = 500
+    assert (await ask(proxy, "chat/completions", CHAT))[0] == 500
+    assert (await ask(proxy, "chat/completions", {**CHAT, "tts": {"beta": 0.5}}))[0] >= 500  # it cannot be planned
+    assert await proxy.metric(name, outcome="failed") == 2
+    await upstream.close()
+    assert (await ask(proxy, "embeddings", {"model": "m", "input": "x"}))[0] == 502
+    assert await proxy.metric(name, outcome="failed") == 3
+    assert (await ask(proxy, "embeddings", {"model": "m", "priority": 1}))[0] == 403
+    assert await proxy.metric(name, outcome="denied") == 1
+    assert await proxy.metric(name, outcome="passed_through") == 1

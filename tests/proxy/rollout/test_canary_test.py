@@ -1,0 +1,125 @@
+"""The watcher: it hardly ever accuses a canary that is no worse, and soon accuses one that is."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from controllers.installed import Stage
+from proxy.rollout.canary_test import Outcome, Quality, Verdict, Watch
+
+REQUESTS = 500
+SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
+
+Draw = Callable[[random.Random], tuple[Outcome, bool | None]]
+"""A request, and whether its client was content, if it said so."""
+
+
+def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.05, unhappy: float = 0.3) -> Draw:
+    """Requests whose tokens are lognormal, one in three of which somebody judges."""
+    variance = math.log(1 + SCATTER**2)
+
+    def draw(chance: random.Random) -> tuple[Outcome, bool | None]:
+        outcome = Outcome(
+            tokens=round(chance.lognormvariate(math.log(tokens) - variance / 2, math.sqrt(variance))),
+            failed=chance.random() < failing,
+            answered=chance.random() >= unanswered,
+        )
+        return outcome, chance.random() >= unhappy if chance.random() < 1 / 3 else None
+
+    return draw
+
+
+def ends(
+    streams: int, share: float, canary: Draw, champion: Draw, most: int = REQUESTS
+) -> Iterator[tuple[int, Verdict]]:
+    """After how many requests, and why, each canary was rolled back that was."""
+    for seed in range(streams):
+        chance, watch = random.Random(seed), Watch()
+        for number in range(1, most + 1):
+            stage = Stage.CANARY if chance.random() < share else Stage.CHAMPION
+            outcome, content = (canary if stage is Stage.CANARY else champion)(chance)
+            verdict = watch.observe(stage, outcome)
+            if content is not None:
+                verdict = watch.hear(stage, content)
+            if verdict is not None:
+                yield number, verdict
+                break
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_one_that_is_the_same_is_left_alone(share: float) -> None:
+    assert len(list(ends(200, share, requests(), requests()))) <= 0.02 * 200
+
+
+def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
+    canary = requests(tokens=3300, failing=0.03, unanswered=0.07, unhappy=0.35)
+    assert len(list(ends(200, 0.5, canary, requests()))) <= 0.02 * 200
+
+
+@pytest.mark.parametrize(("tokens", "accused"), [(1080, False), (1200, True)])
+def test_what_the_margin_allows_is_allowed_for_ever(tokens: int, accused: bool) -> None:
+    watch = Watch()
+    for _ in range(5000):
+        watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
+        watch.observe(Stage.CANARY, Outcome(tokens, False, True))
+    assert (watch.verdict is not None) == accused
+
+
+def test_one_that_is_better_is_left_alone() -> None:
+    assert not list(ends(50, 0.5, requests(tokens=1500, failing=0, unanswered=0, unhappy=0), requests()))
+
+
+def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
+    assert len(list(ends(50, 0.5, requests(), requests(), most=5000))) <= 0.02 * 50
+
+
+@pytest.mark.parametrize(
+    ("canary", "share", "within", "quality"),
+    [
+        (requests(tokens=6000), 0.5, 300, Quality.TOKENS),
+        (requests(tokens=6000), 0.1, 800, Quality.TOKENS),
+        (requests(failing=0.22), 0.5, 500, Quality.FAILURES),
+        (requests(unanswered=0.35), 0.5, 500, Quality.UNANSWERED),
+        (requests(unhappy=0.8), 0.5, 800, Quality.FEEDBACK),
+    ],
+)
+def test_one_that_is_worse_is_found_out(canary: Draw, share: float, within: int, quality: Quality) -> None:
+    found = list(ends(50, share, canary, requests(), most=within))
+    assert len(found) >= 0.95 * 50
+    assert sum(verdict.quality is quality for _, verdict in found) >= 0.95 * 50
+
+
+def test_one_that_fails_beside_a_champion_that_never_does() -> None:
+    found = list(ends(50, 0.5, requests(failing=0.2), requests(failing=0), most=400))
+    assert len(found) >= 0.95 * 50
+
+
+def test_one_monstrous_reply_proves_nothing() -> None:
+    watch = Watch()
+    for _ in range(20):
+        assert watch.observe(Stage.CHAMPION, Outcome(1000, False, True)) is None
+        assert watch.observe(Stage.CANARY, Outcome(1000, False, True)) is None
+    watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
+    assert watch.observe(Stage.CANARY, Outcome(10**9, False, True)) is None
+
+
+def test_a_canary_alone_is_compared_with_nobody() -> None:
+    watch = Watch()
+    assert all(watch.observe(Stage.CANARY, Outcome(10**6, True, False)) is None for _ in range(1000))
+
+
+def test_the_verdict_stays_and_says_why() -> None:
+    watch = Watch()
+    verdicts = []
+    for _ in range(60):
+        watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
+        verdicts.append(watch.observe(Stage.CANARY, Outcome(1000, True, True)))
+    first = next(verdict for verdict in verdicts if verdict is not None)
+    assert first.quality is Quality.FAILURES
+    assert first.wealth >= watch.limit
+    assert first.pairs == verdicts.index(first) + 1 < 20
+    assert watch.verdict is not None

@@ -1,0 +1,446 @@
+"""Promotion behind the proxy: stages followed without a restart, a canary's share, a shadow that costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from openai import AsyncOpenAI
+from typer.testing import CliRunner
+
+from controllers.installed import Stage, lot
+from controllers.loading import Spec
+from discovery.promotion.registry import By, Registry
+from proxy.cli import app
+from proxy.rollout import controller_runner
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import FakeVLLM, chain
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy
+from tests.proxy.rollout.test_sealed_controllers import FAULTS, HONEST, LOCKSTEP
+
+ME = By("me", "a test", datetime(2026, 11, 24, tzinfo=UTC), forced=True)
+DEFAULT = "self_consistency"
+FAILING = LOCKSTEP.format(later=FAULTS["raised"])
+DEAR = HONEST.replace("2 + round(6 * beta)", "4 + round(12 * beta)")
+OTHERWISE = LOCKSTEP.format(later="if state.rounds == 2: return [advance(0)]")
+
+Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
+
+
+class HeldVLLM(FakeVLLM):
+    """One that writes nothing until it may."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.may = asyncio.Event()
+        self.may.set()
+        self.came = asyncio.Condition()
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        async with self.came:
+            self.came.notify_all()
+        await self.may.wait()
+        return await super()._generate(request, body)
+
+    async def waiting(self, count: int) -> None:
+        """Until so many requests are held."""
+        async with self.came:
+            await self.came.wait_for(lambda: self.running == count)
+
+
+@pytest_asyncio.fixture
+async def backend() -> AsyncIterator[HeldVLLM]:
+    """Chains that all say 7, equally long."""
+    chains = [chain("7", 200, ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
+    fake = HeldVLLM(chains, INTERVAL)
+    async with fake.serve():
+        yield fake
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "installed")
+
+
+@pytest.fixture
+def serve(backend: HeldVLLM, registry: Registry) -> Serve:
+    """A proxy that looks at the registry before every request."""
+
+    @asynccontextmanager
+    async def with_registry(**settings: Any) -> AsyncIterator[Proxy]:
+        given = {**SMALL, "controller": DEFAULT, "decision_s": 5.0, "sandbox_pool": 1, **settings}
+        async with (
+            running(load(upstream=backend.url, registry=registry.folder, registry_poll_s=0, **given)) as url,
+            aiohttp.ClientSession() as http,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+        ):
+            yield Proxy(backend, url, http, openai)
+
+    return with_registry
+
+
+def install(registry: Registry, name: str, source: str, stage: Stage, share: float = 0.5) -> str:
+    spec = Spec(name, source)
+    registry.install(spec, {"headline": "a test's"}, stage, share, ME)
+    return spec.digest
+
+
+async def decider(proxy: Proxy, **fields: Any) -> tuple[str, str | None]:
+    """Who decided for a request, and at which stage."""
+    status, headers, reply = await proxy.ask("0.5", **fields)
+    assert status == 200, reply
+    assert headers["x-tts-controller"] == reply["tts"]["controller"]
+    return reply["tts"]["controller"], reply["tts"]["stage"]
+
+
+async def until(proxy: Proxy, name: str, least: float, **labels: str) -> None:
+    """Until a metric has come so far."""
+    while await proxy.metric(name, **labels) < least:
+        pass
+
+
+async def test_an_empty_registry_leaves_the_configured_controller(serve: Serve) -> None:
+    async with serve() as proxy:
+        assert await decider(proxy) == (DEFAULT, "champion")
+        assert await proxy.metric("autotts_stage_requests_total", stage="champion", controller=DEFAULT) == 1
+
+
+async def test_the_champion_decides_where_nobody_is_named(serve: Serve, registry: Registry) -> None:
+    digest = install(registry, "mine", HONEST, Stage.CHAMPION)
+    async with serve() as proxy:
+        status, headers, reply = await proxy.ask("0.5")
+        assert (status, headers["x-tts-controller"], headers["x-tts-branches"]) == (200, "mine", "5")
+        assert "x-tts-fallback" not in headers
+        assert (reply["tts"]["stage"], reply["tts"]["controller_digest"]) == ("champion", digest[:12])
+        assert await decider(proxy, tts={"controller": "cmc"}) == ("cmc", None)
+        assert await decider(proxy, tts={"controller": "mine"}) == ("mine", None)
+        assert await decider(proxy, tts={"controller": DEFAULT}) == (DEFAULT, None)
+        assert await proxy.metric("autotts_stage_requests_total") == 1
+        status, _, reply = await proxy.ask("0.5", tts={"controller": "other"})
+        assert (status, reply["error"]["message"][-6:]) == (400, ", mine")
+
+
+async def test_a_canary_has_its_share_by_the_request_id(serve: Serve, registry: Registry) -> None:
+    install(registry, "mine", HONEST, Stage.CANARY, share=0.4)
+    async with serve() as proxy:
+        replies = [reply for _, _, reply in await asyncio.gather(*(proxy.ask("0") for _ in range(40)))]
+        expected = ["canary" if lot(reply["id"]) < 0.4 else "champion" for reply in replies]
+        assert [reply["tts"]["stage"] for reply in replies] == expected
+        assert set(expected) == {"canary", "champion"}
+        names = [reply["tts"]["controller"] for reply in replies]
+        assert names == ["mine" if stage == "canary" else DEFAULT for stage in expected]
+        counted = await proxy.metric("autotts_stage_requests_total", stage="canary", controller="mine")
+        assert counted == expected.count("canary")
+
+
+async def test_stages_change_under_a_running_proxy(serve: Serve, registry: Registry) -> None:
+    async with serve() as proxy:
+        assert await decider(proxy) == (DEFAULT, "champion")
+        one = install(registry, "one", HONEST, Stage.CANARY, share=1.0)
+        assert await decider(proxy) == ("one", "canary")
+        registry.promote(one, Stage.CHAMPION, 0, ME)
+        assert await decider(proxy) == ("one", "champion")
+        install(registry, "two", DEAR, Stage.CHAMPION)
+        assert await decider(proxy) == ("two", "champion")
+        registry.roll_back(ME)
+        assert await decider(proxy) == ("one", "champion")
+        registry.roll_back(ME)
+        assert await decider(proxy) == (DEFAULT, "champion")
+        assert await proxy.metric("autotts_fallbacks_total") == 0
+
+
+async def test_running_episodes_finish_under_what_they_began_with(
+    serve: Serve, backend: HeldVLLM, registry: Registry
+) -> None:
+    one = install(registry, "one", HONEST, Stage.CHAMPION)
+    async with serve() as proxy:
+        backend.may.clear()
+        first = asyncio.create_task(proxy.ask("0.5"))
+        await backend.waiting(1)
+        two = install(registry, "two", DEAR, Stage.CHAMPION)
+        second = asyncio.create_task(proxy.ask("0.5"))
+        await backend.waiting(2)
+        backend.may.set()
+        replies = [(await first)[2]["tts"], (await second)[2]["tts"]]
+        assert [(tts["controller_digest"], tts["branches"]) for tts in replies] == [(one[:12], 5), (two[:12], 10)]
+        assert [tts["fallback"] for tts in replies] == [None, None]
+        assert [tts["stop"] for tts in replies] == ["answered", "answered"]
+
+
+async def test_a_registry_that_cannot_be_read_changes_nothing(
+    serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = install(registry, "one", HONEST, Stage.CHAMPION)
+    async with serve() as proxy:
+        assert await decider(proxy) == ("one", "champion")
+        sound = registry.file.read_bytes()
+        registry.file.write_text("{")
+        assert [await decider(proxy) for _ in range(3)] == [("one", "champion")] * 3
+        assert caplog.text.count("registry.json: ") == 1
+        assert "meanwhile as before: champion one" in caplog.text
+        registry.file.write_bytes(sound)
+        two = install(registry, "two", DEAR, Stage.CHAMPION)
+        (registry.folder / f"{two}.py").write_text("# another\n")
+        assert await decider(proxy) == ("one", "champion")
+        assert f"{two}.py: its text is not what its name is the hash of" in caplog.text
+        registry.roll_back(ME)
+        assert await decider(proxy) == ("one", "champion")
+        assert registry.read().champion == one
+
+
+async def until_refused(url: str) -> None:
+    """Until nothing listens any more."""
+    async with aiohttp.ClientSession() as http:
+        with suppress(aiohttp.ClientError):
+            while (await http.get(f"{url}/health")).status:
+                pass
+
+
+# The watcher
+
+
+async def ask_until_rolled_back(proxy: Proxy, most: int, beta: str = "0") -> int:
+    """How many requests it took."""
+    for number in range(1, most + 1):
+        await proxy.ask(beta)
+        if await proxy.metric("autotts_rollbacks_total"):
+            return number
+    raise AssertionError(f"{most} requests, and no rollback")
+
+
+async def test_a_canary_that_keeps_failing_is_rolled_back(
+    serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)  # it is never quarantined
+    digest = install(registry, "mine", FAILING, Stage.CANARY)
+    async with serve() as proxy:
+        assert await ask_until_rolled_back(proxy, 200) > 10
+        assert await proxy.metric("autotts_rollbacks_total", reason="failures") == 1
+        assert [await decider(proxy) for _ in range(10)] == [(DEFAULT, "champion")] * 10
+    assert registry.read().canary is None  # the proxy ends once the registry has been told
+    line = registry.audit()[-1]
+    assert (line["who"], line["action"], line["before"]) == ("watcher", "drop canary", {"canary": digest})
+    assert line["why"].startswith("failures: e-value ")
+    told = [record for record in caplog.records if "is rolled back: failures" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.ERROR]
+
+
+async def test_a_canary_is_not_accused_of_what_an_earlier_one_did(
+    serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)
+    digest = install(registry, "mine", FAILING, Stage.CANARY)
+    async with serve() as proxy:
+        while (before := await proxy.metric("autotts_stage_requests_total", stage="canary")) < 11:
+            await proxy.ask("0")
+        registry.drop_canary(digest, ME)
+        assert await decider(proxy) == (DEFAULT, "champion")
+        registry.promote(digest, Stage.CANARY, 0.5, ME)
+        await ask_until_rolled_back(proxy, 200)
+        assert await proxy.metric("autotts_stage_requests_total", stage="canary") - before >= 12
+
+
+@pytest.fixture
+def lock(registry: Registry) -> Iterator[int]:
+    """Somebody is changing the registry, for as long as this descriptor is open."""
+    registry.folder.mkdir()
+    held = os.open(registry.folder, os.O_RDONLY)
+    yield held
+    os.close(held)
+
+
+async def test_a_proxy_that_ends_waits_until_the_registry_knows(serve: Serve, registry: Registry, lock: int) -> None:
+    digest = install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(serve())
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for _ in range(3):
+            await proxy.ask("0")
+        ending = asyncio.create_task(stack.aclose())
+        await until_refused(proxy.url)
+        ended, _ = await asyncio.wait({ending}, timeout=0.5)
+        assert registry.read().canary == digest
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert not ended
+        await ending
+    assert registry.read().canary is None
+
+
+async def test_a_canary_that_spends_too_much_is_rolled_back(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    install(registry, "two", DEAR, Stage.CANARY)
+    async with serve() as proxy:
+        await ask_until_rolled_back(proxy, 400)
+        assert await proxy.metric("autotts_rollbacks_total", reason="tokens") == 1
+    assert registry.read().canary is None
+    assert registry.read().champion == Spec("one", HONEST).digest
+
+
+async def test_a_canary_like_the_champion_stays(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    canary = install(registry, "two", HONEST + "# 2\n", Stage.CANARY)
+    async with serve() as proxy:
+        for _ in range(60):
+            await proxy.ask("0")
+        assert await proxy.metric("autotts_rollbacks_total") == 0
+    assert registry.read().canary == canary
+
+
+async def test_three_failures_quarantine_a_canary_for_good(serve: Serve, registry: Registry) -> None:
+    digest = install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    async with serve() as proxy:
+        assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(3)] == ["raised"] * 3
+        assert await decider(proxy) == (DEFAULT, "champion")
+        assert await proxy.metric("autotts_rollbacks_total", reason="quarantined") == 1
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+    installed = registry.read()
+    assert (installed.canary, set(installed.quarantined)) == (None, {digest})
+    assert [line["action"] for line in registry.audit()] == ["install as canary", "quarantine"]
+
+
+async def test_a_quarantine_outlives_the_proxy_until_it_is_lifted(serve: Serve, registry: Registry) -> None:
+    digest = install(registry, "mine", HONEST, Stage.CHAMPION)
+    registry.quarantine(digest, ME)
+    async with serve() as proxy:
+        assert (await proxy.ask("0"))[1]["x-tts-fallback"] == "quarantined"
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+        registry.roll_back(ME)
+        registry.promote(digest, Stage.CHAMPION, 0, ME)
+        assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
+
+
+async def test_a_registry_that_cannot_be_changed_keeps_no_failing_canary(
+    serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    async with serve() as proxy:
+        await proxy.ask("0")
+        registry.file.write_text("{")
+        for _ in range(2):
+            await proxy.ask("0")
+        assert [await decider(proxy) for _ in range(3)] == [(DEFAULT, "champion")] * 3
+    assert "the registry does not know" in caplog.text
+
+
+# The shadow
+
+
+async def test_a_shadow_that_agrees_costs_no_tokens(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    install(registry, "two", HONEST + "# 2\n", Stage.SHADOW)
+    async with serve() as proxy:
+        _, _, reply = await proxy.ask("1")
+        await until(proxy, "autotts_shadow_agreement_total", reply["tts"]["rounds"], controller="two", agreed="true")
+        assert await proxy.metric("autotts_shadow_agreement_total") == reply["tts"]["rounds"] > 3
+        assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+        assert await proxy.metric("autotts_stage_requests_total") == 1
+
+
+async def test_a_shadow_is_asked_until_it_would_have_done_otherwise(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    install(registry, "two", OTHERWISE, Stage.SHADOW)
+    async with serve() as proxy:
+        _, _, reply = await proxy.ask("1")
+        await until(proxy, "autotts_shadow_agreement_total", 1, controller="two", agreed="false")
+        assert await proxy.metric("autotts_shadow_agreement_total", agreed="true") == 2
+        assert await proxy.metric("autotts_shadow_agreement_total") == 3
+        assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+
+
+async def test_a_shadow_of_a_built_in_champion(serve: Serve, registry: Registry) -> None:
+    install(registry, "two", HONEST, Stage.SHADOW)
+    async with serve() as proxy:
+        await proxy.ask("0", tts={"controller": "cmc"})
+        await proxy.ask("1")
+        await until(proxy, "autotts_shadow_agreement_total", 1)
+        assert await proxy.metric("autotts_shadow_agreement_total", controller="two", agreed="false") == 1
+
+
+async def test_a_failing_shadow_is_quarantined_and_no_client_notices(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    digest = install(registry, "two", FAILING, Stage.SHADOW)
+    async with serve() as proxy:
+        for number in range(1, 4):
+            assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
+            await until(proxy, "autotts_shadow_agreement_total", number, controller="two", agreed="failed")
+        assert await proxy.metric("autotts_controller_quarantined", controller="two") == 1
+        await proxy.ask("0")
+    assert registry.read().shadow is None
+    assert registry.read().quarantined == {digest}
+
+
+async def test_a_proxy_that_ends_takes_its_shadow_along(serve: Serve, registry: Registry) -> None:
+    install(registry, "one", HONEST, Stage.CHAMPION)
+    install(registry, "two", LOCKSTEP.format(later="while True: pass"), Stage.SHADOW)
+    async with serve(decision_s=60.0) as proxy:
+        for _ in range(3):
+            await proxy.ask("0")
+        assert await proxy.metric("autotts_shadow_agreement_total", controller="two", agreed="skipped") == 1
+
+
+# The verbs
+
+
+def autotts(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+def test_from_a_file_to_champion_and_back(tmp_path: Path) -> None:
+    folder, file, report = str(tmp_path / "installed"), tmp_path / "mine.py", tmp_path / "report.json"
+    file.write_text(HONEST)
+    digest = Spec("mine", HONEST).digest
+    status, _, words = autotts("promote", str(file), "--registry", folder, "--as", "shadow")
+    assert (status, words) == (2, "autotts: mine: it needs a passed gate: give --report FILE, or --force it")
+    report.write_text(json.dumps({"digest": digest, "verdict": "promote", "headline": "2 points better"}))
+    status, told, words = autotts(
+        "promote", str(file), "--registry", folder, "--as", "shadow", "--report", str(report), "--who", "ada"
+    )
+    assert (status, words) == (0, "")
+    assert f"mine ({digest[:12]}) is shadow" in told
+    status, told, _ = autotts("promote", digest[:8], "--registry", folder, "--as", "canary", "--share", "0.2")
+    assert (status, "is canary for 20% of the requests" in told) == (0, True)
+    assert autotts("promote", digest[:8], "--registry", folder, "--as", "champion", "--why", "it is good")[0] == 0
+    status, told, _ = autotts("controllers", "--registry", folder, "--json")
+    figures = json.loads(told)
+    assert (figures["champion"], figures["cards"][digest]["headline"]) == (digest, "2 points better")
+    assert figures["audit"][0]["who"] == "ada"
+    assert figures["audit"][-1]["why"] == "it is good"
+    status, told, _ = autotts("rollback", "--registry", folder)
+    assert "the configured controller is champion" in told
+    status, told, _ = autotts("controllers", "--registry", folder)
+    assert all(words in told for words in ("2 points better", "version 4", "rollback", "it is good"))
+    status, _, words = autotts("rollback", "--registry", folder)
+    assert (status, "neither a canary nor a champion" in words) == (2, True)
+
+
+def test_force_is_loud_and_recorded(tmp_path: Path) -> None:
+    folder, file = str(tmp_path / "installed"), tmp_path / "mine.py"
+    file.write_text(HONEST)
+    status, _, words = autotts("promote", str(file), "--registry", folder, "--as", "champion", "--force")
+    assert status == 0
+    assert words.startswith("FORCED: ")
+    registry = Registry(Path(folder))
+    assert registry.audit()[-1]["forced"] is True
+    assert registry.card(Spec("mine", HONEST).digest)["forced"] is True
+
+
+def test_a_report_is_for_a_file(tmp_path: Path) -> None:
+    status, _, words = autotts(
+        "promote", "abcd", "--registry", str(tmp_path), "--as", "shadow", "--report", str(tmp_path / "report.json")
+    )
+    assert (status, "--report is for a file" in words) == (2, True)

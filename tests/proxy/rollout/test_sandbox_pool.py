@@ -1,0 +1,161 @@
+"""Pools of sealed processes: whom they serve, what holds them up, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
+import pytest
+
+from controllers.errors import BadController, Disturbed
+from controllers.loading import Spec
+from controllers.sandbox.worker import Worker
+from proxy.rollout import sandbox_pool as pools
+from proxy.rollout.sandbox_pool import Pool
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
+
+HONEST = "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
+SLOW = "while True: pass"
+
+Make = Callable[[str, int], Pool]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    made: list[Pool] = []
+    enders = ThreadPoolExecutor(1)
+
+    def make_one(source: str, size: int) -> Pool:
+        made.append(Pool(Spec("mine", source), size, 5.0, enders))
+        made[-1].keep(size)
+        return made[-1]
+
+    yield make_one
+    for pool in made:
+        pool.stop("the test is over")
+        await pool.close()
+    enders.shutdown()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        for _ in repeat(None):
+            if holds():
+                return
+            await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
+
+
+async def filled(pool: Pool, size: int) -> None:
+    await until(lambda: len(pool._ready) == size)
+
+
+async def test_a_file_that_loads_slowly_holds_up_nobody_else(make: Make) -> None:
+    slow = make(SLOW, 16)
+    assert len(slow._work) == 16
+    assert await asyncio.to_thread(lambda: 7) == 7
+    honest = make(HONEST, 0)
+    honest.end(await honest.take())
+    assert slow._making >= 14  # two threads, and two seconds of processor time each
+
+
+async def test_a_waiting_episode_is_given_the_next_process_whoever_it_was_made_for(make: Make) -> None:
+    pool = make(HONEST, 2)
+    workers = await asyncio.gather(*(pool.take() for _ in range(4)))
+    assert len({worker.process for worker in workers}) == 4
+    await filled(pool, 2)
+    assert not pool._waiting
+    for worker in workers:
+        pool.end(worker)
+
+
+async def test_an_episode_that_has_left_wastes_no_process(make: Make) -> None:
+    pool = make(HONEST, 0)
+    taking = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    assert pool._making == 1
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert not pool._waiting
+    await until(lambda: not pool._work)  # it is made, and ended
+    assert not pool._ready
+    pool.keep(1)
+    await filled(pool, 1)
+    taking = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    pool.end(await taking)
+
+
+async def test_a_process_that_was_handed_over_too_late_is_kept(make: Make) -> None:
+    pool = make(HONEST, 1)
+    await filled(pool, 1)
+    worker = await pool.take()
+    await filled(pool, 1)
+    spare = pool._ready.pop()
+    taking = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    pool._put(worker)
+    taking.cancel()  # before it sees what it was given
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert list(pool._ready) == [worker]
+    pool.end(spare)
+
+
+async def test_what_is_wrong_with_a_file_is_told_to_every_episode(make: Make) -> None:
+    pool = make("import json", 2)
+    for _ in range(2):
+        with pytest.raises(BadController, match="No module named 'json'"):
+            await pool.take()
+
+
+async def test_an_episode_waits_only_so_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "PATIENCE_S", 0.01)
+    with pytest.raises(Disturbed, match=r"no process of mine was ready within 0\.01 s"):
+        await make(SLOW, 0).take()
+
+
+async def test_dead_processes_are_replaced_not_handed_out(make: Make) -> None:
+    pool = make(HONEST, 3)
+    await filled(pool, 3)
+    dead = list(pool._ready)
+    for worker in dead:
+        os.kill(worker.process, signal.SIGKILL)
+        assert select.select([worker._handle], [], [], 30)[0]
+    worker = await pool.take()
+    assert worker not in dead
+    assert worker.alive
+    await filled(pool, 3)
+    assert all(one.alive for one in pool._ready)
+    pool.end(worker)
+
+
+async def test_a_stopped_pool_leaves_no_process(make: Make) -> None:
+    pool = make(HONEST, 2)
+    await filled(pool, 2)
+    taken: list[Worker] = [await pool.take()]
+    await filled(pool, 2)
+    taken += pool._ready
+    pool.stop("quarantined")
+    assert not pool._ready
+    await until(lambda: not any(worker.alive for worker in taken))
+    pool.end(taken[0])
+    with pytest.raises(Disturbed, match="quarantined"):
+        await taken[0].decide_later([[0]], 1)
+
+
+async def test_an_episode_that_waits_for_a_stopped_pool_is_told(make: Make) -> None:
+    pool = make(SLOW, 0)
+    waiting = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    assert pool._making == 1
+    pool.stop("quarantined")
+    with pytest.raises(Disturbed, match="quarantined"):
+        await waiting

@@ -1,0 +1,332 @@
+"""Controllers from files behind the proxy: sealed or refused, and when they fail the baseline goes on unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from openai import AsyncOpenAI
+
+from controllers.loading import discovered
+from controllers.sandbox import nursery as nurseries
+from controllers.sandbox.nursery import Nursery
+from controllers.sandbox.proof import Proof
+from controllers.sandbox.worker import IDLE_S
+from proxy.errors import SettingsError
+from proxy.rollout import controller_runner
+from proxy.rollout.sandbox_pool import Pool
+from proxy.server import running
+from proxy.settings import load
+from tests.fakes import FakeVLLM
+from tests.proxy.conftest import SERVED, SMALL, Proxy
+
+LOCKSTEP = """
+from controllers import State, advance, answer, branch
+
+class Mine:
+    def __init__(self, beta: float) -> None:
+        self.most = 2 + round(6 * beta)
+
+    def decide(self, state: State):
+        if not state.width:
+            return [branch()] * self.most
+        {later}
+        return [advance(i) for i in state.active] or [answer(state.leader())]
+"""
+HONEST = LOCKSTEP.format(later="")
+FAULTS = {
+    "late": "while state.rounds == 1: pass",
+    "dead": "assert state.rounds < 1 or Mine.__init__.__globals__['__builtins__']['__import__']('posix')._exit(0)",
+    "call": "if state.rounds: Mine.__init__.__globals__['__builtins__']['__import__']('posix').open('/', 0)",
+    "raised": "if state.rounds: raise ValueError('no idea')",
+    "illegal": "if state.rounds: return [advance(99)]",
+}
+
+Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
+
+
+@pytest.fixture
+def serve(backend: FakeVLLM, tmp_path: Path) -> Serve:
+    """A proxy whose default controller is the file of a given text."""
+
+    @asynccontextmanager
+    async def with_source(source: str, **settings: Any) -> AsyncIterator[Proxy]:
+        path = tmp_path / "mine.py"
+        path.write_text(source)
+        given = {**SMALL, "decision_s": 5.0, **settings}  # generous: this machine may be busy
+        async with (
+            running(load(upstream=backend.url, controller=str(path), **given)) as url,
+            aiohttp.ClientSession() as http,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
+        ):
+            yield Proxy(backend, url, http, openai)
+
+    return with_source
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The static check is advice: here files come as if it were not there."""
+    monkeypatch.setattr("controllers.loading.advise", lambda source: [])
+
+
+async def test_a_file_decides_in_a_sealed_process(serve: Serve) -> None:
+    async with serve(HONEST) as proxy:
+        status, headers, reply = await proxy.ask("1")
+        assert status == 200, reply
+        assert (headers["x-tts-controller"], headers["x-tts-branches"], headers["x-tts-stop"]) == (
+            "mine",
+            "8",
+            "answered",
+        )
+        assert "x-tts-fallback" not in headers
+        assert reply["tts"]["fallback"] is None
+        assert await proxy.metric("autotts_sandbox_level") == 2
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            assert (await response.json())["sandbox"] == {"level": "sealed", "lacking": None}
+
+
+async def test_many_at_once_and_by_name(serve: Serve) -> None:
+    async with serve(HONEST, sandbox_pool=2) as proxy:
+        replies = await asyncio.gather(*(proxy.ask("0.5", tts={"controller": "mine"}) for _ in range(8)))
+        assert [(status, headers["x-tts-branches"]) for status, headers, _ in replies] == [(200, "5")] * 8
+        status, _, reply = await proxy.ask("0.5", tts={"controller": "../mine.py"})
+        assert status == 400
+        assert reply["error"]["message"].endswith("short_m_at_k, cmc, everything, lockstep_lead, mine")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_the_baseline_goes_on_where_a_controller_failed(serve: Serve, fault: str) -> None:
+    decision_s = 2.0 if fault == "late" else 5.0
+    async with serve(LOCKSTEP.format(later=FAULTS[fault]), decision_s=decision_s) as proxy:
+        status, headers, reply = await proxy.ask("1")
+        assert status == 200, reply
+        assert (headers["x-tts-stop"], headers["x-tts-fallback"]) == ("answered", fault)
+        assert headers["x-tts-branches"] == "8"  # what it had opened is what the baseline went on with
+        assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"
+        assert reply["usage"]["completion_tokens"] == proxy.backend.generated
+        assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason=fault) == 1
+
+
+async def test_a_stream_says_so_in_its_last_chunk(serve: Serve) -> None:
+    async with serve(LOCKSTEP.format(later=FAULTS["raised"])) as proxy:
+        stream = await proxy.openai.chat.completions.create(
+            model="fake-model",
+            messages=[{"role": "user", "content": "hi"}],
+            extra_headers={"x-tts-beta": "1"},
+            stream=True,
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[-1].tts["fallback"] == "raised"  # type: ignore[attr-defined]
+
+
+async def test_three_failures_quarantine_a_controller(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
+        with caplog.at_level(logging.ERROR):
+            reasons = [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)]
+        assert reasons == ["illegal"] * 3 + ["quarantined"] * 2
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+        assert "controller mine" in caplog.text
+        assert "is quarantined: 3 failures" in caplog.text
+        assert "x-tts-fallback" not in (await proxy.ask("0", tts={"controller": "cmc"}))[1]
+
+
+async def test_failures_far_apart_do_not(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_runner, "WINDOW_S", 0.0)
+    async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
+        assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)] == ["illegal"] * 5
+
+
+async def test_a_file_that_does_not_load_is_a_failing_controller(serve: Serve) -> None:
+    async with serve(HONEST + "\nraise SystemExit(3)") as proxy:
+        status, headers, _ = await proxy.ask("0")
+        assert (status, headers["x-tts-fallback"]) == (200, "raised")
+
+
+async def test_a_client_that_leaves_takes_the_sealed_process_along(serve: Serve) -> None:
+    async with serve(LOCKSTEP.format(later="while True: pass"), decision_s=60.0) as proxy:
+        asking = asyncio.create_task(proxy.ask("1"))
+        while await proxy.metric("autotts_episodes_in_flight") == 0 or not proxy.backend.opened:
+            pass
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        while await proxy.metric("autotts_episodes_in_flight"):
+            pass
+        assert await proxy.metric("autotts_fallbacks_total") == 0
+
+
+@pytest.fixture
+def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which no proof succeeds."""
+    nursery = Nursery()
+    nursery.proof = Proof(reason="no landlock")
+    for module in (nurseries, controller_runner):
+        monkeypatch.setattr(module, "nursery", lambda: nursery)
+
+
+@pytest.mark.usefixtures("unsealable")
+async def test_without_a_seal_files_are_refused_and_baselines_serve(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(HONEST) as proxy:
+        status, headers, _ = await proxy.ask("1")
+        assert (status, headers["x-tts-fallback"], headers["x-tts-stop"]) == (200, "unsealed", "answered")
+        assert "x-tts-fallback" not in (await proxy.ask("0", tts={"controller": "cmc"}))[1]
+        assert await proxy.metric("autotts_sandbox_level") == 0
+        async with proxy.http.get(f"{proxy.url}/ready") as response:
+            assert response.status == 200
+            assert (await response.json())["sandbox"] == {"level": "refused", "lacking": "no landlock"}
+        assert "controllers from files are refused, baselines serve: no landlock" in caplog.text
+
+
+@pytest.mark.usefixtures("unsealable")
+async def test_only_an_operators_word_runs_them_unsealed_and_it_is_loud(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(HONEST, allow_unsandboxed=True) as proxy:
+        _, headers, _ = await proxy.ask("1")
+        assert headers["x-tts-branches"] == "8"
+        assert "x-tts-fallback" not in headers
+        assert await proxy.metric("autotts_sandbox_level") == 1
+        assert "NOT SANDBOXED" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "words"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file by")])
+def test_names_that_clients_could_not_tell_apart(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_text(HONEST)
+    with pytest.raises(SettingsError, match=words):
+        load(upstream="http://127.0.0.1:1", controller=str(tmp_path / name))
+
+
+async def test_what_serve_takes_by_name_a_request_may_name(proxy: Proxy) -> None:
+    for name in (*SERVED, *discovered()):
+        assert load(upstream="http://127.0.0.1:1", controller=name).controller == name
+        status, headers, reply = await proxy.ask("0.5", tts={"controller": name, "answer": "boxed"})
+        assert (status, headers["x-tts-controller"]) == (200, name), reply
+        assert headers.get("x-tts-fallback") in (None, "unsealed")  # where the kernel cannot seal
+
+
+@pytest.mark.parametrize("name", ["lockstep", "lockstep_lead@8", "nothing"])
+async def test_the_message_names_the_same_controllers_in_both_places(proxy: Proxy, name: str) -> None:
+    status, _, reply = await proxy.ask("0.5", tts={"controller": name})
+    assert (status, reply["error"]["code"]) == (400, "unknown_controller")
+    with pytest.raises(SettingsError) as caught:
+        load(upstream="http://127.0.0.1:1", controller=name)
+    assert str(caught.value) == f"controller: {reply['error']['message']}"
+    assert "lockstep_lead" in reply["error"]["message"]
+
+
+# Events that are nobody's fault
+
+
+def children() -> list[int]:
+    """Process ids of all sealed children."""
+    zygote = nurseries.nursery()._zygote
+    assert zygote is not None
+    return [int(number) for number in Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read_text().split()]
+
+
+def state_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+
+
+async def until(holds: Callable[..., bool]) -> None:
+    async with asyncio.timeout(60):
+        for _ in repeat(None):
+            if holds():
+                return
+            await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
+    """The pool of the default controller, once it is made."""
+    made: list[Pool] = []
+
+    def make(*about: Any) -> Pool:
+        made.append(Pool(*about))
+        return made[-1]
+
+    monkeypatch.setattr(controller_runner, "Pool", make)
+    return made
+
+
+async def asking_at_once(proxy: Proxy, pool: list[Pool], count: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
+    """Requests whose controllers all decide, for ever, when this returns."""
+    asked = [asyncio.create_task(proxy.ask("0")) for _ in range(count)]
+    third = 3  # a file, the opening round, and the one that never ends
+    await until(lambda: [worker._number for worker in pool[0]._in_use] == [third] * count)
+    began = {worker: worker._meter.read() for worker in pool[0]._in_use}
+    await until(lambda: all(worker._meter.read().since(start).cpu > IDLE_S for worker, start in began.items()))
+    return asked
+
+
+ENDLESS = LOCKSTEP.format(later="while True: pass")
+
+
+async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
+        asked = await asking_at_once(proxy, pool, 4)
+        for process in children():
+            os.kill(process, signal.SIGKILL)
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["dead"] * 4
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
+
+
+async def test_processes_that_die_one_after_the_other_are_as_many_failures(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
+        for _ in range(3):
+            (asked,) = await asking_at_once(proxy, pool, 1)
+            (process,) = children()
+            os.kill(process, signal.SIGKILL)
+            assert (await asked)[1]["x-tts-fallback"] == "dead"
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
+
+
+async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(ENDLESS, decision_s=60.0, sandbox_pool=2) as proxy:
+        asked = await asking_at_once(proxy, pool, 4)
+        zygote = nurseries.nursery()._zygote
+        assert zygote is not None
+        zygote.kill()
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["disturbed"] * 4
+        assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
+        assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason="disturbed") == 4
+
+
+async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list[Pool]) -> None:
+    async with serve(HONEST, sandbox_pool=3) as proxy:
+        for _ in range(4):
+            await until(lambda: len(pool[0]._ready) == 3)
+            idle = list(pool[0]._ready)
+            for worker in idle:
+                os.kill(worker.process, signal.SIGKILL)
+            await until(lambda idle=idle: not any(worker.alive for worker in idle))
+            assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
+
+
+async def test_no_process_of_a_quarantined_controller_goes_on(serve: Serve, pool: list[Pool]) -> None:
+    """Those of other requests are ended too, in the middle of their decisions."""
+    source = LOCKSTEP.format(later="if self.most == 8: raise ValueError\n        while True: pass")
+    async with serve(source, decision_s=60.0, sandbox_pool=2) as proxy:
+        asked = await asking_at_once(proxy, pool, 2)
+        for _ in range(3):
+            assert (await proxy.ask("1"))[1]["x-tts-fallback"] == "raised"
+        reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]
+        assert reasons == ["quarantined"] * 2
+        await until(lambda: not children())

@@ -1,0 +1,90 @@
+"""Whether Δ suits a model is seen from its traffic, and said once, with the Δ that does."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from openai import AsyncOpenAI
+
+from proxy.episode.live_environment import LiveBranch
+from proxy.server import running
+from proxy.settings import load
+from proxy.telemetry.chain_lengths import ENOUGH, ChainLengths, suggested
+from tests.fakes import MODEL, FakeVLLM, chain
+from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend, proxy
+
+__all__ = ["backend", "proxy"]  # fixtures
+
+
+def branches(*lengths: int, finish: str | None = "stop") -> list[LiveBranch]:
+    return [LiveBranch(ids=[1] * length, finish=finish) for length in lengths]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "proxy.telemetry.chain_lengths"]
+
+
+def test_short_chains_are_warned_of_once_with_what_suits(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = ChainLengths()
+    lengths.take("m", 512, branches(*[400] * (ENOUGH - 1)))
+    assert not told(caplog)
+    for _ in range(3):
+        lengths.take("m", 512, branches(400, 410))
+    (line,) = told(caplog)
+    assert line.startswith("m: a chain has 400 tokens (median of the latest 21), the interval is 512: ")
+    assert line.endswith("at most 0.8 times a chain and open few chains at any β; AUTOTTS_INTERVAL=48 suits this model")
+    lengths.take("n", 512, branches(*[400] * ENOUGH))
+    assert len(told(caplog)) == 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "lengths", "finish"),
+    [
+        (512, [1536] * 50, "stop"),
+        (32, [230] * 50, "stop"),  # the embedded model
+        (16, [20] * 50, "stop"),  # no smaller one is suggested
+        (512, [2000] * 50, None),  # cut, but long enough to tell
+        (512, [400] * 50, "length"),  # by the request's own limit
+        (512, [400] * 50, None),
+        (512, [400] * 20 + [3000] * 60, "stop"),
+    ],
+)
+def test_others_are_not(
+    caplog: pytest.LogCaptureFixture, interval: int, lengths: list[int], finish: str | None
+) -> None:
+    seen = ChainLengths()
+    for length in lengths[::-1]:
+        seen.take("m", interval, branches(length, finish=finish))
+    assert not told(caplog)
+
+
+@pytest.mark.parametrize(("tokens", "interval"), [(30, 16), (230, 32), (400, 48), (4096, 512), (10_000, 1248)])
+def test_a_chain_has_about_eight_of_them(tokens: int, interval: int) -> None:
+    assert suggested(tokens) == interval
+
+
+async def test_the_proxy_sees_it_from_its_traffic(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    settings = load(upstream=proxy.backend.url, **{**SMALL, "interval": 512})
+    async with running(settings) as url:
+        await proxy._replace(url=url).ask("0.5", tts={"controller": "sc@24", "answer": "boxed"})
+    (line,) = told(caplog)
+    assert line.startswith(f"{MODEL}: a chain has ")
+
+
+async def test_a_stream_brings_long_reasoning_in_pieces() -> None:
+    async with (
+        FakeVLLM([chain("7", 1500)], INTERVAL).serve() as long,
+        running(load(upstream=long.url, **SMALL)) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+        extra = {"tts": {"beta": 0, "controller": "single", "answer": "boxed"}}
+        whole = await client.chat.completions.create(**asked, extra_body=extra)  # type: ignore[call-overload]
+        chunks = await client.chat.completions.create(**asked, stream=True, extra_body=extra)  # type: ignore[call-overload]
+        pieces = [chunk.choices[0].delta.model_extra.get("reasoning", "") async for chunk in chunks]
+    pieces = [piece for piece in pieces if piece]
+    assert max(map(len, pieces)) == 400
+    assert "".join(pieces) == whole.choices[0].message.model_extra["reasoning"]
+    assert len(pieces) >= 3

@@ -1,0 +1,123 @@
+"""Log lines: an object each for machines, the request they are about in all of them, no secret in any."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from rich.console import Console
+
+from proxy.server import running
+from proxy.settings import Settings, load
+from proxy.telemetry.logs import ACCESS, MASK, request_id, set_up
+from tests.fakes import FakeVLLM
+from tests.proxy.conftest import SMALL
+
+SECRET = "sesame-open"
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The root logger as pytest has it, afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger(ACCESS).setLevel(logging.NOTSET)
+
+
+def logged(settings: Settings) -> io.StringIO:
+    written = io.StringIO()
+    set_up(settings, Console(file=written, width=300))
+    return written
+
+
+def lines(written: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in written.getvalue().splitlines()]
+
+
+async def test_every_line_about_a_request_names_it(backend: FakeVLLM) -> None:
+    settings = load(upstream=backend.url, admin_key=SECRET, log="json", **SMALL)
+    backend.fault = "echo"
+    written = logged(settings)
+    prompt = "what nobody may read"
+    body = {"model": "fake-model", "messages": [{"role": "user", "content": prompt}]}
+    headers = {"x-tts-beta": "0.5", "authorization": f"Bearer {SECRET}"}
+    async with running(settings) as url, aiohttp.ClientSession() as http:
+        async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status >= 400
+            named = response.headers["x-request-id"]
+        async with http.get(f"{url}/v1/{SECRET}?key={SECRET}") as response:
+            assert response.status == 404
+    about = [line for line in lines(written) if line.get("request_id") == named]
+    assert {line["level"] for line in about} == {"warning", "info"}
+    *_, told = about
+    assert (told["logger"], told["message"]) == (ACCESS, f"POST /v1/chat/completions {told['status']}")
+    assert {"seconds", "first_byte_s", "complete", "applied"} <= told.keys()
+    assert [line["path"] for line in lines(written) if line["logger"] == ACCESS][-1] == "other"
+    assert prompt not in written.getvalue()
+    assert SECRET not in written.getvalue()
+
+
+def test_secrets_are_masked_in_both_forms() -> None:
+    for form in ("json", "plain"):
+        settings = load(upstream=f"http://me:{SECRET}@127.0.0.1:1", admin_key="another one", log=form)
+        written = logged(settings)
+        logging.getLogger("proxy.some").error("upstream %s with %s", settings.upstream, "another one")
+        assert SECRET not in written.getvalue()
+        assert "another one" not in written.getvalue()
+        assert written.getvalue().count(MASK) == 2
+
+
+def test_lines_for_people_name_the_request_once() -> None:
+    written = logged(load(upstream="http://127.0.0.1:1"))
+    token = request_id.set("req-1")
+    try:
+        logging.getLogger("proxy.some").warning("it broke")
+        logging.getLogger("proxy.some").warning("req-1: it broke again")
+        logging.getLogger(ACCESS).info("GET / 200")
+    finally:
+        request_id.reset(token)
+    assert "req-1: it broke" in written.getvalue()
+    assert written.getvalue().count("req-1") == 2
+    assert "GET" not in written.getvalue()
+
+
+def test_lines_in_a_file_are_not_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal
+    with (tmp_path / "log").open("w") as file:
+        set_up(load(upstream="http://127.0.0.1:1"), Console(file=file))
+        logging.getLogger("proxy.some").warning("word " * 100 + "end")
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING proxy\.some: (word ){100}end", line)
+
+
+def test_a_line_in_a_file_names_its_request_after_the_logger() -> None:
+    written = logged(load(upstream="http://127.0.0.1:1"))
+    token = request_id.set("req-1")
+    try:
+        logging.getLogger("proxy.some").warning("it broke")
+    finally:
+        request_id.reset(token)
+    assert written.getvalue().endswith("WARNING proxy.some: req-1: it broke\n")
+
+
+def test_an_exception_is_told_without_its_words() -> None:
+    written = logged(load(upstream="http://127.0.0.1:1", log="json"))
+    try:
+        raise ValueError("what a client wrote")
+    except ValueError:
+        logging.getLogger("proxy.some").exception("it broke")
+    (line,) = lines(written)
+    assert (line["error"], line["message"]) == ("ValueError", "it broke")
+    assert "test_an_exception_is_told_without_its_words" in line["at"][-1]
+    assert "wrote" not in written.getvalue()

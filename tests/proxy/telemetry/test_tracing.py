@@ -1,0 +1,287 @@
+"""Spans: an episode, its rounds in it, calls to the upstream in those, as OpenTelemetry names them; no text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed; `make test` installs it")
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+from proxy.server import running
+from proxy.settings import load
+from proxy.telemetry import tracing
+from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream
+from tests.proxy.conftest import SMALL
+
+PROMPT = "what nobody may read"
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr(tracing, "make", lambda: tracing.OpenSpans(provider))
+    yield kept
+    provider.shutdown()
+
+
+async def ask(
+    backend: FakeVLLM, path: str = "/v1/chat/completions", beta: str | None = "0.5", **fields: object
+) -> tuple[int, dict[str, object]]:
+    put: dict[str, object] = {"messages": [{"role": "user", "content": PROMPT}]}
+    if path == "/v1/completions":
+        put = {"prompt": [ord(char) for char in PROMPT + ASSISTANT], "max_tokens": 200}
+    if path == "/v1/responses":
+        put = {"input": PROMPT}
+    headers = {"traceparent": PARENT, **({} if beta is None else {"x-tts-beta": beta})}
+    async with (
+        running(load(upstream=backend.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+        http.post(url + path, json={"model": MODEL, **put, **fields}, headers=headers) as response,
+    ):
+        text = await response.text()
+        return response.status, json.loads(text) if response.content_type == "application/json" else {"text": text}
+
+
+def within(span: ReadableSpan, parents: list[ReadableSpan]) -> bool:
+    return span.parent is not None and span.parent.span_id in {one.context.span_id for one in parents}
+
+
+def said(span: ReadableSpan) -> dict[str, object]:
+    return dict(span.attributes or {})
+
+
+async def test_an_episode_holds_rounds_and_those_generations(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+    status, reply = await ask(backend, tts={"controller": "parallel_probe"})
+    assert status == 200
+    finished = list(exporter.get_finished_spans())
+    (episode,) = [span for span in finished if span.name == "chat fake-model"]
+    rounds = [span for span in finished if span.name == "round"]
+    generations = [span for span in finished if span.name == "text_completion fake-model"]
+    texts = [span for span in finished if span.name in ("POST /tokenize", "POST /detokenize")]
+    (models,) = [span for span in finished if span.name == "GET /v1/models"]
+    assert len(finished) == 2 + len(rounds) + len(generations) + len(texts)
+    assert {span.name for span in texts} == {"POST /tokenize", "POST /detokenize"}
+    assert {span.kind for span in (models, *texts, *generations)} == {SpanKind.CLIENT}
+    assert all(said(span)["http.response.status_code"] == 200 for span in (models, *texts))
+    assert all(within(span, [episode]) for span in rounds)
+    assert all(within(span, [episode, *rounds]) for span in (*generations, *texts))
+    for span in (episode, models):
+        assert span.parent is not None
+        assert f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" in PARENT
+    about, usage, tts = dict(episode.attributes or {}), reply["usage"], reply["tts"]
+    assert isinstance(usage, dict)
+    assert isinstance(tts, dict)
+    assert about["gen_ai.request.model"] == "fake-model"
+    assert about["gen_ai.response.id"] == reply["id"]
+    assert about["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
+    assert about["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+    assert (about["autotts.stop"], about["autotts.rounds"]) == (tts["stop"], tts["rounds"])
+    bought = [dict(span.attributes or {})["gen_ai.usage.output_tokens"] for span in generations]
+    assert sum(n for n in bought if isinstance(n, int)) == usage["completion_tokens"]
+
+
+async def test_the_upstream_is_told_of_the_spans_it_serves(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+    """So that vLLM's own belong to the same trace."""
+    for beta in ("0.5", None):
+        assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
+    told = [header for one in backend.headers if (header := one.get("traceparent"))]
+    calls = [span for span in exporter.get_finished_spans() if span.name.startswith("text_completion")]
+    calls = [span for span in calls if span.kind is SpanKind.CLIENT]
+    assert len(calls) > 2
+    expected = {f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-01" for span in calls}
+    assert expected <= set(told)
+    assert len(set(told)) == len(told)
+
+
+async def test_without_spans_a_trace_of_the_clients_ends_here(backend: FakeVLLM) -> None:
+    for beta in ("0.5", None):
+        assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
+    assert backend.headers
+    assert not any("traceparent" in one for one in backend.headers)
+
+
+@pytest.mark.parametrize("fault", ["echo", "cut"])
+async def test_a_failure_is_told_by_its_type(backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str) -> None:
+    backend.fault = fault
+    status, _ = await ask(backend)
+    assert status >= 400
+    failed = [span for span in exporter.get_finished_spans() if not span.status.is_ok]
+    assert {span.name.split()[0] for span in failed} == {"chat", "text_completion", "round"}
+    assert [span.kind for span in failed if span.name == "chat fake-model"] == [SpanKind.SERVER]
+    assert all(str(dict(span.attributes or {})["error.type"]).startswith("Upstream") for span in failed[:1])
+    told = "".join(span.to_json() for span in exporter.get_finished_spans())
+    assert PROMPT not in told
+    assert not any(span.events for span in exporter.get_finished_spans())
+
+
+@pytest.mark.parametrize(
+    ("path", "operation", "api"),
+    [
+        ("/v1/chat/completions", "chat", "chat_completions"),
+        ("/v1/completions", "text_completion", None),
+        ("/v1/responses", "chat", "responses"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_episode_is_named_by_what_was_asked(
+    backend: FakeVLLM, exporter: InMemorySpanExporter, path: str, operation: str, api: str | None, stream: bool
+) -> None:
+    status, reply = await ask(backend, path, stream=stream, tts={"answer": "boxed"})
+    assert status == 200, reply
+    finished = exporter.get_finished_spans()
+    (episode,) = [span for span in finished if span.kind is SpanKind.SERVER]
+    about = said(episode)
+    assert episode.name == f"{operation} fake-model"
+    assert (about["gen_ai.operation.name"], about.get("openai.api.type")) == (operation, api)
+    assert (about["url.path"], about["autotts.stop"]) == (path, "answered")
+    outside = [span.name for span in finished if span.context.trace_id != episode.context.trace_id]
+    assert outside == []
+    told = "".join(span.to_json() for span in finished)
+    assert PROMPT not in told
+
+
+async def test_a_request_that_cannot_be_planned_is_an_episode_that_failed(
+    backend: FakeVLLM, exporter: InMemorySpanExporter
+) -> None:
+    status, _ = await ask(backend, tts={"controller": "nobody"})
+    assert status == 400
+    (episode,) = [span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER]
+    assert (episode.status.is_ok, said(episode)["error.type"]) == (False, "BadRequest")
+
+
+@pytest.mark.parametrize(("fault", "status"), [("", 200), ("refuse", 400), ("broken", 500)])
+async def test_what_is_handed_on_is_a_call_to_the_upstream(
+    backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str, status: int
+) -> None:
+    backend.fault = fault
+    assert (await ask(backend, "/v1/completions", None, stream=not fault))[0] == status
+    (span,) = [span for span in exporter.get_finished_spans() if span.name == "text_completion"]
+    assert span.kind is SpanKind.CLIENT
+    about = said(span)
+    assert (about["url.path"], about["http.response.status_code"]) == ("/v1/completions", status)
+    assert (span.status.is_ok, about.get("error.type")) == (not fault, str(status) if fault else None)
+    assert span.parent is not None
+    assert f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" in PARENT
+    assert PROMPT not in span.to_json()
+
+
+async def test_it_lasts_until_the_response_is_over(exporter: InMemorySpanExporter) -> None:
+    async with (
+        RawUpstream([b"data: 1\n\n", b"data: 2\n\n"], content_type="text/event-stream").serve() as raw,
+        running(load(upstream=raw.url, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        raw.go.clear()
+        body = {"model": MODEL, "prompt": "x", "stream": True}
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            assert await response.content.readany() == b"data: 1\n\n"
+            assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/models"]
+            raw.go.set()
+            assert await response.read() == b"data: 2\n\n"
+        assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/models", "text_completion"]
+
+
+async def test_of_checks_there_are_none(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+    async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
+        for path in ("/ready", "/health", "/metrics"):
+            async with http.get(url + path) as response:
+                assert response.status == 200
+    assert exporter.get_finished_spans() == ()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
+    ],
+)
+def test_off_it_imports_nothing(variables: dict[str, str]) -> None:
+    code = (
+        "import sys, proxy.app; from proxy.telemetry import tracing; made = tracing.make();"
+        "assert type(made) is tracing.Spans, made;"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+async def test_a_collector_is_what_turns_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    made = tracing.make()
+    assert isinstance(made, tracing.OpenSpans)
+    await made.close()
+
+
+async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over OTLP as it is on the wire: a real exporter, and a receiver that reads protobuf."""
+    received: list[ExportTraceServiceRequest] = []
+
+    async def take(request: web.Request) -> web.Response:
+        assert request.content_type == "application/x-protobuf"
+        received.append(ExportTraceServiceRequest.FromString(await request.read()))
+        return web.Response(body=ExportTraceServiceResponse().SerializeToString(), content_type=request.content_type)
+
+    app = web.Application()
+    app.router.add_post("/v1/traces", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{runner.addresses[0][1]}")
+        status, reply = await ask(backend, tts={"controller": "parallel_probe"})  # what is left is sent as it closes
+    finally:
+        await runner.cleanup()
+    assert status == 200
+    resources = [sent for request in received for sent in request.resource_spans]
+    for resource in resources:
+        named = {one.key: one.value.string_value for one in resource.resource.attributes}
+        assert named["service.name"] == tracing.SERVICE
+    sent = [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
+    assert {span.trace_id.hex() for span in sent} == {PARENT.split("-")[1]}
+    by_id = {span.span_id.hex(): span for span in sent}
+    shape = {
+        (span.name, by_id[parent].name if (parent := span.parent_span_id.hex()) in by_id else parent) for span in sent
+    }
+    assert shape == {
+        ("GET /v1/models", PARENT.split("-")[2]),
+        ("chat fake-model", PARENT.split("-")[2]),
+        ("POST /tokenize", "chat fake-model"),
+        ("POST /detokenize", "chat fake-model"),
+        ("POST /tokenize", "round"),
+        ("round", "chat fake-model"),
+        ("text_completion fake-model", "round"),
+    } | (shape & {("text_completion fake-model", "chat fake-model")})
+    (episode,) = [span for span in sent if span.name == "chat fake-model"]
+    about = {one.key: one.value for one in episode.attributes}
+    usage = reply["usage"]
+    assert isinstance(usage, dict)
+    assert about["gen_ai.response.id"].string_value == reply["id"]
+    assert about["gen_ai.usage.output_tokens"].int_value == usage["completion_tokens"]
+    assert PROMPT.encode() not in b"".join(request.SerializeToString() for request in received)
+
+
+def test_without_the_extra_it_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    assert type(tracing.make()) is tracing.Spans
+    assert "pip install 'autotts-proxy[otel]'" in caplog.text

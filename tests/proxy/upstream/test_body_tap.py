@@ -1,0 +1,433 @@
+"""What an upstream sends is given on piece by piece, whatever the loop and the connection, and whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+import trustme
+import uvloop
+
+from proxy.http.sse import Stream
+from proxy.upstream import eager_task
+from proxy.upstream.body_tap import Hand, pour
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
+END = b"0\r\n\r\n"
+LONG_S = 600.0
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs a test's coroutine on each kind of loop; what a callback of the loop raises fails the test."""
+    raised: list[Any] = []
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        runner.get_loop().set_exception_handler(lambda _, context: raised.append(context))
+        yield lambda work: runner.run(asyncio.wait_for(work, 10))
+    assert raised == []
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Exchange(NamedTuple):
+    """A response that has begun, and what its server has of the connection."""
+
+    response: aiohttp.ClientResponse
+    reader: asyncio.StreamReader
+    server: asyncio.StreamWriter
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        assert self.response.connection is not None
+        assert self.response.connection.transport is not None
+        return self.response.connection.transport
+
+    async def pour(self, hand: Hand) -> asyncio.Task[None]:
+        """Who pours its body, and has begun to."""
+        pouring = asyncio.create_task(pour(self.response, hand, LONG_S))
+        await asyncio.sleep(0)
+        return pouring
+
+
+class Upstream(NamedTuple):
+    """A server that says what a test has it say."""
+
+    session: aiohttp.ClientSession
+    url: str
+    connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+
+    async def begin(self, head: bytes = CHUNKED) -> Exchange:
+        """A request over a new connection, and `head` in answer to it."""
+        asking = self.ask()
+        return await self.answer(asking, *await self.connections.get(), head)
+
+    def ask(self) -> asyncio.Task[aiohttp.ClientResponse]:
+        return asyncio.create_task(self.session.post(self.url, data=b"?"))
+
+    async def answer(
+        self,
+        asking: asyncio.Task[aiohttp.ClientResponse],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        head: bytes,
+    ) -> Exchange:
+        await reader.readuntil(b"?")
+        writer.write(head)
+        return Exchange(await asking, reader, writer)
+
+
+@asynccontextmanager
+async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstream]:
+    connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+    served, trusted = None, None
+    if authority is not None:
+        served, trusted = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context()
+        authority.issue_cert("localhost").configure_cert(served)
+        authority.configure_trust(trusted)
+    opened: list[asyncio.StreamWriter] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        connections.put_nowait((reader, writer))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=served)
+    port = server.sockets[0].getsockname()[1]
+    connector = aiohttp.TCPConnector(ssl=trusted or True, family=socket.AF_INET)
+    try:
+        async with aiohttp.ClientSession(connector=connector, request_class=eager_task.Request) as session:
+            yield Upstream(session, f"{'http' if authority is None else 'https'}://localhost:{port}/", connections)
+    finally:
+        for writer in opened:
+            writer.transport.abort()
+        server.close()
+
+
+class Client:
+    """Takes what is poured; while `is_slow` it has to be waited for, until it is told to `go`."""
+
+    def __init__(self) -> None:
+        self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        self.is_slow = False
+        self.has_last = False
+        self.go = asyncio.Event()
+        self.tasks: list[asyncio.Task[Any] | None] = []  # that ran when a piece came
+
+    def hand(self, piece: bytes, is_last: bool) -> Awaitable[None]:
+        assert not self.has_last
+        self.has_last = is_last
+        self.tasks.append(asyncio.current_task())
+        self.pieces.put_nowait(piece)
+        return self.take()
+
+    async def take(self) -> None:
+        if self.is_slow:
+            await self.go.wait()
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
+def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run, is_secure: bool) -> None:
+    async def work() -> None:
+        async with upstream(trustme.CA() if is_secure else None) as there:
+            client = Client()
+            first = await there.begin()
+            plain = first.transport.get_protocol()
+            pouring = await first.pour(client.hand)
+            for piece in (b"one", b"two", b"3" * 100_000):
+                first.server.write(chunk(piece))
+                got = b""
+                while len(got) < len(piece):
+                    got += await client.pieces.get()
+                assert got == piece
+            transport = first.transport
+            assert transport.get_protocol() is not plain
+            first.server.write(END)
+            await pouring
+            assert client.has_last
+            assert transport.get_protocol() is plain
+            assert set(client.tasks) == {None}  # no task was woken to give them on
+
+            again = await there.answer(there.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
+            client = Client()
+            await pour(again.response, client.hand, LONG_S)
+            assert client.pieces.get_nowait() == b"again"
+            assert there.connections.empty()
+
+    run(work())
+
+
+def test_after_the_last_piece_the_connection_is_anybodys(run: Run) -> None:
+    """Not only when the task that waits for the end has been woken: until then another request may have taken it."""
+
+    async def work() -> None:
+        async with upstream() as there:
+            exchange, protocols = await there.begin(), list[object]()
+            transport, plain = exchange.transport, exchange.transport.get_protocol()
+
+            async def hand(_: bytes, is_last: bool) -> None:
+                if is_last:
+                    asyncio.get_running_loop().call_soon(lambda: protocols.append(transport.get_protocol()))
+
+            pouring = await exchange.pour(hand)
+            exchange.server.write(chunk(b"one") + END)
+            await pouring
+            assert protocols == [plain]
+
+    run(work())
+
+
+def test_what_came_with_the_head_is_given_on_too(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            client = Client()
+            exchange = await there.begin(CHUNKED + chunk(b"a") + chunk(b"b") + END)
+            await pour(exchange.response, client.hand, LONG_S)
+            assert client.pieces.get_nowait() == b"ab"
+            assert client.pieces.empty()
+
+    run(work())
+
+
+def test_a_body_may_end_with_its_connection(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            client = Client()
+            exchange = await there.begin(UNTIL_CLOSED)
+            pouring = await exchange.pour(client.hand)
+            exchange.server.write(b"all")
+            assert await client.pieces.get() == b"all"
+            exchange.server.close()
+            await pouring
+            assert client.has_last
+
+    run(work())
+
+
+@pytest.mark.parametrize("rest", [b"5\r\nhalf", b"not a length\r\n"], ids=["cut", "garbage"])
+def test_one_that_breaks_off_is_an_error(run: Run, rest: bytes) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            client = Client()
+            exchange = await there.begin()
+            pouring = await exchange.pour(client.hand)
+            exchange.server.write(chunk(b"one"))
+            assert await client.pieces.get() == b"one"
+            exchange.server.write(rest)
+            exchange.server.close()
+            with pytest.raises(aiohttp.ClientError):
+                await pouring
+            assert not client.has_last
+            exchange.response.close()
+
+    run(work())
+
+
+def test_what_the_reader_finds_wrong_is_raised_to_who_waits(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            exchange = await there.begin()
+            pouring = await exchange.pour(Client().hand)
+            exchange.response.content.set_exception(aiohttp.ClientPayloadError("it means nothing"))
+            exchange.server.write(chunk(b"one"))
+            with pytest.raises(aiohttp.ClientPayloadError, match="it means nothing"):
+                await pouring
+            exchange.response.close()
+
+    run(work())
+
+
+def test_a_slow_client_holds_the_upstream_back_and_loses_nothing(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            client = Client()
+            client.is_slow = True
+            exchange = await there.begin()
+            pouring = await exchange.pour(client.hand)
+            exchange.server.write(chunk(b"first"))
+            assert await client.pieces.get() == b"first"
+            piece, count = chunk(b"x" * 2**16), 512
+            for _ in range(count):
+                exchange.server.write(piece)
+            exchange.server.write(END)
+            flushing = asyncio.create_task(exchange.server.drain())
+            held = exchange.response.content
+            for _ in range(10_000):  # it reads ahead, but not for ever
+                await asyncio.sleep(0)
+            assert not flushing.done()
+            assert held.total_bytes > 2**16
+            assert held.total_bytes < 2**22
+            assert client.pieces.empty()
+
+            client.is_slow = False
+            client.go.set()
+            await pouring
+            await flushing
+            got = 0
+            while not client.pieces.empty():
+                got += len(client.pieces.get_nowait())
+            assert got == 2**16 * count
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            come = asyncio.Event()
+            go = asyncio.Event()
+
+            async def hand(_: bytes, __: bool) -> None:
+                come.set()
+                if is_slow:
+                    await go.wait()
+                raise OSError("gone")
+
+            exchange = await there.begin()
+            transport, plain = exchange.transport, exchange.transport.get_protocol()
+            pouring = await exchange.pour(hand)
+            exchange.server.write(chunk(b"one"))
+            await come.wait()
+            go.set()
+            with pytest.raises(OSError, match="gone"):
+                await pouring
+            assert transport.get_protocol() is plain
+            exchange.response.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_who_leaves_takes_the_tap_along(run: Run, is_slow: bool) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            client = Client()
+            client.is_slow = is_slow
+            exchange = await there.begin()
+            transport, plain = exchange.transport, exchange.transport.get_protocol()
+            pouring = await exchange.pour(client.hand)
+            exchange.server.write(chunk(b"one"))
+            await client.pieces.get()
+            pouring.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pouring
+            assert transport.get_protocol() is plain
+            exchange.response.close()
+
+    run(work())
+
+
+def test_silence_is_told_and_only_silence(run: Run) -> None:
+    async def work() -> None:
+        async with upstream() as there:
+            loop, client = asyncio.get_running_loop(), Client()
+            exchange = await there.begin()
+            began, silence_s = loop.time(), 0.5
+            pouring = asyncio.create_task(pour(exchange.response, client.hand, silence_s))
+            while (told := loop.time()) < began + 2 * silence_s:
+                exchange.server.write(chunk(b"still here"))
+                await client.pieces.get()
+            with pytest.raises(TimeoutError):
+                await pouring
+            assert loop.time() - told >= 0.9 * silence_s
+            exchange.response.close()
+
+    run(work())
+
+
+async def test_a_stream_that_cannot_begin_leaves_what_it_comes_of() -> None:
+    left: list[str] = []
+
+    async def send(_: object) -> None:
+        raise OSError("gone")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def poured(_: Hand) -> None:
+        left.append("poured")
+
+    opened = AsyncExitStack()
+    opened.callback(left.append, "left")
+    with pytest.raises(OSError, match="gone"):
+        await Stream(poured, opened)({"type": "http"}, receive, send)
+    assert left == ["left"]
+
+
+# Work that is begun at once
+
+
+def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
+    done: list[str] = []
+
+    async def work(go: asyncio.Event) -> None:
+        try:
+            done.append("begun")
+            await go.wait()
+            await asyncio.sleep(0)
+            done.append("done")
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            done.append("cancelled")
+            raise
+
+    async def pass_() -> None: ...
+
+    async def fail() -> None:
+        raise OSError("no")
+
+    async def test() -> None:
+        go = asyncio.Event()
+        left = eager_task.begin(work(go))
+        assert left is not None
+        assert done == ["begun"]
+        go.set()
+        await left
+        assert done == ["begun", "done"]
+        assert eager_task.begin(pass_()) is None
+        done.clear()
+        left = eager_task.begin(work(asyncio.Event()))
+        assert left is not None
+        waiting = asyncio.ensure_future(left)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert done == ["begun", "cancelled"]
+
+        with pytest.raises(OSError, match="no"):
+            eager_task.begin(fail())
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_urgent", [True, False])
+def test_an_urgent_body_is_written_by_the_task_that_asks(run: Run, is_urgent: bool) -> None:
+    async def work() -> None:
+        writers: list[asyncio.Task[Any] | None] = []
+        kind: Any = eager_task.Urgent if is_urgent else aiohttp.BytesPayload
+
+        class Body(kind):  # type: ignore[misc]  # one of the two
+            async def write_with_length(self, *args: Any) -> None:
+                writers.append(asyncio.current_task())
+                await asyncio.sleep(0)
+                await super().write_with_length(*args)
+
+        async with upstream() as there:
+            asking = asyncio.create_task(there.session.post(there.url, data=Body(b"?")))
+            reader, writer = await there.connections.get()
+            answered = await there.answer(asking, reader, writer, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            assert await answered.response.read() == b"ok"
+            assert (writers == [asking]) == is_urgent
+
+    run(work())

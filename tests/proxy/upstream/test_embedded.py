@@ -1,0 +1,197 @@
+"""The child process: started, watched, stopped, and what is said when it cannot be. Its command is a stand-in here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from proxy.errors import StartError
+from proxy.server import Server, listen
+from proxy.settings import load
+from proxy.upstream import embedded
+from proxy.upstream.embedded import EmbeddedServer
+from tests.fakes import FakeVLLM
+
+SERVER = """
+import http.server, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+def stand_in(script: str) -> EmbeddedServer:
+    server = EmbeddedServer()
+    return EmbeddedServer([sys.executable, "-c", script, str(server.port)], port=server.port)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def folder_and_log(temporary: Path) -> tuple[Path, Path]:
+    """The folder of the one server that runs, and the one file in it."""
+    (folder,) = [path for path in temporary.iterdir() if path.is_dir()]
+    (log,) = folder.iterdir()
+    return folder, log
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+async def test_it_runs_as_long_as_the_context() -> None:
+    async with stand_in(SERVER) as server:
+        pid = server.pid
+        assert pid is not None
+        async with aiohttp.ClientSession() as http, http.get(f"{server.url}/health") as response:
+            assert response.status == 200
+    assert not alive(pid)
+    assert server.pid is None
+
+
+async def test_its_last_words_are_the_error() -> None:
+    with pytest.raises(StartError, match=r"^this CPU has no AVX2$"):
+        async with stand_in("import sys; print('noise', flush=True); sys.exit('this CPU has no AVX2')"):
+            pass
+
+
+async def test_a_silent_end_is_an_error_too() -> None:
+    with pytest.raises(StartError, match="ended without a message"):
+        async with stand_in("pass"):
+            pass
+
+
+async def test_a_server_that_does_not_come_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
+    server = stand_in("import time; time.sleep(60)")
+    with pytest.raises(StartError, match=r"not up within 0\.2 s"):
+        await server.__aenter__()
+    assert server.pid is None
+
+
+async def test_one_that_does_not_stop_when_told_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.2)
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
+    async with stand_in(stubborn) as server:
+        pid = server.pid
+    assert pid is not None
+    assert not alive(pid)
+
+
+async def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(StartError, match="cannot start"):
+        async with EmbeddedServer(["/nowhere/python"]):
+            pass
+
+
+async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(embedded, "create", full)
+    with pytest.raises(StartError, match="No space left on device"):
+        async with stand_in(SERVER):
+            pass
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a path that is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
+
+
+async def test_its_files_are_where_nobody_else_can_put_a_link(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    precious = temporary / "precious"
+    precious.write_text("keep")
+    server = stand_in("import os, tempfile; print(tempfile.gettempdir(), flush=True)\n" + SERVER)
+    (temporary / f"autotts-embedded-{server.port}.log").symlink_to(precious)
+    before = os.umask(0)
+    try:
+        async with server:
+            folder, log = folder_and_log(temporary)
+            assert (mode(folder), mode(log)) == (0o700, 0o600)
+            assert log.read_text().strip() == str(folder)  # what it makes itself goes there too
+    finally:
+        os.umask(before)
+    assert precious.read_text() == "keep"
+    assert not folder.exists()
+
+
+def test_a_folder_too_deep_for_sockets_is_not_the_childs_temporary_folder() -> None:
+    short, deep = Path("/tmp/autotts-12345678"), Path("/", "d" * 80, "autotts-12345678")
+    assert embedded._environment(short)["TMPDIR"] == str(short)
+    assert embedded._environment(deep).get("TMPDIR") == os.environ.get("TMPDIR")
+
+
+async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.01)
+    calls: list[str] = []
+    async with stand_in(SERVER) as server:
+        server.on_restart = lambda: calls.append("restarted")
+        first = server.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            await server.restarted.wait()
+        assert server.pid not in (None, first)
+        assert calls == ["restarted"]
+        async with aiohttp.ClientSession() as http, http.get(f"{server.url}/health") as response:
+            assert response.status == 200
+
+
+async def test_one_that_never_comes_back_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.001)
+    marker = tmp_path / "ran"
+    once = f"import os, sys\nif os.path.exists({str(marker)!r}): sys.exit('worn out')\nopen({str(marker)!r}, 'w')\n"
+    async with stand_in(once + SERVER) as server:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await server.watching
+    assert "left alone" in caplog.text
+    assert "worn out" in caplog.text
+
+
+@pytest.mark.vllm
+async def test_further_flags_reach_vllm() -> None:
+    pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
+    with pytest.raises(StartError, match=r"unrecognized arguments: --no-such-flag"):
+        async with EmbeddedServer(args=("--no-such-flag",)):
+            pass
+
+
+async def test_a_restart_closes_the_breaker_of_a_server_that_runs() -> None:
+    async with FakeVLLM().serve() as backend:
+        server = Server(load(upstream=backend.url))
+        server.take_restart()  # before it runs there is nothing to close
+        with listen("127.0.0.1", 0) as listening:
+            task = asyncio.create_task(server.serve(sockets=[listening]))
+            await server.up.wait()
+            breaker = server._app.state.service.engine.breaker
+            while not breaker.fail_to_connect():
+                pass
+            assert not breaker.is_closed
+            server.take_restart()
+            assert breaker.is_closed
+            server.should_exit = True
+            await task

@@ -1,0 +1,148 @@
+"""Requests that begin inside a character, on a real vLLM: no text of a prompt comes back."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import aiohttp
+import pytest
+
+pytest.importorskip("tokenizers", reason="the extra `embedded` is not installed; `make test` installs it")
+from tokenizers import Tokenizer
+
+from controllers import Fact, Round, advance, branch, probe
+from deploy.embedded import server
+from deploy.embedded.task import held_back
+from discovery.answers import parse_kind
+from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.recording import recorded_branches
+from proxy.server import running
+from proxy.settings import EMBEDDED, load
+from proxy.upstream.client import Call, Engine
+from proxy.upstream.detokeniser import BROKEN
+from tests.dictated import id_of, ids_of
+
+pytestmark = pytest.mark.vllm
+
+MODEL = server.SERVED_MODEL_NAME
+SEAMS = int(os.environ.get("SOAK_SEAMS", "200"))
+"""Requests that each of the random tests makes of branches that are gone on with."""
+SECRET = "SECRET: \\boxed{4711}"
+LETTERS = "é£ßж€漢字語😀🎉𝄞🀄ghj"
+"""Characters of 1 to 4 bytes, none of which the secret has."""
+ROUNDS = 20
+
+
+class DictatingEngine(Engine):
+    """Has the model write given ids, a token a request."""
+
+    def __init__(self, *args: Any, prompt: list[int], texts: list[list[int]]) -> None:
+        super().__init__(*args)
+        self._prompt = prompt
+        self._texts = texts
+        self._opened = 0
+
+    async def generate(self, model: str, call: Call) -> None:
+        if not call.suffix_tokens:
+            written = call.prompts[0][len(self._prompt) :]
+            text = next(
+                text for text in self._texts[0 if written else self._opened :] if text[: len(written)] == written
+            )
+            self._opened += not written
+            call.sampling = {**call.sampling, "allowed_token_ids": [text[len(written)]], "ignore_eos": True}
+        await super().generate(model, call)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(server.MODEL / "tokenizer.json"))
+
+
+def texts_in(env: LiveEnvironment, rounds: list[Round]) -> list[str]:
+    """Every text that comes of an episode."""
+    recorded = recorded_branches.branches(env, rounds)
+    answers = [answer for one in recorded for answer in (*one.probes, one.final) if answer is not None]
+    return [*(one.text for one in env.branches), *answers]
+
+
+async def test_texts_cut_at_random_are_the_texts_in_one(vllm: str, tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    prompt = ids_of(tokenizer, SECRET)
+    seams = 0
+    async with aiohttp.ClientSession() as http:
+        while seams < SEAMS:
+            letters = ["".join(rng.choices(LETTERS, k=ROUNDS)) for _ in range(10)]
+            texts = [ids_of(tokenizer, str(i) + text)[:ROUNDS] for i, text in enumerate(letters)]
+            engine = DictatingEngine(vllm, http, prompt=prompt, texts=texts)
+            asked = Prompt(MODEL, prompt, "", {}, seed=1, kind=parse_kind("boxed"))
+            env = LiveEnvironment(engine, asked, Sizes(1, ROUNDS, 4))
+            env.votable = env.votable_for_sure = True
+            rounds = [await played(env, [branch() for _ in texts])]
+            for _ in range(ROUNDS - 1):
+                rounds.append(await played(env, [move for i in range(len(texts)) for move in (advance(i), probe(i))]))
+                seams += 2 * len(texts)
+            for one, ids, text in zip(env.branches, texts, letters, strict=True):
+                assert one.ids == ids
+                assert one.text == tokenizer.decode(ids).rstrip(BROKEN)
+                assert text.startswith(one.text[1:])
+            assert not any("SECRET" in text or "4711" in text for text in texts_in(env, rounds))
+
+
+async def played(env: LiveEnvironment, actions: list[Any]) -> Round:
+    facts: list[Fact] = list(await env.execute(actions))
+    return Round(actions, facts)
+
+
+async def test_bytes_drawn_at_random_bring_no_text_of_the_prompt(vllm: str, tokenizer: Tokenizer) -> None:
+    count, interval = 40, 3
+    cut = ids_of(tokenizer, "\N{GRINNING FACE}")[:2]
+    prompt = [*ids_of(tokenizer, SECRET), *cut]
+    liked = {"<|im_start|>": -7, "<think>": -12, "j": -5, "h": -5, "g": -5}  # more than any byte, unless biased
+    bias = {id_of(tokenizer, piece): by for piece, by in liked.items()}
+    allowed = sorted({i for letter in LETTERS for i in ids_of(tokenizer, letter)} | bias.keys())
+    sampling = {"temperature": 2.0, "allowed_token_ids": allowed, "logit_bias": {str(i): bias[i] for i in bias}}
+    seams = 0
+    async with aiohttp.ClientSession() as http:
+        while seams < SEAMS:
+            asked = Prompt(MODEL, prompt, "", sampling, kind=parse_kind("boxed"))
+            env = LiveEnvironment(Engine(vllm, http), asked, Sizes(interval, 500, 4))
+            env.votable = env.votable_for_sure = True
+            rounds = [await played(env, [branch() for _ in range(count)])]
+            for _ in range(ROUNDS):
+                rounds.append(await played(env, [advance(i) for i in range(count)]))
+                seams += count
+            whole = [tokenizer.decode([*cut, *one.ids], skip_special_tokens=True) for one in env.branches]
+            for one, text in zip(env.branches, whole, strict=True):
+                assert one.text.replace(BROKEN, "") == text.replace(BROKEN, "")
+            assert not any(letter in text for text in texts_in(env, rounds) for letter in SECRET)
+
+
+@pytest.mark.parametrize("stop", [None, ["zzz", "4711"]])
+@pytest.mark.parametrize("controller", ["cmc", "parallel_probe", "answer_consistency", "self_consistency"])
+async def test_replies_hold_nothing_of_their_prompt(vllm: str, controller: str, stop: list[str] | None) -> None:
+    question = held_back(1)[0].question
+    told = f"SECRET: the vault code is \\boxed{{4711}}. {question}"
+    messages = [{"role": "system", "content": told[:40]}, {"role": "user", "content": question}]
+    shared = {
+        "seed": 11,
+        "temperature": 1,
+        "logit_bias": {"127": 60, "102": 60},
+        "stop": stop,
+        "tts": {"controller": controller, "answer": "boxed", "beta": 0.5, "max_total_tokens": 1500},
+    }
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": messages, "max_tokens": 64}),
+        ("chat/completions", {"messages": messages, "max_tokens": 64, "stream": True}),
+        ("completions", {"prompt": told, "max_tokens": 200}),
+        ("completions", {"prompt": told, "stream": True}),
+    ]
+    async with running(load(upstream=vllm, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
+        for path, body in bodies:
+            async with http.post(f"{url}/v1/{path}", json=shared | body) as response:
+                text = await response.text()
+                assert response.status == 200, text
+                assert "SECRET" not in text
+                assert "vault" not in text
+                assert "4711" not in text
