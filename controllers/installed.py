@@ -1,4 +1,4 @@
-"""Installed controllers and their rollout stages, as pure data. `discovery/promotion/registry.py` keeps them in a folder.
+"""Installed controllers and their rollout stages, as pure data; `discovery/promotion/registry.py` stores them.
 
 a file ──▶ shadow ──▶ canary, for a share of the requests ──▶ champion, for the rest
                          └────────────── rollback ◀──────────────┘
