@@ -201,8 +201,12 @@ class Settings(BaseSettings):
     record_tokens_per_hour: Tokens = Field(1_000_000, description="tokens that may be spent on them in an hour")
 
     interval: Tokens = Field(512, description="tokens of one interval, Δ")
-    branch_temperature: float = Field(
-        1.0, gt=0, le=2, description="temperature of branches when the request asks for 0: equal branches vote in vain"
+    branch_temperature: float | None = Field(
+        None,
+        gt=0,
+        le=2,
+        description="temperature of all branches but the first when the request asks for 0; the first is greedy; none "
+        "uses the model's own default",
     )
     probe_family: Family = Field(Family.AUTO, description="family of models by whose template probes are asked")
     probe_close: str | None = Field(None, description="text that ends a thought, instead of the family's")

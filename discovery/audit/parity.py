@@ -26,7 +26,7 @@ from discovery.audit.served_episodes import limits_of
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern
 from discovery.errors import Censored
 from discovery.evaluation.paired_statistics import TIE, bounds, share_interval
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.replay import ReplayEnvironment, order_of
 from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
 from discovery.store import Episode, Store
 from discovery.store.rows import surer
@@ -361,7 +361,7 @@ def _groups(episodes: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, 
 def _group(served: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Group:
     live = [one for one in served if _left_out(one) is None]
     spec, beta = pairs[0].spec, pairs[0].episode.beta
-    orders = [(pair, shuffled(pair.recording.branches, seed)) for pair in pairs for seed in range(shuffles)]
+    orders = [(pair, order_of(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
     widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
     replays = run(spec, beta, widest, [_replay(pair.recording, order, pair.replay_limits) for pair, order in orders])
     by_pair = [replays[at : at + shuffles] for at in range(0, len(replays), shuffles)]

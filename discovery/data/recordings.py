@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from discovery.answers.redaction import is_veiled, veiled
 
 NO_ANSWER = -1
+DEFAULT_TEMPERATURE: Final = "default"
+"""`branch_temperature` in a recording's sampling where branches were sampled at the model's own default temperature."""
 MOST_TOKENS: Final = 2**31 - 1
 """Most tokens of a branch: the largest number that an array of 32-bit integers holds."""
 
@@ -181,6 +183,7 @@ class Recording:
     tokens: NDArray[np.int32]  # (b,) length of each chain
     finals: NDArray[np.int32]  # (b,) what each finished chain says
     complete: NDArray[np.bool_]  # (b,) False where the branch is censored
+    greedy_first: bool = False  # the first branch was generated at temperature 0, the others were sampled
 
     @cached_property
     def rows(self) -> list[RecordedRow]:
@@ -246,6 +249,7 @@ def intern(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = 
         tokens=_frozen([branch.tokens for branch in branches]),
         finals=_frozen(finals),
         complete=_frozen([branch.complete for branch in branches], np.bool_),
+        greedy_first=recorded.sampling.get("temperature") == 0,
     )
 
 

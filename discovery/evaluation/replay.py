@@ -19,11 +19,20 @@ UNSEEN = -1
 
 
 @lru_cache(maxsize=1024)
-def shuffled(branches: int, seed: int) -> Sequence[int]:
-    """The order in which branches are opened under a shuffle seed; the same object for every controller."""
+def shuffled(branches: int, seed: int, greedy_first: bool = False) -> Sequence[int]:
+    """Return the order in which branches are opened under a shuffle seed; the same object for every controller.
+
+    A greedy first branch stays the first: live, no other branch can take its place.
+    """
     order = list(range(branches))
+    kept = [order.pop(0)] if greedy_first and order else []
     random.Random(seed).shuffle(order)
-    return tuple(order)
+    return (*kept, *order)
+
+
+def order_of(recording: Recording, seed: int) -> Sequence[int]:
+    """Return the order in which a recording's branches are opened under a shuffle seed."""
+    return shuffled(recording.branches, seed, recording.greedy_first)
 
 
 class ReplayEnvironment:

@@ -40,7 +40,7 @@ from controllers.sandbox.nursery import nursery
 from controllers.sandbox.worker import Clock, Worker
 from discovery.data.recordings import Cell, Recording
 from discovery.data.traces import TraceWriter
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.replay import ReplayEnvironment, order_of
 
 T = TypeVar("T")
 
@@ -246,7 +246,7 @@ class _Table:
     ) -> _Outcome:
         """One episode; `keep` its rounds even if no traces are wanted, put a cap `far` away rather than nowhere."""
         recording = self._recordings[question]
-        environment = ReplayEnvironment(recording, shuffled(recording.branches, shuffle), self._rules.probe_tokens)
+        environment = ReplayEnvironment(recording, order_of(recording, shuffle), self._rules.probe_tokens)
         state = State(self._limits(recording, far))
         rounds: list[Round] = []
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None

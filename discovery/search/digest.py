@@ -19,7 +19,7 @@ from controllers import Round, State, Verb, run_sync
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import Episode, Trace, read_trace
 from discovery.errors import NotRecorded
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.evaluation.replay import ReplayEnvironment, order_of
 
 T = TypeVar("T")
 LONGEST: Final = 6_000
@@ -133,7 +133,7 @@ def _cell(trace: Trace) -> Cell:
 
 def _figures(path: Path, trace: Trace, at: int, episode: Episode, recording: Recording) -> Studied | None:
     """Play an episode's rounds again beside its recording; None if it came to no answer."""
-    environment = ReplayEnvironment(recording, shuffled(recording.branches, episode.shuffle))
+    environment = ReplayEnvironment(recording, order_of(recording, episode.shuffle))
     showed: set[int] = set()
     pruned: set[int] = set()
     settled, settled_in, leads, state = 0, 0, False, None

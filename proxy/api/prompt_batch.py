@@ -81,7 +81,10 @@ class Batch:
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
-_COMMON = ("applied", "beta", "beta_source", "beta_asked", "temperature", "interval", "answer_kind", "probe_template")
+_COMMON = (
+    *("applied", "beta", "beta_source", "beta_asked", "temperature", "greedy_first"),
+    *("interval", "answer_kind", "probe_template"),
+)
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]], cost: Callable[[T], int]) -> list[T]:

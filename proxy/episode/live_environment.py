@@ -37,6 +37,7 @@ class Prompt(NamedTuple):
     ids: Sequence[int]
     tail: str  # the end of its text, to see whether the template opened a thought
     sampling: Mapping[str, Any]  # of its branches, without seed and stop
+    greedy_first: bool = False  # the first branch is generated at temperature 0, whatever `sampling` says
     stop: Sequence[str] = ()
     seed: int | None = None
     kind: Kind = AUTO
@@ -357,7 +358,7 @@ class LiveEnvironment:
         ids, known = _all_of(branch)
         most = min(self.sizes.interval, self.sizes.branch - len(ids))
         piece = branch.pieces + len(branch.ahead)
-        sampling = self._sampling(known, None if self.prompt.seed is None else (self._index(branch), piece))
+        sampling = self._sampling(known, self._index(branch), piece)
         output = await self._alone([*self.prompt.ids, *ids], most, sampling, branch)
         branch.ahead.append(output)
         ids, text = _all_of(branch)
@@ -482,15 +483,16 @@ class LiveEnvironment:
 
     def _calls(self, steps: Iterable[_Step], suffixes: Mapping[int, list[int]]) -> Iterable[Call]:
         """The requests that carry `steps`, each step's output wired to its place in one of them."""
-        groups: dict[tuple[bool, bool, int, bool], list[_Step]] = defaultdict(list)
+        groups: dict[tuple[bool, bool, int, bool, bool], list[_Step]] = defaultdict(list)
         for step in steps:
             branch, most = self.branches[step.branch], step.most
             is_probe = step.action.verb is Verb.PROBE
             if not is_probe:
                 most = self.stops.most(branch.text, self.sizes.interval, most)
             stops = not is_probe and bool(self.stops.at_server(branch.text))
-            groups[is_probe, not is_probe and not branch.ids, most, stops].append(step)
-        for (is_probe, opening, most, _), group in groups.items():
+            is_greedy = not is_probe and self._is_greedy(step.branch)
+            groups[is_probe, not is_probe and not branch.ids, most, stops, is_greedy].append(step)
+        for (is_probe, opening, most, *_), group in groups.items():
             text = self.branches[group[0].branch].text  # all of them may be given the same stop strings
             if is_probe:
                 prompts = [self._context(step.branch) + suffixes[step.branch] for step in group]
@@ -498,13 +500,14 @@ class LiveEnvironment:
                 yield _wire(Call(prompts, most, probe_templates.sampling(), suffix_tokens=ours), group)
             elif self.prompt.seed is not None:
                 for step in group:
-                    piece = step.branch, self.branches[step.branch].pieces
-                    yield self._watch(Call([self._context(step.branch)], most, self._sampling(text, piece)), [step])
-            elif opening:
-                yield self._watch(Call([self.prompt.ids], most, self._sampling(text), n=len(group)), group)
+                    sampling = self._sampling(text, step.branch, self.branches[step.branch].pieces)
+                    yield self._watch(Call([self._context(step.branch)], most, sampling), [step])
             else:
-                prompts = [self._context(step.branch) for step in group]
-                yield self._watch(Call(prompts, most, self._sampling(text)), group)
+                sampling = self._sampling(text, group[0].branch)
+                if opening:
+                    yield self._watch(Call([self.prompt.ids], most, sampling, n=len(group)), group)
+                else:
+                    yield self._watch(Call([self._context(step.branch) for step in group], most, sampling), group)
 
     def _watch(self, call: Call, steps: Sequence[_Step]) -> Call:
         """A call of branches: the first one to finish is looked at when it does, not when its round ends."""
@@ -521,19 +524,25 @@ class LiveEnvironment:
     def _context(self, index: int) -> list[int]:
         return [*self.prompt.ids, *self.branches[index].ids]
 
-    def _sampling(self, text: str, piece: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The sampling of a request that goes on with a branch's `text`. With `piece`, its branch and which of its
-        requests it is, it has a seed of its own.
+    def _is_greedy(self, index: int) -> bool:
+        """Whether branch `index` is generated at temperature 0."""
+        return index == 0 and self.prompt.greedy_first
 
-        A shared request carries no seed: vLLM would give every prompt of it the same one, and equal branches.
+    def _sampling(self, text: str, index: int, piece: int = 0) -> dict[str, Any]:
+        """Return the sampling of a request that continues branch `index`, whose text is `text`.
+
+        Where the client gave a seed, no branches share a request, and each of a branch's requests (`piece` counts
+        them) gets a seed of its own: vLLM would give every prompt of a request the same one, and equal branches.
         """
         sampling = dict(self.prompt.sampling)
+        if self._is_greedy(index):
+            sampling["temperature"] = 0.0
         if stops := self.stops.at_server(text):
             sampling["stop"] = stops
         if self.prompt.template.special:
             sampling["skip_special_tokens"] = False
-        if piece is not None and self.prompt.seed is not None:
-            sampling["seed"] = _derive(self.prompt.seed, *piece)
+        if self.prompt.seed is not None:
+            sampling["seed"] = _derive(self.prompt.seed, index, piece)
         return sampling
 
     async def _gather(self, calls: Sequence[Call]) -> None:

@@ -301,6 +301,7 @@ def _report(
         "agreed": None if state.answer is None else agreed,
         "votes": {written[label]: count for label, count in state.votes.items()},
         "temperature": plan.temperature,
+        "greedy_first": plan.prompt.greedy_first,
         "interval": plan.sizes.interval,
         "tokens": {"total": sum(tokens.values()), **tokens},
         "upstream": {

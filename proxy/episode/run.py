@@ -19,7 +19,7 @@ from controllers.builtin import is_admin_only
 from controllers.installed import Stage
 from controllers.loading import Spec
 from discovery.answers import AUTO, Way
-from discovery.data.recordings import question_id, question_text
+from discovery.data.recordings import DEFAULT_TEMPERATURE, question_id, question_text
 from proxy import probe_templates
 from proxy.episode import votability
 from proxy.episode.answer_reader import Grading
@@ -68,7 +68,7 @@ class Plan:
     limits: Limits
     closing: Closing
     deadline_s: float | None
-    temperature: float | None  # of the branches; None leaves it to the model's own default
+    temperature: float | None  # of sampled branches; None leaves it to the model's own default
     asked: Asked
     streamed: bool
 
@@ -150,8 +150,10 @@ async def plan(
         )
         bounds = await _bounds(engine, settings, model, request, len(ids), template, cap_source)
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
-    if sampling.get("temperature") == 0:
-        sampling["temperature"] = settings.branch_temperature
+    if request.temperature == 0:  # equal branches would vote in vain: only the first is greedy
+        del sampling["temperature"]
+        if settings.branch_temperature is not None:
+            sampling["temperature"] = settings.branch_temperature
     if request.ignore_eos:
         sampling["ignore_eos"] = True
     return Plan(
@@ -166,6 +168,7 @@ async def plan(
             ids=ids,
             tail=tail,
             sampling=sampling,
+            greedy_first=request.temperature == 0,
             stop=request.stops,
             seed=request.seed,
             kind=request.tts.answer,
@@ -228,7 +231,8 @@ def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any
     told, as a hash; so is a pattern, for it is the client's text."""
     drawn = dict(sampling)
     if request.temperature == 0:
-        drawn["branch_temperature"] = drawn["temperature"]  # the operator's
+        drawn["branch_temperature"] = sampling.get("temperature", DEFAULT_TEMPERATURE)
+        drawn["temperature"] = request.temperature
     if request.tts.answer != AUTO:
         kind = request.tts.answer
         is_pattern = kind.way is Way.REGEX

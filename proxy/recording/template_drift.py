@@ -16,7 +16,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from discovery.data.recordings import Version
+from discovery.data.recordings import DEFAULT_TEMPERATURE, Version
 from discovery.errors import StoreError
 from discovery.store import Store
 from proxy import probe_templates
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
     chat_template: str
     probe_template: str
     interval: int
-    branch_temperature: float  # where a request asks for 0
+    branch_temperature: float | str  # of sampled branches when a request asks for 0; DEFAULT_TEMPERATURE is the model's
 
     def changes(self, made: Sequence[Version]) -> list[str]:
         """What of it recordings were not made with, in words; theirs are the versions `made`, the latest first."""
@@ -140,7 +140,8 @@ class Drift:
             settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
         )
         digest = blake2b(_DATE.sub("DATE", text).encode(), digest_size=16).hexdigest() if text else ""
-        self._seen[model] = Seen(model, digest, template.name, settings.interval, settings.branch_temperature)
+        branch_temperature = settings.branch_temperature or DEFAULT_TEMPERATURE
+        self._seen[model] = Seen(model, digest, template.name, settings.interval, branch_temperature)
         self._looked[model] = now
 
     async def _watch(self) -> None:

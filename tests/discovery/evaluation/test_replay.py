@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from controllers import Limits, State, advance, branch, probe, run_episode, run_sync
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Recording, intern
 from discovery.errors import Censored
-from discovery.evaluation.replay import ReplayEnvironment
+from discovery.evaluation.replay import ReplayEnvironment, order_of
 from tests.fakes import Scripted
 
 
@@ -44,3 +46,18 @@ def test_past_the_end_of_a_censored_branch_is_an_error_of_the_environment() -> N
     with pytest.raises(Censored, match="branch 0 was recorded for 2 intervals and not to its end"):
         run_sync(run_episode(script, ReplayEnvironment(recording, [0]), state))
     assert (state.spent, state.branches[0].label) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "greedy_first"),
+    [({"temperature": 0.0, "branch_temperature": "default"}, True), ({"temperature": 0.7}, False), ({}, False)],
+)
+def test_a_greedy_first_branch_is_opened_first_under_every_shuffle(
+    sampling: dict[str, Any], greedy_first: bool
+) -> None:
+    branches = [RecordedBranch([], 25, "7")] * 8
+    recording = intern(RecordedQuestion("q", "m", "b", 10, branches, "7", sampling=sampling))
+    orders = {tuple(order_of(recording, seed)) for seed in range(20)}
+    assert len(orders) == 20
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert all(order[0] == 0 for order in orders) is greedy_first

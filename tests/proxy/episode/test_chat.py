@@ -307,13 +307,53 @@ async def test_so_does_waiting_for_a_place(backend: FakeVLLM) -> None:
         await asyncio.gather(first, return_exceptions=True)
 
 
-async def test_greedy_requests_branch_at_the_servers_temperature(proxy: Proxy) -> None:
-    _, _, reply = await proxy.ask("0.5", temperature=0, top_k=5)
-    assert reply["tts"]["temperature"] == 1.0
-    first = proxy.backend.requests[0]
-    assert (first["temperature"], first["top_k"]) == (1.0, 5)
-    _, _, reply = await proxy.ask("0.5", temperature=0.7)
-    assert reply["tts"]["temperature"] == 0.7
+VOTE: dict[str, Any] = {"controller": "self_consistency", "answer": "boxed"}
+
+
+@pytest.mark.parametrize("sampled", [None, 0.6])
+async def test_at_temperature_0_the_first_branch_is_greedy_and_the_others_are_sampled(
+    backend: FakeVLLM, sampled: float | None
+) -> None:
+    async with (
+        running(load(upstream=backend.url, branch_temperature=sampled, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
+        _, _, reply = await proxy.ask("1", temperature=0, top_k=5, tts=VOTE)
+    assert (reply["tts"]["temperature"], reply["tts"]["greedy_first"]) == (sampled, True)
+    asked = sorted((r["n"], r.get("temperature", "default"), r["top_k"]) for r in backend.requests)
+    assert asked == [(1, 0, 5), (63, sampled or "default", 5)]
+
+
+async def test_at_another_temperature_no_branch_is_greedy(proxy: Proxy) -> None:
+    for temperature in (0.7, None):
+        _, _, reply = await proxy.ask("1", temperature=temperature, tts=VOTE)
+        assert (reply["tts"]["temperature"], reply["tts"]["greedy_first"]) == (temperature, False)
+    assert [r.get("temperature") for r in proxy.backend.requests] == [0.7, None]
+
+
+async def test_at_temperature_0_and_beta_0_the_only_branch_is_greedy(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask("0", temperature=0, tts={"controller": "single", "answer": "boxed"})
+    assert reply["tts"]["branches"] == 1
+    assert {r.get("temperature") for r in proxy.backend.requests} == {0}
+
+
+async def test_the_branch_that_shows_whether_there_is_a_vote_is_the_greedy_one(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask("1", temperature=0, tts={"controller": "cmc"})
+    branches = [r for r in proxy.backend.requests if "include_stop_str_in_output" not in r]
+    assert reply["tts"]["branches"] > 2
+    assert (branches[0]["n"], branches[0]["temperature"]) == (1, 0)
+    greedy = [r for r in branches if r.get("temperature") == 0]
+    assert len(greedy) > 1  # it is continued greedily
+    assert all(isinstance(r["prompt"][0], int) and r["n"] == 1 for r in greedy)  # and alone
+    assert {r.get("temperature") for r in branches} == {0, None}
+
+
+async def test_seeds_do_not_change_which_branch_is_greedy(proxy: Proxy) -> None:
+    _, _, reply = await proxy.ask("1", temperature=0, seed=11, tts={"controller": "sc@8", "answer": "boxed"})
+    assert reply["tts"]["branches"] == 8
+    opened = [r.get("temperature") for r in proxy.backend.requests if "seed" in r]
+    assert sorted(opened, key=str) == [0, *[None] * 7]
 
 
 async def test_a_round_goes_out_in_as_few_requests_as_can_be(proxy: Proxy) -> None:

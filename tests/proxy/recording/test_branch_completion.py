@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from controllers import branch
+from discovery.data.recordings import intern
 from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
 from proxy.probe_templates import LEAD
 from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, Finisher, Purse
@@ -93,6 +94,20 @@ async def ended(proxy: Proxy, outcome: str, count: int = 1) -> None:
 
 def in_background(backend: FakeVLLM) -> list[dict[str, Any]]:
     return [one for one in backend.requests if one.get("priority")]
+
+
+@pytest.mark.parametrize(("set_to", "recorded"), [(None, "default"), (0.6, 0.6)])
+async def test_a_recording_at_temperature_0_says_how_its_other_branches_were_sampled(
+    backend: FakeVLLM, tmp_path: Path, set_to: float | None, recorded: float | str
+) -> None:
+    async with recording(backend, tmp_path, branch_temperature=set_to) as proxy:
+        await vote(proxy, temperature=0)
+        await ended(proxy, "recorded")
+    (made,) = await recordings(tmp_path / "s.db")
+    assert made.sampling == {"temperature": 0, "branch_temperature": recorded, "answer": "boxed"}
+    assert intern(made).greedy_first
+    temperatures = {r.get("temperature") for r in in_background(backend) if "include_stop_str_in_output" not in r}
+    assert temperatures == {set_to}  # the greedy branch had finished
 
 
 async def test_what_runs_past_its_end_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:

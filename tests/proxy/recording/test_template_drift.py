@@ -71,7 +71,7 @@ async def test_another_chat_template_is_noticed(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"branch_temperature": 0.3}, "branch temperature '1.0' to '0.3'"),
+        ({"branch_temperature": 0.3}, "branch temperature 'default' to '0.3'"),
         ({"probe_lead": "So \\boxed{"}, "probe template 'qwen3/2' to 'qwen3/2+"),
     ],
 )
