@@ -2,16 +2,16 @@
 
 DiscoveryError
 ├── BadRecording    a file that is not what it should be; the message names the record and the reason
-├── NotRecorded     what was asked for is not among the recordings there are
+├── RecordingsNotFound     what was asked for is not among the recordings there are
 ├── EngineError     jobs cannot be run the way that was asked for
-├── NotWritten      a file cannot be written where it was asked for
+├── FileWriteError      a file cannot be written where it was asked for
 ├── StoreError      the store cannot be opened, read or written
 │   ├── CorruptRow  a row of it is not what was written, or cannot be read
-│   └── Unwritable  a value is none that a row can hold
+│   └── UnstorableValue  a value is none that a row can hold
 ├── TraceError      a file of traces cannot be written or read
 ├── Censored        a replay asked for more of a branch than was recorded
 ├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
-│   └── OutOfMoney  the budget allows no further call
+│   └── BudgetExhausted  the budget allows no further call
 ├── HistoryError    the record of a run is not what was written, or of another run
 ├── GateError       a controller cannot be judged as asked; one that is judged is never an error
 ├── PromotionError  what is installed cannot be changed as asked; it is as it was
@@ -30,7 +30,7 @@ class BadRecording(DiscoveryError):
     """A recording is malformed. Nothing of its file is taken."""
 
 
-class NotRecorded(DiscoveryError):
+class RecordingsNotFound(DiscoveryError):
     """No recordings are where they were said to be, or none of what was asked for."""
 
 
@@ -38,7 +38,7 @@ class EngineError(DiscoveryError):
     """Jobs cannot be run the way that was asked for."""
 
 
-class NotWritten(DiscoveryError):
+class FileWriteError(DiscoveryError):
     """A file cannot be written where it was asked for."""
 
 
@@ -50,7 +50,7 @@ class CorruptRow(StoreError):
     """A row of the store is not what was written, or cannot be read."""
 
 
-class Unwritable(StoreError):
+class UnstorableValue(StoreError):
     """A value is none that a row can hold. Nothing is wrong with the store."""
 
 
@@ -58,11 +58,11 @@ class TraceError(DiscoveryError):
     """A file of traces cannot be written, or is none."""
 
 
-class Censored(DiscoveryError):
+class BranchCensored(DiscoveryError):
     """A branch was recorded only so far, and the replay went past it."""
 
 
-class UnknownKind(DiscoveryError):
+class UnknownAnswerKind(DiscoveryError):
     """There is no such kind of answers."""
 
 
@@ -70,7 +70,7 @@ class ExplorerError(DiscoveryError):
     """An explorer gives no candidate; the message says what to do."""
 
 
-class OutOfMoney(ExplorerError):
+class BudgetExhausted(ExplorerError):
     """The budget allows no further call."""
 
 

@@ -26,8 +26,8 @@ from controllers.installed import Stage
 from discovery.audit.explain import explain
 from discovery.errors import DiscoveryError, TraceError
 from discovery.evaluation import calibration
-from discovery.evaluation.calibration import WHOLE, Arm, Calibrations, Map
-from discovery.store import About, Episode
+from discovery.evaluation.calibration import FULL_RANGE, Arm, BetaMap, Calibrations
+from discovery.store import EpisodeDetails, ServedEpisode
 from proxy import errors
 from proxy.admission.auth import Access, Caller, Callers
 from proxy.admission.load_shedding import Load
@@ -270,11 +270,11 @@ class Service:
             return True
         return not turned.explicit and self._map(model.id).arm is Arm.SINGLE
 
-    def _map(self, model: str) -> Map:
+    def _map(self, model: str) -> BetaMap:
         """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
         first = self.calibrations.get(model)
         found = None if first is None else first.of_digest(self.casting.stages.now.champion.digest)
-        return WHOLE if found is None else found.map
+        return FULL_RANGE if found is None else found.map
 
     def _default(self, model: str) -> float | None:
         """β of requests that set none: the operator's, but no more than is worth what it costs."""
@@ -631,7 +631,7 @@ def _endpoint(route: Route) -> Endpoint:
 def _calibrations(settings: Settings) -> Calibrations:
     """What the operator's file says of β. Raises SettingsError."""
     try:
-        return {} if settings.calibration is None else calibration.read(settings.calibration)
+        return {} if settings.calibration is None else calibration.read_calibrations(settings.calibration)
     except DiscoveryError as error:
         raise errors.SettingsError(f"calibration: {error}") from None
 
@@ -653,9 +653,9 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
     )
 
 
-def _explained(episode: Episode) -> Response:
+def _explained(episode: ServedEpisode) -> Response:
     """What happened in an episode. Takes time, and its answers stand in it once a round. Raises TraceError."""
-    about = About(**{**episode.about, "answers": [_clipped(one) for one in episode.about.get("answers", ())]})
+    about = EpisodeDetails(**{**episode.about, "answers": [_clipped(one) for one in episode.about.get("answers", ())]})
     answer = None if episode.answer is None else _clipped(episode.answer)
     return JSONResponse(explain(replace(episode, answer=answer, about=about)))
 

@@ -19,7 +19,7 @@ from controllers.builtin import is_admin_only
 from controllers.errors import ControllersError
 from controllers.installed import wrong_name
 from controllers.loading import parse_spec
-from discovery.data.files import DATABASE_FILES
+from discovery.data.atomic_files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.probe_templates import Family
 from proxy.recording.spill_file import is_foreign, places

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import re2
 
-from discovery.errors import UnknownKind
+from discovery.errors import UnknownAnswerKind
 
 LONGEST_PATTERN: Final = 500
 
@@ -70,20 +70,22 @@ class Kind:
 
 
 def parse_kind(spec: str) -> Kind:
-    """A kind as a client names it. Raises UnknownKind."""
+    """A kind as a client names it. Raises UnknownAnswerKind."""
     name, colon, argument = spec.partition(":")
     try:
         way = Way(name)
     except ValueError:
-        raise UnknownKind(f"answers are read as {', '.join(map(str, Way))} (regex:PATTERN), not {spec!r}") from None
+        raise UnknownAnswerKind(
+            f"answers are read as {', '.join(map(str, Way))} (regex:PATTERN), not {spec!r}"
+        ) from None
     kind = Kind(way, argument)
     if way is Way.REGEX:
         if not 0 < len(argument) <= LONGEST_PATTERN:
-            raise UnknownKind(f"regex: takes a pattern of 1 to {LONGEST_PATTERN} characters: regex:v(\\d+)")
+            raise UnknownAnswerKind(f"regex: takes a pattern of 1 to {LONGEST_PATTERN} characters: regex:v(\\d+)")
         _compile(argument)
     elif colon and argument not in COMPARATORS.get(way, {}):
         known = [f"{way}:{one}" for one in COMPARATORS.get(way, {})]
-        raise UnknownKind(f"there is no {spec!r}; there is {', '.join([str(way), *known])}")
+        raise UnknownAnswerKind(f"there is no {spec!r}; there is {', '.join([str(way), *known])}")
     return kind
 
 
@@ -96,7 +98,7 @@ def _compile(pattern: str) -> Any:
         return re2.compile(pattern, options)
     except re2.error as error:
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
-        raise UnknownKind(f"regex:{pattern}: {reason} (patterns are RE2's)") from None
+        raise UnknownAnswerKind(f"regex:{pattern}: {reason} (patterns are RE2's)") from None
 
 
 def _words(text: str) -> str | None:

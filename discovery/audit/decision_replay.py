@@ -31,19 +31,19 @@ from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.sandbox.controller import run_together
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.worker import Clock, Worker
-from discovery.audit.served_episodes import own_rounds, states, stop_of
-from discovery.data.rounds import unpacked
+from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
+from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
-from discovery.evaluation.replay_jobs import CHILDREN, undisturbed
-from discovery.store import Episode
+from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed
+from discovery.store import ServedEpisode
 
 T = TypeVar("T")
 Decider = Controller | Remote
-Run = Callable[[Decider], Coroutine[Any, Any, T]]
+EpisodeRun = Callable[[Decider], Coroutine[Any, Any, T]]
 """Runs an episode under the controller it is given; suspends only where a sealed one decides."""
 
 BASELINE_SPEC: Final = Spec(BASELINE)
-NOTHING: Final = "nothing that fits under the cap"
+NO_FITTING_ACTION: Final = "nothing that fits under the cap"
 """What is asked for where nothing can be."""
 
 
@@ -56,7 +56,7 @@ class Disagreement(NamedTuple):
     played: str  # then
 
 
-class Unchecked(NamedTuple):
+class UncheckedController(NamedTuple):
     """A controller that cannot be asked again."""
 
     controller: str
@@ -66,7 +66,7 @@ class Unchecked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decisions:
+class DecisionReport:
     """What came of asking again."""
 
     episodes: int
@@ -74,28 +74,28 @@ class Decisions:
     agreed: int
     unreached: int  # after a disagreement: what another round would have brought nobody knows
     disagreements: Sequence[Disagreement]
-    unchecked: Sequence[Unchecked]
+    unchecked: Sequence[UncheckedController]
 
 
 # Who decided
 
 
-Key = tuple[str, str]
+ControllerKey = tuple[str, str]
 """Name and digest of a controller."""
 
 
-class Company(NamedTuple):
+class KnownControllers(NamedTuple):
     """The controllers of some episodes: those that can be asked, and why others cannot."""
 
-    known: Mapping[Key, Spec]
-    missing: Mapping[Key, str]
+    known: Mapping[ControllerKey, Spec]
+    missing: Mapping[ControllerKey, str]
 
 
-def company(episodes: Iterable[Episode], given: Sequence[Spec]) -> Company:
+def find_controllers(episodes: Iterable[ServedEpisode], given: Sequence[Spec]) -> KnownControllers:
     """Who decided in some episodes: built-in and discovered controllers, and those `given` from files."""
-    known: dict[Key, Spec] = {}
-    missing: dict[Key, str] = {}
-    for name, digest in dict.fromkeys(key_of(one) for one in episodes):
+    known: dict[ControllerKey, Spec] = {}
+    missing: dict[ControllerKey, str] = {}
+    for name, digest in dict.fromkeys(controller_key(one) for one in episodes):
         spec = next((one for one in (*_built_in(name), *given) if one.digest == digest), None)
         if spec is None:
             other = "the file that was given is another" if name in {one.name for one in given} else "no file was given"
@@ -104,10 +104,10 @@ def company(episodes: Iterable[Episode], given: Sequence[Spec]) -> Company:
             missing[name, digest] = f"controllers cannot be sealed here: {lacking}"
         else:
             known[name, digest] = spec
-    return Company(known, missing)
+    return KnownControllers(known, missing)
 
 
-def key_of(episode: Episode) -> Key:
+def controller_key(episode: ServedEpisode) -> ControllerKey:
     """What its controller is known by."""
     return episode.controller, episode.digest
 
@@ -126,7 +126,7 @@ def _lacking() -> str | None:
     return (nursery().proof or nursery().check()).lacking
 
 
-def run(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[T]]) -> list[T]:
+def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
     """Run episodes under one controller, a foreign one sealed; none may have wider limits than `limits`.
 
     Where the machine disturbs them they are begun anew. Raises ControllerError if it does not load, Unsealed and
@@ -134,13 +134,13 @@ def run(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[T]]) -> 
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]
-    return undisturbed(lambda: _run_sealed(spec, beta, limits, episodes))
+    return retry_disturbed(lambda: _run_sealed(spec, beta, limits, episodes))
 
 
-def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[T]]) -> list[T]:
+def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
     with ExitStack() as stack:
         workers: list[Worker] = []
-        for _ in range(min(CHILDREN, len(episodes))):
+        for _ in range(min(SANDBOXES_PER_JOB, len(episodes))):
             worker = nursery().spawn(clock=Clock.CPU)
             stack.callback(worker.close)
             worker.load(spec)
@@ -151,7 +151,7 @@ def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Run[
 # What they decide now
 
 
-def ask_again(episodes: Iterable[Episode], who: Company) -> Decisions:
+def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -> DecisionReport:
     """Ask for every round of episodes again: its controller for those it decided, the baseline for the rest.
 
     Each episode has its controller to itself, as it had then. Raises TraceError, ControllerError, Unsealed.
@@ -161,13 +161,13 @@ def ask_again(episodes: Iterable[Episode], who: Company) -> Decisions:
     found: list[Disagreement] = []
     for episode in episodes:
         if lacking := _unknown(episode):
-            unchecked[*key_of(episode), lacking] += 1
+            unchecked[*controller_key(episode), lacking] += 1
             continue
         count += 1
         for part in _parts(episode):
-            spec = BASELINE_SPEC if part.by_baseline else who.known.get(key_of(episode))
+            spec = BASELINE_SPEC if part.by_baseline else who.known.get(controller_key(episode))
             if spec is None:
-                unchecked[*key_of(episode), who.missing[key_of(episode)]] += 1
+                unchecked[*controller_key(episode), who.missing[controller_key(episode)]] += 1
                 continue
             right, parted = part.ask(spec)
             agreed += right
@@ -175,45 +175,45 @@ def ask_again(episodes: Iterable[Episode], who: Company) -> Decisions:
             if parted is not None:
                 found.append(parted)
                 unreached += part.decisions - right - 1
-    told = [Unchecked(*one, episodes=number) for one, number in unchecked.items()]
-    return Decisions(count, rounds, agreed, unreached, found, told)
+    told = [UncheckedController(*one, episodes=number) for one, number in unchecked.items()]
+    return DecisionReport(count, rounds, agreed, unreached, found, told)
 
 
-def _unknown(episode: Episode) -> str | None:
+def _unknown(episode: ServedEpisode) -> str | None:
     """What is not known of an episode that would have to be."""
     if "limits" not in episode.about:
         return "the limits of its episodes are not known"
     return "the rounds of its episodes are not known" if episode.rounds and not episode.trace else None
 
 
-def _parts(episode: Episode) -> list[_Part]:
+def _parts(episode: ServedEpisode) -> list[_DecisionSegment]:
     """The decisions its controller took, and those the baseline took."""
-    rounds = unpacked(episode.trace)
-    own = min(own_rounds(episode), len(rounds))
+    rounds = unpack_rounds(episode.trace)
+    own = min(controller_rounds(episode), len(rounds))
     replaced = episode.about.get("fallback") is not None
     # Under the cap it is a decision for which nothing was left; a round that was refused is not known, and where all
     # branches were cut the answer is among the rounds.
     ended = stop_of(episode) is Stop.MAX_TOKENS and episode.about.get("refused") is None
     parts = [
-        _Part(episode, rounds, 0, own, ended and not replaced, False),
-        _Part(episode, rounds, own, len(rounds), ended and replaced, True),
+        _DecisionSegment(episode, rounds, 0, own, ended and not replaced, False),
+        _DecisionSegment(episode, rounds, own, len(rounds), ended and replaced, True),
     ]
     return [part for part in parts if part.decisions]
 
 
-class _Parted(Exception):
+class _DecisionDiffersError(Exception):
     """What was asked for is not what was played."""
 
 
-class _Enough(Exception):
+class _ReplayCompleteError(Exception):
     """All that was to be asked for has been."""
 
 
-class _Part:
+class _DecisionSegment:
     """Rounds of an episode that one controller decided; an environment that tells what they brought."""
 
     def __init__(
-        self, episode: Episode, rounds: Sequence[Round], start: int, until: int, ends: bool, by_baseline: bool
+        self, episode: ServedEpisode, rounds: Sequence[Round], start: int, until: int, ends: bool, by_baseline: bool
     ) -> None:
         self.by_baseline = by_baseline
         self._episode = episode
@@ -232,7 +232,7 @@ class _Part:
         episode = self._episode
         limits = self._beginning().limits
         try:
-            (asked,) = run(spec, episode.beta, limits, [self._follow])
+            (asked,) = run_under_controller(spec, episode.beta, limits, [self._follow])
         except BadFact as error:
             raise TraceError(f"{episode.request_id}: round {self._at} cannot have been: {error}") from None
         right = self._at - self._start
@@ -243,35 +243,35 @@ class _Part:
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         """What the next round brought. Raises _Parted if `actions` are not its."""
         if self._at == self._until or list(actions) != list(self._rounds[self._at].actions):
-            raise _Parted(spoken(actions))
+            raise _DecisionDiffersError(format_actions(actions))
         self._at += 1
         return self._rounds[self._at - 1].facts
 
     def _beginning(self) -> State:
         """The state before its first round."""
-        return next(islice(states(self._episode), self._start, None))[0]
+        return next(islice(replay_states(self._episode), self._start, None))[0]
 
     async def _follow(self, decider: Decider) -> str | None:
         """Run the episode from its beginning under `decider`; what it asks for that was not played, if anything."""
         self._at = self._start
         try:
             await run_episode(decider, self, self._beginning(), self._look)
-        except _Enough:
+        except _ReplayCompleteError:
             return None
-        except (_Parted, ControllerError) as error:
+        except (_DecisionDiffersError, ControllerError) as error:
             return str(error)
-        return None if self._ends and self._at == self._until else NOTHING
+        return None if self._ends and self._at == self._until else NO_FITTING_ACTION
 
     def _look(self, state: State, played: Round) -> None:
         if self._at == self._until and not self._ends:
-            raise _Enough
+            raise _ReplayCompleteError
 
     @property
     def _played(self) -> str:
-        return NOTHING if self._at == self._until else spoken(self._rounds[self._at].actions)
+        return NO_FITTING_ACTION if self._at == self._until else format_actions(self._rounds[self._at].actions)
 
 
-def spoken(actions: Sequence[Action]) -> str:
+def format_actions(actions: Sequence[Action]) -> str:
     """`3 × branch(), advance(2, TO_END), probe(2)`."""
     words = [(word, len(list(group))) for word, group in groupby(map(_word, actions))]
     return ", ".join(word if count == 1 else f"{count} × {word}" for word, count in words)

@@ -14,15 +14,15 @@ from controllers.builtin import BASELINE
 from controllers.voting import tally
 from discovery.answers import is_veiled
 from discovery.answers.redaction import MARK
-from discovery.audit.served_episodes import own_rounds, states, stop_of
-from discovery.store.rows import Episode
+from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
+from discovery.store.rows import ServedEpisode
 
 CHAINS: Final = (8, 16, 32, 64)
 """Of the self-consistency an episode is held against."""
 SHOWN: Final = 6
 """Characters of a veiled answer that are shown."""
 
-Name = Callable[[int], str]
+LabelName = Callable[[int], str]
 """What a label is called."""
 
 
@@ -34,7 +34,7 @@ class Ballot(TypedDict):
     count: int
 
 
-class Told(TypedDict):
+class RoundSummary(TypedDict):
     """One round: what was asked for, by branch, and how things stood after it."""
 
     number: int  # from 1
@@ -51,7 +51,7 @@ class Told(TypedDict):
     tokens: int  # spent so far
 
 
-class Pruned(TypedDict):
+class PrunedBranch(TypedDict):
     """A branch that was given up, and how it stood to the others when that was decided."""
 
     branch: int
@@ -64,7 +64,7 @@ class Pruned(TypedDict):
     why: str
 
 
-class Estimate(TypedDict):
+class ConsistencyEstimate(TypedDict):
     """What self-consistency would have cost, estimated from the lengths of an episode's own branches."""
 
     chains: int
@@ -92,31 +92,31 @@ class Explanation(TypedDict):
     fallback: str | None  # why the baseline decided in the end, if it did
     decided: int  # rounds before that
     branches: int
-    rounds: list[Told]
-    pruned: list[Pruned]
+    rounds: list[RoundSummary]
+    pruned: list[PrunedBranch]
     ledger: Mapping[str, int]  # tokens by what they were spent on
     tokens: int  # all of them
-    estimates: list[Estimate] | None  # None if no branch finished
+    estimates: list[ConsistencyEstimate] | None  # None if no branch finished
 
 
-def explain(episode: Episode) -> Explanation:
+def explain(episode: ServedEpisode) -> Explanation:
     """What happened in an episode and why it stopped, ready for JSON. Raises TraceError."""
-    about, own = episode.about, own_rounds(episode)
-    answers = [shown(answer) for answer in about.get("answers", ())]
-    name = naming(answers)
-    told: list[Told] = []
-    pruned: list[Pruned] = []
+    about, own = episode.about, controller_rounds(episode)
+    answers = [display_answer(answer) for answer in about.get("answers", ())]
+    name = label_names(answers)
+    told: list[RoundSummary] = []
+    pruned: list[PrunedBranch] = []
     before: Mapping[int, _Standing] = {}
-    for state, played in states(episode):
+    for state, played in replay_states(episode):
         if played is not None:
-            told.append(tell(state, played, name, baseline=state.rounds > own))
+            told.append(summarise_round(state, played, name, baseline=state.rounds > own))
             dropped = [one.branch for one in played.actions if one.verb is Verb.PRUNE]
             pruned += [_pruned(state, i, before, name) for i in dropped if state.branches[i].pruned]
         before = _standings(state)
     stop = stop_of(episode)
     if stop is not None:
         state.end(stop)
-    answer = None if episode.answer is None else shown(episode.answer)
+    answer = None if episode.answer is None else display_answer(episode.answer)
     return Explanation(
         request=episode.request_id,
         client_request_id=about.get("client_request_id"),
@@ -137,21 +137,21 @@ def explain(episode: Episode) -> Explanation:
         pruned=pruned,
         ledger=dict(episode.ledger),
         tokens=sum(episode.ledger.values()),
-        estimates=estimates([(one.tokens, one.finished) for one in state.branches]),
+        estimates=consistency_estimates([(one.tokens, one.finished) for one in state.branches]),
     )
 
 
-def shown(answer: str) -> str:
+def display_answer(answer: str) -> str:
     """An answer as people are shown it: one that cannot be read by the beginning of its hash."""
     return f"#{answer.removeprefix(MARK)[:SHOWN]}" if is_veiled(answer) else answer
 
 
-def naming(answers: Sequence[str]) -> Name:
+def label_names(answers: Sequence[str]) -> LabelName:
     """What labels are called whose answers are known; others by their numbers."""
     return lambda label: answers[label] if label < len(answers) else f"answer {label}"
 
 
-def tell(state: State, played: Round, name: Name = str, baseline: bool = False) -> Told:
+def summarise_round(state: State, played: Round, name: LabelName = str, baseline: bool = False) -> RoundSummary:
     """The round that led to `state`."""
     by_verb: dict[Verb, list[Any]] = {verb: [] for verb in Verb}
     width = state.width - sum(action.verb is Verb.BRANCH for action in played.actions)
@@ -162,7 +162,7 @@ def tell(state: State, played: Round, name: Name = str, baseline: bool = False) 
         by_verb[action.verb].append(width if action.verb is Verb.BRANCH else action.branch)
         width += action.verb is Verb.BRANCH
     leaning = tally(state.branches[i].label for i in state.active if state.branches[i].probed)
-    return Told(
+    return RoundSummary(
         number=state.rounds,
         opened=by_verb[Verb.BRANCH],
         advanced=by_verb[Verb.CONTINUE],
@@ -178,7 +178,7 @@ def tell(state: State, played: Round, name: Name = str, baseline: bool = False) 
     )
 
 
-def _ballots(votes: Mapping[int, int], name: Name) -> list[Ballot]:
+def _ballots(votes: Mapping[int, int], name: LabelName) -> list[Ballot]:
     ranked = sorted(votes.items(), key=lambda one: -one[1])
     return [Ballot(label=label, answer=name(label), count=count) for label, count in ranked]
 
@@ -206,22 +206,22 @@ def _standings(state: State) -> dict[int, _Standing]:
 def _votes(state: State) -> tuple[Mapping[int, int], str]:
     """What `State.leader` goes by: the votes of finished branches, or else the latest answers of those not pruned."""
     if state.votes:
-        return dict(state.votes), branches(len(state.finished), "finished")
+        return dict(state.votes), format_branch_count(len(state.finished), "finished")
     kept = [branch for branch in state.branches if not branch.pruned]
     asked = sum(branch.finished or branch.probed > 0 for branch in kept)
-    return tally(branch.label for branch in kept), branches(asked, "asked")
+    return tally(branch.label for branch in kept), format_branch_count(asked, "asked")
 
 
-def branches(count: int, which: str) -> str:
+def format_branch_count(count: int, which: str) -> str:
     """So many branches of a kind, in words."""
     return f"{count} {which} branch" + ("" if count == 1 else "es")
 
 
-def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: Name) -> Pruned:
+def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: LabelName) -> PrunedBranch:
     """Branch `index`, which the round that led to `state` gave up; it was decided on what was known `before`."""
     standing = before.get(index, _Standing(False, None, None, {}, ""))
     label, leader = standing.label, standing.leader
-    return Pruned(
+    return PrunedBranch(
         branch=index,
         round=state.rounds,
         tokens=state.branches[index].tokens,
@@ -233,7 +233,7 @@ def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: Nam
     )
 
 
-def _stood(standing: _Standing, name: Name) -> str:
+def _stood(standing: _Standing, name: LabelName) -> str:
     """`its latest answer was 9, given by 1 of 5 finished branches; 7 led with 4`."""
     asked, label, leader, votes, of = standing
     led = "nothing led" if leader is None else f"{name(leader)} led with {votes[leader]}"
@@ -248,9 +248,9 @@ def _stood(standing: _Standing, name: Name) -> str:
 # Why it stopped
 
 
-def _why(episode: Episode, stop: Stop | None, state: State, answer: str | None, name: Name) -> str:
+def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | None, name: LabelName) -> str:
     """One sentence."""
-    about, own = episode.about, own_rounds(episode)
+    about, own = episode.about, controller_rounds(episode)
     fallback, limits = about.get("fallback"), about.get("limits") or {}
     margin = _margin(state, name)
     best = "no answer had been given" if answer is None else f"the best answer so far was {answer}{margin}"
@@ -287,7 +287,7 @@ _OUTSIDE: Final[Mapping[str, str]] = {
 }
 
 
-def _margin(state: State, name: Name) -> str:
+def _margin(state: State, name: LabelName) -> str:
     """` (5 of 7 finished branches; next 9 with 2)`; nothing where nothing is known of the vote."""
     votes, of = _votes(state)
     if not state.width:
@@ -302,7 +302,7 @@ def _margin(state: State, name: Name) -> str:
 # What self-consistency would have cost
 
 
-def estimates(lengths: Sequence[tuple[int, bool]]) -> list[Estimate] | None:
+def consistency_estimates(lengths: Sequence[tuple[int, bool]]) -> list[ConsistencyEstimate] | None:
     """For `CHAINS`, and as many as there are `lengths`: tokens of each branch, and whether it finished.
 
     Branches that did not finish count as at least as long as they were, as if giving up were no sign of length. None if
@@ -313,7 +313,7 @@ def estimates(lengths: Sequence[tuple[int, bool]]) -> list[Estimate] | None:
         return None
     mean, beyond = restricted_mean(lengths)
     return [
-        Estimate(
+        ConsistencyEstimate(
             chains=chains,
             estimated_tokens=round(chains * mean),
             finished=finished,

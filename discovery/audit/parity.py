@@ -21,15 +21,25 @@ from controllers import ControllerError, Limits, State, Stop, run_episode
 from controllers.loading import Spec
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge, Labels, canonical, is_veiled, veiled
-from discovery.audit.decision_replay import Company, Decider, Decisions, Key, Run, ask_again, company, key_of, run
+from discovery.audit.decision_replay import (
+    ControllerKey,
+    Decider,
+    DecisionReport,
+    EpisodeRun,
+    KnownControllers,
+    controller_key,
+    find_controllers,
+    replay_decisions,
+    run_under_controller,
+)
 from discovery.audit.served_episodes import limits_of
-from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern
-from discovery.errors import Censored
-from discovery.evaluation.paired_statistics import TIE, bounds, share_interval
-from discovery.evaluation.replay import ReplayEnvironment, order_of
+from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Recording, intern_answers
+from discovery.errors import BranchCensored
+from discovery.evaluation.paired_statistics import TIE, bootstrap_bounds, wilson_interval
+from discovery.evaluation.replay import ReplayEnvironment, branch_order
 from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
-from discovery.store import Episode, Store
-from discovery.store.rows import surer
+from discovery.store import ServedEpisode, Store
+from discovery.store.rows import is_surer
 
 LEAST: Final = 10
 """Recorded questions below which nothing is said of means."""
@@ -40,7 +50,7 @@ SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
 replays that are not cut cannot stand for them."""
 
 
-class Reference(NamedTuple):
+class KnownAnswer(NamedTuple):
     """An answer that is held for right."""
 
     answer: str
@@ -48,35 +58,35 @@ class Reference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Records:
+class ServedRecords:
     """What a store has of served requests."""
 
-    episodes: Sequence[Episode]
+    episodes: Sequence[ServedEpisode]
     recordings: Mapping[str, RecordedQuestion]  # the complete ones made of requests, by request
-    references: Mapping[str, Reference]  # by question: of each the surest
+    references: Mapping[str, KnownAnswer]  # by question: of each the surest
 
 
-async def records(store: Store) -> Records:
+async def load_records(store: Store) -> ServedRecords:
     """All that is held against each other. Raises StoreError."""
-    references: dict[str, Reference] = {}
+    references: dict[str, KnownAnswer] = {}
     for label in await store.labels():
         known = references.get(label.question)
-        if known is None or surer(label.source, known.source):
-            references[label.question] = Reference(label.answer, label.source)
+        if known is None or is_surer(label.source, known.source):
+            references[label.question] = KnownAnswer(label.answer, label.source)
     recordings: dict[str, RecordedQuestion] = {}
     for summary in await store.summaries():
         for one in await store.load(summary.cell):
             if one.reference is not None:  # the surest of its own and the labels
-                references[one.question] = Reference(one.reference, one.label_source)
+                references[one.question] = KnownAnswer(one.reference, one.label_source)
             if one.origin is Origin.LIVE and one.request and one.complete:
                 recordings.setdefault(one.request, one)
-    return Records(await store.episodes(), recordings, references)
+    return ServedRecords(await store.episodes(), recordings, references)
 
 
 # What is found
 
 
-class Differing(NamedTuple):
+class ReplayDifference(NamedTuple):
     """A recorded episode that a replay in its own order does not reproduce."""
 
     request: str
@@ -87,14 +97,14 @@ class Differing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reproduced:
+class ReproductionReport:
     """Recorded episodes that their controllers ended, replayed in the order in which they opened their branches."""
 
     episodes: int
-    differing: Sequence[Differing]
+    differing: Sequence[ReplayDifference]
 
 
-class Verdict(StrEnum):
+class ParityVerdict(StrEnum):
     """What is said of means."""
 
     AGREE = "agree"
@@ -102,7 +112,7 @@ class Verdict(StrEnum):
     TOO_LITTLE = "too little data"
 
 
-class Mean(NamedTuple):
+class MeanInterval(NamedTuple):
     """A mean in which every question counts the same, with its 95 % interval; None where one question says nothing."""
 
     mean: float
@@ -112,21 +122,21 @@ class Mean(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compared:
+class LiveReplayComparison:
     """One figure, live and replayed."""
 
-    live: Mean
-    replayed: Mean
-    paired: Mean  # live less replayed, on the requests that were recorded
+    live: MeanInterval
+    replayed: MeanInterval
+    paired: MeanInterval  # live less replayed, on the requests that were recorded
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ParityVerdict:
         """Whether the intervals overlap, and the paired one has 0 in it."""
         slack = TIE * max(1.0, abs(self.live.mean), abs(self.replayed.mean))
         if min(self.live.questions, self.replayed.questions, self.paired.questions) < LEAST:
-            return Verdict.TOO_LITTLE
-        agrees = _meet(self.live, self.replayed, slack) and _meet(self.paired, Mean(0, 0, 0, 0), slack)
-        return Verdict.AGREE if agrees else Verdict.DISAGREE
+            return ParityVerdict.TOO_LITTLE
+        agrees = _meet(self.live, self.replayed, slack) and _meet(self.paired, MeanInterval(0, 0, 0, 0), slack)
+        return ParityVerdict.AGREE if agrees else ParityVerdict.DISAGREE
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -134,7 +144,7 @@ class Compared:
         return {**means, "verdict": str(self.verdict)}
 
 
-def _meet(one: Mean, other: Mean, slack: float) -> bool:
+def _meet(one: MeanInterval, other: MeanInterval, slack: float) -> bool:
     """Whether two intervals overlap."""
     ends = one.low, one.high, other.low, other.high
     low, high, other_low, other_high = (0.0 if end is None else end for end in ends)
@@ -142,7 +152,7 @@ def _meet(one: Mean, other: Mean, slack: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Group:
+class ParityGroup:
     """One controller at one β on one model."""
 
     controller: str
@@ -157,14 +167,14 @@ class Group:
     finalise: float  # mean tokens of a live episode for closing its reply: replay does not see them,
     aborted: float  # nor those generated in requests that were cut
     exhausted: float  # share of replays that opened all that was recorded where live would have allowed more
-    tokens: Compared
-    accuracy: Compared | None  # percent; None if of no recorded question a right answer is known
+    tokens: LiveReplayComparison
+    accuracy: LiveReplayComparison | None  # percent; None if of no recorded question a right answer is known
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ParityVerdict:
         """Of tokens and accuracy together."""
-        both = self.tokens.verdict, Verdict.TOO_LITTLE if self.accuracy is None else self.accuracy.verdict
-        worst = (Verdict.DISAGREE, Verdict.TOO_LITTLE, Verdict.AGREE)
+        both = self.tokens.verdict, ParityVerdict.TOO_LITTLE if self.accuracy is None else self.accuracy.verdict
+        worst = (ParityVerdict.DISAGREE, ParityVerdict.TOO_LITTLE, ParityVerdict.AGREE)
         return next(verdict for verdict in worst if verdict in both)
 
     def as_json(self) -> dict[str, Any]:
@@ -174,12 +184,12 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Parity:
+class ParityReport:
     """Everything that was found."""
 
-    decisions: Decisions
-    reproduced: Reproduced
-    groups: Sequence[Group]
+    decisions: DecisionReport
+    reproduced: ReproductionReport
+    groups: Sequence[ParityGroup]
 
     @property
     def checked(self) -> bool:
@@ -190,7 +200,7 @@ class Parity:
     def holds(self) -> bool:
         """Whether something was checked, and nothing that was found speaks against replay."""
         exact = self.decisions.agreed == self.decisions.rounds and not self.reproduced.differing
-        return self.checked and exact and all(group.verdict is not Verdict.DISAGREE for group in self.groups)
+        return self.checked and exact and all(group.verdict is not ParityVerdict.DISAGREE for group in self.groups)
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -211,18 +221,18 @@ class Parity:
         }
 
 
-def parity(found: Records, given: Sequence[Spec] = (), shuffles: int = 20) -> Parity:
+def check_parity(found: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
     """Hold what was served against its controllers, those from files as `given`, and against replays in so many orders.
 
     Raises TraceError, ControllerError if a file does not load, and Unsealed.
     """
-    who = company(found.episodes, given)
-    decisions = ask_again(found.episodes, who)
+    who = find_controllers(found.episodes, given)
+    decisions = replay_decisions(found.episodes, who)
     with Judge(clock=Clock.CPU) as judge:
         truth = _Truth(found.references, judge)
         pairs = [pair for one in found.episodes if (pair := _pair(one, found, who, truth)) is not None]
         groups = list(_groups(found.episodes, pairs, truth, shuffles))
-    return Parity(decisions, _reproduced(pairs), groups)
+    return ParityReport(decisions, _reproduced(pairs), groups)
 
 
 # What is held against what
@@ -231,7 +241,7 @@ def parity(found: Records, given: Sequence[Spec] = (), shuffles: int = 20) -> Pa
 class _Pair(NamedTuple):
     """A served episode, and what was recorded of it."""
 
-    episode: Episode
+    episode: ServedEpisode
     spec: Spec
     limits: Limits  # live
     recording: Recording  # one text stands for all spellings of an answer: as live told them apart
@@ -243,16 +253,16 @@ class _Pair(NamedTuple):
         return replace(self.limits, max_branches=min(self.limits.max_branches, self.recording.branches))
 
 
-def _pair(episode: Episode, found: Records, who: Company, truth: _Truth) -> _Pair | None:
+def _pair(episode: ServedEpisode, found: ServedRecords, who: KnownControllers, truth: _Truth) -> _Pair | None:
     """None if nothing was recorded, or nobody can be asked, or there is nothing to hold it against."""
-    recorded, spec = found.recordings.get(episode.request_id), who.known.get(key_of(episode))
+    recorded, spec = found.recordings.get(episode.request_id), who.known.get(controller_key(episode))
     if recorded is None or spec is None or "limits" not in episode.about or _left_out(episode) is not None:
         return None
-    recording = intern(recorded)
+    recording = intern_answers(recorded)
     return _Pair(episode, spec, limits_of(episode), recording, truth.right_among(recorded.question, recording.answers))
 
 
-def _left_out(episode: Episode) -> str | None:
+def _left_out(episode: ServedEpisode) -> str | None:
     """Why an episode is no measure of its controller; None if it is."""
     if episode.about.get("fallback") is not None:
         return "baseline decided"
@@ -266,7 +276,7 @@ def _left_out(episode: Episode) -> str | None:
 class _Truth:
     """Which answers are right: as the proxy tells answers apart, hidden ones by their hashes."""
 
-    def __init__(self, references: Mapping[str, Reference], judge: Judge) -> None:
+    def __init__(self, references: Mapping[str, KnownAnswer], judge: Judge) -> None:
         self._references = references
         self._judge = judge
         self._same: dict[tuple[str, str], bool] = {}
@@ -313,7 +323,7 @@ class _Replayed(NamedTuple):
     width: int  # branches opened
 
 
-def _replay(recording: Recording, order: Sequence[int], limits: Limits) -> Run[_Replayed]:
+def _replay(recording: Recording, order: Sequence[int], limits: Limits) -> EpisodeRun[_Replayed]:
     return partial(_run, recording, order, limits)
 
 
@@ -323,47 +333,55 @@ async def _run(recording: Recording, order: Sequence[int], limits: Limits, decid
         await run_episode(decider, environment, state)
     except ControllerError:
         state.end(Stop.CONTROLLER_ERROR)
-    except Censored:  # it opens more than were recorded: live it did not
+    except BranchCensored:  # it opens more than were recorded: live it did not
         state.end(Stop.UPSTREAM_ERROR)
     answer = None if state.answer is None else recording.answers[environment.revealed[state.answer]]
     return _Replayed(state.spent, answer, state.width)
 
 
-def _reproduced(pairs: Iterable[_Pair]) -> Reproduced:
+def _reproduced(pairs: Iterable[_Pair]) -> ReproductionReport:
     """Recorded episodes that their controllers ended, replayed in their own order under their own limits."""
     ended = [pair for pair in pairs if pair.episode.stop == Stop.ANSWERED]
-    differing: list[Differing] = []
+    differing: list[ReplayDifference] = []
     for pair in ended:
         episode, order = pair.episode, range(pair.recording.branches)
-        (replayed,) = run(pair.spec, episode.beta, pair.limits, [_replay(pair.recording, order, pair.limits)])
+        (replayed,) = run_under_controller(
+            pair.spec, episode.beta, pair.limits, [_replay(pair.recording, order, pair.limits)]
+        )
         spent = episode.about.get("spent")
         if (replayed.tokens, replayed.answer) != (spent, episode.answer):
-            differing.append(Differing(episode.request_id, spent, replayed.tokens, episode.answer, replayed.answer))
-    return Reproduced(len(ended), differing)
+            differing.append(
+                ReplayDifference(episode.request_id, spent, replayed.tokens, episode.answer, replayed.answer)
+            )
+    return ReproductionReport(len(ended), differing)
 
 
 # Means
 
-_GroupKey = tuple[Key, float, str]
+_GroupKey = tuple[ControllerKey, float, str]
 
 
-def _group_key(episode: Episode) -> _GroupKey:
-    return key_of(episode), episode.beta, episode.model
+def _group_key(episode: ServedEpisode) -> _GroupKey:
+    return controller_key(episode), episode.beta, episode.model
 
 
-def _groups(episodes: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Iterable[Group]:
+def _groups(
+    episodes: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int
+) -> Iterable[ParityGroup]:
     """A group for each controller, β and model of which there are recordings."""
     for key in sorted({_group_key(pair.episode) for pair in pairs}):
         served = [one for one in episodes if _group_key(one) == key]
         yield _group(served, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
 
 
-def _group(served: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> Group:
+def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> ParityGroup:
     live = [one for one in served if _left_out(one) is None]
     spec, beta = pairs[0].spec, pairs[0].episode.beta
-    orders = [(pair, order_of(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
+    orders = [(pair, branch_order(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
     widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
-    replays = run(spec, beta, widest, [_replay(pair.recording, order, pair.replay_limits) for pair, order in orders])
+    replays = run_under_controller(
+        spec, beta, widest, [_replay(pair.recording, order, pair.replay_limits) for pair, order in orders]
+    )
     by_pair = [replays[at : at + shuffles] for at in range(0, len(replays), shuffles)]
     tokens = _compared(
         [(_question(one), one.about["spent"]) for one in live],
@@ -388,7 +406,7 @@ def _group(served: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shu
         for pair, played in zip(pairs, by_pair, strict=True)
         for one in played
     ]
-    return Group(
+    return ParityGroup(
         controller=spec.name,
         digest=spec.digest,
         beta=beta,
@@ -406,7 +424,7 @@ def _group(served: Sequence[Episode], pairs: Sequence[_Pair], truth: _Truth, shu
     )
 
 
-def _question(episode: Episode) -> str:
+def _question(episode: ServedEpisode) -> str:
     """What its intervals are drawn over; an episode whose question was not kept stands alone."""
     return episode.question or episode.request_id
 
@@ -428,15 +446,15 @@ class _Row(NamedTuple):
     replayed: Sequence[float]  # by shuffle
 
 
-def _compared(live: Sequence[tuple[str, float]], rows: Sequence[_Row], percent: bool = False) -> Compared:
-    return Compared(
+def _compared(live: Sequence[tuple[str, float]], rows: Sequence[_Row], percent: bool = False) -> LiveReplayComparison:
+    return LiveReplayComparison(
         live=_mean(live, percent),
         replayed=_mean([(row.question, _average(row.replayed)) for row in rows], percent),
         paired=_paired(rows),
     )
 
 
-def _mean(values: Sequence[tuple[str, float]], percent: bool) -> Mean:
+def _mean(values: Sequence[tuple[str, float]], percent: bool) -> MeanInterval:
     """Its interval is bootstrapped over questions. Percentages that are all the same show no spread to draw from:
     theirs is Wilson's, for answers that were right or wrong."""
     by_question: dict[str, list[float]] = {}
@@ -445,12 +463,14 @@ def _mean(values: Sequence[tuple[str, float]], percent: bool) -> Mean:
     means = np.array([_average(of_one) for of_one in by_question.values()])
     mean, count = float(means.mean()), means.size
     if count < 2:
-        return Mean(mean, None, None, count)
-    low, high = share_interval(mean / 100, count) if percent and not np.ptp(means) else bounds(means, BOTH_SIDES)
-    return Mean(mean, low, high, count)
+        return MeanInterval(mean, None, None, count)
+    low, high = (
+        wilson_interval(mean / 100, count) if percent and not np.ptp(means) else bootstrap_bounds(means, BOTH_SIDES)
+    )
+    return MeanInterval(mean, low, high, count)
 
 
-def _paired(rows: Sequence[_Row]) -> Mean:
+def _paired(rows: Sequence[_Row]) -> MeanInterval:
     """Live less replayed, every question counting the same, with the interval chance leaves around it.
 
     If replay tells the truth, the live order is as good as any shuffled one: which of them it was is drawn anew for
@@ -463,7 +483,7 @@ def _paired(rows: Sequence[_Row]) -> Mean:
     apart = weights[:, None] * (values - others)  # of each order from the mean of the others: (requests, orders)
     mean = float(apart[:, 0].sum())
     if len(count) < 2:
-        return Mean(mean, None, None, len(count))
+        return MeanInterval(mean, None, None, len(count))
     generator = np.random.default_rng(SEED)
     requests = np.arange(len(rows))
     sums: list[NDArray[np.float64]] = []
@@ -471,4 +491,4 @@ def _paired(rows: Sequence[_Row]) -> Mean:
         drawn = generator.integers(0, values.shape[1], (BLOCK, len(rows)))
         sums.append(apart[requests, drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(sums), [BOTH_SIDES, 100 - BOTH_SIDES])
-    return Mean(mean, mean - float(high), mean - float(low), len(count))
+    return MeanInterval(mean, mean - float(high), mean - float(low), len(count))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from controllers import BadFact, Limits, Round, State, Stop
-from discovery.data.rounds import unpacked
+from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
-from discovery.store.rows import Episode
+from discovery.store.rows import ServedEpisode
 
 
-def limits_of(episode: Episode) -> Limits:
+def limits_of(episode: ServedEpisode) -> Limits:
     """What an episode could use; of one whose limits are not known, no more than that nothing of it was illegal.
 
     Raises TraceError.
@@ -22,12 +22,12 @@ def limits_of(episode: Episode) -> Limits:
         raise TraceError(f"{episode.request_id}: its limits cannot be read: {error}") from None
 
 
-def states(episode: Episode) -> Iterator[tuple[State, Round | None]]:
+def replay_states(episode: ServedEpisode) -> Iterator[tuple[State, Round | None]]:
     """The state before the first round, with None, and after each, with the round. It is one object that goes on
     changing. Raises TraceError."""
     state = State(limits_of(episode))
     yield state, None
-    for played in unpacked(episode.trace):
+    for played in unpack_rounds(episode.trace):
         try:
             state.apply(played.actions, played.facts)
         except (BadFact, IndexError) as error:
@@ -35,11 +35,11 @@ def states(episode: Episode) -> Iterator[tuple[State, Round | None]]:
         yield state, played
 
 
-def stop_of(episode: Episode) -> Stop | None:
+def stop_of(episode: ServedEpisode) -> Stop | None:
     """Why an episode ended; None if for no reason a state knows, such as that its client left."""
     return Stop(episode.stop) if episode.stop in list(Stop) else None
 
 
-def own_rounds(episode: Episode) -> int:
+def controller_rounds(episode: ServedEpisode) -> int:
     """How many rounds its controller decided; the baseline decided those that followed."""
     return episode.about.get("decided", episode.rounds)

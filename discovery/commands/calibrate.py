@@ -11,14 +11,14 @@ from rich.table import Table
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
 from discovery.commands.console import names, wide_console
-from discovery.data.files import check_place
+from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
-from discovery.errors import NotRecorded
-from discovery.evaluation.calibration import Arm, Calibrations, calibrate, write
-from discovery.evaluation.engines import EngineName, engine_called
-from discovery.evaluation.evaluate import WHEN_SAME, Answers
-from discovery.evaluation.replay_jobs import Rules
-from discovery.evaluation.sources import choose, open_source
+from discovery.errors import RecordingsNotFound
+from discovery.evaluation.calibration import Arm, Calibrations, calibrate, write_calibrations
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
+from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.sources import open_source, select_cells
 
 
 def calibrating(
@@ -30,7 +30,7 @@ def calibrating(
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     split: Annotated[Split | None, typer.Option(help="which questions; without it all but held-out ones")] = None,
-    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
     engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
     workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
@@ -39,19 +39,21 @@ def calibrating(
     specs = [parse_spec(text) for text in names(controllers)]
     if not specs:
         raise typer.BadParameter("--controllers names none")
-    check_place(out, "--out")
+    check_writable_path(out, "--out")
     source = open_source(recordings)
     seen = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
     if not seen:
-        raise NotRecorded(f"{recordings}: only held-out questions are there; --split held-out uses them all the same")
-    cells = choose(seen, names(models), names(benchmarks), split)
+        raise RecordingsNotFound(
+            f"{recordings}: only held-out questions are there; --split held-out uses them all the same"
+        )
+    cells = select_cells(seen, names(models), names(benchmarks), split)
     dials = [parse_beta(text, "--betas") for text in names(betas)]
     if not dials:
         raise typer.BadParameter("--betas names none")
     found = calibrate(
-        source, cells, specs, engine_called(engine, workers), Rules(max_branches), dials, shuffles, answers
+        source, cells, specs, make_engine(engine, workers), ReplayRules(max_branches), dials, shuffles, answers
     )
-    write(found, out)
+    write_calibrations(found, out)
     console = wide_console()
     for name in dict.fromkeys(one.controller for first in found.values() for one in first.all):
         console.print(_table(name, found))

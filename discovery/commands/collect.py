@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from discovery.answers import parse_kind
 from discovery.commands.console import wide_console
-from discovery.data.files import check_place
+from discovery.data.atomic_files import check_writable_path
 from discovery.data.questions import read_questions
 from discovery.errors import CollectError
 
 if TYPE_CHECKING:
-    from discovery.data.collect import Collected
+    from discovery.data.collect import CollectionProgress
 
 T = TypeVar("T")
 
@@ -57,22 +57,30 @@ def collecting(
 
     The proxy's admin key is taken from AUTOTTS_ADMIN_KEY.
     """
-    from discovery.data.collect import KEY, Order, collect  # these bring `openai` along, which takes its time
+    from discovery.data.collect import (
+        ADMIN_KEY_VARIABLE,
+        CollectionPlan,
+        collect,
+    )  # these bring `openai` along, which takes its time
 
     if 0 in (temperature, top_p):
         raise typer.BadParameter("--temperature, --top-p: at 0 all branches are the same; name more, or neither")
     if out.suffix != ".jsonl":
         raise typer.BadParameter(f"--out {out}: end it in .jsonl, by which recordings are known")
     parse_kind(answer)
-    check_place(out, "--out")
+    check_writable_path(out, "--out")
     if not resume and out.exists() and out.stat().st_size:
         raise CollectError(f"--out {out}: there are recordings in it; --resume goes on with them")
     asked = read_questions(questions)
-    key = os.environ.get(KEY, "")
+    key = os.environ.get(ADMIN_KEY_VARIABLE, "")
     if not (key and key.isascii() and key.isprintable()):
         wrong = "has characters that no header can carry" if key else "is not set"
-        raise CollectError(f"{KEY} {wrong}: recording is for admins, by the key the proxy was started with")
-    order = Order(model, benchmark or questions.stem, branches, answer, temperature, top_p, max_tokens, keep_text)
+        raise CollectError(
+            f"{ADMIN_KEY_VARIABLE} {wrong}: recording is for admins, by the key the proxy was started with"
+        )
+    order = CollectionPlan(
+        model, benchmark or questions.stem, branches, answer, temperature, top_p, max_tokens, keep_text
+    )
     with Shown(usd_per_million) as shown:
         work = collect(url, key, asked, order, out, at_once, max_tokens_total, on_change=shown.change)
         try:
@@ -105,7 +113,7 @@ async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
     return await task
 
 
-def _spent(at: Collected, usd_per_million: float | None) -> str:
+def _spent(at: CollectionProgress, usd_per_million: float | None) -> str:
     """What this process has spent, in words."""
     usd = "" if usd_per_million is None else f", ${at.tokens / MILLION * usd_per_million:,.2f}"
     return f"{at.tokens:,} tokens in {at.seconds:,.0f} s ({at.tokens / max(at.seconds, 1e-3):,.0f}/s){usd}"
@@ -129,7 +137,7 @@ class Shown:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def change(self, at: Collected) -> None:
+    def change(self, at: CollectionProgress) -> None:
         """Take notice of how far it is."""
         if self._task is None:
             self._task, self._before = self._progress.add_task("", total=at.total), at.done

@@ -20,15 +20,15 @@ from rich.table import Table
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
 from discovery.commands.console import names, wide_console
-from discovery.data.files import whole
-from discovery.data.json_text import parse
+from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
+from discovery.data.safe_json import parse_json
 from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError
-from discovery.evaluation.evaluate import WHEN_SAME, Answers, read_cell
-from discovery.evaluation.replay_jobs import Rules
-from discovery.evaluation.sources import choose, open_source
-from discovery.evaluation.splits import export_search
+from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison, read_scorable_cell
+from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.search_split import export_search_split
+from discovery.evaluation.sources import open_source, select_cells
 from discovery.search.arena import Arena, Trial
 from discovery.search.cascade import Cascade, Plan, fixed_recordings
 from discovery.search.digest import digest
@@ -40,7 +40,7 @@ from discovery.search.explorers.tuned import Tuned
 from discovery.search.history import History
 from discovery.search.loop import Digester, Finalist, Limits, Run, card, read_pairs
 from discovery.search.prompt import SYSTEM, USER, together
-from discovery.store import Search, Store, Tried
+from discovery.store import SearchRun, Store, TriedCandidate
 
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
 PROBE_TOKENS = 20
@@ -75,7 +75,7 @@ def discover(
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all of the search split")] = "",
-    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
     shuffles: Annotated[int, typer.Option(min=1, help="orders of branches a candidate is tried in")] = 4,
     probe_tokens: Annotated[
         int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
@@ -113,15 +113,15 @@ def discover(
     record = out / RECORD
     history = History.resume(record, settings) if resume else History.begin(record, settings)
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
-        export_search(recordings, out / EXPORT, answers=answers)
-    rules = Rules(probe_tokens=cost)
-    with Arena(cells, rules, workers) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
+        export_search_split(recordings, out / EXPORT, answers=answers)
+    rules = ReplayRules(probe_tokens=cost)
+    with Arena(cells, rules, workers) as arena, Arena(fixed_recordings(), ReplayRules(), 1) as probes:
         cascade = Cascade(arena, probes, plan)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
         run = Run(chosen, cascade, history, seed, digester)
         with Shown(rounds) as shown:
             run.go(Limits(rounds, budget_usd, minutes), shown.step)
-        with whole(out / CONTEXT) as file:
+        with atomic_write(out / CONTEXT) as file:
             file.write(together([*SYSTEM, *USER], run.context()).encode())
         finalist = run.finish()
     if store is not None:
@@ -132,7 +132,7 @@ def discover(
 def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
     """Write a search into a store. Raises StoreError."""
     tried = [
-        Tried(
+        TriedCandidate(
             candidate.digest,
             candidate.name,
             candidate.explorer,
@@ -144,7 +144,7 @@ def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
         )
         for candidate, verdict in read_pairs(run.history)
     ]
-    search = Search(run.history.head, str(settings["explorer"]), int(settings["seed"]), settings, tried)
+    search = SearchRun(run.history.head, str(settings["explorer"]), int(settings["seed"]), settings, tried)
 
     async def write() -> None:
         async with Store.open(place, create=True) as opened:
@@ -154,13 +154,13 @@ def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
 
 
 def load(
-    path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: Answers
+    path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: AnswerComparison
 ) -> tuple[dict[Cell, list[Recording]], str]:
     """The search split's recordings of each cell, and how answers are compared, in words. Raises DiscoveryError."""
     source = open_source(path)
-    cells = choose(source.cells(), models, benchmarks, Split.SEARCH)
+    cells = select_cells(source.cells(), models, benchmarks, Split.SEARCH)
     with Judge(clock=Clock.CPU) as judge:
-        found = {cell: read_cell(source, cell, answers, judge) for cell in cells}
+        found = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
     compared = " and ".join(sorted({how for _, how in found.values()}))
     return {cell: recordings for cell, (recordings, _) in found.items()}, compared
 
@@ -193,7 +193,7 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     from discovery.search.explorers.transcript import Transcript
 
     try:
-        about = parse(path.read_text())
+        about = parse_json(path.read_text())
         settings = LLMSettings(**{**about, **({} if usd is None else {"usd": usd})})
     except (OSError, TypeError, ValueError) as error:
         raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None
@@ -241,9 +241,9 @@ def _leave(run: Run, finalist: Finalist, out: Path, settings: Mapping[str, Any])
     """The controller, its card, and a table."""
     file = out / f"{_stem(finalist.candidate)}.py"
     about = card(run, finalist, {"cells": settings["cells"], "questions": settings["questions"]}, settings)
-    with whole(file) as opened:
+    with atomic_write(file) as opened:
         opened.write(finalist.candidate.source.encode())
-    with whole(file.with_suffix(".json")) as opened:
+    with atomic_write(file.with_suffix(".json")) as opened:
         opened.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     console = wide_console()
     console.print(_leaders(run))

@@ -18,14 +18,14 @@ from controllers.dial import parse_beta
 from controllers.errors import BetaError, UnknownController, Unsealed
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
-from discovery.data.files import check_place, whole
+from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.recordings import Cell, LabelSource, Split
-from discovery.evaluation.engines import EngineName, engine_called
-from discovery.evaluation.evaluate import SURE, WHEN_SAME, Answers, Evaluation, Weights
-from discovery.evaluation.plot import Panel, Point, check_plot, draw
-from discovery.evaluation.replay_jobs import Rules, Sealing
-from discovery.evaluation.scores import POOLED, Difference, Score, differences, pooled
-from discovery.evaluation.sources import choose, open_source
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.evaluate import ANSWERS_HELP, DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights
+from discovery.evaluation.plot import Panel, PlotPoint, check_plot, draw_frontiers
+from discovery.evaluation.replay_jobs import ReplayRules, Sealing
+from discovery.evaluation.scores import POOLED, Difference, Score, paired_differences, pool_scores
+from discovery.evaluation.sources import open_source, select_cells
 
 CONFIDENCE: Final = "confidence"
 """In place of a weight: each question counts for as much as its right answer is sure."""
@@ -39,10 +39,10 @@ def evaluate(
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
-    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Answers.AUTO,
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
     labels: Annotated[
         str, typer.Option(help="whose right answers count, and for how much: feedback=0.8,consensus=confidence")
-    ] = ",".join(SURE),
+    ] = ",".join(DEFAULT_WEIGHTS),
     version: Annotated[
         str, typer.Option(help="score recordings of the version whose digest begins so; without it the newest")
     ] = "",
@@ -69,23 +69,23 @@ def evaluate(
     if plot is not None:
         check_plot(plot)
     if json_to not in (None, "-"):
-        check_place(Path(json_to), "--json")
+        check_writable_path(Path(json_to), "--json")
     source = open_source(recordings)
-    cells = choose(source.cells(), names(models), names(benchmarks), split)
-    rules = Rules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
+    cells = select_cells(source.cells(), names(models), names(benchmarks), split)
+    rules = ReplayRules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
     evaluation = Evaluation(source, cells, specs, dials, shuffles, answers, rules, weights, version)
     with _progress(evaluation.work) as advance:
-        found = evaluation.run(engine_called(engine, workers), advance)
+        found = evaluation.run(make_engine(engine, workers), advance)
     figures = json.dumps([score.as_json() for score in found], indent=2, ensure_ascii=False) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)
     else:
         _show(found)
     if json_to not in (None, "-"):
-        with whole(Path(json_to)) as file:
+        with atomic_write(Path(json_to)) as file:
             file.write(figures.encode())
     if plot is not None:
-        draw(_panels(found), plot)
+        draw_frontiers(_panels(found), plot)
 
 
 def parse_weights(text: str) -> Weights:
@@ -139,10 +139,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 def _show(found: Sequence[Score]) -> None:
     """The figures for people, and what went wrong."""
     console = wide_console()
-    console.print(_table([*found, *pooled(found)]))
+    console.print(_table([*found, *pool_scores(found)]))
     for cell, words in _grading(found).items():
         console.print(f"{' '.join(cell)}: {words}", markup=False, highlight=False, soft_wrap=True)
-    if compared := differences(found):
+    if compared := paired_differences(found):
         console.print(_differences(compared))
     for score in found:
         if score.failures:
@@ -216,9 +216,9 @@ def _differences(compared: Sequence[Difference]) -> Table:
 
 def _panels(found: Sequence[Score]) -> dict[str, Panel]:
     """A panel a cell, a line a controller."""
-    panels: dict[str, dict[str, list[Point]]] = {}
+    panels: dict[str, dict[str, list[PlotPoint]]] = {}
     for score in found:
         lines = panels.setdefault(" ".join(score.cell), {})
-        point = Point(score.mean("tokens"), score.accuracy, score.error, f"β = {score.beta:g}")
+        point = PlotPoint(score.mean("tokens"), score.accuracy, score.error, f"β = {score.beta:g}")
         lines.setdefault(score.controller, []).append(point)
     return {title: {name: sorted(points) for name, points in lines.items()} for title, lines in panels.items()}

@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from discovery.commands.console import wide_console
-from discovery.data.files import check_place
+from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName
-from discovery.evaluation.evaluate import WHEN_SAME, Answers
+from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
 from discovery.promotion.gate import Order
 from discovery.promotion.verdict import Report, Terms, Verdict, report_of
-from discovery.store.rows import now
+from discovery.store.rows import utc_now
 
 COLOURS = {Verdict.PROMOTE: "green", Verdict.REJECT: "red", Verdict.UNDECIDED: "yellow"}
 
@@ -38,7 +38,7 @@ def gate(
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
     betas: Annotated[str, typer.Option(help="values of β")] = Order.betas,
     shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
-    answers: Annotated[Answers, typer.Option(help=WHEN_SAME)] = Order.answers,
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = Order.answers,
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
     beta: Annotated[float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not fall")] = Terms.beta,
     margin: Annotated[float, typer.Option(min=0, help="points it may fall there")] = Terms.margin,
@@ -47,7 +47,7 @@ def gate(
 ) -> None:
     """Judge a controller against the champion on questions no explorer has seen."""
     if report is not None:
-        check_place(report, "--report")
+        check_writable_path(report, "--report")
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
         order = Order(
             finalist=file,
@@ -55,7 +55,7 @@ def gate(
             recordings=recordings,
             ledger=ledger,
             report=report or Path(folder, "report.json"),
-            created=now(),
+            created=utc_now(),
             who=getpass.getuser(),
             split=split,
             models=models,

@@ -16,7 +16,7 @@ from rich.table import Table
 from discovery.commands.console import wide_console
 from discovery.commands.discover import RECORD
 from discovery.errors import HistoryError
-from discovery.evaluation.plot import Point, check_plot, draw
+from discovery.evaluation.plot import PlotPoint, check_plot, draw_frontiers
 from discovery.search.cascade import Verdict
 from discovery.search.explorers import Candidate
 from discovery.search.history import History
@@ -81,11 +81,11 @@ def plot(path: Where, to: Annotated[Path, typer.Option(help="where the picture g
     shown = [pair for pair in scored if pair in best or pair[0].explorer == "baseline"]
     lines = {
         f"{candidate.name} ({verdict.score:.2f})": [
-            Point(tokens, accuracy, 0.0, f"β = {beta:g}") for beta, tokens, accuracy in verdict.curve
+            PlotPoint(tokens, accuracy, 0.0, f"β = {beta:g}") for beta, tokens, accuracy in verdict.curve
         ]
         for candidate, verdict in shown
     }
-    draw({"search split, all cells": lines}, to)
+    draw_frontiers({"search split, all cells": lines}, to)
 
 
 def _read(path: Path) -> History:

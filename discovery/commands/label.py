@@ -14,10 +14,17 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, Place
-from discovery.data.files import check_place, whole
+from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.questions import Question, read_questions
 from discovery.data.recordings import LabelSource
-from discovery.evaluation.reference_answers import ENOUGH, MIN_BRANCHES, MIN_MARGIN, Agreement, Report, fill
+from discovery.evaluation.reference_answers import (
+    MIN_BRANCHES,
+    MIN_CALIBRATION_ANSWERS,
+    MIN_MARGIN,
+    Agreement,
+    LabelReport,
+    update_labels,
+)
 from discovery.store import Store
 
 
@@ -34,7 +41,7 @@ def label(
 ) -> None:
     """Label questions by references, by feedback and by votes, and say how far these agree."""
     if json_to not in (None, "-"):
-        check_place(Path(json_to), "--json")
+        check_writable_path(Path(json_to), "--json")
     given = [] if references is None else read_questions(references)
     found = asyncio.run(_fill(place, given, min_margin, min_branches))
     figures = json.dumps(found.as_json(), indent=2) + "\n"
@@ -43,16 +50,16 @@ def label(
     else:
         _show(place, found)
     if json_to not in (None, "-"):
-        with whole(Path(json_to)) as file:
+        with atomic_write(Path(json_to)) as file:
             file.write(figures.encode())
 
 
-async def _fill(place: Path, references: Sequence[Question], min_margin: float, min_branches: int) -> Report:
+async def _fill(place: Path, references: Sequence[Question], min_margin: float, min_branches: int) -> LabelReport:
     async with Store.open(place) as store:
-        return await fill(store, references, min_margin, min_branches)
+        return await update_labels(store, references, min_margin, min_branches)
 
 
-def _show(place: Path, found: Report) -> None:
+def _show(place: Path, found: LabelReport) -> None:
     console = wide_console()
     console.print(_sources(place, found))
     if any(agreement.of for _, _, agreement in found.by_margin):
@@ -61,7 +68,7 @@ def _show(place: Path, found: Report) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
-def _sources(place: Path, found: Report) -> Table:
+def _sources(place: Path, found: LabelReport) -> Table:
     table = Table(title=f"{place}: questions by how their right answers are known", title_justify="left")
     for heading in ("source", "questions", "labels written", "removed", "right by reference", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
@@ -74,7 +81,7 @@ def _sources(place: Path, found: Report) -> Table:
     return table
 
 
-def _margins(found: Report) -> Table:
+def _margins(found: LabelReport) -> Table:
     table = Table(title="votes by their margin", title_justify="left")
     for heading in ("margin", "right by reference", "95 % interval"):
         table.add_column(heading, justify="right")
@@ -91,7 +98,7 @@ def _agreement(found: Agreement) -> tuple[str, str]:
     return f"{found.right:,} of {found.of:,}", f"{low:.0f} to {high:.0f} %"
 
 
-def _beside(found: Report) -> list[str]:
+def _beside(found: LabelReport) -> list[str]:
     """What else there is to tell."""
     told = []
     if found.votes:
@@ -104,7 +111,7 @@ def _beside(found: Report) -> list[str]:
         told.append(f"references: {found.unknown:,} are of questions that are not in the store")
     if found.contradicted:
         told.append(f"references: {found.contradicted:,} are not what their questions came with, which stays")
-    if found.feedback.of >= ENOUGH:
+    if found.feedback.of >= MIN_CALIBRATION_ANSWERS:
         told.append(f"feedback: confidence is read off {found.feedback.of:,} questions with a reference")
     if found.unheard:
         told.append(f"feedback: of {found.unheard:,} requests it bears on no answer that is known")

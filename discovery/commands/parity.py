@@ -18,13 +18,23 @@ from rich.text import Text
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
 from controllers.sandbox.frames import printable
-from discovery.audit.decision_replay import Decisions
-from discovery.audit.parity import Compared, Group, Mean, Parity, Records, Reproduced, Verdict, parity, records
+from discovery.audit.decision_replay import DecisionReport
+from discovery.audit.parity import (
+    LiveReplayComparison,
+    MeanInterval,
+    ParityGroup,
+    ParityReport,
+    ParityVerdict,
+    ReproductionReport,
+    ServedRecords,
+    check_parity,
+    load_records,
+)
 from discovery.commands.console import names, wide_console
 from discovery.commands.store import DEFAULT, Place
-from discovery.data.files import check_place, whole
-from discovery.errors import NotRecorded
-from discovery.evaluation.plot import Rows, Span, check_plot, draw_spans
+from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.errors import RecordingsNotFound
+from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
 from discovery.store import Store
 
 SHOWN: Final = 10
@@ -35,7 +45,7 @@ FALSE: Final = 1
 """Exit status where replay does not tell the truth."""
 UNCHECKED: Final = 3
 """Exit status where nobody can tell: there was nothing to check."""
-COLOUR: Final = {Verdict.AGREE: "green", Verdict.DISAGREE: "red", Verdict.TOO_LITTLE: "yellow"}
+COLOUR: Final = {ParityVerdict.AGREE: "green", ParityVerdict.DISAGREE: "red", ParityVerdict.TOO_LITTLE: "yellow"}
 
 
 def comparing(
@@ -53,33 +63,35 @@ def comparing(
     if plot is not None:
         check_plot(plot)
     if json_to not in (None, "-"):
-        check_place(Path(json_to), "--json")
+        check_writable_path(Path(json_to), "--json")
     found = _of(place, asyncio.run(_records(place)), controller, dial)
     with Console(stderr=True).status("asking again, and replaying…"):
-        held = parity(found, given, shuffles)
+        held = check_parity(found, given, shuffles)
     figures = json.dumps(held.as_json(), indent=2) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)
     else:
         _show(held)
     if json_to not in (None, "-"):
-        with whole(Path(json_to), private=True) as file:  # it holds answers
+        with atomic_write(Path(json_to), private=True) as file:  # it holds answers
             file.write(figures.encode())
     if plot is not None and held.groups:
-        draw_spans(_panels(held.groups), plot)
+        draw_intervals(_panels(held.groups), plot)
     if not held.holds:
         raise typer.Exit(FALSE if held.checked else UNCHECKED)
 
 
-async def _records(place: Path) -> Records:
+async def _records(place: Path) -> ServedRecords:
     async with Store.open(place) as store:
-        return await records(store)
+        return await load_records(store)
 
 
-def _of(place: Path, found: Records, controller: str | None, beta: float | None) -> Records:
-    """Those of one controller at one β, if they are given. Raises NotRecorded if there are none."""
+def _of(place: Path, found: ServedRecords, controller: str | None, beta: float | None) -> ServedRecords:
+    """Those of one controller at one β, if they are given. Raises RecordingsNotFound if there are none."""
     if not found.episodes:
-        raise NotRecorded(f"{place}: no served request is recorded there; `autotts serve --store {place}` records them")
+        raise RecordingsNotFound(
+            f"{place}: no served request is recorded there; `autotts serve --store {place}` records them"
+        )
     chosen = [
         one
         for one in found.episodes
@@ -87,14 +99,14 @@ def _of(place: Path, found: Records, controller: str | None, beta: float | None)
     ]
     if not chosen:
         there = sorted({f"{one.controller} at {one.beta:g}" for one in found.episodes})
-        raise NotRecorded(f"{place}: no episodes of that controller and β; there are {', '.join(there)}")
+        raise RecordingsNotFound(f"{place}: no episodes of that controller and β; there are {', '.join(there)}")
     return replace(found, episodes=chosen)
 
 
 # For people
 
 
-def _show(held: Parity) -> None:
+def _show(held: ParityReport) -> None:
     console = wide_console()
     _show_decisions(console, held.decisions)
     _show_reproduced(console, held.reproduced)
@@ -112,7 +124,7 @@ def _say(console: Console, words: str, style: str = "") -> None:
     console.print(Text(printable(words)), style=style, soft_wrap=True)
 
 
-def _show_decisions(console: Console, found: Decisions) -> None:
+def _show_decisions(console: Console, found: DecisionReport) -> None:
     words = f"decisions: {found.agreed:,} of {found.rounds:,} rounds of {found.episodes:,} episodes are decided alike"
     if found.unreached:
         words += f"; {found.unreached:,} more follow one that is not"
@@ -127,7 +139,7 @@ def _show_decisions(console: Console, found: Decisions) -> None:
         console.print(table)
 
 
-def _show_reproduced(console: Console, found: Reproduced) -> None:
+def _show_reproduced(console: Console, found: ReproductionReport) -> None:
     alike = found.episodes - len(found.differing)
     words = f"reproduced: {alike:,} of {found.episodes:,} recorded episodes, in their own order, to token and answer"
     _say(console, words, _colour(not found.differing) if found.episodes else "yellow")
@@ -140,13 +152,13 @@ def _show_reproduced(console: Console, found: Reproduced) -> None:
         console.print(table)
 
 
-def _means(groups: Sequence[Group]) -> Table:
+def _means(groups: Sequence[ParityGroup]) -> Table:
     table = Table(title="means, 95 % intervals over questions, each of which counts once", title_justify="left")
     words = ("controller", "model", "", "verdict")
     for heading in (words[0], "β", *words[1:3], "live", "replayed", "live - replayed", "questions", words[3]):
         table.add_column(heading, justify="left" if heading in words else "right")
     for group in groups:
-        figures: list[tuple[str, Compared | None, str]] = [
+        figures: list[tuple[str, LiveReplayComparison | None, str]] = [
             ("tokens", group.tokens, ",.0f"),
             ("accuracy %", group.accuracy, ".1f"),
         ]
@@ -161,7 +173,7 @@ def _means(groups: Sequence[Group]) -> Table:
     return table
 
 
-def _beside(group: Group) -> list[str]:
+def _beside(group: ParityGroup) -> list[str]:
     """What a reader of its means should know besides."""
     words = [
         f"{group.episodes:,} episodes, {group.recorded:,} recorded, ended {_counts(group.stops)}; replay does not see "
@@ -176,7 +188,7 @@ def _beside(group: Group) -> list[str]:
             f"{100 * group.exhausted:.0f} % of replays opened all that was recorded where live would have allowed "
             "more: they may spend less than live; AUTOTTS_RECORD_BRANCHES has more recorded"
         )
-    if Verdict.TOO_LITTLE in (group.tokens.verdict, group.accuracy and group.accuracy.verdict):
+    if ParityVerdict.TOO_LITTLE in (group.tokens.verdict, group.accuracy and group.accuracy.verdict):
         words.append("too few recorded questions to say anything of means")
     return words
 
@@ -185,7 +197,7 @@ def _counts(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{what} {count:,}" for what, count in counted.items())
 
 
-def _span(mean: Mean, form: str) -> str:
+def _span(mean: MeanInterval, form: str) -> str:
     interval = "" if mean.low is None or mean.high is None else f" [{mean.low:{form}}, {mean.high:{form}}]"
     return f"{mean.mean:{form}}{interval}"
 
@@ -210,12 +222,15 @@ def _row(table: Table, *cells: str, style: str = "") -> None:
     table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
 
 
-def _panels(groups: Sequence[Group]) -> dict[str, Rows]:
+def _panels(groups: Sequence[ParityGroup]) -> dict[str, PlotRows]:
     """Tokens in one panel, accuracy in another; a row a group."""
-    panels: dict[str, dict[str, dict[str, Span]]] = {}
+    panels: dict[str, dict[str, dict[str, PlotInterval]]] = {}
     for group in groups:
         for title, figure in (("tokens a question", group.tokens), ("accuracy, %", group.accuracy)):
             if figure is not None:
-                row = {name: Span(*mean[:3]) for name, mean in (("live", figure.live), ("replayed", figure.replayed))}
+                row = {
+                    name: PlotInterval(*mean[:3])
+                    for name, mean in (("live", figure.live), ("replayed", figure.replayed))
+                }
                 panels.setdefault(title, {})[f"{group.controller}, β = {group.beta:g}\n{group.model}"] = row
     return {title: dict(rows) for title, rows in panels.items()}

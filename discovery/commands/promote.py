@@ -16,11 +16,11 @@ from controllers.installed import Installed, Stage
 from controllers.loading import Spec, read
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judged_apart
-from discovery.data.json_text import parse
+from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import Order
 from discovery.promotion.registry import By, Card, Registry
-from discovery.store.rows import now
+from discovery.store.rows import utc_now
 
 PASSED: Final = "promote"
 """The verdict of a report that a controller may be promoted by."""
@@ -99,7 +99,7 @@ def judge_now(file: Path, recordings: Path, champion: str, ledger: Path, shuffle
         recordings=recordings,
         ledger=ledger,
         report=report,
-        created=now(),
+        created=utc_now(),
         who=who,
         shuffles=shuffles,
     )
@@ -147,7 +147,7 @@ def found(file: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     """What a file says. Raises PromotionError, naming it."""
     try:
-        return parse(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise PromotionError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ from rich.text import Text
 from controllers.sandbox.frames import printable
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, AsJson, Place, with_store
-from discovery.store import Episode, Feedback, Store
+from discovery.store import Feedback, ServedEpisode, Store
 
 HEADINGS = (
     "ended (UTC)",
@@ -49,7 +49,7 @@ def list_requests(
 ) -> None:
     """List the latest requests, with what they cost and the feedback on them."""
 
-    async def look(opened: Store) -> list[tuple[Episode, list[Feedback]]]:
+    async def look(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
         latest = await opened.latest(limit, model, client_id)
         return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
@@ -76,7 +76,7 @@ def list_requests(
         console.print("no requests", highlight=False)
 
 
-def _figures(episode: Episode, feedback: list[Feedback]) -> dict[str, Any]:
+def _figures(episode: ServedEpisode, feedback: list[Feedback]) -> dict[str, Any]:
     return {
         "request": episode.request_id,
         "client_request_id": episode.about.get("client_request_id"),

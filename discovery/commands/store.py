@@ -17,12 +17,12 @@ from rich.progress import track
 from rich.table import Table
 
 from discovery.commands.console import names, wide_console
-from discovery.data.files import check_place, whole
-from discovery.data.importers import as_line, read_jsonl, read_release, release_files
-from discovery.data.recordings import Origin, RecordedQuestion, Split, split_of
-from discovery.errors import NotRecorded, StoreError
-from discovery.evaluation.sources import choose, open_source
-from discovery.store import Served, Store, Summary
+from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
+from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
+from discovery.errors import RecordingsNotFound, StoreError
+from discovery.evaluation.sources import open_source, select_cells
+from discovery.store import CellSummary, ServedSummary, Store
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def _import(
 def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:
     if split is None:
         return recorded
-    return replace(recorded, split=split_of(recorded.question) if split is SplitBy.HASH else Split(split))
+    return replace(recorded, split=default_split(recorded.question) if split is SplitBy.HASH else Split(split))
 
 
 def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
@@ -109,7 +109,7 @@ def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool 
 def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
     """Show the recordings by model, benchmark and split, the served requests and the feedback on them."""
 
-    async def look(opened: Store) -> tuple[list[Summary], Served]:
+    async def look(opened: Store) -> tuple[list[CellSummary], ServedSummary]:
         return await opened.summaries(), await opened.served()
 
     cells, served = with_store(place, look)
@@ -127,7 +127,7 @@ def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
     console.print(_requests(served), highlight=False, markup=False)
 
 
-def _requests(served: Served) -> str:
+def _requests(served: ServedSummary) -> str:
     if not served.episodes:
         return "served requests: none"
     stops = ", ".join(f"{stop}: {count:,}" for stop, count in served.stops.items())
@@ -161,14 +161,14 @@ def export(
     split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
 ) -> None:
     """Recordings as a file that `autotts import jsonl` reads."""
-    check_place(to, "export")
+    check_writable_path(to, "export")
     source = open_source(place)
-    cells = choose(source.cells(), names(models), names(benchmarks), split)
+    cells = select_cells(source.cells(), names(models), names(benchmarks), split)
     count = 0
-    with whole(to, private=True) as file:
+    with atomic_write(to, private=True) as file:
         for cell in cells:
             for recorded in source.load(cell):
-                file.write(as_line(recorded).encode())
+                file.write(format_recording_line(recorded).encode())
                 count += 1
     wide_console().print(f"{to}: {count} recordings", highlight=False)
 
@@ -179,7 +179,7 @@ def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = Fa
         raise StoreError("forget: say --request-id ID, --tenant HASH or --anonymous, one of them")
     gone = with_store(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
     if not any(gone):
-        raise NotRecorded(f"{place}: holds nothing of {request or tenant or 'requests without a key'}")
+        raise RecordingsNotFound(f"{place}: holds nothing of {request or tenant or 'requests without a key'}")
     wide_console().print(
         f"{place}: forgot {gone.episodes} episodes, {gone.feedback} of feedback, {gone.recordings} recordings, "
         f"{gone.labels} labels, and {gone.questions} questions nothing else is known of",

@@ -16,12 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from controllers.sandbox.frames import printable
-from discovery.audit.explain import Ballot, Estimate, Explanation, Pruned, Told, branches, explain, tell
+from discovery.audit.explain import (
+    Ballot,
+    ConsistencyEstimate,
+    Explanation,
+    PrunedBranch,
+    RoundSummary,
+    explain,
+    format_branch_count,
+    summarise_round,
+)
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, AsJson, Place
 from discovery.data.traces import Trace, read_trace, trace_files
 from discovery.errors import TraceError
-from discovery.store import Episode, Store
+from discovery.store import ServedEpisode, Store
 
 BARS: Final = "·▁▂▃▄▅▆▇█"
 """From no votes to the most there are."""
@@ -104,17 +113,17 @@ def _episode(read: Trace, at: int) -> Table:
     episode = read.episodes()[at]
     fate = "no answer" if episode.answer is None else f"answer {episode.answer}"
     title = f"{_title(read)}, question {episode.question}, shuffle {episode.shuffle}: {fate}, "
-    told = (tell(state, played) for state, played in read.states(at))
+    told = (summarise_round(state, played) for state, played in read.states(at))
     return _rounds(title + ("right" if episode.right else "wrong"), told)
 
 
 # Served episodes
 
 
-def _find(request: str, place: Path) -> Episode:
+def _find(request: str, place: Path) -> ServedEpisode:
     """The episode of a request. Raises TraceError, or StoreError if the store cannot be read."""
 
-    async def find() -> Episode | None:
+    async def find() -> ServedEpisode | None:
         async with Store.open(place) as store:
             return await store.episode(request) or next(iter(await store.latest(1, client_id=request)), None)
 
@@ -129,7 +138,7 @@ def _find(request: str, place: Path) -> Episode:
     return episode
 
 
-def _show_served(episode: Episode, as_json: bool) -> None:
+def _show_served(episode: ServedEpisode, as_json: bool) -> None:
     told = explain(episode)
     if as_json:
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
@@ -161,7 +170,7 @@ def _bill(told: Explanation) -> str:
     return f"{told['tokens']:,} tokens were spent" + (f": {kinds}." if kinds else ".")
 
 
-def _course(rounds: Sequence[Told], width: int) -> Table:
+def _course(rounds: Sequence[RoundSummary], width: int) -> Table:
     """The votes over time, an answer a row: bars as high as there are votes, and how many there are in the end."""
     names = {one["label"]: _clipped(one["answer"]) for at in rounds for one in (*at["votes"], *at["leaning"])}
     columns = min(len(rounds), WIDEST, max(LEAST, (width - max(map(len, names.values())) - BESIDE) // 2))
@@ -186,16 +195,16 @@ def _bars(counts: Sequence[int], most: int) -> str:
     return "".join(BARS[-(-count * (len(BARS) - 1) // max(1, most))] for count in counts)
 
 
-def _given_up(pruned: Sequence[Pruned]) -> Table:
+def _given_up(pruned: Sequence[PrunedBranch]) -> Table:
     table = _table("given up", "round", "branch", "tokens", "how it stood")
     for one in pruned:
         _row(table, str(one["round"]), str(one["branch"]), f"{one['tokens']:,}", one["why"])
     return table
 
 
-def _estimates(found: Sequence[Estimate]) -> str:
+def _estimates(found: Sequence[ConsistencyEstimate]) -> str:
     first = found[0]
-    rests = branches(first["finished"], "finished")
+    rests = format_branch_count(first["finished"], "finished")
     if first["unfinished"]:
         rests += f" and {first['unfinished']} that had at least the length they were run for"
     costs = ", ".join(f"{one['estimated_tokens']:,} with {one['chains']}" for one in found)
@@ -206,7 +215,7 @@ def _estimates(found: Sequence[Estimate]) -> str:
 # Both
 
 
-def _rounds(title: str, rounds: Iterable[Told]) -> Table:
+def _rounds(title: str, rounds: Iterable[RoundSummary]) -> Table:
     table = _table(title, "round", "what was done", "finished", "running", "votes", "leaning", "tokens")
     for one in rounds:
         counts = str(one["finished"]), str(one["running"]), _votes(one["votes"]), _votes(one["leaning"])
@@ -214,7 +223,7 @@ def _rounds(title: str, rounds: Iterable[Told]) -> Table:
     return table
 
 
-def _done(told: Told) -> str:
+def _done(told: RoundSummary) -> str:
     """`open 8; run 12; ask 4; drop 5, 9`."""
     counted = (("open", told["opened"]), ("run", told["advanced"]), ("ask", told["asked"]))
     words = [f"{name} {len(those)}" for name, those in counted if those]

@@ -22,11 +22,11 @@ from typing import Any, Final, NamedTuple
 import openai
 from openai.types.chat import ChatCompletion
 
-from discovery.data.importers import Line, as_line, parse_line
-from discovery.data.json_text import parse
+from discovery.data.importers import RecordingLine, format_recording_line, parse_recording_line
 from discovery.data.questions import Question
-from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Version, question_text, split_of
-from discovery.data.shared_lines import Claims, Lines
+from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Version, default_split, question_text
+from discovery.data.safe_json import parse_json
+from discovery.data.shared_jsonl import SharedLines, WorkClaims
 from discovery.errors import BadRecording, CollectError
 
 CONTROLLER: Final = "everything@1"
@@ -56,7 +56,7 @@ DENSEST: Final = 32
 CLOSING: Final = 1024
 """Tokens the proxy is taken to keep back of a request's cap, beside an eighth, for a reply it might have to close."""
 
-KEY: Final = "AUTOTTS_ADMIN_KEY"
+ADMIN_KEY_VARIABLE: Final = "AUTOTTS_ADMIN_KEY"
 """The variable that has the proxy's admin key."""
 PASSING: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS})
 """Refusals that may be none the next time, as all from 500 on."""
@@ -73,7 +73,7 @@ Key = tuple[str, int]
 """A branch: its question, and which of its branches it is."""
 
 
-class Pace(NamedTuple):
+class RetryTiming(NamedTuple):
     """How it waits, and by which clock."""
 
     backoff_s: float = BACKOFF_S
@@ -81,11 +81,11 @@ class Pace(NamedTuple):
     clock: Callable[[], float] = time.monotonic
 
 
-PACE: Final = Pace()
+DEFAULT_TIMING: Final = RetryTiming()
 
 
 @dataclass(frozen=True)
-class Order:
+class CollectionPlan:
     """What is to be recorded, and how it is asked for."""
 
     model: str  # empty: the only one the proxy serves
@@ -120,22 +120,22 @@ class Order:
         probes = -(-tokens // (interval or DENSEST))
         return (tokens + probes * PROBE) * 8 // 7 + CLOSING
 
-    def made(self, line: Line) -> bool:
+    def made(self, line: RecordingLine) -> bool:
         """Whether `line` could have come of it."""
         names = ("temperature", "top_p", "max_tokens", "answer")
         settings = {name: value for name in names if (value := line.sampling.get(name)) is not None}
         return [line.model, line.benchmark, settings] == self.named
 
 
-class Held:
+class CollectionFile:
     """What a file holds of an order, as far as it has been read; and what failures have cost, told beside it."""
 
-    def __init__(self, lines: Lines, order: Order, questions: Mapping[str, Question]) -> None:
+    def __init__(self, lines: SharedLines, order: CollectionPlan, questions: Mapping[str, Question]) -> None:
         self.done: set[Key] = set()
         self.spent = 0  # tokens of all its branches, probes included, and of what was lost
         self.version: Version | None = None  # of all of them
         self._lines = lines
-        self._lost = Lines(lines.path.with_name(f"{lines.path.name}.lost"), may_be_link=False)
+        self._lost = SharedLines(lines.path.with_name(f"{lines.path.name}.lost"), may_be_link=False)
         self._order = order
         self._questions = questions
 
@@ -153,7 +153,7 @@ class Held:
         """Take in what is new, and return which branches. Raises CollectError or BadRecording at what is none."""
         for number, text in self._lost.new():
             try:
-                lost = parse(text)
+                lost = parse_json(text)
                 self.spent += lost["tokens"] if lost["of"] == self._order.named else 0
             except (ValueError, TypeError, KeyError):
                 raise BadRecording(f"{self._lost.path}:{number}: tells of no tokens that were lost") from None
@@ -161,7 +161,7 @@ class Held:
         for number, text in self._lines.new():
             where = f"{self._lines.path}:{number}"
             try:
-                line = parse_line(text)
+                line = parse_recording_line(text)
             except BadRecording as error:
                 raise BadRecording(f"{where}: {error}") from None
             if line.part is None:
@@ -197,7 +197,7 @@ class Held:
         asked = self._questions.get(recorded.question)
         if asked is None:
             return
-        split = asked.split or split_of(asked.question)
+        split = asked.split or default_split(asked.question)
         for name, known, now in (
             ("reference", recorded.reference, asked.reference),
             ("split", recorded.split.value, split.value),
@@ -209,7 +209,7 @@ class Held:
                 )
 
 
-class Trouble(NamedTuple):
+class FailedRequest(NamedTuple):
     """A request that failed, and may not the next time."""
 
     words: str
@@ -220,7 +220,7 @@ class Trouble(NamedTuple):
 
 
 @dataclass
-class Collected:
+class CollectionProgress:
     """How far it is."""
 
     total: int  # branches that are wanted
@@ -240,14 +240,14 @@ class Collector:
     def __init__(
         self,
         client: openai.AsyncOpenAI,
-        lines: Lines,
-        claims: Claims,
+        lines: SharedLines,
+        claims: WorkClaims,
         questions: Sequence[Question],
-        order: Order,
+        order: CollectionPlan,
         at_once: int,
         budget: int | None,
-        pace: Pace,
-        on_change: Callable[[Collected], None],
+        pace: RetryTiming,
+        on_change: Callable[[CollectionProgress], None],
     ) -> None:
         self._client = client
         self._lines = lines
@@ -259,7 +259,7 @@ class Collector:
         self._on_change = on_change
         wanted = ((question.question, part) for question in questions for part in range(order.branches))
         self._questions = {question.question: question for question in questions}
-        self._held = Held(lines, order, self._questions)
+        self._held = CollectionFile(lines, order, self._questions)
         self._open = OrderedDict.fromkeys(wanted)  # not begun here
         self._wanted = frozenset(self._open)
         self._places = [json.dumps([*order.named, place], sort_keys=True) for place in range(PLACES)]
@@ -269,10 +269,10 @@ class Collector:
         self._is_known = False  # a reply has shown how the proxy records now
         self._back = asyncio.Lock()  # of who looks whether the proxy is
         self._began = pace.clock()
-        self._at = Collected(len(self._wanted))
+        self._at = CollectionProgress(len(self._wanted))
 
-    async def run(self) -> Collected:
-        """Collect until nothing is left to do. Raises CollectError, BadRecording or NotWritten."""
+    async def run(self) -> CollectionProgress:
+        """Collect until nothing is left to do. Raises CollectError, BadRecording or FileWriteError."""
         self._held.mend()
         self._look()
         running: set[asyncio.Task[None]] = set()
@@ -353,9 +353,9 @@ class Collector:
             asked = await self._ask(key)
             if asked is None:
                 self._open[key] = None
-            elif isinstance(asked, Line):
+            elif isinstance(asked, RecordingLine):
                 self._is_known = True
-                self._lines.append(as_line(asked.recorded(), asked.part))
+                self._lines.append(format_recording_line(asked.recorded(), asked.part))
                 self._at.mine += 1
                 self._at.tokens += _cost(asked.recorded().branches[0])
             elif asked.is_questionable:
@@ -378,13 +378,13 @@ class Collector:
         if self._held.version is None and len(alike) == ALIKE and len(set(alike)) == 1:
             raise CollectError(f"the proxy says {words}; so it does to each of the first {ALIKE} questions")
 
-    async def _ask(self, key: Key) -> Line | Trouble | None:
+    async def _ask(self, key: Key) -> RecordingLine | FailedRequest | None:
         """A branch; or the last of what went wrong, after some tries; None if the budget allows no further one."""
         for failures in range(RETRIES + 1):
             if failures and not self._may_begin(0):
                 return None
             asked = await self._ask_once(*key)
-            if isinstance(asked, Line):
+            if isinstance(asked, RecordingLine):
                 return asked
             self._lose(asked.tokens)
             if asked.is_questionable:
@@ -425,7 +425,7 @@ class Collector:
             return False
         return True
 
-    async def _ask_once(self, question: str, part: int) -> Line | Trouble:
+    async def _ask_once(self, question: str, part: int) -> RecordingLine | FailedRequest:
         """A branch, or what went wrong. Raises CollectError if it would go wrong with any other."""
         messages: Any = list(self._questions[question].messages)
         tts: dict[str, Any] = {"controller": CONTROLLER, "beta": 1, "answer": self._order.answer, "required": True}
@@ -441,7 +441,7 @@ class Collector:
         except openai.APIConnectionError as error:
             is_unsent = type(error.__cause__).__name__ in UNSENT
             words = f"{self._client.base_url}: {error.__cause__ or error}"
-            return Trouble(words, tokens=0 if is_unsent else cap or 0, is_away=True)
+            return FailedRequest(words, tokens=0 if is_unsent else cap or 0, is_away=True)
         except (openai.OpenAIError, ValueError) as error:
             raise CollectError(f"{self._client.base_url} gives no chat completion: {error}") from None
         told = (reply.model_extra or {}).get("tts") if isinstance(reply, ChatCompletion) else None
@@ -460,7 +460,7 @@ class Collector:
             self._lose(_total(told))
             raise
 
-    def _line(self, question: str, part: int, model: str, recording: Any) -> Line:
+    def _line(self, question: str, part: int, model: str, recording: Any) -> RecordingLine:
         """A reply's recording and what the proxy does not know of it. Raises CollectError, or others if it is none."""
         asked = self._questions[question]
         if model != self._order.model:
@@ -480,7 +480,7 @@ class Collector:
             "origin": Origin.COLLECTED,
             "part": part,
         }
-        return parse_line(json.dumps(line).encode())
+        return parse_recording_line(json.dumps(line).encode())
 
     def _name(self, key: Key) -> str:
         """A branch as it is claimed."""
@@ -491,19 +491,19 @@ async def collect(
     url: str,
     key: str,
     questions: Sequence[Question],
-    order: Order,
+    order: CollectionPlan,
     out: Path,
     at_once: int = 8,
     budget: int | None = None,
     *,
-    pace: Pace = PACE,
-    on_change: Callable[[Collected], None] = lambda _: None,
-) -> Collected:
+    pace: RetryTiming = DEFAULT_TIMING,
+    on_change: Callable[[CollectionProgress], None] = lambda _: None,
+) -> CollectionProgress:
     """Have `order` carried out by the proxy at `url`, whose admin key is `key`; branches go to `out`.
 
     `budget` is in tokens, of all branches there of this model and settings and of what failed over them (which is
     written down beside, in `out`.lost). It is never passed, but by what a killed process was at. What this raises
-    (CollectError, BadRecording, NotWritten) leaves the file sound, and so does cancelling it.
+    (CollectError, BadRecording, FileWriteError) leaves the file sound, and so does cancelling it.
     """
     base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
     timeout = openai.Timeout(LONGEST_BRANCH_S, connect=CONNECT_S)
@@ -514,9 +514,9 @@ async def collect(
             raise CollectError(
                 f"the proxy does not say how long a branch of {model} can be: --max-tokens-total needs --max-tokens"
             )
-        claims = Claims(out.with_name(f"{out.name}.lock"))
+        claims = WorkClaims(out.with_name(f"{out.name}.lock"))
         try:
-            collector = Collector(client, Lines(out), claims, questions, order, at_once, budget, pace, on_change)
+            collector = Collector(client, SharedLines(out), claims, questions, order, at_once, budget, pace, on_change)
             return await collector.run()
         finally:
             claims.close()
@@ -550,7 +550,7 @@ def _cost(branch: RecordedBranch) -> int:
     return branch.tokens + sum(branch.probe_tokens)
 
 
-def _cut(tts: dict[str, Any], cap: int | None) -> Trouble:
+def _cut(tts: dict[str, Any], cap: int | None) -> FailedRequest:
     """What it means that a branch was not run to its end. Raises CollectError if the next one would not be either."""
     stop = str(tts.get("stop"))
     if stop != UPSTREAM_ERROR:
@@ -560,7 +560,7 @@ def _cut(tts: dict[str, Any], cap: int | None) -> Trouble:
             "have it run without AUTOTTS_DEADLINE_S and AUTOTTS_MAX_TOTAL_TOKENS, and bound branches by --max-tokens"
             f"{ours}"
         )
-    return Trouble("the upstream failed midway", tokens=_total(tts), is_away=True)
+    return FailedRequest("the upstream failed midway", tokens=_total(tts), is_away=True)
 
 
 def _total(tts: dict[str, Any]) -> int:
@@ -569,17 +569,21 @@ def _total(tts: dict[str, Any]) -> int:
     return _number(tokens.get("total")) if isinstance(tokens, dict) else 0
 
 
-def _refused(error: openai.APIStatusError) -> Trouble:
+def _refused(error: openai.APIStatusError) -> FailedRequest:
     """What a status means that is no success. Raises CollectError if no request would have another."""
     status, headers = error.status_code, error.response.headers
     said = error.body.get("message") if isinstance(error.body, dict) else None
     words = f"{status}: {said or error.message}"
     is_away, is_questionable = status >= HTTPStatus.INTERNAL_SERVER_ERROR, status in QUESTIONABLE
     if not is_away and status not in PASSING | QUESTIONABLE:
-        way = f"; {KEY} must be the proxy's" if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) else ""
+        way = (
+            f"; {ADMIN_KEY_VARIABLE} must be the proxy's"
+            if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+            else ""
+        )
         raise CollectError(f"the proxy says {words}{way}")
     wait, tokens = headers.get("retry-after", ""), _number(headers.get("x-tts-tokens"))
-    return Trouble(words, float(wait) if _DECIMAL.fullmatch(wait) else None, tokens, is_away, is_questionable)
+    return FailedRequest(words, float(wait) if _DECIMAL.fullmatch(wait) else None, tokens, is_away, is_questionable)
 
 
 def _number(value: object) -> int:

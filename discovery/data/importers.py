@@ -11,30 +11,33 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from discovery.data.json_text import parse
 from discovery.data.recordings import (
-    MOST_TOKENS,
+    MAX_BRANCH_TOKENS,
     Cell,
     LabelSource,
     Origin,
     RecordedBranch,
     RecordedQuestion,
     Split,
+    default_split,
     question_id,
-    split_of,
 )
-from discovery.errors import BadRecording, NotRecorded, unknown_field
+from discovery.data.safe_json import parse_json
+from discovery.errors import BadRecording, RecordingsNotFound, unknown_field
 
 RELEASE_SEARCH = "aime24"
 """The release's search split; its other benchmarks are held out."""
 
 
 def release_files(path: Path) -> list[Path]:
-    """The files of the release at `path`: one of them, a model's folder, or the folder of all. Raises NotRecorded."""
+    """Return the release files at `path`: one file, a model's folder or the folder of all models.
+
+    Raises RecordingsNotFound.
+    """
     found = [path] if path.is_file() else [*path.glob("*.json*"), *path.glob("*/*.json*")]
     files = sorted(file for file in found if file.name.removesuffix(".xz").endswith(".json"))
     if not files:
-        raise NotRecorded(f"{path}: no MODEL/BENCHMARK.json or .json.xz of the AutoTTS release there")
+        raise RecordingsNotFound(f"{path}: no MODEL/BENCHMARK.json or .json.xz of the AutoTTS release there")
     return files
 
 
@@ -51,7 +54,7 @@ def read_release(path: Path) -> list[RecordedQuestion]:
     Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is taken.
     """
     try:
-        questions = parse(_content(path).decode(), finite=True)
+        questions = parse_json(_content(path).decode(), finite=True)
     except ValueError as error:
         raise BadRecording(f"{path}: {error}") from None
     if not isinstance(questions, list):
@@ -121,7 +124,7 @@ def _branches(branches: Sequence[Any]) -> Iterator[RecordedBranch]:
         probes, tokens, final = branch
         if not isinstance(probes, list) or not all(isinstance(answer, str) for answer in [*probes, final]):
             raise ValueError(f"branch {index}: answers must be strings")
-        if type(tokens) is not int or not 0 <= tokens <= MOST_TOKENS:
+        if type(tokens) is not int or not 0 <= tokens <= MAX_BRANCH_TOKENS:
             raise ValueError(f"branch {index}: {tokens!r} is no number of tokens")
         yield RecordedBranch(probes, tokens, final)
 
@@ -132,9 +135,9 @@ class BranchLine(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     probes: list[str | None] = Field(description="answers after each whole interval, null where none was readable")
-    tokens: int = Field(ge=0, le=MOST_TOKENS, description="length of the chain, as far as it is known")
+    tokens: int = Field(ge=0, le=MAX_BRANCH_TOKENS, description="length of the chain, as far as it is known")
     final: str | None = Field(None, description="what the finished chain answers")
-    probe_tokens: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] = Field(
+    probe_tokens: list[Annotated[int, Field(ge=0, le=MAX_BRANCH_TOKENS)]] = Field(
         default_factory=list, description="cost of each probe; none means nothing"
     )
     complete: bool = Field(True, description="it ran to its end")
@@ -146,7 +149,7 @@ class BranchLine(BaseModel):
         return self
 
 
-class Line(BaseModel):
+class RecordingLine(BaseModel):
     """One line of the generic format: the branches of one question under one model, all or one of them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -155,7 +158,7 @@ class Line(BaseModel):
     id: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="its SHA-256, where the text is not to be kept")
     model: str = Field(min_length=1)
     benchmark: str = Field(min_length=1, description="what the question belongs to")
-    interval: int = Field(ge=1, le=MOST_TOKENS, description="tokens between probes")
+    interval: int = Field(ge=1, le=MAX_BRANCH_TOKENS, description="tokens between probes")
     branches: list[BranchLine] = Field(min_length=1)
     reference: str | None = Field(None, description="the reference answer")
     label_source: Literal["reference", "feedback", "consensus"] = "reference"
@@ -177,7 +180,7 @@ class Line(BaseModel):
         return sampling
 
     @model_validator(mode="after")
-    def _is_known(self) -> Line:
+    def _is_known(self) -> RecordingLine:
         if self.question is None and self.id is None:
             raise ValueError("question or id is needed")
         if self.question is not None and self.id is not None and self.id != question_id(self.question):
@@ -197,7 +200,7 @@ class Line(BaseModel):
             branches=[RecordedBranch(**branch.model_dump()) for branch in self.branches],
             reference=self.reference,
             label_source=LabelSource(self.label_source),
-            split=Split(self.split) if self.split else split_of(identity),
+            split=Split(self.split) if self.split else default_split(identity),
             text=self.question,
             sampling=self.sampling,
             probe_template=self.probe_template,
@@ -216,13 +219,13 @@ def read_jsonl(path: Path) -> list[RecordedQuestion]:
     there are parts, a last line that is torn is left out: whoever wrote it was killed. Raises BadRecording, naming the
     file, the line and the reason; then nothing of it is taken.
     """
-    lines: list[tuple[str, Line]] = []
+    lines: list[tuple[str, RecordingLine]] = []
     texts = _content(path).split(b"\n")
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
         try:
-            lines.append((f"{path}:{number}", parse_line(text)))
+            lines.append((f"{path}:{number}", parse_recording_line(text)))
         except BadRecording as error:
             if number == len(texts) and any(line.part is not None for _, line in lines):
                 break
@@ -234,15 +237,15 @@ def read_jsonl(path: Path) -> list[RecordedQuestion]:
     return [recorded for _, recorded in found]
 
 
-def parse_line(text: bytes) -> Line:
+def parse_recording_line(text: bytes) -> RecordingLine:
     """What a line of the generic format says. Raises BadRecording with the first thing that is wrong."""
     try:
-        return Line.model_validate_json(text)
+        return RecordingLine.model_validate_json(text)
     except ValidationError as error:
         raise BadRecording(_first(error)) from None
 
 
-def _gathered(lines: Sequence[tuple[str, Line]]) -> list[tuple[str, RecordedQuestion]]:
+def _gathered(lines: Sequence[tuple[str, RecordingLine]]) -> list[tuple[str, RecordedQuestion]]:
     """The recordings of `lines`, each with where its first line stands. Raises BadRecording if parts do not agree."""
     found: dict[object, tuple[str, RecordedQuestion]] = {}
     parts: dict[object, dict[int, RecordedBranch]] = {}
@@ -268,14 +271,14 @@ def _first(error: ValidationError) -> str:
     place = ".".join(map(str, problem["loc"]))
     words = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        owner = BranchLine if problem["loc"][0] == "branches" and len(problem["loc"]) > 1 else Line
+        owner = BranchLine if problem["loc"][0] == "branches" and len(problem["loc"]) > 1 else RecordingLine
         words = unknown_field(str(problem["loc"][-1]), owner.model_fields)
     return f"{place}: {words}" if place else words
 
 
-def as_line(recorded: RecordedQuestion, part: int | None = None) -> str:
+def format_recording_line(recorded: RecordedQuestion, part: int | None = None) -> str:
     """A recording as a line of the generic format, its end included; its one branch is `part`, if that is given."""
-    line = Line.model_construct(
+    line = RecordingLine.model_construct(
         question=recorded.text,
         id=recorded.question,
         model=recorded.model,

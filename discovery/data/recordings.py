@@ -22,7 +22,7 @@ from discovery.answers.redaction import is_veiled, veiled
 NO_ANSWER = -1
 DEFAULT_TEMPERATURE: Final = "default"
 """`branch_temperature` in a recording's sampling where branches were sampled at the model's own default temperature."""
-MOST_TOKENS: Final = 2**31 - 1
+MAX_BRANCH_TOKENS: Final = 2**31 - 1
 """Most tokens of a branch: the largest number that an array of 32-bit integers holds."""
 
 
@@ -125,15 +125,15 @@ class Version(NamedTuple):
         return sha256(json.dumps(self).encode()).hexdigest()[:12]
 
 
-def split_of(question: str) -> Split:
+def default_split(question: str) -> Split:
     """The split a question falls into by its `question_id`: six tenths search, two validation, two held-out."""
     tenth = int(question[:8], 16) % 10
     return Split.SEARCH if tenth < 6 else Split.VALIDATION if tenth < 8 else Split.HELD_OUT
 
 
 def live_split(question: str) -> Split:
-    """The split of a question first seen in live traffic: as `split_of` has it, but nothing live is held out."""
-    split = split_of(question)
+    """The split of a question first seen in live traffic: as `default_split` has it, but nothing live is held out."""
+    split = default_split(question)
     return Split.VALIDATION if split is Split.HELD_OUT else split
 
 
@@ -149,7 +149,7 @@ def question_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps(list(messages), sort_keys=True, ensure_ascii=False)
 
 
-class RecordedRow(NamedTuple):
+class BranchRow(NamedTuple):
     """One branch of a recording in plain ints, which a replay reads faster than arrays.
 
     Probes stand last first: what is left to run of a branch is then where its latest probe stands. An answer that was
@@ -186,14 +186,14 @@ class Recording:
     greedy_first: bool = False  # the first branch was generated at temperature 0, the others were sampled
 
     @cached_property
-    def rows(self) -> list[RecordedRow]:
+    def rows(self) -> list[BranchRow]:
         """The branches in plain ints."""
         none = len(self.answers)
         probes, finals = (np.where(numbers == NO_ANSWER, none, numbers) for numbers in (self.probes, self.finals))
         spans = [slice(*cut) for cut in itertools.pairwise(self.starts.tolist())]
         columns = zip(spans, self.tokens.tolist(), finals.tolist(), self.complete.tolist(), strict=True)
         return [
-            RecordedRow(probes[span][::-1].tolist(), self.probe_tokens[span][::-1].tolist(), *column)
+            BranchRow(probes[span][::-1].tolist(), self.probe_tokens[span][::-1].tolist(), *column)
             for span, *column in columns
         ]
 
@@ -208,7 +208,7 @@ class Recording:
         return len(self.tokens)
 
 
-def intern(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = str) -> Recording:
+def intern_answers(recorded: RecordedQuestion, tell: Callable[[str], Hashable | None] = str) -> Recording:
     """The recording that replay runs. Answers are the same if `tell` says the same of them, none if it says None.
 
     Where an answer of it, or its reference, is veiled, they are the same if their veils are.

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from controllers import Action, Advanced, Fact, Limits, Probed, Round, State, Verb, advance, branch, probe
 from controllers.actions import PRUNE
 from controllers.loading import Spec
-from discovery.data.files import whole
-from discovery.data.json_text import parse
+from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording
+from discovery.data.safe_json import parse_json
 from discovery.errors import TraceError
 
 FORMAT = 1
@@ -35,7 +35,7 @@ NONE = -1
 """In place of a label where there is none."""
 
 
-class Codes(dict[int, int]):
+class FactNumbers(dict[int, int]):
     """The number of each fact, by its identity: nearly all of them are interned, and hashing them would cost more."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class TraceWriter:
             "questions": [recording.question for recording in recordings],
         }
         self._folder = Path(cell.model, cell.benchmark, cell.split, f"{spec.name}-beta-{beta:g}")
-        self._codes = Codes()
+        self._codes = FactNumbers()
         self._facts: list[NDArray[np.uint32]] = []
         self._counts: list[int] = []  # facts of each round
         self._repeated: list[int] = []  # how many of them are those of its model
@@ -160,7 +160,7 @@ class TraceWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TraceError(f"{target.parent}: {error.strerror}") from None
-        with whole(target) as file:
+        with atomic_write(target) as file:
             np.savez(file, allow_pickle=False, about=np.array(about), **columns)
         return target
 
@@ -182,7 +182,7 @@ def _fact(row: Sequence[int]) -> Fact:
     return Probed(branch, label, tokens)
 
 
-class Episode(NamedTuple):
+class TracedEpisode(NamedTuple):
     """Which episode of a trace, and how it ended."""
 
     question: int  # position in its cell
@@ -199,11 +199,11 @@ class Trace:
     facts: list[Fact]  # by number
     arrays: dict[str, NDArray[Any]]
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> list[TracedEpisode]:
         """All of them, in the order they were run in."""
         width, first = len(self.about["questions"]), self.about["shuffles"][0]
         return [
-            Episode(at % width, first + at // width, None if label == NONE else label, bool(right))
+            TracedEpisode(at % width, first + at // width, None if label == NONE else label, bool(right))
             for at, (*_, label, right, _) in enumerate(self.arrays["episodes"].tolist())
         ]
 
@@ -250,7 +250,7 @@ def read_trace(path: Path) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        about = parse(str(arrays.pop("about")))
+        about = parse_json(str(arrays.pop("about")))
         if about["format"] != FORMAT:
             raise TraceError(f"{path}: written in format {about['format']}; this program reads {FORMAT}")
         return Trace(about, [_fact(row) for row in arrays.pop("table").tolist()], arrays)

@@ -24,7 +24,7 @@ CHAINS: Final = 64
 """The budgets end where so many chains would be paid."""
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """A controller at one β on one cell."""
 
     beta: float
@@ -47,12 +47,12 @@ class Curve:
 
     cell: Cell
     anchor: Anchor
-    points: Sequence[Point]
+    points: Sequence[CurvePoint]
 
     @property
     def afs(self) -> float:
         """Its area, in points of accuracy."""
-        return area([(one.tokens, one.accuracy) for one in self.points], self.anchor)
+        return area_under([(one.tokens, one.accuracy) for one in self.points], self.anchor)
 
     @property
     def slowdown(self) -> float:
@@ -69,7 +69,7 @@ class Curve:
         return accuracy_at([(one.tokens, one.accuracy) for one in self.points], self.anchor, budget)
 
 
-def anchor_of(recordings: Sequence[Recording]) -> Anchor:
+def chain_anchor(recordings: Sequence[Recording]) -> Anchor:
     """One chain of a cell: questions count equally, and each one's chains do."""
     lengths = np.concatenate([recording.tokens for recording in recordings])
     right = [float((one.finals == one.reference).mean()) if one.reference >= 0 else 0.0 for one in recordings]
@@ -85,17 +85,17 @@ def curves(scores: Sequence[Score], anchors: Mapping[Cell, Anchor]) -> list[Curv
     ]
 
 
-def _point(score: Score) -> Point:
+def _point(score: Score) -> CurvePoint:
     path = float(np.percentile(score.column("critical_path"), 95))
-    return Point(score.beta, score.mean("tokens"), score.accuracy, path)
+    return CurvePoint(score.beta, score.mean("tokens"), score.accuracy, path)
 
 
-def afs(found: Sequence[Curve]) -> float:
+def mean_afs(found: Sequence[Curve]) -> float:
     """The mean over cells, in points of accuracy."""
     return float(np.mean([curve.afs for curve in found]))
 
 
-def area(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
+def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
     """The area under (tokens, accuracy) points by rising β."""
     low, high = anchor.tokens, CHAINS * anchor.tokens
     total = 0.0
@@ -108,7 +108,7 @@ def area(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
     return total / math.log(CHAINS)
 
 
-def per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: Anchor) -> NDArray[np.float64]:
+def afs_per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: Anchor) -> NDArray[np.float64]:
     """Each question's part in the area, accuracies given per question: (questions,). Their mean is the area.
 
     The budget axis is the cell's mean tokens, for all questions alike; below β = 0 a question counts as `anchor` does.
@@ -116,7 +116,7 @@ def per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: Anch
     questions = len(line[0][1])
     parts = np.zeros(questions)
     for at in range(questions):
-        parts[at] = area([(tokens, float(accuracy[at])) for tokens, accuracy in line], anchor)
+        parts[at] = area_under([(tokens, float(accuracy[at])) for tokens, accuracy in line], anchor)
     return parts
 
 

@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from controllers.loading import Spec
-from discovery.data.files import whole
+from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell
 from discovery.errors import DiscoveryError
 from discovery.evaluation.engines import Engine
-from discovery.evaluation.evaluate import Answers, Evaluation
-from discovery.evaluation.paired_statistics import bounds
-from discovery.evaluation.replay_jobs import Rules
-from discovery.evaluation.score_set import Measured, Side, cheapest, measure
+from discovery.evaluation.evaluate import AnswerComparison, Evaluation
+from discovery.evaluation.paired_statistics import bootstrap_bounds
+from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy, score_controllers
 from discovery.evaluation.scores import Score
-from discovery.evaluation.sources import Source
+from discovery.evaluation.sources import RecordingSource
 
 RIVAL: Final = Spec("self_consistency")
 """What a controller has to be cheaper than."""
@@ -41,7 +41,7 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class Point:
+class CalibrationPoint:
     """What one β costs and brings; 95 % intervals over questions, None where one question says nothing of others."""
 
     beta: Beta
@@ -61,7 +61,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Single:
+class SingleChain:
     """What one chain costs and brings."""
 
     tokens: Number
@@ -76,14 +76,14 @@ class Arm(StrEnum):
 
 
 @dataclass(frozen=True)
-class Map:
+class BetaMap:
     """How the dial is best used on a model: which arm, and β no higher than that."""
 
     arm: Arm
     cap: Beta
 
 
-WHOLE: Final = Map(Arm.CONTROLLER, 1.0)
+FULL_RANGE: Final = BetaMap(Arm.CONTROLLER, 1.0)
 """All of the dial: of a model nobody has measured."""
 
 
@@ -93,10 +93,10 @@ class Calibration:
 
     controller: str
     digest: str
-    points: Annotated[tuple[Point, ...], MinLen(1)]  # by rising β
-    single: Single
+    points: Annotated[tuple[CalibrationPoint, ...], MinLen(1)]  # by rising β
+    single: SingleChain
     pays: bool  # its most accurate point is better than one chain, and self-consistency is as good for no less
-    map: Map
+    map: BetaMap
     answers: str = ""  # when two were the same; empty if unknown
     others: tuple[Calibration, ...] = ()  # of further controllers on the same model, which have none themselves
 
@@ -146,18 +146,20 @@ _FILE: Final = TypeAdapter(dict[str, Calibration])
 
 
 def calibrate(
-    source: Source,
+    source: RecordingSource,
     cells: Sequence[Cell],
     specs: Sequence[Spec],
     engine: Engine,
-    rules: Rules,
+    rules: ReplayRules,
     betas: Sequence[float],
     shuffles: int,
-    answers: Answers = Answers.AUTO,
+    answers: AnswerComparison = AnswerComparison.AUTO,
 ) -> Calibrations:
     """Play controllers, and self-consistency beside them, on some cells. Raises what `Evaluation.run` raises."""
     played = list({one.digest: one for one in (*specs, RIVAL)}.values())
-    measured = measure(Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine)
+    measured = score_controllers(
+        Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine
+    )
     sides = {side.spec.digest: side for side in measured.sides}
     rival = sides[RIVAL.digest]
     found = {}
@@ -169,23 +171,25 @@ def calibrate(
     return found
 
 
-def _of_model(measured: Measured, side: Side, rival: Side, cells: Sequence[Cell]) -> Calibration:
+def _of_model(
+    measured: ScoreSet, side: ControllerScores, rival: ControllerScores, cells: Sequence[Cell]
+) -> Calibration:
     """All questions of a model's cells count equally."""
     grounds = [measured.ground[cell] for cell in cells]
-    single = Single(
+    single = SingleChain(
         tokens=float(np.concatenate([one.tokens for one in grounds]).mean()),
         accuracy=100 * float(np.concatenate([one.right for one in grounds]).mean()),
     )
     points = _points(measured, side, cells)
     best = max(points, key=lambda point: (point.accuracy, -point.tokens))
     line = [] if rival is side else [(point.tokens, point.accuracy) for point in _points(measured, rival, cells)]
-    pays = is_worth(best, line)
+    pays = is_worth_its_tokens(best, line)
     return Calibration(
-        side.spec.name, side.spec.digest, points, single, pays, default_map(points, line, pays), measured.answers
+        side.spec.name, side.spec.digest, points, single, pays, recommend_map(points, line, pays), measured.answers
     )
 
 
-def _points(measured: Measured, side: Side, cells: Sequence[Cell]) -> tuple[Point, ...]:
+def _points(measured: ScoreSet, side: ControllerScores, cells: Sequence[Cell]) -> tuple[CalibrationPoint, ...]:
     chain = np.concatenate([measured.ground[cell].right for cell in cells])
     by_beta: dict[float, list[Score]] = {}
     for cell in cells:
@@ -194,11 +198,11 @@ def _points(measured: Measured, side: Side, cells: Sequence[Cell]) -> tuple[Poin
     return tuple(_point(beta, scores, chain) for beta, scores in sorted(by_beta.items()))
 
 
-def _point(beta: float, scores: Sequence[Score], chain: NDArray[np.float64]) -> Point:
+def _point(beta: float, scores: Sequence[Score], chain: NDArray[np.float64]) -> CalibrationPoint:
     """One β's scores on a model's cells, against how often `chain`s end right: (questions,)."""
     tokens, right = (np.concatenate([score.per_question(column) for score in scores]) for column in ("tokens", "right"))
     low, high = _interval(100 * (right - chain))
-    return Point(
+    return CalibrationPoint(
         beta,
         float(tokens.mean()),
         *_interval(tokens),
@@ -210,32 +214,32 @@ def _point(beta: float, scores: Sequence[Score], chain: NDArray[np.float64]) -> 
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    low, high = bounds(values, BOTH_SIDES)
+    low, high = bootstrap_bounds(values, BOTH_SIDES)
     return (low, high) if math.isfinite(low) else (None, None)
 
 
-def is_worth(point: Point, rival: Sequence[tuple[float, float]]) -> bool:
+def is_worth_its_tokens(point: CalibrationPoint, rival: Sequence[tuple[float, float]]) -> bool:
     """Whether it is surely better than one chain, and `rival`, (tokens, accuracy) by rising β, is no cheaper there."""
-    same = cheapest(rival, point.accuracy) if rival else None
+    same = cheapest_at_accuracy(rival, point.accuracy) if rival else None
     return point.gains and (same is None or same >= point.tokens)
 
 
-def default_map(points: Sequence[Point], rival: Sequence[tuple[float, float]], pays: bool) -> Map:
+def recommend_map(points: Sequence[CalibrationPoint], rival: Sequence[tuple[float, float]], pays: bool) -> BetaMap:
     """The whole dial where it pays; else β up to the largest that is worth what it costs; else one chain."""
     if pays:
-        return Map(Arm.CONTROLLER, points[-1].beta)
-    worth = [point.beta for point in points if is_worth(point, rival)]
-    return Map(Arm.CONTROLLER, worth[-1]) if worth else Map(Arm.SINGLE, points[0].beta)
+        return BetaMap(Arm.CONTROLLER, points[-1].beta)
+    worth = [point.beta for point in points if is_worth_its_tokens(point, rival)]
+    return BetaMap(Arm.CONTROLLER, worth[-1]) if worth else BetaMap(Arm.SINGLE, points[0].beta)
 
 
-def write(found: Calibrations, path: Path) -> None:
-    """Write calibrations as JSON. Raises NotWritten."""
+def write_calibrations(found: Calibrations, path: Path) -> None:
+    """Write calibrations as JSON. Raises FileWriteError."""
     told = {model: one.as_json() for model, one in found.items()}
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read(path: Path) -> Calibrations:
+def read_calibrations(path: Path) -> Calibrations:
     """The calibrations in a file. Raises DiscoveryError, naming the file and what is wrong with it."""
     try:
         return _FILE.validate_json(path.read_bytes())

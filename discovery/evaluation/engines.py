@@ -14,10 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from discovery.data.mapped_file import shelve, take
+from discovery.data.mapped_recordings import load_mapped, write_mapped
 from discovery.data.recordings import Recording
 from discovery.errors import EngineError
-from discovery.evaluation.replay_jobs import Job, Played, Rules, play
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
 
 
 class EngineName(StrEnum):
@@ -28,14 +28,14 @@ class EngineName(StrEnum):
     RAY = "ray"
 
 
-class Batch(NamedTuple):
+class RecordingBatch(NamedTuple):
     """Recordings, and the jobs to run on them."""
 
     recordings: Sequence[Recording]
     jobs: Sequence[Job]
 
 
-Engine = Callable[[Iterable[Batch], Rules], Iterator[tuple[Job, Played]]]
+Engine = Callable[[Iterable[RecordingBatch], ReplayRules], Iterator[tuple[Job, JobResult]]]
 """Runs batches as they come and yields each job's outcome in the order of the jobs. One batch is read ahead at most.
 Closing the iterator stops what is still to run."""
 
@@ -44,7 +44,7 @@ READ_AHEAD = 64
 """Jobs handed out before the first is waited for."""
 
 
-def engine_called(name: EngineName, workers: int | None = None) -> Engine:
+def make_engine(name: EngineName, workers: int | None = None) -> Engine:
     """The engine called `name`; `workers` beside the local one are as many as there are cores if not said."""
     if name is EngineName.LOCAL:
         return _local
@@ -54,16 +54,16 @@ def engine_called(name: EngineName, workers: int | None = None) -> Engine:
     return lambda batches, rules: _ray(batches, rules, count)
 
 
-def _local(batches: Iterable[Batch], rules: Rules) -> Iterator[tuple[Job, Played]]:
+def _local(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:
     for batch in batches:
         for job in batch.jobs:
-            yield job, play(job, batch.recordings, rules)
+            yield job, run_job(job, batch.recordings, rules)
 
 
-def _process(batches: Iterable[Batch], rules: Rules, workers: int) -> Iterator[tuple[Job, Played]]:
+def _process(batches: Iterable[RecordingBatch], rules: ReplayRules, workers: int) -> Iterator[tuple[Job, JobResult]]:
     """A pool of fresh processes, forked from one that has imported what they need and runs no threads."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["discovery.evaluation.replay_jobs", "discovery.data.mapped_file"])
+    context.set_forkserver_preload(["discovery.evaluation.replay_jobs", "discovery.data.mapped_recordings"])
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
         pool = ProcessPoolExecutor(workers, mp_context=context)
         pool.submit(os.getpid)  # the first worker starts while the first recordings are read
@@ -71,7 +71,7 @@ def _process(batches: Iterable[Batch], rules: Rules, workers: int) -> Iterator[t
             yield from _in_order(
                 (pool.submit(_play_shelved, job, path, rules), job)
                 for number, batch in enumerate(batches)
-                for path in [shelve(batch.recordings, Path(folder, str(number)))]
+                for path in [write_mapped(batch.recordings, Path(folder, str(number)))]
                 for job in batch.jobs
             )
         except BrokenProcessPool:
@@ -80,11 +80,11 @@ def _process(batches: Iterable[Batch], rules: Rules, workers: int) -> Iterator[t
             pool.shutdown(cancel_futures=True)
 
 
-def _play_shelved(job: Job, path: Path, rules: Rules) -> Played:
-    return play(job, take(path), rules)
+def _play_shelved(job: Job, path: Path, rules: ReplayRules) -> JobResult:
+    return run_job(job, load_mapped(path), rules)
 
 
-def _in_order(submitted: Iterator[tuple[Future[Played], Job]]) -> Iterator[tuple[Job, Played]]:
+def _in_order(submitted: Iterator[tuple[Future[JobResult], Job]]) -> Iterator[tuple[Job, JobResult]]:
     """Outcomes in the order of submission, READ_AHEAD jobs being under way or waiting."""
     waiting = deque(islice(submitted, READ_AHEAD))
     while waiting:
@@ -93,7 +93,7 @@ def _in_order(submitted: Iterator[tuple[Future[Played], Job]]) -> Iterator[tuple
         waiting.extend(islice(submitted, 1))
 
 
-def _ray(batches: Iterable[Batch], rules: Rules, workers: int) -> Iterator[tuple[Job, Played]]:
+def _ray(batches: Iterable[RecordingBatch], rules: ReplayRules, workers: int) -> Iterator[tuple[Job, JobResult]]:
     """Ray tasks; recordings lie in its object store, where workers of one machine map them."""
     try:
         import ray
@@ -103,7 +103,7 @@ def _ray(batches: Iterable[Batch], rules: Rules, workers: int) -> Iterator[tuple
     if ours:
         ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
-        remote = ray.remote(play)
+        remote = ray.remote(run_job)
         submitted = (
             (remote.remote(job, shelf, rules).future(), job)
             for batch in batches

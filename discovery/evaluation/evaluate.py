@@ -13,12 +13,12 @@ from typing import Final
 from controllers.loading import Spec
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge, Labels, canonical
-from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Recording, Version, intern
-from discovery.errors import NotRecorded
-from discovery.evaluation.engines import Batch, Engine
-from discovery.evaluation.replay_jobs import Job, Played, Rules, jobs
-from discovery.evaluation.scores import Grading, Score, limits_met, scores
-from discovery.evaluation.sources import Source
+from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Recording, Version, intern_answers
+from discovery.errors import RecordingsNotFound
+from discovery.evaluation.engines import Engine, RecordingBatch
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, make_jobs
+from discovery.evaluation.scores import QuestionGrading, Score, gather_scores, recording_limit_warnings
+from discovery.evaluation.sources import RecordingSource
 
 log = logging.getLogger(__name__)
 
@@ -27,25 +27,29 @@ Weights = Mapping[LabelSource, float | None]
 
 Questions of a source that is not named are left out.
 """
-SURE: Final[Weights] = MappingProxyType({LabelSource.REFERENCE: 1.0, LabelSource.FEEDBACK: 1.0})
+DEFAULT_WEIGHTS: Final[Weights] = MappingProxyType({LabelSource.REFERENCE: 1.0, LabelSource.FEEDBACK: 1.0})
 """A vote is no measure of who votes, so what is known by consensus alone is scored only if it is asked for."""
 
 
-class Answers(StrEnum):
+class AnswerComparison(StrEnum):
     """When two recorded answers are the same."""
 
     EXACT = "exact"  # as strings, as in the published tables
     CANONICAL = "canonical"  # read as the proxy reads them
     AUTO = "auto"  # exact where all recordings were imported, else canonical: models spell an answer in many ways
 
-    def of(self, recorded: Iterable[RecordedQuestion]) -> Answers:
+    def of(self, recorded: Iterable[RecordedQuestion]) -> AnswerComparison:
         """How recordings are compared: the one it is, or what `AUTO` comes to."""
-        if self is not Answers.AUTO:
+        if self is not AnswerComparison.AUTO:
             return self
-        return Answers.EXACT if all(one.origin is Origin.IMPORTED for one in recorded) else Answers.CANONICAL
+        return (
+            AnswerComparison.EXACT
+            if all(one.origin is Origin.IMPORTED for one in recorded)
+            else AnswerComparison.CANONICAL
+        )
 
 
-WHEN_SAME: Final = "when two answers are the same; auto: exact where all was imported, else canonical"
+ANSWERS_HELP: Final = "when two answers are the same; auto: exact where all was imported, else canonical"
 """What `--answers` says, in words."""
 
 
@@ -53,14 +57,14 @@ WHEN_SAME: Final = "when two answers are the same; auto: exact where all was imp
 class Evaluation:
     """Everything that is to be scored, and how."""
 
-    source: Source
+    source: RecordingSource
     cells: Sequence[Cell]
     specs: Sequence[Spec]
     betas: Sequence[float]
     shuffles: int
-    answers: Answers = Answers.AUTO
-    rules: Rules = field(default_factory=Rules)
-    weights: Weights = field(default_factory=lambda: SURE)
+    answers: AnswerComparison = AnswerComparison.AUTO
+    rules: ReplayRules = field(default_factory=ReplayRules)
+    weights: Weights = field(default_factory=lambda: DEFAULT_WEIGHTS)
     version: str = ""  # beginning of the digest of the version that is scored; none means as `scorable` says
 
     @property
@@ -71,13 +75,13 @@ class Evaluation:
     def run(self, engine: Engine, on_progress: Callable[[int], None] = lambda done: None) -> list[Score]:
         """A score for each cell, controller and β, in that order.
 
-        `on_progress` is told how much of `work` has been done since it was last called. Raises NotRecorded,
+        `on_progress` is told how much of `work` has been done since it was last called. Raises RecordingsNotFound,
         BadRecording, Censored, EngineError, TraceError.
         """
-        graded: dict[Cell, Grading] = {}
+        graded: dict[Cell, QuestionGrading] = {}
         branches: dict[Cell, list[int]] = {}
         with Judge(clock=Clock.CPU) as judge:
-            played = scores(_told(engine(self._batches(judge, graded, branches), self.rules), on_progress))
+            played = gather_scores(_told(engine(self._batches(judge, graded, branches), self.rules), on_progress))
             found = [
                 replace(
                     score,
@@ -87,44 +91,48 @@ class Evaluation:
                 )
                 for score in played
             ]
-        for line in limits_met(found):
+        for line in recording_limit_warnings(found):
             log.warning("%s", line)
         return found
 
-    def _batches(self, judge: Judge, graded: dict[Cell, Grading], branches: dict[Cell, list[int]]) -> Iterator[Batch]:
+    def _batches(
+        self, judge: Judge, graded: dict[Cell, QuestionGrading], branches: dict[Cell, list[int]]
+    ) -> Iterator[RecordingBatch]:
         """One batch a cell; its recordings are read when it is asked for, and how they are graded is noted."""
         for cell in self.cells:
-            recorded = scorable(self.source, cell, self.weights, self.version)
+            recorded = scorable_recordings(self.source, cell, self.weights, self.version)
             weights = [_weight(one, self.weights) for one in recorded]
             answers = self.answers.of(recorded)
-            graded[cell] = Grading([one.label_source for one in recorded], weights, answers)
+            graded[cell] = QuestionGrading([one.label_source for one in recorded], weights, answers)
             recordings = [_interned(one, answers, judge) for one in recorded]
             branches[cell] = [recording.branches for recording in recordings]
             most = min(branches[cell])
             for spec in self.specs:
                 if spec.chains > min(most, self.rules.max_branches):
-                    raise NotRecorded(
+                    raise RecordingsNotFound(
                         f"{spec.name} opens {spec.chains} branches; {' '.join(cell)} has {most} a question, "
                         f"and --max-branches is {self.rules.max_branches}"
                     )
-            yield Batch(recordings, jobs(self.specs, self.betas, cell, self.shuffles))
+            yield RecordingBatch(recordings, make_jobs(self.specs, self.betas, cell, self.shuffles))
 
 
-def read_cell(
-    source: Source, cell: Cell, answers: Answers, judge: Judge | None = None
-) -> tuple[list[Recording], Answers]:
+def read_scorable_cell(
+    source: RecordingSource, cell: Cell, answers: AnswerComparison, judge: Judge | None = None
+) -> tuple[list[Recording], AnswerComparison]:
     """What of a cell is scored, unless it is asked for otherwise, and how its answers are compared. Raises
-    NotRecorded."""
-    found = scorable(source, cell)
+    RecordingsNotFound."""
+    found = scorable_recordings(source, cell)
     answers = answers.of(found)
     return [_interned(recorded, answers, judge) for recorded in found], answers
 
 
-def scorable(source: Source, cell: Cell, weights: Weights = SURE, version: str = "") -> list[RecordedQuestion]:
+def scorable_recordings(
+    source: RecordingSource, cell: Cell, weights: Weights = DEFAULT_WEIGHTS, version: str = ""
+) -> list[RecordedQuestion]:
     """The complete recordings of a cell whose reference answers count, all of one version; one for each question.
 
     Without a `version` it is the one there is. Of several made here it is one of those made with the upstream as it was
-    last: the sampling that most of them share. What is left out is logged. Raises NotRecorded.
+    last: the sampling that most of them share. What is left out is logged. Raises RecordingsNotFound.
     """
     recorded = source.load(cell)
     kept = _of_one_version(cell, _graded(cell, recorded, weights), version)
@@ -133,10 +141,10 @@ def scorable(source: Source, cell: Cell, weights: Weights = SURE, version: str =
         log.warning(
             "%s: of the newest version, %s, nothing can be scored", " ".join(cell), made_here[-1].version.digest
         )
-    return pooled(kept)
+    return pool_recordings(kept)
 
 
-def pooled(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuestion]:
+def pool_recordings(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuestion]:
     """One recording a question, version and reference, in order of the first of each; complete ones by themselves.
 
     Branches of one version are draws from one well, whichever requests they were made for.
@@ -153,8 +161,8 @@ def pooled(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuestion]:
     ]
 
 
-def _interned(recorded: RecordedQuestion, answers: Answers, judge: Judge | None) -> Recording:
-    return intern(recorded) if answers is Answers.EXACT else regrade(recorded, judge)
+def _interned(recorded: RecordedQuestion, answers: AnswerComparison, judge: Judge | None) -> Recording:
+    return intern_answers(recorded) if answers is AnswerComparison.EXACT else regrade(recorded, judge)
 
 
 def regrade(recorded: RecordedQuestion, judge: Judge | None = None) -> Recording:
@@ -165,10 +173,10 @@ def regrade(recorded: RecordedQuestion, judge: Judge | None = None) -> Recording
         form = canonical(answer)
         return None if form is None else labels.number(form, answer)
 
-    return intern(recorded, label)
+    return intern_answers(recorded, label)
 
 
-def _told(outcomes: Iterator[tuple[Job, Played]], tell: Callable[[int], None]) -> Iterator[tuple[Job, Played]]:
+def _told(outcomes: Iterator[tuple[Job, JobResult]], tell: Callable[[int], None]) -> Iterator[tuple[Job, JobResult]]:
     for job, played in outcomes:
         tell(len(job.shuffles))
         yield job, played
@@ -181,17 +189,17 @@ def _weight(recorded: RecordedQuestion, weights: Weights) -> float:
 
 
 def _graded(cell: Cell, recorded: Sequence[RecordedQuestion], weights: Weights) -> list[RecordedQuestion]:
-    """The complete recordings with a reference answer that counts. Raises NotRecorded."""
+    """The complete recordings with a reference answer that counts. Raises RecordingsNotFound."""
     name = " ".join(cell)
     known = [one for one in recorded if one.complete and one.reference is not None]
     if not known:
-        raise NotRecorded(f"{name}: none of {len(recorded)} recordings is complete and has a reference answer")
+        raise RecordingsNotFound(f"{name}: none of {len(recorded)} recordings is complete and has a reference answer")
     kept = [one for one in known if _weight(one, weights) > 0]
     found = Counter(one.label_source for one in known if _weight(one, weights) <= 0)
     others = " and ".join(f"{found[source]} by {source}" for source in LabelSource if found[source])
     if not kept:
         way = f"`autotts evaluate --labels {','.join(source for source in LabelSource if found[source])}` takes them"
-        raise NotRecorded(f"{name}: no right answer is known in a way that counts, only {others}; {way}")
+        raise RecordingsNotFound(f"{name}: no right answer is known in a way that counts, only {others}; {way}")
     if others:
         log.warning(
             "%s: left out are recordings whose right answers are known in a way that does not count, %s", name, others
@@ -200,7 +208,10 @@ def _graded(cell: Cell, recorded: Sequence[RecordedQuestion], weights: Weights) 
 
 
 def _of_one_version(cell: Cell, kept: Sequence[RecordedQuestion], wanted: str) -> list[RecordedQuestion]:
-    """Those of the version whose digest begins as `wanted`; without one as `scorable` says. Raises NotRecorded."""
+    """Return the recordings of one version, chosen as `scorable_recordings` describes.
+
+    `wanted` is the beginning of the version's digest, or empty. Raises RecordingsNotFound.
+    """
     name = " ".join(cell)
     by_version: dict[Version, list[RecordedQuestion]] = {}
     for one in kept:
@@ -209,12 +220,12 @@ def _of_one_version(cell: Cell, kept: Sequence[RecordedQuestion], wanted: str) -
         found = [version for version in by_version if version.digest.startswith(wanted)]
         if len(found) != 1:
             wrong = f"{len(found)} versions begin with {wanted!r}" if found else f"no version {wanted!r} can be scored"
-            raise NotRecorded(f"{name}: {wrong}; there are {_listed(by_version)}")
+            raise RecordingsNotFound(f"{name}: {wrong}; there are {_listed(by_version)}")
         return by_version[found[0]]
     if len(by_version) == 1:
         return list(kept)
     if any(one.origin is Origin.IMPORTED for one in kept):
-        raise NotRecorded(
+        raise RecordingsNotFound(
             f"{name}: recordings of {len(by_version)} versions are not scored together: {_listed(by_version)}; "
             "`autotts evaluate --version` picks one"
         )

@@ -32,12 +32,12 @@ ONE_SIDED: Final = 5.0
 """Percent beyond a bound."""
 
 
-def level(k: int, alpha: float) -> float:
+def sequential_alpha(k: int, alpha: float) -> float:
     """What the k-th test on the same questions, from 1, may spend of `alpha`: α·6/(π²k²). All of them spend α."""
     return alpha * 6 / (math.pi * k) ** 2
 
 
-def clusters(
+def question_values(
     values: Mapping[Cell, NDArray[np.float64]], questions: Mapping[Cell, Sequence[str]]
 ) -> NDArray[np.float64]:
     """One value a question from each cell's (questions,), by the questions' ids; their mean is the mean over cells.
@@ -53,7 +53,7 @@ def clusters(
     return sums * len(every) / len(values)
 
 
-def sign_flip(differences: NDArray[np.float64], alpha: float = 1.0) -> float:
+def sign_flip_p(differences: NDArray[np.float64], alpha: float = 1.0) -> float:
     """The one-sided p of a mean above 0, by flipping signs; equal sums count against it.
 
     Exact for `EXACT` questions that differ at all; else of seeded draws, counting what was seen as one of them. There
@@ -88,7 +88,7 @@ def _drawn(count: int, block: int) -> NDArray[np.float64]:
     return np.random.default_rng((SEED, block)).choice([-1.0, 1.0], (FLIPS, count))
 
 
-def bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) -> tuple[float, float]:
+def bootstrap_bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) -> tuple[float, float]:
     """The mean's lower and upper bound, `tail` percent beyond each, bootstrapped over questions.
 
     One question says nothing of how far others may lie: then they are infinite.
@@ -102,7 +102,7 @@ def bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) -> tuple[f
     return float(low), float(high)
 
 
-def detectable(differences: NDArray[np.float64], alpha: float) -> float | None:
+def detectable_difference(differences: NDArray[np.float64], alpha: float) -> float | None:
     """The mean that a test at `alpha` would notice four times in five, by the spread over questions.
 
     None where nothing would be noticed however large it is: too few questions for so small a level.
@@ -122,7 +122,7 @@ def _student(part: float, freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def share_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count`, in percent."""
     z = NormalDist().inv_cdf(0.975)
     middle, width = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from discovery.data.files import check_place, whole
-from discovery.errors import NotWritten
+from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.errors import FileWriteError
 
 COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#475569", "#db2777", "#65a30d")
 
 
-class Point(NamedTuple):
+class PlotPoint(NamedTuple):
     """One setting."""
 
     tokens: float
@@ -21,18 +21,18 @@ class Point(NamedTuple):
     label: str = ""
 
 
-Panel = Mapping[str, Sequence[Point]]
+Panel = Mapping[str, Sequence[PlotPoint]]
 """Lines by name, each from left to right."""
 
 
 def check_plot(path: Path) -> None:
-    """Raise NotWritten, before anything costly, if a picture could not be written to `path`."""
+    """Raise FileWriteError, before anything costly, if a picture could not be written to `path`."""
     if path.suffix not in (".png", ".svg"):
-        raise NotWritten(f"--plot {path}: the name must end in .png or .svg")
-    check_place(path, "--plot")
+        raise FileWriteError(f"--plot {path}: the name must end in .png or .svg")
+    check_writable_path(path, "--plot")
 
 
-def draw(panels: Mapping[str, Panel], path: Path) -> None:
+def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
     """One panel beside the other, by title; bars are standard errors."""
     from matplotlib.figure import Figure
 
@@ -56,11 +56,11 @@ def draw(panels: Mapping[str, Panel], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize=8)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])
 
 
-class Span(NamedTuple):
+class PlotInterval(NamedTuple):
     """A mean and its interval; None where there is none."""
 
     mean: float
@@ -68,11 +68,11 @@ class Span(NamedTuple):
     high: float | None
 
 
-Rows = Mapping[str, Mapping[str, Span]]
+PlotRows = Mapping[str, Mapping[str, PlotInterval]]
 """What is compared, by name, in rows by name."""
 
 
-def draw_spans(panels: Mapping[str, Rows], path: Path) -> None:
+def draw_intervals(panels: Mapping[str, PlotRows], path: Path) -> None:
     """One panel beside the other, by title: rows from above, in each what is compared, one below the other."""
     from matplotlib.figure import Figure
 
@@ -92,5 +92,5 @@ def draw_spans(panels: Mapping[str, Rows], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])

@@ -17,27 +17,27 @@ from typing import Any, Final, NamedTuple
 from controllers.sandbox.worker import Clock
 from controllers.voting import confidence, plurality, tally, top_two
 from discovery.answers import Judge
-from discovery.data.json_text import parse
 from discovery.data.questions import Question
 from discovery.data.recordings import NO_ANSWER, LabelSource, RecordedBranch, RecordedQuestion, Version
+from discovery.data.safe_json import parse_json
 from discovery.evaluation.evaluate import regrade
-from discovery.evaluation.paired_statistics import share_interval
-from discovery.store import Episode, Feedback, Label, Store
-from discovery.store.rows import surer
+from discovery.evaluation.paired_statistics import wilson_interval
+from discovery.store import Feedback, Label, ServedEpisode, Store
+from discovery.store.rows import is_surer
 
 MIN_MARGIN: Final = 0.2
 """Share of its branches by which a vote's leader must be ahead to be a label."""
 MIN_BRANCHES: Final = 3
 """Branches that make a vote. So few are seldom enough, and their confidence says so: 0.75 at most, as reckoned."""
-ENOUGH: Final = 20
+MIN_CALIBRATION_ANSWERS: Final = 20
 """Answers to questions with a reference by which it is told how often a source is right; with fewer it is reckoned."""
-CONTENT: Final = 0.5
+SATISFIED_SCORE: Final = 0.5
 """The least score of a client who is content."""
-MARGINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MARGIN_BINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Between these, votes are counted together."""
 
 
-class Said(NamedTuple):
+class AnswerFeedback(NamedTuple):
     """What a client said of an answer to a question."""
 
     question: str
@@ -46,7 +46,7 @@ class Said(NamedTuple):
     tenant: str = ""  # who says so; callers without a key are one
 
 
-class Vote(NamedTuple):
+class BranchVote(NamedTuple):
     """What the branches of a question say, each having one vote."""
 
     answer: str  # of those that most say the first, as most of them write it
@@ -61,12 +61,12 @@ class Vote(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Material:
+class LabelInputs:
     """What labels are made of."""
 
     questions: Mapping[str, Label | None]  # all there are, with the answers they came with
     labels: Sequence[Label]  # as they are now
-    said: Sequence[Said]  # the latest of each request, the latest last
+    said: Sequence[AnswerFeedback]  # the latest of each request, the latest last
     unheard: int  # requests of which something was said that bears on no answer
     finals: Mapping[str, Sequence[Sequence[str | None]]]  # by question: what its branches say, for each model
 
@@ -80,7 +80,7 @@ class Agreement(NamedTuple):
     @property
     def interval(self) -> tuple[float, float] | None:
         """Wilson's, of 95 %, in percent; None of nothing."""
-        return share_interval(self.right / self.of, self.of) if self.of else None
+        return wilson_interval(self.right / self.of, self.of) if self.of else None
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`; shares in percent."""
@@ -89,7 +89,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class LabelReport:
     """What became of a store's labels."""
 
     effective: Mapping[LabelSource | None, int]  # questions by the source that counts; None where there is none
@@ -116,7 +116,7 @@ class Report:
             "references": {"unknown": self.unknown, "contradicted": self.contradicted},
             "feedback": {
                 "unheard": self.unheard,
-                "confidence": "calibrated" if self.feedback.of >= ENOUGH else "reckoned",
+                "confidence": "calibrated" if self.feedback.of >= MIN_CALIBRATION_ANSWERS else "reckoned",
                 "agreement": self.feedback.as_json(),
             },
             "consensus": {
@@ -132,24 +132,24 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Made:
+class LabelChanges:
     """Labels that have changed, and what is told of them."""
 
     labels: Sequence[Label]
     gone: Sequence[Label]
-    report: Report
+    report: LabelReport
 
 
-async def fill(
+async def update_labels(
     store: Store,
     references: Sequence[Question] = (),
     min_margin: float = MIN_MARGIN,
     min_branches: int = MIN_BRANCHES,
-) -> Report:
+) -> LabelReport:
     """Bring a store's labels up to date. Where nothing has changed nothing is written. Raises StoreError."""
-    material = await gather(store)
+    material = await load_inputs(store)
     with Judge(clock=Clock.CPU) as judge:
-        made = make(material, references, min_margin, min_branches, judge)
+        made = compute_labels(material, references, min_margin, min_branches, judge)
     if made.labels or made.gone:
         await store.set_labels(made.labels, made.gone)
     return made.report
@@ -158,21 +158,21 @@ async def fill(
 # What there is
 
 
-async def gather(store: Store) -> Material:
+async def load_inputs(store: Store) -> LabelInputs:
     """What a store's labels are made of. Raises StoreError."""
     latest = {one.request_id: one for one in await store.feedback()}
     in_time = sorted(latest.values(), key=attrgetter("created"))
-    said = [said_of(await store.episode(feedback.request_id), feedback) for feedback in in_time]
+    said = [interpret_feedback(await store.episode(feedback.request_id), feedback) for feedback in in_time]
     kept = [one for one in said if one is not None]
-    return Material(await store.questions(), await store.labels(), kept, len(said) - len(kept), await _finals(store))
+    return LabelInputs(await store.questions(), await store.labels(), kept, len(said) - len(kept), await _finals(store))
 
 
-def said_of(episode: Episode | None, feedback: Feedback) -> Said | None:
+def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> AnswerFeedback | None:
     """What feedback says of an answer; None if it bears on none."""
     if episode is None or episode.question is None:
         return None
     try:
-        value = parse(feedback.value)
+        value = parse_json(feedback.value)
     except ValueError:
         return None
     answer, weight = episode.answer, 0.0
@@ -181,8 +181,8 @@ def said_of(episode: Episode | None, feedback: Feedback) -> Said | None:
     elif feedback.kind == "correct" and isinstance(value, bool):
         weight = 1.0 if value else -1.0
     elif feedback.kind == "score" and isinstance(value, (int, float)) and 0 <= value <= 1:
-        weight = float(value) if value >= CONTENT else value - 1.0
-    return None if answer is None or not weight else Said(episode.question, answer, weight, episode.tenant)
+        weight = float(value) if value >= SATISFIED_SCORE else value - 1.0
+    return None if answer is None or not weight else AnswerFeedback(episode.question, answer, weight, episode.tenant)
 
 
 async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
@@ -211,9 +211,9 @@ async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
 # What follows
 
 
-def make(
-    material: Material, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
-) -> Made:
+def compute_labels(
+    material: LabelInputs, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
+) -> LabelChanges:
     """The labels there should be, as far as they are not those there are. Of the same comes the same."""
     given = {one.question: one.reference for one in references if one.reference is not None}
     known = {question: answer for question, answer in given.items() if question in material.questions}
@@ -221,18 +221,18 @@ def make(
     right = {**_of(LabelSource.REFERENCE, material.labels), **known, **own}
     told = [Label(one, LabelSource.REFERENCE, answer, 1.0) for one, answer in known.items() if one not in own]
 
-    heard = [by_feedback(said, judge) for said in _by_question(material.said)]
+    heard = [label_by_feedback(said, judge) for said in _by_question(material.said)]
     refuted = {one.question: one.refuted for one in heard}
     liked = [one.label for one in heard if one.label is not None]
     agreed = [
-        (label.confidence, same(label.answer, right[label.question], judge))
+        (label.confidence, are_same_answer(label.answer, right[label.question], judge))
         for label in liked
         if label.question in right
     ]
-    sure = calibrated(agreed)
+    sure = calibrate_confidence(agreed)
     liked = [replace(label, confidence=sure(label.confidence)) for label in liked]
 
-    voted = by_votes(material.finals, right, refuted, min_margin, min_branches, judge)
+    voted = label_by_votes(material.finals, right, refuted, min_margin, min_branches, judge)
     wanted = [*told, *liked, *voted.labels]
     spoilt = {
         (label.source, label.question)
@@ -240,12 +240,12 @@ def make(
         if label.source is not LabelSource.REFERENCE and _is_any(label.answer, refuted.get(label.question, ()), judge)
     }
     labels, gone = _changes(material.labels, wanted, spoilt)
-    report = Report(
+    report = LabelReport(
         effective=_effective(material, wanted, gone),
         written=_counted(labels),
         removed=_counted(gone),
         unknown=len(given) - len(known),
-        contradicted=sum(not same(own[one], answer, judge) for one, answer in known.items() if one in own),
+        contradicted=sum(not are_same_answer(own[one], answer, judge) for one, answer in known.items() if one in own),
         unheard=material.unheard,
         votes=voted.votes,
         close=voted.close,
@@ -255,13 +255,13 @@ def make(
         feedback=_agreement(is_right for _, is_right in agreed),
         by_margin=[
             (low, high, _agreement(is_right for found, is_right in voted.judged if _bin(found.margin) == low))
-            for low, high in pairwise(MARGINS)
+            for low, high in pairwise(MARGIN_BINS)
         ],
     )
-    return Made(labels, gone, report)
+    return LabelChanges(labels, gone, report)
 
 
-class Heard(NamedTuple):
+class FeedbackResult(NamedTuple):
     """What clients say of a question."""
 
     question: str
@@ -269,7 +269,7 @@ class Heard(NamedTuple):
     refuted: Sequence[str]  # answers that are spoken against no less than for
 
 
-def by_feedback(said: Sequence[Said], judge: Judge) -> Heard:
+def label_by_feedback(said: Sequence[AnswerFeedback], judge: Judge) -> FeedbackResult:
     """What was said of one question's answers, all together, the latest last.
 
     A tenant has one voice on an answer, its latest, and holds one answer for right at most, its latest. The label is
@@ -277,7 +277,7 @@ def by_feedback(said: Sequence[Said], judge: Judge) -> Heard:
     voices that say so (`succession`), of those that hold anything for right or speak against it, each weighed by how
     sure it is itself.
     """
-    numbers = grouped([one.answer for one in said], judge)
+    numbers = group_answers([one.answer for one in said], judge)
     voices: dict[str, dict[int, float]] = {}
     for one, number in zip(said, numbers, strict=True):
         if number != NO_ANSWER:
@@ -293,16 +293,16 @@ def by_feedback(said: Sequence[Said], judge: Judge) -> Heard:
     behind = net[leading[1]] if len(leading) > 1 else 0.0
     question = said[0].question
     if not leading or net[leading[0]] == behind:
-        return Heard(question, None, refuted)
+        return FeedbackResult(question, None, refuted)
     best = leading[0]
     count = sum(weight > 0 for of_one in weights.values() for weight in of_one)
     count += sum(weight < 0 for weight in weights[best])
-    sure = succession(fsum(weight for weight in weights[best] if weight > 0), count)
+    sure = rule_of_succession(fsum(weight for weight in weights[best] if weight > 0), count)
     answer, margin = said[numbers.index(best)].answer, (net[best] - behind) / count
-    return Heard(question, Label(question, LabelSource.FEEDBACK, answer, sure, margin), refuted)
+    return FeedbackResult(question, Label(question, LabelSource.FEEDBACK, answer, sure, margin), refuted)
 
 
-class Voted(NamedTuple):
+class VotingResult(NamedTuple):
     """What came of all votes."""
 
     labels: Sequence[Label]
@@ -310,109 +310,113 @@ class Voted(NamedTuple):
     close: int  # of which too close
     refuted: int  # of the others
     calibrated: int  # votes their confidence is read off; 0 if none
-    judged: Sequence[tuple[Vote, bool]]  # those with a reference, and whether they are right
+    judged: Sequence[tuple[BranchVote, bool]]  # those with a reference, and whether they are right
     agreement: Agreement  # of the labels
 
 
-def by_votes(
+def label_by_votes(
     finals: Mapping[str, Iterable[Sequence[str | None]]],
     right: Mapping[str, str],
     refuted: Mapping[str, Sequence[str]],
     min_margin: float,
     min_branches: int,
     judge: Judge,
-) -> Voted:
+) -> VotingResult:
     """Labels by consensus: of votes that are large and clear and whose leaders nobody refuted."""
-    votes = {one: found for one, said in finals.items() if (found := clearest(said, judge, min_branches)) is not None}
+    votes = {
+        one: found for one, said in finals.items() if (found := clearest_vote(said, judge, min_branches)) is not None
+    }
     clear = {one: found for one, found in votes.items() if found.second < found.first and found.margin >= min_margin}
     kept = {one: found for one, found in clear.items() if not _is_any(found.answer, refuted.get(one, ()), judge)}
-    agrees = {one: same(found.answer, right[one], judge) for one, found in votes.items() if one in right}
+    agrees = {one: are_same_answer(found.answer, right[one], judge) for one, found in votes.items() if one in right}
     judged = [(votes[one], is_right) for one, is_right in agrees.items()]
-    sure = calibrated([(reckoned(found), is_right) for found, is_right in judged])
-    return Voted(
+    sure = calibrate_confidence([(estimated_confidence(found), is_right) for found, is_right in judged])
+    return VotingResult(
         [
-            Label(one, LabelSource.CONSENSUS, found.answer, sure(reckoned(found)), found.margin)
+            Label(one, LabelSource.CONSENSUS, found.answer, sure(estimated_confidence(found)), found.margin)
             for one, found in kept.items()
         ],
         len(votes),
         len(votes) - len(clear),
         len(clear) - len(kept),
-        len(judged) if len(judged) >= ENOUGH else 0,
+        len(judged) if len(judged) >= MIN_CALIBRATION_ANSWERS else 0,
         judged,
         _agreement(is_right for one, is_right in agrees.items() if one in kept),
     )
 
 
-def vote(finals: Sequence[str | None], judge: Judge, min_branches: int = MIN_BRANCHES) -> Vote | None:
+def count_votes(finals: Sequence[str | None], judge: Judge, min_branches: int = MIN_BRANCHES) -> BranchVote | None:
     """What branches say that ended in `finals`, each having a vote; None if they are too few, or say nothing."""
-    numbers = grouped(finals, judge)
+    numbers = group_answers(finals, judge)
     votes = tally(number for number in numbers if number != NO_ANSWER)
     leader = plurality(votes)
     if leader is None or len(finals) < min_branches:
         return None
     spelled = Counter(final for final, number in zip(finals, numbers, strict=True) if number == leader)
-    return Vote(str(spelled.most_common(1)[0][0]), *top_two(votes), len(finals))
+    return BranchVote(str(spelled.most_common(1)[0][0]), *top_two(votes), len(finals))
 
 
-def clearest(finals: Iterable[Sequence[str | None]], judge: Judge, min_branches: int = MIN_BRANCHES) -> Vote | None:
+def clearest_vote(
+    finals: Iterable[Sequence[str | None]], judge: Judge, min_branches: int = MIN_BRANCHES
+) -> BranchVote | None:
     """Of several models' votes the one that is surest by its counts, then the largest; None if there is none."""
-    votes = [found for of_one in finals if (found := vote(of_one, judge, min_branches)) is not None]
-    return max(votes, key=lambda found: (reckoned(found), found.branches), default=None)
+    votes = [found for of_one in finals if (found := count_votes(of_one, judge, min_branches)) is not None]
+    return max(votes, key=lambda found: (estimated_confidence(found), found.branches), default=None)
 
 
-def grouped(answers: Sequence[str | None], judge: Judge) -> list[int]:
+def group_answers(answers: Sequence[str | None], judge: Judge) -> list[int]:
     """Answers as numbers, the same where they are the same as a regraded recording has it; NO_ANSWER for none."""
     branches = [RecordedBranch((), 0, answer) for answer in answers]
     found: list[int] = regrade(RecordedQuestion("", "", "", 1, branches), judge).finals.tolist()
     return found
 
 
-def same(one: str, other: str, judge: Judge) -> bool:
+def are_same_answer(one: str, other: str, judge: Judge) -> bool:
     """Whether two answers are the same, one of which may be veiled."""
-    number, other_number = grouped([one, other], judge)
+    number, other_number = group_answers([one, other], judge)
     return number == other_number != NO_ANSWER
 
 
 def _is_any(answer: str, others: Iterable[str], judge: Judge) -> bool:
-    return any(same(answer, other, judge) for other in others)
+    return any(are_same_answer(answer, other, judge) for other in others)
 
 
-def reckoned(found: Vote) -> float:
+def estimated_confidence(found: BranchVote) -> float:
     """How sure a vote is by its counts alone: the share that says it, as far as it is sure that it leads at all.
 
     That it leads is soon sure and says little of whether it is right. On the public recordings this is right no less
     often than it says (0.75 where it says 0.70, of Qwen3-1.7B's votes of 16 branches; 0.67 and 0.59 of 3), but of the
     smallest model (0.52 and 0.59; 0.39 and 0.50), and that it leads alone 0.98.
     """
-    return confidence(found.first, found.second) * succession(found.first, found.branches)
+    return confidence(found.first, found.second) * rule_of_succession(found.first, found.branches)
 
 
-def succession(right: float, of: int) -> float:
+def rule_of_succession(right: float, of: int) -> float:
     """Laplace's rule of succession: how likely the next is right where `right` of `of` were. It is never certain, and
     one half of nothing: whoever speaks alone is believed, but not beyond doubt."""
     return (right + 1) / (of + 2)
 
 
-def calibrated(judged: Sequence[tuple[float, bool]]) -> Callable[[float], float]:
+def calibrate_confidence(judged: Sequence[tuple[float, bool]]) -> Callable[[float], float]:
     """How often what is reckoned so sure is right, by `judged`: how sure each was, and whether it was right.
 
     It is a flight of steps that rises: what is surer is no less often right, and neighbours that say otherwise are one
     step. A step is as sure as `succession` has it of its own. With fewer than `ENOUGH` all stays as reckoned.
     """
-    if len(judged) < ENOUGH:
+    if len(judged) < MIN_CALIBRATION_ANSWERS:
         return lambda reckoned: reckoned
     steps: list[tuple[float, int, int]] = []  # least that was reckoned, how many were right, of how many
     for least, group in groupby(sorted(judged), key=itemgetter(0)):
         agreed = [is_right for _, is_right in group]
         right, of = sum(agreed), len(agreed)
-        while steps and succession(*steps[-1][1:]) >= succession(right, of):
+        while steps and rule_of_succession(*steps[-1][1:]) >= rule_of_succession(right, of):
             least, before, of_them = steps.pop()
             right, of = right + before, of + of_them
         steps.append((least, right, of))
 
     def sure(reckoned: float) -> float:
         below = [step for step in steps if step[0] <= reckoned]
-        return succession(*(below or steps[:1])[-1][1:])
+        return rule_of_succession(*(below or steps[:1])[-1][1:])
 
     return sure
 
@@ -421,8 +425,8 @@ def _of(source: LabelSource, labels: Iterable[Label]) -> dict[str, str]:
     return {label.question: label.answer for label in labels if label.source is source}
 
 
-def _by_question(said: Iterable[Said]) -> Iterable[Sequence[Said]]:
-    found: dict[str, list[Said]] = {}
+def _by_question(said: Iterable[AnswerFeedback]) -> Iterable[Sequence[AnswerFeedback]]:
+    found: dict[str, list[AnswerFeedback]] = {}
     for one in said:
         found.setdefault(one.question, []).append(one)
     return found.values()
@@ -449,14 +453,14 @@ def _is_equal(label: Label, other: Label | None) -> bool:
     return other is not None and replace(label, created=other.created) == other
 
 
-def _effective(material: Material, wanted: Iterable[Label], gone: Iterable[Label]) -> dict[LabelSource | None, int]:
+def _effective(material: LabelInputs, wanted: Iterable[Label], gone: Iterable[Label]) -> dict[LabelSource | None, int]:
     """How many questions are known by each source, by the surest of those they have."""
     labels = {(label.source, label.question) for label in (*material.labels, *wanted)}
     labels -= {(label.source, label.question) for label in gone}
     labels |= {(label.source, question) for question, label in material.questions.items() if label is not None}
     surest: dict[str, LabelSource] = {}
     for source, question in labels:
-        if question not in surest or surer(source, surest[question]):
+        if question not in surest or is_surer(source, surest[question]):
             surest[question] = source
     found = Counter(surest.get(question) for question in material.questions)
     return {source: found[source] for source in (*LabelSource, None)}
@@ -474,4 +478,4 @@ def _agreement(agreed: Iterable[bool]) -> Agreement:
 
 def _bin(margin: float) -> float:
     """Where the bin of a margin begins; the last has its end in it."""
-    return max(low for low in MARGINS[:-1] if low <= margin)
+    return max(low for low in MARGIN_BINS[:-1] if low <= margin)

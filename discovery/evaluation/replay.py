@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from controllers import TO_END, Action, Advanced, Fact, Probed
 from controllers.actions import BRANCH, CONTINUE, PROBE
-from discovery.data.recordings import RecordedRow, Recording
-from discovery.errors import Censored
+from discovery.data.recordings import BranchRow, Recording
+from discovery.errors import BranchCensored
 
 SHORT = 8
 """Advances of fewer intervals are looked up, not made."""
@@ -19,7 +19,7 @@ UNSEEN = -1
 
 
 @lru_cache(maxsize=1024)
-def shuffled(branches: int, seed: int, greedy_first: bool = False) -> Sequence[int]:
+def shuffled_order(branches: int, seed: int, greedy_first: bool = False) -> Sequence[int]:
     """Return the order in which branches are opened under a shuffle seed; the same object for every controller.
 
     A greedy first branch stays the first: live, no other branch can take its place.
@@ -30,9 +30,9 @@ def shuffled(branches: int, seed: int, greedy_first: bool = False) -> Sequence[i
     return (*kept, *order)
 
 
-def order_of(recording: Recording, seed: int) -> Sequence[int]:
+def branch_order(recording: Recording, seed: int) -> Sequence[int]:
     """Return the order in which a recording's branches are opened under a shuffle seed."""
-    return shuffled(recording.branches, seed, recording.greedy_first)
+    return shuffled_order(recording.branches, seed, recording.greedy_first)
 
 
 class ReplayEnvironment:
@@ -51,7 +51,7 @@ class ReplayEnvironment:
         self.critical_path = 0  # tokens generated one after the other: of each round, the branch that ran longest
         self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; then of none
         self._rows = recording.rows
-        self._opened: list[RecordedRow] = []
+        self._opened: list[BranchRow] = []
         self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
         self._left: list[int] = []  # whole intervals each can still run; -1 once it has finished
         self._probe_tokens = probe_tokens or 0
@@ -118,7 +118,9 @@ class ReplayEnvironment:
     def _open(self, intervals: int) -> Advanced:
         index = len(self._left)
         if index >= len(self.order):
-            raise Censored(f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that")
+            raise BranchCensored(
+                f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that"
+            )
         row = self._rows[self.order[index]]
         self._opened.append(row)
         self._probes.append(row.probes)
@@ -136,7 +138,7 @@ class ReplayEnvironment:
         """What is left of branch `index`; nothing if it has finished."""
         row, left = self._opened[index], self._left[index]
         if not row.complete:
-            raise Censored(
+            raise BranchCensored(
                 f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
             )
         whole, delta = len(row.probes), self._delta

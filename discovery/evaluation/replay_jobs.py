@@ -40,17 +40,17 @@ from controllers.sandbox.nursery import nursery
 from controllers.sandbox.worker import Clock, Worker
 from discovery.data.recordings import Cell, Recording
 from discovery.data.traces import TraceWriter
-from discovery.evaluation.replay import ReplayEnvironment, order_of
+from discovery.evaluation.replay import ReplayEnvironment, branch_order
 
 T = TypeVar("T")
 
-KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
+TOKEN_KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
 """What tokens are spent on, as in `State.ledger`."""
-COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_path", *KINDS)
+OUTCOME_COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_path", *TOKEN_KINDS)
 """What is known of an episode, all whole numbers; `critical_path` in tokens."""
 SHUFFLES_A_JOB: Final = 10
 """Few enough for two workers to end together, enough for the rest not to matter."""
-CHILDREN: Final = 2
+SANDBOXES_PER_JOB: Final = 2
 """Sealed children that play a job: while one decides, what the other has decided is carried out."""
 AUDITED: Final = 32
 """One episode of so many, and LEAST a job, is played again, alone in a child of its own."""
@@ -72,7 +72,7 @@ class Sealing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ReplayRules:
     """What holds for every episode of an evaluation."""
 
     max_branches: int = 64
@@ -94,7 +94,7 @@ class Job(NamedTuple):
     shuffles: range
 
 
-class Failure(NamedTuple):
+class EpisodeFailure(NamedTuple):
     """An episode that ended by its controller's fault. It is scored: wrong, at the tokens it had spent."""
 
     question: int  # position in its cell
@@ -103,15 +103,15 @@ class Failure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Played:
+class JobResult:
     """What came of a job."""
 
     outcomes: NDArray[np.int64]  # (columns, shuffles, questions)
-    failures: list[Failure]
+    failures: list[EpisodeFailure]
     seconds: float  # it took, loading left out
 
 
-class _Outcome(NamedTuple):
+class _EpisodeResult(NamedTuple):
     """What came of an episode."""
 
     column: list[int]  # a figure for each of COLUMNS
@@ -122,36 +122,36 @@ class _Outcome(NamedTuple):
     right: bool
 
 
-def jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: int) -> list[Job]:
+def make_jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: int) -> list[Job]:
     """All work on one cell, in the order in which it is reported."""
     cuts = [*range(0, shuffles, SHUFFLES_A_JOB), shuffles]
     return [Job(spec, beta, cell, range(*cut)) for spec in specs for beta in betas for cut in pairwise(cuts)]
 
 
-def play(job: Job, recordings: Sequence[Recording], rules: Rules) -> Played:
+def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     """Run every episode of `job`.
 
     Raises Censored, Unsealed, Disturbed if the machine ends sealed processes or gives them no time, whenever it is
     tried, and TraceError if traces cannot be written.
     """
     began = time.perf_counter()
-    table = _Table(job, recordings, rules)
-    played = undisturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()
-    outcomes = np.zeros((len(COLUMNS), len(job.shuffles), len(recordings)), np.int64)
-    failures: list[Failure] = []
+    table = _JobRunner(job, recordings, rules)
+    played = retry_disturbed(table.play_sealed) if rules.seal(job.spec) else table.play_here()
+    outcomes = np.zeros((len(OUTCOME_COLUMNS), len(job.shuffles), len(recordings)), np.int64)
+    failures: list[EpisodeFailure] = []
     for (question, shuffle), outcome in zip(table.episodes, played, strict=True):
         outcomes[:, shuffle - job.shuffles.start, question] = outcome.column
         if outcome.failure is not None:
-            failures.append(Failure(question, shuffle, outcome.failure))
+            failures.append(EpisodeFailure(question, shuffle, outcome.failure))
     if rules.traces is not None:
         tracer = TraceWriter(job.spec, job.beta, job.cell, recordings)
         for outcome in played:
             tracer.add(outcome.state, outcome.rounds, outcome.right)
         tracer.save(rules.traces, job.shuffles)
-    return Played(outcomes, failures, time.perf_counter() - began)
+    return JobResult(outcomes, failures, time.perf_counter() - began)
 
 
-def undisturbed(work: Callable[[], T]) -> T:
+def retry_disturbed(work: Callable[[], T]) -> T:
     """Do some work that may be begun anew, and do so where the machine disturbed it. Raises Disturbed if all fails."""
     for _ in range(TRIES - 1):
         with suppress(Disturbed):
@@ -159,21 +159,21 @@ def undisturbed(work: Callable[[], T]) -> T:
     return work()
 
 
-class _Table:
+class _JobRunner:
     """The episodes of a job, and how they are played: one after the other here, or together in sealed children."""
 
-    def __init__(self, job: Job, recordings: Sequence[Recording], rules: Rules) -> None:
+    def __init__(self, job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> None:
         self.episodes = [(question, shuffle) for shuffle in job.shuffles for question in range(len(recordings))]
         self._job = job
         self._recordings = recordings
         self._rules = rules
 
-    def play_here(self) -> list[_Outcome]:
+    def play_here(self) -> list[_EpisodeResult]:
         """Every episode, the controller in this process."""
         make_one = partial(make, self._job.spec, self._job.beta)
         return [run_sync(self._play(make_one, *episode)) for episode in self.episodes]
 
-    def play_sealed(self) -> list[_Outcome]:
+    def play_sealed(self) -> list[_EpisodeResult]:
         """Every episode, the controller in sealed children, and some again. One that then decides otherwise has failed
         them all: what it does depends on more than the episode. So has one that then is late or dies, twice."""
         every = range(len(self.episodes))
@@ -188,11 +188,11 @@ class _Table:
             return played
         return [one._replace(failure=one.failure or fault, column=_wrong(one.column), right=False) for one in played]
 
-    def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_Outcome]:
+    def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_EpisodeResult]:
         """Play all episodes; and once more, with nothing beside them, if a process was late or died."""
         episodes = [self._seated(at, keep=at in kept) for at in every]
         try:
-            played = self._together(episodes, CHILDREN)
+            played = self._together(episodes, SANDBOXES_PER_JOB)
         except Crossed as error:  # as it loaded
             if error.boundary not in SUDDEN:
                 raise
@@ -201,7 +201,7 @@ class _Table:
                 return played
         return self._together(episodes, 1)
 
-    def _audit(self, audited: Sequence[int], played: Sequence[_Outcome]) -> str | None:
+    def _audit(self, audited: Sequence[int], played: Sequence[_EpisodeResult]) -> str | None:
         """Play episodes again as live requests would be: each alone in a new child, under a cap. What was different."""
         again = self._together([self._seated(at, keep=True, far=True) for at in audited], len(audited), share=1)
         for at, second in zip(audited, again, strict=True):
@@ -218,7 +218,9 @@ class _Table:
                 return f"{where} it decided otherwise"
         return None
 
-    def _together(self, episodes: Sequence[Episode[_Outcome]], children: int, share: int = SEATS) -> list[_Outcome]:
+    def _together(
+        self, episodes: Sequence[Episode[_EpisodeResult]], children: int, share: int = SEATS
+    ) -> list[_EpisodeResult]:
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
         with ExitStack() as stack:
             workers: list[Worker] = []
@@ -229,7 +231,7 @@ class _Table:
                 workers.append(worker)
             return run_together(workers, self._job.beta, limits, episodes, share)
 
-    def _seated(self, at: int, keep: bool, far: bool = False) -> Episode[_Outcome]:
+    def _seated(self, at: int, keep: bool, far: bool = False) -> Episode[_EpisodeResult]:
         return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, far)
 
     def _limits(self, recording: Recording, far: bool = False) -> Limits:
@@ -243,10 +245,10 @@ class _Table:
         shuffle: int,
         keep: bool = False,
         far: bool = False,
-    ) -> _Outcome:
+    ) -> _EpisodeResult:
         """One episode; `keep` its rounds even if no traces are wanted, put a cap `far` away rather than nowhere."""
         recording = self._recordings[question]
-        environment = ReplayEnvironment(recording, order_of(recording, shuffle), self._rules.probe_tokens)
+        environment = ReplayEnvironment(recording, branch_order(recording, shuffle), self._rules.probe_tokens)
         state = State(self._limits(recording, far))
         rounds: list[Round] = []
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
@@ -266,15 +268,15 @@ class _Table:
             state.rounds,
             state.width,
             environment.critical_path,
-            *(ledger[kind] for kind in KINDS),
+            *(ledger[kind] for kind in TOKEN_KINDS),
         ]
-        return _Outcome(column, failure, sudden, state, rounds, right)
+        return _EpisodeResult(column, failure, sudden, state, rounds, right)
 
-    def _failed(self, why: str, question: int) -> _Outcome:
+    def _failed(self, why: str, question: int) -> _EpisodeResult:
         """An episode that never began."""
         state = State(self._limits(self._recordings[question]))
         state.end(Stop.CONTROLLER_ERROR)
-        return _Outcome(_wrong([0] * len(COLUMNS)), why, False, state, (), False)
+        return _EpisodeResult(_wrong([0] * len(OUTCOME_COLUMNS)), why, False, state, (), False)
 
 
 def _wrong(column: Sequence[int]) -> list[int]:

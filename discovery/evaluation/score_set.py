@@ -14,13 +14,13 @@ from controllers.loading import Spec
 from discovery.data.recordings import Cell
 from discovery.evaluation import afs
 from discovery.evaluation.afs import Anchor, Curve
-from discovery.evaluation.engines import Batch, Engine
+from discovery.evaluation.engines import Engine, RecordingBatch
 from discovery.evaluation.evaluate import Evaluation
-from discovery.evaluation.replay_jobs import Job, Played, Rules
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules
 from discovery.evaluation.scores import Score
 
 
-class Ground(NamedTuple):
+class CellBaseline(NamedTuple):
     """What a cell is like, whichever controller is scored on it."""
 
     questions: Sequence[str]  # `question_id`s, in the order of the scores
@@ -31,7 +31,7 @@ class Ground(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
+class ControllerScores:
     """One controller's scores on some cells, and its curves."""
 
     spec: Spec
@@ -45,7 +45,7 @@ class Side:
     def parts(self, cell: Cell) -> NDArray[np.float64]:
         """Each question's part in the AFS of a cell: (questions,)."""
         line = [(one.mean("tokens"), 100 * one.per_question("right")) for one in self.at(cell)]
-        return afs.per_question(line, self.curves[cell].anchor)
+        return afs.afs_per_question(line, self.curves[cell].anchor)
 
     def right(self, cell: Cell, beta: float) -> NDArray[np.float64]:
         """Percent of a cell's episodes that ended right at one β: (questions,)."""
@@ -54,11 +54,11 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoreSet:
     """Controllers on the same cells, in the order asked for."""
 
-    ground: dict[Cell, Ground]
-    sides: Sequence[Side]
+    ground: dict[Cell, CellBaseline]
+    sides: Sequence[ControllerScores]
 
     @property
     def answers(self) -> str:
@@ -67,11 +67,11 @@ class Measured:
         return " and ".join(sorted({one.answers for one in graded}))
 
 
-def measure(evaluation: Evaluation, engine: Engine) -> Measured:
+def score_controllers(evaluation: Evaluation, engine: Engine) -> ScoreSet:
     """Score everything, and keep what the scores are measured by. Raises what `Evaluation.run` raises."""
-    ground: dict[Cell, Ground] = {}
+    ground: dict[Cell, CellBaseline] = {}
 
-    def noting(batches: Iterable[Batch], rules: Rules) -> Iterator[tuple[Job, Played]]:
+    def noting(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:
         return engine((_noted(batch, ground) for batch in batches), rules)
 
     found = evaluation.run(noting)
@@ -79,16 +79,16 @@ def measure(evaluation: Evaluation, engine: Engine) -> Measured:
     sides = []
     for spec in evaluation.specs:
         scores = [score for score in found if score.digest == spec.digest]
-        sides.append(Side(spec, scores, {curve.cell: curve for curve in afs.curves(scores, anchors)}))
-    return Measured(ground, sides)
+        sides.append(ControllerScores(spec, scores, {curve.cell: curve for curve in afs.curves(scores, anchors)}))
+    return ScoreSet(ground, sides)
 
 
-def _noted(batch: Batch, ground: dict[Cell, Ground]) -> Batch:
+def _noted(batch: RecordingBatch, ground: dict[Cell, CellBaseline]) -> RecordingBatch:
     recordings = batch.recordings
     right = [(one.finals == one.reference).mean() if one.reference >= 0 else 0.0 for one in recordings]
-    ground[batch.jobs[0].cell] = Ground(
+    ground[batch.jobs[0].cell] = CellBaseline(
         questions=[one.question for one in recordings],
-        anchor=afs.anchor_of(recordings),
+        anchor=afs.chain_anchor(recordings),
         right=np.array(right, float),
         tokens=np.array([one.tokens.mean() for one in recordings], float),
         interval=recordings[0].interval,
@@ -96,7 +96,7 @@ def _noted(batch: Batch, ground: dict[Cell, Ground]) -> Batch:
     return batch
 
 
-def cheapest(line: Sequence[tuple[float, float]], accuracy: float) -> float | None:
+def cheapest_at_accuracy(line: Sequence[tuple[float, float]], accuracy: float) -> float | None:
     """Tokens at which (tokens, accuracy) points by rising β, joined by straight lines, first are so accurate."""
     if line[0][1] >= accuracy:
         return line[0][0]

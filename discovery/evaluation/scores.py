@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discovery.data.recordings import Cell, LabelSource
-from discovery.evaluation.replay_jobs import COLUMNS, KINDS, Failure, Job, Played
+from discovery.evaluation.replay_jobs import OUTCOME_COLUMNS, TOKEN_KINDS, EpisodeFailure, Job, JobResult
 
 RESAMPLES: Final = 10_000
 BLOCK: Final = 500
@@ -30,7 +30,7 @@ COVERAGE: Final = 95.0
 
 
 @dataclass(frozen=True)
-class Grading:
+class QuestionGrading:
     """How the right answers of a cell's questions are known, and what each question counts for."""
 
     sources: Sequence[LabelSource]  # (questions,)
@@ -58,9 +58,9 @@ class Score:
     beta: float
     cell: Cell
     outcomes: NDArray[np.int64]  # (columns, shuffles, questions), see `playing.COLUMNS`
-    failures: list[Failure] = field(repr=False)
+    failures: list[EpisodeFailure] = field(repr=False)
     seconds: float  # of one core
-    grading: Grading | None = None  # None if nothing is known of its questions: all count the same
+    grading: QuestionGrading | None = None  # None if nothing is known of its questions: all count the same
     recorded: Sequence[int] | None = None  # branches of each question: (questions,); None if unknown
     max_branches: int = 0  # that an episode was allowed, if so many had been recorded
 
@@ -73,7 +73,7 @@ class Score:
 
     def column(self, name: str) -> NDArray[np.int64]:
         """One figure of every episode: (shuffles, questions)."""
-        column: NDArray[np.int64] = self.outcomes[COLUMNS.index(name)]
+        column: NDArray[np.int64] = self.outcomes[OUTCOME_COLUMNS.index(name)]
         return column
 
     def mean(self, name: str) -> float:
@@ -129,7 +129,7 @@ class Score:
             "episodes": self.episodes,
             "accuracy": self.accuracy,
             "tokens": self.mean("tokens"),
-            "tokens_by_kind": {kind: self.mean(kind) for kind in KINDS},
+            "tokens_by_kind": {kind: self.mean(kind) for kind in TOKEN_KINDS},
             "rounds": self.mean("rounds"),
             "branches": self.mean("branches"),
             "critical_path_mean": self.mean("critical_path"),
@@ -165,7 +165,7 @@ class Score:
         return told
 
 
-def scores(outcomes: Iterable[tuple[Job, Played]]) -> Iterator[Score]:
+def gather_scores(outcomes: Iterable[tuple[Job, JobResult]]) -> Iterator[Score]:
     """Gather jobs, in the order of `playing.jobs`, into scores."""
     for (spec, beta, cell), group in groupby(outcomes, key=lambda one: one[0][:3]):
         played = [outcome for _, outcome in group]
@@ -180,7 +180,7 @@ def scores(outcomes: Iterable[tuple[Job, Played]]) -> Iterator[Score]:
         )
 
 
-def limits_met(found: Iterable[Score]) -> list[str]:
+def recording_limit_warnings(found: Iterable[Score]) -> list[str]:
     """A line for each cell where recordings have fewer branches than controllers might have opened."""
     by_cell: dict[Cell, list[Score]] = {}
     for score in found:
@@ -204,7 +204,7 @@ POOLED: Final = "all"
 """In place of a model, a benchmark or a split."""
 
 
-def pooled(found: Sequence[Score]) -> list[Score]:
+def pool_scores(found: Sequence[Score]) -> list[Score]:
     """Each controller at each β over several cells together, every question counting as in its cell.
 
     Over the cells of each model that has several, and over all cells if there are several models.
@@ -233,7 +233,7 @@ def _pooled(model: str, parts: Sequence[Score]) -> Score:
         outcomes=np.concatenate([score.outcomes for score in parts], axis=2),
         failures=[failure for score in parts for failure in score.failures],
         seconds=sum(score.seconds for score in parts),
-        grading=Grading(sources, weights) if len(gradings) == len(parts) else None,
+        grading=QuestionGrading(sources, weights) if len(gradings) == len(parts) else None,
         recorded=None,
     )
 
@@ -252,7 +252,7 @@ class Difference(NamedTuple):
     tokens: float  # ratio of mean tokens
 
 
-def differences(found: Sequence[Score]) -> list[Difference]:
+def paired_differences(found: Sequence[Score]) -> list[Difference]:
     """Every controller against the first one, for each β and model, over all cells of the model together."""
     if not found:
         return []
@@ -318,7 +318,7 @@ def _means(
     return (weights * differences)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)  # type: ignore[no-any-return]
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which of (tokens, accuracy) no other beats in both, by rising tokens."""
     best, kept = float("-inf"), []
     for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):

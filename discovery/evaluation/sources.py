@@ -9,11 +9,11 @@ from typing import Protocol
 
 from discovery.data.importers import read_jsonl, read_release, release_cell, release_files
 from discovery.data.recordings import Cell, RecordedQuestion, Split
-from discovery.errors import NotRecorded
+from discovery.errors import RecordingsNotFound
 from discovery.store import Store
 
 
-class Source(Protocol):
+class RecordingSource(Protocol):
     """Recordings, found at once and read when asked for."""
 
     def cells(self) -> Sequence[Cell]:
@@ -25,7 +25,7 @@ class Source(Protocol):
         ...
 
 
-class ReleaseSource:
+class ReleaseFolderSource:
     """Files of the public release."""
 
     def __init__(self, path: Path) -> None:
@@ -74,18 +74,23 @@ class StoreSource:
             return await store.load(cell)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> RecordingSource:
     """The recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
     if not path.exists():
-        raise NotRecorded(f"{path}: no such file or folder; name a store, or a folder of recordings")
+        raise RecordingsNotFound(f"{path}: no such file or folder; name a store, or a folder of recordings")
     name = path.name.removesuffix(".xz")
     if path.is_dir() or name.endswith(".json"):
-        return ReleaseSource(path)
+        return ReleaseFolderSource(path)
     return FileSource(path) if name.endswith(".jsonl") else StoreSource(path)
 
 
-def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[str], split: Split | None) -> list[Cell]:
-    """The cells asked for; no models, or no benchmarks, means all. Raises NotRecorded, naming what is missing."""
+def select_cells(
+    cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[str], split: Split | None
+) -> list[Cell]:
+    """Return the selected cells. An empty list of models or benchmarks selects all of them.
+
+    Raises RecordingsNotFound, naming what is missing.
+    """
     for what, wanted, there in (
         ("model", models, {cell.model for cell in cells}),
         ("benchmark", benchmarks, {cell.benchmark for cell in cells}),
@@ -93,7 +98,7 @@ def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[st
     ):
         for name in wanted:
             if name not in there:
-                raise NotRecorded(
+                raise RecordingsNotFound(
                     f"no recordings of {what} {str(name)!r}; there are {', '.join(sorted(there)) or 'none'}"
                 )
     chosen = [
@@ -105,5 +110,5 @@ def choose(cells: Sequence[Cell], models: Sequence[str], benchmarks: Sequence[st
     ]
     if not chosen:
         listed = "; ".join(" ".join(cell) for cell in cells)
-        raise NotRecorded(f"no recordings are of all that was asked for at once; there are {listed or 'none'}")
+        raise RecordingsNotFound(f"no recordings are of all that was asked for at once; there are {listed or 'none'}")
     return chosen

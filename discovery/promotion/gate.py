@@ -18,14 +18,14 @@ from controllers.advice import advise
 from controllers.dial import parse_beta
 from controllers.errors import ControllersError, Disturbed
 from controllers.loading import Spec, parse_spec
-from discovery.data.files import check_place
+from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Cell, Split
 from discovery.errors import DiscoveryError, GateError
-from discovery.evaluation.engines import Engine, EngineName, engine_called
-from discovery.evaluation.evaluate import SURE, Answers, Evaluation
-from discovery.evaluation.replay_jobs import Rules
-from discovery.evaluation.score_set import measure
-from discovery.evaluation.sources import Source, choose, open_source
+from discovery.evaluation.engines import Engine, EngineName, make_engine
+from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation
+from discovery.evaluation.replay_jobs import ReplayRules
+from discovery.evaluation.score_set import score_controllers
+from discovery.evaluation.sources import RecordingSource, open_source, select_cells
 from discovery.promotion.ledger import DISTURBED, FREE, Ledger, fingerprint, shortened
 from discovery.promotion.verdict import USUAL, About, Report, Terms, card_of, judge, report_of
 
@@ -36,19 +36,19 @@ BAD_INPUT = 2
 
 
 def run_gate(
-    source: Source,
+    source: RecordingSource,
     cells: Sequence[Cell],
     finalist: Spec,
     champion: Spec,
     ledger_path: Path,
     engine: Engine,
-    rules: Rules,
+    rules: ReplayRules,
     betas: Sequence[float],
     shuffles: int,
     now: str,
     who: str,
     terms: Terms = USUAL,
-    answers: Answers = Answers.AUTO,
+    answers: AnswerComparison = AnswerComparison.AUTO,
 ) -> Report:
     """Judge a finalist; what was judged before on the same split against the same champion is told again.
 
@@ -62,9 +62,11 @@ def run_gate(
     split = fingerprint(questions, (cell.model for cell in cells))
     if told := _recorded(ledger, split, finalist, champion):
         return told
-    evaluation = Evaluation(source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=SURE)
+    evaluation = Evaluation(
+        source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=DEFAULT_WEIGHTS
+    )
     try:
-        measured = measure(evaluation, engine)  # nobody is judged by a vote
+        measured = score_controllers(evaluation, engine)  # nobody is judged by a vote
     except Disturbed as error:
         with ledger.held():
             k, before = ledger.next_k(questions), ledger.disturbances(questions)
@@ -106,7 +108,7 @@ def run_gate(
     return report
 
 
-def _check(finalist: Spec, champion: Spec, rules: Rules, betas: Sequence[float], terms: Terms) -> None:
+def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[float], terms: Terms) -> None:
     if finalist.digest == champion.digest:
         raise GateError(f"{finalist.name} is the champion itself")
     if finalist.is_foreign and not rules.seal(finalist):
@@ -141,7 +143,7 @@ class Order:
     benchmarks: str = ""
     betas: str = "0,0.25,0.5,0.75,1"
     shuffles: int = 100
-    answers: Answers = Answers.AUTO
+    answers: AnswerComparison = AnswerComparison.AUTO
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
     workers: int = 0  # 0 means as many as cores
@@ -157,17 +159,17 @@ class Order:
 
     def run(self) -> Report:
         """Judge, and write the report. Raises DiscoveryError or ControllersError."""
-        check_place(self.report, "--report")
-        check_place(self.ledger, "--ledger")
+        check_writable_path(self.report, "--report")
+        check_writable_path(self.ledger, "--ledger")
         source = open_source(self.recordings)
         report = run_gate(
             source,
-            choose(source.cells(), _parts(self.models), _parts(self.benchmarks), self.split),
+            select_cells(source.cells(), _parts(self.models), _parts(self.benchmarks), self.split),
             parse_spec(self.finalist),
             parse_spec(self.champion),
             self.ledger,
-            engine_called(self.engine, self.workers or None),
-            Rules(self.max_branches),
+            make_engine(self.engine, self.workers or None),
+            ReplayRules(self.max_branches),
             [parse_beta(text, "--betas") for text in _parts(self.betas)],
             self.shuffles,
             self.created,

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from discovery.data.files import open_lock, sync_folder, whole
-from discovery.errors import GateError, NotWritten
+from discovery.data.atomic_files import atomic_write, open_lock, sync_folder
+from discovery.errors import FileWriteError, GateError
 
 FIRST: Final = ""
 """What stands for the line before the first."""
@@ -101,10 +101,10 @@ class Ledger:
         return [one for one in self.judgements() if not mine.isdisjoint(one.questions)]
 
     def append(self, **fields: Any) -> None:
-        """Add a judgement; it is on the disk when this returns. Raises NotWritten, then nothing has been added."""
+        """Add a judgement; it is on the disk when this returns. Raises FileWriteError, then nothing has been added."""
         lines = self._lines()
         line = Judgement(**fields, after=_hash(lines[-1]) if lines else FIRST).model_dump_json()
-        with whole(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write("".join(f"{one}\n" for one in [*lines, line]).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -112,12 +112,12 @@ class Ledger:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else judges meanwhile; waits for whoever does. Raises NotWritten."""
+        """Nobody else judges meanwhile; waits for whoever does. Raises FileWriteError."""
         lock = self._path.with_name(f"{self._path.name}.lock")
         try:
             descriptor = open_lock(lock)
         except OSError as error:
-            raise NotWritten(f"{lock}: {error.strerror}") from None
+            raise FileWriteError(f"{lock}: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -25,8 +25,8 @@ from typing import Any, Final, NamedTuple
 from controllers.errors import BadController
 from controllers.installed import Installed, Stage, wrong_name
 from controllers.loading import Spec, read_source
-from discovery.data.files import create
-from discovery.data.json_text import parse
+from discovery.data.atomic_files import create_exclusively
+from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 
 SHORTEST: Final = 4
@@ -98,7 +98,7 @@ class Registry:
         """What is known of an installed controller. Raises PromotionError."""
         path = self._card(digest)
         try:
-            card = parse(path.read_bytes())
+            card = parse_json(path.read_bytes())
         except OSError as error:
             raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
         except ValueError as error:
@@ -126,13 +126,13 @@ class Registry:
         before = None
         for number, line in enumerate(found, 1):
             try:
-                chain = parse(line)["chain"]
+                chain = parse_json(line)["chain"]
             except (ValueError, KeyError, TypeError):
                 raise PromotionError(f"{self.trail}: line {number} is no line of an audit; {_MEND_AUDIT}") from None
             if before is not None and chain != _hash(before):
                 raise PromotionError(f"{self.trail}: line {number} does not follow the one before; {_MEND_AUDIT}")
             before = line
-        return [parse(line) for line in found]
+        return [parse_json(line) for line in found]
 
     # Changing
 
@@ -209,7 +209,7 @@ class Registry:
     def _put(self, path: Path, data: bytes) -> None:
         """A file that is whole on the disk before it has its name."""
         unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
-        with create(unfinished) as file:
+        with create_exclusively(unfinished) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -249,15 +249,15 @@ class Registry:
         lines = text.split("\n")[:-1]
         if last is None or last in lines:
             return lines, ()
-        if lines and parse(last)["chain"] != _hash(lines[-1]):
+        if lines and parse_json(last)["chain"] != _hash(lines[-1]):
             raise PromotionError(f"{self.trail}: registry.json does not follow its last line; {_MEND_AUDIT}")
         return lines, (last,)
 
     def _load(self) -> tuple[Installed, str | None]:
         """What registry.json says, and the audit's line it was written with."""
         try:
-            data = parse(self.file.read_bytes())
-            if not isinstance(data, dict) or not isinstance(parse(data["audit"])["chain"], str):
+            data = parse_json(self.file.read_bytes())
+            if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
                 raise ValueError("it is no registry")
             return Installed.parse(data), data["audit"]
         except FileNotFoundError:

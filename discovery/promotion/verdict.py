@@ -14,10 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from discovery.data.files import whole
+from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell
-from discovery.evaluation.paired_statistics import bounds, clusters, detectable, level, sign_flip
-from discovery.evaluation.score_set import Measured, Side, cheapest
+from discovery.evaluation.paired_statistics import (
+    bootstrap_bounds,
+    detectable_difference,
+    question_values,
+    sequential_alpha,
+    sign_flip_p,
+)
+from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
 
 BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
@@ -123,8 +129,8 @@ class Report:
         return {"headline": self.headline, **_REPORT.dump_python(self, mode="json")}
 
     def write(self, path: Path) -> None:
-        """Write it as JSON. Raises NotWritten."""
-        with whole(path) as file:
+        """Write it as JSON. Raises FileWriteError."""
+        with atomic_write(path) as file:
             file.write((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -146,16 +152,16 @@ class About(NamedTuple):
     who: str
 
 
-def judge(measured: Measured, terms: Terms, about: About) -> Report:
+def judge(measured: ScoreSet, terms: Terms, about: About) -> Report:
     """The verdict on the first side of `measured` against the second."""
     finalist, champion = measured.sides
     gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.ground}
     cells = [_cell(cell, gain, finalist, champion) for cell, gain in gains.items()]
     of_questions = _pooled(gains, measured)
-    spent = level(about.k, terms.alpha)
-    p = sign_flip(of_questions, spent)
+    spent = sequential_alpha(about.k, terms.alpha)
+    p = sign_flip_p(of_questions, spent)
     delta = float(of_questions.mean())
-    low, high = bounds(of_questions, BOTH_SIDES)
+    low, high = bootstrap_bounds(of_questions, BOTH_SIDES)
     conditions = [
         _static(about.advice),
         _failures(finalist),
@@ -177,7 +183,7 @@ def judge(measured: Measured, terms: Terms, about: About) -> Report:
         p=p,
         delta_afs=delta,
         interval=(low, high) if math.isfinite(low) else None,
-        mde=detectable(of_questions, spent),
+        mde=detectable_difference(of_questions, spent),
         questions=of_questions.size,
         conditions=conditions,
         cells=cells,
@@ -196,8 +202,8 @@ def _verdict(conditions: Sequence[Condition]) -> Verdict:
     return Verdict.REJECT if any(one.final for one in failed) else Verdict.UNDECIDED
 
 
-def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: Measured) -> NDArray[np.float64]:
-    return clusters(values, {cell: measured.ground[cell].questions for cell in values})
+def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
+    return question_values(values, {cell: measured.ground[cell].questions for cell in values})
 
 
 # Conditions
@@ -207,18 +213,18 @@ def _static(advice: Sequence[str]) -> Condition:
     return Condition("static", not advice, True, len(advice), 0, "; ".join(advice) or "nothing against its text")
 
 
-def _failures(finalist: Side) -> Condition:
+def _failures(finalist: ControllerScores) -> Condition:
     failures = [failure for score in finalist.scores for failure in score.failures]
     words = f"{len(failures)} episodes failed: {failures[0].message}" if failures else "no episode failed"
     return Condition("failures", not failures, True, len(failures), 0, words)
 
 
-def _accuracy(measured: Measured, terms: Terms) -> Condition:
+def _accuracy(measured: ScoreSet, terms: Terms) -> Condition:
     """Not inferior at the deployed β; for good only where it is surely below the champion, not merely unsure."""
     finalist, champion = measured.sides
     gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.ground}
     of_questions = _pooled(gains, measured)
-    low, high = bounds(of_questions)
+    low, high = bootstrap_bounds(of_questions)
     words = f"{of_questions.mean():+.2f} points at β = {terms.beta:g}, {_between(low, high, 90)}"
     return Condition("accuracy", low >= -terms.margin, high < 0, _known(low), -terms.margin, words)
 
@@ -231,7 +237,7 @@ def _losing(cells: Sequence[CellReport], terms: Terms) -> Condition:
     return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, words)
 
 
-def _path(measured: Measured, terms: Terms) -> Condition:
+def _path(measured: ScoreSet, terms: Terms) -> Condition:
     """Its critical path, p95, over cells, at the β where it is longest for what is allowed."""
     finalist, champion = ([side.curves[cell].points for cell in measured.ground] for side in measured.sides)
     interval = np.mean([ground.interval for ground in measured.ground.values()])
@@ -242,7 +248,7 @@ def _path(measured: Measured, terms: Terms) -> Condition:
     return Condition("path", bool(mean[at] <= bound[at]), True, float(mean[at]), float(bound[at]), words)
 
 
-def _without_each_model(gains: Mapping[Cell, NDArray[np.float64]], measured: Measured) -> Condition:
+def _without_each_model(gains: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> Condition:
     """No model carries the gain alone. More questions may mend it, and it is no proof of harm."""
     left: dict[str, float] = {}
     for model in dict.fromkeys(cell.model for cell in gains):
@@ -259,8 +265,8 @@ def _without_each_model(gains: Mapping[Cell, NDArray[np.float64]], measured: Mea
 # Figures
 
 
-def _cell(cell: Cell, gain: NDArray[np.float64], finalist: Side, champion: Side) -> CellReport:
-    low, high = bounds(gain)
+def _cell(cell: Cell, gain: NDArray[np.float64], finalist: ControllerScores, champion: ControllerScores) -> CellReport:
+    low, high = bootstrap_bounds(gain)
     return CellReport(
         model=cell.model,
         benchmark=cell.benchmark,
@@ -274,16 +280,16 @@ def _cell(cell: Cell, gain: NDArray[np.float64], finalist: Side, champion: Side)
     )
 
 
-def _points(side: Side, cell: Cell) -> Iterator[dict[str, float]]:
+def _points(side: ControllerScores, cell: Cell) -> Iterator[dict[str, float]]:
     for point in side.curves[cell].points:
         yield point._asdict()
 
 
-def _headlines(finalist: Side, champion: Side, beta: float) -> Headlines:
+def _headlines(finalist: ControllerScores, champion: ControllerScores, beta: float) -> Headlines:
     saved, gained = [], []
     for cell, curve in finalist.curves.items():
         (theirs,) = (point for point in champion.curves[cell].points if point.beta == beta)
-        tokens = cheapest([(one.tokens, one.accuracy) for one in curve.points], theirs.accuracy)
+        tokens = cheapest_at_accuracy([(one.tokens, one.accuracy) for one in curve.points], theirs.accuracy)
         if tokens is not None and theirs.tokens:
             saved.append(100 * (1 - tokens / theirs.tokens))
         gained.append(curve.accuracy_at(theirs.tokens) - theirs.accuracy)

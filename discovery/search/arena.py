@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Self
 
 from controllers.loading import Spec
-from discovery.data.mapped_file import shelve, take
+from discovery.data.mapped_recordings import load_mapped, write_mapped
 from discovery.data.recordings import Cell, Recording
-from discovery.errors import EngineError, NotRecorded
-from discovery.evaluation.afs import Anchor, Curve, anchor_of, curves
-from discovery.evaluation.replay_jobs import Job, Played, Rules, play
-from discovery.evaluation.scores import Score, scores
+from discovery.errors import EngineError, RecordingsNotFound
+from discovery.evaluation.afs import Anchor, Curve, chain_anchor, curves
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
+from discovery.evaluation.scores import Score, gather_scores
 
 DIED = "a worker process died"
 
@@ -37,9 +37,11 @@ class Trial:
 class Arena:
     """Workers over some cells. A context: leaving it ends them."""
 
-    def __init__(self, cells: Mapping[Cell, Sequence[Recording]], rules: Rules, workers: int | None = None) -> None:
+    def __init__(
+        self, cells: Mapping[Cell, Sequence[Recording]], rules: ReplayRules, workers: int | None = None
+    ) -> None:
         if not cells:
-            raise NotRecorded("there is nothing to try controllers on")
+            raise RecordingsNotFound("there is nothing to try controllers on")
         self.cells = cells
         self.rules = rules
         self._workers = workers or len(os.sched_getaffinity(0))
@@ -47,7 +49,7 @@ class Arena:
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="autotts-")
         self._shelves = {
-            cell: shelve(recordings, Path(self._folder.name, str(number)))
+            cell: write_mapped(recordings, Path(self._folder.name, str(number)))
             for number, (cell, recordings) in enumerate(self.cells.items())
         }
         context = get_context("forkserver")
@@ -61,9 +63,9 @@ class Arena:
 
     def anchors(self, trial: Trial) -> Mapping[Cell, Anchor]:
         """One chain of each cell, over the questions a trial asks."""
-        return {cell: anchor_of(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
+        return {cell: chain_anchor(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
 
-    def enter(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> Entry:
+    def enter(self, spec: Spec, trial: Trial, rules: ReplayRules | None = None) -> Entry:
         """Have the workers try a controller; its scores are there when they are asked for. Raises EngineError."""
         cells = [cell for cell in self.cells for _ in trial.betas]
         jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
@@ -76,7 +78,7 @@ class Arena:
             raise EngineError(DIED) from None
         return Entry(jobs, waiting, self.anchors(trial))
 
-    def measure(self, spec: Spec, trial: Trial, rules: Rules | None = None) -> list[Curve]:
+    def measure(self, spec: Spec, trial: Trial, rules: ReplayRules | None = None) -> list[Curve]:
         """A controller's curves, a cell each. Raises EngineError."""
         return self.enter(spec, trial, rules).curves()
 
@@ -84,7 +86,9 @@ class Arena:
 class Entry:
     """A controller that is being tried."""
 
-    def __init__(self, jobs: Sequence[Job], waiting: Sequence[Future[Played]], anchors: Mapping[Cell, Anchor]) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], waiting: Sequence[Future[JobResult]], anchors: Mapping[Cell, Anchor]
+    ) -> None:
         self._jobs = jobs
         self._waiting = waiting
         self._anchors = anchors
@@ -93,7 +97,9 @@ class Entry:
     def scores(self) -> list[Score]:
         """What came of it, a score a cell and β; waited for. Raises EngineError, Unsealed."""
         try:
-            return list(scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True)))
+            return list(
+                gather_scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True))
+            )
         except BrokenProcessPool:
             raise EngineError(DIED) from None
 
@@ -102,13 +108,13 @@ class Entry:
         return curves(self.scores, self._anchors)
 
 
-def _play(job: Job, shelf: Path, every: int, rules: Rules) -> Played:
-    return play(job, _recordings(shelf)[::every], rules)
+def _play(job: Job, shelf: Path, every: int, rules: ReplayRules) -> JobResult:
+    return run_job(job, _recordings(shelf)[::every], rules)
 
 
 @lru_cache(maxsize=64)
 def _recordings(shelf: Path) -> list[Recording]:
-    return take(shelf)
+    return load_mapped(shelf)
 
 
 def failures(found: Iterable[Score]) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 
 from controllers.advice import advise
 from controllers.loading import LARGEST, Spec
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern
-from discovery.evaluation.afs import Curve, Point, afs
-from discovery.evaluation.replay_jobs import Rules, Sealing
+from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern_answers
+from discovery.evaluation.afs import Curve, CurvePoint, mean_afs
+from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.search.arena import Arena, Trial, failures
 from discovery.search.explorers import Candidate
 
@@ -147,19 +147,19 @@ class Cascade:
                 found if falls is None else f"a larger β spends less on cell {falls + 1}: {_spends(found[falls])}",
             )
 
-    def _rules(self, candidate: Candidate) -> Rules:
+    def _rules(self, candidate: Candidate) -> ReplayRules:
         sealing = Sealing.NONE if candidate.explorer in TRUSTED else Sealing.ALL
         return replace(self._arena.rules, sealing=sealing)
 
     def _score(self, found: Sequence[Curve]) -> float:
         slowdown = float(np.mean([curve.slowdown for curve in found]))
-        return round(afs(found) - self._plan.latency * slowdown, 6)
+        return round(mean_afs(found) - self._plan.latency * slowdown, 6)
 
     def _final(self, verdict: Verdict, found: Sequence[Curve]) -> Verdict:
         return replace(
             verdict,
             score=self._score(found),
-            afs=round(afs(found), 6),
+            afs=round(mean_afs(found), 6),
             slowdown=round(float(np.mean([curve.slowdown for curve in found])), 6),
             curve=together(found),
             cells={" ".join(curve.cell): round(curve.afs, 6) for curve in found},
@@ -168,7 +168,7 @@ class Cascade:
 
 def together(found: Sequence[Curve]) -> list[tuple[float, float, float]]:
     """β, mean tokens and percent right over all cells."""
-    points: Sequence[Sequence[Point]] = list(zip(*(curve.points for curve in found), strict=True))
+    points: Sequence[Sequence[CurvePoint]] = list(zip(*(curve.points for curve in found), strict=True))
     return [
         (row[0].beta, float(np.mean([one.tokens for one in row])), float(np.mean([one.accuracy for one in row])))
         for row in points
@@ -185,7 +185,7 @@ def _spec(candidate: Candidate) -> Spec:
 
 def fixed_recordings() -> dict[Cell, list[Recording]]:
     """Made-up recordings, always the same, on which controllers that differ at all are likely to behave differently."""
-    return {PROBES: [intern(_question(number)) for number in range(8)]}
+    return {PROBES: [intern_answers(_question(number)) for number in range(8)]}
 
 
 def _question(number: int) -> RecordedQuestion:

@@ -17,9 +17,9 @@ from typing import Final, NamedTuple, TypeVar
 
 from controllers import Round, State, Verb, run_sync
 from discovery.data.recordings import Cell, Recording, Split
-from discovery.data.traces import Episode, Trace, read_trace
-from discovery.errors import NotRecorded
-from discovery.evaluation.replay import ReplayEnvironment, order_of
+from discovery.data.traces import Trace, TracedEpisode, read_trace
+from discovery.errors import RecordingsNotFound
+from discovery.evaluation.replay import ReplayEnvironment, branch_order
 
 T = TypeVar("T")
 LONGEST: Final = 6_000
@@ -87,8 +87,9 @@ def digest(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]
     """The worst and most wasteful of a controller's episodes, `most` of them at most, in at most LONGEST characters.
 
     `traces` are one controller's files, as `Rules(traces=…)` has them written; `recordings` the cells they are of.
-    Episodes that ended by their controller's fault are left out. Raises TraceError, and NotRecorded if a question of
-    the traces is not among the recordings.
+    Episodes that ended by their controller's fault are left out.
+
+    Raises TraceError, and RecordingsNotFound if a question of the traces is not among the recordings.
     """
     studied = [one for path in sorted(traces) for one in _study(path, recordings, -(-LOOKED_AT // len(traces)))]
     if not studied:
@@ -124,16 +125,18 @@ def _recordings(trace: Trace, recordings: Mapping[Cell, Sequence[Recording]]) ->
     try:
         return [known[question] for question in trace.about["questions"]]
     except KeyError:
-        raise NotRecorded(f"{' '.join(_cell(trace))}: the trace is of questions that are not recorded there") from None
+        raise RecordingsNotFound(
+            f"{' '.join(_cell(trace))}: the trace is of questions that are not recorded there"
+        ) from None
 
 
 def _cell(trace: Trace) -> Cell:
     return Cell(trace.about["model"], trace.about["benchmark"], Split(trace.about["split"]))
 
 
-def _figures(path: Path, trace: Trace, at: int, episode: Episode, recording: Recording) -> Studied | None:
+def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> Studied | None:
     """Play an episode's rounds again beside its recording; None if it came to no answer."""
-    environment = ReplayEnvironment(recording, order_of(recording, episode.shuffle))
+    environment = ReplayEnvironment(recording, branch_order(recording, episode.shuffle))
     showed: set[int] = set()
     pruned: set[int] = set()
     settled, settled_in, leads, state = 0, 0, False, None

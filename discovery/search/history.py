@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from discovery.data.json_text import parse
+from discovery.data.safe_json import parse_json
 from discovery.errors import HistoryError
 
 ORIGIN: Final = "0" * 64
@@ -101,7 +101,7 @@ def _events(path: Path, whole: bytes) -> Iterator[Event]:
     before = ORIGIN
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            read = parse(line)
+            read = parse_json(line)
             kind, body, said, mark = read["kind"], read["body"], read["before"], read["hash"]
         except (ValueError, KeyError, TypeError):
             raise HistoryError(f"{path}: line {number} is no event") from None

@@ -14,8 +14,8 @@ from sys import modules
 from typing import Any, Final
 
 from controllers.builtin import BUILT_IN
-from discovery.errors import ExplorerError, OutOfMoney
-from discovery.evaluation.afs import Curve, afs
+from discovery.errors import BudgetExhausted, ExplorerError
+from discovery.evaluation.afs import Curve, mean_afs
 from discovery.search.arena import Trial
 from discovery.search.cascade import BASELINE, Cascade, Verdict, together
 from discovery.search.explorers import Candidate, Context, Cost, Explorer, Standing
@@ -55,7 +55,7 @@ class Finalist:
     @property
     def afs(self) -> float:
         """Its score in fresh orders, without what latency costs."""
-        return afs(self.curves)
+        return mean_afs(self.curves)
 
 
 class Run:
@@ -134,7 +134,9 @@ class Run:
         if not leaders:
             raise ExplorerError("no candidate got through; `autotts history show` tells why")
         fresh = range(FRESH, FRESH + shuffles)
-        tried = {one.candidate.digest: afs(self._cascade.measure(one.candidate, Trial(FINE, fresh))) for one in leaders}
+        tried = {
+            one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, Trial(FINE, fresh))) for one in leaders
+        }
         best = max((one.candidate for one in leaders), key=lambda one: tried[one.digest])
         curves = self._cascade.measure(best, Trial(FINE, fresh), sealed=True)
         if self.history.events[-1].kind != "chosen":  # else a run that had ended was resumed, and ends as it did
@@ -142,7 +144,7 @@ class Run:
                 "chosen",
                 {
                     "digest": best.digest,
-                    "afs": round(afs(curves), 6),
+                    "afs": round(mean_afs(curves), 6),
                     "tried": {digest: round(found, 6) for digest, found in tried.items()},
                     "curve": together(curves),
                 },
@@ -153,7 +155,7 @@ class Run:
         """What the explorer proposes now; nothing once the money is gone. Raises ExplorerError."""
         try:
             return self._explorer.propose(self.context())
-        except OutOfMoney:
+        except BudgetExhausted:
             if self.steps > 1:
                 return []
             raise  # it bought nothing

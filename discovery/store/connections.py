@@ -20,7 +20,7 @@ from typing import Final
 
 import aiosqlite
 
-from discovery.data.files import PRIVATE
+from discovery.data.atomic_files import PRIVATE
 from discovery.errors import StoreError
 
 RETRY_S: Final = 0.01
@@ -41,7 +41,7 @@ def identity_of(path: Path) -> Identity:
 
 
 @asynccontextmanager
-async def connection(
+async def open_connection(
     path: Path, wait_ms: int, *, create: bool = False
 ) -> AsyncIterator[tuple[aiosqlite.Connection, Identity]]:
     """Connect to the store at `path`, and tell which file that is; with `create`, make the file if there is none.

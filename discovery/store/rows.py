@@ -14,9 +14,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import Level
-from discovery.data.json_text import dump_finite, parse
 from discovery.data.recordings import (
-    MOST_TOKENS,
+    MAX_BRANCH_TOKENS,
     Cell,
     LabelSource,
     Origin,
@@ -25,16 +24,17 @@ from discovery.data.recordings import (
     Split,
     Version,
 )
+from discovery.data.safe_json import compact_json, parse_json
 from discovery.errors import CorruptRow
 from discovery.store.schema import COLUMNS, NUMBERS
 
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
-MEND: Final = "restore the store from a backup, or drop what is corrupt with `autotts store prune --corrupt`"
+REPAIR_HINT: Final = "restore the store from a backup, or drop what is corrupt with `autotts store prune --corrupt`"
 
 
-class About(TypedDict, total=False):
+class EpisodeDetails(TypedDict, total=False):
     """What else is known of a served episode."""
 
     beta_source: str
@@ -61,7 +61,7 @@ class About(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Episode:
+class ServedEpisode:
     """One served episode."""
 
     id: str
@@ -76,11 +76,11 @@ class Episode:
     stop: str
     answer: str | None = None
     question: str | None = None  # `question_id`, if it is known
-    created: str = field(default_factory=lambda: now())
+    created: str = field(default_factory=lambda: utc_now())
     sandbox: Level = Level.TRUSTED  # how its controller was held
     tenant: str = ""  # whose request it was; empty for a caller without a key
-    about: About = field(default_factory=lambda: About())
-    trace: str = ""  # its rounds, as `discovery.data.rounds` packs them
+    about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
+    trace: str = ""  # its rounds, as `discovery.data.packed_rounds` packs them
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Feedback:
     request_id: str
     kind: str  # "correct", "answer" or "score"
     value: str  # as JSON
-    created: str = field(default_factory=lambda: now())
+    created: str = field(default_factory=lambda: utc_now())
     tenant: str = ""
 
 
@@ -104,14 +104,14 @@ class Label:
     answer: str
     confidence: float  # that it is right, from 0 to 1
     margin: float | None = None  # of a vote: by how large a share of it the answer leads
-    created: str = field(default_factory=lambda: now())
+    created: str = field(default_factory=lambda: utc_now())
 
 
-Item = Episode | Feedback | RecordedQuestion
+StoreItem = ServedEpisode | Feedback | RecordedQuestion
 """What the proxy writes down."""
 
 
-class Forgotten(NamedTuple):
+class ForgottenCounts(NamedTuple):
     """How much of what was to be forgotten there was."""
 
     episodes: int
@@ -121,7 +121,7 @@ class Forgotten(NamedTuple):
     questions: int
 
 
-class Tried(NamedTuple):
+class TriedCandidate(NamedTuple):
     """One candidate of a search, and what came of it."""
 
     digest: str
@@ -135,18 +135,18 @@ class Tried(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchRun:
     """A run of `autotts discover`, as far as its record went."""
 
     id: str  # the hash its record ends in
     explorer: str
     seed: int
     settings: Mapping[str, Any]
-    tried: Sequence[Tried]
-    created: str = field(default_factory=lambda: now())
+    tried: Sequence[TriedCandidate]
+    created: str = field(default_factory=lambda: utc_now())
 
 
-class Added(NamedTuple):
+class AddedCounts(NamedTuple):
     """How much of what was to be added was new."""
 
     questions: int
@@ -154,7 +154,7 @@ class Added(NamedTuple):
     branches: int
 
 
-class Served(NamedTuple):
+class ServedSummary(NamedTuple):
     """How much there is of served requests."""
 
     episodes: int
@@ -164,7 +164,7 @@ class Served(NamedTuple):
     feedback: Mapping[str, int]  # by kind
 
 
-class Summary(NamedTuple):
+class CellSummary(NamedTuple):
     """What a store holds of one cell."""
 
     cell: Cell
@@ -174,14 +174,14 @@ class Summary(NamedTuple):
     branches: int
 
 
-class Verified(NamedTuple):
+class VerificationReport(NamedTuple):
     """Every row of a store, looked at."""
 
     rows: Mapping[str, int]  # how many there are, by table
     bad: Sequence[str]  # what is wrong with which
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time, as stored."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
@@ -191,12 +191,12 @@ def checksum(values: Sequence[Any]) -> str:
     return blake2b(_json(list(values)).encode(), digest_size=16).hexdigest()
 
 
-def sealed(values: Sequence[Any]) -> Row:
+def with_checksum(values: Sequence[Any]) -> Row:
     """A row with its checksum."""
     return (*values, checksum(values))
 
 
-def is_sound(row: Sequence[Any]) -> bool:
+def has_valid_checksum(row: Sequence[Any]) -> bool:
     """Whether a row's checksum, its last column, is right."""
     try:
         return bool(checksum(row[:-1]) == row[-1])
@@ -204,9 +204,9 @@ def is_sound(row: Sequence[Any]) -> bool:
         return False
 
 
-def fault(table: str, row: Sequence[Any]) -> str:
+def row_fault(table: str, row: Sequence[Any]) -> str:
     """Return what is wrong with a row: nothing, "not what was written" or "cannot be read"."""
-    if not is_sound(row):
+    if not has_valid_checksum(row):
         return "not what was written"
     try:
         _check_types(table, row)
@@ -216,26 +216,30 @@ def fault(table: str, row: Sequence[Any]) -> str:
     return ""
 
 
-def read(store: object, table: str, rows: Iterable[Sequence[Any]], make: Callable[[Sequence[Any]], T]) -> list[T]:
+def read_rows(store: object, table: str, rows: Iterable[Sequence[Any]], make: Callable[[Sequence[Any]], T]) -> list[T]:
     """Return what `make` builds of rows without their checksums. Raises CorruptRow at an unsound or unreadable one."""
     made = []
-    for row in opened(store, table, rows):
+    for row in checked_rows(store, table, rows):
         try:
             made.append(make(row))
         except Exception:  # whatever it is, it is the row's
-            raise CorruptRow(f"{store}: {describe(table, key(table, row))} cannot be read; {MEND}") from None
+            raise CorruptRow(
+                f"{store}: {describe_row(table, row_key(table, row))} cannot be read; {REPAIR_HINT}"
+            ) from None
     return made
 
 
-def opened(store: object, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+def checked_rows(store: object, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """The rows without their checksums. Raises CorruptRow at one that was changed, or has values of wrong types."""
     for row in rows:
-        if not is_sound(row):
-            raise CorruptRow(f"{store}: {describe(table, key(table, row))} is not what was written; {MEND}")
+        if not has_valid_checksum(row):
+            raise CorruptRow(
+                f"{store}: {describe_row(table, row_key(table, row))} is not what was written; {REPAIR_HINT}"
+            )
         try:
             _check_types(table, row)
         except ValueError as error:
-            raise CorruptRow(f"{store}: {describe(table, key(table, row))}: {error}; {MEND}") from None
+            raise CorruptRow(f"{store}: {describe_row(table, row_key(table, row))}: {error}; {REPAIR_HINT}") from None
         yield row[:-1]
 
 
@@ -244,21 +248,21 @@ def _check_types(table: str, row: Sequence[Any]) -> None:
     for column, value in zip(COLUMNS[table], row, strict=False):
         if value is not None and isinstance(value, str) == (column in NUMBERS):
             raise ValueError(f"its {column} is not a {'number' if column in NUMBERS else 'text'}")
-    if None in key(table, row):
+    if None in row_key(table, row):
         raise ValueError("it has no key")
 
 
-def key(table: str, row: Sequence[Any]) -> tuple[Any, ...]:
+def row_key(table: str, row: Sequence[Any]) -> tuple[Any, ...]:
     """The columns that name a row."""
     return tuple(row[: 2 if table == "branches" else 1])
 
 
-def describe(table: str, key: Sequence[Any]) -> str:
+def describe_row(table: str, key: Sequence[Any]) -> str:
     """A row by its table and key, for people."""
     return f"row {'/'.join(str(part)[:16] for part in key)} of {table}"
 
 
-def fingerprint(recorded: RecordedQuestion) -> str:
+def recording_digest(recorded: RecordedQuestion) -> str:
     """What a recording is known by: the same data gives the same, whenever it is imported."""
     about = [recorded.question, recorded.model, recorded.benchmark, recorded.interval, dict(recorded.sampling)]
     if recorded.chat_template or recorded.request:
@@ -267,7 +271,7 @@ def fingerprint(recorded: RecordedQuestion) -> str:
     return sha256(_json([*about, recorded.probe_template, recorded.origin, branches]).encode()).hexdigest()
 
 
-def is_certain(recorded: RecordedQuestion) -> bool:
+def is_certain_reference(recorded: RecordedQuestion) -> bool:
     """Whether a recording's answer is its question's own, beyond doubt; one that is not is a label, which can change.
 
     What clients or votes say never is, however sure they are.
@@ -277,9 +281,9 @@ def is_certain(recorded: RecordedQuestion) -> bool:
 
 def question_row(recorded: RecordedQuestion, added: str) -> Row:
     """Of table questions."""
-    reference = recorded.reference if is_certain(recorded) else None
+    reference = recorded.reference if is_certain_reference(recorded) else None
     about = (recorded.question, recorded.split, reference, recorded.label_source, recorded.text, added)
-    return sealed(about)
+    return with_checksum(about)
 
 
 def question_label(row: Sequence[Any]) -> tuple[str, Label | None]:
@@ -291,14 +295,14 @@ def question_label(row: Sequence[Any]) -> tuple[str, Label | None]:
 
 def recording_row(recorded: RecordedQuestion, number: int, added: str) -> Row:
     """Of table recordings."""
-    return sealed(
+    return with_checksum(
         (
-            fingerprint(recorded),
+            recording_digest(recorded),
             number,
             recorded.question,
             recorded.model,
             recorded.benchmark,
-            dump_finite(dict(recorded.sampling)),
+            compact_json(dict(recorded.sampling)),
             recorded.interval,
             recorded.probe_template,
             recorded.origin,
@@ -309,7 +313,7 @@ def recording_row(recorded: RecordedQuestion, number: int, added: str) -> Row:
     )
 
 
-def alike(recorded: RecordedQuestion) -> Row:
+def match_columns(recorded: RecordedQuestion) -> Row:
     """What two recordings without a request share that may be of the same branches, in this order."""
     about = (recorded.question, recorded.model, recorded.benchmark, _json(dict(recorded.sampling)), recorded.interval)
     return (*about, recorded.probe_template, recorded.origin, recorded.chat_template)
@@ -317,42 +321,42 @@ def alike(recorded: RecordedQuestion) -> Row:
 
 def branch_rows(recorded: RecordedQuestion) -> Iterator[Row]:
     """Of table branches."""
-    recording = fingerprint(recorded)
+    recording = recording_digest(recorded)
     for number, branch in enumerate(recorded.branches):
         probes, costs = _json(list(branch.probes)), _json(list(branch.probe_tokens))
-        yield sealed((recording, number, branch.tokens, int(branch.complete), branch.final, probes, costs))
+        yield with_checksum((recording, number, branch.tokens, int(branch.complete), branch.final, probes, costs))
 
 
-def episode_row(episode: Episode) -> Row:
+def episode_row(episode: ServedEpisode) -> Row:
     """Of table episodes."""
     about = (episode.id, episode.request_id, episode.question, episode.model, episode.controller, episode.digest)
     if not math.isfinite(episode.beta):
         raise ValueError(f"beta is {episode.beta}, not a number from 0 to 1")
-    what = (float(episode.beta), episode.rounds, episode.branches, dump_finite(dict(episode.ledger)), episode.stop)
-    rest = (episode.sandbox, episode.tenant, dump_finite(dict(episode.about)), episode.trace)
-    return sealed((*about, *what, episode.answer, episode.created, *rest))
+    what = (float(episode.beta), episode.rounds, episode.branches, compact_json(dict(episode.ledger)), episode.stop)
+    rest = (episode.sandbox, episode.tenant, compact_json(dict(episode.about)), episode.trace)
+    return with_checksum((*about, *what, episode.answer, episode.created, *rest))
 
 
-def episode(row: Sequence[Any]) -> Episode:
+def episode_from_row(row: Sequence[Any]) -> ServedEpisode:
     """Return the episode of a row without its checksum. Raises ValueError."""
     columns = dict(zip(COLUMNS["episodes"], row, strict=True))
     columns["question"] = columns.pop("question_id")
     for name in ("ledger", "about"):
-        columns[name] = parse(columns[name])
-    made: Episode = _ADAPTERS["episode"][1].validate_python(columns)
+        columns[name] = parse_json(columns[name])
+    made: ServedEpisode = _ADAPTERS["episode"][1].validate_python(columns)
     return made
 
 
 def feedback_row(feedback: Feedback) -> Row:
     """Of table feedback."""
     about = (feedback.id, feedback.request_id, feedback.kind, feedback.value, feedback.created, feedback.tenant)
-    return sealed(about)
+    return with_checksum(about)
 
 
-def feedback(row: Sequence[Any]) -> Feedback:
+def feedback_from_row(row: Sequence[Any]) -> Feedback:
     """Return the feedback of a row without its checksum. Raises ValueError."""
     made = Feedback(*row)
-    parse(made.value)
+    parse_json(made.value)
     return made
 
 
@@ -360,16 +364,16 @@ def label_row(label: Label) -> Row:
     """Of table labels."""
     identity = f"{label.source}:{label.question}"
     what = (label.question, label.source, label.answer, float(label.confidence), label.margin, label.created)
-    return sealed((identity, *what))
+    return with_checksum((identity, *what))
 
 
-def label(row: Sequence[Any]) -> Label:
+def label_from_row(row: Sequence[Any]) -> Label:
     """What a row of table labels says; without its checksum."""
     _, question, source, *rest = row
     return Label(question, LabelSource(source), *rest)
 
 
-def surer(one: LabelSource, other: LabelSource) -> bool:
+def is_surer(one: LabelSource, other: LabelSource) -> bool:
     """Whether an answer known by `one` counts rather than one known by `other`."""
     order = list(LabelSource)
     return order.index(one) < order.index(other)
@@ -377,10 +381,10 @@ def surer(one: LabelSource, other: LabelSource) -> bool:
 
 def provenance_row(recorded: RecordedQuestion) -> Row:
     """Of table provenance."""
-    return sealed((fingerprint(recorded), recorded.chat_template, recorded.request))
+    return with_checksum((recording_digest(recorded), recorded.chat_template, recorded.request))
 
 
-def version(model: str, chat_template: str, sampling: str, delta: int, probe_template: str) -> Version:
+def version_from_columns(model: str, chat_template: str, sampling: str, delta: int, probe_template: str) -> Version:
     """The version of recordings whose rows say so: as `RecordedQuestion.version` writes it."""
     made = RecordedQuestion("", model, "", delta, (), sampling=_object(sampling), probe_template=probe_template)
     return made.version._replace(chat_template=chat_template)
@@ -391,40 +395,40 @@ def tombstone(what: str, name: str) -> str:
     return sha256(f"{what}:{name}".encode()).hexdigest()
 
 
-def line(item: Item) -> bytes:
+def encode_item(item: StoreItem) -> bytes:
     """An item as JSON in one line, without its end."""
     kind = next(name for name, adapter in _ADAPTERS.items() if isinstance(item, adapter[0]))
     return b'["' + kind.encode() + b'",' + _ADAPTERS[kind][1].dump_json(item) + b"]"
 
 
-def item(line: bytes) -> Item:
+def decode_item(line: bytes) -> StoreItem:
     """Return the item that `line` wrote. Raises ValueError for anything else."""
     try:
-        kind, content = parse(line, finite=True)
-        found: Item = _ADAPTERS[kind][1].validate_python(content)
+        kind, content = parse_json(line, finite=True)
+        found: StoreItem = _ADAPTERS[kind][1].validate_python(content)
         if isinstance(found, RecordedQuestion):
             _check(found)
         if isinstance(found, Feedback):
-            parse(found.value)
+            parse_json(found.value)
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a record: {type(error).__name__}") from None
     return found
 
 
-def search_row(search: Search) -> Row:
+def run_row(search: SearchRun) -> Row:
     """Of table runs."""
-    settings = dump_finite(dict(search.settings))
+    settings = compact_json(dict(search.settings))
     about = (search.id, search.explorer, search.seed, settings, len(search.tried), search.created)
-    return sealed(about)
+    return with_checksum(about)
 
 
-def tried_rows(search: Search) -> Iterator[Row]:
+def candidate_rows(search: SearchRun) -> Iterator[Row]:
     """Of table candidates."""
     for number, one in enumerate(search.tried):
-        yield sealed((f"{search.id}:{number}", search.id, *one))
+        yield with_checksum((f"{search.id}:{number}", search.id, *one))
 
 
-def recorded(
+def recording_from_rows(
     recording: Sequence[Any],
     question: Sequence[Any],
     branches: Sequence[Sequence[Any]],
@@ -439,7 +443,7 @@ def recorded(
     _, _, _, model, benchmark, sampling, delta, template, origin, *_ = recording
     confidence = 1.0
     for label in labels:
-        if reference is None or surer(label.source, LabelSource(label_source)):
+        if reference is None or is_surer(label.source, LabelSource(label_source)):
             reference, label_source, confidence = label.answer, label.source, label.confidence
     _, chat_template, request = provenance or ("", "", "")
     made = RecordedQuestion(
@@ -468,10 +472,12 @@ def recorded(
 
 def _check(recorded: RecordedQuestion) -> None:
     """Raise ValueError at what replay cannot run."""
-    if not 1 <= recorded.interval <= MOST_TOKENS:
+    if not 1 <= recorded.interval <= MAX_BRANCH_TOKENS:
         raise ValueError(f"interval is {recorded.interval}, not a number of tokens")
     for branch in recorded.branches:
-        if not all(type(cost) is int and 0 <= cost <= MOST_TOKENS for cost in (branch.tokens, *branch.probe_tokens)):
+        if not all(
+            type(cost) is int and 0 <= cost <= MAX_BRANCH_TOKENS for cost in (branch.tokens, *branch.probe_tokens)
+        ):
             raise ValueError("a branch has a number of tokens that is none")
         if not all(answer is None or isinstance(answer, str) for answer in (*branch.probes, branch.final)):
             raise ValueError("a branch has an answer that is not a text")
@@ -482,14 +488,14 @@ def _check(recorded: RecordedQuestion) -> None:
 
 
 def _object(text: str) -> dict[str, Any]:
-    value = parse(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
 
 
 def _list(text: str) -> list[Any]:
-    value = parse(text)
+    value = parse_json(text)
     if not isinstance(value, list):
         raise ValueError("not a list")
     return value
@@ -518,16 +524,16 @@ _READERS: Final[Mapping[str, Callable[[Sequence[Any]], object]]] = dict.fromkeys
     "questions": _read_question,
     "recordings": _read_recording,
     "branches": _read_branch,
-    "episodes": episode,
-    "feedback": feedback,
-    "labels": label,
+    "episodes": episode_from_row,
+    "feedback": feedback_from_row,
+    "labels": label_from_row,
     "runs": lambda row: _object(row[3]),
 }
 """Functions that read a row of each table and raise an error where it cannot be used."""
 
 _ADAPTERS: Final[Mapping[str, tuple[type, TypeAdapter[Any]]]] = {
     kind: (made, TypeAdapter(made))
-    for kind, made in (("episode", Episode), ("feedback", Feedback), ("recording", RecordedQuestion))
+    for kind, made in (("episode", ServedEpisode), ("feedback", Feedback), ("recording", RecordedQuestion))
 }
 
 

@@ -179,14 +179,14 @@ NUMBERS: Final = frozenset(
 """Columns that hold numbers; all others hold text."""
 
 
-def insert(table: str) -> str:
+def insert_statement(table: str) -> str:
     """The statement that adds a row, or leaves the one that has its key."""
     columns = (*COLUMNS[table], "checksum")
     places = ", ".join("?" * len(columns))
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
-def select(table: str, rest: str = "") -> str:
+def select_statement(table: str, rest: str = "") -> str:
     """The statement that reads whole rows, checksum last."""
     columns = ", ".join(f"{table}.{column}" for column in (*COLUMNS[table], "checksum"))
     return f"SELECT {columns} FROM {table} {rest}"

@@ -20,11 +20,22 @@ from typing import Any, Final, NamedTuple, TypeVar
 import aiosqlite
 
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Split, Version
-from discovery.errors import CorruptRow, StoreError, Unwritable
+from discovery.errors import CorruptRow, StoreError, UnstorableValue
 from discovery.store import rows
-from discovery.store.connections import Identity, connection, identity_of, truncate_log
-from discovery.store.rows import Added, Episode, Feedback, Forgotten, Item, Label, Search, Served, Summary, Verified
-from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert, select
+from discovery.store.connections import Identity, identity_of, open_connection, truncate_log
+from discovery.store.rows import (
+    AddedCounts,
+    CellSummary,
+    Feedback,
+    ForgottenCounts,
+    Label,
+    SearchRun,
+    ServedEpisode,
+    ServedSummary,
+    StoreItem,
+    VerificationReport,
+)
+from discovery.store.schema import COLUMNS, MIGRATIONS, Migration, insert_statement, select_statement
 
 T = TypeVar("T")
 Work = Callable[[aiosqlite.Connection], Awaitable[Any]]
@@ -87,8 +98,8 @@ class Store:
         Raises StoreError.
         """
         async with (
-            connection(path, wait_ms, create=create) as (writing, identity),
-            connection(path, wait_ms) as (reading, other),
+            open_connection(path, wait_ms, create=create) as (writing, identity),
+            open_connection(path, wait_ms) as (reading, other),
         ):
             if identity != other:
                 raise StoreError(f"{path}: the store was replaced while it was being opened; try again")
@@ -107,7 +118,7 @@ class Store:
 
     # Writing
 
-    async def add(self, recordings: Sequence[RecordedQuestion]) -> Added:
+    async def add(self, recordings: Sequence[RecordedQuestion]) -> AddedCounts:
         """Add recordings, all or none; what is there already is left as it is.
 
         A question keeps the split and the reference it came with first. A recording without a request that has all
@@ -116,20 +127,20 @@ class Store:
 
         return await self.write(lambda connection: _add(connection, recordings))
 
-    async def add_all(self, items: Sequence[Item]) -> list[RecordedQuestion]:
+    async def add_all(self, items: Sequence[StoreItem]) -> list[RecordedQuestion]:
         """Add what the proxy has to write down, all or none. What is there already is left as it is, and nothing comes
         back that was forgotten: a recording made for a request, or feedback on one, is added only where its episode is.
 
         Returns the recordings that were left out so.
         """
-        episodes = [one for one in items if isinstance(one, Episode)]
+        episodes = [one for one in items if isinstance(one, ServedEpisode)]
         feedback = [one for one in items if isinstance(one, Feedback)]
         recordings = [one for one in items if isinstance(one, RecordedQuestion)]
 
         async def work(connection: aiosqlite.Connection) -> list[RecordedQuestion]:
             gone = dict(await _all(connection, "SELECT id, created FROM forgotten"))
 
-            def kept(one: Episode) -> bool:
+            def kept(one: ServedEpisode) -> bool:
                 by_tenant = gone.get(rows.tombstone("tenant", one.tenant), "")
                 return rows.tombstone("request", one.request_id) not in gone and not one.created <= by_tenant
 
@@ -162,7 +173,7 @@ class Store:
 
         await self.write(work)
 
-    async def forget(self, *, request: str | None = None, tenant: str | None = None) -> Forgotten:
+    async def forget(self, *, request: str | None = None, tenant: str | None = None) -> ForgottenCounts:
         """Remove all that came of a request, or of a tenant's requests so far, its bytes too; it cannot come back.
 
         Labels that were counted of it go, and questions where nothing else is known of them. Raises StoreError, also
@@ -170,20 +181,20 @@ class Store:
         """
         what, column, name = ("tenant", "tenant", tenant) if request is None else ("request", "request_id", request)
 
-        async def work(connection: aiosqlite.Connection) -> Forgotten:
+        async def work(connection: aiosqlite.Connection) -> ForgottenCounts:
             stone = rows.tombstone(what, name or "")
             await _delete(connection, "forgotten WHERE id = ?", stone)
-            await _insert(connection, "forgotten", [rows.sealed((stone, rows.now()))])
+            await _insert(connection, "forgotten", [rows.with_checksum((stone, rows.utc_now()))])
             return await _drop_served(connection, f"{column} = ?", name or "", () if request is None else (request,))
 
         return await self._rewritten(work)
 
-    async def expire(self, before: str) -> Forgotten:
+    async def expire(self, before: str) -> ForgottenCounts:
         """Remove episodes and feedback older than a time, as stored, with all else that came of those requests.
 
         Its bytes go too, but for those another process still reads: they go with the next call.
         """
-        removed: Forgotten = await self.write(lambda connection: _drop_served(connection, "created < ?", before))
+        removed: ForgottenCounts = await self.write(lambda connection: _drop_served(connection, "created < ?", before))
         await truncate_log(self._reading)  # for the writing one may be in a transaction
         return removed
 
@@ -202,22 +213,22 @@ class Store:
             )
         return result
 
-    async def add_search(self, search: Search) -> None:
+    async def add_search(self, search: SearchRun) -> None:
         """Add a search with all it tried; one that ends in the same hash is left as it is."""
 
         async def work(connection: aiosqlite.Connection) -> None:
-            if await _insert(connection, "runs", [rows.search_row(search)]):
-                await _insert(connection, "candidates", rows.tried_rows(search))
+            if await _insert(connection, "runs", [rows.run_row(search)]):
+                await _insert(connection, "candidates", rows.candidate_rows(search))
 
         await self.write(work)
 
     async def prune(
         self, cells: Callable[[str, str, Origin], bool] = lambda model, benchmark, origin: False, corrupt: bool = False
-    ) -> Added:
+    ) -> AddedCounts:
         """Remove the recordings `cells` picks by model, benchmark and origin, and with `corrupt` every row that is not
         what was written, whole recordings at a time. Questions nothing is recorded of go too."""
 
-        async def work(connection: aiosqlite.Connection) -> Added:
+        async def work(connection: aiosqlite.Connection) -> AddedCounts:
             bad = await _corrupt(connection) if corrupt else {}
             gone = {one.key[0] for table in ("recordings", "branches", "provenance") for one in bad.get(table, ())}
             lost = {one.key[0] for one in bad.get("questions", ())}
@@ -237,7 +248,7 @@ class Store:
                 for one in bad.get(table, ()):
                     await _delete(connection, f"{table} WHERE rowid = ?", one.number)
             _, questions = await _drop_unused(connection)
-            return Added(questions, recordings, branches)
+            return AddedCounts(questions, recordings, branches)
 
         return await self._rewritten(work)
 
@@ -294,7 +305,7 @@ class Store:
 
     # Reading
 
-    async def summaries(self) -> list[Summary]:
+    async def summaries(self) -> list[CellSummary]:
         """What there is, cell by cell, in the order in which they came."""
         found = await self._read(
             "SELECT model, benchmark, split, COUNT(DISTINCT question_id), COUNT(*), SUM(complete), SUM(branches) "
@@ -303,11 +314,11 @@ class Store:
         )
         try:
             return [
-                Summary(Cell(str(model), str(benchmark), Split(split)), *rest)
+                CellSummary(Cell(str(model), str(benchmark), Split(split)), *rest)
                 for model, benchmark, split, *rest in found
             ]
         except ValueError as error:
-            raise CorruptRow(f"{self.path}: a question's split: {error}; {rows.MEND}") from None
+            raise CorruptRow(f"{self.path}: a question's split: {error}; {rows.REPAIR_HINT}") from None
 
     async def load(self, cell: Cell) -> list[RecordedQuestion]:
         """The recordings of a cell in the order in which they were added, every checksum verified."""
@@ -337,26 +348,26 @@ class Store:
             if len(mine) != recording[10]:
                 raise CorruptRow(
                     f"{self.path}: recording {recording[0][:16]} has {len(mine)} of its {recording[10]} branches; "
-                    f"{rows.MEND}"
+                    f"{rows.REPAIR_HINT}"
                 )
             known = by_id[recording[2]], mine, provenance.get(recording[0]), labels.get(recording[2], ())
             try:
-                found.append(rows.recorded(recording, *known))
+                found.append(rows.recording_from_rows(recording, *known))
             except ValueError as error:
-                raise CorruptRow(f"{self.path}: recording {recording[0][:16]}: {error}; {rows.MEND}") from None
+                raise CorruptRow(f"{self.path}: recording {recording[0][:16]}: {error}; {rows.REPAIR_HINT}") from None
         return found
 
-    async def episodes(self) -> list[Episode]:
+    async def episodes(self) -> list[ServedEpisode]:
         """All episodes, in the order in which they ended."""
-        return await self._made("episodes", rows.episode, "ORDER BY created, id")
+        return await self._made("episodes", rows.episode_from_row, "ORDER BY created, id")
 
-    async def episode(self, request: str) -> Episode | None:
+    async def episode(self, request: str) -> ServedEpisode | None:
         """The episode of a request, if it is known."""
         latest = "WHERE request_id = ? ORDER BY created DESC, id LIMIT 1"
-        found = await self._made("episodes", rows.episode, latest, (request,))
+        found = await self._made("episodes", rows.episode_from_row, latest, (request,))
         return found[0] if found else None
 
-    async def latest(self, limit: int, model: str | None = None, client_id: str | None = None) -> list[Episode]:
+    async def latest(self, limit: int, model: str | None = None, client_id: str | None = None) -> list[ServedEpisode]:
         """The episodes that ended last, the latest first: of a model, or of requests their clients call `client_id`."""
         wanted: list[tuple[str, str]] = []
         if model is not None:
@@ -369,21 +380,21 @@ class Store:
         where = f"WHERE {' AND '.join(clause for clause, _ in wanted)} " if wanted else ""
         values = (*(value for _, value in wanted), limit)
         latest = f"{where}ORDER BY created DESC, id DESC LIMIT ?"
-        return await self._made("episodes", rows.episode, latest, values)
+        return await self._made("episodes", rows.episode_from_row, latest, values)
 
-    async def served(self) -> Served:
+    async def served(self) -> ServedSummary:
         """How many episodes and how much feedback there is."""
         ((count, oldest, newest),) = await self._read("SELECT COUNT(*), MIN(created), MAX(created) FROM episodes")
         stops = await self._read("SELECT stop, COUNT(*) FROM episodes GROUP BY stop ORDER BY 2 DESC, 1")
         feedback = await self._read("SELECT kind, COUNT(*) FROM feedback GROUP BY kind ORDER BY kind")
         first, last = (None if one is None else str(one) for one in (oldest, newest))  # a spoilt row may hold bytes
         by_stop, by_kind = ({str(name): number for name, number in one} for one in (stops, feedback))
-        return Served(count, first, last, by_stop, by_kind)
+        return ServedSummary(count, first, last, by_stop, by_kind)
 
     async def feedback(self, request: str | None = None) -> list[Feedback]:
         """What was said of a request, or of all, the latest last."""
         where, values = ("", ()) if request is None else ("WHERE request_id = ?", (request,))
-        return await self._made("feedback", rows.feedback, f"{where} ORDER BY created, id", values)
+        return await self._made("feedback", rows.feedback_from_row, f"{where} ORDER BY created, id", values)
 
     async def questions(self) -> dict[str, Label | None]:
         """Every question that was recorded or served, and the answer it came with, if it did."""
@@ -393,7 +404,7 @@ class Store:
 
     async def labels(self) -> list[Label]:
         """All answers that are held for right, but those questions came with."""
-        return await self._made("labels", rows.label, "ORDER BY question_id, source")
+        return await self._made("labels", rows.label_from_row, "ORDER BY question_id, source")
 
     async def versions(self, model: str) -> list[Version]:
         """Of the recordings made here of a model, the latest first."""
@@ -404,25 +415,25 @@ class Store:
             (model,),
         )
         try:
-            return [rows.version(*row) for row in found]
+            return [rows.version_from_columns(*row) for row in found]
         except ValueError as error:
-            raise CorruptRow(f"{self.path}: a recording of {model}: {error}; {rows.MEND}") from None
+            raise CorruptRow(f"{self.path}: a recording of {model}: {error}; {rows.REPAIR_HINT}") from None
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """Look at every row; raises nothing for bad ones."""
         bad = await _corrupt(self._reading)
         counts = {table: await _one(self._reading, f"SELECT COUNT(*) FROM {table}") for table in COLUMNS}
-        told = [f"{rows.describe(table, one.key)}: {one.fault}" for table, found in bad.items() for one in found]
-        return Verified(counts, told)
+        told = [f"{rows.describe_row(table, one.key)}: {one.fault}" for table, found in bad.items() for one in found]
+        return VerificationReport(counts, told)
 
     async def _made(
         self, table: str, make: Callable[[Sequence[Any]], T], rest: str, values: Iterable[Any] = ()
     ) -> list[T]:
-        return rows.read(self.path, table, await self._read(select(table, rest), values), make)
+        return rows.read_rows(self.path, table, await self._read(select_statement(table, rest), values), make)
 
     async def _rows(self, table: str, rest: str, values: Iterable[Any] = ()) -> list[Sequence[Any]]:
-        found = await self._read(select(table, rest), values)
-        return list(rows.opened(self.path, table, found))
+        found = await self._read(select_statement(table, rest), values)
+        return list(rows.checked_rows(self.path, table, found))
 
     async def _read(self, statement: str, values: Iterable[Any] = ()) -> list[Any]:
         try:
@@ -480,9 +491,9 @@ async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[_Bad]]:
     """The rows that cannot be used, by table: unsound ones, unreadable ones, and recordings that lack branches."""
     bad: dict[str, list[_Bad]] = {}
     for table in COLUMNS:
-        for number, *row in await _all(connection, select(table).replace("SELECT ", "SELECT rowid, ", 1)):
-            if fault := rows.fault(table, row):
-                bad.setdefault(table, []).append(_Bad(number, rows.key(table, row), fault))
+        for number, *row in await _all(connection, select_statement(table).replace("SELECT ", "SELECT rowid, ", 1)):
+            if fault := rows.row_fault(table, row):
+                bad.setdefault(table, []).append(_Bad(number, rows.row_key(table, row), fault))
     short = await _all(
         connection,
         "SELECT rowid, id FROM recordings WHERE branches <> "
@@ -495,14 +506,14 @@ async def _corrupt(connection: aiosqlite.Connection) -> dict[str, list[_Bad]]:
     return bad
 
 
-async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQuestion]) -> Added:
+async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQuestion]) -> AddedCounts:
     """Add recordings inside a transaction."""
-    added, counts = rows.now(), [0, 0, 0]
+    added, counts = rows.utc_now(), [0, 0, 0]
     number = await _one(connection, "SELECT COALESCE(MAX(number), -1) + 1 FROM recordings")
     for recorded in recordings:
         new = await _insert(connection, "questions", [rows.question_row(recorded, added)])
         counts[0] += new
-        if recorded.reference is not None and not (new and rows.is_certain(recorded)):
+        if recorded.reference is not None and not (new and rows.is_certain_reference(recorded)):
             label = Label(recorded.question, recorded.label_source, recorded.reference, recorded.confidence)
             await _insert(connection, "labels", [rows.label_row(label)])
         row = rows.recording_row(recorded, number, added)
@@ -513,7 +524,7 @@ async def _add(connection: aiosqlite.Connection, recordings: Sequence[RecordedQu
             counts[2] += await _insert(connection, "branches", rows.branch_rows(recorded)) - gone
             if recorded.chat_template or recorded.request:
                 await _insert(connection, "provenance", [rows.provenance_row(recorded)])
-    return Added(*counts)
+    return AddedCounts(*counts)
 
 
 async def _replaced(connection: aiosqlite.Connection, recorded: RecordedQuestion) -> int | None:
@@ -524,13 +535,15 @@ async def _replaced(connection: aiosqlite.Connection, recorded: RecordedQuestion
         "SELECT recordings.id FROM recordings LEFT JOIN provenance ON provenance.recording_id = recordings.id "
         "WHERE question_id = ? AND model = ? AND benchmark = ? AND sampling = ? AND delta = ? AND probe_template = ? "
         "AND origin = ? AND COALESCE(chat_template, '') = ? AND COALESCE(request_id, '') = ''",
-        rows.alike(recorded),
+        rows.match_columns(recorded),
     )
     said = "SELECT tokens, complete, final, probes, probe_tokens FROM branches WHERE recording_id = ?"
     own = Counter(row[2:-1] for row in rows.branch_rows(recorded)) if found else Counter()
     gone, is_held = 0, False
     for (other,) in found:
-        if other == rows.fingerprint(recorded) or own <= (theirs := Counter(await _all(connection, said, (other,)))):
+        if other == rows.recording_digest(recorded) or own <= (
+            theirs := Counter(await _all(connection, said, (other,)))
+        ):
             is_held = True
         elif theirs <= own:
             gone += (await _drop_recording(connection, other))[1]
@@ -544,7 +557,7 @@ async def _is_served(connection: aiosqlite.Connection, request: str) -> bool:
 
 async def _drop_served(
     connection: aiosqlite.Connection, where: str, value: str, requests: Iterable[str] = ()
-) -> Forgotten:
+) -> ForgottenCounts:
     """Remove the episodes and the feedback that `where` picks, and all else that came of those episodes' requests, or
     of `requests`. Labels that were counted of any of it go too: what is left is counted anew when labels are made."""
     served = {one for (one,) in await _all(connection, f"SELECT request_id FROM episodes WHERE {where}", (value,))}
@@ -566,7 +579,7 @@ async def _drop_served(
     heard += await _delete(connection, f"feedback WHERE {where}", value)
     episodes = await _delete(connection, f"episodes WHERE {where}", value)
     unused, questions = await _drop_unused(connection)
-    return Forgotten(episodes, heard, recordings, labels + unused, questions)
+    return ForgottenCounts(episodes, heard, recordings, labels + unused, questions)
 
 
 async def _recordings_of(connection: aiosqlite.Connection, request: str) -> set[str]:
@@ -598,12 +611,12 @@ def _made(make: Callable[[T], rows.Row], values: Sequence[T]) -> list[rows.Row]:
 def _told(path: Path, error: Exception) -> Exception:
     """The error to raise to whoever asked for work in which `error` was met."""
     if isinstance(error, _OF_A_ROW) or (isinstance(error, sqlite3.ProgrammingError) and "binding" in str(error)):
-        return Unwritable(f"{path}: {error}")
+        return UnstorableValue(f"{path}: {error}")
     return StoreError(f"{path}: {error}") if isinstance(error, sqlite3.Error) else error
 
 
 async def _insert(connection: aiosqlite.Connection, table: str, values: Iterable[Sequence[Any]]) -> int:
-    cursor = await connection.executemany(insert(table), values)
+    cursor = await connection.executemany(insert_statement(table), values)
     return cursor.rowcount
 
 

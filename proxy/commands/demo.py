@@ -17,7 +17,7 @@ from rich.table import Table
 
 from deploy.embedded.task import Problem, held_back
 from discovery.answers import read
-from discovery.evaluation.plot import Panel, Point, draw
+from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CONCURRENCY = 4
@@ -56,7 +56,7 @@ async def run(base_url: str, problems: int, plot: Path) -> None:
                 task = progress.add_task(setting.name, total=len(questions))
                 rows[setting] = await _ask_all(client, setting, questions, lambda task=task: progress.advance(task))
     console.print(table(rows))
-    draw({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
+    draw_frontiers({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
     console.print(f"picture: {plot}", highlight=False)
 
 
@@ -113,11 +113,11 @@ def table(rows: dict[Setting, list[Asked]]) -> Table:
 
 def panel(rows: dict[Setting, list[Asked]]) -> Panel:
     """The rows as lines of a picture: the controller by β, and the single sample beside it."""
-    lines: dict[str, list[Point]] = {"controller, by β": []}
+    lines: dict[str, list[PlotPoint]] = {"controller, by β": []}
     for setting, asked in rows.items():
         spent = statistics.fmean(one.tokens for one in asked)
         if setting.controller is None:
-            lines["controller, by β"].append(Point(spent, *accuracy(asked), setting.name))
+            lines["controller, by β"].append(PlotPoint(spent, *accuracy(asked), setting.name))
         else:
-            lines[setting.name] = [Point(spent, *accuracy(asked))]
+            lines[setting.name] = [PlotPoint(spent, *accuracy(asked))]
     return lines

@@ -12,9 +12,9 @@ import typer
 from discovery.commands.console import wide_console
 from discovery.commands.store import DEFAULT, Anonymous, Place, Request, Tenant
 from discovery.commands.store import forget as forgetting
-from discovery.errors import StoreError, Unwritable
+from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
-from discovery.store.rows import item
+from discovery.store.rows import decode_item
 from proxy.recording.spill_file import Spill, places
 
 
@@ -58,8 +58,8 @@ async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
                 dropped += chunk.bad
                 for line in chunk.lines:
                     try:
-                        await store.add_all([item(line)])
-                    except (ValueError, Unwritable):
+                        await store.add_all([decode_item(line)])
+                    except (ValueError, UnstorableValue):
                         dropped += 1
                 waiting.drop(chunk)
     except OSError as error:

@@ -15,9 +15,9 @@ from uuid import uuid4
 
 from controllers import State
 from discovery.answers import canonical, is_veiled, veiled
-from discovery.data.rounds import packed
-from discovery.evaluation.reference_answers import CONTENT
-from discovery.store import About, Episode, Feedback
+from discovery.data.packed_rounds import pack_rounds
+from discovery.evaluation.reference_answers import SATISFIED_SCORE
+from discovery.store import EpisodeDetails, Feedback, ServedEpisode
 from proxy.admission.request_slot import Turns
 from proxy.admission.token_budget import OverBudget, Rate, retry_after
 from proxy.errors import NotFound, RecordsAway, TooMany
@@ -104,7 +104,7 @@ class Records:
             if found is not None:
                 self.recorder.put(found.request, lambda found=found: found)  # type: ignore[misc]
 
-    async def find(self, caller: Caller, request: str) -> Episode:
+    async def find(self, caller: Caller, request: str) -> ServedEpisode:
         """The episode of a request. Raises NotFound, for those of others too, or RecordsAway."""
         if self.recorder.is_on:
             episode = await self.recorder.find(request)
@@ -158,7 +158,7 @@ class Records:
         if said.correct is not None:
             return "correct", said.correct, said.correct
         if said.score is not None:
-            return "score", said.score, said.score >= CONTENT
+            return "score", said.score, said.score >= SATISFIED_SCORE
         answer = said.answer or ""
         content = None
         with suppress(RecordsAway):
@@ -182,13 +182,13 @@ def _unknown(request: str) -> NotFound:
 
 def _episode(
     plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, stop: str, text: StoreText
-) -> Callable[[], Episode]:
+) -> Callable[[], ServedEpisode]:
     """What makes the record of an episode from what is known of it now; making it is for another thread."""
     seconds = round(time.monotonic() - plan.started, 6)
     created = datetime.now(UTC).isoformat(timespec="microseconds")
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
     rounds = tuple(cast.rounds)
-    about = About(
+    about = EpisodeDetails(
         beta_source=plan.dial.told,
         stage=None if plan.stage is None else str(plan.stage),
         fallback=cast.fallback,
@@ -214,10 +214,10 @@ def _episode(
     ledger = {"aborted": environment.meter.billed} if reply is None else dict(reply.tokens)
     branches, answer = len(environment.branches), state.answer
 
-    def make() -> Episode:
+    def make() -> ServedEpisode:
         written = [veiled(one) for one in answers] if text is StoreText.NONE else answers
         about["answers"] = written
-        return Episode(
+        return ServedEpisode(
             id=plan.request_id,
             request_id=plan.request_id,
             model=plan.prompt.model,
@@ -234,7 +234,7 @@ def _episode(
             sandbox=cast.level,
             tenant=plan.asked.tenant,
             about=about,
-            trace=packed(rounds),
+            trace=pack_rounds(rounds),
         )
 
     return make

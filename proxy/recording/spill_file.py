@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from discovery.data.files import PRIVATE, end_of_lines, is_database_file, sync_folder
+from discovery.data.atomic_files import PRIVATE, is_database_file, last_line_end, sync_folder
 
 MOST_FILES: Final = 64
 """Proxies that may spill to one place, each to a file of its own."""
@@ -145,7 +145,7 @@ class _File:
                 return None  # removed by the one that held it
             if not _is_own(os.pread(descriptor, BEGIN_BYTES, 0)):
                 raise _foreign(path)
-            os.ftruncate(descriptor, end_of_lines(descriptor))
+            os.ftruncate(descriptor, last_line_end(descriptor))
             sync_folder(path.parent)
             undo.pop_all()
             return cls(path, descriptor)

@@ -19,12 +19,12 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
-from discovery.data.files import is_shared
+from discovery.data.atomic_files import is_readable_by_others
 from discovery.data.recordings import RecordedQuestion
-from discovery.errors import StoreError, Unwritable
-from discovery.store import Episode, Item, Store
-from discovery.store.rows import item as unpacked
-from discovery.store.rows import line as packed
+from discovery.errors import StoreError, UnstorableValue
+from discovery.store import ServedEpisode, Store, StoreItem
+from discovery.store.rows import decode_item as unpacked
+from discovery.store.rows import encode_item as packed
 from proxy.errors import RecordsAway
 from proxy.recording.spill_file import LONGEST, Spill
 from proxy.settings import Settings, StoreText
@@ -32,7 +32,7 @@ from proxy.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 V = TypeVar("V")
-Way = Callable[[Sequence[Item]], Awaitable[Sequence[str | None] | None]]
+Way = Callable[[Sequence[StoreItem]], Awaitable[Sequence[str | None] | None]]
 """Where items may go: what became of each, None from where there was no room; or None if nothing goes there now."""
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class _Record(NamedTuple):
     """A record that waits."""
 
     request: str
-    make: Callable[[], Item]  # called in a thread: making it takes time the event loop does not have
+    make: Callable[[], StoreItem]  # called in a thread: making it takes time the event loop does not have
     kept: asyncio.Future[bool]
 
 
@@ -143,7 +143,7 @@ class Recorder:
     async def open(self) -> None:
         """Begin to write; whether the store can be opened or not."""
         if self.path is not None:
-            if self._holds_text and is_shared(self.path):
+            if self._holds_text and is_readable_by_others(self.path):
                 words = "other users of this machine can read the store, which holds texts of requests; `chmod 600` it"
                 logger.warning("%s: %s", self.path, words)
             self._ended = asyncio.get_running_loop().create_future()
@@ -176,7 +176,7 @@ class Recorder:
     # Putting and finding
 
     def put(
-        self, request: str, make: Callable[[], Item], owner: Owner | None = None, *, hurry: bool = False
+        self, request: str, make: Callable[[], StoreItem], owner: Owner | None = None, *, hurry: bool = False
     ) -> asyncio.Future[bool]:
         """Have what `make` makes written down. The result tells, in its time, whether it is on disk or lost.
 
@@ -201,12 +201,12 @@ class Recorder:
             self._hurry.set()
         return kept
 
-    async def find(self, request: str) -> Episode | None:
+    async def find(self, request: str) -> ServedEpisode | None:
         """The episode of a request, written down or not yet; None if there is none. Raises RecordsAway."""
         for record in list(self._queue):
             if record.request == request:
                 made = await asyncio.to_thread(record.make)
-                if isinstance(made, Episode):
+                if isinstance(made, ServedEpisode):
                     return made
         if not self._tried.is_set():
             with suppress(TimeoutError):
@@ -303,7 +303,7 @@ class Recorder:
         ways: list[Way] = [self._stored, self._spilled]
         return ways[::-1] if self.waiting > self._most / 2 else ways
 
-    async def _stored(self, items: Sequence[Item], outcome: str = STORED) -> list[str] | None:
+    async def _stored(self, items: Sequence[StoreItem], outcome: str = STORED) -> list[str] | None:
         """What became of each: it is in the store (`outcome`), never will be, or is dropped. None: that is away."""
         store = self._store
         if store is None or self._failed.is_set():
@@ -319,7 +319,7 @@ class Recorder:
         try:
             left_out = set(map(id, task.result()))
         except Exception as error:
-            if isinstance(error, StoreError) and not isinstance(error, Unwritable):
+            if isinstance(error, StoreError) and not isinstance(error, UnstorableValue):
                 self._fail(str(error))
                 return None
             return await self._one_by_one(items, outcome, error)  # something is wrong with one of them
@@ -328,7 +328,7 @@ class Recorder:
             return None
         return [DROPPED if id(one) in left_out else outcome for one in items]
 
-    async def _one_by_one(self, items: Sequence[Item], outcome: str, error: Exception) -> list[str] | None:
+    async def _one_by_one(self, items: Sequence[StoreItem], outcome: str, error: Exception) -> list[str] | None:
         if len(items) == 1:
             logger.error("a record cannot be written: %s", type(error).__name__)
             return ["unwritable"]
@@ -340,7 +340,7 @@ class Recorder:
             outcomes += alone
         return outcomes
 
-    async def _spilled(self, items: Sequence[Item]) -> list[str | None] | None:
+    async def _spilled(self, items: Sequence[StoreItem]) -> list[str | None] | None:
         """What became of each: it is in the file, never will be, or there was no room. None: for the first already."""
         spill = self.spill
         if spill is None:
@@ -448,7 +448,7 @@ async def _each(work: Callable[[T], V], values: Sequence[T]) -> list[V]:
     return done
 
 
-def _made(record: _Record) -> Item | None:
+def _made(record: _Record) -> StoreItem | None:
     try:
         return record.make()
     except Exception as error:  # whatever it is, the others go on
@@ -456,7 +456,7 @@ def _made(record: _Record) -> Item | None:
         return None
 
 
-def _packed(item: Item) -> bytes | None:
+def _packed(item: StoreItem) -> bytes | None:
     try:
         line = packed(item)
     except Exception as error:  # a text that is none
@@ -468,7 +468,7 @@ def _packed(item: Item) -> bytes | None:
     return line
 
 
-def _unpacked(line: bytes) -> Item | None:
+def _unpacked(line: bytes) -> StoreItem | None:
     try:
         return unpacked(line)
     except Exception as error:  # whatever it is, the others go on

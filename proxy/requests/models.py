@@ -20,7 +20,7 @@ from pydantic import (
 
 from discovery.answers import AUTO, Kind, canonical, parse_kind
 from discovery.answers.redaction import MARK
-from discovery.errors import UnknownKind, unknown_field
+from discovery.errors import UnknownAnswerKind, unknown_field
 from proxy.errors import BadRequest, clipped
 from proxy.requests import field_table, field_values, strict_json
 from proxy.requests.beta import EFFORTS
@@ -101,7 +101,7 @@ def _kind_of(spec: object) -> object:
         return spec
     try:
         return parse_kind(spec)
-    except UnknownKind as error:
+    except UnknownAnswerKind as error:
         raise ValueError(str(error)) from None
 
 

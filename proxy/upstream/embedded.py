@@ -18,7 +18,7 @@ from typing import Final
 import aiohttp
 
 from deploy.embedded.server import FOLDER
-from discovery.data.files import create
+from discovery.data.atomic_files import create_exclusively
 from proxy.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class EmbeddedServer:
         self._remove_folder()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="autotts-"))  # mode 0700, a random name
-            with create(self._folder / LOG, 0o600) as log:
+            with create_exclusively(self._folder / LOG, 0o600) as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,

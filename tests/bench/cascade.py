@@ -9,9 +9,9 @@ from typing import Final
 
 from controllers.loading import parse_spec
 from discovery.data.importers import read_release, release_cell
-from discovery.data.recordings import Cell, Split, intern
-from discovery.evaluation.afs import afs
-from discovery.evaluation.replay_jobs import Rules
+from discovery.data.recordings import Cell, Split, intern_answers
+from discovery.evaluation.afs import mean_afs
+from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.search.arena import Arena, Trial
 from discovery.search.cascade import Cascade, Plan, Verdict, fixed_recordings
 from discovery.search.explorers import Candidate, Context, Standing
@@ -32,8 +32,11 @@ def rows(size: Size) -> Iterator[Row]:
     file = FILE.with_name("aime24.json.xz")
     if not file.exists():
         return
-    cells = {CELL: [intern(recorded) for recorded in read_release(file)]}
-    with Arena(cells, Rules(probe_tokens=20), WORKERS) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
+    cells = {CELL: [intern_answers(recorded) for recorded in read_release(file)]}
+    with (
+        Arena(cells, ReplayRules(probe_tokens=20), WORKERS) as arena,
+        Arena(fixed_recordings(), ReplayRules(), 1) as probes,
+    ):
         cascade = Cascade(arena, probes, Plan(shuffles=size.pick(SHUFFLES, 1)))
         known = cascade.judge(baselines(), [])
         search, sealed = (_minute(cascade, known, explorer, size) for explorer in ("grammar", "llm"))
@@ -50,10 +53,10 @@ def _validation(size: Size) -> Row:
     """What was discovered and is shipped beside CMC, on questions no search has seen."""
     files = sorted(FILE.parents[1].glob("*/aime25.json.xz"))[: size.pick(4, 1)]
     shuffles = size.pick(10, 1)
-    cells = {release_cell(file): [intern(recorded) for recorded in read_release(file)] for file in files}
-    with Arena(cells, Rules(probe_tokens=20), WORKERS) as arena:
+    cells = {release_cell(file): [intern_answers(recorded) for recorded in read_release(file)] for file in files}
+    with Arena(cells, ReplayRules(probe_tokens=20), WORKERS) as arena:
         trial = Trial(FINE, range(shuffles))
-        found, cmc = (afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
+        found, cmc = (mean_afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
     return Row(
         f"AFS on aime25, {len(files)} models, {shuffles} shuffles: {SHIPPED}",
         f"{found:.2f}, sealed",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import comb
 
-from discovery.data.recordings import RecordedRow, Recording
+from discovery.data.recordings import BranchRow, Recording
 
 
 @cache
@@ -20,12 +20,12 @@ def confidence(first: int, second: int) -> float:
     return sum(comb(throws, k) for k in range(first + 1)) / 2**throws if first else 0.0
 
 
-def forwards(recording: Recording) -> list[RecordedRow]:
+def forwards(recording: Recording) -> list[BranchRow]:
     """The rows of a recording, probes in the order they were made in."""
     return [row._replace(probes=row.probes[::-1]) for row in recording.rows]
 
 
-def play(rows: Sequence[RecordedRow], order: Sequence[int], delta: int, b: float) -> tuple[int, int]:
+def play(rows: Sequence[BranchRow], order: Sequence[int], delta: int, b: float) -> tuple[int, int]:
     """(answer's number in the recording, tokens) of one episode."""
     first, most, warm_up = max(2, round(2 + 6 * b)), min(64, round(4 + 60 * b)), max(2, round(2 + 8 * b))
     patience, size, alpha = max(3, round(3 + 9 * b)), max(2, round(2 + 6 * b)), 0.70 - 0.40 * b

@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 
 from controllers import Advanced, Probed, Round, advance, branch, probe
-from discovery.data.rounds import packed
-from discovery.store import Episode
+from discovery.data.packed_rounds import pack_rounds
+from discovery.store import ServedEpisode
 from proxy.recording.store_writer import Recorder
 from proxy.server import running
 from proxy.settings import load
@@ -68,11 +68,12 @@ async def _produce(recorder: Recorder, name: str, count: int) -> None:
             raise RuntimeError("a record was lost")
 
 
-def _episode(identity: str) -> Episode:
+def _episode(identity: str) -> ServedEpisode:
     ledger = {"winner": 300, "agreeing": 900, "losing": 400, "probe": 400}
     about = {"spent": 2000, "limits": {"interval": 64, "max_branches": 64}, "answers": ["veiled:0123456789abcdef"]}
     identities = (identity, identity, "model", "cmc", "d" * 64)
-    return Episode(*identities, 0.5, STEPS + 1, BRANCHES, ledger, "answered", about=about, trace=packed(_ROUNDS))  # type: ignore[arg-type]
+    figures = (0.5, STEPS + 1, BRANCHES, ledger, "answered")
+    return ServedEpisode(*identities, *figures, about=about, trace=pack_rounds(_ROUNDS))  # type: ignore[arg-type]
 
 
 def _rounds() -> list[Round]:

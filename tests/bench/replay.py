@@ -13,11 +13,11 @@ from typing import Final
 
 from controllers.loading import Spec
 from discovery.data.importers import read_release, release_cell
-from discovery.data.recordings import Cell, RecordedQuestion, Recording, intern
-from discovery.evaluation.engines import EngineName, engine_called
+from discovery.data.recordings import Cell, RecordedQuestion, Recording, intern_answers
+from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import Evaluation
-from discovery.evaluation.replay import shuffled
-from discovery.evaluation.replay_jobs import Played, Rules, jobs, play
+from discovery.evaluation.replay import shuffled_order
+from discovery.evaluation.replay_jobs import JobResult, ReplayRules, make_jobs, run_job
 from tests.bench import cmc_loop
 from tests.bench.rows import Row, Size, median_ratio
 
@@ -34,7 +34,7 @@ def rows(size: Size) -> Iterator[Row]:
     if not FILE.exists():
         return
     recorded = read_release(FILE)
-    recordings = [intern(one) for one in recorded]
+    recordings = [intern_answers(one) for one in recorded]
     yield _runner(recordings, size)
     yield _traces(recordings, size)
     yield _cores(recorded, size)
@@ -44,20 +44,20 @@ def rows(size: Size) -> Iterator[Row]:
 def _runner(recordings: Sequence[Recording], size: Size) -> Row:
     """The evaluator's way beside the bare loop; both must give the same figures."""
     forwards = [cmc_loop.forwards(recording) for recording in recordings]
-    general: list[Played] = []
+    general: list[JobResult] = []
     bare: list[tuple[bool, int]] = []
 
     def loop(block: range) -> None:
         for shuffle in block:
             for recording, mine in zip(recordings, forwards, strict=True):
-                label, spent = cmc_loop.play(mine, shuffled(recording.branches, shuffle), recording.interval, 1.0)
+                label, spent = cmc_loop.play(mine, shuffled_order(recording.branches, shuffle), recording.interval, 1.0)
                 bare.append((label == recording.reference, spent))
 
     for block in _blocks(size)[:1]:  # warm up: every branch's plain rows, every table
-        _general(recordings, block, Rules())
+        _general(recordings, block, ReplayRules())
         loop(block)
     bare.clear()
-    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, Rules())), loop, size)
+    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, ReplayRules())), loop, size)
     assert sum(int(one.outcomes[0].sum()) for one in general) == sum(right for right, _ in bare)
     assert sum(int(one.outcomes[2].sum()) for one in general) == sum(spent for _, spent in bare)
     episodes = size.pick(SHUFFLES, QUICK) * len(recordings)
@@ -71,10 +71,10 @@ def _runner(recordings: Sequence[Recording], size: Size) -> Row:
 
 def _traces(recordings: Sequence[Recording], size: Size) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        traced = Rules(traces=Path(folder))
+        traced = ReplayRules(traces=Path(folder))
         took, beside = _alternate(
             lambda block: _general(recordings, block, traced),
-            lambda block: _general(recordings, block, Rules()),
+            lambda block: _general(recordings, block, ReplayRules()),
             size,
         )
         written = sum(file.stat().st_size for file in Path(folder).rglob("*.npz"))
@@ -96,7 +96,7 @@ def _cores(recorded: Sequence[RecordedQuestion], size: Size) -> Row:
             shuffles = size.pick(SHUFFLES, QUICK)
             evaluation = Evaluation(_Held(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], shuffles)
             began = time.perf_counter()
-            evaluation.run(engine_called(name, 2))
+            evaluation.run(make_engine(name, 2))
             spent.append(time.perf_counter() - began)
     one, two = times.values()
     return Row(
@@ -124,7 +124,7 @@ MEMORY: Final = """
 import sys
 from pathlib import Path
 from controllers.loading import Spec
-from discovery.evaluation.engines import EngineName, engine_called
+from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import Evaluation
 from discovery.evaluation.sources import open_source
 def peak():
@@ -132,7 +132,7 @@ def peak():
 
 before = peak()
 source = open_source(Path(sys.argv[1]))
-Evaluation(source, source.cells(), [Spec("cmc")], [1.0], int(sys.argv[2])).run(engine_called(EngineName.LOCAL))
+Evaluation(source, source.cells(), [Spec("cmc")], [1.0], int(sys.argv[2])).run(make_engine(EngineName.LOCAL))
 print(before, peak())
 """
 
@@ -153,10 +153,10 @@ def _blocks(size: Size) -> list[range]:
     return [range(begin, begin + BLOCK) for begin in range(0, size.pick(SHUFFLES, QUICK), BLOCK)]
 
 
-def _general(recordings: Sequence[Recording], block: range, rules: Rules) -> list[Played]:
+def _general(recordings: Sequence[Recording], block: range, rules: ReplayRules) -> list[JobResult]:
     """What the local engine does for these shuffles."""
-    split_up = jobs([Spec("cmc")], [1.0], release_cell(FILE), block.stop)
-    return [play(job, recordings, rules) for job in split_up if job.shuffles.start >= block.start]
+    split_up = make_jobs([Spec("cmc")], [1.0], release_cell(FILE), block.stop)
+    return [run_job(job, recordings, rules) for job in split_up if job.shuffles.start >= block.start]
 
 
 def _alternate(

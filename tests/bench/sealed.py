@@ -15,9 +15,9 @@ from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import Nursery
 from controllers.sandbox.worker import HARD_S, Worker
 from discovery.data.importers import read_release, release_cell
-from discovery.data.recordings import Recording, intern
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
-from discovery.evaluation.replay_jobs import Job, Rules, Sealing, play
+from discovery.data.recordings import Recording, intern_answers
+from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
+from discovery.evaluation.replay_jobs import Job, ReplayRules, Sealing, run_job
 from tests.bench.replay import BLOCK, FILE
 from tests.bench.rows import Row, Size, spread
 from tests.discovery.evaluation.test_evaluate import question
@@ -32,7 +32,7 @@ TIMES: Final = 100
 def rows(size: Size) -> Iterator[Row]:
     """Yield the rows of the sandbox. They start event loops of their own, so none may be running."""
     if FILE.exists():
-        recordings = [intern(recorded) for recorded in read_release(FILE)]
+        recordings = [intern_answers(recorded) for recorded in read_release(FILE)]
         for beta in (0.0, 0.5, 1.0):
             yield _replay(recordings, beta, size.pick(5, 1), size.pick(BLOCK, 2))
     nursery = Nursery()
@@ -51,7 +51,7 @@ def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int
     for start in range(0, times * block, block):
         job = Job(Spec("cmc"), beta, release_cell(FILE), range(start, start + block))
         for sealing, found in speeds.items():
-            played = play(job, recordings, Rules(sealing=sealing))
+            played = run_job(job, recordings, ReplayRules(sealing=sealing))
             found.append(int(played.outcomes[3].sum()) / played.seconds)
     sealed, here = (statistics.median(found) for found in speeds.values())
     return Row(
@@ -88,11 +88,11 @@ class _Timed:
 
 async def _live(nursery: Nursery, times: int) -> Row:
     """CMC at β = 1, each episode in a child of its own."""
-    recording = intern(question(0, branches=64))
+    recording = intern_answers(question(0, branches=64))
     taken: list[float] = []
 
     async def episode(worker: Worker) -> None:
-        environment = _Slow(ReplayEnvironment(recording, shuffled(64, 0)))
+        environment = _Slow(ReplayEnvironment(recording, shuffled_order(64, 0)))
         timed = _Timed(SandboxedController(worker, 1.0), taken)
         await run_episode(timed, environment, State(Limits(recording.interval)))
 

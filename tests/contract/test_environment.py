@@ -30,7 +30,7 @@ from controllers import (
 )
 from controllers.builtin import BUILT_IN, create
 from discovery.answers import read
-from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
 from proxy.probe_templates import LEAD, TEMPLATES, Family
@@ -63,7 +63,7 @@ async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
     branches = [_recorded(chain) for chain in chains]
     recorded = RecordedQuestion("hi", MODEL, "chains", INTERVAL, branches, "7")
-    yield ReplayEnvironment(intern(recorded), range(len(chains)))
+    yield ReplayEnvironment(intern_answers(recorded), range(len(chains)))
 
 
 def _recorded(chain: Chain) -> RecordedBranch:

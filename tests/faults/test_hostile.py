@@ -134,11 +134,11 @@ def test_doctor_names_the_missing_layer(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_evaluate_refuses_rather_than_run_unsealed(layer: str, tmp_path: Path) -> None:
-    from discovery.data.importers import as_line
+    from discovery.data.importers import format_recording_line
     from tests.discovery.evaluation.test_evaluate import question
 
     (tmp_path / "mine.py").write_text(CONTROLLER)
-    (tmp_path / "r.jsonl").write_text(as_line(question(0)))
+    (tmp_path / "r.jsonl").write_text(format_recording_line(question(0)))
     about = ["--recordings", str(tmp_path / "r.jsonl"), "--controllers", str(tmp_path / "mine.py")]
     command = without(layer, sys.executable, "-m", "proxy.cli", "evaluate", *about)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)

@@ -16,15 +16,15 @@ from zlib import crc32
 
 import pytest
 
-from discovery.data.importers import as_line, read_jsonl, read_release
-from discovery.data.json_text import parse
+from discovery.data.importers import format_recording_line, read_jsonl, read_release
 from discovery.data.recordings import LabelSource, Origin, RecordedBranch, RecordedQuestion, question_id
+from discovery.data.safe_json import parse_json
 from discovery.errors import BadRecording, CorruptRow, HistoryError, StoreError
-from discovery.evaluation.reference_answers import fill
+from discovery.evaluation.reference_answers import update_labels
 from discovery.search.explorers.transcript import Transcript
 from discovery.search.history import History
-from discovery.store import Episode, Feedback, Label, Search, Store, Tried, rows
-from discovery.store.rows import checksum, line
+from discovery.store import Feedback, Label, SearchRun, ServedEpisode, Store, TriedCandidate, rows
+from discovery.store.rows import checksum, encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording import spill_file as spilling
@@ -37,8 +37,8 @@ from tests.faults.processes import until
 DEEP: Final = "[" * 100_000
 
 
-def episode(name: str, **about: Any) -> Episode:
-    return Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
+def episode(name: str, **about: Any) -> ServedEpisode:
+    return ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
 
 
 def recording(name: str, **changes: Any) -> RecordedQuestion:
@@ -49,9 +49,9 @@ def recording(name: str, **changes: Any) -> RecordedQuestion:
     return replace(made, **changes)
 
 
-def changed(item: Episode | Feedback | RecordedQuestion, **members: Any) -> bytes:
+def changed(item: ServedEpisode | Feedback | RecordedQuestion, **members: Any) -> bytes:
     """The line of an item with members replaced by JSON texts, whatever these are."""
-    kind, content = json.loads(line(item))
+    kind, content = json.loads(encode_item(item))
     marks = {f"{name}-mark": text for name, text in members.items()}
     for name in members:
         content[name] = f"{name}-mark"
@@ -115,7 +115,7 @@ POISON: Final = {
     "kind object": b"[{},{}]",
     "kind unknown": b'["nobody",{}]',
     "not utf-8": b'["episode",{"id":"\xff"}]',
-    "cut": line(E)[:-5],
+    "cut": encode_item(E)[:-5],
 }
 
 
@@ -143,7 +143,7 @@ async def read_back(path: Path) -> Recorder:
 @pytest.mark.parametrize("name", POISON)
 async def test_a_line_that_nothing_reads_is_dropped_and_counted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "s.db"
-    waiting(tmp_path / "s.db.spill", line(episode("good")), POISON[name], line(episode("later")))
+    waiting(tmp_path / "s.db.spill", encode_item(episode("good")), POISON[name], encode_item(episode("later")))
     recorder = await read_back(path)
     assert ids(path) == {"good", "later"}
     assert recorder.lost == 1
@@ -152,7 +152,7 @@ async def test_a_line_that_nothing_reads_is_dropped_and_counted(tmp_path: Path, 
 
 async def test_a_group_of_nothing_but_such_lines_does_not_stop_the_next(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
-    waiting(tmp_path / "s.db.spill", *(list(POISON.values()) * 12), line(episode("good")))
+    waiting(tmp_path / "s.db.spill", *(list(POISON.values()) * 12), encode_item(episode("good")))
     recorder = await read_back(path)
     assert (ids(path), recorder.lost) == ({"good"}, 12 * len(POISON))
     async with Store.open(path) as store:
@@ -170,7 +170,7 @@ def test_forgetting_drops_what_nothing_reads_and_says_how_much(
             await store.add_all([episode("mine")])
 
     asyncio.run(make())
-    waiting(tmp_path / "s.db.spill", line(episode("good")), *POISON.values(), line(episode("other")))
+    waiting(tmp_path / "s.db.spill", encode_item(episode("good")), *POISON.values(), encode_item(episode("other")))
     forget(request="good", place=path)
     assert f"{len(POISON)} records that waited in files cannot be read" in capsys.readouterr().out
     assert ids(path) == {"mine", "other"}
@@ -186,13 +186,13 @@ async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None
         changed(replace(F, id="nan"), kind='"score"', value='"NaN"'),
         changed(episode("negative"), branches="-4", rounds=str(-(2**62))),
     ]
-    served = [line(replace(episode(name), question=question_id(name))) for name in ("good", "a", "b")]
-    waiting(tmp_path / "s.db.spill", *served, *odd, line(R))
+    served = [encode_item(replace(episode(name), question=question_id(name))) for name in ("good", "a", "b")]
+    waiting(tmp_path / "s.db.spill", *served, *odd, encode_item(R))
     recorder = await read_back(path)
     assert recorder.lost == 0
     async with Store.open(path) as store:
         assert (await store.verify()).bad == []
-        assert (await fill(store, [], 0.2, 2)).unheard == 3
+        assert (await update_labels(store, [], 0.2, 2)).unheard == 3
         assert len(await store.episodes()) == 5
         assert [len(await store.load(one.cell)) for one in await store.summaries()] == [1]
 
@@ -223,7 +223,7 @@ def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
 def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("my thesis")
     (tmp_path / "spill.1").symlink_to("spill")
-    waiting(tmp_path / "left", line(episode("good")))
+    waiting(tmp_path / "left", encode_item(episode("good")))
     (tmp_path / "left").rename(tmp_path / "spill.2")
     spill = Spill(tmp_path / "spill", 0)
     with pytest.raises(OSError, match="not a file of records"):
@@ -244,8 +244,8 @@ def template(folder: Path) -> Path:
             await store.add_all([replace(episode(name), question=question_id(name)) for name in ("good", "other")])
             await store.add_all([recording("good"), recording("other"), Feedback("f", "good", "correct", "true")])
             await store.set_labels([Label(question_id("good"), LabelSource.FEEDBACK, "7", 0.9)])
-            tried = Tried("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ...")
-            await store.add_search(Search("hash", "llm", 7, {"shuffles": 4}, [tried]))
+            tried = TriedCandidate("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ...")
+            await store.add_search(SearchRun("hash", "llm", 7, {"shuffles": 4}, [tried]))
             await store.add_all([episode("gone")])
             await store.forget(request="gone")
 
@@ -279,7 +279,7 @@ async def use(store: Store) -> None:
     """Read all there is, as commands do."""
     for summary in await store.summaries():
         for one in await store.load(summary.cell):
-            as_line(one).encode()
+            format_recording_line(one).encode()
     json.dumps(await store.served())
     await store.episodes()
     await store.latest(10)
@@ -287,7 +287,7 @@ async def use(store: Store) -> None:
     await store.labels()
     await store.questions()
     await store.versions("m")
-    await fill(store, [], 0.2, 2)
+    await update_labels(store, [], 0.2, 2)
 
 
 @pytest.mark.parametrize("table", COLUMNS)
@@ -319,12 +319,12 @@ def test_a_row_of_any_value_stops_no_command(tmp_path: Path, table: str) -> None
     [
         DEEP,
         '{"a":' * 100_000,
-        as_line(recording("q")).replace('"7"', '"\\ud800"'),
-        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":NaN}'),
-        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":1e999}'),
-        as_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":' + DEEP + "}"),
-        as_line(recording("q")).replace("900", "9" * 5000),
-        as_line(recording("q")).replace("900", "1e999"),
+        format_recording_line(recording("q")).replace('"7"', '"\\ud800"'),
+        format_recording_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":NaN}'),
+        format_recording_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":1e999}'),
+        format_recording_line(recording("q", sampling={"t": 1})).replace('{"t":1}', '{"t":' + DEEP + "}"),
+        format_recording_line(recording("q")).replace("900", "9" * 5000),
+        format_recording_line(recording("q")).replace("900", "1e999"),
     ],
 )
 def test_no_line_of_recordings_is_worse_than_refused(tmp_path: Path, text: str) -> None:
@@ -348,14 +348,14 @@ def test_no_line_of_a_record_is_worse_than_refused(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="line 1"):
         Transcript(path)
     with pytest.raises(ValueError, match="nested too deeply"):
-        parse(DEEP)
+        parse_json(DEEP)
 
 
 def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     odd = episode("odd", about={"sampling": {"x": float("inf"), "y": [float("nan"), 1.5]}, "usage": {}})
 
-    async def go() -> Episode | None:
+    async def go() -> ServedEpisode | None:
         async with Store.open(path, create=True) as store:
             await store.add_all([odd])
             with pytest.raises(ValueError, match="beta is nan"):
@@ -365,7 +365,7 @@ def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
     found = asyncio.run(go())
     assert found is not None
     assert found.about["sampling"] == {"x": None, "y": [None, 1.5]}
-    assert rows.item(line(odd)) == found
+    assert rows.decode_item(encode_item(odd)) == found
 
 
 async def test_what_a_row_cannot_hold_is_not_taken_for_a_failing_store(tmp_path: Path) -> None:
@@ -373,4 +373,4 @@ async def test_what_a_row_cannot_hold_is_not_taken_for_a_failing_store(tmp_path:
         for item in (episode("a", tenant=None), episode("b", trace="\ud800"), replace(episode("c"), rounds=2**70)):
             with pytest.raises(StoreError) as caught:
                 await store.add_all([item])
-            assert type(caught.value).__name__ == "Unwritable"
+            assert type(caught.value).__name__ == "UnstorableValue"

@@ -25,8 +25,8 @@ from openai import AsyncOpenAI
 
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
-from discovery.store import Episode, Feedback, Item, Store
-from discovery.store.rows import line
+from discovery.store import Feedback, ServedEpisode, Store, StoreItem
+from discovery.store.rows import encode_item
 from proxy.recording.spill_file import MOST_FILES, Spill, places
 from proxy.recording.store_writer import FILE, GROUP, STORE, Owner, Recorder
 from proxy.server import running
@@ -42,8 +42,8 @@ LOCKED_S = 30
 """How long the store is locked in the longest test."""
 
 
-def episode(name: str, **about: Any) -> Episode:
-    return Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
+def episode(name: str, **about: Any) -> ServedEpisode:
+    return ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
 
 
 def putting(recorder: Recorder, *names: str) -> list[asyncio.Future[bool]]:
@@ -73,7 +73,7 @@ async def answered(proxy: Proxy, count: int = 1) -> set[str]:
 def left(path: Path, *names: str) -> bytes:
     """A file that a proxy left, of some episodes; what is in it."""
     spill = Spill(path, 1 << 30)
-    assert spill.append([line(episode(name)) for name in names])
+    assert spill.append([encode_item(episode(name)) for name in names])
     spill.close()
     return path.read_bytes()
 
@@ -104,7 +104,7 @@ class Turnstile:
         self.entered = asyncio.Semaphore(0)
         plain = Store.add_all
 
-        async def add_all(store: Store, items: list[Item]) -> list[RecordedQuestion]:
+        async def add_all(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
             self.entered.release()
             await self.passes.acquire()
             self.seen += [one.id for one in items if not isinstance(one, RecordedQuestion)]
@@ -297,7 +297,7 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async with recording(path) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
 
-        async def slow(store: Store, items: list[Item]) -> list[RecordedQuestion]:
+        async def slow(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
             await go_on.wait()
             return await plain(store, items)
 
@@ -412,7 +412,7 @@ async def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_written_stops_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def broken() -> Episode:
+    def broken() -> ServedEpisode:
         raise RuntimeError("no such thing")
 
     path = tmp_path / "s.db"
@@ -589,11 +589,13 @@ async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeyp
     path, failures, plain = tmp_path / "s.db", 4, Store.add_all
     huge = replace(episode("huge"), branches=2**70)  # a line can hold it, and no row
     spill = Spill(tmp_path / "s.db.spill", 1 << 20)
-    assert spill.append([line(episode("a")), b"{}", line(huge), line(episode("b")), line(episode("c"))])
+    assert spill.append(
+        [encode_item(episode("a")), b"{}", encode_item(huge), encode_item(episode("b")), encode_item(episode("c"))]
+    )
     spill.close()
     spill.path.write_bytes(spill.path.read_bytes().replace(b'"c"', b'"d"'))
 
-    async def add_all(store: Store, items: list[Item]) -> list[RecordedQuestion]:
+    async def add_all(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
         nonlocal failures
         failures -= 1
         if failures >= 0:
@@ -762,11 +764,11 @@ async def test_the_store_is_synced_with_each_transaction(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("one", [episode("e"), Feedback("f", "r", "correct", "true", tenant="t")])
-def test_an_item_is_one_line_and_found_again(one: Item) -> None:
-    from discovery.store.rows import item
+def test_an_item_is_one_line_and_found_again(one: StoreItem) -> None:
+    from discovery.store.rows import decode_item
 
-    assert b"\n" not in line(one)
-    assert item(line(one)) == one
+    assert b"\n" not in encode_item(one)
+    assert decode_item(encode_item(one)) == one
 
 
 # Killed

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
-from discovery.data.importers import as_line
+from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Store
 from proxy.cli import app
@@ -139,7 +139,9 @@ def begin(folder: Path) -> None:
     branches = [[["7", "7"], 1100, "7"], [["8"], 700, "7"]]
     release.write_text(json.dumps([{"question": "Q", "gold_answer": "7", "probe_freq": 500, "each_branch": branches}]))
     numbers = range(12)
-    (folder / "lines.jsonl").write_text("".join(as_line(recorded(n, split)) for n in numbers for split in Split))
+    (folder / "lines.jsonl").write_text(
+        "".join(format_recording_line(recorded(n, split)) for n in numbers for split in Split)
+    )
     (folder / "q.jsonl").write_text(json.dumps({"question": "Q1", "reference": "7"}) + "\n")
     (folder / "mine.py").write_text(
         "from controllers import advance, answer, branch\n"

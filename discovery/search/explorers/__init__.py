@@ -75,5 +75,5 @@ class Explorer(Protocol):
     name: str
 
     def propose(self, context: Context) -> list[Candidate]:
-        """The next candidates, at least one unless there are no more. Raises ExplorerError, OutOfMoney."""
+        """The next candidates, at least one unless there are no more. Raises ExplorerError, BudgetExhausted."""
         ...

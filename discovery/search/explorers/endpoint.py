@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import openai
 from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from discovery.errors import ExplorerError, OutOfMoney
+from discovery.errors import BudgetExhausted, ExplorerError
 from discovery.search.explorers import Cost
 from discovery.search.explorers.transcript import Response, Transcript, exchange_key
 
@@ -151,7 +151,7 @@ class Endpoint:
             spent += given.worst_case(asked) if bill.unknown else bill.cost.usd
         most = given.worst_case(request)
         if spent + most > given.usd:
-            raise OutOfMoney(
+            raise BudgetExhausted(
                 f"the budget is {given.usd:g} USD, {spent:.4f} of it may be gone, and one more call can cost {most:.4f}"
             )
 

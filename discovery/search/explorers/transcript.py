@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from discovery.data.json_text import parse
+from discovery.data.safe_json import parse_json
 from discovery.errors import ExplorerError, HistoryError
 
 Response = Mapping[str, Any]
@@ -63,7 +63,7 @@ class Transcript:
         ended = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:ended].splitlines(), 1):
             try:
-                read = parse(line)
+                read = parse_json(line)
                 self._responses[read["key"]] = read["request"], read["response"]
             except (ValueError, KeyError, TypeError):
                 raise HistoryError(f"{path}: line {number} is no exchange") from None

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from discovery.answers import Form, Judge, Labels, Sort, boxed, canonical, parse_kind, read
-from discovery.errors import UnknownKind
+from discovery.errors import UnknownAnswerKind
 from tests.discovery.answers.answer_pairs import DIFFERENT, SAME, UNREADABLE
 
 
@@ -441,7 +441,7 @@ def test_read(text: str, kind: str, answer: str | None) -> None:
     ],
 )
 def test_a_kind_that_is_none_is_told_so(spec: str, says: str) -> None:
-    with pytest.raises(UnknownKind) as error:
+    with pytest.raises(UnknownAnswerKind) as error:
         parse_kind(spec)
     assert says in str(error.value)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from controllers import Controller, Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make
-from discovery.data.recordings import Origin, RecordedQuestion, intern
-from discovery.data.rounds import packed
+from discovery.data.packed_rounds import pack_rounds
+from discovery.data.recordings import Origin, RecordedQuestion, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment
-from discovery.store import About, Episode, Store
+from discovery.store import EpisodeDetails, ServedEpisode, Store
 
 
 def serve(
@@ -24,10 +24,10 @@ def serve(
     limits: Limits | None = None,
     controller: Controller | None = None,
     **changes: Any,
-) -> Episode:
+) -> ServedEpisode:
     """The episode a controller makes of a recording's branches, opened in the order in which they stand there."""
     limits = limits or Limits(recorded.interval, len(recorded.branches))
-    recording = intern(recorded)
+    recording = intern_answers(recorded)
     environment = ReplayEnvironment(recording, range(recording.branches))
     state, rounds = State(limits), list[Round]()
 
@@ -36,7 +36,9 @@ def serve(
 
     run_sync(run_episode(controller or make(spec, beta), environment, state, keep))
     answers = [recording.answers[number] for number in environment.revealed]
-    about = About(limits=asdict(limits), decided=len(rounds), spent=state.spent, answers=answers, fallback=None)
+    about = EpisodeDetails(
+        limits=asdict(limits), decided=len(rounds), spent=state.spent, answers=answers, fallback=None
+    )
     known: dict[str, Any] = {
         "rounds": len(rounds),
         "branches": state.width,
@@ -45,9 +47,9 @@ def serve(
         "answer": None if state.answer is None else answers[state.answer],
         "question": recorded.question,
         "about": about,
-        "trace": packed(rounds),
+        "trace": pack_rounds(rounds),
     }
-    return Episode(request, request, recorded.model, spec.name, spec.digest, beta, **(known | changes))
+    return ServedEpisode(request, request, recorded.model, spec.name, spec.digest, beta, **(known | changes))
 
 
 def live(recorded: RecordedQuestion, request: str) -> RecordedQuestion:
@@ -55,7 +57,7 @@ def live(recorded: RecordedQuestion, request: str) -> RecordedQuestion:
     return replace(recorded, benchmark="live", origin=Origin.LIVE, request=request)
 
 
-def write(path: Path, episodes: Sequence[Episode], recordings: Sequence[RecordedQuestion] = ()) -> Path:
+def write(path: Path, episodes: Sequence[ServedEpisode], recordings: Sequence[RecordedQuestion] = ()) -> Path:
     """A store of them."""
 
     async def go() -> None:

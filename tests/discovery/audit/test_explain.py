@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from controllers import TO_END, Action, Limits, State, Stop, advance, answer, branch, probe, prune
 from controllers.loading import Spec
 from discovery.answers import veiled
-from discovery.audit.explain import estimates, explain, restricted_mean
+from discovery.audit.explain import consistency_estimates, explain, restricted_mean
+from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
-from discovery.data.rounds import packed, unpacked
 from discovery.errors import TraceError
-from discovery.store import About, Episode
+from discovery.store import EpisodeDetails, ServedEpisode
 from tests.discovery.audit.served import serve, write
 from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.fakes import Scripted
@@ -35,7 +35,7 @@ RECORDED = RecordedQuestion(question_id("q"), "m", "b", 100, CHAINS, "7")
 MINE = Spec("mine", "class Mine: ...")
 
 
-def scripted(*rounds: Sequence[Action], **changes: object) -> Episode:
+def scripted(*rounds: Sequence[Action], **changes: object) -> ServedEpisode:
     return serve(RECORDED, MINE, 0.5, "r", controller=Scripted(*rounds), **changes)  # type: ignore[arg-type]
 
 
@@ -118,14 +118,14 @@ def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() ->
     ],
 )
 def test_why_it_stopped_is_one_sentence(stop: str, fallback: str | None, words: str) -> None:
-    rounds = unpacked(GIVEN_UP.trace)[:3]
+    rounds = unpack_rounds(GIVEN_UP.trace)[:3]
     about = GIVEN_UP.about | {
         "fallback": fallback,
         "decided": 3 if fallback is None else 2,
         "spent": 589,
         "limits": {"interval": 100, "max_branches": 5, "branch_tokens": 500, "max_tokens": 9000},
     }
-    cut = replace(GIVEN_UP, stop=stop, rounds=3, trace=packed(rounds), about=about)
+    cut = replace(GIVEN_UP, stop=stop, rounds=3, trace=pack_rounds(rounds), about=about)
     told = explain(cut)
     assert words in told["why"]
     assert told["why"].endswith(".")
@@ -142,7 +142,7 @@ def test_the_baselines_answer_is_not_told_as_the_controllers() -> None:
 
 
 def test_an_episode_of_which_nothing_is_known_but_its_end() -> None:
-    bare = Episode("e", "r", "m", "cmc", "d", 0.5, 0, 0, {"aborted": 12}, "deadline")
+    bare = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 0, 0, {"aborted": 12}, "deadline")
     told = explain(bare)
     assert (told["rounds"], told["pruned"], told["estimates"]) == ([], [], None)
     assert told["why"] == "Time was up; no answer had been given."
@@ -158,11 +158,11 @@ def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
 
 
 def test_rounds_that_cannot_have_been_are_an_error() -> None:
-    rounds = unpacked(GIVEN_UP.trace)
+    rounds = unpack_rounds(GIVEN_UP.trace)
     with pytest.raises(TraceError, match="r: round 0 cannot have been"):
-        explain(replace(GIVEN_UP, trace=packed(rounds[1:])))
+        explain(replace(GIVEN_UP, trace=pack_rounds(rounds[1:])))
     with pytest.raises(TraceError, match="r: its limits cannot be read"):
-        explain(replace(GIVEN_UP, about=About(limits={"interval": 0})))
+        explain(replace(GIVEN_UP, about=EpisodeDetails(limits={"interval": 0})))
 
 
 # What self-consistency would have cost
@@ -174,13 +174,13 @@ def test_unfinished_branches_count_for_as_long_as_they_are_known_to_be() -> None
     assert beyond == 0
     mean, beyond = restricted_mean([(10, True), (30, False)])
     assert (mean, beyond) == (10 + 20 * 0.5, 0.5)
-    found = estimates([(10, True), (30, False)])
+    found = consistency_estimates([(10, True), (30, False)])
     assert found is not None
     assert [(one["chains"], one["estimated_tokens"]) for one in found] == [
         (2, 40), (8, 160), (16, 320), (32, 640), (64, 1280)
     ]  # fmt: skip
     assert {(one["finished"], one["unfinished"], one["at_least"]) for one in found} == {(1, 1, True)}
-    assert estimates([(10, False)]) is estimates([]) is None
+    assert consistency_estimates([(10, False)]) is consistency_estimates([]) is None
 
 
 lengths = st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, max_size=20)
@@ -242,9 +242,9 @@ def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, c
     limits = Limits(100, 12, branch_tokens=1000, probe_tokens=3, max_tokens=cap)
     episode = serve(question(seed, branches=12), MINE, 0.5, "r", limits, controller=Whimsical(seed))
     if cut < episode.rounds:
-        episode = replace(episode, trace=packed(unpacked(episode.trace)[:cut]), stop=str(stop), answer=None)
+        episode = replace(episode, trace=pack_rounds(unpack_rounds(episode.trace)[:cut]), stop=str(stop), answer=None)
     if hide:
-        about = About(**{k: v for k, v in episode.about.items() if k not in ("limits", "answers", "spent")})  # type: ignore[typeddict-item]
+        about = EpisodeDetails(**{k: v for k, v in episode.about.items() if k not in ("limits", "answers", "spent")})  # type: ignore[typeddict-item]
         episode = replace(episode, about=about)
     told = explain(episode)
     assert json.loads(json.dumps(told)) == told

@@ -18,11 +18,22 @@ from controllers import TO_END, Action, Controller, Limits, State, Stop, advance
 from controllers.builtin import BASELINE, BUILT_IN
 from controllers.loading import Spec, make, parse_spec, read
 from discovery.answers import veiled
-from discovery.audit.decision_replay import NOTHING, ask_again, company, spoken
-from discovery.audit.parity import Compared, Mean, Records, Reference, Verdict, _mean, _paired, _Row, parity, records
+from discovery.audit.decision_replay import NO_FITTING_ACTION, find_controllers, format_actions, replay_decisions
+from discovery.audit.parity import (
+    KnownAnswer,
+    LiveReplayComparison,
+    MeanInterval,
+    ParityVerdict,
+    ServedRecords,
+    _mean,
+    _paired,
+    _Row,
+    check_parity,
+    load_records,
+)
+from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import LabelSource, RecordedBranch, RecordedQuestion
-from discovery.data.rounds import packed, unpacked
-from discovery.store import Episode, Label, Store
+from discovery.store import Label, ServedEpisode, Store
 from tests.discovery.audit.served import live, serve, write
 from tests.discovery.evaluation.test_evaluate import autotts, question
 
@@ -39,18 +50,20 @@ class Mine:
 """
 
 
-def consistent(spec: Spec = CMC, beta: float = 0.3, questions: Sequence[RecordedQuestion] = QUESTIONS) -> Records:
+def consistent(spec: Spec = CMC, beta: float = 0.3, questions: Sequence[RecordedQuestion] = QUESTIONS) -> ServedRecords:
     """Episodes of a controller, each with its recording."""
     episodes = [serve(one, spec, beta, f"r{at}", LIMITS) for at, one in enumerate(questions)]
-    return Records(episodes, {f"r{at}": live(one, f"r{at}") for at, one in enumerate(questions)}, known(questions))
+    return ServedRecords(
+        episodes, {f"r{at}": live(one, f"r{at}") for at, one in enumerate(questions)}, known(questions)
+    )
 
 
-def known(questions: Sequence[RecordedQuestion]) -> dict[str, Reference]:
+def known(questions: Sequence[RecordedQuestion]) -> dict[str, KnownAnswer]:
     """What is right, which is 7."""
-    return {one.question: Reference("7", LabelSource.REFERENCE) for one in questions}
+    return {one.question: KnownAnswer("7", LabelSource.REFERENCE) for one in questions}
 
 
-def changed(found: Records, at: int, **changes: Any) -> Records:
+def changed(found: ServedRecords, at: int, **changes: Any) -> ServedRecords:
     """The same, one episode another; `about` is added to."""
     episodes = list(found.episodes)
     about = episodes[at].about | changes.pop("about", {})
@@ -60,14 +73,14 @@ def changed(found: Records, at: int, **changes: Any) -> Records:
 
 @pytest.mark.parametrize(("name", "beta"), [("cmc", 0.3), ("self_consistency", 0.5), ("parallel_probe@12", 0.4)])
 def test_consistent_records_hold(name: str, beta: float) -> None:
-    found = parity(consistent(Spec(name), beta))
+    found = check_parity(consistent(Spec(name), beta))
     assert found.decisions.rounds == found.decisions.agreed > 14
     assert (found.decisions.episodes, found.decisions.unreached) == (14, 0)
     assert (found.decisions.disagreements, found.decisions.unchecked, found.reproduced.differing) == ([], [], [])
     assert found.reproduced.episodes == 14
     (group,) = found.groups
     assert (group.controller, group.beta, group.episodes, group.recorded) == (name, beta, 14, 14)
-    assert group.verdict is Verdict.AGREE
+    assert group.verdict is ParityVerdict.AGREE
     assert group.accuracy is not None
     assert group.labels == {"reference": 14}
     assert (group.finalise, group.aborted) == (7, 0)
@@ -78,7 +91,7 @@ def test_consistent_records_hold(name: str, beta: float) -> None:
 
 def test_the_figures_are_those_of_the_episodes() -> None:
     records = consistent()
-    (group,) = parity(records, shuffles=3).groups
+    (group,) = check_parity(records, shuffles=3).groups
     spent = [one.about["spent"] for one in records.episodes]
     right = [one.answer == "7" for one in records.episodes]
     assert group.tokens.live.mean == pytest.approx(np.mean(spent))
@@ -92,11 +105,11 @@ def test_the_figures_are_those_of_the_episodes() -> None:
 
 def test_a_decision_that_was_changed_is_found() -> None:
     found = consistent()
-    rounds = unpacked(found.episodes[3].trace)
+    rounds = unpack_rounds(found.episodes[3].trace)
     last = len(rounds) - 1
     label = rounds[last].actions[0].label
     rounds[last] = rounds[last]._replace(actions=[answer(1 if label == 0 else 0)])
-    told = parity(changed(found, 3, trace=packed(rounds)))
+    told = check_parity(changed(found, 3, trace=pack_rounds(rounds)))
     (one,) = told.decisions.disagreements
     assert one == ("r3", last, f"answer({label})", f"answer({1 if label == 0 else 0})")
     assert told.decisions.rounds == told.decisions.agreed + 1
@@ -105,7 +118,7 @@ def test_a_decision_that_was_changed_is_found() -> None:
 
 def test_after_a_disagreement_nothing_more_is_asked() -> None:
     found = consistent()
-    told = parity(changed(found, 3, beta=1.0)).decisions
+    told = check_parity(changed(found, 3, beta=1.0)).decisions
     (one,) = told.disagreements
     assert (one.request, one.round) == ("r3", 0)
     assert (one.asked, one.played) == ("8 × branch()", "4 × branch()")
@@ -116,7 +129,7 @@ def test_after_a_disagreement_nothing_more_is_asked() -> None:
 def test_tokens_that_were_changed_are_found() -> None:
     found = consistent()
     spent = found.episodes[5].about["spent"]
-    told = parity(changed(found, 5, about={"spent": spent + 1}))
+    told = check_parity(changed(found, 5, about={"spent": spent + 1}))
     assert [(one.request, one.spent, one.replayed) for one in told.reproduced.differing] == [("r5", spent + 1, spent)]
     assert not told.holds
 
@@ -126,10 +139,10 @@ def test_a_recording_of_other_branches_is_found() -> None:
     recorded = found.recordings["r5"]
     first = recorded.branches[0]._replace(tokens=recorded.branches[0].tokens + 1)
     other = replace(recorded, branches=[first, *recorded.branches[1:]])
-    told = parity(replace(found, recordings={**found.recordings, "r5": other})).reproduced
+    told = check_parity(replace(found, recordings={**found.recordings, "r5": other})).reproduced
     assert [one.request for one in told.differing] == ["r5"]
     narrow = replace(recorded, branches=recorded.branches[:2])  # fewer than the episode opened
-    told = parity(replace(found, recordings={**found.recordings, "r5": narrow})).reproduced
+    told = check_parity(replace(found, recordings={**found.recordings, "r5": narrow})).reproduced
     assert [one.request for one in told.differing] == ["r5"]
 
 
@@ -137,24 +150,24 @@ def test_a_live_mean_that_is_another_is_found() -> None:
     found = consistent()
     for at, one in enumerate(found.episodes):
         found = changed(found, at, about={"spent": one.about["spent"] * 2})
-    (group,) = parity(found).groups
-    assert group.tokens.verdict is group.verdict is Verdict.DISAGREE
+    (group,) = check_parity(found).groups
+    assert group.tokens.verdict is group.verdict is ParityVerdict.DISAGREE
     assert group.tokens.paired.low is not None
     assert group.tokens.paired.low > 0
     assert group.accuracy is not None
-    assert group.accuracy.verdict is Verdict.AGREE
+    assert group.accuracy.verdict is ParityVerdict.AGREE
 
 
 def test_answers_that_are_worse_live_are_found() -> None:
     found = consistent()
     for at in range(14):
         found = changed(found, at, answer="8")
-    (group,) = parity(found).groups
+    (group,) = check_parity(found).groups
     assert group.accuracy is not None
-    assert group.accuracy.verdict is group.verdict is Verdict.DISAGREE
+    assert group.accuracy.verdict is group.verdict is ParityVerdict.DISAGREE
     assert group.accuracy.live.high is not None
     assert group.accuracy.live.mean == 0 < group.accuracy.live.high  # none of 14 is no proof of none at all
-    assert len(parity(found).reproduced.differing) == sum(one.answer == "7" for one in consistent().episodes)
+    assert len(check_parity(found).reproduced.differing) == sum(one.answer == "7" for one in consistent().episodes)
 
 
 def test_the_interval_of_a_difference_misses_as_seldom_as_it_says() -> None:
@@ -180,22 +193,28 @@ def test_a_question_asked_often_counts_once() -> None:
     assert _mean([("a", 3)], percent=False)[1:] == (None, None, 1)
 
 
-STILL = Mean(0, -1, 1, 10)
+STILL = MeanInterval(0, -1, 1, 10)
 
 
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        ({}, Verdict.AGREE),
-        ({"live": Mean(50, 40, 60, 10)}, Verdict.DISAGREE),  # the intervals do not meet, though the requests agree
-        ({"paired": Mean(3, 1, 5, 10)}, Verdict.DISAGREE),  # the requests do not, though the intervals meet
-        ({"paired": Mean(-3, -5, -1, 10)}, Verdict.DISAGREE),
-        ({"live": Mean(9, 8, 12, 10), "replayed": Mean(14, 12, 15, 10)}, Verdict.AGREE),
-        ({"paired": Mean(0, -1, 1, 9)}, Verdict.TOO_LITTLE),
+        ({}, ParityVerdict.AGREE),
+        (
+            {"live": MeanInterval(50, 40, 60, 10)},
+            ParityVerdict.DISAGREE,
+        ),  # the intervals do not meet, though the requests agree
+        (
+            {"paired": MeanInterval(3, 1, 5, 10)},
+            ParityVerdict.DISAGREE,
+        ),  # the requests do not, though the intervals meet
+        ({"paired": MeanInterval(-3, -5, -1, 10)}, ParityVerdict.DISAGREE),
+        ({"live": MeanInterval(9, 8, 12, 10), "replayed": MeanInterval(14, 12, 15, 10)}, ParityVerdict.AGREE),
+        ({"paired": MeanInterval(0, -1, 1, 9)}, ParityVerdict.TOO_LITTLE),
     ],
 )
-def test_either_half_of_a_verdict_counts(changes: dict[str, Mean], verdict: Verdict) -> None:
-    figure = Compared(Mean(10, 8, 12, 10), Mean(10, 8, 12, 10), STILL)
+def test_either_half_of_a_verdict_counts(changes: dict[str, MeanInterval], verdict: ParityVerdict) -> None:
+    figure = LiveReplayComparison(MeanInterval(10, 8, 12, 10), MeanInterval(10, 8, 12, 10), STILL)
     assert replace(figure, **changes).verdict is verdict
 
 
@@ -205,10 +224,10 @@ def test_episodes_that_were_cut_by_a_deadline_are_no_measure() -> None:
         replace(one, id=f"d{at}", request_id=f"d{at}", stop="deadline", answer=None, about=one.about | {"spent": 1})
         for at, one in enumerate(found.episodes)
     ]
-    told = parity(replace(found, episodes=[*found.episodes, *cut]))
+    told = check_parity(replace(found, episodes=[*found.episodes, *cut]))
     (group,) = told.groups
-    assert (group.verdict, group.episodes, group.left_out) == (Verdict.AGREE, 14, {"deadline": 14})
-    assert group.tokens.live == parity(found).groups[0].tokens.live
+    assert (group.verdict, group.episodes, group.left_out) == (ParityVerdict.AGREE, 14, {"deadline": 14})
+    assert group.tokens.live == check_parity(found).groups[0].tokens.live
 
 
 # Who decided
@@ -227,7 +246,7 @@ class Replaced:
 LONG = replace(QUESTIONS[0], branches=[RecordedBranch(["7"] * 9, 930, "7", [3] * 9)] * 20)
 
 
-def replaced(rounds: int, cap: int | None = None, recorded: RecordedQuestion = LONG) -> Episode:
+def replaced(rounds: int, cap: int | None = None, recorded: RecordedQuestion = LONG) -> ServedEpisode:
     limits = replace(LIMITS, max_tokens=cap, branch_tokens=1000, probe_tokens=3)
     made = serve(recorded, CMC, 0.5, "r", limits, controller=Replaced(make(CMC, 0.5), rounds, 0.5))
     return replace(made, about=made.about | {"fallback": "late", "decided": rounds})
@@ -239,17 +258,17 @@ def test_what_the_baseline_decided_is_asked_of_the_baseline(rounds: int, cap: in
     episode = replaced(rounds, cap=cap)
     ends = episode.stop == "max_tokens"
     assert ends == (cap is not None)
-    told = parity(Records([episode], {}, {})).decisions
+    told = check_parity(ServedRecords([episode], {}, {})).decisions
     assert (told.rounds, told.agreed) == (episode.rounds + ends,) * 2
     other = replace(episode, about=episode.about | {"decided": episode.rounds, "fallback": None})
     if rounds and not ends:  # until then both run all chains on
-        assert len(parity(Records([other], {}, {})).decisions.disagreements) == 1
+        assert len(check_parity(ServedRecords([other], {}, {})).decisions.disagreements) == 1
 
 
 def test_episodes_of_the_baseline_are_no_measure_of_the_controller() -> None:
     found = consistent()
     odd = [replace(replaced(2), request_id="r0", beta=0.3), replace(found.episodes[1], stop="not_votable")]
-    told = parity(replace(found, episodes=[*odd, *found.episodes[2:]]))
+    told = check_parity(replace(found, episodes=[*odd, *found.episodes[2:]]))
     (group,) = told.groups
     assert (group.episodes, group.recorded) == (12, 12)
     assert group.left_out == {"baseline decided": 1, "not_votable": 1}
@@ -259,21 +278,23 @@ def test_episodes_of_the_baseline_are_no_measure_of_the_controller() -> None:
 @pytest.mark.parametrize("stop", ["deadline", "upstream_error", "disconnected"])
 def test_an_episode_that_was_cut_is_asked_for_as_far_as_it_went(stop: str) -> None:
     whole = consistent().episodes[0]
-    rounds = unpacked(whole.trace)[:3]
-    cut = replace(whole, stop=stop, rounds=3, trace=packed(rounds), about=whole.about | {"decided": 3})
-    told = parity(Records([cut], {}, {}))
+    rounds = unpack_rounds(whole.trace)[:3]
+    cut = replace(whole, stop=stop, rounds=3, trace=pack_rounds(rounds), about=whole.about | {"decided": 3})
+    told = check_parity(ServedRecords([cut], {}, {}))
     assert (told.decisions.rounds, told.decisions.agreed, told.groups) == (3, 3, [])
-    capped = parity(Records([replace(cut, stop="max_tokens")], {}, {})).decisions
+    capped = check_parity(ServedRecords([replace(cut, stop="max_tokens")], {}, {})).decisions
     (one,) = capped.disagreements
-    assert (one.round, one.played) == (3, NOTHING)
+    assert (one.round, one.played) == (3, NO_FITTING_ACTION)
     assert one.asked.startswith("advance(")
 
 
 def test_a_cap_that_was_not_there_is_found() -> None:
     whole = consistent().episodes[0]
     limits: Any = {**whole.about["limits"], "max_tokens": 400, "branch_tokens": 1000}
-    (one,) = parity(Records([replace(whole, about=whole.about | {"limits": limits})], {}, {})).decisions.disagreements
-    assert (one.round, one.asked) == (1, NOTHING)
+    (one,) = check_parity(
+        ServedRecords([replace(whole, about=whole.about | {"limits": limits})], {}, {})
+    ).decisions.disagreements
+    assert (one.round, one.asked) == (1, NO_FITTING_ACTION)
 
 
 @settings(max_examples=60, deadline=None)
@@ -291,9 +312,9 @@ def test_any_controller_decides_again_what_it_decided(
     limits = Limits(100, 12, branch_tokens=1000, probe_tokens=3, max_tokens=cap)
     episode = serve(question(seed, branches=12), spec, beta, "r", limits)
     if cut is not None and cut < episode.rounds:
-        rounds, about = unpacked(episode.trace)[:cut], episode.about | {"decided": cut}
-        episode = replace(episode, stop=str(Stop.DEADLINE), rounds=cut, trace=packed(rounds), about=about)
-    told = ask_again([episode], company([episode], [Spec(name, spec.source)]))
+        rounds, about = unpack_rounds(episode.trace)[:cut], episode.about | {"decided": cut}
+        episode = replace(episode, stop=str(Stop.DEADLINE), rounds=cut, trace=pack_rounds(rounds), about=about)
+    told = replay_decisions([episode], find_controllers([episode], [Spec(name, spec.source)]))
     assert told.disagreements == []
     assert told.rounds == told.agreed == episode.rounds + (episode.stop == "max_tokens")
 
@@ -303,19 +324,19 @@ def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> Non
     path.write_text(FOREIGN)
     spec = read(path)
     found = consistent(spec, 0.5)
-    without = parity(found)
+    without = check_parity(found)
     assert [(one.controller, one.episodes) for one in without.decisions.unchecked] == [("mine", 14)]
     assert "no file was given; --controllers takes mine.py as it was" in without.decisions.unchecked[0].why
     assert (without.decisions.rounds, without.reproduced.episodes, without.groups) == (0, 0, [])
     assert not without.checked
     assert not without.holds
     path.write_text(FOREIGN + "\n# later\n")
-    assert "the file that was given is another" in parity(found, [read(path)]).decisions.unchecked[0].why
-    told = parity(found, [spec], shuffles=4)
+    assert "the file that was given is another" in check_parity(found, [read(path)]).decisions.unchecked[0].why
+    told = check_parity(found, [spec], shuffles=4)
     assert told.decisions.rounds == told.decisions.agreed > 14
     assert (told.decisions.unchecked, told.reproduced.differing) == ([], [])
     assert told.reproduced.episodes == 14
-    assert told.groups[0].verdict is Verdict.AGREE
+    assert told.groups[0].verdict is ParityVerdict.AGREE
 
 
 def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
@@ -323,17 +344,17 @@ def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
     path.write_text(FOREIGN + "        1 / 0\n")
     spec = read(path)
     episode = replace(serve(QUESTIONS[0], Spec("mine", FOREIGN), 0.5, "r"), digest=spec.digest)
-    assert parity(Records([episode], {}, {}), [spec]).decisions.disagreements == []
+    assert check_parity(ServedRecords([episode], {}, {}), [spec]).decisions.disagreements == []
     path.write_text(FOREIGN.replace("        return [advance", "        state.nothing\n        return [advance"))
     spec = read(path)
-    told = parity(Records([replace(episode, digest=spec.digest)], {}, {}), [spec]).decisions
+    told = check_parity(ServedRecords([replace(episode, digest=spec.digest)], {}, {}), [spec]).decisions
     assert [(one.round, "AttributeError" in one.asked) for one in told.disagreements] == [(1, True)]
 
 
 def test_episodes_of_which_too_little_is_known_are_named() -> None:
     episode = consistent().episodes[0]
     about: Any = {key: value for key, value in episode.about.items() if key != "limits"}
-    told = parity(Records([replace(episode, about=about), replace(episode, trace="")], {}, {})).decisions
+    told = check_parity(ServedRecords([replace(episode, about=about), replace(episode, trace="")], {}, {})).decisions
     assert [one.why for one in told.unchecked] == [
         "the limits of its episodes are not known",
         "the rounds of its episodes are not known",
@@ -342,7 +363,7 @@ def test_episodes_of_which_too_little_is_known_are_named() -> None:
 
 
 def test_rounds_in_words() -> None:
-    said = spoken([advance(0, TO_END), advance(1, 2), probe(1), probe(1), answer(None)])
+    said = format_actions([advance(0, TO_END), advance(1, 2), probe(1), probe(1), answer(None)])
     assert said == "advance(0, TO_END), advance(1, 2), 2 × probe(1), answer(None)"
 
 
@@ -350,36 +371,40 @@ def test_rounds_in_words() -> None:
 
 
 def test_few_questions_say_nothing_of_means() -> None:
-    told = parity(consistent(questions=QUESTIONS[:9]))
+    told = check_parity(consistent(questions=QUESTIONS[:9]))
     (group,) = told.groups
-    assert group.verdict is group.tokens.verdict is Verdict.TOO_LITTLE
+    assert group.verdict is group.tokens.verdict is ParityVerdict.TOO_LITTLE
     assert told.holds
-    (group,) = parity(consistent(questions=QUESTIONS[:1])).groups
+    (group,) = check_parity(consistent(questions=QUESTIONS[:1])).groups
     assert group.tokens.live.low is group.tokens.paired.low is None
 
 
 def test_without_right_answers_tokens_alone_are_compared() -> None:
-    (group,) = parity(replace(consistent(), references={})).groups
-    assert (group.accuracy, group.tokens.verdict, group.verdict) == (None, Verdict.AGREE, Verdict.TOO_LITTLE)
+    (group,) = check_parity(replace(consistent(), references={})).groups
+    assert (group.accuracy, group.tokens.verdict, group.verdict) == (
+        None,
+        ParityVerdict.AGREE,
+        ParityVerdict.TOO_LITTLE,
+    )
 
 
 def test_recordings_that_end_too_early_are_owned_up_to() -> None:
     narrow = [question(number, branches=4) for number in range(12)]
     found = consistent(Spec("asc@4"), 0.5, narrow)
-    (group,) = parity(found).groups
+    (group,) = check_parity(found).groups
     assert group.exhausted > 0
-    (group,) = parity(consistent(Spec("asc@4"), 0.5)).groups
+    (group,) = check_parity(consistent(Spec("asc@4"), 0.5)).groups
     assert group.exhausted == 0
 
 
 # From a store
 
 
-def stored(path: Path, found: Records, labels: Sequence[Label] = ()) -> Records:
-    async def go() -> Records:
+def stored(path: Path, found: ServedRecords, labels: Sequence[Label] = ()) -> ServedRecords:
+    async def go() -> ServedRecords:
         async with Store.open(path) as store:
             await store.set_labels(labels)
-            return await records(store)
+            return await load_records(store)
 
     write(path, found.episodes, list(found.recordings.values()))
     return asyncio.run(go())
@@ -388,8 +413,8 @@ def stored(path: Path, found: Records, labels: Sequence[Label] = ()) -> Records:
 def test_a_store_gives_what_was_put_there(tmp_path: Path) -> None:
     found = stored(tmp_path / "s.db", consistent())
     assert sorted(one.request_id for one in found.episodes) == sorted(found.recordings)
-    (group,) = parity(found).groups
-    assert (group.verdict, group.labels) == (Verdict.AGREE, {"reference": 14})
+    (group,) = check_parity(found).groups
+    assert (group.verdict, group.labels) == (ParityVerdict.AGREE, {"reference": 14})
 
 
 @pytest.mark.parametrize("hide", [False, True])
@@ -401,7 +426,7 @@ def test_labels_count_for_questions_that_came_without_an_answer(tmp_path: Path, 
         *(Label(one.question, LabelSource.CONSENSUS, "8", 0.9) for one in unknown),
         *(Label(one.question, LabelSource.FEEDBACK, " 7.0 ", 1) for one in unknown[:13]),
     ]
-    told = parity(stored(tmp_path / "s.db", partly, labels))
+    told = check_parity(stored(tmp_path / "s.db", partly, labels))
     (group,) = told.groups
     assert group.labels == {"feedback": 13, "consensus": 1}
     assert (group.episodes, group.recorded) == (14, 12)

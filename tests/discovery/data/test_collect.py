@@ -24,10 +24,27 @@ from rich.console import Console
 from controllers import Limits, State, Stop, run_episode, run_sync
 from controllers.builtin import create
 from discovery.commands.collect import Shown
-from discovery.data.collect import AWAY_S, CLOSING, PAUSE_S, PROBE, Collected, Order, Pace, collect
-from discovery.data.importers import as_line, read_jsonl
+from discovery.data.collect import (
+    AWAY_S,
+    CLOSING,
+    PAUSE_S,
+    PROBE,
+    CollectionPlan,
+    CollectionProgress,
+    RetryTiming,
+    collect,
+)
+from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.questions import Question, read_questions
-from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Split, intern, question_id, split_of
+from discovery.data.recordings import (
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Split,
+    default_split,
+    intern_answers,
+    question_id,
+)
 from discovery.errors import BadRecording, CollectError
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.server import running
@@ -41,7 +58,7 @@ CHAINS = [chain("7" if i % 3 else "9", 100 + 7 * i, ["", "7"], mark=chr(97 + i %
 QUESTIONS = 3
 BRANCHES = 5
 ALL = QUESTIONS * BRANCHES
-ORDER = Order("", "hard", BRANCHES)
+ORDER = CollectionPlan("", "hard", BRANCHES)
 
 
 @pytest_asyncio.fixture
@@ -155,7 +172,7 @@ def check_complete(out: Path) -> list[RecordedQuestion]:
 async def test_a_recording_is_complete_and_says_how_it_was_made(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
-    order = Order(MODEL, "hard", BRANCHES, "boxed", 0.5, 0.9, 1000)
+    order = CollectionPlan(MODEL, "hard", BRANCHES, "boxed", 0.5, 0.9, 1000)
     at = await collect(url, "sesame", questions, order, out)
     assert (at.total, at.done, at.mine, at.skipped, at.is_out) == (ALL, ALL, ALL, [], False)
     assert at.tokens == at.spent == spent(out)
@@ -167,11 +184,11 @@ async def test_a_recording_is_complete_and_says_how_it_was_made(
         assert one.question == questions[number].question == question_id(f"question {number}")
         assert (one.model, one.benchmark, one.interval) == (MODEL, "hard", INTERVAL)
         assert (one.reference, one.text, one.origin) == ("7", None, Origin.COLLECTED)
-        assert one.split == (split_of(one.question) if number else Split.HELD_OUT)
+        assert one.split == (default_split(one.question) if number else Split.HELD_OUT)
         assert one.sampling == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 1000, "answer": "boxed"}
         assert one.probe_template == "qwen3/2"
         state = State(Limits(INTERVAL, max_branches=BRANCHES))
-        run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern(one), range(BRANCHES)), state))
+        run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern_answers(one), range(BRANCHES)), state))
         assert state.stop is Stop.ANSWERED
     sent = backend.requests[-1]
     assert (sent["temperature"], sent["top_p"]) in [(0.5, 0.9), (0.0, sent.get("top_p"))]
@@ -200,7 +217,7 @@ async def test_what_is_there_is_not_bought_again(
     ids=["temperature", "answer", "benchmark"],
 )
 async def test_other_settings_are_other_recordings(
-    url: str, questions: Sequence[Question], out: Path, other: Order
+    url: str, questions: Sequence[Question], out: Path, other: CollectionPlan
 ) -> None:
     await collect(url, "sesame", questions, ORDER, out)
     before = spent(out)
@@ -361,10 +378,10 @@ async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequ
     order = replace(ORDER, max_tokens=100, branches=1)
     fail = "the upstream failed"
     async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, pace=Pace(0))
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, pace=RetryTiming(0))
         assert (at.is_out, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
         for budget, times in ((3500, 3), (3000 + order.most(None), 4)):
-            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, pace=Pace(0))
+            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, pace=RetryTiming(0))
             assert (at.is_out, len(stub.asked)) == (True, times)
     assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
     async with answering(lambda _: recorded()) as stub:
@@ -376,7 +393,7 @@ async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequ
 async def test_what_nobody_tells_the_cost_of_counts_in_full(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     async with answering(lambda number: None if number == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, pace=Pace(0))
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, pace=RetryTiming(0))
     assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.most(INTERVAL))
 
 
@@ -392,7 +409,9 @@ async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], 
                 await stub.start()
             await time.nap(seconds)
 
-        at = await collect(stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, pace=Pace(1, nap))
+        at = await collect(
+            stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, pace=RetryTiming(1, nap)
+        )
     assert (at.done, at.spent, len(stub.asked)) == (QUESTIONS, QUESTIONS * 69, QUESTIONS + 1)
     assert time.naps == [1.0, 2.0, PAUSE_S]
 
@@ -435,7 +454,7 @@ async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: 
 # How fast it goes
 
 
-def shown(*changes: Collected) -> str:
+def shown(*changes: CollectionProgress) -> str:
     """The bar, after `changes`."""
     console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
     with Shown(2.5, console) as bar:
@@ -447,18 +466,18 @@ def shown(*changes: Collected) -> str:
 
 def test_the_bar_tells_tokens_cost_and_what_is_left_of_slow_branches() -> None:
     """100 were there before; three have taken 20 minutes each since."""
-    begun = Collected(total=640, done=100)
-    said = shown(begun, Collected(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
+    begun = CollectionProgress(total=640, done=100)
+    said = shown(begun, CollectionProgress(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
     assert "103/640 1,200,000 tokens in 3,600 s (333/s), $3.00, 7 days, 11:00:00 left" in said
     assert "left" not in shown(begun, replace(begun, seconds=3600.0))
     assert "640/640 9 tokens in 60 s (0/s), $0.00, 0:00:00 left" in shown(
-        begun, Collected(total=640, done=640, tokens=9, seconds=60)
+        begun, CollectionProgress(total=640, done=640, tokens=9, seconds=60)
     )
 
 
 async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
-        pace = Pace(clock=lambda: 500.0 * len(stub.asked))
+        pace = RetryTiming(clock=lambda: 500.0 * len(stub.asked))
         at = await collect(stub.url, "sesame", questions, ORDER, out, 1, pace=pace)
     assert at.seconds == 500 * ALL
 
@@ -513,7 +532,7 @@ async def test_a_branch_that_fails_is_tried_again(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     backend.fault, backend.fault_after, backend.fault_times = "cut", 10, 3
-    at = await collect(url, "sesame", questions, ORDER, out, 2, pace=Pace(0))
+    at = await collect(url, "sesame", questions, ORDER, out, 2, pace=RetryTiming(0))
     assert (at.done, at.skipped) == (ALL, [])
     assert at.tokens > spent(out)  # what failed has cost something
     check_complete(out)
@@ -522,7 +541,7 @@ async def test_a_branch_that_fails_is_tried_again(
 async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     questions = read_questions(asked)
     backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
-    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
+    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, pace=RetryTiming(0))
     assert (at.total, at.done) == (BRANCHES, BRANCHES - 1)
     (skipped,) = at.skipped
     assert skipped.startswith("question q0, branch 0: 502: ")
@@ -625,7 +644,7 @@ def refused(status: int, message: str, **headers: str) -> web.Response:
 
 async def test_what_is_sent(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(sampling={"temperature": 0.7})) as stub:
-        order = Order(MODEL, "hard", 1, "boxed", temperature=0.7)
+        order = CollectionPlan(MODEL, "hard", 1, "boxed", temperature=0.7)
         await collect(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
     assert stub.asked == [
         {
@@ -657,16 +676,16 @@ async def test_a_branch_is_on_disk_before_the_next_is_begun(
 async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Question], out: Path, status: int) -> None:
     """When and as often as is asked; else after twice as long each time."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=Pace(0.001))
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=RetryTiming(0.001))
     assert (at.done, len(stub.asked)) == (1, 4)
 
 
 async def test_a_proxy_that_hangs_up_is_asked_again(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, branches=1)
     async with answering(lambda number: None if number < 2 else recorded()) as stub:
-        assert (await collect(stub.url, "sesame", questions[:1], order, out, pace=Pace(0))).done == 1
+        assert (await collect(stub.url, "sesame", questions[:1], order, out, pace=RetryTiming(0))).done == 1
     async with answering(lambda _: None) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, pace=Pace(0))
+        at = await collect(stub.url, "sesame", questions, order, out, pace=RetryTiming(0))
     assert (at.done, len(at.skipped), len(stub.asked)) == (1, 2, 8)
     assert min(at.skipped).startswith(f"question q1, branch 0: {stub.url}/v1/: ")
 
@@ -690,8 +709,8 @@ class Time:
         self.looking -= seconds == PAUSE_S
 
     @property
-    def pace(self) -> Pace:
-        return Pace(1, self.nap, lambda: self.now)
+    def pace(self) -> RetryTiming:
+        return RetryTiming(1, self.nap, lambda: self.now)
 
 
 async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], out: Path) -> None:
@@ -737,12 +756,12 @@ async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequ
 
 async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Question], out: Path) -> None:
     """However many of the first are claimed; what they were at is done once they are gone."""
-    order = Order("", "hard", 300)
+    order = CollectionPlan("", "hard", 300)
     script = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from discovery.data.shared_lines import Claims\n"
-        "claims = Claims(Path(sys.argv[1]))\n"
+        "from discovery.data.shared_jsonl import WorkClaims\n"
+        "claims = WorkClaims(Path(sys.argv[1]))\n"
         "names = (json.dumps([sys.argv[2], 'hard', {}, sys.argv[3], part]) for part in range(256))\n"
         "print(all([claims.take(name) for name in names]), flush=True)\n"
         "sys.stdin.read()\n"
@@ -756,7 +775,7 @@ async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Questi
     assert await other.stdout.readline() == b"True\n"
     before: list[int] = []
 
-    def change(at: Collected) -> None:
+    def change(at: CollectionProgress) -> None:
         if at.done == 44 and not before and other.stdin is not None:
             before.append(at.done)
             other.stdin.close()
@@ -871,7 +890,7 @@ async def test_what_is_no_recording_ends_it(
 async def test_a_branch_the_upstream_broke_off_is_made_again(questions: Sequence[Question], out: Path) -> None:
     cut = WHOLE | {"complete": False, "tokens": 40}
     async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, pace=Pace(0))
+        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, pace=RetryTiming(0))
     assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
 
 
@@ -893,11 +912,15 @@ async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_boug
     [
         (lambda one: "{}\n", BadRecording, r"out.jsonl:2: model: Field required"),
         (
-            lambda one: as_line(one),
+            lambda one: format_recording_line(one),
             CollectError,
             r"out.jsonl:2 was not collected \(it has no part\); name another file",
         ),
-        (lambda one: as_line(replace(one, interval=9), 1), CollectError, r"out.jsonl:2 is not made as what is in"),
+        (
+            lambda one: format_recording_line(replace(one, interval=9), 1),
+            CollectError,
+            r"out.jsonl:2 is not made as what is in",
+        ),
     ],
 )
 async def test_a_file_of_other_lines_is_not_added_to(
@@ -909,7 +932,7 @@ async def test_a_file_of_other_lines_is_not_added_to(
 ) -> None:
     branch, asked = RecordedBranch(["7"], 60, "7", [9]), questions[0]
     one = RecordedQuestion(asked.question, MODEL, "hard", INTERVAL, [branch], "7", split=Split.HELD_OUT)
-    put(out, (as_line(one, 0) + line(one)).encode())
+    put(out, (format_recording_line(one, 0) + line(one)).encode())
     before = content(out)
     async with answering(lambda _: recorded()) as stub:
         with pytest.raises(error, match=words):

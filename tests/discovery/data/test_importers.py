@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.data.importers import as_line, read_jsonl, read_release, release_cell, release_files
+from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_cell, release_files
 from discovery.data.recordings import (
     Cell,
     LabelSource,
@@ -20,10 +20,10 @@ from discovery.data.recordings import (
     RecordedBranch,
     RecordedQuestion,
     Split,
+    default_split,
     question_id,
-    split_of,
 )
-from discovery.errors import BadRecording, NotRecorded
+from discovery.errors import BadRecording, RecordingsNotFound
 
 RELEASED = {"question": "q", "gold_answer": "7", "probe_freq": 500, "each_branch": [[["1", "7"], 1200, "7"]]}
 LINE = {
@@ -84,7 +84,7 @@ def test_files_that_are_no_release(tmp_path: Path) -> None:
 
 
 def test_a_release_says_by_its_folders_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(NotRecorded, match="no MODEL/BENCHMARK"):
+    with pytest.raises(RecordingsNotFound, match="no MODEL/BENCHMARK"):
         release_files(tmp_path)
     for model in ("a", "b"):
         (tmp_path / model).mkdir()
@@ -142,12 +142,12 @@ def test_a_line_says_the_split_or_the_hash_does(tmp_path: Path) -> None:
     by_hash, said = read_jsonl(
         write(tmp_path, "x.jsonl", f"{json.dumps(LINE)}\n{json.dumps(LINE | {'question': 'p', 'split': 'held-out'})}")
     )
-    assert by_hash.split is split_of(question_id("q"))
+    assert by_hash.split is default_split(question_id("q"))
     assert said.split is Split.HELD_OUT
 
 
 def test_splits_are_of_the_sizes_said() -> None:
-    splits = [split_of(question_id(str(i))) for i in range(10_000)]
+    splits = [default_split(question_id(str(i))) for i in range(10_000)]
     shares = [splits.count(split) / 10_000 for split in Split]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.02)
 
@@ -185,15 +185,15 @@ recordings = st.builds(
 @given(recorded=recordings)
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
-    path.write_text(as_line(recorded), encoding="utf-8")
+    path.write_text(format_recording_line(recorded), encoding="utf-8")
     assert read_jsonl(path) == [recorded]
 
 
 def test_a_line_says_nothing_that_goes_without_saying() -> None:
     recorded = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
     fields = {"id", "model", "benchmark", "interval", "branches", "split"}
-    assert set(json.loads(as_line(recorded))) == fields
-    assert set(json.loads(as_line(recorded, part=0))) == fields | {"part"}
+    assert set(json.loads(format_recording_line(recorded))) == fields
+    assert set(json.loads(format_recording_line(recorded, part=0))) == fields | {"part"}
 
 
 @given(recorded=recordings, data=st.data())
@@ -204,8 +204,8 @@ def test_parts_are_gathered_in_their_order(
     parts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9))
     made = [replace(recorded, branches=[RecordedBranch(["1"], 9, str(at), [])]) for at in range(len(parts))]
     other = replace(recorded, interval=recorded.interval + 1)
-    lines = [as_line(one, part) for one, part in zip(made, parts, strict=True)]
-    lines.insert(data.draw(st.integers(1, len(lines))), as_line(other))
+    lines = [format_recording_line(one, part) for one, part in zip(made, parts, strict=True)]
+    lines.insert(data.draw(st.integers(1, len(lines))), format_recording_line(other))
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     firsts = [made[parts.index(part)].branches[0] for part in sorted(set(parts))]
@@ -228,15 +228,18 @@ def test_parts_are_gathered_in_their_order(
 def test_parts_of_other_recordings_stay_apart(tmp_path: Path, change: dict[str, Any]) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], split=Split.SEARCH)
     other = replace(one, **change)
-    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(other, 1))
+    path = write(tmp_path, "x.jsonl", format_recording_line(one, 0) + format_recording_line(other, 1))
     assert read_jsonl(path) == [one, other]
-    assert read_jsonl(write(tmp_path, "y.jsonl", as_line(one) + as_line(other))) == [one, other]
+    assert read_jsonl(write(tmp_path, "y.jsonl", format_recording_line(one) + format_recording_line(other))) == [
+        one,
+        other,
+    ]
 
 
 def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_path: Path) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
     with pytest.raises(BadRecording, match=r"x.jsonl:2: the same question as .*x.jsonl:1"):
-        read_jsonl(write(tmp_path, "x.jsonl", as_line(one) + as_line(one, 1)))
+        read_jsonl(write(tmp_path, "x.jsonl", format_recording_line(one) + format_recording_line(one, 1)))
 
 
 @pytest.mark.parametrize(
@@ -251,17 +254,23 @@ def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_p
 )
 def test_parts_say_the_same_of_their_question(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH)
-    path = write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(replace(one, text="q"), 1))
+    path = write(tmp_path, "x.jsonl", format_recording_line(one, 0) + format_recording_line(replace(one, text="q"), 1))
     assert len(read_jsonl(path)[0].branches) == 2  # one line keeps the text, the other its hash
-    write(tmp_path, "x.jsonl", as_line(one, 0) + as_line(one, 1) + as_line(replace(one, **change), 2))
+    write(
+        tmp_path,
+        "x.jsonl",
+        format_recording_line(one, 0)
+        + format_recording_line(one, 1)
+        + format_recording_line(replace(one, **change), 2),
+    )
     with pytest.raises(BadRecording, match=f"x.jsonl:3: {words}.*x.jsonl:1"):
         read_jsonl(path)
 
 
 def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
-    parts = as_line(one, 0) + as_line(one, 1)
-    torn = as_line(one, 2).encode()
+    parts = format_recording_line(one, 0) + format_recording_line(one, 1)
+    torn = format_recording_line(one, 2).encode()
     path = tmp_path / "x.jsonl"
     for length in range(len(torn)):
         path.write_bytes(parts.encode() + torn[:length])
@@ -269,7 +278,7 @@ def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> N
     path.write_bytes(parts.encode() + torn[:30] + b"\n")
     with pytest.raises(BadRecording, match=r"x.jsonl:3: Invalid JSON"):
         read_jsonl(path)
-    path.write_bytes(as_line(one).encode() + torn[:30])
+    path.write_bytes(format_recording_line(one).encode() + torn[:30])
     with pytest.raises(BadRecording, match=r"x.jsonl:2: Invalid JSON"):
         read_jsonl(path)
     path.write_bytes(torn[:30])

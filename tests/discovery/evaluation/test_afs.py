@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Split, intern
+from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Split, intern_answers
 from discovery.evaluation.afs import (
     CHAINS,
     Anchor,
     Curve,
-    Point,
+    CurvePoint,
     accuracy_at,
-    afs,
-    anchor_of,
-    area,
+    afs_per_question,
+    area_under,
+    chain_anchor,
     curves,
-    per_question,
+    mean_afs,
 )
-from discovery.evaluation.replay_jobs import COLUMNS
+from discovery.evaluation.replay_jobs import OUTCOME_COLUMNS
 from discovery.evaluation.scores import Score
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, scores
 
@@ -50,17 +50,17 @@ def added_up(line: Line, anchor: Anchor, steps: int = 4000) -> float:
 @given(line=LINES, tokens=st.integers(200, 5000), accuracy=st.integers(0, 100))
 def test_the_area_is_what_adding_it_up_comes_to(line: Line, tokens: int, accuracy: int) -> None:
     anchor = Anchor(tokens, accuracy, 2 * tokens)
-    assert area(line, anchor) == pytest.approx(added_up(line, anchor, 400), abs=0.02)
+    assert area_under(line, anchor) == pytest.approx(added_up(line, anchor, 400), abs=0.02)
 
 
 @settings(max_examples=200, deadline=None)
 @given(line=LINES, up=st.integers(1, 20))
 def test_the_area_lies_among_the_accuracies_and_rises_with_them(line: Line, up: int) -> None:
     seen = [CHAIN.accuracy, *(accuracy for _, accuracy in line)]
-    found = area(line, CHAIN)
+    found = area_under(line, CHAIN)
     assert min(seen) - 1e-9 <= found <= max(seen) + 1e-9
     higher = [(tokens, accuracy + up) for tokens, accuracy in line]
-    assert found - 1e-9 <= area(higher, CHAIN) <= found + up + 1e-9
+    assert found - 1e-9 <= area_under(higher, CHAIN) <= found + up + 1e-9
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,32 +68,34 @@ def test_the_area_lies_among_the_accuracies_and_rises_with_them(line: Line, up: 
 def test_only_how_many_chains_are_paid_counts(line: Line, factor: float) -> None:
     scaled = [(tokens * factor, accuracy) for tokens, accuracy in line]
     anchor = CHAIN._replace(tokens=CHAIN.tokens * factor)
-    assert area(scaled, anchor) == pytest.approx(area(line, CHAIN), abs=1e-6)
+    assert area_under(scaled, anchor) == pytest.approx(area_under(line, CHAIN), abs=1e-6)
 
 
 def test_each_doubling_counts_the_same() -> None:
     """A jump by 60 points after k of the six doublings leaves 6 - k of them: ten points each."""
     for doublings in range(7):
         jump = CHAIN.tokens * 2**doublings
-        assert area([(1000, 40), (jump, 40), (jump, 100)], CHAIN) == pytest.approx(40 + 10 * (6 - doublings), abs=1e-9)
+        assert area_under([(1000, 40), (jump, 40), (jump, 100)], CHAIN) == pytest.approx(
+            40 + 10 * (6 - doublings), abs=1e-9
+        )
 
 
 def test_beyond_the_last_point_nothing_is_gained() -> None:
     line: Line = [(1000, 50), (2000, 70)]
     assert [accuracy_at(line, CHAIN, budget) for budget in (2000, 5000, 1e6, 1e9)] == [70] * 4
-    assert area(line, CHAIN) == pytest.approx(area([*line, (64_000, 70)], CHAIN))
+    assert area_under(line, CHAIN) == pytest.approx(area_under([*line, (64_000, 70)], CHAIN))
 
 
 def test_below_the_first_point_a_budget_buys_one_chain() -> None:
     line: Line = [(4000, 80), (8000, 90)]
     assert [accuracy_at(line, CHAIN, budget) for budget in (1, 1000, 3999)] == [40] * 3
     assert accuracy_at(line, CHAIN, 4000) == 80
-    assert area(line, CHAIN) == pytest.approx(added_up(line, CHAIN), abs=0.01)
-    assert area([(64_000, 100)], CHAIN) == pytest.approx(40)  # what costs as much as all chains adds nothing
+    assert area_under(line, CHAIN) == pytest.approx(added_up(line, CHAIN), abs=0.01)
+    assert area_under([(64_000, 100)], CHAIN) == pytest.approx(40)  # what costs as much as all chains adds nothing
 
 
 def test_a_first_point_cheaper_than_a_chain_is_all_a_chain_buys() -> None:
-    assert area([(500, 30)], CHAIN) == 30
+    assert area_under([(500, 30)], CHAIN) == 30
     assert accuracy_at([(500, 30), (1500, 50)], CHAIN, 1000) == 40
 
 
@@ -107,7 +109,7 @@ def test_a_point_that_costs_no_more_takes_the_place_of_the_one_before(tokens: in
     line: Line = [(1000, 40), (2000, 60), (tokens, 90), (4000, 100)]
     assert accuracy_at(line, CHAIN, 2000) == 90
     assert accuracy_at(line, CHAIN, 1999) == pytest.approx(60, abs=0.1)
-    assert area(line, CHAIN) == pytest.approx(added_up([(1000, 40), (2000, 60)], CHAIN) + _gain(), abs=0.01)
+    assert area_under(line, CHAIN) == pytest.approx(added_up([(1000, 40), (2000, 60)], CHAIN) + _gain(), abs=0.01)
 
 
 def _gain() -> float:
@@ -123,7 +125,7 @@ def test_jumps_cost_no_digits() -> None:
         tokens = float(rng.uniform(1001, 60_000))
         share = np.log(CHAINS * 1000 / tokens) / np.log(CHAINS)
         for line in ([(tokens, 100.0)], [(tokens, 0.0), (tokens, 100.0)], [(tokens, 7.0)] * 3 + [(tokens, 100.0)]):
-            assert area(line, CHAIN) == pytest.approx(40 + 60 * share, abs=1e-9)
+            assert area_under(line, CHAIN) == pytest.approx(40 + 60 * share, abs=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
@@ -131,9 +133,9 @@ def test_jumps_cost_no_digits() -> None:
 def test_the_mean_of_the_questions_parts_is_the_area(tokens: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     accuracies = [100 * rng.random(7) for _ in tokens]
-    parts = per_question(list(zip(map(float, tokens), accuracies, strict=True)), CHAIN)
+    parts = afs_per_question(list(zip(map(float, tokens), accuracies, strict=True)), CHAIN)
     assert parts.shape == (7,)
-    whole = area([(spent, float(one.mean())) for spent, one in zip(tokens, accuracies, strict=True)], CHAIN)
+    whole = area_under([(spent, float(one.mean())) for spent, one in zip(tokens, accuracies, strict=True)], CHAIN)
     assert parts.mean() == pytest.approx(whole, abs=1e-9)
 
 
@@ -142,10 +144,10 @@ def test_the_mean_of_the_questions_parts_is_the_area(tokens: list[int], seed: in
 
 def score(beta: float, tokens: int, right: NDArray[np.int64], cell: Cell = CELL, path: int = 100) -> Score:
     """Two shuffles of two questions."""
-    outcomes = np.zeros((len(COLUMNS), 2, 2), np.int64)
-    outcomes[COLUMNS.index("right")] = right
-    outcomes[COLUMNS.index("tokens")] = tokens
-    outcomes[COLUMNS.index("critical_path")] = path
+    outcomes = np.zeros((len(OUTCOME_COLUMNS), 2, 2), np.int64)
+    outcomes[OUTCOME_COLUMNS.index("right")] = right
+    outcomes[OUTCOME_COLUMNS.index("tokens")] = tokens
+    outcomes[OUTCOME_COLUMNS.index("critical_path")] = path
     return Score("mine", "0" * 64, beta, cell, outcomes, [], 1.0)
 
 
@@ -157,16 +159,16 @@ def test_curves_are_of_a_cell_each_by_rising_beta() -> None:
     found = [score(1, 64_000, ALL), score(0, 1000, NONE), score(0.5, 2000, HALF, OTHER, 3000)]
     mine, other = curves(found, {CELL: CHAIN, OTHER: CHAIN})
     assert (mine.cell, other.cell) == (CELL, OTHER)
-    assert mine.points == [Point(0, 1000, 0, 100), Point(1, 64_000, 100, 100)]
-    assert other.points == [Point(0.5, 2000, 50, 3000)]
-    assert afs([mine, other]) == (mine.afs + other.afs) / 2
+    assert mine.points == [CurvePoint(0, 1000, 0, 100), CurvePoint(1, 64_000, 100, 100)]
+    assert other.points == [CurvePoint(0.5, 2000, 50, 3000)]
+    assert mean_afs([mine, other]) == (mine.afs + other.afs) / 2
     assert mine.accuracy_at(32_500) == 50
     assert (mine.slowdown, other.slowdown) == (0, 1)  # 3,000 tokens after one another, where a chain has 1,500
 
 
 def test_curves_of_episodes_are_those_of_their_scores() -> None:
     found = scores("self_consistency@4", "single", betas=[0.0, 1.0])
-    anchors = {cell: anchor_of([intern(one) for one in SOURCE.load(cell)]) for cell in SOURCE.cells()}
+    anchors = {cell: chain_anchor([intern_answers(one) for one in SOURCE.load(cell)]) for cell in SOURCE.cells()}
     for name in ("self_consistency@4", "single"):
         mine = [one for one in found if one.controller == name]
         for curve in curves(mine, anchors):
@@ -183,9 +185,9 @@ def test_one_chain_is_the_mean_over_questions() -> None:
         return RecordedQuestion(name, "m", "b", 100, branches, reference)
 
     two = [asked("a", (100, "7"), (300, "8")), asked("b", (500, "7"))]
-    assert anchor_of([intern(one) for one in two]) == pytest.approx(Anchor(350, 75, 480))
+    assert chain_anchor([intern_answers(one) for one in two]) == pytest.approx(Anchor(350, 75, 480))
     unseen = asked("c", (100, "7"), reference="9")
-    assert anchor_of([intern(unseen)]).accuracy == 0
+    assert chain_anchor([intern_answers(unseen)]).accuracy == 0
 
 
 @pytest.mark.parametrize(
@@ -200,5 +202,5 @@ def test_one_chain_is_the_mean_over_questions() -> None:
     ],
 )
 def test_a_curve_rises_if_no_larger_beta_spends_less(tokens: tuple[int, ...], rises: bool) -> None:
-    curve = Curve(CELL, CHAIN, [Point(at / 4, spent, 50, 1) for at, spent in enumerate(tokens)])
+    curve = Curve(CELL, CHAIN, [CurvePoint(at / 4, spent, 50, 1) for at, spent in enumerate(tokens)])
     assert curve.rises is rises

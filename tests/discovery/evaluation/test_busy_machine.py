@@ -19,10 +19,10 @@ from controllers.errors import Disturbed
 from controllers.loading import Spec
 from controllers.sandbox import worker as handles
 from controllers.sandbox.worker import Worker
-from discovery.data.recordings import Cell, Recording, Split, intern
+from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
-from discovery.evaluation.replay_jobs import Job, Played, Rules, play
-from discovery.evaluation.score_set import Measured
+from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
+from discovery.evaluation.score_set import ScoreSet
 from discovery.promotion import gate
 from discovery.promotion.ledger import DISTURBED, FREE, Ledger
 from tests.discovery.evaluation.test_evaluate import question
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seal
 
 BUSY: Final = 4
 VERDICTS: Final = int(os.environ.get("SOAK_VERDICTS", "2"))
-RECORDINGS: Final[list[Recording]] = [intern(question(number)) for number in range(8)]
+RECORDINGS: Final[list[Recording]] = [intern_answers(question(number)) for number in range(8)]
 HONEST: Final = """
 from controllers import advance, answer, branch
 
@@ -64,9 +64,9 @@ def busy(count: int = BUSY) -> Iterator[None]:
         yield
 
 
-def played(source: str = HONEST.format(first="pass")) -> Played:
+def played(source: str = HONEST.format(first="pass")) -> JobResult:
     job = Job(Spec("mine", source), 0.5, Cell("m", "b", Split.SEARCH), range(2))
-    return play(job, RECORDINGS, Rules(16))
+    return run_job(job, RECORDINGS, ReplayRules(16))
 
 
 def steps(seconds: float) -> int:
@@ -163,12 +163,12 @@ def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
 ) -> None:
     path = tmp_path / "ledger"
 
-    def disturbed(*_: object) -> Measured:
+    def disturbed(*_: object) -> ScoreSet:
         raise Disturbed("it was killed")
 
     def disturb(words: str) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(gate, "measure", disturbed)
+            patch.setattr(gate, "score_controllers", disturbed)
             with pytest.raises(GateError, match=words):
                 quickly("single", path)
 

@@ -12,24 +12,24 @@ import pytest
 from typer.testing import CliRunner
 
 from controllers.loading import Spec
-from discovery.data.importers import as_line
+from discovery.data.importers import format_recording_line
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import DiscoveryError
 from discovery.evaluation.calibration import (
     Arm,
+    BetaMap,
     Calibration,
+    CalibrationPoint,
     Calibrations,
-    Map,
-    Point,
-    Single,
+    SingleChain,
     calibrate,
-    default_map,
-    is_worth,
-    read,
-    write,
+    is_worth_its_tokens,
+    read_calibrations,
+    recommend_map,
+    write_calibrations,
 )
-from discovery.evaluation.engines import EngineName, engine_called
-from discovery.evaluation.replay_jobs import Rules
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.replay_jobs import ReplayRules
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given, scores
 from tests.discovery.evaluation.test_evaluate import question as varied
@@ -40,7 +40,7 @@ VARIED = Given(*(varied(i) for i in range(6)), *(varied(i, benchmark="c") for i 
 def calibrated(source: Given, *names: str, **changes: Any) -> Calibrations:
     about: dict[str, Any] = {"betas": [1.0, 0.0, 0.5], "shuffles": 5} | changes
     specs = [Spec(name) for name in names or ("cmc",)]
-    return calibrate(source, source.cells(), specs, engine_called(EngineName.LOCAL), Rules(16), **about)
+    return calibrate(source, source.cells(), specs, make_engine(EngineName.LOCAL), ReplayRules(16), **about)
 
 
 def question(number: int, right: float, branches: int = 16) -> RecordedQuestion:
@@ -85,7 +85,7 @@ def test_models_are_calibrated_apart() -> None:
 def test_voting_on_chains_that_are_mostly_right_pays() -> None:
     found = calibrated(Given(*(question(i, 0.7) for i in range(12))), "self_consistency")["m"]
     assert found.pays
-    assert found.map == Map(Arm.CONTROLLER, 1)
+    assert found.map == BetaMap(Arm.CONTROLLER, 1)
     assert found.points[-1].gains
 
 
@@ -93,7 +93,7 @@ def test_voting_on_chains_that_are_mostly_right_pays() -> None:
 def test_where_chains_are_all_alike_nothing_pays(name: str) -> None:
     found = calibrated(Given(*(question(i, i % 2) for i in range(12))), name)["m"]
     assert not found.pays
-    assert found.map == Map(Arm.SINGLE, 0)
+    assert found.map == BetaMap(Arm.SINGLE, 0)
     assert found.single.accuracy == 50
 
 
@@ -103,31 +103,31 @@ def test_one_question_pays_for_nothing() -> None:
     assert "NaN" not in json.dumps(found.as_json())
 
 
-def point(beta: float, tokens: float, accuracy: float, half: float = 2.0) -> Point:
-    return Point(beta, tokens, None, None, accuracy, None, None, accuracy - 50, half)
+def point(beta: float, tokens: float, accuracy: float, half: float = 2.0) -> CalibrationPoint:
+    return CalibrationPoint(beta, tokens, None, None, accuracy, None, None, accuracy - 50, half)
 
 
 def test_what_is_worth_what_it_costs() -> None:
     rival = [(1000.0, 50.0), (8000.0, 60.0), (64000.0, 66.0)]
-    assert is_worth(point(0, 3000, 55), rival)
-    assert not is_worth(point(0, 5000, 55), rival)  # 4,500 bring as much
-    assert is_worth(point(1, 10**6, 67), rival)  # nothing else does
-    assert not is_worth(point(0, 100, 51.9), rival)  # within what chance may bring
-    assert is_worth(point(0, 10**6, 53), [])
+    assert is_worth_its_tokens(point(0, 3000, 55), rival)
+    assert not is_worth_its_tokens(point(0, 5000, 55), rival)  # 4,500 bring as much
+    assert is_worth_its_tokens(point(1, 10**6, 67), rival)  # nothing else does
+    assert not is_worth_its_tokens(point(0, 100, 51.9), rival)  # within what chance may bring
+    assert is_worth_its_tokens(point(0, 10**6, 53), [])
 
 
 def test_a_dial_that_does_not_pay_is_capped_or_left() -> None:
     rival = [(1000.0, 50.0), (8000.0, 60.0)]
     points = [point(0, 3000, 55), point(0.5, 5000, 57), point(1, 9000, 58)]
-    assert default_map(points, rival, False) == Map(Arm.CONTROLLER, 0.5)
-    assert default_map(points[2:], rival, False) == Map(Arm.SINGLE, 1)
-    assert default_map(points, rival, True) == Map(Arm.CONTROLLER, 1)
+    assert recommend_map(points, rival, False) == BetaMap(Arm.CONTROLLER, 0.5)
+    assert recommend_map(points[2:], rival, False) == BetaMap(Arm.SINGLE, 1)
+    assert recommend_map(points, rival, True) == BetaMap(Arm.CONTROLLER, 1)
 
 
 def dial(*tokens: float) -> Calibration:
     betas = np.linspace(0, 1, len(tokens))
     points = tuple(point(float(beta), spent, 60) for beta, spent in zip(betas, tokens, strict=True))
-    return Calibration("cmc", Spec("cmc").digest, points, Single(100, 50), True, Map(Arm.CONTROLLER, 1))
+    return Calibration("cmc", Spec("cmc").digest, points, SingleChain(100, 50), True, BetaMap(Arm.CONTROLLER, 1))
 
 
 def test_tokens_find_their_beta() -> None:
@@ -143,8 +143,8 @@ def test_tokens_find_their_beta() -> None:
 
 def test_a_file_keeps_it_all(tmp_path: Path) -> None:
     found = calibrated(VARIED)
-    write(found, tmp_path / "c.json")
-    assert read(tmp_path / "c.json") == found
+    write_calibrations(found, tmp_path / "c.json")
+    assert read_calibrations(tmp_path / "c.json") == found
     told = json.loads((tmp_path / "c.json").read_text())["m"]
     assert list(told) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
     assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(told["points"][0])
@@ -163,15 +163,15 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, change: dict[str, Any], wor
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"m": {**dial(1, 2).as_json(), **change}}))
     with pytest.raises(DiscoveryError, match=f"{path}: no calibration: {words}"):
-        read(path)
+        read_calibrations(path)
     with pytest.raises(DiscoveryError, match="No such file"):
-        read(tmp_path / "d.json")
+        read_calibrations(tmp_path / "d.json")
 
 
 def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Path) -> None:
     found = calibrated(VARIED, "asc", "self_consistency", "cmc")
-    write(found, tmp_path / "c.json")
-    first = read(tmp_path / "c.json")["m"]
+    write_calibrations(found, tmp_path / "c.json")
+    first = read_calibrations(tmp_path / "c.json")["m"]
     assert first == found["m"]
     for name in ("asc", "self_consistency", "cmc"):
         (alone,) = calibrated(VARIED, name).values()
@@ -184,22 +184,22 @@ def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Pat
 
 
 def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
-    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i)) for i in range(4)))
+    (tmp_path / "r.jsonl").write_text("".join(format_recording_line(varied(i)) for i in range(4)))
     status, output = verb(tmp_path, "--controllers", "cmc,asc")
     assert status == 0, output
     assert [name for name in ("cmc", "asc") if f"{name}: accuracy % and tokens" in output] == ["cmc", "asc"]
-    assert [one.controller for one in read(tmp_path / "c.json")["m"].all] == ["cmc", "asc"]
+    assert [one.controller for one in read_calibrations(tmp_path / "c.json")["m"].all] == ["cmc", "asc"]
 
 
 @pytest.mark.parametrize(
     ("pays", "best", "words"),
     [
-        (True, Map(Arm.CONTROLLER, 1), "yes: all of β"),
-        (False, Map(Arm.CONTROLLER, 0.75), "yes: β up to 0.75"),
-        (False, Map(Arm.SINGLE, 0), "no: one chain serves best"),
+        (True, BetaMap(Arm.CONTROLLER, 1), "yes: all of β"),
+        (False, BetaMap(Arm.CONTROLLER, 0.75), "yes: β up to 0.75"),
+        (False, BetaMap(Arm.SINGLE, 0), "no: one chain serves best"),
     ],
 )
-def test_whether_it_is_worth_it_is_said_once(pays: bool, best: Map, words: str) -> None:
+def test_whether_it_is_worth_it_is_said_once(pays: bool, best: BetaMap, words: str) -> None:
     assert replace(dial(1, 2), pays=pays, map=best).advice == words
 
 
@@ -210,15 +210,15 @@ def verb(folder: Path, *more: str) -> tuple[int, str]:
 
 
 def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
-    lines = [as_line(varied(i)) for i in range(4)]
-    held = [as_line(varied(i, split=Split.HELD_OUT, benchmark="h")) for i in range(4, 8)]
+    lines = [format_recording_line(varied(i)) for i in range(4)]
+    held = [format_recording_line(varied(i, split=Split.HELD_OUT, benchmark="h")) for i in range(4, 8)]
     (tmp_path / "r.jsonl").write_text("".join(lines + held))
     status, output = verb(tmp_path, "--controllers", "cmc")
     assert status == 0, output
     assert "cmc: accuracy % and tokens" in output
     assert "mean chain" in output
     assert "controllers are played in 2 orders of them" in output
-    assert read(tmp_path / "c.json") == calibrated(
+    assert read_calibrations(tmp_path / "c.json") == calibrated(
         Given(*(varied(i) for i in range(4))), betas=[0, 0.25, 0.5, 0.75, 1], shuffles=2
     )
     (tmp_path / "r.jsonl").write_text("".join(held))
@@ -228,13 +228,13 @@ def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("origin", "how"), [(Origin.IMPORTED, "exact"), (Origin.COLLECTED, "canonical")])
 def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
-    (tmp_path / "r.jsonl").write_text("".join(as_line(varied(i, origin=origin)) for i in range(4)))
+    (tmp_path / "r.jsonl").write_text("".join(format_recording_line(varied(i, origin=origin)) for i in range(4)))
     status, output = verb(tmp_path)
     assert (status, f"answers are compared: {how}\n" in output) == (0, True)
-    assert read(tmp_path / "c.json")["m"].answers == how
+    assert read_calibrations(tmp_path / "c.json")["m"].answers == how
 
 
 @pytest.mark.parametrize("more", [["--controllers", ""], ["--betas", ","]])
 def test_the_verb_takes_some_controllers_and_betas(tmp_path: Path, more: list[str]) -> None:
-    (tmp_path / "r.jsonl").write_text(as_line(varied(1)))
+    (tmp_path / "r.jsonl").write_text(format_recording_line(varied(1)))
     assert verb(tmp_path, *more)[0] == 2

@@ -20,7 +20,7 @@ from controllers.loading import Spec, make, parse_spec
 from discovery.answers import veiled
 from discovery.commands.evaluate import _show as show
 from discovery.commands.evaluate import parse_weights
-from discovery.data.mapped_file import shelve, take
+from discovery.data.mapped_recordings import load_mapped, write_mapped
 from discovery.data.recordings import (
     NO_ANSWER,
     Cell,
@@ -29,17 +29,24 @@ from discovery.data.recordings import (
     RecordedBranch,
     RecordedQuestion,
     Split,
-    intern,
+    intern_answers,
     question_id,
 )
 from discovery.data.traces import read_trace, trace_files
-from discovery.errors import EngineError, NotRecorded, TraceError
-from discovery.evaluation.engines import EngineName, engine_called
-from discovery.evaluation.evaluate import SURE, Answers, Evaluation, Weights, regrade
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
-from discovery.evaluation.replay_jobs import COLUMNS, KINDS, Rules, Sealing
-from discovery.evaluation.scores import Grading, Score, differences, frontier, paired_interval, pooled
-from discovery.evaluation.sources import choose
+from discovery.errors import EngineError, RecordingsNotFound, TraceError
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights, regrade
+from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
+from discovery.evaluation.replay_jobs import OUTCOME_COLUMNS, TOKEN_KINDS, ReplayRules, Sealing
+from discovery.evaluation.scores import (
+    QuestionGrading,
+    Score,
+    paired_differences,
+    paired_interval,
+    pareto_frontier,
+    pool_scores,
+)
+from discovery.evaluation.sources import select_cells
 
 CELL = Cell("m", "b", Split.SEARCH)
 
@@ -78,9 +85,9 @@ def scores(
 ) -> list[Score]:
     about: dict[str, Any] = {"betas": [0.0, 1.0], "shuffles": 7} | changes
     cells = about.pop("cells", source.cells())
-    rules = about.pop("rules", Rules(max_branches=16))
+    rules = about.pop("rules", ReplayRules(max_branches=16))
     specs = [name if isinstance(name, Spec) else parse_spec(name) for name in names]
-    return Evaluation(source, cells, specs, rules=rules, **about).run(engine_called(engine, 2))
+    return Evaluation(source, cells, specs, rules=rules, **about).run(make_engine(engine, 2))
 
 
 def without_time(score: Score) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def test_figures_that_recordings_limit_are_told(
     caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, words: str | None
 ) -> None:
     source = Given(*(question(i, branches) for i in range(4)))
-    found = scores(*names, source=source, rules=Rules(max_branches=allowed))
+    found = scores(*names, source=source, rules=ReplayRules(max_branches=allowed))
     told = [record.getMessage() for record in caplog.records if "are recorded" in record.getMessage()]
     assert len(told) == (words is not None)
     assert words is None or told[0].startswith(words)
@@ -115,7 +122,7 @@ def test_figures_that_recordings_limit_are_told(
 def test_cells_are_pooled_by_model_and_over_all() -> None:
     other = [replace(one, model="n") for one in SOURCE.recordings[:3]]
     found = scores("cmc", "asc", source=Given(*SOURCE.recordings, *other))
-    together = pooled(found)
+    together = pool_scores(found)
     assert [(one.cell.model, one.controller, one.beta) for one in together] == [
         (model, name, beta) for model in ("m", "all") for name in ("cmc", "asc") for beta in (0.0, 1.0)
     ]
@@ -129,7 +136,7 @@ def test_cells_are_pooled_by_model_and_over_all() -> None:
         right = np.concatenate([score.per_question("right") for score in parts])
         assert one.accuracy == pytest.approx(100 * right.mean())
         assert one.outcomes.shape[-1] == (10 if one.cell.model == "m" else 13)
-    assert pooled(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
+    assert pool_scores(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
 
 
 def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +152,7 @@ def test_figures_are_those_of_the_episodes() -> None:
     right, tokens, paths, rounds, width = 0, 0, [], 0, 0
     for recorded in SOURCE.load(CELL):
         for shuffle in range(7):
-            environment = ReplayEnvironment(intern(recorded), shuffled(16, shuffle))
+            environment = ReplayEnvironment(intern_answers(recorded), shuffled_order(16, shuffle))
             state = State(Limits(100, 16))
             longest: list[int] = []
 
@@ -170,7 +177,7 @@ def test_figures_are_those_of_the_episodes() -> None:
     assert figures["accuracy"] == 100 * (right / 42)
     assert figures["tokens"] == tokens / 42 == pytest.approx(sum(figures["tokens_by_kind"].values()))
     assert figures["tokens_by_kind"]["probe"] > 0
-    assert set(figures["tokens_by_kind"]) == set(KINDS)
+    assert set(figures["tokens_by_kind"]) == set(TOKEN_KINDS)
     assert (figures["rounds"], figures["branches"]) == (rounds / 42, width / 42)
     assert figures["critical_path_mean"] == sum(paths) / 42
     assert figures["critical_path_p95"] == pytest.approx(np.percentile(paths, 95))
@@ -194,7 +201,7 @@ class Mine:
         RecordedBranch(["1"] * 9, 905, "7"),
         RecordedBranch(["1"] * 9, 990, "7"),
     ]
-    recorded = intern(RecordedQuestion("q", "m", "b", 100, chains, "7"))
+    recorded = intern_answers(RecordedQuestion("q", "m", "b", 100, chains, "7"))
     environment = ReplayEnvironment(recorded, [0, 1, 2], probe_tokens=11 if priced else None)
     state = State(Limits(100))
     run_sync(run_episode(make(Spec("mine", controller), 0), environment, state))
@@ -210,7 +217,7 @@ def test_engines_agree_to_the_bit(engine: EngineName, tmp_path: Path) -> None:
     assert [without_time(score) for score in there] == [without_time(score) for score in here]
     for one, other in zip(here, there, strict=True):
         assert (one.outcomes == other.outcomes).all()
-    assert differences(here) == differences(there)
+    assert paired_differences(here) == paired_differences(there)
 
 
 def test_shuffles_are_the_same_for_every_controller_and_run() -> None:
@@ -268,7 +275,9 @@ def test_only_complete_recordings_with_a_reference_are_scored() -> None:
     censored.branches[0] = censored.branches[0]._replace(complete=False)  # type: ignore[index]
     unknown = question(2, reference=None)
     assert scores("single", source=Given(question(0), censored, unknown))[0].episodes == 7
-    with pytest.raises(NotRecorded, match="m b search: none of 2 recordings is complete and has a reference answer"):
+    with pytest.raises(
+        RecordingsNotFound, match="m b search: none of 2 recordings is complete and has a reference answer"
+    ):
         scores("single", source=Given(censored, unknown))
 
 
@@ -294,12 +303,12 @@ def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any
     source = versions({}, change, origin=Origin.IMPORTED)
     first = source.recordings[0].version.digest
     words = rf"recordings of 2 versions are not scored together: {first} \(2: {words}; `autotts evaluate --version`"
-    with pytest.raises(NotRecorded, match=words):
+    with pytest.raises(RecordingsNotFound, match=words):
         scores("single", source=source)
     mixed = Given(
         *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
     )
-    with pytest.raises(NotRecorded, match="recordings of 2 versions are not scored together"):
+    with pytest.raises(RecordingsNotFound, match="recordings of 2 versions are not scored together"):
         scores("single", source=mixed)
 
 
@@ -330,7 +339,9 @@ def test_another_version_can_be_asked_for(origin: Origin) -> None:
     first, second = (one.version.digest for one in source.recordings[::2])
     older = scores("single", source=source, version=first[:5])
     assert columns(older) == columns(scores("single", source=Given(*source.recordings[:2])))
-    with pytest.raises(NotRecorded, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "):
+    with pytest.raises(
+        RecordingsNotFound, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "
+    ):
         scores("single", source=source, version="zz")
 
 
@@ -338,7 +349,7 @@ def test_a_version_is_named_by_enough_of_its_digest() -> None:
     source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
     begins = [one.version.digest[0] for one in source.recordings[::2]]
     twice = next(digit for digit in begins if begins.count(digit) > 1)
-    with pytest.raises(NotRecorded, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
+    with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
         scores("single", source=source, version=twice)
 
 
@@ -358,7 +369,7 @@ def test_branches_of_one_question_are_scored_together_whoever_asked_it() -> None
     ]
     (here,) = scores("self_consistency@16", betas=[1.0], source=Given(*parts))
     (there,) = scores("self_consistency@16", betas=[1.0], source=Given(*whole))
-    assert here.outcomes.shape == there.outcomes.shape == (len(COLUMNS), 7, 3)
+    assert here.outcomes.shape == there.outcomes.shape == (len(OUTCOME_COLUMNS), 7, 3)
     assert here.per_question("tokens") == pytest.approx(there.per_question("tokens"))  # all branches of each
 
 
@@ -381,11 +392,13 @@ def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> 
         in caplog.text
     )
     alone = Given(*MIXED.recordings[6:])
-    with pytest.raises(NotRecorded, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"):
+    with pytest.raises(
+        RecordingsNotFound, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"
+    ):
         scores("cmc", source=alone)
     (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
     assert score.as_json()["label_sources"] == {"consensus": 3}
-    with pytest.raises(NotRecorded, match="only 3 by feedback and 3 by consensus"):
+    with pytest.raises(RecordingsNotFound, match="only 3 by feedback and 3 by consensus"):
         scores("cmc", source=Given(*MIXED.recordings[3:]), weights={LabelSource.REFERENCE: 1.0})
 
 
@@ -403,7 +416,7 @@ def test_weights_of_one_change_no_bit() -> None:
             told = without_time(other) | {"label_sources": {"reference": 3, "feedback": 3, "consensus": 3}}
             assert without_time(one) == told
             assert one.error == other.error
-        assert differences(found) == differences(expected)
+        assert paired_differences(found) == paired_differences(expected)
 
 
 def test_a_question_counts_for_its_weight() -> None:
@@ -412,8 +425,8 @@ def test_a_question_counts_for_its_weight() -> None:
     (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=weights)
     (plain,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
     figures = score.as_json()
-    for name in ("tokens", "rounds", "branches", *KINDS):
-        told = figures["tokens_by_kind"] if name in KINDS else figures
+    for name in ("tokens", "rounds", "branches", *TOKEN_KINDS):
+        told = figures["tokens_by_kind"] if name in TOKEN_KINDS else figures
         assert told[name] == pytest.approx((of_each * plain.per_question(name)).sum() / of_each.sum())
     assert score.accuracy == pytest.approx(100 * (of_each * plain.per_question("right")).sum() / of_each.sum())
     assert score.accuracy != plain.accuracy
@@ -424,7 +437,7 @@ def test_a_question_counts_for_its_weight() -> None:
 
 
 def graded(score: Score, weights: Sequence[float]) -> Score:
-    return replace(score, grading=Grading([LabelSource.REFERENCE] * len(weights), weights))
+    return replace(score, grading=QuestionGrading([LabelSource.REFERENCE] * len(weights), weights))
 
 
 def repeated(score: Score, times: Sequence[int]) -> Score:
@@ -435,7 +448,7 @@ def test_a_weight_counts_as_being_there_more_often() -> None:
     (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
     times = [4, 4, 4, 2, 2, 2, 1, 2, 3]
     weighted, more = graded(score, [one / 4 for one in times]), repeated(score, times)
-    for name in COLUMNS:
+    for name in OUTCOME_COLUMNS:
         assert weighted.mean(name) == pytest.approx(more.mean(name))
     path = np.sort(more.column("critical_path").ravel())
     assert weighted.as_json()["critical_path_p95"] == path[int(np.ceil(0.95 * path.size)) - 1]
@@ -448,7 +461,7 @@ def test_a_weight_counts_as_being_there_more_often() -> None:
 def test_intervals_are_of_weighted_questions() -> None:
     names, weights = ("self_consistency@1", "self_consistency@16"), [1.0] * 3 + [0.5] * 3 + [0.25] * 3
     found = [graded(one, weights) for one in scores(*names, betas=[1.0], source=MIXED, weights=ALL)]
-    (one,) = differences(found)
+    (one,) = paired_differences(found)
     gained = 100 * (found[1].per_question("right") - found[0].per_question("right"))
     assert one.accuracy == pytest.approx(np.average(gained, weights=weights))
     assert one.low < one.accuracy < one.high
@@ -474,7 +487,7 @@ def test_a_weighted_interval_covers_as_often_as_it_says() -> None:
         ("reference", {LabelSource.REFERENCE: 1.0}),
         ("feedback=0.8, consensus = 1e-3", {FEEDBACK: 0.8, CONSENSUS: 0.001}),
         ("consensus=confidence", {CONSENSUS: None}),
-        ("reference,feedback", dict(SURE)),
+        ("reference,feedback", dict(DEFAULT_WEIGHTS)),
     ],
 )
 def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) -> None:
@@ -484,20 +497,20 @@ def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) ->
 # Answers that cannot be read
 
 
-@pytest.mark.parametrize("how", Answers)
+@pytest.mark.parametrize("how", AnswerComparison)
 @pytest.mark.parametrize("hidden", ["answers", "reference", "both", "one"])
-def test_veiled_answers_are_graded_by_equality(how: Answers, hidden: str) -> None:
+def test_veiled_answers_are_graded_by_equality(how: AnswerComparison, hidden: str) -> None:
     spelled = ["7.0", "$7$", "8", "007", "9", "8"]
     hide = {"answers": range(6), "reference": (), "both": range(6), "one": [2]}[hidden]
     finals = [veiled(one) if at in hide else one for at, one in enumerate(spelled)]
     reference = veiled(" 7 ") if hidden in ("reference", "both") else " 7 "
     chains = [RecordedBranch([final], 150, final, [3]) for final in finals]
     recorded = RecordedQuestion("q", "m", "b", 100, chains, reference)
-    recording = intern(recorded) if how is Answers.EXACT else regrade(recorded)
+    recording = intern_answers(recorded) if how is AnswerComparison.EXACT else regrade(recorded)
     assert recording.finals.tolist() == recording.probes.tolist() == [0, 0, 1, 0, 2, 1]
     assert recording.reference == 0
     assert recording.answers == (finals[0], finals[2], finals[4])
-    (score,) = scores("self_consistency@6", betas=[1.0], source=Given(recorded), answers=how, rules=Rules(6))
+    (score,) = scores("self_consistency@6", betas=[1.0], source=Given(recorded), answers=how, rules=ReplayRules(6))
     assert score.accuracy == 100
 
 
@@ -505,20 +518,20 @@ def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
     finals = [veiled("7"), "[placeholder]", "7", None]
     recorded = RecordedQuestion("q", "m", "b", 100, [RecordedBranch([], 10, final) for final in finals], "8")
     assert regrade(recorded).finals.tolist() == [0, NO_ANSWER, 0, NO_ANSWER]
-    assert regrade(recorded).reference == intern(recorded).reference == NO_ANSWER
+    assert regrade(recorded).reference == intern_answers(recorded).reference == NO_ANSWER
 
 
 def test_more_chains_than_were_recorded_are_refused() -> None:
-    with pytest.raises(NotRecorded, match="asc@17 opens 17 branches; m b search has 16 a question"):
-        scores("asc@17", rules=Rules(max_branches=64))
+    with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches; m b search has 16 a question"):
+        scores("asc@17", rules=ReplayRules(max_branches=64))
 
 
 def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
     chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
     source = Given(RecordedQuestion("q", "m", "b", 100, chains, " 7 "))
     exact, canonical = (
-        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=Rules(5))[0]
-        for how in (Answers.EXACT, Answers.CANONICAL)
+        scores("self_consistency@5", source=source, betas=[1.0], answers=how, rules=ReplayRules(5))[0]
+        for how in (AnswerComparison.EXACT, AnswerComparison.CANONICAL)
     )
     assert (exact.accuracy, canonical.accuracy) == (0, 100)
 
@@ -538,33 +551,33 @@ def test_models_spell_answers_in_many_ways_and_published_tables_in_one(
     chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
     asked = RecordedQuestion("q", "m", "b", 100, chains, " 7 ")
     source = Given(*(replace(asked, question=str(at), origin=origin) for at, origin in enumerate(origins)))
-    (score,) = scores("self_consistency@5", source=source, betas=[1.0], rules=Rules(5))
+    (score,) = scores("self_consistency@5", source=source, betas=[1.0], rules=ReplayRules(5))
     assert (score.accuracy, score.as_json()["answers"]) == (accuracy, how)
 
 
 def test_cells_that_are_not_there_are_named() -> None:
     cells = [CELL, Cell("n", "c", Split.HELD_OUT)]
-    assert choose(cells, ["n"], [], None) == cells[1:]
-    assert choose(cells, [], [], Split.SEARCH) == cells[:1]
+    assert select_cells(cells, ["n"], [], None) == cells[1:]
+    assert select_cells(cells, [], [], Split.SEARCH) == cells[:1]
     for models, benchmarks, split, words in (
         (["x"], [], None, "no recordings of model 'x'; there are m, n"),
         ([], ["x"], None, "no recordings of benchmark 'x'; there are b, c"),
         ([], [], Split.VALIDATION, "no recordings of split 'validation'; there are held-out, search"),
         (["m"], ["c"], None, "of all that was asked for at once; there are m b search; n c held-out"),
     ):
-        with pytest.raises(NotRecorded, match=words):
-            choose(cells, models, benchmarks, split)
+        with pytest.raises(RecordingsNotFound, match=words):
+            select_cells(cells, models, benchmarks, split)
 
 
 def test_a_difference_is_paired_by_question() -> None:
     found = scores("self_consistency@1", "self_consistency@16", betas=[1.0])
-    (one,) = differences(found)
+    (one,) = paired_differences(found)
     assert (one.controller, one.against, one.questions) == ("self_consistency@16", "self_consistency@1", 10)
     wins = np.concatenate([found[2 * i + 1].per_question("right") - found[2 * i].per_question("right") for i in (0, 1)])
     assert one.accuracy == pytest.approx(100 * wins.mean())
     assert one.low < one.accuracy < one.high
     assert one.tokens == pytest.approx(16, rel=0.2)
-    assert differences(found[:1]) == []
+    assert paired_differences(found[:1]) == []
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -577,12 +590,12 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
-    assert frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
+    assert pareto_frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
 
 
 def test_shelved_recordings_are_the_same_and_nobodys_to_change(tmp_path: Path) -> None:
-    recordings = [intern(one) for one in SOURCE.recordings]
-    taken = take(shelve(recordings, tmp_path / "shelf"))
+    recordings = [intern_answers(one) for one in SOURCE.recordings]
+    taken = load_mapped(write_mapped(recordings, tmp_path / "shelf"))
     for one, other in zip(recordings, taken, strict=True):
         assert one.rows == other.rows
         assert (one.question, one.answers, one.reference) == (other.question, other.answers, other.reference)
@@ -592,7 +605,7 @@ def test_shelved_recordings_are_the_same_and_nobodys_to_change(tmp_path: Path) -
 
 
 def test_traces_hold_every_round(tmp_path: Path) -> None:
-    rules = Rules(16, traces=tmp_path)
+    rules = ReplayRules(16, traces=tmp_path)
     plain, traced = scores("cmc", "asc@16"), scores("cmc", "asc@16", rules=rules)
     assert [without_time(one) for one in plain] == [without_time(one) for one in traced]
     files = trace_files(tmp_path)
@@ -604,7 +617,9 @@ def test_traces_hold_every_round(tmp_path: Path) -> None:
         recordings = SOURCE.load(cell)
         for at, episode in enumerate(trace.episodes()):
             rounds: list[Round] = []
-            environment = ReplayEnvironment(intern(recordings[episode.question]), shuffled(16, episode.shuffle))
+            environment = ReplayEnvironment(
+                intern_answers(recordings[episode.question]), shuffled_order(16, episode.shuffle)
+            )
             state = State(Limits(100, 16))
             controller = make(Spec(trace.about["controller"]), trace.about["beta"])
             run_sync(run_episode(controller, environment, state, lambda _, played: rounds.append(played)))  # noqa: B023
@@ -627,7 +642,7 @@ def test_what_is_no_trace(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_is_told_in_a_line() -> None:
     source = "import os\nclass Mine:\n    def __init__(self, beta): pass\n    def decide(self, state): os._exit(3)\n"
-    rules = Rules(16, sealing=Sealing.NONE)
+    rules = ReplayRules(16, sealing=Sealing.NONE)
     with pytest.raises(EngineError, match="a worker process died"):
         scores(Spec("dies", source), rules=rules, engine=EngineName.PROCESS)
 
@@ -643,10 +658,10 @@ def autotts(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     """A file of the generic format."""
-    from discovery.data.importers import as_line
+    from discovery.data.importers import format_recording_line
 
     path = tmp_path / "lines.jsonl"
-    path.write_text("".join(map(as_line, SOURCE.recordings)))
+    path.write_text("".join(map(format_recording_line, SOURCE.recordings)))
     return path
 
 
@@ -733,11 +748,11 @@ def test_bad_arguments_are_one_line_and_leave_nothing(
 
 
 def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> None:
-    from discovery.data.importers import as_line
+    from discovery.data.importers import format_recording_line
 
     newer = [replace(one, origin=Origin.LIVE, request=f"r {at}", **COOL) for at, one in enumerate(MIXED.recordings)]
     older = [replace(one, request=f"s {at}", sampling={}) for at, one in enumerate(newer[:2])]
-    (tmp_path / "l.jsonl").write_text("".join(map(as_line, [*older, *newer])))
+    (tmp_path / "l.jsonl").write_text("".join(map(format_recording_line, [*older, *newer])))
     asked = ["evaluate", "--recordings", "l.jsonl", "--shuffles", "2", "--betas", "1", "--max-branches", "16"]
     done = autotts(*asked, folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,8 +16,8 @@ from discovery.answers import Judge
 from discovery.data.importers import read_jsonl
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.evaluation.evaluate import regrade
-from discovery.evaluation.replay_jobs import Job, Rules, play
-from discovery.evaluation.scores import Score, scores
+from discovery.evaluation.replay_jobs import Job, ReplayRules, run_job
+from discovery.evaluation.scores import Score, gather_scores
 
 FOLDER = Path(__file__).parents[4] / "shared" / "replay" / "boinf"
 SHUFFLES = 10
@@ -39,7 +39,7 @@ def recordings(path: Path) -> list[Recording]:
 def score(path: Path, controller: str) -> Score:
     benchmark, _, model = path.name.removesuffix(".jsonl.xz").partition("_")
     job = Job(parse_spec(controller), 1.0, Cell(model, benchmark, Split.SEARCH), range(SHUFFLES))
-    (made,) = scores([(job, play(job, recordings(path), Rules()))])
+    (made,) = gather_scores([(job, run_job(job, recordings(path), ReplayRules()))])
     assert not made.failures
     return made
 

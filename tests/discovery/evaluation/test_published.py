@@ -17,11 +17,11 @@ from controllers.builtin import create
 from controllers.loading import parse_spec
 from discovery.answers import Judge
 from discovery.data.importers import read_release, release_cell
-from discovery.data.recordings import Recording, intern
+from discovery.data.recordings import Recording, intern_answers
 from discovery.evaluation.evaluate import regrade
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
-from discovery.evaluation.replay_jobs import Job, Rules, play
-from discovery.evaluation.scores import scores
+from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
+from discovery.evaluation.replay_jobs import Job, ReplayRules, run_job
+from discovery.evaluation.scores import gather_scores
 from tests.fakes import Eager
 
 FOLDER = Path(__file__).parents[4] / "shared" / "replay"
@@ -53,7 +53,7 @@ PRINTED = [(model, method) for model in MODELS for method in METHODS if (model, 
 
 @cache
 def recordings(path: Path) -> list[Recording]:
-    return [intern(recorded) for recorded in read_release(path)]
+    return [intern_answers(recorded) for recorded in read_release(path)]
 
 
 @cache
@@ -61,7 +61,7 @@ def measure(model: str, benchmark: str, controller: str, beta: float, shuffles: 
     """Accuracy in percent and mean tokens over the shuffles."""
     path = FOLDER / "autotts" / model / f"{benchmark}.json.xz"
     job = Job(parse_spec(controller), beta, release_cell(path), range(shuffles))
-    (score,) = scores([(job, play(job, recordings(path), Rules()))])
+    (score,) = gather_scores([(job, run_job(job, recordings(path), ReplayRules()))])
     assert not score.failures
     return score.accuracy, score.mean("tokens")
 
@@ -147,7 +147,7 @@ def test_reading_answers_costs_no_figure_anything(model: str, benchmark: str) ->
     path = FOLDER / "autotts" / model / f"{benchmark}.json.xz"
     for controller, beta in [*METHODS.values(), ("short_m_at_k@24", 1.0)]:
         job = Job(parse_spec(controller), beta, release_cell(path), range(FEWER))
-        (score,) = scores([(job, play(job, regraded(path), Rules()))])
+        (score,) = gather_scores([(job, run_job(job, regraded(path), ReplayRules()))])
         exact = measure(model, benchmark, controller, beta, FEWER)[0]
         gain = round(score.accuracy, 1) - round(exact, 1)
         assert gain >= LOWER.get((model, benchmark, controller), -0.01), (controller, beta, exact, score.accuracy)
@@ -168,7 +168,7 @@ def test_asking_only_what_matters_changes_no_decision(model: str, controller: st
 def _episode(recording: Recording, controller: Controller) -> tuple[object, int]:
     """What came of it, and how many probes it took."""
     environment, state = (
-        ReplayEnvironment(recording, shuffled(recording.branches, 0)),
+        ReplayEnvironment(recording, shuffled_order(recording.branches, 0)),
         State(Limits(recording.interval)),
     )
     rounds: list[Round] = []

@@ -18,20 +18,20 @@ from discovery.answers import Judge, veiled
 from discovery.data.questions import Question
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.evaluation.reference_answers import (
-    ENOUGH,
+    MIN_CALIBRATION_ANSWERS,
     Agreement,
-    Report,
-    Said,
-    Vote,
-    by_feedback,
-    calibrated,
-    fill,
-    reckoned,
-    said_of,
-    same,
-    vote,
+    AnswerFeedback,
+    BranchVote,
+    LabelReport,
+    are_same_answer,
+    calibrate_confidence,
+    count_votes,
+    estimated_confidence,
+    interpret_feedback,
+    label_by_feedback,
+    update_labels,
 )
-from discovery.store import Episode, Feedback, Label, Store
+from discovery.store import Feedback, Label, ServedEpisode, Store
 from proxy.cli import app
 
 REFERENCE, FEEDBACK, CONSENSUS = LabelSource
@@ -53,10 +53,10 @@ def recorded(text: str, finals: str = "7778", **changes: Any) -> RecordedQuestio
     )
 
 
-def episode(request: str, text: str, answer: str | None = "7", **changes: Any) -> Episode:
+def episode(request: str, text: str, answer: str | None = "7", **changes: Any) -> ServedEpisode:
     """Of a served request; unless it says otherwise, each is of a tenant of its own."""
     about: dict[str, Any] = {"answer": answer, "question": question_id(text), "tenant": f"of {request}"} | changes
-    return Episode(request, request, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", **about)
+    return ServedEpisode(request, request, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", **about)
 
 
 def feedback(request: str, value: Any, number: int = 0) -> Feedback:
@@ -70,13 +70,13 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "s.db"
 
 
-def put(place: Path, *items: Episode | Feedback | RecordedQuestion) -> None:
+def put(place: Path, *items: ServedEpisode | Feedback | RecordedQuestion) -> None:
     """Write items, with the episodes recordings were made of."""
 
     async def go() -> None:
         async with Store.open(place, create=True) as store:
             made_for = {one.request: one for one in items if isinstance(one, RecordedQuestion)}
-            there = {one.request_id for one in items if isinstance(one, Episode)}
+            there = {one.request_id for one in items if isinstance(one, ServedEpisode)}
             known = {one.request_id for one in await store.episodes()} | there
             missing = [one for request, one in made_for.items() if request and request not in known]
             await store.add_all([*(replace(episode(one.request, ""), question=one.question) for one in missing)])
@@ -85,10 +85,10 @@ def put(place: Path, *items: Episode | Feedback | RecordedQuestion) -> None:
     asyncio.run(go())
 
 
-def filled(place: Path, *references: Question, **about: Any) -> Report:
-    async def go() -> Report:
+def filled(place: Path, *references: Question, **about: Any) -> LabelReport:
+    async def go() -> LabelReport:
         async with Store.open(place) as store:
-            return await fill(store, references, **about)
+            return await update_labels(store, references, **about)
 
     return asyncio.run(go())
 
@@ -115,7 +115,7 @@ def read(place: Path, benchmark: str = "live", split: Split = Split.SEARCH) -> l
 
 def sure(first: int, second: int) -> float:
     """Of a vote whose every branch says one of two."""
-    return reckoned(Vote("7", first, second, first + second))
+    return estimated_confidence(BranchVote("7", first, second, first + second))
 
 
 # What clients say
@@ -136,8 +136,8 @@ def sure(first: int, second: int) -> float:
     ],
 )
 def test_what_feedback_says(given: str | None, kind: str, value: str, answer: str, weight: float) -> None:
-    found = said_of(episode("r", "q", given), Feedback("f", "r", kind, value))
-    assert found == Said(question_id("q"), answer, weight, "of r")
+    found = interpret_feedback(episode("r", "q", given), Feedback("f", "r", kind, value))
+    assert found == AnswerFeedback(question_id("q"), answer, weight, "of r")
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,15 @@ def test_what_feedback_says(given: str | None, kind: str, value: str, answer: st
 )
 def test_what_bears_on_no_answer(given: str | None, kind: str, value: str) -> None:
     heard = Feedback("f", "r", kind, value)
-    assert said_of(episode("r", "q", given), heard) is None
-    assert said_of(None, heard) is None
-    assert said_of(episode("r", "q", "7", question=None), Feedback("f", "r", "correct", "true")) is None
+    assert interpret_feedback(episode("r", "q", given), heard) is None
+    assert interpret_feedback(None, heard) is None
+    assert interpret_feedback(episode("r", "q", "7", question=None), Feedback("f", "r", "correct", "true")) is None
 
 
 def heard(*said: tuple[str, float], tenants: Sequence[str] = "abcdefghi") -> tuple[str | None, float, list[str]]:
-    found = by_feedback([Said("q", *one, tenant) for one, tenant in zip(said, tenants, strict=False)], JUDGE)
+    found = label_by_feedback(
+        [AnswerFeedback("q", *one, tenant) for one, tenant in zip(said, tenants, strict=False)], JUDGE
+    )
     label = found.label
     return (None, 0.0, list(found.refuted)) if label is None else (label.answer, label.confidence, list(found.refuted))
 
@@ -218,7 +220,7 @@ def test_a_text_that_begins_as_a_veil_is_a_text() -> None:
     assert heard((begins, 1.0), (form, -1.0))[2] == [form]
     assert veiled(begins) != begins
     spelled = ["5", "5 cm", begins]  # whatever is beside them, a unit may be left out
-    assert vote(spelled, JUDGE) == Vote("5", 2, 1, 3)
+    assert count_votes(spelled, JUDGE) == BranchVote("5", 2, 1, 3)
 
 
 sayings = st.lists(
@@ -243,34 +245,36 @@ def test_what_is_refuted_is_no_label_whatever_the_order(said: list[tuple[str, fl
 # Votes
 
 
-def voted(finals: str) -> Vote | None:
-    return vote([None if final == "-" else final for final in finals], JUDGE)
+def voted(finals: str) -> BranchVote | None:
+    return count_votes([None if final == "-" else final for final in finals], JUDGE)
 
 
 def test_a_vote_is_over_all_branches() -> None:
-    assert voted("77787") == Vote("7", 4, 1, 5)
-    assert voted("787--") == Vote("7", 2, 1, 5)
+    assert voted("77787") == BranchVote("7", 4, 1, 5)
+    assert voted("787--") == BranchVote("7", 2, 1, 5)
     assert voted("787--").margin == 0.2  # type: ignore[union-attr]
     assert voted("77") is None
-    assert voted("7--") == Vote("7", 1, 0, 3)
+    assert voted("7--") == BranchVote("7", 1, 0, 3)
     assert voted("---") is None
-    assert voted("8778") == Vote("8", 2, 2, 4)
+    assert voted("8778") == BranchVote("8", 2, 2, 4)
 
 
 def test_a_vote_knows_what_is_the_same() -> None:
     spelled = ["7.0", "$8$", "007", "8", "7", "[placeholder]"]
-    assert vote(spelled, JUDGE) == Vote("7.0", 3, 2, 6)
-    assert vote([*spelled, "8", "007", "007", "$8$"], JUDGE) == Vote("007", 5, 4, 10)  # as most of them write it
-    assert vote([veiled(one) for one in spelled[:5]], JUDGE) == Vote(veiled("7"), 3, 2, 5)
-    assert same("7.0", veiled("7"), JUDGE)
-    assert not same("8", veiled("7"), JUDGE)
-    assert not same("[placeholder]", "[placeholder]", JUDGE)
+    assert count_votes(spelled, JUDGE) == BranchVote("7.0", 3, 2, 6)
+    assert count_votes([*spelled, "8", "007", "007", "$8$"], JUDGE) == BranchVote(
+        "007", 5, 4, 10
+    )  # as most of them write it
+    assert count_votes([veiled(one) for one in spelled[:5]], JUDGE) == BranchVote(veiled("7"), 3, 2, 5)
+    assert are_same_answer("7.0", veiled("7"), JUDGE)
+    assert not are_same_answer("8", veiled("7"), JUDGE)
+    assert not are_same_answer("[placeholder]", "[placeholder]", JUDGE)
 
 
 def test_a_vote_is_no_surer_than_the_share_that_says_it() -> None:
     assert sure(3, 0) == 15 / 16 * 4 / 5  # 1 - BetaCDF(1/2; 4, 1)
     assert sure(60, 40) == pytest.approx(0.6, abs=0.02)
-    assert reckoned(Vote("7", 3, 0, 6)) == 15 / 16 * 4 / 8
+    assert estimated_confidence(BranchVote("7", 3, 0, 6)) == 15 / 16 * 4 / 8
     assert sure(2, 2) == 1 / 4
     assert sure(64, 0) == pytest.approx(65 / 66)  # never beyond doubt
 
@@ -278,9 +282,9 @@ def test_a_vote_is_no_surer_than_the_share_that_says_it() -> None:
 reckonings = st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.9])
 
 
-@given(st.lists(st.tuples(reckonings, st.booleans()), min_size=ENOUGH, max_size=60))
+@given(st.lists(st.tuples(reckonings, st.booleans()), min_size=MIN_CALIBRATION_ANSWERS, max_size=60))
 def test_calibration_rises_and_each_step_is_as_sure_as_its_own_answers(judged: list[tuple[float, bool]]) -> None:
-    sure = calibrated(judged)
+    sure = calibrate_confidence(judged)
     levels = sorted({level for level, _ in judged})
     found = [sure(level) for level in levels]
     assert found == sorted(found)
@@ -292,11 +296,11 @@ def test_calibration_rises_and_each_step_is_as_sure_as_its_own_answers(judged: l
 
 
 def test_one_answer_makes_nobody_sure() -> None:
-    half = [(0.5, number % 2 == 0) for number in range(ENOUGH)]
-    assert calibrated([*half, (0.9, True)])(0.95) == 2 / 3
-    assert calibrated([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # one step of all
-    assert calibrated([(0.9, True)] * ENOUGH)(0.1) == 21 / 22
-    assert calibrated(half[1:])(0.95) == 0.95  # too few to tell
+    half = [(0.5, number % 2 == 0) for number in range(MIN_CALIBRATION_ANSWERS)]
+    assert calibrate_confidence([*half, (0.9, True)])(0.95) == 2 / 3
+    assert calibrate_confidence([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # one step of all
+    assert calibrate_confidence([(0.9, True)] * MIN_CALIBRATION_ANSWERS)(0.1) == 21 / 22
+    assert calibrate_confidence(half[1:])(0.95) == 0.95  # too few to tell
 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 4), (4, 4), (46, 56), (1, 2)])
@@ -336,9 +340,9 @@ def test_a_second_time_writes_nothing(place: Path) -> None:
 
     async def go() -> None:
         async with Store.open(place) as store:
-            first = await fill(store, [asked("p", "9")])
+            first = await update_labels(store, [asked("p", "9")])
             before, count = await store.labels(), store.transactions
-            second = await fill(store, [asked("p", "9")])
+            second = await update_labels(store, [asked("p", "9")])
             assert await store.labels() == before  # their times too
             assert store.transactions == count
             assert first.written == {REFERENCE: 1, FEEDBACK: 1, CONSENSUS: 2}
@@ -450,14 +454,19 @@ def test_how_many_branches_make_a_vote_can_be_said(place: Path) -> None:
 
 
 def test_feedback_is_as_sure_as_references_find_it_where_there_are_enough(place: Path) -> None:
-    known = [f"known {number}" for number in range(ENOUGH)]
+    known = [f"known {number}" for number in range(MIN_CALIBRATION_ANSWERS)]
     put(place, *(item for text in [*known, "q"] for item in (episode(text, text), feedback(text, True))))
-    references = [asked(text, "7" if number < ENOUGH // 4 else "8") for number, text in enumerate(known)]
+    references = [
+        asked(text, "7" if number < MIN_CALIBRATION_ANSWERS // 4 else "8") for number, text in enumerate(known)
+    ]
     assert filled(place, *references[1:]).as_json()["feedback"]["confidence"] == "reckoned"
     assert by_question(place, FEEDBACK)[question_id("q")] == ("7", 2 / 3)
     report = filled(place, *references)
     assert report.as_json()["feedback"]["confidence"] == "calibrated"
-    assert by_question(place, FEEDBACK)[question_id("q")] == ("7", (ENOUGH // 4 + 1) / (ENOUGH + 2))
+    assert by_question(place, FEEDBACK)[question_id("q")] == (
+        "7",
+        (MIN_CALIBRATION_ANSWERS // 4 + 1) / (MIN_CALIBRATION_ANSWERS + 2),
+    )
 
 
 @pytest.mark.parametrize(("source", "finals"), [(CONSENSUS, "7" * 64), (FEEDBACK, "78")])
@@ -487,18 +496,20 @@ def test_the_latest_of_a_tenant_is_its_latest_whichever_request_it_was_of(place:
 
 
 def test_confidence_is_read_off_votes_with_a_reference_where_there_are_enough(place: Path) -> None:
-    known = [f"known {number}" for number in range(ENOUGH)]
+    known = [f"known {number}" for number in range(MIN_CALIBRATION_ANSWERS)]
     put(place, recorded("q", "7777"), *(recorded(text, "7777") for text in known))
-    references = [asked(text, "7" if number < ENOUGH // 2 else "8") for number, text in enumerate(known)]
+    references = [
+        asked(text, "7" if number < MIN_CALIBRATION_ANSWERS // 2 else "8") for number, text in enumerate(known)
+    ]
     report = filled(place, *references[1:])
     assert report.calibrated == 0
     assert by_question(place, CONSENSUS)[question_id("q")] == ("7", sure(4, 0))
     report = filled(place, *references)
-    assert report.calibrated == ENOUGH
+    assert report.calibrated == MIN_CALIBRATION_ANSWERS
     assert by_question(place, CONSENSUS)[question_id("q")] == ("7", 0.5)
-    assert report.consensus == Agreement(ENOUGH // 2, ENOUGH)
+    assert report.consensus == Agreement(MIN_CALIBRATION_ANSWERS // 2, MIN_CALIBRATION_ANSWERS)
     assert [(low, high, found) for low, high, found in report.by_margin if found.of] == [
-        (0.8, 1.0, Agreement(ENOUGH // 2, ENOUGH))
+        (0.8, 1.0, Agreement(MIN_CALIBRATION_ANSWERS // 2, MIN_CALIBRATION_ANSWERS))
     ]
 
 

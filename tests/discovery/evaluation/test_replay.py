@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from controllers import Limits, State, advance, branch, probe, run_episode, run_sync
-from discovery.data.recordings import RecordedBranch, RecordedQuestion, Recording, intern
-from discovery.errors import Censored
-from discovery.evaluation.replay import ReplayEnvironment, order_of
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, Recording, intern_answers
+from discovery.errors import BranchCensored
+from discovery.evaluation.replay import ReplayEnvironment, branch_order
 from tests.fakes import Scripted
 
 
 def recording_of(branches: list[RecordedBranch]) -> Recording:
-    return intern(RecordedQuestion("q", "m", "b", 10, branches, "7"))
+    return intern_answers(RecordedQuestion("q", "m", "b", 10, branches, "7"))
 
 
 def test_a_recording_cannot_be_changed() -> None:
@@ -35,7 +35,7 @@ def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
 
 def test_more_branches_than_recorded_is_an_error_of_the_environment() -> None:
     recording = recording_of([RecordedBranch(["1"], 25, "7")])
-    with pytest.raises(Censored, match="only 1 branches"):
+    with pytest.raises(BranchCensored, match="only 1 branches"):
         run_sync(run_episode(Scripted([branch(), branch()]), ReplayEnvironment(recording, [0]), State(Limits(10))))
 
 
@@ -43,7 +43,7 @@ def test_past_the_end_of_a_censored_branch_is_an_error_of_the_environment() -> N
     recording = recording_of([RecordedBranch(["1", "7"], 25, None, complete=False)])
     state = State(Limits(10))
     script = Scripted([branch(2), probe(0)], [advance(0)])
-    with pytest.raises(Censored, match="branch 0 was recorded for 2 intervals and not to its end"):
+    with pytest.raises(BranchCensored, match="branch 0 was recorded for 2 intervals and not to its end"):
         run_sync(run_episode(script, ReplayEnvironment(recording, [0]), state))
     assert (state.spent, state.branches[0].label) == (20, 0)
 
@@ -56,8 +56,8 @@ def test_a_greedy_first_branch_is_opened_first_under_every_shuffle(
     sampling: dict[str, Any], greedy_first: bool
 ) -> None:
     branches = [RecordedBranch([], 25, "7")] * 8
-    recording = intern(RecordedQuestion("q", "m", "b", 10, branches, "7", sampling=sampling))
-    orders = {tuple(order_of(recording, seed)) for seed in range(20)}
+    recording = intern_answers(RecordedQuestion("q", "m", "b", 10, branches, "7", sampling=sampling))
+    orders = {tuple(branch_order(recording, seed)) for seed in range(20)}
     assert len(orders) == 20
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert all(order[0] == 0 for order in orders) is greedy_first

@@ -19,14 +19,26 @@ from typer.testing import CliRunner
 
 from controllers.loading import Spec
 from discovery.commands.gate import _show
-from discovery.data.importers import as_line
+from discovery.data.importers import format_recording_line
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
-from discovery.errors import GateError, NotRecorded
-from discovery.evaluation.afs import Anchor, afs, curves
-from discovery.evaluation.engines import EngineName, engine_called
-from discovery.evaluation.paired_statistics import bounds, clusters, detectable, level, sign_flip
-from discovery.evaluation.replay_jobs import COLUMNS, Failure, Rules, Sealing
-from discovery.evaluation.score_set import Ground, Measured, Side, cheapest, measure
+from discovery.errors import GateError, RecordingsNotFound
+from discovery.evaluation.afs import Anchor, curves, mean_afs
+from discovery.evaluation.engines import EngineName, make_engine
+from discovery.evaluation.paired_statistics import (
+    bootstrap_bounds,
+    detectable_difference,
+    question_values,
+    sequential_alpha,
+    sign_flip_p,
+)
+from discovery.evaluation.replay_jobs import OUTCOME_COLUMNS, EpisodeFailure, ReplayRules, Sealing
+from discovery.evaluation.score_set import (
+    CellBaseline,
+    ControllerScores,
+    ScoreSet,
+    cheapest_at_accuracy,
+    score_controllers,
+)
 from discovery.evaluation.scores import Score
 from discovery.promotion import gate
 from discovery.promotion.gate import Order, run_gate
@@ -52,25 +64,27 @@ def exactly(differences: Sequence[float]) -> float:
     [([1, 2, 3], 1 / 8), ([1, 1, 1, -1], 5 / 16), ([1], 1 / 2), ([-1], 1), ([0, 0], 1), ([0, 1, 0, 2], 1 / 4)],
 )
 def test_the_test_is_exact_on_few_questions(differences: list[float], p: float) -> None:
-    assert sign_flip(np.array(differences, float)) == p == exactly(differences)
+    assert sign_flip_p(np.array(differences, float)) == p == exactly(differences)
 
 
 def test_the_test_is_exact_whatever_the_differences() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         differences = rng.integers(-3, 5, 9) / 10  # many ties, and sums that adding in another order makes differ
-        assert sign_flip(differences) == pytest.approx(exactly(list(differences)))
+        assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)))
 
 
 def test_draws_come_close_to_all_flips_and_never_to_nothing() -> None:
     differences = np.random.default_rng(2).normal(0.4, 1, 16)
-    assert sign_flip(differences) == pytest.approx(exactly(list(differences)), abs=0.01)
-    assert sign_flip(np.ones(60)) == 1 / 20_001
-    assert sign_flip(np.ones(60), level(40, 0.05)) < level(40, 0.05)  # as many draws as it takes
+    assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)), abs=0.01)
+    assert sign_flip_p(np.ones(60)) == 1 / 20_001
+    assert sign_flip_p(np.ones(60), sequential_alpha(40, 0.05)) < sequential_alpha(
+        40, 0.05
+    )  # as many draws as it takes
 
 
 def test_all_levels_together_spend_alpha() -> None:
-    levels = [level(k, 0.05) for k in range(1, 10_000)]
+    levels = [sequential_alpha(k, 0.05) for k in range(1, 10_000)]
     assert 0.0499 < sum(levels) < 0.05
     assert levels == sorted(levels, reverse=True)
 
@@ -86,7 +100,7 @@ def test_noise_is_promoted_no_more_often_than_stated() -> None:
     rng = np.random.default_rng(3)
     first = ever = 0
     for _ in range(NOISES):
-        passed = [sign_flip(one) <= level(k, 0.05) for k, one in enumerate(noises(rng, 10), start=1)]
+        passed = [sign_flip_p(one) <= sequential_alpha(k, 0.05) for k, one in enumerate(noises(rng, 10), start=1)]
         first += passed[0]
         ever += any(passed)
     assert first <= 14  # 6 are expected; more than 14 come up once in a thousand
@@ -96,42 +110,46 @@ def test_noise_is_promoted_no_more_often_than_stated() -> None:
 def test_power_grows_with_the_effect_and_is_what_is_said_of_it() -> None:
     rng = np.random.default_rng(4)
     drawn = rng.normal(0, 1, (60, 60))
-    alpha = level(1, 0.05)
-    noticed = detectable(drawn[0] / drawn[0].std(ddof=1), alpha)
+    alpha = sequential_alpha(1, 0.05)
+    noticed = detectable_difference(drawn[0] / drawn[0].std(ddof=1), alpha)
     assert noticed is not None
     assert noticed == pytest.approx((1.913 + 0.848) / math.sqrt(60), abs=0.001)  # t of 59 degrees
-    power = [np.mean([sign_flip(one + shift, alpha) <= alpha for one in drawn]) for shift in (0, noticed / 2, noticed)]
+    power = [
+        np.mean([sign_flip_p(one + shift, alpha) <= alpha for one in drawn]) for shift in (0, noticed / 2, noticed)
+    ]
     assert power[0] < 0.1 < power[1] < 0.6 < power[2]
     assert 0.65 < power[2] < 0.95
 
 
 def test_too_few_questions_notice_nothing() -> None:
-    assert detectable(np.ones(1), 0.05) is None
-    assert detectable(np.array([1.0, 2, 3, 4]), 0.03) is None  # 1 in 16 is the least p
-    assert detectable(np.array([1.0, 2, 3, 4, 5, 6]), 0.03) is not None
+    assert detectable_difference(np.ones(1), 0.05) is None
+    assert detectable_difference(np.array([1.0, 2, 3, 4]), 0.03) is None  # 1 in 16 is the least p
+    assert detectable_difference(np.array([1.0, 2, 3, 4, 5, 6]), 0.03) is not None
 
 
 def test_bounds_are_those_of_questions() -> None:
     differences = np.random.default_rng(5).normal(1, 2, 100)
     half = 1.645 * differences.std() / 10
-    assert bounds(differences) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.03)
-    assert bounds(np.ones(5)) == (1, 1)
-    assert bounds(np.ones(1)) == (-math.inf, math.inf)
+    assert bootstrap_bounds(differences) == pytest.approx(
+        (differences.mean() - half, differences.mean() + half), abs=0.03
+    )
+    assert bootstrap_bounds(np.ones(5)) == (1, 1)
+    assert bootstrap_bounds(np.ones(1)) == (-math.inf, math.inf)
 
 
 def test_a_question_of_many_models_is_one_and_cells_count_equally() -> None:
     one, two, three = (Cell(model, "b", Split.HELD_OUT) for model in "mno")
     values = {one: np.array([1.0, 3]), two: np.array([5.0, 3])}
     questions = {one: ["p", "q"], two: ["q", "p"], three: ["r"]}
-    assert list(clusters(values, questions)) == [2, 4]
-    pooled = clusters({**values, three: np.array([9.0])}, questions)
+    assert list(question_values(values, questions)) == [2, 4]
+    pooled = question_values({**values, three: np.array([9.0])}, questions)
     assert len(pooled) == 3
     assert pooled.mean() == pytest.approx((2 + 4 + 9) / 3)
 
 
 def test_the_cheapest_tokens_of_an_accuracy() -> None:
     line = [(10.0, 50.0), (20.0, 60.0), (40.0, 55.0), (80.0, 65.0)]
-    assert [cheapest(line, accuracy) for accuracy in (40, 50, 55, 60, 61, 66)] == [10, 10, 15, 20, 64, None]
+    assert [cheapest_at_accuracy(line, accuracy) for accuracy in (40, 50, 55, 60, 61, 66)] == [10, 10, 15, 20, 64, None]
 
 
 # Each condition, on scores made by hand
@@ -144,36 +162,38 @@ QUESTIONS = 12
 
 def score(name: str, at: int, model: str, accuracy: NDArray[np.float64], path: int, failures: int) -> Score:
     """One controller at one β: percent by question, the same path in every episode."""
-    outcomes = np.zeros((len(COLUMNS), SHUFFLES, len(accuracy)), np.int64)
-    outcomes[COLUMNS.index("right")] = np.arange(SHUFFLES)[:, None] < accuracy
-    outcomes[COLUMNS.index("tokens")] = TOKENS[at]
-    outcomes[COLUMNS.index("critical_path")] = path
+    outcomes = np.zeros((len(OUTCOME_COLUMNS), SHUFFLES, len(accuracy)), np.int64)
+    outcomes[OUTCOME_COLUMNS.index("right")] = np.arange(SHUFFLES)[:, None] < accuracy
+    outcomes[OUTCOME_COLUMNS.index("tokens")] = TOKENS[at]
+    outcomes[OUTCOME_COLUMNS.index("critical_path")] = path
     cell = Cell(model, "b", Split.HELD_OUT)
-    failed = [Failure(0, shuffle, "no idea") for shuffle in range(failures)]
+    failed = [EpisodeFailure(0, shuffle, "no idea") for shuffle in range(failures)]
     return Score(name, Spec(name).digest, BETAS[at], cell, outcomes, failed, 1.0)
 
 
-def side(name: str, gains: Mapping[str, Any], path: int = 1000, failures: int = 0, questions: int = QUESTIONS) -> Side:
+def side(
+    name: str, gains: Mapping[str, Any], path: int = 1000, failures: int = 0, questions: int = QUESTIONS
+) -> ControllerScores:
     """A controller that has so many points more than 50 in each model, the same for all or a list by β."""
     scores = []
     for (model, gain), at in itertools.product(gains.items(), range(len(BETAS))):
         of_beta = np.broadcast_to(gain[at] if isinstance(gain, list) else gain, questions)
         scores.append(score(name, at, model, 50 + of_beta, path, failures))
     anchors = dict.fromkeys((one.cell for one in scores), Anchor(1000, 50, 1000))
-    return Side(Spec(name), scores, {curve.cell: curve for curve in curves(scores, anchors)})
+    return ControllerScores(Spec(name), scores, {curve.cell: curve for curve in curves(scores, anchors)})
 
 
-def measured(gains: Mapping[str, Any], questions: int = QUESTIONS, **changes: Any) -> Measured:
+def measured(gains: Mapping[str, Any], questions: int = QUESTIONS, **changes: Any) -> ScoreSet:
     sides = [
         side("finalist", gains, questions=questions, **changes),
         side("champion", dict.fromkeys(gains, 0), questions=questions),
     ]
     ids = [question_id(str(number)) for number in range(questions)]
     ground = {
-        cell: Ground(ids, curve.anchor, np.full(questions, 0.5), np.full(questions, 1000.0), 100)
+        cell: CellBaseline(ids, curve.anchor, np.full(questions, 0.5), np.full(questions, 1000.0), 100)
         for cell, curve in sides[0].curves.items()
     }
-    return Measured(ground, sides)
+    return ScoreSet(ground, sides)
 
 
 def judged(gains: Mapping[str, Any], k: int = 1, advice: Sequence[str] = (), **changes: Any) -> Report:
@@ -212,11 +232,11 @@ def test_each_condition_can_fail_alone(what: str) -> None:
 def test_a_report_says_what_it_rests_on() -> None:
     report = judged({"m": SPREAD, "n": 2 * SPREAD})
     given = measured({"m": SPREAD, "n": 2 * SPREAD})
-    whole = [afs(list(one.curves.values())) for one in given.sides]
+    whole = [mean_afs(list(one.curves.values())) for one in given.sides]
     assert report.delta_afs == pytest.approx(whole[0] - whole[1])
     assert report.interval is not None
     assert report.interval[0] < report.delta_afs < report.interval[1]
-    assert (report.p, report.alpha, report.k) == (2**-12, level(1, 0.05), 1)
+    assert (report.p, report.alpha, report.k) == (2**-12, sequential_alpha(1, 0.05), 1)
     assert [one.name for one in report.conditions] == [
         *("static", "failures", "better", "significant", "accuracy", "cells", "path", "models")
     ]
@@ -317,9 +337,15 @@ def run(
     champion: Spec = Spec("self_consistency"),  # noqa: B008
     **changes: Any,
 ) -> Report:
-    about: dict[str, Any] = {"rules": Rules(16), "betas": BETAS, "shuffles": 4, "now": "now", "who": "me"} | changes
+    about: dict[str, Any] = {
+        "rules": ReplayRules(16),
+        "betas": BETAS,
+        "shuffles": 4,
+        "now": "now",
+        "who": "me",
+    } | changes
     cells = [cell for cell in source.cells() if cell.split is split]
-    return run_gate(source, cells, finalist, champion, ledger, engine_called(EngineName.LOCAL), **about)
+    return run_gate(source, cells, finalist, champion, ledger, make_engine(EngineName.LOCAL), **about)
 
 
 def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
@@ -363,7 +389,7 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
     ("finalist", "changes", "words"),
     [
         (Spec("self_consistency"), {}, "self_consistency is the champion itself"),
-        (Spec("first", FIRST), {"rules": Rules(16, sealing=Sealing.NONE)}, "judged sealed or not at all"),
+        (Spec("first", FIRST), {"rules": ReplayRules(16, sealing=Sealing.NONE)}, "judged sealed or not at all"),
         (Spec("single"), {"betas": [0.0, 1.0]}, "the deployed β 0.5 is not among those scored: 0.0, 1.0"),
         (Spec("single"), {"terms": Terms(alpha=0)}, "α is 0; what may be spent lies between 0 and 1"),
         (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "the champion no fails itself"),
@@ -383,7 +409,7 @@ def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
     alone = run(GOOD, Spec("single"), tmp_path / "alone", shuffles=1)
     report = run(both, Spec("single"), tmp_path / "both", shuffles=1)
     assert (report.questions, report.delta_afs, report.p) == (20, alone.delta_afs, alone.p)
-    with pytest.raises(NotRecorded, match="no right answer is known in a way that counts, only 40 by consensus"):
+    with pytest.raises(RecordingsNotFound, match="no right answer is known in a way that counts, only 40 by consensus"):
         run(Given(*voted), Spec("single"), tmp_path / "ledger")
     assert Ledger(tmp_path / "ledger").judgements() == []
 
@@ -414,9 +440,9 @@ def test_every_finalist_is_counted_and_none_is_judged_twice(tmp_path: Path, monk
     path = tmp_path / "ledger"
     reports = [quickly(name, path) for name in ("single", "asc@4", "esc@8")]
     assert [one.k for one in reports] == [1, 2, 3]
-    assert [one.alpha for one in reports] == [level(k, 0.05) for k in (1, 2, 3)]
+    assert [one.alpha for one in reports] == [sequential_alpha(k, 0.05) for k in (1, 2, 3)]
     assert quickly("single", path, champion=Spec("asc@8")).k == 4  # another champion is another question
-    monkeypatch.setattr(gate, "measure", None)  # nothing is scored again
+    monkeypatch.setattr(gate, "score_controllers", None)  # nothing is scored again
     assert quickly("asc@4", path) == reports[1]
     lines = Ledger(path).judgements()
     assert [(one.k, one.verdict, one.p) for one in lines[:3]] == [(one.k, one.verdict, one.p) for one in reports]
@@ -435,7 +461,7 @@ def test_a_split_that_has_grown_is_no_new_split(tmp_path: Path) -> None:
 
 def order(folder: Path, finalist: str = "asc@4") -> Order:
     recordings = folder / "recordings.jsonl"
-    recordings.write_text("".join(as_line(one) for one in FEW.recordings))
+    recordings.write_text("".join(format_recording_line(one) for one in FEW.recordings))
     return Order(
         finalist,
         "self_consistency",
@@ -537,12 +563,12 @@ def test_who_is_slower_is_told_what_the_faster_found(tmp_path: Path, monkeypatch
     path = tmp_path / "ledger"
     told: list[Report] = []
 
-    def meanwhile(*arguments: Any) -> Measured:
-        monkeypatch.setattr(gate, "measure", measure)
+    def meanwhile(*arguments: Any) -> ScoreSet:
+        monkeypatch.setattr(gate, "score_controllers", score_controllers)
         told.append(quickly("single", path))
-        return measure(*arguments)
+        return score_controllers(*arguments)
 
-    monkeypatch.setattr(gate, "measure", meanwhile)
+    monkeypatch.setattr(gate, "score_controllers", meanwhile)
     assert quickly("single", path) == told[0]
     assert len(Ledger(path).judgements()) == 1
 

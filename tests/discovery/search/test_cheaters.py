@@ -10,10 +10,10 @@ import pytest
 from controllers.builtin import BUILT_IN
 from controllers.loading import Spec
 from discovery.data.importers import read_release, release_cell
-from discovery.data.recordings import intern
+from discovery.data.recordings import intern_answers
 from discovery.data.traces import trace_files
 from discovery.evaluation.engines import EngineName
-from discovery.evaluation.replay_jobs import Job, Rules, Sealing, play
+from discovery.evaluation.replay_jobs import Job, ReplayRules, Sealing, run_job
 from discovery.evaluation.scores import Score
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, scores
 from tests.discovery.evaluation.test_published import FOLDER
@@ -121,7 +121,7 @@ def test_what_depends_on_more_than_the_episode_is_told(cheat: str) -> None:
 def test_out_of_the_sandbox_some_of_them_would_win() -> None:
     """That peeking and forging free tokens are worth sealing against."""
     cheats = [spec("peeks at its callers"), spec("makes its tokens cost nothing")]
-    unsealed = Rules(16, sealing=Sealing.NONE)
+    unsealed = ReplayRules(16, sealing=Sealing.NONE)
     found = [scores(cheat, betas=[1.0], cells=[CELL], rules=unsealed)[0] for cheat in cheats]
     honest = play_it(None)
     assert found[0].accuracy > honest.accuracy
@@ -167,7 +167,7 @@ HONEST_ONES = [*(Spec(name) for name in BUILT_IN), spec(), Spec("careful", CAREF
 
 
 def traced(spec: Spec, folder: Path, sealing: Sealing) -> list[dict[str, object]]:
-    scores(spec, betas=[0.5], rules=Rules(16, traces=folder, sealing=sealing))
+    scores(spec, betas=[0.5], rules=ReplayRules(16, traces=folder, sealing=sealing))
     columns = [dict(np.load(file)) for file in trace_files(folder)]
     return [{name: column.tolist() for name, column in one.items() if name != "about"} for one in columns]
 
@@ -189,9 +189,9 @@ def test_engines_agree_on_what_is_sealed() -> None:
 @pytest.mark.parametrize("spec", HONEST_ONES, ids=lambda spec: spec.name)
 def test_they_do_on_public_recordings(spec: Spec) -> None:
     path = FOLDER / "autotts" / "Qwen3-1.7B" / "aime25.json.xz"
-    recordings = [intern(recorded) for recorded in read_release(path)]
+    recordings = [intern_answers(recorded) for recorded in read_release(path)]
     job = Job(spec, 0.5, release_cell(path), range(17))
-    sealed, plain = (play(job, recordings, Rules(sealing=how)) for how in (Sealing.ALL, Sealing.NONE))
+    sealed, plain = (run_job(job, recordings, ReplayRules(sealing=how)) for how in (Sealing.ALL, Sealing.NONE))
     assert sealed.outcomes[0].size >= 500
     assert sealed.failures == plain.failures == []
     assert np.array_equal(sealed.outcomes, plain.outcomes)

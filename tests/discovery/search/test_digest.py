@@ -11,13 +11,21 @@ import pytest
 
 from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern, question_id
+from discovery.data.recordings import (
+    Cell,
+    RecordedBranch,
+    RecordedQuestion,
+    Recording,
+    Split,
+    intern_answers,
+    question_id,
+)
 from discovery.data.traces import read_trace, trace_files
-from discovery.errors import NotRecorded, TraceError
-from discovery.evaluation.engines import EngineName, engine_called
+from discovery.errors import RecordingsNotFound, TraceError
+from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import Evaluation
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
-from discovery.evaluation.replay_jobs import Rules, Sealing
+from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
+from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.search import digest as digests
 from discovery.search.digest import LONGEST, digest
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, Given
@@ -41,14 +49,14 @@ def asked(*branches: tuple[Sequence[str], str], name: str = "q") -> RecordedQues
 def played(folder: Path, decide: str, *recorded: RecordedQuestion, shuffles: int = 1, beta: float = 0.5) -> str:
     """The digest of a controller with that `decide` on those questions."""
     source = Given(*recorded)
-    rules = Rules(len(recorded[0].branches), traces=folder, sealing=Sealing.NONE)
+    rules = ReplayRules(len(recorded[0].branches), traces=folder, sealing=Sealing.NONE)
     spec = Spec("mine", HEAD + decide)
-    Evaluation(source, source.cells(), [spec], [beta], shuffles, rules=rules).run(engine_called(EngineName.LOCAL, 1))
+    Evaluation(source, source.cells(), [spec], [beta], shuffles, rules=rules).run(make_engine(EngineName.LOCAL, 1))
     return digest(trace_files(folder), interned(source))
 
 
 def interned(source: Given) -> dict[Cell, list[Recording]]:
-    return {cell: [intern(one) for one in source.load(cell)] for cell in source.cells()}
+    return {cell: [intern_answers(one) for one in source.load(cell)] for cell in source.cells()}
 
 
 def shares(text: str) -> list[float]:
@@ -67,7 +75,7 @@ PRUNING = """
 def test_pruned_though_right(tmp_path: Path) -> None:
     wrong, right = ([WRONG, WRONG], WRONG), ([RIGHT, RIGHT], RIGHT)
     recorded = asked(wrong, wrong, right)
-    position = shuffled(3, 0).index(2)  # where the right branch is opened
+    position = shuffled_order(3, 0).index(2)  # where the right branch is opened
     text = played(tmp_path, PRUNING.format(position=position), recorded)
     assert shares(text)[:4] == [0.5, 1, 0, 100 + 250 + 250]
     assert shares(text)[5:] == [100, 0, 0]
@@ -78,7 +86,7 @@ def test_pruned_though_right(tmp_path: Path) -> None:
 
 def test_pruning_what_is_wrong_is_no_fault(tmp_path: Path) -> None:
     wrong, right = ([WRONG, WRONG], WRONG), ([RIGHT, RIGHT], RIGHT)
-    position = shuffled(4, 0).index(0)
+    position = shuffled_order(4, 0).index(0)
     pruning = PRUNING.format(position=position).replace("range(3)", "range(4)")
     pruning = pruning.replace("[branch(), branch(), branch()]", "[branch()] * 4")
     pruning = pruning.replace("[probe(0), probe(1), probe(2)]", "[probe(i) for i in range(4)]")
@@ -88,8 +96,8 @@ def test_pruning_what_is_wrong_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_the_right_label_is_found_under_every_shuffle(tmp_path: Path) -> None:
-    run = Evaluation(SOURCE, [CELL], [Spec("cmc")], [0.0, 1.0], 7, rules=Rules(16, traces=tmp_path))
-    run.run(engine_called(EngineName.LOCAL, 1))
+    run = Evaluation(SOURCE, [CELL], [Spec("cmc")], [0.0, 1.0], 7, rules=ReplayRules(16, traces=tmp_path))
+    run.run(make_engine(EngineName.LOCAL, 1))
     seen = set()
     for path in trace_files(tmp_path):
         episodes = read_trace(path).episodes()
@@ -147,7 +155,7 @@ def test_a_lead_that_was_lost_in_between_does_not_count(tmp_path: Path) -> None:
         if self.round <= 3: return [branch(TO_END)]
         return [answer(state.leader())] if self.round > 5 else [branch(TO_END)]
 """
-    order = shuffled(5, 0)
+    order = shuffled_order(5, 0)
     by_turn = [RIGHT, WRONG, WRONG, RIGHT, RIGHT]  # leads: right, right (first of equals), wrong, right (first), right
     branches: list[tuple[list[str], str]] = [([], "")] * 5
     for turn, final in enumerate(by_turn):
@@ -158,15 +166,15 @@ def test_a_lead_that_was_lost_in_between_does_not_count(tmp_path: Path) -> None:
 
 def test_the_figures_are_those_of_the_episodes(tmp_path: Path) -> None:
     """CMC over two cells: right, tokens and the share after settling, counted here another way."""
-    rules = Rules(16, traces=tmp_path)
+    rules = ReplayRules(16, traces=tmp_path)
     run = Evaluation(SOURCE, SOURCE.cells(), [Spec("cmc")], [0.5], 7, rules=rules)
-    run.run(engine_called(EngineName.LOCAL, 1))
+    run.run(make_engine(EngineName.LOCAL, 1))
     text = digest(trace_files(tmp_path), interned(SOURCE))
     right, spent, after, episodes = 0, 0, 0, 0
     for recordings in interned(SOURCE).values():
         for recording in recordings:
             for shuffle in range(7):
-                environment, state = ReplayEnvironment(recording, shuffled(16, shuffle)), State(Limits(100, 16))
+                environment, state = ReplayEnvironment(recording, shuffled_order(16, shuffle)), State(Limits(100, 16))
                 leads: list[tuple[int | None, int]] = []
 
                 def on_round(state: State, _: Round, leads: list[tuple[int | None, int]] = leads) -> None:
@@ -190,8 +198,8 @@ def test_the_figures_are_those_of_the_episodes(tmp_path: Path) -> None:
 
 
 def test_no_question_twice_most_and_length_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Evaluation(SOURCE, SOURCE.cells(), [Spec("cmc")], [0.0, 0.5, 1.0], 7, rules=Rules(16, traces=tmp_path))
-    run.run(engine_called(EngineName.LOCAL, 1))
+    run = Evaluation(SOURCE, SOURCE.cells(), [Spec("cmc")], [0.0, 0.5, 1.0], 7, rules=ReplayRules(16, traces=tmp_path))
+    run.run(make_engine(EngineName.LOCAL, 1))
     files, recordings = trace_files(tmp_path), interned(SOURCE)
     text = digest(files, recordings, most=50)
     assert 2 <= text.count("\nEpisode ") < 10
@@ -241,9 +249,9 @@ def test_failed_episodes_are_left_out(tmp_path: Path) -> None:
 
 def test_traces_of_other_questions_are_refused(tmp_path: Path) -> None:
     played(tmp_path, "        return [answer(None)]\n", asked(([RIGHT], RIGHT)))
-    with pytest.raises(NotRecorded, match="the trace is of questions that are not recorded there"):
+    with pytest.raises(RecordingsNotFound, match="the trace is of questions that are not recorded there"):
         digest(trace_files(tmp_path), interned(Given(asked(([RIGHT], RIGHT), name="another"))))
-    with pytest.raises(NotRecorded):
+    with pytest.raises(RecordingsNotFound):
         digest(trace_files(tmp_path), {Cell("m", "b", Split.HELD_OUT): []})
     (tmp_path / "x.npz").write_bytes(b"nonsense")
     with pytest.raises(TraceError):

@@ -22,8 +22,8 @@ from controllers import State, Stop, run_episode, run_sync
 from controllers.advice import advise
 from controllers.episode import Factory
 from controllers.loading import LARGEST, Spec, load
-from discovery.data.recordings import intern
-from discovery.evaluation.replay_jobs import Job, Rules, Sealing, play
+from discovery.data.recordings import intern_answers
+from discovery.evaluation.replay_jobs import Job, ReplayRules, Sealing, run_job
 from discovery.search.explorers import Candidate, Context, Cost, Standing
 from discovery.search.explorers.grammar import (
     CLASSICS,
@@ -189,9 +189,9 @@ def test_the_same_chains_make_the_same_episode(genome: Genome, beta: float, seed
 
 @pytest.mark.parametrize("genome", [*CLASSICS[1:], numbered(COMBINATIONS[-1], 5)], ids=lambda _: "")
 def test_sealed_they_do_the_same(genome: Genome) -> None:
-    recordings = [intern(question(number)) for number in range(3)]
+    recordings = [intern_answers(question(number)) for number in range(3)]
     job = Job(Spec("mine", emit(genome)), 0.7, CELL, range(2))
-    open_, sealed = (play(job, recordings, Rules(sealing=how)) for how in (Sealing.NONE, Sealing.ALL))
+    open_, sealed = (run_job(job, recordings, ReplayRules(sealing=how)) for how in (Sealing.NONE, Sealing.ALL))
     assert open_.failures == sealed.failures == []
     assert (open_.outcomes == sealed.outcomes).all()
 

@@ -18,13 +18,13 @@ from pydantic import SecretStr
 
 from controllers.advice import advise
 from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load
-from discovery.data.importers import as_line
-from discovery.data.recordings import Cell, Origin, RecordedQuestion, Split, intern, question_id
+from discovery.data.importers import format_recording_line
+from discovery.data.recordings import Cell, Origin, RecordedQuestion, Split, intern_answers, question_id
 from discovery.data.traces import trace_files
-from discovery.errors import ExplorerError, HistoryError, OutOfMoney
+from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
-from discovery.evaluation.evaluate import Answers
-from discovery.evaluation.replay_jobs import Rules
+from discovery.evaluation.evaluate import AnswerComparison
+from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.search.arena import Arena, Trial
 from discovery.search.cascade import Cascade, Plan, Verdict, fixed_recordings
 from discovery.search.digest import digest
@@ -51,14 +51,17 @@ def asked_of(number: int, benchmark: str, position: int) -> RecordedQuestion:
 
 
 ASKED = [asked_of(number, "b" if number < 4 else "c", number % 4) for number in range(7)]
-CELLS = {Cell("m", name, Split.SEARCH): [intern(one) for one in ASKED if one.benchmark == name] for name in ("b", "c")}
+CELLS = {
+    Cell("m", name, Split.SEARCH): [intern_answers(one) for one in ASKED if one.benchmark == name]
+    for name in ("b", "c")
+}
 PLAN = Plan(betas=(0.0, 0.5, 1.0), shuffles=2)
 SETTINGS = {"explorer": "grammar", "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def arenas() -> Iterator[tuple[Arena, Arena]]:
-    with Arena(CELLS, Rules(), 1) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
+    with Arena(CELLS, ReplayRules(), 1) as arena, Arena(fixed_recordings(), ReplayRules(), 1) as probes:
         yield arena, probes
 
 
@@ -260,12 +263,12 @@ def test_it_ends_in_time_or_when_the_money_is_gone(tmp_path: Path, arenas: tuple
 
 
 def test_an_explorer_that_cannot_pay_the_next_call_ends_it_orderly(tmp_path: Path, arenas: tuple[Arena, Arena]) -> None:
-    cascade, broke = Remembering(arenas), OutOfMoney("the budget is 1 USD")
+    cascade, broke = Remembering(arenas), BudgetExhausted("the budget is 1 USD")
     run = started(tmp_path / RECORD, Given([written(GOOD)], broke), cascade)
     run.go(Limits(usd=1.0))
     assert run.steps == 2
     assert run.finish(shuffles=1).candidate.source == GOOD
-    with pytest.raises(OutOfMoney):  # it bought nothing at all
+    with pytest.raises(BudgetExhausted):  # it bought nothing at all
         started(tmp_path / "poor.jsonl", Given(broke), cascade).go(Limits(usd=1.0))
     with pytest.raises(ExplorerError, match="no answer"):
         started(tmp_path / "mute.jsonl", Given([written(GOOD)], ExplorerError("no answer")), cascade).go(Limits(3))
@@ -579,7 +582,7 @@ PLANTED = [planted(one) for one in ASKED]
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("planted") / "lines.jsonl"
-    path.write_text("".join(map(as_line, PLANTED)))
+    path.write_text("".join(map(format_recording_line, PLANTED)))
     return path
 
 
@@ -627,9 +630,11 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
 
 def test_what_was_recorded_here_is_searched_on_as_the_proxy_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    path.write_text("".join(as_line(replace(one, origin=Origin.COLLECTED)) for one in ASKED if one.benchmark == "b"))
-    assert load(path, [], [], Answers.AUTO)[1] == "canonical"
-    assert load(path, [], [], Answers.EXACT)[1] == "exact"
+    path.write_text(
+        "".join(format_recording_line(replace(one, origin=Origin.COLLECTED)) for one in ASKED if one.benchmark == "b")
+    )
+    assert load(path, [], [], AnswerComparison.AUTO)[1] == "canonical"
+    assert load(path, [], [], AnswerComparison.EXACT)[1] == "exact"
 
 
 async def test_the_store_keeps_the_search_too(found: tuple[Path, str]) -> None:

@@ -14,8 +14,8 @@ from controllers import Advanced, Limits, State, branch, run_episode, run_sync
 from controllers.advice import IMPORTS, advise
 from controllers.loading import Spec, make
 from controllers.state import Branch
-from discovery.data.recordings import intern
-from discovery.evaluation.replay import ReplayEnvironment, shuffled
+from discovery.data.recordings import intern_answers
+from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
 from discovery.search import prompt
 from discovery.search.explorers import Candidate, Context, Standing
 from discovery.search.prompt import EXAMPLE, SYSTEM, USER, champion_of, clean, clean_lines, fence, parent_of, render
@@ -38,13 +38,13 @@ def user(context: Context) -> str:
 
 def test_the_example_is_a_controller_whose_spend_follows_beta() -> None:
     assert advise(EXAMPLE) == []
-    recordings = [intern(question(i, branches=64)) for i in range(8)]
+    recordings = [intern_answers(question(i, branches=64)) for i in range(8)]
     spent = []
     for beta in (0.0, 0.3, 0.6, 1.0):
         total = 0
         for recording in recordings:
             state = State(Limits(100))
-            environment = ReplayEnvironment(recording, shuffled(64, 0))
+            environment = ReplayEnvironment(recording, shuffled_order(64, 0))
             run_sync(run_episode(make(Spec("example", EXAMPLE), beta), environment, state))
             assert state.answer is not None
             total += state.spent

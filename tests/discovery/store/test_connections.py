@@ -13,11 +13,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from discovery.data.files import check_place, is_database_file, whole
+from discovery.data.atomic_files import atomic_write, check_writable_path, is_database_file
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
-from discovery.errors import CorruptRow, NotWritten, StoreError
+from discovery.errors import CorruptRow, FileWriteError, StoreError
 from discovery.evaluation.sources import open_source
-from discovery.store import Episode, Store
+from discovery.store import ServedEpisode, Store
 from proxy.errors import SettingsError
 from proxy.recording.spill_file import Spill, is_foreign
 from proxy.recording.store_writer import Recorder
@@ -27,8 +27,8 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Engine
 
 
-def episode(name: str) -> Episode:
-    return Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
+def episode(name: str) -> ServedEpisode:
+    return ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
 
 
 def locks(path: Path) -> set[str]:
@@ -79,14 +79,14 @@ async def record(path: Path) -> None:
 
 def blocking(work: Callable[[Path], object]) -> Callable[[Path], object]:
     async def run(path: Path) -> None:
-        with suppress(OSError, NotWritten, StoreError, SettingsError):
+        with suppress(OSError, FileWriteError, StoreError, SettingsError):
             work(path)
 
     return run
 
 
 def overwrite(path: Path) -> None:
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"{}")
 
 
@@ -104,7 +104,7 @@ OTHERS = {
     "drift": compare,
     "cells": read_cells,
     "recorder": record,
-    "place": blocking(lambda path: check_place(path, "--out")),
+    "place": blocking(lambda path: check_writable_path(path, "--out")),
     "write": blocking(overwrite),
     "spill": blocking(spill),
     "foreign": blocking(is_foreign),
@@ -159,8 +159,8 @@ async def test_no_output_replaces_a_store(tmp_path: Path, name: str) -> None:
         if name == "other":
             (tmp_path / "other").hardlink_to(tmp_path / "s.db")
         await store.add_all([episode("e")])
-        for refused in (overwrite, lambda path: check_place(path, "--out")):
-            with pytest.raises(NotWritten, match="that is a database, which is not overwritten; name another file"):
+        for refused in (overwrite, lambda path: check_writable_path(path, "--out")):
+            with pytest.raises(FileWriteError, match="that is a database, which is not overwritten; name another file"):
                 refused(tmp_path / name)
         await store.add_all([episode("f")])
     assert stored(tmp_path / "s.db") == {"e", "f"}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, question_id
-from discovery.errors import NotRecorded, StoreError
-from discovery.store import Episode, Feedback, Forgotten, Item, Label, Store
-from discovery.store.rows import line
+from discovery.errors import RecordingsNotFound, StoreError
+from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Store, StoreItem
+from discovery.store.rows import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording.spill_file import Spill
@@ -38,9 +38,9 @@ def plain_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "connect", plainly)
 
 
-def episode(name: str, tenant: str = "t", question: str | None = None, **changes: Any) -> Episode:
+def episode(name: str, tenant: str = "t", question: str | None = None, **changes: Any) -> ServedEpisode:
     about = {"text": f"secret-{name}-text " * 9}
-    made = Episode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", "7", question or f"q{name}")
+    made = ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", "7", question or f"q{name}")
     return replace(made, tenant=tenant, about=about, **changes)  # type: ignore[arg-type]
 
 
@@ -76,7 +76,7 @@ def holding(folder: Path, word: str) -> list[str]:
 
 
 ONE = {"questions": 1, "recordings": 1, "branches": 2, "episodes": 1, "feedback": 1, "provenance": 1, "labels": 3}
-ALL = Forgotten(1, 1, 1, 3, 1)
+ALL = ForgottenCounts(1, 1, 1, 3, 1)
 
 
 @pytest.mark.parametrize("which", [{"request": "a"}, {"tenant": "A"}])
@@ -116,7 +116,7 @@ async def test_nothing_is_lost_of_others(tmp_path: Path) -> None:
         await store.add_all([*served, *heard])
         sources = list(LabelSource)
         await store.set_labels([*labelled("q", *sources), *labelled("p", *sources), *labelled("other", *sources)])
-        assert await store.forget(tenant="A") == Forgotten(1, 2, 0, 4, 0)
+        assert await store.forget(tenant="A") == ForgottenCounts(1, 2, 0, 4, 0)
         left = [(one.question, one.source) for one in await store.labels()]
         assert sorted(left) == sorted(
             [("q", LabelSource.REFERENCE), ("p", LabelSource.REFERENCE), *(("other", source) for source in sources)]
@@ -129,10 +129,10 @@ async def test_what_is_too_old_goes_with_all_that_came_of_it(tmp_path: Path) -> 
         await put(store, "a", created=OLD)
         await put(store, "b")
         await store.add_all([said("a", id="later")])  # young, of an old episode
-        assert await store.expire(THEN) == Forgotten(1, 2, 1, 3, 1)
+        assert await store.expire(THEN) == ForgottenCounts(1, 2, 1, 3, 1)
         assert holding(tmp_path, "secret-a-") == []
         assert await counted(store) == ONE
-        assert await store.expire(THEN) == Forgotten(0, 0, 0, 0, 0)
+        assert await store.expire(THEN) == ForgottenCounts(0, 0, 0, 0, 0)
 
 
 @pytest.fixture
@@ -252,9 +252,9 @@ def test_what_waits_in_a_file_is_forgotten_too(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "s.db"
     write(path, [episode("c")])
 
-    def spilled(*items: Item) -> Spill:
+    def spilled(*items: StoreItem) -> Spill:
         spill = Spill(tmp_path / "s.db.spill", 1 << 20)
-        spill.append([line(one) for one in items] + [b"[]"])
+        spill.append([encode_item(one) for one in items] + [b"[]"])
         return spill
 
     spilled(episode("a", "A"), said("a", tenant="A"), recorded("a"), episode("b", "B")).close()
@@ -263,7 +263,7 @@ def test_what_waits_in_a_file_is_forgotten_too(tmp_path: Path, monkeypatch: pyte
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
     running.close()
-    with pytest.raises(NotRecorded, match="holds nothing of A"):  # it was forgotten before
+    with pytest.raises(RecordingsNotFound, match="holds nothing of A"):  # it was forgotten before
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == holding(tmp_path, "secret-d-") == []
     assert (holding(tmp_path, "secret-b-"), holding(tmp_path, "spill")) == (["s.db"], [])

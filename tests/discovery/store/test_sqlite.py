@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from controllers.sandbox.proof import Level
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import CorruptRow, StoreError
-from discovery.store import Added, Episode, Feedback, Label, Search, Store, Tried
+from discovery.store import AddedCounts, Feedback, Label, SearchRun, ServedEpisode, Store, TriedCandidate
 from discovery.store.schema import FIRST, MIGRATIONS
 from tests.discovery.data.test_importers import recordings
 
@@ -38,7 +38,7 @@ CELL = Cell("m", "b", Split.SEARCH)
 async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> None:
     given = [some(str(i)) for i in (5, 3, 9, 1)]
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        assert await store.add(given) == Added(4, 4, 8)
+        assert await store.add(given) == AddedCounts(4, 4, 8)
         assert await store.load(CELL) == given
     async with Store.open(tmp_path / "s.db") as store:
         assert await store.load(CELL) == given
@@ -61,9 +61,9 @@ def test_anything_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, g
 async def test_a_second_import_adds_nothing(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some()])
-        assert await store.add([some(), some("p")]) == Added(1, 1, 2)
-        assert await store.add([some(split=Split.HELD_OUT)]) == Added(0, 0, 0)
-        assert await store.add([some(model="n", split=Split.HELD_OUT)]) == Added(0, 1, 2)
+        assert await store.add([some(), some("p")]) == AddedCounts(1, 1, 2)
+        assert await store.add([some(split=Split.HELD_OUT)]) == AddedCounts(0, 0, 0)
+        assert await store.add([some(model="n", split=Split.HELD_OUT)]) == AddedCounts(0, 1, 2)
         assert [one.split for one in await store.load(Cell("n", "b", Split.SEARCH))] == [Split.SEARCH]
 
 
@@ -76,12 +76,12 @@ def collected(branches: Sequence[int], **changes: Any) -> RecordedQuestion:
 async def test_a_collection_that_went_on_takes_the_place_of_what_it_was(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([collected(range(5)), collected([1], text="p", question=question_id("p"))])
-        assert await store.add([collected(range(8))]) == Added(0, 0, 3)
+        assert await store.add([collected(range(8))]) == AddedCounts(0, 0, 3)
         assert [one for one in await store.load(CELL) if one.text == "q"] == [collected(range(8))]
         for known in (range(8), range(5), [7, 0]):  # in whatever order
-            assert await store.add([collected(known)]) == Added(0, 0, 0)
-        assert await store.add([collected([0, 0])]) == Added(0, 1, 2)  # two that are equal are two
-        assert await store.add([collected([*range(8), 0, 9])]) == Added(0, 0, 0)  # both of those, and no more
+            assert await store.add([collected(known)]) == AddedCounts(0, 0, 0)
+        assert await store.add([collected([0, 0])]) == AddedCounts(0, 1, 2)  # two that are equal are two
+        assert await store.add([collected([*range(8), 0, 9])]) == AddedCounts(0, 0, 0)  # both of those, and no more
         assert [len(one.branches) for one in await store.load(CELL)] == [1, 10]
         assert (await store.verify()).bad == []
 
@@ -103,11 +103,11 @@ async def test_a_collection_that_went_on_takes_the_place_of_what_it_was(tmp_path
 async def test_what_was_made_otherwise_takes_no_place(tmp_path: Path, change: dict[str, object]) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([ASKED, collected(range(3))])
-        assert await store.add([collected(range(5), **change)]) == Added(0, 1, 5)
-        assert await store.add([collected(range(2), **change)]) == Added(
+        assert await store.add([collected(range(5), **change)]) == AddedCounts(0, 1, 5)
+        assert await store.add([collected(range(2), **change)]) == AddedCounts(
             0, *((1, 2) if "request" in change else (0, 0))
         )
-        assert await store.add([collected([7, 8])]) == Added(0, 1, 2)  # others, of the same
+        assert await store.add([collected([7, 8])]) == AddedCounts(0, 1, 2)  # others, of the same
 
 
 async def test_a_store_that_has_branches_twice_has_them_once_when_they_are_added_again(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ async def test_what_is_not_known_by_reference_is_never_beyond_doubt(tmp_path: Pa
 
 
 async def test_a_label_of_what_was_forgotten_meanwhile_does_not_come_back(tmp_path: Path) -> None:
-    served = [Episode(one, one, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", question=one) for one in "ab"]
+    served = [ServedEpisode(one, one, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", question=one) for one in "ab"]
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some()])
         await store.add_all(served)
@@ -146,10 +146,10 @@ async def test_all_or_nothing(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="not JSON serializable"):
             await store.add([some(), broken])
         assert await store.load(CELL) == []
-        assert await store.add([some()]) == Added(1, 1, 2)
+        assert await store.add([some()]) == AddedCounts(1, 1, 2)
 
 
-ASKED = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
+ASKED = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
 """What there is feedback on."""
 
 
@@ -185,7 +185,7 @@ async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
         go_on.set()
         await store.add([some()])
         async with Store.open(tmp_path / "s.db") as other:
-            assert await other.add([some("p")]) == Added(1, 1, 2)
+            assert await other.add([some("p")]) == AddedCounts(1, 1, 2)
 
 
 async def test_feedback_on_nothing_is_not_kept(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ async def test_closing_writes_what_waits(tmp_path: Path) -> None:
 
 
 async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
-    episode = Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
+    episode = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([episode])
         await store.add_all([replace(episode, stop="deadline")])
@@ -296,8 +296,8 @@ async def test_a_row_that_was_changed_is_not_loaded(tmp_path: Path, statement: s
 async def test_what_is_picked_goes_and_the_rest_stays(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some(), some("p"), some(model="n"), some("l", origin=Origin.LIVE)])
-        assert await store.prune(lambda model, benchmark, origin: model == "n") == Added(0, 1, 2)
-        assert await store.prune(lambda model, benchmark, origin: origin is Origin.LIVE) == Added(1, 1, 2)
+        assert await store.prune(lambda model, benchmark, origin: model == "n") == AddedCounts(0, 1, 2)
+        assert await store.prune(lambda model, benchmark, origin: origin is Origin.LIVE) == AddedCounts(1, 1, 2)
         assert await store.load(CELL) == [some(), some("p")]
 
 
@@ -335,7 +335,9 @@ async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path
     async with Store.open(path, create=True, migrations=[FIRST]) as store:
         await store.add([some()])
     async with Store.open(path) as store:
-        await store.add_all([Episode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED)])
+        await store.add_all(
+            [ServedEpisode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED)]
+        )
         (row,) = await store._read("SELECT sandbox FROM episodes")
         assert row[0] == "sealed"
         assert (await store.verify()).bad == []
@@ -343,12 +345,12 @@ async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path
 
 async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
     tried = [
-        Tried("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ..."),
-        Tried("d2", "two", "llm", "d1", None, "it raised", 0.02, "class Two: ..."),
+        TriedCandidate("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ..."),
+        TriedCandidate("d2", "two", "llm", "d1", None, "it raised", 0.02, "class Two: ..."),
     ]
     async with Store.open(tmp_path / "s.db", create=True) as store:
         for _ in range(2):
-            await store.add_search(Search("hash", "llm", 7, {"shuffles": 4}, tried))
+            await store.add_search(SearchRun("hash", "llm", 7, {"shuffles": 4}, tried))
         assert (await store._read("SELECT explorer, seed, settings, candidates FROM runs")) == [
             ("llm", 7, '{"shuffles":4}', 2)
         ]

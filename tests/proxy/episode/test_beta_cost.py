@@ -13,7 +13,14 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from controllers.loading import Spec
-from discovery.evaluation.calibration import Arm, Calibration, Map, Point, Single, write
+from discovery.evaluation.calibration import (
+    Arm,
+    BetaMap,
+    Calibration,
+    CalibrationPoint,
+    SingleChain,
+    write_calibrations,
+)
 from proxy.app import create_app
 from proxy.errors import BadRequest, SettingsError
 from proxy.requests.beta import Source, resolve
@@ -26,14 +33,18 @@ from tests.proxy.requests.test_bad_input import check_error
 
 def calibrated(controller: str = "cmc") -> Calibration:
     """A thousand tokens at β = 0, five thousand at 1."""
-    points = tuple(Point(at, 1000 + 4000 * at, None, None, 50, None, None, 0, None) for at in (0.0, 0.5, 1.0))
-    return Calibration(controller, Spec(controller).digest, points, Single(400, 45), True, Map(Arm.CONTROLLER, 1.0))
+    points = tuple(
+        CalibrationPoint(at, 1000 + 4000 * at, None, None, 50, None, None, 0, None) for at in (0.0, 0.5, 1.0)
+    )
+    return Calibration(
+        controller, Spec(controller).digest, points, SingleChain(400, 45), True, BetaMap(Arm.CONTROLLER, 1.0)
+    )
 
 
 @pytest_asyncio.fixture
 async def aiming(backend: FakeVLLM, tmp_path: Path) -> AsyncIterator[Proxy]:
     """A proxy that knows what β costs."""
-    write({MODEL: calibrated()}, tmp_path / "calibration.json")
+    write_calibrations({MODEL: calibrated()}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
     async with (
         running(settings) as url,
@@ -71,15 +82,15 @@ async def test_tokens_aimed_at_set_the_dial(aiming: Proxy, target: int, beta: fl
 @pytest.mark.parametrize(
     ("best", "controller", "beta"),
     [
-        (Map(Arm.CONTROLLER, 1.0), "cmc", "0.8"),
-        (Map(Arm.CONTROLLER, 0.5), "cmc", "0.5"),
-        (Map(Arm.SINGLE, 0.0), "single", "0"),
+        (BetaMap(Arm.CONTROLLER, 1.0), "cmc", "0.8"),
+        (BetaMap(Arm.CONTROLLER, 0.5), "cmc", "0.5"),
+        (BetaMap(Arm.SINGLE, 0.0), "single", "0"),
     ],
 )
 async def test_a_dial_nobody_turned_stays_where_it_pays(
-    backend: FakeVLLM, tmp_path: Path, best: Map, controller: str, beta: str
+    backend: FakeVLLM, tmp_path: Path, best: BetaMap, controller: str, beta: str
 ) -> None:
-    write({MODEL: replace(calibrated(), map=best, pays=False)}, tmp_path / "calibration.json")
+    write_calibrations({MODEL: replace(calibrated(), map=best, pays=False)}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, beta=0.8, calibration=tmp_path / "calibration.json", **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
@@ -127,7 +138,7 @@ async def test_without_a_calibration_there_is_no_aiming(proxy: Proxy) -> None:
 
 
 async def test_a_calibration_of_another_controller_is_none(backend: FakeVLLM, tmp_path: Path) -> None:
-    write({MODEL: calibrated("asc")}, tmp_path / "calibration.json")
+    write_calibrations({MODEL: calibrated("asc")}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http, AsyncOpenAI(api_key="unused") as openai:
         one = Proxy(backend, url, http, openai)
@@ -160,8 +171,8 @@ def test_a_bad_file_is_a_bad_setting(tmp_path: Path, text: str | None) -> None:
 
 
 async def test_a_calibration_of_several_controllers(backend: FakeVLLM, tmp_path: Path) -> None:
-    cheap = replace(calibrated("asc"), points=(Point(0, 10, None, None, 50, None, None, 0, None),) * 1)
-    write({MODEL: replace(cheap, others=(calibrated("cmc"),))}, tmp_path / "calibration.json")
+    cheap = replace(calibrated("asc"), points=(CalibrationPoint(0, 10, None, None, 50, None, None, 0, None),) * 1)
+    write_calibrations({MODEL: replace(cheap, others=(calibrated("cmc"),))}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         unused = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from controllers import branch
-from discovery.data.recordings import intern
+from discovery.data.recordings import intern_answers
 from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
 from proxy.probe_templates import LEAD
 from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, Finisher, Purse
@@ -105,7 +105,7 @@ async def test_a_recording_at_temperature_0_says_how_its_other_branches_were_sam
         await ended(proxy, "recorded")
     (made,) = await recordings(tmp_path / "s.db")
     assert made.sampling == {"temperature": 0, "branch_temperature": recorded, "answer": "boxed"}
-    assert intern(made).greedy_first
+    assert intern_answers(made).greedy_first
     temperatures = {r.get("temperature") for r in in_background(backend) if "include_stop_str_in_output" not in r}
     assert temperatures == {set_to}  # the greedy branch had finished
 

@@ -22,9 +22,9 @@ from controllers import Limits, State
 from controllers.builtin import create
 from controllers.installed import Stage
 from discovery.audit.explain import explain
-from discovery.data.recordings import Cell, Origin, Split, live_split, question_id, split_of
-from discovery.data.rounds import unpacked
-from discovery.store import Episode, Store
+from discovery.data.packed_rounds import unpack_rounds
+from discovery.data.recordings import Cell, Origin, Split, default_split, live_split, question_id
+from discovery.store import ServedEpisode, Store
 from proxy.admission import api_keys
 from proxy.errors import RecordsAway
 from proxy.recording.branch_completion import BENCHMARK, drawn
@@ -50,7 +50,7 @@ async def serving(backend: FakeVLLM, path: Path, **settings: Any) -> AsyncIterat
         yield Proxy(backend, url, http, openai)
 
 
-async def episodes(path: Path) -> list[Episode]:
+async def episodes(path: Path) -> list[ServedEpisode]:
     async with Store.open(path) as store:
         return await store.episodes()
 
@@ -88,7 +88,7 @@ async def test_an_episode_is_kept_as_it_was(backend: FakeVLLM, tmp_path: Path, c
     assert about["seconds"] > 0
     assert len(about["chat_template"]) == 32
     assert kept.digest.startswith(tts["controller_digest"])
-    rounds = unpacked(kept.trace)
+    rounds = unpack_rounds(kept.trace)
     limits: Any = about["limits"]
     state, again = State(Limits(**limits)), create(controller, kept.beta)
     for actions, facts in rounds:
@@ -308,7 +308,7 @@ async def test_a_long_one_is_told_in_a_thread_and_its_answers_in_part(
     threads: list[int] = []
     plain = explain
 
-    def told(episode: Episode) -> Any:
+    def told(episode: ServedEpisode) -> Any:
         threads.append(threading.get_ident())
         return plain(episode)
 
@@ -516,7 +516,7 @@ async def test_an_upstream_that_fails_costs_the_recording_alone(backend: FakeVLL
 def test_nothing_live_is_held_out() -> None:
     questions = [question_id(str(i)) for i in range(500)]
     assert {live_split(one) for one in questions} == {Split.SEARCH, Split.VALIDATION}
-    assert all(live_split(one) is split_of(one) for one in questions if split_of(one) is not Split.HELD_OUT)
+    assert all(live_split(one) is default_split(one) for one in questions if default_split(one) is not Split.HELD_OUT)
 
 
 async def test_a_question_that_is_held_out_already_stays_so(backend: FakeVLLM, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from discovery.audit.explain import explain
-from discovery.audit.parity import Records, parity, records
+from discovery.audit.parity import ServedRecords, check_parity, load_records
 from discovery.store import Store
 from tests.fakes import FakeVLLM, chain
 from tests.proxy.conftest import backend
@@ -31,11 +31,11 @@ async def test_replay_tells_the_truth_about_a_proxy(
     ]
     settings = {"store_text": text, "record_fraction": 1.0, "record_branches": 10}
 
-    kept = Records([], {}, {})
+    kept = ServedRecords([], {}, {})
 
-    async def recorded() -> Records | None:
+    async def recorded() -> ServedRecords | None:
         async with Store.open(path) as store:
-            found = await records(store)
+            found = await load_records(store)
         return found if len(found.recordings) > len(kept.recordings) else None
 
     async with Store.open(path, create=True):
@@ -46,7 +46,7 @@ async def test_replay_tells_the_truth_about_a_proxy(
             status, _, body = await proxy.ask("0.3", tts={"controller": controller})
             assert status == 200, body
             kept = await until(recorded)
-    told = parity(kept)
+    told = check_parity(kept)
     assert told.decisions.rounds == told.decisions.agreed >= 2 * REQUESTS
     assert told.decisions.unchecked == []
     assert (told.reproduced.episodes, told.reproduced.differing) == (REQUESTS, [])
@@ -57,10 +57,10 @@ async def test_replay_tells_the_truth_about_a_proxy(
         assert why["why"].startswith("The controller answered ")
 
 
-async def read_episodes(path: Path) -> Records | None:
+async def read_episodes(path: Path) -> ServedRecords | None:
     """Return the records of a store once it holds an episode."""
     async with Store.open(path) as store:
-        read = await records(store)
+        read = await load_records(store)
     return read if read.episodes else None
 
 
@@ -76,7 +76,7 @@ async def test_a_request_that_its_limit_cuts_short_is_no_disagreement(
         _, headers, _ = await proxy.ask("0.5", max_tokens=5, tts={"controller": controller})
         assert headers["x-tts-stop"] == "max_tokens"
         kept = await until(partial(read_episodes, path))
-    told = parity(kept)
+    told = check_parity(kept)
     assert told.decisions.disagreements == []
     assert [group.left_out for group in told.groups] in ([], [{"cut short": 1}])
     assert explain(kept.episodes[0])["why"] == (
@@ -96,7 +96,7 @@ async def test_a_request_whose_branches_are_all_cut_is_no_disagreement(backend: 
         _, headers, _ = await proxy.ask("0.25", max_tokens=60, tts=tts)
         assert headers["x-tts-stop"] == "max_tokens"
         kept = await until(partial(read_episodes, path))
-    report = parity(kept)
+    report = check_parity(kept)
     assert report.decisions.disagreements == []
     assert report.decisions.agreed == report.decisions.rounds > 0
     assert [group.left_out for group in report.groups] in ([], [{"all cut": 1}])

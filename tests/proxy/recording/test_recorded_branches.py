@@ -28,8 +28,8 @@ from controllers import (
     run_sync,
 )
 from controllers.builtin import BUILT_IN, create
-from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern
-from discovery.errors import Censored
+from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
+from discovery.errors import BranchCensored
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.errors import SettingsError
 from proxy.probe_templates import TEMPLATES, Family
@@ -58,7 +58,7 @@ def scripted(chains: Sequence[Chain], interval: int = INTERVAL) -> ScriptedEnvir
 
 def replayed(branches: Sequence[RecordedBranch], interval: int = INTERVAL) -> ReplayEnvironment:
     recorded = RecordedQuestion("q", "m", "b", interval, branches, "7")
-    return ReplayEnvironment(intern(recorded), range(len(branches)))
+    return ReplayEnvironment(intern_answers(recorded), range(len(branches)))
 
 
 def record(
@@ -142,7 +142,7 @@ def test_a_branch_that_is_not_known_to_its_end_is_censored(
     if whole:
         known, _ = play(Scripted([branch(whole), probe(0)]), replayed([found]))
         assert known.branches[0].tokens == whole * INTERVAL
-    with pytest.raises(Censored):
+    with pytest.raises(BranchCensored):
         play(Scripted([branch(whole + 1)]), replayed([found]))
 
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from discovery.data.recordings import Cell, RecordedQuestion
-from discovery.evaluation.evaluate import scorable
+from discovery.evaluation.evaluate import scorable_recordings
 from discovery.store import Store
 from proxy.app import upstream_session
 from proxy.recording.template_drift import Drift
@@ -185,7 +185,7 @@ async def test_one_text_completion_does_not_displace_chats(backend: FakeVLLM, tm
         def load(self, _: Cell) -> list[RecordedQuestion]:
             return [replace(one, reference="7") for one in found]
 
-    scored = scorable(Known(), found[0].cell)  # type: ignore[arg-type]
+    scored = scorable_recordings(Known(), found[0].cell)  # type: ignore[arg-type]
     assert [("prompt" in one.sampling, len(one.branches)) for one in scored] == [(False, 12)]
 
 

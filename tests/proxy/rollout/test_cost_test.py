@@ -10,7 +10,14 @@ import pytest
 
 from controllers import Advanced, Limits, State, branch
 from controllers.loading import Spec
-from discovery.evaluation.calibration import Arm, Calibration, Map, Point, Single, write
+from discovery.evaluation.calibration import (
+    Arm,
+    BetaMap,
+    Calibration,
+    CalibrationPoint,
+    SingleChain,
+    write_calibrations,
+)
 from proxy.rollout.cost_test import MARGIN, Spending, allowance, chain_of
 from tests.proxy.rollout.test_sealed_controllers import LOCKSTEP, Serve, serve
 
@@ -23,10 +30,10 @@ CHAIN = 1000
 def calibrated(spec: Spec, *chains: float, single: float = CHAIN) -> Calibration:
     """At β of 0 to 1, equally far apart, so many chains."""
     points = tuple(
-        Point(at / (len(chains) - 1), count * single, None, None, 50, None, None, 0, None)
+        CalibrationPoint(at / (len(chains) - 1), count * single, None, None, 50, None, None, 0, None)
         for at, count in enumerate(chains)
     )
-    return Calibration(spec.name, spec.digest, points, Single(single, 50), True, Map(Arm.CONTROLLER, 1.0))
+    return Calibration(spec.name, spec.digest, points, SingleChain(single, 50), True, BetaMap(Arm.CONTROLLER, 1.0))
 
 
 def episode(*tokens: int, ended: bool = True) -> State:
@@ -104,7 +111,7 @@ SPENDER = LOCKSTEP.format(later="").replace("2 + round(6 * beta)", "8")
 def file_of(folder: Path, *found: Calibration) -> Path:
     first, *others = found
     path = folder / "calibration.json"
-    write({"fake-model": Calibration(**{**vars(first), "others": tuple(others)})}, path)
+    write_calibrations({"fake-model": Calibration(**{**vars(first), "others": tuple(others)})}, path)
     return path
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from discovery.data.files import BLOCK
-from discovery.data.shared_lines import Claims, Lines
-from discovery.errors import NotWritten
+from discovery.data.atomic_files import BLOCK
+from discovery.data.shared_jsonl import SharedLines, WorkClaims
+from discovery.errors import FileWriteError
 
 WRITER = """
 import json, sys
 from pathlib import Path
-from discovery.data.shared_lines import Lines
+from discovery.data.shared_jsonl import Lines
 file, name, count = Lines(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 for number in range(count):
     file.append(json.dumps({"who": name, "number": number, "filling": "x" * 5000}) + "\\n")
@@ -29,7 +29,7 @@ for number in range(count):
 CLAIMER = """
 import sys
 from pathlib import Path
-from discovery.data.shared_lines import Claims
+from discovery.data.shared_jsonl import Claims
 claims = Claims(Path(sys.argv[1]))
 print([claims.take(name) for name in sys.argv[2:]], flush=True)
 sys.stdin.read()
@@ -52,12 +52,12 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def read(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for _, line in Lines(path).new()]
+    return [json.loads(line) for _, line in SharedLines(path).new()]
 
 
 def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    reader, writer = Lines(path), Lines(path)
+    reader, writer = SharedLines(path), SharedLines(path)
     assert reader.new() == []
     writer.append('{"a": 1}\n')
     writer.append('{"a": "é"}\n')
@@ -74,10 +74,10 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
     torn = '{"a": "é", "b": [1, 2]}'.encode()
     for length in range(len(torn) + 1):
         path.write_bytes(before.encode() + torn[:length])
-        reader = Lines(path)
+        reader = SharedLines(path)
         known = len(reader.new())
         assert known == before.count("\n")
-        Lines(path).append('{"a": 2}\n')
+        SharedLines(path).append('{"a": 2}\n')
         assert [json.loads(line)["a"] for _, line in reader.new()] == (["é", 2] if length == len(torn) else [2])
         assert len(read(path)) == known + 1 + (length == len(torn))
 
@@ -85,15 +85,15 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
 def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * BLOCK)
-    Lines(path).mend()
+    SharedLines(path).mend()
     assert path.read_text() == '{"a": 1}\n'
-    Lines(tmp_path / "none.jsonl").mend()
+    SharedLines(tmp_path / "none.jsonl").mend()
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.jsonl"
-    file = Lines(path)
+    file = SharedLines(path)
     file.append('{"a": 1}\n')
 
     def full(_: int) -> None:
@@ -101,7 +101,7 @@ def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(NotWritten, match=r"x.jsonl: No space left"):
+        with pytest.raises(FileWriteError, match=r"x.jsonl: No space left"):
             file.append('{"a": 2}\n')
     assert path.read_text() == '{"a": 1}\n'
 
@@ -109,8 +109,13 @@ def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "x.jsonl"
     folder.mkdir()
-    for work in (Lines(folder).new, Lines(folder).mend, lambda: Lines(folder).append("{}\n"), lambda: Claims(folder)):
-        with pytest.raises(NotWritten, match=r"x.jsonl: Is a directory"):
+    for work in (
+        SharedLines(folder).new,
+        SharedLines(folder).mend,
+        lambda: SharedLines(folder).append("{}\n"),
+        lambda: WorkClaims(folder),
+    ):
+        with pytest.raises(FileWriteError, match=r"x.jsonl: Is a directory"):
             work()
 
 
@@ -121,7 +126,7 @@ def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path:
         one.kill()
         assert other.wait() == 0
         one.wait()
-    Lines(path).append('{"who": "c", "number": 0}\n')
+    SharedLines(path).append('{"who": "c", "number": 0}\n')
     found = read(path)
     for name, least in (("a", 21), ("b", 60), ("c", 1)):
         numbers = [line["number"] for line in found if line["who"] == name]
@@ -131,7 +136,7 @@ def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path:
 
 def test_a_claim_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
-    claims = Claims(path)
+    claims = WorkClaims(path)
     assert claims.take("a")
     assert not claims.take("a")
     with running(CLAIMER, path, "a", "b", "c") as other:

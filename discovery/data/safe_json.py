@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 
-def parse(text: str | bytes, *, finite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """Return the value of a JSON text; with `finite`, NaN, infinities and numbers too large for a float are refused.
 
     Raises ValueError, also for text that is nested too deeply or holds a number of too many digits.
@@ -18,7 +18,7 @@ def parse(text: str | bytes, *, finite: bool = False) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def dump_finite(value: Any) -> str:
+def compact_json(value: Any) -> str:
     """Return compact JSON with sorted keys, in which numbers that JSON does not have are null."""
     try:
         return _dump(value)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from discovery.data.files import create, whole
-from discovery.data.shared_lines import Claims, Lines
-from discovery.errors import NotWritten
+from discovery.data.atomic_files import atomic_write, create_exclusively
+from discovery.data.shared_jsonl import SharedLines, WorkClaims
+from discovery.errors import FileWriteError
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.registry import Registry
 
@@ -43,24 +43,24 @@ def test_nothing_is_created_through_a_link(tmp_path: Path, target: Path) -> None
     link = tmp_path / "link"
     link.symlink_to(target)
     with pytest.raises(FileExistsError):
-        create(link)
+        create_exclusively(link)
     assert untouched(target)
 
 
 def test_a_link_in_place_of_a_ledgers_lock_is_refused(tmp_path: Path, target: Path) -> None:
     (tmp_path / "gate.jsonl.lock").symlink_to(target)
-    with pytest.raises(NotWritten, match=r"gate\.jsonl\.lock"), Ledger(tmp_path / "gate.jsonl").held():
+    with pytest.raises(FileWriteError, match=r"gate\.jsonl\.lock"), Ledger(tmp_path / "gate.jsonl").held():
         pass
     assert untouched(target)
 
 
 def test_a_link_in_place_of_claims_or_losses_is_refused(tmp_path: Path, target: Path) -> None:
     (tmp_path / "out.lock").symlink_to(target)
-    with pytest.raises(NotWritten, match=r"out\.lock"):
-        Claims(tmp_path / "out.lock")
+    with pytest.raises(FileWriteError, match=r"out\.lock"):
+        WorkClaims(tmp_path / "out.lock")
     (tmp_path / "out.lost").symlink_to(target)
-    with pytest.raises(NotWritten, match=r"out\.lost"):
-        Lines(tmp_path / "out.lost", may_be_link=False).append("{}\n")
+    with pytest.raises(FileWriteError, match=r"out\.lost"):
+        SharedLines(tmp_path / "out.lost", may_be_link=False).append("{}\n")
     assert untouched(target)
 
 
@@ -76,20 +76,20 @@ def test_a_registry_writes_through_no_link(tmp_path: Path, target: Path) -> None
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_a_whole_file_has_the_mode_the_umask_gives(tmp_path: Path, mask: int, mode: int) -> None:
     path = tmp_path / "report.json"
-    with umask(mask), whole(path) as file:
+    with umask(mask), atomic_write(path) as file:
         file.write(b"{}")
     assert stat.S_IMODE(path.stat().st_mode) == mode
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_private_file_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
-    with umask(0), whole(tmp_path / "out.jsonl", private=True) as file:
+    with umask(0), atomic_write(tmp_path / "out.jsonl", private=True) as file:
         file.write(b"{}")
     with umask(0):
-        Lines(tmp_path / "lines.jsonl").append("{}\n")
+        SharedLines(tmp_path / "lines.jsonl").append("{}\n")
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     (tmp_path / "out.jsonl").chmod(0o640)
-    with whole(tmp_path / "out.jsonl", private=True) as file:
+    with atomic_write(tmp_path / "out.jsonl", private=True) as file:
         file.write(b"{}")
     assert stat.S_IMODE((tmp_path / "out.jsonl").stat().st_mode) == 0o640  # as its owner has it
 
@@ -98,7 +98,7 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "gate.jsonl"
     path.write_text("old")
     path.chmod(0o600)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o600)
 
@@ -106,13 +106,13 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
 def test_a_whole_file_takes_the_place_of_a_link(tmp_path: Path, target: Path) -> None:
     path = tmp_path / "report.json"
     path.symlink_to(target)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"{}")
     assert (path.is_symlink(), path.read_bytes()) == (False, b"{}")
     assert untouched(target)
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "report.json") as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "report.json") as file:
         file.write(b"{" * (1 // 0))
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from pathlib import Path
 from discovery.data.recordings import Recording
 
 
-def shelve(recordings: Sequence[Recording], path: Path) -> Path:
+def write_mapped(recordings: Sequence[Recording], path: Path) -> Path:
     """Write `recordings`, not replayed yet, to `path` and beside it; returns `path`."""
     buffers: list[pickle.PickleBuffer] = []
     index = pickle.dumps(list(recordings), protocol=5, buffer_callback=buffers.append)
@@ -29,7 +29,7 @@ def shelve(recordings: Sequence[Recording], path: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def take(path: Path) -> list[Recording]:
+def load_mapped(path: Path) -> list[Recording]:
     """The recordings shelved at `path`, their arrays read-only views of it. The last few asked for stay at hand."""
     index, cuts = pickle.loads(_beside(path).read_bytes())
     with path.open("rb") as file:

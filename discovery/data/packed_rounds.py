@@ -21,13 +21,13 @@ from controllers import Action, Advanced, ControllerError, Fact, Probed, Round, 
 from controllers.actions import ANSWER
 from discovery.errors import TraceError
 
-LARGEST: Final = 64 * 2**20
+MAX_UNPACKED_BYTES: Final = 64 * 2**20
 """Bytes a text may unpack to."""
 NONE: Final = -1
 """In place of a label where there is none, and of the intervals of a fact that tells of none: a probe's."""
 
 
-def packed(rounds: Sequence[Round]) -> str:
+def pack_rounds(rounds: Sequence[Round]) -> str:
     """`rounds` as a text; empty if there are none."""
     flat: list[int] = []
     for actions, facts in rounds:
@@ -51,13 +51,13 @@ def packed(rounds: Sequence[Round]) -> str:
     return b64encode(zlib.compress(numbers.tobytes(), 1)).decode() if flat else ""
 
 
-def unpacked(text: str) -> list[Round]:
+def unpack_rounds(text: str) -> list[Round]:
     """The rounds `packed` made a text of. Raises TraceError."""
     try:
         unpacker = zlib.decompressobj()
-        plain = unpacker.decompress(b64decode(text, validate=True), LARGEST) if text else b""
+        plain = unpacker.decompress(b64decode(text, validate=True), MAX_UNPACKED_BYTES) if text else b""
         if text and not unpacker.eof:
-            raise TraceError(f"the rounds of an episode are cut, or more than {LARGEST} bytes")
+            raise TraceError(f"the rounds of an episode are cut, or more than {MAX_UNPACKED_BYTES} bytes")
         numbers = iter(np.frombuffer(plain, "<i4").tolist())
         return list(_rounds(numbers))
     except (ValueError, zlib.error, ControllerError) as error:

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from discovery.data.files import PRIVATE, end_of_lines, open_lock
-from discovery.data.json_text import parse
-from discovery.errors import NotWritten
+from discovery.data.atomic_files import PRIVATE, last_line_end, open_lock
+from discovery.data.safe_json import parse_json
+from discovery.errors import FileWriteError
 
 
-class Lines:
-    """The file at `path`, which may not be there yet. Every method raises NotWritten.
+class SharedLines:
+    """The file at `path`, which may not be there yet. Every method raises FileWriteError.
 
     A path that the user did not name must not be a link: set `may_be_link` to False for it.
     """
@@ -38,7 +38,7 @@ class Lines:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise NotWritten(f"{self.path}: {error.strerror}") from None
+            raise FileWriteError(f"{self.path}: {error.strerror}") from None
         if not end:
             return []
         lines = list(enumerate(whole.split(b"\n"), start=self._count + 1))
@@ -75,14 +75,14 @@ class Lines:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise NotWritten(f"{self.path}: {error.strerror}") from None
+            raise FileWriteError(f"{self.path}: {error.strerror}") from None
 
 
-class Claims:
+class WorkClaims:
     """What this process does, so that no other does it too: a byte each of the file at `path`, locked.
 
     The kernel lets go of a process's locks when it ends, and also when it closes any descriptor of that file: a process
-    must not open it twice. Raises NotWritten where files cannot be locked.
+    must not open it twice. Raises FileWriteError where files cannot be locked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +91,7 @@ class Claims:
         try:
             self._descriptor = open_lock(path)
         except OSError as error:
-            raise NotWritten(f"{path}: {error.strerror}") from None
+            raise FileWriteError(f"{path}: {error.strerror}") from None
 
     def take(self, name: str) -> bool:
         """Whether `name` is this process's now, and was nobody's."""
@@ -102,7 +102,7 @@ class Claims:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            raise NotWritten(f"{self.path}: {error.strerror}") from None
+            raise FileWriteError(f"{self.path}: {error.strerror}") from None
         self._held.add(name)
         return True
 
@@ -140,7 +140,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 def _mend(descriptor: int) -> None:
     """Cut off what follows the end of the last line; if that is a line but for its end, end it."""
-    size, begin = os.fstat(descriptor).st_size, end_of_lines(descriptor)
+    size, begin = os.fstat(descriptor).st_size, last_line_end(descriptor)
     if begin == size:
         return
     if _is_whole(os.pread(descriptor, size - begin, begin)):
@@ -151,6 +151,6 @@ def _mend(descriptor: int) -> None:
 
 def _is_whole(line: bytes) -> bool:
     try:
-        return isinstance(parse(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from discovery.answers import veiled
-from discovery.data.importers import as_line, read_jsonl
+from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
-from discovery.errors import DiscoveryError, NotRecorded
-from discovery.evaluation.evaluate import Answers
+from discovery.errors import DiscoveryError, RecordingsNotFound
+from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.scores import Score
+from discovery.evaluation.search_split import export_search_split, salted_id, search_split_of
 from discovery.evaluation.sources import open_source
-from discovery.evaluation.splits import export_search, salted_id, search_only
 from tests.discovery.evaluation.test_evaluate import Given, question, scores
 
 WORDS = {str(number): f"answer-number-{'x' * number}!" for number in range(7)}
@@ -50,12 +50,12 @@ QUESTIONS = (
 
 
 def written(path: Path, questions: Sequence[RecordedQuestion] = QUESTIONS) -> Path:
-    path.write_text("".join(as_line(one) for one in questions))
+    path.write_text("".join(format_recording_line(one) for one in questions))
     return path
 
 
 def test_only_the_search_split_is_shown_and_read() -> None:
-    source = search_only(Given(*QUESTIONS))
+    source = search_split_of(Given(*QUESTIONS))
     assert source.cells() == [Cell("m", "b", Split.SEARCH), Cell("m", "c", Split.SEARCH)]
     assert len(source.load(source.cells()[0])) == 8
     for split in (Split.VALIDATION, Split.HELD_OUT):
@@ -70,8 +70,8 @@ def columns(found: Sequence[Score]) -> list[Any]:
 @pytest.mark.parametrize("controller", ["cmc", "asc@16"])
 def test_the_export_replays_as_the_original(tmp_path: Path, controller: str) -> None:
     path = written(tmp_path / "all.jsonl")
-    assert export_search(path, tmp_path / "search.jsonl") == 11
-    both = [search_only(open_source(one)) for one in (path, tmp_path / "search.jsonl")]
+    assert export_search_split(path, tmp_path / "search.jsonl") == 11
+    both = [search_split_of(open_source(one)) for one in (path, tmp_path / "search.jsonl")]
     original, exported = (
         scores(controller, source=Given(*(q for c in one.cells() for q in one.load(c)))) for one in both
     )
@@ -80,7 +80,7 @@ def test_the_export_replays_as_the_original(tmp_path: Path, controller: str) -> 
 
 
 def test_nothing_can_be_read_in_the_export(tmp_path: Path) -> None:
-    export_search(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
+    export_search_split(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
     text = (tmp_path / "search.jsonl").read_text()
     for one in QUESTIONS:
         answers = {answer for branch in one.branches for answer in (*branch.probes, branch.final)}
@@ -95,7 +95,7 @@ def test_nothing_can_be_read_in_the_export(tmp_path: Path) -> None:
 
 
 def test_the_first_answer_has_no_number_of_its_own(tmp_path: Path) -> None:
-    export_search(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
+    export_search_split(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
     exported = read_jsonl(tmp_path / "search.jsonl")
     assert len({one.branches[0].final for one in exported}) > 1
     assert len({one.reference for one in exported}) > 2
@@ -105,7 +105,7 @@ def test_a_salt_gives_the_same_file_and_none_another(tmp_path: Path) -> None:
     path = written(tmp_path / "all.jsonl")
     texts = []
     for salt in ("s", "s", None, None):
-        export_search(path, tmp_path / "search.jsonl", salt)
+        export_search_split(path, tmp_path / "search.jsonl", salt)
         texts.append((tmp_path / "search.jsonl").read_text())
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
@@ -115,7 +115,9 @@ def test_a_salt_gives_the_same_file_and_none_another(tmp_path: Path) -> None:
 def test_answers_can_be_the_same_as_the_proxy_reads_them(tmp_path: Path) -> None:
     chains = [RecordedBranch([], 10, answer, []) for answer in ("7.0", "007", "8", "$7$", "8")]
     given = RecordedQuestion(question_id("q"), "m", "b", 100, chains, " 7 ")
-    export_search(written(tmp_path / "all.jsonl", [given]), tmp_path / "search.jsonl", answers=Answers.CANONICAL)
+    export_search_split(
+        written(tmp_path / "all.jsonl", [given]), tmp_path / "search.jsonl", answers=AnswerComparison.CANONICAL
+    )
     (exported,) = read_jsonl(tmp_path / "search.jsonl")
     finals = [branch.final for branch in exported.branches]
     assert finals[0] == finals[1] == finals[3] == exported.reference
@@ -134,14 +136,14 @@ def hidden(recorded: RecordedQuestion) -> RecordedQuestion:
     return replace(recorded, branches=branches, text=None, origin=Origin.LIVE, request=f"request {recorded.question}")
 
 
-@pytest.mark.parametrize("answers", Answers)
+@pytest.mark.parametrize("answers", AnswerComparison)
 def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
-    tmp_path: Path, answers: Answers
+    tmp_path: Path, answers: AnswerComparison
 ) -> None:
     live = [replace(hidden(one), label_source=LabelSource.FEEDBACK, confidence=0.5) for one in QUESTIONS[:6]]
     again = [replace(one, request=f"{one.request} again", branches=one.branches[::-1]) for one in live]
     path = written(tmp_path / "all.jsonl", [*live, *again])
-    assert export_search(path, tmp_path / "search.jsonl", answers=answers) == 6
+    assert export_search_split(path, tmp_path / "search.jsonl", answers=answers) == 6
     exported = read_jsonl(tmp_path / "search.jsonl")
     assert columns(scores("cmc", source=Given(*exported))) == columns(
         scores("cmc", source=Given(*live, *again), answers=answers)
@@ -156,6 +158,6 @@ def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
 
 def test_nothing_to_export_leaves_no_file(tmp_path: Path) -> None:
     path = written(tmp_path / "all.jsonl", QUESTIONS[8:10])
-    with pytest.raises(NotRecorded, match="nothing there is of the search split"):
-        export_search(path, tmp_path / "search.jsonl")
+    with pytest.raises(RecordingsNotFound, match="nothing there is of the search split"):
+        export_search_split(path, tmp_path / "search.jsonl")
     assert list(tmp_path.iterdir()) == [path]

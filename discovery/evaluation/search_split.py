@@ -15,18 +15,18 @@ from pathlib import Path
 
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
-from discovery.data.files import whole
-from discovery.data.importers import as_line
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern
-from discovery.errors import DiscoveryError, NotRecorded
-from discovery.evaluation.evaluate import Answers, pooled, regrade
-from discovery.evaluation.sources import Source, open_source
+from discovery.data.atomic_files import atomic_write
+from discovery.data.importers import format_recording_line
+from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern_answers
+from discovery.errors import DiscoveryError, RecordingsNotFound
+from discovery.evaluation.evaluate import AnswerComparison, pool_recordings, regrade
+from discovery.evaluation.sources import RecordingSource, open_source
 
 
-class SearchOnly:
+class SearchSplitSource:
     """A source of another's search split. The other splits are not shown, and not read."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: RecordingSource) -> None:
         self._source = source
 
     def cells(self) -> Sequence[Cell]:
@@ -39,31 +39,35 @@ class SearchOnly:
         return self._source.load(cell)
 
 
-def search_only(source: Source) -> Source:
+def search_split_of(source: RecordingSource) -> RecordingSource:
     """The same recordings as an explorer may read them."""
-    return SearchOnly(source)
+    return SearchSplitSource(source)
 
 
-def export_search(recordings: Path, to: Path, salt: str | None = None, answers: Answers = Answers.AUTO) -> int:
+def export_search_split(
+    recordings: Path, to: Path, salt: str | None = None, answers: AnswerComparison = AnswerComparison.AUTO
+) -> int:
     """Write the search split of a store or folder as lines in which nothing can be read. How many lines there are.
 
     The exported strings are the same where `answers` says so now: evaluate the file with `Answers.EXACT`. The same
-    `salt` gives the same file; without it one is drawn and forgotten. Raises NotRecorded, BadRecording, NotWritten.
+    `salt` gives the same file; without it one is drawn and forgotten.
+
+    Raises RecordingsNotFound, BadRecording, FileWriteError.
     """
-    source = search_only(open_source(recordings))
+    source = search_split_of(open_source(recordings))
     salted = salt if salt is not None else secrets.token_hex(16)
     written = 0
-    with Judge(clock=Clock.CPU) as judge, whole(to) as file:
+    with Judge(clock=Clock.CPU) as judge, atomic_write(to) as file:
         for cell in source.cells():
             found = source.load(cell)
             tell: Callable[[RecordedQuestion], Recording] = (
-                intern if answers.of(found) is Answers.EXACT else lambda one: regrade(one, judge)
+                intern_answers if answers.of(found) is AnswerComparison.EXACT else lambda one: regrade(one, judge)
             )
-            for recorded in pooled(found):  # an answer's token is one recording's own
-                file.write(as_line(_opaque(recorded, tell(recorded), salted)).encode())
+            for recorded in pool_recordings(found):  # an answer's token is one recording's own
+                file.write(format_recording_line(_opaque(recorded, tell(recorded), salted)).encode())
                 written += 1
         if not written:
-            raise NotRecorded(f"{recordings}: nothing there is of the {Split.SEARCH} split")
+            raise RecordingsNotFound(f"{recordings}: nothing there is of the {Split.SEARCH} split")
     return written
 
 

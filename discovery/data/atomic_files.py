@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from discovery.errors import NotWritten
+from discovery.errors import FileWriteError
 
 BLOCK: Final = 1 << 16
 """Bytes that are looked through at a time for the end of the last line."""
@@ -23,8 +23,8 @@ _NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 
 @contextmanager
-def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the name `path` when the context ends well. Raises NotWritten.
+def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write to that takes the name `path` when the context ends well. Raises FileWriteError.
 
     It has the mode of the file it replaces, or else the one the process's umask gives new files. With `private`, only
     its owner can read a new file.
@@ -32,7 +32,7 @@ def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     _refuse_database(path, str(path))
     unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
     try:
-        with create(unfinished, PRIVATE if private else 0o666) as file:
+        with create_exclusively(unfinished, PRIVATE if private else 0o666) as file:
             try:
                 yield file
                 file.flush()
@@ -43,10 +43,10 @@ def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
                 unfinished.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise NotWritten(f"{path}: {error.strerror}") from None
+        raise FileWriteError(f"{path}: {error.strerror}") from None
 
 
-def create(path: Path, mode: int = 0o666) -> IO[bytes]:
+def create_exclusively(path: Path, mode: int = 0o666) -> IO[bytes]:
     """A new file to write to; the umask applies to `mode`. Raises OSError if anything is there, a link included."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, mode), "wb")
@@ -66,7 +66,7 @@ def _mode(path: Path) -> int | None:
     return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
 
 
-def is_shared(path: Path) -> bool:
+def is_readable_by_others(path: Path) -> bool:
     """Whether other users may read the file at `path`, if there is one."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
@@ -74,12 +74,12 @@ def is_shared(path: Path) -> bool:
         return False
 
 
-def check_place(path: Path, option: str) -> None:
-    """Raise NotWritten, before anything costly, if there is no folder for `path`."""
+def check_writable_path(path: Path, option: str) -> None:
+    """Raise FileWriteError, before anything costly, if there is no folder for `path`."""
     if not path.resolve().parent.is_dir():
-        raise NotWritten(f"{option} {path}: there is no folder {path.resolve().parent}")
+        raise FileWriteError(f"{option} {path}: there is no folder {path.resolve().parent}")
     if path.is_dir():
-        raise NotWritten(f"{option} {path}: that is a folder")
+        raise FileWriteError(f"{option} {path}: that is a folder")
     _refuse_database(path, f"{option} {path}")
 
 
@@ -105,9 +105,9 @@ def _is_database(path: Path) -> bool:
 
 
 def _refuse_database(path: Path, told: str) -> None:
-    """Raise NotWritten rather than replace a database that another process may be using."""
+    """Raise FileWriteError rather than replace a database that another process may be using."""
     if is_database_file(path):
-        raise NotWritten(f"{told}: that is a database, which is not overwritten; name another file")
+        raise FileWriteError(f"{told}: that is a database, which is not overwritten; name another file")
 
 
 def sync_folder(folder: Path) -> None:
@@ -119,7 +119,7 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def end_of_lines(descriptor: int) -> int:
+def last_line_end(descriptor: int) -> int:
     """Where the last whole line of an open file ends: what follows was being written when somebody died."""
     end = os.fstat(descriptor).st_size
     while end > 0:
