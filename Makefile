@@ -1,4 +1,4 @@
-# Few verbs run the repo: make run, make test, make soak, make lint, make bench, make clean.
+# Few verbs run the repo: make run, make test, make soak, make lint, make bench, make docs, make clean.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +8,14 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 PEERS ?=
+UPSTREAM ?=
 
-.PHONY: run demo test soak lint bench clean
+.PHONY: run demo test soak lint bench docs clean
 .DELETE_ON_ERROR:
 
-run: $(VENV)/embedded
-	$(BIN)/autotts serve $(ARGS)
+# UPSTREAM=http://gpu:8000 serves a vLLM that runs elsewhere; then neither torch nor vLLM is installed.
+run: $(if $(UPSTREAM),$(VENV)/proxy,$(VENV)/embedded)
+	$(BIN)/autotts serve $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(ARGS)
 
 demo: $(VENV)/embedded
 	$(BIN)/autotts demo $(ARGS)
@@ -39,6 +41,11 @@ lint: $(VENV)/dev
 bench: $(VENV)/embedded $(VENV)/dev
 	$(BIN)/python -m tests.bench $(if $(PEERS),--peers) $(ARGS)
 
+# The manual as a site, in build/docs. Broken links are errors.
+docs: $(VENV)/docs
+	$(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo "make: the manual is in build/docs/index.html"
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 
@@ -53,6 +60,10 @@ $(VENV)/proxy: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/proxy
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # A real Prometheus for the tests, from Debian's package where there is one: unpacked here, so that nothing is installed on the

@@ -1,4 +1,4 @@
-"""What is written about the project is held to the project."""
+"""Tests that what is written about the project is true of it."""
 
 from __future__ import annotations
 
@@ -11,50 +11,98 @@ import pytest
 from pydantic import TypeAdapter
 
 from proxy.settings import EMBEDDED, SERVED, Settings
+from tests.docs.generated import COMMAND, PACKAGES, ROOT, TABLES, in_page, main, registered, series_name, with_table
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("controllers", "discovery", "proxy", "deploy")
+MAX_README_LINES = 150
+MAX_README_COLUMNS = 120
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "embedded" / "README.md"],
+)
+SETTINGS = [line for line in (ROOT / "docs/settings.md").read_text().splitlines() if line.startswith("| `AUTOTTS_")]
+FOLDERS = sorted(path.parent for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
 
 
 def text(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-FOLDERS = sorted(
-    path.parent.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")
-)
+@pytest.mark.parametrize("name", TABLES)
+def test_generated_tables_are_up_to_date(name: str) -> None:
+    table = TABLES[name]
+    assert in_page(text(table.page), name).splitlines() == table.make(), f"run {COMMAND}"
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=str)
-def test_every_folder_says_what_it_holds_and_stands_in_the_architecture(folder: Path) -> None:
-    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
-    assert docstring
-    first = " ".join(docstring.split("\n\n")[0].split())
-    assert f"| `{folder}/` | {first} |" in text("ARCHITECTURE.md")
+def test_writing_a_table_changes_nothing_but_the_table() -> None:
+    page = "before\n<!-- generated: x -->\n\nold\n\n<!-- end -->\nafter"
+    assert with_table(page, "x", ["| new |"]) == page.replace("old", "| new |")
+    with pytest.raises(LookupError, match="generated: y"):
+        with_table(page, "y", [])
 
 
-def test_every_setting_is_in_the_readme() -> None:
-    missing = [name for name in Settings.model_fields if f"`AUTOTTS_{name.upper()}`" not in text("README.md")]
-    assert missing == []
+def test_the_command_says_that_all_tables_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_every_folder_says_what_it_holds(folder: Path) -> None:
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+
+def test_every_setting_is_in_the_manual() -> None:
+    listed = [line.split("`")[1] for line in SETTINGS]
+    assert listed == [f"AUTOTTS_{name.upper()}" for name in Settings.model_fields]
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_defaults_in_the_readme_are_the_models(name: str) -> None:
-    row = next(line for line in text("README.md").splitlines() if line.startswith(f"| `AUTOTTS_{name.upper()}` |"))
+def test_defaults_in_the_manual_are_those_of_the_settings(name: str) -> None:
+    row = next(line for line in SETTINGS if line.startswith(f"| `AUTOTTS_{name.upper()}` |"))
     *_, cell, _ = row.split("|")
-    said = re.findall(r"`([^`]*)`", cell)
+    written = re.findall(r"`([^`]*)`", cell)
     field = Settings.model_fields[name]
     default = SERVED.get(name, field.default)
     expected = [] if default is None else [default]
     expected += [EMBEDDED[name]] if name in EMBEDDED else []
     read = TypeAdapter[object](field.annotation or object).validate_python
-    assert [read(one) for one in said] == [read(one) for one in expected], row
+    assert [read(value) for value in written] == [read(value) for value in expected], row
 
 
-def test_files_the_readme_names_are_there() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", text("README.md"))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_settings_and_metrics_that_documents_name_exist(document: Path) -> None:
+    content = re.sub(r"<!-- generated.*?<!-- end -->", "", document.read_text(), flags=re.DOTALL)
+    known = {f"AUTOTTS_{name.upper()}" for name in Settings.model_fields}
+    known |= {"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"}
+    assert set(re.findall(r"\bAUTOTTS_[A-Z_]+\b", content)) - known == set()
+    series = {series_name(metric) for metric in registered()}
+    assert set(re.findall(r"`(autotts_[a-z_]+)", content)) - series == set()
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_of_documents_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^) ]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_a_landing_page() -> None:
+    lines = text("README.md").splitlines()
+    assert len(lines) <= MAX_README_LINES
+    assert [line for line in lines if len(line) > MAX_README_COLUMNS] == []
+
+
+def test_the_readme_leads_to_every_page_of_the_manual() -> None:
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {"docs/index.md"}
+    assert pages - set(re.findall(r"\]\(([^)#]+)", text("README.md"))) == set()
 
 
 def test_the_top_level_holds_what_was_agreed() -> None:

@@ -66,7 +66,7 @@ def import_jsonl(
     place: Place = DEFAULT,
     split: Annotated[SplitBy | None, typer.Option(help="without it as each line says, else by hash")] = None,
 ) -> None:
-    """The generic format, described in the README."""
+    """The generic format, described in docs/evaluation.md."""
     _import(paths, read_jsonl, place, split)
 
 

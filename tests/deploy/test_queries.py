@@ -137,10 +137,3 @@ def test_provisioning_names_what_the_board_asks() -> None:
     assert asked == {source["uid"] for source in sources}
     providers = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/autotts.yml").read_text())["providers"]
     assert [provider["type"] for provider in providers] == ["file"]
-
-
-def test_metrics_the_readme_names_are_there() -> None:
-    named = set(re.findall(r"`(autotts_[a-z_]+)", (DEPLOY.parent / "README.md").read_text()))
-    assert named
-    series = told()
-    assert {name for name in named if name not in series and f"{name}_count" not in series} == set()

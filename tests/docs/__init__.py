@@ -1,0 +1,1 @@
+"""Tests of the documentation: generated tables, the built site, and every command and snippet in it."""
