@@ -36,8 +36,8 @@ from proxy.admission.token_bound import Bound
 from proxy.api import endpoints as wire
 from proxy.api import openapi
 from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
+from proxy.environment.answer_reader import Grading
 from proxy.episode import reply, run
-from proxy.episode.answer_reader import Grading
 from proxy.errors import (
     ApiError,
     BadRequest,
@@ -66,9 +66,10 @@ from proxy.rollout.controller_runner import Casting
 from proxy.settings import Settings
 from proxy.telemetry import logs, tracing
 from proxy.telemetry.metrics import CONTENT_TYPE, Metrics
+from proxy.types import ALIASES, Dial, Model, Plan, Reply, Source
 from proxy.upstream import eager_task
 from proxy.upstream.branch_semaphore import Berths
-from proxy.upstream.client import Engine, Model
+from proxy.upstream.client import Engine
 from proxy.upstream.health_monitor import Pulse
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class Service:
         self.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
             served = await unless_gone(request.receive, self._serve(turn, plan))
-            return JSONResponse(form.whole(parsed, served), headers=served.headers)
+            return JSONResponse(form.whole(parsed, served), headers=reply.reply_headers(served.plan, served.tts))
         news: asyncio.Queue[str] = asyncio.Queue()
         tell = news.put_nowait if parsed.tts.progress else None
         thoughts = thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s)
@@ -202,8 +203,8 @@ class Service:
         return Stream.of(events, reply.known_headers(plan))
 
     def _planning(
-        self, request: Request, parsed: schema.Generation, model: Model, turned: dial.Dial, turn: Turn, name: str
-    ) -> Coroutine[Any, Any, run.Plan]:
+        self, request: Request, parsed: schema.Generation, model: Model, turned: Dial, turn: Turn, name: str
+    ) -> Coroutine[Any, Any, Plan]:
         caller: Caller = request.state.caller
         is_kept = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
         return run.plan(
@@ -221,24 +222,24 @@ class Service:
         )
 
     async def _complete_each(
-        self, request: Request, parts: Sequence[schema.Generation], model: Model, turned: dial.Dial, name: str
+        self, request: Request, parts: Sequence[schema.Generation], model: Model, turned: Dial, name: str
     ) -> Response:
         """Serve each prompt of a request by an episode of its own, and answer with one reply."""
         parsed, path = parts[0], request.scope["path"]
         turns = self.turns.episodes_of(request, parsed.tts.max_total_tokens, len(parts))
         news: asyncio.Queue[wire.Part] = asyncio.Queue()
 
-        def planning(index: int) -> Coroutine[Any, Any, run.Plan]:
+        def planning(index: int) -> Coroutine[Any, Any, Plan]:
             return self._planning(request, parts[index], model, turned, turns[index], f"{name}-{index}")
 
-        async def plan_all() -> list[run.Plan]:
+        async def plan_all() -> list[Plan]:
             plans = [await self.spans.plan(path, model.id, request.state.held, planning(0))]
             for start in range(1, len(parts), BEGUN_TOGETHER):
                 indices = range(start, min(start + BEGUN_TOGETHER, len(parts)))
                 plans += await together([planning(index) for index in indices], lambda _: 0)
             return plans
 
-        async def serve(index: int) -> reply.Reply:
+        async def serve(index: int) -> Reply:
             for _ in range(index // BEGUN_TOGETHER):
                 await asyncio.sleep(0)  # let other requests run before the next prompts begin
             logs.request_id.set(plans[index].request_id)
@@ -264,9 +265,9 @@ class Service:
         events = wire.text_batch_events(parsed, name, plans, thoughts)
         return Stream.of(events, {**reply.known_headers(plans[0]), "x-request-id": name})
 
-    def _is_single(self, turned: dial.Dial, parsed: schema.Generation, model: Model) -> bool:
+    def _is_single(self, turned: Dial, parsed: schema.Generation, model: Model) -> bool:
         """Whether one branch serves: no thought is wanted, or the operator's β does not pay for this model."""
-        if turned.source is dial.Source.EFFORT and parsed.effort == dial.NO_EFFORT:
+        if turned.source is Source.EFFORT and parsed.effort == dial.NO_EFFORT:
             return True
         return not turned.explicit and self._map(model.id).arm is Arm.SINGLE
 
@@ -296,10 +297,10 @@ class Service:
             reason = f"model {model!r} was calibrated for {known}, {other}"
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
-    async def _serve(self, turn: Turn, plan: run.Plan, tell: Callable[[str], None] | None = None) -> reply.Reply:
+    async def _serve(self, turn: Turn, plan: Plan, tell: Callable[[str], None] | None = None) -> Reply:
         return await self.spans.episode(plan, self._episode(turn, plan, tell))
 
-    async def _episode(self, turn: Turn, plan: run.Plan, tell: Callable[[str], None] | None) -> reply.Reply:
+    async def _episode(self, turn: Turn, plan: Plan, tell: Callable[[str], None] | None) -> Reply:
         known = self.engine, self.grading, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
             with self._seeing_off(plan.prompt.model):
@@ -323,7 +324,7 @@ class Service:
         parsed: schema.Generation,
         raw: bytes,
         model: Model,
-        turned: dial.Dial | None,
+        turned: Dial | None,
         unserved: schema.Unserved,
     ) -> Response:
         self.unapplied.take(model.id, parsed.tts, turned, unserved)
@@ -431,7 +432,7 @@ class Service:
         if not self.settings.model_aliases:
             return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
         cards = await self.engine.cards()
-        aliases = [dial.alias(card, beta) for card in cards for beta in dial.ALIASES]
+        aliases = [dial.alias(card, beta) for card in cards for beta in ALIASES]
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=_untouched("endpoint"))
 
     async def retrieve_model(self, request: Request) -> Response:
@@ -668,7 +669,7 @@ def _tell_part(news: asyncio.Queue[wire.Part], index: int, line: str) -> None:
     news.put_nowait(wire.Part(index, line))
 
 
-def _why_not(parsed: schema.Generation, turned: dial.Dial | None) -> schema.Unserved | None:
+def _why_not(parsed: schema.Generation, turned: Dial | None) -> schema.Unserved | None:
     """Return why no controller serves a request, or None."""
     unserved = parsed.unserved()
     if unserved is None and parsed.temperature == 0 and turned is not None and not turned.explicit:

@@ -22,7 +22,7 @@ from controllers.loading import parse_spec
 from discovery.data.atomic_files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.probe_templates import Family
-from proxy.recording.spill_file import is_foreign, places
+from proxy.spill_paths import is_foreign, places
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

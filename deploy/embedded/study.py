@@ -25,7 +25,8 @@ from rich.table import Table
 from deploy.embedded import task
 from discovery.answers import boxed
 from proxy import probe_templates
-from proxy.upstream.client import Call, Engine, Output
+from proxy.types import Call, Output
+from proxy.upstream.client import Engine
 
 TEMPLATE = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
 

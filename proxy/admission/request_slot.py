@@ -22,8 +22,8 @@ from proxy.http.sse import Stream
 from proxy.requests.models import Generation
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
+from proxy.types import Model
 from proxy.upstream.body_tap import Hand, Pour
-from proxy.upstream.client import Model
 
 T = TypeVar("T", bound="Turn")
 

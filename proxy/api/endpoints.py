@@ -12,10 +12,9 @@ from typing import Any, Final, NamedTuple
 from proxy import errors
 from proxy.api import responses
 from proxy.api.prompt_batch import Batch
-from proxy.episode.reply import Reply
-from proxy.episode.run import Plan
 from proxy.http.sse import DONE, PING, event, pieces
 from proxy.requests import models
+from proxy.types import Plan, Reply
 
 Thinking = AsyncGenerator[str | Reply | None]
 """What `stream.thinking` yields."""

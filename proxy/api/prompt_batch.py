@@ -8,10 +8,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from proxy.episode.reply import Reply, reply_headers
-from proxy.episode.run import Plan
+from proxy.episode.reply import reply_headers
 from proxy.errors import ApiError
 from proxy.http import graceful_shutdown
+from proxy.types import Plan, Reply
 
 T = TypeVar("T")
 

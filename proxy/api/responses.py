@@ -7,11 +7,10 @@ from contextlib import aclosing
 from typing import Any
 
 from proxy import errors
-from proxy.episode.reply import Message, Reply
-from proxy.episode.run import Plan
 from proxy.errors import ApiError
 from proxy.http.sse import PING, event, pieces
 from proxy.requests.models import ResponsesRequest
+from proxy.types import Message, Plan, Reply
 
 
 def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:

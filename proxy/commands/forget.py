@@ -15,7 +15,8 @@ from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
 from discovery.store.rows import decode_item
-from proxy.recording.spill_file import Spill, places
+from proxy.recording.spill_file import Spill
+from proxy.spill_paths import places
 
 
 def forget(

@@ -5,15 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from controllers import Probed, Round, State, Stop
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.telemetry.metrics import Metrics, family
-
-if TYPE_CHECKING:
-    from proxy.episode.live_environment import LiveEnvironment
-    from proxy.episode.reply import Reply
-    from proxy.episode.run import Plan
+from proxy.types import Plan, Reply
 
 
 def count(

@@ -5,62 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final
 
 from controllers import Round, State, Stop
 from discovery.answers import Answer
 from proxy import probe_templates
-from proxy.episode.live_environment import LiveBranch, LiveEnvironment
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.recording import recorded_branches
-
-if TYPE_CHECKING:
-    from proxy.episode.run import Plan
+from proxy.types import LiveBranch, Message, Plan, Reply
 
 logger = logging.getLogger(__name__)
 
 CUT: Final = (Stop.DEADLINE, Stop.MAX_TOKENS, Stop.UPSTREAM_ERROR, Stop.CONTROLLER_ERROR)
 """Reasons for which an episode ends before its vote. Its message may have an answer that nobody voted for."""
 GREEDY: Final = {"temperature": 0.0}
-
-
-class Closing(NamedTuple):
-    """Token bounds for making an unfinished branch answer."""
-
-    free: int  # tokens of a reply in its own words
-    led: int  # tokens after the probe's lead-in, where time or money is short
-
-
-class Message(NamedTuple):
-    """What the client reads."""
-
-    content: str
-    reasoning: str | None
-    finish_reason: str  # "stop" or "length"
-    visible_tokens: int  # tokens of `content`
-    written: str  # all that follows the prompt, thought and marks included
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A served request's outcome."""
-
-    plan: Plan
-    message: Message
-    tokens: Mapping[str, int]  # by what they were spent on; they add up to what the upstream did
-    usage: Mapping[str, Any]
-    tts: Mapping[str, Any]
-
-    @property
-    def finish_reasons(self) -> list[str]:
-        """How its text ended."""
-        return [self.message.finish_reason]
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The response's headers."""
-        return reply_headers(self.plan, self.tts)
 
 
 def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:

@@ -8,36 +8,31 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from hashlib import blake2b
 from textwrap import shorten
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import ControllerError, Limits, State, Stop, UnknownController
-from controllers.builtin import is_admin_only
-from controllers.installed import Stage
-from controllers.loading import Spec
 from discovery.answers import AUTO, Way
-from discovery.data.recordings import DEFAULT_TEMPERATURE, question_id, question_text
+from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
 from proxy import probe_templates
-from proxy.episode import votability
-from proxy.episode.answer_reader import Grading
+from proxy.environment import votability
+from proxy.environment.answer_reader import Grading
+from proxy.environment.live_environment import CutShort, LiveEnvironment, NotVotable, SentTooMuch
 from proxy.episode.episode_metrics import count
-from proxy.episode.live_environment import CutShort, LiveEnvironment, NotVotable, Prompt, SentTooMuch, Sizes
-from proxy.episode.reply import Closing, Reply, compose, too_late
+from proxy.episode.reply import compose, too_late
 from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import Records
 from proxy.recording.template_drift import Drift
-from proxy.requests.beta import Dial
 from proxy.requests.models import SAMPLING, Generation
 from proxy.rollout.controller_runner import Cast, Casting
-from proxy.rollout.stages import Choice
 from proxy.settings import Settings
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Engine, Model, TooManyTokens
+from proxy.types import Asked, Choice, Closing, Dial, Model, Plan, Prompt, Reply, Sizes
+from proxy.upstream.client import Engine, TooManyTokens
 
 T = TypeVar("T", int, float)
 
@@ -51,60 +46,6 @@ CLOSE_S = 2.0
 """Seconds past its deadline in which a reply may still be composed; then what there is goes out as it is."""
 PROMPT_TAIL = 8
 """Ids of a prompt's end that are turned back to text, to see whether its template opened a thought."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything about a request that is settled before its first branch."""
-
-    request_id: str
-    created: int  # seconds since the epoch
-    started: float  # by the monotonic clock, before it was planned
-    dial: Dial
-    spec: Spec  # of the controller
-    stage: Stage | None  # that it was chosen for; None if the request named it
-    prompt: Prompt
-    sizes: Sizes
-    limits: Limits
-    closing: Closing
-    deadline_s: float | None
-    temperature: float | None  # of sampled branches; None leaves it to the model's own default
-    asked: Asked
-    streamed: bool
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until its deadline, none or less if that has passed; None if it has none."""
-        return None if self.deadline_s is None else self.started + self.deadline_s - time.monotonic()
-
-    @property
-    def controller(self) -> str:
-        """The controller's name."""
-        return self.spec.name
-
-    @property
-    def ignores_eos(self) -> bool:
-        """Whether branches run to their limit, as benchmarks ask; they then answer nothing."""
-        return bool(self.prompt.sampling.get("ignore_eos"))
-
-    @property
-    def records_all(self) -> bool:
-        """Whether its branches are wanted, rather than an answer."""
-        return is_admin_only(self.spec.name)
-
-
-class Asked(NamedTuple):
-    """Who asked and what, as far as it may be written down."""
-
-    tenant: str
-    text: str  # of the question
-    sampling: Mapping[str, Any]  # all by which a branch is drawn that is not the model's own
-    chat_template: str  # its hash; empty if it is not known
-
-    @property
-    def question(self) -> str:
-        """What the question is known by."""
-        return question_id(self.text)
 
 
 class _Bounds(NamedTuple):

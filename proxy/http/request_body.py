@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol
 
 import zstandard
 from starlette.requests import ClientDisconnect, Request
 
-from proxy.admission.auth import Caller
 from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
 from proxy.http.sse import ClientGone
 
@@ -26,6 +25,18 @@ MOST_WINDOW: Final = 8 * 2**20
 MOST_MEMBERS: Final = 16
 """Members of a gzip file, and frames of zstd. One is usual, and each costs time even if it is empty."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
+
+
+class _Caller(Protocol):
+    """Who sends a body: the key, if there are keys, and the name its memory is counted under."""
+
+    @property
+    def key(self) -> str:
+        """Name of the API key; empty without a file of keys."""
+
+    @property
+    def holder(self) -> str:
+        """Name that the caller's bodies are counted under."""
 
 
 class Bodies:
@@ -66,7 +77,7 @@ class Bodies:
 
     def _holding(self, request: Request) -> Callable[[int], None]:
         """Return what sets aside room for so many bytes of a request's body until the request is over."""
-        caller: Caller = request.state.caller
+        caller: _Caller = request.state.caller
         stack: ExitStack = request.state.held
         share = self._most_together // (2 if caller.key else 1)
         taken = 0

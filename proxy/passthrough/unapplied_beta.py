@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from proxy.errors import BadRequest
 from proxy.http.sse import Stream
-from proxy.requests.beta import Dial
 from proxy.requests.models import TtsOptions, Unserved
 from proxy.telemetry.metrics import Metrics
+from proxy.types import Dial
 from proxy.upstream.body_tap import Hand, Pour
 
 logger = logging.getLogger(__name__)

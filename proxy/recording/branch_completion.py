@@ -18,22 +18,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 from controllers import Action, Probed, Round, State, Stop, advance, branch, probe
 from discovery.answers import veiled
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy.admission.request_slot import Turns
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamError
 from proxy.recording import recorded_branches
 from proxy.recording.template_drift import Drift
 from proxy.settings import Settings, StoreText
 from proxy.telemetry.metrics import Metrics
+from proxy.types import Plan
 from proxy.upstream.client import Engine
-
-if TYPE_CHECKING:
-    from proxy.episode.live_environment import LiveEnvironment
-    from proxy.episode.run import Plan
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from controllers import State
@@ -18,24 +18,21 @@ from discovery.answers import canonical, is_veiled, veiled
 from discovery.data.packed_rounds import pack_rounds
 from discovery.evaluation.reference_answers import SATISFIED_SCORE
 from discovery.store import EpisodeDetails, Feedback, ServedEpisode
+from proxy.admission.auth import Caller
 from proxy.admission.request_slot import Turns
 from proxy.admission.token_budget import OverBudget, Rate, retry_after
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import NotFound, RecordsAway, TooMany
 from proxy.recording.branch_completion import Finisher, Unfinished
 from proxy.recording.store_writer import RECENT, Owner, Recorder
 from proxy.recording.template_drift import Drift
+from proxy.requests.models import FeedbackRequest
+from proxy.rollout.controller_runner import Cast
 from proxy.settings import Settings, StoreText
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
+from proxy.types import Plan, Reply
 from proxy.upstream.client import Engine
-
-if TYPE_CHECKING:
-    from proxy.admission.auth import Caller
-    from proxy.episode.live_environment import LiveEnvironment
-    from proxy.episode.reply import Reply
-    from proxy.episode.run import Plan
-    from proxy.requests.models import FeedbackRequest
-    from proxy.rollout.controller_runner import Cast
 
 ACKNOWLEDGED_S: Final = 0.01
 """How long feedback waits to be on disk before its client is told that it will be."""

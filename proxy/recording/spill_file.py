@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -18,35 +17,14 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from discovery.data.atomic_files import PRIVATE, is_database_file, last_line_end, sync_folder
+from proxy.spill_paths import BEGIN_BYTES, is_spill_line, places
 
-MOST_FILES: Final = 64
-"""Proxies that may spill to one place, each to a file of its own."""
-BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
-"""How every line begins."""
-BEGIN_BYTES: Final = 9
 LINE_BYTES: Final = BEGIN_BYTES + 1
 """What a line is longer than its content."""
 LONGEST: Final = 64 * 2**20
 """Bytes of a line's content that are read at most; a longer one is damaged."""
 CHUNK_BYTES: Final = 32 * 2**20
 """Bytes after which a chunk ends, however few lines it has."""
-
-
-def places(path: Path) -> Iterator[Path]:
-    """Where files may be that are said to be at `path`."""
-    yield path
-    for number in range(1, MOST_FILES):
-        yield path.with_name(f"{path.name}.{number}")
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether something other than a file of lines is at `path`. Raises OSError."""
-    if not path.is_file() or path.is_symlink():
-        return os.path.lexists(path)
-    if is_database_file(path):
-        return True
-    with path.open("rb") as file:
-        return not _is_own(file.read(BEGIN_BYTES))
 
 
 class Chunk(NamedTuple):
@@ -143,7 +121,7 @@ class _File:
                 return None
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
                 return None  # removed by the one that held it
-            if not _is_own(os.pread(descriptor, BEGIN_BYTES, 0)):
+            if not is_spill_line(os.pread(descriptor, BEGIN_BYTES, 0)):
                 raise _foreign(path)
             os.ftruncate(descriptor, last_line_end(descriptor))
             sync_folder(path.parent)
@@ -191,8 +169,3 @@ class _File:
 
 def _foreign(path: Path) -> FileExistsError:
     return FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
-
-
-def _is_own(begin: bytes) -> bool:
-    """Whether a file that begins so is one of lines, or empty."""
-    return not begin or BEGIN.match(begin) is not None

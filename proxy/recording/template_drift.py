@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from discovery.data.recordings import DEFAULT_TEMPERATURE, Version
 from discovery.errors import StoreError
@@ -23,10 +23,8 @@ from proxy import probe_templates
 from proxy.errors import UpstreamError, UpstreamRefused
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
+from proxy.types import Plan
 from proxy.upstream.client import Engine
-
-if TYPE_CHECKING:
-    from proxy.episode.run import Plan
 
 logger = logging.getLogger(__name__)
 

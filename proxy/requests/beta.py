@@ -7,13 +7,13 @@ each other and are refused; a header, which gateways set, wins over either.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from controllers.dial import parse_beta
 from controllers.errors import BetaError
 from proxy.errors import BadRequest
+from proxy.types import Dial, Source
 
 HEADER: Final = "x-tts-beta"
 
@@ -27,53 +27,6 @@ EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
 
 READS_EFFORT: Final = ("gpt-oss",)
 """Parts of the names of models whose chat template reads `reasoning_effort`; it then sets no β."""
-
-
-ALIASES: Final = (0.25, 0.5, 0.75, 1.0)
-"""β of the aliases that are listed beside each model; any other may be named as well."""
-
-BUCKETS: Final = (0.0, *ALIASES)
-"""Values of β that metrics tell apart; every effort has one of its own."""
-
-
-class Source(StrEnum):
-    """Which of the ways it came by."""
-
-    HEADER = "header"
-    BODY = "body"
-    TARGET = "target_tokens"
-    EFFORT = "reasoning_effort"
-    ALIAS = "model_alias"
-    DEFAULT = "default"
-
-
-class Dial(NamedTuple):
-    """A request's effective β."""
-
-    beta: float  # in [0, 1]
-    source: Source
-    asked: float | None = None  # what it was before the upstream's load shrank it; None if it did not
-
-    @property
-    def explicit(self) -> bool:
-        """The client asked for it, rather than the operator."""
-        return self.source is not Source.DEFAULT
-
-    def shrunk(self, factor: float) -> Dial:
-        """The same where load leaves `factor` of it."""
-        return self if factor >= 1 else self._replace(beta=self.beta * factor, asked=self.beta)
-
-    @property
-    def told(self) -> str:
-        """The source in words: `load` where it shrank the operator's β, `header, load` where it shrank a client's."""
-        if self.asked is None:
-            return str(self.source)
-        return f"{self.source}, load" if self.explicit else "load"
-
-    @property
-    def bucket(self) -> str:
-        """The nearest of `BUCKETS`, for metrics, where labels must be few."""
-        return f"{min(BUCKETS, key=lambda bucket: (abs(bucket - self.beta), -bucket)):g}"
 
 
 def _parse(text: str, param: str) -> float:

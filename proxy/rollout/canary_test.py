@@ -28,10 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, NamedTuple
 
 from controllers.installed import Stage
+from proxy.types import Quality
 
 ALPHA: Final = 0.01
 """How probable it may be that a canary which is no worse is ever rolled back."""
@@ -39,15 +39,6 @@ BETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Fractions λ of their wealth that the gamblers stake."""
 DEAREST: Final = 2.0
 """Times the champion's mean tokens: the difference that counts 1, and so does every larger one."""
-
-
-class Quality(StrEnum):
-    """What is compared; the reason of a rollback."""
-
-    TOKENS = "tokens"
-    FAILURES = "failures"
-    UNANSWERED = "unanswered"
-    FEEDBACK = "feedback"
 
 
 MARGINS: Final[Mapping[Quality, float]] = {

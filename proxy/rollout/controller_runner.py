@@ -46,9 +46,10 @@ from proxy.rollout.canary_test import Outcome, Verdict, Watch
 from proxy.rollout.cost_test import Spending
 from proxy.rollout.sandbox_pool import RETIRED, Pool
 from proxy.rollout.shadow import Played, compare
-from proxy.rollout.stages import Choice, Lineup, Stages
+from proxy.rollout.stages import Lineup, Stages
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics, family
+from proxy.types import Choice
 
 logger = logging.getLogger(__name__)
 

@@ -7,21 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from controllers.installed import Installed, Stage, lot
 from controllers.loading import Spec
 from discovery.errors import PromotionError
 from discovery.promotion.registry import Registry, Stamp
+from proxy.types import Choice
 
 logger = logging.getLogger(__name__)
-
-
-class Choice(NamedTuple):
-    """The controller of one request."""
-
-    spec: Spec
-    stage: Stage | None  # that it was chosen for; None if the request named it
 
 
 @dataclass(frozen=True, slots=True)

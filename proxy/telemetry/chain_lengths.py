@@ -10,10 +10,9 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from proxy.episode.live_environment import LiveBranch
+from proxy.types import LiveBranch
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.rollout.canary_test import Quality
 from proxy.telemetry.chain_lengths import ChainLengths
+from proxy.types import Quality
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

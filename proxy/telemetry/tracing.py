@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from controllers import Action
 from proxy.telemetry.metrics import Metrics, family
-from proxy.upstream.client import Call, Watched, Watcher
+from proxy.types import Call, Plan, RequestResult, Watched, Watcher
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
-    from proxy.api.prompt_batch import Batch
-    from proxy.episode.reply import Reply
-    from proxy.episode.run import Plan
 
-R = TypeVar("R", bound="Reply | Batch")
+R = TypeVar("R", bound=RequestResult)
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,8 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
-    AbstractContextManager,
-    nullcontext,
 )
 from copy import copy
-from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from textwrap import shorten
@@ -28,7 +25,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from controllers import Action
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -38,6 +34,7 @@ from proxy.errors import (
     UpstreamUnreachable,
     detail,
 )
+from proxy.types import Call, Model, Output, Watched, Watcher
 from proxy.upstream.branch_semaphore import Berths
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker, RetryBudget
 from proxy.upstream.detokeniser import Endings
@@ -47,8 +44,6 @@ from proxy.upstream.response_body import Allowance, BodyTooLong, Lines, parse_ob
 
 logger = logging.getLogger(__name__)
 
-STREAM_INTERVAL = 64
-"""Tokens vLLM gathers into one chunk: fewer costs CPU, more loses count when a request is aborted."""
 WAITING = ("vllm:num_requests_waiting{", "vllm:num_requests_waiting ")
 """How the lines of vLLM's metrics begin that count requests in its queue."""
 CACHE = ("vllm:kv_cache_usage_perc{", "vllm:kv_cache_usage_perc ")
@@ -72,8 +67,6 @@ LEAST_BYTES: Final = 2**20
 """Bytes of a response that are read whatever was asked for."""
 BYTES_PER_ID: Final = 16
 """Bytes that a token id may take in JSON."""
-BYTES_SENT_PER_ID: Final = 6
-"""Bytes that a token id takes in a request, on the whole: five digits and a comma."""
 BYTES_PER_TOKEN: Final = 4096
 """Bytes of a stream that a token may take: a chunk of its own, with its text."""
 BYTES_PER_TEXT: Final = 64
@@ -95,104 +88,11 @@ class TooManyTokens(Exception):
     """A text has more tokens than were allowed for."""
 
 
-class Model(NamedTuple):
-    """A model the upstream serves."""
-
-    id: str
-    max_length: int  # tokens, prompt included
-
-
 class Pressure(NamedTuple):
     """How busy an upstream is; None is what it does not say."""
 
     waiting: int | None  # requests in its queues
     cache: float | None  # share of the KV cache in use, of the fullest engine
-
-
-@dataclass(slots=True)
-class Output:
-    """What one prompt has become so far; filled while it streams."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: str | None = None  # "stop", "length" or, while running or cut, None
-    at_token: bool = False  # it ended by a token that ends replies, which is the last of `ids` and has no text
-    raw: str | None = None  # the server's text, where it may hold the prompt's; `text` is then decoded from `ids`
-
-    @property
-    def written(self) -> list[int]:
-        """The ids that have text."""
-        return self.ids[:-1] if self.at_token else self.ids
-
-
-@dataclass(slots=True)
-class Call:
-    """One completion request: every prompt `n` times with the same sampling."""
-
-    prompts: Sequence[Sequence[int]]
-    max_tokens: int
-    sampling: Mapping[str, Any]
-    n: int = 1
-    priority: int = 0  # larger is later, where the server schedules by priority
-    salt: str | None = None  # of the part of the prefix cache it may use
-    suffix_tokens: int = 0  # of its prompts, that are of our own making
-    stream_interval: int = STREAM_INTERVAL  # tokens of an output that come together
-    outputs: list[Output] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
-    on_finish: Callable[[Output], Awaitable[None]] | None = None  # awaited for each output that ends; may raise to cut
-
-    def __post_init__(self) -> None:
-        self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the request's body, about."""
-        return BYTES_SENT_PER_ID * sum(map(len, self.prompts)) + len(json.dumps(dict(self.sampling)))
-
-    @property
-    def brought(self) -> int:
-        """Tokens, and ends of completions, that it has brought so far."""
-        return self.generated + sum(output.finish is not None for output in self.outputs)
-
-    @property
-    def most_unseen(self) -> int:
-        """The most tokens that can have been generated and not arrived, if it is cut now."""
-        running = (output for output in self.outputs if output.finish is None)
-        return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
-
-    @property
-    def generated(self) -> int:
-        """Tokens it has brought so far."""
-        return sum(len(output.ids) for output in self.outputs)
-
-
-class Watched(NamedTuple):
-    """A request somebody watches."""
-
-    tell: Callable[[int | None, BaseException | None], object]
-    """Is told how it ended: the status it was answered with, if it was, and the error, if there was one."""
-    headers: Mapping[str, str]  # that are sent with it
-
-
-class Watcher:
-    """Is told what the upstream is asked; this one takes no notice."""
-
-    def request(self, method: str, path: str) -> Watched | None:
-        """A request that is neither a generation nor a check begins; who watches it, if anybody."""
-        return None
-
-    def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
-        """What a generation is done within."""
-        return nullcontext()
-
-    def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
-        """What a round is carried out within."""
-        return nullcontext()
-
-    def headers(self) -> Mapping[str, str]:
-        """What is sent with a generation, asked within it."""
-        return {}
 
 
 class Engine:

@@ -17,7 +17,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from proxy.upstream.client import Call, Engine, Output
+    from proxy.types import Call, Output
+    from proxy.upstream.client import Engine
 
 BROKEN: Final = "\ufffd"
 """Replacement character; bytes that are no whole character are decoded to it."""

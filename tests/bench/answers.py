@@ -10,14 +10,14 @@ import aiohttp
 
 from discovery.answers.algebra import express
 from discovery.answers.forms import canonical
-from proxy.episode.votability import asks, vouches
+from proxy.environment.votability import asks, vouches
 from proxy.server import running
 from proxy.settings import load
 from tests.bench.rows import Row, Size
 from tests.discovery.answers.answer_pairs import DIFFERENT, SAME
 from tests.fakes import Chain, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL
-from tests.proxy.episode.test_votability import PROSE, TASKS, probed
+from tests.proxy.environment.test_votability import PROSE, TASKS, probed
 
 TIMES = 20
 

@@ -12,8 +12,9 @@ from controllers import Action, Controller, Limits, State, advance, answer, bran
 from controllers.baselines import CMC, SelfConsistency
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
-from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
-from proxy.upstream.client import Call, Engine
+from proxy.environment.live_environment import LiveEnvironment
+from proxy.types import Call, Prompt, Sizes
+from proxy.upstream.client import Engine
 from tests.bench.rows import Row, Size, median_ratio
 
 MODEL = "autotts-tiny"

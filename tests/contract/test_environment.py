@@ -32,8 +32,9 @@ from controllers.builtin import BUILT_IN, create
 from discovery.answers import read
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment
-from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD, TEMPLATES, Family
+from proxy.types import Prompt, Sizes
 from proxy.upstream.client import Engine
 from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 

@@ -22,6 +22,7 @@ from proxy.errors import (
 )
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import Call
 from proxy.upstream import client as engines
 from proxy.upstream import health_check
 from proxy.upstream.circuit_breaker import (
@@ -33,7 +34,7 @@ from proxy.upstream.circuit_breaker import (
     BreakerState,
     RetryBudget,
 )
-from proxy.upstream.client import Call, Engine
+from proxy.upstream.client import Engine
 from proxy.upstream.embedded import free_port
 from proxy.upstream.health_check import HealthCheck
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM

@@ -18,9 +18,10 @@ from proxy.admission.usage_meter import Bill
 from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import Call
 from proxy.upstream import client as engines
 from proxy.upstream.circuit_breaker import FAILURES
-from proxy.upstream.client import Call, Engine
+from proxy.upstream.client import Engine
 from proxy.upstream.response_body import Lines, parse_object
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy

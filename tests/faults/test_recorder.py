@@ -27,10 +27,11 @@ from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
 from discovery.store import Feedback, ServedEpisode, Store, StoreItem
 from discovery.store.rows import encode_item
-from proxy.recording.spill_file import MOST_FILES, Spill, places
+from proxy.recording.spill_file import Spill
 from proxy.recording.store_writer import FILE, GROUP, STORE, Owner, Recorder
 from proxy.server import running
 from proxy.settings import load
+from proxy.spill_paths import MOST_FILES, places
 from proxy.telemetry.metrics import Metrics
 from tests.proxy.conftest import SMALL, Proxy, backend
 

@@ -22,9 +22,9 @@ from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Store
 from proxy.cli import app
-from proxy.recording.spill_file import places
 from proxy.recording.store_writer import RECOVERED, STORED, Recorder
 from proxy.settings import load
+from proxy.spill_paths import places
 from proxy.telemetry.metrics import Metrics
 from tests.faults.processes import Command, Forker, forking, until
 from tests.proxy.conftest import SMALL, backend

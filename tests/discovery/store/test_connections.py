@@ -19,10 +19,11 @@ from discovery.errors import CorruptRow, FileWriteError, StoreError
 from discovery.evaluation.sources import open_source
 from discovery.store import ServedEpisode, Store
 from proxy.errors import SettingsError
-from proxy.recording.spill_file import Spill, is_foreign
+from proxy.recording.spill_file import Spill
 from proxy.recording.store_writer import Recorder
 from proxy.recording.template_drift import Drift
 from proxy.settings import load
+from proxy.spill_paths import is_foreign
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Engine
 

@@ -9,9 +9,9 @@ import pytest
 
 from proxy.admission.load_shedding import Marks, parse_marks
 from proxy.errors import SettingsError
-from proxy.requests.beta import Dial, Source
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import Dial, Source
 from tests.fakes import FakeVLLM
 from tests.proxy.admission.test_api_keys import ask
 from tests.proxy.conftest import SMALL

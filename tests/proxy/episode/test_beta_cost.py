@@ -23,9 +23,10 @@ from discovery.evaluation.calibration import (
 )
 from proxy.app import create_app
 from proxy.errors import BadRequest, SettingsError
-from proxy.requests.beta import Source, resolve
+from proxy.requests.beta import resolve
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import Source
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 from tests.proxy.requests.test_bad_input import check_error

@@ -15,10 +15,11 @@ from aiohttp import web
 
 from controllers import branch
 from discovery.data.recordings import intern_answers
-from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD
 from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, Finisher, Purse
 from proxy.recording.store_writer import Recorder
+from proxy.types import Prompt, Sizes
 from proxy.upstream.client import Engine
 from tests.fakes import ASSISTANT, LONGEST_CLOSING, MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, Proxy, backend

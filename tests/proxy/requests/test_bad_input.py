@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from proxy.errors import MOST_MESSAGE, MOST_PARAM, BadRequest, clipped
 from proxy.requests import strict_json
-from proxy.requests.beta import Source, resolve, split_alias
+from proxy.requests.beta import resolve, split_alias
 from proxy.requests.models import (
     MOST_BIASES,
     MOST_MESSAGES,
@@ -26,6 +26,7 @@ from proxy.requests.models import (
     ResponsesRequest,
     parse,
 )
+from proxy.types import Source
 from tests.fakes import MODEL
 from tests.proxy.conftest import Proxy
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from controllers.installed import Stage
-from proxy.rollout.canary_test import Outcome, Quality, Verdict, Watch
+from proxy.rollout.canary_test import Outcome, Verdict, Watch
+from proxy.types import Quality
 
 REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean

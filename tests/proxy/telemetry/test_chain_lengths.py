@@ -7,10 +7,10 @@ import logging
 import pytest
 from openai import AsyncOpenAI
 
-from proxy.episode.live_environment import LiveBranch
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.chain_lengths import ENOUGH, ChainLengths, suggested
+from proxy.types import LiveBranch
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend, proxy
 

@@ -6,12 +6,13 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.episode.episode_metrics import saved_tokens
-from proxy.episode.live_environment import LiveBranch, LiveEnvironment, Prompt, Sizes
-from proxy.requests.beta import ALIASES, EFFORTS, Dial, Source
+from proxy.requests.beta import EFFORTS
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import family
+from proxy.types import ALIASES, Dial, LiveBranch, Prompt, Sizes, Source
 from proxy.upstream import health_monitor
 from proxy.upstream.client import Engine
 from tests.proxy.conftest import SMALL, Proxy

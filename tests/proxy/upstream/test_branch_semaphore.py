@@ -16,8 +16,9 @@ from openai import AsyncOpenAI
 
 from proxy.server import running
 from proxy.settings import load
+from proxy.types import Call
 from proxy.upstream.branch_semaphore import Berths
-from proxy.upstream.client import Call, Engine
+from proxy.upstream.client import Engine
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend
 from tests.proxy.recording.test_episode_log import until

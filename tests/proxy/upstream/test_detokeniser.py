@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 from controllers import Probed, advance, branch, probe
 from discovery.answers import parse_kind
-from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamRefused
 from proxy.probe_templates import TEMPLATES, Family
+from proxy.types import Prompt, Sizes
 from proxy.upstream.client import Engine
 from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, Endings, Known
 from tests.dictated import MARK, MODEL, DictatedVLLM, byte_level, id_of, ids_of, sentence_piece

@@ -16,11 +16,12 @@ from controllers import Fact, Round, advance, branch, probe
 from deploy.embedded import server
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
-from proxy.episode.live_environment import LiveEnvironment, Prompt, Sizes
+from proxy.environment.live_environment import LiveEnvironment
 from proxy.recording import recorded_branches
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from proxy.upstream.client import Call, Engine
+from proxy.types import Call, Prompt, Sizes
+from proxy.upstream.client import Engine
 from proxy.upstream.detokeniser import BROKEN
 from tests.dictated import id_of, ids_of
 

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from deploy.embedded.task import held_back
-from proxy.episode.stop_strings import MOST_AT_SERVER, OPENING_TOKENS, StopStrings
+from proxy.environment.stop_strings import MOST_AT_SERVER, OPENING_TOKENS, StopStrings
 from proxy.probe_templates import TEMPLATES, Family
 from proxy.server import running
 from proxy.settings import EMBEDDED, load

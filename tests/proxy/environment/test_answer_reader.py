@@ -11,8 +11,8 @@ import pytest
 
 from discovery.answers import Judge, Labels, canonical, parse_kind, read
 from discovery.answers.judge import Finding
-from proxy.episode import answer_reader
-from proxy.episode.answer_reader import Budget, EpisodeGrader, Grading, InlineGrader
+from proxy.environment import answer_reader
+from proxy.environment.answer_reader import Budget, EpisodeGrader, Grading, InlineGrader
 from proxy.telemetry.metrics import Metrics
 
 PATTERN = parse_kind(r"regex:x.*y|x")
@@ -149,7 +149,7 @@ async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.M
         where.append(threading.current_thread().name.partition("_")[0])
         return read(*args, **kwargs)
 
-    monkeypatch.setattr("proxy.episode.answer_reader.read", noted)
+    monkeypatch.setattr("proxy.environment.answer_reader.read", noted)
     async for made in make(lambda one, other: Finding(False)):
         grader = made.grader("a")
         answers = [

@@ -10,15 +10,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
+from proxy.environment.live_environment import OPEN_STREAM_INTERVAL, PIECES
 from proxy.episode import run
-from proxy.episode.live_environment import OPEN_STREAM_INTERVAL, PIECES
 from proxy.requests import models
-from proxy.requests.beta import Dial, Source
 from proxy.rollout.controller_runner import Casting
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import STREAM_INTERVAL, Engine
+from proxy.types import STREAM_INTERVAL, Dial, Source
+from proxy.upstream.client import Engine
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from discovery.answers import Answer, parse_kind, read
-from proxy.episode.votability import LONGEST, asks, vouches, works
+from proxy.environment.votability import LONGEST, asks, vouches, works
 
 PROSE = [  # a question, what a branch has written of its reply, and what a probe that leads into a box gets
     ("Write a short story about a dragon.", "Once upon a time, 3 dragons lived in a cave.", "3"),

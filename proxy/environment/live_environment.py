@@ -6,20 +6,21 @@ A round goes out in as few requests as can be: all branches that run equally lon
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import AUTO, VOTES_ALONE, Answer, Kind, Labels
+from discovery.answers import VOTES_ALONE, Answer, Labels
 from proxy import probe_templates
-from proxy.episode import votability
-from proxy.episode.answer_reader import Grader, InlineGrader
-from proxy.episode.stop_strings import StopStrings
+from proxy.environment import votability
+from proxy.environment.answer_reader import Grader, InlineGrader
+from proxy.environment.stop_strings import StopStrings
 from proxy.errors import UpstreamError
-from proxy.upstream.client import STREAM_INTERVAL, Call, Engine, Output
+from proxy.types import STREAM_INTERVAL, Call, LiveBranch, Output, Prompt, Sizes
+from proxy.upstream.client import Engine
 from proxy.upstream.detokeniser import CallDecoder, Detokeniser
 
 OPEN_STREAM_INTERVAL: Final = 8
@@ -28,33 +29,6 @@ PIECES: Final = 4
 """Pieces in which the tokens of a short call come, at least."""
 UNASKED: Final = 2
 """Branches that may be opened before it is known that the task can be voted on."""
-
-
-class Prompt(NamedTuple):
-    """What a request asks, ready for the engine."""
-
-    model: str
-    ids: Sequence[int]
-    tail: str  # the end of its text, to see whether the template opened a thought
-    sampling: Mapping[str, Any]  # of its branches, without seed and stop
-    greedy_first: bool = False  # the first branch is generated at temperature 0, whatever `sampling` says
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    kind: Kind = AUTO
-    template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
-    salt: str | None = None  # of its tenant's part of the upstream's prefix cache
-    asks: bool = False  # its question asks for an answer that can be voted on
-
-
-class Sizes(NamedTuple):
-    """Token bounds of the request's branches and probes."""
-
-    interval: int
-    branch: int  # the most a branch may grow to
-    probe: int  # the most a probe may generate
-    ahead: int | None = None  # the most a branch may be run ahead of what is asked for; None if to its end
-    sent_bytes: int | None = None  # after which no round begins any more
-    cut_probes: int | None = None  # replies cut by a stop string that may be asked for their answer; None is all
 
 
 class SentTooMuch(Exception):
@@ -67,21 +41,6 @@ class CutShort(Exception):
 
 class NotVotable(Exception):
     """The first branch to finish gives nothing that can be voted on."""
-
-
-@dataclass(slots=True)
-class LiveBranch:
-    """A branch's own text; what the controller knows of it is in State."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    pieces: int = 0  # requests it was generated in
-    finish: str | None = None  # "stop", "length", or None while it runs
-    answer: Answer | None = None  # what its reply answers, once finished and read
-    is_read: bool = False
-    is_cut: bool = False  # it was finished by one of the client's stop strings
-    label: int | None = None  # the number of that answer, once a fact has told it
-    ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
 
 @dataclass(slots=True)
