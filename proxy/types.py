@@ -18,7 +18,7 @@ from controllers import Action, Limits
 from controllers.builtin import is_admin_only
 from controllers.installed import Stage
 from controllers.loading import Spec
-from discovery.answers import AUTO, Answer, Kind
+from discovery.answers import AUTO, Answer, AnswerKind
 from discovery.data.recordings import question_id
 from proxy import probe_templates
 
@@ -175,7 +175,7 @@ class Prompt(NamedTuple):
     greedy_first: bool = False  # the first branch is generated at temperature 0, whatever `sampling` says
     stop: Sequence[str] = ()
     seed: int | None = None
-    kind: Kind = AUTO
+    kind: AnswerKind = AUTO
     template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
     salt: str | None = None  # of its tenant's part of the upstream's prefix cache
     asks: bool = False  # its question asks for an answer that can be voted on

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from controllers import Action, Advanced, Controller, Fact, Limits, Probed, State, Verb, answer, probe
 from controllers.actions import TO_END
-from discovery.answers import Answer, Labels, read
+from discovery.answers import Answer, Labels, read_answer
 from proxy.probe_templates import LEAD, TEMPLATES, Family
 
 LONGEST_CLOSING = TEMPLATES[Family.QWEN3].close
@@ -73,8 +73,8 @@ class ScriptedEnvironment:
         if action.verb is Verb.PROBE:
             chain, at = self.chains[action.branch], self.at[action.branch]
             if at == chain.tokens:
-                return Probed(action.branch, self._label(read(chain.text)), 0)
-            hunch = read(LEAD + chain.hunch(at, self.interval) + "}")
+                return Probed(action.branch, self._label(read_answer(chain.text)), 0)
+            hunch = read_answer(LEAD + chain.hunch(at, self.interval) + "}")
             return Probed(action.branch, self._label(hunch), self.probe_cost(chain.text[:at]))
         return None
 
@@ -83,11 +83,11 @@ class ScriptedEnvironment:
         self.at[index] = min(chain.tokens, before + min(intervals, TO_END) * self.interval)
         tokens = self.at[index] - before
         finished = self.at[index] == chain.tokens
-        label = self._label(read(chain.text)) if finished else None
+        label = self._label(read_answer(chain.text)) if finished else None
         return Advanced(index, -(-tokens // self.interval), tokens, finished, label)
 
     def _label(self, answer: Answer | None) -> int | None:
-        return None if answer is None else self.labels.number(answer.form, answer.written)
+        return None if answer is None else self.labels.label_of(answer.form, answer.written)
 
 
 def episode(interval: int = 10, **limits: Any) -> State:

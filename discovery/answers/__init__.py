@@ -1,33 +1,34 @@
-r"""Text → label: which answer a text gives, and which answers are the same.
+r"""Answers: find the answer a text gives, and decide which answers are equal.
 
-`read` finds the answer a text ends up giving, in the way its `Kind` says; `canonical` brings what is written there to a
-form by which it is compared; `Labels` numbers the answers of an episode, asking a `Judge` where forms alone cannot
-tell. Replay regrades recordings with this, the proxy reads probes and replies with it, so neither can drift.
+`read_answer` extracts the final answer of a text by the method of its `AnswerKind`. `canonical` brings an answer to the
+form by which it is compared. `Labels` numbers the answers of an episode and asks a `Judge` where forms alone cannot
+decide. Replay grades recordings and the proxy reads probes and replies with the same code, so they cannot disagree.
+Imported by everything in `discovery` and `proxy`.
 """
 
-from discovery.answers.forms import Form, Sort, canonical
+from discovery.answers.extraction import PATTERN_S, Answer, boxed, read_answer
+from discovery.answers.forms import CanonicalForm, FormType, canonical
 from discovery.answers.judge import Judge
-from discovery.answers.kinds import AUTO, Kind, Way, parse_kind
+from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod, parse_kind
 from discovery.answers.labels import Labels
-from discovery.answers.reading import PATTERN_S, Answer, boxed, read
-from discovery.answers.redaction import is_veiled, veiled
-from discovery.answers.stated import VOTES_ALONE
+from discovery.answers.redaction import is_redacted, redacted
+from discovery.answers.stated_answers import VOTABLE_TYPES
 
 __all__ = [
     "AUTO",
     "PATTERN_S",
-    "VOTES_ALONE",
+    "VOTABLE_TYPES",
     "Answer",
-    "Form",
+    "AnswerKind",
+    "CanonicalForm",
+    "ExtractionMethod",
+    "FormType",
     "Judge",
-    "Kind",
     "Labels",
-    "Sort",
-    "Way",
     "boxed",
     "canonical",
-    "is_veiled",
+    "is_redacted",
     "parse_kind",
-    "read",
-    "veiled",
+    "read_answer",
+    "redacted",
 ]

@@ -35,7 +35,7 @@ Sum = Mapping[Monomial, Number]  # coefficient of each monomial, none of them 0
 ONE: Final[Monomial] = ()
 
 
-class NoExpression(Exception):
+class NotAnExpression(Exception):
     """The text is not an expression."""
 
 
@@ -128,11 +128,11 @@ _OPEN: Final = MappingProxyType({"(": ")", "[": "]", "{": "}", "\\{": "\\}"})
 
 
 @lru_cache(maxsize=8192)
-def express(text: str) -> Expression:
+def normalize_expression(text: str) -> Expression:
     """The one spelling of `text`, LaTeX or plain. Raises NoExpression or TooHard."""
-    parser = Parser(text)
+    parser = ExpressionParser(text)
     try:
-        return parser.express(parser.whole())
+        return parser.to_expression(parser.whole())
     except (OverflowError, RecursionError):
         raise TooHard(text) from None
 
@@ -144,7 +144,7 @@ class _Token:
     tight: bool  # no space before it
 
 
-class Parser:
+class ExpressionParser:
     """One text, read by recursive descent straight into a Sum."""
 
     def __init__(self, text: str) -> None:
@@ -165,7 +165,7 @@ class Parser:
     def whole(self) -> Sum:
         found = self.sum()
         if self.at < len(self.tokens):
-            raise NoExpression(self.tokens[self.at].text)
+            raise NotAnExpression(self.tokens[self.at].text)
         return found
 
     def peek(self, ahead: int = 0) -> str:
@@ -174,10 +174,10 @@ class Parser:
 
     def take(self, wanted: str = "") -> _Token:
         if self.at >= len(self.tokens):
-            raise NoExpression("it ends too early")
+            raise NotAnExpression("it ends too early")
         token = self.tokens[self.at]
         if wanted and token.text != wanted:
-            raise NoExpression(f"{token.text} where {wanted} should be")
+            raise NotAnExpression(f"{token.text} where {wanted} should be")
         self.at += 1
         return token
 
@@ -325,7 +325,7 @@ class Parser:
             return self.symbol(name)
         if kind == "name":
             return self.letters(token)
-        raise NoExpression(text)
+        raise NotAnExpression(text)
 
     def bracketed(self, text: str, close: str | None = None) -> Sum:
         if text == "√":
@@ -335,7 +335,7 @@ class Parser:
             self.take(close or ("\\vert" if self.peek() == "\\vert" else "|"))
             return self.absolute(inner)
         if text not in _OPEN:
-            raise NoExpression(text)
+            raise NotAnExpression(text)
         inner = self.sum()
         self.take(_OPEN[text])
         return inner
@@ -376,13 +376,13 @@ class Parser:
         if exponent == {ONE: -1}:
             name, exponent = f"arc{name}", None
             if name not in _FUNCTIONS:
-                raise NoExpression(name)
+                raise NotAnExpression(name)
         if name == "exp":
             return self.raised({(("e", 1),): 1}, inner)
         if base is None and (known := _at_nice_angle(name, inner)) is not None:
             return known if exponent is None else self.raised(known, exponent)
-        argument = self.express(inner)
-        of = None if base is None else self.express(base)
+        argument = self.to_expression(inner)
+        of = None if base is None else self.to_expression(base)
         value = self.apply(_FUNCTIONS[name], argument.value)
         if of is not None:
             below = self.apply(cmath.log, of.value)
@@ -410,7 +410,7 @@ class Parser:
     def letters(self, token: _Token) -> Sum:
         """Letters side by side are a product of variables, each of which may have an index; long runs are words."""
         if len(token.text) > 3:
-            raise NoExpression(token.text)
+            raise NotAnExpression(token.text)
         name, rest = token.text[0], token.text[1:]
         if rest:
             self.tokens.insert(self.at, _Token("name", rest, True))
@@ -426,10 +426,10 @@ class Parser:
             else:
                 index = self.take().text
             if not index.isalnum():
-                raise NoExpression(index)
+                raise NotAnExpression(index)
             name = f"{name}_{index}" if len(index) == 1 else f"{name}_{{{index}}}"
         if self.peek() == "'":
-            raise NoExpression("a prime")
+            raise NotAnExpression("a prime")
         return self.symbol(name)
 
     def symbol(self, name: str) -> Sum:
@@ -458,7 +458,7 @@ class Parser:
         power = exponent[ONE]
         if not base:
             if power < 0:
-                raise NoExpression("a division by zero")
+                raise NotAnExpression("a division by zero")
             return {}
         if power == 1:
             return base
@@ -527,7 +527,7 @@ class Parser:
             if type(power) is int and base[min(base)] < 0:
                 content = -content
             base = {monomial: _ratio(Fraction(factor) / content) for monomial, factor in base.items()}
-        inner = self.express(base)
+        inner = self.to_expression(base)
         value = None
         if inner.value is not None and (inner.value or power > 0):
             value = self.apply(lambda x: x ** float(power), inner.value)
@@ -539,7 +539,7 @@ class Parser:
         whole = rest.pop(ONE, 0)
         if type(whole) is not int or len(base) != 1 or set(base) != {ONE}:
             rest, whole = dict(exponent), 0
-        below, above = self.express(base), self.express(rest)
+        below, above = self.to_expression(base), self.to_expression(rest)
         value = None
         if below.value is not None and above.value is not None:
             value = self.apply(lambda x: x**above.value if above.value is not None else x, below.value)
@@ -551,17 +551,17 @@ class Parser:
         number = of.get(ONE, 0)
         if (not of or set(of) == {ONE}) and type(number) is int and 0 <= number <= 300:
             return {ONE: math.factorial(number)}
-        inner = self.express(of)
+        inner = self.to_expression(of)
         return self.atom(f"({inner.text})!", None)
 
     def choose(self, of: Sum, chosen: Sum) -> Sum:
         numbers = [one.get(ONE, 0) for one in (of, chosen) if not one or set(one) == {ONE}]
         if len(numbers) == 2 and all(type(n) is int and 0 <= n <= 1000 for n in numbers):
             return _constant(_small(math.comb(int(numbers[0]), int(numbers[1]))))
-        return self.atom(f"\\binom{{{self.express(of).text}}}{{{self.express(chosen).text}}}", None)
+        return self.atom(f"\\binom{{{self.to_expression(of).text}}}{{{self.to_expression(chosen).text}}}", None)
 
     def absolute(self, inner: Sum) -> Sum:
-        found = self.express(inner)
+        found = self.to_expression(inner)
         if found.value is not None and found.value.imag == 0 and not _variables(inner) and not self.values:
             return inner if found.value.real >= 0 else _scale(inner, -1)
         return self.atom(f"|{found.text}|", None if found.value is None else abs(found.value))
@@ -573,7 +573,7 @@ class Parser:
 
     # Spelling
 
-    def express(self, found: Sum) -> Expression:
+    def to_expression(self, found: Sum) -> Expression:
         if not found:
             return Expression("0", True, 0j)
         if len(found) > MOST_TERMS:

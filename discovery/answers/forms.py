@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Final
 
 from discovery.answers.algebra import TooHard
-from discovery.answers.spelling import balanced, tidy
-from discovery.answers.structure import Reading, choice, lettered
-from discovery.answers.types import Form, Sort
+from discovery.answers.form_parser import FormParser, choice, lettered
+from discovery.answers.latex import balanced, normalize_latex
+from discovery.answers.types import CanonicalForm, FormType
 
-__all__ = ["LONGEST", "Form", "Sort", "canonical", "choice"]
+__all__ = ["LONGEST", "CanonicalForm", "FormType", "canonical", "choice"]
 
 LONGEST: Final = 1000
 """Characters of an answer; nobody votes on what is longer."""
@@ -31,7 +31,7 @@ _PLACEHOLDER = re.compile(
 
 
 @lru_cache(maxsize=16_384)
-def canonical(written: str) -> Form | None:
+def canonical(written: str) -> CanonicalForm | None:
     r"""The form of what stands in a `\boxed{}` or was stated as the answer; None if it cannot be read as one.
 
     Takes milliseconds at most: the text's length, the depth of its brackets and the number of its parts are bounded.
@@ -43,16 +43,18 @@ def canonical(written: str) -> Form | None:
         return None
     if (letter := lettered(text)) is not None:
         return letter
-    text = tidy(text)
+    text = normalize_latex(text)
     if not text or len(text) > 4 * LONGEST or not balanced(text) or _PLACEHOLDER.fullmatch(text):
         return None
     try:
-        return Reading().form(text)
+        return FormParser().form(text)
     except (TooHard, RecursionError):
         return None
 
 
-def _integer(text: str) -> Form:
+def _integer(text: str) -> CanonicalForm:
     digits = text.lstrip("+-").replace(",", "").lstrip("0") or "0"
     plain = f"-{digits}" if text[0] == "-" and digits != "0" else digits
-    return Form(plain, Sort.NUMBER, shape="#", values=(complex(float(plain)) if len(plain) < 300 else None,))
+    return CanonicalForm(
+        plain, FormType.NUMBER, shape="#", values=(complex(float(plain)) if len(plain) < 300 else None,)
+    )

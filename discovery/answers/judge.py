@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Self
 from controllers.sandbox.meter import Meter, Usage
 from controllers.sandbox.worker import Clock
 
-WORKER: Final = Path(__file__).with_name("equality.py")
+WORKER: Final = Path(__file__).with_name("equality_worker.py")
 START_S: Final = 60.0
 """Seconds a worker may take to load what it needs."""
 BACKSTOP_S: Final = 120.0
@@ -29,7 +29,7 @@ MOST_KNOWN: Final = 16_384
 """Pairs, and texts that could not be finished with, that are remembered."""
 
 
-class Finding(NamedTuple):
+class EqualityResult(NamedTuple):
     """The outcome of one question."""
 
     equal: bool  # False also where it could not be found out
@@ -69,7 +69,7 @@ class Judge:
         """Whether two answers are equal; False also where it cannot be found out in time. Blocks meanwhile."""
         return self.compare(one, other).equal
 
-    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> Finding:
+    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> EqualityResult:
         """Find out whether two answers are equal. Blocks for as long as a question takes, after at most `wait_s`
         seconds until a worker is free; None waits as long as that takes."""
         pair = (one, other) if one <= other else (other, one)
@@ -80,12 +80,12 @@ class Judge:
             while not self._idle:
                 left = None if deadline is None else deadline - time.monotonic()
                 if (left is not None and left <= 0) or self._is_closed:
-                    return Finding(False, waited=True)
+                    return EqualityResult(False, waited=True)
                 self._freed.wait(left)
             if (finding := self._remembered(pair)) is not None:  # somebody else has asked meanwhile
                 return finding
             if self._is_closed:
-                return Finding(False, waited=True)
+                return EqualityResult(False, waited=True)
             worker = self._idle.pop()
         try:
             return self._ask(worker, pair, START_S if deadline is None else deadline - time.monotonic())
@@ -110,16 +110,16 @@ class Judge:
                 else:
                     worker.kill()  # whoever asks it stops it
 
-    def _remembered(self, pair: tuple[str, str]) -> Finding | None:
+    def _remembered(self, pair: tuple[str, str]) -> EqualityResult | None:
         known = self._known.get(pair)
         if known is not None:
             self._known.move_to_end(pair)
-            return Finding(known)
-        return Finding(False) if pair[0] in self._endless or pair[1] in self._endless else None
+            return EqualityResult(known)
+        return EqualityResult(False) if pair[0] in self._endless or pair[1] in self._endless else None
 
-    def _ask(self, worker: _Worker, pair: tuple[str, str], start_s: float) -> Finding:
+    def _ask(self, worker: _Worker, pair: tuple[str, str], start_s: float) -> EqualityResult:
         if not worker.start(start_s):
-            return Finding(False, waited=True)
+            return EqualityResult(False, waited=True)
         begun = time.monotonic()
         reply = worker.converse(json.dumps(pair).encode() + b"\n", self.seconds)
         seconds = time.monotonic() - begun
@@ -127,7 +127,7 @@ class Judge:
             worker.stop()
         with self._lock:
             if self._is_closed:
-                return Finding(False, waited=True)
+                return EqualityResult(False, waited=True)
             if reply is None:
                 self.killed += 1
                 self._endless[max(pair, key=len)] = None
@@ -137,7 +137,7 @@ class Judge:
                 _shorten(self._known)
             for idle in (worker, *self._idle):
                 idle.launch()  # what was killed loads again while nobody waits for it
-        return Finding(reply == b"true", seconds, reply is None)
+        return EqualityResult(reply == b"true", seconds, reply is None)
 
 
 class _Worker:

@@ -20,7 +20,7 @@ Comparator = Callable[[str], str | None]
 """What a text comes down to: texts that come down to the same are the same answer; None is no answer."""
 
 
-class Way(StrEnum):
+class ExtractionMethod(StrEnum):
     """How an answer is found in a text."""
 
     AUTO = "auto"  # boxed, else stated: a choice, a number, yes or no, a formula; else the whole text, if it is one
@@ -34,34 +34,34 @@ class Way(StrEnum):
 
 
 @dataclass(frozen=True)
-class Kind:
+class AnswerKind:
     """A way of finding answers, with what it needs to know."""
 
-    way: Way
+    method: ExtractionMethod
     argument: str = ""  # REGEX: the pattern; CODE, TEXT: the comparator's name
 
     def __str__(self) -> str:
-        return f"{self.way}:{self.argument}" if self.argument else str(self.way)
+        return f"{self.method}:{self.argument}" if self.argument else str(self.method)
 
     @property
     def votable(self) -> bool:
         """Whether two answers of this kind can be found to be the same."""
-        return self.way not in (Way.CODE, Way.TEXT) or bool(self.argument)
+        return self.method not in (ExtractionMethod.CODE, ExtractionMethod.TEXT) or bool(self.argument)
 
     @property
-    def vouched(self) -> bool:
+    def is_declared_votable(self) -> bool:
         """Whether a client that names it says there will be such an answer."""
-        return self.way is not Way.AUTO and self.votable
+        return self.method is not ExtractionMethod.AUTO and self.votable
 
     @property
-    def probed(self) -> bool:
+    def is_probeable(self) -> bool:
         """Whether a running branch can be asked for such an answer in a few words."""
-        return self.way not in (Way.JSON, Way.CODE, Way.TEXT)
+        return self.method not in (ExtractionMethod.JSON, ExtractionMethod.CODE, ExtractionMethod.TEXT)
 
     @property
     def comparator(self) -> Comparator:
         """CODE, TEXT: what tells which texts are the same. Without a name no two are: nothing is."""
-        return COMPARATORS[self.way].get(self.argument, _nothing) if self.way in COMPARATORS else _nothing
+        return COMPARATORS[self.method].get(self.argument, _nothing) if self.method in COMPARATORS else _nothing
 
     @cached_property
     def pattern(self) -> Any:
@@ -69,17 +69,17 @@ class Kind:
         return _compile(self.argument)
 
 
-def parse_kind(spec: str) -> Kind:
+def parse_kind(spec: str) -> AnswerKind:
     """A kind as a client names it. Raises UnknownAnswerKind."""
     name, colon, argument = spec.partition(":")
     try:
-        way = Way(name)
+        way = ExtractionMethod(name)
     except ValueError:
         raise UnknownAnswerKind(
-            f"answers are read as {', '.join(map(str, Way))} (regex:PATTERN), not {spec!r}"
+            f"answers are read as {', '.join(map(str, ExtractionMethod))} (regex:PATTERN), not {spec!r}"
         ) from None
-    kind = Kind(way, argument)
-    if way is Way.REGEX:
+    kind = AnswerKind(way, argument)
+    if way is ExtractionMethod.REGEX:
         if not 0 < len(argument) <= LONGEST_PATTERN:
             raise UnknownAnswerKind(f"regex: takes a pattern of 1 to {LONGEST_PATTERN} characters: regex:v(\\d+)")
         _compile(argument)
@@ -116,8 +116,8 @@ def _nothing(_: str) -> str | None:
     return None
 
 
-COMPARATORS: Final[Mapping[Way, Mapping[str, Comparator]]] = MappingProxyType(
-    {Way.TEXT: {"words": _words}, Way.CODE: {"lines": _lines}}
+COMPARATORS: Final[Mapping[ExtractionMethod, Mapping[str, Comparator]]] = MappingProxyType(
+    {ExtractionMethod.TEXT: {"words": _words}, ExtractionMethod.CODE: {"lines": _lines}}
 )
 
-AUTO: Final = Kind(Way.AUTO)
+AUTO: Final = AnswerKind(ExtractionMethod.AUTO)

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Protocol
 
-from discovery.answers.forms import Form, Sort
+from discovery.answers.forms import CanonicalForm, FormType
 
 MOST_ASKED: Final = 8
 """Classes a new answer is held against by the judge; the first come first."""
 
-_MATHEMATICAL: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION)
+_MATHEMATICAL: Final = (FormType.NUMBER, FormType.EXPRESSION, FormType.COLLECTION)
 _COMPUTED: Final = ("\\int", "\\sum", "\\prod", "\\lim", "\\lfloor", "\\lceil", "\\gcd", "\\max", "\\min", "\\det")
 _STRUCTURED = re.compile(r"[<>]|\\[lgn]e(?![a-z])|\\begin\{array\}|^\([a-z](?:,[a-z])+\)=\(")
 EQUATION: Final = "#=0"
 """Shape of an equation of variables."""
 
 
-class Decides(Protocol):
+class EqualityOracle(Protocol):
     """Who is asked about expressions whose forms do not settle it: a `Judge`."""
 
     def same(self, one: str, other: str) -> bool: ...
@@ -31,7 +31,7 @@ class Decides(Protocol):
 class _Class:
     """Answers that are the same."""
 
-    form: Form  # of the first
+    form: CanonicalForm  # of the first
     written: str  # the first, as it was written
     name: str
     unit: str
@@ -45,7 +45,7 @@ class Labels:
     Expressions that might still be equal are put to the judge, if there is one.
     """
 
-    def __init__(self, judge: Decides | None = None) -> None:
+    def __init__(self, judge: EqualityOracle | None = None) -> None:
         self._judge = judge
         self._classes: list[_Class] = []
         self._numbers: dict[tuple[str, str, str], int] = {}
@@ -58,21 +58,21 @@ class Labels:
         """The answer of `label`, as it was written first."""
         return self._classes[label].written
 
-    def doubtful(self, form: Form) -> list[tuple[int, str]]:
+    def undecided(self, form: CanonicalForm) -> list[tuple[int, str]]:
         """Labels that `form` might have and forms alone cannot rule out, each with its answer as first written.
 
         Empty if the label is known. Ask about them in this order.
         """
         return [] if self._known(form) is not None else list(islice(self._possible(form), MOST_ASKED))
 
-    def number(self, form: Form, written: str) -> int:
+    def label_of(self, form: CanonicalForm, written: str) -> int:
         """The label of an answer, a new one if it is none of those seen. Blocks while the judge is asked."""
         judge = self._judge
-        doubtful = [] if judge is None else self.doubtful(form)
+        doubtful = [] if judge is None else self.undecided(form)
         equal = (label for label, other in doubtful if judge is not None and judge.same(written, other))
-        return self.settle(form, written, next(equal, None))
+        return self.assign(form, written, next(equal, None))
 
-    def settle(self, form: Form, written: str, equal: int | None) -> int:
+    def assign(self, form: CanonicalForm, written: str, equal: int | None) -> int:
         """The label of an answer that was found to be `equal` to one of those it might be, or to none of them."""
         label = self._known(form)
         label = equal if label is None else label
@@ -85,7 +85,7 @@ class Labels:
         self._numbers[form.text, form.name, form.unit] = label
         return label
 
-    def _known(self, form: Form) -> int | None:
+    def _known(self, form: CanonicalForm) -> int | None:
         label = self._numbers.get((form.text, form.name, form.unit))
         if label is None:
             for candidate in self._by_text.get(form.text, ()):
@@ -93,25 +93,25 @@ class Labels:
                     return candidate
         return label
 
-    def _possible(self, form: Form) -> Iterator[tuple[int, str]]:
+    def _possible(self, form: CanonicalForm) -> Iterator[tuple[int, str]]:
         """The classes `form` might belong to for all that forms can tell."""
         for label, known in enumerate(self._classes):
             if self._joins(form, known) and form.text != known.form.text and _might_equal(form, known.form):
                 yield label, known.written
 
     @staticmethod
-    def _joins(form: Form, known: _Class) -> bool:
+    def _joins(form: CanonicalForm, known: _Class) -> bool:
         named_alike = not form.name or not known.name or form.name == known.name
         return named_alike and (not form.unit or not known.unit or form.unit == known.unit)
 
 
-def _might_equal(one: Form, other: Form) -> bool:
+def _might_equal(one: CanonicalForm, other: CanonicalForm) -> bool:
     """Whether math-verify can settle what forms cannot."""
     if one.exact and other.exact:
         return False
-    if Sort.OTHER in (one.sort, other.sort):
+    if FormType.OTHER in (one.type, other.type):
         return _might_be(one, other) and _might_be(other, one)
-    if one.sort not in _MATHEMATICAL or other.sort not in _MATHEMATICAL:
+    if one.type not in _MATHEMATICAL or other.type not in _MATHEMATICAL:
         return False
     if EQUATION in (one.shape, other.shape):
         return one.shape == other.shape or _states(one, other) or _states(other, one)
@@ -123,17 +123,17 @@ def _might_equal(one: Form, other: Form) -> bool:
     )
 
 
-def _might_be(form: Form, other: Form) -> bool:
+def _might_be(form: CanonicalForm, other: CanonicalForm) -> bool:
     """Whether `form`, if it is one that was not understood, is of a kind that might be `other`."""
-    if form.sort is not Sort.OTHER:
-        return form.sort in _MATHEMATICAL
+    if form.type is not FormType.OTHER:
+        return form.type in _MATHEMATICAL
     if "..." in form.text:
         return False
     if form.text.startswith(_COMPUTED):
         return True
-    return other.sort in (Sort.COLLECTION, Sort.OTHER) and _STRUCTURED.search(form.text) is not None
+    return other.type in (FormType.COLLECTION, FormType.OTHER) and _STRUCTURED.search(form.text) is not None
 
 
-def _states(equation: Form, value: Form) -> bool:
+def _states(equation: CanonicalForm, value: CanonicalForm) -> bool:
     """Whether an equation has the variable that `value` was given for: `2x + 4y = 3` and `y = …`."""
     return equation.shape == EQUATION and value.shape == "#" and bool(value.name) and value.name in equation.text

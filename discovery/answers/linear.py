@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from discovery.answers.algebra import NoExpression, Number, Parser, Sum, TooHard
+from discovery.answers.algebra import ExpressionParser, NotAnExpression, Number, Sum, TooHard
 
 _LETTER = re.compile(r"\\?[a-zA-Z]")
 
@@ -62,10 +62,10 @@ def _between(variable: str, bounds: tuple[str, str], loose: Sequence[bool], in_o
 
 def solve(left: str, right: str) -> Solved | None:
     """Solve `left = right` for its only variable; None if there is not one, or it is not linear."""
-    parser = Parser(f"({left})-({right})")
+    parser = ExpressionParser(f"({left})-({right})")
     try:
         difference = parser.whole()
-    except (NoExpression, TooHard, OverflowError, RecursionError):
+    except (NotAnExpression, TooHard, OverflowError, RecursionError):
         return None
     names = {name for monomial in difference for name, _ in monomial if name.isalpha() and name not in ("pi", "e", "i")}
     if len(names) != 1 or parser.values:
@@ -77,7 +77,7 @@ def solve(left: str, right: str) -> Solved | None:
     if not slope or any(name == variable for other in rest for name, _ in other):
         return None
     value: Sum = {other: _ratio(Fraction(-factor) / slope) for other, factor in rest.items()}
-    return Solved(variable, slope > 0, parser.express(value).text)
+    return Solved(variable, slope > 0, parser.to_expression(value).text)
 
 
 def _ratio(number: Fraction) -> Number:

@@ -12,15 +12,15 @@ MARK: Final = "veiled:"
 _VEIL: Final = re.compile(MARK + "[0-9a-f]{24}")
 
 
-def veiled(answer: str) -> str:
+def redacted(answer: str) -> str:
     """A hash of an answer's canonical form: spellings of one answer give one hash. It can be guessed at, not read."""
-    if is_veiled(answer):
+    if is_redacted(answer):
         return answer
     form = canonical(answer)
     text = answer.strip() if form is None else f"{form.text}\0{form.unit}"
     return MARK + blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def is_veiled(answer: str) -> bool:
-    """Whether an answer has the form of those `veiled` gives; a text that merely begins so is one like any other."""
+def is_redacted(answer: str) -> bool:
+    """Whether an answer has the form of those `redacted` gives; a text that merely begins so is one like any other."""
     return _VEIL.fullmatch(answer) is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Sort(StrEnum):
+class FormType(StrEnum):
     """Kind of an answer."""
 
     NUMBER = "number"  # a rational number
@@ -18,11 +18,11 @@ class Sort(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CanonicalForm:
     """The canonical form of an answer."""
 
     text: str
-    sort: Sort
+    type: FormType
     name: str = ""  # the variable it was given as the value of
     unit: str = ""
     exact: bool = True  # two exact forms that differ are not equal
@@ -32,4 +32,6 @@ class Form:
     @property
     def is_interval(self) -> bool:
         """Whether it is an interval, as `x > 2` is."""
-        return self.sort is Sort.COLLECTION and self.text[:1] in "([" and self.text[-1:] in ")]" and "oo" in self.text
+        return (
+            self.type is FormType.COLLECTION and self.text[:1] in "([" and self.text[-1:] in ")]" and "oo" in self.text
+        )

@@ -7,7 +7,7 @@ import re
 from types import MappingProxyType
 from typing import Final
 
-from discovery.answers.algebra import NoExpression, TooHard, express
+from discovery.answers.algebra import NotAnExpression, TooHard, normalize_expression
 
 _NAMES: Final = {
     "°": "deg degs degree degrees",
@@ -143,8 +143,8 @@ def _residue(match: re.Match[str]) -> tuple[str, str] | None:
         return None
     if _INTEGER.fullmatch(modulus):
         modulus = modulus.lstrip("0")
-        with contextlib.suppress(NoExpression, TooHard):
-            value = express(match["body"]).text
+        with contextlib.suppress(NotAnExpression, TooHard):
+            value = normalize_expression(match["body"]).text
         if modulus and value is not None and _INTEGER.fullmatch(value):
             return str(int(value) % int(modulus)), f"mod {modulus}"
     is_class = match["sign"].startswith("(") or match["sign"].casefold() == "\\pmod"

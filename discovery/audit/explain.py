@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, TypedDict
 from controllers import Round, State, Stop, Verb
 from controllers.builtin import BASELINE
 from controllers.voting import tally
-from discovery.answers import is_veiled
+from discovery.answers import is_redacted
 from discovery.answers.redaction import MARK
 from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
 from discovery.store.rows import ServedEpisode
@@ -143,7 +143,7 @@ def explain(episode: ServedEpisode) -> Explanation:
 
 def display_answer(answer: str) -> str:
     """An answer as people are shown it: one that cannot be read by the beginning of its hash."""
-    return f"#{answer.removeprefix(MARK)[:SHOWN]}" if is_veiled(answer) else answer
+    return f"#{answer.removeprefix(MARK)[:SHOWN]}" if is_redacted(answer) else answer
 
 
 def label_names(answers: Sequence[str]) -> LabelName:

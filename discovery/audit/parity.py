@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from controllers import ControllerError, Limits, State, Stop, run_episode
 from controllers.loading import Spec
 from controllers.sandbox.worker import Clock
-from discovery.answers import Judge, Labels, canonical, is_veiled, veiled
+from discovery.answers import Judge, Labels, canonical, is_redacted, redacted
 from discovery.audit.decision_replay import (
     ControllerKey,
     Decider,
@@ -303,13 +303,13 @@ class _Truth:
         return frozenset(answer for answer in answers if self.is_right(question, answer))
 
     def _compare(self, one: str, other: str) -> bool:
-        if is_veiled(one) or is_veiled(other):
-            return veiled(one) == veiled(other)
+        if is_redacted(one) or is_redacted(other):
+            return redacted(one) == redacted(other)
         form, other_form = canonical(one), canonical(other)
         if form is None or other_form is None:
             return one.strip() == other.strip()
         labels = Labels(self._judge)
-        return labels.number(form, one) == labels.number(other_form, other)
+        return labels.label_of(form, one) == labels.label_of(other_form, other)
 
 
 # Replays

@@ -81,7 +81,7 @@ def collecting(
     order = CollectionPlan(
         model, benchmark or questions.stem, branches, answer, temperature, top_p, max_tokens, keep_text
     )
-    with Shown(usd_per_million) as shown:
+    with CollectProgress(usd_per_million) as shown:
         work = collect(url, key, asked, order, out, at_once, max_tokens_total, on_change=shown.change)
         try:
             at = asyncio.run(_interruptible(work))
@@ -119,7 +119,7 @@ def _spent(at: CollectionProgress, usd_per_million: float | None) -> str:
     return f"{at.tokens:,} tokens in {at.seconds:,.0f} s ({at.tokens / max(at.seconds, 1e-3):,.0f}/s){usd}"
 
 
-class Shown:
+class CollectProgress:
     """How far it is; on a terminal a bar."""
 
     def __init__(self, usd_per_million: float | None, console: Console | None = None) -> None:
@@ -130,7 +130,7 @@ class Shown:
         self._before = 0  # branches that were there when it began, which tell nothing of how fast it goes
         self._usd_per_million = usd_per_million
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> CollectProgress:
         self._progress.start()
         return self
 

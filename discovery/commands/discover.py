@@ -29,17 +29,17 @@ from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison, read_s
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
-from discovery.search.arena import Arena, Trial
-from discovery.search.cascade import Cascade, Plan, fixed_recordings
-from discovery.search.digest import digest
+from discovery.search.cascade import Cascade, CascadePlan, fixed_recordings
 from discovery.search.explorers import Candidate, Explorer
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.files import Files
 from discovery.search.explorers.grammar import Grammar
 from discovery.search.explorers.tuned import Tuned
 from discovery.search.history import History
-from discovery.search.loop import Digester, Finalist, Limits, Run, card, read_pairs
-from discovery.search.prompt import SYSTEM, USER, together
+from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, read_pairs
+from discovery.search.prompt import SYSTEM, USER, join_blocks
+from discovery.search.trace_digest import digest
+from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import SearchRun, Store, TriedCandidate
 
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
@@ -97,7 +97,7 @@ def discover(
     cells, compared = load(recordings, names(models), names(benchmarks), answers)
     priced = any(recording.priced for found in cells.values() for recording in found)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
-    plan = Plan(shuffles=shuffles, latency=latency)
+    plan = CascadePlan(shuffles=shuffles, latency=latency)
     settings = {
         "explorer": explorer,
         "seed": seed,
@@ -115,21 +115,21 @@ def discover(
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
     rules = ReplayRules(probe_tokens=cost)
-    with Arena(cells, rules, workers) as arena, Arena(fixed_recordings(), ReplayRules(), 1) as probes:
+    with TrialPool(cells, rules, workers) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         cascade = Cascade(arena, probes, plan)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
-        run = Run(chosen, cascade, history, seed, digester)
-        with Shown(rounds) as shown:
-            run.go(Limits(rounds, budget_usd, minutes), shown.step)
+        run = SearchLoop(chosen, cascade, history, seed, digester)
+        with DiscoverProgress(rounds) as shown:
+            run.go(SearchLimits(rounds, budget_usd, minutes), shown.step)
         with atomic_write(out / CONTEXT) as file:
-            file.write(together([*SYSTEM, *USER], run.context()).encode())
+            file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
         finalist = run.finish()
     if store is not None:
         keep(run, store, settings)
     _leave(run, finalist, out, settings)
 
 
-def keep(run: Run, place: Path, settings: Mapping[str, Any]) -> None:
+def keep(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:
     """Write a search into a store. Raises StoreError."""
     tried = [
         TriedCandidate(
@@ -200,18 +200,18 @@ def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
     return LLM(settings, Transcript(transcript))
 
 
-def _digester(cascade: Cascade, arena: Arena) -> Digester:
+def _digester(cascade: Cascade, arena: TrialPool) -> Digester:
     """Traces of a candidate, in words."""
 
     def tell(candidate: Candidate) -> str:
         with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
-            cascade.measure(candidate, Trial((0.5, 1.0), range(2)), traces=Path(folder))
+            cascade.measure(candidate, TrialSettings((0.5, 1.0), range(2)), traces=Path(folder))
             return digest(trace_files(Path(folder)), arena.cells)
 
     return tell
 
 
-class Shown:
+class DiscoverProgress:
     """How a run is going, on a terminal a bar and the best so far."""
 
     def __init__(self, rounds: int | None) -> None:
@@ -220,7 +220,7 @@ class Shown:
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._rounds = rounds
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> DiscoverProgress:
         self._progress.start()
         self._task = self._progress.add_task("trying the baselines", total=self._rounds)
         return self
@@ -228,7 +228,7 @@ class Shown:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def step(self, run: Run) -> None:
+    def step(self, run: SearchLoop) -> None:
         """Take notice of a step."""
         best = run.context().leaders[:1]
         words = f"{len(run.candidates)} tried, ${run.spent:.2f}"
@@ -237,7 +237,7 @@ class Shown:
         self._progress.update(self._task, description=words, completed=max(0, run.steps - 1))
 
 
-def _leave(run: Run, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
+def _leave(run: SearchLoop, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
     """The controller, its card, and a table."""
     file = out / f"{_stem(finalist.candidate)}.py"
     about = card(run, finalist, {"cells": settings["cells"], "questions": settings["questions"]}, settings)
@@ -255,7 +255,7 @@ def _stem(candidate: Candidate) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in candidate.name)[:64]
 
 
-def _leaders(run: Run, most: int = 10) -> Table:
+def _leaders(run: SearchLoop, most: int = 10) -> Table:
     table = Table(title=f"{len(run.candidates)} candidates in {run.steps} steps", title_justify="left")
     for heading in ("candidate", "score", "β: tokens, %", "what it is"):
         table.add_column(heading, justify="right" if heading == "score" else "left")

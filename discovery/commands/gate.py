@@ -20,11 +20,11 @@ from discovery.data.recordings import Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName
 from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
-from discovery.promotion.gate import Order
-from discovery.promotion.verdict import Report, Terms, Verdict, report_of
+from discovery.promotion.gate import GateJob
+from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, report_of
 from discovery.store.rows import utc_now
 
-COLOURS = {Verdict.PROMOTE: "green", Verdict.REJECT: "red", Verdict.UNDECIDED: "yellow"}
+COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.UNDECIDED: "yellow"}
 
 
 def gate(
@@ -36,12 +36,14 @@ def gate(
     report: Annotated[Path | None, typer.Option(help="where the report goes (.json)")] = None,
     models: Annotated[str, typer.Option(help="which models; without it all")] = "",
     benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
-    betas: Annotated[str, typer.Option(help="values of β")] = Order.betas,
+    betas: Annotated[str, typer.Option(help="values of β")] = GateJob.betas,
     shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = Order.answers,
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = GateJob.answers,
     max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
-    beta: Annotated[float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not fall")] = Terms.beta,
-    margin: Annotated[float, typer.Option(min=0, help="points it may fall there")] = Terms.margin,
+    beta: Annotated[
+        float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not fall")
+    ] = GateTerms.beta,
+    margin: Annotated[float, typer.Option(min=0, help="points it may fall there")] = GateTerms.margin,
     engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
     workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
 ) -> None:
@@ -49,7 +51,7 @@ def gate(
     if report is not None:
         check_writable_path(report, "--report")
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
-        order = Order(
+        order = GateJob(
             finalist=file,
             champion=champion,
             recordings=recordings,
@@ -69,10 +71,10 @@ def gate(
             beta=beta,
             margin=margin,
         )
-        _show(judged_apart(order))
+        _show(judge_in_subprocess(order))
 
 
-def judged_apart(order: Order) -> Report:
+def judge_in_subprocess(order: GateJob) -> GateReport:
     """The report of an order carried out in another process. Raises GateError with what that one said."""
     command = [sys.executable, "-m", "discovery.promotion.gate", *order.options]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
@@ -82,7 +84,7 @@ def judged_apart(order: Order) -> Report:
     return report_of(json.loads(order.report.read_bytes()))
 
 
-def _show(report: Report) -> None:
+def _show(report: GateReport) -> None:
     console = wide_console()
     console.print(_conditions(report))
     console.print(_cells(report))
@@ -94,7 +96,7 @@ def _show(report: Report) -> None:
     console.print(
         f"at β = {headlines.beta:g}: {saved}{headlines.accuracy:+.1f} points at equal tokens", highlight=False
     )
-    if report.verdict is Verdict.UNDECIDED:
+    if report.verdict is GateVerdict.UNDECIDED:
         noticed = "no gain would be" if report.mde is None else f"a gain of {report.mde:.2f} points would mostly be"
         console.print(f"on {report.questions} questions {noticed} noticed", highlight=False)
     if report.answers:
@@ -102,7 +104,7 @@ def _show(report: Report) -> None:
     console.print(f"{report.name}: {report.verdict}", style=COLOURS[report.verdict], markup=False, highlight=False)
 
 
-def _conditions(report: Report) -> Table:
+def _conditions(report: GateReport) -> Table:
     table = Table(title=escape(f"{report.name} against {report.champion}"), title_justify="left")
     for heading in ("condition", "holds", "found"):
         table.add_column(heading)
@@ -112,7 +114,7 @@ def _conditions(report: Report) -> Table:
     return table
 
 
-def _cells(report: Report) -> Table:
+def _cells(report: GateReport) -> Table:
     table = Table(title="accuracy % and tokens by β, the champion's in brackets", title_justify="left")
     for heading in ("model", "benchmark", "ΔAFS"):
         table.add_column(heading, justify="right" if heading == "ΔAFS" else "left")

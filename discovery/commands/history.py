@@ -17,7 +17,7 @@ from discovery.commands.console import wide_console
 from discovery.commands.discover import RECORD
 from discovery.errors import HistoryError
 from discovery.evaluation.plot import PlotPoint, check_plot, draw_frontiers
-from discovery.search.cascade import Verdict
+from discovery.search.cascade import CandidateVerdict
 from discovery.search.explorers import Candidate
 from discovery.search.history import History
 from discovery.search.loop import read_pairs
@@ -25,7 +25,7 @@ from discovery.search.loop import read_pairs
 history = typer.Typer(name="history", no_args_is_help=True, help="Look at what `autotts discover` did.")
 
 Where = Annotated[Path, typer.Argument(help="the run's folder, or its record")]
-Pair = tuple[Candidate, Verdict]
+Pair = tuple[Candidate, CandidateVerdict]
 
 
 @history.callback()
@@ -100,7 +100,7 @@ def _find(pairs: list[Pair], name: str) -> Pair:
     return found[-1]
 
 
-def _told(candidate: Candidate, verdict: Verdict) -> str:
+def _told(candidate: Candidate, verdict: CandidateVerdict) -> str:
     about: dict[str, Any] = {
         "candidate": candidate.name,
         "digest": candidate.digest,

@@ -15,11 +15,11 @@ from rich.table import Table
 from controllers.installed import Installed, Stage
 from controllers.loading import Spec, read
 from discovery.commands.console import wide_console
-from discovery.commands.gate import judged_apart
+from discovery.commands.gate import judge_in_subprocess
 from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
-from discovery.promotion.gate import Order
-from discovery.promotion.registry import By, Card, Registry
+from discovery.promotion.gate import GateJob
+from discovery.promotion.registry import Card, ChangeCause, Registry
 from discovery.store.rows import utc_now
 
 PASSED: Final = "promote"
@@ -49,14 +49,16 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="without a passed gate, or in spite of a quarantine")] = False,
 ) -> None:
     """Put a controller at a stage; a running proxy follows within a second."""
-    opened, by = Registry(registry), By(who, why, datetime.now(UTC), force)
+    opened, by = Registry(registry), ChangeCause(who, why, datetime.now(UTC), force)
     if force:
-        loudly(f"FORCED: {what} becomes {stage} whatever the gate or a quarantine says; the audit and its card say so")
+        print_warning(
+            f"FORCED: {what} becomes {stage} whatever the gate or a quarantine says; the audit and its card say so"
+        )
     before = opened.read()
     if what.endswith(".py"):
         spec = read(Path(what))
         if recordings is not None:
-            report = judge_now(Path(what), recordings, against, ledger or registry / LEDGER, shuffles, who)
+            report = run_gate_on(Path(what), recordings, against, ledger or registry / LEDGER, shuffles, who)
         after = install(opened, spec, {**found(Path(what)), **card_of(spec, report, force)}, stage, share, by)
         digest = spec.digest
     elif report is not None:
@@ -70,7 +72,7 @@ def promote(
 def rollback(registry: Folder, why: Why = "", who: Who = "unknown") -> None:
     """Return to the champion before this one, and drop the canary."""
     opened = Registry(registry)
-    after = opened.roll_back(By(who, why, datetime.now(UTC)))
+    after = opened.roll_back(ChangeCause(who, why, datetime.now(UTC)))
     champion = "the configured controller" if after.champion is None else _name(opened, after.champion)
     wide_console().print(f"{registry}: {champion} is champion, there is no canary", highlight=False, markup=False)
 
@@ -90,10 +92,10 @@ def controllers(registry: Folder, as_json: Annotated[bool, typer.Option("--json"
         console.print(_changes(audit))
 
 
-def judge_now(file: Path, recordings: Path, champion: str, ledger: Path, shuffles: int, who: str) -> Path:
+def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuffles: int, who: str) -> Path:
     """The gate's report on a file, made in another process and left beside the file. Raises GateError."""
     report = file.with_suffix(".report.json")
-    order = Order(
+    order = GateJob(
         finalist=str(file),
         champion=champion,
         recordings=recordings,
@@ -103,12 +105,12 @@ def judge_now(file: Path, recordings: Path, champion: str, ledger: Path, shuffle
         who=who,
         shuffles=shuffles,
     )
-    told = judged_apart(order)
+    told = judge_in_subprocess(order)
     wide_console().print(f"the gate: {told.verdict} (p = {told.p}); {report}", highlight=False, markup=False)
     return report
 
 
-def install(registry: Registry, spec: Spec, card: Card, stage: Stage, share: float, by: By) -> Installed:
+def install(registry: Registry, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> Installed:
     """Put a controller at a stage by what its card says of it: that it has passed the gate, unless `by` forces it.
 
     Raises PromotionError; nothing has changed then.
@@ -154,7 +156,7 @@ def _json(path: Path) -> Any:
         raise PromotionError(f"{path}: {error}") from None
 
 
-def loudly(words: str) -> None:
+def print_warning(words: str) -> None:
     """On stderr, where nobody can miss it."""
     Console(stderr=True).print(words, style="bold red", markup=False, highlight=False, soft_wrap=True)
 

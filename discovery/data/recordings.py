@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.answers.redaction import is_veiled, veiled
+from discovery.answers.redaction import is_redacted, redacted
 
 NO_ANSWER = -1
 DEFAULT_TEMPERATURE: Final = "default"
@@ -215,14 +215,14 @@ def intern_answers(recorded: RecordedQuestion, tell: Callable[[str], Hashable | 
     """
     branches = recorded.branches
     written = (*(one for branch in branches for one in (*branch.probes, branch.final)), recorded.reference)
-    hidden = any(answer is not None and is_veiled(answer) for answer in written)
+    hidden = any(answer is not None and is_redacted(answer) for answer in written)
     numbers: dict[Hashable, int] = {}
     answers: list[str] = []  # each as it was first written
 
     def meaning(answer: str | None) -> Hashable | None:
-        if answer is None or (told := answer if is_veiled(answer) else tell(answer)) is None:
+        if answer is None or (told := answer if is_redacted(answer) else tell(answer)) is None:
             return None
-        return veiled(answer) if hidden else told
+        return redacted(answer) if hidden else told
 
     def number(answer: str | None) -> int:
         told = meaning(answer)

@@ -171,7 +171,7 @@ def regrade(recorded: RecordedQuestion, judge: Judge | None = None) -> Recording
 
     def label(answer: str) -> int | None:
         form = canonical(answer)
-        return None if form is None else labels.number(form, answer)
+        return None if form is None else labels.label_of(form, answer)
 
     return intern_answers(recorded, label)
 

@@ -26,10 +26,18 @@ from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Eva
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.score_set import score_controllers
 from discovery.evaluation.sources import RecordingSource, open_source, select_cells
-from discovery.promotion.ledger import DISTURBED, FREE, Ledger, fingerprint, shortened
-from discovery.promotion.verdict import USUAL, About, Report, Terms, card_of, judge, report_of
+from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger, fingerprint, shorten_ids
+from discovery.promotion.verdict import (
+    DEFAULT_TERMS,
+    GateReport,
+    GateTerms,
+    JudgementContext,
+    card_of,
+    judge,
+    report_of,
+)
 
-__all__ = ["Order", "Report", "Terms", "card_of", "run_gate"]
+__all__ = ["GateJob", "GateReport", "GateTerms", "card_of", "run_gate"]
 
 BAD_INPUT = 2
 """Exit status when nothing could be judged."""
@@ -47,9 +55,9 @@ def run_gate(
     shuffles: int,
     now: str,
     who: str,
-    terms: Terms = USUAL,
+    terms: GateTerms = DEFAULT_TERMS,
     answers: AnswerComparison = AnswerComparison.AUTO,
-) -> Report:
+) -> GateReport:
     """Judge a finalist; what was judged before on the same split against the same champion is told again.
 
     Raises GateError if it cannot be judged so, and what `Evaluation.run` raises; then nothing has been spent. Nor has
@@ -68,11 +76,11 @@ def run_gate(
     try:
         measured = score_controllers(evaluation, engine)  # nobody is judged by a vote
     except Disturbed as error:
-        with ledger.held():
+        with ledger.locked():
             k, before = ledger.next_k(questions), ledger.disturbances(questions)
             ledger.append(
                 split=split,
-                questions=shortened(questions),
+                questions=shorten_ids(questions),
                 digest=finalist.digest,
                 champion=champion.digest,
                 k=k,
@@ -82,20 +90,20 @@ def run_gate(
                 who=who,
                 report={DISTURBED: str(error)},
             )
-        spent = f"no look is spent, this was disturbance {before + 1} of the {FREE} that are free"
-        if before >= FREE:
+        spent = f"no look is spent, this was disturbance {before + 1} of the {FREE_DISTURBANCES} that are free"
+        if before >= FREE_DISTURBANCES:
             spent = f"a look is spent, for {before} judgements on these questions were disturbed before"
         raise GateError(f"{finalist.name} could not be judged: {error}; {spent}; judge it again") from None
     if failed := [failure for score in measured.sides[1].scores for failure in score.failures]:
         raise GateError(f"the champion {champion.name} fails itself ({failed[0].message}); nothing is judged by it")
     advice = advise(finalist.source) if finalist.source is not None else []
-    with ledger.held():
+    with ledger.locked():
         if told := _recorded(ledger, split, finalist, champion):  # another process was faster
             return told
-        report = judge(measured, terms, About(ledger.next_k(questions), advice, split, now, who))
+        report = judge(measured, terms, JudgementContext(ledger.next_k(questions), advice, split, now, who))
         ledger.append(
             split=split,
-            questions=shortened(questions),
+            questions=shorten_ids(questions),
             digest=finalist.digest,
             champion=champion.digest,
             k=report.k,
@@ -108,7 +116,7 @@ def run_gate(
     return report
 
 
-def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[float], terms: Terms) -> None:
+def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[float], terms: GateTerms) -> None:
     if finalist.digest == champion.digest:
         raise GateError(f"{finalist.name} is the champion itself")
     if finalist.is_foreign and not rules.seal(finalist):
@@ -119,7 +127,7 @@ def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[f
         raise GateError(f"the deployed β {terms.beta:g} is not among those scored: {', '.join(map(str, betas))}")
 
 
-def _recorded(ledger: Ledger, split: str, finalist: Spec, champion: Spec) -> Report | None:
+def _recorded(ledger: Ledger, split: str, finalist: Spec, champion: Spec) -> GateReport | None:
     found = ledger.find(split, finalist.digest, champion.digest)
     try:
         return None if found is None else report_of(found.report)
@@ -128,7 +136,7 @@ def _recorded(ledger: Ledger, split: str, finalist: Spec, champion: Spec) -> Rep
 
 
 @dataclass(frozen=True)
-class Order:
+class GateJob:
     """What `python -m discovery.promotion.gate` is to do: an option a field, as text."""
 
     finalist: str  # NAME, NAME@N or FILE.py
@@ -147,17 +155,17 @@ class Order:
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
     workers: int = 0  # 0 means as many as cores
-    alpha: float = Terms.alpha
-    beta: float = Terms.beta
-    margin: float = Terms.margin
-    slowdown: float = Terms.slowdown
+    alpha: float = GateTerms.alpha
+    beta: float = GateTerms.beta
+    margin: float = GateTerms.margin
+    slowdown: float = GateTerms.slowdown
 
     @property
     def options(self) -> list[str]:
         """It as command-line options."""
         return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
 
-    def run(self) -> Report:
+    def run(self) -> GateReport:
         """Judge, and write the report. Raises DiscoveryError or ControllersError."""
         check_writable_path(self.report, "--report")
         check_writable_path(self.ledger, "--ledger")
@@ -174,7 +182,7 @@ class Order:
             self.shuffles,
             self.created,
             self.who,
-            Terms(self.alpha, self.beta, self.margin, slowdown=self.slowdown),
+            GateTerms(self.alpha, self.beta, self.margin, slowdown=self.slowdown),
             self.answers,
         )
         report.write(self.report)
@@ -185,10 +193,10 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _ordered(given: Mapping[str, str]) -> Order:
+def _ordered(given: Mapping[str, str]) -> GateJob:
     """The order as its options say. Raises GateError."""
     try:
-        return TypeAdapter(Order).validate_python(given)
+        return TypeAdapter(GateJob).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise GateError(f"--{first['loc'][0]}: {first['msg']}") from None
@@ -197,7 +205,7 @@ def _ordered(given: Mapping[str, str]) -> Order:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line orders. What went wrong is a line on standard error."""
     parser = argparse.ArgumentParser(prog="python -m discovery.promotion.gate", description=__doc__)
-    for field in fields(Order):
+    for field in fields(GateJob):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     try:

@@ -25,7 +25,7 @@ FIRST: Final = ""
 """What stands for the line before the first."""
 DISTURBED: Final = "disturbed"
 """In place of a verdict: the machine kept the finalist from being judged, and nobody was told anything."""
-FREE: Final = 3
+FREE_DISTURBANCES: Final = 3
 """Disturbances on a split that are no looks at it. All after them count, so that nobody gains by causing them."""
 SHORT: Final = 16
 """Digits of a question's id that are kept."""
@@ -55,7 +55,7 @@ def fingerprint(questions: Iterable[str], models: Iterable[str]) -> str:
     return sha256(json.dumps(about).encode()).hexdigest()
 
 
-def shortened(questions: Iterable[str]) -> list[str]:
+def shorten_ids(questions: Iterable[str]) -> list[str]:
     """The questions as a line keeps them."""
     return sorted({question[:SHORT] for question in questions})
 
@@ -90,14 +90,14 @@ class Ledger:
     def next_k(self, questions: Sequence[str]) -> int:
         """Which judgement on any of these questions the next is, from 1. A split that has grown is no new split."""
         lines = self._about(questions)
-        return 1 + len(lines) - min(FREE, sum(one.verdict == DISTURBED for one in lines))
+        return 1 + len(lines) - min(FREE_DISTURBANCES, sum(one.verdict == DISTURBED for one in lines))
 
     def disturbances(self, questions: Sequence[str]) -> int:
         """How many judgements on any of these questions the machine has disturbed."""
         return sum(one.verdict == DISTURBED for one in self._about(questions))
 
     def _about(self, questions: Sequence[str]) -> list[Judgement]:
-        mine = set(shortened(questions))
+        mine = set(shorten_ids(questions))
         return [one for one in self.judgements() if not mine.isdisjoint(one.questions)]
 
     def append(self, **fields: Any) -> None:
@@ -111,7 +111,7 @@ class Ledger:
         sync_folder(self._path.resolve().parent)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Nobody else judges meanwhile; waits for whoever does. Raises FileWriteError."""
         lock = self._path.with_name(f"{self._path.name}.lock")
         try:

@@ -42,7 +42,7 @@ Move = Callable[[Installed], Installed]
 
 
 @dataclass(frozen=True, slots=True)
-class By:
+class ChangeCause:
     """Who changes what is installed, and why."""
 
     who: str
@@ -51,7 +51,7 @@ class By:
     forced: bool = False  # without a passed gate, or against a quarantine
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What is different once registry.json has been replaced."""
 
     changed_ns: int
@@ -69,7 +69,7 @@ class Registry:
 
     # Reading
 
-    def stamp(self) -> Stamp | None:
+    def stamp(self) -> FileStamp | None:
         """Cheaply, whether there is something new to read; None where nothing is installed. Raises PromotionError."""
         try:
             found = self.file.stat()
@@ -77,7 +77,7 @@ class Registry:
             return None
         except OSError as error:
             raise PromotionError(f"{self.file}: {error.strerror}") from None
-        return Stamp(found.st_mtime_ns, found.st_ino, found.st_size)
+        return FileStamp(found.st_mtime_ns, found.st_ino, found.st_size)
 
     def read(self) -> Installed:
         """Who is at which stage now. Raises PromotionError."""
@@ -136,7 +136,7 @@ class Registry:
 
     # Changing
 
-    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: By) -> Installed:
+    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> Installed:
         """Put a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
         if spec.source is None or (wrong := wrong_name(spec.name)):
             raise PromotionError(wrong if spec.source else f"{spec.name} is built in: it is configured, not promoted")
@@ -144,14 +144,14 @@ class Registry:
         files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _written(told)}
         return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
 
-    def promote(self, digest: str, stage: Stage, share: float, by: By) -> Installed:
+    def promote(self, digest: str, stage: Stage, share: float, by: ChangeCause) -> Installed:
         """Move an installed controller to a stage. Raises PromotionError."""
         self.spec(digest)
         card = self.card(digest)
         files = {self._card(digest): _written({**card, "forced": True})} if by.forced else {}
         return self._change(f"promote to {stage}", digest, _promote(digest, stage, share, by), by, files)
 
-    def roll_back(self, by: By) -> Installed:
+    def roll_back(self, by: ChangeCause) -> Installed:
         """Return to the champion before this one, without a canary. Raises PromotionError."""
 
         def back(now: Installed) -> Installed:
@@ -162,16 +162,16 @@ class Registry:
 
         return self._change("rollback", None, back, by)
 
-    def drop_canary(self, digest: str, by: By) -> Installed:
+    def drop_canary(self, digest: str, by: ChangeCause) -> Installed:
         """No canary any more, if it is this one. Raises PromotionError."""
         return self._change("drop canary", digest, lambda now: now.drop_canary(digest), by)
 
-    def quarantine(self, digest: str, by: By) -> Installed:
+    def quarantine(self, digest: str, by: ChangeCause) -> Installed:
         """A controller that fails is not asked any more. Raises PromotionError."""
         return self._change("quarantine", digest, lambda now: now.quarantine(digest), by)
 
     def _change(
-        self, action: str, digest: str | None, move: Move, by: By, files: Mapping[Path, bytes] | None = None
+        self, action: str, digest: str | None, move: Move, by: ChangeCause, files: Mapping[Path, bytes] | None = None
     ) -> Installed:
         with self._locked() as folder:
             before, last = self._load()
@@ -282,11 +282,11 @@ _MEND_REGISTRY: Final = (
 )
 
 
-def _promote(digest: str, stage: Stage, share: float, by: By) -> Move:
+def _promote(digest: str, stage: Stage, share: float, by: ChangeCause) -> Move:
     return lambda now: now.promote(digest, stage, share, by.forced)
 
 
-def _line(action: str, digest: str | None, before: Installed, after: Installed, by: By, chain: str) -> str:
+def _line(action: str, digest: str | None, before: Installed, after: Installed, by: ChangeCause, chain: str) -> str:
     """A line of the audit. Of `before` and `after` it has the stages whose holder is another."""
     changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
     return json.dumps(

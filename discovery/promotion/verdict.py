@@ -29,7 +29,7 @@ BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
 
 
-class Verdict(StrEnum):
+class GateVerdict(StrEnum):
     """What follows."""
 
     PROMOTE = "promote"  # every condition holds
@@ -38,7 +38,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Terms:
+class GateTerms:
     """What is asked of a finalist."""
 
     alpha: float = 0.05  # of ever promoting one that is no better, over the split's lifetime
@@ -48,7 +48,7 @@ class Terms:
     slowdown: float = 1.25  # how many times the champion's critical path may be, one interval aside
 
 
-USUAL: Final = Terms()
+DEFAULT_TERMS: Final = GateTerms()
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Headlines:
 
 
 @dataclass(frozen=True)
-class Report:
+class GateReport:
     """Everything a verdict rests on."""
 
     digest: str
     name: str
     champion: str
     champion_digest: str
-    verdict: Verdict
+    verdict: GateVerdict
     alpha: float  # spent on this judgement
     k: int  # it was the k-th on these questions
     p: float
@@ -134,15 +134,15 @@ class Report:
             file.write((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
-_REPORT: Final = TypeAdapter(Report)
+_REPORT: Final = TypeAdapter(GateReport)
 
 
-def report_of(data: Mapping[str, Any]) -> Report:
+def report_of(data: Mapping[str, Any]) -> GateReport:
     """A report from its JSON. Raises ValueError if it is none."""
     return _REPORT.validate_python(data)
 
 
-class About(NamedTuple):
+class JudgementContext(NamedTuple):
     """What a judgement is told of itself."""
 
     k: int
@@ -152,7 +152,7 @@ class About(NamedTuple):
     who: str
 
 
-def judge(measured: ScoreSet, terms: Terms, about: About) -> Report:
+def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> GateReport:
     """The verdict on the first side of `measured` against the second."""
     finalist, champion = measured.sides
     gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.ground}
@@ -172,7 +172,7 @@ def judge(measured: ScoreSet, terms: Terms, about: About) -> Report:
         _path(measured, terms),
         _without_each_model(gains, measured),
     ]
-    return Report(
+    return GateReport(
         digest=finalist.spec.digest,
         name=finalist.spec.name,
         champion=champion.spec.name,
@@ -195,11 +195,11 @@ def judge(measured: ScoreSet, terms: Terms, about: About) -> Report:
     )
 
 
-def _verdict(conditions: Sequence[Condition]) -> Verdict:
+def _verdict(conditions: Sequence[Condition]) -> GateVerdict:
     failed = [one for one in conditions if not one.held]
     if not failed:
-        return Verdict.PROMOTE
-    return Verdict.REJECT if any(one.final for one in failed) else Verdict.UNDECIDED
+        return GateVerdict.PROMOTE
+    return GateVerdict.REJECT if any(one.final for one in failed) else GateVerdict.UNDECIDED
 
 
 def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
@@ -219,7 +219,7 @@ def _failures(finalist: ControllerScores) -> Condition:
     return Condition("failures", not failures, True, len(failures), 0, words)
 
 
-def _accuracy(measured: ScoreSet, terms: Terms) -> Condition:
+def _accuracy(measured: ScoreSet, terms: GateTerms) -> Condition:
     """Not inferior at the deployed β; for good only where it is surely below the champion, not merely unsure."""
     finalist, champion = measured.sides
     gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.ground}
@@ -229,7 +229,7 @@ def _accuracy(measured: ScoreSet, terms: Terms) -> Condition:
     return Condition("accuracy", low >= -terms.margin, high < 0, _known(low), -terms.margin, words)
 
 
-def _losing(cells: Sequence[CellReport], terms: Terms) -> Condition:
+def _losing(cells: Sequence[CellReport], terms: GateTerms) -> Condition:
     """No cell that badly and surely loses."""
     lost = [one for one in cells if one.delta_afs < -terms.losing and one.high is not None and one.high < 0]
     worst = min(lost or cells, key=lambda one: one.delta_afs)
@@ -237,7 +237,7 @@ def _losing(cells: Sequence[CellReport], terms: Terms) -> Condition:
     return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, words)
 
 
-def _path(measured: ScoreSet, terms: Terms) -> Condition:
+def _path(measured: ScoreSet, terms: GateTerms) -> Condition:
     """Its critical path, p95, over cells, at the β where it is longest for what is allowed."""
     finalist, champion = ([side.curves[cell].points for cell in measured.ground] for side in measured.sides)
     interval = np.mean([ground.interval for ground in measured.ground.values()])
@@ -304,7 +304,7 @@ def _known(bound: float) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
-def card_of(report: Report, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+def card_of(report: GateReport, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:
     """The card that goes with a controller's file: what it is, on which data it showed what, and whom it comes from.
 
     `lineage` are digests, parents first; `more` is what else the caller knows, such as the run that found it.

@@ -21,8 +21,8 @@ from controllers.loading import LARGEST, Spec
 from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern_answers
 from discovery.evaluation.afs import Curve, CurvePoint, mean_afs
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
-from discovery.search.arena import Arena, Trial, failures
 from discovery.search.explorers import Candidate
+from discovery.search.trial_pool import TrialPool, TrialSettings, failures
 
 PROBES: Final = Cell("fingerprint", "fixed", Split.SEARCH)
 """The cell of made-up recordings on which behaviour is compared."""
@@ -33,7 +33,7 @@ TRUSTED: Final = frozenset({"grammar", BASELINE})
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CandidateVerdict:
     """What came of a candidate."""
 
     digest: str
@@ -47,7 +47,7 @@ class Verdict:
     failure: str = ""
 
 
-class Plan(NamedTuple):
+class CascadePlan(NamedTuple):
     """How much a candidate is tried."""
 
     betas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -57,12 +57,12 @@ class Plan(NamedTuple):
     latency: float = 0.0  # points a doubling of the critical path costs
 
     @property
-    def all(self) -> Trial:
+    def all(self) -> TrialSettings:
         """Every question."""
-        return Trial(self.betas, range(self.shuffles))
+        return TrialSettings(self.betas, range(self.shuffles))
 
     @property
-    def some(self) -> Trial:
+    def some(self) -> TrialSettings:
         """The few questions."""
         return replace(self.all, every=self.few)
 
@@ -70,19 +70,19 @@ class Plan(NamedTuple):
 class Cascade:
     """Judges candidates in an arena over the search split and the fixed episodes."""
 
-    def __init__(self, arena: Arena, probes: Arena, plan: Plan) -> None:
+    def __init__(self, arena: TrialPool, probes: TrialPool, plan: CascadePlan) -> None:
         self._arena = arena
         self._probes = probes
         self._plan = plan
 
-    def judge(self, candidates: Sequence[Candidate], known: Sequence[Verdict]) -> list[Verdict]:
+    def judge(self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]) -> list[CandidateVerdict]:
         """A verdict for each candidate, `known` being those before them: the same as if each were judged by itself.
 
         Raises EngineError, Unsealed.
         """
-        verdicts: dict[int, Verdict] = {}
+        verdicts: dict[int, CandidateVerdict] = {}
         seen = {one.fingerprint: one.digest for one in reversed(known) if one.fingerprint}  # the first of each
-        going: dict[int, Verdict] = {}
+        going: dict[int, CandidateVerdict] = {}
         for at, candidate in enumerate(candidates):
             verdict = self._look(candidate, seen)
             (verdicts if verdict.failure else going)[at] = verdict
@@ -107,21 +107,23 @@ class Cascade:
         return [verdicts[at] for at in range(len(candidates))]
 
     def measure(
-        self, candidate: Candidate, trial: Trial, sealed: bool = False, traces: Path | None = None
+        self, candidate: Candidate, trial: TrialSettings, sealed: bool = False, traces: Path | None = None
     ) -> list[Curve]:
         """A candidate's curves under a trial; its traces too if a folder is given. Raises EngineError, Unsealed."""
         rules = replace(self._arena.rules, sealing=Sealing.ALL) if sealed else self._rules(candidate)
         rules = replace(rules, traces=traces)
         return self._arena.measure(_spec(candidate), trial, rules)
 
-    def _look(self, candidate: Candidate, seen: Mapping[str, str]) -> Verdict:
+    def _look(self, candidate: Candidate, seen: Mapping[str, str]) -> CandidateVerdict:
         """What can be told without recordings."""
-        verdict = Verdict(candidate.digest)
+        verdict = CandidateVerdict(candidate.digest)
         if len(candidate.source.encode()) > LARGEST:
             return replace(verdict, failure=f"more than {LARGEST} bytes")
         if candidate.explorer != BASELINE and (wrong := advise(candidate.source)):
             return replace(verdict, failure="; ".join(wrong))
-        found = self._probes.enter(_spec(candidate), Trial((0.0, 0.5, 1.0), range(2)), self._rules(candidate)).scores
+        found = self._probes.enter(
+            _spec(candidate), TrialSettings((0.0, 0.5, 1.0), range(2)), self._rules(candidate)
+        ).scores
         if words := failures(found):
             return replace(verdict, failure=words)
         print_ = sha256(b"".join(np.ascontiguousarray(score.outcomes).tobytes() for score in found)).hexdigest()[:16]
@@ -131,7 +133,7 @@ class Cascade:
         return verdict
 
     def _try(
-        self, candidates: Sequence[Candidate], going: Mapping[int, Verdict], trial: Trial
+        self, candidates: Sequence[Candidate], going: Mapping[int, CandidateVerdict], trial: TrialSettings
     ) -> Iterator[tuple[int, list[Curve] | str]]:
         """The curves of each that is still in, or why it has failed; all are tried at once."""
         entries = [(at, self._arena.enter(_spec(candidates[at]), trial, self._rules(candidates[at]))) for at in going]
@@ -155,18 +157,18 @@ class Cascade:
         slowdown = float(np.mean([curve.slowdown for curve in found]))
         return round(mean_afs(found) - self._plan.latency * slowdown, 6)
 
-    def _final(self, verdict: Verdict, found: Sequence[Curve]) -> Verdict:
+    def _final(self, verdict: CandidateVerdict, found: Sequence[Curve]) -> CandidateVerdict:
         return replace(
             verdict,
             score=self._score(found),
             afs=round(mean_afs(found), 6),
             slowdown=round(float(np.mean([curve.slowdown for curve in found])), 6),
-            curve=together(found),
+            curve=mean_curve(found),
             cells={" ".join(curve.cell): round(curve.afs, 6) for curve in found},
         )
 
 
-def together(found: Sequence[Curve]) -> list[tuple[float, float, float]]:
+def mean_curve(found: Sequence[Curve]) -> list[tuple[float, float, float]]:
     """β, mean tokens and percent right over all cells."""
     points: Sequence[Sequence[CurvePoint]] = list(zip(*(curve.points for curve in found), strict=True))
     return [

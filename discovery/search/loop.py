@@ -16,19 +16,19 @@ from typing import Any, Final
 from controllers.builtin import BUILT_IN
 from discovery.errors import BudgetExhausted, ExplorerError
 from discovery.evaluation.afs import Curve, mean_afs
-from discovery.search.arena import Trial
-from discovery.search.cascade import BASELINE, Cascade, Verdict, together
-from discovery.search.explorers import Candidate, Context, Cost, Explorer, Standing
+from discovery.search.cascade import BASELINE, CandidateVerdict, Cascade, mean_curve
+from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext, ScoredCandidate
 from discovery.search.history import History
+from discovery.search.trial_pool import TrialSettings
 
 BASELINES: Final = ("cmc", "short_m_at_k", "self_consistency", "asc")
 """Built-in controllers every run begins with."""
 FINALISTS: Final = 5
 """The best on the search split that are tried again in fresh orders, of which one is chosen."""
 FINAL_SHUFFLES: Final = 10
-FRESH: Final = 1000
+FIRST_FINAL_SHUFFLE: Final = 1000
 """Where the orders begin in which finalists are tried; no search gets so far."""
-FINE: Final = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+FINAL_BETAS: Final = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """β at which finalists are tried."""
 
 Digester = Callable[[Candidate], str]
@@ -36,7 +36,7 @@ Digester = Callable[[Candidate], str]
 
 
 @dataclass(frozen=True)
-class Limits:
+class SearchLimits:
     """When a run ends; None sets no bound."""
 
     rounds: int | None = None  # proposals
@@ -58,7 +58,7 @@ class Finalist:
         return mean_afs(self.curves)
 
 
-class Run:
+class SearchLoop:
     """One search. `digester` is asked for the best candidates' traces where the explorer reads them."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Run:
         return len(self.history.of("judged"))
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[CandidateVerdict]:
         """Every verdict, in order."""
         return [verdict for _, verdict in read_pairs(self.history)]
 
@@ -92,7 +92,7 @@ class Run:
         bodies = self.history.of("proposed")
         return float(sum(_candidate(one).cost.usd for body in bodies for one in body["candidates"]))
 
-    def go(self, limits: Limits, on_step: Callable[[Run], None] = lambda run: None) -> None:
+    def go(self, limits: SearchLimits, on_step: Callable[[SearchLoop], None] = lambda run: None) -> None:
         """Propose and judge until a limit is met or the explorer has no more. Raises ExplorerError, EngineError."""
         until = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
         if not self.history.of("proposed"):
@@ -112,10 +112,10 @@ class Run:
                 return
             self._propose(found)
 
-    def context(self) -> Context:
+    def context(self) -> ExplorerContext:
         """What the explorer is shown now."""
         standings = [_standing(*pair) for pair in read_pairs(self.history)]
-        context = Context(self._seed, self.steps, standings)
+        context = ExplorerContext(self._seed, self.steps, standings)
         if self._digester is None:
             return context
         best = [one.candidate for one in context.leaders[:2]]
@@ -123,7 +123,9 @@ class Run:
             if one.digest not in self._digests:
                 self._digests[one.digest] = self._digester(one)
         # of these alone: a resumed run knows of no earlier leaders
-        return Context(self._seed, self.steps, standings, {one.digest: self._digests[one.digest] for one in best})
+        return ExplorerContext(
+            self._seed, self.steps, standings, {one.digest: self._digests[one.digest] for one in best}
+        )
 
     def finish(self, shuffles: int = FINAL_SHUFFLES) -> Finalist:
         """The best of those found, tried again in fresh orders; the one that is chosen is measured sealed.
@@ -133,12 +135,13 @@ class Run:
         leaders = [one for one in self.context().leaders if one.candidate.explorer != BASELINE][:FINALISTS]
         if not leaders:
             raise ExplorerError("no candidate got through; `autotts history show` tells why")
-        fresh = range(FRESH, FRESH + shuffles)
+        fresh = range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles)
         tried = {
-            one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, Trial(FINE, fresh))) for one in leaders
+            one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, TrialSettings(FINAL_BETAS, fresh)))
+            for one in leaders
         }
         best = max((one.candidate for one in leaders), key=lambda one: tried[one.digest])
-        curves = self._cascade.measure(best, Trial(FINE, fresh), sealed=True)
+        curves = self._cascade.measure(best, TrialSettings(FINAL_BETAS, fresh), sealed=True)
         if self.history.events[-1].kind != "chosen":  # else a run that had ended was resumed, and ends as it did
             self.history.append(
                 "chosen",
@@ -146,7 +149,7 @@ class Run:
                     "digest": best.digest,
                     "afs": round(mean_afs(curves), 6),
                     "tried": {digest: round(found, 6) for digest, found in tried.items()},
-                    "curve": together(curves),
+                    "curve": mean_curve(curves),
                 },
             )
         return Finalist(best, curves, self._lineage(best))
@@ -182,7 +185,7 @@ def baselines() -> list[Candidate]:
     return [Candidate(name, getsource(modules[BUILT_IN[name].__module__]), BASELINE) for name in BASELINES]
 
 
-def card(run: Run, finalist: Finalist, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a controller that was found: what goes with its file wherever it goes."""
     return {
         "name": finalist.candidate.name,
@@ -209,7 +212,7 @@ def card(run: Run, finalist: Finalist, data: Mapping[str, Any], settings: Mappin
     }
 
 
-def read_pairs(history: History) -> list[tuple[Candidate, Verdict]]:
+def read_pairs(history: History) -> list[tuple[Candidate, CandidateVerdict]]:
     """Every candidate that has been judged, with its verdict, in order."""
     return [
         (_candidate(candidate), _verdict(verdict))
@@ -222,15 +225,15 @@ def _candidate(body: Mapping[str, Any]) -> Candidate:
     return Candidate(**{**body, "cost": Cost(*body["cost"])})
 
 
-def _verdict(body: Mapping[str, Any]) -> Verdict:
-    return Verdict(**{**body, "curve": [tuple(point) for point in body["curve"]]})
+def _verdict(body: Mapping[str, Any]) -> CandidateVerdict:
+    return CandidateVerdict(**{**body, "curve": [tuple(point) for point in body["curve"]]})
 
 
-def _standing(candidate: Candidate, verdict: Verdict) -> Standing:
+def _standing(candidate: Candidate, verdict: CandidateVerdict) -> ScoredCandidate:
     """Rounded: the last digits would be learnt by heart."""
     score = None if verdict.score is None else round(verdict.score, 2)
     curve = [(beta, rounded_tokens(tokens), round(accuracy, 1)) for beta, tokens, accuracy in verdict.curve]
-    return Standing(candidate, score, curve, verdict.failure)
+    return ScoredCandidate(candidate, score, curve, verdict.failure)
 
 
 def rounded_tokens(tokens: float) -> int:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from controllers.advice import IMPORTS
 from discovery.evaluation.afs import CHAINS
-from discovery.search.explorers import Context, Standing
+from discovery.search.explorers import ExplorerContext, ScoredCandidate
 
 NOTE: Final = 200
 """Characters of what a candidate's author says of it, and of a failure."""
@@ -147,7 +147,7 @@ class Block(NamedTuple):
 
     name: str
     most: int  # characters it may have
-    write: Callable[[Context], str]
+    write: Callable[[ExplorerContext], str]
 
 
 # What was written by others
@@ -200,20 +200,20 @@ def _data(title: str, lines: Iterable[str], most: int) -> str:
 # Who is shown
 
 
-def champion_of(context: Context) -> Standing | None:
+def find_champion(context: ExplorerContext) -> ScoredCandidate | None:
     """The best of those whose file can be shown."""
     return next((one for one in context.leaders if one.candidate.source), None)
 
 
-def parent_of(context: Context) -> Standing | None:
+def draw_parent(context: ExplorerContext) -> ScoredCandidate | None:
     """Whom to start from: one of the best, by the context's chance."""
     best = [one for one in context.leaders if one.candidate.source][:PARENTS]
     return context.rng.choices(best, [1 / (rank + 1) for rank in range(len(best))])[0] if best else None
 
 
-def _shown(context: Context) -> list[tuple[str, Standing]]:
+def _shown(context: ExplorerContext) -> list[tuple[str, ScoredCandidate]]:
     """Champion and parent by their titles; one of them if they are the same."""
-    champion, parent = champion_of(context), parent_of(context)
+    champion, parent = find_champion(context), draw_parent(context)
     if champion is None or parent is None:
         return []
     if champion is parent:
@@ -221,57 +221,57 @@ def _shown(context: Context) -> list[tuple[str, Standing]]:
     return [("parent", parent), ("champion", champion)]
 
 
-def _called(one: Standing) -> str:
+def _called(one: ScoredCandidate) -> str:
     return clean(one.candidate.name, NAME)
 
 
-def _points(one: Standing) -> str:
+def _points(one: ScoredCandidate) -> str:
     return "failed" if one.score is None else f"{one.score:.2f}"
 
 
 # The blocks
 
 
-def api(_: Context) -> str:
+def api(_: ExplorerContext) -> str:
     """The language on one page, with a whole file."""
     return f"{_API}```python\n{EXAMPLE}```"
 
 
-def constraints(_: Context) -> str:
+def constraints(_: ExplorerContext) -> str:
     """What a controller may not do, what things cost, how it is scored."""
     return _CONSTRAINTS
 
 
-def leaderboard(context: Context) -> str:
+def leaderboard(context: ExplorerContext) -> str:
     """Who stands where, best first."""
     lines = [f"{_points(one):>7}  {_called(one)}" for one in context.leaders]
     return _data("# Leaderboard: score, name", lines, LEADERBOARD)
 
 
-def champion(context: Context) -> str:
+def champion(context: ExplorerContext) -> str:
     """The best file."""
-    one = champion_of(context)
+    one = find_champion(context)
     if one is None:
         return ""
     return _file(f"# The champion: {_called(one)}, {_points(one)} points", one, SOURCE)
 
 
-def parent(context: Context) -> str:
+def parent(context: ExplorerContext) -> str:
     """The file to start from."""
-    one = parent_of(context)
+    one = draw_parent(context)
     if one is None:
         return ""
-    if one is champion_of(context):
+    if one is find_champion(context):
         return f"# The parent: the champion, {_called(one)}"
     return _file(f"# The parent: {_called(one)}, {_points(one)} points", one, SOURCE)
 
 
-def _file(title: str, one: Standing, most: int) -> str:
+def _file(title: str, one: ScoredCandidate, most: int) -> str:
     head = f"{title}\n{DATA}\n"
     return head + fence(one.candidate.source, most - len(head))
 
 
-def scaling(context: Context) -> str:
+def scaling(context: ExplorerContext) -> str:
     """What β buys with parent and champion."""
     lines: list[str] = []
     for title, one in _shown(context):
@@ -280,7 +280,7 @@ def scaling(context: Context) -> str:
     return _data("# What β buys, over all cells", lines, SCALING)
 
 
-def digests(context: Context) -> str:
+def digests(context: ExplorerContext) -> str:
     """What traces show, parent first."""
     titled = {one.candidate.digest: f"{title}, {_called(one)}" for title, one in _shown(context)}
     for one in context.leaders:
@@ -292,13 +292,13 @@ def digests(context: Context) -> str:
     return _data("# Episodes that went badly", lines, DIGESTS)
 
 
-def failures(context: Context) -> str:
+def failures(context: ExplorerContext) -> str:
     """Which candidates failed and how, latest first."""
     failed = [one for one in reversed(context.standings) if one.failure]
     return _data("# Failures", [f"{_called(one)}: {clean(one.failure, 2 * NOTE)}" for one in failed], FAILURES)
 
 
-def tried(context: Context) -> str:
+def tried(context: ExplorerContext) -> str:
     """What was tried and how it did, latest first."""
     lines = [
         f"{_points(one):>7}  {_called(one)}: {clean(one.candidate.note) or 'no note'}"
@@ -320,14 +320,14 @@ USER: Final = (
 )
 
 
-def render(context: Context) -> list[dict[str, str]]:
+def render(context: ExplorerContext) -> list[dict[str, str]]:
     """The messages of a chat that asks for one candidate; at most 68,000 characters."""
     return [
-        {"role": "system", "content": together(SYSTEM, context)},
-        {"role": "user", "content": f"{together(USER, context)}\n\n{_REPLY}"},
+        {"role": "system", "content": join_blocks(SYSTEM, context)},
+        {"role": "user", "content": f"{join_blocks(USER, context)}\n\n{_REPLY}"},
     ]
 
 
-def together(blocks: Sequence[Block], context: Context) -> str:
+def join_blocks(blocks: Sequence[Block], context: ExplorerContext) -> str:
     """Those of the blocks that have something to say."""
     return "\n\n".join(text for block in blocks if (text := block.write(context).strip()))

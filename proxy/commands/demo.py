@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deploy.embedded.task import Problem, held_back
-from discovery.answers import read
+from discovery.answers import read_answer
 from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -82,7 +82,7 @@ async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked
         extra_body={"tts": {"controller": setting.controller}} if setting.controller else None,
     )
     seconds = time.perf_counter() - started
-    answer = read(reply.parse().choices[0].message.content or "")
+    answer = read_answer(reply.parse().choices[0].message.content or "")
     headers = reply.headers
     right = answer is not None and answer.form.text == problem.answer
     return Asked(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, ParamSpec, Protocol, TypeVar
 
-from discovery.answers import PATTERN_S, Answer, Judge, Kind, Way, read
+from discovery.answers import PATTERN_S, Answer, AnswerKind, ExtractionMethod, Judge, read_answer
 from proxy.telemetry.metrics import Metrics
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ WAIT_S: Final = 5.0
 class Grader(Protocol):
     """Reads and compares the answers of one episode."""
 
-    async def read(self, text: str, kind: Kind) -> Answer | None:
+    async def read(self, text: str, kind: AnswerKind) -> Answer | None:
         """Return what `text` answers, if it can be read."""
         ...
 
@@ -51,8 +51,8 @@ class Grader(Protocol):
 class InlineGrader:
     """Grader without threads and without math-verify."""
 
-    async def read(self, text: str, kind: Kind) -> Answer | None:
-        return read(text, kind)
+    async def read(self, text: str, kind: AnswerKind) -> Answer | None:
+        return read_answer(text, kind)
 
     async def compare(self, written: str, others: Sequence[tuple[int, str]]) -> int | None:
         return None
@@ -129,25 +129,25 @@ class EpisodeGrader:
         self._grading, self._tenant = grading, tenant
         self._judging, self._matching = Budget(EPISODE_S), Budget(EPISODE_S)
 
-    async def read(self, text: str, kind: Kind) -> Answer | None:
-        if kind.way is Way.REGEX:
+    async def read(self, text: str, kind: AnswerKind) -> Answer | None:
+        if kind.method is ExtractionMethod.REGEX:
             return await self._tenant.run(self._grading.slow, self._match, text, kind)
         if len(text) <= SHORT:
-            return read(text, kind)
-        return await asyncio.get_running_loop().run_in_executor(self._grading.quick, read, text, kind)
+            return read_answer(text, kind)
+        return await asyncio.get_running_loop().run_in_executor(self._grading.quick, read_answer, text, kind)
 
     async def compare(self, written: str, others: Sequence[tuple[int, str]]) -> int | None:
         if not others or self._spent():
             return None
         return await self._tenant.run(self._grading.slow, self._ask, written, others)
 
-    def _match(self, text: str, kind: Kind) -> Answer | None:
+    def _match(self, text: str, kind: AnswerKind) -> Answer | None:
         left = self._matching.left
         if left <= 0:
             self._count("pattern_episode")
             return None
         begun = time.thread_time()
-        answer = read(text, kind, seconds=min(PATTERN_S, left))
+        answer = read_answer(text, kind, seconds=min(PATTERN_S, left))
         self._matching.spend(time.thread_time() - begun)
         return answer
 

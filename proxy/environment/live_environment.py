@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
-from discovery.answers import VOTES_ALONE, Answer, Labels
+from discovery.answers import VOTABLE_TYPES, Answer, Labels
 from proxy import probe_templates
 from proxy.environment import votability
 from proxy.environment.answer_reader import Grader, InlineGrader
@@ -106,7 +106,7 @@ class LiveEnvironment:
         self.labels = Labels()
         self.grader = grader or InlineGrader()
         self.meter = Meter()
-        self.votable = prompt.kind.vouched  # as far as is known
+        self.votable = prompt.kind.is_declared_votable  # as far as is known
         self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
         self.vouched = False  # a probe has answered
         self.unreadable = 0  # branches that have finished with a reply in which there is no answer
@@ -152,9 +152,9 @@ class LiveEnvironment:
         """The label of an answer; where forms do not settle which, the grader is asked."""
         if answer is None:
             return None
-        doubtful = self.labels.doubtful(answer.form)
+        doubtful = self.labels.undecided(answer.form)
         equal = await self.grader.compare(answer.written, doubtful) if doubtful else None
-        return self.labels.settle(answer.form, answer.written, equal)
+        return self.labels.assign(answer.form, answer.written, equal)
 
     async def read(self, text: str) -> Answer | None:
         """What the reply in a branch's text answers."""
@@ -167,7 +167,7 @@ class LiveEnvironment:
         """
         if not branch.is_read and branch.finish == "stop":
             branch.answer, branch.is_read = await self.read(branch.text), True
-            if branch.answer is None and branch.is_cut and self.prompt.kind.probed and self._may_ask():
+            if branch.answer is None and branch.is_cut and self.prompt.kind.is_probeable and self._may_ask():
                 branch.answer = await self._ask(branch.ids, branch.text)
         return branch.answer
 
@@ -286,7 +286,7 @@ class LiveEnvironment:
         else:
             scout = self._scout = LiveBranch()
             await self._run_ahead(scout)
-        if not self.votable and not self._ended(scout) and self.prompt.kind.probed:
+        if not self.votable and not self._ended(scout) and self.prompt.kind.is_probeable:
             self.votable = self.vouched = await self._vouches(scout)
         while not self.votable and not self._ended(scout):
             await self._run_ahead(scout)
@@ -359,7 +359,7 @@ class LiveEnvironment:
         if self.votable_for_sure and cut_ids is None:
             return None
         answer = await self.read(text)
-        if answer is None and cut_ids is not None and self.prompt.kind.probed and self._may_ask():
+        if answer is None and cut_ids is not None and self.prompt.kind.is_probeable and self._may_ask():
             answer = await self._ask(cut_ids, text)
         if answer is not None:
             self.votable = self.votable_for_sure = True
@@ -397,7 +397,7 @@ class LiveEnvironment:
                 facts[position] = _Outcome(action, index, 0, 0, None, True)
                 continue
             if action.verb is Verb.PROBE:
-                if not self.prompt.kind.probed:
+                if not self.prompt.kind.is_probeable:
                     facts[position] = _Outcome(action, index, 0, 0, None, False)
                     continue
                 suffixes[index] = await self.suffix(index, lead=True)
@@ -563,7 +563,7 @@ class LiveEnvironment:
             label = branch.label = await self.number(await self._answer(branch))
         else:
             answer = None if outcome.probe is None else await self._said(outcome.probe)
-            self.vouched = self.vouched or (answer is not None and answer.form.sort in VOTES_ALONE)
+            self.vouched = self.vouched or (answer is not None and answer.form.type in VOTABLE_TYPES)
             label = await self.number(answer)
         if outcome.action.verb is Verb.PROBE:
             return Probed(outcome.branch, label, outcome.tokens)

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from typing import Final
 
-from discovery.answers import VOTES_ALONE, Answer, Sort
+from discovery.answers import VOTABLE_TYPES, Answer, FormType
 
 LONGEST: Final = 20_000
 """Characters at the end of a question, and of a branch's text, in which signs are looked for."""
@@ -83,14 +83,14 @@ def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
 
     `asked` says whether the question asks for an answer, `text` is the branch's own.
     """
-    if answer is None or answer.form.sort not in VOTES_ALONE:
+    if answer is None or answer.form.type not in VOTABLE_TYPES:
         return False
     return asked or works(text) or _states(text[-LONGEST:], answer)
 
 
 def _states(text: str, answer: Answer) -> bool:
     """Whether a text gives the number as a result: `= 7`, `is **7**`."""
-    if answer.form.sort is not Sort.NUMBER:
+    if answer.form.type is not FormType.NUMBER:
         return False
     written = re.escape(answer.written)
     return re.search(rf"(?:=|≈|\bequals)\s?[*$]{{0,3}}{written}(?!\w|[.,/]\w)", text) is not None

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
 from controllers import ControllerError, Limits, State, Stop, UnknownController
-from discovery.answers import AUTO, Way
+from discovery.answers import AUTO, ExtractionMethod
 from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
 from proxy import probe_templates
 from proxy.environment import votability
@@ -176,8 +176,8 @@ def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any
         drawn["temperature"] = request.temperature
     if request.tts.answer != AUTO:
         kind = request.tts.answer
-        is_pattern = kind.way is Way.REGEX
-        drawn["answer"] = f"{kind.way}:{_hashed(kind.argument)}" if is_pattern else str(kind)
+        is_pattern = kind.method is ExtractionMethod.REGEX
+        drawn["answer"] = f"{kind.method}:{_hashed(kind.argument)}" if is_pattern else str(kind)
     if request.branch_limit is not None:
         drawn["max_tokens"] = request.branch_limit
     if not request.conversation:
@@ -220,7 +220,8 @@ async def _bounds(
     branch = min(room, request.branch_limit or room)
     reserve = close + finalise + suffix + probe
     ahead = None
-    if cap is not None and not request.tts.answer.vouched:  # what finding out whether it can be voted on may cost
+    if cap is not None and not request.tts.answer.is_declared_votable:
+        # reserve what the votability check may cost
         reserve += suffix + probe
         ahead = max(0, cap - reserve - min(settings.interval, branch)) // 8
         reserve += ahead

@@ -21,7 +21,7 @@ from hashlib import blake2b
 from typing import Final, TypeVar
 
 from controllers import Action, Probed, Round, State, Stop, advance, branch, probe
-from discovery.answers import veiled
+from discovery.answers import redacted
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy.admission.request_slot import Turns
 from proxy.environment.live_environment import LiveEnvironment
@@ -89,7 +89,7 @@ class Finisher:
         """Whether an episode is to be finished: it was drawn, and its branches are as its controller left them."""
         settings = self._settings
         ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
-        readable = plan.prompt.kind.probed and not plan.prompt.stop  # a stop string is the client's text
+        readable = plan.prompt.kind.is_probeable and not plan.prompt.stop  # a stop string is the client's text
         readable = readable and self._drift.is_asked_alike(plan)  # else it would be a version of its own
         if plan.records_all or plan.ignores_eos:  # its client has the recording, or it can have no answers
             return False
@@ -271,5 +271,5 @@ def _recorded(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -
 
 def _veiled(recorded: RecordedBranch) -> RecordedBranch:
     """The same branch, its answers not to be read."""
-    probes = [None if answer is None else veiled(answer) for answer in recorded.probes]
-    return recorded._replace(probes=probes, final=None if recorded.final is None else veiled(recorded.final))
+    probes = [None if answer is None else redacted(answer) for answer in recorded.probes]
+    return recorded._replace(probes=probes, final=None if recorded.final is None else redacted(recorded.final))

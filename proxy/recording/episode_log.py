@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from controllers import State
-from discovery.answers import canonical, is_veiled, veiled
+from discovery.answers import canonical, is_redacted, redacted
 from discovery.data.packed_rounds import pack_rounds
 from discovery.evaluation.reference_answers import SATISFIED_SCORE
 from discovery.store import EpisodeDetails, Feedback, ServedEpisode
@@ -162,13 +162,13 @@ class Records:
             episode = await self.recorder.find(said.request)
             if episode is not None and episode.answer is not None:
                 content = _same(answer, episode.answer)
-        return "answer", veiled(answer) if self._text is StoreText.NONE else answer, content
+        return "answer", redacted(answer) if self._text is StoreText.NONE else answer, content
 
 
 def _same(answer: str, given: str) -> bool:
     """Whether two answers, the second of which may not be readable, are the same as far as their forms tell."""
-    if is_veiled(given):
-        return veiled(answer) == given
+    if is_redacted(given):
+        return redacted(answer) == given
     one, other = canonical(answer), canonical(given)
     return answer.strip() == given.strip() or (one is not None and other is not None and one.text == other.text)
 
@@ -193,7 +193,7 @@ def _episode(
         limits=asdict(plan.limits),
         spent=state.spent,
         seconds=seconds,
-        answer_kind=str(plan.prompt.kind.way),  # not its argument: a pattern is the client's text
+        answer_kind=str(plan.prompt.kind.method),  # not its argument: a pattern is the client's text
         usage={} if reply is None else dict(reply.usage),
         sampling=dict(plan.asked.sampling),
         chat_template=plan.asked.chat_template,
@@ -212,7 +212,7 @@ def _episode(
     branches, answer = len(environment.branches), state.answer
 
     def make() -> ServedEpisode:
-        written = [veiled(one) for one in answers] if text is StoreText.NONE else answers
+        written = [redacted(one) for one in answers] if text is StoreText.NONE else answers
         about["answers"] = written
         return ServedEpisode(
             id=plan.request_id,

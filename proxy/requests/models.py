@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from discovery.answers import AUTO, Kind, canonical, parse_kind
+from discovery.answers import AUTO, AnswerKind, canonical, parse_kind
 from discovery.answers.redaction import MARK
 from discovery.errors import UnknownAnswerKind, unknown_field
 from proxy.errors import BadRequest, clipped
@@ -115,7 +115,7 @@ class TtsOptions(BaseModel):
     controller: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     max_total_tokens: Positive | None = None  # over all branches and probes
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
-    answer: Annotated[Kind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
+    answer: Annotated[AnswerKind, BeforeValidator(_kind_of)] = AUTO  # how answers are read
     required: Annotated[bool, Field(strict=True)] | None = None  # 400 where no controller can serve; None: the server's
     progress: Annotated[bool, Field(strict=True)] = False  # a stream tells of each round, as reasoning
 

@@ -41,7 +41,7 @@ from controllers.sandbox.controller import SandboxedController
 from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
 from discovery.evaluation.calibration import Calibrations
-from discovery.promotion.registry import By, Registry
+from discovery.promotion.registry import ChangeCause, Registry
 from proxy.rollout.canary_test import Outcome, Verdict, Watch
 from proxy.rollout.cost_test import Spending
 from proxy.rollout.sandbox_pool import RETIRED, Pool
@@ -263,7 +263,7 @@ class Casting:
             return
         if now.canary is not None and now.canary.digest == spec.digest:
             self.metrics.rollbacks.labels(QUARANTINED).inc()
-        by = By("proxy", words, datetime.now(UTC))
+        by = ChangeCause("proxy", words, datetime.now(UTC))
         self._change(now.quarantine(spec.digest), lambda registry: registry.quarantine(spec.digest, by))
 
     def _roll_back(self, canary: Spec, verdict: Verdict) -> None:
@@ -273,7 +273,7 @@ class Casting:
             "canary %s (%s) is rolled back: %s; %s decides alone",
             *(canary.name, canary.digest[:12], words, self._lineup.champion.name),
         )
-        by = By("watcher", words, datetime.now(UTC))
+        by = ChangeCause("watcher", words, datetime.now(UTC))
         without = self.stages.now.without(canary.digest)
         self._change(without, lambda registry: registry.drop_canary(canary.digest, by))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from controllers.installed import Installed, Stage, lot
 from controllers.loading import Spec
 from discovery.errors import PromotionError
-from discovery.promotion.registry import Registry, Stamp
+from discovery.promotion.registry import FileStamp, Registry
 from proxy.types import Choice
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Stages:
         self._default = default
         self._poll_s = poll_s
         self._looked = float("-inf")  # when last, by the monotonic clock
-        self._stamp: Stamp | None = None
+        self._stamp: FileStamp | None = None
         self._reading = False
         self._complaint = ""
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 
-from discovery.answers.algebra import express
+from discovery.answers.algebra import normalize_expression
 from discovery.answers.forms import canonical
 from proxy.environment.votability import asks, vouches
 from proxy.server import running
@@ -93,7 +93,7 @@ def _median(spellings: list[str], times: int) -> float:
 
 def _seconds(written: str) -> float:
     canonical.cache_clear()
-    express.cache_clear()
+    normalize_expression.cache_clear()
     began = time.perf_counter()
     canonical(written)
     return time.perf_counter() - began

@@ -12,11 +12,11 @@ from discovery.data.importers import read_release, release_cell
 from discovery.data.recordings import Cell, Split, intern_answers
 from discovery.evaluation.afs import mean_afs
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.search.arena import Arena, Trial
-from discovery.search.cascade import Cascade, Plan, Verdict, fixed_recordings
-from discovery.search.explorers import Candidate, Context, Standing
+from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan, fixed_recordings
+from discovery.search.explorers import Candidate, ExplorerContext, ScoredCandidate
 from discovery.search.explorers.grammar import Grammar
-from discovery.search.loop import FINE, baselines
+from discovery.search.loop import FINAL_BETAS, baselines
+from discovery.search.trial_pool import TrialPool, TrialSettings
 from tests.bench.replay import FILE
 from tests.bench.rows import Row, Size
 
@@ -34,10 +34,10 @@ def rows(size: Size) -> Iterator[Row]:
         return
     cells = {CELL: [intern_answers(recorded) for recorded in read_release(file)]}
     with (
-        Arena(cells, ReplayRules(probe_tokens=20), WORKERS) as arena,
-        Arena(fixed_recordings(), ReplayRules(), 1) as probes,
+        TrialPool(cells, ReplayRules(probe_tokens=20), WORKERS) as arena,
+        TrialPool(fixed_recordings(), ReplayRules(), 1) as probes,
     ):
-        cascade = Cascade(arena, probes, Plan(shuffles=size.pick(SHUFFLES, 1)))
+        cascade = Cascade(arena, probes, CascadePlan(shuffles=size.pick(SHUFFLES, 1)))
         known = cascade.judge(baselines(), [])
         search, sealed = (_minute(cascade, known, explorer, size) for explorer in ("grammar", "llm"))
     yield Row(
@@ -54,8 +54,8 @@ def _validation(size: Size) -> Row:
     files = sorted(FILE.parents[1].glob("*/aime25.json.xz"))[: size.pick(4, 1)]
     shuffles = size.pick(10, 1)
     cells = {release_cell(file): [intern_answers(recorded) for recorded in read_release(file)] for file in files}
-    with Arena(cells, ReplayRules(probe_tokens=20), WORKERS) as arena:
-        trial = Trial(FINE, range(shuffles))
+    with TrialPool(cells, ReplayRules(probe_tokens=20), WORKERS) as arena:
+        trial = TrialSettings(FINAL_BETAS, range(shuffles))
         found, cmc = (mean_afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
     return Row(
         f"AFS on aime25, {len(files)} models, {shuffles} shuffles: {SHIPPED}",
@@ -65,14 +65,14 @@ def _validation(size: Size) -> Row:
     )
 
 
-def _minute(cascade: Cascade, known: list[Verdict], explorer: str, size: Size) -> float:
+def _minute(cascade: Cascade, known: list[CandidateVerdict], explorer: str, size: Size) -> float:
     """Candidates of a search, judged as `explorer`'s; what it proposes follows from what came of the last."""
     grammar = Grammar(batch=size.pick(8, 2))
-    pairs: list[tuple[Candidate, Verdict]] = []
+    pairs: list[tuple[Candidate, CandidateVerdict]] = []
     began = time.perf_counter()
     for step in range(size.pick(STEPS, 1)):
-        standings = [Standing(candidate, verdict.score, (), verdict.failure) for candidate, verdict in pairs]
-        proposed = grammar.propose(Context(0, step, standings))
+        standings = [ScoredCandidate(candidate, verdict.score, (), verdict.failure) for candidate, verdict in pairs]
+        proposed = grammar.propose(ExplorerContext(0, step, standings))
         as_theirs = [replace(candidate, explorer=explorer) for candidate in proposed]
         verdicts = cascade.judge(as_theirs, [*known, *(verdict for _, verdict in pairs)])
         pairs += zip(proposed, verdicts, strict=True)

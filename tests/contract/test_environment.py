@@ -29,7 +29,7 @@ from controllers import (
     run_episode,
 )
 from controllers.builtin import BUILT_IN, create
-from discovery.answers import read
+from discovery.answers import read_answer
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.environment.live_environment import LiveEnvironment
@@ -76,7 +76,7 @@ def _recorded(chain: Chain) -> RecordedBranch:
 
 
 def _written(text: str) -> str | None:
-    answer = read(text)
+    answer = read_answer(text)
     return None if answer is None else answer.written
 
 

@@ -39,7 +39,7 @@ class Candidate:
         return sha256(self.source.encode()).hexdigest()
 
 
-class Standing(NamedTuple):
+class ScoredCandidate(NamedTuple):
     """A candidate and how it did on the search split, rounded: all an explorer may know of it."""
 
     candidate: Candidate
@@ -49,12 +49,12 @@ class Standing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Context:
+class ExplorerContext:
     """What an explorer is shown: of the search split alone, no question, no answer's text, no reference."""
 
     seed: int
     step: int  # how many proposals there were before
-    standings: Sequence[Standing]  # every candidate so far, in the order they came; baselines first
+    standings: Sequence[ScoredCandidate]  # every candidate so far, in the order they came; baselines first
     digests: Mapping[str, str] = field(default_factory=dict)  # trace digests by a candidate's digest, for the best ones
 
     @property
@@ -63,7 +63,7 @@ class Context:
         return random.Random(f"{self.seed} {self.step}")
 
     @property
-    def leaders(self) -> list[Standing]:
+    def leaders(self) -> list[ScoredCandidate]:
         """Those that did not fail, best first; of equals the earlier."""
         scored = [one for one in self.standings if one.score is not None]
         return sorted(scored, key=lambda one: -(one.score or 0.0))
@@ -74,6 +74,6 @@ class Explorer(Protocol):
 
     name: str
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """The next candidates, at least one unless there are no more. Raises ExplorerError, BudgetExhausted."""
         ...

@@ -17,10 +17,10 @@ from typing import Final
 from controllers.loading import LARGEST
 from discovery.errors import ExplorerError
 from discovery.search import prompt
-from discovery.search.explorers import Candidate, Context, Cost
+from discovery.search.explorers import Candidate, Cost, ExplorerContext
 from discovery.search.explorers.confine import REFUSED, version
-from discovery.search.explorers.files import cleaned_name
-from discovery.search.prompt import Block, champion_of, clean, clean_lines, together
+from discovery.search.explorers.files import clean_name
+from discovery.search.prompt import Block, clean, clean_lines, find_champion, join_blocks
 
 ROOT: Final = Path(__file__).parents[3]
 START: Final = (
@@ -74,7 +74,7 @@ class Agent:
         self._variables = variables
         self._readable = readable
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """What the agent wrote. Raises ExplorerError if it cannot be confined, or left no file."""
         try:
             version()
@@ -90,7 +90,7 @@ class Agent:
             raise ExplorerError(f"the agent's workspace: {error}") from None
         if source is None:
             raise ExplorerError(f"the agent {ended} and left no {CANDIDATE} that can be read; see {workspace / LOG}")
-        champion = champion_of(context)
+        champion = find_champion(context)
         return [
             Candidate(
                 name=f"agent-{context.step:04d}",
@@ -102,7 +102,7 @@ class Agent:
             )
         ]
 
-    def _prepare(self, context: Context) -> Path:
+    def _prepare(self, context: ExplorerContext) -> Path:
         """A new workspace with all the agent is told."""
         workspace = self._root / f"step-{context.step:04d}"
         if workspace.exists():  # of a run that ended midway
@@ -111,9 +111,9 @@ class Agent:
             folder.mkdir(parents=True)
         (workspace / "TASK.md").write_text(TASK.format(search=RECORDINGS if self._search else ""))
         for name, blocks in PAGES.items():
-            (workspace / name).write_text(together(blocks, context) + "\n")
+            (workspace / name).write_text(join_blocks(blocks, context) + "\n")
         for number, standing in enumerate(context.standings):
-            stem = f"{number:04d}-{cleaned_name(standing.candidate.name)}"
+            stem = f"{number:04d}-{clean_name(standing.candidate.name)}"
             (workspace / "history" / f"{stem}.py").write_text(standing.candidate.source)
             if standing.candidate.digest in context.digests:
                 told = clean_lines(context.digests[standing.candidate.digest], prompt.DIGESTS)

@@ -81,19 +81,19 @@ class LLMSettings(BaseModel):
         return self.price(request["model"], prompt, self.max_tokens)
 
 
-class Bill(NamedTuple):
+class CallCosts(NamedTuple):
     """What some calls cost, as the endpoint said; and how often it did not."""
 
     cost: Cost = Cost()
     calls: int = 0
     unknown: int = 0  # calls that may have cost something of which the endpoint said nothing
 
-    def __add__(self, other: object) -> Bill:
-        if not isinstance(other, Bill):
+    def __add__(self, other: object) -> CallCosts:
+        if not isinstance(other, CallCosts):
             return NotImplemented
         prompt, completion, usd, seconds = (one + more for one, more in zip(self.cost, other.cost, strict=True))
         cost = Cost(int(prompt), int(completion), usd, seconds)
-        return Bill(cost, self.calls + other.calls, self.unknown + other.unknown)
+        return CallCosts(cost, self.calls + other.calls, self.unknown + other.unknown)
 
 
 class Endpoint:
@@ -125,12 +125,12 @@ class Endpoint:
         body = {"model": model, "messages": [dict(message) for message in messages], given.limit: given.max_tokens}
         return {**given.extra, **temperature, **body}
 
-    def bill(self, request: Mapping[str, Any], response: Response) -> Bill:
+    def bill(self, request: Mapping[str, Any], response: Response) -> CallCosts:
         """What one try cost."""
         usage = _usage(response)
         if usage is None:
-            return Bill(calls=1, unknown=int(not _refused(response)))
-        return Bill(Cost(*usage, self._settings.price(request["model"], *usage)), calls=1)
+            return CallCosts(calls=1, unknown=int(not _refused(response)))
+        return CallCosts(Cost(*usage, self._settings.price(request["model"], *usage)), calls=1)
 
     def wait(self, response: Response, failures: int) -> bool:
         """Wait before another try; False at once if the failure, the `failures`th of its call, is not worth one."""
@@ -188,11 +188,11 @@ class Conversation:
         self._seed = seed
         self._step = step
         self._calls = 0
-        self._owed = Bill()
+        self._owed = CallCosts()
 
-    def settle(self) -> Bill:
+    def settle(self) -> CallCosts:
         """What its calls have cost since this was last asked, those too that came to nothing."""
-        owed, self._owed = self._owed, Bill()
+        owed, self._owed = self._owed, CallCosts()
         return owed
 
     def say(self, model: str, messages: Messages) -> str:

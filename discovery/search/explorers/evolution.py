@@ -9,17 +9,17 @@ import cmaes
 import numpy as np
 from numpy.typing import NDArray
 
-from discovery.search.explorers import Standing
+from discovery.search.explorers import ScoredCandidate
 
 Vector = NDArray[np.float64]
 
 
-def worst_of(standings: Sequence[Standing]) -> float:
+def failure_score(standings: Sequence[ScoredCandidate]) -> float:
     """What a candidate that failed counts as: a point less than the worst that did not."""
     return min((one.score for one in standings if one.score is not None), default=0.0) - 1
 
 
-def offspring(
+def next_generation(
     start: Sequence[float],
     told: Sequence[tuple[Vector, float]],
     seed: int,

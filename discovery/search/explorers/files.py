@@ -9,7 +9,7 @@ from typing import Final
 from controllers.errors import BadController
 from controllers.loading import read_source
 from discovery.errors import ExplorerError
-from discovery.search.explorers import Candidate, Context
+from discovery.search.explorers import Candidate, ExplorerContext
 from discovery.search.prompt import clean
 
 NAME: Final = 64
@@ -28,7 +28,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """The files that are new; none if there are no more. Raises ExplorerError if there is no folder."""
         try:
             paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and not path.is_dir())
@@ -49,9 +49,9 @@ class Files:
         except BadController as error:
             note = clean(str(error).replace(str(path), path.name))
             source = f"# {note}\n"
-        return Candidate(cleaned_name(path.stem), source, self.name, note=note)
+        return Candidate(clean_name(path.stem), source, self.name, note=note)
 
 
-def cleaned_name(text: str) -> str:
+def clean_name(text: str) -> str:
     """A name candidates may have."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:NAME] or "_"

@@ -18,8 +18,8 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from discovery.search.explorers import Candidate, Context, Standing
-from discovery.search.explorers.evolution import offspring, worst_of
+from discovery.search.explorers import Candidate, ExplorerContext, ScoredCandidate
+from discovery.search.explorers.evolution import failure_score, next_generation
 
 Genome = Mapping[str, Any]
 
@@ -369,7 +369,7 @@ class Grammar:
     def __init__(self, batch: int = 8) -> None:
         self.batch = batch
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """Classics first; then by turns new structures, and the numbers of the best one refined."""
         mine = [one for one in context.standings if one.candidate.explorer == self.name]
         if not mine:
@@ -378,9 +378,9 @@ class Grammar:
             return self._refine(context, mine)
         return self._draw(context, mine)
 
-    def _draw(self, context: Context, mine: Sequence[Standing]) -> list[Candidate]:
+    def _draw(self, context: ExplorerContext, mine: Sequence[ScoredCandidate]) -> list[Candidate]:
         """Genomes by the estimator, from how all before them did."""
-        worst = worst_of(mine)
+        worst = failure_score(mine)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of being experimental
             optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -392,7 +392,7 @@ class Grammar:
             genomes = [_draw(study.ask()) for _ in range(self.batch)]
         return [self._candidate(context, at, genome, {}) for at, genome in enumerate(genomes)]
 
-    def _refine(self, context: Context, mine: Sequence[Standing]) -> list[Candidate]:
+    def _refine(self, context: ExplorerContext, mine: Sequence[ScoredCandidate]) -> list[Candidate]:
         """A generation of CMA-ES over the best genome's numbers; generations before it are told it anew."""
         leader = max((one for one in mine if one.score is not None), key=lambda one: one.score or 0.0)
         line = leader.candidate.genome.get("line") or leader.candidate.digest
@@ -404,32 +404,38 @@ class Grammar:
         start = bred[0].candidate.genome["start"] if bred else _to_unit(genome, numbers)
         seed = context.rng.getrandbits(31)
         bounds = np.tile([0.0, 1.0], (len(numbers), 1))
-        worst = worst_of(mine)
+        worst = failure_score(mine)
         told = [(_unit(one, numbers), _value(one, worst)) for one in bred]
         children = [
-            _from_unit(genome, numbers, vector) for vector in offspring(start, told, seed, self.batch, SIGMA, bounds)
+            _from_unit(genome, numbers, vector)
+            for vector in next_generation(start, told, seed, self.batch, SIGMA, bounds)
         ]
         remembered = {"line": line, "start": [float(x) for x in start]}
         parent = leader.candidate.digest
         return [self._candidate(context, at, child, remembered, parent) for at, child in enumerate(children)]
 
     def _candidate(
-        self, context: Context, at: int, genome: Genome, remembered: Mapping[str, Any], parent: str | None = None
+        self,
+        context: ExplorerContext,
+        at: int,
+        genome: Genome,
+        remembered: Mapping[str, Any],
+        parent: str | None = None,
     ) -> Candidate:
         name = f"grammar-{context.step}-{at}"
         note = "; ".join(f"{part} {genome[part]}" for part in PARTS)
         return Candidate(name, emit(genome), self.name, parent, note, genome={**genome, **remembered})
 
 
-def _bare(one: Standing) -> dict[str, Any]:
+def _bare(one: ScoredCandidate) -> dict[str, Any]:
     return dict(one.candidate.genome)
 
 
-def _value(one: Standing, worst: float) -> float:
+def _value(one: ScoredCandidate, worst: float) -> float:
     return worst if one.score is None else one.score
 
 
-def _told(one: Standing, worst: float) -> optuna.trial.FrozenTrial:
+def _told(one: ScoredCandidate, worst: float) -> optuna.trial.FrozenTrial:
     """A candidate as a finished trial."""
     known = space(_bare(one))
     params = {name: one.candidate.genome[name] for name in known}
@@ -441,7 +447,7 @@ def _to_unit(genome: Genome, numbers: Sequence[str]) -> list[float]:
     return [_scale(known[name], genome[name]) for name in numbers]
 
 
-def _unit(one: Standing, numbers: Sequence[str]) -> Any:
+def _unit(one: ScoredCandidate, numbers: Sequence[str]) -> Any:
     return np.array(_to_unit(_bare(one), numbers))
 
 

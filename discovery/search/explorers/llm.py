@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 from controllers.advice import advise
 from controllers.loading import LARGEST
 from discovery.errors import ExplorerError
-from discovery.search.explorers import Candidate, Context
-from discovery.search.explorers.endpoint import Bill, Conversation, Endpoint, LLMSettings, Sleep
+from discovery.search.explorers import Candidate, ExplorerContext
+from discovery.search.explorers.endpoint import CallCosts, Conversation, Endpoint, LLMSettings, Sleep
 from discovery.search.explorers.transcript import Transcript
-from discovery.search.prompt import clean, parent_of, render
+from discovery.search.prompt import clean, draw_parent, render
 
 FILE: Final = re.compile(r"^```(?:python|py)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 NOTE: Final = re.compile(r"^\W*NOTE\W*:(.*)$", re.MULTILINE)
@@ -46,7 +46,7 @@ class LLM:
         self._settings = settings
         self._endpoint = Endpoint(settings, transcript, sleep)
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """The step's candidates; fewer if the endpoint or the money gives out, at least one. Raises ExplorerError."""
         conversation = self._endpoint.conversation(context.seed, context.step)
         made: list[Candidate] = []
@@ -57,11 +57,13 @@ class LLM:
                 if not made:
                     raise
                 lost = conversation.settle().cost  # of the one that was not finished: it is paid all the same
-                made[-1] = replace(made[-1], cost=(Bill(made[-1].cost) + Bill(lost)).cost)
+                made[-1] = replace(made[-1], cost=(CallCosts(made[-1].cost) + CallCosts(lost)).cost)
                 break
         return made
 
-    def _write(self, context: Context, number: int, conversation: Conversation, siblings: list[Candidate]) -> Candidate:
+    def _write(
+        self, context: ExplorerContext, number: int, conversation: Conversation, siblings: list[Candidate]
+    ) -> Candidate:
         """The step's candidate of that number, after its `siblings`."""
         shown = replace(context, step=context.step + number)  # chance of its own
         models = self._settings.models
@@ -79,7 +81,7 @@ class LLM:
             ]
             reply = conversation.say(model, messages)
             draft = _read(reply, tried)
-        parent, bill = parent_of(shown), conversation.settle()
+        parent, bill = draw_parent(shown), conversation.settle()
         return Candidate(
             name=f"llm-{context.step:04d}" + (f"-{number}" if number else ""),
             source=draft.source,
@@ -91,7 +93,7 @@ class LLM:
         )
 
 
-def _unknown(bill: Bill) -> str:
+def _unknown(bill: CallCosts) -> str:
     return f" ({bill.unknown} of {bill.calls} calls of unknown cost)" if bill.unknown else ""
 
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from discovery.search.explorers import Candidate, Context, Explorer, Standing
-from discovery.search.explorers.evolution import Vector, offspring, worst_of
+from discovery.search.explorers import Candidate, Explorer, ExplorerContext, ScoredCandidate
+from discovery.search.explorers.evolution import Vector, failure_score, next_generation
 
 BY_TURNS: Final = 2
 """Of so many steps one is the explorer's own."""
@@ -44,7 +44,7 @@ class Tuned:
         self._explorer = explorer
         self._batch = batch
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         """The explorer's own candidates, and tunings by turns; those alone when it has none. Raises ExplorerError."""
         leader = next((one for one in context.leaders if one.candidate.explorer == self.name), None)
         if leader is None or context.step % BY_TURNS:
@@ -53,18 +53,18 @@ class Tuned:
                 return found
         return self._tune(context, leader) or self._explorer.propose(context)
 
-    def _tune(self, context: Context, leader: Standing) -> list[Candidate]:
+    def _tune(self, context: ExplorerContext, leader: ScoredCandidate) -> list[Candidate]:
         """A generation of the leader's line; none if its file has too few numbers."""
         origin = leader.candidate.genome.get("root", leader.candidate.digest)
         root = next(one.candidate for one in context.standings if one.candidate.digest == origin)
         spots = spots_of(root.source)
         if len(spots) < 2:
             return []
-        worst = worst_of(context.standings)
+        worst = failure_score(context.standings)
         line = [one for one in context.standings if one.candidate.genome.get("root") == origin]
         told = [(np.array(one.candidate.genome["factors"]), worst if one.score is None else one.score) for one in line]
         seed = context.rng.getrandbits(31)
-        children = offspring([0.0] * len(spots), told, seed, self._batch, SIGMA)
+        children = next_generation([0.0] * len(spots), told, seed, self._batch, SIGMA)
         return [
             Candidate(
                 f"{root.name[:48]}-t{context.step}-{at}",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from discovery.answers import Form, Judge, Labels, Sort, boxed, canonical, parse_kind, read
+from discovery.answers import CanonicalForm, FormType, Judge, Labels, boxed, canonical, parse_kind, read_answer
 from discovery.errors import UnknownAnswerKind
 from tests.discovery.answers.answer_pairs import DIFFERENT, SAME, UNREADABLE
 
@@ -27,7 +27,7 @@ def same(one: str, other: str, judge: Judge) -> bool:
     """Whether an episode would give both answers one label."""
     labels = Labels(judge)
     forms = [canonical(written) for written in (one, other)]
-    numbers = [None if f is None else labels.number(f, w) for f, w in zip(forms, (one, other), strict=True)]
+    numbers = [None if f is None else labels.label_of(f, w) for f, w in zip(forms, (one, other), strict=True)]
     return None not in numbers and numbers[0] == numbers[1]
 
 
@@ -102,7 +102,7 @@ def test_a_canonical_form_is_its_own_and_nothing_raises(written: str) -> None:
         again = canonical(form.text)
         if again is None or again.text != form.text:
             # What is not understood, and words, may hold what means something once it stands alone.
-            assert form.sort in (Sort.OTHER, Sort.WORDS) or not form.exact or form.sort is Sort.COLLECTION
+            assert form.type in (FormType.OTHER, FormType.WORDS) or not form.exact or form.type is FormType.COLLECTION
 
 
 @given(EXPRESSIONS)
@@ -114,7 +114,7 @@ def test_the_canonical_form_of_an_expression_is_idempotent(written: str) -> None
     assert form is not None
     again = canonical(form.text)
     assert again is not None
-    assert (again.text, again.sort) == (form.text, form.sort)
+    assert (again.text, again.type) == (form.text, form.type)
 
 
 @given(ANSWERS, ANSWERS, ANSWERS)
@@ -136,10 +136,10 @@ def test_labels_are_numbered_by_first_reveal_and_stay(texts: list[str]) -> None:
         form = canonical(written)
         if form is None:
             continue
-        label = labels.number(form, written)
+        label = labels.label_of(form, written)
         assert 0 <= label <= seen + 1
         seen = max(seen, label)
-        assert labels.number(form, written) == label
+        assert labels.label_of(form, written) == label
     assert len(labels) == seen + 1
 
 
@@ -149,7 +149,7 @@ def test_labels_are_numbered_by_first_reveal_and_stay(texts: list[str]) -> None:
 )
 @settings(deadline=None)
 def test_any_text_is_read_without_raising_and_the_answer_stands_in_it(text: str, kind: str) -> None:
-    answer = read(text, parse_kind(kind))
+    answer = read_answer(text, parse_kind(kind))
     if answer is not None:
         assert answer.written in text
         assert answer.form.text
@@ -161,7 +161,7 @@ def test_any_text_is_read_without_raising_and_the_answer_stands_in_it(text: str,
 def number(labels: Labels, written: str) -> int:
     form = canonical(written)
     assert form is not None
-    return labels.number(form, written)
+    return labels.label_of(form, written)
 
 
 def test_a_bare_answer_joins_the_unit_that_came_first_and_units_never_meet() -> None:
@@ -190,13 +190,13 @@ def test_a_judge_is_asked_only_where_values_agree() -> None:
     for written in ("3", "8", "yes", r"\log_2 7", r"\sqrt{9}", "A"):
         form = canonical(written)
         assert form is not None
-        assert not labels.doubtful(form)
-        labels.number(form, written)
+        assert not labels.undecided(form)
+        labels.label_of(form, written)
     assert asked.pairs == []
     doubtful = canonical(r"\log_2 8")
     assert doubtful is not None
-    assert labels.doubtful(doubtful)
-    assert labels.number(doubtful, r"\log_2 8") == 0
+    assert labels.undecided(doubtful)
+    assert labels.label_of(doubtful, r"\log_2 8") == 0
     assert asked.pairs == [(r"\log_2 8", "3")]
 
 
@@ -422,7 +422,7 @@ def test_the_last_complete_box(text: str, inner: str | None) -> None:
     ],
 )  # fmt: skip
 def test_read(text: str, kind: str, answer: str | None) -> None:
-    found = read(text, parse_kind(kind))
+    found = read_answer(text, parse_kind(kind))
     assert (None if found is None else found.form.text) == answer
     if found is not None:
         assert found.written in text
@@ -472,7 +472,7 @@ HOSTILE = [
 @pytest.mark.parametrize("kind", ["auto", "number", "choice", "json", "text:words", "code:lines", "regex:(a+)+b"])
 def test_no_answer_hangs_or_crashes_the_reader(kind: str) -> None:
     for text in HOSTILE:
-        read(text, parse_kind(kind))
+        read_answer(text, parse_kind(kind))
 
 
 def test_random_latex_never_raises() -> None:
@@ -501,4 +501,4 @@ def test_random_latex_never_raises() -> None:
     ]
     for _ in range(3000):
         form = canonical("".join(rng.choices(tokens, k=rng.randrange(1, 30))))
-        assert form is None or isinstance(form, Form)
+        assert form is None or isinstance(form, CanonicalForm)

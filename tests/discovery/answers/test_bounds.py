@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from discovery.answers import canonical, parse_kind, read, reading
-from discovery.answers.spelling import tidy
-from discovery.answers.structure import DEEPEST, MOST_PARTS, Reading
+from discovery.answers import canonical, extraction, parse_kind, read_answer
+from discovery.answers.form_parser import DEEPEST, MOST_PARTS, FormParser
+from discovery.answers.latex import normalize_latex
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts of answers that are read while a test runs."""
     seen: list[str] = []
-    plain = Reading._read
+    plain = FormParser._read
 
-    def counted(self: Reading, text: str) -> Any:
+    def counted(self: FormParser, text: str) -> Any:
         seen.append(text)
         return plain(self, text)
 
-    monkeypatch.setattr(Reading, "_read", counted)
+    monkeypatch.setattr(FormParser, "_read", counted)
     canonical.cache_clear()
     return seen
 
@@ -57,7 +57,7 @@ def test_an_answer_that_nests_too_deep_or_has_too_many_parts_is_none(parts: list
 
 @pytest.mark.parametrize("space", [" ", "~", "\\ ", "\\,", "\n", "\\quad ", "\u200b \u00a0"])
 def test_runs_of_spaces_are_joined_before_any_pattern_sees_them(space: str) -> None:
-    assert tidy("1" + space * (900 // len(space)) + "x") == "1 x"
+    assert normalize_latex("1" + space * (900 // len(space)) + "x") == "1 x"
 
 
 def test_what_grows_when_it_is_tidied_is_bounded_again() -> None:
@@ -81,16 +81,16 @@ class Counted:
 def counted(spec: str, text: str, seconds: float = 60) -> tuple[Counted, str | None]:
     kind = parse_kind(spec)
     pattern = kind.__dict__["pattern"] = Counted(kind.pattern)
-    answer = read(text, kind, seconds=seconds)
+    answer = read_answer(text, kind, seconds=seconds)
     return pattern, None if answer is None else answer.written
 
 
 def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often() -> None:
     for size in (1_000, 100_000, 1_000_000):
         pattern, written = counted(r"regex:x.*y|x", "y" * size + "xxx")
-        assert (pattern.begun, pattern.matches, written) == (min(size + 3, reading.LONGEST_MATCHED), 3, "x")
+        assert (pattern.begun, pattern.matches, written) == (min(size + 3, extraction.LONGEST_MATCHED), 3, "x")
     pattern, written = counted(r"regex:\d", "7" * 1_000_000)
-    assert (pattern.matches, written) == (reading.MOST_MATCHES + 1, None)
+    assert (pattern.matches, written) == (extraction.MOST_MATCHES + 1, None)
     pattern, written = counted(r"regex:^\d", "7" + "x" * 1_000_000)
     assert written is None  # the beginning of what is looked at is not the text's
 
@@ -103,8 +103,8 @@ def test_a_pattern_that_takes_too_much_cpu_gives_no_answer() -> None:
 @pytest.mark.parametrize("kind", ["auto", "boxed", "choice", "number"])
 def test_an_answer_is_looked_for_at_the_end_of_a_text(kind: str) -> None:
     answer = "\\boxed{B} The answer is B." if kind == "choice" else "\\boxed{7} The answer is 7."
-    assert read("x" * 10 * reading.LONGEST_READ + answer, parse_kind(kind)) is not None
-    assert read(answer + "\n" + "." * reading.LONGEST_READ, parse_kind(kind)) is None
+    assert read_answer("x" * 10 * extraction.LONGEST_READ + answer, parse_kind(kind)) is not None
+    assert read_answer(answer + "\n" + "." * extraction.LONGEST_READ, parse_kind(kind)) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_answer_is_looked_for_at_the_end_of_a_text(kind: str) -> None:
     ],
 )
 def test_json_numbers_lose_no_digit_and_raise_nothing(text: str, spelled: str | None) -> None:
-    answer = read(text, parse_kind("json"))
+    answer = read_answer(text, parse_kind("json"))
     assert (None if answer is None else answer.form.text) == spelled
 
 
@@ -132,9 +132,9 @@ def test_json_is_parsed_in_vain_a_bounded_number_of_times(monkeypatch: pytest.Mo
             tried.append(len(text) - begin)
             return plain.raw_decode(text, begin)
 
-    plain = reading._DECODER
-    monkeypatch.setattr(reading, "_DECODER", Decoder())
+    plain = extraction._DECODER
+    monkeypatch.setattr(extraction, "_DECODER", Decoder())
     for size in (100_000, 400_000, 1_600_000):
         tried.clear()
-        assert read("[ " * 60 + "1.5," * (size // 4), parse_kind("json")) is None
-        assert sum(tried) <= 2 * max(size, reading.MOST_SCANNED)
+        assert read_answer("[ " * 60 + "1.5," * (size // 4), parse_kind("json")) is None
+        assert sum(tried) <= 2 * max(size, extraction.MOST_SCANNED)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from controllers import TO_END, Action, Limits, State, Stop, advance, answer, branch, probe, prune
 from controllers.loading import Spec
-from discovery.answers import veiled
+from discovery.answers import redacted
 from discovery.audit.explain import consistency_estimates, explain, restricted_mean
 from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, question_id
@@ -150,7 +150,7 @@ def test_an_episode_of_which_nothing_is_known_but_its_end() -> None:
 
 
 def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
-    hidden = [veiled(text) for text in GIVEN_UP.about["answers"]]
+    hidden = [redacted(text) for text in GIVEN_UP.about["answers"]]
     told = explain(replace(GIVEN_UP, answer=hidden[0], about=GIVEN_UP.about | {"answers": hidden}))
     assert told["answers"] == [f"#{one.removeprefix('veiled:')[:6]}" for one in hidden]
     assert told["answers"][0] in told["why"]
@@ -264,7 +264,7 @@ def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, c
 
 
 def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
-    odd = [veiled("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
+    odd = [redacted("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
     episode = replace(GIVEN_UP, about=GIVEN_UP.about | {"answers": odd}, answer=odd[0])
     write(tmp_path / "s.db", [episode])
     done = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from controllers import TO_END, Action, Controller, Limits, State, Stop, advance, answer, probe
 from controllers.builtin import BASELINE, BUILT_IN
 from controllers.loading import Spec, make, parse_spec, read
-from discovery.answers import veiled
+from discovery.answers import redacted
 from discovery.audit.decision_replay import NO_FITTING_ACTION, find_controllers, format_actions, replay_decisions
 from discovery.audit.parity import (
     KnownAnswer,
@@ -440,8 +440,8 @@ def test_labels_count_for_questions_that_came_without_an_answer(tmp_path: Path, 
 
 def _veiled(recorded: RecordedQuestion) -> RecordedQuestion:
     def hidden(branch: RecordedBranch) -> RecordedBranch:
-        probes = [None if one is None else veiled(one) for one in branch.probes]
-        return branch._replace(probes=probes, final=None if branch.final is None else veiled(branch.final))
+        probes = [None if one is None else redacted(one) for one in branch.probes]
+        return branch._replace(probes=probes, final=None if branch.final is None else redacted(branch.final))
 
     return replace(recorded, branches=[hidden(branch) for branch in recorded.branches])
 

@@ -49,7 +49,7 @@ def test_nothing_is_created_through_a_link(tmp_path: Path, target: Path) -> None
 
 def test_a_link_in_place_of_a_ledgers_lock_is_refused(tmp_path: Path, target: Path) -> None:
     (tmp_path / "gate.jsonl.lock").symlink_to(target)
-    with pytest.raises(FileWriteError, match=r"gate\.jsonl\.lock"), Ledger(tmp_path / "gate.jsonl").held():
+    with pytest.raises(FileWriteError, match=r"gate\.jsonl\.lock"), Ledger(tmp_path / "gate.jsonl").locked():
         pass
     assert untouched(target)
 

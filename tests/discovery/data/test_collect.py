@@ -23,7 +23,7 @@ from rich.console import Console
 
 from controllers import Limits, State, Stop, run_episode, run_sync
 from controllers.builtin import create
-from discovery.commands.collect import Shown
+from discovery.commands.collect import CollectProgress
 from discovery.data.collect import (
     AWAY_S,
     CLOSING,
@@ -457,7 +457,7 @@ async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: 
 def shown(*changes: CollectionProgress) -> str:
     """The bar, after `changes`."""
     console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
-    with Shown(2.5, console) as bar:
+    with CollectProgress(2.5, console) as bar:
         for at in changes:
             bar.change(at)
     assert isinstance(console.file, StringIO)

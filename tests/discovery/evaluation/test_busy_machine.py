@@ -24,7 +24,7 @@ from discovery.errors import GateError
 from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
 from discovery.evaluation.score_set import ScoreSet
 from discovery.promotion import gate
-from discovery.promotion.ledger import DISTURBED, FREE, Ledger
+from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
 from tests.discovery.evaluation.test_evaluate import question
 from tests.discovery.promotion.test_gate import FEW, FIRST, quickly, run
 
@@ -149,7 +149,7 @@ def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) ->
 
 
 def test_a_verdict_is_the_same_on_a_busy_machine(tmp_path: Path) -> None:
-    def verdict(name: str) -> gate.Report:
+    def verdict(name: str) -> gate.GateReport:
         return run(FEW, Spec("first", FIRST), tmp_path / name, shuffles=2)
 
     idle = verdict("idle")
@@ -173,10 +173,11 @@ def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
                 quickly("single", path)
 
     assert quickly("asc@4", path).k == 1
-    for number in range(1, FREE + 1):
-        disturb(rf"single could not be judged: it was killed; no look is spent, .* disturbance {number} of the {FREE}")
-    assert [one.verdict for one in Ledger(path).judgements()[1:]] == [DISTURBED] * FREE
+    for number in range(1, FREE_DISTURBANCES + 1):
+        free = rf"no look is spent, .* disturbance {number} of the {FREE_DISTURBANCES}"
+        disturb(f"single could not be judged: it was killed; {free}")
+    assert [one.verdict for one in Ledger(path).judgements()[1:]] == [DISTURBED] * FREE_DISTURBANCES
     assert quickly("esc@8", path).k == 2
-    disturb(f"a look is spent, for {FREE} judgements on these questions were disturbed before")
+    disturb(f"a look is spent, for {FREE_DISTURBANCES} judgements on these questions were disturbed before")
     assert quickly("single", path).k == 4
-    assert [one.k for one in Ledger(path).judgements()] == [1, *[2] * FREE, 2, 3, 4]
+    assert [one.k for one in Ledger(path).judgements()] == [1, *[2] * FREE_DISTURBANCES, 2, 3, 4]

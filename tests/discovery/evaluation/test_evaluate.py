@@ -17,7 +17,7 @@ import pytest
 
 from controllers import Limits, Round, State, run_episode, run_sync
 from controllers.loading import Spec, make, parse_spec
-from discovery.answers import veiled
+from discovery.answers import redacted
 from discovery.commands.evaluate import _show as show
 from discovery.commands.evaluate import parse_weights
 from discovery.data.mapped_recordings import load_mapped, write_mapped
@@ -502,8 +502,8 @@ def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) ->
 def test_veiled_answers_are_graded_by_equality(how: AnswerComparison, hidden: str) -> None:
     spelled = ["7.0", "$7$", "8", "007", "9", "8"]
     hide = {"answers": range(6), "reference": (), "both": range(6), "one": [2]}[hidden]
-    finals = [veiled(one) if at in hide else one for at, one in enumerate(spelled)]
-    reference = veiled(" 7 ") if hidden in ("reference", "both") else " 7 "
+    finals = [redacted(one) if at in hide else one for at, one in enumerate(spelled)]
+    reference = redacted(" 7 ") if hidden in ("reference", "both") else " 7 "
     chains = [RecordedBranch([final], 150, final, [3]) for final in finals]
     recorded = RecordedQuestion("q", "m", "b", 100, chains, reference)
     recording = intern_answers(recorded) if how is AnswerComparison.EXACT else regrade(recorded)
@@ -515,7 +515,7 @@ def test_veiled_answers_are_graded_by_equality(how: AnswerComparison, hidden: st
 
 
 def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
-    finals = [veiled("7"), "[placeholder]", "7", None]
+    finals = [redacted("7"), "[placeholder]", "7", None]
     recorded = RecordedQuestion("q", "m", "b", 100, [RecordedBranch([], 10, final) for final in finals], "8")
     assert regrade(recorded).finals.tolist() == [0, NO_ANSWER, 0, NO_ANSWER]
     assert regrade(recorded).reference == intern_answers(recorded).reference == NO_ANSWER

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from discovery.answers import Judge, veiled
+from discovery.answers import Judge, redacted
 from discovery.data.questions import Question
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.evaluation.reference_answers import (
@@ -185,7 +185,12 @@ def heard(*said: tuple[str, float], tenants: Sequence[str] = "abcdefghi") -> tup
         ([("8", -1.0), ("7", 1.0), ("7", 1.0)], "7", 3 / 4, ["8"]),  # who refutes another says nothing of this one
         ([("7", 1.0), ("placeholder", 1.0)], "7", 2 / 3, []),
         ([("placeholder", 1.0)], None, 0.0, []),
-        ([(veiled("7"), 1.0), ("7.0", 1.0), ("8", 1.0)], veiled("7"), 3 / 5, []),  # before and after text was stored
+        (
+            [(redacted("7"), 1.0), ("7.0", 1.0), ("8", 1.0)],
+            redacted("7"),
+            3 / 5,
+            [],
+        ),  # before and after text was stored
     ],
 )
 def test_what_clients_hold_for_right(
@@ -218,7 +223,7 @@ def test_a_tenant_has_one_voice_its_latest(
 def test_a_text_that_begins_as_a_veil_is_a_text() -> None:
     (begins, form) = "veiled:ten million", "veiled:" + 24 * "0"
     assert heard((begins, 1.0), (form, -1.0))[2] == [form]
-    assert veiled(begins) != begins
+    assert redacted(begins) != begins
     spelled = ["5", "5 cm", begins]  # whatever is beside them, a unit may be left out
     assert count_votes(spelled, JUDGE) == BranchVote("5", 2, 1, 3)
 
@@ -265,9 +270,9 @@ def test_a_vote_knows_what_is_the_same() -> None:
     assert count_votes([*spelled, "8", "007", "007", "$8$"], JUDGE) == BranchVote(
         "007", 5, 4, 10
     )  # as most of them write it
-    assert count_votes([veiled(one) for one in spelled[:5]], JUDGE) == BranchVote(veiled("7"), 3, 2, 5)
-    assert are_same_answer("7.0", veiled("7"), JUDGE)
-    assert not are_same_answer("8", veiled("7"), JUDGE)
+    assert count_votes([redacted(one) for one in spelled[:5]], JUDGE) == BranchVote(redacted("7"), 3, 2, 5)
+    assert are_same_answer("7.0", redacted("7"), JUDGE)
+    assert not are_same_answer("8", redacted("7"), JUDGE)
     assert not are_same_answer("[placeholder]", "[placeholder]", JUDGE)
 
 
@@ -561,13 +566,13 @@ def test_labels_that_came_from_elsewhere_stay_until_they_are_known_better(place:
 
 def test_answers_that_cannot_be_read_are_counted_all_the_same(place: Path) -> None:
     hidden = recorded("q", "7778")
-    hidden = replace(hidden, branches=[one._replace(final=veiled(one.final or "")) for one in hidden.branches])
-    put(place, hidden, replace(hidden, question=question_id("p"), request="r p"), feedback("r p", veiled("8")))
+    hidden = replace(hidden, branches=[one._replace(final=redacted(one.final or "")) for one in hidden.branches])
+    put(place, hidden, replace(hidden, question=question_id("p"), request="r p"), feedback("r p", redacted("8")))
     report = filled(place, asked("q", "7.0"), asked("p", "8"))
     assert report.consensus == Agreement(1, 2)
     assert report.feedback == Agreement(1, 1)
-    assert by_question(place, CONSENSUS)[question_id("p")] == (veiled("7"), sure(3, 1))
-    assert by_question(place, FEEDBACK) == {question_id("p"): (veiled("8"), 2 / 3)}
+    assert by_question(place, CONSENSUS)[question_id("p")] == (redacted("7"), sure(3, 1))
+    assert by_question(place, FEEDBACK) == {question_id("p"): (redacted("8"), 2 / 3)}
 
 
 # The verb

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from discovery.answers import veiled
+from discovery.answers import redacted
 from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import DiscoveryError, RecordingsNotFound
@@ -128,8 +128,8 @@ def hidden(recorded: RecordedQuestion) -> RecordedQuestion:
     """The recording as one made of a request where no text may be kept."""
     branches = [
         one._replace(
-            probes=[None if answer is None else veiled(answer) for answer in one.probes],
-            final=None if one.final is None else veiled(one.final),
+            probes=[None if answer is None else redacted(answer) for answer in one.probes],
+            final=None if one.final is None else redacted(one.final),
         )
         for one in recorded.branches
     ]

@@ -41,9 +41,9 @@ from discovery.evaluation.score_set import (
 )
 from discovery.evaluation.scores import Score
 from discovery.promotion import gate
-from discovery.promotion.gate import Order, run_gate
+from discovery.promotion.gate import GateJob, run_gate
 from discovery.promotion.ledger import Ledger, fingerprint
-from discovery.promotion.verdict import About, Report, Terms, Verdict, card_of, judge, report_of
+from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, JudgementContext, card_of, judge, report_of
 from proxy.cli import app
 from tests.discovery.evaluation.test_evaluate import Given
 
@@ -196,29 +196,29 @@ def measured(gains: Mapping[str, Any], questions: int = QUESTIONS, **changes: An
     return ScoreSet(ground, sides)
 
 
-def judged(gains: Mapping[str, Any], k: int = 1, advice: Sequence[str] = (), **changes: Any) -> Report:
-    return judge(measured(gains, **changes), Terms(), About(k, advice, "split", "now", "me"))
+def judged(gains: Mapping[str, Any], k: int = 1, advice: Sequence[str] = (), **changes: Any) -> GateReport:
+    return judge(measured(gains, **changes), GateTerms(), JudgementContext(k, advice, "split", "now", "me"))
 
 
-def failed(report: Report) -> list[str]:
+def failed(report: GateReport) -> list[str]:
     return [one.name for one in report.failed]
 
 
 SPREAD = np.array([4.0, 6] * 6)
 WIDE = np.array([-10.0, 10] * 6)
 
-CONDITIONS: dict[str, tuple[dict[str, Any], Verdict, list[str]]] = {
-    "none": ({}, Verdict.PROMOTE, []),
-    "static": ({"advice": ["line 1: print()"]}, Verdict.REJECT, ["static"]),
-    "failures": ({"failures": 3}, Verdict.REJECT, ["failures"]),
-    "not significant": ({"k": 20}, Verdict.UNDECIDED, ["significant"]),
-    "unsure at β": ({"gains": {"m": [20, WIDE, 40]}}, Verdict.UNDECIDED, ["accuracy"]),
-    "inferior at β": ({"gains": {"m": [20, -SPREAD, 40]}}, Verdict.REJECT, ["accuracy"]),
-    "a losing cell": ({"gains": {"m": 20, "n": -3, "o": 20}}, Verdict.REJECT, ["cells"]),
-    "path": ({"path": 1351}, Verdict.REJECT, ["path"]),
-    "one model carries it": ({"gains": {"m": 20, "n": -1}}, Verdict.UNDECIDED, ["models"]),
-    "worse": ({"gains": {"m": -SPREAD}}, Verdict.REJECT, ["better", "significant", "accuracy", "cells"]),
-    "the same": ({"gains": {"m": 0}}, Verdict.REJECT, ["better", "significant"]),
+CONDITIONS: dict[str, tuple[dict[str, Any], GateVerdict, list[str]]] = {
+    "none": ({}, GateVerdict.PROMOTE, []),
+    "static": ({"advice": ["line 1: print()"]}, GateVerdict.REJECT, ["static"]),
+    "failures": ({"failures": 3}, GateVerdict.REJECT, ["failures"]),
+    "not significant": ({"k": 20}, GateVerdict.UNDECIDED, ["significant"]),
+    "unsure at β": ({"gains": {"m": [20, WIDE, 40]}}, GateVerdict.UNDECIDED, ["accuracy"]),
+    "inferior at β": ({"gains": {"m": [20, -SPREAD, 40]}}, GateVerdict.REJECT, ["accuracy"]),
+    "a losing cell": ({"gains": {"m": 20, "n": -3, "o": 20}}, GateVerdict.REJECT, ["cells"]),
+    "path": ({"path": 1351}, GateVerdict.REJECT, ["path"]),
+    "one model carries it": ({"gains": {"m": 20, "n": -1}}, GateVerdict.UNDECIDED, ["models"]),
+    "worse": ({"gains": {"m": -SPREAD}}, GateVerdict.REJECT, ["better", "significant", "accuracy", "cells"]),
+    "the same": ({"gains": {"m": 0}}, GateVerdict.REJECT, ["better", "significant"]),
 }
 
 
@@ -247,7 +247,7 @@ def test_a_report_says_what_it_rests_on() -> None:
 
 
 def test_the_bound_on_the_path_is_in_tokens() -> None:
-    assert judged({"m": SPREAD}, path=1350).verdict is Verdict.PROMOTE  # 1.25 × 1,000 and an interval of 100
+    assert judged({"m": SPREAD}, path=1350).verdict is GateVerdict.PROMOTE  # 1.25 × 1,000 and an interval of 100
 
 
 def test_a_card_says_where_a_controller_comes_from() -> None:
@@ -260,7 +260,7 @@ def test_a_card_says_where_a_controller_comes_from() -> None:
 @pytest.mark.parametrize("gain", [20, 0, -20])
 def test_one_question_decides_nothing_good(gain: float) -> None:
     report = judged({"m": gain}, questions=1)
-    assert report.verdict is (Verdict.UNDECIDED if gain > 0 else Verdict.REJECT)
+    assert report.verdict is (GateVerdict.UNDECIDED if gain > 0 else GateVerdict.REJECT)
     assert (report.mde, report.interval, report.cells[0].low) == (None, None, None)
     assert "NaN" not in json.dumps(report.as_json())
     assert "Infinity" not in json.dumps(report.as_json())
@@ -268,7 +268,7 @@ def test_one_question_decides_nothing_good(gain: float) -> None:
 
 def test_no_variance_is_no_hindrance() -> None:
     report = judged({"m": 20})
-    assert (report.verdict, report.mde) == (Verdict.PROMOTE, 0)
+    assert (report.verdict, report.mde) == (GateVerdict.PROMOTE, 0)
 
 
 # Planted finalists, on recordings
@@ -336,7 +336,7 @@ def run(
     split: Split = Split.HELD_OUT,
     champion: Spec = Spec("self_consistency"),  # noqa: B008
     **changes: Any,
-) -> Report:
+) -> GateReport:
     about: dict[str, Any] = {
         "rules": ReplayRules(16),
         "betas": BETAS,
@@ -351,22 +351,22 @@ def run(
 def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
     report = run(GOOD, Spec("first", FIRST), tmp_path / "ledger")
     assert failed(report) == []
-    assert report.verdict is Verdict.PROMOTE
+    assert report.verdict is GateVerdict.PROMOTE
     assert report.delta_afs > 5
     assert (report.questions, len(report.cells)) == (20, 2)
 
 
 def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) -> None:
     finalist = Spec("first", FIRST)
-    assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is Verdict.PROMOTE
+    assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is GateVerdict.PROMOTE
     report = run(OVERFITTED, finalist, tmp_path / "ledger")
-    assert report.verdict is Verdict.REJECT
+    assert report.verdict is GateVerdict.REJECT
     assert {"better", "significant", "accuracy", "cells"} <= set(failed(report))
 
 
 def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path: Path) -> None:
     report = run(GOOD, Spec("last", LAST), tmp_path / "ledger")
-    assert report.verdict is not Verdict.PROMOTE
+    assert report.verdict is not GateVerdict.PROMOTE
     assert "significant" in failed(report)
     assert report.mde is not None
     assert 0 < report.mde < 10
@@ -382,7 +382,7 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
     report = run(GOOD, Spec("first", body), tmp_path / "ledger", shuffles=1)
     assert "failures" in failed(report)
     assert "First raised ValueError: wide" in next(one.words for one in report.failed if one.name == "failures")
-    assert (report.verdict, report.k) == (Verdict.REJECT, 2)
+    assert (report.verdict, report.k) == (GateVerdict.REJECT, 2)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
         (Spec("self_consistency"), {}, "self_consistency is the champion itself"),
         (Spec("first", FIRST), {"rules": ReplayRules(16, sealing=Sealing.NONE)}, "judged sealed or not at all"),
         (Spec("single"), {"betas": [0.0, 1.0]}, "the deployed β 0.5 is not among those scored: 0.0, 1.0"),
-        (Spec("single"), {"terms": Terms(alpha=0)}, "α is 0; what may be spent lies between 0 and 1"),
+        (Spec("single"), {"terms": GateTerms(alpha=0)}, "α is 0; what may be spent lies between 0 and 1"),
         (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "the champion no fails itself"),
     ],
 )
@@ -432,7 +432,7 @@ def test_spelling_decides_nothing_of_what_was_recorded_here(tmp_path: Path) -> N
 FEW = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=3))
 
 
-def quickly(name: str, ledger: Path, source: Given = FEW, **changes: Any) -> Report:
+def quickly(name: str, ledger: Path, source: Given = FEW, **changes: Any) -> GateReport:
     return run(source, Spec(name), ledger, shuffles=1, **changes)
 
 
@@ -459,10 +459,10 @@ def test_a_split_that_has_grown_is_no_new_split(tmp_path: Path) -> None:
     assert quickly("single", path, other, split=Split.VALIDATION).k == 1
 
 
-def order(folder: Path, finalist: str = "asc@4") -> Order:
+def order(folder: Path, finalist: str = "asc@4") -> GateJob:
     recordings = folder / "recordings.jsonl"
     recordings.write_text("".join(format_recording_line(one) for one in FEW.recordings))
-    return Order(
+    return GateJob(
         finalist,
         "self_consistency",
         recordings,
@@ -480,8 +480,8 @@ def order(folder: Path, finalist: str = "asc@4") -> Order:
 def test_who_dies_before_the_report_has_spent(tmp_path: Path) -> None:
     given = order(tmp_path)
     dying = (
-        "import os, sys; from discovery.promotion import gate; from discovery.promotion.verdict import Report\n"
-        "Report.write = lambda *_: os._exit(9)\n"
+        "import os, sys; from discovery.promotion import gate; from discovery.promotion.verdict import GateReport\n"
+        "GateReport.write = lambda *_: os._exit(9)\n"
         "gate.main(sys.argv[1:])"
     )
     assert subprocess.run([sys.executable, "-c", dying, *given.options], check=False).returncode == 9
@@ -556,12 +556,12 @@ def test_the_verb_shows_whatever_a_controller_says(capsys: pytest.CaptureFixture
 def test_an_order_is_carried_out_in_one_process_too(tmp_path: Path) -> None:
     given = order(tmp_path)
     assert gate.main(given.options) == 0
-    assert json.loads(given.report.read_text())["verdict"] in list(Verdict)
+    assert json.loads(given.report.read_text())["verdict"] in list(GateVerdict)
 
 
 def test_who_is_slower_is_told_what_the_faster_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger"
-    told: list[Report] = []
+    told: list[GateReport] = []
 
     def meanwhile(*arguments: Any) -> ScoreSet:
         monkeypatch.setattr(gate, "score_controllers", score_controllers)

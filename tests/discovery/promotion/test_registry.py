@@ -18,12 +18,12 @@ from controllers.installed import Installed, Stage, lot, wrong_name
 from controllers.loading import Spec
 from discovery.commands.promote import card_of, install
 from discovery.errors import PromotionError
-from discovery.promotion.registry import By, Registry
+from discovery.promotion.registry import ChangeCause, Registry
 
 A, B, C = (letter * 64 for letter in "abc")
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
-ME = By("me", "a test", NOON)
-FORCED = By("me", "a test", NOON, forced=True)
+ME = ChangeCause("me", "a test", NOON)
+FORCED = ChangeCause("me", "a test", NOON, forced=True)
 CARD = {"headline": "fine"}
 KILLS = 25
 
@@ -163,7 +163,7 @@ def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
     registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
     registry.install(spec(2), CARD, Stage.CHAMPION, 0, FORCED)
     registry.promote(one, Stage.CANARY, 0.5, ME)
-    registry.drop_canary(one, By("watcher", "tokens", NOON))
+    registry.drop_canary(one, ChangeCause("watcher", "tokens", NOON))
     audit = registry.audit()
     assert [(line["who"], line["action"], line["forced"], line["version"]) for line in audit] == [
         ("me", "install as champion", False, 1),

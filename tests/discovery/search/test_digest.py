@@ -26,8 +26,8 @@ from discovery.evaluation.engines import EngineName, make_engine
 from discovery.evaluation.evaluate import Evaluation
 from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
-from discovery.search import digest as digests
-from discovery.search.digest import LONGEST, digest
+from discovery.search import trace_digest as digests
+from discovery.search.trace_digest import LONGEST, digest
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, Given
 
 HEAD = """

@@ -22,7 +22,7 @@ from controllers.advice import advise
 from controllers.loading import LARGEST
 from controllers.sandbox import seal
 from discovery.errors import ExplorerError, HistoryError
-from discovery.search.explorers import Candidate, Context, Cost, Explorer, Standing, confine, endpoint
+from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext, ScoredCandidate, confine, endpoint
 from discovery.search.explorers import agent as agents
 from discovery.search.explorers.agent import Agent
 from discovery.search.explorers.endpoint import KEY, LLMSettings
@@ -36,7 +36,7 @@ GOOD = HEAD + "    def decide(self, state): return [answer(state.leader())] if s
 MALICIOUS = "import os\n" + GOOD
 BROKEN = HEAD + "    def decide(self, state:\n"
 PARENT = Candidate("base", GOOD + "# parent\n", "baseline")
-CONTEXT = Context(7, 3, [Standing(PARENT, 50.0)])
+CONTEXT = ExplorerContext(7, 3, [ScoredCandidate(PARENT, 50.0)])
 
 
 # A scripted endpoint
@@ -479,7 +479,7 @@ def test_files_are_proposed_once_in_order(tmp_path: Path) -> None:
     (tmp_path / "e.py").mkdir()
     made = Files(tmp_path).propose(CONTEXT)
     assert [(one.name, one.source, one.explorer) for one in made] == [("a_x", BROKEN, "files"), ("b", GOOD, "files")]
-    known = replace(CONTEXT, standings=[Standing(one, None) for one in made])
+    known = replace(CONTEXT, standings=[ScoredCandidate(one, None) for one in made])
     assert Files(tmp_path).propose(known) == []
     (tmp_path / "a x.py").write_text(GOOD + "# now\n")
     assert [one.name for one in Files(tmp_path).propose(known)] == ["a_x"]
@@ -537,7 +537,7 @@ def log(root: Path, step: int = 3) -> str:
 def test_an_agent_is_told_what_explorers_are_told(root: Path, tmp_path: Path) -> None:
     search = tmp_path / "export.jsonl"
     search.write_text('{"anonymous": 1}\n')
-    other = Standing(Candidate("o/../x", GOOD + "# other\n", "llm", note="idea"), None, failure="it fell")
+    other = ScoredCandidate(Candidate("o/../x", GOOD + "# other\n", "llm", note="idea"), None, failure="it fell")
     context = replace(CONTEXT, standings=[*CONTEXT.standings, other], digests={PARENT.digest: "had it `` lost it"})
     script = f"printf '%s' '{GOOD}' > {{workspace}}/candidate.py; echo 'all `new`' > NOTE.txt; test -w $TMPDIR; pwd"
     (one,) = shell(root, script, search=search).propose(context)

@@ -24,7 +24,7 @@ from controllers.episode import Factory
 from controllers.loading import LARGEST, Spec, load
 from discovery.data.recordings import intern_answers
 from discovery.evaluation.replay_jobs import Job, ReplayRules, Sealing, run_job
-from discovery.search.explorers import Candidate, Context, Cost, Standing
+from discovery.search.explorers import Candidate, Cost, ExplorerContext, ScoredCandidate
 from discovery.search.explorers.grammar import (
     CLASSICS,
     PARTS,
@@ -198,16 +198,16 @@ def test_sealed_they_do_the_same(genome: Genome) -> None:
 
 # What it proposes
 
-BASE = Standing(Candidate("cmc", "class CMC: ...\n", "baseline"), 50.0)
+BASE = ScoredCandidate(Candidate("cmc", "class CMC: ...\n", "baseline"), 50.0)
 
 
-def told(candidates: list[Candidate], step: int) -> list[Standing]:
+def told(candidates: list[Candidate], step: int) -> list[ScoredCandidate]:
     """How they did, by their text alone; one of five failed."""
     found = []
     for candidate in candidates:
         chance = random.Random(f"{candidate.source} {step}")
         failed = chance.random() < 0.2
-        found.append(Standing(candidate, None if failed else round(chance.uniform(40, 70), 2)))
+        found.append(ScoredCandidate(candidate, None if failed else round(chance.uniform(40, 70), 2)))
     return found
 
 
@@ -215,7 +215,7 @@ def search(grammar: Grammar, steps: int, seed: int = 0) -> list[list[Candidate]]
     """What is proposed in so many steps after the baselines."""
     standings, proposed = [BASE], []
     for step in range(1, steps + 1):
-        proposed.append(grammar.propose(Context(seed, step, standings)))
+        proposed.append(grammar.propose(ExplorerContext(seed, step, standings)))
         standings += told(proposed[-1], step)
     return proposed
 
@@ -230,9 +230,9 @@ def test_it_begins_with_the_classics() -> None:
 
 
 def test_every_so_many_steps_it_draws_structures_and_else_refines_the_best() -> None:
-    standings: list[Standing] = [BASE]
+    standings: list[ScoredCandidate] = [BASE]
     for step in range(1, 8):
-        context = Context(0, step, standings)
+        context = ExplorerContext(0, step, standings)
         leader = next((one.candidate for one in context.leaders if one.candidate.explorer == "grammar"), None)
         batch = Grammar(batch=4).propose(context)
         if leader is not None and step % REFINED_EVERY:
@@ -264,7 +264,7 @@ def test_nothing_is_kept_between_steps_that_the_record_does_not_hold() -> None:
     """One explorer over all steps, and a new one at each that is shown what was read back from JSON."""
     grammar, standings = Grammar(batch=3), [BASE]
     for step in range(1, 8):
-        context = Context(5, step, standings)
+        context = ExplorerContext(5, step, standings)
         proposed = grammar.propose(context)
         read = [one._replace(candidate=read_again(one.candidate)) for one in standings]
         assert Grammar(batch=3).propose(replace(context, standings=read)) == proposed
@@ -294,9 +294,9 @@ def test_another_process_proposes_the_same() -> None:
 
 
 def test_where_all_have_failed_it_goes_on_drawing() -> None:
-    standings = [BASE, *(Standing(one, None, failure="no") for one in search(Grammar(), 1)[0])]
+    standings = [BASE, *(ScoredCandidate(one, None, failure="no") for one in search(Grammar(), 1)[0])]
     for step in (2, 3):
-        batch = Grammar(batch=3).propose(Context(0, step, standings))
+        batch = Grammar(batch=3).propose(ExplorerContext(0, step, standings))
         assert len(batch) == 3
         assert all(one.parent is None for one in batch)
 
@@ -304,9 +304,9 @@ def test_where_all_have_failed_it_goes_on_drawing() -> None:
 def test_where_all_do_the_same_it_goes_on() -> None:
     standings = [BASE]
     for step in range(1, 9):
-        batch = Grammar(batch=2).propose(Context(0, step, standings))
+        batch = Grammar(batch=2).propose(ExplorerContext(0, step, standings))
         assert batch
-        standings += [Standing(one, 50.0) for one in batch]
+        standings += [ScoredCandidate(one, 50.0) for one in batch]
 
 
 @pytest.mark.parametrize("ends", ["low", "high"])
@@ -317,5 +317,5 @@ def test_a_leader_at_its_bounds_can_be_refined(ends: str) -> None:
         if isinstance(kind, FloatDistribution):
             genome[name] = getattr(kind, ends)
     leader = Candidate("grammar-1-0", emit(genome), "grammar", genome=genome)
-    batch = Grammar(batch=4).propose(Context(0, 2, [BASE, Standing(leader, 60.0)]))
+    batch = Grammar(batch=4).propose(ExplorerContext(0, 2, [BASE, ScoredCandidate(leader, 60.0)]))
     check_refined(leader, batch)

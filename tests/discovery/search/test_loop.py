@@ -25,17 +25,26 @@ from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
 from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
-from discovery.search.arena import Arena, Trial
-from discovery.search.cascade import Cascade, Plan, Verdict, fixed_recordings
-from discovery.search.digest import digest
-from discovery.search.explorers import Candidate, Context, Cost, Explorer
+from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan, fixed_recordings
+from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
 from discovery.search.explorers.endpoint import KEY, LLMSettings
 from discovery.search.explorers.files import Files
 from discovery.search.explorers.grammar import CLASSICS, Grammar
 from discovery.search.explorers.llm import LLM
 from discovery.search.explorers.transcript import Response, Transcript
 from discovery.search.history import Event, History
-from discovery.search.loop import BASELINES, FINE, Limits, Run, baselines, card, read_pairs, rounded_tokens
+from discovery.search.loop import (
+    BASELINES,
+    FINAL_BETAS,
+    SearchLimits,
+    SearchLoop,
+    baselines,
+    card,
+    read_pairs,
+    rounded_tokens,
+)
+from discovery.search.trace_digest import digest
+from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import Store
 from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.discovery.search.test_cascade import FALLING, GOOD, VOTE, WEAK
@@ -55,37 +64,37 @@ CELLS = {
     Cell("m", name, Split.SEARCH): [intern_answers(one) for one in ASKED if one.benchmark == name]
     for name in ("b", "c")
 }
-PLAN = Plan(betas=(0.0, 0.5, 1.0), shuffles=2)
+PLAN = CascadePlan(betas=(0.0, 0.5, 1.0), shuffles=2)
 SETTINGS = {"explorer": "grammar", "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def arenas() -> Iterator[tuple[Arena, Arena]]:
-    with Arena(CELLS, ReplayRules(), 1) as arena, Arena(fixed_recordings(), ReplayRules(), 1) as probes:
+def arenas() -> Iterator[tuple[TrialPool, TrialPool]]:
+    with TrialPool(CELLS, ReplayRules(), 1) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         yield arena, probes
 
 
 @pytest.fixture(scope="module")
-def cascade(arenas: tuple[Arena, Arena]) -> Cascade:
+def cascade(arenas: tuple[TrialPool, TrialPool]) -> Cascade:
     return Cascade(*arenas, PLAN)
 
 
 class Remembering(Cascade):
     """Judges as the real one, but nobody twice."""
 
-    def __init__(self, arenas: tuple[Arena, Arena]) -> None:
+    def __init__(self, arenas: tuple[TrialPool, TrialPool]) -> None:
         super().__init__(*arenas, PLAN)
-        self._judged: dict[object, list[Verdict]] = {}
+        self._judged: dict[object, list[CandidateVerdict]] = {}
         self._measured: dict[object, list[Curve]] = {}
 
-    def judge(self, candidates: Sequence[Candidate], known: Sequence[Verdict]) -> list[Verdict]:
+    def judge(self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]) -> list[CandidateVerdict]:
         key = tuple(one.digest for one in candidates), tuple(one.digest for one in known)
         if key not in self._judged:
             self._judged[key] = super().judge(candidates, known)
         return self._judged[key]
 
     def measure(
-        self, candidate: Candidate, trial: Trial, sealed: bool = False, traces: Path | None = None
+        self, candidate: Candidate, trial: TrialSettings, sealed: bool = False, traces: Path | None = None
     ) -> list[Curve]:
         key = candidate.digest, tuple(trial.betas), trial.shuffles, sealed
         if traces is not None or key not in self._measured:
@@ -100,9 +109,9 @@ class Given:
 
     def __init__(self, *batches: Sequence[Candidate] | Exception) -> None:
         self._batches = batches
-        self.shown: list[Context] = []
+        self.shown: list[ExplorerContext] = []
 
-    def propose(self, context: Context) -> list[Candidate]:
+    def propose(self, context: ExplorerContext) -> list[Candidate]:
         self.shown.append(context)
         batch = self._batches[context.step - 1] if context.step <= len(self._batches) else ()
         if isinstance(batch, Exception):
@@ -114,29 +123,29 @@ def written(source: str, name: str = "mine", **about: Any) -> Candidate:
     return Candidate(name, source, "given", **about)
 
 
-def started(path: Path, explorer: Explorer, cascade: Cascade, **about: Any) -> Run:
+def started(path: Path, explorer: Explorer, cascade: Cascade, **about: Any) -> SearchLoop:
     """A run that is new, or goes on if there is a record."""
     history = History.resume(path, SETTINGS) if path.exists() else History.begin(path, SETTINGS)
-    return Run(explorer, cascade, history, 0, **about)
+    return SearchLoop(explorer, cascade, history, 0, **about)
 
 
 # A search without a key
 
 
-def searched(path: Path, cascade: Cascade, rounds: int = 3) -> Run:
+def searched(path: Path, cascade: Cascade, rounds: int = 3) -> SearchLoop:
     run = started(path, Grammar(batch=3), cascade)
-    run.go(Limits(rounds))
+    run.go(SearchLimits(rounds))
     run.finish(shuffles=1)
     return run
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, cascade: Cascade) -> Run:
+def straight(tmp_path_factory: pytest.TempPathFactory, cascade: Cascade) -> SearchLoop:
     """Three rounds that nothing happened to."""
     return searched(tmp_path_factory.mktemp("straight") / RECORD, cascade)
 
 
-def test_a_run_begins_with_the_baselines_and_goes_by_rounds(straight: Run) -> None:
+def test_a_run_begins_with_the_baselines_and_goes_by_rounds(straight: SearchLoop) -> None:
     kinds = [event.kind for event in straight.history.events]
     assert kinds == ["begun", *["proposed", "judged"] * 4, "chosen"]
     assert straight.steps == 4
@@ -146,14 +155,14 @@ def test_a_run_begins_with_the_baselines_and_goes_by_rounds(straight: Run) -> No
     assert [one.digest for one in straight.candidates] == [one.digest for one in straight.verdicts]
 
 
-def test_baselines_can_be_read_and_are_judged(straight: Run) -> None:
+def test_baselines_can_be_read_and_are_judged(straight: SearchLoop) -> None:
     assert all(one.source.count("class ") == 1 for one in baselines())
     assert [verdict.failure for verdict in straight.verdicts[:4]] == [""] * 4
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["between events", "in the middle of one"])
 def test_killed_at_any_event_it_ends_as_it_would_have(
-    straight: Run, arenas: tuple[Arena, Arena], tmp_path: Path, cut: bool
+    straight: SearchLoop, arenas: tuple[TrialPool, TrialPool], tmp_path: Path, cut: bool
 ) -> None:
     lines = straight.history.path.read_bytes().splitlines(keepends=True)
     cascade = Remembering(arenas)
@@ -166,7 +175,7 @@ def test_killed_at_any_event_it_ends_as_it_would_have(
         assert path.read_bytes() == b"".join(lines), whole
 
 
-def test_judged_anew_it_ends_as_it_did(straight: Run, cascade: Cascade, tmp_path: Path) -> None:
+def test_judged_anew_it_ends_as_it_did(straight: SearchLoop, cascade: Cascade, tmp_path: Path) -> None:
     """Nothing remembered: other processes come to the same figures."""
     lines = straight.history.path.read_bytes().splitlines(keepends=True)
     path = tmp_path / RECORD
@@ -174,7 +183,7 @@ def test_judged_anew_it_ends_as_it_did(straight: Run, cascade: Cascade, tmp_path
     assert searched(path, cascade).history.head == straight.history.head
 
 
-def test_a_process_that_was_killed_leaves_what_another_goes_on_with(straight: Run, tmp_path: Path) -> None:
+def test_a_process_that_was_killed_leaves_what_another_goes_on_with(straight: SearchLoop, tmp_path: Path) -> None:
     """By SIGKILL, as soon as a step was judged."""
     path = tmp_path / RECORD
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
@@ -191,9 +200,9 @@ def test_a_process_that_was_killed_leaves_what_another_goes_on_with(straight: Ru
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from discovery.search.arena import Arena
+from discovery.search.trial_pool import TrialPool
 from discovery.search.cascade import Cascade, fixed_recordings
-from discovery.search.loop import Limits
+from discovery.search.loop import SearchLimits
 from discovery.search.explorers.grammar import Grammar
 from discovery.evaluation.replay_jobs import Rules
 from tests.discovery.search.test_loop import CELLS, PLAN, started
@@ -205,12 +214,14 @@ def stop(run):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    with Arena(CELLS, Rules(), 1) as arena, Arena(fixed_recordings(), Rules(), 1) as probes:
-        started(Path(sys.argv[1]), Grammar(batch=3), Cascade(arena, probes, PLAN)).go(Limits(3), stop)
+    with TrialPool(CELLS, Rules(), 1) as arena, TrialPool(fixed_recordings(), Rules(), 1) as probes:
+        started(Path(sys.argv[1]), Grammar(batch=3), Cascade(arena, probes, PLAN)).go(SearchLimits(3), stop)
 """
 
 
-def test_a_run_that_ended_can_be_taken_further(straight: Run, arenas: tuple[Arena, Arena], tmp_path: Path) -> None:
+def test_a_run_that_ended_can_be_taken_further(
+    straight: SearchLoop, arenas: tuple[TrialPool, TrialPool], tmp_path: Path
+) -> None:
     path = tmp_path / RECORD
     path.write_bytes(straight.history.path.read_bytes())
     run = searched(path, Remembering(arenas), rounds=4)
@@ -218,7 +229,7 @@ def test_a_run_that_ended_can_be_taken_further(straight: Run, arenas: tuple[Aren
     assert len(run.candidates) == len(straight.candidates) + 3
 
 
-def test_other_settings_do_not_go_on_with_it(straight: Run) -> None:
+def test_other_settings_do_not_go_on_with_it(straight: SearchLoop) -> None:
     with pytest.raises(HistoryError, match="the run began with seed = 0, not 1"):
         History.resume(straight.history.path, SETTINGS | {"seed": 1})
 
@@ -231,7 +242,7 @@ def test_it_ends_when_there_is_nothing_more(tmp_path: Path, cascade: Cascade) ->
     (tmp_path / "falling.py").write_text(FALLING)
     run = started(tmp_path / RECORD, Files(tmp_path), cascade)
     seen: list[int] = []
-    run.go(Limits(), lambda run: seen.append(run.steps))
+    run.go(SearchLimits(), lambda run: seen.append(run.steps))
     assert seen == [1, 2]
     assert [(one.name, bool(verdict.failure)) for one, verdict in read_pairs(run.history)[4:]] == [
         ("falling", True),
@@ -240,18 +251,18 @@ def test_it_ends_when_there_is_nothing_more(tmp_path: Path, cascade: Cascade) ->
     found = run.finish(shuffles=1)
     assert found.candidate.name == "good"
     assert found.lineage == [found.candidate.digest]
-    assert [one.beta for one in found.curves[0].points] == list(FINE)
+    assert [one.beta for one in found.curves[0].points] == list(FINAL_BETAS)
 
 
-def test_it_ends_in_time_or_when_the_money_is_gone(tmp_path: Path, arenas: tuple[Arena, Arena]) -> None:
+def test_it_ends_in_time_or_when_the_money_is_gone(tmp_path: Path, arenas: tuple[TrialPool, TrialPool]) -> None:
     cascade = Remembering(arenas)
     batches = [[written(f"{GOOD}# {at}\n", cost=Cost(10, 1, 0.4))] for at in range(9)]
     for name, limits, steps in (
-        ("time", Limits(minutes=0), 1),
-        ("money", Limits(usd=1.0), 4),
-        ("rounds", Limits(rounds=2), 3),
-        ("no money", Limits(usd=0.0), 1),
-        ("first", Limits(rounds=5, usd=0.8), 3),
+        ("time", SearchLimits(minutes=0), 1),
+        ("money", SearchLimits(usd=1.0), 4),
+        ("rounds", SearchLimits(rounds=2), 3),
+        ("no money", SearchLimits(usd=0.0), 1),
+        ("first", SearchLimits(rounds=5, usd=0.8), 3),
     ):
         run = started(tmp_path / f"{name}.jsonl", Given(*batches), cascade)
         run.go(limits)
@@ -262,21 +273,25 @@ def test_it_ends_in_time_or_when_the_money_is_gone(tmp_path: Path, arenas: tuple
         assert run.history.head == before
 
 
-def test_an_explorer_that_cannot_pay_the_next_call_ends_it_orderly(tmp_path: Path, arenas: tuple[Arena, Arena]) -> None:
+def test_an_explorer_that_cannot_pay_the_next_call_ends_it_orderly(
+    tmp_path: Path, arenas: tuple[TrialPool, TrialPool]
+) -> None:
     cascade, broke = Remembering(arenas), BudgetExhausted("the budget is 1 USD")
     run = started(tmp_path / RECORD, Given([written(GOOD)], broke), cascade)
-    run.go(Limits(usd=1.0))
+    run.go(SearchLimits(usd=1.0))
     assert run.steps == 2
     assert run.finish(shuffles=1).candidate.source == GOOD
     with pytest.raises(BudgetExhausted):  # it bought nothing at all
-        started(tmp_path / "poor.jsonl", Given(broke), cascade).go(Limits(usd=1.0))
+        started(tmp_path / "poor.jsonl", Given(broke), cascade).go(SearchLimits(usd=1.0))
     with pytest.raises(ExplorerError, match="no answer"):
-        started(tmp_path / "mute.jsonl", Given([written(GOOD)], ExplorerError("no answer")), cascade).go(Limits(3))
+        started(tmp_path / "mute.jsonl", Given([written(GOOD)], ExplorerError("no answer")), cascade).go(
+            SearchLimits(3)
+        )
 
 
-def test_where_nobody_got_through_there_is_no_finalist(tmp_path: Path, arenas: tuple[Arena, Arena]) -> None:
+def test_where_nobody_got_through_there_is_no_finalist(tmp_path: Path, arenas: tuple[TrialPool, TrialPool]) -> None:
     run = started(tmp_path / RECORD, Given([written(FALLING), written("import os\n")]), Remembering(arenas))
-    run.go(Limits(1))
+    run.go(SearchLimits(1))
     with pytest.raises(ExplorerError, match="no candidate got through; `autotts history show` tells why"):
         run.finish()
     assert [event.kind for event in run.history.events][-1] == "judged"
@@ -286,13 +301,13 @@ def test_where_nobody_got_through_there_is_no_finalist(tmp_path: Path, arenas: t
 
 
 def test_the_best_is_chosen_in_fresh_orders_and_knows_where_it_comes_from(
-    tmp_path: Path, arenas: tuple[Arena, Arena]
+    tmp_path: Path, arenas: tuple[TrialPool, TrialPool]
 ) -> None:
     first = written(VOTE.format(most="round(4 ** beta)"), "first")
     second = written(VOTE.format(most="round(8 ** beta)"), "second", parent=first.digest)
     third = written(GOOD, "third", parent=second.digest, note="more of it")
     run = started(tmp_path / RECORD, Given([first], [second], [third], [written(WEAK, "weak")]), Remembering(arenas))
-    run.go(Limits(4))
+    run.go(SearchLimits(4))
     found = run.finish(shuffles=1)
     chosen = run.history.of("chosen")[0]
     assert chosen["digest"] == found.candidate.digest == max(chosen["tried"], key=lambda one: chosen["tried"][one])
@@ -305,7 +320,7 @@ def test_the_best_is_chosen_in_fresh_orders_and_knows_where_it_comes_from(
     assert about["search"]["afs"] == pytest.approx(sum(one["afs"] for one in about["search"]["cells"]) / 2, abs=0.001)
 
 
-def test_an_explorer_is_shown_rounded_figures(straight: Run) -> None:
+def test_an_explorer_is_shown_rounded_figures(straight: SearchLoop) -> None:
     """Scores to two digits, tokens to hundreds or two digits: in the last ones a question could be recognised."""
     standings = straight.context().standings
     assert len(standings) == len(straight.candidates)
@@ -317,7 +332,7 @@ def test_an_explorer_is_shown_rounded_figures(straight: Run) -> None:
     assert any(verdict.score != round(verdict.score, 2) for verdict in straight.verdicts if verdict.score is not None)
 
 
-def test_only_the_leaders_of_now_are_told_of(tmp_path: Path, arenas: tuple[Arena, Arena]) -> None:
+def test_only_the_leaders_of_now_are_told_of(tmp_path: Path, arenas: tuple[TrialPool, TrialPool]) -> None:
     """So a run that was resumed, which never saw earlier leaders, shows the same."""
     told: list[str] = []
 
@@ -327,7 +342,7 @@ def test_only_the_leaders_of_now_are_told_of(tmp_path: Path, arenas: tuple[Arena
 
     explorer = Given(*([written(VOTE.format(most=f"round({most} ** beta)"), str(most))] for most in (3, 6, 12)))
     run = started(tmp_path / RECORD, explorer, Remembering(arenas), digester=digester)
-    run.go(Limits(4))
+    run.go(SearchLimits(4))
     assert len(told) == len(set(told)) > 2
     for context in explorer.shown:
         leaders = {one.candidate.digest: f"of {one.candidate.name}" for one in context.leaders[:2]}
@@ -402,22 +417,22 @@ class MarkedTranscript(Transcript):
 class Asked:
     """Runs against one endpoint, all judged by one cascade."""
 
-    def __init__(self, arenas: tuple[Arena, Arena], server: ScriptedEndpoint) -> None:
+    def __init__(self, arenas: tuple[TrialPool, TrialPool], server: ScriptedEndpoint) -> None:
         self.server = server
         self.url = server.url
         self.cascade = Remembering(arenas)
         self._arena = arenas[0]
         self._digests: dict[str, str] = {}
 
-    def run(self, folder: Path, cascade: Cascade | None = None, key: str | None = SECRET) -> Run:
+    def run(self, folder: Path, cascade: Cascade | None = None, key: str | None = SECRET) -> SearchLoop:
         """From what is in the folder to the end."""
         self.waits = Waits()
         explorer = LLM(asked(self.url, key), Transcript(folder / TRANSCRIPT), self.waits)
         run = started(folder / RECORD, explorer, cascade or self.cascade, digester=self.tell)
         return self.end(run)
 
-    def end(self, run: Run) -> Run:
-        run.go(Limits(ROUNDS))
+    def end(self, run: SearchLoop) -> SearchLoop:
+        run.go(SearchLimits(ROUNDS))
         run.finish(shuffles=1)
         return run
 
@@ -425,7 +440,7 @@ class Asked:
         """A digest of its traces."""
         if candidate.digest not in self._digests:
             with TemporaryDirectory() as folder:
-                self.cascade.measure(candidate, Trial((0.5, 1.0), range(2)), traces=Path(folder))
+                self.cascade.measure(candidate, TrialSettings((0.5, 1.0), range(2)), traces=Path(folder))
                 self._digests[candidate.digest] = digest(trace_files(Path(folder)), self._arena.cells)
         return self._digests[candidate.digest]
 
@@ -434,7 +449,7 @@ class Straight:
     """A run nothing happened to, and how long its files were whenever something had been written."""
 
     def __init__(
-        self, run: Run, folder: Path, lengths: list[tuple[int, int]], asked: Asked, waited: list[float]
+        self, run: SearchLoop, folder: Path, lengths: list[tuple[int, int]], asked: Asked, waited: list[float]
     ) -> None:
         self.run = run
         self.record = (folder / RECORD).read_bytes()
@@ -453,7 +468,7 @@ class Straight:
 
 
 @pytest.fixture(scope="module")
-def by_model(arenas: tuple[Arena, Arena], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Straight]:
+def by_model(arenas: tuple[TrialPool, TrialPool], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Straight]:
     folder = tmp_path_factory.mktemp("llm")
     server = ScriptedEndpoint()
     server.start()
@@ -468,7 +483,7 @@ def by_model(arenas: tuple[Arena, Arena], tmp_path_factory: pytest.TempPathFacto
     asking, waits = Asked(arenas, server), Waits()
     explorer = LLM(asked(server.url), MarkedTranscript(folder / TRANSCRIPT), waits)
     history = MarkedHistory.begin(folder / RECORD, SETTINGS)
-    run = asking.end(Run(explorer, asking.cascade, history, 0, asking.tell))
+    run = asking.end(SearchLoop(explorer, asking.cascade, history, 0, asking.tell))
     yield Straight(run, folder, lengths, asking, waits.seconds)
     server.close()
 
@@ -624,7 +639,7 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     assert about["data"] == {"cells": about["settings"]["cells"], "questions": 7}
     assert about["settings"] == record.events[0].body
     assert about["settings"]["answers"] == "exact"
-    assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINE)] * 2
+    assert [[point["beta"] for point in cell["points"]] for cell in about["search"]["cells"]] == [list(FINAL_BETAS)] * 2
     assert about["cost"] == {"usd": 0, "candidates": 4 + len(CLASSICS) + 8, "steps": 3}
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from controllers.advice import advise
 from discovery.search.cascade import BASELINE
-from discovery.search.explorers import Candidate, Context, Standing
-from discovery.search.explorers.evolution import Vector, offspring
+from discovery.search.explorers import Candidate, ExplorerContext, ScoredCandidate
+from discovery.search.explorers.evolution import Vector, next_generation
 from discovery.search.explorers.files import Files
 from discovery.search.explorers.tuned import Tuned, spots_of, varied
 
@@ -36,8 +36,8 @@ class Mine:
 VALUES = [2, 30, 1.5, 0.25, 0.7]
 
 
-def standing(candidate: Candidate, score: float | None) -> Standing:
-    return Standing(candidate, score)
+def standing(candidate: Candidate, score: float | None) -> ScoredCandidate:
+    return ScoredCandidate(candidate, score)
 
 
 def test_the_constructors_numbers_are_found() -> None:
@@ -70,12 +70,14 @@ def folder(tmp_path: Path) -> Path:
 def test_it_tunes_between_proposals_and_when_there_are_no_more(tmp_path: Path) -> None:
     tuned = Tuned(Files(folder(tmp_path)), batch=4)
     baseline = standing(Candidate("cmc", "x", BASELINE), 59.0)
-    (first,) = tuned.propose(Context(3, 1, [baseline]))
+    (first,) = tuned.propose(ExplorerContext(3, 1, [baseline]))
     assert first.source == SOURCE
     standings = [baseline, standing(first, 50.0)]
     for step in range(2, 6):
-        made = tuned.propose(Context(3, step, standings))
-        assert made == Tuned(Files(tmp_path), batch=4).propose(Context(3, step, standings))  # nothing is remembered
+        made = tuned.propose(ExplorerContext(3, step, standings))
+        assert made == Tuned(Files(tmp_path), batch=4).propose(
+            ExplorerContext(3, step, standings)
+        )  # nothing is remembered
         assert len(made) == 4
         assert {one.explorer for one in made} == {"files"}
         assert all(one.parent in {other.candidate.digest for other in standings} for one in made)
@@ -90,8 +92,8 @@ def test_a_file_without_numbers_is_left_to_its_author(tmp_path: Path) -> None:
         "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
     )
     tuned = Tuned(Files(tmp_path))
-    (first,) = tuned.propose(Context(0, 1, []))
-    assert tuned.propose(Context(0, 2, [standing(first, 50.0)])) == []
+    (first,) = tuned.propose(ExplorerContext(0, 1, []))
+    assert tuned.propose(ExplorerContext(0, 2, [standing(first, 50.0)])) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -100,7 +102,7 @@ def test_generations_climb(seed: int) -> None:
     top = np.array([0.6, -0.4, 0.3])
     told: list[tuple[Vector, float]] = []
     for step in range(30):
-        for child in offspring([0.0] * 3, told, 100 * seed + step, 6, 0.15):
+        for child in next_generation([0.0] * 3, told, 100 * seed + step, 6, 0.15):
             told.append((child, -float(((child - top) ** 2).sum())))
     assert max(score for _, score in told[:6]) < -0.1
     assert max(score for _, score in told) > -0.01

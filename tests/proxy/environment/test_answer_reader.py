@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from discovery.answers import Judge, Labels, canonical, parse_kind, read
-from discovery.answers.judge import Finding
+from discovery.answers import Judge, Labels, canonical, parse_kind, read_answer
+from discovery.answers.judge import EqualityResult
 from proxy.environment import answer_reader
 from proxy.environment.answer_reader import Budget, EpisodeGrader, Grading, InlineGrader
 from proxy.telemetry.metrics import Metrics
@@ -21,12 +21,12 @@ PATTERN = parse_kind(r"regex:x.*y|x")
 class ScriptedJudge(Judge):
     """A judge whose answers, and their price, are given."""
 
-    def __init__(self, finding: Callable[[str, str], Finding]) -> None:
+    def __init__(self, finding: Callable[[str, str], EqualityResult]) -> None:
         super().__init__()
         self.finding = finding
         self.asked: list[tuple[str, str]] = []
 
-    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> Finding:
+    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> EqualityResult:
         self.asked.append((one, other))
         return self.finding(one, other)
 
@@ -40,13 +40,13 @@ class Gate:
         self.most = 0
         self.begun = threading.Event()
 
-    def __call__(self, one: str, other: str) -> Finding:
+    def __call__(self, one: str, other: str) -> EqualityResult:
         self.running.append(one)
         self.most = max(self.most, len(self.running))
         self.begun.set()
         assert self.opened.setdefault(one, threading.Event()).wait(30)
         self.running.remove(one)
-        return Finding(False, 0.01)
+        return EqualityResult(False, 0.01)
 
     def open(self, one: str) -> None:
         self.opened.setdefault(one, threading.Event()).set()
@@ -57,7 +57,7 @@ def limits(metrics: Metrics) -> dict[str, float]:
     return {s.labels["limit"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
-async def make(finding: Callable[[str, str], Finding]) -> AsyncIterator[Grading]:
+async def make(finding: Callable[[str, str], EqualityResult]) -> AsyncIterator[Grading]:
     made = Grading(Metrics(), ScriptedJudge(finding))
     yield made
     await made.close()
@@ -66,7 +66,7 @@ async def make(finding: Callable[[str, str], Finding]) -> AsyncIterator[Grading]
 @pytest.fixture
 async def killing() -> AsyncIterator[Grading]:
     """A judge whose every question ends with a killed process."""
-    async for made in make(lambda one, other: Finding(False, 1.0, True)):
+    async for made in make(lambda one, other: EqualityResult(False, 1.0, True)):
         yield made
 
 
@@ -132,12 +132,12 @@ async def test_a_lane_stays_taken_by_what_was_cancelled_until_that_has_ended() -
 
 
 async def test_the_first_that_is_equal_is_found_and_a_busy_judge_is_counted() -> None:
-    async for made in make(lambda one, other: Finding(other == "3", 0.01)):
+    async for made in make(lambda one, other: EqualityResult(other == "3", 0.01)):
         assert await made.grader("a").compare("9", OTHERS) == 3
         assert asked(made) == 4
         assert await made.grader("a").compare("9", []) is None
         assert limits(made.metrics) == {}
-    async for made in make(lambda one, other: Finding(False, waited=True)):
+    async for made in make(lambda one, other: EqualityResult(False, waited=True)):
         assert await made.grader("a").compare("9", OTHERS) is None
         assert (asked(made), limits(made.metrics)) == (1, {"judge_busy": 1})
 
@@ -147,10 +147,10 @@ async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.M
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         where.append(threading.current_thread().name.partition("_")[0])
-        return read(*args, **kwargs)
+        return read_answer(*args, **kwargs)
 
-    monkeypatch.setattr("proxy.environment.answer_reader.read", noted)
-    async for made in make(lambda one, other: Finding(False)):
+    monkeypatch.setattr("proxy.environment.answer_reader.read_answer", noted)
+    async for made in make(lambda one, other: EqualityResult(False)):
         grader = made.grader("a")
         answers = [
             await grader.read("x", PATTERN),
@@ -163,7 +163,7 @@ async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.M
 
 async def test_an_episode_s_pattern_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_reader, "EPISODE_S", 1e-9)
-    async for made in make(lambda one, other: Finding(False)):
+    async for made in make(lambda one, other: EqualityResult(False)):
         grader = made.grader("a")
         await grader.read("x" * 1000, PATTERN)
         assert await grader.read("x", PATTERN) is None
@@ -184,7 +184,7 @@ async def label(grader: EpisodeGrader | InlineGrader, *answers: str) -> list[int
     for written in answers:
         form = canonical(written)
         assert form is not None
-        numbers.append(labels.settle(form, written, await grader.compare(written, labels.doubtful(form))))
+        numbers.append(labels.assign(form, written, await grader.compare(written, labels.undecided(form))))
     return numbers
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from discovery.answers import Answer, parse_kind, read
+from discovery.answers import Answer, parse_kind, read_answer
 from proxy.environment.votability import LONGEST, asks, vouches, works
 
 PROSE = [  # a question, what a branch has written of its reply, and what a probe that leads into a box gets
@@ -44,7 +44,7 @@ TASKS = [
 
 
 def probed(answer: str) -> Answer | None:
-    return read(f"The final answer is \\boxed{{{answer}}}", parse_kind("auto"))
+    return read_answer(f"The final answer is \\boxed{{{answer}}}", parse_kind("auto"))
 
 
 def test_no_prose_is_vouched_for_and_no_task_is_missed() -> None:

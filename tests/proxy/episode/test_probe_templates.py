@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from discovery.answers import parse_kind, read
+from discovery.answers import parse_kind, read_answer
 from proxy.errors import SettingsError
 from proxy.probe_templates import LEAD, TEMPLATES, Family, template_for
 from proxy.settings import load
@@ -82,7 +82,7 @@ def test_a_plain_model_is_never_thought_to_think() -> None:
 )
 def test_a_probe_is_read_to_the_closing_brace(family: Family, continuation: str, answer: str | None) -> None:
     text = TEMPLATES[family].answered(continuation)
-    found = None if text is None else read(text, parse_kind("auto"))
+    found = None if text is None else read_answer(text, parse_kind("auto"))
     assert (None if found is None else found.form.text) == answer
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from controllers.installed import Stage, lot
 from controllers.loading import Spec
-from discovery.promotion.registry import By, Registry
+from discovery.promotion.registry import ChangeCause, Registry
 from proxy.cli import app
 from proxy.rollout import controller_runner
 from proxy.server import running
@@ -31,7 +31,7 @@ from tests.fakes import FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 from tests.proxy.rollout.test_sealed_controllers import FAULTS, HONEST, LOCKSTEP
 
-ME = By("me", "a test", datetime(2026, 11, 24, tzinfo=UTC), forced=True)
+ME = ChangeCause("me", "a test", datetime(2026, 11, 24, tzinfo=UTC), forced=True)
 DEFAULT = "self_consistency"
 FAILING = LOCKSTEP.format(later=FAULTS["raised"])
 DEAR = HONEST.replace("2 + round(6 * beta)", "4 + round(12 * beta)")

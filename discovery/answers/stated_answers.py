@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from discovery.answers.forms import canonical
-from discovery.answers.types import Form, Sort
+from discovery.answers.types import CanonicalForm, FormType
 
 MOST_STATED: Final = 8
 """Statements of each kind that are tried, the last ones of a text."""
@@ -21,7 +21,7 @@ LONGEST_LINE: Final = 600
 SHORT: Final = 3
 """Words of a clause that may be an answer though it has no digit."""
 YES_NO: Final = ("yes", "no", "true", "false")
-VOTES_ALONE: Final = (Sort.NUMBER, Sort.EXPRESSION, Sort.COLLECTION, Sort.CHOICE)
+VOTABLE_TYPES: Final = (FormType.NUMBER, FormType.EXPRESSION, FormType.COLLECTION, FormType.CHOICE)
 """Sorts of answers that are votes wherever they are found; words may be prose."""
 
 _IS = r"(?:\sis(?:\sequal\sto)?|\sare|\swould\sbe|\sequals|:|=|→)"
@@ -65,15 +65,15 @@ _COUNTED = re.compile(
 )
 
 
-class Stated(NamedTuple):
+class StatedAnswer(NamedTuple):
     """An answer and where it stands."""
 
     begin: int
     written: str
-    form: Form
+    form: CanonicalForm
 
 
-def stated(text: str) -> Stated | None:
+def last_stated_answer(text: str) -> StatedAnswer | None:
     """The answer that `text` states last, in any way; None if it cannot be read as a whole."""
     led, is_unread = _led(text)
     found = [last for last in (led, _last(_CHOICE, text), _last(_WORD, text), _last(_HASHES, text)) if last is not None]
@@ -82,20 +82,20 @@ def stated(text: str) -> Stated | None:
     return None if is_unread else _concluded(text)
 
 
-def stated_number(text: str) -> tuple[Stated | None, bool]:
+def stated_number(text: str) -> tuple[StatedAnswer | None, bool]:
     """The number that `text` states last, and whether what it states last is no number that can be read."""
     led, is_unread = _led(text)
-    found = [last for last in (led, _last(_HASHES, text)) if last is not None and last.form.sort is Sort.NUMBER]
-    is_other = led is not None and led.form.sort is not Sort.NUMBER
+    found = [last for last in (led, _last(_HASHES, text)) if last is not None and last.form.type is FormType.NUMBER]
+    is_other = led is not None and led.form.type is not FormType.NUMBER
     return max(found, key=lambda answer: answer.begin, default=None), is_unread or is_other
 
 
-def stated_choice(text: str) -> Stated | None:
+def stated_choice(text: str) -> StatedAnswer | None:
     """The letter that `text` states last."""
     return _last(_CHOICE, text)
 
 
-def _led(text: str) -> tuple[Stated | None, bool]:
+def _led(text: str) -> tuple[StatedAnswer | None, bool]:
     """The answer after the last lead that an answer may follow, and whether what follows could not be read."""
     leads = deque(_LEADS.finditer(text), maxlen=MOST_STATED)
     for lead in reversed(leads):
@@ -108,14 +108,14 @@ def _led(text: str) -> tuple[Stated | None, bool]:
     return None, False
 
 
-def _whole(clause: str, begin: int) -> Stated | None:
+def _whole(clause: str, begin: int) -> StatedAnswer | None:
     """The answer that a clause is, or is up to what may follow an answer."""
     for candidate in _candidates(clause):
         if not _SHOWN.search(candidate):
             continue
         form = canonical(_plain(candidate))
-        if form is not None and form.sort in VOTES_ALONE:
-            return Stated(begin, candidate.strip("*_` "), form)
+        if form is not None and form.type in VOTABLE_TYPES:
+            return StatedAnswer(begin, candidate.strip("*_` "), form)
     return None
 
 
@@ -134,7 +134,7 @@ def _plain(clause: str) -> str:
     return re.sub(r"(?<!\\)\$", " ", plain).strip() if dollars > 1 else plain.strip()
 
 
-def _concluded(text: str) -> Stated | None:
+def _concluded(text: str) -> StatedAnswer | None:
     """The number a text ends with: `12 + 15 = 27`, `so x = 5`, `the sum of 12 and 15 is 27`."""
     ended = text.rstrip(" \n.!*_`$")
     line = ended[max(ended.rfind("\n") + 1, len(ended) - LONGEST_LINE) :]
@@ -152,13 +152,13 @@ def _concluded(text: str) -> Stated | None:
             return None
         value = match["value"] or match["equal"]
     answer = _whole(value, begin + len(line) - len(value))
-    return answer if answer is not None and answer.form.sort is Sort.NUMBER else None
+    return answer if answer is not None and answer.form.type is FormType.NUMBER else None
 
 
-def _last(pattern: re.Pattern[str], text: str) -> Stated | None:
+def _last(pattern: re.Pattern[str], text: str) -> StatedAnswer | None:
     """The last match of a pattern, if it can be read."""
     for match in deque(pattern.finditer(text), maxlen=1):
         form = canonical(match[1])
-        if form is not None and (form.sort in VOTES_ALONE or form.text in YES_NO):
-            return Stated(match.start(1), match[1].strip(), form)
+        if form is not None and (form.type in VOTABLE_TYPES or form.text in YES_NO):
+            return StatedAnswer(match.start(1), match[1].strip(), form)
     return None

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any, Final, NamedTuple
 
-from discovery.answers.forms import Form, Sort, canonical, choice
-from discovery.answers.kinds import AUTO, Kind, Way
-from discovery.answers.stated import VOTES_ALONE, YES_NO, stated, stated_choice, stated_number
+from discovery.answers.forms import CanonicalForm, FormType, canonical, choice
+from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod
+from discovery.answers.stated_answers import VOTABLE_TYPES, YES_NO, last_stated_answer, stated_choice, stated_number
 
 LONGEST_LONE: Final = 80
 """Characters of a text that is nothing but its answer."""
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
     """An answer: `written` is a part of the text it was found in."""
 
     written: str
-    form: Form
+    form: CanonicalForm
 
 
 _BOX = r"\\(?:boxed|fbox|Box|box)\s{0,9}\{"
@@ -69,26 +69,26 @@ _OPENING = re.compile(r"[{\[]")
 _FENCES: Final = ("```", "~~~")
 
 
-def read(text: str, kind: Kind = AUTO, *, seconds: float = PATTERN_S) -> Answer | None:
+def read_answer(text: str, kind: AnswerKind = AUTO, *, seconds: float = PATTERN_S) -> Answer | None:
     """The answer `text` ends up giving; None if there is none that can be read. Never raises.
 
     Takes time in proportion to the text, and for most kinds looks at its last `LONGEST_READ` characters only. A
     client's pattern may take so many `seconds` of CPU: match it off the event loop.
     """
-    match kind.way:
-        case Way.AUTO:
+    match kind.method:
+        case ExtractionMethod.AUTO:
             return _auto(text[-LONGEST_READ:])
-        case Way.BOXED:
+        case ExtractionMethod.BOXED:
             return _boxed(text[-LONGEST_READ:])
-        case Way.CHOICE:
+        case ExtractionMethod.CHOICE:
             return _choice(text[-LONGEST_READ:])
-        case Way.NUMBER:
+        case ExtractionMethod.NUMBER:
             return _number(text[-LONGEST_READ:])
-        case Way.JSON:
+        case ExtractionMethod.JSON:
             return _json(text)
-        case Way.REGEX:
+        case ExtractionMethod.REGEX:
             return _pattern(text, kind, seconds)
-        case Way.CODE | Way.TEXT:
+        case ExtractionMethod.CODE | ExtractionMethod.TEXT:
             return _compared(text, kind)
 
 
@@ -147,7 +147,7 @@ def _auto(text: str) -> Answer | None:
         found = _boxed(text)
         if found is not None or _last_box(text) is not None:
             return found
-    if (last := stated(text)) is not None:
+    if (last := last_stated_answer(text)) is not None:
         return Answer(last.written, last.form)
     return _lone(text)
 
@@ -160,10 +160,10 @@ def _lone(text: str) -> Answer | None:
     if found is None:
         return None
     form = found.form
-    if form.sort is Sort.WORDS:
+    if form.type is FormType.WORDS:
         return found if form.text in YES_NO else None
-    is_formula = form.sort in (Sort.NUMBER, Sort.CHOICE) or match["inner"].startswith(("$", "\\"))
-    return found if is_formula and form.sort in VOTES_ALONE else None
+    is_formula = form.type in (FormType.NUMBER, FormType.CHOICE) or match["inner"].startswith(("$", "\\"))
+    return found if is_formula and form.type in VOTABLE_TYPES else None
 
 
 def _choice(text: str) -> Answer | None:
@@ -173,7 +173,7 @@ def _choice(text: str) -> Answer | None:
         if lone is not None:
             return Answer(lone[1], choice(lone[1].upper()))
         form = canonical(part)
-        if form is not None and form.sort is Sort.CHOICE:
+        if form is not None and form.type is FormType.CHOICE:
             return Answer(form.text, form)
     found = stated_choice(text)
     led = _LED_CHOICE.fullmatch(text.strip().rpartition("\n")[2]) if found is None else None
@@ -199,7 +199,7 @@ def _number(text: str) -> Answer | None:
 
 def _quantity(written: str) -> Answer | None:
     found = _answer(written)
-    return found if found is not None and found.form.sort is Sort.NUMBER else None
+    return found if found is not None and found.form.type is FormType.NUMBER else None
 
 
 def _json(text: str) -> Answer | None:
@@ -219,7 +219,7 @@ def _json(text: str) -> Answer | None:
         except (ValueError, ArithmeticError, RecursionError):
             scanned += len(text) - begin  # how far it came is not known
             continue
-        found = Answer(text[begin:at], Form(spelled, Sort.OTHER))
+        found = Answer(text[begin:at], CanonicalForm(spelled, FormType.OTHER))
     return found
 
 
@@ -260,7 +260,7 @@ def _plain(number: Decimal) -> str:
     return str(number.normalize(Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX)))
 
 
-def _pattern(text: str, kind: Kind, seconds: float) -> Answer | None:
+def _pattern(text: str, kind: AnswerKind, seconds: float) -> Answer | None:
     """The last match of a client's pattern, or of its first group. Each match takes time in proportion to the text."""
     last = None
     until = time.thread_time() + seconds
@@ -274,13 +274,15 @@ def _pattern(text: str, kind: Kind, seconds: float) -> Answer | None:
     if not written:
         return None
     form = canonical(written)
-    return Answer(written, form if form is not None and form.sort is Sort.NUMBER else Form(written, Sort.OTHER))
+    return Answer(
+        written, form if form is not None and form.type is FormType.NUMBER else CanonicalForm(written, FormType.OTHER)
+    )
 
 
-def _compared(text: str, kind: Kind) -> Answer | None:
-    written = _last_block(text) if kind.way is Way.CODE else text
+def _compared(text: str, kind: AnswerKind) -> Answer | None:
+    written = _last_block(text) if kind.method is ExtractionMethod.CODE else text
     spelled = kind.comparator(written)
-    return None if spelled is None else Answer(written, Form(spelled, Sort.OTHER))
+    return None if spelled is None else Answer(written, CanonicalForm(spelled, FormType.OTHER))
 
 
 def _last_block(text: str) -> str:

@@ -64,7 +64,7 @@ _WHOLE_GROUP = re.compile(r"\{([^{}]*)\}")
 _BRACE = re.compile(r"\\.|[{}()\[\]]", re.DOTALL)
 
 
-def tidy(text: str) -> str:
+def normalize_latex(text: str) -> str:
     """`text` with one spelling for each sign, and what is only there to look well taken out."""
     if not text.isascii():
         text = _from_unicode(text)
@@ -107,7 +107,7 @@ def balanced(text: str) -> bool:
     return curly == round_ == 0
 
 
-def pieces(text: str, separator: re.Pattern[str]) -> list[str]:
+def split_top_level(text: str, separator: re.Pattern[str]) -> list[str]:
     """`text` cut at every `separator` that stands in no bracket."""
     found: list[str] = []
     begin = depth = at = 0

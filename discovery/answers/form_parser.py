@@ -9,10 +9,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Final
 
-from discovery.answers.algebra import NoExpression, TooHard, express
+from discovery.answers.algebra import NotAnExpression, TooHard, normalize_expression
+from discovery.answers.latex import balanced, split_top_level
 from discovery.answers.linear import half_line, segment
-from discovery.answers.spelling import balanced, pieces
-from discovery.answers.types import Form, Sort
+from discovery.answers.types import CanonicalForm, FormType
 from discovery.answers.units import split_unit
 
 MOST_PARTS: Final = 256
@@ -24,7 +24,7 @@ DEEPEST: Final = 24
 
 SET: Final = ("\\{", "\\}")
 ROW: Final = ("[", "]")
-EMPTY: Final = Form("\\{\\}", Sort.COLLECTION, shape="\\{\\}")
+EMPTY: Final = CanonicalForm("\\{\\}", FormType.COLLECTION, shape="\\{\\}")
 
 _PREFIX = re.compile(
     r"""(?P<name>
@@ -96,25 +96,25 @@ _KNOWN_WORDS: Final = MappingProxyType(
 )
 
 
-def lettered(text: str) -> Form | None:
+def lettered(text: str) -> CanonicalForm | None:
     """The form of a letter that a question offers: `B`, `(B)`, `B) 17`."""
     match = _CHOICE.fullmatch(text)
     return None if match is None else choice(match[1] or match[2])
 
 
-def choice(letter: str) -> Form:
+def choice(letter: str) -> CanonicalForm:
     """One of the letters a question offers."""
-    return Form(letter, Sort.CHOICE, shape=letter)
+    return CanonicalForm(letter, FormType.CHOICE, shape=letter)
 
 
-class Reading:
+class FormParser:
     """One answer being read. What takes too many steps raises TooHard."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Form] = {}  # parts that have been read
+        self._known: dict[str, CanonicalForm] = {}  # parts that have been read
         self._depth = 0
 
-    def form(self, text: str) -> Form:
+    def form(self, text: str) -> CanonicalForm:
         """The form of tidy `text`. Raises TooHard where that takes too long to find."""
         known = self._known.get(text)
         if known is None:
@@ -127,7 +127,7 @@ class Reading:
             self._depth -= 1
         return known
 
-    def _read(self, text: str) -> Form:
+    def _read(self, text: str) -> CanonicalForm:
         if (letter := lettered(text)) is not None:
             return letter
         if (literal := _literal(text)) is not None:
@@ -143,32 +143,32 @@ class Reading:
                 return collection
         return self.single(text)
 
-    def named(self, text: str) -> Form | None:
+    def named(self, text: str) -> CanonicalForm | None:
         """`x = …`, `f(x) = …`, `x \\in …`: the value, and the name apart from it."""
         match = _PREFIX.fullmatch(text)
-        if match is None or len(pieces(text, _LISTED)) > 1:
+        if match is None or len(split_top_level(text, _LISTED)) > 1:
             return None
         name, rest = _squeezed(match["name"]).lstrip("\\"), match["rest"]
         if name in ("pi", "e", "i", "infty") or not balanced(rest):
             return None
-        steps = pieces(rest, _EQUALS)
+        steps = split_top_level(rest, _EQUALS)
         if len(steps) > 1:  # x = 2 + 3 = 5: one value, if it is one
             forms = {self.value(step.strip()).text for step in steps}
             if len(forms) > 1:
                 return None
             rest = steps[-1].strip()
         found = self.value(rest)
-        return None if found.sort is Sort.OTHER else replace(found, name=found.name or name)
+        return None if found.type is FormType.OTHER else replace(found, name=found.name or name)
 
-    def value(self, text: str) -> Form:
+    def value(self, text: str) -> CanonicalForm:
         """Read the right side of an equation, where `5-3` is a difference and no range."""
         found = self.expression(text) if _is_range(text) else None
         return self.form(text) if found is None else found
 
-    def without(self, text: str) -> Form | None:
+    def without(self, text: str) -> CanonicalForm | None:
         r"""`\mathbb{R}\setminus\{2\}` is a union of intervals."""
         match = _WITHOUT.fullmatch(text)
-        points = [] if match is None else [part.strip() for part in pieces(match["points"], _COMMA)]
+        points = [] if match is None else [part.strip() for part in split_top_level(match["points"], _COMMA)]
         if not points or not all(points):
             return None
         known = {form.text: form for form in map(self.form, points)}
@@ -178,20 +178,27 @@ class Reading:
         bounds = ["-\\infty", *sorted(known, key=lambda text: getattr(places[text], "real", 0.0)), "\\infty"]
         return self.form("\\cup".join(f"({low},{high})" for low, high in pairwise(bounds)))
 
-    def union(self, text: str) -> Form | None:
-        parts = pieces(text, _UNION)
+    def union(self, text: str) -> CanonicalForm | None:
+        parts = split_top_level(text, _UNION)
         return _unordered([self.form(part.strip()) for part in parts], "\\cup ") if len(parts) > 1 else None
 
-    def listed(self, text: str) -> Form | None:
+    def listed(self, text: str) -> CanonicalForm | None:
         """Answers side by side: all of them, in any order; `x=1, y=2` by their names."""
-        parts = [part.strip() for part in pieces(text, _LISTED)]
+        parts = [part.strip() for part in split_top_level(text, _LISTED)]
         if len(parts) < 2 or not all(parts) or _OPEN_ENDED.search(text):
             return None
         forms = [self.form(part) for part in parts]
-        if any(form.sort in (Sort.WORDS, Sort.OTHER) and " " in part for form, part in zip(forms, parts, strict=True)):
+        if any(
+            form.type in (FormType.WORDS, FormType.OTHER) and " " in part
+            for form, part in zip(forms, parts, strict=True)
+        ):
             return None  # a sentence
         names = [form.name for form in forms]
-        if len(set(names)) == 1 and all(form.is_interval for form in forms) and len(pieces(text, _OR)) == len(parts):
+        if (
+            len(set(names)) == 1
+            and all(form.is_interval for form in forms)
+            and len(split_top_level(text, _OR)) == len(parts)
+        ):
             return replace(_unordered(forms, "\\cup "), name=names[0])  # x < 1 or x > 2
         units = {form.unit for form in forms}
         if len(units) > 1 and "" not in units and _AND.search(text):
@@ -200,7 +207,7 @@ class Reading:
             return _collect(sorted(forms, key=lambda form: form.name), ",", ("", ""), named=True)
         return _unordered(forms, ",", SET)
 
-    def bracketed(self, text: str) -> Form | None:
+    def bracketed(self, text: str) -> CanonicalForm | None:
         opening = next((one for one in _BRACKETS if text.startswith(one)), None)
         if opening is None:
             return None
@@ -210,7 +217,7 @@ class Reading:
         inner = text[len(opening) : -len(closing)].strip()
         if len(text) < len(opening) + len(closing) or not balanced(inner):
             return None
-        parts = [part.strip() for part in pieces(inner, _COMMA)]
+        parts = [part.strip() for part in split_top_level(inner, _COMMA)]
         is_set = opening == "\\{" and closing == "\\}"
         if len(parts) == 1:
             if opening in ("[", "\\langle") or (opening == "\\{") != (closing == "\\}"):
@@ -228,7 +235,7 @@ class Reading:
         ends = "(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing
         return _collect(forms, ",", ends)
 
-    def described(self, text: str) -> Form | None:
+    def described(self, text: str) -> CanonicalForm | None:
         """Read the content of the braces of `{x | x > 2}`."""
         match = _BUILDER.fullmatch(text)
         if match is None:
@@ -236,9 +243,9 @@ class Reading:
         found = self.form(match["condition"].strip())
         return replace(found, name="") if found.is_interval and found.name == match["name"] else None
 
-    def compared(self, text: str) -> Form | None:
+    def compared(self, text: str) -> CanonicalForm | None:
         r"""`1 \le x < 2` is the interval [1, 2)."""
-        parts = [part.strip() for part in pieces(text, _COMPARED)]
+        parts = [part.strip() for part in split_top_level(text, _COMPARED)]
         if len(parts) not in (2, 3) or not all(parts):
             return None
         signs = [match[0] for match in _COMPARED.finditer(text)]
@@ -254,23 +261,27 @@ class Reading:
         if bounded is None:
             return None
         forms = [self.form(bound) for bound in bounded.bounds]
-        if any(form.sort not in (Sort.NUMBER, Sort.EXPRESSION, Sort.CHOICE) for form in forms):
+        if any(form.type not in (FormType.NUMBER, FormType.EXPRESSION, FormType.CHOICE) for form in forms):
             return None
         ends = "[" if bounded.closed[0] else "(", "]" if bounded.closed[1] else ")"
         return replace(_collect(forms, ",", ends), name=bounded.variable.lstrip("\\"))
 
-    def either_sign(self, text: str) -> Form | None:
+    def either_sign(self, text: str) -> CanonicalForm | None:
         if len(_EITHER.findall(text)) != 1 or "\\mp" in text:
             return None
         return _unordered([self.single(_EITHER.sub(sign, text)) for sign in "+-"], ",", SET)
 
-    def matrix(self, body: str, ends: tuple[str, str]) -> Form:
-        rows = [[cell.strip() for cell in pieces(row, _COLUMN)] for row in pieces(body.strip(), _ROW) if row.strip()]
+    def matrix(self, body: str, ends: tuple[str, str]) -> CanonicalForm:
+        rows = [
+            [cell.strip() for cell in split_top_level(row, _COLUMN)]
+            for row in split_top_level(body.strip(), _ROW)
+            if row.strip()
+        ]
         return _collect([_collect([self.form(cell) for cell in row], ",", ROW) for row in rows], ",", ends)
 
-    def single(self, text: str) -> Form:
+    def single(self, text: str) -> CanonicalForm:
         """One expression, with or without a unit; an equation; words."""
-        exactly = pieces(text, _APPROXIMATELY)
+        exactly = split_top_level(text, _APPROXIMATELY)
         if len(exactly) > 1 and exactly[0].strip():
             return self.form(exactly[0].strip())
         body, unit = split_unit(text)
@@ -285,51 +296,51 @@ class Reading:
             return found
         return self.equation(text) or _words(text)
 
-    def expression(self, text: str) -> Form | None:
+    def expression(self, text: str) -> CanonicalForm | None:
         if _is_prose(text) or _is_word(text):
             return None
         try:
-            found = express(text)
-        except (NoExpression, TooHard):
+            found = normalize_expression(text)
+        except (NotAnExpression, TooHard):
             return None
         number = found.exact and found.text.replace("/", "").lstrip("-").isdigit()
-        sort = Sort.NUMBER if number else Sort.CHOICE if _CHOICE.fullmatch(found.text) else Sort.EXPRESSION
-        shape = found.text if sort is Sort.CHOICE else "#"
-        return Form(
-            found.text, sort, exact=found.exact, shape=shape, values=() if sort is Sort.CHOICE else (found.value,)
+        sort = FormType.NUMBER if number else FormType.CHOICE if _CHOICE.fullmatch(found.text) else FormType.EXPRESSION
+        shape = found.text if sort is FormType.CHOICE else "#"
+        return CanonicalForm(
+            found.text, sort, exact=found.exact, shape=shape, values=() if sort is FormType.CHOICE else (found.value,)
         )
 
-    def equation(self, text: str) -> Form | None:
+    def equation(self, text: str) -> CanonicalForm | None:
         """An equation of variables: everything on one side, in the sign that comes first. One of numbers that holds
         (`12 + 15 = 27`) is its last side."""
-        sides = [side.strip() for side in pieces(text, _EQUALS)]
+        sides = [side.strip() for side in split_top_level(text, _EQUALS)]
         if len(sides) < 2 or not all(sides) or _is_prose(text):
             return None
         try:
-            values = [express(side) for side in sides]
+            values = [normalize_expression(side) for side in sides]
             if all(value.text == values[0].text for value in values):
                 return self.expression(sides[-1])
             if len(sides) > 2:
                 return None
-            left, right = (express(f"({a})-({b})") for a, b in (sides, sides[::-1]))
-        except (NoExpression, TooHard):
+            left, right = (normalize_expression(f"({a})-({b})") for a, b in (sides, sides[::-1]))
+        except (NotAnExpression, TooHard):
             return None
         found = min(left, right)
         if found.exact and not any(char.isalpha() for char in found.text):
             return None  # 2 = 3
-        return Form(f"{found.text}=0", Sort.EXPRESSION, exact=False, shape="#=0", values=(found.value,))
+        return CanonicalForm(f"{found.text}=0", FormType.EXPRESSION, exact=False, shape="#=0", values=(found.value,))
 
 
-def _literal(text: str) -> Form | None:
+def _literal(text: str) -> CanonicalForm | None:
     """Read a literal that looks like an expression: a date, a numeral in another base."""
     if _DATE.fullmatch(text):
         date = re.sub(r"(?<!\d)0+(?=\d)", "", text)
-        return Form(date, Sort.WORDS, shape=date)
+        return CanonicalForm(date, FormType.WORDS, shape=date)
     if (match := _BASED.fullmatch(text)) is not None:
         base = int(_BASES.get(match["base"], match["base"])) if len(match["base"]) < 8 else 0
         if 2 <= base <= 16 and all(int(digit, 16) < base for digit in match["digits"]):
             numeral = f"{match['digits'].lstrip('0') or '0'}_{base}"
-            return Form(numeral, Sort.EXPRESSION, shape="base")
+            return CanonicalForm(numeral, FormType.EXPRESSION, shape="base")
     return None
 
 
@@ -345,14 +356,14 @@ def _is_range(text: str) -> bool:
     return len(parts) < 2 or parts[0] < SCORES or parts[0] <= parts[1]
 
 
-def _range(text: str) -> Form:
+def _range(text: str) -> CanonicalForm:
     """`5-10`, a range, a score or a record, is not the difference."""
     plain = "-".join(part.strip() for part in re.split(r"\s*-\s*|\s+(?:to|through)\s+", text))
     plain = plain.replace("\\", "").replace(",", "")
-    return Form(plain, Sort.WORDS, shape=plain)
+    return CanonicalForm(plain, FormType.WORDS, shape=plain)
 
 
-def _unordered(forms: Sequence[Form], separator: str, ends: tuple[str, str] = ("", "")) -> Form:
+def _unordered(forms: Sequence[CanonicalForm], separator: str, ends: tuple[str, str] = ("", "")) -> CanonicalForm:
     """All of `forms` once, in whatever order they were given."""
     distinct = sorted({form.text: form for form in forms}.values(), key=lambda form: (form.shape, form.text))
     if len(distinct) == 1:
@@ -362,13 +373,15 @@ def _unordered(forms: Sequence[Form], separator: str, ends: tuple[str, str] = ("
     return replace(found, values=tuple(in_order))
 
 
-def _collect(forms: Sequence[Form], separator: str, ends: tuple[str, str], *, named: bool = False) -> Form:
+def _collect(
+    forms: Sequence[CanonicalForm], separator: str, ends: tuple[str, str], *, named: bool = False
+) -> CanonicalForm:
     """One form of several; their units are its unit."""
     units = {form.unit for form in forms}
     texts = [f"{form.name}={form.text}" if named else form.text for form in forms]
-    return Form(
+    return CanonicalForm(
         separator.join(texts).join(ends),
-        Sort.COLLECTION,
+        FormType.COLLECTION,
         unit=units.pop() if len(units) == 1 else ",".join(form.unit for form in forms),
         exact=all(form.exact for form in forms),
         shape=separator.join(f"{form.name}={form.shape}" if named else form.shape for form in forms).join(ends),
@@ -384,7 +397,7 @@ def _is_word(text: str) -> bool:
     return len(text) > 1 and text.isalpha() and text not in ("pi", "oo")
 
 
-def _words(text: str) -> Form:
+def _words(text: str) -> CanonicalForm:
     if "\\" not in text and not _NO_WORDS.search(text) and any(char.isalpha() for char in text):
         letters = (
             text if text.isupper() and len(text) <= 4 and text.casefold() not in ("yes", "no") else text.casefold()
@@ -393,9 +406,9 @@ def _words(text: str) -> Form:
         plain = re.sub(r"^(?:the|an?) (?=\S)", "", plain)
         if plain:
             plain = _KNOWN_WORDS.get(plain, plain)
-            return Form(plain, Sort.WORDS, shape=plain)
+            return CanonicalForm(plain, FormType.WORDS, shape=plain)
     squeezed = _squeezed(text)
-    return EMPTY if squeezed == "\\emptyset" else Form(squeezed, Sort.OTHER, exact=False)
+    return EMPTY if squeezed == "\\emptyset" else CanonicalForm(squeezed, FormType.OTHER, exact=False)
 
 
 def _squeezed(text: str) -> str:

@@ -26,7 +26,7 @@ DIED = "a worker process died"
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialSettings:
     """How a controller is tried: at which β, over which questions of each cell, in which orders of their branches."""
 
     betas: Sequence[float]
@@ -34,7 +34,7 @@ class Trial:
     every: int = 1  # of so many questions one
 
 
-class Arena:
+class TrialPool:
     """Workers over some cells. A context: leaving it ends them."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Arena:
             for number, (cell, recordings) in enumerate(self.cells.items())
         }
         context = get_context("forkserver")
-        context.set_forkserver_preload(["discovery.search.arena"])
+        context.set_forkserver_preload(["discovery.search.trial_pool"])
         self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
         return self
 
@@ -61,11 +61,11 @@ class Arena:
         self._pool.shutdown(cancel_futures=True)
         self._folder.cleanup()
 
-    def anchors(self, trial: Trial) -> Mapping[Cell, Anchor]:
+    def anchors(self, trial: TrialSettings) -> Mapping[Cell, Anchor]:
         """One chain of each cell, over the questions a trial asks."""
         return {cell: chain_anchor(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
 
-    def enter(self, spec: Spec, trial: Trial, rules: ReplayRules | None = None) -> Entry:
+    def enter(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> PendingTrial:
         """Have the workers try a controller; its scores are there when they are asked for. Raises EngineError."""
         cells = [cell for cell in self.cells for _ in trial.betas]
         jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
@@ -76,14 +76,14 @@ class Arena:
             ]
         except BrokenProcessPool:
             raise EngineError(DIED) from None
-        return Entry(jobs, waiting, self.anchors(trial))
+        return PendingTrial(jobs, waiting, self.anchors(trial))
 
-    def measure(self, spec: Spec, trial: Trial, rules: ReplayRules | None = None) -> list[Curve]:
+    def measure(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> list[Curve]:
         """A controller's curves, a cell each. Raises EngineError."""
         return self.enter(spec, trial, rules).curves()
 
 
-class Entry:
+class PendingTrial:
     """A controller that is being tried."""
 
     def __init__(

@@ -30,7 +30,7 @@ ROWS: Final = 6
 """Rounds of an episode that are shown."""
 
 
-class Fault(StrEnum):
+class EpisodeFault(StrEnum):
     """What an episode is told for, the first that fits."""
 
     PRUNED = "pruned though right"  # wrong, and a branch was given up that said what is right
@@ -40,7 +40,7 @@ class Fault(StrEnum):
 
 
 @dataclass(frozen=True)
-class Studied:
+class StudiedEpisode:
     """An episode in figures."""
 
     path: Path  # its trace
@@ -62,11 +62,11 @@ class Studied:
     chains_right: int  # of those, that end right
 
     @property
-    def fault(self) -> Fault:
+    def fault(self) -> EpisodeFault:
         """What it is told for."""
         if self.right:
-            return Fault.WASTED
-        return Fault.PRUNED if self.pruned else Fault.LOST if self.showed else Fault.STOPPED
+            return EpisodeFault.WASTED
+        return EpisodeFault.PRUNED if self.pruned else EpisodeFault.LOST if self.showed else EpisodeFault.STOPPED
 
     @property
     def after(self) -> int:
@@ -76,11 +76,11 @@ class Studied:
     @property
     def weight(self) -> float:
         """How much there is to learn from it, among those of its fault."""
-        if self.fault is Fault.WASTED:
+        if self.fault is EpisodeFault.WASTED:
             return self.after
-        if self.fault is Fault.STOPPED:
+        if self.fault is EpisodeFault.STOPPED:
             return self.chains_right / self.chains
-        return (self.pruned if self.fault is Fault.PRUNED else self.showed) / self.width
+        return (self.pruned if self.fault is EpisodeFault.PRUNED else self.showed) / self.width
 
 
 def digest(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]], most: int = 6) -> str:
@@ -107,7 +107,7 @@ def digest(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]
 # Which episodes
 
 
-def _study(path: Path, recordings: Mapping[Cell, Sequence[Recording]], most: int) -> Iterator[Studied]:
+def _study(path: Path, recordings: Mapping[Cell, Sequence[Recording]], most: int) -> Iterator[StudiedEpisode]:
     """Up to `most` episodes of a file that came to an answer."""
     trace = read_trace(path)
     played, episodes = _recordings(trace, recordings), trace.episodes()
@@ -134,7 +134,7 @@ def _cell(trace: Trace) -> Cell:
     return Cell(trace.about["model"], trace.about["benchmark"], Split(trace.about["split"]))
 
 
-def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> Studied | None:
+def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> StudiedEpisode | None:
     """Play an episode's rounds again beside its recording; None if it came to no answer."""
     environment = ReplayEnvironment(recording, branch_order(recording, episode.shuffle))
     showed: set[int] = set()
@@ -152,7 +152,7 @@ def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recordin
             settled, settled_in, leads = state.spent, state.rounds, True
     if state is None or state.stop is None:
         return None
-    return Studied(
+    return StudiedEpisode(
         path=path,
         at=at,
         cell=_cell(trace),
@@ -186,13 +186,13 @@ def _dropped(played: Round, state: State) -> Iterator[int]:
             yield action.branch
 
 
-def _worst(studied: Sequence[Studied], most: int) -> list[Studied]:
+def _worst(studied: Sequence[StudiedEpisode], most: int) -> list[StudiedEpisode]:
     """The worst of each fault by turns, no question twice."""
     ranked = [
         sorted((one for one in studied if one.fault is fault and one.weight), key=lambda one: -one.weight)
-        for fault in Fault
+        for fault in EpisodeFault
     ]
-    chosen: dict[tuple[Cell, int], Studied] = {}
+    chosen: dict[tuple[Cell, int], StudiedEpisode] = {}
     for one in (one for turn in zip_longest(*ranked) for one in turn if one is not None):
         if len(chosen) < most:
             chosen.setdefault((one.cell, one.question), one)
@@ -217,7 +217,7 @@ class _Line(NamedTuple):
         return f"{self.beta:5.2f}{self.episodes:10d}{self.right:9.1f}{self.tokens:11,.0f}{self.after:9.1f}{faults}"
 
 
-def _overview(studied: Sequence[Studied], cells: int) -> str:
+def _overview(studied: Sequence[StudiedEpisode], cells: int) -> str:
     betas = sorted({one.beta for one in studied})
     lines = [_line(beta, [one for one in studied if one.beta == beta]) for beta in betas]
     return "\n".join(
@@ -231,16 +231,18 @@ def _overview(studied: Sequence[Studied], cells: int) -> str:
     )
 
 
-def _line(beta: float, mine: Sequence[Studied]) -> _Line:
+def _line(beta: float, mine: Sequence[StudiedEpisode]) -> _Line:
     spent = sum(one.spent for one in mine)
     counts = Counter(one.fault for one in mine)
-    faults = [100 * counts[fault] / len(mine) for fault in (Fault.PRUNED, Fault.LOST, Fault.STOPPED)]
+    faults = [
+        100 * counts[fault] / len(mine) for fault in (EpisodeFault.PRUNED, EpisodeFault.LOST, EpisodeFault.STOPPED)
+    ]
     right = 100 * sum(one.right for one in mine) / len(mine)
     after = 100 * sum(one.after for one in mine) / max(1, spent)
     return _Line(beta, len(mine), right, spent / len(mine), after, faults)
 
 
-def _tell(one: Studied, title: str) -> str:
+def _tell(one: StudiedEpisode, title: str) -> str:
     """One episode: what it is told for, what was where, and some of its rounds."""
     trace = read_trace(one.path)
     answer = trace.episodes()[one.at].answer
@@ -264,7 +266,7 @@ def _tell(one: Studied, title: str) -> str:
     )
 
 
-def _rounds(trace: Trace, one: Studied) -> tuple[list[str], str]:
+def _rounds(trace: Trace, one: StudiedEpisode) -> tuple[list[str], str]:
     """Some rounds, a line each, and when branches were opened."""
     rows: list[str] = []
     opened: list[str] = []
