@@ -15,7 +15,7 @@ from controllers.voting import tally
 from discovery.answers import is_redacted
 from discovery.answers.redaction import MARK
 from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
-from discovery.store.rows import ServedEpisode
+from discovery.store.records import ServedEpisode
 
 CHAINS: Final = (8, 16, 32, 64)
 """Of the self-consistency an episode is held against."""

@@ -39,7 +39,7 @@ from discovery.evaluation.paired_statistics import TIE, bootstrap_bounds, wilson
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
 from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
 from discovery.store import ServedEpisode, Store
-from discovery.store.rows import is_surer
+from discovery.store.records import is_surer
 
 LEAST: Final = 10
 """Recorded questions below which nothing is said of means."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from controllers import BadFact, Limits, Round, State, Stop
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
-from discovery.store.rows import ServedEpisode
+from discovery.store.records import ServedEpisode
 
 
 def limits_of(episode: ServedEpisode) -> Limits:

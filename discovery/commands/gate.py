@@ -22,7 +22,7 @@ from discovery.evaluation.engines import EngineName
 from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
 from discovery.promotion.gate import GateJob
 from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, report_of
-from discovery.store.rows import utc_now
+from discovery.store.records import utc_now
 
 COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.UNDECIDED: "yellow"}
 

@@ -20,7 +20,7 @@ from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import GateJob
 from discovery.promotion.registry import Card, ChangeCause, Registry
-from discovery.store.rows import utc_now
+from discovery.store.records import utc_now
 
 PASSED: Final = "promote"
 """The verdict of a report that a controller may be promoted by."""

@@ -23,7 +23,7 @@ from discovery.data.safe_json import parse_json
 from discovery.evaluation.evaluate import regrade
 from discovery.evaluation.paired_statistics import wilson_interval
 from discovery.store import Feedback, Label, ServedEpisode, Store
-from discovery.store.rows import is_surer
+from discovery.store.records import is_surer
 
 MIN_MARGIN: Final = 0.2
 """Share of its branches by which a vote's leader must be ahead to be a label."""

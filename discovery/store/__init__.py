@@ -1,6 +1,6 @@
 """The replay store: questions, recordings, episodes, feedback and searches, in SQLite."""
 
-from discovery.store.rows import (
+from discovery.store.records import (
     AddedCounts,
     CellSummary,
     EpisodeDetails,

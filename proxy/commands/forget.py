@@ -14,7 +14,7 @@ from discovery.commands.store import DEFAULT, Anonymous, Place, Request, Tenant
 from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
-from discovery.store.rows import decode_item
+from discovery.store.item_lines import decode_item
 from proxy.recording.spill_file import Spill
 from proxy.spill_paths import places
 

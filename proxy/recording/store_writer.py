@@ -23,8 +23,8 @@ from discovery.data.atomic_files import is_readable_by_others
 from discovery.data.recordings import RecordedQuestion
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import ServedEpisode, Store, StoreItem
-from discovery.store.rows import decode_item as unpacked
-from discovery.store.rows import encode_item as packed
+from discovery.store.item_lines import decode_item as unpacked
+from discovery.store.item_lines import encode_item as packed
 from proxy.errors import RecordsAway
 from proxy.recording.spill_file import LONGEST, Spill
 from proxy.settings import Settings, StoreText

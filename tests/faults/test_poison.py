@@ -23,8 +23,9 @@ from discovery.errors import BadRecording, CorruptRow, HistoryError, StoreError
 from discovery.evaluation.reference_answers import update_labels
 from discovery.search.explorers.transcript import Transcript
 from discovery.search.history import History
-from discovery.store import Feedback, Label, SearchRun, ServedEpisode, Store, TriedCandidate, rows
-from discovery.store.rows import checksum, encode_item
+from discovery.store import Feedback, Label, SearchRun, ServedEpisode, Store, TriedCandidate, item_lines
+from discovery.store.checksums import checksum
+from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording import spill_file as spilling
@@ -365,7 +366,7 @@ def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
     found = asyncio.run(go())
     assert found is not None
     assert found.about["sampling"] == {"x": None, "y": [None, 1.5]}
-    assert rows.decode_item(encode_item(odd)) == found
+    assert item_lines.decode_item(encode_item(odd)) == found
 
 
 async def test_what_a_row_cannot_hold_is_not_taken_for_a_failing_store(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from openai import AsyncOpenAI
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
 from discovery.store import Feedback, ServedEpisode, Store, StoreItem
-from discovery.store.rows import encode_item
+from discovery.store.item_lines import encode_item
 from proxy.recording.spill_file import Spill
 from proxy.recording.store_writer import FILE, GROUP, STORE, Owner, Recorder
 from proxy.server import running
@@ -760,13 +760,13 @@ def test_what_was_appended_is_synced_and_a_new_name_too(tmp_path: Path, monkeypa
 
 async def test_the_store_is_synced_with_each_transaction(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        found = await store._writing.execute_fetchall("PRAGMA synchronous")
+        found = await store._writes.connection.execute_fetchall("PRAGMA synchronous")
         assert [tuple(row) for row in found] == [(2,)]  # FULL
 
 
 @pytest.mark.parametrize("one", [episode("e"), Feedback("f", "r", "correct", "true", tenant="t")])
 def test_an_item_is_one_line_and_found_again(one: StoreItem) -> None:
-    from discovery.store.rows import decode_item
+    from discovery.store.item_lines import decode_item
 
     assert b"\n" not in encode_item(one)
     assert decode_item(encode_item(one)) == one
@@ -777,7 +777,7 @@ def test_an_item_is_one_line_and_found_again(one: StoreItem) -> None:
 STARTER = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
-from discovery.store import Episode
+from discovery.store import ServedEpisode
 from proxy.recording import store_writer as recording
 from proxy.telemetry.metrics import Metrics
 from proxy.recording.store_writer import Recorder
@@ -791,7 +791,7 @@ async def main(path, name):
     async def one(name):
         for i in range(10**6):
             identity = f"{name}-{i}"
-            made = Episode(identity, identity, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered")
+            made = ServedEpisode(identity, identity, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered")
             if await recorder.put(identity, lambda: made):
                 print(identity, flush=True)
     await asyncio.gather(*(one(f"{name}.{k}") for k in range(16)))

@@ -206,7 +206,7 @@ async def run(forker: Forker, arguments: list[str]) -> None:
     """Run a command that succeeds, or says that a busy proxy keeps it from erasing what it removed."""
     done = forker.start(*arguments, AUTOTTS_ADMIN_KEY=ADMIN)
     status = await done.ended(PATIENCE_S)
-    is_busy = arguments[:2] in (["store", "prune"], ["store", "forget"]) and "say it again" in done.output
+    is_busy = arguments[:2] in (["store", "prune"], ["store", "forget"]) and "run the command again" in done.output
     assert status == 0 or is_busy, (arguments, done.output)
 
 

@@ -19,8 +19,8 @@ from discovery.errors import FileWriteError
 WRITER = """
 import json, sys
 from pathlib import Path
-from discovery.data.shared_jsonl import Lines
-file, name, count = Lines(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+from discovery.data.shared_jsonl import SharedLines
+file, name, count = SharedLines(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 for number in range(count):
     file.append(json.dumps({"who": name, "number": number, "filling": "x" * 5000}) + "\\n")
     if number == 20:
@@ -29,8 +29,8 @@ for number in range(count):
 CLAIMER = """
 import sys
 from pathlib import Path
-from discovery.data.shared_jsonl import Claims
-claims = Claims(Path(sys.argv[1]))
+from discovery.data.shared_jsonl import WorkClaims
+claims = WorkClaims(Path(sys.argv[1]))
 print([claims.take(name) for name in sys.argv[2:]], flush=True)
 sys.stdin.read()
 """

@@ -204,7 +204,7 @@ from discovery.search.trial_pool import TrialPool
 from discovery.search.cascade import Cascade, fixed_recordings
 from discovery.search.loop import SearchLimits
 from discovery.search.explorers.grammar import Grammar
-from discovery.evaluation.replay_jobs import Rules
+from discovery.evaluation.replay_jobs import ReplayRules
 from tests.discovery.search.test_loop import CELLS, PLAN, started
 
 def stop(run):
@@ -214,7 +214,7 @@ def stop(run):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    with TrialPool(CELLS, Rules(), 1) as arena, TrialPool(fixed_recordings(), Rules(), 1) as probes:
+    with TrialPool(CELLS, ReplayRules(), 1) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         started(Path(sys.argv[1]), Grammar(batch=3), Cascade(arena, probes, PLAN)).go(SearchLimits(3), stop)
 """
 

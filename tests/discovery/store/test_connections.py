@@ -250,7 +250,7 @@ async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, 
         pass
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(statement)
-    with pytest.raises(CorruptRow, match="does not say the store's version"):
+    with pytest.raises(CorruptRow, match="does not hold the store's version"):
         async with Store.open(path):
             pass
 

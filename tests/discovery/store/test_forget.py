@@ -14,7 +14,7 @@ import pytest
 from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, question_id
 from discovery.errors import RecordingsNotFound, StoreError
 from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Store, StoreItem
-from discovery.store.rows import encode_item
+from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording.spill_file import Spill
@@ -151,7 +151,7 @@ async def test_bytes_that_somebody_still_reads_are_owned_up_to(tmp_path: Path, r
             reader.execute("BEGIN")
             reader.execute("SELECT * FROM episodes").fetchall()
             if names == "b":
-                with pytest.raises(StoreError, match="rows are gone, but bytes of them remain in its log until"):
+                with pytest.raises(StoreError, match="rows were removed, but their bytes remain in the log because"):
                     await store.forget(request="b")
             else:
                 assert (await store.expire(THEN)).episodes == 1  # it is called again by itself
@@ -165,15 +165,17 @@ async def test_bytes_that_somebody_still_reads_are_owned_up_to(tmp_path: Path, r
 async def test_bytes_that_somebody_writes_over_are_owned_up_to(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=0) as store:
         await put(store, "a")
-        begin = store._writing.execute_fetchall
+        begin = store._writes.connection.execute_fetchall
 
         def and_another(statement: str, *values: Any) -> Any:
             if statement == "VACUUM":
                 reader.execute("BEGIN IMMEDIATE")
             return begin(statement, *values)
 
-        store._writing.execute_fetchall = and_another  # type: ignore[method-assign]
-        with pytest.raises(StoreError, match="rows are gone, but bytes of them remain: database is locked"):
+        store._writes.connection.execute_fetchall = and_another  # type: ignore[method-assign]
+        with pytest.raises(
+            StoreError, match="rows were removed, but their bytes remain in the file: database is locked"
+        ):
             await store.forget(request="a")
         assert await counted(store) == {}
 

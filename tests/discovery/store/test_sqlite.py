@@ -217,11 +217,11 @@ async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from discovery.store import Episode, Feedback, Store
+from discovery.store import ServedEpisode, Feedback, Store
 
 async def main():
     async with Store.open(Path(sys.argv[1]), create=True) as store:
-        await store.add_all([Episode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")])
+        await store.add_all([ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")])
         async def one(name):
             for i in range(10**6):
                 await store.add_all([Feedback(f"{name}-{i}", "r", "correct", "1")])
@@ -269,9 +269,9 @@ def change(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("UPDATE branches SET tokens = tokens + 1 WHERE number = 1", "/1 of branches is not what was written"),
-        ("UPDATE questions SET reference = '8' WHERE body = 'q'", "of questions is not what was written"),
-        ("UPDATE recordings SET checksum = 'x'", "of recordings is not what was written"),
+        ("UPDATE branches SET tokens = tokens + 1 WHERE number = 1", "/1 of branches has a wrong checksum"),
+        ("UPDATE questions SET reference = '8' WHERE body = 'q'", "of questions has a wrong checksum"),
+        ("UPDATE recordings SET checksum = 'x'", "of recordings has a wrong checksum"),
         ("DELETE FROM branches WHERE number = 0", "has 1 of its 2 branches"),
     ],
 )
@@ -306,7 +306,7 @@ async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
         pass
     before = path.read_bytes()
-    with pytest.raises(StoreError, match="has version 6, this program knows up to 5; upgrade autotts"):
+    with pytest.raises(StoreError, match="has version 6, but this program supports up to 5; upgrade autotts"):
         async with Store.open(path):
             pass
     assert path.read_bytes() == before

@@ -1,0 +1,178 @@
+"""Records that the store keeps, and the summaries it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
+
+from controllers.sandbox.proof import Level
+from discovery.data.recordings import (
+    Cell,
+    LabelSource,
+    RecordedQuestion,
+)
+
+
+class EpisodeDetails(TypedDict, total=False):
+    """Further facts about a served episode, stored as one JSON object."""
+
+    beta_source: str
+    stage: str | None  # rollout stage that chose the controller; None if the request named it
+    fallback: str | None  # why the baseline took over, if it did
+    decided: int  # rounds decided by the controller, before the baseline took over
+    limits: Mapping[str, int | None]  # fields of `controllers.Limits`
+    spent: int  # tokens its rounds cost; the ledger also counts tokens spent outside rounds
+    seconds: float  # from the request to its reply
+    answers: Sequence[str]  # by label
+    answer_kind: str  # how they were read
+    text: str  # the question's text, stored only if the operator allows it
+    reply: str | None  # the text sent to the client, stored only if the operator allows it
+    usage: Mapping[str, Any]  # as sent to the client
+    sampling: Mapping[str, Any]  # temperature, top_p, …, as sent
+    chat_template: str  # hash of the chat template
+    probe_template: str
+    streamed: bool
+    votable: bool
+    refused: str | None
+    """Why the proxy ended the episode as `max_tokens`.
+
+    `cut_short` or `sent_too_much`: it did not play the next round. `all_cut`: the controller gave no answer after the
+    request's limit had cut every branch.
+    """
+    client_request_id: str  # the client's own id of the request, if it sent one
+
+
+@dataclass(frozen=True)
+class ServedEpisode:
+    """One served episode."""
+
+    id: str
+    request_id: str
+    model: str
+    controller: str
+    digest: str  # hash of the controller
+    beta: float
+    rounds: int
+    branches: int
+    ledger: Mapping[str, int]  # tokens by what they were spent on
+    stop: str
+    answer: str | None = None
+    question: str | None = None  # `question_id`, if known
+    created: str = field(default_factory=lambda: utc_now())
+    sandbox: Level = Level.TRUSTED  # isolation of its controller
+    tenant: str = ""  # who sent the request; empty for a caller without a key
+    about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
+    trace: str = ""  # its rounds, as `discovery.data.packed_rounds` packs them
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A client's feedback on an answer. The latest counts; earlier feedback is kept."""
+
+    id: str
+    request_id: str
+    kind: str  # "correct", "answer" or "score"
+    value: str  # as JSON
+    created: str = field(default_factory=lambda: utc_now())
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """An answer taken to be right, and how it is known."""
+
+    question: str  # `question_id`
+    source: LabelSource
+    answer: str
+    confidence: float  # that it is right, from 0 to 1
+    margin: float | None = None  # share of the votes by which the answer leads; None if it was not counted here
+    created: str = field(default_factory=lambda: utc_now())
+
+
+StoreItem = ServedEpisode | Feedback | RecordedQuestion
+"""The records that the proxy writes."""
+
+
+class ForgottenCounts(NamedTuple):
+    """How many rows `forget` or `expire` removed."""
+
+    episodes: int
+    feedback: int
+    recordings: int
+    labels: int
+    questions: int
+
+
+class TriedCandidate(NamedTuple):
+    """One candidate of a search and its result."""
+
+    digest: str
+    name: str
+    explorer: str
+    parent: str | None  # digest of the candidate it was derived from
+    score: float | None  # None if it failed
+    failure: str
+    usd: float
+    source: str
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """A run of `autotts discover`, as far as its record goes."""
+
+    id: str  # the last hash of its record
+    explorer: str
+    seed: int
+    settings: Mapping[str, Any]
+    tried: Sequence[TriedCandidate]
+    created: str = field(default_factory=lambda: utc_now())
+
+
+class AddedCounts(NamedTuple):
+    """How many rows were new."""
+
+    questions: int
+    recordings: int
+    branches: int
+
+
+class ServedSummary(NamedTuple):
+    """Totals of served requests."""
+
+    episodes: int
+    oldest: str | None  # when the first episode ended
+    newest: str | None  # when the last episode ended
+    stops: Mapping[str, int]  # episodes by stop reason
+    feedback: Mapping[str, int]  # counts by kind
+
+
+class CellSummary(NamedTuple):
+    """Totals of one cell."""
+
+    cell: Cell
+    questions: int
+    recordings: int
+    complete: int  # recordings whose branches all ran to their end
+    branches: int
+
+
+class VerificationReport(NamedTuple):
+    """The result of checking every row of a store."""
+
+    rows: Mapping[str, int]  # row counts by table
+    bad: Sequence[str]  # one message for each bad row
+
+
+def utc_now() -> str:
+    """Return the current time in UTC, in the format that is stored."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def is_surer(source: LabelSource, other: LabelSource) -> bool:
+    """Return whether an answer known by `source` takes precedence over one known by `other`."""
+    order = list(LabelSource)
+    return order.index(source) < order.index(other)
