@@ -1,0 +1,60 @@
+"""How the commands of the manual are tested: as they are, changed, or not at all and why.
+
+A command that no table names runs as it is and must end with status 0. Only `PROGRAMS` may run so.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROGRAMS: Final = frozenset({"autotts", "curl", "export"})
+"""Programs whose commands run as they are written, unless a table below says otherwise."""
+
+NOT_RUN: Final = {
+    "make run": "starts the embedded model; tests/proxy/test_cli.py runs `autotts serve` with it",
+    'make run ARGS="--port 9000 --beta 0.5"': "starts the embedded model; tests/docs/test_make.py has its dry run",
+    "make run UPSTREAM=http://gpu-machine:8000": "tests/docs/test_make.py runs it",
+    "make test": "is what runs this test",
+    "make demo": "takes minutes on the embedded model",
+    "pip install .": "installs packages; the environment of the tests was made by `pip install --editable .`",
+    "pip install build": "installs packages; the extra `dev` has it",
+    "python -m build --wheel": "tests/docs/test_make.py builds one",
+    "pip install dist/autotts_proxy-*.whl": "installs packages; tests/docs/test_make.py looks into the wheel",
+    "vllm serve Qwen/Qwen3-8B --reasoning-parser qwen3 --enable-prompt-tokens-details": "needs a GPU and the model",
+    'export PATH="$PWD/.venv/bin:$PATH"': "the tests have a path of their own",
+    "python -m tests.faults.attack": "takes minutes; tests/faults/test_hostile.py makes the same attacks",
+    "autotts import jsonl ../shared/replay/boinf/aime202*.jsonl.xz --store boinf.db": "needs the public recordings",
+    "autotts evaluate --recordings boinf.db --controllers sc@64,asc,adaptive_consistency,short_m_at_k,cmc --betas 1 "
+    "--shuffles 10": "needs the public recordings",
+    "autotts discover --recordings ../shared/replay/autotts --explorer grammar --minutes 20 --probe-tokens 20 "
+    "--seed 1": "needs the public recordings and 20 minutes",
+    "autotts discover --recordings autotts.db --explorer llm --llm llm.json --rounds 20 --budget-usd 5 --out run-llm": (
+        "needs a key; tests/discovery/search/test_explorers.py runs it against a fake endpoint"
+    ),
+}
+"""Commands that are not run, and why."""
+
+CHANGED: Final = {
+    "--minutes 20 --out run": "--rounds 2 --shuffles 1 --workers 1 --out run",
+    "--minutes 1 --out run": "--rounds 2 --shuffles 1 --workers 1 --out run",
+    "--branches 64 --answer boxed": "--branches 2 --answer boxed",
+    "--branches 16": "--branches 2",
+    "asc@64,mine.py": "asc@16,mine.py",  # as many branches as are recorded
+    "--engine process": "--engine process --workers 1",
+    "autotts gate mine.py": "autotts gate mine.py --shuffles 2 --workers 1",
+    "--out calibration.json": "--shuffles 2 --workers 1 --out calibration.json",
+    "autotts collect questions.jsonl": "autotts collect questions.jsonl --url http://127.0.0.1:8400",
+    "--as shadow --report report.json": "--as shadow --force",
+    "--as canary": "--as canary --force",
+    "--as champion": "--as champion --force",
+}
+"""Parts of commands that are written differently for the test, so that it is quick, or because a verdict on made-up
+recordings does not let a controller pass."""
+
+STATUSES: Final = {
+    "autotts gate": (0, 1),  # any verdict on made-up recordings
+    "autotts parity": (0, 1, 3),  # made-up episodes need not agree with replay, nor be comparable
+    "autotts store forget --tenant": (0, 2),  # the store may hold nothing of that tenant
+    "autotts store forget --anonymous": (0, 2),  # nor of requests without a key
+}
+"""Statuses with which a command may end, by its beginning; others must end with 0."""

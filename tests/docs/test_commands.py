@@ -1,0 +1,149 @@
+"""Every command and snippet of README and the manual runs, or the table of commands says why it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import pytest
+import pytest_asyncio
+from typer.testing import CliRunner
+
+from proxy.cli import app
+from proxy.settings import Settings
+from tests.docs.blocks import Block, fenced_blocks, shell_commands
+from tests.docs.command_table import CHANGED, NOT_RUN, PROGRAMS, STATUSES
+from tests.docs.workshop import Workshop, environment, workshop
+
+ROOT: Final = Path(__file__).parents[2]
+PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS: Final = [block for page in PAGES for block in fenced_blocks(page, ROOT)]
+SHELL: Final = ("sh", "bash")
+LANGUAGES: Final = {*SHELL, "python", "json", "toml", "text"}
+COMMANDS: Final = {block.place: list(shell_commands(block.code)) for block in BLOCKS if block.language in SHELL}
+CONTROLLERS: Final = [block for block in BLOCKS if block.language == "python" and "def decide(" in block.code]
+SNIPPETS: Final = [block for block in BLOCKS if block.language == "python" and block not in CONTROLLERS]
+MADE: Final[Mapping[str, tuple[str, ...]]] = {
+    "docs/quickstart.md": ("mine.jsonl",),
+    "docs/collecting.md": ("mine.jsonl",),
+}
+"""Files of the workshop that the commands of a page make themselves."""
+IMPORTING: Final = ("docs/discovery.md", "docs/promotion.md", "docs/calibration.md", "docs/recording.md")
+"""Pages whose commands need the recordings that a command of another page imports."""
+SHELL_PAGES: Final = sorted({block.page for block in BLOCKS if block.language in SHELL})
+
+loops = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workshop]:
+    """One prepared folder and one running proxy for all pages."""
+    (controller,) = CONTROLLERS
+    async with workshop(tmp_path_factory.mktemp("workshop") / "prepared", controller.code) as prepared:
+        yield prepared
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_every_block_names_its_language(block: Block) -> None:
+    assert block.language in LANGUAGES
+
+
+@pytest.mark.parametrize("place", COMMANDS)
+def test_every_command_is_run_or_listed(place: str) -> None:
+    for command in COMMANDS[place]:
+        words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        assert command in NOT_RUN or words[0] in PROGRAMS, command
+
+
+def test_no_entry_of_the_tables_is_left_over() -> None:
+    commands = [command for block in COMMANDS.values() for command in block]
+    assert set(NOT_RUN) - set(commands) == set()
+    run = [command for command in commands if command not in NOT_RUN]
+    assert [part for part in CHANGED if not any(part in command for command in run)] == []
+    assert [start for start in STATUSES if not any(command.startswith(start) for command in run)] == []
+
+
+def test_files_that_the_tables_name_exist() -> None:
+    named = [path for reason in NOT_RUN.values() for path in re.findall(r"tests/[\w/]+(?:\.py)?", reason)]
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@loops
+@pytest.mark.parametrize("page", SHELL_PAGES)
+async def test_the_commands_of_a_page_run(shop: Workshop, page: str, tmp_path: Path) -> None:
+    folder = shop.copy(tmp_path / "page", MADE.get(page, ()))
+    commands = ["autotts import jsonl mine.jsonl"] if page in IMPORTING else []
+    commands += [command for block in BLOCKS if block.page == page for command in COMMANDS.get(block.place, ())]
+    script = _script(shop, [command for command in commands if command not in NOT_RUN])
+    status, output = await _run(["bash", "-c", script], folder)
+    assert status == 0, output
+    assert "Traceback" not in output
+
+
+@loops
+async def test_the_snippets_run(shop: Workshop, tmp_path: Path) -> None:
+    paths = []
+    for number, block in enumerate(SNIPPETS):
+        path = tmp_path / f"{number}-{Path(block.page).stem}-{block.line}.py"
+        path.write_text(shop.substituted(block.code))
+        paths.append(str(path))
+    runner = "import runpy, sys\nfor path in sys.argv[1:]:\n    print('+', path, flush=True)\n    runpy.run_path(path)"
+    status, output = await _run([sys.executable, "-c", runner, *paths], shop.folder)
+    assert status == 0, output
+    assert output.count("\\boxed{7}") >= len(SNIPPETS) - 2, output
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=lambda b: b.place)
+def test_json_can_be_read(block: Block) -> None:
+    assert json.loads(block.code)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=lambda b: b.place)
+def test_toml_holds_settings_or_keys(block: Block, tmp_path: Path) -> None:
+    content = tomllib.loads(block.code)
+    assert content
+    if not content.keys() <= Settings.model_fields.keys():
+        file = tmp_path / "keys.toml"
+        file.write_text(block.code)
+        shown = CliRunner().invoke(app, ["keys", "list", str(file)])
+        assert shown.exit_code == 0, shown.output
+        assert all(name in shown.output for name in content)
+
+
+def _script(shop: Workshop, commands: list[str]) -> str:
+    """Return a script that says each command, runs it and stops at the first with a status it may not have."""
+    lines = ["set -uo pipefail", 'curl() { command curl --fail-with-body --silent --show-error "$@"; }']
+    for command in commands:
+        changed = command
+        for part, instead in CHANGED.items():
+            changed = changed.replace(part, instead)
+        statuses = next((allowed for start, allowed in STATUSES.items() if command.startswith(start)), (0,))
+        pattern = "|".join(map(str, statuses))
+        lines += [
+            f"printf '%s\\n' {shlex.quote(f'+ {changed}')}",
+            shop.substituted(changed),
+            f'status=$?; case $status in {pattern}) ;; *) echo "status $status"; exit 1 ;; esac',
+        ]
+    return "\n".join(lines)
+
+
+async def _run(command: list[str], folder: Path) -> tuple[int | None, str]:
+    """Return the status of a command and all it wrote."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=folder,
+        env=environment(folder),
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()

@@ -1,0 +1,95 @@
+"""The verbs of the Makefile that the manual promises something of, and the wheel that README has built."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import FakeVLLM
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def dry_run(*arguments: str, environment: Path) -> str:
+    """Return the commands that make would run where nothing is set up yet."""
+    command = ["make", "--dry-run", "--no-print-directory", *arguments, f"VENV={environment}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_make_run_with_an_upstream_installs_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    commands = dry_run("run", "UPSTREAM=http://gpu-machine:8000", environment=tmp_path / "venv")
+    assert "install" in commands
+    assert "torch==" not in commands
+    assert "[embedded]" not in commands
+    assert "autotts serve --upstream 'http://gpu-machine:8000'" in commands
+
+
+def test_make_run_without_an_upstream_installs_torch(tmp_path: Path) -> None:
+    commands = dry_run("run", "ARGS=--port 9000 --beta 0.5", environment=tmp_path / "venv")
+    assert "torch==" in commands
+    assert "[embedded]" in commands
+    assert "autotts serve  --port 9000 --beta 0.5" in commands
+
+
+def test_make_docs_installs_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    commands = dry_run("docs", environment=tmp_path / "venv")
+    assert "torch==" not in commands
+    assert "[docs]" in commands
+    assert "mkdocs build --quiet --strict" in commands
+
+
+async def test_make_run_serves_an_upstream(tmp_path: Path) -> None:
+    """`make run UPSTREAM=…`, with this environment in place of one that make would set up."""
+    environment = Path(sys.executable).parent.parent
+    async with FakeVLLM().serve() as backend:
+        process = await asyncio.create_subprocess_exec(
+            "make",
+            "run",
+            f"UPSTREAM={backend.url}",
+            f"ARGS=--port 0 --store {tmp_path / 'autotts.db'}",
+            f"VENV={environment}",
+            f"--old-file={environment}/proxy",
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        written = ""
+        async for line in process.stdout:
+            written += line.decode()
+            if "listens on http://" in written:
+                os.killpg(process.pid, 15)
+                break
+        rest, _ = await process.communicate()
+    assert f"starting the proxy for the upstream {backend.url}" in written
+    assert "install" not in written
+    assert "Traceback" not in rest.decode()
+
+
+def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "__pycache__", "*.db*")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("autotts_proxy-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("controllers", "discovery", "proxy", "deploy")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules - names == set()
+    assert "deploy/embedded/model/config.json" in names
+    assert any(name.startswith("controllers/discovered/") and name.endswith(".json") for name in names)
