@@ -1,4 +1,4 @@
-# Few verbs run the repo: make run, make test, make soak, make lint, make bench, make docs, make clean.
+# Few verbs run the repo: make run, check, test, coverage, soak, lint, bench, docs and clean.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,8 +9,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 PEERS ?=
 UPSTREAM ?=
+# Processes that run tests. `make test WORKERS=0` runs them in one, as a debugger needs it.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
 
-.PHONY: run demo test soak lint bench docs clean
+.PHONY: run demo check test coverage soak lint bench docs clean
 .DELETE_ON_ERROR:
 
 # UPSTREAM=http://gpu:8000 serves a vLLM that runs elsewhere; then neither torch nor vLLM is installed.
@@ -20,12 +23,22 @@ run: $(if $(UPSTREAM),$(VENV)/proxy,$(VENV)/embedded)
 demo: $(VENV)/embedded
 	$(BIN)/autotts demo $(ARGS)
 
-test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus $(VENV)/gateway
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+# Unit tests: no vLLM, no processes, no coverage.
+check: $(VENV)/dev
+	$(PYTEST) -m "not (vllm or process or slow)" $(ARGS)
 
-# What the suite does a few times, many: a proxy killed while it writes, every command beside proxies that end, a verdict
-# on a busy machine, characters cut between two requests.
+# Everything but soak. All tests that use vLLM run in one worker, so that one vLLM is started.
+test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus $(VENV)/gateway
+	$(PYTEST) $(ARGS)
+
+# Branch coverage of what needs no vLLM. It takes about twice as long as the same tests without.
+coverage: $(VENV)/embedded $(VENV)/dev
+	$(PYTEST) -m "not vllm" --cov --cov-report=term $(ARGS)
+
+# What is only worth running now and then: the tests marked `soak`, and what the suite does a few times, many times: a proxy
+# killed while it writes, every command beside proxies that end, a verdict on a busy machine, characters cut between two requests.
 soak: $(VENV)/embedded $(VENV)/dev
+	$(PYTEST) -m soak $(ARGS)
 	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies" $(ARGS)
 	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/evaluation/test_busy_machine.py -k verdict $(ARGS)

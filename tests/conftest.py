@@ -1,14 +1,86 @@
-"""Fixtures every folder may use."""
+"""Fixtures every folder may use, and the tiers of tests.
+
+A test without a mark is a unit test: it starts no process and takes well under a second. The marks `vllm`, `process`,
+`slow` and `soak` name the other tiers; pyproject.toml says what each means. `make check` runs the unit tests, `make
+test` everything but soak, and `make soak` what is only worth running now and then.
+"""
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 
+from controllers.sandbox.attempts import REFUSED
+from controllers.sandbox.nursery import nursery
+from controllers.sandbox.proof import Outcome, prove
 from proxy.upstream.embedded import EmbeddedServer
+
+MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
+"""Fixtures whose tests belong to a tier by using them."""
+
+MAY_START_PROCESSES: Final = ("process", "vllm", "soak")
+STARTS_PROCESS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})
+"""Names of Python's audit events."""
+ASKED_BY_OPENAI: Final = ("uname", "lsb_release")
+"""Programs that the client `openai` runs once, for a header."""
+ASSUMED: Final = prove(lambda _: Outcome(REFUSED << 8, "assumed in a unit test"))
+"""What a proxy believes of the sandbox in a unit test: proving it would start a process."""
+
+_forbidden_in: str | None = None
+"""Id of the running test, if it must not start a process."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark and xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, mark in MARK_OF_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"))  # so that a run starts one vLLM, whatever its workers
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Forbid unit tests, and the fixtures they use, to start processes."""
+    global _forbidden_in
+    if any(item.get_closest_marker(mark) for mark in MAY_START_PROCESSES):
+        return (yield)
+    proof = nursery().proof
+    is_enforced = "process" in item.config.option.markexpr
+    _forbidden_in, nursery().proof = item.nodeid if is_enforced else None, ASSUMED
+    try:
+        return (yield)
+    finally:
+        _forbidden_in, nursery().proof = None, proof
+
+
+def _refuse_process(event: str, args: tuple[Any, ...]) -> None:
+    if event in STARTS_PROCESS and _forbidden_in is not None and str(*args[:1]) not in ASKED_BY_OPENAI:
+        pytest.fail(f"{_forbidden_in} starts a process ({event}); mark it with @pytest.mark.process")
+
+
+_spawn = multiprocessing.util.spawnv_passfds
+
+
+def _spawn_unless_refused(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
+    """Start a process of multiprocessing, which raises no audit event."""
+    _refuse_process("subprocess.Popen", (path,))
+    return _spawn(path, args, passfds)
+
+
+sys.addaudithook(_refuse_process)
+multiprocessing.util.spawnv_passfds = _spawn_unless_refused
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ def test_a_quick_run_measures_every_part() -> None:
     assert {part for part, count in rows.items() if not count} == expected_empty
 
 
+@pytest.mark.process
 def test_an_unknown_part_is_refused_with_the_parts_there_are() -> None:
     command = [sys.executable, "-m", "tests.bench", "nonsense"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

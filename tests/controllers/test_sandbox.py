@@ -53,6 +53,8 @@ from controllers.sandbox.worker import Clock, Worker
 from controllers.sandbox.zygote import SPAWN
 from tests.fakes import ScriptedEnvironment, chain
 
+pytestmark = pytest.mark.process
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
 CHAINS = [chain("7", 60, ["7"]), chain("8", 90, ["8"], mark="b"), chain("7", 75, ["7"], mark="c")]
 LIMITS = Limits(10)

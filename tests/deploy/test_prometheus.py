@@ -30,9 +30,12 @@ PATIENCE_S: Final = 60
 PLACES = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 PROMETHEUS, PROMTOOL = (shutil.which(name, path=PLACES) for name in ("prometheus", "promtool"))
 
-pytestmark = pytest.mark.skipif(
-    not (PROMETHEUS and PROMTOOL), reason="prometheus is not here; `make test` fetches it where there is apt"
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        not (PROMETHEUS and PROMTOOL), reason="prometheus is not here; `make test` fetches it where there is apt"
+    ),
+]
 
 
 def promtool(*arguments: str | Path) -> str:

@@ -14,6 +14,8 @@ import pytest
 from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
 
+pytestmark = pytest.mark.process
+
 ENDLESS = r"9^{9^{9^9}}"
 
 

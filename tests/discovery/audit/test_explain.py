@@ -263,6 +263,7 @@ def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, c
 # The command
 
 
+@pytest.mark.process
 def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
     odd = [redacted("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
     episode = replace(GIVEN_UP, about=GIVEN_UP.about | {"answers": odd}, answer=odd[0])
@@ -287,6 +288,7 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
     assert json.loads(told.stdout) == explain(episode)
 
 
+@pytest.mark.process
 def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
     steps = [[branch()], *([advance(0)] for _ in range(150))]
     recorded = replace(RECORDED, branches=[RecordedBranch(["7"] * 200, 20_010, "7")])
@@ -297,6 +299,7 @@ def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
     assert f"{'·' * 59}█" in done.stdout
 
 
+@pytest.mark.process
 def test_a_request_nobody_knows_is_told_in_a_line(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [GIVEN_UP])
     for arguments, words in (

@@ -449,6 +449,7 @@ def _veiled(recorded: RecordedQuestion) -> RecordedQuestion:
 # The command
 
 
+@pytest.mark.process
 def test_the_command_line(tmp_path: Path) -> None:
     found, more = consistent(), consistent(SC, 0.5)
     episodes = [replace(one, id=f"s{one.id}", request_id=f"s{one.id}") for one in more.episodes]
@@ -481,6 +482,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         assert words in done.stderr
 
 
+@pytest.mark.process
 def test_what_is_untrue_ends_in_status_1(tmp_path: Path) -> None:
     found = consistent()
     found = changed(found, 2, about={"spent": 1})
@@ -493,6 +495,7 @@ def test_what_is_untrue_ends_in_status_1(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "f.json").read_text())["holds"] is False
 
 
+@pytest.mark.process
 def test_where_nothing_can_be_checked_nothing_holds(tmp_path: Path) -> None:
     odd = "\x9b31m\x7f\u202e"
     write(tmp_path / "s.db", [replace(serve(QUESTIONS[0], Spec(odd, FOREIGN), 0.5, "r"), model=odd)])
@@ -505,6 +508,7 @@ def test_where_nothing_can_be_checked_nothing_holds(tmp_path: Path) -> None:
     assert told["decisions"]["unchecked"][0]["controller"] == odd
 
 
+@pytest.mark.process
 def test_a_store_without_recordings_or_episodes(tmp_path: Path) -> None:
     write(tmp_path / "s.db", consistent().episodes)
     done = autotts("parity", "--store", "s.db", "--plot", "p.svg", folder=tmp_path)

@@ -169,6 +169,7 @@ def check_complete(out: Path) -> list[RecordedQuestion]:
 # What is collected
 
 
+@pytest.mark.process
 async def test_a_recording_is_complete_and_says_how_it_was_made(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
@@ -229,6 +230,7 @@ async def test_other_settings_are_other_recordings(
 # Whoever is killed
 
 
+@pytest.mark.process
 async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> None:
     async with verb(url, asked, out, "--usd-per-million", "1000000") as one:
         said = await one.ends(0)
@@ -242,6 +244,7 @@ async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> Non
     check_complete(out)
 
 
+@pytest.mark.process
 async def test_killed_in_the_middle_and_resumed(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.fault, backend.fault_after = "hang", 30
     async with verb(url, asked, out, "--at-once", "2") as one:
@@ -259,6 +262,7 @@ async def test_killed_in_the_middle_and_resumed(backend: FakeVLLM, url: str, ask
     assert backend.opened == ALL + 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_interrupted(backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals) -> None:
     backend.fault, backend.fault_after = "hang", 30
@@ -284,6 +288,7 @@ async def test_a_line_that_was_half_written_is_bought_again(
     check_complete(out)
 
 
+@pytest.mark.process
 async def test_two_at_once_share_the_work(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
@@ -298,6 +303,7 @@ async def test_two_at_once_share_the_work(backend: FakeVLLM, url: str, asked: Pa
     assert min(mine) >= 3
 
 
+@pytest.mark.process
 async def test_what_one_that_was_killed_was_at_another_does(
     backend: FakeVLLM, url: str, asked: Path, out: Path
 ) -> None:
@@ -426,6 +432,7 @@ async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question],
         assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
 
 
+@pytest.mark.process
 async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
     each = (await collect(url, "sesame", read_questions(asked)[:1], replace(BOUNDED, branches=1), out)).spent
@@ -440,6 +447,7 @@ async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: 
     assert all(f"stopped: {each * made:,} tokens are spent" in words for words in said)
 
 
+@pytest.mark.process
 async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: Path) -> None:
     async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
         said = await one.ends(0)
@@ -485,6 +493,7 @@ async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], o
 # What goes wrong
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("key", "words"),
     [
@@ -504,6 +513,7 @@ async def test_keys_that_are_none(url: str, asked: Path, out: Path, key: str | N
         assert key not in said.replace("open/v1", "")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -538,6 +548,7 @@ async def test_a_branch_that_fails_is_tried_again(
     check_complete(out)
 
 
+@pytest.mark.process
 async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     questions = read_questions(asked)
     backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
@@ -754,6 +765,7 @@ async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequ
     assert (len(stub.asked), len(lines(out))) == (1, BRANCHES)
 
 
+@pytest.mark.process
 async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Question], out: Path) -> None:
     """However many of the first are claimed; what they were at is done once they are gone."""
     order = CollectionPlan("", "hard", 300)
@@ -787,6 +799,7 @@ async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Questi
     assert (at.done, len(stub.asked)) == (300, 300)
 
 
+@pytest.mark.process
 async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
     async with (
         answering(lambda _: refused(503, "the store\nis [red]away", retry_after="0")) as stub,
@@ -810,6 +823,7 @@ async def test_what_would_be_refused_again_ends_it_at_once(
     assert len(stub.asked) <= 8
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("status", [400, 413, 422])
 async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, status: int) -> None:
     """By its name and with the reason; however often it is resumed, others are made."""

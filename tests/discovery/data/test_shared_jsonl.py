@@ -119,6 +119,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
             work()
 
 
+@pytest.mark.process
 def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with running(WRITER, path, "a", 10**6) as one, running(WRITER, path, "b", 60) as other:
@@ -134,6 +135,7 @@ def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path:
         assert len(numbers) >= least
 
 
+@pytest.mark.process
 def test_a_claim_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     claims = WorkClaims(path)

@@ -208,6 +208,7 @@ class Mine:
     assert environment.critical_path == 900 + (300 + (11 if priced else 0)) + 1750
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", [EngineName.PROCESS, EngineName.RAY])
 def test_engines_agree_to_the_bit(engine: EngineName, tmp_path: Path) -> None:
     if engine is EngineName.RAY:
@@ -665,6 +666,7 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) -> None:
     done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
     assert (done.returncode, done.stdout) == (
@@ -710,6 +712,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -747,6 +750,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.process
 def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> None:
     from discovery.data.importers import format_recording_line
 
@@ -776,6 +780,7 @@ def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> No
     assert figures["weights"] == {"reference": 1, "feedback": pytest.approx(0.8), "consensus": 0.5}
 
 
+@pytest.mark.process
 def test_a_file_that_breaks_off_imports_nothing(tmp_path: Path, lines: Path) -> None:
     whole = lines.read_bytes()
     (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])

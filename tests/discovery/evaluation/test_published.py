@@ -30,6 +30,7 @@ FEWER = 40
 """Shuffles where two gradings are compared, not a figure with a printed one."""
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.no_cover,  # half a million episodes would take six times as long
     pytest.mark.skipif(
         not (FOLDER / "autotts").is_dir(), reason="the public recordings are not beside the project (../shared/replay)"

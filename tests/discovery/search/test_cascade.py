@@ -20,6 +20,8 @@ from discovery.search.loop import baselines
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from tests.discovery.evaluation.test_evaluate import question
 
+pytestmark = pytest.mark.process
+
 CELLS = {
     Cell("m", name, Split.SEARCH): [intern_answers(question(i, benchmark=name)) for i in numbers]
     for name, numbers in (("b", range(4)), ("c", range(4, 7)))

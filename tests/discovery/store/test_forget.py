@@ -222,6 +222,7 @@ async def test_a_new_store_is_waited_for_while_another_process_makes_it(
 # The command
 
 
+@pytest.mark.process
 def test_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
 

@@ -236,6 +236,7 @@ def writer(path: Path, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.process
 async def test_two_processes_killed_at_work_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     acknowledged: set[str] = set()

@@ -89,6 +89,7 @@ def backend_free_app() -> Any:
     return create_app(load(upstream="http://127.0.0.1:1"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_every_route_lets_in_whom_it_says_and_nobody_else(
     url: str, http: aiohttp.ClientSession, route: Any
@@ -113,6 +114,7 @@ async def test_what_is_not_there_is_not_there_for_anybody(url: str, http: aiohtt
             assert response.status == 404
 
 
+@pytest.mark.process
 async def test_openais_client_knows_the_refusal(url: str) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
         with pytest.raises(AuthenticationError) as caught:
@@ -421,6 +423,7 @@ def test_so_is_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
     assert line.startswith("the server's limit tokens = 700 is less than the 781 or so")
 
 
+@pytest.mark.process
 def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
     given = {"AUTOTTS_CLIENT_KEYS": pair("carol", "carols"), "AUTOTTS_UPSTREAM": "http://127.0.0.1:1"}
     done = autotts("config", "show", "--json", **given)
@@ -435,6 +438,7 @@ def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
 # The command line
 
 
+@pytest.mark.process
 def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> None:
     done = autotts("keys", "new", "alice")
     token, line = done.stderr.strip(), done.stdout
@@ -465,6 +469,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
     check_host(load(host=host))
 
 
+@pytest.mark.process
 def test_serving_the_world_without_keys_is_refused_in_one_line() -> None:
     done = autotts("serve", "--host", "0.0.0.0", "--upstream", "http://127.0.0.1:1")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)

@@ -32,6 +32,8 @@ from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["backend"]  # a fixture
 
 EXAMPLES = 25
