@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from controllers.builtin import ADMIN_ONLY, BUILT_IN
+from controllers.loading import discovered
+from discovery.answers.kinds import ExtractionMethod
+from discovery.commands.discover import ExplorerName
 from proxy.settings import EMBEDDED, SERVED, Settings
 from tests.docs.generated import COMMAND, PACKAGES, ROOT, TABLES, in_page, main, registered, series_name, with_table
 
@@ -92,6 +96,29 @@ def test_links_of_documents_lead_somewhere(document: Path) -> None:
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_files_that_documents_name_exist(document: Path) -> None:
+    paths = re.findall(r"`((?:controllers|discovery|proxy|deploy|tests|docs)/[\w./-]*)`", document.read_text())
+    assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def table_names(page: str) -> set[str]:
+    """Return the names in the first cells of a page's tables."""
+    cells = re.findall(r"^\| (`[^|]*) \|", text(page), re.MULTILINE)
+    return {name.partition(":")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/beta.md"])
+def test_every_controller_stands_in_the_tables(page: str) -> None:
+    names = {*BUILT_IN, *discovered()}
+    assert names - table_names(page) == (ADMIN_ONLY if page == "README.md" else set())
+
+
+def test_every_explorer_and_answer_kind_stands_in_the_tables() -> None:
+    assert {name.value for name in ExplorerName} - table_names("docs/discovery.md") == set()
+    assert {method.value for method in ExtractionMethod} - table_names("docs/answers.md") == set()
 
 
 def test_the_readme_is_a_landing_page() -> None:
