@@ -12,6 +12,7 @@ DiscoveryError
 ├── Censored        a replay asked for more of a branch than was recorded
 ├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
 │   └── BudgetExhausted  the budget allows no further call
+├── DamagedLog      a hash-chained log cannot be read, or is not as it was written
 ├── HistoryError    the record of a run is not what was written, or of another run
 ├── GateError       a controller cannot be judged as asked; one that is judged is never an error
 ├── PromotionError  what is installed cannot be changed as asked; it is as it was
@@ -72,6 +73,10 @@ class ExplorerError(DiscoveryError):
 
 class BudgetExhausted(ExplorerError):
     """The budget allows no further call."""
+
+
+class DamagedLog(DiscoveryError):
+    """A hash-chained log cannot be read, or a line of it is not what was written; the message names file and line."""
 
 
 class HistoryError(DiscoveryError):

@@ -1,8 +1,8 @@
-"""The ledger of a sealed split: every finalist ever judged on it, a line each, in the order they were judged.
+"""Ledger of a sealed split: one line for every finalist ever judged on it, in the order they were judged.
 
-Each judgement spends of what may be spent on a split over its lifetime, so none is ever taken back: a line holds the
-hash of the one before it, and a file whose lines do not follow from each other is refused. A judgement the machine
-disturbed has a line as well, and spends nothing unless there have been too many.
+Each judgement spends a part of the error rate that a split allows over its lifetime, so no line is ever removed. The
+lines form a hash chain, and a file that is not as it was written is refused. A judgement that the machine disturbed
+has a line as well; it spends nothing unless there were too many of them.
 """
 
 from __future__ import annotations
@@ -18,101 +18,97 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from discovery.data.atomic_files import atomic_write, open_lock, sync_folder
-from discovery.errors import FileWriteError, GateError
+from discovery.data.atomic_files import open_lock
+from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
+from discovery.errors import DamagedLog, FileWriteError, GateError
 
-FIRST: Final = ""
-"""What stands for the line before the first."""
+ORIGIN: Final = ""
+"""The `after` of the first line."""
 DISTURBED: Final = "disturbed"
-"""In place of a verdict: the machine kept the finalist from being judged, and nobody was told anything."""
+"""Stands for the verdict if the machine disturbed the judgement; no result was reported."""
 FREE_DISTURBANCES: Final = 3
-"""Disturbances on a split that are no looks at it. All after them count, so that nobody gains by causing them."""
-SHORT: Final = 16
+"""Disturbed judgements on a split that do not count. All later ones count, so that nobody gains by causing them."""
+ID_DIGITS: Final = 16
 """Digits of a question's id that are kept."""
 
 
 class Judgement(BaseModel):
-    """One line."""
+    """One line of the ledger."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    split: str = Field(description="fingerprint of the questions and models judged on")
-    questions: list[str] = Field(description="the questions, by the first digits of their ids")
-    digest: str = Field(description="of the finalist")
-    champion: str = Field(description="digest of the controller it was judged against")
-    k: int = Field(ge=1, description="it was the k-th judged on any of these questions, or would have been")
+    split: str = Field(description="fingerprint of the questions and models")
+    questions: list[str] = Field(description="first digits of the questions' ids")
+    digest: str = Field(description="digest of the finalist")
+    champion: str = Field(description="digest of the controller it was compared with")
+    k: int = Field(ge=1, description="position among the judgements on any of these questions, from 1")
     p: float = Field(ge=0, le=1)
-    verdict: str = Field(description="or `disturbed`: nothing was judged")
+    verdict: str = Field(description="a verdict, or `disturbed` if none was reached")
     created: str
     who: str
-    report: dict[str, Any] = Field(description="what was told")
+    report: dict[str, Any] = Field(description="the report as JSON")
     after: str = Field(description="SHA-256 of the line before")
 
 
 def fingerprint(questions: Iterable[str], models: Iterable[str]) -> str:
-    """What a split is known by."""
-    about = [sorted(set(questions)), sorted(set(models))]
-    return sha256(json.dumps(about).encode()).hexdigest()
+    """Return the hash that identifies a split: its questions and models."""
+    parts = [sorted(set(questions)), sorted(set(models))]
+    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def shorten_ids(questions: Iterable[str]) -> list[str]:
-    """The questions as a line keeps them."""
-    return sorted({question[:SHORT] for question in questions})
+    """Return the question ids as a line keeps them: shortened, sorted, each once."""
+    return sorted({question[:ID_DIGITS] for question in questions})
 
 
 class Ledger:
-    """A ledger in a file; a file that is not there yet has no lines."""
+    """A ledger in a file; a file that does not exist has no lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = HashChainedLog(path, _CHAIN)
 
     def judgements(self) -> list[Judgement]:
-        """All lines. Raises GateError, naming the file and the line, if it is not as it was written."""
-        found, before = [], FIRST
-        for number, line in enumerate(self._lines(), start=1):
-            try:
-                one = Judgement.model_validate_json(line)
-            except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-                raise GateError(f"{self._path}:{number}: no judgement: {first['msg']}") from None
-            if one.after != before:
-                raise GateError(f"{self._path}:{number}: it does not follow the line before; restore the ledger")
-            found.append(one)
-            before = _hash(line)
-        return found
+        """Return all judgements. Raises GateError, naming file and line, if the file is not as it was written."""
+        try:
+            return self._log.verify(self._lines())
+        except DamagedLog as error:
+            raise GateError(f"{error}; restore the ledger from a copy") from None
 
     def find(self, split: str, digest: str, champion: str) -> Judgement | None:
-        """What was judged already of a finalist against a champion on a split."""
+        """Return the judgement of a finalist against a champion on a split, if there is one."""
         wanted = (split, digest, champion)
-        judged = (one for one in self.judgements() if one.verdict != DISTURBED)
-        return next((one for one in judged if (one.split, one.digest, one.champion) == wanted), None)
+        judged = (line for line in self.judgements() if line.verdict != DISTURBED)
+        return next((line for line in judged if (line.split, line.digest, line.champion) == wanted), None)
 
     def next_k(self, questions: Sequence[str]) -> int:
-        """Which judgement on any of these questions the next is, from 1. A split that has grown is no new split."""
-        lines = self._about(questions)
-        return 1 + len(lines) - min(FREE_DISTURBANCES, sum(one.verdict == DISTURBED for one in lines))
+        """Return the position of the next judgement among those on any of these questions, from 1.
+
+        A split that was extended shares questions with the old one, so its count goes on.
+        """
+        lines = self._on_questions(questions)
+        return 1 + len(lines) - min(FREE_DISTURBANCES, sum(line.verdict == DISTURBED for line in lines))
 
     def disturbances(self, questions: Sequence[str]) -> int:
-        """How many judgements on any of these questions the machine has disturbed."""
-        return sum(one.verdict == DISTURBED for one in self._about(questions))
+        """Count the judgements on any of these questions that the machine has disturbed."""
+        return sum(line.verdict == DISTURBED for line in self._on_questions(questions))
 
-    def _about(self, questions: Sequence[str]) -> list[Judgement]:
-        mine = set(shorten_ids(questions))
-        return [one for one in self.judgements() if not mine.isdisjoint(one.questions)]
+    def _on_questions(self, questions: Sequence[str]) -> list[Judgement]:
+        shortened = set(shorten_ids(questions))
+        return [line for line in self.judgements() if not shortened.isdisjoint(line.questions)]
 
     def append(self, **fields: Any) -> None:
-        """Add a judgement; it is on the disk when this returns. Raises FileWriteError, then nothing has been added."""
-        lines = self._lines()
-        line = Judgement(**fields, after=_hash(lines[-1]) if lines else FIRST).model_dump_json()
-        with atomic_write(self._path) as file:
-            file.write("".join(f"{one}\n" for one in [*lines, line]).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self._path.resolve().parent)
+        """Add a judgement; it is on the disk when this returns. Raises FileWriteError; nothing has been added then."""
+        try:
+            lines = self._lines()
+        except DamagedLog as error:
+            raise GateError(f"{error}; restore the ledger from a copy") from None
+        judgement = Judgement(**fields, after=hash_line(lines[-1]) if lines else ORIGIN)
+        self._log.rewrite([*lines, judgement.model_dump_json().encode()])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else judges meanwhile; waits for whoever does. Raises FileWriteError."""
+        """Keep other processes from judging meanwhile; wait until none is. Raises FileWriteError."""
         lock = self._path.with_name(f"{self._path.name}.lock")
         try:
             descriptor = open_lock(lock)
@@ -124,17 +120,21 @@ class Ledger:
         finally:
             os.close(descriptor)
 
-    def _lines(self) -> list[str]:
-        try:
-            text = self._path.read_text()
-        except FileNotFoundError:
-            return []
-        except (OSError, UnicodeDecodeError) as error:
-            raise GateError(f"{self._path}: {error}") from None
-        if text and not text.endswith("\n"):
-            raise GateError(f"{self._path}: its last line is cut off; restore the ledger")
-        return text.split("\n")[:-1]
+    def _lines(self) -> list[bytes]:
+        """Return the lines, not verified. Raises DamagedLog."""
+        content = self._log.load()
+        if content.torn:
+            raise DamagedLog(f"{self._path}: the last line is incomplete")
+        return content.lines
 
 
-def _hash(line: str) -> str:
-    return sha256(line.encode()).hexdigest()
+def _parse(line: bytes) -> Judgement:
+    try:
+        return Judgement.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{field}: {first['msg']}" if field else first["msg"]) from None
+
+
+_CHAIN: Final[ChainFormat[Judgement]] = ChainFormat(ORIGIN, _parse, previous_hash=lambda line: line.after)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,13 +26,14 @@ from controllers.errors import BadController
 from controllers.installed import Installed, Stage, wrong_name
 from controllers.loading import Spec, read_source
 from discovery.data.atomic_files import create_exclusively
+from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
 from discovery.data.safe_json import parse_json
-from discovery.errors import PromotionError
+from discovery.errors import DamagedLog, PromotionError
 
 SHORTEST: Final = 4
 """Digits of a digest that may stand for it."""
-FIRST: Final = "0" * 64
-"""What the first line of an audit has for the hash of the line before it."""
+ORIGIN: Final = "0" * 64
+"""The `chain` of the first line of an audit log."""
 
 _UNFINISHED: Final = ".autotts-"
 
@@ -65,7 +66,8 @@ class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / "registry.json"
-        self.trail = folder / "audit.jsonl"
+        self.audit_path = folder / "audit.jsonl"
+        self._audit_log = HashChainedLog(self.audit_path, _CHAIN)
 
     # Reading
 
@@ -120,19 +122,12 @@ class Registry:
         return found[0]
 
     def audit(self) -> list[Mapping[str, Any]]:
-        """Every change, the latest last. Raises PromotionError at a line that was not written after the one before."""
-        lines, missing = self._lines(self._load()[1])
-        found = [*lines, *missing]
-        before = None
-        for number, line in enumerate(found, 1):
-            try:
-                chain = parse_json(line)["chain"]
-            except (ValueError, KeyError, TypeError):
-                raise PromotionError(f"{self.trail}: line {number} is no line of an audit; {_MEND_AUDIT}") from None
-            if before is not None and chain != _hash(before):
-                raise PromotionError(f"{self.trail}: line {number} does not follow the one before; {_MEND_AUDIT}")
-            before = line
-        return [parse_json(line) for line in found]
+        """Return every change, the latest last. Raises PromotionError if the audit log is not as it was written."""
+        lines, missing = self._audit_lines(self._load()[1])
+        try:
+            return self._audit_log.verify([*lines, *missing])
+        except DamagedLog as error:
+            raise PromotionError(f"{error}; {_MEND_AUDIT}") from None
 
     # Changing
 
@@ -174,8 +169,8 @@ class Registry:
         self, action: str, digest: str | None, move: Move, by: ChangeCause, files: Mapping[Path, bytes] | None = None
     ) -> Installed:
         with self._locked() as folder:
-            before, last = self._load()
-            lines = self._mend(last)
+            before, latest = self._load()
+            lines = self._mend_audit(latest)
             try:
                 after = move(before)
             except ValueError as error:
@@ -183,10 +178,10 @@ class Registry:
             for path, data in (files or {}).items():
                 self._put(path, data)
             os.fsync(folder)
-            line = _line(action, digest, before, after, by, _hash(lines[-1]) if lines else FIRST)
-            self._put(self.file, _written({**after.as_json(), "audit": line}))
+            line = _line(action, digest, before, after, by, hash_line(lines[-1]) if lines else ORIGIN)
+            self._put(self.file, _written({**after.as_json(), "audit": line.decode()}))
             with suppress(OSError):  # the change is made, and its line in registry.json: the next change adds it
-                self._append(line)
+                self._audit_log.append(line)
             self._keep(folder)
         return after
 
@@ -222,44 +217,33 @@ class Registry:
             words = "the change is made, but a power cut now may undo it"
             raise PromotionError(f"{self.folder}: {error.strerror}: {words}") from None
 
-    def _append(self, line: str) -> None:
-        with self.trail.open("ab") as file:
-            file.write(f"{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _mend(self, last: str | None) -> Sequence[str]:
-        """The audit's lines, once what a change that was cut short left is put right."""
-        lines, missing = self._lines(last)
-        whole = sum(len(line.encode()) + 1 for line in lines)
-        if self.trail.exists() and self.trail.stat().st_size > whole:
-            os.truncate(self.trail, whole)
+    def _mend_audit(self, latest: bytes | None) -> list[bytes]:
+        """Complete the audit log after a change that was cut short. Returns its lines."""
+        lines, missing = self._audit_lines(latest)
+        self._audit_log.remove_torn_line()
         for line in missing:
-            self._append(line)
+            self._audit_log.append(line)
         return [*lines, *missing]
 
-    def _lines(self, last: str | None) -> tuple[Sequence[str], Sequence[str]]:
-        """The audit's whole lines, and the one that only registry.json has."""
+    def _audit_lines(self, latest: bytes | None) -> tuple[list[bytes], list[bytes]]:
+        """Return the complete lines of the audit log, and the line that only registry.json has, if there is one."""
         try:
-            text = self.trail.read_bytes().decode()
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromotionError(f"{self.trail}: {error}; {_MEND_AUDIT}") from None
-        lines = text.split("\n")[:-1]
-        if last is None or last in lines:
-            return lines, ()
-        if lines and parse_json(last)["chain"] != _hash(lines[-1]):
-            raise PromotionError(f"{self.trail}: registry.json does not follow its last line; {_MEND_AUDIT}")
-        return lines, (last,)
+            lines = self._audit_log.load().lines
+        except DamagedLog as error:
+            raise PromotionError(f"{error}; {_MEND_AUDIT}") from None
+        if latest is None or latest in lines:
+            return lines, []
+        if lines and parse_json(latest)["chain"] != hash_line(lines[-1]):
+            raise PromotionError(f"{self.audit_path}: registry.json does not follow its last line; {_MEND_AUDIT}")
+        return lines, [latest]
 
-    def _load(self) -> tuple[Installed, str | None]:
+    def _load(self) -> tuple[Installed, bytes | None]:
         """What registry.json says, and the audit's line it was written with."""
         try:
             data = parse_json(self.file.read_bytes())
             if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
                 raise ValueError("it is no registry")
-            return Installed.parse(data), data["audit"]
+            return Installed.parse(data), data["audit"].encode()
         except FileNotFoundError:
             return Installed(), None
         except OSError as error:
@@ -286,10 +270,10 @@ def _promote(digest: str, stage: Stage, share: float, by: ChangeCause) -> Move:
     return lambda now: now.promote(digest, stage, share, by.forced)
 
 
-def _line(action: str, digest: str | None, before: Installed, after: Installed, by: ChangeCause, chain: str) -> str:
+def _line(action: str, digest: str | None, before: Installed, after: Installed, by: ChangeCause, chain: str) -> bytes:
     """A line of the audit. Of `before` and `after` it has the stages whose holder is another."""
     changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
-    return json.dumps(
+    record = json.dumps(
         {
             "when": by.when.isoformat(),
             "who": by.who,
@@ -304,10 +288,21 @@ def _line(action: str, digest: str | None, before: Installed, after: Installed, 
             "chain": chain,
         }
     )
+    return record.encode()
 
 
-def _hash(line: str) -> str:
-    return sha256(line.encode()).hexdigest()
+def _parse_line(line: bytes) -> Mapping[str, Any]:
+    try:
+        value: Mapping[str, Any] = parse_json(line)
+        value["chain"]
+    except (KeyError, TypeError):
+        raise ValueError("it has no field chain") from None
+    return value
+
+
+_CHAIN: Final[ChainFormat[Mapping[str, Any]]] = ChainFormat(
+    ORIGIN, _parse_line, previous_hash=lambda line: line["chain"], starts_at_origin=False
+)
 
 
 def _written(data: Mapping[str, Any]) -> bytes:

@@ -1,121 +1,130 @@
-"""The record of a run: an append-only file of events, each sealed to all before it by a hash.
+"""History of a search run: an append-only, hash-chained file of events.
 
-A line is {"kind", "body", "before", "hash"}; the hash is of the hash before, the kind and the body, so a straight run
-and one that was killed and resumed end in the same hash. Times are no part of it. A line that was cut is dropped, for
-it was never acknowledged.
+A line is {"kind", "body", "before", "hash"}. `hash` is computed from the previous hash, the kind and the body, so an
+uninterrupted run and one that was killed and resumed end in the same hash. Times are therefore not recorded. A torn
+last line is dropped, because it was never acknowledged.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from errno import ENOENT
 from hashlib import sha256
+from os import strerror
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from discovery.data.hash_chained_log import ChainFormat, HashChainedLog
 from discovery.data.safe_json import parse_json
-from discovery.errors import HistoryError
+from discovery.errors import DamagedLog, HistoryError
 
 ORIGIN: Final = "0" * 64
+"""The `before` of the first event."""
 
 
 class Event(NamedTuple):
-    """Something that happened."""
+    """Something that happened in a run."""
 
-    kind: str
+    kind: str  # begun, proposed, judged or chosen
     body: Mapping[str, Any]
+    before: str  # hash of the event before
     hash: str
 
 
 class History:
-    """A run's events, on disk and in memory."""
+    """The events of a run, on disk and in memory."""
 
-    def __init__(self, path: Path, events: list[Event]) -> None:
-        self.path = path
+    def __init__(self, log: HashChainedLog[Event], events: list[Event]) -> None:
+        self.path = log.path
         self.events = events
+        self._log = log
 
     @classmethod
     def begin(cls, path: Path, settings: Mapping[str, Any]) -> History:
-        """A new run's, which there must not be yet. Raises HistoryError."""
+        """Begin the history of a new run. Raises HistoryError if a run is recorded at `path` already."""
         if path.exists() and path.stat().st_size:
-            raise HistoryError(f"{path}: a run is recorded there; --resume goes on with it, or name another folder")
+            raise HistoryError(f"{path}: a run is recorded there; continue it with --resume, or name another folder")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HistoryError(f"{path.parent}: {error.strerror}") from None
-        history = cls(path, [])
+        history = cls(HashChainedLog(path, _CHAIN), [])
         history.append("begun", settings)
         return history
 
     @classmethod
     def resume(cls, path: Path, settings: Mapping[str, Any]) -> History:
-        """An earlier run's; it must have begun with the same settings. Raises HistoryError."""
+        """Continue a recorded run, which must have begun with the same settings. Raises HistoryError."""
         begun = cls.read(path).events[:1]
-        theirs, ours = begun[0].body if begun else _plain(settings), _plain(settings)
-        for name in sorted({*theirs, *ours}):
-            if theirs.get(name) != ours.get(name):
-                raise HistoryError(f"{path}: the run began with {name} = {theirs.get(name)}, not {ours.get(name)}")
-        history = cls.read(path, mend=True)  # not before: who is refused changes nothing
+        recorded, current = begun[0].body if begun else _as_json(settings), _as_json(settings)
+        for name in sorted({*recorded, *current}):
+            if recorded.get(name) != current.get(name):
+                raise HistoryError(f"{path}: the run began with {name} = {recorded.get(name)}, not {current.get(name)}")
+        history = cls.read(path, mend=True)  # only now: a refused resume must change nothing
         return history if begun else cls.begin(path, settings)
 
     @classmethod
     def read(cls, path: Path, mend: bool = False) -> History:
-        """What was recorded, every hash checked; `mend` cuts off a last line that is not whole. Raises HistoryError."""
+        """Read a recorded run and check every hash. With `mend`, a torn last line is removed from the file.
+
+        Raises HistoryError.
+        """
+        log = HashChainedLog(path, _CHAIN)
         try:
-            data = path.read_bytes()
+            if not path.exists():
+                raise HistoryError(f"{path}: {strerror(ENOENT)}; name the folder of a recorded run")
+            if mend:
+                log.remove_torn_line()
+            return cls(log, log.verify(log.load().lines))
+        except DamagedLog as error:
+            raise HistoryError(str(error)) from None
         except OSError as error:
-            raise HistoryError(f"{path}: {error.strerror}; name a folder a run was recorded in") from None
-        whole, newline, cut = data.rpartition(b"\n")
-        if cut and mend:
-            with path.open("r+b") as file:
-                file.truncate(len(whole) + len(newline))
-        return cls(path, list(_events(path, whole)))
+            raise HistoryError(f"{path}: {error.strerror}") from None
 
     @property
     def head(self) -> str:
-        """The hash that stands for all of it."""
+        """The hash of the latest event, which identifies the whole history."""
         return self.events[-1].hash if self.events else ORIGIN
 
     def append(self, kind: str, body: Mapping[str, Any]) -> Event:
-        """Add an event; when this returns it will survive. Raises HistoryError."""
-        plain = _plain(body)
-        event = Event(kind, plain, _hash(self.head, kind, plain))
-        line = json.dumps({"kind": kind, "body": plain, "before": self.head, "hash": event.hash}, ensure_ascii=False)
+        """Add an event; it is on the disk when this returns. Raises HistoryError."""
+        plain, before = _as_json(body), self.head
+        event = Event(kind, plain, before, _hash(before, kind, plain))
+        line = json.dumps({"kind": kind, "body": plain, "before": before, "hash": event.hash}, ensure_ascii=False)
         try:
-            with self.path.open("ab") as file:
-                file.write(line.encode(errors="backslashreplace") + b"\n")  # which JSON reads as what it was
-                file.flush()
-                os.fsync(file.fileno())
+            self._log.append(line.encode(errors="backslashreplace"))  # JSON reads \udXXX escapes back as they were
         except OSError as error:
             raise HistoryError(f"{self.path}: {error.strerror}") from None
         self.events.append(event)
         return event
 
-    def of(self, kind: str) -> list[Mapping[str, Any]]:
-        """The bodies of one kind of events, in their order."""
+    def bodies(self, kind: str) -> list[Mapping[str, Any]]:
+        """Return the bodies of all events of one kind, in order."""
         return [event.body for event in self.events if event.kind == kind]
 
 
-def _events(path: Path, whole: bytes) -> Iterator[Event]:
-    before = ORIGIN
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            read = parse_json(line)
-            kind, body, said, mark = read["kind"], read["body"], read["before"], read["hash"]
-        except (ValueError, KeyError, TypeError):
-            raise HistoryError(f"{path}: line {number} is no event") from None
-        if said != before or mark != _hash(before, kind, body):
-            raise HistoryError(f"{path}: line {number} is not what was written, or not where")
-        yield Event(kind, body, mark)
-        before = mark
+def _parse(line: bytes) -> Event:
+    try:
+        value = parse_json(line)
+        event = Event(value["kind"], value["body"], value["before"], value["hash"])
+    except (KeyError, TypeError):
+        raise ValueError("it is not an event with kind, body, before and hash") from None
+    if event.hash != _hash(event.before, event.kind, event.body):
+        raise ValueError("its hash does not match its content")
+    return event
 
 
 def _hash(before: str, kind: str, body: Mapping[str, Any]) -> str:
     return sha256(f"{before} {kind} {json.dumps(body, sort_keys=True)}".encode()).hexdigest()
 
 
-def _plain(body: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will be read again."""
+_CHAIN: Final[ChainFormat[Event]] = ChainFormat(
+    ORIGIN, _parse, previous_hash=lambda event: event.before, own_hash=lambda _, event: event.hash
+)
+
+
+def _as_json(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `body` as it will be read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(body))
     return plain

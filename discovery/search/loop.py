@@ -74,7 +74,7 @@ class SearchLoop:
     @property
     def steps(self) -> int:
         """Proposals that have been judged."""
-        return len(self.history.of("judged"))
+        return len(self.history.bodies("judged"))
 
     @property
     def verdicts(self) -> list[CandidateVerdict]:
@@ -89,16 +89,16 @@ class SearchLoop:
     @property
     def spent(self) -> float:
         """Dollars that proposals have cost."""
-        bodies = self.history.of("proposed")
+        bodies = self.history.bodies("proposed")
         return float(sum(_candidate(one).cost.usd for body in bodies for one in body["candidates"]))
 
     def go(self, limits: SearchLimits, on_step: Callable[[SearchLoop], None] = lambda run: None) -> None:
         """Propose and judge until a limit is met or the explorer has no more. Raises ExplorerError, EngineError."""
         until = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
-        if not self.history.of("proposed"):
+        if not self.history.bodies("proposed"):
             self._propose(baselines())
         while True:
-            if len(self.history.of("proposed")) > self.steps:
+            if len(self.history.bodies("proposed")) > self.steps:
                 self._judge()
                 on_step(self)
             if (
@@ -167,7 +167,7 @@ class SearchLoop:
         self.history.append("proposed", {"step": self.steps, "candidates": [asdict(one) for one in candidates]})
 
     def _judge(self) -> None:
-        body = self.history.of("proposed")[self.steps]
+        body = self.history.bodies("proposed")[self.steps]
         candidates = [_candidate(one) for one in body["candidates"]]
         verdicts = self._cascade.judge(candidates, self.verdicts)
         self.history.append("judged", {"step": self.steps, "verdicts": [asdict(one) for one in verdicts]})
@@ -216,7 +216,7 @@ def read_pairs(history: History) -> list[tuple[Candidate, CandidateVerdict]]:
     """Every candidate that has been judged, with its verdict, in order."""
     return [
         (_candidate(candidate), _verdict(verdict))
-        for proposed, judged in zip(history.of("proposed"), history.of("judged"), strict=False)
+        for proposed, judged in zip(history.bodies("proposed"), history.bodies("judged"), strict=False)
         for candidate, verdict in zip(proposed["candidates"], judged["verdicts"], strict=True)
     ]
 

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from discovery.data.hash_chained_log import append_line
 from discovery.data.safe_json import parse_json
 from discovery.errors import ExplorerError, HistoryError
 
@@ -38,10 +39,7 @@ class Transcript:
         line = json.dumps({"key": key, "request": request, "response": response})
         if self._path is not None:
             try:
-                with self._path.open("ab") as file:
-                    file.write(line.encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_line(self._path, line.encode())
             except OSError as error:
                 raise ExplorerError(f"{self._path}: {error.strerror}; nothing is asked that cannot be kept") from None
         self._responses[key] = request, response

@@ -183,12 +183,12 @@ def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
 def test_a_line_that_was_changed_is_found(registry: Registry) -> None:
     for number in range(3):
         registry.install(spec(number), CARD, Stage.SHADOW, 0, ME)
-    told = registry.trail.read_text()
+    told = registry.audit_path.read_text()
     for changed in (told.replace('"me"', '"us"', 1), told.split("\n", 2)[0] + "\n" + told.split("\n", 2)[2], "x\n"):
-        registry.trail.write_text(changed)
+        registry.audit_path.write_text(changed)
         with pytest.raises(PromotionError, match=r"audit\.jsonl: .*put it back from a copy, or move it away"):
             registry.audit()
-    registry.trail.unlink()  # the way out
+    registry.audit_path.unlink()  # the way out
     registry.install(spec(9), CARD, Stage.SHADOW, 0, ME)
     assert [line["version"] for line in registry.audit()] == [3, 4]
 
@@ -313,12 +313,12 @@ def _fail(patch: pytest.MonkeyPatch, at: int) -> list[int]:
 
 def test_half_a_line_of_the_audit_is_taken_back(registry: Registry) -> None:
     registry.install(spec(1), CARD, Stage.SHADOW, 0, ME)
-    whole = registry.trail.read_bytes()
+    whole = registry.audit_path.read_bytes()
     registry.install(spec(2), CARD, Stage.SHADOW, 0, ME)
-    registry.trail.write_bytes(whole + b'{"when": "2026')
+    registry.audit_path.write_bytes(whole + b'{"when": "2026')
     assert len(registry.audit()) == 2
     registry.install(spec(3), CARD, Stage.SHADOW, 0, ME)
-    assert [json.loads(line)["version"] for line in registry.trail.read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["version"] for line in registry.audit_path.read_text().splitlines()] == [1, 2, 3]
     consistent(registry)
 
 
@@ -348,7 +348,7 @@ def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: R
                 process.wait(chance.uniform(0, 0.02))
             process.kill()
             acknowledged = max([acknowledged, *map(int, process.stdout.read().split("\n")[:-1])])
-        torn += len(registry.trail.read_text().splitlines()) != registry.read().version
+        torn += len(registry.audit_path.read_text().splitlines()) != registry.read().version
         torn += any(path.name.startswith(".") for path in registry.folder.iterdir())
         assert consistent(registry).version >= acknowledged
     assert torn  # some of them did hit it at work

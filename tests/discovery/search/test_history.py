@@ -39,8 +39,8 @@ def test_what_was_recorded_is_read_again(path: Path) -> None:
     assert again.events == history.events
     assert again.head == history.head == history.events[-1].hash
     assert [one.kind for one in again.events] == ["begun", "proposed", "judged", "proposed"]
-    assert again.of("proposed") == [BODIES[0], BODIES[2]]
-    assert again.of("chosen") == []
+    assert again.bodies("proposed") == [BODIES[0], BODIES[2]]
+    assert again.bodies("chosen") == []
     assert path.read_bytes().count(b"\n") == 4
 
 
@@ -84,21 +84,39 @@ def doubled(lines: list[bytes]) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (changed(1, lambda line: line.replace(b'"seed": 3', b'"seed": 4')), "line 1 is not what was written"),
-        (changed(2, lambda line: line.replace(b"Mine", b"Mind")), "line 2 is not what was written"),
-        (changed(3, lambda line: line.replace(b"71.25", b"71.26")), "line 3 is not what was written"),
-        (changed(3, lambda line: line.replace(b'"kind": "judged"', b'"kind": "chosen"')), "line 3 is not what"),
-        (changed(4, lambda line: line.replace(b'"before": "', b'"before": "0')), "line 4 is not what was written"),
-        (changed(4, lambda line: line.replace(b'"hash": "', b'"hash": "0')), "line 4 is not what was written"),
-        (changed(2, lambda line: line[:-1]), "line 2 is no event"),
-        (changed(2, lambda line: b"[]"), "line 2 is no event"),
-        (changed(2, lambda line: b""), "line 2 is no event"),
-        (changed(2, lambda line: line.replace(b"Mine", b"\xff")), "line 2 is no event"),
-        (removed(1), "line 1 is not what was written, or not where"),
-        (removed(2), "line 2 is not what was written, or not where"),
-        (removed(3), "line 3 is not what was written, or not where"),
-        (swapped, "line 2 is not what was written, or not where"),
-        (doubled, "line 3 is not what was written, or not where"),
+        (
+            changed(1, lambda line: line.replace(b'"seed": 3', b'"seed": 4')),
+            "line 1 is not a valid record: its hash does not match its content",
+        ),
+        (
+            changed(2, lambda line: line.replace(b"Mine", b"Mind")),
+            "line 2 is not a valid record: its hash does not match its content",
+        ),
+        (
+            changed(3, lambda line: line.replace(b"71.25", b"71.26")),
+            "line 3 is not a valid record: its hash does not match its content",
+        ),
+        (
+            changed(3, lambda line: line.replace(b'"kind": "judged"', b'"kind": "chosen"')),
+            "line 3 is not a valid record: its hash does not match its content",
+        ),
+        (
+            changed(4, lambda line: line.replace(b'"before": "', b'"before": "0')),
+            "line 4 is not a valid record: its hash does not match its content",
+        ),
+        (
+            changed(4, lambda line: line.replace(b'"hash": "', b'"hash": "0')),
+            "line 4 is not a valid record: its hash does not match its content",
+        ),
+        (changed(2, lambda line: line[:-1]), "line 2 is not a valid record"),
+        (changed(2, lambda line: b"[]"), "line 2 is not a valid record"),
+        (changed(2, lambda line: b""), "line 2 is not a valid record"),
+        (changed(2, lambda line: line.replace(b"Mine", b"\xff")), "line 2 is not a valid record"),
+        (removed(1), "line 1 is not the first line of the log"),
+        (removed(2), "line 2 does not follow line 1; a line was changed, moved or removed"),
+        (removed(3), "line 3 does not follow line 2; a line was changed, moved or removed"),
+        (swapped, "line 2 does not follow line 1; a line was changed, moved or removed"),
+        (doubled, "line 3 does not follow line 2; a line was changed, moved or removed"),
     ],
 )
 def test_what_was_changed_is_named_by_its_line(path: Path, harm: Callable[[list[bytes]], None], words: str) -> None:
@@ -147,7 +165,7 @@ def test_a_cut_line_that_is_not_the_last_is_no_accident(path: Path) -> None:
     recorded(path)
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], lines[1][:-9], *lines[2:]]))
-    with pytest.raises(HistoryError, match="line 2 is no event"):
+    with pytest.raises(HistoryError, match="line 2 is not a valid record"):
         History.resume(path, SETTINGS)
 
 
@@ -191,13 +209,13 @@ def test_settings_are_compared_as_they_are_read(path: Path) -> None:
 def test_a_run_is_not_begun_over_another(path: Path) -> None:
     recorded(path)
     whole = path.read_bytes()
-    with pytest.raises(HistoryError, match="a run is recorded there; --resume goes on with it"):
+    with pytest.raises(HistoryError, match="a run is recorded there; continue it with --resume"):
         History.begin(path, SETTINGS)
     assert path.read_bytes() == whole
 
 
 def test_where_nothing_can_be_read_or_written_is_said(tmp_path: Path) -> None:
-    with pytest.raises(HistoryError, match="No such file or directory; name a folder a run was recorded in"):
+    with pytest.raises(HistoryError, match="No such file or directory; name the folder of a recorded run"):
         History.read(tmp_path / "none.jsonl")
     (tmp_path / "file").write_text("")
     with pytest.raises(HistoryError, match="Not a directory"):

@@ -192,7 +192,7 @@ def test_a_process_that_was_killed_leaves_what_another_goes_on_with(straight: Se
             [sys.executable, "-c", KILLED, str(path), str(steps)], env=environment, timeout=120, check=False
         )
         assert done.returncode == -9
-        assert len(History.read(path).of("judged")) == steps
+        assert len(History.read(path).bodies("judged")) == steps
     lines = straight.history.path.read_bytes()
     assert lines.startswith(path.read_bytes())
 
@@ -309,7 +309,7 @@ def test_the_best_is_chosen_in_fresh_orders_and_knows_where_it_comes_from(
     run = started(tmp_path / RECORD, Given([first], [second], [third], [written(WEAK, "weak")]), Remembering(arenas))
     run.go(SearchLimits(4))
     found = run.finish(shuffles=1)
-    chosen = run.history.of("chosen")[0]
+    chosen = run.history.bodies("chosen")[0]
     assert chosen["digest"] == found.candidate.digest == max(chosen["tried"], key=lambda one: chosen["tried"][one])
     assert set(chosen["tried"]) <= {one.digest for one in (first, second, third, written(WEAK))}
     line = [first.digest, second.digest, third.digest]
@@ -633,7 +633,7 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
         *("name", "digest", "explorer", "note", "lineage", "run", "data", "settings", "search", "cost")
     }
     assert about["name"] == file.stem
-    assert about["digest"] == written(file.read_text()).digest == record.of("chosen")[0]["digest"]
+    assert about["digest"] == written(file.read_text()).digest == record.bodies("chosen")[0]["digest"]
     assert (about["explorer"], about["run"]) == ("grammar", record.head)
     assert about["lineage"][-1] == about["digest"]
     assert about["data"] == {"cells": about["settings"]["cells"], "questions": 7}
@@ -659,7 +659,7 @@ async def test_the_store_keeps_the_search_too(found: tuple[Path, str]) -> None:
         best = await store._read("SELECT digest FROM candidates WHERE score = (SELECT MAX(score) FROM candidates)")
         assert runs == [(record.head, "grammar", 4 + len(CLASSICS) + 8)]
         assert best[0][0] in {
-            one["digest"] for body in record.of("proposed") for one in map(digested, body["candidates"])
+            one["digest"] for body in record.bodies("proposed") for one in map(digested, body["candidates"])
         }
         assert (await store.verify()).bad == []
 
