@@ -35,7 +35,7 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "everything": Everything,
     }
 )
-ALIASES: Final = MappingProxyType({"sc": "self_consistency"})
+ALIAS_BETAS: Final = MappingProxyType({"sc": "self_consistency"})
 PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k", "everything"})
 """Those that take a number of chains, as in `asc@64`."""
 ADMIN_ONLY: Final = frozenset({"everything"})
@@ -53,7 +53,7 @@ def create(name: str, beta: float) -> Controller:
 def is_admin_only(name: str) -> bool:
     """Whether `name`, or `name@N`, is one of those only admins may name."""
     plain = name.partition("@")[0]
-    return ALIASES.get(plain, plain) in ADMIN_ONLY
+    return ALIAS_BETAS.get(plain, plain) in ADMIN_ONLY
 
 
 def find(name: str) -> Factory:
@@ -62,7 +62,7 @@ def find(name: str) -> Factory:
     Raises UnknownController, naming those there are.
     """
     plain, at, number = name.partition("@")
-    plain = ALIASES.get(plain, plain)
+    plain = ALIAS_BETAS.get(plain, plain)
     made: Any = BUILT_IN.get(plain)
     if made is None:
         raise UnknownController(f"there is no controller {name!r}; there are {', '.join(BUILT_IN)}")

@@ -13,7 +13,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Final
 
-from controllers.builtin import ALIASES, BUILT_IN
+from controllers.builtin import ALIAS_BETAS, BUILT_IN
 
 FORMAT: Final = 1
 """Of the registry's file."""
@@ -152,7 +152,7 @@ def wrong_name(name: str) -> str | None:
     """What is wrong with the name of a controller from a file, which clients and metrics will show; None if nothing."""
     if not _NAME.fullmatch(name):
         return f"{name!r}: name the file by letters, digits, - and _, 64 at most"
-    if name in BUILT_IN or name in ALIASES:
+    if name in BUILT_IN or name in ALIAS_BETAS:
         return f"there is a built-in controller {name}; give the file another name"
     return None
 

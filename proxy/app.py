@@ -36,7 +36,7 @@ from proxy.admission.token_bound import Bound
 from proxy.api import endpoints as wire
 from proxy.api import openapi
 from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
-from proxy.environment.answer_reader import Grading
+from proxy.environment.answer_reader import GraderPool
 from proxy.episode import reply, run
 from proxy.errors import (
     ApiError,
@@ -66,7 +66,7 @@ from proxy.rollout.controller_runner import Casting
 from proxy.settings import Settings
 from proxy.telemetry import logs, tracing
 from proxy.telemetry.metrics import CONTENT_TYPE, Metrics
-from proxy.types import ALIASES, Dial, Model, Plan, Reply, Source
+from proxy.types import ALIAS_BETAS, BetaSource, EffectiveBeta, Model, Plan, Reply
 from proxy.upstream import eager_task
 from proxy.upstream.branch_semaphore import Berths
 from proxy.upstream.client import Engine
@@ -94,7 +94,7 @@ class Service:
         self.metrics.branches_in_flight.set_function(lambda: engine.berths.taken)
         self.metrics.calls_waiting.set_function(lambda: engine.berths.waiting)
         self.unapplied = Unapplied(self.metrics, is_required=settings.required)
-        self.grading = Grading(self.metrics)
+        self.grading = GraderPool(self.metrics)
         self.casting = Casting(settings, self.metrics, calibrations)
         self.drift = Drift(engine, settings, self.metrics)
         engine.on_event = self._hear_of_upstream
@@ -175,7 +175,7 @@ class Service:
         if parsed.tts.controller is None and self._is_single(turned, parsed, model):
             parsed = parsed.served_by("single")
         if not (parsed.tts.required or is_recording):
-            turned = turned.shrunk(await self.load.factor())
+            turned = turned.scaled(await self.load.factor())
         name = f"{form.prefix}{uuid4().hex}"
         parts = parsed.each()
         if len(parts) > 1:
@@ -190,7 +190,7 @@ class Service:
             if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
             turn.leave()
-            why = schema.Unserved("truncation", "truncation")
+            why = schema.PassThroughReason("truncation", "truncation")
             return await self._pass(request, parsed, raw, model, turned, why)
         self.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
@@ -200,10 +200,16 @@ class Service:
         tell = news.put_nowait if parsed.tts.progress else None
         thoughts = thinking(lambda: self._serve(turn, plan, tell), news, self.settings.ping_s)
         events = form.events(parsed, plan, thoughts)
-        return Stream.of(events, reply.known_headers(plan))
+        return Stream.of(events, reply.early_headers(plan))
 
     def _planning(
-        self, request: Request, parsed: schema.Generation, model: Model, turned: Dial, turn: Turn, name: str
+        self,
+        request: Request,
+        parsed: schema.GenerationRequest,
+        model: Model,
+        turned: EffectiveBeta,
+        turn: Turn,
+        name: str,
     ) -> Coroutine[Any, Any, Plan]:
         caller: Caller = request.state.caller
         is_kept = self.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
@@ -222,7 +228,12 @@ class Service:
         )
 
     async def _complete_each(
-        self, request: Request, parts: Sequence[schema.Generation], model: Model, turned: Dial, name: str
+        self,
+        request: Request,
+        parts: Sequence[schema.GenerationRequest],
+        model: Model,
+        turned: EffectiveBeta,
+        name: str,
     ) -> Response:
         """Serve each prompt of a request by an episode of its own, and answer with one reply."""
         parsed, path = parts[0], request.scope["path"]
@@ -263,13 +274,13 @@ class Service:
             return JSONResponse(wire.text_batch(batch), headers=batch.headers)
         thoughts = thinking(lambda: self.spans.episode(plans[0], serve_all()), news, self.settings.ping_s)
         events = wire.text_batch_events(parsed, name, plans, thoughts)
-        return Stream.of(events, {**reply.known_headers(plans[0]), "x-request-id": name})
+        return Stream.of(events, {**reply.early_headers(plans[0]), "x-request-id": name})
 
-    def _is_single(self, turned: Dial, parsed: schema.Generation, model: Model) -> bool:
+    def _is_single(self, turned: EffectiveBeta, parsed: schema.GenerationRequest, model: Model) -> bool:
         """Whether one branch serves: no thought is wanted, or the operator's β does not pay for this model."""
-        if turned.source is Source.EFFORT and parsed.effort == dial.NO_EFFORT:
+        if turned.source is BetaSource.EFFORT and parsed.effort == dial.NO_EFFORT:
             return True
-        return not turned.explicit and self._map(model.id).arm is Arm.SINGLE
+        return not turned.is_from_client and self._map(model.id).arm is Arm.SINGLE
 
     def _map(self, model: str) -> BetaMap:
         """How the dial is best used on a model, as far as anybody has measured the controller that serves."""
@@ -304,7 +315,7 @@ class Service:
         known = self.engine, self.grading, self.casting, self.metrics, self.records
         async with AsyncExitStack() as stack:
             with self._seeing_off(plan.prompt.model):
-                async with run.in_time(plan.left_s):
+                async with run.fail_after(plan.remaining_s):
                     await stack.enter_async_context(turn)
             return await run.serve(*known, plan, tell, turn.settle)
 
@@ -321,17 +332,17 @@ class Service:
     async def _pass(
         self,
         request: Request,
-        parsed: schema.Generation,
+        parsed: schema.GenerationRequest,
         raw: bytes,
         model: Model,
-        turned: Dial | None,
-        unserved: schema.Unserved,
+        turned: EffectiveBeta | None,
+        unserved: schema.PassThroughReason,
     ) -> Response:
         self.unapplied.take(model.id, parsed.tts, turned, unserved)
         is_named = parsed.model is not None or self.settings.model is not None
         bound = self.turns.bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
-        drop = list(field_table.withheld(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
+        drop = list(field_table.fields_to_drop(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
         if "tts" in parsed.model_fields_set:
             drop.append("tts")
         body = splice(raw, drop=drop, put=put)
@@ -373,7 +384,7 @@ class Service:
 
     async def hear(self, request: Request) -> Response:
         """Take what a client says of an answer. Raises BadRequest, NotFound, TooMany or RecordsAway."""
-        said = schema.parse_feedback(await self.bodies.read(request))
+        said = schema.parse_feedback_request(await self.bodies.read(request))
         caller: Caller = request.state.caller
         own = self.recent.resolve(caller.tenant, said.request, is_admin=caller.is_admin)
         said = said.model_copy(update={"request": own})
@@ -391,7 +402,7 @@ class Service:
         raw = await self.bodies.read(request)
         asked = strict_json.read(raw)
         field_values.check(asked)
-        drop = field_table.withheld(asked, is_admin=request.state.caller.is_admin)
+        drop = field_table.fields_to_drop(asked, is_admin=request.state.caller.is_admin)
         name, put = asked.get("model"), dict[str, str]()
         if isinstance(name, str) and "@" in name:
             put = {"model": (await self.find_model(name))[0].id}
@@ -432,7 +443,7 @@ class Service:
         if not self.settings.model_aliases:
             return await passthrough.forward(self.engine, request, b"", _untouched("endpoint"))
         cards = await self.engine.cards()
-        aliases = [dial.alias(card, beta) for card in cards for beta in ALIASES]
+        aliases = [dial.alias(card, beta) for card in cards for beta in ALIAS_BETAS]
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=_untouched("endpoint"))
 
     async def retrieve_model(self, request: Request) -> Response:
@@ -669,10 +680,10 @@ def _tell_part(news: asyncio.Queue[wire.Part], index: int, line: str) -> None:
     news.put_nowait(wire.Part(index, line))
 
 
-def _why_not(parsed: schema.Generation, turned: Dial | None) -> schema.Unserved | None:
+def _why_not(parsed: schema.GenerationRequest, turned: EffectiveBeta | None) -> schema.PassThroughReason | None:
     """Return why no controller serves a request, or None."""
     unserved = parsed.unserved()
-    if unserved is None and parsed.temperature == 0 and turned is not None and not turned.explicit:
+    if unserved is None and parsed.temperature == 0 and turned is not None and not turned.is_from_client:
         return GREEDY
     return unserved
 

@@ -26,9 +26,9 @@ STREAM_INTERVAL = 64
 """Tokens vLLM gathers into one chunk: fewer costs CPU, more loses count when a request is aborted."""
 BYTES_SENT_PER_ID: Final = 6
 """Bytes that a token id takes in a request, on the whole: five digits and a comma."""
-ALIASES: Final = (0.25, 0.5, 0.75, 1.0)
+ALIAS_BETAS: Final = (0.25, 0.5, 0.75, 1.0)
 """β of the aliases that are listed beside each model; any other may be named as well."""
-BUCKETS: Final = (0.0, *ALIASES)
+BETA_BUCKETS: Final = (0.0, *ALIAS_BETAS)
 """Values of β that metrics tell apart; every effort has one of its own."""
 
 
@@ -97,36 +97,36 @@ class Call:
         return sum(len(output.ids) for output in self.outputs)
 
 
-class Watched(NamedTuple):
-    """A request somebody watches."""
+class ObservedRequest(NamedTuple):
+    """A request to the upstream that an observer follows to its end."""
 
-    tell: Callable[[int | None, BaseException | None], object]
-    """Is told how it ended: the status it was answered with, if it was, and the error, if there was one."""
-    headers: Mapping[str, str]  # that are sent with it
+    on_end: Callable[[int | None, BaseException | None], object]
+    """Called once with the response's status, if there is one, and the error, if there is one."""
+    headers: Mapping[str, str]  # to send with the request
 
 
-class Watcher:
-    """Is told what the upstream is asked; this one takes no notice."""
+class UpstreamObserver:
+    """Receives events about requests to the upstream. This base class ignores them all."""
 
-    def request(self, method: str, path: str) -> Watched | None:
-        """A request that is neither a generation nor a check begins; who watches it, if anybody."""
+    def request(self, method: str, path: str) -> ObservedRequest | None:
+        """Called when a request begins that is neither a generation nor a health check; None if it is not followed."""
         return None
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
-        """What a generation is done within."""
+        """Return a context to run one generation in."""
         return nullcontext()
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
-        """What a round is carried out within."""
+        """Return a context to run one round of actions in."""
         return nullcontext()
 
     def headers(self) -> Mapping[str, str]:
-        """What is sent with a generation, asked within it."""
+        """Return headers to send with a generation; called inside its context."""
         return {}
 
 
-class Source(StrEnum):
-    """Which of the ways it came by."""
+class BetaSource(StrEnum):
+    """Where a request's β comes from."""
 
     HEADER = "header"
     BODY = "body"
@@ -136,33 +136,36 @@ class Source(StrEnum):
     DEFAULT = "default"
 
 
-class Dial(NamedTuple):
-    """A request's effective β."""
+class EffectiveBeta(NamedTuple):
+    """The β a request runs with, and where it comes from."""
 
-    beta: float  # in [0, 1]
-    source: Source
-    asked: float | None = None  # what it was before the upstream's load shrank it; None if it did not
-
-    @property
-    def explicit(self) -> bool:
-        """The client asked for it, rather than the operator."""
-        return self.source is not Source.DEFAULT
-
-    def shrunk(self, factor: float) -> Dial:
-        """The same where load leaves `factor` of it."""
-        return self if factor >= 1 else self._replace(beta=self.beta * factor, asked=self.beta)
+    value: float  # in [0, 1]
+    source: BetaSource
+    requested: float | None = None  # value before load shedding reduced it; None if it was not reduced
 
     @property
-    def told(self) -> str:
-        """The source in words: `load` where it shrank the operator's β, `header, load` where it shrank a client's."""
-        if self.asked is None:
+    def is_from_client(self) -> bool:
+        """Whether the client set β, rather than the operator's default."""
+        return self.source is not BetaSource.DEFAULT
+
+    def scaled(self, factor: float) -> EffectiveBeta:
+        """Return β multiplied by the load-shedding `factor`; unchanged if that is 1 or more."""
+        return self if factor >= 1 else self._replace(value=self.value * factor, requested=self.value)
+
+    @property
+    def source_text(self) -> str:
+        """The source as clients see it.
+
+        Under load shedding this is `load` for the operator's β, and for instance `header, load` for a client's.
+        """
+        if self.requested is None:
             return str(self.source)
-        return f"{self.source}, load" if self.explicit else "load"
+        return f"{self.source}, load" if self.is_from_client else "load"
 
     @property
     def bucket(self) -> str:
-        """The nearest of `BUCKETS`, for metrics, where labels must be few."""
-        return f"{min(BUCKETS, key=lambda bucket: (abs(bucket - self.beta), -bucket)):g}"
+        """The nearest of `BETA_BUCKETS`, as a metric label. It bounds the number of label values."""
+        return f"{min(BETA_BUCKETS, key=lambda bucket: (abs(bucket - self.value), -bucket)):g}"
 
 
 class Prompt(NamedTuple):
@@ -181,7 +184,7 @@ class Prompt(NamedTuple):
     asks: bool = False  # its question asks for an answer that can be voted on
 
 
-class Sizes(NamedTuple):
+class EnvironmentLimits(NamedTuple):
     """Token bounds of the request's branches and probes."""
 
     interval: int
@@ -207,14 +210,14 @@ class LiveBranch:
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
 
 
-class Choice(NamedTuple):
+class ChosenController(NamedTuple):
     """The controller of one request."""
 
     spec: Spec
     stage: Stage | None  # that it was chosen for; None if the request named it
 
 
-class Quality(StrEnum):
+class CanaryMetric(StrEnum):
     """What is compared; the reason of a rollback."""
 
     TOKENS = "tokens"
@@ -223,7 +226,7 @@ class Quality(StrEnum):
     FEEDBACK = "feedback"
 
 
-class Asked(NamedTuple):
+class Provenance(NamedTuple):
     """Who asked and what, as far as it may be written down."""
 
     tenant: str
@@ -237,7 +240,7 @@ class Asked(NamedTuple):
         return question_id(self.text)
 
 
-class Closing(NamedTuple):
+class FinalAnswerLimits(NamedTuple):
     """Token bounds for making an unfinished branch answer."""
 
     free: int  # tokens of a reply in its own words
@@ -251,20 +254,20 @@ class Plan:
     request_id: str
     created: int  # seconds since the epoch
     started: float  # by the monotonic clock, before it was planned
-    dial: Dial
+    beta: EffectiveBeta
     spec: Spec  # of the controller
     stage: Stage | None  # that it was chosen for; None if the request named it
     prompt: Prompt
-    sizes: Sizes
+    environment_limits: EnvironmentLimits
     limits: Limits
-    closing: Closing
+    final_answer_limits: FinalAnswerLimits
     deadline_s: float | None
     temperature: float | None  # of sampled branches; None leaves it to the model's own default
-    asked: Asked
+    provenance: Provenance
     streamed: bool
 
     @property
-    def left_s(self) -> float | None:
+    def remaining_s(self) -> float | None:
         """Seconds until its deadline, none or less if that has passed; None if it has none."""
         return None if self.deadline_s is None else self.started + self.deadline_s - time.monotonic()
 

@@ -19,7 +19,7 @@ from proxy.admission.token_budget import Caps, OverBudget, Purses, Reserve, limi
 from proxy.admission.usage_meter import TAIL, TOLD, Bill, Glance, last_of
 from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
 from proxy.http.sse import Stream
-from proxy.requests.models import Generation
+from proxy.requests.models import GenerationRequest
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
@@ -122,7 +122,7 @@ class Turns:
 
         return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
 
-    def bound(self, request: Request, parsed: Generation, model: Model) -> Bound:
+    def bound(self, request: Request, parsed: GenerationRequest, model: Model) -> Bound:
         """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
         caller: Caller = request.state.caller
         return fit(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)

@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple
 
 from proxy.admission.token_budget import Caps, limit
 from proxy.errors import BadRequest
-from proxy.requests.models import ChatRequest, CompletionRequest, Generation, ResponsesRequest
+from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest
 
 UNSET: Final = 16
 """Tokens of a text that is gone on with, where no limit is set: vLLM's default, and OpenAI's."""
-_LIMITS: Final[Mapping[type[Generation], tuple[str, ...]]] = MappingProxyType(
+_LIMITS: Final[Mapping[type[GenerationRequest], tuple[str, ...]]] = MappingProxyType(
     {
         ChatRequest: ("max_completion_tokens", "max_tokens"),
         CompletionRequest: ("max_tokens",),
@@ -70,7 +70,7 @@ class _Caps(NamedTuple):
         raise BadRequest(f"{given}{many}; {source} is {cap} tokens {per}", param=param, code="cap_too_small")
 
 
-def fit(request: Generation, caps: Caps, longest: int, key: str = "", own: Caps | None = None) -> Bound:
+def fit(request: GenerationRequest, caps: Caps, longest: int, key: str = "", own: Caps | None = None) -> Bound:
     """The bound on `request` under `caps`, for a model of `longest` tokens at most (0: unknown).
 
     `own` are the caps of the request's `key`, which `caps` contain. Raises BadRequest, naming the field and the cap.
@@ -100,7 +100,7 @@ def fit(request: Generation, caps: Caps, longest: int, key: str = "", own: Caps 
     )
 
 
-def _each(request: Generation, caps: _Caps, longest: int, texts: int, put: dict[str, Any]) -> int:
+def _each(request: GenerationRequest, caps: _Caps, longest: int, texts: int, put: dict[str, Any]) -> int:
     """Tokens of each text at most; `put` takes the limit where one has to be set. Raises BadRequest."""
     names = _LIMITS[type(request)]
     given: list[tuple[int, str]] = [(value, name) for name in names if (value := getattr(request, name)) is not None]
@@ -136,7 +136,7 @@ def _prompts(request: CompletionRequest) -> int:
     return max(1, sum(len(one) if isinstance(one, list) else one is not None for one in lists))
 
 
-def _check_tools(request: Generation) -> None:
+def _check_tools(request: GenerationRequest) -> None:
     """Raise BadRequest for a request whose answer may go through any number of generations."""
     tools = (request.model_extra or {}).get("tools") if isinstance(request, ResponsesRequest) else None
     if not tools:

@@ -34,7 +34,7 @@ BatchThinking = AsyncGenerator[Part | Batch | None]
 class Form(NamedTuple):
     """One endpoint: how a request is read and a reply written."""
 
-    made: type[models.Generation]
+    made: type[models.GenerationRequest]
     prefix: str  # of its ids
     whole: Callable[[Any, Reply], Mapping[str, Any]]  # of the request and the reply to it
     events: Callable[[Any, Plan, Thinking], AsyncGenerator[bytes]]  # the same, before there is a reply
@@ -107,7 +107,7 @@ def text_batch(batch: Batch) -> dict[str, Any]:
 
 
 async def text_batch_events(
-    request: models.Generation, request_id: str, plans: Sequence[Plan], thinking: BatchThinking
+    request: models.GenerationRequest, request_id: str, plans: Sequence[Plan], thinking: BatchThinking
 ) -> AsyncGenerator[bytes]:
     """Yield the chunks of several prompts: each text when its episode is over, the bill with the last chunk."""
     head = {**_head(plans[0], "text_completion"), "id": request_id}
@@ -159,7 +159,7 @@ class _Chunks(NamedTuple):
         return event({**self.head, "choices": [choice], **extra})
 
 
-async def _chunked(request: models.Generation, thinking: Thinking, chunks: _Chunks) -> AsyncGenerator[bytes]:
+async def _chunked(request: models.GenerationRequest, thinking: Thinking, chunks: _Chunks) -> AsyncGenerator[bytes]:
     yield chunks.one(chunks.first)
     try:
         async with aclosing(thinking) as items:

@@ -48,7 +48,7 @@ class Grader(Protocol):
         ...
 
 
-class InlineGrader:
+class PlainGrader:
     """Grader without threads and without math-verify."""
 
     async def read(self, text: str, kind: AnswerKind) -> Answer | None:
@@ -58,7 +58,7 @@ class InlineGrader:
         return None
 
 
-class Budget:
+class TimeBudget:
     """Seconds that may be spent: `most` at once, `share` of each second that passes comes back."""
 
     def __init__(self, most: float, share: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,12 +76,12 @@ class Budget:
         self._left = self.left - seconds
 
 
-class Tenant:
+class TenantLane:
     """A tenant's lane, in which one slow call runs at a time, and its budget."""
 
     def __init__(self) -> None:
         self._lane = asyncio.Lock()
-        self.budget = Budget(TENANT_S, TENANT_SHARE)
+        self.budget = TimeBudget(TENANT_S, TENANT_SHARE)
 
     async def run(self, threads: ThreadPoolExecutor, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `call` in a thread. The lane stays taken until it has ended, even if the caller is cancelled."""
@@ -101,7 +101,7 @@ class Tenant:
         return await asyncio.wrap_future(future)
 
 
-class Grading:
+class GraderPool:
     """Resources that the graders of all episodes share: threads, math-verify, and each tenant's lane."""
 
     def __init__(self, metrics: Metrics, judge: Judge | None = None) -> None:
@@ -109,11 +109,11 @@ class Grading:
         self.judge = judge or Judge(workers=WORKERS)
         self.quick = ThreadPoolExecutor(1, "reading")
         self.slow = ThreadPoolExecutor(SLOW_THREADS, "grading")
-        self._tenants: dict[str, Tenant] = {}
+        self._tenants: dict[str, TenantLane] = {}
 
     def grader(self, tenant: str) -> EpisodeGrader:
         """The grader of one of a tenant's episodes."""
-        return EpisodeGrader(self, self._tenants.setdefault(tenant, Tenant()))
+        return EpisodeGrader(self, self._tenants.setdefault(tenant, TenantLane()))
 
     async def close(self) -> None:
         """End what is being compared, and the threads."""
@@ -125,9 +125,9 @@ class Grading:
 class EpisodeGrader:
     """Grader of one episode, within its budget and its tenant's."""
 
-    def __init__(self, grading: Grading, tenant: Tenant) -> None:
+    def __init__(self, grading: GraderPool, tenant: TenantLane) -> None:
         self._grading, self._tenant = grading, tenant
-        self._judging, self._matching = Budget(EPISODE_S), Budget(EPISODE_S)
+        self._judging, self._matching = TimeBudget(EPISODE_S), TimeBudget(EPISODE_S)
 
     async def read(self, text: str, kind: AnswerKind) -> Answer | None:
         if kind.method is ExtractionMethod.REGEX:

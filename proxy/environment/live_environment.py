@@ -16,10 +16,10 @@ from controllers import TO_END, Action, Advanced, Fact, Probed, Verb
 from discovery.answers import VOTABLE_TYPES, Answer, Labels
 from proxy import probe_templates
 from proxy.environment import votability
-from proxy.environment.answer_reader import Grader, InlineGrader
+from proxy.environment.answer_reader import Grader, PlainGrader
 from proxy.environment.stop_strings import StopStrings
 from proxy.errors import UpstreamError
-from proxy.types import STREAM_INTERVAL, Call, LiveBranch, Output, Prompt, Sizes
+from proxy.types import STREAM_INTERVAL, Call, EnvironmentLimits, LiveBranch, Output, Prompt
 from proxy.upstream.client import Engine
 from proxy.upstream.detokeniser import CallDecoder, Detokeniser
 
@@ -31,11 +31,11 @@ UNASKED: Final = 2
 """Branches that may be opened before it is known that the task can be voted on."""
 
 
-class SentTooMuch(Exception):
+class SentBytesExceeded(Exception):
     """The request has sent the upstream as many bytes as it may."""
 
 
-class CutShort(Exception):
+class BranchesTruncated(Exception):
     """The branches were cut at the client's limit before they answered, and more of them would be too."""
 
 
@@ -44,7 +44,7 @@ class NotVotable(Exception):
 
 
 @dataclass(slots=True)
-class Meter:
+class TokenMeter:
     """What the upstream did for one request, by its own usage."""
 
     requests: int = 0
@@ -98,16 +98,16 @@ class LiveEnvironment:
     `execute` raises UpstreamError. When it fails or is cancelled, `salvage` keeps what had already been generated.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, sizes: Sizes, grader: Grader | None = None) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, limits: EnvironmentLimits, grader: Grader | None = None) -> None:
         self.engine = engine
         self.prompt = prompt
-        self.sizes = sizes
+        self.limits = limits
         self.branches: list[LiveBranch] = []
         self.labels = Labels()
-        self.grader = grader or InlineGrader()
-        self.meter = Meter()
+        self.grader = grader or PlainGrader()
+        self.meter = TokenMeter()
         self.votable = prompt.kind.is_declared_votable  # as far as is known
-        self.votable_for_sure = self.votable  # the client says so, or a branch has finished with an answer
+        self.votable_confirmed = self.votable  # the client says so, or a branch has finished with an answer
         self.vouched = False  # a probe has answered
         self.unreadable = 0  # branches that have finished with a reply in which there is no answer
         self.refused: str | None = None  # why the controller's decision did not end it: see `About.refused`
@@ -121,9 +121,9 @@ class LiveEnvironment:
         self._flying: list[tuple[LiveBranch | None, Output]] = []  # what is being generated, and for which branch
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
-        most = self.sizes.sent_bytes
+        most = self.limits.sent_bytes
         if most is not None and not self.priority and self.meter.sent_bytes > most:
-            raise SentTooMuch
+            raise SentBytesExceeded
         facts: dict[int, _Outcome] = {}
         with self.engine.watcher.round(actions):
             await self._admit(actions)
@@ -174,7 +174,7 @@ class LiveEnvironment:
     def _may_ask(self) -> bool:
         """Whether another reply that was cut may be asked for its answer."""
         self.cut_probes += 1
-        return self.sizes.cut_probes is None or self.cut_probes <= self.sizes.cut_probes
+        return self.limits.cut_probes is None or self.cut_probes <= self.limits.cut_probes
 
     async def suffix(self, index: int, *, lead: bool) -> list[int]:
         """Ids that close branch `index`'s thought and, with `lead`, lead into its answer."""
@@ -193,10 +193,10 @@ class LiveEnvironment:
         contexts: list[list[int]] = []
         suffixes: list[list[int]] = []
         for index, intervals in points:
-            ids = self.branches[index].ids[: intervals * self.sizes.interval]
+            ids = self.branches[index].ids[: intervals * self.limits.interval]
             suffixes.append(await self._suffix(await self._detokeniser.visible(ids), lead=True))
             contexts.append([*self.prompt.ids, *ids, *suffixes[-1]])
-        call = Call(contexts, self.sizes.probe, probe_templates.sampling(), suffix_tokens=sum(map(len, suffixes)))
+        call = Call(contexts, self.limits.probe, probe_templates.sampling(), suffix_tokens=sum(map(len, suffixes)))
         await self._generate(call)
         asked = zip(points, suffixes, call.outputs, strict=True)
         return [
@@ -254,7 +254,7 @@ class LiveEnvironment:
         What has not come when a call is cut is not billed. Calls are often cut while it is open whether the task can be
         voted on, and short ones would be cut before anything but their first token has come.
         """
-        if not self.votable_for_sure:
+        if not self.votable_confirmed:
             return max(1, min(OPEN_STREAM_INTERVAL, most // PIECES))
         return STREAM_INTERVAL if most >= STREAM_INTERVAL else max(1, most // PIECES)
 
@@ -291,31 +291,31 @@ class LiveEnvironment:
         while not self.votable and not self._ended(scout):
             await self._run_ahead(scout)
         if not self.votable and self.ends_early and self._is_cut_short(scout):
-            raise CutShort
+            raise BranchesTruncated
         self.votable = True
 
     async def _check_limit(self) -> None:
-        """Open no more branches than show that the client's limit cuts them. Raises CutShort once it has.
+        """Open no more branches than show that the client's limit cuts them. Raises BranchesTruncated once it has.
 
         Where the limit is no longer than an interval, the first branch is run ahead alone.
         """
-        if not self.branches and self._scout is None and self.sizes.branch <= self.sizes.interval:
+        if not self.branches and self._scout is None and self.limits.branch <= self.limits.interval:
             self._scout = LiveBranch()
             await self._run_ahead(self._scout)
             if self._is_cut_short(self._scout):
-                raise CutShort
+                raise BranchesTruncated
         if self.branches and all(branch.finish == "length" for branch in self.branches) and not self.vouched:
-            raise CutShort
+            raise BranchesTruncated
 
     def _is_cut_short(self, branch: LiveBranch) -> bool:
         """Whether `branch` has all the tokens it may have, and has not come to an end."""
         last = branch.ahead[-1].finish if branch.ahead else branch.finish
-        return last != "stop" and len(_all_of(branch)[0]) >= self.sizes.branch
+        return last != "stop" and len(_all_of(branch)[0]) >= self.limits.branch
 
     async def _run_ahead(self, branch: LiveBranch) -> None:
         """One more interval of `branch`, kept until it is asked for. Raises NotVotable if it ends without an answer."""
         ids, known = _all_of(branch)
-        most = min(self.sizes.interval, self.sizes.branch - len(ids))
+        most = min(self.limits.interval, self.limits.branch - len(ids))
         piece = branch.pieces + len(branch.ahead)
         sampling = self._sampling(known, self._index(branch), piece)
         output = await self._alone([*self.prompt.ids, *ids], most, sampling, branch)
@@ -338,7 +338,7 @@ class LiveEnvironment:
         """Probe a branch with these ids and this text on the proxy's own account."""
         suffix = await self._suffix(text, lead=True)
         context = [*self.prompt.ids, *ids, *suffix]
-        output = await self._alone(context, self.sizes.probe, probe_templates.sampling(), suffix=len(suffix))
+        output = await self._alone(context, self.limits.probe, probe_templates.sampling(), suffix=len(suffix))
         self.scouted += len(suffix) + len(output.ids)
         return await self._said(output)
 
@@ -347,22 +347,22 @@ class LiveEnvironment:
         ahead = sum(len(output.ids) for output in branch.ahead)
         if branch.ahead and branch.ahead[-1].finish == "stop":
             return True
-        if self.sizes.ahead is not None and ahead + self.sizes.interval > self.sizes.ahead:
+        if self.limits.ahead is not None and ahead + self.limits.interval > self.limits.ahead:
             return True
-        return len(branch.ids) + ahead >= self.sizes.branch
+        return len(branch.ids) + ahead >= self.limits.branch
 
     async def _look(self, text: str, cut_ids: Sequence[int] | None = None) -> Answer | None:
         """At the first branch to finish: whether there is anything to vote on. Raises NotVotable.
 
         With `cut_ids`, its ids, a stop string has cut it: if it does not answer, it is asked.
         """
-        if self.votable_for_sure and cut_ids is None:
+        if self.votable_confirmed and cut_ids is None:
             return None
         answer = await self.read(text)
         if answer is None and cut_ids is not None and self.prompt.kind.is_probeable and self._may_ask():
             answer = await self._ask(cut_ids, text)
         if answer is not None:
-            self.votable = self.votable_for_sure = True
+            self.votable = self.votable_confirmed = True
         else:
             self._count_unreadable(text)
         return answer
@@ -372,7 +372,7 @@ class LiveEnvironment:
 
         Where a probe has answered, a single such branch only does not vote.
         """
-        if self.votable_for_sure or not self.prompt.template.split(self.prompt.tail, text)[1].strip():
+        if self.votable_confirmed or not self.prompt.template.split(self.prompt.tail, text)[1].strip():
             return
         self.unreadable += 1
         if self.unreadable > self.vouched:
@@ -401,11 +401,11 @@ class LiveEnvironment:
                     facts[position] = _Outcome(action, index, 0, 0, None, False)
                     continue
                 suffixes[index] = await self.suffix(index, lead=True)
-                steps[position] = _Step(action, index, Output(), self.sizes.probe)
+                steps[position] = _Step(action, index, Output(), self.limits.probe)
                 continue
             before = self._reveal(branch, action.intervals)
             intervals = action.intervals if action.intervals == TO_END else action.intervals - self._intervals(before)
-            most = min(intervals * self.sizes.interval, self.sizes.branch - len(branch.ids))
+            most = min(intervals * self.limits.interval, self.limits.branch - len(branch.ids))
             if branch.finish is not None or most <= 0:
                 facts[position] = self._advanced(action, index, before)
                 continue
@@ -426,7 +426,7 @@ class LiveEnvironment:
                 else:
                     steps[position] = rest
         for branch in self.branches:
-            if branch.is_cut and not branch.is_read and not self.votable_for_sure:
+            if branch.is_cut and not branch.is_read and not self.votable_confirmed:
                 await self._look_at_cut(branch)
 
     def _reveal(self, branch: LiveBranch, intervals: int) -> int:
@@ -438,7 +438,7 @@ class LiveEnvironment:
         return len(branch.ids) - known
 
     def _intervals(self, tokens: int) -> int:
-        return -(-tokens // self.sizes.interval)
+        return -(-tokens // self.limits.interval)
 
     def _calls(self, steps: Iterable[_Step], suffixes: Mapping[int, list[int]]) -> Iterable[Call]:
         """The requests that carry `steps`, each step's output wired to its place in one of them."""
@@ -447,7 +447,7 @@ class LiveEnvironment:
             branch, most = self.branches[step.branch], step.most
             is_probe = step.action.verb is Verb.PROBE
             if not is_probe:
-                most = self.stops.most(branch.text, self.sizes.interval, most)
+                most = self.stops.most(branch.text, self.limits.interval, most)
             stops = not is_probe and bool(self.stops.at_server(branch.text))
             is_greedy = not is_probe and self._is_greedy(step.branch)
             groups[is_probe, not is_probe and not branch.ids, most, stops, is_greedy].append(step)
@@ -536,7 +536,7 @@ class LiveEnvironment:
     async def _look_at_cut(self, branch: LiveBranch) -> None:
         """Check votability at a branch that a stop string finished. Raises NotVotable."""
         if await self._answer(branch) is not None:
-            self.votable = self.votable_for_sure = True
+            self.votable = self.votable_confirmed = True
         else:
             self._count_unreadable(branch.text)
 
@@ -554,7 +554,7 @@ class LiveEnvironment:
         cut = self.stops.cut(branch.text, known)
         if cut is not None:
             branch.text, branch.finish, branch.is_cut = branch.text[:cut], "stop", True
-        if branch.finish != "stop" and len(branch.ids) >= self.sizes.branch:
+        if branch.finish != "stop" and len(branch.ids) >= self.limits.branch:
             branch.finish = "length"  # cut mid-thought: it answers nothing
 
     async def _fact(self, outcome: _Outcome) -> Fact:

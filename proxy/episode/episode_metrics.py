@@ -12,7 +12,7 @@ from proxy.telemetry.metrics import Metrics, family
 from proxy.types import Plan, Reply
 
 
-def count(
+def count_episode(
     metrics: Metrics,
     plan: Plan,
     environment: LiveEnvironment,
@@ -24,15 +24,15 @@ def count(
     """Count an episode that ended as `outcome`: answered, failed, disconnected or, because the proxy ends, draining;
     `reply` is None unless answered."""
     model, controller = plan.prompt.model, family(plan.controller)
-    by_dial = (model, controller, plan.dial.bucket)
+    by_beta = (model, controller, plan.beta.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
     metrics.stops.labels(model, controller, state.stop or outcome).inc()
     kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for kind, tokens in kinds.items():
-        metrics.tokens.labels(*by_dial, kind).inc(tokens)
+        metrics.tokens.labels(*by_beta, kind).inc(tokens)
     metrics.unseen.labels(model).inc(environment.meter.most_unseen)
-    metrics.branches.labels(*by_dial).inc(len(environment.branches))
-    metrics.rounds.labels(*by_dial).inc(state.rounds)
+    metrics.branches.labels(*by_beta).inc(len(environment.branches))
+    metrics.rounds.labels(*by_beta).inc(state.rounds)
     metrics.chain_lengths.take(model, plan.limits.interval, environment.branches)
     answered = Counter(fact.label is not None for one in rounds for fact in one.facts if isinstance(fact, Probed))
     for gave, times in answered.items():
@@ -45,13 +45,13 @@ def count(
     votes = sum(state.votes.values())
     if state.answer is not None and votes > 1:
         metrics.agreement.labels(model, controller).observe(state.votes.get(state.answer, 0) / votes)
-    saved = saved_tokens(environment, plan.limits.max_branches, sum(reply.tokens.values()))
+    saved = estimate_saved_tokens(environment, plan.limits.max_branches, sum(reply.tokens.values()))
     if saved is not None and not plan.records_all:
-        metrics.saved.labels(*by_dial).inc(max(0.0, saved))  # both are there, so that one can be taken off the other
-        metrics.overspent.labels(*by_dial).inc(max(0.0, -saved))
+        metrics.saved.labels(*by_beta).inc(max(0.0, saved))  # both are there, so that one can be taken off the other
+        metrics.overspent.labels(*by_beta).inc(max(0.0, -saved))
 
 
-def saved_tokens(environment: LiveEnvironment, width: int, spent: int) -> float | None:
+def estimate_saved_tokens(environment: LiveEnvironment, width: int, spent: int) -> float | None:
     """An estimate of what self-consistency with `width` chains would have cost more than `spent`.
 
     Its chains are taken to be as long as these branches are on average that came to their ends, though those are the

@@ -25,7 +25,7 @@ GREEDY: Final = {"temperature": 0.0}
 def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:
     """Return the headers of a reply with the `tts` object."""
     return {
-        **known_headers(plan),
+        **early_headers(plan),
         "x-tts-branches": str(tts["branches"]),
         "x-tts-rounds": str(tts["rounds"]),
         "x-tts-tokens": str(tts["tokens"]["total"]),
@@ -34,18 +34,18 @@ def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def known_headers(plan: Plan) -> dict[str, str]:
+def early_headers(plan: Plan) -> dict[str, str]:
     """The headers that are known before the first branch."""
     return {
         "x-request-id": plan.request_id,
         "x-tts-applied": "true",
-        "x-tts-beta": f"{plan.dial.beta:g}",
-        "x-tts-beta-source": plan.dial.told,
+        "x-tts-beta": f"{plan.beta.value:g}",
+        "x-tts-beta-source": plan.beta.source_text,
         "x-tts-controller": plan.controller,
     }
 
 
-async def compose(
+async def compose_reply(
     plan: Plan,
     environment: LiveEnvironment,
     state: State,
@@ -103,7 +103,7 @@ def _as_it_is(plan: Plan, environment: LiveEnvironment, index: int, state: State
     environment.write_off()
     branch = environment.branches[index]
     if state.answer is None and not branch.ids:  # nor has any other one said anything
-        raise too_late()
+        raise deadline_error()
     if state.answer is not None and (branch.finish is None or branch.label != state.answer):
         return _stated(plan, environment, index, state.answer), False
     reasoning, content = plan.prompt.template.split(plan.prompt.tail, branch.text)
@@ -111,7 +111,7 @@ def _as_it_is(plan: Plan, environment: LiveEnvironment, index: int, state: State
     return Message(content, reasoning, branch.finish or "length", visible, branch.text), True
 
 
-def too_late() -> UpstreamTimeout:
+def deadline_error() -> UpstreamTimeout:
     """There is nothing to answer with."""
     return UpstreamTimeout("the deadline passed before the first token", param="tts.deadline_s")
 
@@ -160,14 +160,14 @@ async def _close(plan: Plan, environment: LiveEnvironment, index: int, state: St
     closed = own + template.closing(plan.prompt.tail, own)
     if state.stop is not Stop.DEADLINE:
         closing = await environment.suffix(index, lead=False)
-        output = await environment.extend(index, closing, plan.closing.free, GREEDY)
+        output = await environment.extend(index, closing, plan.final_answer_limits.free, GREEDY)
         content = output.text.strip()
         if answer is None or await _says(environment, content, answer):
             content = environment.stops.trim(content)
             written = closed + (output.text if content == output.text.strip() else content)
             return Message(content, reasoning, output.finish or "stop", len(output.ids), written), True
     suffix = await environment.suffix(index, lead=True)
-    output = await environment.extend(index, suffix, plan.closing.led, probe_templates.sampling())
+    output = await environment.extend(index, suffix, plan.final_answer_limits.led, probe_templates.sampling())
     content, visible = template.led(output.text), len(suffix) + len(output.ids)
     if answer is None or await _says(environment, content, answer):
         return Message(content, reasoning, "stop", visible, closed + content), True
@@ -222,10 +222,10 @@ def _usage(plan: Plan, environment: LiveEnvironment, message: Message) -> dict[s
 def _recording(plan: Plan, environment: LiveEnvironment, rounds: Sequence[Round]) -> dict[str, Any]:
     """The branches of the episode and how they were made, as the generic format has them."""
     return {
-        "interval": plan.sizes.interval,
-        "sampling": plan.asked.sampling,
+        "interval": plan.environment_limits.interval,
+        "sampling": plan.provenance.sampling,
         "probe_template": plan.prompt.template.name,
-        "chat_template": plan.asked.chat_template,
+        "chat_template": plan.provenance.chat_template,
         "branches": [branch._asdict() for branch in recorded_branches.branches(environment, rounds)],
     }
 
@@ -245,9 +245,9 @@ def _report(
         written[state.answer] = environment.labels.written(state.answer) if answer is None else answer.written
     return {
         "applied": True,
-        "beta": plan.dial.beta,
-        "beta_source": plan.dial.told,
-        **({} if plan.dial.asked is None else {"beta_asked": plan.dial.asked}),
+        "beta": plan.beta.value,
+        "beta_source": plan.beta.source_text,
+        **({} if plan.beta.requested is None else {"beta_asked": plan.beta.requested}),
         "controller": plan.controller,
         "controller_digest": plan.spec.digest[:12],
         "stage": plan.stage,
@@ -261,7 +261,7 @@ def _report(
         "votes": {written[label]: count for label, count in state.votes.items()},
         "temperature": plan.temperature,
         "greedy_first": plan.prompt.greedy_first,
-        "interval": plan.sizes.interval,
+        "interval": plan.environment_limits.interval,
         "tokens": {"total": sum(tokens.values()), **tokens},
         "upstream": {
             "requests": meter.requests,

@@ -18,20 +18,30 @@ from discovery.answers import AUTO, ExtractionMethod
 from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
 from proxy import probe_templates
 from proxy.environment import votability
-from proxy.environment.answer_reader import Grading
-from proxy.environment.live_environment import CutShort, LiveEnvironment, NotVotable, SentTooMuch
-from proxy.episode.episode_metrics import count
-from proxy.episode.reply import compose, too_late
+from proxy.environment.answer_reader import GraderPool
+from proxy.environment.live_environment import BranchesTruncated, LiveEnvironment, NotVotable, SentBytesExceeded
+from proxy.episode.episode_metrics import count_episode
+from proxy.episode.reply import compose_reply, deadline_error
 from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import Records
 from proxy.recording.template_drift import Drift
-from proxy.requests.models import SAMPLING, Generation
+from proxy.requests.models import SAMPLING, GenerationRequest
 from proxy.rollout.controller_runner import Cast, Casting
 from proxy.settings import Settings
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
-from proxy.types import Asked, Choice, Closing, Dial, Model, Plan, Prompt, Reply, Sizes
+from proxy.types import (
+    ChosenController,
+    EffectiveBeta,
+    EnvironmentLimits,
+    FinalAnswerLimits,
+    Model,
+    Plan,
+    Prompt,
+    Provenance,
+    Reply,
+)
 from proxy.upstream.client import Engine, TooManyTokens
 
 T = TypeVar("T", int, float)
@@ -49,9 +59,9 @@ PROMPT_TAIL = 8
 
 
 class _Bounds(NamedTuple):
-    sizes: Sizes
+    environment: EnvironmentLimits
     limits: Limits
-    closing: Closing
+    final_answer: FinalAnswerLimits
 
 
 async def plan(
@@ -59,8 +69,8 @@ async def plan(
     casting: Casting,
     settings: Settings,
     model: Model,
-    request: Generation,
-    dial: Dial,
+    request: GenerationRequest,
+    beta: EffectiveBeta,
     *,
     tenant: str = "",
     drift: Drift | None = None,
@@ -78,7 +88,7 @@ async def plan(
     request_id = request_id or f"chatcmpl-{uuid4().hex}"
     logs.request_id.set(request_id)
     deadline_s = _least(request.tts.deadline_s, settings.deadline_s)
-    async with in_time(deadline_s):
+    async with fail_after(deadline_s):
         try:
             spec, stage = await casting.choose(request.tts.controller, request_id)
         except UnknownController as error:
@@ -101,7 +111,7 @@ async def plan(
         request_id=request_id,
         created=int(time.time()),
         started=started,
-        dial=dial,
+        beta=beta,
         spec=spec,
         stage=stage,
         prompt=Prompt(
@@ -117,27 +127,27 @@ async def plan(
             salt=salt,
             asks=votability.asks(_asked_last(request.conversation) or text),
         ),
-        sizes=bounds.sizes,
+        environment_limits=bounds.environment,
         limits=bounds.limits,
-        closing=bounds.closing,
+        final_answer_limits=bounds.final_answer,
         deadline_s=deadline_s,
         temperature=sampling.get("temperature"),
-        asked=Asked(tenant, text, _drawn_by(request, sampling), chat_template),
+        provenance=Provenance(tenant, text, _drawn_by(request, sampling), chat_template),
         streamed=bool(request.stream),
     )
 
 
 @asynccontextmanager
-async def in_time(seconds: float | None) -> AsyncIterator[None]:
+async def fail_after(seconds: float | None) -> AsyncIterator[None]:
     """What comes before the first branch and may take so many seconds. Raises UpstreamTimeout if it takes longer."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise too_late() from None
+        raise deadline_error() from None
 
 
-async def _read_prompt(engine: Engine, model: Model, request: Generation) -> tuple[Sequence[int], str]:
+async def _read_prompt(engine: Engine, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
     """Return the prompt's ids, and the text of the question. Raises BadRequest for a prompt that is far too long."""
     most, messages = model.max_length, request.conversation
     try:
@@ -167,7 +177,7 @@ def _asked_last(conversation: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
-def _drawn_by(request: Generation, sampling: Mapping[str, Any]) -> dict[str, Any]:
+def _drawn_by(request: GenerationRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
     """All by which branches are drawn and read: sampling, limit, how answers are found, and what the chat template was
     told, as a hash; so is a pattern, for it is the client's text."""
     drawn = dict(sampling)
@@ -195,7 +205,7 @@ async def _bounds(
     engine: Engine,
     settings: Settings,
     model: Model,
-    request: Generation,
+    request: GenerationRequest,
     prompt: int,
     template: probe_templates.Template,
     cap_source: str,
@@ -247,15 +257,15 @@ async def _bounds(
         max_tokens=None if cap is None else cap - reserve,
     )
     return _Bounds(
-        Sizes(settings.interval, branch, probe, ahead, settings.max_sent_bytes, cut_probes),
+        EnvironmentLimits(settings.interval, branch, probe, ahead, settings.max_sent_bytes, cut_probes),
         limits,
-        Closing(finalise, probe),
+        FinalAnswerLimits(finalise, probe),
     )
 
 
 async def serve(
     engine: Engine,
-    grading: Grading,
+    grading: GraderPool,
     casting: Casting,
     metrics: Metrics,
     records: Records,
@@ -263,17 +273,17 @@ async def serve(
     tell: Callable[[str], None] | None = None,
     settle: Callable[[int], None] | None = None,
 ) -> Reply:
-    """Run the episode, compose its reply, and have it written down. `tell` hears of each round, a line at a time.
+    """Run the episode, compose_reply its reply, and have it written down. `tell` hears of each round, a line at a time.
 
     Raises ApiError when there is nothing to answer with, or the proxy ends before there is. Cancelling aborts all that
     is in flight; what had been spent is counted either way, and `settle` told of it.
     """
-    environment = LiveEnvironment(engine, plan.prompt, plan.sizes, grading.grader(plan.asked.tenant))
+    environment = LiveEnvironment(engine, plan.prompt, plan.environment_limits, grading.grader(plan.provenance.tenant))
     if plan.records_all or plan.ignores_eos:  # all branches are wanted, whatever they say
-        environment.votable = environment.votable_for_sure = True
+        environment.votable = environment.votable_confirmed = True
         environment.ends_early = False
     state = State(plan.limits)
-    cast = casting.cast(Choice(plan.spec, plan.stage))
+    cast = casting.cast(ChosenController(plan.spec, plan.stage))
     if tell is not None:
         cast.on_round = lambda: tell(_progress(environment, state))
     reply: Reply | None = None
@@ -301,29 +311,29 @@ async def serve(
             environment.salvage()
         if settle is not None:
             settle(environment.meter.billed)
-        count(metrics, plan, environment, state, cast.rounds, reply, outcome)
-        cast.end(state, environment.meter.billed, plan.prompt.model, plan.asked.tenant)
+        count_episode(metrics, plan, environment, state, cast.rounds, reply, outcome)
+        cast.end(state, environment.meter.billed, plan.prompt.model, plan.provenance.tenant)
         records.keep(plan, cast, environment, state, reply, outcome)
 
 
 async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
     """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
     try:
-        async with asyncio.timeout(plan.left_s):
-            await cast.run(plan.dial.beta, environment, state)
+        async with asyncio.timeout(plan.remaining_s):
+            await cast.run(plan.beta.value, environment, state)
         if not plan.records_all and _is_all_cut(environment, state):
             environment.refused, state.stop = "all_cut", Stop.MAX_TOKENS
     except TimeoutError:
         environment.salvage()
         state.end(Stop.DEADLINE)
-    except CutShort:
+    except BranchesTruncated:
         environment.salvage()
         environment.refused = "cut_short"
         state.end(Stop.MAX_TOKENS)
     except NotVotable:
         environment.salvage()
         state.end(Stop.NOT_VOTABLE)
-    except SentTooMuch:
+    except SentBytesExceeded:
         logger.warning("%s: it has sent more than max_sent_bytes to the upstream; it ends here", plan.request_id)
         environment.salvage()
         environment.refused = "sent_too_much"
@@ -355,11 +365,11 @@ async def _compose(
     if failure is not None and state.answer is None and not state.finished:
         raise failure
     if not environment.branches:
-        raise too_late()
-    left_s = plan.left_s
+        raise deadline_error()
+    left_s = plan.remaining_s
     seconds = None if left_s is None else max(0.0, left_s) + CLOSE_S
     try:
-        return await compose(plan, environment, state, cast.rounds, cast.fallback, seconds)
+        return await compose_reply(plan, environment, state, cast.rounds, cast.fallback, seconds)
     except UpstreamError as error:
         raise failure or error from None
 

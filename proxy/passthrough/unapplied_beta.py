@@ -12,16 +12,16 @@ from starlette.responses import Response
 
 from proxy.errors import BadRequest
 from proxy.http.sse import Stream
-from proxy.requests.models import TtsOptions, Unserved
+from proxy.requests.models import PassThroughReason, TtsOptions
 from proxy.telemetry.metrics import Metrics
-from proxy.types import Dial
+from proxy.types import EffectiveBeta
 from proxy.upstream.body_tap import Hand, Pour
 
 logger = logging.getLogger(__name__)
 
-NO_BETA: Final = Unserved("no_beta", "")
+NO_BETA: Final = PassThroughReason("no_beta", "")
 """The reason of a request that sets no β."""
-GREEDY: Final = Unserved("temperature", "temperature")
+GREEDY: Final = PassThroughReason("temperature", "temperature")
 """The reason of a greedy request for which only the operator sets β."""
 SEARCHED: Final = 2**16
 """Bytes of a reply in which its first object is looked for."""
@@ -38,12 +38,12 @@ class Unapplied:
         self._is_required = is_required
         self._logged: set[tuple[str, str]] = set()  # models and reasons
 
-    def take(self, model: str, tts: TtsOptions, dial: Dial | None, unserved: Unserved) -> None:
+    def take(self, model: str, tts: TtsOptions, beta: EffectiveBeta | None, unserved: PassThroughReason) -> None:
         """Count a request that passes through, and log the first for each reason.
 
         Raises BadRequest where the client or the operator would rather have it refused.
         """
-        is_lost = dial is not None and unserved is not GREEDY
+        is_lost = beta is not None and unserved is not GREEDY
         if tts.required or (tts.required is None and self._is_required and is_lost):
             switch = "tts.required" if tts.required else "the server's AUTOTTS_REQUIRED"
             way_out = f"leave {unserved.field} out" if unserved.field else "set tts.beta"
@@ -54,28 +54,28 @@ class Unapplied:
                 param=unserved.field or None,
                 code="tts_not_applicable",
             )
-        if dial is None:
+        if beta is None:
             return
-        self._metrics.beta_not_applied.labels(model, unserved.reason, str(dial.source)).inc()
+        self._metrics.beta_not_applied.labels(model, unserved.reason, str(beta.source)).inc()
         if (model, unserved.reason) not in self._logged:
             self._logged.add((model, unserved.reason))
             logger.warning(
                 "β %g (%s) was not applied to a request for %s: %s. More like it are counted, not logged",
-                dial.beta,
-                dial.source,
+                beta.value,
+                beta.source,
                 model,
                 unserved.reason,
             )
 
 
-def told(dial: Dial | None, unserved: Unserved) -> dict[str, Any]:
+def told(beta: EffectiveBeta | None, unserved: PassThroughReason) -> dict[str, Any]:
     """Return the `tts` object of a reply that no controller took part in."""
     return {
         "applied": False,
         "reason": unserved.reason,
         "field": unserved.field or None,
-        "beta_asked": None if dial is None else dial.beta,
-        "beta_source": None if dial is None else str(dial.source),
+        "beta_asked": None if beta is None else beta.value,
+        "beta_source": None if beta is None else str(beta.source),
     }
 
 

@@ -146,7 +146,7 @@ class Finisher:
     async def _finish(self, unfinished: Unfinished) -> RecordedQuestion:
         plan, environment = unfinished.plan, unfinished.environment
         environment.ends_early = False
-        environment.votable = environment.votable_for_sure = True  # somebody voted on it
+        environment.votable = environment.votable_confirmed = True  # somebody voted on it
         environment.engine, environment.priority = self._aside, PRIORITY
         await self._turn(unfinished, 1)
         await self._drift.confirm(plan, time.monotonic())  # before it costs anything
@@ -178,7 +178,7 @@ class Finisher:
         """What branches would have answered after intervals nobody asked them after."""
         environment = unfinished.environment
         asked = recorded_branches.asked(rounds)
-        interval = environment.sizes.interval
+        interval = environment.limits.interval
         gaps = [
             (index, intervals)
             for index, one in enumerate(environment.branches)
@@ -243,7 +243,7 @@ class Purse:
 
 def _most(plan: Plan) -> int:
     """Tokens that an interval of a branch, and asking after it, can cost."""
-    return plan.sizes.interval + plan.limits.probe_tokens
+    return plan.environment_limits.interval + plan.limits.probe_tokens
 
 
 def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -254,17 +254,17 @@ def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def _recorded(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -> RecordedQuestion:
     """The recording of an episode whose branches are complete."""
     return RecordedQuestion(
-        question=plan.asked.question,
+        question=plan.provenance.question,
         model=plan.prompt.model,
         benchmark=BENCHMARK,
-        interval=plan.sizes.interval,
+        interval=plan.environment_limits.interval,
         branches=[_veiled(one) for one in branches] if text is StoreText.NONE else branches,
-        split=live_split(plan.asked.question),
-        text=plan.asked.text if text is StoreText.FULL else None,
-        sampling=plan.asked.sampling,
+        split=live_split(plan.provenance.question),
+        text=plan.provenance.text if text is StoreText.FULL else None,
+        sampling=plan.provenance.sampling,
         probe_template=plan.prompt.template.name,
         origin=Origin.LIVE,
-        chat_template=plan.asked.chat_template,
+        chat_template=plan.provenance.chat_template,
         request=plan.request_id,
     )
 

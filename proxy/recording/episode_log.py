@@ -89,7 +89,7 @@ class Records:
         """
         if not self.recorder.is_on:
             return
-        owner = Owner(plan.asked.tenant, plan.stage, plan.spec.digest)
+        owner = Owner(plan.provenance.tenant, plan.stage, plan.spec.digest)
         made = _episode(plan, cast, environment, state, reply, str(state.stop or outcome), self._text)
         self.recorder.put(plan.request_id, made, owner)
         if reply is not None and self.finisher.wants(plan, state):
@@ -186,7 +186,7 @@ def _episode(
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
     rounds = tuple(cast.rounds)
     about = EpisodeDetails(
-        beta_source=plan.dial.told,
+        beta_source=plan.beta.source_text,
         stage=None if plan.stage is None else str(plan.stage),
         fallback=cast.fallback,
         decided=cast.decided,
@@ -195,8 +195,8 @@ def _episode(
         seconds=seconds,
         answer_kind=str(plan.prompt.kind.method),  # not its argument: a pattern is the client's text
         usage={} if reply is None else dict(reply.usage),
-        sampling=dict(plan.asked.sampling),
-        chat_template=plan.asked.chat_template,
+        sampling=dict(plan.provenance.sampling),
+        chat_template=plan.provenance.chat_template,
         probe_template=plan.prompt.template.name,
         streamed=plan.streamed,
         votable=environment.votable,
@@ -206,7 +206,7 @@ def _episode(
     if named := logs.client_request_id.get():
         about["client_request_id"] = named
     if text is StoreText.FULL:
-        about["text"] = plan.asked.text
+        about["text"] = plan.provenance.text
         about["reply"] = None if reply is None else reply.message.content
     ledger = {"aborted": environment.meter.billed} if reply is None else dict(reply.tokens)
     branches, answer = len(environment.branches), state.answer
@@ -220,16 +220,16 @@ def _episode(
             model=plan.prompt.model,
             controller=plan.controller,
             digest=plan.spec.digest,
-            beta=plan.dial.beta,
+            beta=plan.beta.value,
             rounds=len(rounds),
             branches=branches,
             ledger=ledger,
             stop=stop,
             answer=None if answer is None else written[answer],
-            question=plan.asked.question,
+            question=plan.provenance.question,
             created=created,
             sandbox=cast.level,
-            tenant=plan.asked.tenant,
+            tenant=plan.provenance.tenant,
             about=about,
             trace=pack_rounds(rounds),
         )

@@ -100,7 +100,7 @@ class Drift:
         model = plan.prompt.model
         if model not in self._seen or self._looked[model] < since:
             await self._see(self._aside, model)
-        if self._seen[model].chat_template != plan.asked.chat_template:
+        if self._seen[model].chat_template != plan.provenance.chat_template:
             raise UpstreamError("the model's chat template has changed meanwhile", code="upstream_changed")
 
     def is_asked_alike(self, plan: Plan) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from controllers.dial import parse_beta
 from controllers.errors import BetaError
 from proxy.errors import BadRequest
-from proxy.types import Dial, Source
+from proxy.types import BetaSource, EffectiveBeta
 
 HEADER: Final = "x-tts-beta"
 
@@ -66,7 +66,7 @@ def resolve(
     model: str,
     default: float | None,
     target: Callable[[], float] | None = None,
-) -> Dial | None:
+) -> EffectiveBeta | None:
     """The effective β, or None if there is none. `headers` are all values of the header. Raises BadRequest.
 
     `target` finds the β of the tokens aimed at, and is asked only where it decides.
@@ -74,16 +74,16 @@ def resolve(
     if len(headers) > 1:
         raise BadRequest(f"{HEADER} is given {len(headers)} times; send it once", param=HEADER, code="bad_beta")
     if headers:
-        return Dial(_parse(headers[0], HEADER), Source.HEADER)
+        return EffectiveBeta(_parse(headers[0], HEADER), BetaSource.HEADER)
     if body is not None and target is not None:
         words = "tts.beta and tts.target_tokens both set β; send one of them"
         raise BadRequest(words, param="tts.target_tokens", code="bad_beta")
     if body is not None:
-        return Dial(body, Source.BODY)
+        return EffectiveBeta(body, BetaSource.BODY)
     if target is not None:
-        return Dial(target(), Source.TARGET)
+        return EffectiveBeta(target(), BetaSource.TARGET)
     if effort is not None and effort in EFFORTS and not any(name in model.lower() for name in READS_EFFORT):
-        return Dial(EFFORTS[effort], Source.EFFORT)
+        return EffectiveBeta(EFFORTS[effort], BetaSource.EFFORT)
     if alias is not None:
-        return Dial(alias, Source.ALIAS)
-    return None if default is None else Dial(default, Source.DEFAULT)
+        return EffectiveBeta(alias, BetaSource.ALIAS)
+    return None if default is None else EffectiveBeta(default, BetaSource.DEFAULT)

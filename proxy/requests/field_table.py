@@ -151,7 +151,7 @@ REASONS: Final[Mapping[str, str]] = MappingProxyType(
 """Why no controller serves a request with such a field; a field that is not listed is its own reason."""
 
 
-def first_that_matters(given: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
+def first_effective_field(given: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
     """Return the first field of `table` that is not at one of its values, or None.
 
     Null, an empty list and an empty object ask for nothing, and so does a field that the table does not list.
@@ -162,14 +162,14 @@ def first_that_matters(given: Iterable[tuple[str, object]], table: Mapping[str, 
     return None
 
 
-def withheld(given: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
+def fields_to_drop(given: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
     """Return the fields that are not passed through.
 
     Raises Forbidden, naming it, for a field that only an admin may set, unless it is at its default.
     """
     if is_admin:
         return ()
-    name = first_that_matters(given.items(), ADMINS)
+    name = first_effective_field(given.items(), ADMINS)
     if name is not None:
         raise Forbidden(f"{name} is for admins; leave it out, or send the admin key", param=name, code="admin_only")
     return [name for name in given if name not in FORWARDED and name not in ADMINS and name != "tts"]

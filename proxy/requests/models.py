@@ -171,7 +171,7 @@ SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 """Fields that mean the same for a branch generated in pieces as for one in a single request."""
 
 
-class Unserved(NamedTuple):
+class PassThroughReason(NamedTuple):
     """Why no controller can serve a request."""
 
     reason: str  # a word users know: `structured_output`, `tools`, or a field's name
@@ -182,7 +182,7 @@ _TOOL_ROLES: Final = ("tool", "function")
 """Roles of messages that hold a tool's result."""
 
 
-class Generation(BaseModel):
+class GenerationRequest(BaseModel):
     """A request for text: the fields that the endpoints share.
 
     All values that vLLM 0.32 accepts are accepted, whether or not a controller serves the request.
@@ -267,15 +267,15 @@ class Generation(BaseModel):
         """What the chat template takes besides the messages."""
         return {}
 
-    def unserved(self) -> Unserved | None:
+    def unserved(self) -> PassThroughReason | None:
         """Return why no controller can serve the request, or None. Such requests pass through."""
-        name = field_table.first_that_matters((self.model_extra or {}).items(), self.unservable)
+        name = field_table.first_effective_field((self.model_extra or {}).items(), self.unservable)
         if name is None and not (self.effort is None or self.effort in EFFORTS):
             name = self.effort_field
-        return None if name is None else Unserved(field_table.REASONS.get(name, name), name)
+        return None if name is None else PassThroughReason(field_table.REASONS.get(name, name), name)
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """A chat completion request."""
 
     param: ClassVar[str] = "messages"
@@ -304,22 +304,22 @@ class ChatRequest(Generation):
     def template_fields(self) -> dict[str, Any]:
         return template_fields(self.chat_template_kwargs, self.reasoning_effort)
 
-    def unserved(self) -> Unserved | None:
+    def unserved(self) -> PassThroughReason | None:
         unserved = super().unserved()
         if unserved is not None:
             return unserved
         if not self.messages:
-            return Unserved(self.param, self.param)
+            return PassThroughReason(self.param, self.param)
         for message in self.messages:
             content = message.get("content")
             if isinstance(content, list) and any(kind(part) != "text" for part in content):
-                return Unserved(field_table.MULTIMODAL, self.param)
+                return PassThroughReason(field_table.MULTIMODAL, self.param)
             if message.get("tool_calls") or message.get("function_call") or message.get("role") in _TOOL_ROLES:
-                return Unserved(field_table.TOOLS, self.param)
+                return PassThroughReason(field_table.TOOLS, self.param)
         return None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """A request to continue a text or a list of token ids, or several of either."""
 
     param: ClassVar[str] = "prompt"
@@ -360,11 +360,11 @@ class CompletionRequest(Generation):
             self._checked = _served_prompts(self.prompt)
         return self._checked
 
-    def unserved(self) -> Unserved | None:
+    def unserved(self) -> PassThroughReason | None:
         unserved = super().unserved()
         if unserved is None and self.max_tokens == 0:
-            return Unserved("max_tokens", "max_tokens")
-        return Unserved(self.param, self.param) if unserved is None and not self._prompts else unserved
+            return PassThroughReason("max_tokens", "max_tokens")
+        return PassThroughReason(self.param, self.param) if unserved is None and not self._prompts else unserved
 
 
 def _served_prompts(given: Any) -> Sequence[str | list[int]]:
@@ -393,7 +393,7 @@ class Reasoning(BaseModel):
     effort: Name | None = None
 
 
-class ResponsesRequest(Generation):
+class ResponsesRequest(GenerationRequest):
     """A Responses request; its `input` is a text or messages of text where a controller serves it."""
 
     param: ClassVar[str] = "input"
@@ -438,20 +438,20 @@ class ResponsesRequest(Generation):
             return [{"role": "user", "content": self.input}]
         return messages_of(self.input) if isinstance(self.input, list) else None
 
-    def unserved(self) -> Unserved | None:
+    def unserved(self) -> PassThroughReason | None:
         unserved = super().unserved()
         if unserved is not None:
             return unserved
-        if field_table.first_that_matters((self.text or {}).items(), _TEXT_FORMAT) is not None:
-            return Unserved(field_table.STRUCTURED, "text")
+        if field_table.first_effective_field((self.text or {}).items(), _TEXT_FORMAT) is not None:
+            return PassThroughReason(field_table.STRUCTURED, "text")
         if not set(self.include or ()) <= _INCLUDED:
-            return Unserved("include", "include")
+            return PassThroughReason("include", "include")
         if self.truncation not in (None, "disabled", "auto"):
-            return Unserved("truncation", "truncation")
+            return PassThroughReason("truncation", "truncation")
         if self._messages is not None:
             return None
         items = self.input if isinstance(self.input, list) else []
-        return Unserved(why_not_text(items) or self.param, self.param)
+        return PassThroughReason(why_not_text(items) or self.param, self.param)
 
 
 _TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
@@ -474,7 +474,7 @@ def parse(made: type[T], raw: bytes) -> T:
     return parsed
 
 
-def parse_feedback(raw: bytes) -> FeedbackRequest:
+def parse_feedback_request(raw: bytes) -> FeedbackRequest:
     """What a client says of an answer. Raises BadRequest naming the first field that is wrong."""
     return _validated(FeedbackRequest, strict_json.read(raw))
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from controllers.installed import Stage
-from proxy.types import Quality
+from proxy.types import CanaryMetric
 
 ALPHA: Final = 0.01
 """How probable it may be that a canary which is no worse is ever rolled back."""
@@ -41,11 +41,11 @@ DEAREST: Final = 2.0
 """Times the champion's mean tokens: the difference that counts 1, and so does every larger one."""
 
 
-MARGINS: Final[Mapping[Quality, float]] = {
-    Quality.TOKENS: 0.1 / DEAREST,  # a tenth of the champion's mean
-    Quality.FAILURES: 0.01,
-    Quality.UNANSWERED: 0.02,
-    Quality.FEEDBACK: 0.05,
+MARGINS: Final[Mapping[CanaryMetric, float]] = {
+    CanaryMetric.TOKENS: 0.1 / DEAREST,  # a tenth of the champion's mean
+    CanaryMetric.FAILURES: 0.01,
+    CanaryMetric.UNANSWERED: 0.02,
+    CanaryMetric.FEEDBACK: 0.05,
 }
 """How much worse a canary may be."""
 
@@ -62,7 +62,7 @@ class Outcome:
 class Verdict(NamedTuple):
     """Why a canary has to go."""
 
-    quality: Quality
+    quality: CanaryMetric
     wealth: float
     pairs: int
 
@@ -71,8 +71,8 @@ class Watch:
     """One canary beside one champion."""
 
     def __init__(self, alpha: float = ALPHA) -> None:
-        self.limit = len(Quality) / alpha
-        self._games = {quality: _Game(MARGINS[quality]) for quality in Quality}
+        self.limit = len(CanaryMetric) / alpha
+        self._games = {quality: _Game(MARGINS[quality]) for quality in CanaryMetric}
         self._spent = 0  # tokens of the champion's requests so far
         self._count = 0  # and how many they were
         self._unit = 0.0  # tokens that count 1, settled before either of a pair has been seen; 0: not yet
@@ -84,27 +84,27 @@ class Watch:
         if stage is Stage.CHAMPION:
             self._spent += outcome.tokens
             self._count += 1
-        if self._count and not self._games[Quality.TOKENS].waiting:
+        if self._count and not self._games[CanaryMetric.TOKENS].waiting:
             self._unit = max(1.0, DEAREST * self._spent / self._count)
         return self.verdict
 
     def hear(self, stage: Stage, content: bool) -> Verdict | None:
         """Take notice of what a client says of an answer after its request has ended; as `observe`."""
-        self._games[Quality.FEEDBACK].take(stage, float(not content))
+        self._games[CanaryMetric.FEEDBACK].take(stage, float(not content))
         return self.verdict
 
     @property
     def verdict(self) -> Verdict | None:
         """Why the canary has to go, by all that has been seen; None while nothing is proven."""
-        worst = max(Quality, key=lambda quality: self._games[quality].wealth)
+        worst = max(CanaryMetric, key=lambda quality: self._games[quality].wealth)
         game = self._games[worst]
         return Verdict(worst, game.wealth, game.pairs) if game.wealth >= self.limit else None
 
-    def _values(self, outcome: Outcome) -> dict[Quality, float]:
+    def _values(self, outcome: Outcome) -> dict[CanaryMetric, float]:
         """An outcome in numbers of which less is better."""
-        values = {Quality.FAILURES: float(outcome.failed), Quality.UNANSWERED: float(not outcome.answered)}
+        values = {CanaryMetric.FAILURES: float(outcome.failed), CanaryMetric.UNANSWERED: float(not outcome.answered)}
         if self._unit:
-            values[Quality.TOKENS] = outcome.tokens / self._unit
+            values[CanaryMetric.TOKENS] = outcome.tokens / self._unit
         return values
 
 

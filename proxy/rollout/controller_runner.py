@@ -49,7 +49,7 @@ from proxy.rollout.shadow import Played, compare
 from proxy.rollout.stages import Lineup, Stages
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics, family
-from proxy.types import Choice
+from proxy.types import ChosenController
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +108,11 @@ class Casting:
         """How one controller is held."""
         return self.level if spec.is_foreign else Level.TRUSTED
 
-    async def choose(self, name: str | None, request_id: str) -> Choice:
+    async def choose(self, name: str | None, request_id: str) -> ChosenController:
         """Who decides for a request that names `name`, or nobody. Raises UnknownController."""
         if await self.stages.follow():
             self._restage()
-        return self.stages.now.choose(request_id) if name is None else Choice(self.find(name), None)
+        return self.stages.now.choose(request_id) if name is None else ChosenController(self.find(name), None)
 
     def find(self, name: str) -> Spec:
         """The controller a request names. Raises UnknownController."""
@@ -148,7 +148,7 @@ class Casting:
             await pool.close()
         self._enders.shutdown(wait=False)
 
-    def cast(self, choice: Choice) -> Cast:
+    def cast(self, choice: ChosenController) -> Cast:
         """Who decides in an episode for which `choice` was made."""
         return Cast(self, choice)
 
@@ -188,7 +188,7 @@ class Casting:
             )
             self._quarantine(spec, words)
 
-    def ended(self, choice: Choice, outcome: Outcome) -> None:
+    def ended(self, choice: ChosenController, outcome: Outcome) -> None:
         """Take notice of how an episode ended; a canary that has done too badly by now is none any more."""
         spec, stage = choice
         if stage is None:
@@ -332,7 +332,7 @@ class Casting:
 class Cast:
     """Who decides in one episode: the controller that was chosen and, where that fails or may not run, the baseline."""
 
-    def __init__(self, casting: Casting, choice: Choice) -> None:
+    def __init__(self, casting: Casting, choice: ChosenController) -> None:
         self.fallback: str | None = None  # why the baseline decides, if it does
         self.level = casting.level_of(choice.spec)
         self._casting = casting

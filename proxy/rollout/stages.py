@@ -12,7 +12,7 @@ from controllers.installed import Installed, Stage, lot
 from controllers.loading import Spec
 from discovery.errors import PromotionError
 from discovery.promotion.registry import FileStamp, Registry
-from proxy.types import Choice
+from proxy.types import ChosenController
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ class Lineup:
     quarantined: frozenset[str] = frozenset()  # digests
     version: int = 0  # of the registry
 
-    def choose(self, request_id: str) -> Choice:
+    def choose(self, request_id: str) -> ChosenController:
         """Who decides for a request: the same for the same id, wherever it is asked."""
         if self.canary is not None and lot(request_id) < self.share:
-            return Choice(self.canary, Stage.CANARY)
-        return Choice(self.champion, Stage.CHAMPION)
+            return ChosenController(self.canary, Stage.CANARY)
+        return ChosenController(self.champion, Stage.CHAMPION)
 
     def at(self, stage: Stage) -> Spec | None:
         """Who is at a stage."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from controllers.builtin import ALIASES
+from controllers.builtin import ALIAS_BETAS
 from proxy.errors import (
     UpstreamEjected,
     UpstreamError,
@@ -19,7 +19,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.telemetry.chain_lengths import ChainLengths
-from proxy.types import Quality
+from proxy.types import CanaryMetric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -28,7 +28,7 @@ _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 LOST: Final = ("full", "unwritable", "closed", "damaged")
 CUT: Final = ("slow", "unread", "evicted", "refused")
-ROLLED_BACK: Final = (*Quality, "quarantined")
+ROLLED_BACK: Final = (*CanaryMetric, "quarantined")
 """Reasons that are shown before they happen: Prometheus sees no increase from nothing to one."""
 
 _FAILURES: Final = {
@@ -43,7 +43,7 @@ _FAILURES: Final = {
 def family(controller: str) -> str:
     """A controller's name as a label: `asc@40` is `asc`, for clients may name any number."""
     plain = controller.partition("@")[0]
-    return ALIASES.get(plain, plain)
+    return ALIAS_BETAS.get(plain, plain)
 
 
 class Metrics:

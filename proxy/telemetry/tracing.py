@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from controllers import Action
 from proxy.telemetry.metrics import Metrics, family
-from proxy.types import Call, Plan, RequestResult, Watched, Watcher
+from proxy.types import Call, ObservedRequest, Plan, RequestResult, UpstreamObserver
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -66,7 +66,7 @@ class Spans:
         """A span for a request to the upstream that generates."""
         return nullcontext()
 
-    def request(self, method: str, path: str) -> Watched | None:
+    def request(self, method: str, path: str) -> ObservedRequest | None:
         """A span for another request to it, if there is one."""
         return None
 
@@ -117,7 +117,7 @@ class OpenSpans(Spans):
         span.set_attributes(
             {
                 "gen_ai.response.id": plan.request_id,
-                "autotts.beta": plan.dial.beta,
+                "autotts.beta": plan.beta.value,
                 "autotts.controller": family(plan.controller),
             }
         )
@@ -165,7 +165,7 @@ class OpenSpans(Spans):
                     }
                 )
 
-    def request(self, method: str, path: str) -> Watched | None:
+    def request(self, method: str, path: str) -> ObservedRequest | None:
         operation = OPERATIONS.get(path)
         about = {"http.request.method": method, "url.path": path, **(_about(operation) if operation else {})}
         span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=about)
@@ -179,7 +179,7 @@ class OpenSpans(Spans):
                 self._fail(span, str(status))
             span.end()
 
-        return Watched(end, self._headers_of(span))
+        return ObservedRequest(end, self._headers_of(span))
 
     def headers(self) -> Mapping[str, str]:
         return self._headers_of(self._now())
@@ -220,7 +220,7 @@ def _about(operation: str, model: str | None = None) -> dict[str, Any]:
     return about if model is None else {**about, "gen_ai.request.model": model}
 
 
-class Observer(Watcher):
+class Observer(UpstreamObserver):
     """Tells metrics and spans what the upstream is asked."""
 
     def __init__(self, metrics: Metrics, spans: Spans) -> None:
@@ -235,7 +235,7 @@ class Observer(Watcher):
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
         return self._spans.round(actions)
 
-    def request(self, method: str, path: str) -> Watched | None:
+    def request(self, method: str, path: str) -> ObservedRequest | None:
         return self._spans.request(method, path)
 
     def headers(self) -> Mapping[str, str]:

@@ -34,7 +34,7 @@ from proxy.errors import (
     UpstreamUnreachable,
     detail,
 )
-from proxy.types import Call, Model, Output, Watched, Watcher
+from proxy.types import Call, Model, ObservedRequest, Output, UpstreamObserver
 from proxy.upstream.branch_semaphore import Berths
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker, RetryBudget
 from proxy.upstream.detokeniser import Endings
@@ -123,7 +123,7 @@ class Engine:
         self.on_event: Callable[[str], object] = lambda _: None  # called with "retried" and "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
         self.endings = Endings()
-        self.watcher = Watcher()
+        self.watcher = UpstreamObserver()
 
     def aside(self) -> Engine:
         """Return an engine of the same upstream for work that nobody waits for.
@@ -539,7 +539,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         self._is_telling = is_telling
         self._method = method
         self._watched = watched  # the path, if a watcher is to hear of it
-        self._seen: Watched | None = None
+        self._seen: ObservedRequest | None = None
         self._response: aiohttp.ClientResponse | None = None
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
@@ -569,7 +569,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         if self._is_telling and not is_failure(response.status):
             self._engine.breaker.succeed()
         if self._seen is not None:
-            self._seen.tell(response.status, None)
+            self._seen.on_end(response.status, None)
 
     def _fail(self, error: BaseException, *, is_counted: bool) -> None:
         """Take in a failure, which may be counted already. Raises what is foreign as a kind of UpstreamError."""
@@ -578,7 +578,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         is_ours = is_foreign or isinstance(error, ValueError)
         ours = engine.mapped(error) if is_ours and isinstance(error, Exception) else error
         if self._seen is not None:
-            self._seen.tell(None if response is None else response.status, ours)
+            self._seen.on_end(None if response is None else response.status, ours)
         is_failed = is_foreign or (response is not None and response.ok and _is_broken(error))
         if is_failed and not is_counted and not self._is_check:
             engine.fail(error)

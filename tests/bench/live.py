@@ -13,7 +13,7 @@ from controllers.baselines import CMC, SelfConsistency
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
-from proxy.types import Call, Prompt, Sizes
+from proxy.types import Call, EnvironmentLimits, Prompt
 from proxy.upstream.client import Engine
 from tests.bench.rows import Row, Size, median_ratio
 
@@ -103,7 +103,7 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
 async def _stepped(engine: Engine, ids: list[int]) -> float:
     """Tokens/s of branches that all stop at every interval."""
     environment = LiveEnvironment(
-        engine, Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed")), Sizes(INTERVAL, LIMIT, 8)
+        engine, Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed")), EnvironmentLimits(INTERVAL, LIMIT, 8)
     )
     state = State(Limits(INTERVAL))
     started = time.perf_counter()

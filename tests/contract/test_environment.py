@@ -34,7 +34,7 @@ from discovery.data.recordings import RecordedBranch, RecordedQuestion, intern_a
 from discovery.evaluation.replay import ReplayEnvironment
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD, TEMPLATES, Family
-from proxy.types import Prompt, Sizes
+from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import Engine
 from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
@@ -57,7 +57,7 @@ async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
     async with FakeVLLM(chains, INTERVAL).serve() as backend, aiohttp.ClientSession() as session:
         engine = Engine(backend.url, session)
         ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
-        yield LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), Sizes(INTERVAL, 10_000, PROBE))
+        yield LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), EnvironmentLimits(INTERVAL, 10_000, PROBE))
 
 
 @asynccontextmanager

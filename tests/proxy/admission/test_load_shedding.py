@@ -11,7 +11,7 @@ from proxy.admission.load_shedding import Marks, parse_marks
 from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import load
-from proxy.types import Dial, Source
+from proxy.types import BetaSource, EffectiveBeta
 from tests.fakes import FakeVLLM
 from tests.proxy.admission.test_api_keys import ask
 from tests.proxy.conftest import SMALL
@@ -38,11 +38,11 @@ def test_marks_that_are_none(text: str) -> None:
 
 
 def test_what_is_told_of_the_source() -> None:
-    assert Dial(0.8, Source.HEADER).shrunk(1.0) == Dial(0.8, Source.HEADER)
-    shrunk = Dial(0.8, Source.HEADER).shrunk(0.5)
-    assert (shrunk.beta, shrunk.asked, shrunk.told) == (0.4, 0.8, "header, load")
-    assert Dial(0.8, Source.DEFAULT).shrunk(0.5).told == "load"
-    assert not Dial(0.8, Source.DEFAULT).shrunk(0.5).explicit
+    assert EffectiveBeta(0.8, BetaSource.HEADER).scaled(1.0) == EffectiveBeta(0.8, BetaSource.HEADER)
+    shrunk = EffectiveBeta(0.8, BetaSource.HEADER).scaled(0.5)
+    assert (shrunk.value, shrunk.requested, shrunk.source_text) == (0.4, 0.8, "header, load")
+    assert EffectiveBeta(0.8, BetaSource.DEFAULT).scaled(0.5).source_text == "load"
+    assert not EffectiveBeta(0.8, BetaSource.DEFAULT).scaled(0.5).is_from_client
 
 
 async def asked(backend: FakeVLLM, settings: dict[str, Any], beta: str | None = "0.8", **fields: Any) -> Any:

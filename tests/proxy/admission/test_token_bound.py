@@ -18,7 +18,7 @@ from proxy.admission.token_bound import FREE, UNSET, Bound, fit
 from proxy.admission.token_budget import SHARE, Caps
 from proxy.admission.usage_meter import HELD, LATE, TAIL, Bill, last_of
 from proxy.errors import BadRequest
-from proxy.requests.models import ChatRequest, CompletionRequest, Generation, ResponsesRequest, parse
+from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest, parse
 from proxy.server import running
 from proxy.settings import EMBEDDED, Settings, load
 from tests.fakes import MAX_LENGTH, MODEL, Chain, FakeVLLM, RawUpstream
@@ -30,15 +30,15 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content":
 LONGEST = 4096
 
 
-def chat(**fields: Any) -> Generation:
+def chat(**fields: Any) -> GenerationRequest:
     return parse(ChatRequest, json.dumps({**CHAT, **fields}).encode())
 
 
-def text(**fields: Any) -> Generation:
+def text(**fields: Any) -> GenerationRequest:
     return parse(CompletionRequest, json.dumps({"prompt": "hi", **fields}).encode())
 
 
-def response(**fields: Any) -> Generation:
+def response(**fields: Any) -> GenerationRequest:
     return parse(ResponsesRequest, json.dumps({"input": "hi", **fields}).encode())
 
 
@@ -68,7 +68,7 @@ def test_without_a_cap_nothing_is_bounded_or_read() -> None:
         (response(max_output_tokens=500, tools=[{"type": "function", "name": "f"}]), 500),
     ],
 )
-def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: Generation, most: int) -> None:
+def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: GenerationRequest, most: int) -> None:
     assert fit(request_, Caps(tokens=700), LONGEST).most == most
 
 
@@ -103,7 +103,7 @@ def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: G
         (text(best_of="3"), Caps(tokens=700), "best_of", "whole"),
     ],
 )
-def test_more_than_a_cap_is_refused_by_name(request_: Generation, caps: Caps, param: str, words: str) -> None:
+def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: Caps, param: str, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as refused:
         fit(request_, caps, LONGEST)
     assert refused.value.param == param
@@ -125,7 +125,7 @@ def test_more_than_a_cap_is_refused_by_name(request_: Generation, caps: Caps, pa
     ],
 )
 def test_who_sets_no_limit_is_given_one_that_fits(
-    request_: Generation, caps: Caps, longest: int, most: int, put: dict[str, int]
+    request_: GenerationRequest, caps: Caps, longest: int, most: int, put: dict[str, int]
 ) -> None:
     bound = fit(request_, caps, longest)
     assert (bound.most, dict(bound.put)) == (most, put)

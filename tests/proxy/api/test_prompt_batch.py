@@ -231,7 +231,7 @@ def test_ids_of_prompts_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_prompt_with_a_value_that_is_no_id_is_not_served(bad: Any) -> None:
     for prompt in ([1, 2, bad], [[1, 2], [3, bad]]):
         parsed = models.parse(models.CompletionRequest, json.dumps({"prompt": prompt}).encode())
-        assert parsed.unserved() == models.Unserved("prompt", "prompt")
+        assert parsed.unserved() == models.PassThroughReason("prompt", "prompt")
 
 
 def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from discovery.answers import Judge, Labels, canonical, parse_kind, read_answer
 from discovery.answers.judge import EqualityResult
 from proxy.environment import answer_reader
-from proxy.environment.answer_reader import Budget, EpisodeGrader, Grading, InlineGrader
+from proxy.environment.answer_reader import EpisodeGrader, GraderPool, PlainGrader, TimeBudget
 from proxy.telemetry.metrics import Metrics
 
 PATTERN = parse_kind(r"regex:x.*y|x")
@@ -57,20 +57,20 @@ def limits(metrics: Metrics) -> dict[str, float]:
     return {s.labels["limit"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
-async def make(finding: Callable[[str, str], EqualityResult]) -> AsyncIterator[Grading]:
-    made = Grading(Metrics(), ScriptedJudge(finding))
+async def make(finding: Callable[[str, str], EqualityResult]) -> AsyncIterator[GraderPool]:
+    made = GraderPool(Metrics(), ScriptedJudge(finding))
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def killing() -> AsyncIterator[Grading]:
+async def killing() -> AsyncIterator[GraderPool]:
     """A judge whose every question ends with a killed process."""
     async for made in make(lambda one, other: EqualityResult(False, 1.0, True)):
         yield made
 
 
-def asked(made: Grading) -> int:
+def asked(made: GraderPool) -> int:
     judge = made.judge
     assert isinstance(judge, ScriptedJudge)
     return len(judge.asked)
@@ -79,7 +79,7 @@ def asked(made: Grading) -> int:
 OTHERS = [(number, str(number)) for number in range(8)]
 
 
-async def test_an_episode_whose_questions_are_killed_is_soon_compared_by_form(killing: Grading) -> None:
+async def test_an_episode_whose_questions_are_killed_is_soon_compared_by_form(killing: GraderPool) -> None:
     grader = killing.grader("a")
     for _ in range(5):
         assert await grader.compare("9", OTHERS) is None
@@ -87,7 +87,7 @@ async def test_an_episode_whose_questions_are_killed_is_soon_compared_by_form(ki
     assert limits(killing.metrics) == {"judge_episode": 5}
 
 
-async def test_a_tenant_with_many_such_episodes_is_too_and_another_is_not(killing: Grading) -> None:
+async def test_a_tenant_with_many_such_episodes_is_too_and_another_is_not(killing: GraderPool) -> None:
     for _ in range(20):
         await killing.grader("a").compare("9", OTHERS)
     most = answer_reader.TENANT_S / (1 + answer_reader.KILL_S)
@@ -171,15 +171,15 @@ async def test_an_episode_s_pattern_has_a_budget(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_math_verify_decides_what_forms_do_not() -> None:
-    made = Grading(Metrics())
+    made = GraderPool(Metrics())
     try:
         assert await label(made.grader("a"), r"\log_2 8", "3") == [0, 0]
-        assert await label(InlineGrader(), r"\log_2 8", "3") == [0, 1]
+        assert await label(PlainGrader(), r"\log_2 8", "3") == [0, 1]
     finally:
         await made.close()
 
 
-async def label(grader: EpisodeGrader | InlineGrader, *answers: str) -> list[int]:
+async def label(grader: EpisodeGrader | PlainGrader, *answers: str) -> list[int]:
     labels, numbers = Labels(), []
     for written in answers:
         form = canonical(written)
@@ -190,7 +190,7 @@ async def label(grader: EpisodeGrader | InlineGrader, *answers: str) -> list[int
 
 def test_a_budget_comes_back_with_time() -> None:
     now = [0.0]
-    budget = Budget(10, 0.5, lambda: now[0])
+    budget = TimeBudget(10, 0.5, lambda: now[0])
     budget.spend(12)
     assert budget.left == -2
     now[0] = 6

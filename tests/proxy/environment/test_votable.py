@@ -17,7 +17,7 @@ from proxy.rollout.controller_runner import Casting
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.telemetry.metrics import Metrics
-from proxy.types import STREAM_INTERVAL, Dial, Source
+from proxy.types import STREAM_INTERVAL, BetaSource, EffectiveBeta
 from proxy.upstream.client import Engine
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
@@ -193,11 +193,15 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     engine = Engine(proxy.backend.url, proxy.http)
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
-    plan = await run.plan(engine, Casting(settings, Metrics()), settings, model, request, Dial(1.0, Source.HEADER))
+    plan = await run.plan(
+        engine, Casting(settings, Metrics()), settings, model, request, EffectiveBeta(1.0, BetaSource.HEADER)
+    )
     assert plan.limits.max_tokens is not None
-    beside = len(plan.prompt.template.longest_closing) + plan.closing.free + asked * plan.limits.probe_tokens
-    assert plan.limits.max_tokens + beside + (plan.sizes.ahead or 0) == cap
-    assert (plan.sizes.ahead is None) == (asked == 1)
+    beside = (
+        len(plan.prompt.template.longest_closing) + plan.final_answer_limits.free + asked * plan.limits.probe_tokens
+    )
+    assert plan.limits.max_tokens + beside + (plan.environment_limits.ahead or 0) == cap
+    assert (plan.environment_limits.ahead is None) == (asked == 1)
 
 
 async def test_what_is_cut_is_billed_but_for_a_few_tokens_a_branch(proxy: Proxy) -> None:

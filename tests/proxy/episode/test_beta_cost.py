@@ -26,7 +26,7 @@ from proxy.errors import BadRequest, SettingsError
 from proxy.requests.beta import resolve
 from proxy.server import running
 from proxy.settings import load
-from proxy.types import Source
+from proxy.types import BetaSource
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 from tests.proxy.requests.test_bad_input import check_error
@@ -157,7 +157,7 @@ def test_what_is_aimed_at_is_asked_for_only_where_it_decides() -> None:
     about: dict[str, Any] = {"effort": None, "alias": None, "model": "m", "default": None, "target": never}
     turned = resolve(["0.5"], body=None, **about)
     assert turned is not None
-    assert turned.source is Source.HEADER
+    assert turned.source is BetaSource.HEADER
     with pytest.raises(BadRequest, match="asked"):
         resolve([], body=None, **about)
 

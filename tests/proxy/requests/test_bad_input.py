@@ -26,7 +26,7 @@ from proxy.requests.models import (
     ResponsesRequest,
     parse,
 )
-from proxy.types import Source
+from proxy.types import BetaSource
 from tests.fakes import MODEL
 from tests.proxy.conftest import Proxy
 
@@ -55,7 +55,7 @@ def test_header_betas_that_are_none(beta: str) -> None:
 def test_header_betas_that_are_fine(beta: str) -> None:
     turned = resolve([beta], body=None, effort=None, alias=None, model="m", default=None)
     assert turned is not None
-    assert turned.beta == float(beta)
+    assert turned.value == float(beta)
 
 
 @pytest.mark.parametrize("beta", ["nan", "1e400", "1_000", "１".encode().decode("latin-1"), "2"])
@@ -363,18 +363,18 @@ async def test_unknown_paths_and_methods(proxy: Proxy) -> None:
 
 
 def test_where_beta_comes_from_first_present_wins() -> None:
-    def source(**given: Any) -> tuple[float, Source] | None:
+    def source(**given: Any) -> tuple[float, BetaSource] | None:
         ways = {"body": None, "effort": None, "alias": None, "model": "m", "default": None} | given
         turned = resolve(ways.pop("headers", []), **ways)
-        return None if turned is None else (turned.beta, turned.source)
+        return None if turned is None else (turned.value, turned.source)
 
     everything: dict[str, Any] = {"headers": ["0.1"], "body": 0.2, "effort": "high", "alias": 0.4, "default": 0.5}
     for way, expected in [
-        ("headers", (0.1, Source.HEADER)),
-        ("body", (0.2, Source.BODY)),
-        ("effort", (0.75, Source.EFFORT)),
-        ("alias", (0.4, Source.ALIAS)),
-        ("default", (0.5, Source.DEFAULT)),
+        ("headers", (0.1, BetaSource.HEADER)),
+        ("body", (0.2, BetaSource.BODY)),
+        ("effort", (0.75, BetaSource.EFFORT)),
+        ("alias", (0.4, BetaSource.ALIAS)),
+        ("default", (0.5, BetaSource.DEFAULT)),
     ]:
         assert source(**everything) == expected
         del everything[way]

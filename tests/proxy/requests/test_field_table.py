@@ -18,7 +18,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from proxy.errors import Forbidden
-from proxy.requests.field_table import ADMINS, FORWARDED, withheld
+from proxy.requests.field_table import ADMINS, FORWARDED, fields_to_drop
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import RawUpstream
@@ -58,15 +58,15 @@ def test_every_field_of_vllm_is_decided_on(name: str) -> None:
 
 def test_admins_may_send_anything_and_others_what_is_theirs() -> None:
     assert not FORWARDED & ADMINS.keys()
-    assert not withheld(dict.fromkeys([*FORWARDED, "tts"], 1), is_admin=False)
-    assert not withheld(dict.fromkeys([*ADMINS, "frobnicate"], 1), is_admin=True)
-    assert withheld({"model": "m", "frobnicate": 1}, is_admin=False) == ["frobnicate"]
+    assert not fields_to_drop(dict.fromkeys([*FORWARDED, "tts"], 1), is_admin=False)
+    assert not fields_to_drop(dict.fromkeys([*ADMINS, "frobnicate"], 1), is_admin=True)
+    assert fields_to_drop({"model": "m", "frobnicate": 1}, is_admin=False) == ["frobnicate"]
     for name, defaults in ADMINS.items():
         with pytest.raises(Forbidden, match=name) as refused:
-            withheld({"model": "m", name: "x"}, is_admin=False)
+            fields_to_drop({"model": "m", name: "x"}, is_admin=False)
         assert refused.value.param == name
         for value in (None, [], {}, *defaults):
-            assert not withheld({name: value}, is_admin=False)
+            assert not fields_to_drop({name: value}, is_admin=False)
 
 
 @pytest_asyncio.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from controllers.installed import Stage
 from proxy.rollout.canary_test import Outcome, Verdict, Watch
-from proxy.types import Quality
+from proxy.types import CanaryMetric
 
 REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
@@ -81,14 +81,14 @@ def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
 @pytest.mark.parametrize(
     ("canary", "share", "within", "quality"),
     [
-        (requests(tokens=6000), 0.5, 300, Quality.TOKENS),
-        (requests(tokens=6000), 0.1, 800, Quality.TOKENS),
-        (requests(failing=0.22), 0.5, 500, Quality.FAILURES),
-        (requests(unanswered=0.35), 0.5, 500, Quality.UNANSWERED),
-        (requests(unhappy=0.8), 0.5, 800, Quality.FEEDBACK),
+        (requests(tokens=6000), 0.5, 300, CanaryMetric.TOKENS),
+        (requests(tokens=6000), 0.1, 800, CanaryMetric.TOKENS),
+        (requests(failing=0.22), 0.5, 500, CanaryMetric.FAILURES),
+        (requests(unanswered=0.35), 0.5, 500, CanaryMetric.UNANSWERED),
+        (requests(unhappy=0.8), 0.5, 800, CanaryMetric.FEEDBACK),
     ],
 )
-def test_one_that_is_worse_is_found_out(canary: Draw, share: float, within: int, quality: Quality) -> None:
+def test_one_that_is_worse_is_found_out(canary: Draw, share: float, within: int, quality: CanaryMetric) -> None:
     found = list(ends(50, share, canary, requests(), most=within))
     assert len(found) >= 0.95 * 50
     assert sum(verdict.quality is quality for _, verdict in found) >= 0.95 * 50
@@ -120,7 +120,7 @@ def test_the_verdict_stays_and_says_why() -> None:
         watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
         verdicts.append(watch.observe(Stage.CANARY, Outcome(1000, True, True)))
     first = next(verdict for verdict in verdicts if verdict is not None)
-    assert first.quality is Quality.FAILURES
+    assert first.quality is CanaryMetric.FAILURES
     assert first.wealth >= watch.limit
     assert first.pairs == verdicts.index(first) + 1 < 20
     assert watch.verdict is not None

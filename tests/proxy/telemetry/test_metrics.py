@@ -7,12 +7,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.environment.live_environment import LiveEnvironment
-from proxy.episode.episode_metrics import saved_tokens
+from proxy.episode.episode_metrics import estimate_saved_tokens
 from proxy.requests.beta import EFFORTS
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import family
-from proxy.types import ALIASES, Dial, LiveBranch, Prompt, Sizes, Source
+from proxy.types import ALIAS_BETAS, BetaSource, EffectiveBeta, EnvironmentLimits, LiveBranch, Prompt
 from proxy.upstream import health_monitor
 from proxy.upstream.client import Engine
 from tests.proxy.conftest import SMALL, Proxy
@@ -68,15 +68,17 @@ async def test_voting_is_what_savings_are_measured_by(proxy: Proxy) -> None:
 
 
 async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) -> None:
-    environment = LiveEnvironment(Engine(proxy.url, proxy.http), Prompt(MODEL, [1], "", {}), Sizes(10, 100, 5))
-    assert saved_tokens(environment, 4, 10) is None
+    environment = LiveEnvironment(
+        Engine(proxy.url, proxy.http), Prompt(MODEL, [1], "", {}), EnvironmentLimits(10, 100, 5)
+    )
+    assert estimate_saved_tokens(environment, 4, 10) is None
     environment.branches += [
         LiveBranch(ids=[1] * 30, finish="stop"),
         LiveBranch(ids=[1] * 10, finish="stop"),
         LiveBranch(ids=[1] * 99, finish="length"),
     ]
-    assert saved_tokens(environment, 4, 50) == 30
-    assert saved_tokens(environment, 4, 139) == -59
+    assert estimate_saved_tokens(environment, 4, 50) == 30
+    assert estimate_saved_tokens(environment, 4, 139) == -59
 
 
 @pytest.mark.parametrize(
@@ -84,12 +86,12 @@ async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) ->
     [(0, "0"), (0.1, "0"), (0.125, "0.25"), (0.25, "0.25"), (0.3, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1, "1")],
 )
 def test_a_beta_is_counted_under_the_nearest_alias(beta: float, bucket: str) -> None:
-    assert Dial(beta, Source.HEADER).bucket == bucket
+    assert EffectiveBeta(beta, BetaSource.HEADER).bucket == bucket
 
 
 def test_every_alias_and_effort_has_a_bucket_of_its_own() -> None:
-    for beta in (*ALIASES, *EFFORTS.values()):
-        assert float(Dial(beta, Source.EFFORT).bucket) == beta
+    for beta in (*ALIAS_BETAS, *EFFORTS.values()):
+        assert float(EffectiveBeta(beta, BetaSource.EFFORT).bucket) == beta
 
 
 async def test_a_quarter_is_counted_as_a_quarter(proxy: Proxy) -> None:

@@ -19,7 +19,7 @@ from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamRefused
 from proxy.probe_templates import TEMPLATES, Family
-from proxy.types import Prompt, Sizes
+from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import Engine
 from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, Endings, Known
 from tests.dictated import MARK, MODEL, DictatedVLLM, byte_level, id_of, ids_of, sentence_piece
@@ -36,8 +36,8 @@ async def environment(
     template = replace(TEMPLATES[Family.PLAIN], special=special)
     prompt = Prompt(MODEL, backend.prompt, "", {}, stop=stop, kind=parse_kind("boxed"), template=template)
     async with backend.serve(), aiohttp.ClientSession() as http:
-        env = LiveEnvironment(Engine(backend.url, http), prompt, Sizes(interval, 2000, 8))
-        env.votable = env.votable_for_sure = True
+        env = LiveEnvironment(Engine(backend.url, http), prompt, EnvironmentLimits(interval, 2000, 8))
+        env.votable = env.votable_confirmed = True
         yield env
 
 
@@ -173,8 +173,8 @@ async def test_seams_between_whole_characters_cost_nothing_once_their_ids_are_kn
     async with environment(backend, 3) as env:
         await run_out(env, 1)
         asked = backend.decoded
-        again = LiveEnvironment(env.engine, env.prompt, env.sizes)
-        again.votable = again.votable_for_sure = True
+        again = LiveEnvironment(env.engine, env.prompt, env.limits)
+        again.votable = again.votable_confirmed = True
         await run_out(again, 1)
         assert again.branches[0].text == env.branches[0].text
         assert backend.decoded == asked <= len(set(text)) + len(set(backend.prompt))
