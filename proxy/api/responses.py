@@ -7,14 +7,15 @@ from contextlib import aclosing
 from typing import Any
 
 from proxy import errors
+from proxy.api.formats import EpisodeNews
 from proxy.errors import ApiError
 from proxy.http.sse import PING, event, pieces
 from proxy.requests.models import ResponsesRequest
 from proxy.types import Message, Plan, Reply
 
 
-def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
-    """A finished `response`."""
+def to_json(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
+    """Return a finished `response`."""
     message = reply.message
     output = [_said(reply.plan, message)]
     if message.reasoning and request.include_reasoning is not False:
@@ -22,21 +23,19 @@ def whole(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
     return _complete(request, reply, output)
 
 
-async def events(
-    request: ResponsesRequest, plan: Plan, thinking: AsyncGenerator[str | Reply | None]
-) -> AsyncGenerator[bytes]:
-    """The same event by event. What the rounds bring is the summary of the reasoning."""
-    stream = _Events(plan)
-    yield stream.one("response.created", response=_response(request, plan, "in_progress"))
-    yield stream.one("response.in_progress", response=_response(request, plan, "in_progress"))
+async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
+    """Stream a response event by event. Progress is the summary of the reasoning."""
+    events = _Events(plan)
+    yield events.one("response.created", response=_response(request, plan, "in_progress"))
+    yield events.one("response.in_progress", response=_response(request, plan, "in_progress"))
     summary = ""
     try:
-        async with aclosing(thinking) as items:
+        async with aclosing(news) as items:
             async for item in items:
                 if item is None:
                     yield PING
                 elif isinstance(item, str):
-                    for data in stream.summarise(item, is_first=not summary):
+                    for data in events.summarise(item, is_first=not summary):
                         yield data
                     summary += item
                 else:
@@ -44,21 +43,21 @@ async def events(
     except ApiError as error:  # the status is out: an error can only be an event now
         told = errors.body(error)
         about = {"code": error.code, "message": error.message, "param": error.param}
-        yield stream.one("error", **about, **told)
+        yield events.one("error", **about, **told)
         failed = {"code": "server_error", "message": error.message}
-        yield stream.one("response.failed", response=_response(request, plan, "failed", error=failed))
+        yield events.one("response.failed", response=_response(request, plan, "failed", error=failed))
         return
     output: list[dict[str, Any]] = []
     thought = "" if request.include_reasoning is False else reply.message.reasoning or ""
     if summary or thought:
         output.append(_thought(plan, summary, thought))
-        for data in stream.think(output[0]):
+        for data in events.think(output[0]):
             yield data
     output.append(_said(plan, reply.message))
-    for data in stream.say(output[-1], len(output) - 1):
+    for data in events.say(output[-1], len(output) - 1):
         yield data
     done = _complete(request, reply, output)
-    yield stream.one(f"response.{done['status']}", response=done, tts=reply.tts)
+    yield events.one(f"response.{done['status']}", response=done, tts=reply.tts)
 
 
 class _Events:

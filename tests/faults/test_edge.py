@@ -22,7 +22,7 @@ import uvicorn
 from openai import AsyncOpenAI
 from uvicorn.server import ServerState
 
-from proxy.app import ROUTES
+from proxy.api.routes import ROUTES
 from proxy.errors import ApiError
 from proxy.http import protocol as edge
 from proxy.http.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for

@@ -17,7 +17,8 @@ from openai import AsyncOpenAI, AuthenticationError
 
 from proxy.admission import api_keys
 from proxy.admission.auth import Access, Callers, check_host
-from proxy.app import ROUTES, create_app
+from proxy.api.routes import ROUTES
+from proxy.app import create_app
 from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import EMBEDDED, load

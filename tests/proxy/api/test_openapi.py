@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from proxy.api.openapi import OPERATIONS, document
-from proxy.app import ROUTES
+from proxy.api.routes import ROUTES
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM

@@ -312,7 +312,7 @@ async def test_a_long_one_is_told_in_a_thread_and_its_answers_in_part(
         threads.append(threading.get_ident())
         return plain(episode)
 
-    monkeypatch.setattr("proxy.app.explain", told)
+    monkeypatch.setattr("proxy.api.tts.explain", told)
     backend.chains = [chain("7" * 200, 400, ["7" * 200]) for _ in range(4)]
     async with serving(backend, tmp_path / "s.db", store_text="hash") as proxy:
         _, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@2"})

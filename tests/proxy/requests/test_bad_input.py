@@ -310,7 +310,7 @@ async def test_unknown_models_are_told_the_known(proxy: Proxy) -> None:
 
 async def test_a_tag_is_no_beta_and_told_so(proxy: Proxy) -> None:
     _, _, reply = await proxy.ask(None, model=f"{MODEL}@latest")
-    assert reply["error"]["message"].endswith(f"β is set by a number, as in {MODEL}@0.5")
+    assert reply["error"]["message"].endswith(f"set β by a number, as in {MODEL}@0.5")
     with pytest.raises(NotFoundError):
         await proxy.openai.chat.completions.create(model=f"{MODEL}@latest", messages=[{"role": "user", "content": "a"}])
 

@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 from openai import AsyncOpenAI
 
-from proxy.app import ROUTES, Service
+from proxy.api.routes import ROUTES
+from proxy.api.tts import TtsEndpoints
 from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import load
@@ -109,7 +110,7 @@ async def test_what_a_client_says_stays_with_it(
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    async def failing(self: Service, _: Any) -> Any:
+    async def failing(self: TtsEndpoints, _: Any) -> Any:
         raise RuntimeError(f"{CANARY} at work")
 
     settings = load(
@@ -147,7 +148,7 @@ async def test_what_a_client_says_stays_with_it(
                 await mine.send("POST", path, json=body)
                 backend.fault = ""
                 assert (await mine.chat())[0] == 200  # so that the upstream is not left alone
-        monkeypatch.setattr(Service, "curve", failing)
+        monkeypatch.setattr(TtsEndpoints, "curve", failing)
         assert (await mine.send("GET", "/v1/tts/curve"))[0] == 500
         told = await bystander(proxy)
         if record_fraction:

@@ -1,0 +1,84 @@
+"""Format of `/v1/completions`: the whole `text_completion` of one prompt or several, and its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from proxy import errors
+from proxy.api.formats import BatchNews, EpisodeNews
+from proxy.api.prompt_batch import Batch
+from proxy.api.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
+from proxy.http.sse import DONE, PING, event, pieces
+from proxy.requests.models import CompletionRequest, GenerationRequest
+from proxy.types import Plan, Reply
+
+
+def to_json(_: CompletionRequest, reply: Reply) -> dict[str, Any]:
+    """Return a `text_completion`: all that the winner wrote after the prompt, with its thought."""
+    choice = {"index": 0, "text": reply.message.written, "logprobs": None, "finish_reason": reply.message.finish_reason}
+    return {**chunk_head(reply.plan, "text_completion"), "choices": [choice], "usage": reply.usage, "tts": reply.tts}
+
+
+def stream(request: CompletionRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
+    """Stream a reply as `text_completion` chunks. Progress stands beside the text, not in it."""
+
+    def choice(text: str = "", finish: str | None = None, **extra: Any) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, **extra}
+
+    chunks = ChunkFormat(
+        chunk_head(plan, "text_completion"),
+        choice(),
+        lambda line: choice(**reasoning_fields(line)),
+        lambda reply: [choice(piece) for piece in pieces(reply.message.written)],
+        lambda finish: choice(finish=finish),
+    )
+    return stream_chunks(request, news, chunks)
+
+
+def batch_to_json(batch: Batch) -> dict[str, Any]:
+    """Return the `text_completion` of several prompts, a choice each."""
+    messages = [reply.message for reply in batch.replies]
+    choices = [_text_choice(i, message.written, message.finish_reason) for i, message in enumerate(messages)]
+    head = {**chunk_head(batch.plan, "text_completion"), "id": batch.request_id}
+    return {**head, "choices": choices, "usage": batch.usage, "tts": batch.tts}
+
+
+async def stream_batch(
+    request: GenerationRequest, request_id: str, plans: Sequence[Plan], news: BatchNews
+) -> AsyncGenerator[bytes]:
+    """Yield the chunks of several prompts: each text when its episode is over, the bill with the last chunk."""
+    head = {**chunk_head(plans[0], "text_completion"), "id": request_id}
+
+    def chunk(choice: Mapping[str, Any], **extra: Any) -> bytes:
+        return event({**head, "choices": [choice], **extra})
+
+    for index in range(len(plans)):
+        yield chunk(_text_choice(index))
+    try:
+        async with aclosing(news) as items:
+            async for item in items:
+                if item is None:
+                    yield PING
+                elif isinstance(item, Batch):
+                    batch = item
+                elif isinstance(item.content, str):
+                    yield chunk({**_text_choice(item.prompt), **reasoning_fields(item.content)})
+                else:
+                    for piece in pieces(item.content.message.written):
+                        yield chunk(_text_choice(item.prompt, piece))
+    except errors.ApiError as error:
+        yield event(errors.body(error))
+        return
+    *others, last = [_text_choice(i, "", finish) for i, finish in enumerate(batch.finish_reasons)]
+    for choice in others:
+        yield chunk(choice)
+    yield chunk(last, tts=batch.tts)
+    if request.wants_usage:
+        yield event({**head, "choices": [], "usage": batch.usage, "tts": batch.tts})
+    yield DONE
+
+
+def _text_choice(index: int, text: str = "", finish: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}

@@ -1,0 +1,82 @@
+"""Responses to requests that fail: one function turns every exception into an error in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from proxy import errors
+from proxy.api.response_headers import current_request_id
+from proxy.errors import ApiError, BadRequest, Forbidden, NotFound, RecordsAway, TooMany, Unauthorised
+from proxy.http.sse import ClientGone
+from proxy.passthrough.forward import UNSERVED
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that disconnected. Only the access log shows it."""
+
+
+class ErrorResponses:
+    """Turn exceptions into responses. `paths` are those that are served, to suggest one for a path that is not."""
+
+    def __init__(self, paths: Collection[str]) -> None:
+        self._paths = [path for path in paths if path.startswith("/v1/")]
+
+    async def respond(self, request: Request, error: Exception) -> Response:
+        """Return the response to a request that failed with `error`."""
+        if isinstance(error, ApiError):
+            return self._api_error(request, error)
+        if isinstance(error, HTTPException):
+            return self._http_error(request, error)
+        if isinstance(error, ClientGone):
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        # A fault of the proxy: the traceback goes to the log, never to the client.
+        internal = ApiError("the proxy failed; its log has the details", code="internal_error")
+        return JSONResponse(errors.body(internal), internal.status, {"x-request-id": current_request_id()})
+
+    def _api_error(self, request: Request, error: ApiError) -> Response:
+        if outcome := _outcome(error):
+            request.app.state.service.metrics.requests.labels("", "", outcome).inc()
+        headers = {"x-request-id": current_request_id(), **error.headers}
+        if error.spent:  # a client's retry would buy every branch again
+            headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}
+        return JSONResponse(errors.body(error), error.status, headers)
+
+    def _http_error(self, request: Request, error: HTTPException) -> Response:
+        """Return the response to a path or method that is not served."""
+        path, is_missing = request.url.path, error.status_code == HTTPStatus.NOT_FOUND
+        message = f"{request.method} {path}: {error.detail}"
+        if is_missing and (instead := UNSERVED.get(path)):
+            message = f"{request.method} {path} is not served: {instead}"
+        elif is_missing and (suggestion := self._suggested_path(path)):
+            message = f"{message}; did you mean {suggestion}? A client's base URL ends in /v1"
+        shown = NotFound(message, code="not_found") if is_missing else BadRequest(message)
+        headers = {**(error.headers or {}), "x-request-id": current_request_id()}
+        return JSONResponse(errors.body(shown), error.status_code, headers)
+
+    def _suggested_path(self, path: str) -> str | None:
+        """Return the path of an endpoint that a client asks for under a wrong base URL, or None.
+
+        Such paths lack /v1, have it twice, or have the path of another server before it
+        (`/openai/deployments/NAME/chat/completions`).
+        """
+        with_version = f"/v1/{path.strip('/')}"
+        while with_version.startswith("/v1/v1/"):
+            with_version = with_version.removeprefix("/v1")
+        if with_version.startswith("/v1/models/") and with_version != path:
+            return with_version
+        ends = [known for known in self._paths if with_version.endswith(known.removeprefix("/v1"))]
+        suggestion = max(ends, key=len, default=path)
+        return None if suggestion == path else suggestion
+
+
+def _outcome(error: ApiError) -> str:
+    """Return the outcome that `error` is counted as; empty where it is counted already, or elsewhere."""
+    if error.is_counted or isinstance(error, TooMany | RecordsAway):
+        return ""
+    if isinstance(error, Unauthorised | Forbidden):
+        return "denied"
+    return "failed" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "refused"

@@ -1,0 +1,126 @@
+"""Requests that no controller serves: handed to the upstream, within the caller's budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http import HTTPStatus
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from proxy.admission.token_bound import Bound
+from proxy.api.response_headers import current_request_id, untouched_headers
+from proxy.api.service import Service
+from proxy.http import graceful_shutdown
+from proxy.http.json_edit import splice
+from proxy.http.sse import ClientGone, Stream, unless_gone
+from proxy.passthrough.forward import forward
+from proxy.passthrough.request_ids import Passed
+from proxy.passthrough.unapplied_beta import mark, told
+from proxy.requests import field_table, field_values, strict_json
+from proxy.requests.models import GenerationRequest, PassThroughReason
+from proxy.telemetry import logs
+from proxy.telemetry.metrics import Metrics
+from proxy.types import EffectiveBeta, Model
+
+
+class ForwardEndpoints:
+    """Endpoints of the upstream's own, and generations without a controller."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def post(self, request: Request) -> Response:
+        """Forward a POST to an endpoint that the proxy does not serve itself."""
+        raw = await self._service.bodies.read(request)
+        fields = strict_json.read(raw)
+        field_values.check(fields)
+        drop = field_table.fields_to_drop(fields, is_admin=request.state.caller.is_admin)
+        name, put = fields.get("model"), dict[str, str]()
+        if isinstance(name, str) and "@" in name:
+            put = {"model": (await self._service.models.find(name))[0].id}
+        return await self._forward(request, splice(raw, drop=drop, put=put), untouched_headers("endpoint"))
+
+    async def get(self, request: Request) -> Response:
+        """Forward a GET."""
+        return await self._forward(request, b"", untouched_headers("endpoint"))
+
+    async def generate(
+        self,
+        request: Request,
+        parsed: GenerationRequest,
+        raw: bytes,
+        model: Model,
+        dial: EffectiveBeta | None,
+        unserved: PassThroughReason,
+    ) -> Response:
+        """Forward a generation, within the caller's budget, and say in the response why no controller served it."""
+        service = self._service
+        service.unapplied.take(model.id, parsed.tts, dial, unserved)
+        is_named = parsed.model is not None or service.settings.model is not None
+        bound = service.turns.bound(request, parsed, model)
+        put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
+        drop = list(field_table.fields_to_drop(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
+        if "tts" in parsed.model_fields_set:
+            drop.append("tts")
+        body = splice(raw, drop=drop, put=put)
+        content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
+        about = untouched_headers(unserved.reason), model.id, content_type, bound
+        response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
+        if "tts" in parsed.model_fields_set:
+            mark(response, told(dial, unserved))
+        self._remember(request, response, model.id, unserved.reason)
+        return response
+
+    async def _forward(
+        self,
+        request: Request,
+        body: bytes,
+        headers: Mapping[str, str],
+        model: str = "",
+        content_type: str | None = None,
+        bound: Bound | None = None,
+        *,
+        is_stream: bool = False,
+    ) -> Response:
+        service = self._service
+        turn = service.turns.passing(request, model, bound)
+        body = request.state.caller.salted(body)
+
+        async def work() -> Response:
+            await turn.__aenter__()
+            about = service.engine, request, body, headers, content_type
+            return await turn.metered(forward(*about, is_stream=is_stream, in_pieces=bool(turn.cap)))
+
+        with counting_disconnects(service.metrics, model):
+            response = await unless_gone(request.receive, work())
+        is_failure = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        service.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
+        return response
+
+    def _remember(self, request: Request, response: Response, model: str, reason: str) -> None:
+        """Keep a forwarded request findable by all of its ids."""
+        recent = self._service.recent
+        tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        about = request.scope["path"], model, reason, response.status_code, client_id or None
+        recent.add(Passed(own, tenant, created, *about))
+        recent.name_by_client(tenant, client_id, own)
+        if isinstance(response, Stream):
+            response.pour = recent.seeing(response.pour, tenant, own)
+        else:
+            recent.see(tenant, own, bytes(response.body))
+
+
+@contextmanager
+def counting_disconnects(metrics: Metrics, model: str) -> Iterator[None]:
+    """Count a client that disconnects inside this context, before anything else counts its request."""
+    try:
+        yield
+    except (ClientGone, asyncio.CancelledError):
+        if not graceful_shutdown.is_cut():
+            metrics.requests.labels(model, "", "disconnected").inc()
+        raise

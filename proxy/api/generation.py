@@ -1,0 +1,200 @@
+"""GenerationRequest endpoints: served by a controller where β is set and one can serve the request, else forwarded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, Final
+from uuid import uuid4
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from controllers.builtin import is_admin_only
+from proxy.admission.auth import Caller
+from proxy.admission.request_slot import Turn
+from proxy.api import chat_completions, completions, responses
+from proxy.api.formats import Format, PromptNews
+from proxy.api.forwarding import ForwardEndpoints, counting_disconnects
+from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
+from proxy.api.service import Service
+from proxy.episode import run
+from proxy.episode.reply import early_headers, reply_headers
+from proxy.errors import BadRequest
+from proxy.http.sse import Stream, thinking, unless_gone
+from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
+from proxy.requests import beta, models
+from proxy.requests.models import GenerationRequest, PassThroughReason
+from proxy.telemetry import logs
+from proxy.types import EffectiveBeta, Model, Plan, Reply
+
+CHAT: Final = Format(models.ChatRequest, "chatcmpl-", chat_completions.to_json, chat_completions.stream)
+COMPLETIONS: Final = Format(models.CompletionRequest, "cmpl-", completions.to_json, completions.stream)
+RESPONSES: Final = Format(models.ResponsesRequest, "resp_", responses.to_json, responses.stream)
+
+
+class GenerationEndpoints:
+    """`/v1/chat/completions`, `/v1/completions` and `/v1/responses`."""
+
+    def __init__(self, service: Service, forwarding: ForwardEndpoints) -> None:
+        self._service = service
+        self._forwarding = forwarding
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Handle POST /v1/chat/completions."""
+        return await self._generate(CHAT, request)
+
+    async def completions(self, request: Request) -> Response:
+        """Handle POST /v1/completions."""
+        return await self._generate(COMPLETIONS, request)
+
+    async def responses(self, request: Request) -> Response:
+        """Handle POST /v1/responses."""
+        return await self._generate(RESPONSES, request)
+
+    async def _generate(self, form: Format, request: Request) -> Response:
+        service = self._service
+        raw = await service.bodies.read(request)
+        parsed = models.parse(form.model, raw)
+        caller: Caller = request.state.caller
+        is_recording = is_admin_only(parsed.tts.controller or "")
+        if is_recording:
+            service.callers.require_admin(caller, f"controller {parsed.tts.controller}")
+        model, alias = await service.models.find(parsed.model)
+        dial = self._resolve_beta(request, parsed, model, alias)
+        unserved = _why_unserved(parsed, dial)
+        if dial is None or unserved is not None:
+            why = NO_BETA if dial is None or unserved is None else unserved
+            return await self._forwarding.generate(request, parsed, raw, model, dial, why)
+        if parsed.tts.controller is None and service.betas.is_single(dial, parsed, model):
+            parsed = parsed.served_by("single")
+        if not (parsed.tts.required or is_recording):
+            dial = dial.scaled(await service.load.factor())
+        name = f"{form.prefix}{uuid4().hex}"
+        prompts = parsed.each()
+        if len(prompts) > 1:
+            return await self._generate_each(request, prompts, model, dial, name)
+        turn = service.turns.episode(request, parsed.tts.max_total_tokens)
+        planning = self._plan(request, parsed, model, dial, turn, name)
+        try:
+            with counting_disconnects(service.metrics, model.id):
+                within = request.scope["path"], model.id, request.state.held
+                plan = await unless_gone(request.receive, service.spans.plan(*within, planning))
+        except BadRequest as error:
+            if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
+                raise
+            turn.leave()
+            why = PassThroughReason("truncation", "truncation")
+            return await self._forwarding.generate(request, parsed, raw, model, dial, why)
+        service.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
+        if not parsed.stream:
+            reply = await unless_gone(request.receive, self._serve(turn, plan))
+            return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
+        news: asyncio.Queue[str] = asyncio.Queue()
+        report = news.put_nowait if parsed.tts.progress else None
+        thoughts = thinking(lambda: self._serve(turn, plan, report), news, service.settings.ping_s)
+        return Stream.of(form.stream(parsed, plan, thoughts), early_headers(plan))
+
+    def _resolve_beta(
+        self, request: Request, parsed: GenerationRequest, model: Model, alias: float | None
+    ) -> EffectiveBeta | None:
+        betas = self._service.betas
+        target = None if parsed.tts.target_tokens is None else partial(betas.beta_for_tokens, model.id, parsed.tts)
+        return beta.resolve(
+            request.headers.getlist(beta.HEADER),
+            body=parsed.tts.beta,
+            effort=parsed.effort,
+            alias=alias,
+            model=model.id,
+            default=betas.default_for(model.id),
+            target=target,
+        )
+
+    def _plan(
+        self, request: Request, parsed: GenerationRequest, model: Model, dial: EffectiveBeta, turn: Turn, name: str
+    ) -> Coroutine[Any, Any, Plan]:
+        service, caller = self._service, request.state.caller
+        is_kept = service.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
+        return run.plan(
+            service.engine,
+            service.casting,
+            service.turns.settings_for(request, turn),
+            model,
+            parsed,
+            dial,
+            tenant=caller.tenant,
+            drift=service.drift if is_kept else None,
+            salt=caller.salt or parsed.cache_salt,
+            request_id=name,
+            cap_source=turn.cap_source,
+        )
+
+    async def _generate_each(
+        self, request: Request, prompts: Sequence[GenerationRequest], model: Model, dial: EffectiveBeta, name: str
+    ) -> Response:
+        """Serve each prompt of a request by an episode of its own, and answer with one response."""
+        service, parsed, path = self._service, prompts[0], request.scope["path"]
+        turns = service.turns.episodes_of(request, parsed.tts.max_total_tokens, len(prompts))
+        news: asyncio.Queue[PromptNews] = asyncio.Queue()
+
+        def planning(index: int) -> Coroutine[Any, Any, Plan]:
+            return self._plan(request, prompts[index], model, dial, turns[index], f"{name}-{index}")
+
+        async def plan_all() -> list[Plan]:
+            plans = [await service.spans.plan(path, model.id, request.state.held, planning(0))]
+            for start in range(1, len(prompts), BEGUN_TOGETHER):
+                indices = range(start, min(start + BEGUN_TOGETHER, len(prompts)))
+                plans += await together([planning(index) for index in indices], lambda _: 0)
+            return plans
+
+        async def serve(index: int) -> Reply:
+            for _ in range(index // BEGUN_TOGETHER):
+                await asyncio.sleep(0)  # let other requests run before the next prompts begin
+            logs.request_id.set(plans[index].request_id)
+            report = partial(_put_line, news, index) if parsed.tts.progress else None
+            reply = await self._run(turns[index], plans[index], report)
+            news.put_nowait(PromptNews(index, reply))
+            return reply
+
+        async def serve_all() -> Batch:
+            work = [serve(index) for index in range(len(plans))]
+            return Batch(name, await together(work, lambda reply: sum(reply.tokens.values())))
+
+        with counting_disconnects(service.metrics, model.id):
+            plans = await unless_gone(request.receive, plan_all())
+        logs.request_id.set(name)
+        tenant, first = request.state.caller.tenant, plans[0].request_id  # both names lead to the first prompt
+        service.recent.name(tenant, name, first)
+        service.recent.name_by_client(tenant, logs.client_request_id.get(), first)
+        if not parsed.stream:
+            batch = await unless_gone(request.receive, service.spans.episode(plans[0], serve_all()))
+            return JSONResponse(completions.batch_to_json(batch), headers=batch.headers)
+        thoughts = thinking(lambda: service.spans.episode(plans[0], serve_all()), news, service.settings.ping_s)
+        events = completions.stream_batch(parsed, name, plans, thoughts)
+        return Stream.of(events, {**early_headers(plans[0]), "x-request-id": name})
+
+    async def _serve(self, turn: Turn, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
+        return await self._service.spans.episode(plan, self._run(turn, plan, report))
+
+    async def _run(self, turn: Turn, plan: Plan, report: Callable[[str], None] | None) -> Reply:
+        service = self._service
+        async with AsyncExitStack() as stack:
+            with counting_disconnects(service.metrics, plan.prompt.model):
+                async with run.fail_after(plan.remaining_s):
+                    await stack.enter_async_context(turn)
+            parts = service.engine, service.grading, service.casting, service.metrics, service.records
+            return await run.serve(*parts, plan, report, turn.settle)
+
+
+def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:
+    news.put_nowait(PromptNews(index, line))
+
+
+def _why_unserved(parsed: GenerationRequest, dial: EffectiveBeta | None) -> PassThroughReason | None:
+    """Return why no controller serves a request, or None."""
+    unserved = parsed.unserved()
+    if unserved is None and parsed.temperature == 0 and dial is not None and not dial.is_from_client:
+        return GREEDY
+    return unserved

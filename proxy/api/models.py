@@ -1,0 +1,39 @@
+"""Endpoints `GET /v1/models` and `GET /v1/models/{model}`."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from proxy.api.response_headers import untouched_headers
+from proxy.api.service import Service
+from proxy.errors import NotFound
+from proxy.passthrough.forward import forward
+from proxy.requests.beta import alias
+from proxy.types import ALIAS_BETAS
+
+
+class ModelEndpoints:
+    """Endpoints under `/v1/models`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def list_models(self, request: Request) -> Response:
+        """List the upstream's models as it lists them, then their aliases."""
+        engine = self._service.engine
+        if not self._service.settings.model_aliases:
+            return await forward(engine, request, b"", untouched_headers("endpoint"))
+        cards = await engine.cards()
+        aliases = [alias(card, beta) for card in cards for beta in ALIAS_BETAS]
+        return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """Return one model, or an alias of one with any β. Raises NotFound, BadRequest or UpstreamError."""
+        name = request.path_params["model"]
+        model, beta = await self._service.models.find(name)
+        card = next((card for card in await self._service.engine.cards() if card["id"] == model.id), None)
+        if card is None:
+            raise NotFound(f"model {name!r} is not served any more", param="model", code="model_not_found")
+        shown = card if beta is None else {**alias(card, beta), "id": name}
+        return JSONResponse(shown, headers=untouched_headers("endpoint"))

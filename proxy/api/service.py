@@ -1,0 +1,74 @@
+"""The parts of the proxy that endpoints share, built once for each app."""
+
+from __future__ import annotations
+
+from discovery.evaluation.calibration import Calibrations
+from proxy.admission.auth import Callers
+from proxy.admission.load_shedding import Load
+from proxy.admission.request_slot import Turns
+from proxy.api.beta_policy import BetaPolicy
+from proxy.api.model_directory import ModelDirectory
+from proxy.environment.answer_reader import GraderPool
+from proxy.errors import UpstreamError
+from proxy.http.origins import PageGuard
+from proxy.http.request_body import Bodies
+from proxy.passthrough.request_ids import Recent
+from proxy.passthrough.unapplied_beta import Unapplied
+from proxy.recording.episode_log import Records
+from proxy.recording.template_drift import Drift
+from proxy.rollout.controller_runner import Casting
+from proxy.settings import Settings
+from proxy.telemetry import tracing
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.client import Engine
+from proxy.upstream.health_monitor import Pulse
+
+
+class Service:
+    """One upstream with its settings, metrics, limits, controllers and records."""
+
+    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations, callers: Callers) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.callers = callers
+        self.metrics = Metrics()
+        self.spans = tracing.make()
+        engine.watcher = tracing.Observer(self.metrics, self.spans)
+        engine.on_event = self._count_upstream_event
+        self.pulse = Pulse(self._check_upstream, self.metrics)
+        self.unapplied = Unapplied(self.metrics, is_required=settings.required)
+        self.grading = GraderPool(self.metrics)
+        self.casting = Casting(settings, self.metrics, calibrations)
+        self.drift = Drift(engine, settings, self.metrics)
+        self.guard = PageGuard(settings)
+        self.bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+        self.turns = Turns(settings, self.metrics)
+        self.records = Records(engine, settings, self.metrics, self.turns, self.drift)
+        self.load = Load(engine, settings, self.metrics)
+        self.recent = Recent()
+        self.models = ModelDirectory(engine, settings.model)
+        self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.casting.stages.now.champion)
+        self.served: list[str] = []  # ids of models, as of the latest health check
+        self._bind_gauges()
+
+    def _bind_gauges(self) -> None:
+        """Bind the gauges that are computed when Prometheus reads them."""
+        berths, keyring = self.engine.berths, self.callers.keyring
+        self.metrics.branches_in_flight.set_function(lambda: berths.taken)
+        self.metrics.calls_waiting.set_function(lambda: berths.waiting)
+        if keyring is not None:
+            self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
+
+    def _count_upstream_event(self, event: str) -> None:
+        """Count an event of the circuit breaker, and compare chat templates again soon: the upstream may be another."""
+        self.metrics.upstream_events.labels(event).inc()
+        self.drift.fail()
+
+    async def _check_upstream(self) -> bool:
+        """Return whether the upstream is healthy and serves a model, by asking it."""
+        try:
+            is_well = await self.engine.healthy()
+            self.served = [model.id for model in await self.engine.models(is_check=True)] if is_well else []
+        except UpstreamError:
+            self.served = []
+        return bool(self.served)

@@ -1,0 +1,99 @@
+"""Endpoints under `/v1/tts`: why a request ended, feedback, the cost of β, and what each key uses."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from controllers.installed import Stage
+from discovery.audit.explain import explain
+from discovery.errors import TraceError
+from discovery.store import EpisodeDetails, ServedEpisode
+from proxy.admission.auth import Caller
+from proxy.api.service import Service
+from proxy.errors import ApiError, NotFound
+from proxy.requests.models import parse_feedback_request
+
+SHOWN_CHARS: Final = 100
+"""Characters of an answer that are shown where an episode is explained."""
+
+
+class TtsEndpoints:
+    """Endpoints under `/v1/tts`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def explain(self, request: Request) -> Response:
+        """Explain why a request ended as it did.
+
+        Raises NotFound, also for requests of other tenants, RecordsAway or ApiError.
+        """
+        caller: Caller = request.state.caller
+        recent = self._service.recent
+        own = recent.resolve(caller.tenant, request.path_params["request_id"], is_admin=caller.is_admin)
+        passed = recent.find(own)
+        if passed is not None and caller.may_see(passed.tenant):
+            return JSONResponse(passed.as_json(recent.upstream_id(own)))
+        episode = await self._service.records.find(caller, own)
+        try:
+            return await asyncio.to_thread(_explained, episode)
+        except TraceError as error:
+            raise ApiError(f"the record of this request cannot be read: {error}", code="unreadable_record") from None
+
+    async def feedback(self, request: Request) -> Response:
+        """Record a client's feedback on an answer. Raises BadRequest, NotFound, TooMany or RecordsAway."""
+        service = self._service
+        feedback = parse_feedback_request(await service.bodies.read(request))
+        caller: Caller = request.state.caller
+        own = service.recent.resolve(caller.tenant, feedback.request, is_admin=caller.is_admin)
+        feedback = feedback.model_copy(update={"request": own})
+        heard = await service.records.hear(caller, feedback)
+        if heard.is_first and heard.content is not None and heard.owner.stage is not None:
+            service.casting.heard(Stage(heard.owner.stage), heard.owner.digest, heard.content)
+        status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
+        return JSONResponse(
+            {
+                "id": heard.id,
+                "object": "tts.feedback",
+                "request_id": feedback.request,
+                "status": "recorded" if heard.is_on_disk else "queued",
+            },
+            status,
+        )
+
+    async def curve(self, request: Request) -> Response:
+        """Return what β costs and brings on a model, as it was calibrated. Raises NotFound."""
+        model, _ = await self._service.models.find(request.query_params.get("model"))
+        first = self._service.betas.calibrations.get(model.id)
+        if first is None:
+            raise NotFound(f"there is no calibration for model {model.id!r}", param="model", code="no_calibration")
+        name = request.query_params.get("controller")
+        calibration = first if name is None else first.of_name(name)
+        if calibration is None:
+            known = ", ".join(other.controller for other in first.all)
+            message = f"model {model.id!r} was calibrated for {known}, not {name!r}"
+            raise NotFound(message, param="controller", code="no_calibration")
+        return JSONResponse({"model": model.id, **calibration.as_json()})
+
+    async def keys(self, _: Request) -> Response:
+        """Return the limits of each key, and what it uses now."""
+        ring = self._service.callers.keyring
+        return JSONResponse(self._service.turns.as_json({key.name: key.caps for key in ring.keys} if ring else {}))
+
+
+def _explained(episode: ServedEpisode) -> Response:
+    """Return the explanation of an episode. It takes time, and repeats each answer once a round. Raises TraceError."""
+    answers = [_clipped(answer) for answer in episode.about.get("answers", ())]
+    about = EpisodeDetails(**{**episode.about, "answers": answers})
+    answer = None if episode.answer is None else _clipped(episode.answer)
+    return JSONResponse(explain(replace(episode, answer=answer, about=about)))
+
+
+def _clipped(answer: str) -> str:
+    return answer if len(answer) <= SHOWN_CHARS else f"{answer[: SHOWN_CHARS - 1]}…"
