@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import SearchRun, Store, TriedCandidate
+
+log = logging.getLogger(__name__)
 
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
 PROBE_TOKENS = 20
@@ -115,6 +118,8 @@ def discover(
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
     rules = ReplayRules(probe_tokens=cost)
+    for line in recording_width_warnings(cells, rules.max_branches):
+        log.warning("%s", line)
     with TrialPool(cells, rules, workers) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         cascade = Cascade(arena, probes, plan)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
@@ -127,6 +132,17 @@ def discover(
     if store is not None:
         keep(run, store, settings)
     _leave(run, finalist, out, settings)
+
+
+def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
+    """Return a line for each cell whose recordings have fewer branches than controllers may open."""
+    recorded = {cell: min(recording.branches for recording in recordings) for cell, recordings in cells.items()}
+    return [
+        f"{' '.join(cell)}: only {branches} branches are recorded, {max_branches} are allowed: "
+        f"candidates that open more are scored with {branches}"
+        for cell, branches in recorded.items()
+        if branches < max_branches
+    ]
 
 
 def keep(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:

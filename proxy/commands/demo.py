@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, omit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,6 +30,7 @@ class Setting(NamedTuple):
     name: str
     beta: float
     controller: str | None  # None for the server's own
+    temperature: float | None = None  # None for the model's own default
 
 
 class Asked(NamedTuple):
@@ -41,7 +42,12 @@ class Asked(NamedTuple):
     seconds: float
 
 
-SETTINGS = (Setting("single sample", 0.0, "single"), *(Setting(f"β = {beta:g}", beta, None) for beta in BETAS))
+SETTINGS = (
+    Setting("greedy", 0.0, "single", 0.0),
+    Setting("single sample", 0.0, "single"),
+    *(Setting(f"β = {beta:g}", beta, None) for beta in BETAS),
+)
+"""The rows of the table: what costs one branch with and without sampling, then the controller at each β."""
 
 
 async def run(base_url: str, problems: int, plot: Path) -> None:
@@ -80,6 +86,7 @@ async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked
         messages=[{"role": "user", "content": problem.question}],
         extra_headers={"x-tts-beta": f"{setting.beta:g}"},
         extra_body={"tts": {"controller": setting.controller}} if setting.controller else None,
+        temperature=omit if setting.temperature is None else setting.temperature,
     )
     seconds = time.perf_counter() - started
     answer = read_answer(reply.parse().choices[0].message.content or "")
@@ -112,7 +119,7 @@ def table(rows: dict[Setting, list[Asked]]) -> Table:
 
 
 def panel(rows: dict[Setting, list[Asked]]) -> Panel:
-    """The rows as lines of a picture: the controller by β, and the single sample beside it."""
+    """The rows as lines of a picture: the controller by β, and greedy and a single sample beside it."""
     lines: dict[str, list[PlotPoint]] = {"controller, by β": []}
     for setting, asked in rows.items():
         spent = statistics.fmean(one.tokens for one in asked)
