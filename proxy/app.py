@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from discovery.errors import DiscoveryError
 from discovery.evaluation import calibration
 from discovery.evaluation.calibration import Calibrations
-from proxy.admission.auth import Access, Callers
-from proxy.admission.request_slot import Held
+from proxy.admission.auth import Access, Authenticator
+from proxy.admission.request_slot import LeaseResponse
 from proxy.api.error_responses import ErrorResponses
 from proxy.api.routes import ROUTES, Endpoint, Endpoints, Route
 from proxy.api.service import Service
@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the proxy over `settings.upstream`, which must be set. Raises SettingsError."""
     if settings.upstream is None:
         raise SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
-    calibrations, callers = _calibrations(settings), Callers(settings)
+    calibrations, callers = _calibrations(settings), Authenticator(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -125,7 +125,7 @@ def _endpoint(route: Route) -> Endpoint:
         except BaseException:
             held.close()
             raise
-        return Held(response, held)
+        return LeaseResponse(response, held)
 
     return endpoint
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Final, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from discovery.errors import unknown_field
-from proxy.admission.token_budget import Caps, too_small
+from proxy.admission.token_budget import Caps, limit_below
 from proxy.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def ring(path: Path | None, told: SecretStr | None, need: int = 0) -> Keyring | 
     return Keyring(path, () if told is None else listed(told.get_secret_value()), need)
 
 
-def is_too_little(need: int) -> str:
+def too_small_warning(need: int) -> str:
     """The end of a warning about a limit."""
     return f"is less than the {need} or so that one interval and its answer need; with β only short replies are served"
 
@@ -258,8 +258,8 @@ class Keyring:
             if key.name in names or not hashes.isdisjoint(key.hashes):
                 raise SettingsError(f"keys: {self._path}: {key.name} is in {VARIABLE} too")
         for key in filed:
-            if limit := too_small(key.caps, self._need):
-                logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, is_too_little(self._need))
+            if limit := limit_below(key.caps, self._need):
+                logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, too_small_warning(self._need))
         return (*filed, *self._fixed)
 
     def _look(self) -> _Seen | None:

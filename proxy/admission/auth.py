@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from starlette.requests import Request
 
 from proxy.admission import api_keys
-from proxy.admission.token_budget import Caps, too_small
+from proxy.admission.token_budget import Caps, limit_below
 from proxy.errors import Forbidden, SettingsError, Unauthorised
 from proxy.http.json_edit import splice
 from proxy.http.origins import is_loopback
@@ -58,15 +58,15 @@ class Caller(NamedTuple):
         return self.key or self.tenant
 
 
-class Callers:
+class Authenticator:
     """All who may call, as settings and the file of keys have it. Raises SettingsError if that cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
-        need = tokens_needed(settings)
+        need = min_request_tokens(settings)
         self.keyring = api_keys.ring(settings.keys, settings.client_keys, need)
         common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
-        if limit := too_small(common, need):
-            logger.warning("the server's limit %s %s", limit, api_keys.is_too_little(need))
+        if limit := limit_below(common, need):
+            logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(need))
         self._admin_key = settings.admin_key
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
@@ -121,7 +121,7 @@ class Callers:
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
 
 
-def tokens_needed(settings: Settings) -> int:
+def min_request_tokens(settings: Settings) -> int:
     """About what one interval and its answer need under a cap; `chat.plan` knows it exactly for a request."""
     texts = settings.interval + 2 * settings.probe_tokens + FIXED_TOKENS
     return texts + max(settings.probe_tokens, min(settings.finalise_tokens, texts // 3))

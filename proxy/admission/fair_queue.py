@@ -16,7 +16,7 @@ WEIGHT: Final = 0.2
 """Of the latest request in the mean of how long they take."""
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """There is no place, not even to wait."""
 
     def __init__(self, after_s: float, *, own: bool) -> None:
@@ -25,10 +25,10 @@ class Full(Exception):
         self.own = own  # its holder has had its share
 
 
-class Place:
+class Permit:
     """A request's place; `async with` waits for it."""
 
-    def __init__(self, admission: Admission, holder: str, most: int | None) -> None:
+    def __init__(self, admission: FairQueue, holder: str, most: int | None) -> None:
         self.holder = holder
         self.most = most  # its holder may have at once
         self.given = asyncio.Event()
@@ -53,7 +53,7 @@ class Place:
             self._admission.take_back(self)
 
 
-class Admission:
+class FairQueue:
     """Places of one kind. Needs a running loop, for its clock."""
 
     def __init__(self, places: int, queue: int) -> None:
@@ -62,7 +62,7 @@ class Admission:
         self.taken: Counter[str] = Counter()  # by holder
         self.in_flight = 0  # places that are taken
         self.mean_s = AT_FIRST_S  # a request has its place
-        self._waiting: OrderedDict[str, deque[Place]] = OrderedDict()  # by holder; the first is asked first
+        self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder; the first is asked first
 
     @property
     def waiting(self) -> int:
@@ -73,12 +73,14 @@ class Admission:
         """Requests of one holder that wait."""
         return len(self._waiting.get(holder, ()))
 
-    def enter(self, holder: str, most: int | None = None, *, share: int = 1) -> Place:
-        """A place for a request of `holder`, who may have `most` at once; it may have to be waited for. Raises Full.
+    def enter(self, holder: str, most: int | None = None, *, share: int = 1) -> Permit:
+        """A place for a request of `holder`, who may have `most` at once; it may have to be waited for.
+
+        Raises QueueFull.
 
         A holder may fill one part in `share` of the queue, rounded up.
         """
-        place = Place(self, holder, most)
+        place = Permit(self, holder, most)
         if not self._waiting and self.in_flight < self.places and self._may(holder, most):
             self._give(place)
             return place
@@ -88,10 +90,10 @@ class Admission:
             has_its_share = self.waiting_of(holder) > -(-self.queue // share)
             if has_its_share or self.waiting > self.queue:
                 self._drop(place)
-                raise Full(self._after_s(holder, most), own=has_its_share and self.waiting < self.queue)
+                raise QueueFull(self._after_s(holder, most), own=has_its_share and self.waiting < self.queue)
         return place
 
-    def take_back(self, place: Place) -> None:
+    def take_back(self, place: Permit) -> None:
         """A place is free, or is not waited for any more."""
         holder = place.holder
         if place.given.is_set():
@@ -104,7 +106,7 @@ class Admission:
             self._drop(place)
         self._serve()  # one that was only waited for may have kept those of its holder behind it
 
-    def _drop(self, place: Place) -> None:
+    def _drop(self, place: Permit) -> None:
         queue = self._waiting[place.holder]
         queue.remove(place)
         if not queue:
@@ -128,7 +130,7 @@ class Admission:
     def _may(self, holder: str, most: int | None) -> bool:
         return most is None or self.taken[holder] < most
 
-    def _give(self, place: Place) -> None:
+    def _give(self, place: Permit) -> None:
         self.in_flight += 1
         self.taken[place.holder] += 1
         place.since = asyncio.get_running_loop().time()

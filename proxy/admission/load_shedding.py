@@ -30,7 +30,7 @@ WAIT_S: Final = 0.25
 """Seconds a request waits for a look where there is none that is fresh."""
 
 
-class Marks(NamedTuple):
+class Watermarks(NamedTuple):
     """From where a reading counts, and from where no further."""
 
     low: float
@@ -43,22 +43,22 @@ class Marks(NamedTuple):
         return min(1.0, (reading - self.low) / (self.high - self.low)) if self.high > self.low else 1.0
 
 
-def parse_marks(text: str | None) -> Marks | None:
+def parse_watermarks(text: str | None) -> Watermarks | None:
     """The marks of a setting, `4:32`."""
     if text is None:
         return None
     low, _, high = text.partition(":")
-    return Marks(float(low), float(high))
+    return Watermarks(float(low), float(high))
 
 
-class Load:
+class LoadShedding:
     """One upstream's load, looked at while there is traffic. Off, and never looking, where no marks are set."""
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._waiting = parse_marks(settings.load_waiting)
-        self._cache = parse_marks(settings.load_cache)
+        self._waiting = parse_watermarks(settings.load_waiting)
+        self._cache = parse_watermarks(settings.load_cache)
         self._least = settings.load_factor
         self._factor = 1.0
         self._looked = self._asked = float("-inf")  # when, by the loop's clock

@@ -13,10 +13,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxy.admission.auth import Caller
-from proxy.admission.fair_queue import Admission, Full, Place
-from proxy.admission.token_bound import NOTHING, Bound, fit
-from proxy.admission.token_budget import Caps, OverBudget, Purses, Reserve, limit, retry_after
-from proxy.admission.usage_meter import TAIL, TOLD, Bill, Glance, last_of
+from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
+from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request
+from proxy.admission.token_budget import BudgetExceeded, Caps, Reservation, TokenBudgets, request_limit, retry_after
+from proxy.admission.usage_meter import (
+    PASSED_THROUGH,
+    TAIL,
+    BoundedReplyMeter,
+    UnboundedReplyMeter,
+    last_reported_tokens,
+)
 from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
 from proxy.http.sse import Stream
 from proxy.requests.models import GenerationRequest
@@ -25,16 +31,16 @@ from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
 from proxy.upstream.body_tap import Hand, Pour
 
-T = TypeVar("T", bound="Turn")
+T = TypeVar("T", bound="RequestSlot")
 
 _UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 """Statuses of an upstream's failures before which it has generated nothing."""
 
 
-class Turn:
+class RequestSlot:
     """What one request was given. `async with` waits for its place; it is left once, settled or not."""
 
-    def __init__(self, place: Place, reserve: Reserve, cap: int | None, cap_source: str = "") -> None:
+    def __init__(self, place: Permit, reserve: Reservation, cap: int | None, cap_source: str = "") -> None:
         self.cap = cap  # tokens it may spend
         self.cap_source = cap_source  # who set the cap, as messages name it
         self.due = 0  # tokens it is taken to have cost if it is left without being settled
@@ -57,10 +63,12 @@ class Turn:
         self._place.leave()
 
 
-class Passage(Turn):
+class PassthroughSlot(RequestSlot):
     """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
 
-    def __init__(self, place: Place, reserve: Reserve, bound: Bound, count: Callable[[int, str], object]) -> None:
+    def __init__(
+        self, place: Permit, reserve: Reservation, bound: TokenBound, count: Callable[[int, str], object]
+    ) -> None:
         super().__init__(place, reserve, bound.most)
         self._bound = bound
         self._count: Callable[[int, str], object] | None = count  # told once what it has cost, and as which kind
@@ -77,69 +85,77 @@ class Passage(Turn):
         if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
             self.due = 0
         elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
-            response.pour = _metered(response.pour, self, Bill(self._bound, is_stream=_is_stream(response)))
+            response.pour = _metered(
+                response.pour, self, BoundedReplyMeter(self._bound, is_stream=_is_stream(response))
+            )
         if self.cap is None and isinstance(response, Stream):
-            response.pour = _metered(response.pour, self, Glance(is_stream=_is_stream(response)))
+            response.pour = _metered(response.pour, self, UnboundedReplyMeter(is_stream=_is_stream(response)))
         elif self.cap is None:
-            self.settle(last_of(bytes(response.body[-TAIL:])) or 0)
+            self.settle(last_reported_tokens(bytes(response.body[-TAIL:])) or 0)
         return response
 
-    def settle(self, cost: int, kind: str = TOLD) -> None:
+    def settle(self, cost: int, kind: str = PASSED_THROUGH) -> None:
         super().settle(cost)
         count, self._count = self._count, None
         if count is not None and cost > 0:
             count(cost, kind)
 
 
-class Turns:
+class RequestSlots:
     """The turns of one proxy. Needs a running loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.episodes = Admission(settings.max_episodes, settings.queue)
-        self.passed = Admission(settings.max_passed, settings.queue)
-        self.purses = Purses(settings.tokens_per_minute)
+        self.episodes = FairQueue(settings.max_episodes, settings.queue)
+        self.passed = FairQueue(settings.max_passed, settings.queue)
+        self.purses = TokenBudgets(settings.tokens_per_minute)
         self._settings = settings
         self._metrics = metrics
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         for kind, admission in (("episode", self.episodes), ("passed", self.passed)):
             metrics.waiting.labels(kind).set_function(lambda admission=admission: admission.waiting)  # type: ignore[misc]
 
-    def episode(self, request: Request, asked: int | None) -> Turn:
+    def episode(self, request: Request, asked: int | None) -> RequestSlot:
         """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
         caller: Caller = request.state.caller
-        cap, source = limit(asked, caller.key, caller.caps, self._common)
-        return self._take(request, self.episodes, caller, cap, lambda place, reserve: Turn(place, reserve, cap, source))
+        cap, source = request_limit(asked, caller.key, caller.caps, self._common)
+        return self._take(
+            request, self.episodes, caller, cap, lambda place, reserve: RequestSlot(place, reserve, cap, source)
+        )
 
-    def episodes_of(self, request: Request, asked: int | None, count: int) -> Sequence[Turn]:
+    def episodes_of(self, request: Request, asked: int | None, count: int) -> Sequence[RequestSlot]:
         """Return turns for `count` episodes of one request, which share its cap evenly. Raises TooMany."""
         caller: Caller = request.state.caller
-        cap, source = limit(asked, caller.key, caller.caps, self._common)
+        cap, source = request_limit(asked, caller.key, caller.caps, self._common)
         share = None if cap is None else max(1, cap // count)
         source = f"the share of each of {count} prompts in {source}"
 
-        def make(place: Place, reserve: Reserve) -> Turn:
-            return Turn(place, reserve, share, source)
+        def make(place: Permit, reserve: Reservation) -> RequestSlot:
+            return RequestSlot(place, reserve, share, source)
 
         return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
 
-    def bound(self, request: Request, parsed: GenerationRequest, model: Model) -> Bound:
+    def bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
         """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
         caller: Caller = request.state.caller
-        return fit(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
+        return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
-    def passing(self, request: Request, model: str, bound: Bound | None) -> Passage:
+    def passing(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
         """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
         caller: Caller = request.state.caller
 
         def count(tokens: int, kind: str) -> None:
             self._metrics.tokens.labels(model, "", "", kind).inc(tokens)
 
-        bound = NOTHING if bound is None else bound
+        bound = GENERATES_NOTHING if bound is None else bound
         return self._take(
-            request, self.passed, caller, bound.most, lambda place, reserve: Passage(place, reserve, bound, count)
+            request,
+            self.passed,
+            caller,
+            bound.most,
+            lambda place, reserve: PassthroughSlot(place, reserve, bound, count),
         )
 
-    def settings_for(self, request: Request, turn: Turn) -> Settings:
+    def settings_for(self, request: Request, turn: RequestSlot) -> Settings:
         """The settings, as narrow as its caller's key and its turn make them."""
         caller: Caller = request.state.caller
         if turn.cap is None and caller.caps.branches is None:
@@ -150,23 +166,23 @@ class Turns:
     def _take(
         self,
         request: Request,
-        admission: Admission,
+        admission: FairQueue,
         caller: Caller,
         cap: int | None,
-        make: Callable[[Place, Reserve], T],
+        make: Callable[[Permit, Reservation], T],
     ) -> T:
         now = time.monotonic()
         self.purses.forget(now)
         try:
             reserve = self.purses.reserve(caller.holder, caller.caps.tokens_per_minute, cap, now)
-        except OverBudget as error:
+        except BudgetExceeded as error:
             whose = f"key {caller.key}" if error.holder else "all together"
             words = f"{cap} tokens do not fit into what {whose} may spend in a minute; ask again later, or for less"
             raise self._refuse("tokens_per_minute", words, error.after_s) from None
         share = 2 if caller.key else 1
         try:
             place = admission.enter(caller.holder, caller.caps.episodes, share=share)
-        except Full as error:
+        except QueueFull as error:
             reserve.settle(0, now)
             if error.own:
                 words = f"{admission.waiting_of(caller.holder)} requests of key {caller.key} wait; ask again later"
@@ -211,7 +227,7 @@ class Turns:
         return {"all": together, "keys": {name: of(name, caps) for name, caps in callers.items()}}
 
 
-class Held(Response):
+class LeaseResponse(Response):
     """A response after which what its request holds is let go, however it ends."""
 
     def __init__(self, response: Response, held: ExitStack) -> None:
@@ -227,7 +243,7 @@ def _is_stream(response: Response) -> bool:
     return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _metered(pour: Pour, turn: Passage, bill: Bill | Glance) -> Pour:
+def _metered(pour: Pour, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> Pour:
     """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
 
     async def metered(hand: Hand) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from proxy.admission.token_budget import Caps, limit
+from proxy.admission.token_budget import Caps, request_limit
 from proxy.errors import BadRequest
 from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest
 
@@ -37,7 +37,7 @@ _PLAIN: Final = frozenset(
 """Fields by which no token is kept from the client. `stop` is none of them: text that might be one is held back."""
 
 
-class Bound(NamedTuple):
+class TokenBound(NamedTuple):
     """What one request can generate, and how that is known afterwards."""
 
     most: int | None = None  # tokens; None where nobody holds it to any
@@ -48,8 +48,8 @@ class Bound(NamedTuple):
     shows: bool = False  # a stream shows all that was generated as text, about as it comes
 
 
-FREE: Final = Bound()
-NOTHING: Final = Bound(most=0)
+UNBOUNDED: Final = TokenBound()
+GENERATES_NOTHING: Final = TokenBound(most=0)
 """Of a request that generates nothing."""
 
 
@@ -62,7 +62,7 @@ class _Caps(NamedTuple):
 
     def check(self, given: str, param: str, each: int, texts: int) -> None:
         """Raise BadRequest, naming the cap and whose it is, if so many texts of `each` tokens do not fit."""
-        cap, source = limit(each * texts, self.key, self.own, self.all)
+        cap, source = request_limit(each * texts, self.key, self.own, self.all)
         if cap == each * texts:
             return
         per = "a minute" if "minute" in source.lower() else "a request"
@@ -70,13 +70,15 @@ class _Caps(NamedTuple):
         raise BadRequest(f"{given}{many}; {source} is {cap} tokens {per}", param=param, code="cap_too_small")
 
 
-def fit(request: GenerationRequest, caps: Caps, longest: int, key: str = "", own: Caps | None = None) -> Bound:
+def bound_request(
+    request: GenerationRequest, caps: Caps, longest: int, key: str = "", own: Caps | None = None
+) -> TokenBound:
     """The bound on `request` under `caps`, for a model of `longest` tokens at most (0: unknown).
 
     `own` are the caps of the request's `key`, which `caps` contain. Raises BadRequest, naming the field and the cap.
     """
     if caps.tokens is None and caps.tokens_per_minute is None:
-        return FREE
+        return UNBOUNDED
     _check_tools(request)
     extra = request.model_extra or {}
     texts = max(_whole(extra, "n"), _whole(extra, "best_of"))
@@ -90,7 +92,7 @@ def fit(request: GenerationRequest, caps: Caps, longest: int, key: str = "", own
         options = {} if request.stream_options is None else request.stream_options.model_extra or {}
         kept = {name: value for name, value in options.items() if name != "continuous_usage_stats"}
         put["stream_options"] = {**kept, "include_usage": True}
-    return Bound(
+    return TokenBound(
         most,
         texts,
         put,

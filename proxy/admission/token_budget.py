@@ -39,18 +39,18 @@ class Caps(NamedTuple):
         return max(1, minute // SHARE) if bound is None else min(bound, minute)
 
 
-class Limit(NamedTuple):
+class TokenLimit(NamedTuple):
     """Tokens a request may spend, and who set the bound, as messages name it."""
 
     tokens: int | None
     source: str = ""
 
 
-def limit(asked: int | None, key: str, own: Caps, common: Caps) -> Limit:
+def request_limit(asked: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
     """Return the tokens a request may spend: the least of `asked`, the caps of its `key` and those of all requests."""
     tokens = own.within(common).cap(asked)
     if tokens is None:
-        return Limit(None)
+        return TokenLimit(None)
     mine = f"of key {key}" if key else "of this client"
     bounds = (
         (asked, "tts.max_total_tokens"),
@@ -61,13 +61,13 @@ def limit(asked: int | None, key: str, own: Caps, common: Caps) -> Limit:
     )
     for bound, source in bounds:
         if bound == tokens:
-            return Limit(tokens, source)
+            return TokenLimit(tokens, source)
     minutes = [(bound, source) for bound, source in bounds[3:] if bound is not None]
     minute, source = min(minutes)
-    return Limit(tokens, f"a quarter of {source} ({minute}), for a request that sets no tts.max_total_tokens,")
+    return TokenLimit(tokens, f"a quarter of {source} ({minute}), for a request that sets no tts.max_total_tokens,")
 
 
-def too_small(caps: Caps, need: int) -> str | None:
+def limit_below(caps: Caps, need: int) -> str | None:
     """Which of `caps` leaves less than the `need` tokens of one interval and its answer, or None."""
     if caps.tokens is not None and caps.tokens < need:
         return f"tokens = {caps.tokens}"
@@ -84,7 +84,7 @@ def least(one: int | None, two: int | None) -> int | None:
     return two if one is None else one if two is None else min(one, two)
 
 
-class OverBudget(Exception):
+class BudgetExceeded(Exception):
     """A reserve does not fit now."""
 
     def __init__(self, holder: str, after_s: float) -> None:
@@ -93,7 +93,7 @@ class OverBudget(Exception):
         self.after_s = after_s  # when it may at the soonest, if nobody else asks
 
 
-class Window:
+class TokenWindow:
     """The tokens of one holder in the last minute."""
 
     def __init__(self, cap: int) -> None:
@@ -144,10 +144,10 @@ class Window:
         return not self.reserved and not self._past
 
 
-class Reserve:
+class Reservation:
     """Tokens set aside for one request; settled once, whatever is called how often."""
 
-    def __init__(self, windows: tuple[Window, ...], tokens: int) -> None:
+    def __init__(self, windows: tuple[TokenWindow, ...], tokens: int) -> None:
         self.tokens = tokens
         self._windows = windows
 
@@ -158,15 +158,15 @@ class Reserve:
             window.settle(self.tokens, cost, now)
 
 
-class Purses:
+class TokenBudgets:
     """The minute's tokens of every holder, and of all of them together."""
 
     def __init__(self, tokens_per_minute: int | None) -> None:
-        self.common = None if tokens_per_minute is None else Window(tokens_per_minute)
-        self.windows: dict[str, Window] = {}
+        self.common = None if tokens_per_minute is None else TokenWindow(tokens_per_minute)
+        self.windows: dict[str, TokenWindow] = {}
 
-    def reserve(self, holder: str, per_minute: int | None, tokens: int | None, now: float) -> Reserve:
-        """Set `tokens` aside under the holder's cap and the common one: under both, or nothing. Raises OverBudget.
+    def reserve(self, holder: str, per_minute: int | None, tokens: int | None, now: float) -> Reservation:
+        """Set `tokens` aside under the holder's cap and the common one: under both, or nothing. Raises BudgetExceeded.
 
         `tokens` is None only where neither caps.
         """
@@ -177,17 +177,17 @@ class Purses:
         tight = {name: window.after_s(asked, now) for name, window in found.items() if window.room(now) < asked}
         if tight:
             who = max(tight, key=lambda name: tight[name])
-            raise OverBudget(who, tight[who])
+            raise BudgetExceeded(who, tight[who])
         for window in found.values():
             window.reserve(asked)
-        return Reserve(tuple(found.values()), asked)
+        return Reservation(tuple(found.values()), asked)
 
-    def _window(self, holder: str, per_minute: int | None, now: float) -> Window | None:
+    def _window(self, holder: str, per_minute: int | None, now: float) -> TokenWindow | None:
         if per_minute is None:
             return None
         window = self.windows.get(holder)
         if window is None:
-            window = self.windows[holder] = Window(per_minute)
+            window = self.windows[holder] = TokenWindow(per_minute)
         window.cap = per_minute
         return window
 
@@ -199,18 +199,18 @@ class Purses:
                 del self.windows[holder]
 
 
-class Rate:
+class RateLimit:
     """How often each holder may do something in a minute."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
-        self._windows: dict[str, Window] = {}
+        self._windows: dict[str, TokenWindow] = {}
 
     def take(self, holder: str, now: float) -> None:
-        """Count one time. Raises OverBudget if the holder has used up its minute."""
-        window = self._windows.setdefault(holder, Window(self.per_minute))
+        """Count one time. Raises BudgetExceeded if the holder has used up its minute."""
+        window = self._windows.setdefault(holder, TokenWindow(self.per_minute))
         if window.room(now) < 1:
-            raise OverBudget(holder, window.after_s(1, now))
+            raise BudgetExceeded(holder, window.after_s(1, now))
         window.reserve(1)
         window.settle(1, 1, now)
 

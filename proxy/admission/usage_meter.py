@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import jiter
 
-from proxy.admission.token_bound import Bound
+from proxy.admission.token_bound import TokenBound
 
 TAIL: Final = 4096
 """Bytes of a reply's end in which its usage stands, as a rule."""
 LAST: Final = 64
 """Pieces of a reply in which its end is, as a rule."""
-TOLD: Final = "passed_through"
+PASSED_THROUGH: Final = "passed_through"
 ESTIMATED: Final = "passed_through_estimated"
 """Kinds of tokens in the metrics."""
 EVENT: Final = b"\n\n"
@@ -28,14 +28,14 @@ LATE: Final = 16
 """Tokens of each text that may have been on their way when a stream was cut."""
 
 
-def last_of(tail: bytes) -> int | None:
+def last_reported_tokens(tail: bytes) -> int | None:
     """Tokens by the usage that stands in the end of a reply, if one does. Good enough to count by, not to bill by: it
     does not look where that stands."""
     said = _LAST.findall(tail)
     return int(said[-1]) if said else None
 
 
-class Glance:
+class UnboundedReplyMeter:
     """What a reply has cost that has no bound, by a glance at it as it passes through `take`: as its end tells, if it
     does, or else its events, each a token but for the role and the end.
     """
@@ -48,8 +48,8 @@ class Glance:
     @property
     def booking(self) -> tuple[int, str]:
         """Tokens, as far as is known, and as what they are counted."""
-        said = last_of(b"".join(self._last)[-TAIL:])
-        return (max(0, self._events - 2), ESTIMATED) if said is None else (said, TOLD)
+        said = last_reported_tokens(b"".join(self._last)[-TAIL:])
+        return (max(0, self._events - 2), ESTIMATED) if said is None else (said, PASSED_THROUGH)
 
     def take(self, data: bytes) -> bytes:
         """A piece of the reply, which is the client's as it is."""
@@ -63,7 +63,7 @@ class Glance:
         return b""
 
 
-class Bill:
+class BoundedReplyMeter:
     """One reply's, of a request with a bound. It is read as it passes through `take`, wherever its usage stands.
 
     A reply is billed by its usage. Without one, as when its client leaves or its stream breaks off, it is billed by its
@@ -71,7 +71,7 @@ class Bill:
     hide from the client. No bill is above the bound, whatever a usage says.
     """
 
-    def __init__(self, bound: Bound, *, is_stream: bool) -> None:
+    def __init__(self, bound: TokenBound, *, is_stream: bool) -> None:
         self._most = bound.most or 0
         self._is_stream = is_stream
         self._tells = bound.tells
@@ -92,7 +92,7 @@ class Bill:
     @property
     def booking(self) -> tuple[int, str]:
         """The cost, and the kind of tokens it is counted as."""
-        return self.cost, TOLD
+        return self.cost, PASSED_THROUGH
 
     def take(self, data: bytes) -> bytes:
         """A piece of the reply; what of it, and of those before, is now for the client."""

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from starlette.requests import Request
 from starlette.responses import Response
 
-from proxy.admission.token_bound import Bound
+from proxy.admission.token_bound import TokenBound
 from proxy.api.response_headers import current_request_id, untouched_headers
 from proxy.api.service import Service
 from proxy.http import graceful_shutdown
@@ -82,7 +82,7 @@ class ForwardEndpoints:
         headers: Mapping[str, str],
         model: str = "",
         content_type: str | None = None,
-        bound: Bound | None = None,
+        bound: TokenBound | None = None,
         *,
         is_stream: bool = False,
     ) -> Response:

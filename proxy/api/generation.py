@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from controllers.builtin import is_admin_only
 from proxy.admission.auth import Caller
-from proxy.admission.request_slot import Turn
+from proxy.admission.request_slot import RequestSlot
 from proxy.api import chat_completions, completions, responses
 from proxy.api.formats import Format, PromptNews
 from proxy.api.forwarding import ForwardEndpoints, counting_disconnects
@@ -113,7 +113,13 @@ class GenerationEndpoints:
         )
 
     def _plan(
-        self, request: Request, parsed: GenerationRequest, model: Model, dial: EffectiveBeta, turn: Turn, name: str
+        self,
+        request: Request,
+        parsed: GenerationRequest,
+        model: Model,
+        dial: EffectiveBeta,
+        turn: RequestSlot,
+        name: str,
     ) -> Coroutine[Any, Any, Plan]:
         service, caller = self._service, request.state.caller
         is_kept = service.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
@@ -175,10 +181,10 @@ class GenerationEndpoints:
         events = completions.stream_batch(parsed, name, plans, thoughts)
         return Stream.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
-    async def _serve(self, turn: Turn, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
+    async def _serve(self, turn: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
         return await self._service.spans.episode(plan, self._run(turn, plan, report))
 
-    async def _run(self, turn: Turn, plan: Plan, report: Callable[[str], None] | None) -> Reply:
+    async def _run(self, turn: RequestSlot, plan: Plan, report: Callable[[str], None] | None) -> Reply:
         service = self._service
         async with AsyncExitStack() as stack:
             with counting_disconnects(service.metrics, plan.prompt.model):

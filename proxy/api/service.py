@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from discovery.evaluation.calibration import Calibrations
-from proxy.admission.auth import Callers
-from proxy.admission.load_shedding import Load
-from proxy.admission.request_slot import Turns
+from proxy.admission.auth import Authenticator
+from proxy.admission.load_shedding import LoadShedding
+from proxy.admission.request_slot import RequestSlots
 from proxy.api.beta_policy import BetaPolicy
 from proxy.api.model_directory import ModelDirectory
 from proxy.environment.answer_reader import GraderPool
@@ -14,9 +14,9 @@ from proxy.http.origins import PageGuard
 from proxy.http.request_body import Bodies
 from proxy.passthrough.request_ids import Recent
 from proxy.passthrough.unapplied_beta import Unapplied
-from proxy.recording.episode_log import Records
-from proxy.recording.template_drift import Drift
-from proxy.rollout.controller_runner import Casting
+from proxy.recording.episode_log import EpisodeLog
+from proxy.recording.template_drift import TemplateDrift
+from proxy.rollout.controller_runner import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import tracing
 from proxy.telemetry.metrics import Metrics
@@ -27,24 +27,24 @@ from proxy.upstream.health_monitor import Pulse
 class Service:
     """One upstream with its settings, metrics, limits, controllers and records."""
 
-    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations, callers: Callers) -> None:
+    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations, callers: Authenticator) -> None:
         self.settings = settings
         self.engine = engine
         self.callers = callers
         self.metrics = Metrics()
         self.spans = tracing.make()
-        engine.watcher = tracing.Observer(self.metrics, self.spans)
+        engine.watcher = tracing.TelemetryWatcher(self.metrics, self.spans)
         engine.on_event = self._count_upstream_event
         self.pulse = Pulse(self._check_upstream, self.metrics)
         self.unapplied = Unapplied(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)
-        self.casting = Casting(settings, self.metrics, calibrations)
-        self.drift = Drift(engine, settings, self.metrics)
+        self.casting = ControllerManager(settings, self.metrics, calibrations)
+        self.drift = TemplateDrift(engine, settings, self.metrics)
         self.guard = PageGuard(settings)
         self.bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
-        self.turns = Turns(settings, self.metrics)
-        self.records = Records(engine, settings, self.metrics, self.turns, self.drift)
-        self.load = Load(engine, settings, self.metrics)
+        self.turns = RequestSlots(settings, self.metrics)
+        self.records = EpisodeLog(engine, settings, self.metrics, self.turns, self.drift)
+        self.load = LoadShedding(engine, settings, self.metrics)
         self.recent = Recent()
         self.models = ModelDirectory(engine, settings.model)
         self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.casting.stages.now.champion)

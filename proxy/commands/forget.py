@@ -15,7 +15,7 @@ from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
 from discovery.store.item_lines import decode_item
-from proxy.recording.spill_file import Spill
+from proxy.recording.spill_file import SpillFiles
 from proxy.spill_paths import places
 
 
@@ -49,7 +49,7 @@ async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
     Returns the files that a proxy holds, and how many records were dropped because nothing can read them. Raises
     StoreError.
     """
-    waiting = Spill(spill, 0)
+    waiting = SpillFiles(spill, 0)
     dropped = 0
     try:
         async with Store.open(place) as store:

@@ -24,10 +24,10 @@ from proxy.episode.episode_metrics import count_episode
 from proxy.episode.reply import compose_reply, deadline_error
 from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.http import graceful_shutdown
-from proxy.recording.episode_log import Records
-from proxy.recording.template_drift import Drift
+from proxy.recording.episode_log import EpisodeLog
+from proxy.recording.template_drift import TemplateDrift
 from proxy.requests.models import SAMPLING, GenerationRequest
-from proxy.rollout.controller_runner import Cast, Casting
+from proxy.rollout.controller_runner import ControllerManager, ControllerRunner
 from proxy.settings import Settings
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
@@ -66,14 +66,14 @@ class _Bounds(NamedTuple):
 
 async def plan(
     engine: Engine,
-    casting: Casting,
+    casting: ControllerManager,
     settings: Settings,
     model: Model,
     request: GenerationRequest,
     beta: EffectiveBeta,
     *,
     tenant: str = "",
-    drift: Drift | None = None,
+    drift: TemplateDrift | None = None,
     salt: str | None = None,
     request_id: str = "",
     cap_source: str = "",
@@ -266,9 +266,9 @@ async def _bounds(
 async def serve(
     engine: Engine,
     grading: GraderPool,
-    casting: Casting,
+    casting: ControllerManager,
     metrics: Metrics,
-    records: Records,
+    records: EpisodeLog,
     plan: Plan,
     tell: Callable[[str], None] | None = None,
     settle: Callable[[int], None] | None = None,
@@ -316,7 +316,7 @@ async def serve(
         records.keep(plan, cast, environment, state, reply, outcome)
 
 
-async def _run(cast: Cast, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
+async def _run(cast: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
     """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
     try:
         async with asyncio.timeout(plan.remaining_s):
@@ -359,7 +359,7 @@ def _is_all_cut(environment: LiveEnvironment, state: State) -> bool:
 
 
 async def _compose(
-    cast: Cast, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
+    cast: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
 ) -> Reply:
     """The reply from what there is; if that is nothing, the error that left it so."""
     if failure is not None and state.answer is None and not state.finished:

@@ -23,11 +23,11 @@ from typing import Final, TypeVar
 from controllers import Action, Probed, Round, State, Stop, advance, branch, probe
 from discovery.answers import redacted
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
-from proxy.admission.request_slot import Turns
+from proxy.admission.request_slot import RequestSlots
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamError
 from proxy.recording import recorded_branches
-from proxy.recording.template_drift import Drift
+from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import Settings, StoreText
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan
@@ -51,7 +51,7 @@ TELL_S: Final = 60.0
 
 
 @dataclass
-class Unfinished:
+class PendingEpisode:
     """An episode that was drawn, as it was when its answer went out."""
 
     plan: Plan
@@ -69,17 +69,19 @@ def drawn(request_id: str, share: float) -> bool:
     return lot < share
 
 
-class Finisher:
+class BranchCompleter:
     """Finishes episodes, one after the other."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, turns: Turns, drift: Drift) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+    ) -> None:
         self._engine = engine
         self._aside = engine.aside()
         self._settings = settings
         self._metrics = metrics
         self._turns = turns
         self._drift = drift
-        self._waiting: asyncio.Queue[Unfinished] = asyncio.Queue(MOST_WAITING)
+        self._waiting: asyncio.Queue[PendingEpisode] = asyncio.Queue(MOST_WAITING)
         self._purse = Purse(settings.record_tokens_per_hour)
         self._skipped = 0  # since the log was last told
         self._why_skipped = ""
@@ -95,7 +97,7 @@ class Finisher:
             return False
         return bool(settings.store and ended and readable and drawn(plan.request_id, settings.record_fraction))
 
-    def take(self, unfinished: Unfinished) -> bool:
+    def take(self, unfinished: PendingEpisode) -> bool:
         """Have an episode finished in its time; False if too many wait, or an hour has too few tokens for any of it."""
         settings = self._settings
         if self._waiting.full():
@@ -143,7 +145,7 @@ class Finisher:
             self._metrics.finished.labels(outcome).inc()
         return found
 
-    async def _finish(self, unfinished: Unfinished) -> RecordedQuestion:
+    async def _finish(self, unfinished: PendingEpisode) -> RecordedQuestion:
         plan, environment = unfinished.plan, unfinished.environment
         environment.ends_early = False
         environment.votable = environment.votable_confirmed = True  # somebody voted on it
@@ -162,7 +164,7 @@ class Finisher:
         await self._drift.confirm(plan, time.monotonic())
         return _recorded(plan, self._settings.store_text, recorded_branches.branches(environment, rounds, late))
 
-    async def _run_out(self, unfinished: Unfinished, actions: Sequence[Action]) -> list[Round]:
+    async def _run_out(self, unfinished: PendingEpisode, actions: Sequence[Action]) -> list[Round]:
         """Rounds that begin with `actions` and run their branches to their ends, asking after each interval."""
         environment = unfinished.environment
         rounds: list[Round] = []
@@ -174,7 +176,7 @@ class Finisher:
             actions = [move for i in running for move in (advance(i), probe(i))]
         return rounds
 
-    async def _ask_late(self, unfinished: Unfinished, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
+    async def _ask_late(self, unfinished: PendingEpisode, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
         """What branches would have answered after intervals nobody asked them after."""
         environment = unfinished.environment
         asked = recorded_branches.asked(rounds)
@@ -191,7 +193,7 @@ class Finisher:
             late.update(zip(group, await environment.ask_at(group), strict=True))
         return late
 
-    async def _turn(self, unfinished: Unfinished, branches: int) -> None:
+    async def _turn(self, unfinished: PendingEpisode, branches: int) -> None:
         """Return when the upstream has time and there are tokens to spend, for an interval of some branches."""
         self._settle(unfinished)
         while True:
@@ -203,7 +205,7 @@ class Finisher:
         """Branches that may run at a time: an interval of them must fit into what an hour has."""
         return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _most(plan))
 
-    def _settle(self, unfinished: Unfinished) -> None:
+    def _settle(self, unfinished: PendingEpisode) -> None:
         """Take notice of what an episode has cost since."""
         spent = unfinished.environment.meter.billed - unfinished.settled
         unfinished.settled += spent

@@ -19,15 +19,15 @@ from discovery.data.packed_rounds import pack_rounds
 from discovery.evaluation.reference_answers import SATISFIED_SCORE
 from discovery.store import EpisodeDetails, Feedback, ServedEpisode
 from proxy.admission.auth import Caller
-from proxy.admission.request_slot import Turns
-from proxy.admission.token_budget import OverBudget, Rate, retry_after
+from proxy.admission.request_slot import RequestSlots
+from proxy.admission.token_budget import BudgetExceeded, RateLimit, retry_after
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import NotFound, RecordsAway, TooMany
-from proxy.recording.branch_completion import Finisher, Unfinished
-from proxy.recording.store_writer import RECENT, Owner, Recorder
-from proxy.recording.template_drift import Drift
+from proxy.recording.branch_completion import BranchCompleter, PendingEpisode
+from proxy.recording.store_writer import RECENT, RequestOwner, StoreWriter
+from proxy.recording.template_drift import TemplateDrift
 from proxy.requests.models import FeedbackRequest
-from proxy.rollout.controller_runner import Cast
+from proxy.rollout.controller_runner import ControllerRunner
 from proxy.settings import Settings, StoreText
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
@@ -40,29 +40,31 @@ NOBODYS: Final = ""
 """A request nobody made. Who asks for another's is told what is told of it, which may be that nothing is known now."""
 
 
-class Heard(NamedTuple):
+class FeedbackReceipt(NamedTuple):
     """What came of feedback."""
 
     id: str
-    owner: Owner  # of the request it is about
+    owner: RequestOwner  # of the request it is about
     content: bool | None  # whether its client is content; None if that cannot be told
     is_first: bool  # that tells so, of the request
     is_on_disk: bool
 
 
-class Records:
+class EpisodeLog:
     """The records of one proxy."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, turns: Turns, drift: Drift) -> None:
-        self.recorder = Recorder(settings, metrics)
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+    ) -> None:
+        self.recorder = StoreWriter(settings, metrics)
         self.drift = drift
-        self.finisher = Finisher(engine, settings, metrics, turns, drift)
+        self.finisher = BranchCompleter(engine, settings, metrics, turns, drift)
         self._metrics = metrics
         self._text = settings.store_text
         self._finishing: asyncio.Task[None] | None = None
         self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which it was said whether they did well
         self._said_at = datetime.now(UTC)  # when the latest feedback was given
-        self._feedback_rate = Rate(settings.feedback_per_minute)
+        self._feedback_rate = RateLimit(settings.feedback_per_minute)
 
     async def open(self) -> None:
         """Begin to write and to finish."""
@@ -81,7 +83,13 @@ class Records:
             await self.recorder.close()
 
     def keep(
-        self, plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, outcome: str
+        self,
+        plan: Plan,
+        cast: ControllerRunner,
+        environment: LiveEnvironment,
+        state: State,
+        reply: Reply | None,
+        outcome: str,
     ) -> None:
         """Have an episode that is over written down, and finished if it was drawn; this takes no time.
 
@@ -89,11 +97,11 @@ class Records:
         """
         if not self.recorder.is_on:
             return
-        owner = Owner(plan.provenance.tenant, plan.stage, plan.spec.digest)
+        owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest)
         made = _episode(plan, cast, environment, state, reply, str(state.stop or outcome), self._text)
         self.recorder.put(plan.request_id, made, owner)
         if reply is not None and self.finisher.wants(plan, state):
-            self.finisher.take(Unfinished(plan, environment, tuple(cast.rounds)))
+            self.finisher.take(PendingEpisode(plan, environment, tuple(cast.rounds)))
 
     async def _finish(self) -> None:
         while True:
@@ -111,7 +119,7 @@ class Records:
                 return episode
         raise _unknown(request)
 
-    async def hear(self, caller: Caller, said: FeedbackRequest) -> Heard:
+    async def hear(self, caller: Caller, said: FeedbackRequest) -> FeedbackReceipt:
         """Take what a client says of an answer. Raises NotFound, for requests of others too, TooMany or RecordsAway."""
         self._count_feedback(caller)
         owner = await self.recorder.owner(said.request)
@@ -133,7 +141,7 @@ class Records:
             self._heard[said.request] = None
         if len(self._heard) > RECENT:
             self._heard.popitem(last=False)
-        return Heard(feedback.id, owner, content, is_first, kept.done())
+        return FeedbackReceipt(feedback.id, owner, content, is_first, kept.done())
 
     def _count_feedback(self, caller: Caller) -> None:
         """Raise TooMany if the caller's key has given as much feedback in a minute as it may.
@@ -143,7 +151,7 @@ class Records:
         holder = caller.key or (caller.tenant if caller.is_admin else "")
         try:
             self._feedback_rate.take(holder, time.monotonic())
-        except OverBudget as error:
+        except BudgetExceeded as error:
             self._metrics.refusals.labels("feedback_per_minute").inc()
             who = f"key {caller.key} has" if caller.key else "the admin has" if holder else "callers without a key have"
             most, after = self._feedback_rate.per_minute, retry_after(error.after_s)
@@ -178,7 +186,13 @@ def _unknown(request: str) -> NotFound:
 
 
 def _episode(
-    plan: Plan, cast: Cast, environment: LiveEnvironment, state: State, reply: Reply | None, stop: str, text: StoreText
+    plan: Plan,
+    cast: ControllerRunner,
+    environment: LiveEnvironment,
+    state: State,
+    reply: Reply | None,
+    stop: str,
+    text: StoreText,
 ) -> Callable[[], ServedEpisode]:
     """What makes the record of an episode from what is known of it now; making it is for another thread."""
     seconds = round(time.monotonic() - plan.started, 6)

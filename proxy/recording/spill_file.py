@@ -27,7 +27,7 @@ CHUNK_BYTES: Final = 32 * 2**20
 """Bytes after which a chunk ends, however few lines it has."""
 
 
-class Chunk(NamedTuple):
+class SpillChunk(NamedTuple):
     """Some lines of a file that follow each other."""
 
     lines: Sequence[bytes]  # those that are what was written
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     end: int  # bytes from the file's beginning
 
 
-class Spill:
+class SpillFiles:
     """The files at `path`, `path.1`, … that no other process holds. Every method raises OSError."""
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -80,12 +80,12 @@ class Spill:
         self._files[-1].append(b"".join(b"%08x %b\n" % (crc32(line), line) for line in fit))
         return len(fit)
 
-    def read(self, most: int) -> Chunk:
+    def read(self, most: int) -> SpillChunk:
         """The first lines that wait, `most` of one file at most; they wait until they are dropped."""
         file = next(file for file in self._files if file.size > file.begin)
         return file.chunk(file.begin, most)
 
-    def drop(self, chunk: Chunk) -> None:
+    def drop(self, chunk: SpillChunk) -> None:
         """What was read is not waited for any more; a file that is read to its end is removed."""
         chunk.file.begin = chunk.end
         if chunk.end == chunk.file.size:
@@ -140,7 +140,7 @@ class _File:
             raise
         self.size += len(data)
 
-    def chunk(self, begin: int, most: int) -> Chunk:
+    def chunk(self, begin: int, most: int) -> SpillChunk:
         """The lines from `begin` on, up to `most`. What is damaged is left out and counted."""
         lines: list[bytes] = []
         bad, end = 0, begin
@@ -157,7 +157,7 @@ class _File:
                 while line and not line.endswith(b"\n"):  # it is longer than any that was written
                     line = reader.readline(CHUNK_BYTES)
                     end += len(line)
-        return Chunk(lines, bad, self, end)
+        return SpillChunk(lines, bad, self, end)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from discovery.store import ServedEpisode, Store, StoreItem
 from discovery.store.item_lines import decode_item as unpacked
 from discovery.store.item_lines import encode_item as packed
 from proxy.errors import RecordsAway
-from proxy.recording.spill_file import LONGEST, Spill
+from proxy.recording.spill_file import LONGEST, SpillFiles
 from proxy.settings import Settings, StoreText
 from proxy.telemetry.metrics import Metrics
 
@@ -69,7 +69,7 @@ STORE: Final = "the store takes no records"
 FILE: Final = "the file takes no records"
 
 
-class Owner(NamedTuple):
+class RequestOwner(NamedTuple):
     """Whose a request was, and who decided in it."""
 
     tenant: str
@@ -85,15 +85,15 @@ class _Record(NamedTuple):
     kept: asyncio.Future[bool]
 
 
-class Recorder:
+class StoreWriter:
     """The records of one proxy."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.path = settings.store
-        self.spill: Spill | None = None
+        self.spill: SpillFiles | None = None
         if self.path is not None:
             place = settings.spill or self.path.with_name(f"{self.path.name}.spill")
-            self.spill = Spill(place, settings.spill_bytes)
+            self.spill = SpillFiles(place, settings.spill_bytes)
         self.metrics = metrics
         metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0
@@ -101,7 +101,7 @@ class Recorder:
         self._holds_text = settings.store_text is not StoreText.NONE
         self._retain = None if settings.retain_days is None else timedelta(days=settings.retain_days)
         self._queue: deque[_Record] = deque()
-        self._owners: OrderedDict[str, Owner] = OrderedDict()
+        self._owners: OrderedDict[str, RequestOwner] = OrderedDict()
         self._store: Store | None = None
         self._writing: asyncio.Task[list[RecordedQuestion]] | None = None  # a transaction that takes too long
         self._filing = ThreadPoolExecutor(1, "spill")  # one at a time, even if nobody waits for the one before
@@ -176,7 +176,7 @@ class Recorder:
     # Putting and finding
 
     def put(
-        self, request: str, make: Callable[[], StoreItem], owner: Owner | None = None, *, hurry: bool = False
+        self, request: str, make: Callable[[], StoreItem], owner: RequestOwner | None = None, *, hurry: bool = False
     ) -> asyncio.Future[bool]:
         """Have what `make` makes written down. The result tells, in its time, whether it is on disk or lost.
 
@@ -223,11 +223,11 @@ class Recorder:
             raise RecordsAway("the store is catching up; ask again", code="store_away")
         return found
 
-    async def owner(self, request: str) -> Owner | None:
+    async def owner(self, request: str) -> RequestOwner | None:
         """Whose a request was; None if nobody knows. Raises RecordsAway."""
         known = self._owners.get(request)
         if known is None and self.is_on and (episode := await self.find(request)) is not None:
-            known = Owner(episode.tenant, episode.about.get("stage"), episode.digest)
+            known = RequestOwner(episode.tenant, episode.about.get("stage"), episode.digest)
         return known
 
     def _settle(self, outcome: str, record: _Record | None = None) -> None:

@@ -42,7 +42,7 @@ _TAIL: Final = 8
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8} \d{4}|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 
 
-class Seen(NamedTuple):
+class ModelFingerprint(NamedTuple):
     """What a model's requests are made with now."""
 
     model: str
@@ -71,7 +71,7 @@ class _NotMadeYet(Exception):
     """The recorder has yet to create the store; until then there is nothing to compare with."""
 
 
-class Drift:
+class TemplateDrift:
     """What the upstream's chat templates are now, and how that compares with a store."""
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
@@ -79,9 +79,9 @@ class Drift:
         self._aside = engine.aside()
         self._settings = settings
         self._metrics = metrics
-        self._seen: dict[str, Seen] = {}  # by model
+        self._seen: dict[str, ModelFingerprint] = {}  # by model
         self._looked: dict[str, float] = {}  # when, by the monotonic clock
-        self._told: set[Seen] = set()
+        self._told: set[ModelFingerprint] = set()
         self._complaint = ""  # why nothing could be compared, as last told
         self._failed = asyncio.Event()  # the upstream, lately
         self._task: asyncio.Task[None] | None = None
@@ -139,7 +139,7 @@ class Drift:
         )
         digest = blake2b(_DATE.sub("DATE", text).encode(), digest_size=16).hexdigest() if text else ""
         branch_temperature = settings.branch_temperature or DEFAULT_TEMPERATURE
-        self._seen[model] = Seen(model, digest, template.name, settings.interval, branch_temperature)
+        self._seen[model] = ModelFingerprint(model, digest, template.name, settings.interval, branch_temperature)
         self._looked[model] = now
 
     async def _watch(self) -> None:

@@ -51,7 +51,7 @@ MARGINS: Final[Mapping[CanaryMetric, float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class EpisodeOutcome:
     """How a request ended that a controller decided."""
 
     tokens: int  # it cost
@@ -59,7 +59,7 @@ class Outcome:
     answered: bool  # it stopped because its controller answered
 
 
-class Verdict(NamedTuple):
+class CanaryFailure(NamedTuple):
     """Why a canary has to go."""
 
     quality: CanaryMetric
@@ -67,7 +67,7 @@ class Verdict(NamedTuple):
     pairs: int
 
 
-class Watch:
+class CanaryTest:
     """One canary beside one champion."""
 
     def __init__(self, alpha: float = ALPHA) -> None:
@@ -77,7 +77,7 @@ class Watch:
         self._count = 0  # and how many they were
         self._unit = 0.0  # tokens that count 1, settled before either of a pair has been seen; 0: not yet
 
-    def observe(self, stage: Stage, outcome: Outcome) -> Verdict | None:
+    def observe(self, stage: Stage, outcome: EpisodeOutcome) -> CanaryFailure | None:
         """Take notice of a request; the verdict if the canary has to go."""
         for quality, value in self._values(outcome).items():
             self._games[quality].take(stage, value)
@@ -88,19 +88,19 @@ class Watch:
             self._unit = max(1.0, DEAREST * self._spent / self._count)
         return self.verdict
 
-    def hear(self, stage: Stage, content: bool) -> Verdict | None:
+    def hear(self, stage: Stage, content: bool) -> CanaryFailure | None:
         """Take notice of what a client says of an answer after its request has ended; as `observe`."""
         self._games[CanaryMetric.FEEDBACK].take(stage, float(not content))
         return self.verdict
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> CanaryFailure | None:
         """Why the canary has to go, by all that has been seen; None while nothing is proven."""
         worst = max(CanaryMetric, key=lambda quality: self._games[quality].wealth)
         game = self._games[worst]
-        return Verdict(worst, game.wealth, game.pairs) if game.wealth >= self.limit else None
+        return CanaryFailure(worst, game.wealth, game.pairs) if game.wealth >= self.limit else None
 
-    def _values(self, outcome: Outcome) -> dict[CanaryMetric, float]:
+    def _values(self, outcome: EpisodeOutcome) -> dict[CanaryMetric, float]:
         """An outcome in numbers of which less is better."""
         values = {CanaryMetric.FAILURES: float(outcome.failed), CanaryMetric.UNANSWERED: float(not outcome.answered)}
         if self._unit:
@@ -108,8 +108,8 @@ class Watch:
         return values
 
 
-class Gamblers:
-    """Gamblers who bet that a mean is above 0; each begins with 1 and stakes a fraction of BETS."""
+class BettingProcess:
+    """Gamblers who bet that a mean is above 0. Each begins with 1 and stakes a fraction of BETS."""
 
     def __init__(self) -> None:
         self.bets = 0  # settled so far
@@ -133,7 +133,7 @@ class _Game:
     def __init__(self, margin: float) -> None:
         self.waiting: dict[Stage, float] = {}  # the latest value of a stage, until the other has one
         self._margin = margin
-        self._gamblers = Gamblers()
+        self._gamblers = BettingProcess()
 
     @property
     def pairs(self) -> int:

@@ -42,11 +42,11 @@ from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Level, Proof
 from discovery.evaluation.calibration import Calibrations
 from discovery.promotion.registry import ChangeCause, Registry
-from proxy.rollout.canary_test import Outcome, Verdict, Watch
-from proxy.rollout.cost_test import Spending
-from proxy.rollout.sandbox_pool import RETIRED, Pool
-from proxy.rollout.shadow import Played, compare
-from proxy.rollout.stages import Lineup, Stages
+from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
+from proxy.rollout.cost_test import CostTest
+from proxy.rollout.sandbox_pool import RETIRED, SandboxPool
+from proxy.rollout.shadow import DecidedEpisode, compare
+from proxy.rollout.stages import RolloutStages, StageAssignment
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics, family
 from proxy.types import ChosenController
@@ -70,25 +70,25 @@ SHADOWS: Final = 2
 """Episodes a shadow goes through at a time; those that end meanwhile it does not see."""
 
 
-class Casting:
+class ControllerManager:
     """The controllers of one proxy."""
 
     def __init__(self, settings: Settings, metrics: Metrics, calibrations: Calibrations = MappingProxyType({})) -> None:
         self.default = parse_spec(settings.controller)
         self._shipped = {name: parse_spec(name) for name in discovered()}  # controllers from files of this project
-        self.stages = Stages(
+        self.stages = RolloutStages(
             None if settings.registry is None else Registry(settings.registry), self.default, settings.registry_poll_s
         )
         self.quarantined: set[str] = set()  # digests
         self.metrics = metrics
         self._settings = settings
-        self._pools: dict[str, Pool] = {}  # of controllers from files, by digest
+        self._pools: dict[str, SandboxPool] = {}  # of controllers from files, by digest
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="sandbox-end")
         self._failures: dict[str, deque[float]] = {}  # by digest: when, by the monotonic clock
         self._proof = Proof()
         self._lineup = self.stages.now  # as the pools and the watch know it
-        self._watch = Watch()
-        self._spending = Spending(calibrations)
+        self._watch = CanaryTest()
+        self._spending = CostTest(calibrations)
         self._shadowing: set[asyncio.Task[None]] = set()
         self._changing: set[asyncio.Task[None]] = set()  # the registry
 
@@ -104,7 +104,7 @@ class Casting:
         """What keeps controllers from being sealed; None if nothing does."""
         return self._proof.lacking
 
-    def level_of(self, spec: Spec) -> Level:
+    def isolation_of(self, spec: Spec) -> Level:
         """How one controller is held."""
         return self.level if spec.is_foreign else Level.TRUSTED
 
@@ -134,7 +134,7 @@ class Casting:
         """Find out whether controllers can be sealed, say so, and get those ready that may be asked."""
         if nursery().proof is None:
             await asyncio.to_thread(nursery().check)
-        self.learn_level()
+        self.update_sandbox_level()
         await self.stages.follow()
         self._restage()
 
@@ -148,15 +148,15 @@ class Casting:
             await pool.close()
         self._enders.shutdown(wait=False)
 
-    def cast(self, choice: ChosenController) -> Cast:
+    def cast(self, choice: ChosenController) -> ControllerRunner:
         """Who decides in an episode for which `choice` was made."""
-        return Cast(self, choice)
+        return ControllerRunner(self, choice)
 
     @asynccontextmanager
     async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | Remote]:
         """A fresh controller for one episode. Raises ControllerError, Unsealed or Disturbed."""
-        if self.level_of(spec) is not Level.SEALED or not spec.is_foreign:
-            if self.level_of(spec) is Level.REFUSED:
+        if self.isolation_of(spec) is not Level.SEALED or not spec.is_foreign:
+            if self.isolation_of(spec) is Level.REFUSED:
                 raise Unsealed(f"{spec.name}: controllers cannot be sealed here: {self.lacking}")
             yield make(spec, beta)
             return
@@ -188,7 +188,7 @@ class Casting:
             )
             self._quarantine(spec, words)
 
-    def ended(self, choice: ChosenController, outcome: Outcome) -> None:
+    def ended(self, choice: ChosenController, outcome: EpisodeOutcome) -> None:
         """Take notice of how an episode ended; a canary that has done too badly by now is none any more."""
         spec, stage = choice
         if stage is None:
@@ -225,7 +225,7 @@ class Casting:
         if verdict is not None:
             self._roll_back(canary, verdict)
 
-    def shadow(self, played: Played) -> None:
+    def shadow(self, played: DecidedEpisode) -> None:
         """Find out, off the request's path, how the shadow would have played an episode of the champion's."""
         spec = self.stages.now.shadow
         if spec is None or spec.digest in self.quarantined or self.level is not Level.SEALED:
@@ -235,14 +235,14 @@ class Casting:
             return
         _track(self._shadowing, self._shadow(spec, played))
 
-    async def _shadow(self, spec: Spec, played: Played) -> None:
+    async def _shadow(self, spec: Spec, played: DecidedEpisode) -> None:
         agreement = self.metrics.shadow_agreement
         try:
             async with self.controller(spec, played.beta) as controller:
                 timed = self.timed(spec, controller)
                 await compare(timed, played, lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc())
         except Unsealed:
-            self.learn_level()
+            self.update_sandbox_level()
         except Disturbed as error:
             agreement.labels(spec.name, "skipped").inc()
             logger.warning("shadow %s could not decide: %s", spec.name, error)
@@ -266,7 +266,7 @@ class Casting:
         by = ChangeCause("proxy", words, datetime.now(UTC))
         self._change(now.quarantine(spec.digest), lambda registry: registry.quarantine(spec.digest, by))
 
-    def _roll_back(self, canary: Spec, verdict: Verdict) -> None:
+    def _roll_back(self, canary: Spec, verdict: CanaryFailure) -> None:
         self.metrics.rollbacks.labels(verdict.quality).inc()
         words = f"{verdict.quality}: e-value {verdict.wealth:.0f} after {verdict.pairs} pairs"
         logger.error(
@@ -277,7 +277,7 @@ class Casting:
         without = self.stages.now.without(canary.digest)
         self._change(without, lambda registry: registry.drop_canary(canary.digest, by))
 
-    def _change(self, lineup: Lineup, move: Callable[[Registry], Installed]) -> None:
+    def _change(self, lineup: StageAssignment, move: Callable[[Registry], Installed]) -> None:
         """Another line-up: here at once, in the registry as soon as it can be."""
         self.stages.now = lineup
         self._restage()
@@ -288,7 +288,7 @@ class Casting:
         before, now = self._lineup, self.stages.now
         self._lineup = now
         if (before.champion, before.canary) != (now.champion, now.canary):
-            self._watch = Watch()
+            self._watch = CanaryTest()
         for digest in before.quarantined - now.quarantined:  # lifted
             self.quarantined.discard(digest)
             self._failures.pop(digest, None)
@@ -306,12 +306,12 @@ class Casting:
             else:
                 pool.keep(sizes.get(digest, RETIRED) if self.level is Level.SEALED else RETIRED)
 
-    def _pool(self, spec: Spec) -> Pool:
+    def _pool(self, spec: Spec) -> SandboxPool:
         if spec.digest not in self._pools:
-            self._pools[spec.digest] = Pool(spec, RETIRED, self._settings.decision_s, self._enders)
+            self._pools[spec.digest] = SandboxPool(spec, RETIRED, self._settings.decision_s, self._enders)
         return self._pools[spec.digest]
 
-    def learn_level(self) -> None:
+    def update_sandbox_level(self) -> None:
         """Take notice of the latest proof, and say how controllers from files are held now."""
         self._proof = nursery().proof or self._proof
         self.metrics.sandbox_level.set(self.level.rank)
@@ -329,18 +329,18 @@ class Casting:
         return _Timed(controller, seconds) if later is None else _TimedRemote(later, seconds)  # type: ignore[arg-type]
 
 
-class Cast:
+class ControllerRunner:
     """Who decides in one episode: the controller that was chosen and, where that fails or may not run, the baseline."""
 
-    def __init__(self, casting: Casting, choice: ChosenController) -> None:
+    def __init__(self, casting: ControllerManager, choice: ChosenController) -> None:
         self.fallback: str | None = None  # why the baseline decides, if it does
-        self.level = casting.level_of(choice.spec)
+        self.level = casting.isolation_of(choice.spec)
         self._casting = casting
         self._choice = choice
         self.rounds: list[Round] = []  # as they were carried out
         self.decided = 0  # how many of them the controller decided, before the baseline took over
         self.on_round: Callable[[], None] | None = None  # told when one has been
-        self._played: Played | None = None  # what a shadow is to be shown, if there is one
+        self._played: DecidedEpisode | None = None  # what a shadow is to be shown, if there is one
         self._beta = 0.0  # of the episode, once it runs
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
@@ -353,13 +353,13 @@ class Cast:
             self.fallback = QUARANTINED
         else:
             if self._choice.stage is Stage.CHAMPION and casting.stages.now.shadow is not None:
-                self._played = Played(beta, state.limits, ())
+                self._played = DecidedEpisode(beta, state.limits, ())
             try:
                 async with casting.controller(spec, beta) as controller:
                     await run_episode(casting.timed(spec, controller), environment, state, self._keep)
                 return
             except Unsealed:
-                casting.learn_level()
+                casting.update_sandbox_level()
                 self.fallback = UNSEALED
             except Disturbed as error:
                 self.fallback = QUARANTINED if spec.digest in casting.quarantined else DISTURBED
@@ -380,7 +380,7 @@ class Cast:
             self._casting.spent(self._choice.spec, model, tenant, self._beta, tokens, state)
         if self.fallback not in BLAMELESS:
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
-            self._casting.ended(self._choice, Outcome(tokens, failed, stop is Stop.ANSWERED))
+            self._casting.ended(self._choice, EpisodeOutcome(tokens, failed, stop is Stop.ANSWERED))
         if self._played is not None and self.decided:
             self._casting.shadow(self._played._replace(rounds=self.rounds[: self.decided]))
 
@@ -416,7 +416,7 @@ class _TimedRemote:
             return await self._later(state)
 
 
-def _foreign(lineup: Lineup) -> list[Spec]:
+def _foreign(lineup: StageAssignment) -> list[Spec]:
     """Those at a stage that come from files."""
     return [spec for stage in Stage if (spec := lineup.at(stage)) is not None and spec.is_foreign]
 

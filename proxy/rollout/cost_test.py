@@ -23,7 +23,7 @@ import numpy as np
 from controllers import State
 from controllers.loading import Spec
 from discovery.evaluation.calibration import Calibration, Calibrations
-from proxy.rollout.canary_test import Gamblers
+from proxy.rollout.canary_test import BettingProcess
 
 MARGIN: Final = 4.0
 """Times the calibrated cost at a request's β that a controller may cost on average."""
@@ -37,7 +37,7 @@ TENANTS: Final = 1024
 """Tenants of one controller whose wealth is remembered, the latest ones."""
 
 
-class Overspent(NamedTuple):
+class CostEvidence(NamedTuple):
     """Evidence that a controller costs more than allowed."""
 
     wealth: float
@@ -53,16 +53,18 @@ class Overspent(NamedTuple):
         )
 
 
-class Spending:
+class CostTest:
     """The costs of calibrated controllers on their models."""
 
     def __init__(self, calibrations: Calibrations, alpha: float = ALPHA) -> None:
         self._calibrations = calibrations
         self._limit = 1 / alpha
-        self._tenants: dict[str, OrderedDict[str, Gamblers]] = {}  # by a controller's digest
+        self._tenants: dict[str, OrderedDict[str, BettingProcess]] = {}  # by a controller's digest
         self._warned: set[str] = set()  # digests
 
-    def observe(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> Overspent | None:
+    def observe(
+        self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State
+    ) -> CostEvidence | None:
         """Take notice of a request's cost; the evidence once it is worth a warning, and once it is proven."""
         first = self._calibrations.get(model)
         calibration = None if first is None else first.of_digest(spec.digest)
@@ -71,7 +73,7 @@ class Spending:
         chain = chain_of(calibration, state)
         allowed = max(allowance(calibration, beta), LEAST_TOKENS / chain)
         tenants = self._tenants.setdefault(spec.digest, OrderedDict())
-        gamblers = tenants.setdefault(tenant, Gamblers())
+        gamblers = tenants.setdefault(tenant, BettingProcess())
         tenants.move_to_end(tenant)
         while len(tenants) > TENANTS:
             tenants.popitem(last=False)
@@ -81,7 +83,7 @@ class Spending:
         if not is_proven and (gamblers.wealth < WARN_AT or spec.digest in self._warned):
             return None
         self._warned.add(spec.digest)
-        return Overspent(gamblers.wealth, gamblers.bets, tokens / chain, allowed, is_proven)
+        return CostEvidence(gamblers.wealth, gamblers.bets, tokens / chain, allowed, is_proven)
 
     def forget(self, digest: str) -> None:
         """Begin anew with a controller whose quarantine was lifted."""

@@ -21,7 +21,7 @@ PATIENCE_S: Final = 5.0
 """Seconds an episode waits for a process."""
 
 
-class Pool:
+class SandboxPool:
     """Sealed processes that have loaded one controller, kept ready for its next episodes.
 
     Each process serves one episode. They are ended in threads of `enders`, which pools may share.

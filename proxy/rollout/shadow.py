@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from controllers import Limits, Round, State
 
 
-class Played(NamedTuple):
+class DecidedEpisode(NamedTuple):
     """An episode, as the controller that decided it met it."""
 
     beta: float
@@ -16,7 +16,7 @@ class Played(NamedTuple):
     rounds: Sequence[Round]
 
 
-async def compare(controller: Any, played: Played, count: Callable[[bool], None]) -> None:
+async def compare(controller: Any, played: DecidedEpisode, count: Callable[[bool], None]) -> None:
     """Ask a controller, of those that live elsewhere, for each round, and `count` whether it would have played it so.
 
     It is told what the rounds brought as if it had. After the first that it would have played otherwise there is

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Lineup:
+class StageAssignment:
     """Who is at which stage."""
 
     champion: Spec
@@ -38,13 +38,13 @@ class Lineup:
         """Who is at a stage."""
         return {Stage.SHADOW: self.shadow, Stage.CANARY: self.canary, Stage.CHAMPION: self.champion}[stage]
 
-    def without(self, digest: str) -> Lineup:
+    def without(self, digest: str) -> StageAssignment:
         """The same without this one as canary or shadow."""
         if self.canary is not None and self.canary.digest == digest:
             return replace(self, canary=None, share=0.0)
         return replace(self, shadow=None) if self.shadow is not None and self.shadow.digest == digest else self
 
-    def quarantine(self, digest: str) -> Lineup:
+    def quarantine(self, digest: str) -> StageAssignment:
         """The same with this one quarantined."""
         return replace(self.without(digest), quarantined=self.quarantined | {digest})
 
@@ -55,12 +55,12 @@ class Lineup:
         return words if self.shadow is None else f"{words}, shadow {_named(self.shadow)}"
 
 
-class Stages:
+class RolloutStages:
     """A line-up that follows a registry; without one it is the configured controller's alone."""
 
     def __init__(self, registry: Registry | None, default: Spec, poll_s: float) -> None:
         self.registry = registry
-        self.now = Lineup(default)  # or what has been decided here since it was read
+        self.now = StageAssignment(default)  # or what has been decided here since it was read
         self._default = default
         self._poll_s = poll_s
         self._looked = float("-inf")  # when last, by the monotonic clock
@@ -102,10 +102,10 @@ class Stages:
             logger.error("the registry does not know, until it is next changed this process does: %s", error)
         self._looked = float("-inf")
 
-    def _read(self, registry: Registry) -> Lineup:
+    def _read(self, registry: Registry) -> StageAssignment:
         installed = registry.read()
         found = {stage: None if holder is None else registry.spec(holder) for stage, holder in installed.stages.items()}
-        return Lineup(
+        return StageAssignment(
             champion=found[Stage.CHAMPION] or self._default,
             canary=found[Stage.CANARY],
             share=installed.share,

@@ -36,19 +36,19 @@ def set_up(settings: Settings, console: Console) -> None:
     handler: logging.Handler
     if settings.log is LogForm.JSON:
         handler = logging.StreamHandler(console.file)
-        handler.setFormatter(JsonLines(secrets))
+        handler.setFormatter(JsonFormatter(secrets))
     else:
         if console.file.isatty():
             handler = RichHandler(console=console, markup=False)
-            handler.setFormatter(Lines(secrets))
+            handler.setFormatter(TextFormatter(secrets))
         else:  # rich would fold lines to 80 columns
             handler = logging.StreamHandler(console.file)
-            handler.setFormatter(Lines(secrets, "%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            handler.setFormatter(TextFormatter(secrets, "%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger(ACCESS).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-class Lines(logging.Formatter):
+class TextFormatter(logging.Formatter):
     """Lines for people, which name the request they are about."""
 
     def __init__(self, secrets: Sequence[str] = (), form: str = "%(message)s") -> None:
@@ -66,7 +66,7 @@ class Lines(logging.Formatter):
         return hidden(super().format(record), self._secrets)
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """An object a line: `time`, `level`, `logger`, `message`, what it is about (`request_id`, `client_request_id`), and
     what a line knows besides.
 

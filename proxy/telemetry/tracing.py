@@ -41,7 +41,7 @@ OPERATIONS: Final = {
 API_TYPES: Final = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
 
 
-class Spans:
+class NoopTracer:
     """None."""
 
     def arrive(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -78,7 +78,7 @@ class Spans:
         """Send what has not been sent."""
 
 
-class OpenSpans(Spans):
+class OtelTracer(NoopTracer):
     """Those of a tracer provider of OpenTelemetry's."""
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -220,10 +220,10 @@ def _about(operation: str, model: str | None = None) -> dict[str, Any]:
     return about if model is None else {**about, "gen_ai.request.model": model}
 
 
-class Observer(UpstreamObserver):
+class TelemetryWatcher(UpstreamObserver):
     """Tells metrics and spans what the upstream is asked."""
 
-    def __init__(self, metrics: Metrics, spans: Spans) -> None:
+    def __init__(self, metrics: Metrics, spans: NoopTracer) -> None:
         self._metrics = metrics
         self._spans = spans
 
@@ -242,12 +242,12 @@ class Observer(UpstreamObserver):
         return self._spans.headers()
 
 
-def make() -> Spans:
+def make() -> NoopTracer:
     """Spans as OpenTelemetry's variables would have them."""
     named = any(os.environ.get(name) for name in ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not named or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
-        return Spans()
+        return NoopTracer()
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -255,8 +255,8 @@ def make() -> Spans:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         logger.warning("no spans are sent: %s is not installed; pip install 'autotts-proxy[otel]'", error.name)
-        return Spans()
+        return NoopTracer()
     name = os.environ.get("OTEL_SERVICE_NAME") or SERVICE
     provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OpenSpans(provider)
+    return OtelTracer(provider)

@@ -16,7 +16,7 @@ import aiohttp
 from controllers import Advanced, Probed, Round, advance, branch, probe
 from discovery.data.packed_rounds import pack_rounds
 from discovery.store import ServedEpisode
-from proxy.recording.store_writer import Recorder
+from proxy.recording.store_writer import StoreWriter
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
@@ -52,8 +52,8 @@ async def _acknowledged(each: int) -> Row:
 
 
 @asynccontextmanager
-async def _recording(path: Path) -> AsyncIterator[Recorder]:
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+async def _recording(path: Path) -> AsyncIterator[StoreWriter]:
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
         yield recorder
@@ -61,7 +61,7 @@ async def _recording(path: Path) -> AsyncIterator[Recorder]:
         await recorder.close()
 
 
-async def _produce(recorder: Recorder, name: str, count: int) -> None:
+async def _produce(recorder: StoreWriter, name: str, count: int) -> None:
     for number in range(count):
         identity = f"{name}-{number}"
         if not await recorder.put(identity, partial(_episode, identity)):

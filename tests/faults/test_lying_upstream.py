@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy.admission.token_bound import Bound
-from proxy.admission.usage_meter import Bill
+from proxy.admission.token_bound import TokenBound
+from proxy.admission.usage_meter import BoundedReplyMeter
 from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
 from proxy.server import running
 from proxy.settings import load
@@ -323,7 +323,7 @@ def test_a_line_may_be_so_long_and_no_longer() -> None:
 
 def test_what_a_bill_holds_is_not_copied_for_each_piece() -> None:
     for is_stream in (False, True):
-        bill = Bill(Bound(most=100, texts=1), is_stream=is_stream)
+        bill = BoundedReplyMeter(TokenBound(most=100, texts=1), is_stream=is_stream)
         held = bill._held
         for _ in range(1000):
             bill.take(b"x")

@@ -29,8 +29,8 @@ from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
 from proxy.recording import spill_file as spilling
-from proxy.recording.spill_file import Spill
-from proxy.recording.store_writer import Recorder
+from proxy.recording.spill_file import SpillFiles
+from proxy.recording.store_writer import StoreWriter
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
 from tests.faults.processes import until
@@ -121,7 +121,7 @@ POISON: Final = {
 
 
 def waiting(path: Path, *lines: bytes) -> None:
-    spill = Spill(path, 1 << 30)
+    spill = SpillFiles(path, 1 << 30)
     assert spill.append(lines) == len(lines)
     spill.close()
 
@@ -131,8 +131,8 @@ def ids(path: Path, table: str = "episodes") -> set[str]:
         return {one for (one,) in connection.execute(f"SELECT id FROM {table}")}
 
 
-async def read_back(path: Path) -> Recorder:
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+async def read_back(path: Path) -> StoreWriter:
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
         await until(lambda: not path.with_name(f"{path.name}.spill").exists())
@@ -206,7 +206,7 @@ def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
     path = tmp_path / "spill"
     content = b"x" * 10_000
     path.write_bytes(b"".join(b"%08x %b\n" % (crc32(one), one) for one in (b"first", content, b"last")))
-    spill = Spill(path, 0)
+    spill = SpillFiles(path, 0)
     spill.adopt()
     lines, bad = list[bytes](), 0
     while spill.size:
@@ -215,7 +215,7 @@ def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
         spill.drop(chunk)
     assert (lines, bad) == ([b"first", b"last"], 1)
     assert spill.append([b"y" * 900] * 8) == 0  # no room
-    roomy = Spill(tmp_path / "other", 1 << 20)
+    roomy = SpillFiles(tmp_path / "other", 1 << 20)
     assert roomy.append([b"y" * 900] * 8) == 8
     assert len(roomy.read(256).lines) == 3  # of 8: the chunk is bounded in bytes too
     roomy.close()
@@ -226,7 +226,7 @@ def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path
     (tmp_path / "spill.1").symlink_to("spill")
     waiting(tmp_path / "left", encode_item(episode("good")))
     (tmp_path / "left").rename(tmp_path / "spill.2")
-    spill = Spill(tmp_path / "spill", 0)
+    spill = SpillFiles(tmp_path / "spill", 0)
     with pytest.raises(OSError, match="not a file of records"):
         spill.adopt()
     assert [len(spill.read(9).lines), spill.size > 0] == [1, True]

@@ -27,8 +27,8 @@ from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion
 from discovery.errors import StoreError
 from discovery.store import Feedback, ServedEpisode, Store, StoreItem
 from discovery.store.item_lines import encode_item
-from proxy.recording.spill_file import Spill
-from proxy.recording.store_writer import FILE, GROUP, STORE, Owner, Recorder
+from proxy.recording.spill_file import SpillFiles
+from proxy.recording.store_writer import FILE, GROUP, STORE, RequestOwner, StoreWriter
 from proxy.server import running
 from proxy.settings import load
 from proxy.spill_paths import MOST_FILES, places
@@ -47,8 +47,8 @@ def episode(name: str, **about: Any) -> ServedEpisode:
     return ServedEpisode(name, name, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7", **about)
 
 
-def putting(recorder: Recorder, *names: str) -> list[asyncio.Future[bool]]:
-    return [recorder.put(name, lambda name=name: episode(name), Owner("t", None, "d")) for name in names]  # type: ignore[misc]
+def putting(recorder: StoreWriter, *names: str) -> list[asyncio.Future[bool]]:
+    return [recorder.put(name, lambda name=name: episode(name), RequestOwner("t", None, "d")) for name in names]  # type: ignore[misc]
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def answered(proxy: Proxy, count: int = 1) -> set[str]:
 
 def left(path: Path, *names: str) -> bytes:
     """A file that a proxy left, of some episodes; what is in it."""
-    spill = Spill(path, 1 << 30)
+    spill = SpillFiles(path, 1 << 30)
     assert spill.append([encode_item(episode(name)) for name in names])
     spill.close()
     return path.read_bytes()
@@ -81,14 +81,14 @@ def left(path: Path, *names: str) -> bytes:
 
 def waiting_in(path: Path) -> list[str]:
     """The ids in files that are left."""
-    spill = Spill(path, 0)
+    spill = SpillFiles(path, 0)
     spill.adopt()
     lines = [one for file in spill._files for one in file.chunk(file.begin, file.size).lines]
     spill.close()
     return [json.loads(one)[1]["id"] for one in lines]
 
 
-def drained(spill: Spill, most: int) -> Iterator[Sequence[bytes]]:
+def drained(spill: SpillFiles, most: int) -> Iterator[Sequence[bytes]]:
     """All that waits, up to `most` lines at a time; none of it waits any more."""
     while spill.size:
         chunk = spill.read(most)
@@ -120,8 +120,8 @@ class Turnstile:
 
 
 @asynccontextmanager
-async def recording(path: Path, **settings: Any) -> AsyncIterator[Recorder]:
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path, **settings), Metrics())
+async def recording(path: Path, **settings: Any) -> AsyncIterator[StoreWriter]:
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path, **settings), Metrics())
     await recorder.open()
     try:
         yield recorder
@@ -160,7 +160,7 @@ def locked(path: Path) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
-def counted(recorder: Recorder, name: str, **labels: str) -> float:
+def counted(recorder: StoreWriter, name: str, **labels: str) -> float:
     return recorder.metrics.registry.get_sample_value(f"autotts_recorder_{name}", labels) or 0
 
 
@@ -176,7 +176,7 @@ async def test_what_is_put_is_stored_and_found_before_and_after(tmp_path: Path) 
         assert found is not None
         assert (found.id, found.answer) == (before.id, before.answer)
         assert await recorder.find("nobody") is None
-        assert await recorder.owner("a") == Owner("t", None, "d")
+        assert await recorder.owner("a") == RequestOwner("t", None, "d")
     assert stored(tmp_path / "s.db") == {"a", "b"}
 
 
@@ -457,16 +457,16 @@ async def test_closing_leaves_in_the_file_what_the_store_does_not_take_in_time(
 
 
 async def test_closing_waits_for_what_still_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_writing, go_on, plain = threading.Event(), threading.Event(), Spill.append
+    is_writing, go_on, plain = threading.Event(), threading.Event(), SpillFiles.append
 
-    def append(spill: Spill, lines: list[bytes]) -> int:
+    def append(spill: SpillFiles, lines: list[bytes]) -> int:
         is_writing.set()
         go_on.wait()
         return plain(spill, lines)
 
-    monkeypatch.setattr(Spill, "append", append)
+    monkeypatch.setattr(SpillFiles, "append", append)
     monkeypatch.setattr("proxy.recording.store_writer.FLUSH_S", 0.1)
-    recorder = Recorder(
+    recorder = StoreWriter(
         load(upstream="http://x", store=tmp_path / "away" / "s.db", spill=tmp_path / "spill"), Metrics()
     )
     await recorder.open()
@@ -504,11 +504,11 @@ async def test_a_file_that_cannot_be_read_is_left_and_stops_nothing_else(
     path = tmp_path / "s.db"
     data = left(tmp_path / "s.db.spill", "old")
 
-    def read(spill: Spill, most: int) -> None:
+    def read(spill: SpillFiles, most: int) -> None:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Spill, "read", read)
+        patched.setattr(SpillFiles, "read", read)
         async with recording(path) as recorder:
             await until(lambda: FILE in caplog.text)
             assert await asyncio.gather(*putting(recorder, "new")) == [True]
@@ -521,14 +521,14 @@ async def test_a_file_that_cannot_be_read_is_left_and_stops_nothing_else(
 async def test_what_nobody_foresaw_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, failures = Recorder._keep, [RuntimeError("a client's text"), MemoryError()]
+    plain, failures = StoreWriter._keep, [RuntimeError("a client's text"), MemoryError()]
 
-    async def keep(recorder: Recorder) -> bool:
+    async def keep(recorder: StoreWriter) -> bool:
         if failures:
             raise failures.pop(0)
         return await plain(recorder)
 
-    monkeypatch.setattr(Recorder, "_keep", keep)
+    monkeypatch.setattr(StoreWriter, "_keep", keep)
     monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
     async with recording(tmp_path / "s.db") as recorder:
         assert await asyncio.gather(*putting(recorder, "a")) == [True]
@@ -589,7 +589,7 @@ async def test_nothing_of_the_file_goes_before_it_is_in_the_store(
 async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, failures, plain = tmp_path / "s.db", 4, Store.add_all
     huge = replace(episode("huge"), branches=2**70)  # a line can hold it, and no row
-    spill = Spill(tmp_path / "s.db.spill", 1 << 20)
+    spill = SpillFiles(tmp_path / "s.db.spill", 1 << 20)
     assert spill.append(
         [encode_item(episode("a")), b"{}", encode_item(huge), encode_item(episode("b")), encode_item(episode("c"))]
     )
@@ -647,14 +647,14 @@ async def test_each_trouble_is_complained_of_once(
         attempts[0] += 1
         return plain(*args, **named)
 
-    def append(spill: Spill, lines: list[bytes]) -> int:
+    def append(spill: SpillFiles, lines: list[bytes]) -> int:
         attempts[1] += 1
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Store, "open", opened)
     monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
     with monkeypatch.context() as patched:
-        patched.setattr(Spill, "append", append)
+        patched.setattr(SpillFiles, "append", append)
         async with recording(path, spill=tmp_path / "spill") as recorder:
             (kept,) = putting(recorder, "a")
             await until(lambda: min(attempts) > 5)
@@ -694,7 +694,7 @@ async def test_the_longest_that_is_kept_can_be_reckoned_with(tmp_path: Path) -> 
 
 
 async def test_off(tmp_path: Path) -> None:
-    recorder = Recorder(load(upstream="http://127.0.0.1:1"), Metrics())
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1"), Metrics())
     await recorder.open()
     assert putting(recorder, "a")[0].result() is False
     assert (recorder.lost, recorder.as_json()["store"]) == (0, "off")
@@ -706,12 +706,12 @@ async def test_off(tmp_path: Path) -> None:
 
 def test_half_a_line_and_a_damaged_one_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "spill"
-    spill = Spill(path, 1 << 20)
+    spill = SpillFiles(path, 1 << 20)
     assert spill.append([b"one", b"two", b"three"])
     spill.close()
     data = path.read_bytes()
     path.write_bytes(data.replace(b"two", b"tvo") + b"00000000 fo")
-    again = Spill(path, 1 << 20)
+    again = SpillFiles(path, 1 << 20)
     again.adopt()
     assert again.read(2).lines == [b"one", b"three"]
     assert again.read(9).bad == 1
@@ -721,7 +721,7 @@ def test_half_a_line_and_a_damaged_one_are_left_out(tmp_path: Path) -> None:
 
 
 def test_each_process_has_a_file_of_its_own_and_the_next_takes_over(tmp_path: Path) -> None:
-    one, two = Spill(tmp_path / "spill", 1000), Spill(tmp_path / "spill", 1000)
+    one, two = SpillFiles(tmp_path / "spill", 1000), SpillFiles(tmp_path / "spill", 1000)
     assert one.append([b"1"])
     assert two.append([b"2"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spill", "spill.1"]
@@ -732,7 +732,7 @@ def test_each_process_has_a_file_of_its_own_and_the_next_takes_over(tmp_path: Pa
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
-    spill = Spill(tmp_path / "spill", 31)
+    spill = SpillFiles(tmp_path / "spill", 31)
     assert spill.append([b"x" * 10])
     assert spill.append([b"y" * 10]) == 0
     assert spill.append([b"z", b"z"]) == 1
@@ -751,7 +751,7 @@ def test_what_was_appended_is_synced_and_a_new_name_too(tmp_path: Path, monkeypa
             synced.append(f"{path.name} {path.stat().st_size}" if path.is_file() else path.name)
 
         monkeypatch.setattr(os, name, spy)
-    spill = Spill(tmp_path / "spill", 1000)
+    spill = SpillFiles(tmp_path / "spill", 1000)
     assert spill.append([b"a"])
     assert spill.append([b"b"])
     assert synced == [tmp_path.name, "spill 11", "spill 22"]
@@ -780,13 +780,13 @@ from pathlib import Path
 from discovery.store import ServedEpisode
 from proxy.recording import store_writer as recording
 from proxy.telemetry.metrics import Metrics
-from proxy.recording.store_writer import Recorder
+from proxy.recording.store_writer import StoreWriter
 from proxy.settings import load
 
 recording.WAIT_MS = 50
 
 async def main(path, name):
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=Path(path)), Metrics())
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=Path(path)), Metrics())
     await recorder.open()
     async def one(name):
         for i in range(10**6):

@@ -22,7 +22,7 @@ from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Store
 from proxy.cli import app
-from proxy.recording.store_writer import RECOVERED, STORED, Recorder
+from proxy.recording.store_writer import RECOVERED, STORED, StoreWriter
 from proxy.settings import load
 from proxy.spill_paths import places
 from proxy.telemetry.metrics import Metrics
@@ -192,7 +192,7 @@ def heard(path: Path) -> set[str]:
 
 async def read_back(path: Path) -> None:
     """Have what waits in files written to the store."""
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
         spills = list(places(path.with_name(f"{path.name}.spill")))

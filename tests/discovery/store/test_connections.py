@@ -19,9 +19,9 @@ from discovery.errors import CorruptRow, FileWriteError, StoreError
 from discovery.evaluation.sources import open_source
 from discovery.store import ServedEpisode, Store
 from proxy.errors import SettingsError
-from proxy.recording.spill_file import Spill
-from proxy.recording.store_writer import Recorder
-from proxy.recording.template_drift import Drift
+from proxy.recording.spill_file import SpillFiles
+from proxy.recording.store_writer import StoreWriter
+from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import load
 from proxy.spill_paths import is_foreign
 from proxy.telemetry.metrics import Metrics
@@ -62,7 +62,7 @@ async def open_again(path: Path) -> None:
 async def compare(path: Path) -> None:
     settings = load(upstream="http://127.0.0.1:1", store=path)
     async with aiohttp.ClientSession() as session:
-        await Drift(Engine(str(settings.upstream), session), settings, Metrics())._compare()
+        await TemplateDrift(Engine(str(settings.upstream), session), settings, Metrics())._compare()
 
 
 async def read_cells(path: Path) -> None:
@@ -72,7 +72,7 @@ async def read_cells(path: Path) -> None:
 
 
 async def record(path: Path) -> None:
-    recorder = Recorder(load(upstream="http://127.0.0.1:1", store=path), Metrics())
+    recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     assert await recorder.put("r", lambda: episode("r"))
     await recorder.close()
@@ -92,7 +92,7 @@ def overwrite(path: Path) -> None:
 
 
 def spill(path: Path) -> None:
-    waiting = Spill(path, 1 << 20)
+    waiting = SpillFiles(path, 1 << 20)
     try:
         waiting.adopt()
         waiting.append([b"{}"])

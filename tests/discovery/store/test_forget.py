@@ -17,7 +17,7 @@ from discovery.store import Feedback, ForgottenCounts, Label, ServedEpisode, Sto
 from discovery.store.item_lines import encode_item
 from discovery.store.schema import COLUMNS
 from proxy.commands.forget import forget
-from proxy.recording.spill_file import Spill
+from proxy.recording.spill_file import SpillFiles
 from tests.discovery.audit.served import write
 from tests.discovery.evaluation.test_evaluate import autotts
 from tests.discovery.store.test_sqlite import change, some
@@ -255,8 +255,8 @@ def test_what_waits_in_a_file_is_forgotten_too(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "s.db"
     write(path, [episode("c")])
 
-    def spilled(*items: StoreItem) -> Spill:
-        spill = Spill(tmp_path / "s.db.spill", 1 << 20)
+    def spilled(*items: StoreItem) -> SpillFiles:
+        spill = SpillFiles(tmp_path / "s.db.spill", 1 << 20)
         spill.append([encode_item(one) for one in items] + [b"[]"])
         return spill
 

@@ -16,7 +16,7 @@ import pytest_asyncio
 from openai import AsyncOpenAI, AuthenticationError
 
 from proxy.admission import api_keys
-from proxy.admission.auth import Access, Callers, check_host
+from proxy.admission.auth import Access, Authenticator, check_host
 from proxy.api.routes import ROUTES
 from proxy.app import create_app
 from proxy.errors import SettingsError
@@ -189,7 +189,7 @@ async def test_without_a_file_nothing_is_salted_and_every_token_is_a_tenant(back
 
 def test_salts_follow_from_the_secret(file: Path) -> None:
     def salt(secret: str | None) -> str | None:
-        callers = Callers(load(keys=file, cache_secret=secret))
+        callers = Authenticator(load(keys=file, cache_secret=secret))
         return callers._salt("tenant")
 
     assert salt("one") == salt("one") != salt("two")
@@ -277,7 +277,7 @@ def test_a_file_without_keys_does_not_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# none yet\n")
     with pytest.raises(SettingsError, match=r"keys\.toml: there is no key in it; add a line that `autotts keys new"):
-        Callers(load(keys=path))
+        Authenticator(load(keys=path))
 
 
 async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
@@ -348,7 +348,7 @@ def test_a_variable_holds_names_and_hashes() -> None:
 )
 def test_what_is_wrong_with_a_variable_is_told_without_what_it_holds(text: str, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        Callers(load(client_keys=text))
+        Authenticator(load(client_keys=text))
     assert str(caught.value).startswith(f"{api_keys.VARIABLE}: {words}")
     assert ALICE not in str(caught.value)
 
@@ -405,7 +405,7 @@ def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
 ) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(api_keys.line("alice", "secret"))
-    callers = Callers(load(upstream="http://127.0.0.1:1", keys=path))
+    callers = Authenticator(load(upstream="http://127.0.0.1:1", keys=path))
     assert not warned(caplog)
     path.write_text(api_keys.line("alice", "secret").replace(" }", f", {limits} }}"))
     assert callers.keyring is not None
@@ -419,7 +419,7 @@ def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
 
 
 def test_so_is_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
-    Callers(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
+    Authenticator(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
     (line,) = warned(caplog)
     assert line.startswith("the server's limit tokens = 700 is less than the 781 or so")
 

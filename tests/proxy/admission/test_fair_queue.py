@@ -13,7 +13,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, RateLimitError
 
-from proxy.admission.fair_queue import Admission, Full, Place
+from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
@@ -23,11 +23,11 @@ from tests.proxy.conftest import SMALL
 
 
 async def test_everybody_in_turn_whoever_asks_most() -> None:
-    admission = Admission(1, 100)
+    admission = FairQueue(1, 100)
     order: list[str] = []
     places = [admission.enter(holder) for holder in "aaaaaabbc"]
 
-    async def stay(place: Place) -> None:
+    async def stay(place: Permit) -> None:
         async with place:
             order.append(place.holder)
 
@@ -37,7 +37,7 @@ async def test_everybody_in_turn_whoever_asks_most() -> None:
 
 
 async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
-    admission = Admission(3, 10)
+    admission = FairQueue(3, 10)
     first, second, third = (admission.enter("a", 1) for _ in range(3))
     other = admission.enter("b", 2)
     assert first.given.is_set()
@@ -51,16 +51,16 @@ async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
 
 
 async def test_the_queue_is_bounded_and_nobody_fills_it_alone() -> None:
-    admission = Admission(1, 4)
+    admission = FairQueue(1, 4)
     admission.enter("a")
     for _ in range(2):
         admission.enter("a", share=2)
-    with pytest.raises(Full) as caught:
+    with pytest.raises(QueueFull) as caught:
         admission.enter("a", share=2)
     assert caught.value.own
     admission.enter("b", share=2)
     admission.enter("c", share=2)
-    with pytest.raises(Full) as caught:
+    with pytest.raises(QueueFull) as caught:
         admission.enter("d", share=2)
     assert not caught.value.own
     assert caught.value.after_s > 0
@@ -68,10 +68,10 @@ async def test_the_queue_is_bounded_and_nobody_fills_it_alone() -> None:
 
 
 async def test_who_leaves_while_waiting_is_dropped() -> None:
-    admission = Admission(1, 10)
+    admission = FairQueue(1, 10)
     first, second, third = (admission.enter("a") for _ in range(3))
 
-    async def stay(place: Place) -> None:
+    async def stay(place: Permit) -> None:
         async with place:
             await asyncio.Event().wait()
 
@@ -94,8 +94,8 @@ async def test_who_leaves_while_waiting_is_dropped() -> None:
 )
 def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, moves: list[Any]) -> None:
     async def play() -> None:
-        admission = Admission(places, queue)
-        there: list[Place] = []
+        admission = FairQueue(places, queue)
+        there: list[Permit] = []
         for move in moves:
             if isinstance(move, int):
                 if there:
@@ -103,7 +103,7 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
             else:
                 try:
                     there.append(admission.enter(*move))
-                except Full:
+                except QueueFull:
                     assert admission.waiting >= queue
             given = [place for place in there if place.given.is_set()]
             waiting = [place for place in there if not place.given.is_set()]

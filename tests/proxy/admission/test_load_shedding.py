@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.admission.load_shedding import Marks, parse_marks
+from proxy.admission.load_shedding import Watermarks, parse_watermarks
 from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import load
@@ -21,14 +21,14 @@ from tests.proxy.conftest import SMALL
     ("reading", "share"), [(None, 0), (0, 0), (4, 0), (11, 0.25), (18, 0.5), (32, 1), (1000, 1), (1e300, 1)]
 )
 def test_between_the_marks_it_grows_evenly(reading: float | None, share: float) -> None:
-    marks = parse_marks("4:32")
+    marks = parse_watermarks("4:32")
     assert marks is not None
     assert marks.share(reading) == pytest.approx(share)
 
 
 def test_two_equal_marks_are_a_step() -> None:
-    assert [Marks(4, 4).share(reading) for reading in (4, 4.1)] == [0, 1]
-    assert parse_marks(None) is None
+    assert [Watermarks(4, 4).share(reading) for reading in (4, 4.1)] == [0, 1]
+    assert parse_watermarks(None) is None
 
 
 @pytest.mark.parametrize("text", ["4", "32:4", "a:b", "4:", "-1:4", "4:32:64", "nan:4"])

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admission.token_bound import FREE, UNSET, Bound, fit
+from proxy.admission.token_bound import UNBOUNDED, UNSET, TokenBound, bound_request
 from proxy.admission.token_budget import SHARE, Caps
-from proxy.admission.usage_meter import HELD, LATE, TAIL, Bill, last_of
+from proxy.admission.usage_meter import HELD, LATE, TAIL, BoundedReplyMeter, last_reported_tokens
 from proxy.errors import BadRequest
 from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest, parse
 from proxy.server import running
@@ -46,7 +46,7 @@ def response(**fields: Any) -> GenerationRequest:
 
 
 def test_without_a_cap_nothing_is_bounded_or_read() -> None:
-    assert fit(chat(n=20, max_tokens=10**6), Caps(branches=3, episodes=4), LONGEST) is FREE
+    assert bound_request(chat(n=20, max_tokens=10**6), Caps(branches=3, episodes=4), LONGEST) is UNBOUNDED
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_without_a_cap_nothing_is_bounded_or_read() -> None:
     ],
 )
 def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: GenerationRequest, most: int) -> None:
-    assert fit(request_, Caps(tokens=700), LONGEST).most == most
+    assert bound_request(request_, Caps(tokens=700), LONGEST).most == most
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: G
 )
 def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: Caps, param: str, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as refused:
-        fit(request_, caps, LONGEST)
+        bound_request(request_, caps, LONGEST)
     assert refused.value.param == param
 
 
@@ -127,29 +127,29 @@ def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: C
 def test_who_sets_no_limit_is_given_one_that_fits(
     request_: GenerationRequest, caps: Caps, longest: int, most: int, put: dict[str, int]
 ) -> None:
-    bound = fit(request_, caps, longest)
+    bound = bound_request(request_, caps, longest)
     assert (bound.most, dict(bound.put)) == (most, put)
 
 
 def test_a_streams_usage_is_asked_for_unless_its_client_does() -> None:
     caps = Caps(tokens=700)
-    bound = fit(chat(max_tokens=5, stream=True), caps, LONGEST)
+    bound = bound_request(chat(max_tokens=5, stream=True), caps, LONGEST)
     assert (bound.has_asked, bound.put) == (True, {"stream_options": {"include_usage": True}})
     options = {"include_usage": False, "continuous_usage_stats": True, "x": 1}
-    bound = fit(text(max_tokens=5, stream=True, stream_options=options), caps, LONGEST)
+    bound = bound_request(text(max_tokens=5, stream=True, stream_options=options), caps, LONGEST)
     assert (bound.has_asked, bound.put) == (True, {"stream_options": {"x": 1, "include_usage": True}})
     for asked in (chat(max_tokens=5, stream=True, stream_options={"include_usage": True}), chat(max_tokens=5)):
-        assert fit(asked, caps, LONGEST)[2:4] == ({}, False)
-    assert not fit(response(stream=True), caps, LONGEST).has_asked
+        assert bound_request(asked, caps, LONGEST)[2:4] == ({}, False)
+    assert not bound_request(response(stream=True), caps, LONGEST).has_asked
 
 
 def test_tokens_may_hide_from_clients_that_ask_for_it() -> None:
     caps = Caps(tokens=700)
-    assert fit(chat(stream=True, temperature=0.5), caps, LONGEST).shows
+    assert bound_request(chat(stream=True, temperature=0.5), caps, LONGEST).shows
     for name, value in (("stop", "x"), ("ignore_eos", True), ("include_reasoning", False), ("stream_interval", 99)):
-        assert not fit(chat(stream=True, **{name: value}), caps, LONGEST).shows
-    assert not fit(response(stream=True), caps, LONGEST).shows
-    assert not fit(text(use_beam_search=True), caps, LONGEST).tells
+        assert not bound_request(chat(stream=True, **{name: value}), caps, LONGEST).shows
+    assert not bound_request(response(stream=True), caps, LONGEST).shows
+    assert not bound_request(text(use_beam_search=True), caps, LONGEST).tells
 
 
 # The bill
@@ -165,10 +165,10 @@ def delta(content: str, **extra: Any) -> dict[str, Any]:
 
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "total_tokens": 45, "completion_tokens": 42}}
-PLAIN = Bound(most=500, has_asked=True, shows=True)
+PLAIN = TokenBound(most=500, has_asked=True, shows=True)
 
 
-def read(bill: Bill, pieces: Sequence[bytes], *, whole: bool = True) -> bytes:
+def read(bill: BoundedReplyMeter, pieces: Sequence[bytes], *, whole: bool = True) -> bytes:
     told = b"".join(bill.take(piece) for piece in pieces)
     return told + (bill.rest() if whole else b"")
 
@@ -189,13 +189,13 @@ def test_a_usage_that_was_asked_for_here_is_taken_out_and_nothing_else(
     first = b": ping\n\n" + sse(delta("a"), delta("é\n\ndata: "), {"choices": [], "usage": None})
     after = b"event: x\nid: 7\ndata: {not json\n\n\n" + sse(None) + b"data: tail"
     whole = (first + sse(USAGE) + after).replace(b"\n", line)
-    bill = Bill(PLAIN._replace(has_asked=has_asked), is_stream=True)
+    bill = BoundedReplyMeter(PLAIN._replace(has_asked=has_asked), is_stream=True)
     assert read(bill, cut(whole, places)) == (whole if not has_asked else (first + after).replace(b"\n", line))
     assert bill.cost == 42
 
 
 def test_a_usage_that_ends_a_stream_without_a_blank_line_is_read_too() -> None:
-    bill = Bill(PLAIN, is_stream=True)
+    bill = BoundedReplyMeter(PLAIN, is_stream=True)
     assert read(bill, [sse(delta("a")), sse(USAGE).rstrip()]) == sse(delta("a"))
     assert bill.cost == 42
 
@@ -203,7 +203,7 @@ def test_a_usage_that_ends_a_stream_without_a_blank_line_is_read_too() -> None:
 def test_a_responses_stream_tells_its_usage_within() -> None:
     last = {"type": "response.completed", "response": {"usage": {"output_tokens": 9}, "metadata": {}}}
     stream = sse({"type": "response.created", "response": {"usage": None}}, last)
-    bill = Bill(Bound(most=500, has_asked=True), is_stream=True)
+    bill = BoundedReplyMeter(TokenBound(most=500, has_asked=True), is_stream=True)
     assert (read(bill, [stream]), bill.cost) == (stream, 9)
 
 
@@ -213,7 +213,7 @@ def test_a_usage_of_a_whole_reply_is_read_wherever_it_stands(places: list[int], 
     rest = {"choices": [{"text": '"completion_tokens": 1'}], "tools": [{"usage": {"output_tokens": 1}}]}
     more = {"prompt_token_ids": list(range(2000)), "completion_tokens": 2}
     whole = json.dumps({**more, **rest, **usage} if behind else {**usage, **rest, **more}).encode()
-    bill = Bill(PLAIN, is_stream=False)
+    bill = BoundedReplyMeter(PLAIN, is_stream=False)
     assert read(bill, cut(whole, places)) == whole
     assert bill.cost == 42
 
@@ -227,7 +227,7 @@ def test_without_a_usage_it_is_the_bound_or_the_text_that_came() -> None:
         (PLAIN._replace(shows=False), True, 500),
         (PLAIN, False, 500),
     ):
-        bill = Bill(bound, is_stream=is_stream)
+        bill = BoundedReplyMeter(bound, is_stream=is_stream)
         read(bill, [shown], whole=False)
         assert bill.cost == cost
 
@@ -239,36 +239,36 @@ def test_a_usage_that_is_none_bills_the_bound(usage: Any, said: Any) -> None:
         usage = dict.fromkeys(usage, said)
     for is_stream in (False, True):
         chunk = {"choices": [], "usage": usage}
-        bill = Bill(PLAIN._replace(shows=False), is_stream=is_stream)
+        bill = BoundedReplyMeter(PLAIN._replace(shows=False), is_stream=is_stream)
         read(bill, [sse(chunk) if is_stream else json.dumps(chunk).encode()])
         assert bill.cost == 500
 
 
 def test_beams_are_billed_by_their_bound() -> None:
-    bill = Bill(PLAIN._replace(tells=False), is_stream=False)
+    bill = BoundedReplyMeter(PLAIN._replace(tells=False), is_stream=False)
     read(bill, [json.dumps(USAGE).encode()])
     assert bill.cost == 500
 
 
 def test_a_usage_of_one_choice_is_not_that_of_all() -> None:
-    bill = Bill(PLAIN._replace(shows=False), is_stream=True)
+    bill = BoundedReplyMeter(PLAIN._replace(shows=False), is_stream=True)
     assert read(bill, [both := sse(delta("a", usage={"completion_tokens": 1}))]) == both
     assert bill.cost == 500
 
 
 def test_what_is_too_long_is_handed_on_and_billed_by_its_bound() -> None:
     for is_stream in (False, True):
-        bill = Bill(PLAIN, is_stream=is_stream)
+        bill = BoundedReplyMeter(PLAIN, is_stream=is_stream)
         long = [b"data: " + b"x" * (HELD // 2)] * 3
         assert read(bill, [*long, sse(USAGE)]) == b"".join(long) + sse(USAGE)
         assert (bill.cost, bill._held) == (500, bytearray())
 
 
 def test_what_nobody_bills_is_counted_by_its_end() -> None:
-    assert last_of(json.dumps(USAGE).encode()) == 42
-    assert last_of(b'{"output_tokens":1}, {"completion_tokens" : 7}') == 7
-    assert last_of(b'"completion_tokens":1234567890') is None
-    assert last_of(b"{}") is None
+    assert last_reported_tokens(json.dumps(USAGE).encode()) == 42
+    assert last_reported_tokens(b'{"output_tokens":1}, {"completion_tokens" : 7}') == 7
+    assert last_reported_tokens(b'"completion_tokens":1234567890') is None
+    assert last_reported_tokens(b"{}") is None
 
 
 # Over HTTP

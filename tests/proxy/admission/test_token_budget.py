@@ -18,20 +18,20 @@ from controllers import Action, Limits, State, advance, answer, branch, probe, p
 from controllers.episode import run_episode, run_sync
 from controllers.errors import ControllerError
 from proxy.admission import api_keys
-from proxy.admission.token_bound import Bound
+from proxy.admission.token_bound import TokenBound
 from proxy.admission.token_budget import (
     GRAIN_S,
     MINUTE_S,
     SHARE,
+    BudgetExceeded,
     Caps,
-    OverBudget,
-    Purses,
-    Rate,
-    Reserve,
-    Window,
+    RateLimit,
+    Reservation,
+    TokenBudgets,
+    TokenWindow,
     retry_after,
 )
-from proxy.admission.usage_meter import LATE, Bill
+from proxy.admission.usage_meter import LATE, BoundedReplyMeter
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
@@ -72,9 +72,9 @@ class Budgets(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.purses = Purses(COMMON)
+        self.purses = TokenBudgets(COMMON)
         self.spent: list[tuple[float, str, int]] = []  # when, whose, how many
-        self.open: dict[int, tuple[str, Reserve]] = {}
+        self.open: dict[int, tuple[str, Reservation]] = {}
 
     @rule(target=running, who=st.sampled_from(sorted(CAPS)), asked=st.none() | st.integers(1, 2000))
     def begin(self, who: str, asked: int | None) -> Any:
@@ -85,7 +85,7 @@ class Budgets(RuleBasedStateMachine):
         before = {name: window.reserved for name, window in self.purses.windows.items()}
         try:
             reserve = self.purses.reserve(who, CAPS[who], cap, self.now)
-        except OverBudget as refused:
+        except BudgetExceeded as refused:
             assert {name: window.reserved for name, window in self.purses.windows.items() if window.reserved} == {
                 name: reserved for name, reserved in before.items() if reserved
             }
@@ -100,7 +100,7 @@ class Budgets(RuleBasedStateMachine):
         wishes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99)), max_size=12),
         lengths=st.lists(st.integers(1, BRANCH - 1), min_size=1, max_size=6),
     )
-    def run(self, reserve: Reserve | None, wishes: list[tuple[int, int]], lengths: list[int]) -> None:
+    def run(self, reserve: Reservation | None, wishes: list[tuple[int, int]], lengths: list[int]) -> None:
         """An episode under its reserve as cap, with a controller that may move illegally."""
         if reserve is None:
             return
@@ -117,18 +117,18 @@ class Budgets(RuleBasedStateMachine):
         late=st.integers(0, LATE),
         ends=st.sampled_from(["told", "untold", "cut", "lies"]),
         lie=USAGES,
-        bound=st.builds(Bound, *map(st.just, Bound()[:3]), *[st.booleans()] * 3),
+        bound=st.builds(TokenBound, *map(st.just, TokenBound()[:3]), *[st.booleans()] * 3),
         is_stream=st.booleans(),
         size=st.integers(1, 99),
     )
     def hand_on(
         self,
-        reserve: Reserve | None,
+        reserve: Reservation | None,
         words: list[str],
         late: int,
         ends: str,
         lie: Any,
-        bound: Bound,
+        bound: TokenBound,
         is_stream: bool,
         size: int,
     ) -> None:
@@ -142,7 +142,7 @@ class Budgets(RuleBasedStateMachine):
         said: list[Any] = [] if ends in ("untold", "cut") else [{"choices": [], **usage}]
         events = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*chunks, *said])
         whole = json.dumps({"choices": chunks, **(usage if said else {})}).encode()
-        bill = Bill(bound._replace(most=reserve.tokens), is_stream=is_stream)
+        bill = BoundedReplyMeter(bound._replace(most=reserve.tokens), is_stream=is_stream)
         reply = events if is_stream else whole
         for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
             bill.take(reply[at : at + size])
@@ -153,14 +153,14 @@ class Budgets(RuleBasedStateMachine):
         self.settle(reserve, bill.cost)
 
     @rule(reserve=consumes(running), share=st.floats(0, 1))
-    def fail(self, reserve: Reserve | None, share: float) -> None:
+    def fail(self, reserve: Reservation | None, share: float) -> None:
         """A request that is cancelled or breaks off, having cost anything; it is told of more than once."""
         if reserve is not None:
             self.settle(reserve, int(reserve.tokens * share))
             reserve.settle(0, self.now)
             reserve.settle(99, self.now)
 
-    def settle(self, reserve: Reserve, cost: int) -> None:
+    def settle(self, reserve: Reservation, cost: int) -> None:
         who, _ = self.open.pop(id(reserve))
         reserve.settle(cost, self.now)
         self.spent.append((self.now, who, cost))
@@ -202,7 +202,7 @@ TestBudgets.settings = effort(max_examples=150, stateful_step_count=40, deadline
 
 
 def test_tokens_come_back_after_a_minute_and_when_is_told() -> None:
-    window = Window(100)
+    window = TokenWindow(100)
     window.reserve(80)
     window.settle(80, 60, now=0.0)
     window.reserve(30)
@@ -215,18 +215,18 @@ def test_tokens_come_back_after_a_minute_and_when_is_told() -> None:
 
 
 def test_settling_without_a_pause_keeps_nothing_for_ever() -> None:
-    window = Window(10**9)
+    window = TokenWindow(10**9)
     for tenth in range(6000):
         window.settle(0, 1, now=tenth / 10)
     assert 600 <= window.spent(599.9) <= 610
 
 
 def test_what_costs_more_than_was_set_aside_counts_in_full() -> None:
-    purses = Purses(100)
+    purses = TokenBudgets(100)
     purses.reserve("alice", None, 50, 0.0).settle(500, 0.0)
     assert purses.common is not None
     assert (purses.common.spent(0.0), purses.common.room(0.0)) == (500, 0)
-    with pytest.raises(OverBudget):
+    with pytest.raises(BudgetExceeded):
         purses.reserve("alice", None, 1, 0.0)
 
 
@@ -381,23 +381,23 @@ async def test_what_is_handed_on_is_counted_by_its_usage(backend: FakeVLLM, tmp_
 
 
 def test_a_rate_is_a_minutes_and_each_holders_own() -> None:
-    rate = Rate(3)
+    rate = RateLimit(3)
     for now in (0.0, 10.0, 20.0):
         rate.take("a", now)
     rate.take("b", 20.0)
-    with pytest.raises(OverBudget) as caught:
+    with pytest.raises(BudgetExceeded) as caught:
         rate.take("a", 30.0)
     assert caught.value.holder == "a"
     assert 30 < caught.value.after_s <= 31 + GRAIN_S  # the first is forgotten then
     rate.take("a", 30.0 + caught.value.after_s)
-    with pytest.raises(OverBudget):
+    with pytest.raises(BudgetExceeded):
         rate.take("a", 30.5 + caught.value.after_s)
 
 
 def test_a_rate_holds_however_often_it_is_tried() -> None:
-    rate, taken = Rate(100), 0
+    rate, taken = RateLimit(100), 0
     for at in range(17_772):  # in 15 seconds
-        with suppress(OverBudget):
+        with suppress(BudgetExceeded):
             rate.take("a", 15 * at / 17_772)
             taken += 1
     assert taken == 100

@@ -13,7 +13,7 @@ from discovery.answers import parse_kind
 from proxy.environment.live_environment import OPEN_STREAM_INTERVAL, PIECES
 from proxy.episode import run
 from proxy.requests import models
-from proxy.rollout.controller_runner import Casting
+from proxy.rollout.controller_runner import ControllerManager
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.telemetry.metrics import Metrics
@@ -194,7 +194,7 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
     plan = await run.plan(
-        engine, Casting(settings, Metrics()), settings, model, request, EffectiveBeta(1.0, BetaSource.HEADER)
+        engine, ControllerManager(settings, Metrics()), settings, model, request, EffectiveBeta(1.0, BetaSource.HEADER)
     )
     assert plan.limits.max_tokens is not None
     beside = (

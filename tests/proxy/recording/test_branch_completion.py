@@ -17,8 +17,8 @@ from controllers import branch
 from discovery.data.recordings import intern_answers
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD
-from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, Finisher, Purse
-from proxy.recording.store_writer import Recorder
+from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, BranchCompleter, Purse
+from proxy.recording.store_writer import StoreWriter
 from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import Engine
 from tests.fakes import ASSISTANT, LONGEST_CLOSING, MODEL, FakeVLLM
@@ -61,15 +61,15 @@ class Looks(list[bool]):
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    seen, plain = Looks(), Finisher._busy
+    seen, plain = Looks(), BranchCompleter._busy
     monkeypatch.setattr("proxy.recording.branch_completion.LOOK_S", 0.01)
 
-    async def busy(finisher: Finisher) -> bool:
+    async def busy(finisher: BranchCompleter) -> bool:
         seen.append(await plain(finisher))
         seen.do()
         return seen[-1]
 
-    monkeypatch.setattr(Finisher, "_busy", busy)
+    monkeypatch.setattr(BranchCompleter, "_busy", busy)
     return seen
 
 
@@ -141,17 +141,17 @@ async def test_one_that_cannot_be_recorded_costs_no_other(
 async def test_a_finisher_that_dies_does_not_keep_records_from_being_written(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def dies(_: Finisher) -> None:
+    async def dies(_: BranchCompleter) -> None:
         raise MemoryError
 
-    closed, plain = list[bool](), Recorder.close
+    closed, plain = list[bool](), StoreWriter.close
 
-    async def close(recorder: Recorder) -> None:
+    async def close(recorder: StoreWriter) -> None:
         await plain(recorder)
         closed.append(True)
 
-    monkeypatch.setattr(Finisher, "next", dies)
-    monkeypatch.setattr(Recorder, "close", close)
+    monkeypatch.setattr(BranchCompleter, "next", dies)
+    monkeypatch.setattr(StoreWriter, "close", close)
     async with recording(backend, tmp_path) as proxy:
         served = await vote(proxy)
     assert closed
@@ -353,13 +353,13 @@ async def test_more_than_may_wait_are_left_out_and_counted(backend: FakeVLLM, tm
 async def test_those_that_wait_when_the_proxy_ends_are_counted(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skipped, plain = list[float | None](), Finisher.close
+    skipped, plain = list[float | None](), BranchCompleter.close
 
-    def close(finisher: Finisher) -> None:
+    def close(finisher: BranchCompleter) -> None:
         plain(finisher)
         skipped.append(finisher._metrics.registry.get_sample_value("autotts_recordings_total", {"outcome": "skipped"}))
 
-    monkeypatch.setattr(Finisher, "close", close)
+    monkeypatch.setattr(BranchCompleter, "close", close)
     backend.queued = 1
     async with recording(backend, tmp_path) as proxy:
         for _ in range(3):

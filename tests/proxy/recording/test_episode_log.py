@@ -263,7 +263,7 @@ async def test_what_clients_say_reaches_the_watch(
 ) -> None:
     heard: list[tuple[Stage, bool]] = []
     monkeypatch.setattr(
-        "proxy.rollout.controller_runner.Casting.heard",
+        "proxy.rollout.controller_runner.ControllerManager.heard",
         lambda _, stage, digest, content: heard.append((stage, content)),
     )
     async with serving(backend, tmp_path / "s.db") as proxy:
@@ -276,7 +276,7 @@ async def test_what_clients_say_reaches_the_watch(
         await call(proxy, "POST", "/v1/tts/feedback", body={"id": other["id"], "answer": "8"})
         _, _, another = await proxy.ask("0.5", tts={"answer": "boxed"})
         with monkeypatch.context() as away:  # whether it is the answer cannot be told: that uses nothing up
-            away.setattr("proxy.recording.store_writer.Recorder.find", _away)
+            away.setattr("proxy.recording.store_writer.StoreWriter.find", _away)
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "answer": "7"})
         for score in (0.2, 0.9):
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "score": score})

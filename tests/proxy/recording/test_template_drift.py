@@ -16,7 +16,7 @@ from discovery.data.recordings import Cell, RecordedQuestion
 from discovery.evaluation.evaluate import scorable_recordings
 from discovery.store import Store
 from proxy.app import upstream_session
-from proxy.recording.template_drift import Drift
+from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Engine
@@ -128,7 +128,7 @@ async def test_a_store_that_is_yet_to_be_created_is_not_complained_of(
     caplog.set_level(logging.INFO)
     settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
     async with upstream_session(settings) as session:
-        drift = Drift(Engine(backend.url, session), settings, Metrics())
+        drift = TemplateDrift(Engine(backend.url, session), settings, Metrics())
         assert not await drift._try()  # it is looked at again soon
         async with Store.open(tmp_path / "s.db", create=True):
             pass

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from controllers.installed import Stage
-from proxy.rollout.canary_test import Outcome, Verdict, Watch
+from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
 from proxy.types import CanaryMetric
 
 REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
 
-Draw = Callable[[random.Random], tuple[Outcome, bool | None]]
+Draw = Callable[[random.Random], tuple[EpisodeOutcome, bool | None]]
 """A request, and whether its client was content, if it said so."""
 
 
@@ -23,8 +23,8 @@ def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.
     """Requests whose tokens are lognormal, one in three of which somebody judges."""
     variance = math.log(1 + SCATTER**2)
 
-    def draw(chance: random.Random) -> tuple[Outcome, bool | None]:
-        outcome = Outcome(
+    def draw(chance: random.Random) -> tuple[EpisodeOutcome, bool | None]:
+        outcome = EpisodeOutcome(
             tokens=round(chance.lognormvariate(math.log(tokens) - variance / 2, math.sqrt(variance))),
             failed=chance.random() < failing,
             answered=chance.random() >= unanswered,
@@ -36,10 +36,10 @@ def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.
 
 def ends(
     streams: int, share: float, canary: Draw, champion: Draw, most: int = REQUESTS
-) -> Iterator[tuple[int, Verdict]]:
+) -> Iterator[tuple[int, CanaryFailure]]:
     """After how many requests, and why, each canary was rolled back that was."""
     for seed in range(streams):
-        chance, watch = random.Random(seed), Watch()
+        chance, watch = random.Random(seed), CanaryTest()
         for number in range(1, most + 1):
             stage = Stage.CANARY if chance.random() < share else Stage.CHAMPION
             outcome, content = (canary if stage is Stage.CANARY else champion)(chance)
@@ -63,10 +63,10 @@ def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
 
 @pytest.mark.parametrize(("tokens", "accused"), [(1080, False), (1200, True)])
 def test_what_the_margin_allows_is_allowed_for_ever(tokens: int, accused: bool) -> None:
-    watch = Watch()
+    watch = CanaryTest()
     for _ in range(5000):
-        watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
-        watch.observe(Stage.CANARY, Outcome(tokens, False, True))
+        watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
+        watch.observe(Stage.CANARY, EpisodeOutcome(tokens, False, True))
     assert (watch.verdict is not None) == accused
 
 
@@ -100,25 +100,25 @@ def test_one_that_fails_beside_a_champion_that_never_does() -> None:
 
 
 def test_one_monstrous_reply_proves_nothing() -> None:
-    watch = Watch()
+    watch = CanaryTest()
     for _ in range(20):
-        assert watch.observe(Stage.CHAMPION, Outcome(1000, False, True)) is None
-        assert watch.observe(Stage.CANARY, Outcome(1000, False, True)) is None
-    watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
-    assert watch.observe(Stage.CANARY, Outcome(10**9, False, True)) is None
+        assert watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
+        assert watch.observe(Stage.CANARY, EpisodeOutcome(1000, False, True)) is None
+    watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
+    assert watch.observe(Stage.CANARY, EpisodeOutcome(10**9, False, True)) is None
 
 
 def test_a_canary_alone_is_compared_with_nobody() -> None:
-    watch = Watch()
-    assert all(watch.observe(Stage.CANARY, Outcome(10**6, True, False)) is None for _ in range(1000))
+    watch = CanaryTest()
+    assert all(watch.observe(Stage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
 
 
 def test_the_verdict_stays_and_says_why() -> None:
-    watch = Watch()
+    watch = CanaryTest()
     verdicts = []
     for _ in range(60):
-        watch.observe(Stage.CHAMPION, Outcome(1000, False, True))
-        verdicts.append(watch.observe(Stage.CANARY, Outcome(1000, True, True)))
+        watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
+        verdicts.append(watch.observe(Stage.CANARY, EpisodeOutcome(1000, True, True)))
     first = next(verdict for verdict in verdicts if verdict is not None)
     assert first.quality is CanaryMetric.FAILURES
     assert first.wealth >= watch.limit

@@ -18,7 +18,7 @@ from discovery.evaluation.calibration import (
     SingleChain,
     write_calibrations,
 )
-from proxy.rollout.cost_test import MARGIN, Spending, allowance, chain_of
+from proxy.rollout.cost_test import MARGIN, CostTest, allowance, chain_of
 from tests.proxy.rollout.test_sealed_controllers import LOCKSTEP, Serve, serve
 
 __all__ = ["serve"]
@@ -46,7 +46,7 @@ def episode(*tokens: int, ended: bool = True) -> State:
     return state
 
 
-def observed(spending: Spending, chains: float, tenant: str = "t", beta: float = 0.0, chain: int = CHAIN) -> str:
+def observed(spending: CostTest, chains: float, tenant: str = "t", beta: float = 0.0, chain: int = CHAIN) -> str:
     found = spending.observe(MINE, "m", tenant, beta, round(chains * chain), episode(chain))
     return "" if found is None else "proven" if found.is_proven else "warned"
 
@@ -68,7 +68,7 @@ def test_a_chain_is_as_long_as_those_that_ended() -> None:
 
 
 def test_one_that_spends_all_is_warned_of_and_then_proven() -> None:
-    spending = Spending({"m": calibrated(MINE, 1, 8, 32)})
+    spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
     found = [observed(spending, 64) for _ in range(20)]
     assert found.count("warned") == 1
     assert found.index("warned") < found.index("proven") < 20
@@ -80,7 +80,7 @@ def test_honest_ones_are_left_alone() -> None:
     """Their costs scatter widely; and the longer replies of other prompts are not their fault."""
     rng = np.random.default_rng(0)
     for _ in range(50):
-        spending = Spending({"m": calibrated(MINE, 2, 8, 32)})
+        spending = CostTest({"m": calibrated(MINE, 2, 8, 32)})
         costs = rng.gamma(0.5, 4, 400)  # two chains on average
         lengths = rng.integers(100, 100 * CHAIN, 400)
         found = {observed(spending, cost, chain=int(length)) for cost, length in zip(costs, lengths, strict=True)}
@@ -88,21 +88,21 @@ def test_honest_ones_are_left_alone() -> None:
 
 
 def test_short_replies_cost_more_than_their_chains() -> None:
-    spending = Spending({"m": calibrated(MINE, 1, 2)})
+    spending = CostTest({"m": calibrated(MINE, 1, 2)})
     assert {observed(spending, 25, chain=10) for _ in range(100)} == {""}  # 250 tokens, probes and the closing
 
 
 def test_one_tenant_alone_quarantines_nothing_where_there_are_several() -> None:
-    spending = Spending({"m": calibrated(MINE, 1, 8, 32)})
+    spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
     observed(spending, 1, "other")
     assert "proven" not in {observed(spending, 64) for _ in range(50)}
     assert "proven" in {observed(spending, 64, "other") for _ in range(50)}
 
 
 def test_what_was_not_calibrated_is_not_judged() -> None:
-    spending = Spending({"m": calibrated(Spec("mine", "another text"), 1, 2)})
+    spending = CostTest({"m": calibrated(Spec("mine", "another text"), 1, 2)})
     assert {observed(spending, 64) for _ in range(50)} == {""}
-    assert Spending({}).observe(MINE, "m", "t", 0, 10**9, episode(1)) is None
+    assert CostTest({}).observe(MINE, "m", "t", 0, 10**9, episode(1)) is None
 
 
 SPENDER = LOCKSTEP.format(later="").replace("2 + round(6 * beta)", "8")

@@ -17,23 +17,23 @@ from controllers.errors import BadController, Disturbed
 from controllers.loading import Spec
 from controllers.sandbox.worker import Worker
 from proxy.rollout import sandbox_pool as pools
-from proxy.rollout.sandbox_pool import Pool
+from proxy.rollout.sandbox_pool import SandboxPool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
 
 HONEST = "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
 SLOW = "while True: pass"
 
-Make = Callable[[str, int], Pool]
+Make = Callable[[str, int], SandboxPool]
 
 
 @pytest.fixture
 async def make() -> AsyncIterator[Make]:
-    made: list[Pool] = []
+    made: list[SandboxPool] = []
     enders = ThreadPoolExecutor(1)
 
-    def make_one(source: str, size: int) -> Pool:
-        made.append(Pool(Spec("mine", source), size, 5.0, enders))
+    def make_one(source: str, size: int) -> SandboxPool:
+        made.append(SandboxPool(Spec("mine", source), size, 5.0, enders))
         made[-1].keep(size)
         return made[-1]
 
@@ -52,7 +52,7 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
 
 
-async def filled(pool: Pool, size: int) -> None:
+async def filled(pool: SandboxPool, size: int) -> None:
     await until(lambda: len(pool._ready) == size)
 
 

@@ -23,7 +23,7 @@ from controllers.sandbox.proof import Proof
 from controllers.sandbox.worker import IDLE_S
 from proxy.errors import SettingsError
 from proxy.rollout import controller_runner
-from proxy.rollout.sandbox_pool import Pool
+from proxy.rollout.sandbox_pool import SandboxPool
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
@@ -252,19 +252,19 @@ async def until(holds: Callable[..., bool]) -> None:
 
 
 @pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
+def pool(monkeypatch: pytest.MonkeyPatch) -> list[SandboxPool]:
     """The pool of the default controller, once it is made."""
-    made: list[Pool] = []
+    made: list[SandboxPool] = []
 
-    def make(*about: Any) -> Pool:
-        made.append(Pool(*about))
+    def make(*about: Any) -> SandboxPool:
+        made.append(SandboxPool(*about))
         return made[-1]
 
-    monkeypatch.setattr(controller_runner, "Pool", make)
+    monkeypatch.setattr(controller_runner, "SandboxPool", make)
     return made
 
 
-async def asking_at_once(proxy: Proxy, pool: list[Pool], count: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
+async def asking_at_once(proxy: Proxy, pool: list[SandboxPool], count: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
     """Requests whose controllers all decide, for ever, when this returns."""
     asked = [asyncio.create_task(proxy.ask("0")) for _ in range(count)]
     third = 3  # a file, the opening round, and the one that never ends
@@ -277,7 +277,7 @@ async def asking_at_once(proxy: Proxy, pool: list[Pool], count: int) -> list[asy
 ENDLESS = LOCKSTEP.format(later="while True: pass")
 
 
-async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: list[Pool]) -> None:
+async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
         asked = await asking_at_once(proxy, pool, 4)
         for process in children():
@@ -287,7 +287,9 @@ async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: li
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
 
 
-async def test_processes_that_die_one_after_the_other_are_as_many_failures(serve: Serve, pool: list[Pool]) -> None:
+async def test_processes_that_die_one_after_the_other_are_as_many_failures(
+    serve: Serve, pool: list[SandboxPool]
+) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
         for _ in range(3):
             (asked,) = await asking_at_once(proxy, pool, 1)
@@ -297,7 +299,7 @@ async def test_processes_that_die_one_after_the_other_are_as_many_failures(serve
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
 
 
-async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[Pool]) -> None:
+async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=2) as proxy:
         asked = await asking_at_once(proxy, pool, 4)
         zygote = nurseries.nursery()._zygote
@@ -309,7 +311,7 @@ async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve,
         assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason="disturbed") == 4
 
 
-async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list[Pool]) -> None:
+async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(HONEST, sandbox_pool=3) as proxy:
         for _ in range(4):
             await until(lambda: len(pool[0]._ready) == 3)
@@ -320,7 +322,7 @@ async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list
             assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
 
 
-async def test_no_process_of_a_quarantined_controller_goes_on(serve: Serve, pool: list[Pool]) -> None:
+async def test_no_process_of_a_quarantined_controller_goes_on(serve: Serve, pool: list[SandboxPool]) -> None:
     """Those of other requests are ended too, in the middle of their decisions."""
     source = LOCKSTEP.format(later="if self.most == 8: raise ValueError\n        while True: pass")
     async with serve(source, decision_s=60.0, sandbox_pool=2) as proxy:
