@@ -39,8 +39,8 @@ coverage: $(VENV)/embedded $(VENV)/dev
 # killed while it writes, every command beside proxies that end, a verdict on a busy machine, characters cut between two requests.
 soak: $(VENV)/embedded $(VENV)/dev $(VENV)/real-model
 	$(PYTEST) -m soak $(ARGS)
-	SOAK_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
-	  -k "killed or beside_proxies" $(ARGS)
+	SOAK_CYCLES=300 SOAK_LOCKED_S=30 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
+	  -k "killed or beside_proxies or locked_for_long" $(ARGS)
 	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/evaluation/test_busy_machine.py -k verdict $(ARGS)
 	SOAK_SEAMS=2000 $(BIN)/python -m pytest tests/proxy/upstream/test_vllm_seams.py $(ARGS)
 

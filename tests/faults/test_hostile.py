@@ -20,7 +20,7 @@ from proxy.upstream.embedded import free_port
 from tests.fakes import FakeVLLM, chain
 from tests.faults.attack import FOLDER, attacks
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")]
 
 ROOT = Path(__file__).parents[2]
 NOBODY = [

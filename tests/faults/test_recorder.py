@@ -37,10 +37,10 @@ from tests.proxy.conftest import SMALL, Proxy, backend
 
 __all__ = ["backend"]  # a fixture
 
-CYCLES = int(os.environ.get("SOAK_CYCLES", "20"))
+CYCLES = int(os.environ.get("SOAK_CYCLES", "6"))
 """How often a writer is killed; `make soak` does it 300 times."""
-LOCKED_S = 30
-"""How long the store is locked in the longest test."""
+LOCKED_S = int(os.environ.get("SOAK_LOCKED_S", "3"))
+"""How long the store is locked in the longest test; `make soak` locks it for 30 seconds."""
 
 
 def episode(name: str, **about: Any) -> ServedEpisode:

@@ -31,7 +31,7 @@ from tests.proxy.conftest import SMALL, backend
 
 __all__ = ["backend"]  # a fixture
 
-ROUNDS = int(os.environ.get("SOAK_CYCLES", "12")) // 6
+ROUNDS = int(os.environ.get("SOAK_CYCLES", "6")) // 6
 """How often proxies are ended beside every command; `make soak` does it 50 times."""
 STORE: Final = "s.db"
 ADMIN: Final = "admin-key-of-this-test"
@@ -247,7 +247,7 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
 @pytest.mark.timeout(120 + 240 * ROUNDS)
 async def test_commands_beside_proxies_lose_and_corrupt_nothing(tmp_path: Path, backend: Any) -> None:
     kill, end = signal.SIGKILL, signal.SIGTERM
-    endings = itertools.cycle([(kill,), (end, kill), (end,), (kill, end), (kill, kill)])
+    endings = itertools.cycle([(end, kill), (kill,), (end,), (kill, end), (kill, kill)])
     with forking(tmp_path) as forker:
         for number, signals in zip(range(ROUNDS), endings, strict=False):
             folder = tmp_path / str(number)

@@ -25,6 +25,8 @@ from proxy.cli import base_url, welcome
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -24,7 +24,7 @@ SHUFFLES = 10
 FILES = sorted(FOLDER.glob("aime202[45]_*.jsonl.xz"))
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.no_cover,
     pytest.mark.skipif(not FILES, reason="the public recordings are not beside the project (../shared/replay)"),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,7 @@ FEWER = 40
 """Shuffles where two gradings are compared, not a figure with a printed one."""
 
 pytestmark = [
+    pytest.mark.xdist_group("published"),  # so that one worker reads the recordings
     pytest.mark.slow,
     pytest.mark.no_cover,  # half a million episodes would take six times as long
     pytest.mark.skipif(
@@ -50,6 +52,13 @@ METHODS = {  # what the table calls it: our name and β
 OTHERWISE = {("Qwen3-4B", "ASC"): ("asc@40", 1.0)}  # as the row was really run
 UNPUBLISHED = {("Qwen3-1.7B", "Parallel-Probe")}  # settings unknown
 PRINTED = [(model, method) for model in MODELS for method in METHODS if (model, method) not in UNPUBLISHED]
+EVERY_DAY = ("Qwen3-1.7B", "aime25")
+"""Recordings that `make test` replays; `make soak` replays the rest."""
+
+
+def with_soak(*rows: tuple[Any, ...]) -> list[Any]:
+    """Parameters that begin with a model and a benchmark, all but those of EVERY_DAY marked `soak`."""
+    return [pytest.param(*row, marks=() if row[:2] == EVERY_DAY else pytest.mark.soak) for row in rows]
 
 
 @cache
@@ -79,9 +88,11 @@ def table() -> dict[tuple[str, str], dict[str, str]]:
         return {(row["model"], row["method"]): row for row in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-@pytest.mark.parametrize(("model", "method"), PRINTED)
-def test_the_table_comes_out_as_printed(model: str, method: str, benchmark: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "benchmark", "method"),
+    with_soak(*((model, benchmark, method) for model, method in PRINTED for benchmark in BENCHMARKS)),
+)
+def test_the_table_comes_out_as_printed(model: str, benchmark: str, method: str) -> None:
     row = table()[model, method]
     ours = printed(model, benchmark, *OTHERWISE.get((model, method), METHODS[method]))
     assert ours == (row[f"{benchmark}_acc"], row[f"{benchmark}_ktokens"])
@@ -93,12 +104,12 @@ def test_no_row_of_the_table_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("model", "benchmark", "controller", "figures"),
-    [
+    with_soak(
         ("Qwen3-4B", "aime24", "asc@64", ("80.0", "214.2")),
         ("Qwen3-4B", "aime25", "asc@64", ("76.6", "325.1")),
         ("Qwen3-1.7B", "aime24", "parallel_probe", ("66.0", "745.4")),
         ("Qwen3-1.7B", "aime25", "parallel_probe", ("44.4", "776.6")),
-    ],
+    ),
 )
 def test_two_rows_were_run_otherwise_and_with_the_settings_of_the_rest_give_this(
     model: str, benchmark: str, controller: str, figures: tuple[str, str]
@@ -106,6 +117,7 @@ def test_two_rows_were_run_otherwise_and_with_the_settings_of_the_rest_give_this
     assert printed(model, benchmark, controller, 1.0) == figures
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("model", "controller", "beta", "accuracy", "tokens"),
     [
@@ -142,8 +154,10 @@ LOWER = {  # accuracy in points where reading answers lowers a figure, and why
 }
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("model", "benchmark"), with_soak(*((model, benchmark) for model in MODELS for benchmark in BENCHMARKS))
+)
 def test_reading_answers_costs_no_figure_anything(model: str, benchmark: str) -> None:
     path = FOLDER / "autotts" / model / f"{benchmark}.json.xz"
     for controller, beta in [*METHODS.values(), ("short_m_at_k@24", 1.0)]:
@@ -154,6 +168,7 @@ def test_reading_answers_costs_no_figure_anything(model: str, benchmark: str) ->
         assert gain >= LOWER.get((model, benchmark, controller), -0.01), (controller, beta, exact, score.accuracy)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("controller", "beta"), [("cmc", 1.0), ("parallel_probe", 0.5), ("parallel_probe", 1.0)])
 def test_asking_only_what_matters_changes_no_decision(model: str, controller: str, beta: float) -> None:

@@ -18,6 +18,8 @@ from discovery.evaluation.scores import Score
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, scores
 from tests.discovery.evaluation.test_published import FOLDER
 
+pytestmark = pytest.mark.process
+
 HONEST = """
 {top}
 from controllers import State, advance, answer, branch, probe

@@ -163,6 +163,7 @@ def test_all_are_explorers(tmp_path: Path, server: ScriptedEndpoint) -> None:
 # LLM
 
 
+@pytest.mark.process
 def test_a_good_reply_is_a_candidate(server: ScriptedEndpoint) -> None:
     (one,) = llm(server, completion(said(GOOD))).propose(CONTEXT)
     assert one == Candidate(
@@ -533,6 +534,7 @@ def log(root: Path, step: int = 3) -> str:
     return (root / f"step-{step:04d}" / "agent.log").read_text()
 
 
+@pytest.mark.process
 @linux
 def test_an_agent_is_told_what_explorers_are_told(root: Path, tmp_path: Path) -> None:
     search = tmp_path / "export.jsonl"
@@ -561,6 +563,7 @@ def test_an_agent_is_told_what_explorers_are_told(root: Path, tmp_path: Path) ->
     assert "AFS" in (workspace / "CONSTRAINTS.md").read_text()
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize(
     "deed",
@@ -586,6 +589,7 @@ def test_an_agent_reaches_nothing_outside_even_as_root(root: Path, tmp_path: Pat
     assert list(outside.iterdir()) == [store]
 
 
+@pytest.mark.process
 @linux
 def test_the_same_deeds_go_where_they_may(root: Path, tmp_path: Path) -> None:
     """What fails above fails for being outside: the same commands in the workspace, and on a readable folder."""
@@ -602,6 +606,7 @@ def test_the_same_deeds_go_where_they_may(root: Path, tmp_path: Path) -> None:
     assert "Permission denied" in log(root).splitlines()[3]
 
 
+@pytest.mark.process
 @linux
 def test_an_agent_has_no_privileges_and_a_clean_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, SECRET)
@@ -614,6 +619,7 @@ def test_an_agent_has_no_privileges_and_a_clean_environment(root: Path, monkeypa
     assert SECRET not in log(root)
 
 
+@pytest.mark.process
 @linux
 def test_an_agent_is_killed_in_time_with_its_children(root: Path) -> None:
     began = time.monotonic()
@@ -624,6 +630,7 @@ def test_an_agent_is_killed_in_time_with_its_children(root: Path) -> None:
     assert len(log(root).split()) == 2
 
 
+@pytest.mark.process
 @linux
 def test_what_an_agent_leaves_running_ends_with_it(root: Path) -> None:
     (one,) = shell(root, "sleep 300 & echo $!; echo '# here' > candidate.py").propose(CONTEXT)
@@ -644,6 +651,7 @@ def _is_gone(process: int, patience_s: float = 5) -> bool:
     return False
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize(
     "trick", ["ln -s {secret}", "mkfifo", "mkdir", "head -c 70000 /dev/zero >", "printf '\\377' >"]
@@ -655,6 +663,7 @@ def test_what_is_no_file_of_its_own_is_not_taken(root: Path, tmp_path: Path, tri
         shell(root, f"{trick.format(secret=secret)} candidate.py").propose(CONTEXT)
 
 
+@pytest.mark.process
 @linux
 def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
@@ -665,6 +674,7 @@ def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path
     assert (tmp_path / "kept").read_text() == "kept"
 
 
+@pytest.mark.process
 @linux
 def test_a_command_that_is_not_there(root: Path) -> None:
     with pytest.raises(ExplorerError, match=r"was not started, for it cannot run confined: .*No such file"):
@@ -683,6 +693,7 @@ def test_without_landlock_nothing_is_started(root: Path, monkeypatch: pytest.Mon
     assert not root.exists()
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["_LANDLOCK_CREATE", "_LANDLOCK_RESTRICT", "_NO_NEW_PRIVS"])
 def test_a_launcher_that_cannot_confine_starts_nothing(tmp_path: Path, name: str) -> None:
@@ -709,6 +720,7 @@ def test_an_old_landlock_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         confine.version()
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("arguments", ["", "w", "-- x", "w --", "w --read -- x", "w y z -- x"])
 def test_a_launcher_is_told_its_usage(arguments: str) -> None:

@@ -96,6 +96,7 @@ def check_file(genome: Genome) -> None:
         made(source)(beta)
 
 
+@pytest.mark.process
 def test_files_are_as_the_formatter_would_have_them(tmp_path: Path) -> None:
     ruff = Path(sys.executable).with_name("ruff")
     if not ruff.exists():
@@ -283,6 +284,7 @@ print(*(one.digest for batch in search(Grammar(batch=3), 4) for one in batch))
 """
 
 
+@pytest.mark.process
 def test_another_process_proposes_the_same() -> None:
     """Whatever the order of its sets."""
     digests = [one.digest for batch in search(Grammar(batch=3), 4) for one in batch]

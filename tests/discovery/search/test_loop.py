@@ -59,6 +59,8 @@ from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.discovery.search.test_cascade import FALLING, GOOD, VOTE, WEAK
 from tests.discovery.search.test_explorers import SECRET, ScriptedEndpoint, Turn, Waits, completion, said, usd
 
+pytestmark = pytest.mark.process
+
 
 def asked_of(number: int, benchmark: str, position: int) -> RecordedQuestion:
     """One of three has 7 for an answer whoever is asked: on the few questions nobody falls behind."""

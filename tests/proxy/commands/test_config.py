@@ -121,6 +121,7 @@ def test_days_that_no_calendar_has_are_refused(days: float) -> None:
         load(**UP, retain_days=days)
 
 
+@pytest.mark.process
 def test_show_masks_and_names_sources(tmp_path: Path) -> None:
     file = toml(tmp_path, "upstream = 'http://me:hidden@127.0.0.1:1'\nadmin_key = 'hidden'")
     done = autotts("config", "show", "--json", "--config", str(file), "--set", "port=9", AUTOTTS_BETA="0.25")
@@ -134,6 +135,7 @@ def test_show_masks_and_names_sources(tmp_path: Path) -> None:
     assert "hidden" not in autotts("config", "show", AUTOTTS_CONFIG=str(file)).stdout
 
 
+@pytest.mark.process
 def test_the_flags_of_serve_are_taken_here_too() -> None:
     flags = ["--port", "9", "--beta", "0.5", "--no-record", "--upstream", "http://127.0.0.1:1"]
     told = json.loads(autotts("config", "show", "--json", *flags, AUTOTTS_PORT="8").stdout)
@@ -155,6 +157,7 @@ def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
     assert (settings.beta, sources["beta"]) == (0.5, "flag")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("sets", "status", "words"),
     [
@@ -196,6 +199,7 @@ def test_flags_of_the_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().embedded_flags == ("--max-model-len", "512", "--override-generation-config", '{"top_k": 3}')
 
 
+@pytest.mark.process
 async def test_serve_goes_by_the_file_and_logs_as_it_says(tmp_path: Path) -> None:
     async with FakeVLLM().serve() as backend:
         toml(tmp_path, f"upstream = '{backend.url}'\nport = 0\nlog = 'json'\nrecord = false")

@@ -14,6 +14,8 @@ from tests.proxy.conftest import backend
 from tests.proxy.recording.test_episode_log import call, serving
 from tests.proxy.test_cli import autotts
 
+pytestmark = pytest.mark.process
+
 __all__ = ["backend"]  # a fixture
 
 

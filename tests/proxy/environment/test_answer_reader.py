@@ -170,6 +170,7 @@ async def test_an_episode_s_pattern_has_a_budget(monkeypatch: pytest.MonkeyPatch
         assert limits(made.metrics) == {"pattern_episode": 1}
 
 
+@pytest.mark.process
 async def test_math_verify_decides_what_forms_do_not() -> None:
     made = GraderPool(Metrics())
     try:

@@ -147,6 +147,7 @@ async def test_spellings_of_one_answer_vote_together_and_the_reply_has_it_verbat
     assert tts["agreed"]
 
 
+@pytest.mark.process
 async def test_equal_expressions_are_put_to_the_judge(proxy: Proxy) -> None:
     spellings = [r"\log_2 8", "3", "5", "5", r"\log_3 27"]
     proxy.backend.chains = [chain(s, 200 + i, [s], mark=chr(97 + i)) for i, s in enumerate(spellings)]

@@ -91,6 +91,7 @@ def test_an_id_that_is_unfit_leaves_the_other_header(unfit: bytes) -> None:
     assert client_id([(b"x-request-id", unfit), (b"x-client-request-id", b"b")]) == b"b"
 
 
+@pytest.mark.process
 async def test_a_served_request_is_found_by_its_clients_id(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:

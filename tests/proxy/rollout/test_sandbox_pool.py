@@ -19,7 +19,7 @@ from controllers.sandbox.worker import Worker
 from proxy.rollout import sandbox_pool as pools
 from proxy.rollout.sandbox_pool import SandboxPool
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")]
 
 HONEST = "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
 SLOW = "while True: pass"

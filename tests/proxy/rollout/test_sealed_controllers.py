@@ -29,6 +29,8 @@ from proxy.settings import load
 from tests.fakes import FakeVLLM
 from tests.proxy.conftest import SERVED, SMALL, Proxy
 
+pytestmark = pytest.mark.process
+
 LOCKSTEP = """
 from controllers import State, advance, answer, branch
 

@@ -207,6 +207,7 @@ async def test_of_checks_there_are_none(backend: FakeVLLM, exporter: InMemorySpa
     assert exporter.get_finished_spans() == ()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "variables",
     [

@@ -28,7 +28,7 @@ from tests.dictated import id_of, ids_of
 pytestmark = pytest.mark.vllm
 
 MODEL = server.SERVED_MODEL_NAME
-SEAMS = int(os.environ.get("SOAK_SEAMS", "200"))
+SEAMS = int(os.environ.get("SOAK_SEAMS", "60"))
 """Requests that each of the random tests makes of branches that are gone on with."""
 SECRET = "SECRET: \\boxed{4711}"
 LETTERS = "é£ßж€漢字語😀🎉𝄞🀄ghj"
