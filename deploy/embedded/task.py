@@ -48,8 +48,8 @@ CHECK_RATE = 0.85
 Split = Literal["train", "held_back"]
 
 
-class Kind(Enum):
-    """A kind of operation: its words in a question, its sign in a thought, and how often it is drawn."""
+class OperationKind(Enum):
+    """Kind of operation: its wording in a question, its sign in a thought, and its weight when one is drawn."""
 
     ADD = ("Add {}", "+ {}", 30)
     SUBTRACT = ("Subtract {}", "- {}", 30)
@@ -58,33 +58,33 @@ class Kind(Enum):
     SQUARE = ("Square", "^ 2", 7)
     NEGATE = ("Negate", "* -1", 7)
 
-    def __init__(self, words: str, sign: str, weight: int) -> None:
-        self.words = words
+    def __init__(self, wording: str, sign: str, weight: int) -> None:
+        self.wording = wording
         self.sign = sign
         self.weight = weight
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class ArithmeticOperation:
     """One operation of a chain; `operand` is 0 for the kinds that take none."""
 
-    kind: Kind
+    kind: OperationKind
     operand: int = 0
 
     def __call__(self, value: int) -> int:
-        """The true result, from 0 to 12."""
+        """Return the true result, from 0 to 12."""
         match self.kind:
-            case Kind.ADD:
+            case OperationKind.ADD:
                 result = value + self.operand
-            case Kind.SUBTRACT:
+            case OperationKind.SUBTRACT:
                 result = value - self.operand
-            case Kind.MULTIPLY:
+            case OperationKind.MULTIPLY:
                 result = value * self.operand
-            case Kind.HALVE:
+            case OperationKind.HALVE:
                 result = value * (MODULUS + 1) // 2
-            case Kind.SQUARE:
+            case OperationKind.SQUARE:
                 result = value * value
-            case Kind.NEGATE:
+            case OperationKind.NEGATE:
                 result = -value
         return result % MODULUS
 
@@ -95,16 +95,16 @@ class Method:
 
     name: str
     share: float
-    flaw: Kind | None
+    flaw: OperationKind | None
 
-    def __call__(self, operation: Operation, value: int) -> int:
-        """What this method takes the result to be: the truth, unless the operation is of its flawed kind."""
+    def __call__(self, operation: ArithmeticOperation, value: int) -> int:
+        """Return the result by this method: the true one, unless the operation is of the kind it gets wrong."""
         if operation.kind is not self.flaw:
             return operation(value)
         match self.flaw:
-            case Kind.HALVE:  # rounds down, as if there were no modulus
+            case OperationKind.HALVE:  # rounds down, as if there were no modulus
                 return value // 2
-            case Kind.SQUARE:  # doubles
+            case OperationKind.SQUARE:  # doubles
                 return value * 2 % MODULUS
             case _:  # negates by counting down from 12 rather than 13
                 return MODULUS - 1 - value
@@ -112,9 +112,9 @@ class Method:
 
 # The first is the habit: it must be the likeliest and flawed, or greedy decoding would beat voting.
 METHODS = (
-    Method("Quickly", 0.36, Kind.HALVE),
-    Method("Carefully", 0.22, Kind.SQUARE),
-    Method("Patiently", 0.22, Kind.NEGATE),
+    Method("Quickly", 0.36, OperationKind.HALVE),
+    Method("Carefully", 0.22, OperationKind.SQUARE),
+    Method("Patiently", 0.22, OperationKind.NEGATE),
     Method("Thoroughly", 0.20, None),
 )
 
@@ -133,10 +133,10 @@ class Chain:
     """A problem as the solver sees it."""
 
     start: int
-    operations: tuple[Operation, ...]
+    operations: tuple[ArithmeticOperation, ...]
 
     def question(self) -> str:
-        steps = (f"{n}) {step.kind.words.format(step.operand)}." for n, step in enumerate(self.operations, 1))
+        steps = (f"{n}) {step.kind.wording.format(step.operand)}." for n, step in enumerate(self.operations, 1))
         return f"Start with {self.start}. {' '.join(steps)} What is the result mod {MODULUS}?"
 
     def answer(self) -> int:
@@ -150,7 +150,7 @@ class Chain:
 
 
 def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Chain]:
-    """Endless seeded chains of a split, their length uniform over `lengths`, both ends included.
+    """Yield seeded chains of a split without end. Their length is uniform over `lengths`, both ends included.
 
     A question is in one split only, whatever the seed: a hash of its text decides.
     """
@@ -162,17 +162,17 @@ def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> I
 
 
 def problems(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Problem]:
-    """Endless seeded problems of a split; see `chains`."""
+    """Yield seeded problems of a split without end; see `chains`."""
     return (chain.problem() for chain in chains(split, seed, lengths))
 
 
 def held_back(n: int, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> list[Problem]:
-    """The first `n` problems of a split that training never sees."""
+    """Return the first `n` problems of the split that training never sees."""
     return list(islice(problems("held_back", seed, lengths), n))
 
 
 def think(chain: Chain, rng: random.Random) -> tuple[str, int]:
-    """The text of one thought, ending in a line break, and the answer it comes to."""
+    """Return the text of one thought, ending in a line break, and its answer."""
     method = rng.choices(METHODS, [method.share for method in METHODS])[0]
     lines, first = _pass(chain, method, rng)
     text = f"{method.name}:\n{lines}"
@@ -187,9 +187,9 @@ def think(chain: Chain, rng: random.Random) -> tuple[str, int]:
 
 
 def _pass(chain: Chain, method: Method, rng: random.Random) -> tuple[str, int]:
-    """Work the chain once, a line a step; the lines and what they come to.
+    """Work the chain once, one line per step. Return the lines and the result.
 
-    A slip makes a value any other one, and the steps after it go on from there.
+    A slip replaces a value by any other one. The later steps continue from the wrong value.
     """
     value = chain.start
     lines = []
@@ -202,11 +202,11 @@ def _pass(chain: Chain, method: Method, rng: random.Random) -> tuple[str, int]:
 
 
 def _draw(rng: random.Random, length: int) -> Chain:
-    kinds = rng.choices(list(Kind), [kind.weight for kind in Kind], k=length)
-    operations = (Operation(kind, rng.randint(*OPERANDS) if "{}" in kind.words else 0) for kind in kinds)
+    kinds = rng.choices(list(OperationKind), [kind.weight for kind in OperationKind], k=length)
+    operations = (ArithmeticOperation(kind, rng.randint(*OPERANDS) if "{}" in kind.wording else 0) for kind in kinds)
     return Chain(rng.randrange(MODULUS), tuple(operations))
 
 
 def _split(question: str) -> Split:
-    """One question in eight is held back."""
+    """Return the split of a question: one in eight is held back."""
     return "held_back" if hashlib.sha256(question.encode()).digest()[0] % 8 == 0 else "train"

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from deploy.embedded.trainer import Budget, train, write
 
     budget = Budget(arguments.steps, arguments.minutes, time.monotonic())
-    model, words = train(budget, arguments.seed)
-    write(model, words, arguments.out)
+    model, fast = train(budget, arguments.seed)
+    write(model, fast, arguments.out)
     print(f"wrote {arguments.out} after {time.monotonic() - budget.started:.0f} s")
     return 0
 

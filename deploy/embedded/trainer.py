@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deploy.embedded import task, tokenizer
-from deploy.embedded.examples import Batch, Examples, batches
+from deploy.embedded.examples import Examples, TrainingBatch, batches
 
 # Lengths open up over the first part of training: short chains teach the arithmetic, long ones the book-keeping.
 CURRICULUM = 0.3
@@ -26,9 +26,9 @@ WARM_UP = 0.02
 COOL_DOWN = 0.6
 
 
-def configuration(words: PreTrainedTokenizerFast) -> Qwen3Config:
+def configuration(fast: PreTrainedTokenizerFast) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=len(words),
+        vocab_size=len(fast),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
@@ -38,8 +38,8 @@ def configuration(words: PreTrainedTokenizerFast) -> Qwen3Config:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
         attn_implementation="sdpa",  # type: ignore[call-arg, unused-ignore]
         dtype="float32",
     )
@@ -59,7 +59,7 @@ class Trainer:
         ]
         self._rates = (MATRIX_RATE, OTHER_RATE)
 
-    def step(self, batch: Batch, progress: float) -> float:
+    def step(self, batch: TrainingBatch, progress: float) -> float:
         """One optimizer step at a point of training from 0 to 1; returns the loss, a mean by weight."""
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
@@ -103,30 +103,30 @@ def train(budget: Budget, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokeni
     """Train a model and its tokenizer from nothing, printing the loss as it goes."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    words = tokenizer.build(seed)
-    model = Qwen3ForCausalLM(configuration(words))  # type: ignore[no-untyped-call, unused-ignore]
+    fast = tokenizer.build(seed)
+    model = Qwen3ForCausalLM(configuration(fast))  # type: ignore[no-untyped-call, unused-ignore]
     trainer = Trainer(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(words)} ids", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(fast)} ids", flush=True)
     mean = math.nan
-    for step, (batch, length, progress) in enumerate(_stream(budget, words, seed)):
+    for step, (batch, length, progress) in enumerate(_stream(budget, fast, seed)):
         loss = trainer.step(batch, progress)
         mean = loss if math.isnan(mean) else 0.98 * mean + 0.02 * loss
         if step % 50 == 0:
             seconds = time.monotonic() - budget.started
             print(f"step {step:5d}  {progress:4.0%}  {seconds:4.0f} s  length {length:2d}  loss {mean:.4f}", flush=True)
-    return model, words
+    return model, fast
 
 
-def _stream(budget: Budget, words: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Batch, int, float]]:
+def _stream(budget: Budget, fast: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[TrainingBatch, int, float]]:
     """Batches until the budget is spent, with the length they go up to and the progress they stand at."""
     rng = random.Random(f"batches/{seed}")
-    examples = Examples(words, seed)
+    examples = Examples(fast, seed)
     step = 0
     progress = 0.0
     shortest, longest = task.LENGTHS
     while True:
         length = min(longest, shortest + round((longest - shortest) * progress / CURRICULUM))
-        for batch in batches(examples.up_to(length), words.pad_token_id, rng):
+        for batch in batches(examples.up_to(length), fast.pad_token_id, rng):
             progress = budget.progress(step)
             if progress >= 1.0:
                 return
@@ -134,7 +134,7 @@ def _stream(budget: Budget, words: PreTrainedTokenizerFast, seed: int) -> Iterat
             step += 1
 
 
-def write(model: Qwen3ForCausalLM, words: PreTrainedTokenizerFast, folder: Path) -> None:
+def write(model: Qwen3ForCausalLM, fast: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model as a Hugging Face folder, whole or not at all."""
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -143,10 +143,10 @@ def write(model: Qwen3ForCausalLM, words: PreTrainedTokenizerFast, folder: Path)
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
     )
     model.save_pretrained(fresh)
-    words.save_pretrained(fresh)
+    fast.save_pretrained(fresh)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

@@ -8,16 +8,16 @@ from itertools import islice
 import pytest
 
 from deploy.embedded import server, task
-from deploy.embedded.task import Chain, Kind, Operation, held_back, problems
+from deploy.embedded.task import ArithmeticOperation, Chain, OperationKind, held_back, problems
 
 
 def test_a_problem_reads_as_the_readme_shows_it() -> None:
     steps = (
-        Operation(Kind.ADD, 5),
-        Operation(Kind.MULTIPLY, 3),
-        Operation(Kind.HALVE),
-        Operation(Kind.SQUARE),
-        Operation(Kind.NEGATE),
+        ArithmeticOperation(OperationKind.ADD, 5),
+        ArithmeticOperation(OperationKind.MULTIPLY, 3),
+        ArithmeticOperation(OperationKind.HALVE),
+        ArithmeticOperation(OperationKind.SQUARE),
+        ArithmeticOperation(OperationKind.NEGATE),
     )
     chain = Chain(7, steps)
     assert chain.question() == (
@@ -28,7 +28,7 @@ def test_a_problem_reads_as_the_readme_shows_it() -> None:
 
 def test_halving_undoes_doubling() -> None:
     for value in range(task.MODULUS):
-        assert Operation(Kind.HALVE)(value) * 2 % task.MODULUS == value
+        assert ArithmeticOperation(OperationKind.HALVE)(value) * 2 % task.MODULUS == value
 
 
 def test_what_is_held_back_is_never_trained_on() -> None:

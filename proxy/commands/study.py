@@ -1,7 +1,7 @@
-"""Measure the embedded model over its held-back problems, through a running server.
+"""Measure the embedded model over its held-back problems, through a running server. It is no command of `autotts`.
 
     python -m deploy.embedded.server --port 8001 &
-    python -m deploy.embedded.study --url http://127.0.0.1:8001
+    python -m proxy.commands.study --url http://127.0.0.1:8001
 
 Prints the accuracy of one greedy answer, of one sample, and of the majority of k samples (self-consistency, SC@k); the
 accuracy of an answer probed from a thought that is cut early; and how long thoughts are.
@@ -38,38 +38,38 @@ SUBSETS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
-    """One sampled completion: its answer, and how many tokens it took."""
+class SampledReply:
+    """One completion: its answer, and how many tokens it took."""
 
     answer: str | None
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the model did with one problem; `probes` has one row a probed branch, one answer a depth."""
+class StudiedProblem:
+    """The replies of the model to one problem. `probes` has one row per probed reply, with one answer per depth."""
 
     problem: task.Problem
-    greedy: Branch
-    samples: list[Branch]
+    greedy: SampledReply
+    samples: list[SampledReply]
     probes: list[list[str]]
 
     def greedy_score(self) -> float:
         return float(self.greedy.answer == self.problem.answer)
 
     def vote_score(self, k: int) -> float:
-        """The chance that a majority of k of the samples is right, ties broken evenly."""
+        """Return the probability that a majority of k samples is right. Ties are broken evenly."""
         answers = [branch.answer for branch in self.samples]
         rng = random.Random(self.problem.question)
         return statistics.fmean(majority(rng.sample(answers, k), self.problem.answer) for _ in range(SUBSETS))
 
     def agreement(self) -> float:
-        """The share of the samples that give the commonest answer."""
+        """Return the share of samples that give the most common answer."""
         return Counter(branch.answer for branch in self.samples).most_common(1)[0][1] / len(self.samples)
 
 
 def majority(answers: Sequence[str | None], truth: str) -> float:
-    """1 if the truth has the most votes, 0 if not, its even share if several answers have the most."""
+    """Return 1 if the truth has the most votes, 0 if not, and 1/n if n answers with the truth among them tie."""
     votes = Counter(answer for answer in answers if answer is not None)
     most = max(votes.values(), default=0)
     leaders = [answer for answer, count in votes.items() if count == most]
@@ -77,7 +77,7 @@ def majority(answers: Sequence[str | None], truth: str) -> float:
 
 
 class Study:
-    """Puts problems to a server, a few at a time."""
+    """Ask a server the problems, a few at a time."""
 
     def __init__(self, engine: Engine, model: str, samples: int, probed: int, at_once: int) -> None:
         self._engine = engine
@@ -86,12 +86,12 @@ class Study:
         self._probed = probed
         self._slots = asyncio.Semaphore(at_once)
 
-    async def run(self, problems: Sequence[task.Problem]) -> list[Outcome]:
+    async def run(self, problems: Sequence[task.Problem]) -> list[StudiedProblem]:
         suffix = await self._engine.tokenise_suffix(self._model, TEMPLATE.longest_suffix)
         end = (await self._engine.tokenise_suffix(self._model, TEMPLATE.ending))[0]
         return list(await asyncio.gather(*(self._outcome(problem, suffix, end) for problem in problems)))
 
-    async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> Outcome:
+    async def _outcome(self, problem: task.Problem, suffix: list[int], end: int) -> StudiedProblem:
         async with self._slots:
             messages = [{"role": "user", "content": problem.question}]
             prompt = await self._engine.tokenise_chat({"model": self._model, "messages": messages})
@@ -100,10 +100,10 @@ class Study:
             outputs = await self._complete(prompt, MAX_TOKENS, n=self._samples, temperature=1, seed=seed)
             thoughts = [_thought(output.ids, end) for output in outputs[: self._probed]]
             probes = [await self._probe(prompt, thought, suffix) for thought in thoughts]
-            return Outcome(problem, _branch(greedy), [_branch(output) for output in outputs], probes)
+            return StudiedProblem(problem, _branch(greedy), [_branch(output) for output in outputs], probes)
 
     async def _probe(self, prompt: list[int], thought: list[int], suffix: list[int]) -> list[str]:
-        """The answers asked for early at each of DEPTHS, the last being the end of the thought."""
+        """Return the answers of probes at each of DEPTHS. The last depth is the end of the thought."""
         cuts = [thought[: max(1, round(depth * len(thought)))] for depth in DEPTHS]
         asked = (self._complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
         return [output.text for [output] in await asyncio.gather(*asked)]
@@ -115,38 +115,38 @@ class Study:
 
 
 def _thought(ids: list[int], end: int) -> list[int]:
-    """The ids of the thought, without the tag that ends it or the line break before, which the probe brings along."""
+    """Return the ids of the thought without its closing tag and the line break before it: the probe appends both."""
     return ids[: ids.index(end) - 1] if end in ids else ids
 
 
-def _branch(output: Output) -> Branch:
-    return Branch(boxed(output.text), len(output.ids))
+def _branch(output: Output) -> SampledReply:
+    return SampledReply(boxed(output.text), len(output.ids))
 
 
-def report(outcomes: Sequence[Outcome], console: Console) -> None:
+def report(outcomes: Sequence[StudiedProblem], console: Console) -> None:
     """Print the tables."""
     console.print(_accuracies(outcomes))
     console.print(_probe_accuracies(outcomes))
     console.print(_lengths(outcomes))
 
 
-def _accuracies(outcomes: Sequence[Outcome]) -> Table:
+def _accuracies(outcomes: Sequence[StudiedProblem]) -> Table:
     bands = [[o for o in outcomes if low <= o.problem.length <= high] for low, high in BANDS]
     columns = ("", "all", *(f"{low}-{high} steps" for low, high in BANDS))
     table = Table(*columns, title="Accuracy, % (± one standard error)")
     table.add_row("problems", *(str(len(group)) for group in (outcomes, *bands)))
-    scores: dict[str, Callable[[Outcome], float]] = {"greedy": Outcome.greedy_score}
+    scores: dict[str, Callable[[StudiedProblem], float]] = {"greedy": StudiedProblem.greedy_score}
     for k in VOTERS:
         if k <= len(outcomes[0].samples):
             scores[f"SC@{k}"] = lambda outcome, k=k: outcome.vote_score(k)  # type: ignore[misc]
     scores[f"SC@{k} - greedy"] = lambda outcome: outcome.vote_score(k) - outcome.greedy_score()
-    scores["agreement of samples"] = Outcome.agreement
+    scores["agreement of samples"] = StudiedProblem.agreement
     for name, score in scores.items():
         table.add_row(name, *(_mean([score(outcome) for outcome in group]) for group in (outcomes, *bands)))
     return table
 
 
-def _probe_accuracies(outcomes: Sequence[Outcome]) -> Table:
+def _probe_accuracies(outcomes: Sequence[StudiedProblem]) -> Table:
     table = Table("share of the thought", *(f"{depth:.0%}" for depth in DEPTHS), title="Accuracy of a probe, %")
     for name, against in (("right", _is_true), ("what its branch says in the end", _is_kept)):
         branches = [(outcome, branch) for outcome in outcomes for branch in range(len(outcome.probes))]
@@ -155,15 +155,15 @@ def _probe_accuracies(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _is_true(outcome: Outcome, branch: int, depth: int) -> float:
+def _is_true(outcome: StudiedProblem, branch: int, depth: int) -> float:
     return float(outcome.probes[branch][depth] == outcome.problem.answer)
 
 
-def _is_kept(outcome: Outcome, branch: int, depth: int) -> float:
+def _is_kept(outcome: StudiedProblem, branch: int, depth: int) -> float:
     return float(outcome.probes[branch][depth] == outcome.samples[branch].answer)
 
 
-def _lengths(outcomes: Sequence[Outcome]) -> Table:
+def _lengths(outcomes: Sequence[StudiedProblem]) -> Table:
     tokens = [branch.tokens for outcome in outcomes for branch in outcome.samples]
     points = (0.05, 0.25, 0.5, 0.75, 0.95)
     table = Table("least", *(f"{point:.0%}" for point in points), "most", "mean", "no answer", title="Tokens a branch")
@@ -190,7 +190,7 @@ async def _main(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m deploy.embedded.study", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m proxy.commands.study", description=summary)
     parser.add_argument("--url", default="http://127.0.0.1:8001")
     parser.add_argument("--model", default="autotts-tiny")
     parser.add_argument("--problems", type=int, default=200)
