@@ -25,7 +25,7 @@ from proxy.admission.usage_meter import (
 )
 from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
 from proxy.http.sse import Stream
-from proxy.requests.models import GenerationRequest
+from proxy.requests.generation_request import GenerationRequest
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model

@@ -12,7 +12,10 @@ from typing import Any, Final, NamedTuple
 
 from proxy.admission.token_budget import Caps, request_limit
 from proxy.errors import BadRequest
-from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.generation_request import GenerationRequest
+from proxy.requests.responses_request import ResponsesRequest
 
 UNSET: Final = 16
 """Tokens of a text that is gone on with, where no limit is set: vLLM's default, and OpenAI's."""
@@ -114,7 +117,9 @@ def _each(request: GenerationRequest, caps: _Caps, longest: int, texts: int, put
     default = UNSET if isinstance(request, CompletionRequest) else None
     cap = caps.all.cap(None if default is None else default * texts) or 0
     each = max(1, cap // texts if default is None else min(default, cap // texts))
-    caps.check("each text needs a token", request.param if isinstance(request, CompletionRequest) else "n", 1, texts)
+    caps.check(
+        "each text needs a token", request.prompt_field if isinstance(request, CompletionRequest) else "n", 1, texts
+    )
     if default is None and 0 < longest <= each:
         return longest
     put[names[0]] = each

@@ -8,7 +8,7 @@ from controllers.loading import Spec
 from discovery.evaluation.calibration import FULL_RANGE, Arm, BetaMap, Calibrations
 from proxy.errors import BadRequest
 from proxy.requests.beta import NO_EFFORT
-from proxy.requests.models import GenerationRequest, TtsOptions
+from proxy.requests.generation_request import GenerationRequest, TtsOptions
 from proxy.types import BetaSource, EffectiveBeta, Model
 
 

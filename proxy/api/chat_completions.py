@@ -8,7 +8,7 @@ from typing import Any
 from proxy.api.formats import EpisodeNews
 from proxy.api.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.http.sse import pieces
-from proxy.requests.models import ChatRequest
+from proxy.requests.chat_request import ChatRequest
 from proxy.types import Plan, Reply
 
 

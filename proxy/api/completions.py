@@ -11,7 +11,8 @@ from proxy.api.formats import BatchNews, EpisodeNews
 from proxy.api.prompt_batch import Batch
 from proxy.api.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.http.sse import DONE, PING, event, pieces
-from proxy.requests.models import CompletionRequest, GenerationRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
 

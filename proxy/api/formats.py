@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
 from proxy.api.prompt_batch import Batch
-from proxy.requests.models import GenerationRequest
+from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
 EpisodeNews = AsyncGenerator[str | Reply | None]

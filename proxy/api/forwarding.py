@@ -21,7 +21,7 @@ from proxy.passthrough.forward import forward
 from proxy.passthrough.request_ids import Passed
 from proxy.passthrough.unapplied_beta import mark, told
 from proxy.requests import field_table, field_values, strict_json
-from proxy.requests.models import GenerationRequest, PassThroughReason
+from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta, Model
@@ -36,7 +36,7 @@ class ForwardEndpoints:
     async def post(self, request: Request) -> Response:
         """Forward a POST to an endpoint that the proxy does not serve itself."""
         raw = await self._service.bodies.read(request)
-        fields = strict_json.read(raw)
+        fields = strict_json.read_object(raw)
         field_values.check(fields)
         drop = field_table.fields_to_drop(fields, is_admin=request.state.caller.is_admin)
         name, put = fields.get("model"), dict[str, str]()

@@ -25,14 +25,18 @@ from proxy.episode.reply import early_headers, reply_headers
 from proxy.errors import BadRequest
 from proxy.http.sse import Stream, thinking, unless_gone
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
-from proxy.requests import beta, models
-from proxy.requests.models import GenerationRequest, PassThroughReason
+from proxy.requests import beta
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.generation_request import GenerationRequest, PassThroughReason
+from proxy.requests.parsing import parse_request
+from proxy.requests.responses_request import ResponsesRequest
 from proxy.telemetry import logs
 from proxy.types import EffectiveBeta, Model, Plan, Reply
 
-CHAT: Final = Format(models.ChatRequest, "chatcmpl-", chat_completions.to_json, chat_completions.stream)
-COMPLETIONS: Final = Format(models.CompletionRequest, "cmpl-", completions.to_json, completions.stream)
-RESPONSES: Final = Format(models.ResponsesRequest, "resp_", responses.to_json, responses.stream)
+CHAT: Final = Format(ChatRequest, "chatcmpl-", chat_completions.to_json, chat_completions.stream)
+COMPLETIONS: Final = Format(CompletionRequest, "cmpl-", completions.to_json, completions.stream)
+RESPONSES: Final = Format(ResponsesRequest, "resp_", responses.to_json, responses.stream)
 
 
 class GenerationEndpoints:
@@ -57,7 +61,7 @@ class GenerationEndpoints:
     async def _generate(self, form: Format, request: Request) -> Response:
         service = self._service
         raw = await service.bodies.read(request)
-        parsed = models.parse(form.model, raw)
+        parsed = parse_request(form.model, raw)
         caller: Caller = request.state.caller
         is_recording = is_admin_only(parsed.tts.controller or "")
         if is_recording:
@@ -69,11 +73,11 @@ class GenerationEndpoints:
             why = NO_BETA if dial is None or unserved is None else unserved
             return await self._forwarding.generate(request, parsed, raw, model, dial, why)
         if parsed.tts.controller is None and service.betas.is_single(dial, parsed, model):
-            parsed = parsed.served_by("single")
+            parsed = parsed.with_controller("single")
         if not (parsed.tts.required or is_recording):
             dial = dial.scaled(await service.load.factor())
         name = f"{form.prefix}{uuid4().hex}"
-        prompts = parsed.each()
+        prompts = parsed.split_by_prompt()
         if len(prompts) > 1:
             return await self._generate_each(request, prompts, model, dial, name)
         turn = service.turns.episode(request, parsed.tts.max_total_tokens)
@@ -200,7 +204,7 @@ def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:
 
 def _why_unserved(parsed: GenerationRequest, dial: EffectiveBeta | None) -> PassThroughReason | None:
     """Return why no controller serves a request, or None."""
-    unserved = parsed.unserved()
+    unserved = parsed.pass_through_reason()
     if unserved is None and parsed.temperature == 0 and dial is not None and not dial.is_from_client:
         return GREEDY
     return unserved

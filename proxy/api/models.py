@@ -9,7 +9,7 @@ from proxy.api.response_headers import untouched_headers
 from proxy.api.service import Service
 from proxy.errors import NotFound
 from proxy.passthrough.forward import forward
-from proxy.requests.beta import alias
+from proxy.requests.beta import alias_card
 from proxy.types import ALIAS_BETAS
 
 
@@ -25,7 +25,7 @@ class ModelEndpoints:
         if not self._service.settings.model_aliases:
             return await forward(engine, request, b"", untouched_headers("endpoint"))
         cards = await engine.cards()
-        aliases = [alias(card, beta) for card in cards for beta in ALIAS_BETAS]
+        aliases = [alias_card(card, beta) for card in cards for beta in ALIAS_BETAS]
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))
 
     async def retrieve_model(self, request: Request) -> Response:
@@ -35,5 +35,5 @@ class ModelEndpoints:
         card = next((card for card in await self._service.engine.cards() if card["id"] == model.id), None)
         if card is None:
             raise NotFound(f"model {name!r} is not served any more", param="model", code="model_not_found")
-        shown = card if beta is None else {**alias(card, beta), "id": name}
+        shown = card if beta is None else {**alias_card(card, beta), "id": name}
         return JSONResponse(shown, headers=untouched_headers("endpoint"))

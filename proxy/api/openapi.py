@@ -13,7 +13,10 @@ from pydantic.json_schema import models_json_schema
 
 from proxy.passthrough.forward import LOOKS, PATHS
 from proxy.requests import beta as dial
-from proxy.requests.models import ChatRequest, CompletionRequest, FeedbackRequest, ResponsesRequest
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.feedback_request import FeedbackRequest
+from proxy.requests.responses_request import ResponsesRequest
 
 _ANY: Final[Mapping[str, Any]] = {"type": "object"}
 _NULLABLE: Final[Mapping[str, Any]] = {"type": ["string", "null"]}
@@ -103,7 +106,7 @@ def document() -> dict[str, Any]:
         "info": {"title": "AutoTTS Proxy", "version": _version()},
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "Kind": {"type": "string"}, "Error": ERROR},
+            "schemas": {**schemas["$defs"], "Error": ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],

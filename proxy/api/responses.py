@@ -10,7 +10,7 @@ from proxy import errors
 from proxy.api.formats import EpisodeNews
 from proxy.errors import ApiError
 from proxy.http.sse import PING, event, pieces
-from proxy.requests.models import ResponsesRequest
+from proxy.requests.responses_request import ResponsesRequest
 from proxy.types import Message, Plan, Reply
 
 

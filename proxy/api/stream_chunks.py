@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from proxy import errors
 from proxy.api.formats import EpisodeNews
 from proxy.http.sse import DONE, PING, event
-from proxy.requests.models import GenerationRequest
+from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
 

@@ -17,7 +17,7 @@ from discovery.store import EpisodeDetails, ServedEpisode
 from proxy.admission.auth import Caller
 from proxy.api.service import Service
 from proxy.errors import ApiError, NotFound
-from proxy.requests.models import parse_feedback_request
+from proxy.requests.parsing import parse_feedback_request
 
 SHOWN_CHARS: Final = 100
 """Characters of an answer that are shown where an episode is explained."""

@@ -26,7 +26,7 @@ from proxy.errors import ApiError, BadRequest, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.template_drift import TemplateDrift
-from proxy.requests.models import SAMPLING, GenerationRequest
+from proxy.requests.generation_request import SAMPLING, GenerationRequest
 from proxy.rollout.controller_runner import ControllerManager, ControllerRunner
 from proxy.settings import Settings
 from proxy.telemetry import logs
@@ -120,7 +120,7 @@ async def plan(
             tail=tail,
             sampling=sampling,
             greedy_first=request.temperature == 0,
-            stop=request.stops,
+            stop=request.stop_strings,
             seed=request.seed,
             kind=request.tts.answer,
             template=template,
@@ -161,9 +161,9 @@ async def _read_prompt(engine: Engine, model: Model, request: GenerationRequest)
         return await engine.tokenise_chat(body, most), question_text(messages)
     except TooManyTokens:
         raise BadRequest(
-            f"This model's maximum context length is {most} tokens. However, your {request.param} has many more. "
-            "Shorten it",
-            param=request.param,
+            f"This model's maximum context length is {most} tokens. However, your {request.prompt_field} has "
+            "many more. Shorten it",
+            param=request.prompt_field,
             code=CONTEXT_EXCEEDED,
         ) from None
 
@@ -224,7 +224,7 @@ async def _bounds(
         raise BadRequest(
             f"This model's maximum context length is {model.max_length} tokens. However, your prompt has "
             f"{prompt} tokens, and with β a reply needs at least {needed} more. Shorten it, or send it without β",
-            param=request.param,
+            param=request.prompt_field,
             code=CONTEXT_EXCEEDED,
         )
     branch = min(room, request.branch_limit or room)
@@ -236,7 +236,7 @@ async def _bounds(
         ahead = max(0, cap - reserve - min(settings.interval, branch)) // 8
         reserve += ahead
     cut_probes = None
-    if cap is not None and request.stops:
+    if cap is not None and request.stop_strings:
         cut_probes = max(0, cap - reserve - min(settings.interval, branch)) // 8 // (suffix + probe)
         reserve += cut_probes * (suffix + probe)
     least = reserve + min(settings.interval, branch)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from proxy.errors import BadRequest
 from proxy.http.sse import Stream
-from proxy.requests.models import PassThroughReason, TtsOptions
+from proxy.requests.generation_request import PassThroughReason, TtsOptions
 from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta
 from proxy.upstream.body_tap import Hand, Pour

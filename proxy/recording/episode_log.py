@@ -26,7 +26,7 @@ from proxy.errors import NotFound, RecordsAway, TooMany
 from proxy.recording.branch_completion import BranchCompleter, PendingEpisode
 from proxy.recording.store_writer import RECENT, RequestOwner, StoreWriter
 from proxy.recording.template_drift import TemplateDrift
-from proxy.requests.models import FeedbackRequest
+from proxy.requests.feedback_request import FeedbackRequest
 from proxy.rollout.controller_runner import ControllerRunner
 from proxy.settings import Settings, StoreText
 from proxy.telemetry import logs

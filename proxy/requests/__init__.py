@@ -1,4 +1,4 @@
-"""Models of what clients send, and the checks on their fields.
+"""The bodies that clients send: a model for each endpoint, and checks on their fields.
 
-Imported by admission, passthrough, episode, api and app. Imports only errors and types.
+Imported by admission, passthrough, recording, episode, api and app. Imports errors, types and controllers only.
 """

@@ -1,7 +1,7 @@
-"""Where a request's β comes from: the first present of header, body, reasoning effort, model alias, server default.
+"""Find a request's β: from its header, else body, reasoning effort, model alias, or the server's default.
 
-The body says it as `tts.beta`, or as `tts.target_tokens`, from which a calibration tells β. Both in one body contradict
-each other and are refused; a header, which gateways set, wins over either.
+The body sets it as `tts.beta`, or as `tts.target_tokens`, which a calibration turns into β. A body with both is
+refused. The header wins over the body, because gateways set it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from proxy.types import BetaSource, EffectiveBeta
 HEADER: Final = "x-tts-beta"
 
 NO_EFFORT: Final = "none"
-"""The `reasoning_effort` that asks for an answer without a thought. Where it sets β, one branch answers."""
+"""The `reasoning_effort` that asks for an answer without reasoning. If it sets β, a single branch answers."""
 
 EFFORTS: Final[Mapping[str, float]] = MappingProxyType(
     {NO_EFFORT: 0.0, "minimal": 0.0, "low": 0.25, "medium": 0.5, "high": 0.75, "xhigh": 1.0, "max": 1.0}
 )
-"""What `reasoning_effort` means as β, for models that do not read it themselves."""
+"""The β of each `reasoning_effort`, for models whose chat template does not read it."""
 
 READS_EFFORT: Final = ("gpt-oss",)
-"""Parts of the names of models whose chat template reads `reasoning_effort`; it then sets no β."""
+"""Substrings of the names of models whose chat template reads `reasoning_effort`. For these it does not set β."""
 
 
 def _parse(text: str, param: str) -> float:
-    """β from client text. Raises BadRequest naming `param`."""
+    """Return the β in a client's text. Raises BadRequest, naming `param`."""
     try:
         return parse_beta(text, param)
     except BetaError as error:
@@ -38,13 +38,13 @@ def _parse(text: str, param: str) -> float:
 
 
 def split_alias(model: str) -> tuple[str, float | None]:
-    """Split `name@0.5` into a model and its β, which is None without a number behind an `@`. Raises BadRequest."""
+    """Split `name@0.5` into a model and its β, or None if no number follows an `@`. Raises BadRequest."""
     name, at, beta = model.rpartition("@")
     return (name, _parse(beta, "model")) if at and _is_number(beta) else (model, None)
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text is meant as a number, however wrong it may be as a β."""
+    """Whether `text` is a number, even if it is not a valid β."""
     try:
         float(text)
     except ValueError:
@@ -52,8 +52,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def alias(card: Mapping[str, Any], beta: float) -> dict[str, Any]:
-    """A model of the upstream's list under the name that sets `beta`."""
+def alias_card(card: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """Return a copy of an upstream's model card under the alias that sets `beta`."""
     return {**card, "id": f"{card['id']}@{beta:g}", "parent": card["id"]}
 
 
@@ -67,17 +67,18 @@ def resolve(
     default: float | None,
     target: Callable[[], float] | None = None,
 ) -> EffectiveBeta | None:
-    """The effective β, or None if there is none. `headers` are all values of the header. Raises BadRequest.
+    """Return the effective β, or None if there is none. Raises BadRequest.
 
-    `target` finds the β of the tokens aimed at, and is asked only where it decides.
+    `headers` are all values of the header. `target` returns the β for `tts.target_tokens`. It is called only if no
+    header wins over it.
     """
     if len(headers) > 1:
-        raise BadRequest(f"{HEADER} is given {len(headers)} times; send it once", param=HEADER, code="bad_beta")
+        raise BadRequest(f"header {HEADER} is sent {len(headers)} times; send it once", param=HEADER, code="bad_beta")
     if headers:
         return EffectiveBeta(_parse(headers[0], HEADER), BetaSource.HEADER)
     if body is not None and target is not None:
-        words = "tts.beta and tts.target_tokens both set β; send one of them"
-        raise BadRequest(words, param="tts.target_tokens", code="bad_beta")
+        message = "tts.beta and tts.target_tokens both set β; send only one of them"
+        raise BadRequest(message, param="tts.target_tokens", code="bad_beta")
     if body is not None:
         return EffectiveBeta(body, BetaSource.BODY)
     if target is not None:

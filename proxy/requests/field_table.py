@@ -1,7 +1,7 @@
-"""The fields of requests: which go to the upstream, which change a reply, and the values at which they change nothing.
+"""Tables of request fields: which are forwarded, which need an admin key, and which no controller can serve.
 
-Clients may send the fields that OpenAI and vLLM have for clients. Fields that steer the server rather than the answer
-(its queue, its caches, its templates) are for admins. Unknown fields are dropped; vLLM would ignore them too.
+Clients may send the fields that OpenAI and vLLM define for clients. Fields that control the server rather than the
+answer (its queue, caches or templates) need an admin key. Unknown fields are dropped; vLLM ignores them too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from proxy.errors import Forbidden
 
-_CLIENTS: Final = """
+_CLIENT_FIELDS: Final = """
     model user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
     messages prompt input instructions prompt_embeds suffix echo best_of n seed stop stream stream_options
     max_tokens max_completion_tokens max_output_tokens min_tokens thinking_token_budget
@@ -31,8 +31,8 @@ _CLIENTS: Final = """
     tokens return_token_strs access_programs background_options image moderation prompt_cache_options
     cache_salt system thinking
 """
-FORWARDED: Final = frozenset(_CLIENTS.split())
-"""Fields of the endpoints that are passed through. A tenant's `cache_salt` replaces its client's."""
+FORWARDED: Final = frozenset(_CLIENT_FIELDS.split())
+"""Fields that are forwarded to the upstream. A tenant's own `cache_salt` replaces the client's."""
 
 ADMINS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
@@ -54,9 +54,9 @@ ADMINS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "previous_input_messages": (),
     }
 )
-"""Fields of vLLM by which one client could harm another, with their defaults."""
+"""vLLM's fields with which one client could harm another, with their defaults. They need an admin key."""
 
-_ALL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+_EVERY_ENDPOINT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         **ADMINS,
         "presence_penalty": (0,),
@@ -75,7 +75,7 @@ _ALL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 _TOOLS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"tools": (), "tool_choice": ("none", "auto")})
 _COMPLETIONS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        **_ALL,
+        **_EVERY_ENDPOINT,
         "n": (1,),
         "echo": (False,),
         "use_beam_search": (False,),
@@ -109,23 +109,23 @@ CHAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "return_prompt_text": (False,),
     }
 )
-"""Fields of a chat request that no controller can serve, with the values at which they change nothing."""
+"""Fields of a chat request that no controller can serve, each with the values that have no effect."""
 
 TEXT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         **_COMPLETIONS,
-        "logprobs": (),  # 0 asks for them
+        "logprobs": (),  # 0 requests them too
         "suffix": ("",),
         "best_of": (1,),
         "prompt_embeds": (),
         "add_special_tokens": (True,),
     }
 )
-"""The table of `CHAT` for a text completion."""
+"""Fields of a text completion that no controller can serve, each with the values that have no effect."""
 
 RESPONSES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        **_ALL,
+        **_EVERY_ENDPOINT,
         **_TOOLS,
         "top_logprobs": (0,),
         "background": (False,),
@@ -135,7 +135,7 @@ RESPONSES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "prompt": (),
     }
 )
-"""The table of `CHAT` for a Responses request."""
+"""Fields of a Responses request that no controller can serve, each with the values that have no effect."""
 
 STRUCTURED: Final = "structured_output"
 TOOLS: Final = "tools"
@@ -148,35 +148,35 @@ REASONS: Final[Mapping[str, str]] = MappingProxyType(
         **dict.fromkeys(("modalities", "audio"), MULTIMODAL),
     }
 )
-"""Why no controller serves a request with such a field; a field that is not listed is its own reason."""
+"""The reason clients see for a field that no controller can serve. For fields not listed it is the field's name."""
 
 
-def first_effective_field(given: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
-    """Return the first field of `table` that is not at one of its values, or None.
+def first_effective_field(fields: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
+    """Return the name of the first field of `table` whose value has an effect, or None.
 
-    Null, an empty list and an empty object ask for nothing, and so does a field that the table does not list.
+    Null, an empty list and an empty object never have one, nor do fields that are not in the table.
     """
-    for name, value in given:
+    for name, value in fields:
         if name in table and not _is_among(value, (None, [], {}, *table[name])):
             return name
     return None
 
 
-def fields_to_drop(given: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
-    """Return the fields that are not passed through.
+def fields_to_drop(fields: Mapping[str, object], *, is_admin: bool) -> Collection[str]:
+    """Return the names of fields that are not forwarded.
 
-    Raises Forbidden, naming it, for a field that only an admin may set, unless it is at its default.
+    Raises Forbidden, naming the field, if it needs an admin key and its value has an effect.
     """
     if is_admin:
         return ()
-    name = first_effective_field(given.items(), ADMINS)
+    name = first_effective_field(fields.items(), ADMINS)
     if name is not None:
-        raise Forbidden(f"{name} is for admins; leave it out, or send the admin key", param=name, code="admin_only")
-    return [name for name in given if name not in FORWARDED and name not in ADMINS and name != "tts"]
+        raise Forbidden(f"{name} needs the admin key; leave it out or send that key", param=name, code="admin_only")
+    return [name for name in fields if name not in FORWARDED and name not in ADMINS and name != "tts"]
 
 
 def _is_among(value: object, values: Iterable[object]) -> bool:
-    """Whether `value` is one of `values`; true is not 1, "1" is, and null members of an object do not count."""
+    """Whether `value` equals one of `values`. True differs from 1, "1" equals 1, and an object's nulls are ignored."""
     if isinstance(value, dict):
         value = {name: member for name, member in value.items() if member is not None}
     return any(_equals(value, other) for other in values)

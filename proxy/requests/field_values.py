@@ -1,7 +1,7 @@
-"""Refuse values that vLLM takes and then fails on with status 500, or compiles for so long that others wait.
+"""Refuse values that vLLM accepts and then fails on with status 500, or compiles so long that other requests wait.
 
-The bounds were found by sending such values to vLLM 0.32. What cannot be decided here is up to vLLM: a failure of a
-request's own does the upstream's other users no harm (`breaker.py`).
+The bounds were found by sending such values to vLLM 0.32. Values that cannot be judged here are left to vLLM. Such a
+failure does not open the circuit breaker, so it does not harm other requests.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import msgspec
 from proxy.errors import BadRequest, clipped
 
 MOST_INT: Final = 2**31 - 1
-"""Largest value of a number of tokens, or of repetitions."""
+"""Largest value of a field that counts tokens or repetitions."""
 MOST_STOP: Final = 1024
-"""Characters of a stop string, which is sent with each request for a branch."""
+"""Maximum number of characters in a stop string. It is sent with every request for a branch."""
 MOST_WORD: Final = 128
-"""Characters of one of the `bad_words`, each of which vLLM turns into token ids twice while others wait."""
+"""Maximum number of characters in a bad word. vLLM tokenises each of them twice while other requests wait."""
 MOST_LIST: Final[Mapping[str, int]] = {
     "stop_token_ids": 1024,
     "logprob_token_ids": 1024,
     "bad_words": 1000,
     "allowed_token_ids": 2**20,
 }
-"""Entries of fields that are lists."""
+"""Maximum number of entries in list fields."""
 MOST_CONSTRAINT: Final = 65_536
-"""Bytes of a grammar, a schema or a list of choices."""
+"""Maximum number of bytes in a grammar, a schema or a list of choices."""
 MOST_CONSTRAINTS: Final = 2**20
-"""Bytes of all grammars and schemas of a request, which are looked through while other requests wait."""
+"""Maximum number of bytes in all grammars and schemas of a request. Other requests wait while they are checked."""
 MOST_TEXT: Final = 32_768
-"""Characters of one text in it, whose compilation takes time that grows with the square."""
+"""Maximum number of characters in a string of a grammar or schema. Compilation time grows with the square of it."""
 MOST_CHOICES: Final = 5000
-"""Choices, and values of an `enum`."""
+"""Maximum number of choices, and of values in an `enum`."""
 MOST_ALTERNATIVES: Final = 500
-"""Alternatives of an `anyOf`, `oneOf` or `allOf`."""
+"""Maximum number of alternatives in an `anyOf`, `oneOf` or `allOf`."""
 _INTEGERS: Final = (
     *("top_k", "min_tokens", "thinking_token_budget", "stream_interval", "max_tool_calls"),
     *("repetition_detection.max_pattern_size", "repetition_detection.min_pattern_size"),
     "repetition_detection.min_count",
 )
 _TEXTS: Final = frozenset({"messages", "prompt", "input", "tokens"})
-"""Fields that vLLM turns into token ids before its engine sees them."""
+"""Fields that vLLM tokenises before its engine sees them."""
 _COUNTS: Final = frozenset(
     {
         *("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
@@ -54,43 +54,43 @@ _LITERALS: Final = frozenset({"const", "enum", "default", "examples"})
 _ALTERNATIVES: Final = frozenset({"anyOf", "oneOf", "allOf"})
 _PATTERNS: Final = frozenset({"regex", "guided_regex", "pattern", "whitespace_pattern", "guided_whitespace_pattern"})
 _JSON: Final = frozenset({"json", "guided_json", "structural_tag"})
-"""Fields that may be JSON in a text."""
+"""Fields that may hold JSON in a string."""
 _GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")
 _REPEATED: Final = re.compile(r"\{\s{0,9}(\d+)\s{0,9}(?:,\s{0,9}(\d+)?\s{0,9})?\}")
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+")
 
 
 class _Value(NamedTuple):
-    """A value somewhere in a field."""
+    """A value nested in a field."""
 
-    key: str  # its name in the object it stands in, or that of the list it stands in; empty within a literal
+    key: str  # its key, or that of the list it is in; empty within a literal
     value: Any
-    is_literal: bool = False  # it is, or belongs to, a value that a schema names as such
+    is_literal: bool = False  # it is in a literal of a schema, such as `const` or `enum`
 
 
 def check(body: Mapping[str, Any]) -> None:
-    """Raise BadRequest, naming the field, for a request that vLLM would fail on."""
+    """Raise BadRequest, naming the field, if vLLM would fail on the request."""
     for name in _INTEGERS:
         _check_integer(body, name)
     for name, value in body.items():
         if name not in _TEXTS and isinstance(value, dict | list) and not _is_packable(value):
-            raise _wrong(name, "has an integer of more than 64 bits")
+            raise _wrong(name, "contains an integer of more than 64 bits; send a smaller one")
     stops = body.get("stop")
     for stop in stops if isinstance(stops, list) else [stops]:
         if isinstance(stop, str) and len(stop) > MOST_STOP:
-            raise _wrong("stop", f"has a text of {len(stop)} characters; at most {MOST_STOP} are accepted")
+            raise _wrong("stop", f"has a string of {len(stop)} characters; at most {MOST_STOP} are accepted")
     for name, most in MOST_LIST.items():
         value = body.get(name)
         if isinstance(value, list) and len(value) > most:
             raise _wrong(name, f"has {len(value)} entries; at most {most} are accepted")
-    for word in _listed(body.get("bad_words")):
+    for word in _as_list(body.get("bad_words")):
         if isinstance(word, str) and len(word) > MOST_WORD:
-            raise _wrong("bad_words", f"has a text of {len(word)} characters; at most {MOST_WORD} are accepted")
+            raise _wrong("bad_words", f"has a string of {len(word)} characters; at most {MOST_WORD} are accepted")
     total = 0
     for name, value in _constraints(body):
         total += _check_constraint(name, value)
         if total > MOST_CONSTRAINTS:
-            raise _wrong(name, f"is one of constraints with over {MOST_CONSTRAINTS} bytes in all, the most accepted")
+            raise _wrong(name, f"brings all grammars and schemas to over {MOST_CONSTRAINTS} bytes in total; send fewer")
 
 
 def _check_integer(body: Mapping[str, Any], path: str) -> None:
@@ -98,30 +98,30 @@ def _check_integer(body: Mapping[str, Any], path: str) -> None:
     value = body.get(name)
     if member:
         value = value.get(member) if isinstance(value, dict) else None
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # vLLM reads numbers from texts
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # vLLM reads numbers from strings
         value = _number(value.strip())
     if isinstance(value, int | float) and not -MOST_INT <= value <= MOST_INT:
-        raise _wrong(path, f"is {_shown(value)}; at most {MOST_INT} is accepted")
+        raise _wrong(path, f"is {_shown(value)}; it must be from -{MOST_INT} to {MOST_INT}")
 
 
 def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a reply must conform to, with the fields it stands in."""
-    for name, value in _members(body.get("structured_outputs")):
+    """Yield the path and value of each field that constrains the form of a reply: grammars, schemas and choices."""
+    for name, value in _items(body.get("structured_outputs")):
         yield f"structured_outputs.{name}", {name: _parsed(value) if name in _JSON else value}
     for name in _GUIDED:
         if name in body:
             yield name, {name: _parsed(body[name]) if name in _JSON else body[name]}
-    for name, value in (("response_format", body.get("response_format")), *_members(body.get("text"))):
+    for name, value in (("response_format", body.get("response_format")), *_items(body.get("text"))):
         if isinstance(value, dict):
             yield name if name == "response_format" else f"text.{name}", value
-    for index, tool in enumerate(_listed(body.get("tools"))):
+    for index, tool in enumerate(_as_list(body.get("tools"))):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
             yield f"tools.{index}.function.parameters", function["parameters"]
 
 
 def _is_packable(value: Any) -> bool:
-    """Whether vLLM can hand `value` to its engine, as MessagePack, which has no integers of more than 64 bits."""
+    """Whether vLLM can pass `value` to its engine. It does so as MessagePack, whose integers have at most 64 bits."""
     try:
         msgspec.msgpack.encode(value)
     except OverflowError:
@@ -130,41 +130,41 @@ def _is_packable(value: Any) -> bool:
 
 
 def _check_constraint(name: str, value: Any) -> int:
-    """Return the bytes that a grammar or schema has. Raises BadRequest if it has too many, or something wrong in it."""
+    """Return the size of a grammar or schema in bytes. Raises BadRequest if it is too large or invalid."""
     size = len(msgspec.json.encode(value))
     if size > MOST_CONSTRAINT:
         raise _wrong(name, f"has {size} bytes; at most {MOST_CONSTRAINT} are accepted")
-    for key, found, _ in _walk("", value):
-        if isinstance(found, str):
-            _check_text(name, key, found)
-        elif key in _COUNTS and isinstance(found, int | float) and not 0 <= found <= MOST_INT:
-            raise _wrong(name, f"has the {key} {_shown(found)}; it must be from 0 to {MOST_INT}")
-        elif isinstance(found, list):
+    for key, nested, _ in _walk("", value):
+        if isinstance(nested, str):
+            _check_text(name, key, nested)
+        elif key in _COUNTS and isinstance(nested, int | float) and not 0 <= nested <= MOST_INT:
+            raise _wrong(name, f"has the {key} {_shown(nested)}; it must be from 0 to {MOST_INT}")
+        elif isinstance(nested, list):
             most = MOST_ALTERNATIVES if key in _ALTERNATIVES else MOST_CHOICES
-            if len(found) > most:
-                raise _wrong(name, f"has {len(found)} entries in {clipped(key, 80)!r}; at most {most} are accepted")
-        elif key == "patternProperties" and isinstance(found, dict):
-            for pattern in found:
+            if len(nested) > most:
+                raise _wrong(name, f"has {len(nested)} entries in {clipped(key, 80)!r}; at most {most} are accepted")
+        elif key == "patternProperties" and isinstance(nested, dict):
+            for pattern in nested:
                 _check_text(name, "pattern", pattern)
     return size
 
 
 def _check_text(name: str, key: str, text: str) -> None:
     if len(text) > MOST_TEXT:
-        raise _wrong(name, f"has a text of {len(text)} characters; at most {MOST_TEXT} are accepted")
+        raise _wrong(name, f"has a string of {len(text)} characters; at most {MOST_TEXT} are accepted")
     if "\0" in text:
-        raise _wrong(name, "has a text with the character NUL")
+        raise _wrong(name, "has a string with a NUL character; remove it")
     is_pattern = key in _PATTERNS
-    if is_pattern and (problem := _problem(text)):
-        raise _wrong(name, f"has the pattern {clipped(text, 80)!r}, {problem}")
+    if is_pattern and (problem := _pattern_problem(text)):
+        raise _wrong(name, f"has the invalid pattern {clipped(text, 80)!r}: it {problem}")
     if is_pattern or key.endswith("grammar"):
         for counts in _REPEATED.finditer(text):
             if any(_number(count) > MOST_INT for count in counts.groups() if count):
-                raise _wrong(name, f"repeats {clipped(counts[0], 80)}; at most {MOST_INT} times are accepted")
+                raise _wrong(name, f"repeats {clipped(counts[0], 80)}; at most {MOST_INT} repetitions are accepted")
 
 
-def _problem(pattern: str) -> str:
-    """Return what makes `pattern` no regular expression in any dialect; empty if nothing obvious does."""
+def _pattern_problem(pattern: str) -> str:
+    """Return why `pattern` is not a regular expression in any dialect; empty if nothing obvious is wrong."""
     depth, is_class, is_escaped, begin = 0, False, False, 0
     for at, char in enumerate(pattern):
         if is_escaped:
@@ -180,36 +180,36 @@ def _problem(pattern: str) -> str:
         elif char == ")":
             depth -= 1
             if depth < 0:
-                return "which closes a group that is not open"
+                return "closes a group that is not open"
     if is_escaped:
-        return "which ends with a backslash"
+        return "ends with a backslash"
     if is_class:
-        return "which does not close a class"
-    return "which does not close a group" if depth else ""
+        return "does not close a character class"
+    return "does not close a group" if depth else ""
 
 
 def _walk(key: str, value: Any) -> Iterator[_Value]:
-    """Yield `value` and all that is in it, keys included. Numbers in lists are left out unless they are counts."""
+    """Yield `value` and everything nested in it, keys included. Numbers in lists are skipped unless they are counts."""
     waiting = [_Value(key, value)]
     while waiting:
-        found = waiting.pop()
-        yield found
-        is_literal = found.is_literal or found.key in _LITERALS
-        if isinstance(found.value, dict):
-            waiting += [_Value("", name) for name in found.value]
-            waiting += [_Value("" if is_literal else name, member, is_literal) for name, member in found.value.items()]
-        elif isinstance(found.value, list):
-            key = "" if is_literal else found.key
-            members = found.value if key in _COUNTS else filter(_is_text_or_more, found.value)
+        node = waiting.pop()
+        yield node
+        is_literal = node.is_literal or node.key in _LITERALS
+        if isinstance(node.value, dict):
+            waiting += [_Value("", name) for name in node.value]
+            waiting += [_Value("" if is_literal else name, member, is_literal) for name, member in node.value.items()]
+        elif isinstance(node.value, list):
+            key = "" if is_literal else node.key
+            members = node.value if key in _COUNTS else filter(_is_string_or_container, node.value)
             waiting += [_Value(key, member, is_literal) for member in members]
 
 
-def _is_text_or_more(value: object) -> bool:
+def _is_string_or_container(value: object) -> bool:
     return isinstance(value, str | dict | list)
 
 
 def _parsed(value: Any) -> Any:
-    """Return a value that may be JSON in a text as what it says, if that can be read."""
+    """Return the JSON value in a string; `value` itself if it is not a string or cannot be parsed."""
     if not isinstance(value, str) or len(value) > MOST_CONSTRAINT:
         return value
     try:
@@ -218,23 +218,23 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _listed(value: object) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _members(value: object) -> list[tuple[str, Any]]:
+def _items(value: object) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) else []
 
 
 def _number(digits: str) -> int:
-    """Return a number, or one that is too large for any field if it has many digits."""
+    """Return the integer in `digits`; if it has 40 digits or more, a number too large for any field."""
     return int(digits) if len(digits) < 40 else 10**40
 
 
 def _shown(number: float) -> str:
     if isinstance(number, float):
         return format(number, "g")
-    return str(number) if abs(number) < 10**24 else "one of too many digits"
+    return str(number) if abs(number) < 10**24 else "a number with too many digits"
 
 
 def _wrong(name: str, problem: str) -> BadRequest:

@@ -1,4 +1,4 @@
-"""Read JSON objects that every reader understands the same way, within bounds on their structure."""
+"""Parse JSON request bodies that every parser reads alike, within bounds on their structure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import jiter
 from proxy.errors import BadRequest
 
 MOST_MEMBERS: Final = 256
-"""Members of the body itself. All fields of the OpenAI client and of vLLM together are about 150."""
+"""Maximum number of members of the body itself. The OpenAI client and vLLM together have about 150 fields."""
 MOST_VALUES: Final = 200_000
-"""Objects, lists, members and strings of a body. Building more of them would hold up every other request."""
+"""Maximum number of objects, lists, members and strings in a body. Building more would delay other requests."""
 MOST_DEPTH: Final = 200
-"""Levels a body may be nested; jiter refuses more."""
+"""Maximum nesting depth of a body. jiter refuses more."""
 
 _DUPLICATE: Final = re.compile(r'duplicate key "(.*)" at line', re.DOTALL)
 
 
-def read(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object `raw`, which must be UTF-8.
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in `raw`, which must be UTF-8.
 
-    Raises BadRequest for anything else, for NaN, for an object with the same key twice, and for too much structure.
+    Raises BadRequest if it is anything else, contains NaN or a duplicate key, or has too much structure.
     """
     _check_structure(raw)
     try:
-        body = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)  # readers differ in which they take
+        body = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)  # parsers keep different ones
     except ValueError as error:
-        raise BadRequest(_problem(str(error)), code="bad_json") from None
+        raise BadRequest(_describe(str(error)), code="bad_json") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", code="bad_json")
     if len(body) > MOST_MEMBERS:
@@ -39,8 +39,8 @@ def read(raw: bytes) -> dict[str, Any]:
 def _check_structure(raw: bytes) -> None:
     """Raise BadRequest if `raw` has too many values, without building any of them.
 
-    Brackets, colons and quotes are counted first wherever they stand, also within texts, which is never too few. Only
-    if that is too many are the texts left out and the rest counted again.
+    Brackets, colons and quotes are first counted everywhere, also inside strings. That count is never too low. Only if
+    it exceeds the limit, the strings are removed and the rest is counted again.
     """
     if len(raw) <= MOST_VALUES or _count(raw) + raw.count(b'"') // 2 <= MOST_VALUES:
         return
@@ -49,12 +49,12 @@ def _check_structure(raw: bytes) -> None:
     if values <= MOST_VALUES:
         values += _count(b"".join(plain.split(b'"')[::2]))
     if values > MOST_VALUES:
-        least = f"{values} or more objects, lists, members and strings"
-        raise _too_complex(f"the body has {least}; at most {MOST_VALUES} are accepted; send it in several requests")
+        count = f"at least {values} objects, lists, members and strings"
+        raise _too_complex(f"the body has {count}; at most {MOST_VALUES} are accepted; split it into several requests")
 
 
 def _count(text: bytes) -> int:
-    """Return how many objects, lists and members begin in `text`."""
+    """Return the number of objects, lists and members that begin in `text`."""
     return text.count(b"{") + text.count(b"[") + text.count(b":")
 
 
@@ -62,11 +62,12 @@ def _too_complex(message: str) -> BadRequest:
     return BadRequest(message, code="body_too_complex")
 
 
-def _problem(message: str) -> str:
-    if duplicate := _DUPLICATE.search(message):
-        return f"an object of the body has the key {duplicate[1]!r} twice"
-    if "recursion limit" in message:
-        return f"the body is nested more than {MOST_DEPTH} levels deep"
-    if "number out of range" in message:
-        return f"the body has a number of too many digits: {message}"
-    return f"the body is not JSON: {message}"
+def _describe(error: str) -> str:
+    """Return the message to clients for a jiter error."""
+    if duplicate := _DUPLICATE.search(error):
+        return f"the body has an object with the duplicate key {duplicate[1]!r}; send each key once"
+    if "recursion limit" in error:
+        return f"the body is nested more than {MOST_DEPTH} levels deep; flatten it"
+    if "number out of range" in error:
+        return f"the body has a number with too many digits: {error}"
+    return f"the body is not valid JSON: {error}"

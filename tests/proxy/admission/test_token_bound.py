@@ -18,7 +18,11 @@ from proxy.admission.token_bound import UNBOUNDED, UNSET, TokenBound, bound_requ
 from proxy.admission.token_budget import SHARE, Caps
 from proxy.admission.usage_meter import HELD, LATE, TAIL, BoundedReplyMeter, last_reported_tokens
 from proxy.errors import BadRequest
-from proxy.requests.models import ChatRequest, CompletionRequest, GenerationRequest, ResponsesRequest, parse
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.generation_request import GenerationRequest
+from proxy.requests.parsing import parse_request
+from proxy.requests.responses_request import ResponsesRequest
 from proxy.server import running
 from proxy.settings import EMBEDDED, Settings, load
 from tests.fakes import MAX_LENGTH, MODEL, Chain, FakeVLLM, RawUpstream
@@ -31,15 +35,15 @@ LONGEST = 4096
 
 
 def chat(**fields: Any) -> GenerationRequest:
-    return parse(ChatRequest, json.dumps({**CHAT, **fields}).encode())
+    return parse_request(ChatRequest, json.dumps({**CHAT, **fields}).encode())
 
 
 def text(**fields: Any) -> GenerationRequest:
-    return parse(CompletionRequest, json.dumps({"prompt": "hi", **fields}).encode())
+    return parse_request(CompletionRequest, json.dumps({"prompt": "hi", **fields}).encode())
 
 
 def response(**fields: Any) -> GenerationRequest:
-    return parse(ResponsesRequest, json.dumps({"input": "hi", **fields}).encode())
+    return parse_request(ResponsesRequest, json.dumps({"input": "hi", **fields}).encode())
 
 
 # The bound

@@ -17,7 +17,7 @@ from discovery.data.recordings import question_id
 from discovery.store import Store
 from proxy.errors import SettingsError
 from proxy.http.json_edit import splice
-from proxy.requests.models import ResponsesRequest
+from proxy.requests.responses_request import ResponsesRequest
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream
@@ -224,7 +224,7 @@ def test_items_become_messages() -> None:
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "y"}]},
     ]
     request = ResponsesRequest(input=said, text={"format": {"type": "text"}}, tools=[], store=True)
-    assert request.unserved() is None
+    assert request.pass_through_reason() is None
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert request.conversation == [
         {"role": "developer", "content": "Be kind."},

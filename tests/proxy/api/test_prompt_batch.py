@@ -18,7 +18,10 @@ from discovery.store import Store
 from proxy.api.prompt_batch import BEGUN_TOGETHER, together
 from proxy.episode import run as chat
 from proxy.errors import UpstreamTimeout
-from proxy.requests import models
+from proxy.requests import completion_request
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.generation_request import PassThroughReason
+from proxy.requests.parsing import parse_request
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM, chain
@@ -209,36 +212,36 @@ async def test_the_first_error_says_what_all_have_cost() -> None:
 
 def test_ids_of_prompts_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = list[object]()
-    check = models._is_prompt
+    check = completion_request._is_prompt
 
     def count(given: object) -> bool:
         checked.append(given)
         return check(given)
 
-    monkeypatch.setattr(models, "_is_prompt", count)
+    monkeypatch.setattr(completion_request, "_is_prompt", count)
     prompts: list[Any] = [[i, i + 1, i + 2] for i in range(20)]
-    parsed = models.parse(models.CompletionRequest, json.dumps({"prompt": prompts}).encode())
-    assert parsed.unserved() is None
-    parts = parsed.served_by("asc@4").each()
+    parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompts}).encode())
+    assert parsed.pass_through_reason() is None
+    parts = parsed.with_controller("asc@4").split_by_prompt()
     assert [part.prompt_ids for part in parts] == prompts
-    assert [part.served_by("asc@4").prompt_ids for part in parts] == prompts
+    assert [part.with_controller("asc@4").prompt_ids for part in parts] == prompts
     assert {part.prompt_text for part in parts} == {None}
-    assert {part.unserved() for part in parts} == {None}
+    assert {part.pass_through_reason() for part in parts} == {None}
     assert checked == prompts
 
 
 @pytest.mark.parametrize("bad", [True, -1, 1.0, "1", None, [1]])
 def test_a_prompt_with_a_value_that_is_no_id_is_not_served(bad: Any) -> None:
     for prompt in ([1, 2, bad], [[1, 2], [3, bad]]):
-        parsed = models.parse(models.CompletionRequest, json.dumps({"prompt": prompt}).encode())
-        assert parsed.unserved() == models.PassThroughReason("prompt", "prompt")
+        parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompt}).encode())
+        assert parsed.pass_through_reason() == PassThroughReason("prompt", "prompt")
 
 
 def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "MOST_PROMPT_IDS", 10)
+    monkeypatch.setattr(completion_request, "MOST_PROMPT_IDS", 10)
     for prompts, is_served in (([[1] * 5, [2] * 5], True), ([[1] * 5, [2] * 6], False), ([[1] * 10, "text"], True)):
-        parsed = models.parse(models.CompletionRequest, json.dumps({"prompt": prompts}).encode())
-        assert (parsed.unserved() is None) is is_served
+        parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompts}).encode())
+        assert (parsed.pass_through_reason() is None) is is_served
 
 
 @pytest.mark.parametrize("kind", ["texts", "ids"])

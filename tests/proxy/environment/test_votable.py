@@ -12,7 +12,8 @@ from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import OPEN_STREAM_INTERVAL, PIECES
 from proxy.episode import run
-from proxy.requests import models
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.generation_request import TtsOptions
 from proxy.rollout.controller_runner import ControllerManager
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
@@ -189,8 +190,8 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     proxy: Proxy, kind: str, asked: int
 ) -> None:
     """What may be spent beside the rounds: closings in free words and led, and what is asked and run beforehand."""
-    cap, request = 1000, models.ChatRequest(messages=[{"role": "user", "content": "hi"}])
-    request = request.model_copy(update={"tts": models.TtsOptions(max_total_tokens=cap, answer=parse_kind(kind))})
+    cap, request = 1000, ChatRequest(messages=[{"role": "user", "content": "hi"}])
+    request = request.model_copy(update={"tts": TtsOptions(max_total_tokens=cap, answer=parse_kind(kind))})
     engine = Engine(proxy.backend.url, proxy.http)
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)

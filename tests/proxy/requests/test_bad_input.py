@@ -15,17 +15,12 @@ from pydantic import BaseModel, ValidationError
 from proxy.errors import MOST_MESSAGE, MOST_PARAM, BadRequest, clipped
 from proxy.requests import strict_json
 from proxy.requests.beta import resolve, split_alias
-from proxy.requests.models import (
-    MOST_BIASES,
-    MOST_MESSAGES,
-    MOST_OPTIONS,
-    MOST_PROMPT_IDS,
-    ChatRequest,
-    CompletionRequest,
-    FeedbackRequest,
-    ResponsesRequest,
-    parse,
-)
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import MOST_PROMPT_IDS, CompletionRequest
+from proxy.requests.feedback_request import FeedbackRequest
+from proxy.requests.field_types import MOST_BIASES, MOST_MESSAGES, MOST_OPTIONS
+from proxy.requests.parsing import parse_request
+from proxy.requests.responses_request import ResponsesRequest
 from proxy.types import BetaSource
 from tests.fakes import MODEL
 from tests.proxy.conftest import Proxy
@@ -120,12 +115,12 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
         (
             "/v1/tts/feedback",
             {"request_id": "x"},
-            "feedback has exactly one of correct, answer and score; this has none of them",
+            "send exactly one of correct, answer and score; got none of them",
         ),
         (
             "/v1/tts/feedback",
             {"request_id": "x", "correct": True, "score": 1.0},
-            "feedback has exactly one of correct, answer and score; this has correct and score",
+            "send exactly one of correct, answer and score; got correct and score",
         ),
     ],
 )
@@ -172,9 +167,9 @@ def test_structure_is_counted_without_the_texts(body: dict[str, Any], most: int,
         patch.setattr(strict_json, "MOST_VALUES", most)
         if values_in(body) > most:
             with pytest.raises(BadRequest, match=f"at most {most}"):
-                strict_json.read(raw)
+                strict_json.read_object(raw)
         else:
-            assert strict_json.read(raw) == body
+            assert strict_json.read_object(raw) == body
 
 
 async def test_too_much_structure_is_refused_before_it_is_built(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +249,7 @@ def test_validation_stops_at_the_first_error(
         made.model_validate(body)
     assert failed.value.error_count() == 1
     with pytest.raises(BadRequest, match=problem) as refused:
-        parse(made, json.dumps(body).encode())
+        parse_request(made, json.dumps(body).encode())
     assert refused.value.param == param
     assert refused.value.message.startswith(f"{param}: ")
 
@@ -288,6 +283,12 @@ def test_a_clipped_text_keeps_its_ends() -> None:
     assert clipped("abcdefgh", 5) == "ab…gh"
     error = BadRequest("a" * 10**6, param="b" * 10**6)
     assert (len(error.message), len(error.param or ""), len(str(error))) == (MOST_MESSAGE, MOST_PARAM, MOST_MESSAGE)
+
+
+def test_the_schema_describes_answer_kinds_as_strings() -> None:
+    schemas = ChatRequest.model_json_schema()["$defs"]
+    assert schemas["TtsOptions"]["properties"]["answer"] == {"type": "string", "default": "auto"}
+    assert "AnswerKind" not in schemas
 
 
 async def test_numbers_out_of_range_are_no_beta(proxy: Proxy) -> None:

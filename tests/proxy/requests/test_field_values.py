@@ -148,7 +148,7 @@ def test_all_that_may_be_compiled_is_bounded_together() -> None:
     tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
     fits = MOST_CONSTRAINTS // len(json.dumps(schema, separators=(",", ":")))
     check({"tools": [tool] * fits})
-    with pytest.raises(BadRequest, match=f"over {MOST_CONSTRAINTS} bytes in all"):
+    with pytest.raises(BadRequest, match=f"over {MOST_CONSTRAINTS} bytes in total"):
         check({"tools": [tool] * (fits + 1)})
 
 

@@ -1,0 +1,58 @@
+"""Annotated types of request fields, and bounds on their length that are checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+MOST_MESSAGES: Final = 10_000
+"""Maximum number of messages in a conversation, and of items in a Responses request's `input`."""
+MOST_BIASES: Final = 1024
+"""Maximum number of tokens in `logit_bias`, as in vLLM's sampler."""
+MOST_OPTIONS: Final = 64
+"""Maximum number of members in each options object, such as `tts`."""
+MOST_NAME: Final = 512
+"""Maximum number of characters in a name, such as the model's."""
+_MOST_STOPS: Final = 64
+"""Maximum number of stop strings. The upstream may get up to four of them; the proxy itself searches for more."""
+
+
+def at_most(limit: int, unit: str) -> BeforeValidator:
+    """Return a validator that refuses lists and objects longer than `limit` before pydantic builds their items.
+
+    Strings are bounded only if `unit` is "characters".
+    """
+
+    def check(value: object) -> object:
+        is_bounded = isinstance(value, str if unit == "characters" else list | dict)
+        if is_bounded and isinstance(value, Sized) and len(value) > limit:
+            raise ValueError(f"at most {limit} {unit} are accepted, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _none_if_unset(seed: int) -> int | None:
+    """Return the seed, or None for -1, by which vLLM means no seed."""
+    return None if seed == -1 else seed
+
+
+PositiveInt32 = Annotated[int, Field(ge=1, le=2**31, strict=True)]
+TokenCount = Annotated[int, Field(ge=1, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_none_if_unset)]
+Name = Annotated[str, Field(max_length=MOST_NAME), at_most(MOST_NAME, "characters")]
+TokenId = Annotated[str, Field(max_length=32), AfterValidator(lambda text: str(int(text)))]
+_Bias = Annotated[float, Field(allow_inf_nan=False)]
+Biases = Annotated[dict[TokenId, _Bias], Field(max_length=MOST_BIASES), at_most(MOST_BIASES, "tokens")]
+Options = Annotated[dict[str, Any], Field(max_length=MOST_OPTIONS), at_most(MOST_OPTIONS, "members")]
+Messages = Annotated[
+    list[dict[str, Any]], Field(max_length=MOST_MESSAGES, fail_fast=True), at_most(MOST_MESSAGES, "messages")
+]
+_StopList = Annotated[list[str], Field(max_length=_MOST_STOPS), at_most(_MOST_STOPS, "strings")]
+Stops = Annotated[_StopList, BeforeValidator(_as_list, json_schema_input_type=str | _StopList)]

@@ -1,0 +1,55 @@
+"""Turn a request's bytes into its model. Each error names the first wrong field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ValidationError
+
+from discovery.errors import unknown_field
+from proxy.errors import BadRequest, clipped
+from proxy.requests import field_values, strict_json
+from proxy.requests.feedback_request import FeedbackRequest
+from proxy.requests.generation_request import TtsOptions
+
+M = TypeVar("M", bound=BaseModel)
+
+_MOST_SHOWN: Final = 80
+"""Maximum number of characters of a key that an error message quotes."""
+
+
+def parse_request(model: type[M], raw: bytes) -> M:
+    """Return the request in a JSON body. Raises BadRequest."""
+    body = strict_json.read_object(raw)
+    request = _validate(model, body)
+    field_values.check(body)
+    return request
+
+
+def parse_feedback_request(raw: bytes) -> FeedbackRequest:
+    """Return the feedback in a JSON body. Raises BadRequest."""
+    return _validate(FeedbackRequest, strict_json.read_object(raw))
+
+
+def _validate(model: type[M], body: dict[str, Any]) -> M:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = ".".join(clipped(str(part), _MOST_SHOWN) for part in first["loc"] if part != "[key]")
+        problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = _unknown_field_message(model, first["loc"])
+        code = "bad_beta" if path == "tts.beta" else None
+        raise BadRequest(f"{path}: {problem}" if path else problem, param=path or None, code=code) from None
+
+
+def _unknown_field_message(model: type[BaseModel], loc: Sequence[int | str]) -> str:
+    """Return a message about the unknown field at `loc`: the nearest known field, and all of them."""
+    owner = TtsOptions if loc[0] == "tts" and len(loc) > 1 else model
+    names: list[str] = []
+    for name, field in owner.model_fields.items():
+        alias = field.validation_alias
+        names += map(str, alias.choices) if isinstance(alias, AliasChoices) else [name]
+    return unknown_field(str(loc[-1]), names)

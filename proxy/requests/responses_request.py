@@ -1,0 +1,94 @@
+"""The body of POST /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from proxy.requests import field_table
+from proxy.requests.field_types import MOST_MESSAGES, MOST_OPTIONS, Name, Options, TokenCount, at_most
+from proxy.requests.generation_request import GenerationRequest, PassThroughReason
+from proxy.requests.messages import messages_of, template_fields, why_not_text
+
+_TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
+"""Members of `text` that change a reply, with the values at which they do not. vLLM ignores `verbosity`."""
+_IGNORED_INCLUDES: Final = {
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+}
+"""Values of `include` that add nothing to a text reply: vLLM does not encrypt reasoning and has none of the others."""
+
+
+class Reasoning(BaseModel):
+    """The `reasoning` object of a Responses request."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    effort: Name | None = None
+
+
+class ResponsesRequest(GenerationRequest):
+    """A Responses request. A controller can serve it if its `input` is a text or messages of text."""
+
+    prompt_field: ClassVar[str] = "input"
+    effort_field: ClassVar[str] = "reasoning"
+    unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.RESPONSES
+
+    input: Annotated[Any, at_most(MOST_MESSAGES, "items")] = None
+    instructions: str | None = None
+    max_output_tokens: TokenCount | None = None
+    reasoning: Annotated[Reasoning | None, at_most(MOST_OPTIONS, "members")] = None
+    include_reasoning: bool | None = True
+    include: Annotated[list[Name], Field(max_length=MOST_OPTIONS)] | None = None
+    truncation: Name | None = "disabled"
+    text: Options | None = None
+    chat_template_kwargs: Options | None = None
+
+    @property
+    def branch_limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def effort(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    @property
+    def conversation(self) -> Sequence[Mapping[str, Any]]:
+        system = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
+        return [*system, *(self._messages or [])]
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        return template_fields(self.chat_template_kwargs, self.effort)
+
+    @property
+    def truncates(self) -> bool:
+        return self.truncation == "auto"
+
+    @property
+    def _messages(self) -> list[dict[str, Any]] | None:
+        """The input as chat messages; None unless they are text only and the last one is complete."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        return messages_of(self.input) if isinstance(self.input, list) else None
+
+    def pass_through_reason(self) -> PassThroughReason | None:
+        reason = super().pass_through_reason()
+        if reason is not None:
+            return reason
+        if field_table.first_effective_field((self.text or {}).items(), _TEXT_FORMAT) is not None:
+            return PassThroughReason(field_table.STRUCTURED, "text")
+        if not set(self.include or ()) <= _IGNORED_INCLUDES:
+            return PassThroughReason("include", "include")
+        if self.truncation not in (None, "disabled", "auto"):
+            return PassThroughReason("truncation", "truncation")
+        if self._messages is not None:
+            return None
+        items = self.input if isinstance(self.input, list) else []
+        return PassThroughReason(why_not_text(items) or self.prompt_field, self.prompt_field)
