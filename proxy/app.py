@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the proxy over `settings.upstream`, which must be set. Raises SettingsError."""
     if settings.upstream is None:
         raise SettingsError("upstream: the app needs one; `autotts serve` starts the embedded model itself")
-    calibrations, callers = _calibrations(settings), Authenticator(settings)
+    calibrations, authenticator = _calibrations(settings), Authenticator(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,17 +44,17 @@ def create_app(settings: Settings) -> FastAPI:
             berths = Berths(settings.branches_in_flight)
             engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s, berths=berths)
             stack.push_async_callback(engine.close)
-            service = app.state.service = Service(settings, engine, calibrations, callers)
+            service = app.state.service = Service(settings, engine, calibrations, authenticator)
             app.state.endpoints = Endpoints(service)
-            stack.push_async_callback(service.spans.close)
+            stack.push_async_callback(service.tracer.close)
             service.pulse.open()
             stack.push_async_callback(service.pulse.close)
             stack.push_async_callback(service.grading.close)
-            await service.casting.open()
-            stack.push_async_callback(service.casting.close)
-            await service.records.open()
-            stack.push_async_callback(service.records.close)
-            stack.push_async_callback(service.load.close)
+            await service.controllers.open()
+            stack.push_async_callback(service.controllers.close)
+            await service.episode_log.open()
+            stack.push_async_callback(service.episode_log.close)
+            stack.push_async_callback(service.load_shedding.close)
             if settings.store is not None:
                 service.drift.open()
                 stack.push_async_callback(service.drift.close)
@@ -118,14 +118,14 @@ def _endpoint(route: Route) -> Endpoint:
         state = request.app.state
         if route.access is not Access.ANYONE:
             state.service.guard.check(route.method, request.scope["headers"])
-        request.state.caller = state.service.callers.admit(request, route.access)
-        held = request.state.held = ExitStack()  # released once the response is sent, or when there is none
+        request.state.caller = state.service.authenticator.authorise(request, route.access)
+        leases = request.state.leases = ExitStack()  # released once the response is sent, or when there is none
         try:
             response = await route.endpoint(state.endpoints)(request)
         except BaseException:
-            held.close()
+            leases.close()
             raise
-        return LeaseResponse(response, held)
+        return LeaseResponse(response, leases)
 
     return endpoint
 

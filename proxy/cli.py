@@ -107,9 +107,9 @@ def autotts(
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
     """Serve, until interrupted."""
     settings = gather(config, sets, given).settings
-    from proxy.telemetry.logs import set_up
+    from proxy.telemetry.logs import configure_logging
 
-    set_up(settings, console)
+    configure_logging(settings, console)
     _run(_serve(settings))
 
 

@@ -32,13 +32,13 @@ from proxy.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-PREFIX: Final = "sk-autotts-"
+KEY_PREFIX: Final = "sk-autotts-"
 """How keys begin: what scans repositories for secrets can tell them."""
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _LINE: Final = re.compile(r"line (\d+)")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-VARIABLE: Final = "AUTOTTS_CLIENT_KEYS"
+KEYS_VARIABLE: Final = "AUTOTTS_CLIENT_KEYS"
 SETTLE_S: Final = 0.5
 """Seconds for which a file must not have changed before keys that are missing from it count as removed."""
 
@@ -85,24 +85,24 @@ class Key(NamedTuple):
         return blake2b(self.name.encode(), digest_size=12, person=b"autotts key").hexdigest()
 
 
-def hashed(token: str) -> str:
+def hash_key(token: str) -> str:
     """What a file holds in place of a key."""
     return sha256(token.encode()).hexdigest()
 
 
-def new() -> str:
+def generate_key() -> str:
     """A key nobody has."""
-    return PREFIX + secrets.token_urlsafe(32)
+    return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
-def line(name: str, token: str, *, admin: bool = False) -> str:
+def key_file_entry(name: str, token: str, *, admin: bool = False) -> str:
     """What to put into the file for a key. Raises SettingsError."""
     if not NAME.fullmatch(name):
         raise SettingsError(f"keys: {name!r} is no name; letters, digits, - and _ make one, 64 at most")
-    return f'{name} = {{ sha256 = "{hashed(token)}"{", admin = true" if admin else ""} }}'
+    return f'{name} = {{ sha256 = "{hash_key(token)}"{", admin = true" if admin else ""} }}'
 
 
-def read(path: Path) -> tuple[Key, ...]:
+def read_key_file(path: Path) -> tuple[Key, ...]:
     """Return the keys of a file, at least one. Raises SettingsError naming file and line."""
     try:
         text = path.read_text("utf-8")
@@ -124,29 +124,31 @@ def read(path: Path) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def listed(text: str) -> tuple[Key, ...]:
+def parse_key_list(text: str) -> tuple[Key, ...]:
     """The keys of a variable. Raises SettingsError, saying nothing of what it holds: it may be a key itself."""
     hashes: dict[str, tuple[str, ...]] = {}
     seen: set[str] = set()
     for number, one in enumerate(filter(str.strip, re.split(r"[,\n]", text)), 1):
         name, _, digest = map(str.strip, one.partition("="))
         if not NAME.fullmatch(name) or not _HASH.fullmatch(digest):
-            raise SettingsError(f"{VARIABLE}: entry {number}: say NAME=HASH, the sha256 that `autotts keys new` writes")
+            raise SettingsError(
+                f"{KEYS_VARIABLE}: entry {number}: say NAME=HASH, the sha256 that `autotts keys new` writes"
+            )
         if digest in seen:
-            raise SettingsError(f"{VARIABLE}: entry {number}: has the key of another")
+            raise SettingsError(f"{KEYS_VARIABLE}: entry {number}: has the key of another")
         seen.add(digest)
         hashes[name] = (*hashes.get(name, ()), digest)
     return tuple(Key(name, digests, False, Caps()) for name, digests in hashes.items())
 
 
-def ring(path: Path | None, told: SecretStr | None, need: int = 0) -> Keyring | None:
+def load_keyring(path: Path | None, told: SecretStr | None, need: int = 0) -> Keyring | None:
     """The keys of a file and a variable, None if there is neither. Raises SettingsError.
 
     A key with a limit below `need`, the tokens of one interval and its answer, is warned of.
     """
     if path is None and told is None:
         return None
-    return Keyring(path, () if told is None else listed(told.get_secret_value()), need)
+    return Keyring(path, () if told is None else parse_key_list(told.get_secret_value()), need)
 
 
 def too_small_warning(need: int) -> str:
@@ -242,7 +244,7 @@ class Keyring:
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is. How long it takes does not tell which, or how nearly."""
-        given = hashed(token)
+        given = hash_key(token)
         found = None
         for key in self.keys:
             for one in key.hashes:
@@ -252,11 +254,11 @@ class Keyring:
 
     def _read(self) -> tuple[Key, ...]:
         """All keys. Raises SettingsError, also if a fixed one is in the file too: which of them counts nobody said."""
-        filed = () if self._path is None else read(self._path)
+        filed = () if self._path is None else read_key_file(self._path)
         names, hashes = {key.name for key in self._fixed}, {one for key in self._fixed for one in key.hashes}
         for key in filed:
             if key.name in names or not hashes.isdisjoint(key.hashes):
-                raise SettingsError(f"keys: {self._path}: {key.name} is in {VARIABLE} too")
+                raise SettingsError(f"keys: {self._path}: {key.name} is in {KEYS_VARIABLE} too")
         for key in filed:
             if limit := limit_below(key.caps, self._need):
                 logger.warning("keys: %s: %s: %s %s", self._path, key.name, limit, too_small_warning(self._need))

@@ -45,7 +45,7 @@ class Caller(NamedTuple):
         """Whether it may know of a request that `tenant` made."""
         return self.is_admin or self.tenant == tenant
 
-    def salted(self, body: bytes) -> bytes:
+    def with_cache_salt(self, body: bytes) -> bytes:
         """Return a body for the upstream that is kept to this tenant's part of the prefix cache, if tenants have parts.
 
         `body` is empty, or a JSON object in which no key stands twice.
@@ -63,7 +63,7 @@ class Authenticator:
 
     def __init__(self, settings: Settings) -> None:
         need = min_request_tokens(settings)
-        self.keyring = api_keys.ring(settings.keys, settings.client_keys, need)
+        self.keyring = api_keys.load_keyring(settings.keys, settings.client_keys, need)
         common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
         if limit := limit_below(common, need):
             logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(need))
@@ -91,7 +91,7 @@ class Authenticator:
             )
         return Caller(key.tenant, key.is_admin, key.name, key.caps, self._salt(key.tenant))
 
-    def knows(self, request: Request) -> bool:
+    def is_authenticated(self, request: Request) -> bool:
         """Return whether `request` has a key that is known, or no key is needed."""
         try:
             self.identify(request)
@@ -99,7 +99,7 @@ class Authenticator:
             return False
         return True
 
-    def admit(self, request: Request, access: Access) -> Caller | None:
+    def authorise(self, request: Request, access: Access) -> Caller | None:
         """Whoever makes `request`, who may if this returns; None if anyone may. Raises Unauthorised or Forbidden."""
         if access is Access.ANYONE:
             return None

@@ -30,27 +30,27 @@ class Permit:
 
     def __init__(self, admission: FairQueue, holder: str, most: int | None) -> None:
         self.holder = holder
-        self.most = most  # its holder may have at once
-        self.given = asyncio.Event()
+        self.limit = most  # its holder may have at once
+        self.granted = asyncio.Event()
         self.since = 0.0  # when it was given, by the loop's clock
         self._admission = admission
         self._is_open = True
 
     async def __aenter__(self) -> None:
         try:
-            await self.given.wait()
+            await self.granted.wait()
         except asyncio.CancelledError:
-            self.leave()
+            self.release()
             raise
 
     async def __aexit__(self, *_: object) -> None:
-        self.leave()
+        self.release()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Let go of it. More than once is no matter."""
         if self._is_open:
             self._is_open = False
-            self._admission.take_back(self)
+            self._admission.release_permit(self)
 
 
 class FairQueue:
@@ -86,17 +86,17 @@ class FairQueue:
             return place
         self._waiting.setdefault(holder, deque()).append(place)
         self._serve()
-        if not place.given.is_set():
+        if not place.granted.is_set():
             has_its_share = self.waiting_of(holder) > -(-self.queue // share)
             if has_its_share or self.waiting > self.queue:
                 self._drop(place)
                 raise QueueFull(self._after_s(holder, most), own=has_its_share and self.waiting < self.queue)
         return place
 
-    def take_back(self, place: Permit) -> None:
+    def release_permit(self, place: Permit) -> None:
         """A place is free, or is not waited for any more."""
         holder = place.holder
-        if place.given.is_set():
+        if place.granted.is_set():
             self.mean_s += WEIGHT * (asyncio.get_running_loop().time() - place.since - self.mean_s)
             self.in_flight -= 1
             self.taken[holder] -= 1
@@ -116,7 +116,7 @@ class FairQueue:
         """Give free places to whoever is next and may have one; a holder that was given one is last then."""
         while self.in_flight < self.places:
             place = next(
-                (queue[0] for holder, queue in self._waiting.items() if self._may(holder, queue[0].most)), None
+                (queue[0] for holder, queue in self._waiting.items() if self._may(holder, queue[0].limit)), None
             )
             if place is None:
                 return
@@ -134,7 +134,7 @@ class FairQueue:
         self.in_flight += 1
         self.taken[place.holder] += 1
         place.since = asyncio.get_running_loop().time()
-        place.given.set()
+        place.granted.set()
 
     def _after_s(self, holder: str, most: int | None) -> float:
         """Seconds until those before it may have had their turn."""

@@ -71,7 +71,7 @@ class LoadShedding:
         """Whether load changes anything."""
         return self._waiting is not None or self._cache is not None
 
-    async def factor(self) -> float:
+    async def beta_factor(self) -> float:
         """What is left of β now, from `load_factor` to 1. Where nobody can tell it is all of it."""
         if not self.is_on:
             return 1.0

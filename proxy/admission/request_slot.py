@@ -1,4 +1,4 @@
-"""A request's turn: its place among those under way, and the tokens set aside for it; or the refusal, at once."""
+"""A request's turn: its permit among those under way, and the tokens set aside for it; or the refusal, at once."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ _UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class RequestSlot:
-    """What one request was given. `async with` waits for its place; it is left once, settled or not."""
+    """What one request was given. `async with` waits for its permit; it is left once, settled or not."""
 
-    def __init__(self, place: Permit, reserve: Reservation, cap: int | None, cap_source: str = "") -> None:
+    def __init__(self, permit: Permit, reserve: Reservation, cap: int | None, cap_source: str = "") -> None:
         self.cap = cap  # tokens it may spend
         self.cap_source = cap_source  # who set the cap, as messages name it
         self.due = 0  # tokens it is taken to have cost if it is left without being settled
-        self._place = place
+        self._place = permit
         self._reserve = reserve
 
     async def __aenter__(self) -> None:
         await self._place.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
-        self.leave()
+        self.release()
 
     def settle(self, cost: int) -> None:
         """It is over and has cost so many tokens."""
         self._reserve.settle(cost, time.monotonic())
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """It is over; what was set aside for it, and is neither settled nor due, is free again."""
         self.settle(self.due)
-        self._place.leave()
+        self._place.release()
 
 
 class PassthroughSlot(RequestSlot):
     """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
 
     def __init__(
-        self, place: Permit, reserve: Reservation, bound: TokenBound, count: Callable[[int, str], object]
+        self, permit: Permit, reserve: Reservation, bound: TokenBound, count: Callable[[int, str], object]
     ) -> None:
-        super().__init__(place, reserve, bound.most)
+        super().__init__(permit, reserve, bound.most)
         self._bound = bound
         self._count: Callable[[int, str], object] | None = count  # told once what it has cost, and as which kind
 
@@ -106,40 +106,40 @@ class RequestSlots:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.episodes = FairQueue(settings.max_episodes, settings.queue)
-        self.passed = FairQueue(settings.max_passed, settings.queue)
-        self.purses = TokenBudgets(settings.tokens_per_minute)
+        self.passthrough = FairQueue(settings.max_passed, settings.queue)
+        self.budgets = TokenBudgets(settings.tokens_per_minute)
         self._settings = settings
         self._metrics = metrics
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
-        for kind, admission in (("episode", self.episodes), ("passed", self.passed)):
-            metrics.waiting.labels(kind).set_function(lambda admission=admission: admission.waiting)  # type: ignore[misc]
+        for kind, admission in (("episode", self.episodes), ("passed", self.passthrough)):
+            metrics.queue.labels(kind).set_function(lambda admission=admission: admission.waiting)  # type: ignore[misc]
 
-    def episode(self, request: Request, asked: int | None) -> RequestSlot:
+    def acquire_episode(self, request: Request, asked: int | None) -> RequestSlot:
         """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
         caller: Caller = request.state.caller
         cap, source = request_limit(asked, caller.key, caller.caps, self._common)
         return self._take(
-            request, self.episodes, caller, cap, lambda place, reserve: RequestSlot(place, reserve, cap, source)
+            request, self.episodes, caller, cap, lambda permit, reserve: RequestSlot(permit, reserve, cap, source)
         )
 
-    def episodes_of(self, request: Request, asked: int | None, count: int) -> Sequence[RequestSlot]:
+    def acquire_episodes(self, request: Request, asked: int | None, count: int) -> Sequence[RequestSlot]:
         """Return turns for `count` episodes of one request, which share its cap evenly. Raises TooMany."""
         caller: Caller = request.state.caller
         cap, source = request_limit(asked, caller.key, caller.caps, self._common)
         share = None if cap is None else max(1, cap // count)
         source = f"the share of each of {count} prompts in {source}"
 
-        def make(place: Permit, reserve: Reservation) -> RequestSlot:
-            return RequestSlot(place, reserve, share, source)
+        def make(permit: Permit, reserve: Reservation) -> RequestSlot:
+            return RequestSlot(permit, reserve, share, source)
 
         return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
 
-    def bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
+    def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
         """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
         caller: Caller = request.state.caller
         return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
-    def passing(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
+    def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
         """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
         caller: Caller = request.state.caller
 
@@ -149,10 +149,10 @@ class RequestSlots:
         bound = GENERATES_NOTHING if bound is None else bound
         return self._take(
             request,
-            self.passed,
+            self.passthrough,
             caller,
             bound.most,
-            lambda place, reserve: PassthroughSlot(place, reserve, bound, count),
+            lambda permit, reserve: PassthroughSlot(permit, reserve, bound, count),
         )
 
     def settings_for(self, request: Request, turn: RequestSlot) -> Settings:
@@ -172,16 +172,16 @@ class RequestSlots:
         make: Callable[[Permit, Reservation], T],
     ) -> T:
         now = time.monotonic()
-        self.purses.forget(now)
+        self.budgets.forget(now)
         try:
-            reserve = self.purses.reserve(caller.holder, caller.caps.tokens_per_minute, cap, now)
+            reserve = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, cap, now)
         except BudgetExceeded as error:
             whose = f"key {caller.key}" if error.holder else "all together"
             words = f"{cap} tokens do not fit into what {whose} may spend in a minute; ask again later, or for less"
             raise self._refuse("tokens_per_minute", words, error.after_s) from None
         share = 2 if caller.key else 1
         try:
-            place = admission.enter(caller.holder, caller.caps.episodes, share=share)
+            permit = admission.enter(caller.holder, caller.caps.episodes, share=share)
         except QueueFull as error:
             reserve.settle(0, now)
             if error.own:
@@ -189,9 +189,9 @@ class RequestSlots:
                 raise self._refuse("key_queue_full", words, error.after_s) from None
             words = f"{admission.in_flight} requests are under way and {admission.waiting} wait; ask again later"
             raise self._refuse("queue_full", words, error.after_s) from None
-        turn = make(place, reserve)
-        held: ExitStack = request.state.held
-        held.callback(turn.leave)
+        turn = make(permit, reserve)
+        leases: ExitStack = request.state.leases
+        leases.callback(turn.release)
         return turn
 
     def _refuse(self, reason: str, words: str, after_s: float) -> TooMany:
@@ -204,23 +204,23 @@ class RequestSlots:
         now = time.monotonic()
 
         def of(holder: str, caps: Caps) -> dict[str, Any]:
-            window = self.purses.windows.get(holder)
+            window = self.budgets.windows.get(holder)
             nothing = None if caps.tokens_per_minute is None else 0  # only what has a cap is counted
             return {
                 "limits": caps._asdict(),
                 "episodes": self.episodes.taken[holder],
-                "passed": self.passed.taken[holder],
-                "waiting": self.episodes.waiting_of(holder) + self.passed.waiting_of(holder),
+                "passed": self.passthrough.taken[holder],
+                "waiting": self.episodes.waiting_of(holder) + self.passthrough.waiting_of(holder),
                 "spent": nothing if window is None else window.spent(now),
                 "reserved": nothing if window is None else window.reserved,
             }
 
-        common = self.purses.common
+        common = self.budgets.common
         together = {
             "limits": self._common._replace(episodes=self.episodes.places)._asdict(),
             "episodes": self.episodes.in_flight,
-            "passed": self.passed.in_flight,
-            "waiting": self.episodes.waiting + self.passed.waiting,
+            "passed": self.passthrough.in_flight,
+            "waiting": self.episodes.waiting + self.passthrough.waiting,
             "spent": None if common is None else common.spent(now),
             "reserved": None if common is None else common.reserved,
         }
@@ -230,12 +230,12 @@ class RequestSlots:
 class LeaseResponse(Response):
     """A response after which what its request holds is let go, however it ends."""
 
-    def __init__(self, response: Response, held: ExitStack) -> None:
+    def __init__(self, response: Response, leases: ExitStack) -> None:
         self.response = response
-        self.held = held
+        self.leases = leases
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.held:
+        with self.leases:
             await self.response(scope, receive, send)
 
 

@@ -61,7 +61,7 @@ class ForwardEndpoints:
         service = self._service
         service.unapplied.take(model.id, parsed.tts, dial, unserved)
         is_named = parsed.model is not None or service.settings.model is not None
-        bound = service.turns.bound(request, parsed, model)
+        bound = service.request_slots.token_bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
         drop = list(field_table.fields_to_drop(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
         if "tts" in parsed.model_fields_set:
@@ -87,13 +87,13 @@ class ForwardEndpoints:
         is_stream: bool = False,
     ) -> Response:
         service = self._service
-        turn = service.turns.passing(request, model, bound)
-        body = request.state.caller.salted(body)
+        slot = service.request_slots.acquire_passthrough(request, model, bound)
+        body = request.state.caller.with_cache_salt(body)
 
         async def work() -> Response:
-            await turn.__aenter__()
+            await slot.__aenter__()
             about = service.engine, request, body, headers, content_type
-            return await turn.metered(forward(*about, is_stream=is_stream, in_pieces=bool(turn.cap)))
+            return await slot.metered(forward(*about, is_stream=is_stream, in_pieces=bool(slot.cap)))
 
         with counting_disconnects(service.metrics, model):
             response = await unless_gone(request.receive, work())

@@ -65,7 +65,7 @@ class GenerationEndpoints:
         caller: Caller = request.state.caller
         is_recording = is_admin_only(parsed.tts.controller or "")
         if is_recording:
-            service.callers.require_admin(caller, f"controller {parsed.tts.controller}")
+            service.authenticator.require_admin(caller, f"controller {parsed.tts.controller}")
         model, alias = await service.models.find(parsed.model)
         dial = self._resolve_beta(request, parsed, model, alias)
         unserved = _why_unserved(parsed, dial)
@@ -75,30 +75,30 @@ class GenerationEndpoints:
         if parsed.tts.controller is None and service.betas.is_single(dial, parsed, model):
             parsed = parsed.with_controller("single")
         if not (parsed.tts.required or is_recording):
-            dial = dial.scaled(await service.load.factor())
+            dial = dial.scaled(await service.load_shedding.beta_factor())
         name = f"{form.prefix}{uuid4().hex}"
         prompts = parsed.split_by_prompt()
         if len(prompts) > 1:
             return await self._generate_each(request, prompts, model, dial, name)
-        turn = service.turns.episode(request, parsed.tts.max_total_tokens)
-        planning = self._plan(request, parsed, model, dial, turn, name)
+        slot = service.request_slots.acquire_episode(request, parsed.tts.max_total_tokens)
+        planning = self._plan(request, parsed, model, dial, slot, name)
         try:
             with counting_disconnects(service.metrics, model.id):
-                within = request.scope["path"], model.id, request.state.held
-                plan = await unless_gone(request.receive, service.spans.plan(*within, planning))
+                within = request.scope["path"], model.id, request.state.leases
+                plan = await unless_gone(request.receive, service.tracer.plan(*within, planning))
         except BadRequest as error:
             if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
-            turn.leave()
+            slot.release()
             why = PassThroughReason("truncation", "truncation")
             return await self._forwarding.generate(request, parsed, raw, model, dial, why)
         service.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
-            reply = await unless_gone(request.receive, self._serve(turn, plan))
+            reply = await unless_gone(request.receive, self._serve(slot, plan))
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
         news: asyncio.Queue[str] = asyncio.Queue()
         report = news.put_nowait if parsed.tts.progress else None
-        thoughts = thinking(lambda: self._serve(turn, plan, report), news, service.settings.ping_s)
+        thoughts = thinking(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
         return Stream.of(form.stream(parsed, plan, thoughts), early_headers(plan))
 
     def _resolve_beta(
@@ -122,15 +122,15 @@ class GenerationEndpoints:
         parsed: GenerationRequest,
         model: Model,
         dial: EffectiveBeta,
-        turn: RequestSlot,
+        slot: RequestSlot,
         name: str,
     ) -> Coroutine[Any, Any, Plan]:
         service, caller = self._service, request.state.caller
-        is_kept = service.records.recorder.is_on or is_admin_only(parsed.tts.controller or "")
+        is_kept = service.episode_log.writer.is_on or is_admin_only(parsed.tts.controller or "")
         return run.plan(
             service.engine,
-            service.casting,
-            service.turns.settings_for(request, turn),
+            service.controllers,
+            service.request_slots.settings_for(request, slot),
             model,
             parsed,
             dial,
@@ -138,7 +138,7 @@ class GenerationEndpoints:
             drift=service.drift if is_kept else None,
             salt=caller.salt or parsed.cache_salt,
             request_id=name,
-            cap_source=turn.cap_source,
+            cap_source=slot.cap_source,
         )
 
     async def _generate_each(
@@ -146,14 +146,14 @@ class GenerationEndpoints:
     ) -> Response:
         """Serve each prompt of a request by an episode of its own, and answer with one response."""
         service, parsed, path = self._service, prompts[0], request.scope["path"]
-        turns = service.turns.episodes_of(request, parsed.tts.max_total_tokens, len(prompts))
+        slots = service.request_slots.acquire_episodes(request, parsed.tts.max_total_tokens, len(prompts))
         news: asyncio.Queue[PromptNews] = asyncio.Queue()
 
         def planning(index: int) -> Coroutine[Any, Any, Plan]:
-            return self._plan(request, prompts[index], model, dial, turns[index], f"{name}-{index}")
+            return self._plan(request, prompts[index], model, dial, slots[index], f"{name}-{index}")
 
         async def plan_all() -> list[Plan]:
-            plans = [await service.spans.plan(path, model.id, request.state.held, planning(0))]
+            plans = [await service.tracer.plan(path, model.id, request.state.leases, planning(0))]
             for start in range(1, len(prompts), BEGUN_TOGETHER):
                 indices = range(start, min(start + BEGUN_TOGETHER, len(prompts)))
                 plans += await together([planning(index) for index in indices], lambda _: 0)
@@ -164,7 +164,7 @@ class GenerationEndpoints:
                 await asyncio.sleep(0)  # let other requests run before the next prompts begin
             logs.request_id.set(plans[index].request_id)
             report = partial(_put_line, news, index) if parsed.tts.progress else None
-            reply = await self._run(turns[index], plans[index], report)
+            reply = await self._run(slots[index], plans[index], report)
             news.put_nowait(PromptNews(index, reply))
             return reply
 
@@ -179,23 +179,23 @@ class GenerationEndpoints:
         service.recent.name(tenant, name, first)
         service.recent.name_by_client(tenant, logs.client_request_id.get(), first)
         if not parsed.stream:
-            batch = await unless_gone(request.receive, service.spans.episode(plans[0], serve_all()))
+            batch = await unless_gone(request.receive, service.tracer.episode(plans[0], serve_all()))
             return JSONResponse(completions.batch_to_json(batch), headers=batch.headers)
-        thoughts = thinking(lambda: service.spans.episode(plans[0], serve_all()), news, service.settings.ping_s)
+        thoughts = thinking(lambda: service.tracer.episode(plans[0], serve_all()), news, service.settings.ping_s)
         events = completions.stream_batch(parsed, name, plans, thoughts)
         return Stream.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
-    async def _serve(self, turn: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
-        return await self._service.spans.episode(plan, self._run(turn, plan, report))
+    async def _serve(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
+        return await self._service.tracer.episode(plan, self._run(slot, plan, report))
 
-    async def _run(self, turn: RequestSlot, plan: Plan, report: Callable[[str], None] | None) -> Reply:
+    async def _run(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None) -> Reply:
         service = self._service
         async with AsyncExitStack() as stack:
             with counting_disconnects(service.metrics, plan.prompt.model):
                 async with run.fail_after(plan.remaining_s):
-                    await stack.enter_async_context(turn)
-            parts = service.engine, service.grading, service.casting, service.metrics, service.records
-            return await run.serve(*parts, plan, report, turn.settle)
+                    await stack.enter_async_context(slot)
+            parts = service.engine, service.grading, service.controllers, service.metrics, service.episode_log
+            return await run.serve(*parts, plan, report, slot.settle)
 
 
 def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:

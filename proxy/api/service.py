@@ -27,33 +27,35 @@ from proxy.upstream.health_monitor import Pulse
 class Service:
     """One upstream with its settings, metrics, limits, controllers and records."""
 
-    def __init__(self, settings: Settings, engine: Engine, calibrations: Calibrations, callers: Authenticator) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, calibrations: Calibrations, authenticator: Authenticator
+    ) -> None:
         self.settings = settings
         self.engine = engine
-        self.callers = callers
+        self.authenticator = authenticator
         self.metrics = Metrics()
-        self.spans = tracing.make()
-        engine.watcher = tracing.TelemetryWatcher(self.metrics, self.spans)
+        self.tracer = tracing.create_tracer()
+        engine.watcher = tracing.TelemetryWatcher(self.metrics, self.tracer)
         engine.on_event = self._count_upstream_event
         self.pulse = Pulse(self._check_upstream, self.metrics)
         self.unapplied = Unapplied(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)
-        self.casting = ControllerManager(settings, self.metrics, calibrations)
+        self.controllers = ControllerManager(settings, self.metrics, calibrations)
         self.drift = TemplateDrift(engine, settings, self.metrics)
         self.guard = PageGuard(settings)
         self.bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
-        self.turns = RequestSlots(settings, self.metrics)
-        self.records = EpisodeLog(engine, settings, self.metrics, self.turns, self.drift)
-        self.load = LoadShedding(engine, settings, self.metrics)
+        self.request_slots = RequestSlots(settings, self.metrics)
+        self.episode_log = EpisodeLog(engine, settings, self.metrics, self.request_slots, self.drift)
+        self.load_shedding = LoadShedding(engine, settings, self.metrics)
         self.recent = Recent()
         self.models = ModelDirectory(engine, settings.model)
-        self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.casting.stages.now.champion)
+        self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.controllers.stages.current.champion)
         self.served: list[str] = []  # ids of models, as of the latest health check
         self._bind_gauges()
 
     def _bind_gauges(self) -> None:
         """Bind the gauges that are computed when Prometheus reads them."""
-        berths, keyring = self.engine.berths, self.callers.keyring
+        berths, keyring = self.engine.berths, self.authenticator.keyring
         self.metrics.branches_in_flight.set_function(lambda: berths.taken)
         self.metrics.calls_waiting.set_function(lambda: berths.waiting)
         if keyring is not None:
@@ -62,7 +64,7 @@ class Service:
     def _count_upstream_event(self, event: str) -> None:
         """Count an event of the circuit breaker, and compare chat templates again soon: the upstream may be another."""
         self.metrics.upstream_events.labels(event).inc()
-        self.drift.fail()
+        self.drift.report_upstream_failure()
 
     async def _check_upstream(self) -> bool:
         """Return whether the upstream is healthy and serves a model, by asking it."""

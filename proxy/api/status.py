@@ -30,15 +30,15 @@ class StatusEndpoints:
         service = self._service
         is_up = await service.pulse.is_ready() and service.engine.breaker.is_closed
         status: dict[str, object] = {"ready": is_up}
-        if service.callers.knows(request):
-            sandbox = {"level": service.casting.level, "lacking": service.casting.lacking}
+        if service.authenticator.is_authenticated(request):
+            sandbox = {"level": service.controllers.level, "lacking": service.controllers.lacking}
             status |= {"upstream": service.engine.shown, "models": service.served, "sandbox": sandbox}
-            status["recorder"] = service.records.recorder.as_json()
+            status["recorder"] = service.episode_log.writer.as_json()
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
-        return Response(self._service.metrics.page(), media_type=CONTENT_TYPE)
+        return Response(self._service.metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def openapi(self, _: Request) -> Response:
         """Return the OpenAPI document."""

@@ -40,7 +40,7 @@ class TtsEndpoints:
         passed = recent.find(own)
         if passed is not None and caller.may_see(passed.tenant):
             return JSONResponse(passed.as_json(recent.upstream_id(own)))
-        episode = await self._service.records.find(caller, own)
+        episode = await self._service.episode_log.find(caller, own)
         try:
             return await asyncio.to_thread(_explained, episode)
         except TraceError as error:
@@ -53,9 +53,9 @@ class TtsEndpoints:
         caller: Caller = request.state.caller
         own = service.recent.resolve(caller.tenant, feedback.request, is_admin=caller.is_admin)
         feedback = feedback.model_copy(update={"request": own})
-        heard = await service.records.hear(caller, feedback)
+        heard = await service.episode_log.record_feedback(caller, feedback)
         if heard.is_first and heard.content is not None and heard.owner.stage is not None:
-            service.casting.heard(Stage(heard.owner.stage), heard.owner.digest, heard.content)
+            service.controllers.record_feedback(Stage(heard.owner.stage), heard.owner.digest, heard.content)
         status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
         return JSONResponse(
             {
@@ -83,8 +83,10 @@ class TtsEndpoints:
 
     async def keys(self, _: Request) -> Response:
         """Return the limits of each key, and what it uses now."""
-        ring = self._service.callers.keyring
-        return JSONResponse(self._service.turns.as_json({key.name: key.caps for key in ring.keys} if ring else {}))
+        ring = self._service.authenticator.keyring
+        return JSONResponse(
+            self._service.request_slots.as_json({key.name: key.caps for key in ring.keys} if ring else {})
+        )
 
 
 def _explained(episode: ServedEpisode) -> Response:

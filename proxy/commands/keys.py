@@ -22,8 +22,8 @@ def new(
     """Make a key. It is shown once, on standard error; the line for the file goes to standard output."""
     from proxy.admission import api_keys
 
-    token = api_keys.new()
-    line = api_keys.line(name, token, admin=admin)
+    token = api_keys.generate_key()
+    line = api_keys.key_file_entry(name, token, admin=admin)
     sys.stderr.write(f"{token}\n")
     sys.stdout.write(f"{line}\n")
 
@@ -36,7 +36,7 @@ def listing(file: Annotated[Path, typer.Argument(help="the file", envvar="AUTOTT
     table = Table()
     for heading in ("name", "tenant", "admin", "branches", "tokens", "tokens a minute", "episodes"):
         table.add_column(heading, justify="left" if heading in ("name", "tenant", "admin") else "right")
-    for key in api_keys.read(file):
+    for key in api_keys.read_key_file(file):
         caps = ("" if cap is None else f"{cap:,}" for cap in key.caps)
         table.add_row(key.name, key.tenant, "yes" if key.is_admin else "", *caps)
     wide_console().print(table, markup=False, highlight=False)

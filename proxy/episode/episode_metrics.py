@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from controllers import Probed, Round, State, Stop
 from proxy.environment.live_environment import LiveEnvironment
-from proxy.telemetry.metrics import Metrics, family
+from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import Plan, Reply
 
 
@@ -23,23 +23,23 @@ def count_episode(
 ) -> None:
     """Count an episode that ended as `outcome`: answered, failed, disconnected or, because the proxy ends, draining;
     `reply` is None unless answered."""
-    model, controller = plan.prompt.model, family(plan.controller)
+    model, controller = plan.prompt.model, controller_label(plan.controller)
     by_beta = (model, controller, plan.beta.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
-    metrics.stops.labels(model, controller, state.stop or outcome).inc()
+    metrics.episode_stops.labels(model, controller, state.stop or outcome).inc()
     kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for kind, tokens in kinds.items():
         metrics.tokens.labels(*by_beta, kind).inc(tokens)
-    metrics.unseen.labels(model).inc(environment.meter.most_unseen)
+    metrics.unseen_tokens.labels(model).inc(environment.meter.most_unseen)
     metrics.branches.labels(*by_beta).inc(len(environment.branches))
     metrics.rounds.labels(*by_beta).inc(state.rounds)
-    metrics.chain_lengths.take(model, plan.limits.interval, environment.branches)
+    metrics.chain_lengths.observe(model, plan.limits.interval, environment.branches)
     answered = Counter(fact.label is not None for one in rounds for fact in one.facts if isinstance(fact, Probed))
     for gave, times in answered.items():
         metrics.probe_answers.labels(model, controller, str(gave).lower()).inc(times)
     if reply is None:
         return
-    metrics.seconds.labels(model, controller).observe(time.monotonic() - plan.started)
+    metrics.request_seconds.labels(model, controller).observe(time.monotonic() - plan.started)
     if state.stop is not Stop.ANSWERED:
         return
     votes = sum(state.votes.values())
@@ -47,8 +47,8 @@ def count_episode(
         metrics.agreement.labels(model, controller).observe(state.votes.get(state.answer, 0) / votes)
     saved = estimate_saved_tokens(environment, plan.limits.max_branches, sum(reply.tokens.values()))
     if saved is not None and not plan.records_all:
-        metrics.saved.labels(*by_beta).inc(max(0.0, saved))  # both are there, so that one can be taken off the other
-        metrics.overspent.labels(*by_beta).inc(max(0.0, -saved))
+        metrics.tokens_saved.labels(*by_beta).inc(max(0.0, saved))  # both series exist, so that one can be subtracted
+        metrics.tokens_overspent.labels(*by_beta).inc(max(0.0, -saved))
 
 
 def estimate_saved_tokens(environment: LiveEnvironment, width: int, spent: int) -> float | None:

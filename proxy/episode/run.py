@@ -66,7 +66,7 @@ class _Bounds(NamedTuple):
 
 async def plan(
     engine: Engine,
-    casting: ControllerManager,
+    controllers: ControllerManager,
     settings: Settings,
     model: Model,
     request: GenerationRequest,
@@ -90,7 +90,7 @@ async def plan(
     deadline_s = _least(request.tts.deadline_s, settings.deadline_s)
     async with fail_after(deadline_s):
         try:
-            spec, stage = await casting.choose(request.tts.controller, request_id)
+            spec, stage = await controllers.choose(request.tts.controller, request_id)
         except UnknownController as error:
             raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
         chat_template = "" if drift is None else await drift.template(model.id)
@@ -266,9 +266,9 @@ async def _bounds(
 async def serve(
     engine: Engine,
     grading: GraderPool,
-    casting: ControllerManager,
+    controllers: ControllerManager,
     metrics: Metrics,
-    records: EpisodeLog,
+    episode_log: EpisodeLog,
     plan: Plan,
     tell: Callable[[str], None] | None = None,
     settle: Callable[[int], None] | None = None,
@@ -283,17 +283,17 @@ async def serve(
         environment.votable = environment.votable_confirmed = True
         environment.ends_early = False
     state = State(plan.limits)
-    cast = casting.cast(ChosenController(plan.spec, plan.stage))
+    runner = controllers.runner(ChosenController(plan.spec, plan.stage))
     if tell is not None:
-        cast.on_round = lambda: tell(_progress(environment, state))
+        runner.on_round = lambda: tell(_progress(environment, state))
     reply: Reply | None = None
     outcome = "failed"
     try:
-        with metrics.in_flight.track_inprogress():
-            failure = await _run(cast, plan, environment, state)
-            composed = await _compose(cast, plan, environment, state, failure)
+        with metrics.episodes_in_flight.track_inprogress():
+            failure = await _run(runner, plan, environment, state)
+            composed = await _compose(runner, plan, environment, state, failure)
             if plan.records_all:
-                await records.drift.confirm(plan, plan.started)
+                await episode_log.drift.confirm(plan, plan.started)
         reply, outcome = composed, "answered"
         return reply
     except asyncio.CancelledError:
@@ -311,16 +311,18 @@ async def serve(
             environment.salvage()
         if settle is not None:
             settle(environment.meter.billed)
-        count_episode(metrics, plan, environment, state, cast.rounds, reply, outcome)
-        cast.end(state, environment.meter.billed, plan.prompt.model, plan.provenance.tenant)
-        records.keep(plan, cast, environment, state, reply, outcome)
+        count_episode(metrics, plan, environment, state, runner.rounds, reply, outcome)
+        runner.end(state, environment.meter.billed, plan.prompt.model, plan.provenance.tenant)
+        episode_log.record(plan, runner, environment, state, reply, outcome)
 
 
-async def _run(cast: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State) -> UpstreamError | None:
+async def _run(
+    runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State
+) -> UpstreamError | None:
     """Run the episode to its end, whatever ends it; a failed upstream's error is returned."""
     try:
         async with asyncio.timeout(plan.remaining_s):
-            await cast.run(plan.beta.value, environment, state)
+            await runner.run(plan.beta.value, environment, state)
         if not plan.records_all and _is_all_cut(environment, state):
             environment.refused, state.stop = "all_cut", Stop.MAX_TOKENS
     except TimeoutError:
@@ -359,7 +361,7 @@ def _is_all_cut(environment: LiveEnvironment, state: State) -> bool:
 
 
 async def _compose(
-    cast: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
+    runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
 ) -> Reply:
     """The reply from what there is; if that is nothing, the error that left it so."""
     if failure is not None and state.answer is None and not state.finished:
@@ -369,7 +371,7 @@ async def _compose(
     left_s = plan.remaining_s
     seconds = None if left_s is None else max(0.0, left_s) + CLOSE_S
     try:
-        return await compose_reply(plan, environment, state, cast.rounds, cast.fallback, seconds)
+        return await compose_reply(plan, environment, state, runner.rounds, runner.fallback, seconds)
     except UpstreamError as error:
         raise failure or error from None
 

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.telemetry.logs import ACCESS, client_request_id, request_id
+from proxy.telemetry.logs import ACCESS_LOGGER, client_request_id, request_id
 
-logger = logging.getLogger(ACCESS)
+logger = logging.getLogger(ACCESS_LOGGER)
 
 OTHER = "other"
 """The path of requests to what there is not: clients may make up any number."""
@@ -42,7 +42,7 @@ class Timing:
         named = client_id(scope["headers"])
         client_request_id.set(named.decode())
         service = scope["app"].state.service
-        service.spans.arrive(scope["headers"])
+        service.tracer.continue_trace(scope["headers"])
         passage = _Passage(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
 
         def sending(message: Message) -> Awaitable[None]:

@@ -78,7 +78,7 @@ class Bodies:
     def _holding(self, request: Request) -> Callable[[int], None]:
         """Return what sets aside room for so many bytes of a request's body until the request is over."""
         caller: _Caller = request.state.caller
-        stack: ExitStack = request.state.held
+        stack: ExitStack = request.state.leases
         share = self._most_together // (2 if caller.key else 1)
         taken = 0
 

@@ -118,7 +118,7 @@ class BranchCompleter:
 
     def _skip(self, why: str, count: int = 1) -> None:
         """Count episodes that were drawn and are not recorded, and say so at once, then once a minute at most."""
-        self._metrics.finished.labels("skipped").inc(count)
+        self._metrics.recordings.labels("skipped").inc(count)
         self._skipped += count
         self._why_skipped = why
         if time.monotonic() - self._told_at >= TELL_S:
@@ -142,7 +142,7 @@ class BranchCompleter:
             logger.warning("%s: its recording is given up: %s", unfinished.plan.request_id, words)
         finally:
             self._settle(unfinished)
-            self._metrics.finished.labels(outcome).inc()
+            self._metrics.recordings.labels(outcome).inc()
         return found
 
     async def _finish(self, unfinished: PendingEpisode) -> RecordedQuestion:
@@ -215,7 +215,7 @@ class BranchCompleter:
     async def _busy(self) -> bool:
         """Whether requests wait, here or at the upstream, or that is left alone; where it does not say, whether any is
         served at all."""
-        here, engine = (self._turns.episodes, self._turns.passed), self._engine
+        here, engine = (self._turns.episodes, self._turns.passthrough), self._engine
         if any(one.waiting for one in (*here, engine.berths)) or not engine.breaker.is_closed:
             return True
         waiting = await engine.waiting()

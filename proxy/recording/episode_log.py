@@ -56,9 +56,9 @@ class EpisodeLog:
     def __init__(
         self, engine: Engine, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
     ) -> None:
-        self.recorder = StoreWriter(settings, metrics)
+        self.writer = StoreWriter(settings, metrics)
         self.drift = drift
-        self.finisher = BranchCompleter(engine, settings, metrics, turns, drift)
+        self.completer = BranchCompleter(engine, settings, metrics, turns, drift)
         self._metrics = metrics
         self._text = settings.store_text
         self._finishing: asyncio.Task[None] | None = None
@@ -68,8 +68,8 @@ class EpisodeLog:
 
     async def open(self) -> None:
         """Begin to write and to finish."""
-        await self.recorder.open()
-        if self.recorder.is_on:
+        await self.writer.open()
+        if self.writer.is_on:
             self._finishing = asyncio.create_task(self._finish())
 
     async def close(self) -> None:
@@ -78,14 +78,14 @@ class EpisodeLog:
             if self._finishing is not None:
                 self._finishing.cancel()
                 await asyncio.gather(self._finishing, return_exceptions=True)
-                self.finisher.close()
+                self.completer.close()
         finally:
-            await self.recorder.close()
+            await self.writer.close()
 
-    def keep(
+    def record(
         self,
         plan: Plan,
-        cast: ControllerRunner,
+        runner: ControllerRunner,
         environment: LiveEnvironment,
         state: State,
         reply: Reply | None,
@@ -95,43 +95,43 @@ class EpisodeLog:
 
         Where its state does not know why it ended, `outcome` says so.
         """
-        if not self.recorder.is_on:
+        if not self.writer.is_on:
             return
         owner = RequestOwner(plan.provenance.tenant, plan.stage, plan.spec.digest)
-        made = _episode(plan, cast, environment, state, reply, str(state.stop or outcome), self._text)
-        self.recorder.put(plan.request_id, made, owner)
-        if reply is not None and self.finisher.wants(plan, state):
-            self.finisher.take(PendingEpisode(plan, environment, tuple(cast.rounds)))
+        made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text)
+        self.writer.put(plan.request_id, made, owner)
+        if reply is not None and self.completer.wants(plan, state):
+            self.completer.take(PendingEpisode(plan, environment, tuple(runner.rounds)))
 
     async def _finish(self) -> None:
         while True:
-            found = await self.finisher.next()
+            found = await self.completer.next()
             if found is not None:
-                self.recorder.put(found.request, lambda found=found: found)  # type: ignore[misc]
+                self.writer.put(found.request, lambda found=found: found)  # type: ignore[misc]
 
     async def find(self, caller: Caller, request: str) -> ServedEpisode:
         """The episode of a request. Raises NotFound, for those of others too, or RecordsAway."""
-        if self.recorder.is_on:
-            episode = await self.recorder.find(request)
+        if self.writer.is_on:
+            episode = await self.writer.find(request)
             if episode is not None and not caller.may_see(episode.tenant):
-                episode = await self.recorder.find(NOBODYS)
+                episode = await self.writer.find(NOBODYS)
             if episode is not None:
                 return episode
         raise _unknown(request)
 
-    async def hear(self, caller: Caller, said: FeedbackRequest) -> FeedbackReceipt:
+    async def record_feedback(self, caller: Caller, said: FeedbackRequest) -> FeedbackReceipt:
         """Take what a client says of an answer. Raises NotFound, for requests of others too, TooMany or RecordsAway."""
         self._count_feedback(caller)
-        owner = await self.recorder.owner(said.request)
+        owner = await self.writer.owner(said.request)
         if owner is not None and not caller.may_see(owner.tenant):
-            owner = await self.recorder.owner(NOBODYS)
+            owner = await self.writer.owner(NOBODYS)
         if owner is None:
             raise _unknown(said.request)
         kind, value, content = await self._judge(said)
         self._said_at = max(datetime.now(UTC), self._said_at + timedelta(microseconds=1))  # clocks are set back
         created = self._said_at.isoformat(timespec="microseconds")
         feedback = Feedback(uuid4().hex, said.request, kind, json.dumps(value), created, owner.tenant)
-        kept = self.recorder.put(said.request, lambda: feedback, hurry=True)
+        kept = self.writer.put(said.request, lambda: feedback, hurry=True)
         await asyncio.wait({kept}, timeout=ACKNOWLEDGED_S)
         if kept.done() and not kept.result():
             raise RecordsAway("no more can be written down for now; say it again later", code="recorder_full")
@@ -167,7 +167,7 @@ class EpisodeLog:
         answer = said.answer or ""
         content = None
         with suppress(RecordsAway):
-            episode = await self.recorder.find(said.request)
+            episode = await self.writer.find(said.request)
             if episode is not None and episode.answer is not None:
                 content = _same(answer, episode.answer)
         return "answer", redacted(answer) if self._text is StoreText.NONE else answer, content
@@ -187,7 +187,7 @@ def _unknown(request: str) -> NotFound:
 
 def _episode(
     plan: Plan,
-    cast: ControllerRunner,
+    runner: ControllerRunner,
     environment: LiveEnvironment,
     state: State,
     reply: Reply | None,
@@ -198,12 +198,12 @@ def _episode(
     seconds = round(time.monotonic() - plan.started, 6)
     created = datetime.now(UTC).isoformat(timespec="microseconds")
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
-    rounds = tuple(cast.rounds)
+    rounds = tuple(runner.rounds)
     about = EpisodeDetails(
         beta_source=plan.beta.source_text,
         stage=None if plan.stage is None else str(plan.stage),
-        fallback=cast.fallback,
-        decided=cast.decided,
+        fallback=runner.fallback,
+        decided=runner.decided,
         limits=asdict(plan.limits),
         spent=state.spent,
         seconds=seconds,
@@ -242,7 +242,7 @@ def _episode(
             answer=None if answer is None else written[answer],
             question=plan.provenance.question,
             created=created,
-            sandbox=cast.level,
+            sandbox=runner.level,
             tenant=plan.provenance.tenant,
             about=about,
             trace=pack_rounds(rounds),

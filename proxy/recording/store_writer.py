@@ -236,10 +236,10 @@ class StoreWriter:
         if record is not None and not record.kept.done():
             record.kept.set_result(is_kept)
         if is_kept:
-            self.metrics.recorded.labels(outcome).inc()
+            self.metrics.records.labels(outcome).inc()
         elif outcome != DROPPED:
             self.lost += 1
-            self.metrics.lost.labels(outcome).inc()
+            self.metrics.records_lost.labels(outcome).inc()
             if time.monotonic() - self._complained >= COMPLAINT_S:
                 self._complained = time.monotonic()
                 why = "".join(f"; {what}: {words}" for what, words in self._told.items())

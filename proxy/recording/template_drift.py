@@ -108,7 +108,7 @@ class TemplateDrift:
         seen = self._seen.get(plan.prompt.model)
         return seen is not None and seen.probe_template == plan.prompt.template.name
 
-    def fail(self) -> None:
+    def report_upstream_failure(self) -> None:
         """The upstream has failed, and may come back as another."""
         self._failed.set()
 
@@ -177,7 +177,7 @@ class TemplateDrift:
         async with Store.open(path) as store:
             for model, seen in self._seen.items():
                 changes = seen.changes(await store.versions(model) or await self._of_others(store))
-                self._metrics.drift.labels(model).set(len(changes))
+                self._metrics.recording_drift.labels(model).set(len(changes))
                 if changes and seen not in self._told:
                     self._told.add(seen)
                     logger.warning(

@@ -88,7 +88,7 @@ class CanaryTest:
             self._unit = max(1.0, DEAREST * self._spent / self._count)
         return self.verdict
 
-    def hear(self, stage: Stage, content: bool) -> CanaryFailure | None:
+    def record_feedback(self, stage: Stage, content: bool) -> CanaryFailure | None:
         """Take notice of what a client says of an answer after its request has ended; as `observe`."""
         self._games[CanaryMetric.FEEDBACK].take(stage, float(not content))
         return self.verdict

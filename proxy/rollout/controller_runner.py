@@ -48,7 +48,7 @@ from proxy.rollout.sandbox_pool import RETIRED, SandboxPool
 from proxy.rollout.shadow import DecidedEpisode, compare
 from proxy.rollout.stages import RolloutStages, StageAssignment
 from proxy.settings import Settings
-from proxy.telemetry.metrics import Metrics, family
+from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import ChosenController
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ControllerManager:
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="sandbox-end")
         self._failures: dict[str, deque[float]] = {}  # by digest: when, by the monotonic clock
         self._proof = Proof()
-        self._lineup = self.stages.now  # as the pools and the watch know it
+        self._lineup = self.stages.current  # as the pools and the watch know it
         self._watch = CanaryTest()
         self._spending = CostTest(calibrations)
         self._shadowing: set[asyncio.Task[None]] = set()
@@ -110,13 +110,13 @@ class ControllerManager:
 
     async def choose(self, name: str | None, request_id: str) -> ChosenController:
         """Who decides for a request that names `name`, or nobody. Raises UnknownController."""
-        if await self.stages.follow():
+        if await self.stages.refresh():
             self._restage()
-        return self.stages.now.choose(request_id) if name is None else ChosenController(self.find(name), None)
+        return self.stages.current.choose(request_id) if name is None else ChosenController(self.find(name), None)
 
     def find(self, name: str) -> Spec:
         """The controller a request names. Raises UnknownController."""
-        now = self.stages.now
+        now = self.stages.current
         staged = {spec.name: spec for spec in (self.default, now.canary, now.champion) if spec is not None}
         known = {**self._shipped, **staged}
         if name in known:
@@ -135,7 +135,7 @@ class ControllerManager:
         if nursery().proof is None:
             await asyncio.to_thread(nursery().check)
         self.update_sandbox_level()
-        await self.stages.follow()
+        await self.stages.refresh()
         self._restage()
 
     async def close(self) -> None:
@@ -148,7 +148,7 @@ class ControllerManager:
             await pool.close()
         self._enders.shutdown(wait=False)
 
-    def cast(self, choice: ChosenController) -> ControllerRunner:
+    def runner(self, choice: ChosenController) -> ControllerRunner:
         """Who decides in an episode for which `choice` was made."""
         return ControllerRunner(self, choice)
 
@@ -166,10 +166,10 @@ class ControllerManager:
             yield SandboxedController(worker, beta)
         finally:
             if worker.slow:
-                self.metrics.slow.labels(spec.name).inc(worker.slow)
+                self.metrics.slow_decisions.labels(spec.name).inc(worker.slow)
             pool.end(worker)
 
-    def strike(self, spec: Spec, error: ControllerError) -> None:
+    def record_failure(self, spec: Spec, error: ControllerError) -> None:
         """Count a failure of a controller, and quarantine it after too many.
 
         Processes that were late or died while decisions of theirs were under way at the same time may all have met one
@@ -188,12 +188,12 @@ class ControllerManager:
             )
             self._quarantine(spec, words)
 
-    def ended(self, choice: ChosenController, outcome: EpisodeOutcome) -> None:
+    def record_episode(self, choice: ChosenController, outcome: EpisodeOutcome) -> None:
         """Take notice of how an episode ended; a canary that has done too badly by now is none any more."""
         spec, stage = choice
         if stage is None:
             return
-        self.metrics.stage_requests.labels(stage, family(spec.name)).inc()
+        self.metrics.stage_requests.labels(stage, controller_label(spec.name)).inc()
         canary = self._lineup.canary
         if canary is None or self._lineup.at(stage) != spec:  # nothing to compare, or it began before a change
             return
@@ -201,7 +201,7 @@ class ControllerManager:
         if verdict is not None:
             self._roll_back(canary, verdict)
 
-    def spent(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> None:
+    def record_cost(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> None:
         """Take notice of what an episode cost; a controller from a file that costs far too much is quarantined."""
         found = self._spending.observe(spec, model, tenant, beta, tokens, state)
         if found is None or spec.digest in self.quarantined:
@@ -212,22 +212,22 @@ class ControllerManager:
             *(spec.name, spec.digest[:12], model, found),
             "; it is quarantined" if found.is_proven and spec.is_foreign else "",
         )
-        self.metrics.overspending.labels(family(spec.name)).set(1)
+        self.metrics.overspending.labels(controller_label(spec.name)).set(1)
         if found.is_proven and spec.is_foreign:  # one that came with the program is the operator's to replace
             self._quarantine(spec, str(found))
 
-    def heard(self, stage: Stage, digest: str, content: bool) -> None:
+    def record_feedback(self, stage: Stage, digest: str, content: bool) -> None:
         """Take notice of what a client says of an answer; a canary whose clients are not content is none any more."""
         canary, decided = self._lineup.canary, self._lineup.at(stage)
         if canary is None or decided is None or decided.digest != digest:
             return
-        verdict = self._watch.hear(stage, content)
+        verdict = self._watch.record_feedback(stage, content)
         if verdict is not None:
             self._roll_back(canary, verdict)
 
     def shadow(self, played: DecidedEpisode) -> None:
         """Find out, off the request's path, how the shadow would have played an episode of the champion's."""
-        spec = self.stages.now.shadow
+        spec = self.stages.current.shadow
         if spec is None or spec.digest in self.quarantined or self.level is not Level.SEALED:
             return
         if len(self._shadowing) >= SHADOWS:
@@ -249,7 +249,7 @@ class ControllerManager:
         except ControllerError as error:
             agreement.labels(spec.name, "failed").inc()
             logger.warning("shadow %s failed (%s): %s", spec.name, _reason(error), error)
-            self.strike(spec, error)
+            self.record_failure(spec, error)
 
     # What changes
 
@@ -258,7 +258,7 @@ class ControllerManager:
         self.metrics.quarantined.labels(spec.name).set(1)
         if spec.digest in self._pools:
             self._pools[spec.digest].stop(STOPPED)
-        now = self.stages.now
+        now = self.stages.current
         if self.stages.registry is None or spec.digest not in {one.digest for one in _foreign(now)}:
             return
         if now.canary is not None and now.canary.digest == spec.digest:
@@ -274,18 +274,18 @@ class ControllerManager:
             *(canary.name, canary.digest[:12], words, self._lineup.champion.name),
         )
         by = ChangeCause("watcher", words, datetime.now(UTC))
-        without = self.stages.now.without(canary.digest)
+        without = self.stages.current.without(canary.digest)
         self._change(without, lambda registry: registry.drop_canary(canary.digest, by))
 
     def _change(self, lineup: StageAssignment, move: Callable[[Registry], Installed]) -> None:
         """Another line-up: here at once, in the registry as soon as it can be."""
-        self.stages.now = lineup
+        self.stages.current = lineup
         self._restage()
         _track(self._changing, self.stages.change(move))
 
     def _restage(self) -> None:
         """Follow the line-up: who is quarantined, whom the watch watches, and whose processes are ready."""
-        before, now = self._lineup, self.stages.now
+        before, now = self._lineup, self.stages.current
         self._lineup = now
         if (before.champion, before.canary) != (now.champion, now.canary):
             self._watch = CanaryTest()
@@ -324,7 +324,7 @@ class ControllerManager:
 
     def timed(self, spec: Spec, controller: Controller | Remote) -> Controller | Remote:
         """The same controller, its decisions measured."""
-        seconds = self.metrics.decision_seconds.labels(family(spec.name))
+        seconds = self.metrics.decision_seconds.labels(controller_label(spec.name))
         later = getattr(controller, "decide_later", None)
         return _Timed(controller, seconds) if later is None else _TimedRemote(later, seconds)  # type: ignore[arg-type]
 
@@ -352,7 +352,7 @@ class ControllerRunner:
         if spec.digest in casting.quarantined:
             self.fallback = QUARANTINED
         else:
-            if self._choice.stage is Stage.CHAMPION and casting.stages.now.shadow is not None:
+            if self._choice.stage is Stage.CHAMPION and casting.stages.current.shadow is not None:
                 self._played = DecidedEpisode(beta, state.limits, ())
             try:
                 async with casting.controller(spec, beta) as controller:
@@ -369,18 +369,18 @@ class ControllerRunner:
                     raise
                 self.fallback = _reason(error)
                 logger.warning("controller %s failed (%s): %s", spec.name, self.fallback, error)
-                casting.strike(spec, error)
-        casting.metrics.fallbacks.labels(family(spec.name), self.fallback).inc()
+                casting.record_failure(spec, error)
+        casting.metrics.fallbacks.labels(controller_label(spec.name), self.fallback).inc()
         await run_episode(casting.timed(Spec(BASELINE), create(BASELINE, beta)), environment, state, self._keep)
 
     def end(self, state: State, tokens: int, model: str, tenant: str) -> None:
         """The episode is over, for a reason of its own or because its client left, and has cost so much."""
         stop = state.stop
         if self.fallback is None:
-            self._casting.spent(self._choice.spec, model, tenant, self._beta, tokens, state)
+            self._casting.record_cost(self._choice.spec, model, tenant, self._beta, tokens, state)
         if self.fallback not in BLAMELESS:
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
-            self._casting.ended(self._choice, EpisodeOutcome(tokens, failed, stop is Stop.ANSWERED))
+            self._casting.record_episode(self._choice, EpisodeOutcome(tokens, failed, stop is Stop.ANSWERED))
         if self._played is not None and self.decided:
             self._casting.shadow(self._played._replace(rounds=self.rounds[: self.decided]))
 

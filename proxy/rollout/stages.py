@@ -60,7 +60,7 @@ class RolloutStages:
 
     def __init__(self, registry: Registry | None, default: Spec, poll_s: float) -> None:
         self.registry = registry
-        self.now = StageAssignment(default)  # or what has been decided here since it was read
+        self.current = StageAssignment(default)  # or what has been decided here since it was read
         self._default = default
         self._poll_s = poll_s
         self._looked = float("-inf")  # when last, by the monotonic clock
@@ -68,7 +68,7 @@ class RolloutStages:
         self._reading = False
         self._complaint = ""
 
-    async def follow(self) -> bool:
+    async def refresh(self) -> bool:
         """Take over what the registry says if it says something new; whether it did.
 
         One that cannot be read is complained of, once, and what was installed goes on.
@@ -82,14 +82,14 @@ class RolloutStages:
             if stamp == self._stamp:
                 return False
             self._stamp = stamp
-            self.now = await asyncio.to_thread(self._read, self.registry)
+            self.current = await asyncio.to_thread(self._read, self.registry)
         except PromotionError as error:
-            self._complain(f"{error}; meanwhile as before: {self.now}")
+            self._complain(f"{error}; meanwhile as before: {self.current}")
             return False
         finally:
             self._reading = False
         self._complaint = ""
-        logger.info("registry version %d: %s", self.now.version, self.now)
+        logger.info("registry version %d: %s", self.current.version, self.current)
         return True
 
     async def change(self, move: Callable[[Registry], Installed]) -> None:

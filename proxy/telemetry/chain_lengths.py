@@ -35,7 +35,7 @@ class ChainLengths:
         self._lengths: dict[str, deque[int]] = {}
         self._told: dict[str, int] = {}  # the interval a model was warned of
 
-    def take(self, model: str, interval: int, branches: Iterable[LiveBranch]) -> None:
+    def observe(self, model: str, interval: int, branches: Iterable[LiveBranch]) -> None:
         """Take notice of an episode's branches, and warn once if the model's chains are too short for `interval`.
 
         Those that were cut count as what they had, if that is long enough to tell that they are not short.

@@ -21,7 +21,7 @@ from proxy.settings import LogForm, Settings
 MASK: Final = "********"
 LEAST: Final = 4
 """Characters of a secret below which hiding it would garble every line."""
-ACCESS: Final = "proxy.access"
+ACCESS_LOGGER: Final = "proxy.access"
 """The logger with a line a request."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -30,7 +30,7 @@ client_request_id: ContextVar[str] = ContextVar("client_request_id", default="")
 """The client's id of the request; empty if the client sent none."""
 
 
-def set_up(settings: Settings, console: Console) -> None:
+def configure_logging(settings: Settings, console: Console) -> None:
     """Have log lines written to `console`'s stream in the form that is set."""
     secrets = tuple(_secrets(settings))
     handler: logging.Handler
@@ -44,7 +44,7 @@ def set_up(settings: Settings, console: Console) -> None:
         else:  # rich would fold lines to 80 columns
             handler = logging.StreamHandler(console.file)
             handler.setFormatter(TextFormatter(secrets, "%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger(ACCESS).setLevel(logging.WARNING)
+        logging.getLogger(ACCESS_LOGGER).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 

@@ -40,7 +40,7 @@ _FAILURES: Final = {
 }
 
 
-def family(controller: str) -> str:
+def controller_label(controller: str) -> str:
     """A controller's name as a label: `asc@40` is `asc`, for clients may name any number."""
     plain = controller.partition("@")[0]
     return ALIAS_BETAS.get(plain, plain)
@@ -92,23 +92,23 @@ class Metrics:
             ("model", "reason", "source"),
             registry=self.registry,
         )
-        self.saved = Counter(
+        self.tokens_saved = Counter(
             "autotts_saved_tokens_estimate",
             "An estimate: tokens that episodes cost less than self-consistency with max_branches chains of their own "
             "finished branches' mean length. Of answered episodes with a finished branch.",
             _BY_DIAL,
             registry=self.registry,
         )
-        self.overspent = Counter(
+        self.tokens_overspent = Counter(
             "autotts_overspent_tokens_estimate",
             "The same estimate of those that cost more.",
             _BY_DIAL,
             registry=self.registry,
         )
-        self.stops = Counter(
+        self.episode_stops = Counter(
             "autotts_stops", "Episodes by why they ended.", ("model", "controller", "reason"), registry=self.registry
         )
-        self.seconds = Histogram(
+        self.request_seconds = Histogram(
             "autotts_request_seconds",
             "Seconds from request to reply, of requests a controller served.",
             ("model", "controller"),
@@ -143,7 +143,7 @@ class Metrics:
             ("controller", "reason"),
             registry=self.registry,
         )
-        self.slow = Counter(
+        self.slow_decisions = Counter(
             "autotts_sandbox_slow_decisions",
             "Decisions of sealed controllers that took longer than 50 ms.",
             ("controller",),
@@ -182,13 +182,13 @@ class Metrics:
             "How controllers from files are held: 2 sealed, 1 not at all, 0 refused.",
             registry=self.registry,
         )
-        self.recorded = Counter(
+        self.records = Counter(
             "autotts_recorder_records",
             "Records by what became of them: stored; spilled to a file while the store was away; recovered from there.",
             ("outcome",),
             registry=self.registry,
         )
-        self.lost = Counter(
+        self.records_lost = Counter(
             "autotts_recorder_lost", "Records that are lost, by why. Alarm on any.", ("reason",), registry=self.registry
         )
         self.recorder_queue = Gauge(
@@ -205,13 +205,13 @@ class Metrics:
             registry=self.registry,
         )
         self.store_up = Gauge("autotts_recorder_store_up", "Whether the store takes records.", registry=self.registry)
-        self.finished = Counter(
+        self.recordings = Counter(
             "autotts_recordings",
             "Episodes drawn to be run to their ends, by what came of it: recorded, failed, skipped.",
             ("outcome",),
             registry=self.registry,
         )
-        self.unseen = Counter(
+        self.unseen_tokens = Counter(
             "autotts_unseen_tokens",
             "Most tokens that requests which were cut can have generated unseen; nobody is billed for them.",
             ("model",),
@@ -229,7 +229,7 @@ class Metrics:
             ("kind", "content"),
             registry=self.registry,
         )
-        self.drift = Gauge(
+        self.recording_drift = Gauge(
             "autotts_recording_drift",
             "How many of model, chat and probe template, interval and temperature are not the latest recordings' own.",
             ("model",),
@@ -250,7 +250,7 @@ class Metrics:
             "Whether the file of keys cannot be used as it is now, so that the keys before it count. Alarm on it.",
             registry=self.registry,
         )
-        self.waiting = Gauge(
+        self.queue = Gauge(
             "autotts_queue",
             "Requests that wait for their turn, by what serves them.",
             ("kind",),
@@ -259,7 +259,7 @@ class Metrics:
         self.load_factor = Gauge(
             "autotts_load_factor", "What the upstream's load leaves of β; 1 is all of it.", registry=self.registry
         )
-        self.in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
+        self.episodes_in_flight = Gauge("autotts_episodes_in_flight", "Episodes running now.", registry=self.registry)
         self.branches_in_flight = Gauge(
             "autotts_branches_in_flight", "Branches the upstream generates now.", registry=self.registry
         )
@@ -290,14 +290,14 @@ class Metrics:
             registry=self.registry,
         )
         for reason in LOST:
-            self.lost.labels(reason)
+            self.records_lost.labels(reason)
         for reason in CUT:
             self.connections_cut.labels(reason)
         for reason in ROLLED_BACK:
             self.rollbacks.labels(reason)
 
     @contextmanager
-    def upstream(self, model: str) -> Iterator[None]:
+    def upstream_request(self, model: str) -> Iterator[None]:
         """Counts and times what is done within: one generation."""
         started, outcome = time.perf_counter(), "aborted"
         try:
@@ -310,6 +310,6 @@ class Metrics:
         finally:
             self.upstream_requests.labels(model, outcome).inc()
 
-    def page(self) -> bytes:
+    def exposition(self) -> bytes:
         """The exposition page."""
         return generate_latest(self.registry)

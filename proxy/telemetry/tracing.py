@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from controllers import Action
-from proxy.telemetry.metrics import Metrics, family
+from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import Call, ObservedRequest, Plan, RequestResult, UpstreamObserver
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ API_TYPES: Final = {"/v1/chat/completions": "chat_completions", "/v1/responses":
 class NoopTracer:
     """None."""
 
-    def arrive(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def continue_trace(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """What the task does from here on is part of the trace that a request's headers name."""
 
     def plan(self, _: str, model: str, held: ExitStack, work: Coroutine[Any, Any, Plan]) -> Coroutine[Any, Any, Plan]:
@@ -96,7 +96,7 @@ class OtelTracer(NoopTracer):
         self._within = trace.use_span
         self._now = trace.get_current_span
 
-    def arrive(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def continue_trace(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         told = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
         if told:
             self._attach(self._extract(told))
@@ -118,7 +118,7 @@ class OtelTracer(NoopTracer):
             {
                 "gen_ai.response.id": plan.request_id,
                 "autotts.beta": plan.beta.value,
-                "autotts.controller": family(plan.controller),
+                "autotts.controller": controller_label(plan.controller),
             }
         )
         return plan
@@ -229,7 +229,7 @@ class TelemetryWatcher(UpstreamObserver):
 
     @contextmanager
     def generation(self, model: str, call: Call) -> Iterator[None]:
-        with self._metrics.upstream(model), self._spans.generation(model, call):
+        with self._metrics.upstream_request(model), self._spans.generation(model, call):
             yield
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
@@ -242,7 +242,7 @@ class TelemetryWatcher(UpstreamObserver):
         return self._spans.headers()
 
 
-def make() -> NoopTracer:
+def create_tracer() -> NoopTracer:
     """Spans as OpenTelemetry's variables would have them."""
     named = any(os.environ.get(name) for name in ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"

@@ -181,9 +181,14 @@ def _memory_mib(pid: int, what: str) -> int:
 
 async def measure(attack: str, seconds: float, folder: Path) -> Outcome:
     """Run one attack against a fresh proxy."""
-    attacker_token, victim_token = api_keys.new(), api_keys.new()
+    attacker_token, victim_token = api_keys.generate_key(), api_keys.generate_key()
     key_file = folder / "keys.toml"
-    key_file.write_text(api_keys.line("attacker", attacker_token) + "\n" + api_keys.line("victim", victim_token) + "\n")
+    key_file.write_text(
+        api_keys.key_file_entry("attacker", attacker_token)
+        + "\n"
+        + api_keys.key_file_entry("victim", victim_token)
+        + "\n"
+    )
     port = free_port()
     if attack == "spinning_children":
         (folder / "spinner.py").write_text(SPINNER)

@@ -33,7 +33,12 @@ ALICE, BOB, ROOT, BOSS = "sk-autotts-alice", "sk-autotts-bob", "sk-autotts-root"
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "keys.toml"
-    write(path, api_keys.line("alice", ALICE), api_keys.line("bob", BOB), api_keys.line("root", ROOT, admin=True))
+    write(
+        path,
+        api_keys.key_file_entry("alice", ALICE),
+        api_keys.key_file_entry("bob", BOB),
+        api_keys.key_file_entry("root", ROOT, admin=True),
+    )
     return path
 
 
@@ -150,11 +155,11 @@ async def test_a_new_key_keeps_the_tenant_and_the_old_one_is_out(
     url: str, http: aiohttp.ClientSession, file: Path
 ) -> None:
     _, headers, _ = await ask(http, url, ALICE)
-    write(file, f'alice = {{ sha256 = ["{api_keys.hashed(ALICE)}", "{api_keys.hashed("fresh")}"] }}')
+    write(file, f'alice = {{ sha256 = ["{api_keys.hash_key(ALICE)}", "{api_keys.hash_key("fresh")}"] }}')
     assert (await ask(http, url, ALICE))[0] == 200
     assert (await ask(http, url, "fresh"))[0] == 200
     assert (await ask(http, url, BOB))[0] == 401
-    write(file, api_keys.line("alice", "fresh"))
+    write(file, api_keys.key_file_entry("alice", "fresh"))
     assert (await ask(http, url, ALICE))[0] == 401
     said = {"request_id": headers["x-request-id"], "correct": True}
     async with http.post(f"{url}/v1/tts/feedback", json=said, headers=told("fresh")) as response:
@@ -215,7 +220,7 @@ def test_what_is_wrong_with_a_file_is_told_by_line(tmp_path: Path, text: str, wo
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
-        api_keys.read(path)
+        api_keys.read_key_file(path)
     assert f"keys: {path}, {words}" in str(caught.value)
 
 
@@ -223,21 +228,21 @@ def test_a_key_put_where_its_hash_belongs_is_not_repeated(tmp_path: Path) -> Non
     path = tmp_path / "keys.toml"
     path.write_text(f'alice = {{ sha256 = "{ALICE}" }}')
     with pytest.raises(SettingsError) as caught:
-        api_keys.read(path)
+        api_keys.read_key_file(path)
     assert ALICE not in str(caught.value)
 
 
 def test_json_will_do(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    path.write_text(json.dumps({"alice": {"sha256": api_keys.hashed(ALICE), "episodes": 2, "tokens_per_minute": 9}}))
-    (key,) = api_keys.read(path)
+    path.write_text(json.dumps({"alice": {"sha256": api_keys.hash_key(ALICE), "episodes": 2, "tokens_per_minute": 9}}))
+    (key,) = api_keys.read_key_file(path)
     assert (key.name, key.caps.episodes, key.caps.tokens_per_minute, key.is_admin) == ("alice", 2, 9, False)
     path.write_text('{\n"alice": {"sha256": "x"}}')
     with pytest.raises(SettingsError, match="line 2: alice"):
-        api_keys.read(path)
+        api_keys.read_key_file(path)
     path.write_text('{\n"alice": }')
     with pytest.raises(SettingsError, match="line 2: "):
-        api_keys.read(path)
+        api_keys.read_key_file(path)
 
 
 HARMS = {
@@ -267,7 +272,7 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
             assert found.name == name
     assert [str(file) in record.getMessage() for record in caplog.records] == [True]
     assert ring.is_broken
-    write(file, api_keys.line("carol", "carols"))
+    write(file, api_keys.key_file_entry("carol", "carols"))
     assert not ring.is_broken
     assert ring.find(ALICE) is None
     assert ring.find("carols") is not None
@@ -283,7 +288,11 @@ def test_a_file_without_keys_does_not_start(tmp_path: Path) -> None:
 async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
     url: str, http: aiohttp.ClientSession, file: Path
 ) -> None:
-    lines = [api_keys.line("alice", ALICE), api_keys.line("bob", BOB), api_keys.line("root", ROOT, admin=True)]
+    lines = [
+        api_keys.key_file_entry("alice", ALICE),
+        api_keys.key_file_entry("bob", BOB),
+        api_keys.key_file_entry("root", ROOT, admin=True),
+    ]
     with file.open("w") as opened:  # empty from here on
         for written in range(len(lines) + 1):
             opened.flush()
@@ -296,28 +305,28 @@ async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
 
 def test_keys_missing_from_a_file_are_removed_once_it_stands_still(file: Path) -> None:
     ring = api_keys.Keyring(file)
-    file.write_text(api_keys.line("alice", ALICE) + "\n" + api_keys.line("carol", "carols") + "\n")
+    file.write_text(api_keys.key_file_entry("alice", ALICE) + "\n" + api_keys.key_file_entry("carol", "carols") + "\n")
     assert (ring.find(BOB) is not None, ring.find("carols")) == (True, None)
     old = time.time_ns() - int(api_keys.SETTLE_S * 1e9)
     os.utime(file, ns=(old, old))
     assert (ring.find(BOB), ring.find("carols") is not None) == (None, True)
     given = (("alice", ALICE), ("carol", "carols"), ("dave", "d"))
-    file.write_text("".join(api_keys.line(name, token) + "\n" for name, token in given))
+    file.write_text("".join(api_keys.key_file_entry(name, token) + "\n" for name, token in given))
     assert ring.find("d") is not None  # nothing is missing, so nothing is waited for
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ring = api_keys.Keyring(file)
     everybody = {"alice": ALICE, "bob": BOB, "root": ROOT, "eve": "eves"}
-    write(file, api_keys.line("carol", "carols"))
-    read = api_keys.read
+    write(file, api_keys.key_file_entry("carol", "carols"))
+    read = api_keys.read_key_file
 
     def slow(path: Path) -> Any:
         taken = read(path)
-        write(file, *(api_keys.line(name, token) for name, token in everybody.items()))
+        write(file, *(api_keys.key_file_entry(name, token) for name, token in everybody.items()))
         return taken
 
-    monkeypatch.setattr(api_keys, "read", slow)
+    monkeypatch.setattr(api_keys, "read_key_file", slow)
     assert ring.find("carols") is None
     monkeypatch.undo()
     assert ring.find("eves") is not None
@@ -327,13 +336,13 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypa
 
 
 def pair(name: str, token: str) -> str:
-    return f"{name}={api_keys.hashed(token)}"
+    return f"{name}={api_keys.hash_key(token)}"
 
 
 def test_a_variable_holds_names_and_hashes() -> None:
     text = f"\n {pair('alice', ALICE)}, {pair('alice', 'fresh')}\n{pair('bob', BOB)},\n"
-    alice, bob = api_keys.listed(text)
-    assert (alice.name, alice.hashes) == ("alice", (api_keys.hashed(ALICE), api_keys.hashed("fresh")))
+    alice, bob = api_keys.parse_key_list(text)
+    assert (alice.name, alice.hashes) == ("alice", (api_keys.hash_key(ALICE), api_keys.hash_key("fresh")))
     assert (bob.name, bob.is_admin, set(bob.caps)) == ("bob", False, {None})
 
 
@@ -349,7 +358,7 @@ def test_a_variable_holds_names_and_hashes() -> None:
 def test_what_is_wrong_with_a_variable_is_told_without_what_it_holds(text: str, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Authenticator(load(client_keys=text))
-    assert str(caught.value).startswith(f"{api_keys.VARIABLE}: {words}")
+    assert str(caught.value).startswith(f"{api_keys.KEYS_VARIABLE}: {words}")
     assert ALICE not in str(caught.value)
 
 
@@ -365,21 +374,21 @@ async def test_keys_of_a_variable_let_in_beside_those_of_a_file(
 
 
 def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = api_keys.Keyring(file, api_keys.listed(pair("carol", "carols")))
-    write(file, api_keys.line("dave", "daves"))
+    found = api_keys.Keyring(file, api_keys.parse_key_list(pair("carol", "carols")))
+    write(file, api_keys.key_file_entry("dave", "daves"))
     assert [found.find(token) is not None for token in ("carols", "daves", ALICE)] == [True, True, False]
-    for line in (api_keys.line("carol", "another"), api_keys.line("eve", "carols")):
+    for line in (api_keys.key_file_entry("carol", "another"), api_keys.key_file_entry("eve", "carols")):
         write(file, line)
         caplog.clear()
         assert found.find("daves") is not None
-        assert f"is in {api_keys.VARIABLE} too; the keys stay as they were" in caplog.text
+        assert f"is in {api_keys.KEYS_VARIABLE} too; the keys stay as they were" in caplog.text
 
 
 def test_an_unknown_limit_lists_those_there_are(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(api_keys.line("alice", "secret").replace(" }", ", token_per_minute = 5 }"))
+    path.write_text(api_keys.key_file_entry("alice", "secret").replace(" }", ", token_per_minute = 5 }"))
     with pytest.raises(SettingsError) as caught:
-        api_keys.read(path)
+        api_keys.read_key_file(path)
     words = "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? there are sha256, admin, "
     assert words in str(caught.value)
 
@@ -404,10 +413,10 @@ def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: str, words: str | None
 ) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(api_keys.line("alice", "secret"))
+    path.write_text(api_keys.key_file_entry("alice", "secret"))
     callers = Authenticator(load(upstream="http://127.0.0.1:1", keys=path))
     assert not warned(caplog)
-    path.write_text(api_keys.line("alice", "secret").replace(" }", f", {limits} }}"))
+    path.write_text(api_keys.key_file_entry("alice", "secret").replace(" }", f", {limits} }}"))
     assert callers.keyring is not None
     for _ in range(2):
         (key,) = callers.keyring.keys
@@ -430,7 +439,7 @@ def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
     done = autotts("config", "show", "--json", **given)
     told = json.loads(done.stdout)["client_keys"]
     assert (told["value"], told["source"]) == ("********", "environment")
-    assert api_keys.hashed("carols") not in done.stdout
+    assert api_keys.hash_key("carols") not in done.stdout
     done = autotts("config", "check", "--host", "0.0.0.0", **given)
     assert done.returncode == 0, done.stderr
     assert "AUTOTTS_CLIENT_KEYS" not in done.stdout
@@ -444,12 +453,12 @@ def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> Non
     done = autotts("keys", "new", "alice")
     token, line = done.stderr.strip(), done.stdout
     assert done.returncode == 0
-    assert token.startswith(api_keys.PREFIX)
+    assert token.startswith(api_keys.KEY_PREFIX)
     assert token not in line
     path = tmp_path / "keys.toml"
     path.write_text(line + autotts("keys", "new", "boss", "--admin").stdout)
-    alice, boss = api_keys.read(path)
-    assert alice.hashes == (api_keys.hashed(token),)
+    alice, boss = api_keys.read_key_file(path)
+    assert alice.hashes == (api_keys.hash_key(token),)
     assert (alice.is_admin, boss.is_admin) == (False, True)
     listed = autotts("keys", "list", str(path)).stdout
     assert alice.tenant in listed

@@ -40,13 +40,13 @@ async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
     admission = FairQueue(3, 10)
     first, second, third = (admission.enter("a", 1) for _ in range(3))
     other = admission.enter("b", 2)
-    assert first.given.is_set()
-    assert other.given.is_set()
-    assert not second.given.is_set()
-    first.leave()
-    first.leave()
-    assert second.given.is_set()
-    assert not third.given.is_set()
+    assert first.granted.is_set()
+    assert other.granted.is_set()
+    assert not second.granted.is_set()
+    first.release()
+    first.release()
+    assert second.granted.is_set()
+    assert not third.granted.is_set()
     assert admission.in_flight == 2
 
 
@@ -80,9 +80,9 @@ async def test_who_leaves_while_waiting_is_dropped() -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert admission.waiting == 1
-    first.leave()
-    assert third.given.is_set()
-    assert not second.given.is_set()
+    first.release()
+    assert third.granted.is_set()
+    assert not second.granted.is_set()
 
 
 @effort(max_examples=200, deadline=None)
@@ -99,14 +99,14 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
         for move in moves:
             if isinstance(move, int):
                 if there:
-                    there.pop(move % len(there)).leave()
+                    there.pop(move % len(there)).release()
             else:
                 try:
                     there.append(admission.enter(*move))
                 except QueueFull:
                     assert admission.waiting >= queue
-            given = [place for place in there if place.given.is_set()]
-            waiting = [place for place in there if not place.given.is_set()]
+            given = [place for place in there if place.granted.is_set()]
+            waiting = [place for place in there if not place.granted.is_set()]
             assert admission.in_flight == admission.taken.total() == len(given) <= places
             assert admission.waiting == len(waiting) <= queue
             for holder in "abc":
@@ -114,10 +114,10 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
                 assert admission.taken[holder] == own
                 first = next((place for place in waiting if place.holder == holder), None)
                 if first is not None and len(given) < places:
-                    assert first.most is not None
-                    assert own >= first.most
+                    assert first.limit is not None
+                    assert own >= first.limit
         for place in there:
-            place.leave()
+            place.release()
         assert (admission.in_flight, admission.waiting, dict(admission.taken)) == (0, 0, {})
 
     asyncio.run(play())

@@ -248,8 +248,8 @@ def test_retry_after_is_whole_seconds_a_minute_at_most() -> None:
 
 def keyed(path: Path, **limits: int) -> Path:
     said = "".join(f", {name} = {value}" for name, value in limits.items())
-    lines = [api_keys.line("alice", ALICE).replace(" }", said + " }"), api_keys.line("bob", BOB)]
-    path.write_text("\n".join([*lines, api_keys.line("root", ROOT, admin=True)]))
+    lines = [api_keys.key_file_entry("alice", ALICE).replace(" }", said + " }"), api_keys.key_file_entry("bob", BOB)]
+    path.write_text("\n".join([*lines, api_keys.key_file_entry("root", ROOT, admin=True)]))
     return path
 
 

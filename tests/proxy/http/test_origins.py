@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.admission.api_keys import hashed
+from proxy.admission.api_keys import hash_key
 from proxy.errors import ApiError, SettingsError
 from proxy.http.origins import PageGuard, hostname, is_json, is_loopback
 from proxy.server import running
@@ -81,7 +81,7 @@ async def test_bodies_that_a_form_can_send_are_refused(backend: FakeVLLM, sent: 
 
 
 async def test_with_keys_nothing_of_that_is_asked(backend: FakeVLLM) -> None:
-    async with serving(backend, client_keys=f"a={hashed('secret')}") as url:
+    async with serving(backend, client_keys=f"a={hash_key('secret')}") as url:
         odd = {"host": "tts.example", "origin": "https://evil.example", "content_type": "text/plain"}
         assert (await chat(url, **odd))[0] == 401
         assert (await chat(url, **odd, authorization="Bearer secret"))[0] == 200
@@ -161,7 +161,7 @@ PREFLIGHT = {
 
 @pytest.mark.parametrize("has_keys", [True, False])
 async def test_preflights_are_answered_before_anything_is_asked(backend: FakeVLLM, has_keys: bool) -> None:
-    keys = {"client_keys": f"a={hashed('secret')}"} if has_keys else {}
+    keys = {"client_keys": f"a={hash_key('secret')}"} if has_keys else {}
     async with (
         serving(backend, allowed_origins=PAGE, **keys) as url,
         aiohttp.ClientSession() as http,

@@ -168,7 +168,11 @@ async def test_one_that_passed_through_is_found_by_its_headers_and_its_bodys_id(
 
 async def test_nobody_finds_anothers_request(backend: FakeVLLM, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
-    lines = [api_keys.line("alice", "a-key"), api_keys.line("bob", "b-key"), api_keys.line("root", "r-key", admin=True)]
+    lines = [
+        api_keys.key_file_entry("alice", "a-key"),
+        api_keys.key_file_entry("bob", "b-key"),
+        api_keys.key_file_entry("root", "r-key", admin=True),
+    ]
     file.write_text("\n".join(lines))
     async with serving(backend, tmp_path / "s.db", keys=file) as proxy:
         for beta in ("0.5", None):
@@ -189,7 +193,7 @@ async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     settings = load(upstream=backend.url, log="json", **SMALL)
-    logs.set_up(settings, Console(file=written))
+    logs.configure_logging(settings, Console(file=written))
     try:
         backend.fault = "echo"
         async with running(settings) as url, aiohttp.ClientSession() as http:

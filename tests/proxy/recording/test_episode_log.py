@@ -263,7 +263,7 @@ async def test_what_clients_say_reaches_the_watch(
 ) -> None:
     heard: list[tuple[Stage, bool]] = []
     monkeypatch.setattr(
-        "proxy.rollout.controller_runner.ControllerManager.heard",
+        "proxy.rollout.controller_runner.ControllerManager.record_feedback",
         lambda _, stage, digest, content: heard.append((stage, content)),
     )
     async with serving(backend, tmp_path / "s.db") as proxy:
@@ -539,7 +539,7 @@ async def test_a_key_may_give_so_much_feedback_a_minute_and_others_are_not_held_
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
     file, path = tmp_path / "keys.toml", tmp_path / "s.db"
-    file.write_text("".join(api_keys.line(name, f"key-of-{name}") + "\n" for name in ("alice", "bob")))
+    file.write_text("".join(api_keys.key_file_entry(name, f"key-of-{name}") + "\n" for name in ("alice", "bob")))
     async with serving(backend, path, keys=file, feedback_per_minute=3) as proxy:
         ids = {}
         for name in ("alice", "bob"):

@@ -45,7 +45,7 @@ def ends(
             outcome, content = (canary if stage is Stage.CANARY else champion)(chance)
             verdict = watch.observe(stage, outcome)
             if content is not None:
-                verdict = watch.hear(stage, content)
+                verdict = watch.record_feedback(stage, content)
             if verdict is not None:
                 yield number, verdict
                 break

@@ -27,14 +27,14 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_short_chains_are_warned_of_once_with_what_suits(caplog: pytest.LogCaptureFixture) -> None:
     lengths = ChainLengths()
-    lengths.take("m", 512, branches(*[400] * (ENOUGH - 1)))
+    lengths.observe("m", 512, branches(*[400] * (ENOUGH - 1)))
     assert not told(caplog)
     for _ in range(3):
-        lengths.take("m", 512, branches(400, 410))
+        lengths.observe("m", 512, branches(400, 410))
     (line,) = told(caplog)
     assert line.startswith("m: a chain has 400 tokens (median of the latest 21), the interval is 512: ")
     assert line.endswith("at most 0.8 times a chain and open few chains at any β; AUTOTTS_INTERVAL=48 suits this model")
-    lengths.take("n", 512, branches(*[400] * ENOUGH))
+    lengths.observe("n", 512, branches(*[400] * ENOUGH))
     assert len(told(caplog)) == 2
 
 
@@ -55,7 +55,7 @@ def test_others_are_not(
 ) -> None:
     seen = ChainLengths()
     for length in lengths[::-1]:
-        seen.take("m", interval, branches(length, finish=finish))
+        seen.observe("m", interval, branches(length, finish=finish))
     assert not told(caplog)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from proxy.server import running
 from proxy.settings import Settings, load
-from proxy.telemetry.logs import ACCESS, MASK, request_id, set_up
+from proxy.telemetry.logs import ACCESS_LOGGER, MASK, configure_logging, request_id
 from tests.fakes import FakeVLLM
 from tests.proxy.conftest import SMALL
 
@@ -32,12 +32,12 @@ def restored() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    logging.getLogger(ACCESS).setLevel(logging.NOTSET)
+    logging.getLogger(ACCESS_LOGGER).setLevel(logging.NOTSET)
 
 
 def logged(settings: Settings) -> io.StringIO:
     written = io.StringIO()
-    set_up(settings, Console(file=written, width=300))
+    configure_logging(settings, Console(file=written, width=300))
     return written
 
 
@@ -61,9 +61,9 @@ async def test_every_line_about_a_request_names_it(backend: FakeVLLM) -> None:
     about = [line for line in lines(written) if line.get("request_id") == named]
     assert {line["level"] for line in about} == {"warning", "info"}
     *_, told = about
-    assert (told["logger"], told["message"]) == (ACCESS, f"POST /v1/chat/completions {told['status']}")
+    assert (told["logger"], told["message"]) == (ACCESS_LOGGER, f"POST /v1/chat/completions {told['status']}")
     assert {"seconds", "first_byte_s", "complete", "applied"} <= told.keys()
-    assert [line["path"] for line in lines(written) if line["logger"] == ACCESS][-1] == "other"
+    assert [line["path"] for line in lines(written) if line["logger"] == ACCESS_LOGGER][-1] == "other"
     assert prompt not in written.getvalue()
     assert SECRET not in written.getvalue()
 
@@ -84,7 +84,7 @@ def test_lines_for_people_name_the_request_once() -> None:
     try:
         logging.getLogger("proxy.some").warning("it broke")
         logging.getLogger("proxy.some").warning("req-1: it broke again")
-        logging.getLogger(ACCESS).info("GET / 200")
+        logging.getLogger(ACCESS_LOGGER).info("GET / 200")
     finally:
         request_id.reset(token)
     assert "req-1: it broke" in written.getvalue()
@@ -95,7 +95,7 @@ def test_lines_for_people_name_the_request_once() -> None:
 def test_lines_in_a_file_are_not_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal
     with (tmp_path / "log").open("w") as file:
-        set_up(load(upstream="http://127.0.0.1:1"), Console(file=file))
+        configure_logging(load(upstream="http://127.0.0.1:1"), Console(file=file))
         logging.getLogger("proxy.some").warning("word " * 100 + "end")
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING proxy\.some: (word ){100}end", line)

@@ -11,7 +11,7 @@ from proxy.episode.episode_metrics import estimate_saved_tokens
 from proxy.requests.beta import EFFORTS
 from proxy.server import running
 from proxy.settings import load
-from proxy.telemetry.metrics import family
+from proxy.telemetry.metrics import controller_label
 from proxy.types import ALIAS_BETAS, BetaSource, EffectiveBeta, EnvironmentLimits, LiveBranch, Prompt
 from proxy.upstream import health_monitor
 from proxy.upstream.client import Engine
@@ -119,7 +119,7 @@ async def test_no_client_makes_a_series(proxy: Proxy) -> None:
     assert not {value for value in labels if any(part in value for part in ("@", "nobody", "model1", "made"))}
     assert await proxy.metric("autotts_requests_total", controller="asc") == 20
     assert await proxy.metric("autotts_response_seconds_count", path="other") == 20
-    assert (family("sc@9"), family("cmc")) == ("self_consistency", "cmc")
+    assert (controller_label("sc@9"), controller_label("cmc")) == ("self_consistency", "cmc")
 
 
 @pytest.mark.parametrize(("fault", "outcome"), [("cut", "nonsense"), ("refuse", "refused")])

@@ -37,7 +37,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     kept = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
-    monkeypatch.setattr(tracing, "make", lambda: tracing.OtelTracer(provider))
+    monkeypatch.setattr(tracing, "create_tracer", lambda: tracing.OtelTracer(provider))
     yield kept
     provider.shutdown()
 
@@ -218,7 +218,7 @@ async def test_of_checks_there_are_none(backend: FakeVLLM, exporter: InMemorySpa
 )
 def test_off_it_imports_nothing(variables: dict[str, str]) -> None:
     code = (
-        "import sys, proxy.app; from proxy.telemetry import tracing; made = tracing.make();"
+        "import sys, proxy.app; from proxy.telemetry import tracing; made = tracing.create_tracer();"
         "assert type(made) is tracing.NoopTracer, made;"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
@@ -228,7 +228,7 @@ def test_off_it_imports_nothing(variables: dict[str, str]) -> None:
 
 async def test_a_collector_is_what_turns_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    made = tracing.make()
+    made = tracing.create_tracer()
     assert isinstance(made, tracing.OtelTracer)
     await made.close()
 
@@ -284,5 +284,5 @@ async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, mon
 def test_without_the_extra_it_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    assert type(tracing.make()) is tracing.NoopTracer
+    assert type(tracing.create_tracer()) is tracing.NoopTracer
     assert "pip install 'autotts-proxy[otel]'" in caplog.text

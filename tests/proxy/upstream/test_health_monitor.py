@@ -66,9 +66,9 @@ async def test_whoever_asks_at_once_shares_a_look() -> None:
 
 
 async def test_many_questions_without_a_key_ask_the_upstream_once(tmp_path: Path) -> None:
-    key = api_keys.new()
+    key = api_keys.generate_key()
     file = tmp_path / "keys.toml"
-    file.write_text(api_keys.line("alice", key) + "\n")
+    file.write_text(api_keys.key_file_entry("alice", key) + "\n")
     async with (
         FakeVLLM().serve() as backend,
         running(load(upstream=backend.url, keys=file, **SMALL)) as url,
