@@ -57,11 +57,9 @@ def collecting(
 
     The proxy's admin key is taken from AUTOTTS_ADMIN_KEY.
     """
-    from discovery.data.collect import (
-        ADMIN_KEY_VARIABLE,
-        CollectionPlan,
-        collect,
-    )  # these bring `openai` along, which takes its time
+    from discovery.data.collect import collect  # imports `openai`, which takes a while
+    from discovery.data.collection_client import ADMIN_KEY_VARIABLE
+    from discovery.data.collection_plan import CollectionPlan
 
     if 0 in (temperature, top_p):
         raise typer.BadParameter("--temperature, --top-p: at 0 all branches are the same; name more, or neither")
@@ -93,7 +91,7 @@ def collecting(
         raise typer.Exit(INTERRUPTED)
     words = f"{out}: {at.done:,} of {at.total:,} branches, {at.mine:,} of them now"
     say(f"{words}; {_spent(at, usd_per_million)}")
-    if at.is_out:
+    if at.is_out_of_budget:
         say(
             f"stopped: {at.spent:,} tokens are spent, and one more branch, which may cost {at.reserve:,}, "
             f"might pass {max_tokens_total:,}; --resume with a larger --max-tokens-total goes on"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files of lines of which the last may be torn."""
+"""Write files atomically and privately, and never over a database; helpers for locking, syncing and lines."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import IO, Final
 from discovery.errors import FileWriteError
 
 BLOCK: Final = 1 << 16
-"""Bytes that are looked through at a time for the end of the last line."""
+"""Bytes read at a time when looking for the last line end."""
 PRIVATE: Final = 0o600
-"""Permissions of files that hold texts of questions or answers."""
+"""Permissions of files that hold the text of questions or answers."""
 DATABASE_FILES: Final = ("", "-wal", "-shm", "-journal")
-"""Endings of the names of a database's files."""
+"""Suffixes of the files that SQLite keeps for one database."""
 _NO_DATABASE: Final = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 
 
 @contextmanager
 def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the name `path` when the context ends well. Raises FileWriteError.
+    """Open a file to write to; it replaces `path` when the context ends without an error. Raises FileWriteError.
 
-    It has the mode of the file it replaces, or else the one the process's umask gives new files. With `private`, only
-    its owner can read a new file.
+    It keeps the mode of the file it replaces. A new file gets the mode that the umask allows, or with `private` one
+    that only its owner can read.
     """
     _refuse_database(path, str(path))
     unfinished = path.resolve().parent / f".autotts-{secrets.token_hex(8)}"
@@ -47,18 +47,21 @@ def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
 
 
 def create_exclusively(path: Path, mode: int = 0o666) -> IO[bytes]:
-    """A new file to write to; the umask applies to `mode`. Raises OSError if anything is there, a link included."""
+    """Create a file and open it for writing; the umask applies to `mode`.
+
+    Raises OSError if the path exists, even as a link.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, mode), "wb")
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a file that is only locked, made if there is none. Raises OSError, also if it is a link."""
+    """Open a file that is used only for locking; create it if missing. Raises OSError, also if it is a link."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of the plain file at `path`; None if there is none."""
+    """Return the permissions of the regular file at `path`, or None if there is none."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -67,7 +70,7 @@ def _mode(path: Path) -> int | None:
 
 
 def is_readable_by_others(path: Path) -> bool:
-    """Whether other users may read the file at `path`, if there is one."""
+    """Return whether other users may read the file at `path`; False if there is none."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
     except OSError:
@@ -75,18 +78,19 @@ def is_readable_by_others(path: Path) -> bool:
 
 
 def check_writable_path(path: Path, option: str) -> None:
-    """Raise FileWriteError, before anything costly, if there is no folder for `path`."""
+    """Raise FileWriteError, before costly work, if `path` could not be written."""
     if not path.resolve().parent.is_dir():
         raise FileWriteError(f"{option} {path}: there is no folder {path.resolve().parent}")
     if path.is_dir():
-        raise FileWriteError(f"{option} {path}: that is a folder")
+        raise FileWriteError(f"{option} {path}: is a folder; name a file")
     _refuse_database(path, f"{option} {path}")
 
 
 def is_database_file(path: Path) -> bool:
-    """Whether an SQLite database is at `path`, or beside it one whose log, index or journal `path` is.
+    """Return whether `path` is an SQLite database, or the log, index or journal of one beside it.
 
-    Only SQLite opens the database, and without locking it: closing a file drops the locks this process may hold on it.
+    The database is opened by SQLite alone and without locking, because closing any descriptor of a file drops the locks
+    that this process may hold on it.
     """
     real = Path(os.path.realpath(path))
     endings = (end for end in DATABASE_FILES if real.name.endswith(end) and real.name != end)
@@ -104,14 +108,14 @@ def _is_database(path: Path) -> bool:
     return True
 
 
-def _refuse_database(path: Path, told: str) -> None:
+def _refuse_database(path: Path, shown: str) -> None:
     """Raise FileWriteError rather than replace a database that another process may be using."""
     if is_database_file(path):
-        raise FileWriteError(f"{told}: that is a database, which is not overwritten; name another file")
+        raise FileWriteError(f"{shown}: is a database, which is never overwritten; name another file")
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the folder on the disk say which file has which name. Raises OSError."""
+    """Sync a folder, so that renames and new names in it survive a power cut. Raises OSError."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(opened)
@@ -120,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def last_line_end(descriptor: int) -> int:
-    """Where the last whole line of an open file ends: what follows was being written when somebody died."""
+    """Return the offset after the last line end of an open file. What follows was being written when a process died."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         begin = max(0, end - BLOCK)

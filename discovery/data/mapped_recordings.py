@@ -1,6 +1,6 @@
-"""Recordings laid out in a file that any number of processes map and none copies.
+"""Recordings in a file that any number of processes can map into memory without copying.
 
-The file is for this run of this program alone: it is unpickled.
+The file is read by unpickling, so only processes of the same run may use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from discovery.data.recordings import Recording
 
 
 def write_mapped(recordings: Sequence[Recording], path: Path) -> Path:
-    """Write `recordings`, not replayed yet, to `path` and beside it; returns `path`."""
+    """Write `recordings` to `path`, and their index beside it; return `path`. They must not have been replayed yet."""
     buffers: list[pickle.PickleBuffer] = []
     index = pickle.dumps(list(recordings), protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
@@ -24,19 +24,19 @@ def write_mapped(recordings: Sequence[Recording], path: Path) -> Path:
         for view in raw:
             file.write(view)
     cuts = list(itertools.accumulate((view.nbytes for view in raw), initial=0))
-    _beside(path).write_bytes(pickle.dumps((index, cuts)))
+    _index_path(path).write_bytes(pickle.dumps((index, cuts)))
     return path
 
 
 @lru_cache(maxsize=2)
 def load_mapped(path: Path) -> list[Recording]:
-    """The recordings shelved at `path`, their arrays read-only views of it. The last few asked for stay at hand."""
-    index, cuts = pickle.loads(_beside(path).read_bytes())
+    """Return the recordings written to `path`; their arrays are read-only views of it. The last results are cached."""
+    index, cuts = pickle.loads(_index_path(path).read_bytes())
     with path.open("rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    recordings: list[Recording] = pickle.loads(index, buffers=[whole[b:e] for b, e in itertools.pairwise(cuts)])
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    recordings: list[Recording] = pickle.loads(index, buffers=[content[b:e] for b, e in itertools.pairwise(cuts)])
     return recordings
 
 
-def _beside(path: Path) -> Path:
+def _index_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.index")

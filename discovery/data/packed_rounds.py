@@ -1,8 +1,8 @@
-"""The rounds of one episode as a text, for a row of the store.
+"""Encode the rounds of one episode as text, for a column of the store.
 
-Whole numbers one after the other: of each round how many actions and facts it has, then three numbers an action (verb,
-branch or label, intervals) and five a fact (branch, label, tokens, intervals, finished). They are compressed, for
-branches that run side by side say nearly the same round after round.
+The text is a sequence of 32-bit integers, compressed and in base64. Each round has its number of actions and of facts,
+then three numbers for each action (verb, branch or label, intervals) and five for each fact (branch, label, tokens,
+intervals, finished). It compresses well, because branches that run side by side repeat nearly the same numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from controllers.actions import ANSWER
 from discovery.errors import TraceError
 
 MAX_UNPACKED_BYTES: Final = 64 * 2**20
-"""Bytes a text may unpack to."""
+"""Limit on the size of a decompressed text."""
 NONE: Final = -1
-"""In place of a label where there is none, and of the intervals of a fact that tells of none: a probe's."""
+"""Stands for a missing label, and for the intervals of a probe's fact."""
 
 
 def pack_rounds(rounds: Sequence[Round]) -> str:
-    """`rounds` as a text; empty if there are none."""
+    """Return `rounds` as text, empty if there are none."""
     flat: list[int] = []
     for actions, facts in rounds:
         flat += (len(actions), len(facts))
@@ -52,12 +52,12 @@ def pack_rounds(rounds: Sequence[Round]) -> str:
 
 
 def unpack_rounds(text: str) -> list[Round]:
-    """The rounds `packed` made a text of. Raises TraceError."""
+    """Return the rounds that `pack_rounds` encoded. Raises TraceError."""
     try:
         unpacker = zlib.decompressobj()
         plain = unpacker.decompress(b64decode(text, validate=True), MAX_UNPACKED_BYTES) if text else b""
         if text and not unpacker.eof:
-            raise TraceError(f"the rounds of an episode are cut, or more than {MAX_UNPACKED_BYTES} bytes")
+            raise TraceError(f"the rounds of an episode are truncated, or larger than {MAX_UNPACKED_BYTES} bytes")
         numbers = iter(np.frombuffer(plain, "<i4").tolist())
         return list(_rounds(numbers))
     except (ValueError, zlib.error, ControllerError) as error:
@@ -66,16 +66,16 @@ def unpack_rounds(text: str) -> list[Round]:
 
 def _rounds(numbers: Iterator[int]) -> Iterator[Round]:
     for count in numbers:
-        found = next(numbers, 0)
+        fact_count = next(numbers, 0)
         actions = [_action(*one) for one in _groups(numbers, count, 3)]
-        yield Round(actions, [_fact(*one) for one in _groups(numbers, found, 5)])
+        yield Round(actions, [_fact(*one) for one in _groups(numbers, fact_count, 5)])
 
 
 def _groups(numbers: Iterator[int], count: int, size: int) -> Iterator[list[int]]:
     for _ in range(count):
         group = list(islice(numbers, size))
         if len(group) != size:
-            raise ValueError("it ends in the middle")
+            raise ValueError("it ends in the middle of a round")
         yield group
 
 

@@ -1,4 +1,4 @@
-"""Questions to be asked, or whose answers are known: a file of one JSON object a line."""
+"""Read files of questions, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from discovery.errors import BadRecording, unknown_field
 
 
 class Question(BaseModel):
-    """One question. A line may say `question`, its text, in place of `messages` where a user alone speaks."""
+    """One question. A line may have its text as `question` in place of `messages` that hold a single user message."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    messages: list[dict[str, Any]] = Field(min_length=1, description="a conversation, as a chat request has it")
+    messages: list[dict[str, Any]] = Field(min_length=1, description="a conversation, as in a chat request")
     id: str = Field(
-        default_factory=lambda known: _called(known.get("messages", ())),
+        default_factory=lambda known: _default_name(known.get("messages", ())),
         min_length=1,
-        description="what it is called; without one the beginning of its hash",
+        description="its name; default: the beginning of its hash",
     )
     reference: str | None = Field(None, min_length=1, description="the reference answer")
-    split: Split | None = Field(None, description="what it may be used for")
+    split: Split | None = Field(None, description="what it may be used for; default: by its hash")
 
     @model_validator(mode="before")
     @classmethod
@@ -35,15 +35,15 @@ class Question(BaseModel):
         if not isinstance(line, dict) or "question" not in line:
             return line
         if "messages" in line:
-            raise ValueError("both question and messages are there, one of them is needed")
+            raise ValueError("it has both question and messages; give one of them")
         text = line["question"]
         if not isinstance(text, str) or not text:
-            raise ValueError("question: not a text")
+            raise ValueError("question: not a non-empty string")
         rest = {key: value for key, value in line.items() if key != "question"}
         return rest | {"messages": [{"role": "user", "content": text}]}
 
     @model_validator(mode="after")
-    def _is_spoken(self) -> Question:
+    def _check_messages(self) -> Question:
         if any(not isinstance(message.get("role"), str) for message in self.messages):
             raise ValueError("messages: each needs a role")
         if any(not isinstance(content := one.get("content"), str | list) or not content for one in self.messages):
@@ -51,26 +51,26 @@ class Question(BaseModel):
         try:
             json.dumps(self.messages, allow_nan=False)
         except ValueError:
-            raise ValueError("messages: NaN and Infinity are no numbers") from None
+            raise ValueError("messages: NaN and Infinity are not valid JSON numbers") from None
         return self
 
     @property
     def question(self) -> str:
-        """Its `question_id`."""
+        """The question's `question_id`."""
         return question_id(question_text(self.messages))
 
 
-def _called(messages: Sequence[Mapping[str, Any]]) -> str:
+def _default_name(messages: Sequence[Mapping[str, Any]]) -> str:
     return question_id(question_text(messages))[:12]
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file, in its order. Raises BadRecording, naming the file, the line and the reason."""
+    """Return the questions of a file, in order. Raises BadRecording, naming the file, the line and the reason."""
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise BadRecording(f"{path}: {error.strerror}") from None
-    found: list[Question] = []
+    questions: list[Question] = []
     seen: dict[str, int] = {}  # ids and hashes, and the line each stands in
     for number, text in enumerate(lines, start=1):
         if not text.strip():
@@ -87,11 +87,11 @@ def read_questions(path: Path) -> list[Question]:
             raise BadRecording(f"{path}:{number}: {place}{problem}") from None
         except ValueError as error:
             raise BadRecording(f"{path}:{number}: {error}") from None
-        for what, name in (("the same question", question.question), ("the same id", question.id)):
+        for problem, name in (("the same question", question.question), ("the same id", question.id)):
             if name in seen:
-                raise BadRecording(f"{path}:{number}: {what} as in line {seen[name]}")
+                raise BadRecording(f"{path}:{number}: {problem} as in line {seen[name]}")
         seen |= {question.question: number, question.id: number}
-        found.append(question)
-    if not found:
-        raise BadRecording(f"{path}: no questions in it")
-    return found
+        questions.append(question)
+    if not questions:
+        raise BadRecording(f"{path}: the file holds no questions")
+    return questions

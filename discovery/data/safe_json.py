@@ -1,4 +1,4 @@
-"""Parse JSON that may hold anything; whatever is wrong with it is a ValueError."""
+"""Parse JSON from untrusted sources, so that every error is a ValueError, and write compact JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
-    """Return the value of a JSON text; with `finite`, NaN, infinities and numbers too large for a float are refused.
+    """Return the value of a JSON text; with `finite`, refuse NaN, infinities and numbers too large for a float.
 
-    Raises ValueError, also for text that is nested too deeply or holds a number of too many digits.
+    Raises ValueError, also for text that is nested too deeply or has a number of too many digits.
     """
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite) if finite else json.loads(text)
@@ -19,7 +19,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
 
 
 def compact_json(value: Any) -> str:
-    """Return compact JSON with sorted keys, in which numbers that JSON does not have are null."""
+    """Return compact JSON with sorted keys, in which NaN and infinities are null."""
     try:
         return _dump(value)
     except ValueError:

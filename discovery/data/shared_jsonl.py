@@ -1,6 +1,6 @@
-"""A file of lines of JSON that several processes append to at once, and who of them does what.
+"""A file of JSON lines that several processes append to, and claims by which they share the work.
 
-Any of them may be killed at any time: a line is there whole or not at all, and what a dead process had claimed is free.
+Any process may be killed at any time. A line is written completely or not at all, and a dead process's claims are free.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from discovery.errors import FileWriteError
 
 
 class SharedLines:
-    """The file at `path`, which may not be there yet. Every method raises FileWriteError.
+    """File of lines at `path`, which need not exist yet. Every method raises FileWriteError.
 
-    A path that the user did not name must not be a link: set `may_be_link` to False for it.
+    Set `may_be_link` to False for a path that the user did not name: it must not be a link.
     """
 
     def __init__(self, path: Path, *, may_be_link: bool = True) -> None:
@@ -29,26 +29,26 @@ class SharedLines:
         self._read = 0  # bytes
         self._count = 0  # lines in them
 
-    def new(self) -> list[tuple[int, bytes]]:
-        """The lines that have come since this was last asked, with their numbers from 1."""
+    def read_new(self) -> list[tuple[int, bytes]]:
+        """Return the lines that were added since the last call, with their numbers from 1."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
-                whole, end, _ = file.read().rpartition(b"\n")  # what follows is being written, or torn
+                complete, end, _ = file.read().rpartition(b"\n")  # what follows is being written, or incomplete
         except FileNotFoundError:
             return []
         except OSError as error:
             raise FileWriteError(f"{self.path}: {error.strerror}") from None
         if not end:
             return []
-        lines = list(enumerate(whole.split(b"\n"), start=self._count + 1))
-        self._read += len(whole) + 1
+        lines = list(enumerate(complete.split(b"\n"), start=self._count + 1))
+        self._read += len(complete) + 1
         self._count += len(lines)
         return lines
 
     def append(self, line: str) -> None:
-        """Put `line`, its end included, behind all others. It is on disk when this returns."""
-        with self._held(os.O_CREAT) as descriptor:
+        """Append `line`, which includes its line end. It is on disk when this returns."""
+        with self._locked(os.O_CREAT) as descriptor:
             size = os.fstat(descriptor).st_size
             try:
                 _write(descriptor, line.encode())
@@ -57,20 +57,20 @@ class SharedLines:
                 os.ftruncate(descriptor, size)
                 raise
 
-    def mend(self) -> None:
-        """Cut off what a process that was killed has left half written."""
+    def repair(self) -> None:
+        """Cut off an incomplete last line, left by a process that was killed."""
         if self.path.exists():
-            with self._held():
+            with self._locked():
                 pass
 
     @contextmanager
-    def _held(self, flags: int = 0) -> Iterator[int]:
-        """The file's descriptor, its last line whole; nobody else writes to it meanwhile."""
+    def _locked(self, flags: int = 0) -> Iterator[int]:
+        """Open and lock the file, repair its last line, and yield the descriptor. Other processes cannot write then."""
         try:
             descriptor = os.open(self.path, self._flags | flags, PRIVATE)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                _mend(descriptor)
+                _repair(descriptor)
                 yield descriptor
             finally:
                 os.close(descriptor)
@@ -79,10 +79,10 @@ class SharedLines:
 
 
 class WorkClaims:
-    """What this process does, so that no other does it too: a byte each of the file at `path`, locked.
+    """Claims on pieces of work, so that only one process does each: locks on single bytes of the file at `path`.
 
-    The kernel lets go of a process's locks when it ends, and also when it closes any descriptor of that file: a process
-    must not open it twice. Raises FileWriteError where files cannot be locked.
+    The kernel releases a process's locks when it ends, and also when it closes any descriptor of that file. A process
+    must therefore not open the file twice. Raises FileWriteError if files cannot be locked there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,11 +94,11 @@ class WorkClaims:
             raise FileWriteError(f"{path}: {error.strerror}") from None
 
     def take(self, name: str) -> bool:
-        """Whether `name` is this process's now, and was nobody's."""
+        """Claim `name` and return True, or return False if any process has claimed it, this one included."""
         if name in self._held:
             return False
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(name))
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(name))
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
@@ -107,13 +107,13 @@ class WorkClaims:
         return True
 
     def give_back(self, name: str) -> None:
-        """Let another process have `name`."""
+        """Release `name`, so that another process can claim it."""
         if name in self._held:
             self._held.discard(name)
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _place(name))
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _offset(name))
 
     def elsewhere(self, names: Iterable[str]) -> int:
-        """How many of `names` are other processes'."""
+        """Return how many of `names` other processes have claimed."""
         count = 0
         for name in names:
             if name not in self._held:
@@ -122,14 +122,14 @@ class WorkClaims:
         return count
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all claims."""
         os.close(self._descriptor)
         self._held.clear()
 
 
-def _place(name: str) -> int:
-    """The byte that stands for `name`; files have 2^63."""
-    return int.from_bytes(sha256(name.encode()).digest()[:8]) >> 2
+def _offset(name: str) -> int:
+    """Return the offset of the byte that stands for `name`."""
+    return int.from_bytes(sha256(name.encode()).digest()[:8]) >> 2  # file offsets have 63 bits
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -138,18 +138,18 @@ def _write(descriptor: int, data: bytes) -> None:
         written += os.write(descriptor, data[written:])
 
 
-def _mend(descriptor: int) -> None:
-    """Cut off what follows the end of the last line; if that is a line but for its end, end it."""
+def _repair(descriptor: int) -> None:
+    """Cut off what follows the last line end. If that is a complete line without its end, add the end instead."""
     size, begin = os.fstat(descriptor).st_size, last_line_end(descriptor)
     if begin == size:
         return
-    if _is_whole(os.pread(descriptor, size - begin, begin)):
+    if _is_complete(os.pread(descriptor, size - begin, begin)):
         _write(descriptor, b"\n")
     else:
         os.ftruncate(descriptor, begin)
 
 
-def _is_whole(line: bytes) -> bool:
+def _is_complete(line: bytes) -> bool:
     try:
         return isinstance(parse_json(line), dict)
     except ValueError:

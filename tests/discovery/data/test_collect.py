@@ -24,16 +24,8 @@ from rich.console import Console
 from controllers import Limits, State, Stop, run_episode, run_sync
 from controllers.builtin import create
 from discovery.commands.collect import CollectProgress
-from discovery.data.collect import (
-    AWAY_S,
-    CLOSING,
-    PAUSE_S,
-    PROBE,
-    CollectionPlan,
-    CollectionProgress,
-    RetryTiming,
-    collect,
-)
+from discovery.data.collect import AWAY_S, PAUSE_S, CollectionProgress, RetryTiming, collect
+from discovery.data.collection_plan import CLOSING_TOKENS, PROBE_TOKENS, CollectionPlan
 from discovery.data.importers import format_recording_line, read_jsonl
 from discovery.data.questions import Question, read_questions
 from discovery.data.recordings import (
@@ -175,7 +167,7 @@ async def test_a_recording_is_complete_and_says_how_it_was_made(
 ) -> None:
     order = CollectionPlan(MODEL, "hard", BRANCHES, "boxed", 0.5, 0.9, 1000)
     at = await collect(url, "sesame", questions, order, out)
-    assert (at.total, at.done, at.mine, at.skipped, at.is_out) == (ALL, ALL, ALL, [], False)
+    assert (at.total, at.done, at.mine, at.skipped, at.is_out_of_budget) == (ALL, ALL, ALL, [], False)
     assert at.tokens == at.spent == spent(out)
     found = check_complete(out)
     assert backend.opened == ALL
@@ -322,7 +314,7 @@ async def test_what_one_that_was_killed_was_at_another_does(
 
 
 BOUNDED = replace(ORDER, max_tokens=200)
-RESERVE = BOUNDED.most(INTERVAL)
+RESERVE = BOUNDED.reserved_tokens(INTERVAL)
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -333,11 +325,11 @@ async def test_a_budget_is_not_passed_and_resuming_goes_on(
     each = (await collect(url, "sesame", questions[:1], replace(BOUNDED, branches=1), out)).spent
     for budget, least in ((each * 3 + RESERVE, 4), (each * 4 + RESERVE - 1, 4), (each * 8 + RESERVE, 9)):
         at = await collect(url, "sesame", questions, BOUNDED, out, at_once, budget)
-        assert (at.is_out, at.reserve) == (True, RESERVE)
+        assert (at.is_out_of_budget, at.reserve) == (True, RESERVE)
         assert at.spent == spent(out) <= budget
         assert at.done == len(lines(out)) == least
     at = await collect(url, "sesame", questions, BOUNDED, out, at_once, 10**9)
-    assert not at.is_out
+    assert not at.is_out_of_budget
     check_complete(out)
 
 
@@ -349,7 +341,7 @@ async def test_a_budget_is_not_passed_however_long_branches_become(
     """Without a bound of the client's the model's context is one; the proxy holds each branch to what is set aside."""
     backend.chains = [chain("7", 80 if i < 3 else 1400, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
     at = await collect(url, "sesame", questions, replace(ORDER, max_tokens=max_tokens), out, at_once, 16_000)
-    assert at.is_out
+    assert at.is_out_of_budget
     assert at.done > 3
     assert at.spent == spent(out) <= 16_000
     assert backend.generated < at.spent  # what probes read is on the bill too
@@ -361,17 +353,17 @@ async def test_what_is_set_aside_is_the_cap_of_a_request(questions: Sequence[Que
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
     first, *others = (asked["tts"]["max_total_tokens"] for asked in stub.asked)
-    assert first == (70 + 3 * PROBE) * 8 // 7 + CLOSING
-    assert others == [(70 + 2 * PROBE) * 8 // 7 + CLOSING] * (ALL - 1)
+    assert first == (70 + 3 * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS
+    assert others == [(70 + 2 * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS] * (ALL - 1)
 
 
 async def test_a_budget_needs_a_bound(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(), longest=None) as stub:
-        with pytest.raises(CollectError, match=r"how long a branch of fake-model can be: .* needs --max-tokens"):
+        with pytest.raises(CollectError, match=r"context length of fake-model: .* needs --max-tokens"):
             await collect(stub.url, "sesame", questions, ORDER, out, budget=10**6)
         assert (await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, budget=10**6)).done
     async with answering(lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens")) as stub:
-        with pytest.raises(CollectError, match="of --max-tokens-total it could have 1,430, which may be too few"):
+        with pytest.raises(CollectError, match="--max-tokens-total left it 1,430 tokens, which may be too few"):
             await collect(stub.url, "sesame", questions, ORDER, out.with_name("other.jsonl"), budget=10**6)
     assert spent_on_nothing(out.with_name("other.jsonl")) == 69
 
@@ -384,11 +376,11 @@ async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequ
     order = replace(ORDER, max_tokens=100, branches=1)
     fail = "the upstream failed"
     async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, pace=RetryTiming(0))
-        assert (at.is_out, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
-        for budget, times in ((3500, 3), (3000 + order.most(None), 4)):
-            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, pace=RetryTiming(0))
-            assert (at.is_out, len(stub.asked)) == (True, times)
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 3500, timing=RetryTiming(0))
+        assert (at.is_out_of_budget, at.skipped, at.spent, len(stub.asked)) == (True, [], 3000, 3)
+        for budget, times in ((3500, 3), (3000 + order.reserved_tokens(None), 4)):
+            at = await collect(stub.url, "sesame", questions, order, out, 1, budget, timing=RetryTiming(0))
+            assert (at.is_out_of_budget, len(stub.asked)) == (True, times)
     assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
     async with answering(lambda _: recorded()) as stub:
         other = await collect(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
@@ -399,8 +391,8 @@ async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequ
 async def test_what_nobody_tells_the_cost_of_counts_in_full(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     async with answering(lambda number: None if number == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, pace=RetryTiming(0))
-    assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.most(INTERVAL))
+        at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, timing=RetryTiming(0))
+    assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.reserved_tokens(INTERVAL))
 
 
 async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
@@ -416,7 +408,7 @@ async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], 
             await time.nap(seconds)
 
         at = await collect(
-            stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, pace=RetryTiming(1, nap)
+            stub.url, "sesame", questions, replace(ORDER, branches=1), out, 1, 10**6, timing=RetryTiming(1, nap)
         )
     assert (at.done, at.spent, len(stub.asked)) == (QUESTIONS, QUESTIONS * 69, QUESTIONS + 1)
     assert time.naps == [1.0, 2.0, PAUSE_S]
@@ -426,7 +418,7 @@ async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question],
     lost = out.with_name(f"{out.name}.lost")
     put(lost, b'{"of": [], "tokens": 3}\n{"tokens": 3}\n')
     async with answering(lambda _: recorded()) as stub:
-        with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: tells of no tokens that were lost"):
+        with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: not a record of lost tokens"):
             await collect(stub.url, "sesame", questions, ORDER, out)
         put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # who wrote it was killed
         assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
@@ -486,7 +478,7 @@ def test_the_bar_tells_tokens_cost_and_what_is_left_of_slow_branches() -> None:
 async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
         pace = RetryTiming(clock=lambda: 500.0 * len(stub.asked))
-        at = await collect(stub.url, "sesame", questions, ORDER, out, 1, pace=pace)
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 1, timing=pace)
     assert at.seconds == 500 * ALL
 
 
@@ -532,9 +524,9 @@ async def test_arguments_that_cannot_be(
 
 
 async def test_where_no_proxy_is(questions: Sequence[Question], out: Path, backend: FakeVLLM) -> None:
-    with pytest.raises(CollectError, match=r"no proxy answers at .*; start one, or name it by --url"):
+    with pytest.raises(CollectError, match=r"no proxy answers at .*; start one, or set --url"):
         await collect(f"http://127.0.0.1:{free_port()}", "sesame", questions, ORDER, out)
-    with pytest.raises(CollectError, match="replies without a recording; --url is to be an AutoTTS proxy's"):
+    with pytest.raises(CollectError, match="without a recording; --url must be the address of an AutoTTS proxy"):
         await collect(backend.url, "sesame", questions, ORDER, out)
 
 
@@ -542,7 +534,7 @@ async def test_a_branch_that_fails_is_tried_again(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     backend.fault, backend.fault_after, backend.fault_times = "cut", 10, 3
-    at = await collect(url, "sesame", questions, ORDER, out, 2, pace=RetryTiming(0))
+    at = await collect(url, "sesame", questions, ORDER, out, 2, timing=RetryTiming(0))
     assert (at.done, at.skipped) == (ALL, [])
     assert at.tokens > spent(out)  # what failed has cost something
     check_complete(out)
@@ -552,7 +544,7 @@ async def test_a_branch_that_fails_is_tried_again(
 async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     questions = read_questions(asked)
     backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
-    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, pace=RetryTiming(0))
+    at = await collect(url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
     assert (at.total, at.done) == (BRANCHES, BRANCHES - 1)
     (skipped,) = at.skipped
     assert skipped.startswith("question q0, branch 0: 502: ")
@@ -687,16 +679,18 @@ async def test_a_branch_is_on_disk_before_the_next_is_begun(
 async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Question], out: Path, status: int) -> None:
     """When and as often as is asked; else after twice as long each time."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=RetryTiming(0.001))
+        at = await collect(
+            stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=RetryTiming(0.001)
+        )
     assert (at.done, len(stub.asked)) == (1, 4)
 
 
 async def test_a_proxy_that_hangs_up_is_asked_again(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, branches=1)
     async with answering(lambda number: None if number < 2 else recorded()) as stub:
-        assert (await collect(stub.url, "sesame", questions[:1], order, out, pace=RetryTiming(0))).done == 1
+        assert (await collect(stub.url, "sesame", questions[:1], order, out, timing=RetryTiming(0))).done == 1
     async with answering(lambda _: None) as stub:
-        at = await collect(stub.url, "sesame", questions, order, out, pace=RetryTiming(0))
+        at = await collect(stub.url, "sesame", questions, order, out, timing=RetryTiming(0))
     assert (at.done, len(at.skipped), len(stub.asked)) == (1, 2, 8)
     assert min(at.skipped).startswith(f"question q1, branch 0: {stub.url}/v1/: ")
 
@@ -728,7 +722,7 @@ async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], 
     time = Time()
     says = [{"retry_after": "7"}, {"retry_after": "soon"}, {"retry_after": "86400", "x_tts_tokens": "50"}]
     async with answering(lambda i: refused(429, "later", **says[i]) if i < 3 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, pace=time.pace)
+        at = await collect(stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=time.pace)
     assert time.naps == [7.0, 2.0, 300.0]
     assert (at.tokens, at.spent) == (119, 119)
 
@@ -747,7 +741,7 @@ async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
 
     async with answering(say) as stub:
         stub.readiness = [0, 503] * 60 + [200]
-        at = await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+        at = await collect(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
     assert (at.done, at.skipped) == (ALL, [])
     assert len(stub.asked) == ALL + 8
     assert Counter(time.naps) == {1.0: 8, PAUSE_S: 120}
@@ -759,8 +753,8 @@ async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequ
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions[:1], ORDER, out)
         stub.answer, stub.readiness, stub.asked = lambda _: None, [0], []
-        with pytest.raises(CollectError, match=r"has not served for 900 s \(.*\); .* --resume goes on once it is back"):
-            await collect(stub.url, "sesame", questions, ORDER, out, 8, pace=time.pace)
+        with pytest.raises(CollectError, match=r"not been available for 900 s \(.*\); .* --resume continues"):
+            await collect(stub.url, "sesame", questions, ORDER, out, 8, timing=time.pace)
     assert AWAY_S < time.now < AWAY_S + 9
     assert (len(stub.asked), len(lines(out))) == (1, BRANCHES)
 
@@ -817,7 +811,7 @@ async def test_what_would_be_refused_again_ends_it_at_once(
     questions: Sequence[Question], out: Path, status: int
 ) -> None:
     async with answering(lambda _: refused(status, "do otherwise")) as stub:
-        with pytest.raises(CollectError, match=f"the proxy says {status}: do otherwise") as caught:
+        with pytest.raises(CollectError, match=f"the proxy returns {status}: do otherwise") as caught:
             await collect(stub.url, "sesame", questions, ORDER, out)
     assert ("AUTOTTS_ADMIN_KEY" in str(caught.value)) == (status in (401, 403))
     assert len(stub.asked) <= 8
@@ -846,12 +840,12 @@ async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, st
 async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path, out: Path) -> None:
     many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
     async with answering(lambda _: refused(400, "no such field")) as stub:
-        with pytest.raises(CollectError, match="says 400: no such field; so it does to each of the first 3 questions"):
+        with pytest.raises(CollectError, match="each of the first 3 questions with the same error: 400: no such field"):
             await collect(stub.url, "sesame", many, ORDER, out, 1)
         assert len(stub.asked) == 3
         stub.answer, stub.asked = lambda number: refused(400, f"it has {number} tokens"), []
         at = await collect(stub.url, "sesame", many, ORDER, out, 1)
-        assert (len(at.skipped), at.done, at.is_out) == (20, 0, False)
+        assert (len(at.skipped), at.done, at.is_out_of_budget) == (20, 0, False)
         stub.answer, stub.asked = lambda number: recorded() if number == 2 else refused(400, "image"), []
         at = await collect(stub.url, "sesame", many, replace(ORDER, branches=1), out, 1)
         assert (len(at.skipped), at.done) == (19, 1)
@@ -860,9 +854,9 @@ async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"reference": "8"}, "question q1: its reference is '8' now, and '7' in .*out.jsonl:6"),
-        ({"reference": None}, "question q1: its reference is None now, and '7' in "),
-        ({"split": Split.VALIDATION}, "question q1: its split is 'validation' now, and 'search' in "),
+        ({"reference": "8"}, "question q1: its reference is now '8', but '7' in .*out.jsonl:6"),
+        ({"reference": None}, "question q1: its reference is now None, but '7' in "),
+        ({"split": Split.VALIDATION}, "question q1: its split is now 'validation', but 'search' in "),
     ],
 )
 async def test_what_is_known_of_a_question_is_not_changed_between_runs(
@@ -882,14 +876,17 @@ async def test_what_is_known_of_a_question_is_not_changed_between_runs(
     [
         (lambda _: web.json_response({"id": "c", "choices": []}), "replies without a recording"),
         (lambda _: web.Response(text="<html>", content_type="text/html"), "replies without a recording"),
-        (lambda _: web.Response(text="{", content_type="application/json"), "gives no chat completion"),
-        (lambda _: recorded(model="x"), "the proxy answers as model 'x': say --model x"),
-        (lambda _: recorded(interval=0), "replies with what is no recording: .*interval"),
-        (lambda _: recorded(branches=[WHOLE, WHOLE]), "no recording: .*2 branches"),
-        (lambda _: recorded(recording=[]), "replies with what is no recording"),
+        (lambda _: web.Response(text="{", content_type="application/json"), "returns no chat completion"),
+        (lambda _: recorded(model="x"), "the proxy answers as model 'x'; set --model x"),
+        (lambda _: recorded(interval=0), "replies with an invalid recording: .*interval"),
+        (lambda _: recorded(branches=[WHOLE, WHOLE]), "an invalid recording: .*2 branches"),
+        (lambda _: recorded(recording=[]), "replies with an invalid recording"),
         (lambda _: recorded(WHOLE | {"complete": False}, stop="deadline"), r"cuts branches short \(deadline\)"),
         (lambda _: recorded(WHOLE | {"complete": False}, stop="max_tokens"), r"cuts branches short \(max_tokens\)"),
-        (lambda number: recorded(interval=INTERVAL + number // 2), "is not made as what is in .*interval 40 is 41 now"),
+        (
+            lambda number: recorded(interval=INTERVAL + number // 2),
+            "differs from .*interval was 40 and is now 41",
+        ),
     ],
 )
 async def test_what_is_no_recording_ends_it(
@@ -904,7 +901,7 @@ async def test_what_is_no_recording_ends_it(
 async def test_a_branch_the_upstream_broke_off_is_made_again(questions: Sequence[Question], out: Path) -> None:
     cut = WHOLE | {"complete": False, "tokens": 40}
     async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
-        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, pace=RetryTiming(0))
+        at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
     assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
 
 
@@ -915,7 +912,7 @@ async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_boug
         await collect(stub.url, "sesame", questions[:1], ORDER, out)
     before = content(out)
     async with answering(lambda _: recorded(chat_template="new")) as stub:
-        with pytest.raises(CollectError, match="chat template '' is 'new' now; the two are not comparable"):
+        with pytest.raises(CollectError, match="chat template was '' and is now 'new'; the two are not comparable"):
             await collect(stub.url, "sesame", questions, ORDER, out)
     assert len(stub.asked) == 1
     assert content(out) == before
@@ -933,7 +930,7 @@ async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_boug
         (
             lambda one: format_recording_line(replace(one, interval=9), 1),
             CollectError,
-            r"out.jsonl:2 is not made as what is in",
+            r"out.jsonl:2 differs from what is in",
         ),
     ],
 )

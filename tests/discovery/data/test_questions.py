@@ -44,20 +44,26 @@ def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
         ("{", "Invalid JSON"),
         ("[]", "should be an object"),
         ({}, "messages: Field required"),
-        ({"question": 7}, "question: not a text"),
-        ({"question": ""}, "question: not a text"),
-        ({"question": "p", "messages": TALK}, "both question and messages are there"),
+        ({"question": 7}, "question: not a non-empty string"),
+        ({"question": ""}, "question: not a non-empty string"),
+        ({"question": "p", "messages": TALK}, "it has both question and messages"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"content": "p"}]}, "messages: each needs a role"),
         ({"messages": [{"role": "user"}]}, "messages: each needs a content"),
         ({"messages": [ASKED, {"role": "user", "content": 7}]}, "messages: each needs a content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages: each needs a content"),
-        ('{"messages": [{"role": "user", "content": "p", "w": NaN}]}', "messages: NaN and Infinity are no numbers"),
+        (
+            '{"messages": [{"role": "user", "content": "p", "w": NaN}]}',
+            "messages: NaN and Infinity are not valid",
+        ),
         (
             '{"messages": [{"role": "user", "content": "p", "w": [-Infinity]}]}',
-            "messages: NaN and Infinity are no numbers",
+            "messages: NaN and Infinity are not valid",
         ),
-        ('{"messages": [{"role": "user", "content": "p", "w": 1e999}]}', "messages: NaN and Infinity are no numbers"),
+        (
+            '{"messages": [{"role": "user", "content": "p", "w": 1e999}]}',
+            "messages: NaN and Infinity are not valid",
+        ),
         ('{"question": "p", "question": "q"}', 'duplicate key "question"'),
         ('{"messages": [{"role": "user", "content": "p", "content": "q"}]}', 'duplicate key "content"'),
         ({"messages": ["p"]}, "messages: 0: Input should be an object"),
@@ -86,7 +92,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
 
 
 def test_files_that_have_no_questions(tmp_path: Path) -> None:
-    with pytest.raises(BadRecording, match=r"q\.jsonl: no questions in it"):
+    with pytest.raises(BadRecording, match=r"q\.jsonl: the file holds no questions"):
         read_questions(write(tmp_path, "", ""))
     with pytest.raises(BadRecording, match=r"none\.jsonl: No such file"):
         read_questions(tmp_path / "none.jsonl")

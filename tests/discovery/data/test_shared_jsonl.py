@@ -52,20 +52,20 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def read(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for _, line in SharedLines(path).new()]
+    return [json.loads(line) for _, line in SharedLines(path).read_new()]
 
 
 def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     reader, writer = SharedLines(path), SharedLines(path)
-    assert reader.new() == []
+    assert reader.read_new() == []
     writer.append('{"a": 1}\n')
     writer.append('{"a": "é"}\n')
-    assert reader.new() == [(1, b'{"a": 1}'), (2, '{"a": "é"}'.encode())]
-    assert reader.new() == []
+    assert reader.read_new() == [(1, b'{"a": 1}'), (2, '{"a": "é"}'.encode())]
+    assert reader.read_new() == []
     writer.append('{"a": 3}\n')
-    assert reader.new() == [(3, b'{"a": 3}')]
-    assert len(writer.new()) == 3
+    assert reader.read_new() == [(3, b'{"a": 3}')]
+    assert len(writer.read_new()) == 3
 
 
 @pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": "' + "x" * 3 * BLOCK + '"}\n'])
@@ -75,19 +75,19 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
     for length in range(len(torn) + 1):
         path.write_bytes(before.encode() + torn[:length])
         reader = SharedLines(path)
-        known = len(reader.new())
+        known = len(reader.read_new())
         assert known == before.count("\n")
         SharedLines(path).append('{"a": 2}\n')
-        assert [json.loads(line)["a"] for _, line in reader.new()] == (["é", 2] if length == len(torn) else [2])
+        assert [json.loads(line)["a"] for _, line in reader.read_new()] == (["é", 2] if length == len(torn) else [2])
         assert len(read(path)) == known + 1 + (length == len(torn))
 
 
 def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * BLOCK)
-    SharedLines(path).mend()
+    SharedLines(path).repair()
     assert path.read_text() == '{"a": 1}\n'
-    SharedLines(tmp_path / "none.jsonl").mend()
+    SharedLines(tmp_path / "none.jsonl").repair()
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -110,8 +110,8 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "x.jsonl"
     folder.mkdir()
     for work in (
-        SharedLines(folder).new,
-        SharedLines(folder).mend,
+        SharedLines(folder).read_new,
+        SharedLines(folder).repair,
         lambda: SharedLines(folder).append("{}\n"),
         lambda: WorkClaims(folder),
     ):

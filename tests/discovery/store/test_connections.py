@@ -161,7 +161,7 @@ async def test_no_output_replaces_a_store(tmp_path: Path, name: str) -> None:
             (tmp_path / "other").hardlink_to(tmp_path / "s.db")
         await store.add_all([episode("e")])
         for refused in (overwrite, lambda path: check_writable_path(path, "--out")):
-            with pytest.raises(FileWriteError, match="that is a database, which is not overwritten; name another file"):
+            with pytest.raises(FileWriteError, match="is a database, which is never overwritten; name another file"):
                 refused(tmp_path / name)
         await store.add_all([episode("f")])
     assert stored(tmp_path / "s.db") == {"e", "f"}

@@ -1,0 +1,196 @@
+"""Requests to the proxy for one recorded branch each, and how its failures are classified."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from discovery.data.collection_file import CollectionFile
+from discovery.data.collection_plan import CollectionPlan
+from discovery.data.importers import RecordingLine, parse_recording_line
+from discovery.data.questions import Question
+from discovery.data.recordings import Origin, question_text
+from discovery.errors import BadRecording, CollectError
+
+CONTROLLER: Final = "everything@1"
+CONNECT_S: Final = 10.0
+ADMIN_KEY_VARIABLE: Final = "AUTOTTS_ADMIN_KEY"
+"""Environment variable that holds the proxy's admin key."""
+RETRYABLE: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS})
+"""Client errors that may not recur, as all statuses from 500 on."""
+QUESTION_ERRORS: Final = frozenset(
+    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
+)
+"""Client errors that are about the question."""
+UNSENT: Final = frozenset({"ConnectError", "ConnectTimeout"})
+"""Names of the httpx errors of a request that was not sent. By name, because newer `openai` versions use httpx2."""
+UPSTREAM_ERROR: Final = "upstream_error"
+_DECIMAL: Final = re.compile(r"[0-9]{1,6}(?:\.[0-9]{1,6})?", re.ASCII)
+
+
+class FailedRequest(NamedTuple):
+    """A request that failed. Trying again may help."""
+
+    message: str
+    wait_s: float | None = None  # as the proxy asks
+    tokens: int = 0  # cost of the failure; the request's cap if it is unknown
+    is_away: bool = False  # the proxy or its upstream may be unavailable for a while
+    is_about_question: bool = False  # the question causes it: it will fail again
+
+
+class CollectionClient:
+    """Requests branches of questions from the proxy that `client` is connected to."""
+
+    def __init__(
+        self, client: openai.AsyncOpenAI, plan: CollectionPlan, file: CollectionFile, on_lost: Callable[[int], None]
+    ) -> None:
+        self._client = client
+        self._plan = plan
+        self._file = file
+        self._on_lost = on_lost  # called with tokens that were spent on an unusable reply
+
+    async def request_branch(self, question: Question, part: int, cap: int | None) -> RecordingLine | FailedRequest:
+        """Request one branch, which may cost at most `cap` tokens; None sets no limit.
+
+        Raises CollectError if every request would fail in the same way; its tokens are reported as lost first.
+        """
+        messages: Any = list(question.messages)
+        tts: dict[str, Any] = {"controller": CONTROLLER, "beta": 1, "answer": self._plan.answer, "required": True}
+        if cap is not None:
+            tts["max_total_tokens"] = cap
+        try:
+            reply = await self._client.chat.completions.create(
+                model=self._plan.model, messages=messages, **self._plan.sampling, extra_body={"tts": tts}
+            )
+        except openai.APIStatusError as error:
+            return _classify_status(error)
+        except openai.APIConnectionError as error:
+            is_unsent = type(error.__cause__).__name__ in UNSENT
+            message = f"{self._client.base_url}: {error.__cause__ or error}"
+            return FailedRequest(message, tokens=0 if is_unsent else cap or 0, is_away=True)
+        except (openai.OpenAIError, ValueError) as error:
+            raise CollectError(f"{self._client.base_url} returns no chat completion: {error}") from None
+        details = (reply.model_extra or {}).get("tts") if isinstance(reply, ChatCompletion) else None
+        if not isinstance(details, dict) or "recording" not in details:
+            raise CollectError(
+                f"{self._client.base_url} replies without a recording; --url must be the address of an AutoTTS proxy"
+            )
+        try:
+            line = self._line(question, part, reply.model, details["recording"])
+            self._file.check_version(line.recorded().version, f"what {self._client.base_url} records")
+            return line if line.branches[0].complete else _classify_cut(details, cap)
+        except (BadRecording, TypeError, KeyError) as error:
+            self._on_lost(_total_tokens(details))
+            raise CollectError(f"{self._client.base_url} replies with an invalid recording: {error}") from None
+        except CollectError:
+            self._on_lost(_total_tokens(details))
+            raise
+
+    async def is_ready(self) -> bool:
+        """Return whether the proxy and its upstream can serve now."""
+        ready = str(self._client.base_url).removesuffix("v1/") + "ready"
+        try:
+            await self._client.get(ready, cast_to=str, options={"timeout": CONNECT_S})
+        except openai.APIStatusError as error:
+            return error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR  # a server without a readiness page
+        except openai.APIConnectionError:
+            return False
+        return True
+
+    def _line(self, question: Question, part: int, model: str, recording: Any) -> RecordingLine:
+        """Return a reply's recording with what the proxy does not know of it.
+
+        Raises CollectError if the reply is from another model, and BadRecording, TypeError or KeyError if the recording
+        is invalid.
+        """
+        if model != self._plan.model:
+            raise CollectError(f"the proxy answers as model {model!r}; set --model {model}")
+        line = {
+            "question": question_text(question.messages) if self._plan.keep_text else None,
+            "id": question.question,
+            "model": model,
+            "benchmark": self._plan.benchmark,
+            "interval": recording["interval"],
+            "branches": recording["branches"],
+            "reference": question.reference,
+            "split": question.split,
+            "sampling": recording["sampling"] | self._plan.settings,
+            "probe_template": recording["probe_template"],
+            "chat_template": recording["chat_template"],
+            "origin": Origin.COLLECTED,
+            "part": part,
+        }
+        return parse_recording_line(json.dumps(line).encode())
+
+
+async def find_model(client: openai.AsyncOpenAI, name: str) -> tuple[str, int]:
+    """Return the model called `name`, or the only one served if empty, and its context length (0 if unknown).
+
+    Raises CollectError.
+    """
+    try:
+        listed = {
+            model.id: _count((model.model_extra or {}).get("max_model_len"))
+            async for model in client.models.list(timeout=CONNECT_S)
+        }
+        served = [model for model in listed if model.rpartition("@")[0] not in listed]  # NAME@BETA is an alias of NAME
+    except openai.APIStatusError as error:
+        raise CollectError(f"{client.base_url}models returns {error.status_code}: {error.message}") from None
+    except (openai.OpenAIError, ValueError) as error:
+        raise CollectError(
+            f"no proxy answers at {client.base_url} ({error.__cause__ or error}); start one, or set --url"
+        ) from None
+    if not name and len(served) == 1:
+        name = served[0]
+    if name not in served:
+        problem = f"there is no model {name!r}" if name else "--model is needed"
+        raise CollectError(f"{problem}; the proxy serves {', '.join(served) or 'none'}")
+    return name, listed[name]
+
+
+def _classify_cut(details: dict[str, Any], cap: int | None) -> FailedRequest:
+    """Return the failure of a branch that did not run to its end.
+
+    Raises CollectError if a limit of the proxy cut it: it would cut all long branches.
+    """
+    stop = str(details.get("stop"))
+    if stop != UPSTREAM_ERROR:
+        hint = "" if cap is None else f"; --max-tokens-total left it {cap:,} tokens, which may be too few"
+        raise CollectError(
+            f"the proxy cuts branches short ({stop}); only long branches are cut, so the others would be a biased "
+            "sample; start the proxy without AUTOTTS_DEADLINE_S and AUTOTTS_MAX_TOTAL_TOKENS, and limit branches "
+            f"with --max-tokens{hint}"
+        )
+    return FailedRequest("the upstream failed during the request", tokens=_total_tokens(details), is_away=True)
+
+
+def _classify_status(error: openai.APIStatusError) -> FailedRequest:
+    """Return the failure that an HTTP status means. Raises CollectError if every request would get that status."""
+    status, headers = error.status_code, error.response.headers
+    text = error.body.get("message") if isinstance(error.body, dict) else None
+    message = f"{status}: {text or error.message}"
+    is_away, is_about_question = status >= HTTPStatus.INTERNAL_SERVER_ERROR, status in QUESTION_ERRORS
+    if not is_away and status not in RETRYABLE | QUESTION_ERRORS:
+        is_key = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        hint = f"; {ADMIN_KEY_VARIABLE} must be the proxy's admin key" if is_key else ""
+        raise CollectError(f"the proxy returns {message}{hint}")
+    wait, tokens = headers.get("retry-after", ""), _count(headers.get("x-tts-tokens"))
+    return FailedRequest(message, float(wait) if _DECIMAL.fullmatch(wait) else None, tokens, is_away, is_about_question)
+
+
+def _total_tokens(details: dict[str, Any]) -> int:
+    """Return the tokens that a reply has cost, by its `tts` member."""
+    tokens = details.get("tokens")
+    return _count(tokens.get("total")) if isinstance(tokens, dict) else 0
+
+
+def _count(value: object) -> int:
+    """Return a count from a reply, or 0 if the value is not one."""
+    text = str(value)
+    return int(text) if text.isascii() and text.isdigit() else 0
