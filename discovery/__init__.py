@@ -1,1 +1,1 @@
-"""The offline side: what recorded answers mean, and, as it grows, replay, evaluation and discovery."""
+"""The offline side: answers, recordings, the replay store, evaluation, search for controllers and their promotion."""

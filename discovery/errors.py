@@ -1,22 +1,23 @@
-"""What can go wrong on the offline side.
+"""The errors of this package.
 
 DiscoveryError
-├── BadRecording    a file that is not what it should be; the message names the record and the reason
-├── RecordingsNotFound     what was asked for is not among the recordings there are
-├── EngineError     jobs cannot be run the way that was asked for
-├── FileWriteError      a file cannot be written where it was asked for
-├── StoreError      the store cannot be opened, read or written
-│   ├── CorruptRow  a row of it is not what was written, or cannot be read
-│   └── UnstorableValue  a value is none that a row can hold
-├── TraceError      a file of traces cannot be written or read
-├── Censored        a replay asked for more of a branch than was recorded
-├── ExplorerError   who writes controllers cannot: no answer, no key, no money left, no file
+├── BadRecording         a file is malformed; the message names the record and the reason
+├── RecordingsNotFound   there are no recordings, or none of what was asked for
+├── EngineError          jobs cannot be run with the selected engine
+├── FileWriteError       a file cannot be written
+├── StoreError           the store cannot be opened, read or written
+│   ├── CorruptRow       a row was changed or cannot be read
+│   └── UnstorableValue  no column can hold a value
+├── TraceError           a file of traces cannot be written or read
+├── BranchCensored       a replay needed more of a branch than was recorded
+├── UnknownAnswerKind    there is no such kind of answers
+├── ExplorerError        an explorer cannot propose a candidate
 │   └── BudgetExhausted  the budget allows no further call
-├── DamagedLog      a hash-chained log cannot be read, or is not as it was written
-├── HistoryError    the record of a run is not what was written, or of another run
-├── GateError       a controller cannot be judged as asked; one that is judged is never an error
-├── PromotionError  what is installed cannot be changed as asked; it is as it was
-└── CollectError    the proxy does not record as asked, or the file is of other recordings; what is in it is sound
+├── DamagedLog           a hash-chained log is unreadable or was changed
+├── HistoryError         the record of a run is damaged, or belongs to another run
+├── GateError            a finalist cannot be judged; a rejected finalist is not an error
+├── PromotionError       the registry refuses a change and stays as it was
+└── CollectError         collecting cannot go on; what is in the file is valid
 """
 
 from collections.abc import Iterable
@@ -28,19 +29,19 @@ class DiscoveryError(Exception):
 
 
 class BadRecording(DiscoveryError):
-    """A recording is malformed. Nothing of its file is taken."""
+    """A recording is malformed. Nothing of its file is used."""
 
 
 class RecordingsNotFound(DiscoveryError):
-    """No recordings are where they were said to be, or none of what was asked for."""
+    """There are no recordings at a path, or none of what was asked for."""
 
 
 class EngineError(DiscoveryError):
-    """Jobs cannot be run the way that was asked for."""
+    """Jobs cannot be run with the selected engine."""
 
 
 class FileWriteError(DiscoveryError):
-    """A file cannot be written where it was asked for."""
+    """A file cannot be written."""
 
 
 class StoreError(DiscoveryError):
@@ -48,19 +49,19 @@ class StoreError(DiscoveryError):
 
 
 class CorruptRow(StoreError):
-    """A row of the store is not what was written, or cannot be read."""
+    """A row of the store was changed or cannot be read."""
 
 
 class UnstorableValue(StoreError):
-    """A value is none that a row can hold. Nothing is wrong with the store."""
+    """No column can hold a value. The store itself is fine."""
 
 
 class TraceError(DiscoveryError):
-    """A file of traces cannot be written, or is none."""
+    """A file of traces cannot be written, or is not one."""
 
 
 class BranchCensored(DiscoveryError):
-    """A branch was recorded only so far, and the replay went past it."""
+    """A replay needed more of a branch than was recorded."""
 
 
 class UnknownAnswerKind(DiscoveryError):
@@ -68,7 +69,7 @@ class UnknownAnswerKind(DiscoveryError):
 
 
 class ExplorerError(DiscoveryError):
-    """An explorer gives no candidate; the message says what to do."""
+    """An explorer cannot propose a candidate; the message says what to do."""
 
 
 class BudgetExhausted(ExplorerError):
@@ -76,28 +77,28 @@ class BudgetExhausted(ExplorerError):
 
 
 class DamagedLog(DiscoveryError):
-    """A hash-chained log cannot be read, or a line of it is not what was written; the message names file and line."""
+    """A hash-chained log is unreadable or was changed; the message names the file and line."""
 
 
 class HistoryError(DiscoveryError):
-    """A run's record is broken, or was begun with other settings."""
+    """The record of a run is damaged, or was begun with other settings."""
 
 
 class GateError(DiscoveryError):
-    """There is nothing to judge by: no recordings, or not the ones a verdict needs."""
+    """A finalist cannot be judged: recordings are missing or are not those that a verdict needs."""
 
 
 class PromotionError(DiscoveryError):
-    """The registry refuses; nothing has changed."""
+    """The registry refuses a change; nothing has changed."""
 
 
 class CollectError(DiscoveryError):
-    """Nothing more can be collected as asked; the message says what to do. What is in the file is sound."""
+    """Collecting cannot go on; the message says what to do. What is in the file is valid."""
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
-    """The message about a field that does not exist: the nearest known one, and all of them."""
+    """Return the message about a field that does not exist, with the nearest known field and all of them."""
     names = list(known)
     near = get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no such field; {hint}there are {', '.join(names)}"
+    return f"there is no such field; {hint}known fields: {', '.join(names)}"

@@ -98,7 +98,7 @@ def discover(
     options = Options(folder, llm, command, budget_usd)
     chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
     cells, compared = load(recordings, names(models), names(benchmarks), answers)
-    priced = any(recording.priced for found in cells.values() for recording in found)
+    priced = any(recording.has_probe_costs for found in cells.values() for recording in found)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
     plan = CascadePlan(shuffles=shuffles, latency=latency)
     settings = {

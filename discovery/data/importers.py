@@ -1,4 +1,7 @@
-"""Readers of recordings in others' formats. A malformed file is refused whole, naming the record and the reason."""
+"""Read and write recordings in file formats: the AutoTTS release and the generic JSON lines.
+
+A malformed file is refused as a whole; the error names the record and the reason.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from discovery.data.safe_json import parse_json
 from discovery.errors import BadRecording, RecordingsNotFound, unknown_field
 
 RELEASE_SEARCH = "aime24"
-"""The release's search split; its other benchmarks are held out."""
+"""The benchmark of the release that is its search split; the other benchmarks are held out."""
 
 
 def release_files(path: Path) -> list[Path]:
@@ -34,24 +37,24 @@ def release_files(path: Path) -> list[Path]:
 
     Raises RecordingsNotFound.
     """
-    found = [path] if path.is_file() else [*path.glob("*.json*"), *path.glob("*/*.json*")]
-    files = sorted(file for file in found if file.name.removesuffix(".xz").endswith(".json"))
+    candidates = [path] if path.is_file() else [*path.glob("*.json*"), *path.glob("*/*.json*")]
+    files = sorted(file for file in candidates if file.name.removesuffix(".xz").endswith(".json"))
     if not files:
-        raise RecordingsNotFound(f"{path}: no MODEL/BENCHMARK.json or .json.xz of the AutoTTS release there")
+        raise RecordingsNotFound(f"{path}: has no MODEL/BENCHMARK.json or .json.xz files of the AutoTTS release")
     return files
 
 
 def release_cell(path: Path) -> Cell:
-    """What a file of the release says by where it lies. Its search split is one benchmark, the others are held out."""
+    """Return the cell of a release file by its path. One benchmark is the search split; the others are held out."""
     benchmark = path.name.split(".")[0]
     split = Split.SEARCH if benchmark == RELEASE_SEARCH else Split.HELD_OUT
     return Cell(path.resolve().parent.name, benchmark, split)
 
 
 def read_release(path: Path) -> list[RecordedQuestion]:
-    """The recordings of one file of the AutoTTS release, `MODEL/BENCHMARK.json` or `.json.xz`.
+    """Read one file of the AutoTTS release, `MODEL/BENCHMARK.json` or `.json.xz`.
 
-    Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is taken.
+    Raises BadRecording, naming the file, the question's number and the reason; then nothing of the file is used.
     """
     try:
         questions = parse_json(_content(path).decode(), finite=True)
@@ -59,31 +62,31 @@ def read_release(path: Path) -> list[RecordedQuestion]:
         raise BadRecording(f"{path}: {error}") from None
     if not isinstance(questions, list):
         raise BadRecording(f"{path}: not a list of questions")
-    found = [_question(path, number, question) for number, question in enumerate(questions)]
-    _check_unique([(f"{path}: question {number}", one) for number, one in enumerate(found)])
-    return found
+    recordings = [_question(path, number, question) for number, question in enumerate(questions)]
+    _check_unique([(f"{path}: question {number}", recorded) for number, recorded in enumerate(recordings)])
+    return recordings
 
 
 def _content(path: Path) -> bytes:
-    """What is in a file, plain or .xz. Raises BadRecording."""
+    """Return the content of a file, plain or .xz. Raises BadRecording."""
     try:
         return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except (OSError, lzma.LZMAError) as error:
         raise BadRecording(f"{path}: {error}") from None
 
 
-def _check_unique(found: Sequence[tuple[str, RecordedQuestion]]) -> None:
-    """Raise BadRecording if a question stands twice among recordings of one kind."""
+def _check_unique(recordings: Sequence[tuple[str, RecordedQuestion]]) -> None:
+    """Raise BadRecording if two recordings with the same key hold the same question."""
     seen: dict[object, str] = {}
-    for where, one in found:
-        kind = _kind(one)
+    for where, recorded in recordings:
+        kind = _merge_key(recorded)
         if kind in seen:
             raise BadRecording(f"{where}: the same question as {seen[kind]}")
         seen[kind] = where
 
 
-def _kind(recorded: RecordedQuestion) -> object:
-    """What is the same of two recordings only if they are of the same branches."""
+def _merge_key(recorded: RecordedQuestion) -> object:
+    """Return a value that two recordings share only if they are of the same branches."""
     return recorded.question, recorded.benchmark, recorded.request, recorded.version
 
 
@@ -93,11 +96,11 @@ def _question(path: Path, number: int, question: object) -> RecordedQuestion:
             raise TypeError("not an object")
         for key in ("question", "gold_answer"):
             if not isinstance(question[key], str):
-                raise TypeError(f"{key} is {question[key]!r}, not a text")
+                raise TypeError(f"{key} is {question[key]!r}, not a string")
         branches = list(_branches(question["each_branch"]))
         interval = question["probe_freq"]
         if type(interval) is not int or interval < 1:
-            raise ValueError(f"probe_freq is {interval!r}, not a number of tokens")
+            raise ValueError(f"probe_freq is {interval!r}, not a positive number of tokens")
         text, cell = question["question"], release_cell(path)
         return RecordedQuestion(
             question=question_id(text),
@@ -120,12 +123,12 @@ def _branches(branches: Sequence[Any]) -> Iterator[RecordedBranch]:
         raise ValueError("no branches")
     for index, branch in enumerate(branches):
         if not isinstance(branch, list) or len(branch) != 3:
-            raise ValueError(f"branch {index}: not three things: probe answers, tokens, final answer")
+            raise ValueError(f"branch {index}: not a list of three: probe answers, tokens, final answer")
         probes, tokens, final = branch
         if not isinstance(probes, list) or not all(isinstance(answer, str) for answer in [*probes, final]):
             raise ValueError(f"branch {index}: answers must be strings")
         if type(tokens) is not int or not 0 <= tokens <= MAX_BRANCH_TOKENS:
-            raise ValueError(f"branch {index}: {tokens!r} is no number of tokens")
+            raise ValueError(f"branch {index}: tokens is {tokens!r}, not an integer from 0 to {MAX_BRANCH_TOKENS}")
         yield RecordedBranch(probes, tokens, final)
 
 
@@ -134,13 +137,13 @@ class BranchLine(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    probes: list[str | None] = Field(description="answers after each whole interval, null where none was readable")
-    tokens: int = Field(ge=0, le=MAX_BRANCH_TOKENS, description="length of the chain, as far as it is known")
-    final: str | None = Field(None, description="what the finished chain answers")
+    probes: list[str | None] = Field(description="answer after each whole interval; null if it was unreadable")
+    tokens: int = Field(ge=0, le=MAX_BRANCH_TOKENS, description="length of the chain, as far as known")
+    final: str | None = Field(None, description="the finished chain's answer")
     probe_tokens: list[Annotated[int, Field(ge=0, le=MAX_BRANCH_TOKENS)]] = Field(
-        default_factory=list, description="cost of each probe; none means nothing"
+        default_factory=list, description="cost of each probe; empty means they cost nothing"
     )
-    complete: bool = Field(True, description="it ran to its end")
+    complete: bool = Field(True, description="whether it ran to its end")
 
     @model_validator(mode="after")
     def _costs_fit(self) -> BranchLine:
@@ -150,12 +153,14 @@ class BranchLine(BaseModel):
 
 
 class RecordingLine(BaseModel):
-    """One line of the generic format: the branches of one question under one model, all or one of them."""
+    """One line of the generic format: all branches of one question with one model, or one of them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     question: str | None = Field(None, description="the question's text")
-    id: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="its SHA-256, where the text is not to be kept")
+    id: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="the question's SHA-256, if its text is not kept"
+    )
     model: str = Field(min_length=1)
     benchmark: str = Field(min_length=1, description="what the question belongs to")
     interval: int = Field(ge=1, le=MAX_BRANCH_TOKENS, description="tokens between probes")
@@ -163,15 +168,15 @@ class RecordingLine(BaseModel):
     reference: str | None = Field(None, description="the reference answer")
     label_source: Literal["reference", "feedback", "consensus"] = "reference"
     split: Literal["search", "validation", "held-out"] | None = Field(
-        None, description="by the question's hash if none"
+        None, description="default: by the question's hash"
     )
     sampling: dict[str, Any] = Field(default_factory=dict, description="temperature, top_p, …, as sent")
     probe_template: str = Field("", description="name and version of what probes append")
     origin: Literal["imported", "collected", "live"] = "imported"
-    chat_template: str = Field("", description="hash of what the model's chat template makes of a conversation")
+    chat_template: str = Field("", description="hash of a conversation rendered by the model's chat template")
     request: str = Field("", description="id of the request it was made for")
     confidence: float = Field(1.0, ge=0, le=1, description="in the reference answer")
-    part: int | None = Field(None, ge=0, description="the line holds this one of the question's branches, and no other")
+    part: int | None = Field(None, ge=0, description="number of the only branch that the line holds")
 
     @field_validator("sampling")
     @classmethod
@@ -190,7 +195,7 @@ class RecordingLine(BaseModel):
         return self
 
     def recorded(self) -> RecordedQuestion:
-        """What the line says."""
+        """Return the recording that the line holds."""
         identity = self.id if self.id is not None else question_id(self.question or "")
         return RecordedQuestion(
             question=identity,
@@ -212,12 +217,13 @@ class RecordingLine(BaseModel):
 
 
 def read_jsonl(path: Path) -> list[RecordedQuestion]:
-    """The recordings of a file in the generic format, a `Line` a line, plain or .xz.
+    """Read recordings in the generic format, one `RecordingLine` a line, plain or .xz.
 
-    Lines that are parts of one recording make one, where the first of them stands, its branches in order of part; of
-    a part that is there twice the first counts. Parts that say different things of their question are refused. Where
-    there are parts, a last line that is torn is left out: whoever wrote it was killed. Raises BadRecording, naming the
-    file, the line and the reason; then nothing of it is taken.
+    Lines that are parts of one recording are joined, with branches in order of part, at the position of the first. If a
+    part occurs twice, the first counts. Parts that disagree about their question are refused. In a file with parts, an
+    incomplete last line is ignored, because its writer was killed.
+
+    Raises BadRecording, naming the file, the line and the reason; then nothing of the file is used.
     """
     lines: list[tuple[str, RecordingLine]] = []
     texts = _content(path).split(b"\n")
@@ -231,53 +237,56 @@ def read_jsonl(path: Path) -> list[RecordedQuestion]:
                 break
             raise BadRecording(f"{path}:{number}: {error}") from None
     if not lines:
-        raise BadRecording(f"{path}: no recordings in it")
-    found = _gathered(lines)
-    _check_unique(found)
-    return [recorded for _, recorded in found]
+        raise BadRecording(f"{path}: the file holds no recordings")
+    recordings = _join_parts(lines)
+    _check_unique(recordings)
+    return [recorded for _, recorded in recordings]
 
 
 def parse_recording_line(text: bytes) -> RecordingLine:
-    """What a line of the generic format says. Raises BadRecording with the first thing that is wrong."""
+    """Parse a line of the generic format. Raises BadRecording with the first problem."""
     try:
         return RecordingLine.model_validate_json(text)
     except ValidationError as error:
-        raise BadRecording(_first(error)) from None
+        raise BadRecording(_first_problem(error)) from None
 
 
-def _gathered(lines: Sequence[tuple[str, RecordingLine]]) -> list[tuple[str, RecordedQuestion]]:
-    """The recordings of `lines`, each with where its first line stands. Raises BadRecording if parts do not agree."""
-    found: dict[object, tuple[str, RecordedQuestion]] = {}
+def _join_parts(lines: Sequence[tuple[str, RecordingLine]]) -> list[tuple[str, RecordedQuestion]]:
+    """Return the recordings of `lines`, each with the place of its first line. Raises BadRecording if they disagree."""
+    by_key: dict[object, tuple[str, RecordedQuestion]] = {}
     parts: dict[object, dict[int, RecordedBranch]] = {}
     for where, line in lines:
         recorded = line.recorded()
-        kind = where if line.part is None else _kind(recorded)
-        place, first = found.setdefault(kind, (where, recorded))
+        kind = where if line.part is None else _merge_key(recorded)
+        place, first = by_key.setdefault(kind, (where, recorded))
         for name in ("reference", "label_source", "confidence", "split"):
-            known, said = getattr(first, name), getattr(recorded, name)
-            if known != said:
-                raise BadRecording(f"{where}: its {name} is {said}, and {known} in {place}; correct one of them")
+            known, value = getattr(first, name), getattr(recorded, name)
+            if known != value:
+                raise BadRecording(f"{where}: its {name} is {value}, but {known} in {place}; correct one of them")
         if line.part is not None:
             parts.setdefault(kind, {}).setdefault(line.part, recorded.branches[0])
     for kind, known in parts.items():
-        where, recorded = found[kind]
-        found[kind] = where, replace(recorded, branches=[known[part] for part in sorted(known)])
-    return list(found.values())
+        where, recorded = by_key[kind]
+        by_key[kind] = where, replace(recorded, branches=[known[part] for part in sorted(known)])
+    return list(by_key.values())
 
 
-def _first(error: ValidationError) -> str:
-    """The first thing wrong, in a line."""
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem of a validation error as one line."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, problem["loc"]))
-    words = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         owner = BranchLine if problem["loc"][0] == "branches" and len(problem["loc"]) > 1 else RecordingLine
-        words = unknown_field(str(problem["loc"][-1]), owner.model_fields)
-    return f"{place}: {words}" if place else words
+        message = unknown_field(str(problem["loc"][-1]), owner.model_fields)
+    return f"{place}: {message}" if place else message
 
 
 def format_recording_line(recorded: RecordedQuestion, part: int | None = None) -> str:
-    """A recording as a line of the generic format, its end included; its one branch is `part`, if that is given."""
+    """Return a recording as a line of the generic format, with its line end.
+
+    `part` is the number of its only branch, if it has only one of the question's branches.
+    """
     line = RecordingLine.model_construct(
         question=recorded.text,
         id=recorded.question,

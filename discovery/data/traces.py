@@ -1,9 +1,8 @@
-"""Traces: every round of every episode, its actions and its facts, in columns.
+"""Traces: every round of every episode with its actions and facts, in NumPy columns. A file holds one job's episodes.
 
-Facts are numbered where they first appear and kept once; an episode is a run of those numbers, in which a round that
-begins as an earlier one says so instead of repeating it. A fact says which
-action it answers, but for how far a branch was asked to run when it finished earlier; that, and the actions that bring
-no fact, stand in columns of their own. A file holds one job's episodes.
+Each distinct fact is stored once and has a number. An episode is a sequence of these numbers; a round that begins like
+an earlier round refers to it instead of repeating it. A fact says which action it answers, except how far a branch was
+asked to run when it finished earlier. That, and the actions that bring no fact, are in columns of their own.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from discovery.errors import TraceError
 FORMAT = 1
 ADVANCED, PROBED = 0, 1
 NONE = -1
-"""In place of a label where there is none."""
+"""Stands for a missing label."""
 
 
 class FactNumbers(dict[int, int]):
-    """The number of each fact, by its identity: nearly all of them are interned, and hashing them would cost more."""
+    """Numbers of facts, by the facts' `id()`. Nearly all facts are interned, and hashing them would cost more."""
 
     def __init__(self) -> None:
-        self._facts: list[Fact] = []  # by number; being here keeps a fact's id from being given to another
-        self._ends = bytearray()  # by number: whether a branch finished
+        self._facts: list[Fact] = []  # by number; the reference keeps a fact's id from being reused
+        self._finishes = bytearray()  # by number: whether the fact finishes its branch
         self._next = 0
 
     def __missing__(self, identity: int) -> int:
@@ -48,41 +47,41 @@ class FactNumbers(dict[int, int]):
         self._next += 1
         return code
 
-    def of(self, facts: Sequence[Fact]) -> tuple[NDArray[np.uint32], list[int]]:
-        """The numbers of some facts, and where among them branches finished."""
-        mine, ends = self._facts, self._ends
-        known = len(mine)
+    def encode(self, facts: Sequence[Fact]) -> tuple[NDArray[np.uint32], list[int]]:
+        """Return the numbers of some facts, and the positions among them at which branches finished."""
+        known_facts, finishes = self._facts, self._finishes
+        known = len(known_facts)
         codes = np.frombuffer(array("I", map(self.__getitem__, map(id, facts))), np.uint32)
         finished: list[int] = []
         if self._next > known:
             new = np.flatnonzero(codes >= known)
             for at, code in zip(new.tolist(), codes[new].tolist(), strict=True):
-                if code == len(mine):
+                if code == len(known_facts):
                     fact = facts[at]
-                    mine.append(fact)
-                    ends.append(type(fact) is Advanced and fact.finished)
-                if ends[code]:  # it is always new, for its id is forgotten: it will not come again
+                    known_facts.append(fact)
+                    finishes.append(type(fact) is Advanced and fact.finished)
+                if finishes[code]:  # such facts are not interned: forget the id, so that a later fact may reuse it
                     finished.append(at)
                     self.pop(id(facts[at]), None)
         return codes, finished
 
     @property
     def table(self) -> NDArray[np.int64]:
-        """Six figures a fact: what it is, branch, intervals, tokens, finished, label."""
+        """The facts by number: (facts, 6), with kind, branch, intervals, tokens, finished and label."""
         advanced = [fact if type(fact) is Advanced else None for fact in self._facts]
         columns = (
             [PROBED if fact is None else ADVANCED for fact in advanced],
             [fact.branch for fact in self._facts],
             [0 if fact is None else fact.intervals for fact in advanced],
             [fact.tokens for fact in self._facts],
-            self._ends,
+            self._finishes,
             [NONE if fact.label is None else fact.label for fact in self._facts],
         )
         return np.stack([np.array(column, np.int64) for column in columns], axis=1)
 
 
 class TraceWriter:
-    """Collects the rounds of one job's episodes."""
+    """Collects the rounds of one job's episodes and writes them to a file."""
 
     def __init__(self, spec: Spec, beta: float, cell: Cell, recordings: Sequence[Recording]) -> None:
         self._about = {
@@ -100,41 +99,43 @@ class TraceWriter:
         self._codes = FactNumbers()
         self._facts: list[NDArray[np.uint32]] = []
         self._counts: list[int] = []  # facts of each round
-        self._repeated: list[int] = []  # how many of them are those of its model
-        self._asked: list[int] = []  # intervals each finished branch was asked for
-        self._factless = array("q")  # five figures each: round, position in it, verb, branch, label
+        self._repeated: list[int] = []  # how many of them are those of the round it refers to
+        self._asked: list[int] = []  # intervals requested of each branch as it finished
+        self._factless = array("q")  # actions without facts, five figures each: round, position, verb, branch, label
         self._episodes: list[tuple[int, ...]] = []
 
     def add(self, state: State, rounds: Sequence[Round], right: bool) -> None:
-        """Take the next episode, which ended as `state`."""
+        """Add the next episode, which ended as `state`."""
         before = len(self._asked), len(self._factless)
         facts: list[Fact] = []
         starts: list[int] = []
         repeated: list[int] = []
-        model: Sequence[Fact] = ()  # the last round of some size: what the next may begin as
-        for number, (actions, found) in enumerate(rounds):
+        model: Sequence[Fact] = ()  # the last large round, which the next one may begin like
+        for number, (actions, round_facts) in enumerate(rounds):
             same = 0
-            if found[: len(model)] == model:
+            if round_facts[: len(model)] == model:
                 same = len(model)
-                facts += found[same:]
+                facts += round_facts[same:]
             else:
-                facts += found
-            starts.append(len(facts) - len(found))
+                facts += round_facts
+            starts.append(len(facts) - len(round_facts))
             repeated.append(same)
-            if 2 * len(found) > len(model):
-                model = found
-            missing = len(actions) - len(found)
+            if 2 * len(round_facts) > len(model):
+                model = round_facts
+            missing = len(actions) - len(round_facts)
             for at, action in enumerate(actions) if missing else ():
                 if action.verb >= PRUNE:
                     self._factless.extend((number, at, action.verb, action.branch, _number(action.label)))
                     missing -= 1
                     if not missing:
                         break
-        codes, finished = self._codes.of(facts)
+        codes, finished = self._codes.encode(facts)
         for at in finished:
             number = bisect_right(starts, at) - 1
-            actions, found = rounds[number]
-            asking = actions if len(actions) == len(found) else [one for one in actions if one.verb < PRUNE]
+            actions, round_facts = rounds[number]
+            asking = (
+                actions if len(actions) == len(round_facts) else [action for action in actions if action.verb < PRUNE]
+            )
             self._asked.append(asking[at - starts[number]].intervals)
         self._facts.append(codes)
         self._repeated += repeated
@@ -144,7 +145,7 @@ class TraceWriter:
         self._episodes.append((*lengths, _number(state.answer), right, state.limits.max_branches))
 
     def save(self, folder: Path, shuffles: range) -> Path:
-        """Write the file of the job that ran `shuffles`, below `folder`; it appears whole or not at all."""
+        """Write the file of the job that ran `shuffles`, below `folder`; it appears complete or not at all."""
         target = folder / self._folder / f"{shuffles.start:04d}.npz"
         columns = {
             "table": self._codes.table,
@@ -166,8 +167,8 @@ class TraceWriter:
 
 
 def _small(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    whole: NDArray[Any] = np.concatenate([np.zeros(0, np.uint32), *parts])
-    return whole.astype(np.uint16 if whole.max(initial=0) < 1 << 16 else np.uint32)
+    joined: NDArray[Any] = np.concatenate([np.zeros(0, np.uint32), *parts])
+    return joined.astype(np.uint16 if joined.max(initial=0) < 1 << 16 else np.uint32)
 
 
 def _number(label: int | None) -> int:
@@ -183,7 +184,7 @@ def _fact(row: Sequence[int]) -> Fact:
 
 
 class TracedEpisode(NamedTuple):
-    """Which episode of a trace, and how it ended."""
+    """Position of an episode in a trace, and its result."""
 
     question: int  # position in its cell
     shuffle: int
@@ -200,7 +201,7 @@ class Trace:
     arrays: dict[str, NDArray[Any]]
 
     def episodes(self) -> list[TracedEpisode]:
-        """All of them, in the order they were run in."""
+        """Return all episodes, in the order they were run."""
         width, first = len(self.about["questions"]), self.about["shuffles"][0]
         return [
             TracedEpisode(at % width, first + at // width, None if label == NONE else label, bool(right))
@@ -208,7 +209,7 @@ class Trace:
         ]
 
     def rounds(self, at: int) -> list[Round]:
-        """The rounds of the episode at position `at`."""
+        """Return the rounds of the episode at position `at`."""
         episodes = self.arrays["episodes"]
         columns = (("counts", 0), ("repeated", 0), ("facts", 1), ("asked", 2), ("factless", 3))
         counts, repeated, codes, asked, factless = (
@@ -220,25 +221,25 @@ class Trace:
         rounds: list[Round] = []
         model: Sequence[Fact] = ()
         for count, same in zip(counts, repeated, strict=True):
-            found = [*model[:same], *islice(facts, count - same)]
+            round_facts = [*model[:same], *islice(facts, count - same)]
             if 2 * count > len(model):
-                model = found
+                model = round_facts
             actions: list[Action] = []
-            for fact in found:
+            for fact in round_facts:
                 if isinstance(fact, Probed):
                     actions.append(probe(fact.branch))
                     continue
                 intervals = next(asking) if fact.finished else fact.intervals
                 actions.append(branch(intervals) if fact.branch == width else advance(fact.branch, intervals))
                 width += fact.branch == width
-            rounds.append(Round(actions, found))
+            rounds.append(Round(actions, round_facts))
         for number, place, verb, index, label in factless:
             action = Action(Verb(verb), index, label=None if label == NONE else label)
             rounds[number].actions.insert(place, action)
         return rounds
 
     def states(self, at: int) -> Iterator[tuple[State, Round]]:
-        """The state after each round of the episode at position `at`; it is one object that goes on changing."""
+        """Yield the state after each round of the episode at position `at`. It is one object that keeps changing."""
         state = State(Limits(self.about["interval"], int(self.arrays["episodes"][at, 6])))
         for played in self.rounds(at):
             state.apply(played.actions, played.facts)
@@ -246,21 +247,21 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """A file of traces. Raises TraceError."""
+    """Read a file of traces. Raises TraceError."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         about = parse_json(str(arrays.pop("about")))
         if about["format"] != FORMAT:
-            raise TraceError(f"{path}: written in format {about['format']}; this program reads {FORMAT}")
+            raise TraceError(f"{path}: is in format {about['format']}, but this program reads format {FORMAT}")
         return Trace(about, [_fact(row) for row in arrays.pop("table").tolist()], arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise TraceError(f"{path}: no file of traces ({error})") from None
+        raise TraceError(f"{path}: not a file of traces ({error})") from None
 
 
 def trace_files(path: Path) -> list[Path]:
-    """The files of traces at or below `path`. Raises TraceError if there are none."""
-    found = [path] if path.is_file() else sorted(path.rglob("*.npz"))
-    if not found:
+    """Return the files of traces at or below `path`. Raises TraceError if there are none."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.npz"))
+    if not files:
         raise TraceError(f"{path}: no traces there; `autotts evaluate --traces DIR` writes some")
-    return found
+    return files

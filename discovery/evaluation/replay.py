@@ -55,7 +55,7 @@ class ReplayEnvironment:
         self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
         self._left: list[int] = []  # whole intervals each can still run; -1 once it has finished
         self._probe_tokens = probe_tokens or 0
-        self._priced = probe_tokens is None and recording.priced
+        self._priced = probe_tokens is None and recording.has_probe_costs
         self._charged = self._priced or self._probe_tokens > 0
         self._delta = recording.interval
         self._steps = _steps(recording.interval, len(order))

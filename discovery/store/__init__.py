@@ -1,4 +1,7 @@
-"""The replay store: questions, recordings, episodes, feedback and searches, in SQLite."""
+"""The replay store: questions, recordings, episodes, feedback, labels and searches, in SQLite.
+
+Imported by every folder above it and the proxy. Imports data and errors.
+"""
 
 from discovery.store.records import (
     AddedCounts,

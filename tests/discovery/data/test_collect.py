@@ -492,7 +492,7 @@ async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], o
         (None, "AUTOTTS_ADMIN_KEY is not set: recording is for admins"),
         ("", "AUTOTTS_ADMIN_KEY is not set"),
         ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that no header can carry"),
-        ("open", "the proxy says 403: controller everything@1 is for admins"),
+        ("open", "the proxy returns 403: controller everything@1 is for admins"),
     ],
 )
 async def test_keys_that_are_none(url: str, asked: Path, out: Path, key: str | None, words: str) -> None:

@@ -44,16 +44,16 @@ def write(folder: Path, name: str, content: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"each_branch": [[["1"], 1200]]}, "question 1: branch 0: not three things"),
-        ({"each_branch": [7]}, "question 1: branch 0: not three things"),
+        ({"each_branch": [[["1"], 1200]]}, "question 1: branch 0: not a list of three"),
+        ({"each_branch": [7]}, "question 1: branch 0: not a list of three"),
         ({"each_branch": [[[1], 1200, "7"]]}, "branch 0: answers must be strings"),
-        ({"each_branch": [[["1"], -3, "7"]]}, "branch 0: -3 is no number of tokens"),
-        ({"each_branch": [[["1"], True, "7"]]}, "branch 0: True is no number of tokens"),
-        ({"each_branch": [[["1"], 2**31, "7"]]}, "2147483648 is no number of tokens"),
+        ({"each_branch": [[["1"], -3, "7"]]}, "branch 0: tokens is -3, not an integer"),
+        ({"each_branch": [[["1"], True, "7"]]}, "branch 0: tokens is True, not an integer"),
+        ({"each_branch": [[["1"], 2**31, "7"]]}, "tokens is 2147483648, not an integer"),
         ({"each_branch": []}, "no branches"),
         ({"each_branch": None}, "no branches"),
         ({"probe_freq": 0}, "probe_freq is 0"),
-        ({"gold_answer": None}, "gold_answer is None, not a text"),
+        ({"gold_answer": None}, "gold_answer is None, not a string"),
         ({"question": "first"}, "question 1: the same question as .*question 0"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_release_says_by_its_folders_what_it_holds(tmp_path: Path) -> None:
         ({"question": None}, "question or id is needed"),
         ({"id": "0" * 64}, "id is not the SHA-256 of question"),
         ({"id": "7"}, "id: String should match pattern"),
-        ({"reward": 1}, "reward: there is no such field; there are question, id, "),
+        ({"reward": 1}, "reward: there is no such field; known fields: question, id, "),
         ({"branches": [{"prob": [], "tokens": 1}]}, "branches.0"),
         ({"confidence": 1.5}, "confidence: Input should be less than or equal to 1"),
         ({"part": -1}, "part: Input should be greater than or equal to 0"),
@@ -245,11 +245,11 @@ def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"reference": "8"}, "its reference is 8, and 7 in "),
-        ({"reference": None, "confidence": 1.0}, "its reference is None, and 7 in "),
-        ({"label_source": LabelSource.CONSENSUS}, "its label_source is consensus, and reference in "),
-        ({"confidence": 0.5}, "its confidence is 0.5, and 1.0 in "),
-        ({"split": Split.HELD_OUT}, "its split is held-out, and search in "),
+        ({"reference": "8"}, "its reference is 8, but 7 in "),
+        ({"reference": None, "confidence": 1.0}, "its reference is None, but 7 in "),
+        ({"label_source": LabelSource.CONSENSUS}, "its label_source is consensus, but reference in "),
+        ({"confidence": 0.5}, "its confidence is 0.5, but 1.0 in "),
+        ({"split": Split.HELD_OUT}, "its split is held-out, but search in "),
     ],
 )
 def test_parts_say_the_same_of_their_question(tmp_path: Path, change: dict[str, Any], words: str) -> None:

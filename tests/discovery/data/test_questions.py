@@ -69,7 +69,10 @@ def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
         ({"messages": ["p"]}, "messages: 0: Input should be an object"),
         ({"question": "p", "reference": 7}, "reference: Input should be a valid string"),
         ({"question": "p", "reference": ""}, "reference: String should have at least 1 character"),
-        ({"question": "p", "refrence": "7"}, "refrence: there is no such field; did you mean reference? there are "),
+        (
+            {"question": "p", "refrence": "7"},
+            "refrence: there is no such field; did you mean reference? known",
+        ),
         ({"question": "p", "split": "test"}, "split: Input should be 'search', 'validation' or 'held-out'"),
         ('{"question": "\\ud800"}', "Invalid JSON"),  # it has no bytes, and so no hash
         ({"id": "other", "messages": [{"role": "user", "content": "q"}]}, "the same question as in line 1"),

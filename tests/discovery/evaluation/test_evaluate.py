@@ -634,10 +634,10 @@ def test_what_is_no_trace(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no traces there"):
         trace_files(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
-    with pytest.raises(TraceError, match=r"x\.npz: no file of traces"):
+    with pytest.raises(TraceError, match=r"x\.npz: not a file of traces"):
         read_trace(tmp_path / "x.npz")
     np.savez(tmp_path / "y.npz", about=np.array(json.dumps({"format": 99})))
-    with pytest.raises(TraceError, match="written in format 99; this program reads 1"):
+    with pytest.raises(TraceError, match="is in format 99, but this program reads format 1"):
         read_trace(tmp_path / "y.npz")
 
 

@@ -389,7 +389,7 @@ def test_an_unknown_limit_lists_those_there_are(tmp_path: Path) -> None:
     path.write_text(api_keys.key_file_entry("alice", "secret").replace(" }", ", token_per_minute = 5 }"))
     with pytest.raises(SettingsError) as caught:
         api_keys.read_key_file(path)
-    words = "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? there are sha256, admin, "
+    words = "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? known fields: sha256, "
     assert words in str(caught.value)
 
 

@@ -104,13 +104,17 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
         (
             "/v1/chat/completions",
             {"messages": [], "tts": {"betta": 1}},
-            "tts.betta: there is no such field; did you mean beta? there are beta, target_tokens, controller, ",
+            "tts.betta: there is no such field; did you mean beta? known fields: beta, target_tokens, controller, ",
         ),
-        ("/v1/completions", {"prompt": "x", "tts": {"zzz": 1}}, "tts.zzz: there is no such field; there are beta, "),
+        (
+            "/v1/completions",
+            {"prompt": "x", "tts": {"zzz": 1}},
+            "tts.zzz: there is no such field; known fields: ",
+        ),
         (
             "/v1/tts/feedback",
             {"request_id": "x", "corect": True},
-            "corect: there is no such field; did you mean correct? there are request_id, id, correct, answer, score",
+            "corect: there is no such field; did you mean correct? known fields: request_id, id, correct, ",
         ),
         (
             "/v1/tts/feedback",
