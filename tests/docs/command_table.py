@@ -39,8 +39,9 @@ CHANGED: Final = {
     "--minutes 1 --out run": "--rounds 2 --shuffles 1 --workers 1 --out run",
     "--branches 64 --answer boxed": "--branches 2 --answer boxed",
     "--branches 16": "--branches 2",
-    "asc@64,mine.py": "asc@16,mine.py",  # as many branches as are recorded
-    "--engine process": "--engine process --workers 1",
+    "cmc,asc@64,mine.py": "cmc,asc@16,mine.py --shuffles 5",  # as many branches as are recorded
+    "--engine process": "--engine process --workers 1 --shuffles 5",
+    "--controllers cmc,asc,single": "--controllers cmc,asc,single --shuffles 5",
     "autotts gate mine.py": "autotts gate mine.py --shuffles 2 --workers 1",
     "--out calibration.json": "--shuffles 2 --workers 1 --out calibration.json",
     "autotts collect questions.jsonl": "autotts collect questions.jsonl --url http://127.0.0.1:8400",

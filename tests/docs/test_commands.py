@@ -41,10 +41,11 @@ IMPORTING: Final = ("docs/discovery.md", "docs/promotion.md", "docs/calibration.
 """Pages whose commands need the recordings that a command of another page imports."""
 SHELL_PAGES: Final = sorted({block.page for block in BLOCKS if block.language in SHELL})
 
-loops = pytest.mark.asyncio(loop_scope="module")
+loops = pytest.mark.asyncio(loop_scope="session")
+one_worker = pytest.mark.xdist_group("manual")  # so that a run prepares one workshop
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workshop]:
     """One prepared folder and one running proxy for all pages."""
     (controller,) = CONTROLLERS
@@ -79,6 +80,8 @@ def test_files_that_the_tables_name_exist() -> None:
 
 
 @loops
+@one_worker
+@pytest.mark.process
 @pytest.mark.parametrize("page", SHELL_PAGES)
 async def test_the_commands_of_a_page_run(shop: Workshop, page: str, tmp_path: Path) -> None:
     folder = shop.copy(tmp_path / "page", MADE.get(page, ()))
@@ -91,6 +94,8 @@ async def test_the_commands_of_a_page_run(shop: Workshop, page: str, tmp_path: P
 
 
 @loops
+@one_worker
+@pytest.mark.process
 async def test_the_snippets_run(shop: Workshop, tmp_path: Path) -> None:
     paths = []
     for number, block in enumerate(SNIPPETS):

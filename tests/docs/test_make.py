@@ -16,7 +16,10 @@ from tests.fakes import FakeVLLM
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed"),
+]
 
 
 def dry_run(*arguments: str, environment: Path) -> str:

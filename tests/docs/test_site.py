@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.process
 CONFIG = ROOT / "docs" / "site" / "mkdocs.yml"
 
 
