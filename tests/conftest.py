@@ -46,10 +46,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(mark)
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))  # so that a run starts one vLLM, whatever its workers
+    if getattr(config.option, "loadgroup", False):
+        _name_groups(items)
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+def _name_groups(items: list[pytest.Item]) -> None:
+    """Append each test's group to its id, which is what pytest-xdist sends tests to workers by.
+
+    pytest-xdist 3.8 does so through an attribute that pytest 9.2 no longer reads; without this, groups have no effect.
+    """
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        if mark is not None and not item.nodeid.endswith(f"@{mark.args[0]}"):
+            item._id = item._id.parse(f"{item.nodeid}@{mark.args[0]}")
 
 
 @pytest.hookimpl(wrapper=True)

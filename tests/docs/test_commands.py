@@ -22,8 +22,6 @@ from tests.docs.blocks import Block, fenced_blocks, shell_commands
 from tests.docs.command_table import CHANGED, NOT_RUN, PROGRAMS, STATUSES
 from tests.docs.workshop import Workshop, environment, workshop
 
-pytestmark = pytest.mark.process
-
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS: Final = [block for page in PAGES for block in fenced_blocks(page, ROOT)]

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.process
-
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.process
 CONFIG = ROOT / "docs" / "site" / "mkdocs.yml"
