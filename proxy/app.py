@@ -22,13 +22,13 @@ from proxy.api.error_responses import ErrorResponses
 from proxy.api.routes import ROUTES, Endpoint, Endpoints, Route
 from proxy.api.service import Service
 from proxy.errors import ApiError, SettingsError
-from proxy.http.access_log import Timing
+from proxy.http.access_log import AccessLogMiddleware
 from proxy.http.origins import with_cors
-from proxy.http.sse import ClientGone
+from proxy.http.sse import ClientDisconnected
 from proxy.settings import Settings
 from proxy.upstream import eager_task
-from proxy.upstream.branch_semaphore import Berths
-from proxy.upstream.client import Engine
+from proxy.upstream.branch_semaphore import BranchSemaphore
+from proxy.upstream.client import UpstreamClient
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,14 +41,19 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(upstream_session(settings))
-            berths = Berths(settings.branches_in_flight)
-            engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s, berths=berths)
+            branch_semaphore = BranchSemaphore(settings.branches_in_flight)
+            engine = UpstreamClient(
+                str(settings.upstream),
+                session,
+                read_timeout_s=settings.read_timeout_s,
+                branch_semaphore=branch_semaphore,
+            )
             stack.push_async_callback(engine.close)
             service = app.state.service = Service(settings, engine, calibrations, authenticator)
             app.state.endpoints = Endpoints(service)
             stack.push_async_callback(service.tracer.close)
-            service.pulse.open()
-            stack.push_async_callback(service.pulse.close)
+            service.health_monitor.open()
+            stack.push_async_callback(service.health_monitor.close)
             stack.push_async_callback(service.grading.close)
             await service.controllers.open()
             stack.push_async_callback(service.controllers.close)
@@ -63,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = _App(settings, title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     for (method, path), endpoint in app.endpoints.items():
         app.add_route(path, endpoint, methods=[method])
-    for failure in (ApiError, HTTPException, ClientGone, Exception):
+    for failure in (ApiError, HTTPException, ClientDisconnected, Exception):
         app.add_exception_handler(failure, app.failures.respond)
     return app
 
@@ -80,7 +85,7 @@ class _App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         dispatch = DirectDispatch(super().build_middleware_stack(), self.endpoints, self.failures)
-        return Timing(with_cors(dispatch, self.settings), [path for _, path in self.endpoints])
+        return AccessLogMiddleware(with_cors(dispatch, self.settings), [path for _, path in self.endpoints])
 
 
 class DirectDispatch:
@@ -102,7 +107,7 @@ class DirectDispatch:
         request = Request(scope, receive, send)
         try:
             response = await endpoint(request)
-        except (ApiError, ClientGone) as error:
+        except (ApiError, ClientDisconnected) as error:
             response = await self._failures.respond(request, error)
         except Exception as error:
             response = await self._failures.respond(request, error)
@@ -150,6 +155,6 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,
-        request_class=eager_task.Request,
+        request_class=eager_task.EagerClientRequest,
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )

@@ -188,21 +188,21 @@ async def _example_model(settings: Settings) -> str | None:
     """The model for the printed example; None, with a warning, if the upstream does not say which it serves."""
     from proxy.app import upstream_session
     from proxy.errors import UpstreamError
-    from proxy.upstream.client import Engine
+    from proxy.upstream.client import UpstreamClient
 
     log = logging.getLogger("proxy")
     async with upstream_session(settings) as session:
-        engine = Engine(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
-        log.info("starting the proxy for the upstream %s", engine.shown)
+        engine = UpstreamClient(str(settings.upstream), session, read_timeout_s=settings.read_timeout_s)
+        log.info("starting the proxy for the upstream %s", engine.display_url)
         try:
-            models = [model.id for model in await engine.aside().models(is_check=True)]
+            models = [model.id for model in await engine.for_background().models(is_check=True)]
         except UpstreamError as error:
             log.warning("%s; the proxy starts anyway, and /ready tells when the upstream is up", error.logged)
             return settings.model
     if not models:
-        log.warning("%s serves no model", engine.shown)
+        log.warning("%s serves no model", engine.display_url)
     elif settings.model is not None and {settings.model, settings.model.rpartition("@")[0]}.isdisjoint(models):
-        log.warning("%s serves no model %r; it serves %s", engine.shown, settings.model, ", ".join(models))
+        log.warning("%s serves no model %r; it serves %s", engine.display_url, settings.model, ", ".join(models))
     return settings.model or next(iter(models), None)
 
 

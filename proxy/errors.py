@@ -11,12 +11,12 @@ ProxyError
 │   ├── TooMany              429, there is no room for it now
 │   ├── RecordsAway          503, the store is away
 │   ├── TooManyConnections   503, no connection is free
-│   └── Draining             503, the proxy is about to end
+│   └── ShuttingDownError             503, the proxy is about to end
 └── UpstreamError            the backend is at fault; told as its `status`
     ├── UpstreamUnreachable  502, nothing answers
     ├── UpstreamTimeout      504, it is silent
-    ├── UpstreamEjected      503, it has failed too often and is left alone for a while
-    ├── UpstreamNonsense     502, it does not speak its protocol
+    ├── UpstreamCircuitOpen      503, it has failed too often and is left alone for a while
+    ├── UpstreamProtocolError     502, it does not speak its protocol
     └── UpstreamRefused      it answered with an error of its own
 """
 
@@ -119,7 +119,7 @@ class RecordsAway(ApiError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
-class Draining(ApiError):
+class ShuttingDownError(ApiError):
     """The proxy is about to end and takes nothing new."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -189,7 +189,7 @@ class UpstreamTimeout(UpstreamError):
     status = HTTPStatus.GATEWAY_TIMEOUT
 
 
-class UpstreamEjected(UpstreamError):
+class UpstreamCircuitOpen(UpstreamError):
     """The backend has failed too often and is left alone; `after` is when to ask again, in seconds."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -203,7 +203,7 @@ class UpstreamEjected(UpstreamError):
         return {"retry-after": str(max(1, ceil(self.after)))}
 
 
-class UpstreamNonsense(UpstreamError):
+class UpstreamProtocolError(UpstreamError):
     """The backend does not speak its protocol: cut streams, bad JSON, sums that do not add up."""
 
 

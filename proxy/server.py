@@ -18,8 +18,8 @@ import uvicorn
 from proxy.app import create_app
 from proxy.errors import StartError
 from proxy.http.connections import Connections, room_for
-from proxy.http.graceful_shutdown import Gate
-from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
+from proxy.http.graceful_shutdown import ShutdownMiddleware
+from proxy.http.protocol import ConnectionLimits, HttpProtocol, ProtocolContext
 from proxy.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,21 +34,21 @@ class Server(uvicorn.Server):
     def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
         self.up = asyncio.Event()  # it accepts connections
         app = self._app = create_app(settings)
-        self.gate = Gate(app)
+        self.gate = ShutdownMiddleware(app)
 
         def count(event: str) -> None:
             app.state.service.metrics.connections_cut.labels(event).inc()
 
         room = room_for(settings.max_connections, settings.branches_in_flight + settings.max_passed)
         self.connections = Connections(room, settings.max_connections_per_address, count)
-        limits = EdgeLimits(settings.head_s, settings.body_s, settings.body_rate, settings.write_s)
+        limits = ConnectionLimits(settings.head_s, settings.body_s, settings.body_rate, settings.write_s)
         self._on_up = on_up
         self._drain_s = settings.drain_s
         self._draining: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
                 self.gate,
-                http=partial(EdgeProtocol, edge=Edge(limits, self.connections, count)),  # type: ignore[arg-type]
+                http=partial(HttpProtocol, context=ProtocolContext(limits, self.connections, count)),  # type: ignore[arg-type]
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a timer's seconds
                 ws="none",
                 lifespan="on",

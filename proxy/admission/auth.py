@@ -14,7 +14,7 @@ from starlette.requests import Request
 from proxy.admission import api_keys
 from proxy.admission.token_budget import Caps, limit_below
 from proxy.errors import Forbidden, SettingsError, Unauthorised
-from proxy.http.json_edit import splice
+from proxy.http.json_edit import edit_members
 from proxy.http.origins import is_loopback
 from proxy.settings import Settings
 
@@ -50,7 +50,7 @@ class Caller(NamedTuple):
 
         `body` is empty, or a JSON object in which no key stands twice.
         """
-        return body if self.salt is None or not body else splice(body, put={"cache_salt": self.salt})
+        return body if self.salt is None or not body else edit_members(body, put={"cache_salt": self.salt})
 
     @property
     def holder(self) -> str:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 EVERY_S: Final = 1.0
 """Seconds between looks while there is traffic."""
@@ -54,7 +54,7 @@ def parse_watermarks(text: str | None) -> Watermarks | None:
 class LoadShedding:
     """One upstream's load, looked at while there is traffic. Off, and never looking, where no marks are set."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: UpstreamClient, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
         self._waiting = parse_watermarks(settings.load_waiting)
@@ -94,7 +94,7 @@ class LoadShedding:
     async def _look(self) -> None:
         clock = asyncio.get_running_loop().time
         while clock() - self._asked < IDLE_S:
-            waiting, cache = await self._engine.pressure()
+            waiting, cache = await self._engine.read_load()
             shares = [marks.share(at) for marks, at in ((self._waiting, waiting), (self._cache, cache)) if marks]
             self._factor = 1 - (1 - self._least) * max(shares)
             self._metrics.load_factor.set(self._factor)

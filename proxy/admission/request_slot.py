@@ -23,13 +23,13 @@ from proxy.admission.usage_meter import (
     UnboundedReplyMeter,
     last_reported_tokens,
 )
-from proxy.errors import TooMany, UpstreamEjected, UpstreamUnreachable
-from proxy.http.sse import Stream
+from proxy.errors import TooMany, UpstreamCircuitOpen, UpstreamUnreachable
+from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import GenerationRequest
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
-from proxy.upstream.body_tap import Hand, Pour
+from proxy.upstream.body_tap import BodySink, BodySource
 
 T = TypeVar("T", bound="RequestSlot")
 
@@ -78,17 +78,17 @@ class PassthroughSlot(RequestSlot):
         self.due = self._bound.most or 0
         try:
             response = await asked
-        except (UpstreamUnreachable, UpstreamEjected):
+        except (UpstreamUnreachable, UpstreamCircuitOpen):
             self.due = 0
             raise
         status = response.status_code
         if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
             self.due = 0
-        elif self.due and isinstance(response, Stream) and status < HTTPStatus.MULTIPLE_CHOICES:
+        elif self.due and isinstance(response, StreamedResponse) and status < HTTPStatus.MULTIPLE_CHOICES:
             response.pour = _metered(
                 response.pour, self, BoundedReplyMeter(self._bound, is_stream=_is_stream(response))
             )
-        if self.cap is None and isinstance(response, Stream):
+        if self.cap is None and isinstance(response, StreamedResponse):
             response.pour = _metered(response.pour, self, UnboundedReplyMeter(is_stream=_is_stream(response)))
         elif self.cap is None:
             self.settle(last_reported_tokens(bytes(response.body[-TAIL:])) or 0)
@@ -243,10 +243,10 @@ def _is_stream(response: Response) -> bool:
     return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _metered(pour: Pour, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> Pour:
+def _metered(pour: BodySource, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
     """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
 
-    async def metered(hand: Hand) -> None:
+    async def metered(hand: BodySink) -> None:
         def read(piece: bytes, is_last: bool) -> Awaitable[None]:
             passed = bill.take(piece)
             if is_last:

@@ -7,7 +7,7 @@ from typing import Any
 
 from proxy.api.formats import EpisodeNews
 from proxy.api.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
-from proxy.http.sse import pieces
+from proxy.http.sse import split_text
 from proxy.requests.chat_request import ChatRequest
 from proxy.types import Plan, Reply
 
@@ -35,8 +35,8 @@ def stream(request: ChatRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerato
     def text(reply: Reply) -> list[dict[str, Any]]:
         thought = reply.message.reasoning
         is_shown = bool(thought) and request.include_reasoning is not False
-        before = [choice(**reasoning_fields(piece)) for piece in pieces(thought or "")] if is_shown else []
-        return before + [choice(content=piece) for piece in pieces(reply.message.content)]
+        before = [choice(**reasoning_fields(piece)) for piece in split_text(thought or "")] if is_shown else []
+        return before + [choice(content=piece) for piece in split_text(reply.message.content)]
 
     chunks = ChunkFormat(
         chunk_head(plan, "chat.completion.chunk"),

@@ -10,7 +10,7 @@ from proxy import errors
 from proxy.api.formats import BatchNews, EpisodeNews
 from proxy.api.prompt_batch import Batch
 from proxy.api.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
-from proxy.http.sse import DONE, PING, event, pieces
+from proxy.http.sse import DONE, PING, format_event, split_text
 from proxy.requests.completion_request import CompletionRequest
 from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
@@ -32,7 +32,7 @@ def stream(request: CompletionRequest, plan: Plan, news: EpisodeNews) -> AsyncGe
         chunk_head(plan, "text_completion"),
         choice(),
         lambda line: choice(**reasoning_fields(line)),
-        lambda reply: [choice(piece) for piece in pieces(reply.message.written)],
+        lambda reply: [choice(piece) for piece in split_text(reply.message.written)],
         lambda finish: choice(finish=finish),
     )
     return stream_chunks(request, news, chunks)
@@ -53,7 +53,7 @@ async def stream_batch(
     head = {**chunk_head(plans[0], "text_completion"), "id": request_id}
 
     def chunk(choice: Mapping[str, Any], **extra: Any) -> bytes:
-        return event({**head, "choices": [choice], **extra})
+        return format_event({**head, "choices": [choice], **extra})
 
     for index in range(len(plans)):
         yield chunk(_text_choice(index))
@@ -67,17 +67,17 @@ async def stream_batch(
                 elif isinstance(item.content, str):
                     yield chunk({**_text_choice(item.prompt), **reasoning_fields(item.content)})
                 else:
-                    for piece in pieces(item.content.message.written):
+                    for piece in split_text(item.content.message.written):
                         yield chunk(_text_choice(item.prompt, piece))
     except errors.ApiError as error:
-        yield event(errors.body(error))
+        yield format_event(errors.body(error))
         return
     *others, last = [_text_choice(i, "", finish) for i, finish in enumerate(batch.finish_reasons)]
     for choice in others:
         yield chunk(choice)
     yield chunk(last, tts=batch.tts)
     if request.wants_usage:
-        yield event({**head, "choices": [], "usage": batch.usage, "tts": batch.tts})
+        yield format_event({**head, "choices": [], "usage": batch.usage, "tts": batch.tts})
     yield DONE
 
 

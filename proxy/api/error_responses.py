@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from proxy import errors
 from proxy.api.response_headers import current_request_id
 from proxy.errors import ApiError, BadRequest, Forbidden, NotFound, RecordsAway, TooMany, Unauthorised
-from proxy.http.sse import ClientGone
-from proxy.passthrough.forward import UNSERVED
+from proxy.http.sse import ClientDisconnected
+from proxy.passthrough.forward import UNSERVED_PATHS
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected. Only the access log shows it."""
@@ -31,7 +31,7 @@ class ErrorResponses:
             return self._api_error(request, error)
         if isinstance(error, HTTPException):
             return self._http_error(request, error)
-        if isinstance(error, ClientGone):
+        if isinstance(error, ClientDisconnected):
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         # A fault of the proxy: the traceback goes to the log, never to the client.
         internal = ApiError("the proxy failed; its log has the details", code="internal_error")
@@ -49,7 +49,7 @@ class ErrorResponses:
         """Return the response to a path or method that is not served."""
         path, is_missing = request.url.path, error.status_code == HTTPStatus.NOT_FOUND
         message = f"{request.method} {path}: {error.detail}"
-        if is_missing and (instead := UNSERVED.get(path)):
+        if is_missing and (instead := UNSERVED_PATHS.get(path)):
             message = f"{request.method} {path} is not served: {instead}"
         elif is_missing and (suggestion := self._suggested_path(path)):
             message = f"{message}; did you mean {suggestion}? A client's base URL ends in /v1"

@@ -15,11 +15,11 @@ from proxy.admission.token_bound import TokenBound
 from proxy.api.response_headers import current_request_id, untouched_headers
 from proxy.api.service import Service
 from proxy.http import graceful_shutdown
-from proxy.http.json_edit import splice
-from proxy.http.sse import ClientGone, Stream, unless_gone
+from proxy.http.json_edit import edit_members
+from proxy.http.sse import ClientDisconnected, StreamedResponse, cancel_on_disconnect
 from proxy.passthrough.forward import forward
-from proxy.passthrough.request_ids import Passed
-from proxy.passthrough.unapplied_beta import mark, told
+from proxy.passthrough.request_ids import ForwardedRequest
+from proxy.passthrough.unapplied_beta import mark, unapplied_tts
 from proxy.requests import field_table, field_values, strict_json
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 from proxy.telemetry import logs
@@ -42,7 +42,7 @@ class ForwardEndpoints:
         name, put = fields.get("model"), dict[str, str]()
         if isinstance(name, str) and "@" in name:
             put = {"model": (await self._service.models.find(name))[0].id}
-        return await self._forward(request, splice(raw, drop=drop, put=put), untouched_headers("endpoint"))
+        return await self._forward(request, edit_members(raw, drop=drop, put=put), untouched_headers("endpoint"))
 
     async def get(self, request: Request) -> Response:
         """Forward a GET."""
@@ -66,12 +66,12 @@ class ForwardEndpoints:
         drop = list(field_table.fields_to_drop(parsed.model_extra or {}, is_admin=request.state.caller.is_admin))
         if "tts" in parsed.model_fields_set:
             drop.append("tts")
-        body = splice(raw, drop=drop, put=put)
+        body = edit_members(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
         about = untouched_headers(unserved.reason), model.id, content_type, bound
         response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
         if "tts" in parsed.model_fields_set:
-            mark(response, told(dial, unserved))
+            mark(response, unapplied_tts(dial, unserved))
         self._remember(request, response, model.id, unserved.reason)
         return response
 
@@ -96,7 +96,7 @@ class ForwardEndpoints:
             return await slot.metered(forward(*about, is_stream=is_stream, in_pieces=bool(slot.cap)))
 
         with counting_disconnects(service.metrics, model):
-            response = await unless_gone(request.receive, work())
+            response = await cancel_on_disconnect(request.receive, work())
         is_failure = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
         service.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
         return response
@@ -107,9 +107,9 @@ class ForwardEndpoints:
         tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         about = request.scope["path"], model, reason, response.status_code, client_id or None
-        recent.add(Passed(own, tenant, created, *about))
+        recent.add(ForwardedRequest(own, tenant, created, *about))
         recent.name_by_client(tenant, client_id, own)
-        if isinstance(response, Stream):
+        if isinstance(response, StreamedResponse):
             response.pour = recent.seeing(response.pour, tenant, own)
         else:
             recent.see(tenant, own, bytes(response.body))
@@ -120,7 +120,7 @@ def counting_disconnects(metrics: Metrics, model: str) -> Iterator[None]:
     """Count a client that disconnects inside this context, before anything else counts its request."""
     try:
         yield
-    except (ClientGone, asyncio.CancelledError):
-        if not graceful_shutdown.is_cut():
+    except (ClientDisconnected, asyncio.CancelledError):
+        if not graceful_shutdown.is_cut_by_shutdown():
             metrics.requests.labels(model, "", "disconnected").inc()
         raise

@@ -23,7 +23,7 @@ from proxy.api.service import Service
 from proxy.episode import run
 from proxy.episode.reply import early_headers, reply_headers
 from proxy.errors import BadRequest
-from proxy.http.sse import Stream, thinking, unless_gone
+from proxy.http.sse import StreamedResponse, cancel_on_disconnect, progress_and_result
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
 from proxy.requests import beta
 from proxy.requests.chat_request import ChatRequest
@@ -85,7 +85,7 @@ class GenerationEndpoints:
         try:
             with counting_disconnects(service.metrics, model.id):
                 within = request.scope["path"], model.id, request.state.leases
-                plan = await unless_gone(request.receive, service.tracer.plan(*within, planning))
+                plan = await cancel_on_disconnect(request.receive, service.tracer.plan(*within, planning))
         except BadRequest as error:
             if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
@@ -94,12 +94,12 @@ class GenerationEndpoints:
             return await self._forwarding.generate(request, parsed, raw, model, dial, why)
         service.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
-            reply = await unless_gone(request.receive, self._serve(slot, plan))
+            reply = await cancel_on_disconnect(request.receive, self._serve(slot, plan))
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
         news: asyncio.Queue[str] = asyncio.Queue()
         report = news.put_nowait if parsed.tts.progress else None
-        thoughts = thinking(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
-        return Stream.of(form.stream(parsed, plan, thoughts), early_headers(plan))
+        thoughts = progress_and_result(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
+        return StreamedResponse.of(form.stream(parsed, plan, thoughts), early_headers(plan))
 
     def _resolve_beta(
         self, request: Request, parsed: GenerationRequest, model: Model, alias: float | None
@@ -173,17 +173,19 @@ class GenerationEndpoints:
             return Batch(name, await together(work, lambda reply: sum(reply.tokens.values())))
 
         with counting_disconnects(service.metrics, model.id):
-            plans = await unless_gone(request.receive, plan_all())
+            plans = await cancel_on_disconnect(request.receive, plan_all())
         logs.request_id.set(name)
         tenant, first = request.state.caller.tenant, plans[0].request_id  # both names lead to the first prompt
         service.recent.name(tenant, name, first)
         service.recent.name_by_client(tenant, logs.client_request_id.get(), first)
         if not parsed.stream:
-            batch = await unless_gone(request.receive, service.tracer.episode(plans[0], serve_all()))
+            batch = await cancel_on_disconnect(request.receive, service.tracer.episode(plans[0], serve_all()))
             return JSONResponse(completions.batch_to_json(batch), headers=batch.headers)
-        thoughts = thinking(lambda: service.tracer.episode(plans[0], serve_all()), news, service.settings.ping_s)
+        thoughts = progress_and_result(
+            lambda: service.tracer.episode(plans[0], serve_all()), news, service.settings.ping_s
+        )
         events = completions.stream_batch(parsed, name, plans, thoughts)
-        return Stream.of(events, {**early_headers(plans[0]), "x-request-id": name})
+        return StreamedResponse.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
     async def _serve(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:
         return await self._service.tracer.episode(plan, self._run(slot, plan, report))

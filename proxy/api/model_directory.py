@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from proxy.errors import NotFound, UpstreamNonsense
+from proxy.errors import NotFound, UpstreamProtocolError
 from proxy.requests.beta import split_alias
 from proxy.types import Model
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 
 class ModelDirectory:
     """The upstream's models by name, and their aliases that set β (`name@0.5`)."""
 
-    def __init__(self, engine: Engine, default: str | None) -> None:
+    def __init__(self, engine: UpstreamClient, default: str | None) -> None:
         self._engine = engine
         self._default = default  # model of requests that name none; None stands for the upstream's first
         self._models: dict[str, Model] = {}
@@ -30,7 +30,7 @@ class ModelDirectory:
         models = self._models or await self.refresh()
         if name is None:
             if not models:
-                raise UpstreamNonsense(f"{self._engine.shown} serves no model")
+                raise UpstreamProtocolError(f"{self._engine.display_url} serves no model")
             return next(iter(models.values())), None
         if name in models or name in await self.refresh():
             return self._models[name], None

@@ -24,7 +24,7 @@ class ModelEndpoints:
         engine = self._service.engine
         if not self._service.settings.model_aliases:
             return await forward(engine, request, b"", untouched_headers("endpoint"))
-        cards = await engine.cards()
+        cards = await engine.model_cards()
         aliases = [alias_card(card, beta) for card in cards for beta in ALIAS_BETAS]
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))
 
@@ -32,7 +32,7 @@ class ModelEndpoints:
         """Return one model, or an alias of one with any β. Raises NotFound, BadRequest or UpstreamError."""
         name = request.path_params["model"]
         model, beta = await self._service.models.find(name)
-        card = next((card for card in await self._service.engine.cards() if card["id"] == model.id), None)
+        card = next((card for card in await self._service.engine.model_cards() if card["id"] == model.id), None)
         if card is None:
             raise NotFound(f"model {name!r} is not served any more", param="model", code="model_not_found")
         shown = card if beta is None else {**alias_card(card, beta), "id": name}

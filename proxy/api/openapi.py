@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from proxy.passthrough.forward import LOOKS, PATHS
+from proxy.passthrough.forward import GET_PATHS, POST_PATHS
 from proxy.requests import beta as dial
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.completion_request import CompletionRequest
@@ -86,8 +86,8 @@ OPERATIONS: Final = (
     Operation("/health", "The process is alive", None, _object("status", status={"const": "ok"})),
     Operation("/ready", "Requests can be served", None, _object("ready", ready={"type": "boolean"}), _READY),
     Operation("/metrics", "Prometheus' page", media="text/plain"),
-    *(Operation(path, "Handed to the upstream untouched", is_untouched=True) for path in PATHS),
-    *(Operation(path, "Read from the upstream untouched", is_read=True) for path in LOOKS),
+    *(Operation(path, "Handed to the upstream untouched", is_untouched=True) for path in POST_PATHS),
+    *(Operation(path, "Read from the upstream untouched", is_read=True) for path in GET_PATHS),
 )
 
 

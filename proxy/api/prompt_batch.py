@@ -96,9 +96,9 @@ async def together(work: Sequence[Coroutine[Any, Any, T]], cost: Callable[[T], i
     try:
         await asyncio.gather(*tasks, return_exceptions=True)
     except asyncio.CancelledError:
-        if not graceful_shutdown.is_cut():
+        if not graceful_shutdown.is_cut_by_shutdown():
             raise
-        error: ApiError = graceful_shutdown.refusal()
+        error: ApiError = graceful_shutdown.shutting_down_error()
         error.spent, error.is_counted = _spent(tasks, cost), True
         raise error from None
     for task in tasks:

@@ -9,7 +9,7 @@ from typing import Any
 from proxy import errors
 from proxy.api.formats import EpisodeNews
 from proxy.errors import ApiError
-from proxy.http.sse import PING, event, pieces
+from proxy.http.sse import PING, format_event, split_text
 from proxy.requests.responses_request import ResponsesRequest
 from proxy.types import Message, Plan, Reply
 
@@ -69,7 +69,7 @@ class _Events:
 
     def one(self, kind: str, **data: Any) -> bytes:
         """An event of one kind."""
-        made = event({"type": kind, "sequence_number": self._number, **data}, kind)
+        made = format_event({"type": kind, "sequence_number": self._number, **data}, kind)
         self._number += 1
         return made
 
@@ -95,7 +95,7 @@ class _Events:
         at["content_index"] = 0
         for part in item["content"]:
             yield self.one("response.content_part.added", **at, part={**part, "text": ""})
-            for piece in pieces(part["text"]):
+            for piece in split_text(part["text"]):
                 yield self.one("response.reasoning_text.delta", **at, delta=piece)
             yield self.one("response.reasoning_text.done", **at, text=part["text"])
             yield self.one("response.content_part.done", **at, part=part)
@@ -108,7 +108,7 @@ class _Events:
         empty = {**item, "content": [], "status": "in_progress"}
         yield self.one("response.output_item.added", output_index=index, item=empty)
         yield self.one("response.content_part.added", **at, part={**part, "text": ""})
-        for piece in pieces(part["text"]):
+        for piece in split_text(part["text"]):
             yield self.one("response.output_text.delta", **at, delta=piece, logprobs=[])
         yield self.one("response.output_text.done", **at, text=part["text"], logprobs=[])
         yield self.one("response.content_part.done", **at, part=part)

@@ -15,7 +15,7 @@ from proxy.api.models import ModelEndpoints
 from proxy.api.service import Service
 from proxy.api.status import StatusEndpoints
 from proxy.api.tts import TtsEndpoints
-from proxy.passthrough.forward import LOOKS, PATHS
+from proxy.passthrough.forward import GET_PATHS, POST_PATHS
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -54,7 +54,7 @@ ROUTES: Final = (
     Route("/health", "GET", lambda endpoints: endpoints.status.health, Access.ANYONE),
     Route("/ready", "GET", lambda endpoints: endpoints.status.ready, Access.ANYONE),
     Route("/metrics", "GET", lambda endpoints: endpoints.status.metrics, Access.CLIENT),
-    *(Route(path, "POST", lambda endpoints: endpoints.forward.post, Access.CLIENT) for path in PATHS),
-    *(Route(path, "GET", lambda endpoints: endpoints.forward.get, Access.CLIENT) for path in LOOKS),
+    *(Route(path, "POST", lambda endpoints: endpoints.forward.post, Access.CLIENT) for path in POST_PATHS),
+    *(Route(path, "GET", lambda endpoints: endpoints.forward.get, Access.CLIENT) for path in GET_PATHS),
 )
 """Every route. A test holds the app to it, and tries each with no key, a client's key and an admin's."""

@@ -11,43 +11,43 @@ from proxy.api.model_directory import ModelDirectory
 from proxy.environment.answer_reader import GraderPool
 from proxy.errors import UpstreamError
 from proxy.http.origins import PageGuard
-from proxy.http.request_body import Bodies
-from proxy.passthrough.request_ids import Recent
-from proxy.passthrough.unapplied_beta import Unapplied
+from proxy.http.request_body import BodyReader
+from proxy.passthrough.request_ids import RecentRequests
+from proxy.passthrough.unapplied_beta import UnappliedBeta
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.template_drift import TemplateDrift
 from proxy.rollout.controller_runner import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import tracing
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Engine
-from proxy.upstream.health_monitor import Pulse
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.health_monitor import HealthMonitor
 
 
 class Service:
     """One upstream with its settings, metrics, limits, controllers and records."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, calibrations: Calibrations, authenticator: Authenticator
+        self, settings: Settings, engine: UpstreamClient, calibrations: Calibrations, authenticator: Authenticator
     ) -> None:
         self.settings = settings
         self.engine = engine
         self.authenticator = authenticator
         self.metrics = Metrics()
         self.tracer = tracing.create_tracer()
-        engine.watcher = tracing.TelemetryWatcher(self.metrics, self.tracer)
+        engine.observer = tracing.TelemetryWatcher(self.metrics, self.tracer)
         engine.on_event = self._count_upstream_event
-        self.pulse = Pulse(self._check_upstream, self.metrics)
-        self.unapplied = Unapplied(self.metrics, is_required=settings.required)
+        self.health_monitor = HealthMonitor(self._check_upstream, self.metrics)
+        self.unapplied = UnappliedBeta(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)
         self.controllers = ControllerManager(settings, self.metrics, calibrations)
         self.drift = TemplateDrift(engine, settings, self.metrics)
         self.guard = PageGuard(settings)
-        self.bodies = Bodies(settings.max_body_bytes, settings.max_bodies_bytes)
+        self.bodies = BodyReader(settings.max_body_bytes, settings.max_bodies_bytes)
         self.request_slots = RequestSlots(settings, self.metrics)
         self.episode_log = EpisodeLog(engine, settings, self.metrics, self.request_slots, self.drift)
         self.load_shedding = LoadShedding(engine, settings, self.metrics)
-        self.recent = Recent()
+        self.recent = RecentRequests()
         self.models = ModelDirectory(engine, settings.model)
         self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.controllers.stages.current.champion)
         self.served: list[str] = []  # ids of models, as of the latest health check
@@ -55,9 +55,9 @@ class Service:
 
     def _bind_gauges(self) -> None:
         """Bind the gauges that are computed when Prometheus reads them."""
-        berths, keyring = self.engine.berths, self.authenticator.keyring
-        self.metrics.branches_in_flight.set_function(lambda: berths.taken)
-        self.metrics.calls_waiting.set_function(lambda: berths.waiting)
+        branch_semaphore, keyring = self.engine.branch_semaphore, self.authenticator.keyring
+        self.metrics.branches_in_flight.set_function(lambda: branch_semaphore.taken)
+        self.metrics.calls_waiting.set_function(lambda: branch_semaphore.waiting)
         if keyring is not None:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
 
@@ -69,7 +69,7 @@ class Service:
     async def _check_upstream(self) -> bool:
         """Return whether the upstream is healthy and serves a model, by asking it."""
         try:
-            is_well = await self.engine.healthy()
+            is_well = await self.engine.is_healthy()
             self.served = [model.id for model in await self.engine.models(is_check=True)] if is_well else []
         except UpstreamError:
             self.served = []

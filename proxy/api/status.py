@@ -28,11 +28,11 @@ class StatusEndpoints:
         The upstream is asked once a second at most, however often this is called.
         """
         service = self._service
-        is_up = await service.pulse.is_ready() and service.engine.breaker.is_closed
+        is_up = await service.health_monitor.is_ready() and service.engine.breaker.is_closed
         status: dict[str, object] = {"ready": is_up}
         if service.authenticator.is_authenticated(request):
             sandbox = {"level": service.controllers.level, "lacking": service.controllers.lacking}
-            status |= {"upstream": service.engine.shown, "models": service.served, "sandbox": sandbox}
+            status |= {"upstream": service.engine.display_url, "models": service.served, "sandbox": sandbox}
             status["recorder"] = service.episode_log.writer.as_json()
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
 

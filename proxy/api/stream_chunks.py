@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from proxy import errors
 from proxy.api.formats import EpisodeNews
-from proxy.http.sse import DONE, PING, event
+from proxy.http.sse import DONE, PING, format_event
 from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
@@ -24,7 +24,7 @@ class ChunkFormat(NamedTuple):
 
     def chunk(self, choice: Mapping[str, Any], **extra: Any) -> bytes:
         """Return a chunk of one choice as a server-sent event."""
-        return event({**self.head, "choices": [choice], **extra})
+        return format_event({**self.head, "choices": [choice], **extra})
 
 
 async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: ChunkFormat) -> AsyncGenerator[bytes]:
@@ -40,13 +40,13 @@ async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: C
                 else:
                     reply = item
     except errors.ApiError as error:  # the status is out: an error can only be an event now
-        yield event(errors.body(error))
+        yield format_event(errors.body(error))
         return
     for choice in chunks.text(reply):
         yield chunks.chunk(choice)
     yield chunks.chunk(chunks.last(reply.message.finish_reason), tts=reply.tts)
     if request.wants_usage:
-        yield event({**chunks.head, "choices": [], "usage": reply.usage, "tts": reply.tts})
+        yield format_event({**chunks.head, "choices": [], "usage": reply.usage, "tts": reply.tts})
     yield DONE
 
 

@@ -26,7 +26,7 @@ from deploy.embedded import task
 from discovery.answers import boxed
 from proxy import probe_templates
 from proxy.types import Call, Output
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 TEMPLATE = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
 
@@ -79,7 +79,7 @@ def majority(answers: Sequence[str | None], truth: str) -> float:
 class Study:
     """Ask a server the problems, a few at a time."""
 
-    def __init__(self, engine: Engine, model: str, samples: int, probed: int, at_once: int) -> None:
+    def __init__(self, engine: UpstreamClient, model: str, samples: int, probed: int, at_once: int) -> None:
         self._engine = engine
         self._model = model
         self._samples = samples
@@ -183,7 +183,7 @@ def _mean(values: Sequence[float]) -> str:
 async def _main(arguments: argparse.Namespace) -> None:
     problems = task.held_back(arguments.problems, arguments.seed)
     async with aiohttp.ClientSession() as session:
-        engine = Engine(arguments.url, session)
+        engine = UpstreamClient(arguments.url, session)
         study = Study(engine, arguments.model, arguments.samples, arguments.probed, arguments.at_once)
         report(await study.run(problems), Console(width=arguments.width))
 

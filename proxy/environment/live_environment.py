@@ -20,7 +20,7 @@ from proxy.environment.answer_reader import Grader, PlainGrader
 from proxy.environment.stop_strings import StopStrings
 from proxy.errors import UpstreamError
 from proxy.types import STREAM_INTERVAL, Call, EnvironmentLimits, LiveBranch, Output, Prompt
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from proxy.upstream.detokeniser import CallDecoder, Detokeniser
 
 OPEN_STREAM_INTERVAL: Final = 8
@@ -93,12 +93,14 @@ class _Step(NamedTuple):
 
 
 class LiveEnvironment:
-    """Implements `controllers.Environment` over an Engine. One object serves one request.
+    """Implements `controllers.Environment` over an UpstreamClient. One object serves one request.
 
     `execute` raises UpstreamError. When it fails or is cancelled, `salvage` keeps what had already been generated.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, limits: EnvironmentLimits, grader: Grader | None = None) -> None:
+    def __init__(
+        self, engine: UpstreamClient, prompt: Prompt, limits: EnvironmentLimits, grader: Grader | None = None
+    ) -> None:
         self.engine = engine
         self.prompt = prompt
         self.limits = limits
@@ -125,7 +127,7 @@ class LiveEnvironment:
         if most is not None and not self.priority and self.meter.sent_bytes > most:
             raise SentBytesExceeded
         facts: dict[int, _Outcome] = {}
-        with self.engine.watcher.round(actions):
+        with self.engine.observer.round(actions):
             await self._admit(actions)
             for phase in _phases(actions, len(self.branches)):
                 await self._run(phase, facts)

@@ -42,7 +42,7 @@ from proxy.types import (
     Provenance,
     Reply,
 )
-from proxy.upstream.client import Engine, TooManyTokens
+from proxy.upstream.client import TooManyTokens, UpstreamClient
 
 T = TypeVar("T", int, float)
 
@@ -65,7 +65,7 @@ class _Bounds(NamedTuple):
 
 
 async def plan(
-    engine: Engine,
+    engine: UpstreamClient,
     controllers: ControllerManager,
     settings: Settings,
     model: Model,
@@ -147,7 +147,7 @@ async def fail_after(seconds: float | None) -> AsyncIterator[None]:
         raise deadline_error() from None
 
 
-async def _read_prompt(engine: Engine, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
+async def _read_prompt(engine: UpstreamClient, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
     """Return the prompt's ids, and the text of the question. Raises BadRequest for a prompt that is far too long."""
     most, messages = model.max_length, request.conversation
     try:
@@ -202,7 +202,7 @@ def _hashed(text: str) -> str:
 
 
 async def _bounds(
-    engine: Engine,
+    engine: UpstreamClient,
     settings: Settings,
     model: Model,
     request: GenerationRequest,
@@ -264,7 +264,7 @@ async def _bounds(
 
 
 async def serve(
-    engine: Engine,
+    engine: UpstreamClient,
     grading: GraderPool,
     controllers: ControllerManager,
     metrics: Metrics,
@@ -297,10 +297,10 @@ async def serve(
         reply, outcome = composed, "answered"
         return reply
     except asyncio.CancelledError:
-        if not graceful_shutdown.is_cut():
+        if not graceful_shutdown.is_cut_by_shutdown():
             outcome = "disconnected"
             raise
-        outcome, error = "draining", graceful_shutdown.refusal()
+        outcome, error = "draining", graceful_shutdown.shutting_down_error()
         error.spent, error.is_counted = environment.meter.billed, True
         raise error from None
     except ApiError as error:

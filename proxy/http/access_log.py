@@ -27,7 +27,7 @@ UNTOLD = frozenset({"/health", "/ready", "/metrics"})
 """Asked by machines, all the time: no line tells of them."""
 
 
-class Timing:
+class AccessLogMiddleware:
     """An ASGI app around another, whose state holds the service. `paths` are those that are told apart."""
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:

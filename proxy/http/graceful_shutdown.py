@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy import errors
-from proxy.errors import ApiError, Draining
+from proxy.errors import ApiError, ShuttingDownError
 from proxy.http.access_log import ECHO, client_id
 
 logger = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ class _Passage:
 _passage: ContextVar[_Passage | None] = ContextVar("passage", default=None)
 
 
-def is_cut() -> bool:
+def is_cut_by_shutdown() -> bool:
     """Whether the request that is served here is cancelled because the proxy ends, not because its client has left."""
     passage = _passage.get()
     return passage is not None and passage.is_cut
 
 
-def refusal() -> Draining:
+def shutting_down_error() -> ShuttingDownError:
     """What a client is told that asks too late, or whose request was cut."""
-    return Draining("the proxy is about to end; ask again, it or another will answer", code="draining")
+    return ShuttingDownError("the proxy is about to end; ask again, it or another will answer", code="draining")
 
 
-class Gate:
+class ShutdownMiddleware:
     """An ASGI app around another."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -117,7 +117,7 @@ class Gate:
 
 
 def _refusal(scope: Scope) -> Response:
-    error: ApiError = refusal()
+    error: ApiError = shutting_down_error()
     told = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
     if named := client_id(scope.get("headers", ())):

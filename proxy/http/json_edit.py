@@ -10,7 +10,7 @@ import msgspec
 _MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def splice(raw: bytes, *, drop: Collection[str] = (), put: Mapping[str, Any]) -> bytes:
+def edit_members(raw: bytes, *, drop: Collection[str] = (), put: Mapping[str, Any]) -> bytes:
     """Return the JSON object `raw` without the members `drop` and with the members `put`, replaced or added.
 
     `raw` must be an object that `strict.read` accepts. Values that stay keep their bytes; the space between members

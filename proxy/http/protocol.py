@@ -74,7 +74,7 @@ _FAULTS: Final = logging.getLogger("uvicorn.error.edge")
 _FAULTS.setLevel(logging.ERROR)
 
 
-class EdgeLimits(NamedTuple):
+class ConnectionLimits(NamedTuple):
     """How long the parts of an exchange may take."""
 
     head_s: float = 10.0  # for a head to arrive in full
@@ -83,10 +83,10 @@ class EdgeLimits(NamedTuple):
     write_s: float = 60.0  # that a client may leave its answer unread
 
 
-class Edge(NamedTuple):
+class ProtocolContext(NamedTuple):
     """Everything that the connections of one server share."""
 
-    limits: EdgeLimits
+    limits: ConnectionLimits
     connections: Connections
     on_event: Callable[[str], object]  # called with "slow" and "unread" when a connection is given up
 
@@ -137,15 +137,15 @@ class _Outlet:
         self.close = close
 
 
-class EdgeProtocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """The protocol of one connection."""
 
-    def __init__(self, *args: Any, edge: Edge, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, context: ProtocolContext, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logger = _FAULTS
-        self._limits = edge.limits
-        self._table = edge.connections
-        self._on_event = edge.on_event
+        self._limits = context.limits
+        self._table = context.connections
+        self._on_event = context.on_event
         self._cycles: list[RequestResponseCycle] = []  # not answered, as far as is known, in order
         self._stage = Stage.IDLE
         self._loose = 0  # bytes that came since the parser last made something of them

@@ -16,7 +16,7 @@ import zstandard
 from starlette.requests import ClientDisconnect, Request
 
 from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
-from proxy.http.sse import ClientGone
+from proxy.http.sse import ClientDisconnected
 
 SMALL: Final = 64 * 2**10
 """Bytes of a body that is read however many others are held."""
@@ -39,7 +39,7 @@ class _Caller(Protocol):
         """Name that the caller's bodies are counted under."""
 
 
-class Bodies:
+class BodyReader:
     """Reads the bodies of requests, within a bound on all that are held at the same time.
 
     Small bodies are always read, and so is one that is alone. A key may use half of the bound, so that one client
@@ -55,7 +55,7 @@ class Bodies:
     async def read(self, request: Request) -> bytes:
         """Return the body of a request, decoded; it counts as held until the request is over.
 
-        Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientGone.
+        Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientDisconnected.
         """
         body = bytearray()
         hold = self._holding(request)
@@ -67,7 +67,7 @@ class Bodies:
                 if len(body) > SMALL:
                     hold(len(body))
         except ClientDisconnect:
-            raise ClientGone from None
+            raise ClientDisconnected from None
         raw = bytes(body)
         if encoding := request.headers.get("content-encoding", "").strip().lower():
             raw = await _decoded(raw, encoding, self._most)

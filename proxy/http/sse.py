@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import errors
 from proxy.http import graceful_shutdown
-from proxy.upstream.body_tap import Hand, Pour
+from proxy.upstream.body_tap import BodySink, BodySource
 
 T = TypeVar("T")
 N = TypeVar("N")
@@ -31,12 +31,12 @@ UNWATCHED_S: Final = 0.05
 """Work is so short most often that watching its client would cost more than it saves; so long nobody looks."""
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client has closed its connection; the work for it has been cancelled and has ended."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and awaited, once the client is seen to leave. Raises ClientGone."""
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`. If the client leaves, cancel and await `work` and raise ClientDisconnected."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     gone: asyncio.Task[None] | None = None
     has_left = False
@@ -57,7 +57,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         return await work
     except asyncio.CancelledError:
         if has_left and task is not None and not task.uncancel():  # nobody else has cancelled it
-            raise ClientGone from None
+            raise ClientDisconnected from None
         raise
     finally:
         timer.cancel()
@@ -73,12 +73,12 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class Stream(Response):
+class StreamedResponse(Response):
     """A body sent as it comes. When the client leaves, what it comes of is left at once."""
 
     def __init__(
         self,
-        pour: Pour,
+        pour: BodySource,
         opened: AbstractAsyncContextManager[object],
         *,
         status_code: int = 200,
@@ -96,10 +96,10 @@ class Stream(Response):
         self.init_headers(sent)
 
     @classmethod
-    def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> Stream:
+    def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> StreamedResponse:
         """The events that `source` yields."""
 
-        async def pour(hand: Hand) -> None:
+        async def pour(hand: BodySink) -> None:
             async for piece in source:
                 await hand(piece, False)
             await hand(b"", True)
@@ -107,8 +107,8 @@ class Stream(Response):
         return cls(pour, aclosing(source), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):
-            await unless_gone(receive, self._send(send))
+        with suppress(ClientDisconnected):
+            await cancel_on_disconnect(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         def hand(piece: bytes, is_last: bool) -> Awaitable[None]:
@@ -122,13 +122,13 @@ class Stream(Response):
             logger.warning("a response broke off: %s", error.logged)
 
 
-def event(data: Mapping[str, Any], name: str = "") -> bytes:
+def format_event(data: Mapping[str, Any], name: str = "") -> bytes:
     """One server-sent event, with a name where it has one."""
     named = f"event: {name}\n".encode() if name else b""
     return named + b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
 
 
-async def thinking(
+async def progress_and_result(
     serve: Callable[[], Coroutine[Any, Any, T]], news: asyncio.Queue[N], ping_s: float
 ) -> AsyncGenerator[N | T | None]:
     """Yield the items of `news` as they come, None after `ping_s` seconds of nothing, and last what `serve` returns.
@@ -152,9 +152,9 @@ async def thinking(
             yield news.get_nowait()
         yield await task
     except asyncio.CancelledError:
-        if not graceful_shutdown.is_cut():
+        if not graceful_shutdown.is_cut_by_shutdown():
             raise
-        raise graceful_shutdown.refusal() from None
+        raise graceful_shutdown.shutting_down_error() from None
     finally:
         if line is not None:
             line.cancel()
@@ -162,6 +162,6 @@ async def thinking(
         await asyncio.gather(task, return_exceptions=True)
 
 
-def pieces(text: str) -> list[str]:
+def split_text(text: str) -> list[str]:
     """A text in parts small enough for a chunk."""
     return [text[at : at + CONTENT_CHARS] for at in range(0, len(text), CONTENT_CHARS)]

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from proxy import errors
-from proxy.http.sse import Stream
-from proxy.upstream.body_tap import Hand, pour
-from proxy.upstream.client import Engine
+from proxy.http.sse import StreamedResponse
+from proxy.upstream.body_tap import BodySink, pour
+from proxy.upstream.client import UpstreamClient
 
-PATHS: Final = (
+POST_PATHS: Final = (
     "/v1/embeddings",
     "/v1/score",
     "/v1/rerank",
@@ -27,9 +27,9 @@ PATHS: Final = (
     "/v1/messages/count_tokens",
 )
 """Paths to which a client may post through the proxy. The rest of the upstream is out of reach."""
-LOOKS: Final = ("/version", "/tokenizer_info", "/ping")
+GET_PATHS: Final = ("/version", "/tokenizer_info", "/ping")
 """Paths that a client may read through the proxy."""
-UNSERVED: Final[Mapping[str, str]] = MappingProxyType(
+UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "/v1/messages": "the proxy does not serve Anthropic's API; use /v1/chat/completions",
         "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
@@ -57,7 +57,7 @@ WHOLE: Final = 64 * 2**10
 
 
 async def forward(
-    engine: Engine,
+    engine: UpstreamClient,
     request: Request,
     body: bytes,
     headers: Mapping[str, str],
@@ -69,7 +69,7 @@ async def forward(
     """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
     `content_type` is for a body the proxy wrote itself. `is_stream` tells that it asks for a stream. `in_pieces` has
-    even a short response handed back as a Stream.
+    even a short response handed back as a StreamedResponse.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
@@ -82,18 +82,18 @@ async def forward(
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
     if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= WHOLE:
-        async with opened, asyncio.timeout(engine.silence_s):
+        async with opened, asyncio.timeout(engine.read_timeout_s):
             content = as_openais(upstream.status, await upstream.read())
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
     if not in_pieces and length is not None and length <= WHOLE:
-        async with opened, asyncio.timeout(engine.silence_s):
+        async with opened, asyncio.timeout(engine.read_timeout_s):
             content = await upstream.read()
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 
-    async def poured(hand: Hand) -> None:
-        await pour(upstream, hand, engine.silence_s)
+    async def poured(hand: BodySink) -> None:
+        await pour(upstream, hand, engine.read_timeout_s)
 
-    return Stream(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+    return StreamedResponse(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
 
 
 def as_openais(status: int, content: bytes) -> bytes:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable
 from typing import Any, Final, NamedTuple
 
-from proxy.upstream.body_tap import Hand, Pour
+from proxy.upstream.body_tap import BodySink, BodySource
 
 MOST: Final = 10_000
 """Requests that are remembered, and ids of theirs besides the proxy's."""
@@ -21,7 +21,7 @@ _ID: Final = re.compile(rb'"id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 _OWN_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|req-)[0-9a-f]{32}")
 
 
-class Passed(NamedTuple):
+class ForwardedRequest(NamedTuple):
     """A request that was handed to the upstream."""
 
     request: str  # its id, as the response's x-request-id has it
@@ -38,16 +38,16 @@ class Passed(NamedTuple):
         return {**self._asdict(), "applied": False, "upstream_id": upstream_id}
 
 
-class Recent:
+class RecentRequests:
     """The requests of the last while."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._passed: OrderedDict[str, Passed] = OrderedDict()  # by the proxy's id
+        self._passed: OrderedDict[str, ForwardedRequest] = OrderedDict()  # by the proxy's id
         self._ids: OrderedDict[tuple[str, str], str] = OrderedDict()  # the proxy's, by tenant and another id
         self._upstream_ids: OrderedDict[str, str] = OrderedDict()  # by the proxy's
 
-    def add(self, passed: Passed) -> None:
+    def add(self, passed: ForwardedRequest) -> None:
         """Remember a request that was handed on."""
         self._passed[passed.request] = passed
         _bound(self._passed, self._most)
@@ -71,10 +71,10 @@ class Recent:
             _bound(self._upstream_ids, self._most)
             self.name(tenant, upstream_id, request)
 
-    def seeing(self, pour: Pour, tenant: str, request: str) -> Pour:
+    def seeing(self, pour: BodySource, tenant: str, request: str) -> BodySource:
         """`pour`, whose first piece is looked at for the upstream's id."""
 
-        async def poured(hand: Hand) -> None:
+        async def poured(hand: BodySink) -> None:
             has_seen = False
 
             def first(piece: bytes, is_last: bool) -> Awaitable[None]:
@@ -96,7 +96,7 @@ class Recent:
             return self._ids.get((tenant, name), name)
         return next((request for (_, other), request in reversed(self._ids.items()) if other == name), name)
 
-    def find(self, request: str) -> Passed | None:
+    def find(self, request: str) -> ForwardedRequest | None:
         """The request with this id of the proxy's, if it was handed on."""
         return self._passed.get(request)
 

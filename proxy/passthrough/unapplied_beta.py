@@ -11,11 +11,11 @@ from typing import Any, Final
 from starlette.responses import Response
 
 from proxy.errors import BadRequest
-from proxy.http.sse import Stream
+from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import PassThroughReason, TtsOptions
 from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta
-from proxy.upstream.body_tap import Hand, Pour
+from proxy.upstream.body_tap import BodySink, BodySource
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _FIRST_OBJECT: Final = re.compile(rb'\A\s*\{\s*(["}])')
 _FIRST_EVENT: Final = re.compile(rb'^data:\s*\{\s*(["}])', re.MULTILINE)
 
 
-class Unapplied:
+class UnappliedBeta:
     """Counts, logs and reports requests whose β is not applied, over one proxy's life."""
 
     def __init__(self, metrics: Metrics, *, is_required: bool) -> None:
@@ -68,7 +68,7 @@ class Unapplied:
             )
 
 
-def told(beta: EffectiveBeta | None, unserved: PassThroughReason) -> dict[str, Any]:
+def unapplied_tts(beta: EffectiveBeta | None, unserved: PassThroughReason) -> dict[str, Any]:
     """Return the `tts` object of a reply that no controller took part in."""
     return {
         "applied": False,
@@ -86,7 +86,7 @@ def mark(response: Response, tts: Mapping[str, Any]) -> None:
     if not 200 <= response.status_code < 300 or not (is_stream or media.startswith("application/json")):
         return
     insertion = _Insertion(tts, is_stream=is_stream)
-    if isinstance(response, Stream):
+    if isinstance(response, StreamedResponse):
         response.pour = _inserting(response.pour, insertion)
         return
     response.body = insertion.take(bytes(response.body)) + insertion.rest()
@@ -123,8 +123,8 @@ class _Insertion:
         return held
 
 
-def _inserting(pour: Pour, insertion: _Insertion) -> Pour:
-    async def inserting(hand: Hand) -> None:
+def _inserting(pour: BodySource, insertion: _Insertion) -> BodySource:
+    async def inserting(hand: BodySink) -> None:
         def take(piece: bytes, is_last: bool) -> Awaitable[None]:
             passed = insertion.take(piece)
             if is_last:

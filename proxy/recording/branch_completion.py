@@ -31,7 +31,7 @@ from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import Settings, StoreText
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 T = TypeVar("T")
 
@@ -73,10 +73,10 @@ class BranchCompleter:
     """Finishes episodes, one after the other."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
     ) -> None:
         self._engine = engine
-        self._aside = engine.aside()
+        self._aside = engine.for_background()
         self._settings = settings
         self._metrics = metrics
         self._turns = turns
@@ -216,9 +216,9 @@ class BranchCompleter:
         """Whether requests wait, here or at the upstream, or that is left alone; where it does not say, whether any is
         served at all."""
         here, engine = (self._turns.episodes, self._turns.passthrough), self._engine
-        if any(one.waiting for one in (*here, engine.berths)) or not engine.breaker.is_closed:
+        if any(one.waiting for one in (*here, engine.branch_semaphore)) or not engine.breaker.is_closed:
             return True
-        waiting = await engine.waiting()
+        waiting = await engine.queue_length()
         return any(one.in_flight for one in here) if waiting is None else waiting > 0
 
 

@@ -32,7 +32,7 @@ from proxy.settings import Settings, StoreText
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan, Reply
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 ACKNOWLEDGED_S: Final = 0.01
 """How long feedback waits to be on disk before its client is told that it will be."""
@@ -54,7 +54,7 @@ class EpisodeLog:
     """The records of one proxy."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
     ) -> None:
         self.writer = StoreWriter(settings, metrics)
         self.drift = drift

@@ -24,7 +24,7 @@ from proxy.errors import UpstreamError, UpstreamRefused
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ class _NotMadeYet(Exception):
 class TemplateDrift:
     """What the upstream's chat templates are now, and how that compares with a store."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: UpstreamClient, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
-        self._aside = engine.aside()
+        self._aside = engine.for_background()
         self._settings = settings
         self._metrics = metrics
         self._seen: dict[str, ModelFingerprint] = {}  # by model
@@ -129,7 +129,7 @@ class TemplateDrift:
             await self._see(self._aside, model)
         self._seen = {model: self._seen[model] for model in models}
 
-    async def _see(self, engine: Engine, model: str) -> None:
+    async def _see(self, engine: UpstreamClient, model: str) -> None:
         now, settings = time.monotonic(), self._settings
         ids = await _rendered(engine, model)
         text = await engine.detokenise(model, ids) if ids else ""
@@ -191,7 +191,7 @@ class TemplateDrift:
         return [version for model in sorted(models) for version in await store.versions(model)]
 
 
-async def _rendered(engine: Engine, model: str) -> Sequence[int]:
+async def _rendered(engine: UpstreamClient, model: str) -> Sequence[int]:
     """The ids of a conversation; of less of it where the template refuses a part; none if it refuses all."""
     for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[-1:]):
         with suppress(UpstreamRefused):

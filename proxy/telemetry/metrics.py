@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from controllers.builtin import ALIAS_BETAS
 from proxy.errors import (
-    UpstreamEjected,
+    UpstreamCircuitOpen,
     UpstreamError,
-    UpstreamNonsense,
+    UpstreamProtocolError,
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -34,8 +34,8 @@ ROLLED_BACK: Final = (*CanaryMetric, "quarantined")
 _FAILURES: Final = {
     UpstreamUnreachable: "unreachable",
     UpstreamTimeout: "timeout",
-    UpstreamEjected: "ejected",
-    UpstreamNonsense: "nonsense",
+    UpstreamCircuitOpen: "ejected",
+    UpstreamProtocolError: "nonsense",
     UpstreamRefused: "refused",
 }
 

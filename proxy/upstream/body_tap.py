@@ -14,15 +14,15 @@ from typing import Any
 
 import aiohttp
 
-from proxy.upstream.eager_task import begin
+from proxy.upstream.eager_task import start_eagerly
 
-Hand = Callable[[bytes, bool], Awaitable[None]]
+BodySink = Callable[[bytes, bool], Awaitable[None]]
 """Is given a piece of a body, and whether it is the last. What it returns is over once the next piece may come."""
-Pour = Callable[[Hand], Awaitable[None]]
-"""Gives a Hand a body. If it returns, it has given the last piece, which may be empty."""
+BodySource = Callable[[BodySink], Awaitable[None]]
+"""Gives a BodySink a body. If it returns, it has given the last piece, which may be empty."""
 
 
-async def pour(response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -> None:
+async def pour(response: aiohttp.ClientResponse, hand: BodySink, silence_s: float) -> None:
     """Give `hand` the body of `response`, of which nothing has been read.
 
     Raises what aiohttp and `hand` do, and TimeoutError once nothing has come for `silence_s` seconds. Of a stream of
@@ -41,7 +41,7 @@ async def pour(response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -
 class _Tap(asyncio.Protocol):
     """The protocol of a connection, with another one around it that gives on what comes."""
 
-    def __init__(self, response: aiohttp.ClientResponse, hand: Hand, silence_s: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, hand: BodySink, silence_s: float) -> None:
         connection = response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
             raise aiohttp.ServerDisconnectedError  # though neither an end nor an error has come
@@ -83,7 +83,7 @@ class _Tap(asyncio.Protocol):
         if not self._is_stream or b"data" in piece:
             self._heard = self._loop.time()
         try:
-            slow = begin(self._hand(piece, self._has_last))
+            slow = start_eagerly(self._hand(piece, self._has_last))
         except Exception as error:
             self._end(error)
         else:

@@ -21,7 +21,7 @@ class _Call:
         self.given = asyncio.Event()
 
 
-class Berths:
+class BranchSemaphore:
     """Those of one upstream; without a bound unless one is given."""
 
     def __init__(self, most: float = math.inf) -> None:
@@ -37,7 +37,7 @@ class Berths:
 
     @asynccontextmanager
     async def hold(self, branches: int, *, is_background: bool = False) -> AsyncIterator[None]:
-        """Berths for so many branches, waited for and then held. More than there are go alone, when none is taken."""
+        """Wait for a slot for each branch, then hold them. A call larger than the limit runs alone."""
         queue = self._background if is_background else self._live
         call = _Call(branches)
         queue.append(call)
@@ -53,7 +53,7 @@ class Berths:
             self._serve()  # one that was only waited for may have kept those behind it
 
     def _serve(self) -> None:
-        """Give free berths to whoever is next. The next waits until there are enough, and everybody with it: else many
+        """Give free slots to the next call. It waits until there are enough, and everybody with it: else many
         small calls could keep a large one waiting for ever."""
         while queue := self._live or self._background:
             call = queue[0]

@@ -26,21 +26,21 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from proxy.errors import (
-    UpstreamEjected,
+    UpstreamCircuitOpen,
     UpstreamError,
-    UpstreamNonsense,
+    UpstreamProtocolError,
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
     detail,
 )
 from proxy.types import Call, Model, ObservedRequest, Output, UpstreamObserver
-from proxy.upstream.branch_semaphore import Berths
+from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker, RetryBudget
-from proxy.upstream.detokeniser import Endings
-from proxy.upstream.eager_task import Urgent
+from proxy.upstream.detokeniser import TokenEndings
+from proxy.upstream.eager_task import EagerPayload
 from proxy.upstream.health_check import HealthCheck, is_failure
-from proxy.upstream.response_body import Allowance, BodyTooLong, Lines, parse_object, read_body
+from proxy.upstream.response_body import BodyTooLong, ByteAllowance, LineSplitter, parse_object, read_body
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +88,14 @@ class TooManyTokens(Exception):
     """A text has more tokens than were allowed for."""
 
 
-class Pressure(NamedTuple):
+class UpstreamLoad(NamedTuple):
     """How busy an upstream is; None is what it does not say."""
 
     waiting: int | None  # requests in its queues
     cache: float | None  # share of the KV cache in use, of the fullest engine
 
 
-class Engine:
+class UpstreamClient:
     """One upstream. Every method raises a kind of UpstreamError and nothing else."""
 
     def __init__(
@@ -105,27 +105,27 @@ class Engine:
         *,
         read_timeout_s: float = 600,
         breaker: Breaker | None = None,
-        berths: Berths | None = None,
+        branch_semaphore: BranchSemaphore | None = None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
-        self.shown = _without_user(self._url)  # what may be told of it
+        self.display_url = _without_user(self._url)  # what may be told of it
         self._session = session
-        self.silence_s = read_timeout_s  # seconds without a byte after which a response is given up
+        self.read_timeout_s = read_timeout_s  # seconds without a byte after which a response is given up
         connect = session.timeout.sock_connect
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
         self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
         self._takes_priority = True  # as far as is known
         self.breaker = breaker or Breaker()
-        self.berths = berths or Berths()
+        self.branch_semaphore = branch_semaphore or BranchSemaphore()
         self._health_check = HealthCheck(self._url, session)
         self._checking: asyncio.Task[None] | None = None
         self._budget = RetryBudget()
         self.on_event: Callable[[str], object] = lambda _: None  # called with "retried" and "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
-        self.endings = Endings()
-        self.watcher = UpstreamObserver()
+        self.token_endings = TokenEndings()
+        self.observer = UpstreamObserver()
 
-    def aside(self) -> Engine:
+    def for_background(self) -> UpstreamClient:
         """Return an engine of the same upstream for work that nobody waits for.
 
         Its failures do not count against the upstream, and its retries do not use up those of other requests.
@@ -162,26 +162,26 @@ class Engine:
         if self.breaker.end_check(is_up=is_up):
             self._tell_ejected()
         elif is_up and was_closed:
-            logger.warning("upstream %s failed several requests in a row but passes the health check", self.shown)
+            logger.warning("upstream %s failed several requests in a row but passes the health check", self.display_url)
 
     async def models(self, *, is_check: bool = False) -> list[Model]:
         """The models served now."""
-        cards = await self.cards(is_check=is_check)
+        cards = await self.model_cards(is_check=is_check)
         try:
             return [Model(card["id"], _length(card.get("max_model_len"))) for card in cards]
         except (TypeError, ValueError, OverflowError):
-            raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models") from None
+            raise UpstreamProtocolError(f"{self.display_url}/v1/models is not a list of models") from None
 
-    async def cards(self, *, is_check: bool = False) -> list[dict[str, Any]]:
+    async def model_cards(self, *, is_check: bool = False) -> list[dict[str, Any]]:
         """The same as the upstream tells them; each has an `id`."""
         cards = (await self._json("GET", "/v1/models", is_check=is_check, most=PAGE_BYTES)).get("data")
         if isinstance(cards, list) and len(cards) > MOST_MODELS:
-            raise UpstreamNonsense(f"{self.shown}/v1/models lists more than {MOST_MODELS} models")
+            raise UpstreamProtocolError(f"{self.display_url}/v1/models lists more than {MOST_MODELS} models")
         if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
-            raise UpstreamNonsense(f"{self.shown}/v1/models is not a list of models")
+            raise UpstreamProtocolError(f"{self.display_url}/v1/models is not a list of models")
         return cards
 
-    async def healthy(self) -> bool:
+    async def is_healthy(self) -> bool:
         """Whether the upstream says it is well."""
         try:
             async with self._request("GET", "/health", is_check=True) as response:
@@ -189,11 +189,11 @@ class Engine:
         except UpstreamError:
             return False
 
-    async def waiting(self) -> int | None:
+    async def queue_length(self) -> int | None:
         """How many requests wait to be run; None if the upstream does not say."""
-        return (await self.pressure()).waiting
+        return (await self.read_load()).waiting
 
-    async def pressure(self) -> Pressure:
+    async def read_load(self) -> UpstreamLoad:
         """How busy the upstream is, as far as it says."""
         try:
             async with self._request("GET", "/metrics", is_check=True) as response:
@@ -203,7 +203,7 @@ class Engine:
             page = ""
         waiting, cache = _gauges(page, WAITING), _gauges(page, CACHE)
         in_all = sum(waiting)
-        return Pressure(int(in_all) if waiting and math.isfinite(in_all) else None, max(cache) if cache else None)
+        return UpstreamLoad(int(in_all) if waiting and math.isfinite(in_all) else None, max(cache) if cache else None)
 
     async def tokenise_chat(self, body: Mapping[str, Any], most: int | None = None) -> list[int]:
         """Return the ids of a chat prompt; `body` holds `model`, `messages` and what the chat template takes.
@@ -223,33 +223,33 @@ class Engine:
             known = self._suffixes[model, text] = await self.tokenise_plain(model, text)
         return known
 
-    async def tokenise_plain(self, model: str, text: str, *, is_watched: bool = True) -> list[int]:
+    async def tokenise_plain(self, model: str, text: str, *, is_observed: bool = True) -> list[int]:
         """Ids of a text, without the special tokens that a prompt begins with."""
         request = {"model": model, "prompt": text, "add_special_tokens": False}
-        return await self._tokenise(request, is_watched=is_watched)
+        return await self._tokenise(request, is_observed=is_observed)
 
     async def _tokenise(
-        self, request: Mapping[str, Any], most: int | None = None, *, is_watched: bool = True
+        self, request: Mapping[str, Any], most: int | None = None, *, is_observed: bool = True
     ) -> list[int]:
         """Return the ids that the upstream has for a request. Raises TooManyTokens if `most` do not nearly suffice."""
         sent = _as_json(request)
         longest = len(sent) if most is None else min(len(sent), most)  # a token is a byte at least, on the whole
         bound = LEAST_BYTES + BYTES_PER_ID * longest
         try:
-            return self._ids(await self._json("POST", "/tokenize", sent, most=bound, is_watched=is_watched))
+            return self._ids(await self._json("POST", "/tokenize", sent, most=bound, is_observed=is_observed))
         except BodyTooLong:
             if most is not None and len(sent) > most:
                 raise TooManyTokens from None
             raise
 
-    async def detokenise(self, model: str, ids: Sequence[int], *, is_watched: bool = True) -> str:
+    async def detokenise(self, model: str, ids: Sequence[int], *, is_observed: bool = True) -> str:
         """The text of `ids`, special tokens included."""
         most = LEAST_BYTES + BYTES_PER_TEXT * BYTES_PER_ID * len(ids)
         sent = _as_json({"model": model, "tokens": list(ids)})
-        reply = await self._json("POST", "/detokenize", sent, most=most, is_watched=is_watched)
+        reply = await self._json("POST", "/detokenize", sent, most=most, is_observed=is_observed)
         text = reply.get("prompt")
         if not isinstance(text, str):
-            raise UpstreamNonsense(f"{self.shown}/detokenize gave no text")
+            raise UpstreamProtocolError(f"{self.display_url}/detokenize gave no text")
         return text
 
     async def generate(self, model: str, call: Call) -> None:
@@ -257,8 +257,8 @@ class Engine:
 
         It waits until there is room for so many branches; live calls go before those that have a priority.
         """
-        async with self.berths.hold(len(call.outputs), is_background=call.priority > 0):
-            with self.watcher.generation(model, call):
+        async with self.branch_semaphore.hold(len(call.outputs), is_background=call.priority > 0):
+            with self.observer.generation(model, call):
                 try:
                     await self._generate(model, call)
                 except UpstreamRefused as error:
@@ -282,13 +282,13 @@ class Engine:
             **({"cache_salt": call.salt} if call.salt else {}),
         }
         usage: Mapping[str, Any] | None = None
-        told = self.watcher.headers()
-        async with self._request("POST", "/v1/completions", is_watched=False, json=body, headers=told) as response:
+        told = self.observer.headers()
+        async with self._request("POST", "/v1/completions", is_observed=False, json=body, headers=told) as response:
             await self._raise_for_status(response)
             if response.content_type == "application/json":  # no stream, whatever its status says
-                answer = await read_body(response, PAGE_BYTES, self.silence_s)
+                answer = await read_body(response, PAGE_BYTES, self.read_timeout_s)
                 raise self._refusal(response.status, self._parse(answer))
-            async with asyncio.timeout(self.silence_s) as silence:  # whatever it sends that brings nothing
+            async with asyncio.timeout(self.read_timeout_s) as silence:  # whatever it sends that brings nothing
                 brought = 0
                 async for chunk in self._events(response, call):
                     if "error" in chunk:
@@ -297,7 +297,7 @@ class Engine:
                     ended = self._take(call, chunk)
                     if call.brought > brought:
                         brought = call.brought
-                        silence.reschedule(asyncio.get_running_loop().time() + self.silence_s)
+                        silence.reschedule(asyncio.get_running_loop().time() + self.read_timeout_s)
                     for output in ended:
                         if call.on_finish is not None:
                             await call.on_finish(output)
@@ -307,7 +307,7 @@ class Engine:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, is_urgent: bool = False
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The upstream's own response, whatever its status. Leaving the context closes, and so aborts, it."""
-        payload = Urgent if is_urgent else aiohttp.BytesPayload
+        payload = EagerPayload if is_urgent else aiohttp.BytesPayload
         return self._request(method, path, data=payload(body) if body else None, headers=headers)
 
     def _take(self, call: Call, chunk: Mapping[str, Any]) -> list[Output]:
@@ -332,38 +332,40 @@ class Engine:
                     output.at_token = output.finish == "stop" and not isinstance(choice.get("stop_reason"), str)
                     ended.append(output)
         except (KeyError, IndexError, TypeError):
-            raise UpstreamNonsense(
-                f"{self.shown}/v1/completions sent a chunk that is none of vLLM's; is it vLLM 0.10 or later?"
+            raise UpstreamProtocolError(
+                f"{self.display_url}/v1/completions sent a chunk that is none of vLLM's; is it vLLM 0.10 or later?"
             ) from None
         if longest > call.max_tokens:
             words = f"sent {longest} tokens of a completion that may have {call.max_tokens}"
-            raise UpstreamNonsense(f"{self.shown} {words}")
+            raise UpstreamProtocolError(f"{self.display_url} {words}")
         return ended
 
     def _settle(self, call: Call, usage: Mapping[str, Any] | None) -> None:
         """Check that each completion came to a proper end and that the server's usage is what arrived."""
         if usage is None or any(output.finish is None for output in call.outputs):
-            raise UpstreamNonsense(f"{self.shown} cut a stream before its end")
+            raise UpstreamProtocolError(f"{self.display_url} cut a stream before its end")
         for output in call.outputs:
             if output.finish not in ENDS:
-                raise UpstreamNonsense(f"{self.shown} ended a completion by {shorten(str(output.finish), 40)!r}")
+                raise UpstreamProtocolError(
+                    f"{self.display_url} ended a completion by {shorten(str(output.finish), 40)!r}"
+                )
             if output.finish == "length" and len(output.ids) != call.max_tokens:  # who goes on with it would never end
                 problem = f"ended a completion for its length after {len(output.ids)} of {call.max_tokens} tokens"
-                raise UpstreamNonsense(f"{self.shown} {problem}")
+                raise UpstreamProtocolError(f"{self.display_url} {problem}")
         try:
             generated, prompt = usage["completion_tokens"], usage["prompt_tokens"]
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         except (KeyError, TypeError, AttributeError):
             generated = prompt = cached = None
         if not (type(generated) is int and type(prompt) is int and (cached is None or type(cached) is int)):
-            raise UpstreamNonsense(f"{self.shown} sent a usage without token counts")
+            raise UpstreamProtocolError(f"{self.display_url} sent a usage without token counts")
         if generated != call.generated:
-            raise UpstreamNonsense(f"{self.shown} bills {generated} tokens and sent {call.generated}")
+            raise UpstreamProtocolError(f"{self.display_url} bills {generated} tokens and sent {call.generated}")
         sent = sum(map(len, call.prompts))  # each prompt once, whatever `n`; to ids vLLM adds nothing
         if prompt != sent:
-            raise UpstreamNonsense(f"{self.shown} bills {prompt} tokens of prompts that have {sent}")
+            raise UpstreamProtocolError(f"{self.display_url} bills {prompt} tokens of prompts that have {sent}")
         if cached is not None and not 0 <= cached <= prompt:
-            raise UpstreamNonsense(f"{self.shown} had {cached} tokens cached of prompts that have {prompt}")
+            raise UpstreamProtocolError(f"{self.display_url} had {cached} tokens cached of prompts that have {prompt}")
         call.prompt_tokens, call.cached_tokens = prompt, cached
 
     # The seam where foreign errors end
@@ -375,7 +377,7 @@ class Engine:
         *,
         is_check: bool = False,
         is_telling: bool = True,
-        is_watched: bool = True,
+        is_observed: bool = True,
         **content: Any,
     ) -> _Exchange:
         """The upstream's response. A check is not repeated, its failure tells nothing of whether requests are served,
@@ -383,20 +385,20 @@ class Engine:
         timeout = self._check_timeout if is_check else self._timeout
         url = self._url + path
         ask = partial(self._session.request, method, url, timeout=timeout, allow_redirects=False, **content)
-        watched = path if is_watched and not is_check else ""
+        watched = path if is_observed and not is_check else ""
         return _Exchange(self, ask, is_check, is_telling and not is_check, method, watched)
 
     async def open(self, ask: _Ask, *, is_check: bool) -> aiohttp.ClientResponse:
         """Return the response to `ask`, of which nothing has been read. Retries within the budget what nothing came of.
 
-        Raises UpstreamEjected, or what aiohttp does.
+        Raises UpstreamCircuitOpen, or what aiohttp does.
         """
         await self._admit()
         self._budget.earn()
         for pause in (*(() if is_check else PAUSES_S), None):
             failed: Exception | None = None
             try:
-                async with asyncio.timeout(self.silence_s + CHECK_S):  # however slowly its head comes
+                async with asyncio.timeout(self.read_timeout_s + CHECK_S):  # however slowly its head comes
                     response = await ask()
             except NOTHING_CAME as error:
                 failed = error
@@ -418,12 +420,12 @@ class Engine:
         return response
 
     async def _admit(self) -> None:
-        """Return if requests may go out now. Raises UpstreamEjected."""
+        """Return if requests may go out now. Raises UpstreamCircuitOpen."""
         if self.breaker.is_due:
             await self.check(CHECK_S)
         if not self.breaker.is_closed:
-            message = f"upstream {self.shown} has failed too often and is left alone for a while"
-            raise UpstreamEjected(message, after=self.breaker.wait_s)
+            message = f"upstream {self.display_url} has failed too often and is left alone for a while"
+            raise UpstreamCircuitOpen(message, after=self.breaker.wait_s)
 
     def fail(self, error: BaseException | None = None) -> None:
         """Take in a request that came to nothing, by `error` or by what the upstream answered."""
@@ -437,25 +439,27 @@ class Engine:
 
     def _tell_ejected(self) -> None:
         self.on_event("ejected")
-        logger.error("upstream %s is down; it is left alone for %.0f s", self.shown, self.breaker.wait_s)
+        logger.error("upstream %s is down; it is left alone for %.0f s", self.display_url, self.breaker.wait_s)
 
     def check_head(self, response: aiohttp.ClientResponse) -> None:
-        """Raise UpstreamNonsense for a response that cannot be read, or handed on."""
+        """Raise UpstreamProtocolError for a response that cannot be read, or handed on."""
         encoding = response.headers.get("content-encoding", "identity").lower()
         if encoding != "identity":
-            raise UpstreamNonsense(f"{self.shown} sent content encoded as {encoding[:40]!r}, which was not asked for")
+            raise UpstreamProtocolError(
+                f"{self.display_url} sent content encoded as {encoding[:40]!r}, which was not asked for"
+            )
         if not 200 <= response.status < 600:
-            raise UpstreamNonsense(f"{self.shown} answered with status {response.status}")
+            raise UpstreamProtocolError(f"{self.display_url} answered with status {response.status}")
 
     def mapped(self, error: Exception) -> UpstreamError:
         """A foreign error as one of ours."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return UpstreamUnreachable(f"upstream {self.shown} does not accept connections")
+            return UpstreamUnreachable(f"upstream {self.display_url} does not accept connections")
         if isinstance(error, TimeoutError):
-            return UpstreamTimeout(f"upstream {self.shown} was silent for too long")
+            return UpstreamTimeout(f"upstream {self.display_url} was silent for too long")
         if isinstance(error, aiohttp.ClientConnectorError):
-            return UpstreamUnreachable(f"upstream {self.shown} cannot be reached: {error.strerror}")
-        return UpstreamNonsense(f"upstream {self.shown} broke off: {type(error).__name__}")
+            return UpstreamUnreachable(f"upstream {self.display_url} cannot be reached: {error.strerror}")
+        return UpstreamProtocolError(f"upstream {self.display_url} broke off: {type(error).__name__}")
 
     async def _json(
         self,
@@ -464,31 +468,33 @@ class Engine:
         body: bytes | None = None,
         *,
         is_check: bool = False,
-        is_watched: bool = True,
+        is_observed: bool = True,
         most: int,
     ) -> dict[str, Any]:
         """Return the JSON object that the upstream answers the JSON `body` with, which may have `most` bytes."""
-        flags = {"is_check": is_check, "is_telling": False, "is_watched": is_watched}
+        flags = {"is_check": is_check, "is_telling": False, "is_observed": is_observed}
         content: dict[str, Any] = {}
         if body is not None:
             content = {"data": body, "headers": {"content-type": "application/json"}}
         async with self._request(method, path, **flags, **content) as response:
             await self._raise_for_status(response)
-            reply = self._parse(await read_body(response, most, self.silence_s))
+            reply = self._parse(await read_body(response, most, self.read_timeout_s))
             if reply.get("error"):
                 raise self._refusal(response.status, reply)
         return reply
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
         if response.status >= HTTPStatus.BAD_REQUEST:
-            raise self._refusal(response.status, self._parse(await read_body(response, PAGE_BYTES, self.silence_s)))
+            raise self._refusal(
+                response.status, self._parse(await read_body(response, PAGE_BYTES, self.read_timeout_s))
+            )
 
     async def _events(self, response: aiohttp.ClientResponse, call: Call) -> AsyncIterator[dict[str, Any]]:
         """Yield the JSON of each server-sent event until `[DONE]`, within bounds set by what `call` has brought."""
         longest = max(map(len, call.prompts))  # the server sends them back, to each completion
-        lines = Lines(LEAST_BYTES + BYTES_PER_ID * longest)
+        lines = LineSplitter(LEAST_BYTES + BYTES_PER_ID * longest)
         least = LEAST_BYTES + BYTES_PER_ID * longest * len(call.outputs)
-        allowance = Allowance(least, BYTES_PER_TOKEN)
+        allowance = ByteAllowance(least, BYTES_PER_TOKEN)
         async for data in response.content.iter_any():
             allowance.spend(len(data))
             for line in lines.take(data):
@@ -502,18 +508,18 @@ class Engine:
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:
             return parse_object(payload)
-        except UpstreamNonsense as error:
-            raise UpstreamNonsense(f"{self.shown}: {error}") from None
+        except UpstreamProtocolError as error:
+            raise UpstreamProtocolError(f"{self.display_url}: {error}") from None
 
     def _refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
         if "detail" in reply and "error" not in reply:  # FastAPI's own form
             if status == HTTPStatus.NOT_FOUND:
-                return UpstreamNonsense(f"{self.shown} answered 404 to a path that vLLM has; is it vLLM?")
+                return UpstreamProtocolError(f"{self.display_url} answered 404 to a path that vLLM has; is it vLLM?")
             return UpstreamRefused(status, detail(reply["detail"]))
         error = reply.get("error", reply)
         message = error.get("message") if isinstance(error, Mapping) else None
         if not isinstance(message, str):
-            return UpstreamNonsense(f"{self.shown} answered {status} without a message")
+            return UpstreamProtocolError(f"{self.display_url} answered {status} without a message")
         if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):
             status = error["code"]
         param = error.get("param")
@@ -524,14 +530,14 @@ class Engine:
         try:
             return _ids_of(ids)
         except TypeError:
-            raise UpstreamNonsense(f"{self.shown}/tokenize gave no token ids") from None
+            raise UpstreamProtocolError(f"{self.display_url}/tokenize gave no token ids") from None
 
 
 class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
     """A request to an upstream, which learns from how it ends. Within it there is the response."""
 
     def __init__(
-        self, engine: Engine, ask: partial[Any], is_check: bool, is_telling: bool, method: str, watched: str
+        self, engine: UpstreamClient, ask: partial[Any], is_check: bool, is_telling: bool, method: str, watched: str
     ) -> None:
         self._engine = engine
         self._ask = ask
@@ -543,7 +549,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
         self._response: aiohttp.ClientResponse | None = None
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
-        if self._watched and (seen := self._engine.watcher.request(self._method, self._watched)) is not None:
+        if self._watched and (seen := self._engine.observer.request(self._method, self._watched)) is not None:
             self._seen = seen
             self._ask = partial(self._ask, headers={**self._ask.keywords.get("headers", {}), **seen.headers})
         try:
@@ -553,7 +559,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
             raise
         try:
             self._engine.check_head(self._response)
-        except UpstreamNonsense as error:
+        except UpstreamProtocolError as error:
             await self.__aexit__(None, error, None)
             raise
         return self._response
@@ -590,7 +596,7 @@ def _is_broken(error: BaseException) -> bool:
     """Whether what came in a response that began well says that the upstream failed."""
     if isinstance(error, UpstreamRefused):
         return is_failure(error.upstream_status)
-    return isinstance(error, UpstreamNonsense)
+    return isinstance(error, UpstreamProtocolError)
 
 
 def _without_user(url: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from proxy.types import Call, Output
-    from proxy.upstream.client import Engine
+    from proxy.upstream.client import UpstreamClient
 
 BROKEN: Final = "\ufffd"
 """Replacement character; bytes that are no whole character are decoded to it."""
@@ -44,29 +44,29 @@ class Ending(Enum):
     UNKNOWN = "unknown"  # with a whole character, but the server may leave the id out as a special token
 
 
-class Known(NamedTuple):
+class TokenInfo(NamedTuple):
     """The cached properties of one id."""
 
     text: str  # its own, special or not
     ending: Ending
 
 
-class Endings:
+class TokenEndings:
     """Bounded cache of what is known of ids, by model."""
 
     def __init__(self, most: int = MOST_KNOWN) -> None:
         self._most = most
-        self._known: dict[tuple[str, int], Known] = {}
+        self._known: dict[tuple[str, int], TokenInfo] = {}
         self.turns = asyncio.Semaphore(MOST_LEARNT)
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def get(self, model: str, token: int) -> Known | None:
+    def get(self, model: str, token: int) -> TokenInfo | None:
         """Return the cached properties of an id, None if there are none."""
         return self._known.get((model, token))
 
-    def add(self, model: str, token: int, known: Known) -> None:
+    def add(self, model: str, token: int, known: TokenInfo) -> None:
         """Keep what is known of an id; the oldest entry makes room for it."""
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
@@ -83,7 +83,7 @@ class Seam(NamedTuple):
 class Detokeniser:
     """Decodes what one model generates."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: UpstreamClient, model: str) -> None:
         self._engine = engine
         self._model = model
 
@@ -99,7 +99,7 @@ class Detokeniser:
         start, inside, lowest = len(prompt), -1, floor
         while start > lowest:
             start -= 1
-            known = self._engine.endings.get(self._model, prompt[start])
+            known = self._engine.token_endings.get(self._model, prompt[start])
             ending = (known or await self._look_up(prompt, start, lowest)).ending
             if ending is Ending.WHOLE:
                 break
@@ -154,20 +154,20 @@ class Detokeniser:
         texts = {token: (await self._learn(token)).text for token in ids}
         return {token for token, text in texts.items() if text and BROKEN not in text and text not in shown}
 
-    async def _look_up(self, prompt: Sequence[int], at: int, lowest: int) -> Known:
+    async def _look_up(self, prompt: Sequence[int], at: int, lowest: int) -> TokenInfo:
         """Learn the new id at `at`, and ids before it, often next: the more, the further the walk has come."""
         ahead = max(LOOK_AHEAD, len(prompt) - at)
         await asyncio.gather(*(self._learn(token) for token in {*prompt[max(lowest, at + 1 - ahead) : at + 1]}))
         return await self._learn(prompt[at])
 
-    async def _learn(self, token: int) -> Known:
+    async def _learn(self, token: int) -> TokenInfo:
         """Return what is known of an id, asking the upstream if that is nothing."""
-        endings = self._engine.endings
+        endings = self._engine.token_endings
         if (known := endings.get(self._model, token)) is None:
             async with endings.turns:
                 if (known := endings.get(self._model, token)) is None:  # nor has anybody else learnt it meanwhile
                     text = await self._decode([token])
-                    known = Known(text, await self._ending(token, text))
+                    known = TokenInfo(text, await self._ending(token, text))
                     endings.add(self._model, token, known)
         return known
 
@@ -182,11 +182,11 @@ class Detokeniser:
         if not text:
             return Ending.UNKNOWN
         copies = [text + follower for follower in (*_FOLLOWERS, text)]
-        ids = await self._engine.tokenise_plain(self._model, "".join(copies), is_watched=False)
+        ids = await self._engine.tokenise_plain(self._model, "".join(copies), is_observed=False)
         return Ending.WHOLE if 0 < ids.count(token) < len(copies) + 1 else Ending.UNKNOWN
 
     async def _decode(self, ids: Sequence[int]) -> str:
-        return await self._engine.detokenise(self._model, ids, is_watched=False) if ids else ""
+        return await self._engine.detokenise(self._model, ids, is_observed=False) if ids else ""
 
 
 class CallDecoder:

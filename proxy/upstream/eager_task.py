@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 
-def begin(work: Awaitable[None]) -> Awaitable[None] | None:
+def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:
     """Do of `work` what can be done without waiting. What is left of it, if it has to wait. Raises what it raises."""
     steps = work.__await__()
     try:
@@ -36,11 +36,11 @@ def _rest(awaited: Any, steps: Generator[Any, Any, None]) -> Generator[Any, Any,
         return
 
 
-class Urgent(aiohttp.BytesPayload):
+class EagerPayload(aiohttp.BytesPayload):
     """The body of a request whose answer is waited for from its first byte on, as a stream's is."""
 
 
-class Request(aiohttp.ClientRequest):
+class EagerClientRequest(aiohttp.ClientRequest):
     """One whose body, if it is urgent, is on its way as soon as its head is.
 
     aiohttp has a task write it, which before Python 3.12 does not begin until the next time around. Where nothing is
@@ -49,7 +49,7 @@ class Request(aiohttp.ClientRequest):
 
     def write_bytes(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, None]:
         work = super().write_bytes(*args, **kwargs)
-        return _finish(begin(work)) if isinstance(self.body, Urgent) else work
+        return _finish(start_eagerly(work)) if isinstance(self.body, EagerPayload) else work
 
 
 async def _finish(left: Awaitable[None] | None) -> None:

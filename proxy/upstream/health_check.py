@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from proxy.errors import UpstreamNonsense
+from proxy.errors import UpstreamProtocolError
 from proxy.upstream.response_body import parse_object, read_body
 
 ANSWER_S: Final = 5.0
@@ -45,12 +45,12 @@ class HealthCheck:
                 return await self._generates()
             except TimeoutError:
                 continue
-            except (aiohttp.ClientError, UpstreamNonsense):
+            except (aiohttp.ClientError, UpstreamProtocolError):
                 return False
         return False
 
     async def _generates(self) -> bool:
-        """Return whether the upstream generates. Raises TimeoutError, ClientError or UpstreamNonsense."""
+        """Return whether the upstream generates. Raises TimeoutError, ClientError or UpstreamProtocolError."""
         if is_failure((await self._ask("GET", "/health"))[0]):
             return False
         status, body = await self._ask("GET", "/v1/models")
@@ -78,7 +78,7 @@ class HealthCheck:
         """Return the tokens that the upstream has read and generated; 0 if it does not tell."""
         try:
             status, page = await self._ask("GET", "/metrics")
-        except (aiohttp.ClientError, TimeoutError, UpstreamNonsense):
+        except (aiohttp.ClientError, TimeoutError, UpstreamProtocolError):
             return 0.0
         lines = page.decode("utf-8", "replace").splitlines() if status == HTTPStatus.OK else []
         values = [_number(line) for line in lines if line.startswith(COUNTERS)]
@@ -86,7 +86,7 @@ class HealthCheck:
 
 
 def _is_complete(stream: bytes) -> bool:
-    """Return whether a stream of events came to its end and tells of no error. Raises UpstreamNonsense."""
+    """Return whether a stream of events came to its end and tells of no error. Raises UpstreamProtocolError."""
     payloads = [line[5:].strip() for line in stream.splitlines() if line.startswith(b"data:")]
     if not payloads or payloads.pop() != b"[DONE]":
         return False

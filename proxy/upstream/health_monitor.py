@@ -18,7 +18,7 @@ FRESH_S: Final = 1.0
 Clock = Callable[[], float]
 
 
-class Pulse:
+class HealthMonitor:
     """Whether the upstream is well, as a metric and for the route `/ready`. `look` asks the upstream."""
 
     def __init__(self, look: Callable[[], Awaitable[bool]], metrics: Metrics, clock: Clock = time.monotonic) -> None:

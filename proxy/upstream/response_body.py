@@ -9,13 +9,13 @@ from typing import Any, Final, NoReturn
 
 import aiohttp
 
-from proxy.errors import UpstreamNonsense
+from proxy.errors import UpstreamProtocolError
 
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """A surrogate as JSON escapes it; text must have them in pairs."""
 
 
-class BodyTooLong(UpstreamNonsense):
+class BodyTooLong(UpstreamProtocolError):
     """A body has more bytes than were allowed for."""
 
 
@@ -36,7 +36,7 @@ async def read_body(response: aiohttp.ClientResponse, most: int, seconds: float 
 
 
 def parse_object(payload: bytes) -> dict[str, Any]:
-    """Return the JSON object `payload`. Raises UpstreamNonsense, also for NaN and for what is nested too deeply."""
+    """Parse a JSON object. Raises UpstreamProtocolError, also for NaN and for a payload that is nested too deeply."""
     try:
         parsed = json.loads(payload.decode(), parse_constant=_refuse)
         if _HALF.search(payload):  # pair the surrogates that form a character; U+FFFD stands for the others
@@ -45,7 +45,7 @@ def parse_object(payload: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise UpstreamNonsense(f"the upstream sent {len(payload)} bytes that are no JSON object")
+        raise UpstreamProtocolError(f"the upstream sent {len(payload)} bytes that are no JSON object")
     return parsed
 
 
@@ -53,7 +53,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-class Lines:
+class LineSplitter:
     """Splits a stream into lines of at most `most` bytes. Takes linear time, however small the pieces are."""
 
     def __init__(self, most: int) -> None:
@@ -62,7 +62,7 @@ class Lines:
         self._searched = 0  # bytes of `_held` that hold no line end
 
     def take(self, piece: bytes) -> list[bytes]:
-        """Return the lines that `piece` completes, without their ends. Raises UpstreamNonsense for one too long."""
+        """Return the lines that `piece` completes, without line ends. Raises UpstreamProtocolError for a long line."""
         self._held += piece
         lines: list[bytes] = []
         begin = 0
@@ -72,11 +72,11 @@ class Lines:
         del self._held[:begin]
         self._searched = len(self._held)
         if self._searched > self._most:
-            raise UpstreamNonsense(f"the upstream sent a line of more than {self._most} bytes")
+            raise UpstreamProtocolError(f"the upstream sent a line of more than {self._most} bytes")
         return lines
 
 
-class Allowance:
+class ByteAllowance:
     """Bounds the bytes of a stream by what it brings: tokens, and the ends of completions."""
 
     def __init__(self, least: int, per_token: int) -> None:
@@ -85,10 +85,10 @@ class Allowance:
         self._brought = 0
 
     def spend(self, received: int) -> None:
-        """Take in bytes that have come. Raises UpstreamNonsense for too many."""
+        """Take in bytes that have come. Raises UpstreamProtocolError for too many."""
         self._left -= received
         if self._left < 0:
-            raise UpstreamNonsense(f"the upstream sent too many bytes for {self._brought} tokens")
+            raise UpstreamProtocolError(f"the upstream sent too many bytes for {self._brought} tokens")
 
     def earn(self, brought: int) -> None:
         """Take in how many tokens and ends have come in all."""

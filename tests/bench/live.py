@@ -14,7 +14,7 @@ from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.types import Call, EnvironmentLimits, Prompt
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.bench.rows import Row, Size, median_ratio
 
 MODEL = "autotts-tiny"
@@ -38,7 +38,7 @@ class Lockstep:
 
 async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession, size: Size) -> list[Row]:
     """Return every row; each compares things measured by turns."""
-    engine = Engine(vllm, http)
+    engine = UpstreamClient(vllm, http)
     ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]})
     raw, through, stepped = await _by_turns(
         lambda: _raw(engine, ids),
@@ -76,7 +76,7 @@ async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int) -> 
     return taken
 
 
-async def _raw(engine: Engine, ids: list[int]) -> float:
+async def _raw(engine: UpstreamClient, ids: list[int]) -> float:
     """Tokens/s of one plain request for all branches."""
     call = Call([ids], LIMIT, {}, n=BRANCHES)
     started = time.perf_counter()
@@ -100,7 +100,7 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
     return float(reply["usage"]["completion_tokens"]) / (time.perf_counter() - started)
 
 
-async def _stepped(engine: Engine, ids: list[int]) -> float:
+async def _stepped(engine: UpstreamClient, ids: list[int]) -> float:
     """Tokens/s of branches that all stop at every interval."""
     environment = LiveEnvironment(
         engine, Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed")), EnvironmentLimits(INTERVAL, LIMIT, 8)

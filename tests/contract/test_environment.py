@@ -35,7 +35,7 @@ from discovery.evaluation.replay import ReplayEnvironment
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD, TEMPLATES, Family
 from proxy.types import EnvironmentLimits, Prompt
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, ScriptedEnvironment, chain
 
 INTERVAL = 40
@@ -55,7 +55,7 @@ async def scripted(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 @asynccontextmanager
 async def live(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
     async with FakeVLLM(chains, INTERVAL).serve() as backend, aiohttp.ClientSession() as session:
-        engine = Engine(backend.url, session)
+        engine = UpstreamClient(backend.url, session)
         ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
         yield LiveEnvironment(engine, Prompt(MODEL, ids, "", {}), EnvironmentLimits(INTERVAL, 10_000, PROBE))
 

@@ -85,7 +85,7 @@ async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outco
     began = time.monotonic()
     allowed = HARD_S
 
-    class Watched:
+    class ObservedRequest:
         def __init__(self, controller: Controller) -> None:
             self.controller = controller
 
@@ -99,7 +99,7 @@ async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outco
         worker.load(Spec(name, source))
         allowed = HARD_S
         chains = [chain("7", 60, ["7"]), chain("8", 90, ["8"], mark="b")]
-        controller = Watched(SandboxedController(worker, 0.5))
+        controller = ObservedRequest(SandboxedController(worker, 0.5))
         await run_episode(controller, ScriptedEnvironment(chains, 10), State(Limits(10)))
         how, words = "harmless", ""
     except Crossed as error:

@@ -13,9 +13,9 @@ import pytest_asyncio
 from aiohttp.client_reqrep import ConnectionKey
 
 from proxy.errors import (
-    UpstreamEjected,
+    UpstreamCircuitOpen,
     UpstreamError,
-    UpstreamNonsense,
+    UpstreamProtocolError,
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -34,7 +34,7 @@ from proxy.upstream.circuit_breaker import (
     BreakerState,
     RetryBudget,
 )
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from proxy.upstream.embedded import free_port
 from proxy.upstream.health_check import HealthCheck
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
@@ -171,7 +171,7 @@ def test_a_fifth_of_the_requests_may_be_repeated() -> None:
 class Upstream:
     """The fake, an engine over it, and what the engine tells."""
 
-    def __init__(self, fake: FakeVLLM, engine: Engine) -> None:
+    def __init__(self, fake: FakeVLLM, engine: UpstreamClient) -> None:
         self.fake = fake
         self.engine = engine
         self.events: list[str] = []
@@ -198,7 +198,7 @@ class Upstream:
 @pytest_asyncio.fixture
 async def upstream(backend: FakeVLLM, clock: Clock) -> AsyncIterator[Upstream]:
     async with aiohttp.ClientSession() as http:
-        over = Upstream(backend, Engine(backend.url, http, breaker=Breaker(clock)))
+        over = Upstream(backend, UpstreamClient(backend.url, http, breaker=Breaker(clock)))
         yield over
         await over.engine.close()
 
@@ -214,7 +214,7 @@ async def test_what_nothing_came_of_is_repeated(upstream: Upstream, fault: str) 
 @pytest.mark.parametrize("fault", ["cut", "garbage", "lie", "error_event", "refuse", "error_body", "foreign"])
 async def test_what_something_came_of_is_not(upstream: Upstream, fault: str) -> None:
     upstream.fake.fault = fault
-    with pytest.raises(UpstreamNonsense if fault in ("cut", "garbage", "lie", "foreign") else UpstreamRefused):
+    with pytest.raises(UpstreamProtocolError if fault in ("cut", "garbage", "lie", "foreign") else UpstreamRefused):
         await upstream.generate()
     assert (len(upstream.fake.requests), upstream.events) == (1, [])
 
@@ -238,19 +238,19 @@ async def test_an_upstream_that_fails_our_own_request_too_is_left_alone(
     await upstream.fail()
     assert upstream.events.count("ejected") == 1
     seen = len(upstream.fake.requests)
-    with pytest.raises(UpstreamEjected) as caught:
+    with pytest.raises(UpstreamCircuitOpen) as caught:
         await upstream.generate()
     assert caught.value.headers == {"retry-after": "30"}
-    assert not await upstream.engine.healthy()
+    assert not await upstream.engine.is_healthy()
     assert len(upstream.fake.requests) == seen
     clock.now += OPEN_S
-    with pytest.raises(UpstreamEjected):  # it fails the health check again
+    with pytest.raises(UpstreamCircuitOpen):  # it fails the health check again
         await upstream.generate()
     assert upstream.engine.breaker.wait_s == 2 * OPEN_S
     upstream.fake.fault = ""
     clock.now += 2 * OPEN_S
     await upstream.generate()
-    assert await upstream.engine.healthy()
+    assert await upstream.engine.is_healthy()
 
 
 @pytest.mark.parametrize("fault", ["broken", "error_event", "error_body", "cut", "garbage", "drop", "lie", "foreign"])
@@ -315,7 +315,7 @@ async def test_this_machines_lack_of_descriptors_is_not_the_upstreams_fault(upst
 async def test_a_restart_is_as_good_as_a_health_check(upstream: Upstream) -> None:
     upstream.fake.fault = "broken"
     await upstream.fail()
-    with pytest.raises(UpstreamEjected):
+    with pytest.raises(UpstreamCircuitOpen):
         await upstream.generate()
     upstream.fake.fault = ""
     upstream.engine.reset()
@@ -331,7 +331,7 @@ async def test_nobody_waits_for_a_health_check_without_an_end(
     upstream.fake.gate.clear()
     monkeypatch.setattr(engines, "CHECK_S", 0.05)
     for _ in range(2):
-        with pytest.raises(UpstreamEjected) as caught:
+        with pytest.raises(UpstreamCircuitOpen) as caught:
             await upstream.generate()
         assert caught.value.headers == {"retry-after": "1"}
     upstream.fake.fault = ""
@@ -364,13 +364,13 @@ async def test_silence_counts_and_is_not_repeated(
 ) -> None:
     monkeypatch.setattr(health_check, "ANSWER_S", 0.2)
     async with aiohttp.ClientSession() as http:
-        engine = upstream.engine = Engine(backend.url, http, read_timeout_s=0.05, breaker=Breaker(clock))
+        engine = upstream.engine = UpstreamClient(backend.url, http, read_timeout_s=0.05, breaker=Breaker(clock))
         backend.gate.clear()
         for _ in range(FAILURES):
             with pytest.raises(UpstreamTimeout):
                 await upstream.generate()
         await engine.check()
-        with pytest.raises(UpstreamEjected):
+        with pytest.raises(UpstreamCircuitOpen):
             await engine.tokenise_suffix(MODEL, "x")
         assert len(backend.requests) == FAILURES + upstream.checks
 
@@ -403,18 +403,18 @@ async def test_whoever_waits_for_a_health_check_may_leave(upstream: Upstream, cl
 
 async def test_nobody_there(clock: Clock) -> None:
     async with aiohttp.ClientSession() as http:
-        engine = Engine(f"http://127.0.0.1:{free_port()}", http, breaker=Breaker(clock))
+        engine = UpstreamClient(f"http://127.0.0.1:{free_port()}", http, breaker=Breaker(clock))
         for _ in range(FAILURES - 1):  # one of which is repeated
             with pytest.raises(UpstreamUnreachable):
                 await engine.tokenise_suffix(MODEL, "x")
-        with pytest.raises(UpstreamEjected):
+        with pytest.raises(UpstreamCircuitOpen):
             await engine.tokenise_suffix(MODEL, "x")
 
 
 async def test_a_backend_that_writes_more_than_it_may_is_cut(upstream: Upstream) -> None:
     upstream.fake.fault = "more"
     call = Call([[ord(char) for char in ASSISTANT]], 20, {}, n=3)
-    with pytest.raises(UpstreamNonsense, match="20"):
+    with pytest.raises(UpstreamProtocolError, match="20"):
         await upstream.engine.generate(MODEL, call)
     received = [len(output.ids) for output in call.outputs]
     assert max(received) == 21  # the first piece was of one token, the second of as many as there may be
@@ -432,7 +432,7 @@ LIES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("lie", LIES)
 async def test_what_it_says_it_has_counted_must_be_what_there_is(upstream: Upstream, lie: dict[str, Any]) -> None:
     upstream.fake.usage = lie
-    with pytest.raises(UpstreamNonsense):
+    with pytest.raises(UpstreamProtocolError):
         await upstream.generate()
 
 

@@ -16,8 +16,8 @@ from aiohttp import web
 from starlette.types import Receive, Scope, Send
 
 from proxy.http.connections import Connections
-from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
-from proxy.http.sse import Stream
+from proxy.http.protocol import ConnectionLimits, HttpProtocol, ProtocolContext
+from proxy.http.sse import StreamedResponse
 from proxy.server import listen, running
 from proxy.settings import load
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM, RawUpstream, chain
@@ -202,10 +202,10 @@ async def test_a_served_stream_nobody_reads_is_given_up() -> None:
             ended.set()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await Stream.of(source(), {})(scope, receive, send)
+        await StreamedResponse.of(source(), {})(scope, receive, send)
 
-    shared = Edge(EdgeLimits(write_s=0.2), Connections(9, 9, events.append), events.append)
-    made = partial(EdgeProtocol, edge=shared)
+    shared = ProtocolContext(ConnectionLimits(write_s=0.2), Connections(9, 9, events.append), events.append)
+    made = partial(HttpProtocol, context=shared)
     config = uvicorn.Config(app, http=made, ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as listening:

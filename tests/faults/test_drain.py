@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from discovery.store import Store
-from proxy.http.graceful_shutdown import Gate
+from proxy.http.graceful_shutdown import ShutdownMiddleware
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, backend
@@ -208,7 +208,7 @@ async def test_a_gate_counts_what_runs() -> None:
         await asyncio.Event().wait()
 
     sent: list[Any] = []
-    gate = Gate(app)
+    gate = ShutdownMiddleware(app)
     assert await gate.drain(0) == 0
     task = asyncio.create_task(gate({"type": "http", "path": "/v1/models"}, receive, send))
     await asyncio.sleep(0)

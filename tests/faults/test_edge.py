@@ -26,7 +26,7 @@ from proxy.api.routes import ROUTES
 from proxy.errors import ApiError
 from proxy.http import protocol as edge
 from proxy.http.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
-from proxy.http.protocol import Edge, EdgeLimits, EdgeProtocol
+from proxy.http.protocol import ConnectionLimits, HttpProtocol, ProtocolContext
 from proxy.http.request_head import (
     MOST_HEADERS,
     MOST_SHOWN,
@@ -465,7 +465,7 @@ class Wire:
     def resume_reading(self) -> None: ...
 
 
-def connect(clock: Clock, limits: EdgeLimits) -> tuple[EdgeProtocol, Wire]:
+def connect(clock: Clock, limits: ConnectionLimits) -> tuple[HttpProtocol, Wire]:
     """A connection in a loop of its own time."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -473,8 +473,8 @@ def connect(clock: Clock, limits: EdgeLimits) -> tuple[EdgeProtocol, Wire]:
 
     config = uvicorn.Config(app, log_config=None)
     config.load()
-    shared = Edge(limits, Connections(9, 9), lambda _: None)
-    protocol = EdgeProtocol(config, ServerState(), {}, _loop=clock, edge=shared)
+    shared = ProtocolContext(limits, Connections(9, 9), lambda _: None)
+    protocol = HttpProtocol(config, ServerState(), {}, _loop=clock, context=shared)
     wire = Wire()
     protocol.connection_made(wire)  # type: ignore[arg-type]
     return protocol, wire
@@ -495,7 +495,7 @@ def test_a_body_keeps_a_rate_and_ends_in_time(
     rate: int, every_s: float, piece: int, refused_after_s: float, message: str
 ) -> None:
     clock = Clock()
-    protocol, wire = connect(clock, EdgeLimits(body_rate=rate))
+    protocol, wire = connect(clock, ConnectionLimits(body_rate=rate))
     protocol.data_received(post(b"Content-Length: 8000000\r\n", body=b""))
     while not wire.written:
         protocol.flow.resume_reading()  # the app reads at once
@@ -511,7 +511,7 @@ def test_a_body_keeps_a_rate_and_ends_in_time(
 
 def test_a_body_is_not_late_while_the_app_does_not_read() -> None:
     clock = Clock()
-    protocol, wire = connect(clock, EdgeLimits())
+    protocol, wire = connect(clock, ConnectionLimits())
     protocol.data_received(post(b"Content-Length: 8000000\r\n", body=b" " * 70_000))
     assert protocol.flow.read_paused
     clock.turn(1000)
@@ -523,7 +523,7 @@ def test_a_body_is_not_late_while_the_app_does_not_read() -> None:
 
 def test_a_head_has_a_time_whatever_comes_of_it() -> None:
     clock = Clock()
-    protocol, wire = connect(clock, EdgeLimits())
+    protocol, wire = connect(clock, ConnectionLimits())
     protocol.data_received(b"GET /health HTTP/1.1\r\n")
     for number in range(20):
         clock.turn(clock.now + 1)

@@ -15,14 +15,14 @@ from aiohttp import web
 
 from proxy.admission.token_bound import TokenBound
 from proxy.admission.usage_meter import BoundedReplyMeter
-from proxy.errors import UpstreamError, UpstreamNonsense, UpstreamTimeout
+from proxy.errors import UpstreamError, UpstreamProtocolError, UpstreamTimeout
 from proxy.server import running
 from proxy.settings import load
 from proxy.types import Call
 from proxy.upstream import client as engines
 from proxy.upstream.circuit_breaker import FAILURES
-from proxy.upstream.client import Engine
-from proxy.upstream.response_body import Lines, parse_object
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.response_body import LineSplitter, parse_object
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
@@ -74,10 +74,10 @@ class Liar:
                 await asyncio.sleep(self.pause_s)
 
 
-Ask = Callable[[Engine], Awaitable[object]]
+Ask = Callable[[UpstreamClient], Awaitable[object]]
 
 
-async def generate(engine: Engine) -> None:
+async def generate(engine: UpstreamClient) -> None:
     await engine.generate(MODEL, Call([[1, 2, 3]], 20, {}))
 
 
@@ -93,10 +93,10 @@ ASKS: dict[str, Ask] = {
 
 
 @asynccontextmanager
-async def over(liar: Liar, **settings: Any) -> AsyncIterator[Engine]:
+async def over(liar: Liar, **settings: Any) -> AsyncIterator[UpstreamClient]:
     """An engine over a liar."""
     async with liar.serve(), aiohttp.ClientSession(auto_decompress=False) as http:
-        engine = Engine(liar.url, http, **settings)
+        engine = UpstreamClient(liar.url, http, **settings)
         yield engine
         await engine.close()
 
@@ -116,7 +116,7 @@ async def over(liar: Liar, **settings: Any) -> AsyncIterator[Engine]:
 async def test_a_body_that_never_ends_is_cut(asked: str, status: bytes, beginning: bytes, piece: bytes) -> None:
     liar = Liar(HEAD.replace(b"200 OK", status) + beginning, piece)
     async with over(liar) as engine:
-        with pytest.raises(UpstreamNonsense, match="bytes"):
+        with pytest.raises(UpstreamProtocolError, match="bytes"):
             await ASKS[asked](engine)
     assert liar.sent < 2 * engines.PAGE_BYTES
 
@@ -125,7 +125,7 @@ async def test_a_body_that_never_ends_is_cut(asked: str, status: bytes, beginnin
 async def test_an_announced_size_is_refused_before_it_comes(asked: str) -> None:
     liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 314572800\r\n\r\n"), b"x" * MANY)
     async with over(liar) as engine:
-        with pytest.raises(UpstreamNonsense, match="announced 314572800 bytes"):
+        with pytest.raises(UpstreamProtocolError, match="announced 314572800 bytes"):
             await ASKS[asked](engine)
 
 
@@ -148,7 +148,7 @@ CHUNK = b'data: {"choices": [{"index": 0, "token_ids": [], "text": "", "finish_r
 async def test_a_stream_that_brings_nothing_is_cut(piece: bytes) -> None:
     liar = Liar(STREAM, piece)
     async with over(liar) as engine:
-        with pytest.raises(UpstreamNonsense):
+        with pytest.raises(UpstreamProtocolError):
             await generate(engine)
     assert liar.sent < 8 * engines.LEAST_BYTES
 
@@ -167,7 +167,7 @@ async def test_tokens_with_too_much_text_are_cut() -> None:
     liar = Liar(STREAM, b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
     call = Call([[1, 2, 3]], 20, {})
     async with over(liar) as engine:
-        with pytest.raises(UpstreamNonsense, match="too many bytes"):
+        with pytest.raises(UpstreamProtocolError, match="too many bytes"):
             await engine.generate(MODEL, call)
     assert len(call.outputs[0].text) < 4 * engines.LEAST_BYTES
 
@@ -233,7 +233,7 @@ async def test_a_head_that_never_ends_is_given_up(
 async def test_encoded_content_is_refused_before_it_is_read(asked: str, header: bytes) -> None:
     liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + header + b"\r\n\r\n"), b"\x1f\x8b" * MANY)
     async with over(liar) as engine:
-        with pytest.raises(UpstreamNonsense, match="encoded"):
+        with pytest.raises(UpstreamProtocolError, match="encoded"):
             await ASKS[asked](engine)
 
 
@@ -253,11 +253,11 @@ IDS: list[Any] = [[-1], [2**31], [2**40], [10**30], [True], [1.0], ["1"], [None]
 @pytest.mark.parametrize("ids", IDS)
 async def test_ids_that_are_none(ids: Any) -> None:
     async with over(Liar(HEAD + json.dumps({"tokens": ids}).encode())) as engine:
-        with pytest.raises(UpstreamNonsense):
+        with pytest.raises(UpstreamProtocolError):
             await ASKS["tokenise"](engine)
     chunk = {"choices": [{"index": 0, "token_ids": ids, "text": "x", "finish_reason": "length"}]}
     async with over(Liar(STREAM + b"data: " + json.dumps(chunk).encode() + b"\n\n")) as engine:
-        with pytest.raises(UpstreamNonsense):
+        with pytest.raises(UpstreamProtocolError):
             await generate(engine)
 
 
@@ -267,14 +267,14 @@ LENGTHS = ["NaN", "Infinity", "1e999", "-1", "1e30", '"x"', str(2**31), str(10**
 @pytest.mark.parametrize("length", LENGTHS)
 async def test_lengths_of_models_that_are_none(length: str) -> None:
     async with over(Liar(HEAD + b'{"data": [{"id": "m", "max_model_len": %s}]}' % length.encode())) as engine:
-        with pytest.raises(UpstreamNonsense):
+        with pytest.raises(UpstreamProtocolError):
             await engine.models()
 
 
 async def test_too_many_models() -> None:
     cards = [{"id": str(i)} for i in range(engines.MOST_MODELS + 1)]
     async with over(Liar(HEAD + json.dumps({"data": cards}).encode())) as engine:
-        with pytest.raises(UpstreamNonsense, match="models"):
+        with pytest.raises(UpstreamProtocolError, match="models"):
             await engine.models()
 
 
@@ -285,19 +285,19 @@ async def test_too_many_models() -> None:
 async def test_pages_of_metrics_that_tell_nothing(page: bytes) -> None:
     for kind in (b"text/plain", b"text/plain; charset=unicode_escape", b"text/plain; charset=nonsense"):
         async with over(Liar(HEAD.replace(b"application/json", kind) + page)) as engine:
-            assert (await engine.pressure()).waiting is None
+            assert (await engine.read_load()).waiting is None
 
 
 async def test_a_page_of_metrics_that_never_ends_tells_nothing() -> None:
     liar = Liar(HEAD, b"vllm:num_requests_waiting 1\n" * 1000)
     async with over(liar) as engine:
-        assert (await engine.pressure()).waiting is None
+        assert (await engine.read_load()).waiting is None
     assert liar.sent < 2 * engines.PAGE_BYTES
 
 
 @pytest.mark.parametrize("payload", [b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 10**5, b'{"a": %s}' % (b"9" * 10**5)])
 def test_json_that_is_none(payload: bytes) -> None:
-    with pytest.raises(UpstreamNonsense):
+    with pytest.raises(UpstreamProtocolError):
         parse_object(payload)
 
 
@@ -305,7 +305,7 @@ def test_lines_are_those_of_the_whole_however_it_is_cut() -> None:
     rng = random.Random(1)
     for _ in range(300):
         data = bytes(rng.choice(b"ab\n") for _ in range(rng.randrange(200)))
-        lines, taken, at = Lines(1000), list[bytes](), 0
+        lines, taken, at = LineSplitter(1000), list[bytes](), 0
         while at < len(data):
             size = rng.randrange(1, 20)
             taken += lines.take(data[at : at + size])
@@ -314,10 +314,10 @@ def test_lines_are_those_of_the_whole_however_it_is_cut() -> None:
 
 
 def test_a_line_may_be_so_long_and_no_longer() -> None:
-    lines = Lines(10)
+    lines = LineSplitter(10)
     assert lines.take(b"x" * 10) == []
     assert lines.take(b"\n" + b"y" * 10) == [b"x" * 10]
-    with pytest.raises(UpstreamNonsense):
+    with pytest.raises(UpstreamProtocolError):
         lines.take(b"y")
 
 

@@ -25,7 +25,7 @@ from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import load
 from proxy.spill_paths import is_foreign
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 
 
 def episode(name: str) -> ServedEpisode:
@@ -62,7 +62,7 @@ async def open_again(path: Path) -> None:
 async def compare(path: Path) -> None:
     settings = load(upstream="http://127.0.0.1:1", store=path)
     async with aiohttp.ClientSession() as session:
-        await TemplateDrift(Engine(str(settings.upstream), session), settings, Metrics())._compare()
+        await TemplateDrift(UpstreamClient(str(settings.upstream), session), settings, Metrics())._compare()
 
 
 async def read_cells(path: Path) -> None:

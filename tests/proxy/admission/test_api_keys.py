@@ -22,7 +22,7 @@ from proxy.app import create_app
 from proxy.errors import SettingsError
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import FakeVLLM
 from tests.proxy.conftest import SMALL
 from tests.proxy.test_cli import autotts
@@ -513,7 +513,7 @@ async def test_no_tenant_finds_what_another_has_left_in_vllms_cache(vllm: str, f
 @pytest.mark.vllm
 async def test_vllm_says_how_busy_it_is(vllm: str) -> None:
     async with aiohttp.ClientSession() as http:
-        pressure = await Engine(vllm, http).pressure()
+        pressure = await UpstreamClient(vllm, http).read_load()
     assert pressure.waiting is not None
     assert pressure.waiting >= 0
     assert pressure.cache is not None

@@ -16,7 +16,7 @@ from openai import APIError, NotFoundError
 from discovery.data.recordings import question_id
 from discovery.store import Store
 from proxy.errors import SettingsError
-from proxy.http.json_edit import splice
+from proxy.http.json_edit import edit_members
 from proxy.requests.responses_request import ResponsesRequest
 from proxy.server import running
 from proxy.settings import load
@@ -472,9 +472,9 @@ async def test_only_what_is_the_proxys_is_taken_out(raw: Raw) -> None:
     ],
 )
 def test_members_are_changed_and_values_keep_their_bytes(before: bytes, after: bytes) -> None:
-    assert splice(before, drop=("tts",), put={"model": "m"}) == after
-    assert splice(before, drop=(), put={}) is before
-    assert splice(after, drop=("tts",), put={}) is after
+    assert edit_members(before, drop=("tts",), put={"model": "m"}) == after
+    assert edit_members(before, drop=(), put={}) is before
+    assert edit_members(after, drop=("tts",), put={}) is after
 
 
 class Counted(str):
@@ -493,7 +493,7 @@ class Counted(str):
 def test_removing_members_takes_linear_time(count: int) -> None:
     body = json.dumps({f"x{i}": i for i in range(count)} | {"a": 1}).encode()
     Counted.compared = 0
-    assert splice(body, drop=[Counted(f"x{i}") for i in range(count)], put={}) == b'{"a":1}'
+    assert edit_members(body, drop=[Counted(f"x{i}") for i in range(count)], put={}) == b'{"a":1}'
     assert Counted.compared <= 4 * count
 
 

@@ -19,7 +19,7 @@ from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.telemetry.metrics import Metrics
 from proxy.types import STREAM_INTERVAL, BetaSource, EffectiveBeta
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
 
@@ -192,7 +192,7 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     """What may be spent beside the rounds: closings in free words and led, and what is asked and run beforehand."""
     cap, request = 1000, ChatRequest(messages=[{"role": "user", "content": "hi"}])
     request = request.model_copy(update={"tts": TtsOptions(max_total_tokens=cap, answer=parse_kind(kind))})
-    engine = Engine(proxy.backend.url, proxy.http)
+    engine = UpstreamClient(proxy.backend.url, proxy.http)
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
     plan = await run.plan(

@@ -160,7 +160,7 @@ class Sending:
 
 
 async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> None:
-    reader = request_body.Bodies(2**20, 4 * LARGE)
+    reader = request_body.BodyReader(2**20, 4 * LARGE)
 
     async def begin(key: str, size: int) -> tuple[Sending, asyncio.Task[bytes]]:
         sending = Sending(key, size)
@@ -197,7 +197,7 @@ async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> Non
 
 
 async def test_a_body_alone_is_read_whatever_the_bound() -> None:
-    reader = request_body.Bodies(2**20, LARGE)
+    reader = request_body.BodyReader(2**20, LARGE)
     for _ in range(2):
         sending = Sending("a", LARGE)
         sending.go.set()

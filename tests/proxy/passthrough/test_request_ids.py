@@ -15,8 +15,8 @@ from rich.console import Console
 from discovery.store import Store
 from proxy.admission import api_keys
 from proxy.http.access_log import client_id
-from proxy.http.graceful_shutdown import Gate
-from proxy.passthrough.request_ids import Recent
+from proxy.http.graceful_shutdown import ShutdownMiddleware
+from proxy.passthrough.request_ids import RecentRequests
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry import logs
@@ -68,7 +68,7 @@ async def test_it_comes_back_while_the_server_shuts_down() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(nothing)
+    gate = ShutdownMiddleware(nothing)
     gate.shut()
     await gate({"type": "http", "path": "/v1/models", "headers": [(b"x-request-id", MINE.encode())]}, nothing, send)
     assert sent[0]["status"] == 503
@@ -208,7 +208,7 @@ async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
 
 
 def test_no_more_is_remembered_than_the_bound() -> None:
-    recent = Recent(3)
+    recent = RecentRequests(3)
     for number in range(10):
         recent.name("t", f"name-{number}", f"req-{number}")
         recent.see("t", f"req-{number}", b'{"id": "up-%d"}' % number)

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from proxy.errors import detail
-from proxy.passthrough.forward import LOOKS, PATHS, UNSERVED
+from proxy.passthrough.forward import GET_PATHS, POST_PATHS, UNSERVED_PATHS
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, RawUpstream
@@ -102,16 +102,16 @@ async def test_they_are_read_where_a_controller_serves_too(status: int, told: An
     assert words in error["message"]
 
 
-@pytest.mark.parametrize("path", UNSERVED)
+@pytest.mark.parametrize("path", UNSERVED_PATHS)
 async def test_what_is_not_served_says_what_to_do(proxy: Proxy, path: str) -> None:
     async with proxy.http.post(proxy.url + path, json={}) as response:
         error = (await response.json())["error"]
     assert (response.status, error["code"]) == (404, "not_found")
-    assert error["message"] == f"POST {path} is not served: {UNSERVED[path]}"
+    assert error["message"] == f"POST {path} is not served: {UNSERVED_PATHS[path]}"
 
 
 def test_a_path_is_served_or_not() -> None:
-    assert not set(UNSERVED) & {*PATHS, *LOOKS}
+    assert not set(UNSERVED_PATHS) & {*POST_PATHS, *GET_PATHS}
 
 
 @pytest.mark.vllm

@@ -20,7 +20,7 @@ from proxy.probe_templates import LEAD
 from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, BranchCompleter, Purse
 from proxy.recording.store_writer import StoreWriter
 from proxy.types import EnvironmentLimits, Prompt
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, LONGEST_CLOSING, MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, Proxy, backend
 from tests.proxy.recording.test_episode_log import ADMIN, call, episodes, recordings, serving, until
@@ -212,7 +212,9 @@ async def test_all_that_was_generated_is_counted(backend: FakeVLLM, tmp_path: Pa
 async def test_what_ends_well_is_counted_though_another_call_is_cut(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as session:
         prompt = Prompt(MODEL, list(map(ord, ASSISTANT)), ASSISTANT, {}, seed=1)  # a call for each branch
-        environment = LiveEnvironment(Engine(backend.url, session), prompt, EnvironmentLimits(INTERVAL, 1000, 8))
+        environment = LiveEnvironment(
+            UpstreamClient(backend.url, session), prompt, EnvironmentLimits(INTERVAL, 1000, 8)
+        )
         backend.fault, backend.fault_after = "hang", 1
         running = asyncio.create_task(environment.execute([branch(), branch()]))
 

@@ -19,7 +19,7 @@ from proxy.app import upstream_session
 from proxy.recording.template_drift import TemplateDrift
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
 from tests.proxy.recording.test_branch_completion import VOTING, ended, recording, vote
@@ -128,7 +128,7 @@ async def test_a_store_that_is_yet_to_be_created_is_not_complained_of(
     caplog.set_level(logging.INFO)
     settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
     async with upstream_session(settings) as session:
-        drift = TemplateDrift(Engine(backend.url, session), settings, Metrics())
+        drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
         assert not await drift._try()  # it is looked at again soon
         async with Store.open(tmp_path / "s.db", create=True):
             pass

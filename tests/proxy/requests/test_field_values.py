@@ -25,7 +25,7 @@ from proxy.requests.field_values import (
 )
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy
 
@@ -229,7 +229,7 @@ UNDECIDED: list[dict[str, Any]] = [
 async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) -> None:
     """Sent past the checks, as a value nobody knows of yet would be."""
     async with aiohttp.ClientSession() as http:
-        engine = Engine(vllm, http)
+        engine = UpstreamClient(vllm, http)
         events: list[str] = []
         engine.on_event = events.append
         failures = 0

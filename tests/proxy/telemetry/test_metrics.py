@@ -14,7 +14,7 @@ from proxy.settings import load
 from proxy.telemetry.metrics import controller_label
 from proxy.types import ALIAS_BETAS, BetaSource, EffectiveBeta, EnvironmentLimits, LiveBranch, Prompt
 from proxy.upstream import health_monitor
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from tests.proxy.conftest import SMALL, Proxy
 
 MODEL = "fake-model"
@@ -69,7 +69,7 @@ async def test_voting_is_what_savings_are_measured_by(proxy: Proxy) -> None:
 
 async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) -> None:
     environment = LiveEnvironment(
-        Engine(proxy.url, proxy.http), Prompt(MODEL, [1], "", {}), EnvironmentLimits(10, 100, 5)
+        UpstreamClient(proxy.url, proxy.http), Prompt(MODEL, [1], "", {}), EnvironmentLimits(10, 100, 5)
     )
     assert estimate_saved_tokens(environment, 4, 10) is None
     environment.branches += [

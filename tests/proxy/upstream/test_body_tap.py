@@ -14,9 +14,9 @@ import pytest
 import trustme
 import uvloop
 
-from proxy.http.sse import Stream
+from proxy.http.sse import StreamedResponse
 from proxy.upstream import eager_task
-from proxy.upstream.body_tap import Hand, pour
+from proxy.upstream.body_tap import BodySink, pour
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -53,7 +53,7 @@ class Exchange(NamedTuple):
         assert self.response.connection.transport is not None
         return self.response.connection.transport
 
-    async def pour(self, hand: Hand) -> asyncio.Task[None]:
+    async def pour(self, hand: BodySink) -> asyncio.Task[None]:
         """Who pours its body, and has begun to."""
         pouring = asyncio.create_task(pour(self.response, hand, LONG_S))
         await asyncio.sleep(0)
@@ -105,7 +105,7 @@ async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstrea
     port = server.sockets[0].getsockname()[1]
     connector = aiohttp.TCPConnector(ssl=trusted or True, family=socket.AF_INET)
     try:
-        async with aiohttp.ClientSession(connector=connector, request_class=eager_task.Request) as session:
+        async with aiohttp.ClientSession(connector=connector, request_class=eager_task.EagerClientRequest) as session:
             yield Upstream(session, f"{'http' if authority is None else 'https'}://localhost:{port}/", connections)
     finally:
         for writer in opened:
@@ -354,13 +354,13 @@ async def test_a_stream_that_cannot_begin_leaves_what_it_comes_of() -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request"}
 
-    async def poured(_: Hand) -> None:
+    async def poured(_: BodySink) -> None:
         left.append("poured")
 
     opened = AsyncExitStack()
     opened.callback(left.append, "left")
     with pytest.raises(OSError, match="gone"):
-        await Stream(poured, opened)({"type": "http"}, receive, send)
+        await StreamedResponse(poured, opened)({"type": "http"}, receive, send)
     assert left == ["left"]
 
 
@@ -388,15 +388,15 @@ def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
 
     async def test() -> None:
         go = asyncio.Event()
-        left = eager_task.begin(work(go))
+        left = eager_task.start_eagerly(work(go))
         assert left is not None
         assert done == ["begun"]
         go.set()
         await left
         assert done == ["begun", "done"]
-        assert eager_task.begin(pass_()) is None
+        assert eager_task.start_eagerly(pass_()) is None
         done.clear()
-        left = eager_task.begin(work(asyncio.Event()))
+        left = eager_task.start_eagerly(work(asyncio.Event()))
         assert left is not None
         waiting = asyncio.ensure_future(left)
         await asyncio.sleep(0)
@@ -406,7 +406,7 @@ def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
         assert done == ["begun", "cancelled"]
 
         with pytest.raises(OSError, match="no"):
-            eager_task.begin(fail())
+            eager_task.start_eagerly(fail())
 
     run(test())
 
@@ -415,7 +415,7 @@ def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
 def test_an_urgent_body_is_written_by_the_task_that_asks(run: Run, is_urgent: bool) -> None:
     async def work() -> None:
         writers: list[asyncio.Task[Any] | None] = []
-        kind: Any = eager_task.Urgent if is_urgent else aiohttp.BytesPayload
+        kind: Any = eager_task.EagerPayload if is_urgent else aiohttp.BytesPayload
 
         class Body(kind):  # type: ignore[misc]  # one of the two
             async def write_with_length(self, *args: Any) -> None:

@@ -17,8 +17,8 @@ from openai import AsyncOpenAI
 from proxy.server import running
 from proxy.settings import load
 from proxy.types import Call
-from proxy.upstream.branch_semaphore import Berths
-from proxy.upstream.client import Engine
+from proxy.upstream.branch_semaphore import BranchSemaphore
+from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend
 from tests.proxy.recording.test_episode_log import until
@@ -27,23 +27,23 @@ __all__ = ["backend"]  # a fixture
 
 
 class Held:
-    """A call that holds berths, or waits for them, until it is told to go."""
+    """A call that holds slots, or waits for them, until it is told to go."""
 
-    def __init__(self, berths: Berths, branches: int, is_background: bool) -> None:
+    def __init__(self, branch_semaphore: BranchSemaphore, branches: int, is_background: bool) -> None:
         self.branches = branches
         self.is_background = is_background
-        self.has_berths = False
+        self.has_slots = False
         self.was_there = False
         self.go = asyncio.Event()
-        self.task = asyncio.create_task(self._stay(berths))
+        self.task = asyncio.create_task(self._stay(branch_semaphore))
 
-    async def _stay(self, berths: Berths) -> None:
-        async with berths.hold(self.branches, is_background=self.is_background):
-            self.has_berths = self.was_there = True
+    async def _stay(self, branch_semaphore: BranchSemaphore) -> None:
+        async with branch_semaphore.hold(self.branches, is_background=self.is_background):
+            self.has_slots = self.was_there = True
             try:
                 await self.go.wait()
             finally:
-                self.has_berths = False
+                self.has_slots = False
 
 
 async def settle() -> None:
@@ -69,29 +69,29 @@ def test_no_more_are_in_flight_than_may_be_and_nobody_is_forgotten(
     """With `at_once` the loop does not run between moves."""
 
     async def play() -> None:
-        berths = Berths(most)
+        branch_semaphore = BranchSemaphore(most)
         calls: list[Held] = []
         cancelled: set[Held] = set()
 
         def check() -> None:
-            there = [call for call in calls if call.has_berths]
+            there = [call for call in calls if call.has_slots]
             assert sum(call.branches for call in there) <= most or len(there) == 1
             if at_once:
                 return
-            assert berths.taken == sum(call.branches for call in there)
-            waiting = [call for call in calls if not call.task.done() and not call.has_berths]
-            assert berths.waiting == len(waiting)
+            assert branch_semaphore.taken == sum(call.branches for call in there)
+            waiting = [call for call in calls if not call.task.done() and not call.has_slots]
+            assert branch_semaphore.waiting == len(waiting)
             for kind in (False, True):
                 waits = [call.was_there for call in calls if call.is_background is kind and call not in cancelled]
                 assert waits == sorted(waits, reverse=True)  # first come, first served
             line = sorted(waiting, key=lambda call: call.is_background)
             if line:
-                assert berths.taken
-                assert berths.taken + line[0].branches > most
+                assert branch_semaphore.taken
+                assert branch_semaphore.taken + line[0].branches > most
 
         for move, value in moves:
             if isinstance(move, int):
-                calls.append(Held(berths, move, value))
+                calls.append(Held(branch_semaphore, move, value))
             elif calls:
                 call = calls[value % len(calls)]
                 if move in ("end", "both"):
@@ -106,45 +106,45 @@ def test_no_more_are_in_flight_than_may_be_and_nobody_is_forgotten(
             await settle()
             check()
             for call in calls:
-                if call.has_berths:
+                if call.has_slots:
                     call.go.set()
         await settle()
         assert all(call.task.done() for call in calls)
         assert all(call.was_there for call in calls if call not in cancelled)
-        assert (berths.taken, berths.waiting) == (0, 0)
+        assert (branch_semaphore.taken, branch_semaphore.waiting) == (0, 0)
 
     asyncio.run(play())
 
 
 async def test_what_nobody_waits_for_comes_last() -> None:
-    berths = Berths(1)
-    first, background, live = (Held(berths, 1, kind) for kind in (False, True, False))
+    branch_semaphore = BranchSemaphore(1)
+    first, background, live = (Held(branch_semaphore, 1, kind) for kind in (False, True, False))
     await settle()
-    assert (first.has_berths, berths.waiting) == (True, 2)
+    assert (first.has_slots, branch_semaphore.waiting) == (True, 2)
     first.go.set()
     await settle()
-    assert (live.has_berths, background.has_berths) == (True, False)
+    assert (live.has_slots, background.has_slots) == (True, False)
     live.go.set()
     await settle()
-    assert background.has_berths
+    assert background.has_slots
     background.go.set()
     await background.task
 
 
 async def test_a_call_that_fails_lets_go(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as http:
-        engine = Engine(backend.url, http, berths=Berths(2))
+        engine = UpstreamClient(backend.url, http, branch_semaphore=BranchSemaphore(2))
         backend.fault = "cut"
         for _ in range(3):
             call = Call([[ord(char) for char in ASSISTANT]], 20, {}, n=2)
             with pytest.raises(Exception, match="cut a stream"):
                 await engine.generate(MODEL, call)
-        assert (engine.berths.taken, engine.berths.waiting) == (0, 0)
+        assert (engine.branch_semaphore.taken, engine.branch_semaphore.waiting) == (0, 0)
 
 
 async def test_recordings_are_generated_after_what_is_waited_for(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as http:
-        engine = Engine(backend.url, http, berths=Berths(1))
+        engine = UpstreamClient(backend.url, http, branch_semaphore=BranchSemaphore(1))
         backend.gate.clear()
         tasks = []
         for tokens, priority in ((1, 0), (2, 7), (3, 0)):

@@ -20,8 +20,8 @@ from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamRefused
 from proxy.probe_templates import TEMPLATES, Family
 from proxy.types import EnvironmentLimits, Prompt
-from proxy.upstream.client import Engine
-from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, Endings, Known
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.detokeniser import BROKEN, MOST_LEARNT, Detokeniser, Ending, TokenEndings, TokenInfo
 from tests.dictated import MARK, MODEL, DictatedVLLM, byte_level, id_of, ids_of, sentence_piece
 
 KINDS = pytest.mark.parametrize("make", [byte_level, sentence_piece])
@@ -36,7 +36,7 @@ async def environment(
     template = replace(TEMPLATES[Family.PLAIN], special=special)
     prompt = Prompt(MODEL, backend.prompt, "", {}, stop=stop, kind=parse_kind("boxed"), template=template)
     async with backend.serve(), aiohttp.ClientSession() as http:
-        env = LiveEnvironment(Engine(backend.url, http), prompt, EnvironmentLimits(interval, 2000, 8))
+        env = LiveEnvironment(UpstreamClient(backend.url, http), prompt, EnvironmentLimits(interval, 2000, 8))
         env.votable = env.votable_confirmed = True
         yield env
 
@@ -186,12 +186,12 @@ async def test_ordinary_tokens_are_told_from_special_ones() -> None:
     async with environment(backend, 3) as env:
         detokeniser = Detokeniser(env.engine, MODEL)
         assert await detokeniser.seam(ids_of(tokenizer, "the"), 0) is None
-        ending = {piece: env.engine.endings.get(MODEL, id_of(tokenizer, piece)) for piece in ("the", MARK)}
-        assert ending["the"] == Known("the", Ending.WHOLE)
+        ending = {piece: env.engine.token_endings.get(MODEL, id_of(tokenizer, piece)) for piece in ("the", MARK)}
+        assert ending["the"] == TokenInfo("the", Ending.WHOLE)
         assert ending[MARK] is None
         half = [*ids_of(tokenizer, "the😀")[:-1], id_of(tokenizer, MARK)]
         assert await detokeniser.seam(half, 0) is not None
-        assert env.engine.endings.get(MODEL, half[-1]) == Known(MARK, Ending.UNKNOWN)
+        assert env.engine.token_endings.get(MODEL, half[-1]) == TokenInfo(MARK, Ending.UNKNOWN)
         assert await detokeniser.seam(ids_of(tokenizer, "the😀"), 0) is None  # the emoji is complete
 
 
@@ -202,12 +202,12 @@ async def test_what_many_ask_at_once_is_not_asked_of_the_upstream_as_often() -> 
     async with environment(backend, 3) as env:
         detokeniser = Detokeniser(env.engine, MODEL)
         await asyncio.gather(*(detokeniser.seam(prompt, 0) for _ in range(50)))
-        assert backend.decoded <= MOST_LEARNT * len(env.engine.endings)
+        assert backend.decoded <= MOST_LEARNT * len(env.engine.token_endings)
 
 
 def test_the_cache_is_bounded() -> None:
-    endings = Endings(most=3)
+    endings = TokenEndings(most=3)
     for token in range(5):
-        endings.add(MODEL, token, Known("x", Ending.WHOLE))
+        endings.add(MODEL, token, TokenInfo("x", Ending.WHOLE))
     assert len(endings) == 3
     assert [endings.get(MODEL, token) is None for token in range(5)] == [True, True, False, False, False]

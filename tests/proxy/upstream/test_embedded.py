@@ -104,7 +104,7 @@ async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device", "/tmp/x")
 
-    monkeypatch.setattr(embedded, "create", full)
+    monkeypatch.setattr(embedded, "create_exclusively", full)
     with pytest.raises(StartError, match="No space left on device"):
         async with stand_in(SERVER):
             pass

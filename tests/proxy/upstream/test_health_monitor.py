@@ -11,7 +11,7 @@ from proxy.admission import api_keys
 from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.health_monitor import FRESH_S, Pulse
+from proxy.upstream.health_monitor import FRESH_S, HealthMonitor
 from tests.fakes import FakeVLLM
 from tests.proxy.conftest import SMALL
 
@@ -43,20 +43,20 @@ class Looks:
 
 async def test_a_look_stands_for_a_second() -> None:
     clock, looks = Clock(), Looks()
-    pulse = Pulse(looks, Metrics(), clock)
-    assert [await pulse.is_ready() for _ in range(100)] == [True] * 100
+    health_monitor = HealthMonitor(looks, Metrics(), clock)
+    assert [await health_monitor.is_ready() for _ in range(100)] == [True] * 100
     assert looks.count == 1
     looks.is_well = False
     clock.now += FRESH_S
-    assert not await pulse.is_ready()
+    assert not await health_monitor.is_ready()
     assert looks.count == 2
 
 
 async def test_whoever_asks_at_once_shares_a_look() -> None:
     looks = Looks()
-    pulse = Pulse(looks, Metrics(), Clock())
+    health_monitor = HealthMonitor(looks, Metrics(), Clock())
     looks.gate.clear()
-    asking = [asyncio.create_task(pulse.is_ready()) for _ in range(100)]
+    asking = [asyncio.create_task(health_monitor.is_ready()) for _ in range(100)]
     await asyncio.sleep(0)
     asking[0].cancel()  # and may leave
     await asyncio.sleep(0)

@@ -21,7 +21,7 @@ from proxy.recording import recorded_branches
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.types import Call, EnvironmentLimits, Prompt
-from proxy.upstream.client import Engine
+from proxy.upstream.client import UpstreamClient
 from proxy.upstream.detokeniser import BROKEN
 from tests.dictated import id_of, ids_of
 
@@ -36,7 +36,7 @@ LETTERS = "é£ßж€漢字語😀🎉𝄞🀄ghj"
 ROUNDS = 20
 
 
-class DictatingEngine(Engine):
+class DictatingEngine(UpstreamClient):
     """Has the model write given ids, a token a request."""
 
     def __init__(self, *args: Any, prompt: list[int], texts: list[list[int]]) -> None:
@@ -108,7 +108,7 @@ async def test_bytes_drawn_at_random_bring_no_text_of_the_prompt(vllm: str, toke
     async with aiohttp.ClientSession() as http:
         while seams < SEAMS:
             asked = Prompt(MODEL, prompt, "", sampling, kind=parse_kind("boxed"))
-            env = LiveEnvironment(Engine(vllm, http), asked, EnvironmentLimits(interval, 500, 4))
+            env = LiveEnvironment(UpstreamClient(vllm, http), asked, EnvironmentLimits(interval, 500, 4))
             env.votable = env.votable_confirmed = True
             rounds = [await played(env, [branch() for _ in range(count)])]
             for _ in range(ROUNDS):
