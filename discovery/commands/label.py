@@ -17,14 +17,8 @@ from discovery.commands.store import DEFAULT, Place
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.questions import Question, read_questions
 from discovery.data.recordings import LabelSource
-from discovery.evaluation.reference_answers import (
-    MIN_BRANCHES,
-    MIN_CALIBRATION_ANSWERS,
-    MIN_MARGIN,
-    Agreement,
-    LabelReport,
-    update_labels,
-)
+from discovery.evaluation.answer_votes import MIN_BRANCHES, MIN_CALIBRATION_ANSWERS, MIN_MARGIN, Agreement
+from discovery.evaluation.reference_answers import LabelReport, update_labels
 from discovery.store import Store
 
 

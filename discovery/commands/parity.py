@@ -19,16 +19,14 @@ from controllers.dial import parse_beta
 from controllers.loading import parse_spec
 from controllers.sandbox.frames import printable
 from discovery.audit.decision_replay import DecisionReport
-from discovery.audit.parity import (
+from discovery.audit.parity import ServedRecords, check_parity, load_records
+from discovery.audit.parity_report import (
     LiveReplayComparison,
     MeanInterval,
     ParityGroup,
     ParityReport,
     ParityVerdict,
     ReproductionReport,
-    ServedRecords,
-    check_parity,
-    load_records,
 )
 from discovery.commands.console import names, wide_console
 from discovery.commands.store import DEFAULT, Place

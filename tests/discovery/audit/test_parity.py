@@ -19,18 +19,8 @@ from controllers.builtin import BASELINE, BUILT_IN
 from controllers.loading import Spec, make, parse_spec, read
 from discovery.answers import redacted
 from discovery.audit.decision_replay import NO_FITTING_ACTION, find_controllers, format_actions, replay_decisions
-from discovery.audit.parity import (
-    KnownAnswer,
-    LiveReplayComparison,
-    MeanInterval,
-    ParityVerdict,
-    ServedRecords,
-    _mean,
-    _paired,
-    _Row,
-    check_parity,
-    load_records,
-)
+from discovery.audit.parity import KnownAnswer, ServedRecords, _mean, _paired, _Row, check_parity, load_records
+from discovery.audit.parity_report import LiveReplayComparison, MeanInterval, ParityVerdict
 from discovery.data.packed_rounds import pack_rounds, unpack_rounds
 from discovery.data.recordings import LabelSource, RecordedBranch, RecordedQuestion
 from discovery.store import Label, ServedEpisode, Store

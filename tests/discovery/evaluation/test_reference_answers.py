@@ -17,20 +17,18 @@ from typer.testing import CliRunner
 from discovery.answers import Judge, redacted
 from discovery.data.questions import Question
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
-from discovery.evaluation.reference_answers import (
+from discovery.evaluation.answer_votes import (
     MIN_CALIBRATION_ANSWERS,
     Agreement,
     AnswerFeedback,
     BranchVote,
-    LabelReport,
     are_same_answer,
     calibrate_confidence,
     count_votes,
     estimated_confidence,
-    interpret_feedback,
     label_by_feedback,
-    update_labels,
 )
+from discovery.evaluation.reference_answers import LabelReport, interpret_feedback, update_labels
 from discovery.store import Feedback, Label, ServedEpisode, Store
 from proxy.cli import app
 
