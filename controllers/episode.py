@@ -24,7 +24,7 @@ class Controller(Protocol):
         ...
 
 
-class Remote(Protocol):
+class RemoteController(Protocol):
     """A controller that lives elsewhere: others go on while it decides."""
 
     async def decide_later(self, state: State) -> Sequence[Action]:
@@ -37,7 +37,7 @@ Factory = Callable[[float], Controller]
 
 
 async def run_episode(
-    controller: Controller | Remote,
+    controller: Controller | RemoteController,
     environment: Environment,
     state: State,
     on_round: Callable[[State, Round], None] | None = None,

@@ -6,9 +6,9 @@ ControllersError
 ├── ControllerError      the controller is at fault
 │   ├── IllegalAction    it asked for what is not allowed; nothing has changed
 │   ├── BadController    its file cannot be read, or no object be made of it
-│   └── Crossed          it crossed a boundary of its sandbox and was killed; it says which
-├── Unsealed             this machine cannot seal a controller, so no foreign one runs
-├── Disturbed            this machine ended a sealed process, or gave it no time; the controller is not at fault
+│   └── BoundaryViolation          it crossed a boundary of its sandbox and was killed; it says which
+├── SandboxUnavailable             this machine cannot seal a controller, so no foreign one runs
+├── MachineDisturbed            this machine ended a sealed process, or gave it no time; the controller is not at fault
 └── BadFact              the environment is at fault: its facts do not answer the actions; nothing has changed
 """
 
@@ -49,7 +49,7 @@ class Boundary(StrEnum):
     UNASKED = "unasked"  # it computed while it was not asked anything
 
 
-class Crossed(ControllerError):
+class BoundaryViolation(ControllerError):
     """A sealed controller crossed `boundary`. Its process is dead; the state is as it was."""
 
     def __init__(self, boundary: Boundary, message: str, asked: float | None = None) -> None:
@@ -62,11 +62,11 @@ class Crossed(ControllerError):
         return f"{self.message} ({self.boundary})"
 
 
-class Unsealed(ControllersError):
+class SandboxUnavailable(ControllersError):
     """This machine cannot seal controllers; the message names the layer that is missing and what to do."""
 
 
-class Disturbed(ControllersError):
+class MachineDisturbed(ControllersError):
     """A sealed process could not decide because of the machine: it was killed from outside, or was given no time.
 
     Nobody is at fault. The state is as it was, and another process may be asked.

@@ -17,8 +17,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from controllers.builtin import is_admin_only
 from controllers.errors import ControllersError
-from controllers.installed import wrong_name
 from controllers.loading import parse_spec
+from controllers.rollout_state import name_problem
 from discovery.data.atomic_files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.probe_templates import Family
@@ -370,7 +370,7 @@ def _check_controller(settings: Settings) -> None:
         raise SettingsError(f"controller: {error}") from None
     if not spec.is_foreign and is_admin_only(spec.name):
         raise SettingsError(f"controller: {spec.name} is for requests that admins make; name another")
-    if spec.is_foreign and (wrong := wrong_name(spec.name)):
+    if spec.is_foreign and (wrong := name_problem(spec.name)):
         raise SettingsError(f"controller: {wrong}")
 
 

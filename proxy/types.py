@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from controllers import Action, Limits
 from controllers.builtin import is_admin_only
-from controllers.installed import Stage
 from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage
 from discovery.answers import AUTO, Answer, AnswerKind
 from discovery.data.recordings import question_id
 from proxy import probe_templates
@@ -214,7 +214,7 @@ class ChosenController(NamedTuple):
     """The controller of one request."""
 
     spec: Spec
-    stage: Stage | None  # that it was chosen for; None if the request named it
+    stage: RolloutStage | None  # that it was chosen for; None if the request named it
 
 
 class CanaryMetric(StrEnum):
@@ -256,7 +256,7 @@ class Plan:
     started: float  # by the monotonic clock, before it was planned
     beta: EffectiveBeta
     spec: Spec  # of the controller
-    stage: Stage | None  # that it was chosen for; None if the request named it
+    stage: RolloutStage | None  # that it was chosen for; None if the request named it
     prompt: Prompt
     environment_limits: EnvironmentLimits
     limits: Limits

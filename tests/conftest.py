@@ -19,8 +19,8 @@ import pytest_asyncio
 import uvicorn.server
 
 from controllers.sandbox.attempts import REFUSED
-from controllers.sandbox.nursery import nursery
-from controllers.sandbox.proof import Outcome, prove
+from controllers.sandbox.proof import AttemptResult, prove
+from controllers.sandbox.spawner import spawner
 from proxy.upstream.embedded import EmbeddedServer
 
 MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
@@ -31,7 +31,7 @@ STARTS_PROCESS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", 
 """Names of Python's audit events."""
 ASKED_BY_OPENAI: Final = ("uname", "lsb_release")
 """Programs that the client `openai` runs once, for a header."""
-ASSUMED: Final = prove(lambda _: Outcome(REFUSED << 8, "assumed in a unit test"))
+ASSUMED: Final = prove(lambda _: AttemptResult(REFUSED << 8, "assumed in a unit test"))
 """What a proxy believes of the sandbox in a unit test: proving it would start a process."""
 
 _forbidden_in: str | None = None
@@ -71,13 +71,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     global _forbidden_in
     if any(item.get_closest_marker(mark) for mark in MAY_START_PROCESSES):
         return (yield)
-    proof = nursery().proof
+    proof = spawner().proof
     is_enforced = "process" in item.config.option.markexpr
-    _forbidden_in, nursery().proof = item.nodeid if is_enforced else None, ASSUMED
+    _forbidden_in, spawner().proof = item.nodeid if is_enforced else None, ASSUMED
     try:
         return (yield)
     finally:
-        _forbidden_in, nursery().proof = None, proof
+        _forbidden_in, spawner().proof = None, proof
 
 
 def _refuse_process(event: str, args: tuple[Any, ...]) -> None:

@@ -11,22 +11,22 @@ from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from controllers.actions import Action
-from controllers.episode import Remote
-from controllers.errors import ControllerError, Crossed
+from controllers.episode import RemoteController
+from controllers.errors import BoundaryViolation, ControllerError
 from controllers.sandbox import frames
-from controllers.sandbox.worker import Decision, Worker
+from controllers.sandbox.handle import Decision, SandboxHandle
 from controllers.state import Limits, State
 
 T = TypeVar("T")
 
-SEATS: Final = 64
+EPISODES_PER_PROCESS: Final = 64
 """Episodes that share a child, and a message, at most."""
 
 
 class _Seat:
     """An episode's place in a child."""
 
-    def __init__(self, number: int, beta: float, codes: frames.Codes) -> None:
+    def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
         self._number = number
         self._beta = beta
         self._codes = codes
@@ -55,12 +55,12 @@ class _Seat:
 class SandboxedController:
     """A controller with a child of its own, which has loaded it. `close` ends the child."""
 
-    def __init__(self, worker: Worker, beta: float) -> None:
+    def __init__(self, worker: SandboxHandle, beta: float) -> None:
         self.worker = worker
         self._seat = _Seat(0, beta, worker.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
-        """Decide like `Controller.decide`; the caller waits. Raises ControllerError, Crossed or Disturbed."""
+        """Decide like `Controller.decide`, blocking. Raises ControllerError, BoundaryViolation or MachineDisturbed."""
         (decision,) = self.worker.decide([self._seat.turn(state)], frames.most_actions(state.limits))
         return self._seat.take(decision)
 
@@ -78,7 +78,7 @@ class SandboxedController:
 class _Place:
     """A controller of one of many episodes in a child: deciding suspends it until all of them have asked."""
 
-    def __init__(self, number: int, beta: float, codes: frames.Codes) -> None:
+    def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
         self._seat = _Seat(number, beta, codes)
 
     async def decide_later(self, state: State) -> Sequence[Action]:
@@ -90,23 +90,28 @@ def _ask(turn: list[int]) -> Generator[list[int], Decision, Decision]:
     return (yield turn)
 
 
-Episode = Callable[[Remote], Coroutine[Any, Any, T]]
+Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
 """Runs an episode under the controller it is given; suspends only where that decides."""
 
 
 def seats(limits: Limits) -> int:
     """How many episodes may share a message whose largest legal reply still is a frame."""
-    return max(1, min(SEATS, frames.LARGEST // 8 // (frames.most_actions(limits) + 2)))
+    return max(1, min(EPISODES_PER_PROCESS, frames.LARGEST // 8 // (frames.most_actions(limits) + 2)))
 
 
 def run_together(
-    workers: Sequence[Worker], beta: float, limits: Limits, episodes: Iterable[Episode[T]], share: int = SEATS
+    workers: Sequence[SandboxHandle],
+    beta: float,
+    limits: Limits,
+    episodes: Iterable[Episode[T]],
+    share: int = EPISODES_PER_PROCESS,
 ) -> list[T]:
-    """Run episodes in some children, as many at a time in each as may share a message; what they give, in order.
+    """Run episodes in several sandbox processes and return their results in order.
 
-    While one child decides its owner plays what another has decided. No episode's state may have wider limits than
-    `limits`. A child that has to be killed fails its episodes and all that come to it later: each is told by Crossed
-    when it next decides. Raises Disturbed, which ends all of them.
+    Each process runs as many episodes at a time as may share a message. While one process decides, its owner applies
+    the decisions of another. No episode's state may have wider limits than `limits`. If a process has to be killed, its
+    present and later episodes fail: BoundaryViolation is raised where they next decide. Raises MachineDisturbed, which
+    ends all episodes.
     """
     results: dict[int, T] = {}
     queue = enumerate(episodes)
@@ -129,7 +134,7 @@ class _Table(Generic[T]):
 
     def __init__(
         self,
-        worker: Worker,
+        worker: SandboxHandle,
         beta: float,
         limits: Limits,
         share: int,
@@ -143,7 +148,7 @@ class _Table(Generic[T]):
         self._free = list(range(share))
         self._queue = queue
         self._results = results
-        self._crossed: Crossed | None = None
+        self._crossed: BoundaryViolation | None = None
 
     def deal(self) -> None:
         """Fill the free seats, and have the child begin to decide."""
@@ -155,7 +160,7 @@ class _Table(Generic[T]):
         if self.asking:
             try:
                 self._worker.begin([asking.turn for asking in self.asking], self._most)
-            except Crossed as error:
+            except BoundaryViolation as error:
                 self._crossed = error
 
     def play(self) -> None:
@@ -165,7 +170,7 @@ class _Table(Generic[T]):
         if asked and self._crossed is None:
             try:
                 decisions = self._worker.finish()
-            except Crossed as error:
+            except BoundaryViolation as error:
                 self._crossed = error
         for at, (number, seat, episode, _) in enumerate(asked):
             if self._crossed is None:

@@ -91,7 +91,7 @@ def begin(seat: int, beta: float, limits: Limits) -> list[int]:
     return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds)]
 
 
-class Codes:
+class FactCodes:
     """The facts an owner has told a child, by their identity: most are interned, and come again and again."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ def learn(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
     return end
 
 
-def follow(seat: int, asked: Sequence[Action], last: Round, codes: Codes) -> list[int]:
+def follow(seat: int, asked: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
     """A later turn: `last` is what was carried out of what was `asked` for, and what came of it."""
     actions, facts = last
     if actions is asked or list(actions) == list(asked):

@@ -10,10 +10,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from controllers.sandbox.attempts import ATTEMPTS, ESCAPED, NOT_SEALED, REFUSED
-from controllers.sandbox.seal import EVERY, Layer
+from controllers.sandbox.seal import ALL_LAYERS, Layer
 
 
-class Level(StrEnum):
+class SandboxLevel(StrEnum):
     """How a controller is held, loosest last but for those nobody has to hold."""
 
     SEALED = "sealed"  # by the kernel, proven
@@ -27,7 +27,7 @@ class Level(StrEnum):
         return {"sealed": 2, "open": 1}.get(self, 0)
 
 
-class Outcome(NamedTuple):
+class AttemptResult(NamedTuple):
     """How a child that tried something ended."""
 
     status: int  # its wait status
@@ -73,21 +73,21 @@ class Proof:
     @property
     def together(self) -> list[Trial]:
         """The trials against everything a controller is held by."""
-        return [trial for trial in self.trials if trial.layers == EVERY]
+        return [trial for trial in self.trials if trial.layers == ALL_LAYERS]
 
 
-def prove(attempt: Callable[[int], Outcome]) -> Proof:
+def prove(attempt: Callable[[int], AttemptResult]) -> Proof:
     """Make every attempt; `attempt` has a child make the one of that number. Raises what it raises."""
     return Proof(list(_trials(attempt)))
 
 
-def _trials(attempt: Callable[[int], Outcome]) -> Iterator[Trial]:
+def _trials(attempt: Callable[[int], AttemptResult]) -> Iterator[Trial]:
     for number, (what, layers, _) in enumerate(ATTEMPTS):
         outcome = attempt(number)
         yield Trial(what, layers, *_judge(outcome))
 
 
-def _judge(outcome: Outcome) -> tuple[bool, str]:
+def _judge(outcome: AttemptResult) -> tuple[bool, str]:
     if os.WIFSIGNALED(outcome.status):
         number = os.WTERMSIG(outcome.status)
         return number == signal.SIGSYS, f"killed by {signal.Signals(number).name}"

@@ -30,11 +30,11 @@ class Layer(IntFlag):
     SECCOMP = 8  # no system call but `CALLS`, no executable memory
 
 
-EVERY: Final = Layer.PRIVILEGES | Layer.LIMITS | Layer.LANDLOCK | Layer.SECCOMP
+ALL_LAYERS: Final = Layer.PRIVILEGES | Layer.LIMITS | Layer.LANDLOCK | Layer.SECCOMP
 """Without all of these nothing foreign runs."""
 
 
-class LayerMissing(Exception):
+class SealLayerMissing(Exception):
     """The kernel refused a layer."""
 
     def __init__(self, layer: Layer, reason: str) -> None:
@@ -84,7 +84,7 @@ _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
 
 
 def seal(layers: Layer, parent: int) -> None:
-    """Put `layers` on this process, for good. Raises LayerMissing at one the kernel refuses.
+    """Put `layers` on this process, for good. Raises SealLayerMissing at one the kernel refuses.
 
     With privileges goes the right to outlive the process `parent`, which must be this one's parent still.
     """
@@ -95,7 +95,7 @@ def seal(layers: Layer, parent: int) -> None:
                 if layer is Layer.PRIVILEGES and os.getppid() != parent:
                     raise ProcessLookupError("its parent has gone")
             except (OSError, ValueError, KeyError) as error:
-                raise LayerMissing(layer, str(error)) from None
+                raise SealLayerMissing(layer, str(error)) from None
 
 
 def _drop_privileges() -> None:

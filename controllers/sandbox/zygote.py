@@ -29,9 +29,9 @@ import typing
 from typing import Final, NoReturn
 
 import controllers.baselines
-from controllers.sandbox import attempts, child
+from controllers.sandbox import attempts, process
 from controllers.sandbox.frames import pack, told
-from controllers.sandbox.seal import Layer, LayerMissing, seal
+from controllers.sandbox.seal import Layer, SealLayerMissing, seal
 
 PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statistics, typing, controllers.baselines)
 """What controllers may import, and the seal: later nothing can be imported. This package itself brings the rest."""
@@ -70,28 +70,28 @@ def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None)
     """Never returns, whatever happens."""
     status = 1
     try:
-        os.dup2(channel, child.CHANNEL)
-        os.closerange(child.CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
+        os.dup2(channel, process.CHANNEL)
+        os.closerange(process.CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):
             os.dup2(nowhere, standard)
         os.close(nowhere)
         os.environ.clear()
         random.seed(0)  # `statistics` brings it along, and a fork sows it anew: what is drawn is the same for all
-        child.only_built_in_imports()
+        process.only_built_in_imports()
         try:
             seal(layers, parent)
-        except LayerMissing as error:
+        except SealLayerMissing as error:
             status = attempts.NOT_SEALED
-            os.write(child.CHANNEL, pack(told(str(error))))
+            os.write(process.CHANNEL, pack(told(str(error))))
         else:
             status = 0
             if attempt is None:
-                child.serve()
+                process.serve()
             else:
-                status = attempts.run(attempt, child.CHANNEL)
+                status = attempts.run(attempt, process.CHANNEL)
     except BaseException as error:  # a child must never come back into the zygote's loop
-        os.write(child.CHANNEL, pack(told(repr(error))))
+        os.write(process.CHANNEL, pack(told(repr(error))))
     finally:
         os._exit(status)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from controllers.sandbox.meter import Meter, Usage
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
+from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 
 WORKER: Final = Path(__file__).with_name("equality_worker.py")
 START_S: Final = 60.0
@@ -177,7 +177,7 @@ class _Worker:
             return None
         line = b""
         try:
-            with Meter(process.pid) as meter:
+            with ProcessUsageReader(process.pid) as meter:
                 start = meter.read()
                 process.stdin.write(question)
                 while not line.endswith(b"\n"):
@@ -194,7 +194,7 @@ class _Worker:
             return None
         return line.strip()
 
-    def _left(self, seconds: float, start: Usage, now: Usage) -> float:
+    def _left(self, seconds: float, start: ProcessUsage, now: ProcessUsage) -> float:
         """Seconds until one has to look again; none if the time is up."""
         used = now.since(start)
         if self._clock is Clock.WALL or not now.cpu:  # which is not known everywhere

@@ -26,11 +26,12 @@ from controllers import (
     run_sync,
 )
 from controllers.builtin import BASELINE, find
-from controllers.episode import Remote
+from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
 from controllers.sandbox.controller import run_together
-from controllers.sandbox.nursery import nursery
-from controllers.sandbox.worker import Clock, Worker
+from controllers.sandbox.deadline import Clock
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import spawner
 from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
@@ -38,7 +39,7 @@ from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed
 from discovery.store import ServedEpisode
 
 T = TypeVar("T")
-Decider = Controller | Remote
+Decider = Controller | RemoteController
 EpisodeRun = Callable[[Decider], Coroutine[Any, Any, T]]
 """Runs an episode under the controller it is given; suspends only where a sealed one decides."""
 
@@ -123,14 +124,14 @@ def _built_in(name: str) -> list[Spec]:
 
 
 def _lacking() -> str | None:
-    return (nursery().proof or nursery().check()).lacking
+    return (spawner().proof or spawner().check()).lacking
 
 
 def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
     """Run episodes under one controller, a foreign one sealed; none may have wider limits than `limits`.
 
-    Where the machine disturbs them they are begun anew. Raises ControllerError if it does not load, Unsealed and
-    Disturbed.
+    Where the machine disturbs them they are begun anew. Raises ControllerError if it does not load,
+    SandboxUnavailable and MachineDisturbed.
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]
@@ -139,9 +140,9 @@ def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequ
 
 def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
     with ExitStack() as stack:
-        workers: list[Worker] = []
+        workers: list[SandboxHandle] = []
         for _ in range(min(SANDBOXES_PER_JOB, len(episodes))):
-            worker = nursery().spawn(clock=Clock.CPU)
+            worker = spawner().spawn(clock=Clock.CPU)
             stack.callback(worker.close)
             worker.load(spec)
             workers.append(worker)
@@ -154,7 +155,7 @@ def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Epis
 def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -> DecisionReport:
     """Ask for every round of episodes again: its controller for those it decided, the baseline for the rest.
 
-    Each episode has its controller to itself, as it had then. Raises TraceError, ControllerError, Unsealed.
+    Each episode has its controller to itself, as it had then. Raises TraceError, ControllerError, SandboxUnavailable.
     """
     count = rounds = agreed = unreached = 0
     unchecked: Counter[tuple[str, str, str]] = Counter()

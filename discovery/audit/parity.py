@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from controllers import ControllerError, Limits, State, Stop, run_episode
 from controllers.loading import Spec
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge, Labels, canonical, is_redacted, redacted
 from discovery.audit.decision_replay import (
     ControllerKey,
@@ -90,7 +90,7 @@ async def load_records(store: Store) -> ServedRecords:
 def check_parity(found: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
     """Hold what was served against its controllers, those from files as `given`, and against replays in so many orders.
 
-    Raises TraceError, ControllerError if a file does not load, and Unsealed.
+    Raises TraceError, ControllerError if a file does not load, and SandboxUnavailable.
     """
     who = find_controllers(found.episodes, given)
     decisions = replay_decisions(found.episodes, who)

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.commands.console import names, wide_console
 from discovery.data.atomic_files import atomic_write

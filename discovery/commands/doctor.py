@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from controllers.sandbox.nursery import nursery
 from controllers.sandbox.proof import Proof, Trial
 from controllers.sandbox.seal import Layer
+from controllers.sandbox.spawner import spawner
 from discovery.commands.console import wide_console
 
 NOT_SEALED = 1
@@ -21,7 +21,7 @@ NOT_SEALED = 1
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """Try to break out of the sandbox in every way it is to hold, and tell how that ended."""
-    proof = nursery().check()
+    proof = spawner().check()
     if as_json:
         sys.stdout.write(json.dumps(_figures(proof), indent=2) + "\n")
     else:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from controllers.dial import parse_beta
-from controllers.errors import BetaError, UnknownController, Unsealed
+from controllers.errors import BetaError, SandboxUnavailable, UnknownController
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import names, wide_console
 from discovery.data.atomic_files import atomic_write, check_writable_path
@@ -116,9 +116,9 @@ def _weight(part: str, weight: str) -> float | None:
 
 
 def _sealing(specs: Sequence[Spec], everything: bool, nothing: bool) -> Sealing:
-    """Which controllers are sealed; that foreign ones are not is said aloud. Raises Unsealed."""
+    """Which controllers are sealed; that foreign ones are not is said aloud. Raises SandboxUnavailable."""
     if everything and nothing:
-        raise Unsealed("--sandbox and --allow-unsandboxed exclude each other")
+        raise SandboxUnavailable("--sandbox and --allow-unsandboxed exclude each other")
     foreign = [spec.name for spec in specs if spec.is_foreign]
     if nothing and foreign:
         words = f"NOT SANDBOXED: {', '.join(foreign)} can read, write and send whatever you can"

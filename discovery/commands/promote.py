@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from controllers.installed import Installed, Stage
 from controllers.loading import Spec, read
+from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
 from discovery.data.safe_json import parse_json
@@ -37,7 +37,7 @@ Why = Annotated[str, typer.Option(help="why, for the audit")]
 def promote(
     what: Annotated[str, typer.Argument(help="FILE.py, or the beginning of an installed controller's digest")],
     registry: Folder,
-    stage: Annotated[Stage, typer.Option("--as", help="what it is to do")],
+    stage: Annotated[RolloutStage, typer.Option("--as", help="what it is to do")],
     share: Annotated[float, typer.Option(min=0, max=1, help="of the requests, a canary's")] = 0.1,
     why: Why = "",
     who: Who = "unknown",
@@ -110,7 +110,9 @@ def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuff
     return report
 
 
-def install(registry: Registry, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> Installed:
+def install(
+    registry: Registry, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause
+) -> RolloutState:
     """Put a controller at a stage by what its card says of it: that it has passed the gate, unless `by` forces it.
 
     Raises PromotionError; nothing has changed then.
@@ -161,9 +163,9 @@ def print_warning(words: str) -> None:
     Console(stderr=True).print(words, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _told(registry: Registry, digest: str, stage: Stage, before: Installed, after: Installed) -> str:
+def _told(registry: Registry, digest: str, stage: RolloutStage, before: RolloutState, after: RolloutState) -> str:
     words = f"{registry.folder}: {_name(registry, digest)} is {stage}"
-    if stage is Stage.CANARY:
+    if stage is RolloutStage.CANARY:
         words += f" for {after.share:.0%} of the requests"
     ousted = before.stages[stage]
     return words if ousted in (None, digest) else f"{words}, in place of {ousted[:12]}"
@@ -173,21 +175,21 @@ def _name(registry: Registry, digest: str) -> str:
     return f"{registry.card(digest)['name']} ({digest[:12]})"
 
 
-def _known(registry: Registry, installed: Installed) -> list[str]:
+def _known(registry: Registry, installed: RolloutState) -> list[str]:
     """Everybody who is installed, each once, by how much they have to say."""
     named = (*reversed(installed.stages.values()), *reversed(installed.previous), *registry.digests())
     return [digest for digest in dict.fromkeys(named) if digest is not None]
 
 
-def _stages(folder: Path, installed: Installed, cards: dict[str, Card]) -> Table:
+def _stages(folder: Path, installed: RolloutState, cards: dict[str, Card]) -> Table:
     table = Table(title=f"{folder}, version {installed.version}", title_justify="left")
     for heading in ("stage", "controller", "digest", "forced", "headline"):
         table.add_column(heading)
     if installed.champion is None:
-        table.add_row(Stage.CHAMPION, "the configured controller", "", "", "")
+        table.add_row(RolloutStage.CHAMPION, "the configured controller", "", "", "")
     for digest in cards:
         card, stage = cards[digest], installed.stage_of(digest)
-        did = f"canary ({installed.share:.0%})" if stage is Stage.CANARY else str(stage or "none")
+        did = f"canary ({installed.share:.0%})" if stage is RolloutStage.CANARY else str(stage or "none")
         did += ", quarantined" if digest in installed.quarantined else ""
         forced = "[red]yes[/red]" if card.get("forced") else ""
         table.add_row(did, card["name"], digest[:12], forced, str(card.get("headline", "")))

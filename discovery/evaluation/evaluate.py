@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from controllers.loading import Spec
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge, Labels, canonical
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedQuestion, Recording, Version, intern_answers
 from discovery.errors import RecordingsNotFound

@@ -13,7 +13,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Final
 
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.data.questions import Question
 from discovery.data.recordings import LabelSource, Version

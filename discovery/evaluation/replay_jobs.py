@@ -22,22 +22,23 @@ from numpy.typing import NDArray
 
 from controllers import (
     Boundary,
+    BoundaryViolation,
     Controller,
     ControllerError,
-    Crossed,
-    Disturbed,
     Limits,
+    MachineDisturbed,
     Round,
     State,
     Stop,
     run_episode,
     run_sync,
 )
-from controllers.episode import Remote
+from controllers.episode import RemoteController
 from controllers.loading import Spec, make
-from controllers.sandbox.controller import SEATS, Episode, run_together
-from controllers.sandbox.nursery import nursery
-from controllers.sandbox.worker import Clock, Worker
+from controllers.sandbox.controller import EPISODES_PER_PROCESS, Episode, run_together
+from controllers.sandbox.deadline import Clock
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import spawner
 from discovery.data.recordings import Cell, Recording
 from discovery.data.traces import TraceWriter
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
@@ -131,8 +132,8 @@ def make_jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffle
 def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     """Run every episode of `job`.
 
-    Raises Censored, Unsealed, Disturbed if the machine ends sealed processes or gives them no time, whenever it is
-    tried, and TraceError if traces cannot be written.
+    Raises Censored, SandboxUnavailable, MachineDisturbed if every attempt is disturbed (the machine ends sealed
+    processes or gives them no time), and TraceError if traces cannot be written.
     """
     began = time.perf_counter()
     table = _JobRunner(job, recordings, rules)
@@ -152,9 +153,9 @@ def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> Jo
 
 
 def retry_disturbed(work: Callable[[], T]) -> T:
-    """Do some work that may be begun anew, and do so where the machine disturbed it. Raises Disturbed if all fails."""
+    """Do `work`, repeated where the machine disturbs it. Raises MachineDisturbed if every attempt is disturbed."""
     for _ in range(TRIES - 1):
-        with suppress(Disturbed):
+        with suppress(MachineDisturbed):
             return work()
     return work()
 
@@ -193,7 +194,7 @@ class _JobRunner:
         episodes = [self._seated(at, keep=at in kept) for at in every]
         try:
             played = self._together(episodes, SANDBOXES_PER_JOB)
-        except Crossed as error:  # as it loaded
+        except BoundaryViolation as error:  # as it loaded
             if error.boundary not in SUDDEN:
                 raise
         else:
@@ -219,13 +220,13 @@ class _JobRunner:
         return None
 
     def _together(
-        self, episodes: Sequence[Episode[_EpisodeResult]], children: int, share: int = SEATS
+        self, episodes: Sequence[Episode[_EpisodeResult]], children: int, share: int = EPISODES_PER_PROCESS
     ) -> list[_EpisodeResult]:
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
         with ExitStack() as stack:
-            workers: list[Worker] = []
+            workers: list[SandboxHandle] = []
             for _ in range(children):
-                worker = nursery().spawn(clock=Clock.CPU)
+                worker = spawner().spawn(clock=Clock.CPU)
                 stack.callback(worker.close)
                 worker.load(self._job.spec)
                 workers.append(worker)
@@ -240,7 +241,7 @@ class _JobRunner:
 
     async def _play(
         self,
-        make_one: Callable[[], Controller | Remote],
+        make_one: Callable[[], Controller | RemoteController],
         question: int,
         shuffle: int,
         keep: bool = False,
@@ -257,7 +258,7 @@ class _JobRunner:
             await run_episode(make_one(), environment, state, on_round)
         except ControllerError as error:
             failure = str(error)
-            sudden = isinstance(error, Crossed) and error.boundary in SUDDEN
+            sudden = isinstance(error, BoundaryViolation) and error.boundary in SUDDEN
             state.end(Stop.CONTROLLER_ERROR)
         right = failure is None and environment.is_right(state.answer)
         ledger = state.ledger(_spokesman(state))

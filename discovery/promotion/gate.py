@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from controllers.advice import advise
 from controllers.dial import parse_beta
-from controllers.errors import ControllersError, Disturbed
+from controllers.errors import ControllersError, MachineDisturbed
 from controllers.loading import Spec, parse_spec
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Cell, Split
@@ -75,7 +75,7 @@ def run_gate(
     )
     try:
         measured = score_controllers(evaluation, engine)  # nobody is judged by a vote
-    except Disturbed as error:
+    except MachineDisturbed as error:
         with ledger.locked():
             k, before = ledger.next_k(questions), ledger.disturbances(questions)
             ledger.append(

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from controllers.errors import BadController
-from controllers.installed import Installed, Stage, wrong_name
 from controllers.loading import Spec, read_source
+from controllers.rollout_state import RolloutStage, RolloutState, name_problem
 from discovery.data.atomic_files import create_exclusively
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
 from discovery.data.safe_json import parse_json
@@ -39,7 +39,7 @@ _UNFINISHED: Final = ".autotts-"
 
 Card = Mapping[str, Any]
 """What is known of an installed controller: its `name` and `digest`, a `headline`, the `report`, whether `forced`."""
-Move = Callable[[Installed], Installed]
+Move = Callable[[RolloutState], RolloutState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Registry:
             raise PromotionError(f"{self.file}: {error.strerror}") from None
         return FileStamp(found.st_mtime_ns, found.st_ino, found.st_size)
 
-    def read(self) -> Installed:
+    def read(self) -> RolloutState:
         """Who is at which stage now. Raises PromotionError."""
         return self._load()[0]
 
@@ -105,7 +105,7 @@ class Registry:
             raise PromotionError(f"{path}: {error.strerror}; {_MEND_FILE}") from None
         except ValueError as error:
             raise PromotionError(f"{path}: {error}; {_MEND_FILE}") from None
-        if not isinstance(card, dict) or not isinstance(card.get("name"), str) or wrong_name(card["name"]):
+        if not isinstance(card, dict) or not isinstance(card.get("name"), str) or name_problem(card["name"]):
             raise PromotionError(f"{path}: it names no controller; {_MEND_FILE}")
         return card
 
@@ -131,25 +131,25 @@ class Registry:
 
     # Changing
 
-    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> Installed:
+    def install(self, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
         """Put a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
-        if spec.source is None or (wrong := wrong_name(spec.name)):
+        if spec.source is None or (wrong := name_problem(spec.name)):
             raise PromotionError(wrong if spec.source else f"{spec.name} is built in: it is configured, not promoted")
         told = {**card, "name": spec.name, "digest": spec.digest, "forced": by.forced}
         files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _written(told)}
         return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
 
-    def promote(self, digest: str, stage: Stage, share: float, by: ChangeCause) -> Installed:
+    def promote(self, digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
         """Move an installed controller to a stage. Raises PromotionError."""
         self.spec(digest)
         card = self.card(digest)
         files = {self._card(digest): _written({**card, "forced": True})} if by.forced else {}
         return self._change(f"promote to {stage}", digest, _promote(digest, stage, share, by), by, files)
 
-    def roll_back(self, by: ChangeCause) -> Installed:
+    def roll_back(self, by: ChangeCause) -> RolloutState:
         """Return to the champion before this one, without a canary. Raises PromotionError."""
 
-        def back(now: Installed) -> Installed:
+        def back(now: RolloutState) -> RolloutState:
             moved = now.roll_back()
             if moved.champion is not None and moved.champion != now.champion:
                 self.spec(moved.champion)
@@ -157,17 +157,17 @@ class Registry:
 
         return self._change("rollback", None, back, by)
 
-    def drop_canary(self, digest: str, by: ChangeCause) -> Installed:
+    def drop_canary(self, digest: str, by: ChangeCause) -> RolloutState:
         """No canary any more, if it is this one. Raises PromotionError."""
         return self._change("drop canary", digest, lambda now: now.drop_canary(digest), by)
 
-    def quarantine(self, digest: str, by: ChangeCause) -> Installed:
+    def quarantine(self, digest: str, by: ChangeCause) -> RolloutState:
         """A controller that fails is not asked any more. Raises PromotionError."""
         return self._change("quarantine", digest, lambda now: now.quarantine(digest), by)
 
     def _change(
         self, action: str, digest: str | None, move: Move, by: ChangeCause, files: Mapping[Path, bytes] | None = None
-    ) -> Installed:
+    ) -> RolloutState:
         with self._locked() as folder:
             before, latest = self._load()
             lines = self._mend_audit(latest)
@@ -237,15 +237,15 @@ class Registry:
             raise PromotionError(f"{self.audit_path}: registry.json does not follow its last line; {_MEND_AUDIT}")
         return lines, [latest]
 
-    def _load(self) -> tuple[Installed, bytes | None]:
+    def _load(self) -> tuple[RolloutState, bytes | None]:
         """What registry.json says, and the audit's line it was written with."""
         try:
             data = parse_json(self.file.read_bytes())
             if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
                 raise ValueError("it is no registry")
-            return Installed.parse(data), data["audit"].encode()
+            return RolloutState.parse(data), data["audit"].encode()
         except FileNotFoundError:
-            return Installed(), None
+            return RolloutState(), None
         except OSError as error:
             raise PromotionError(f"{self.file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -266,13 +266,15 @@ _MEND_REGISTRY: Final = (
 )
 
 
-def _promote(digest: str, stage: Stage, share: float, by: ChangeCause) -> Move:
+def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> Move:
     return lambda now: now.promote(digest, stage, share, by.forced)
 
 
-def _line(action: str, digest: str | None, before: Installed, after: Installed, by: ChangeCause, chain: str) -> bytes:
+def _line(
+    action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str
+) -> bytes:
     """A line of the audit. Of `before` and `after` it has the stages whose holder is another."""
-    changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
+    changed = [stage for stage in RolloutStage if before.stages[stage] != after.stages[stage]]
     record = json.dumps(
         {
             "when": by.when.isoformat(),

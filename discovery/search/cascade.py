@@ -78,7 +78,7 @@ class Cascade:
     def judge(self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]) -> list[CandidateVerdict]:
         """A verdict for each candidate, `known` being those before them: the same as if each were judged by itself.
 
-        Raises EngineError, Unsealed.
+        Raises EngineError, SandboxUnavailable.
         """
         verdicts: dict[int, CandidateVerdict] = {}
         seen = {one.fingerprint: one.digest for one in reversed(known) if one.fingerprint}  # the first of each
@@ -109,7 +109,10 @@ class Cascade:
     def measure(
         self, candidate: Candidate, trial: TrialSettings, sealed: bool = False, traces: Path | None = None
     ) -> list[Curve]:
-        """A candidate's curves under a trial; its traces too if a folder is given. Raises EngineError, Unsealed."""
+        """Return a candidate's curves under a trial; write its traces if a folder is given.
+
+        Raises EngineError and SandboxUnavailable.
+        """
         rules = replace(self._arena.rules, sealing=Sealing.ALL) if sealed else self._rules(candidate)
         rules = replace(rules, traces=traces)
         return self._arena.measure(_spec(candidate), trial, rules)

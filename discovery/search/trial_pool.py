@@ -95,7 +95,7 @@ class PendingTrial:
 
     @cached_property
     def scores(self) -> list[Score]:
-        """What came of it, a score a cell and β; waited for. Raises EngineError, Unsealed."""
+        """What came of it, a score a cell and β; waited for. Raises EngineError, SandboxUnavailable."""
         try:
             return list(
                 gather_scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True))

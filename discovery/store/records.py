@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
-from controllers.sandbox.proof import Level
+from controllers.sandbox.proof import SandboxLevel
 from discovery.data.recordings import (
     Cell,
     LabelSource,
@@ -63,7 +63,7 @@ class ServedEpisode:
     answer: str | None = None
     question: str | None = None  # `question_id`, if known
     created: str = field(default_factory=lambda: utc_now())
-    sandbox: Level = Level.TRUSTED  # isolation of its controller
+    sandbox: SandboxLevel = SandboxLevel.TRUSTED  # isolation of its controller
     tenant: str = ""  # who sent the request; empty for a caller without a key
     about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
     trace: str = ""  # its rounds, as `discovery.data.packed_rounds` packs them

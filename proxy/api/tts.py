@@ -10,7 +10,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from controllers.installed import Stage
+from controllers.rollout_state import RolloutStage
 from discovery.audit.explain import explain
 from discovery.errors import TraceError
 from discovery.store import EpisodeDetails, ServedEpisode
@@ -55,7 +55,7 @@ class TtsEndpoints:
         feedback = feedback.model_copy(update={"request": own})
         heard = await service.episode_log.record_feedback(caller, feedback)
         if heard.is_first and heard.content is not None and heard.owner.stage is not None:
-            service.controllers.record_feedback(Stage(heard.owner.stage), heard.owner.digest, heard.content)
+            service.controllers.record_feedback(RolloutStage(heard.owner.stage), heard.owner.digest, heard.content)
         status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
         return JSONResponse(
             {

@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from controllers.installed import Stage
+from controllers.rollout_state import RolloutStage
 from proxy.types import CanaryMetric
 
 ALPHA: Final = 0.01
@@ -77,18 +77,18 @@ class CanaryTest:
         self._count = 0  # and how many they were
         self._unit = 0.0  # tokens that count 1, settled before either of a pair has been seen; 0: not yet
 
-    def observe(self, stage: Stage, outcome: EpisodeOutcome) -> CanaryFailure | None:
+    def observe(self, stage: RolloutStage, outcome: EpisodeOutcome) -> CanaryFailure | None:
         """Take notice of a request; the verdict if the canary has to go."""
         for quality, value in self._values(outcome).items():
             self._games[quality].take(stage, value)
-        if stage is Stage.CHAMPION:
+        if stage is RolloutStage.CHAMPION:
             self._spent += outcome.tokens
             self._count += 1
         if self._count and not self._games[CanaryMetric.TOKENS].waiting:
             self._unit = max(1.0, DEAREST * self._spent / self._count)
         return self.verdict
 
-    def record_feedback(self, stage: Stage, content: bool) -> CanaryFailure | None:
+    def record_feedback(self, stage: RolloutStage, content: bool) -> CanaryFailure | None:
         """Take notice of what a client says of an answer after its request has ended; as `observe`."""
         self._games[CanaryMetric.FEEDBACK].take(stage, float(not content))
         return self.verdict
@@ -131,7 +131,7 @@ class _Game:
     """The gamblers on one quality."""
 
     def __init__(self, margin: float) -> None:
-        self.waiting: dict[Stage, float] = {}  # the latest value of a stage, until the other has one
+        self.waiting: dict[RolloutStage, float] = {}  # the latest value of a stage, until the other has one
         self._margin = margin
         self._gamblers = BettingProcess()
 
@@ -145,9 +145,11 @@ class _Game:
         """The e-value."""
         return self._gamblers.wealth
 
-    def take(self, stage: Stage, value: float) -> None:
+    def take(self, stage: RolloutStage, value: float) -> None:
         """A request's value; with one of the other stage it makes a pair."""
         self.waiting[stage] = value
         if len(self.waiting) == 2:
-            self._gamblers.settle(self.waiting[Stage.CANARY] - self.waiting[Stage.CHAMPION] - self._margin)
+            self._gamblers.settle(
+                self.waiting[RolloutStage.CANARY] - self.waiting[RolloutStage.CHAMPION] - self._margin
+            )
             self.waiting.clear()

@@ -20,26 +20,26 @@ from typing import Any, Final
 from controllers import (
     Action,
     Boundary,
+    BoundaryViolation,
     Controller,
     ControllerError,
-    Crossed,
-    Disturbed,
     Environment,
     IllegalAction,
+    MachineDisturbed,
     Round,
+    SandboxUnavailable,
     State,
     Stop,
     UnknownController,
-    Unsealed,
     run_episode,
 )
 from controllers.builtin import BASELINE, BUILT_IN, create, find
-from controllers.episode import Remote
-from controllers.installed import Installed, Stage
+from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
+from controllers.rollout_state import RolloutStage, RolloutState
 from controllers.sandbox.controller import SandboxedController
-from controllers.sandbox.nursery import nursery
-from controllers.sandbox.proof import Level, Proof
+from controllers.sandbox.proof import Proof, SandboxLevel
+from controllers.sandbox.spawner import spawner
 from discovery.evaluation.calibration import Calibrations
 from discovery.promotion.registry import ChangeCause, Registry
 from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
@@ -93,20 +93,20 @@ class ControllerManager:
         self._changing: set[asyncio.Task[None]] = set()  # the registry
 
     @property
-    def level(self) -> Level:
+    def level(self) -> SandboxLevel:
         """How controllers from files are held."""
         if self._settings.allow_unsandboxed:
-            return Level.OPEN
-        return Level.SEALED if self._proof.sealed else Level.REFUSED
+            return SandboxLevel.OPEN
+        return SandboxLevel.SEALED if self._proof.sealed else SandboxLevel.REFUSED
 
     @property
     def lacking(self) -> str | None:
         """What keeps controllers from being sealed; None if nothing does."""
         return self._proof.lacking
 
-    def isolation_of(self, spec: Spec) -> Level:
+    def isolation_of(self, spec: Spec) -> SandboxLevel:
         """How one controller is held."""
-        return self.level if spec.is_foreign else Level.TRUSTED
+        return self.level if spec.is_foreign else SandboxLevel.TRUSTED
 
     async def choose(self, name: str | None, request_id: str) -> ChosenController:
         """Who decides for a request that names `name`, or nobody. Raises UnknownController."""
@@ -132,8 +132,8 @@ class ControllerManager:
 
     async def open(self) -> None:
         """Find out whether controllers can be sealed, say so, and get those ready that may be asked."""
-        if nursery().proof is None:
-            await asyncio.to_thread(nursery().check)
+        if spawner().proof is None:
+            await asyncio.to_thread(spawner().check)
         self.update_sandbox_level()
         await self.stages.refresh()
         self._restage()
@@ -153,11 +153,11 @@ class ControllerManager:
         return ControllerRunner(self, choice)
 
     @asynccontextmanager
-    async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | Remote]:
-        """A fresh controller for one episode. Raises ControllerError, Unsealed or Disturbed."""
-        if self.isolation_of(spec) is not Level.SEALED or not spec.is_foreign:
-            if self.isolation_of(spec) is Level.REFUSED:
-                raise Unsealed(f"{spec.name}: controllers cannot be sealed here: {self.lacking}")
+    async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | RemoteController]:
+        """A fresh controller for one episode. Raises ControllerError, SandboxUnavailable or MachineDisturbed."""
+        if self.isolation_of(spec) is not SandboxLevel.SEALED or not spec.is_foreign:
+            if self.isolation_of(spec) is SandboxLevel.REFUSED:
+                raise SandboxUnavailable(f"{spec.name}: controllers cannot be sealed here: {self.lacking}")
             yield make(spec, beta)
             return
         pool = self._pool(spec)
@@ -216,7 +216,7 @@ class ControllerManager:
         if found.is_proven and spec.is_foreign:  # one that came with the program is the operator's to replace
             self._quarantine(spec, str(found))
 
-    def record_feedback(self, stage: Stage, digest: str, content: bool) -> None:
+    def record_feedback(self, stage: RolloutStage, digest: str, content: bool) -> None:
         """Take notice of what a client says of an answer; a canary whose clients are not content is none any more."""
         canary, decided = self._lineup.canary, self._lineup.at(stage)
         if canary is None or decided is None or decided.digest != digest:
@@ -228,7 +228,7 @@ class ControllerManager:
     def shadow(self, played: DecidedEpisode) -> None:
         """Find out, off the request's path, how the shadow would have played an episode of the champion's."""
         spec = self.stages.current.shadow
-        if spec is None or spec.digest in self.quarantined or self.level is not Level.SEALED:
+        if spec is None or spec.digest in self.quarantined or self.level is not SandboxLevel.SEALED:
             return
         if len(self._shadowing) >= SHADOWS:
             self.metrics.shadow_agreement.labels(spec.name, "skipped").inc()
@@ -241,9 +241,9 @@ class ControllerManager:
             async with self.controller(spec, played.beta) as controller:
                 timed = self.timed(spec, controller)
                 await compare(timed, played, lambda agreed: agreement.labels(spec.name, str(agreed).lower()).inc())
-        except Unsealed:
+        except SandboxUnavailable:
             self.update_sandbox_level()
-        except Disturbed as error:
+        except MachineDisturbed as error:
             agreement.labels(spec.name, "skipped").inc()
             logger.warning("shadow %s could not decide: %s", spec.name, error)
         except ControllerError as error:
@@ -277,7 +277,7 @@ class ControllerManager:
         without = self.stages.current.without(canary.digest)
         self._change(without, lambda registry: registry.drop_canary(canary.digest, by))
 
-    def _change(self, lineup: StageAssignment, move: Callable[[Registry], Installed]) -> None:
+    def _change(self, lineup: StageAssignment, move: Callable[[Registry], RolloutState]) -> None:
         """Another line-up: here at once, in the registry as soon as it can be."""
         self.stages.current = lineup
         self._restage()
@@ -304,7 +304,7 @@ class ControllerManager:
             if digest in self.quarantined:
                 pool.stop(STOPPED)
             else:
-                pool.keep(sizes.get(digest, RETIRED) if self.level is Level.SEALED else RETIRED)
+                pool.keep(sizes.get(digest, RETIRED) if self.level is SandboxLevel.SEALED else RETIRED)
 
     def _pool(self, spec: Spec) -> SandboxPool:
         if spec.digest not in self._pools:
@@ -313,16 +313,16 @@ class ControllerManager:
 
     def update_sandbox_level(self) -> None:
         """Take notice of the latest proof, and say how controllers from files are held now."""
-        self._proof = nursery().proof or self._proof
+        self._proof = spawner().proof or self._proof
         self.metrics.sandbox_level.set(self.level.rank)
-        if self.level is Level.OPEN:
+        if self.level is SandboxLevel.OPEN:
             logger.error(
                 "NOT SANDBOXED: controllers from files run with all of this process's rights, its keys included"
             )
-        elif self.level is Level.REFUSED:
+        elif self.level is SandboxLevel.REFUSED:
             logger.error("controllers from files are refused, baselines serve: %s", self.lacking)
 
-    def timed(self, spec: Spec, controller: Controller | Remote) -> Controller | Remote:
+    def timed(self, spec: Spec, controller: Controller | RemoteController) -> Controller | RemoteController:
         """The same controller, its decisions measured."""
         seconds = self.metrics.decision_seconds.labels(controller_label(spec.name))
         later = getattr(controller, "decide_later", None)
@@ -352,16 +352,16 @@ class ControllerRunner:
         if spec.digest in casting.quarantined:
             self.fallback = QUARANTINED
         else:
-            if self._choice.stage is Stage.CHAMPION and casting.stages.current.shadow is not None:
+            if self._choice.stage is RolloutStage.CHAMPION and casting.stages.current.shadow is not None:
                 self._played = DecidedEpisode(beta, state.limits, ())
             try:
                 async with casting.controller(spec, beta) as controller:
                     await run_episode(casting.timed(spec, controller), environment, state, self._keep)
                 return
-            except Unsealed:
+            except SandboxUnavailable:
                 casting.update_sandbox_level()
                 self.fallback = UNSEALED
-            except Disturbed as error:
+            except MachineDisturbed as error:
                 self.fallback = QUARANTINED if spec.digest in casting.quarantined else DISTURBED
                 logger.warning("controller %s could not decide (%s): %s", spec.name, self.fallback, error)
             except ControllerError as error:
@@ -418,7 +418,7 @@ class _TimedRemote:
 
 def _foreign(lineup: StageAssignment) -> list[Spec]:
     """Those at a stage that come from files."""
-    return [spec for stage in Stage if (spec := lineup.at(stage)) is not None and spec.is_foreign]
+    return [spec for stage in RolloutStage if (spec := lineup.at(stage)) is not None and spec.is_foreign]
 
 
 def _track(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
@@ -430,12 +430,12 @@ def _track(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> N
 
 def _asked(error: ControllerError, now: float) -> float:
     """When the decision began in which a process was late or died; of another failure that is `now`."""
-    if isinstance(error, Crossed) and error.boundary in SUDDEN and error.asked is not None:
+    if isinstance(error, BoundaryViolation) and error.boundary in SUDDEN and error.asked is not None:
         return error.asked
     return now
 
 
 def _reason(error: ControllerError) -> Boundary | str:
-    if isinstance(error, Crossed):
+    if isinstance(error, BoundaryViolation):
         return error.boundary
     return ILLEGAL if isinstance(error, IllegalAction) else RAISED

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Final
 
-from controllers.errors import Disturbed
+from controllers.errors import MachineDisturbed
 from controllers.loading import Spec
-from controllers.sandbox.nursery import nursery
-from controllers.sandbox.worker import Worker
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import spawner
 
 RETIRED: Final = -1
 """The size of a pool that has none ready, not even one ahead of the next episode."""
@@ -31,23 +31,26 @@ class SandboxPool:
         self._spec = spec
         self._size = size
         self._hard_s = hard_s
-        self._ready: deque[Worker] = deque()
-        self._in_use: set[Worker] = set()
-        self._loading: set[Worker] = set()  # in threads
+        self._ready: deque[SandboxHandle] = deque()
+        self._in_use: set[SandboxHandle] = set()
+        self._loading: set[SandboxHandle] = set()  # in threads
         self._stopped = ""  # why, if it is
-        self._waiting: deque[asyncio.Future[Worker]] = deque()  # episodes, the first to come first
+        self._waiting: deque[asyncio.Future[SandboxHandle]] = deque()  # episodes, the first to come first
         self._work: set[asyncio.Future[Any]] = set()  # in threads: what is being made, and ended
         self._making = 0
         self._makers = ThreadPoolExecutor(MAKERS, thread_name_prefix="sandbox-make")
         self._enders = enders
 
-    async def take(self) -> Worker:
-        """Return one that is ready, else a new one. Raises Unsealed, BadController, Crossed or Disturbed."""
+    async def take(self) -> SandboxHandle:
+        """Return one that is ready, else a new one.
+
+        Raises SandboxUnavailable, BadController, BoundaryViolation or MachineDisturbed.
+        """
         worker = self._next() or await self._made_soon()
         self._in_use.add(worker)
         return worker
 
-    def end(self, worker: Worker) -> None:
+    def end(self, worker: SandboxHandle) -> None:
         """Kill one, off the event loop."""
         self._in_use.discard(worker)
         self._start(self._enders, worker.close)
@@ -60,13 +63,13 @@ class SandboxPool:
         self._fill()
 
     def stop(self, why: str) -> None:
-        """Retire, and kill the processes of episodes under way too, which then raise Disturbed with `why`."""
+        """Retire, and kill the processes of episodes under way too, which then raise MachineDisturbed with `why`."""
         self.keep(RETIRED)
         self._stopped = why
         for worker in [*self._in_use, *list(self._loading)]:
             worker.kill(why)
         while waiting := self._first():
-            waiting.set_exception(Disturbed(why))
+            waiting.set_exception(MachineDisturbed(why))
 
     async def close(self) -> None:
         """End every process that is ready, once all work in threads is done."""
@@ -77,7 +80,7 @@ class SandboxPool:
         self._ready.clear()
         self._makers.shutdown(wait=False)
 
-    def _next(self) -> Worker | None:
+    def _next(self) -> SandboxHandle | None:
         """One of those that are ready and alive; those that died idle are nobody's fault and are passed over."""
         while self._ready:
             worker = self._ready.popleft()
@@ -87,8 +90,8 @@ class SandboxPool:
             self.end(worker)
         return None
 
-    async def _made_soon(self) -> Worker:
-        waiting: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
+    async def _made_soon(self) -> SandboxHandle:
+        waiting: asyncio.Future[SandboxHandle] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         self._fill()
         try:
@@ -100,7 +103,7 @@ class SandboxPool:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
                 self._put(waiting.result())  # it came too late
             if isinstance(error, TimeoutError):
-                raise Disturbed(f"no process of {self._spec.name} was ready within {PATIENCE_S:g} s") from None
+                raise MachineDisturbed(f"no process of {self._spec.name} was ready within {PATIENCE_S:g} s") from None
             raise
 
     def _fill(self) -> None:
@@ -110,7 +113,7 @@ class SandboxPool:
             self._making += 1
             self._start(self._makers, self._make).add_done_callback(self._made)
 
-    def _made(self, done: asyncio.Future[Worker]) -> None:
+    def _made(self, done: asyncio.Future[SandboxHandle]) -> None:
         self._making -= 1
         if done.cancelled():
             return
@@ -120,7 +123,7 @@ class SandboxPool:
         elif waiting := self._first():  # without one the error is dropped: the next load fails alike
             waiting.set_exception(error)
 
-    def _put(self, worker: Worker) -> None:
+    def _put(self, worker: SandboxHandle) -> None:
         """Give a process to the episode that has waited longest, or keep it."""
         if waiting := self._first():
             waiting.set_result(worker)
@@ -129,23 +132,23 @@ class SandboxPool:
         else:
             self.end(worker)
 
-    def _first(self) -> asyncio.Future[Worker] | None:
+    def _first(self) -> asyncio.Future[SandboxHandle] | None:
         while self._waiting:
             waiting = self._waiting.popleft()
             if not waiting.done():
                 return waiting
         return None
 
-    def _make(self) -> Worker:
+    def _make(self) -> SandboxHandle:
         try:
             return self._loaded()
-        except Disturbed:  # nobody waits for this process in particular: another one will do
+        except MachineDisturbed:  # nobody waits for this process in particular: another one will do
             return self._loaded()
 
-    def _loaded(self) -> Worker:
+    def _loaded(self) -> SandboxHandle:
         if self._stopped:
-            raise Disturbed(self._stopped)
-        worker = nursery().spawn(self._hard_s)
+            raise MachineDisturbed(self._stopped)
+        worker = spawner().spawn(self._hard_s)
         self._loading.add(worker)
         try:
             worker.load(self._spec)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from controllers.installed import Installed, Stage, lot
 from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage, RolloutState, lot
 from discovery.errors import PromotionError
 from discovery.promotion.registry import FileStamp, Registry
 from proxy.types import ChosenController
@@ -31,12 +31,16 @@ class StageAssignment:
     def choose(self, request_id: str) -> ChosenController:
         """Who decides for a request: the same for the same id, wherever it is asked."""
         if self.canary is not None and lot(request_id) < self.share:
-            return ChosenController(self.canary, Stage.CANARY)
-        return ChosenController(self.champion, Stage.CHAMPION)
+            return ChosenController(self.canary, RolloutStage.CANARY)
+        return ChosenController(self.champion, RolloutStage.CHAMPION)
 
-    def at(self, stage: Stage) -> Spec | None:
+    def at(self, stage: RolloutStage) -> Spec | None:
         """Who is at a stage."""
-        return {Stage.SHADOW: self.shadow, Stage.CANARY: self.canary, Stage.CHAMPION: self.champion}[stage]
+        return {
+            RolloutStage.SHADOW: self.shadow,
+            RolloutStage.CANARY: self.canary,
+            RolloutStage.CHAMPION: self.champion,
+        }[stage]
 
     def without(self, digest: str) -> StageAssignment:
         """The same without this one as canary or shadow."""
@@ -92,7 +96,7 @@ class RolloutStages:
         logger.info("registry version %d: %s", self.current.version, self.current)
         return True
 
-    async def change(self, move: Callable[[Registry], Installed]) -> None:
+    async def change(self, move: Callable[[Registry], RolloutState]) -> None:
         """Have the registry say what `now` does. If it cannot be, that holds until it is next changed."""
         if self.registry is None:
             return
@@ -106,10 +110,10 @@ class RolloutStages:
         installed = registry.read()
         found = {stage: None if holder is None else registry.spec(holder) for stage, holder in installed.stages.items()}
         return StageAssignment(
-            champion=found[Stage.CHAMPION] or self._default,
-            canary=found[Stage.CANARY],
+            champion=found[RolloutStage.CHAMPION] or self._default,
+            canary=found[RolloutStage.CANARY],
             share=installed.share,
-            shadow=found[Stage.SHADOW],
+            shadow=found[RolloutStage.SHADOW],
             quarantined=installed.quarantined,
             version=installed.version,
         )

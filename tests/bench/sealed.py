@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from controllers import Action, Fact, Limits, State, run_episode
-from controllers.errors import Crossed
+from controllers.errors import BoundaryViolation
 from controllers.loading import Spec
 from controllers.sandbox.controller import SandboxedController
-from controllers.sandbox.nursery import Nursery
-from controllers.sandbox.worker import HARD_S, Worker
+from controllers.sandbox.deadline import HARD_S
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.spawner import SandboxSpawner
 from discovery.data.importers import read_release, release_cell
 from discovery.data.recordings import Recording, intern_answers
 from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
@@ -35,14 +36,14 @@ def rows(size: Size) -> Iterator[Row]:
         recordings = [intern_answers(recorded) for recorded in read_release(FILE)]
         for beta in (0.0, 0.5, 1.0):
             yield _replay(recordings, beta, size.pick(5, 1), size.pick(BLOCK, 2))
-    nursery = Nursery()
-    nursery.check()
+    spawner = SandboxSpawner()
+    spawner.check()
     try:
-        yield asyncio.run(_live(nursery, size.pick(20, 1)))
-        yield _start(nursery, size.pick(TIMES, 5))
-        yield _kill(nursery, size.pick(20, 2))
+        yield asyncio.run(_live(spawner, size.pick(20, 1)))
+        yield _start(spawner, size.pick(TIMES, 5))
+        yield _kill(spawner, size.pick(20, 2))
     finally:
-        nursery.close()
+        spawner.close()
 
 
 def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int) -> Row:
@@ -86,18 +87,18 @@ class _Timed:
         return decided
 
 
-async def _live(nursery: Nursery, times: int) -> Row:
+async def _live(spawner: SandboxSpawner, times: int) -> Row:
     """CMC at β = 1, each episode in a child of its own."""
     recording = intern_answers(question(0, branches=64))
     taken: list[float] = []
 
-    async def episode(worker: Worker) -> None:
+    async def episode(worker: SandboxHandle) -> None:
         environment = _Slow(ReplayEnvironment(recording, shuffled_order(64, 0)))
         timed = _Timed(SandboxedController(worker, 1.0), taken)
         await run_episode(timed, environment, State(Limits(recording.interval)))
 
     for _ in range(times):  # as the proxy does: children are made and ended elsewhere
-        workers = [_loaded(nursery) for _ in range(EPISODES)]
+        workers = [_loaded(spawner) for _ in range(EPISODES)]
         await asyncio.gather(*map(episode, workers))
         for worker in workers:
             worker.close()
@@ -110,15 +111,15 @@ async def _live(nursery: Nursery, times: int) -> Row:
     )
 
 
-def _loaded(nursery: Nursery, source: str | None = None) -> Worker:
-    worker = nursery.spawn()
+def _loaded(spawner: SandboxSpawner, source: str | None = None) -> SandboxHandle:
+    worker = spawner.spawn()
     worker.load(Spec("cmc", source))
     return worker
 
 
-def _start(nursery: Nursery, times: int) -> Row:
+def _start(spawner: SandboxSpawner, times: int) -> Row:
     """From asking for a child to one that has loaded its controller."""
-    taken = _measure(lambda: _loaded(nursery).close(), times)
+    taken = _measure(lambda: _loaded(spawner).close(), times)
     return Row(
         "a sealed child, from nothing to loaded and ended",
         f"{1e3 * statistics.median(taken):.2f} ms (median)",
@@ -127,15 +128,15 @@ def _start(nursery: Nursery, times: int) -> Row:
     )
 
 
-def _kill(nursery: Nursery, times: int) -> Row:
+def _kill(spawner: SandboxSpawner, times: int) -> Row:
     """How long after its deadline a child that loops for ever is dead and reaped."""
     source = "class L:\n    def __init__(self, beta): ...\n    def decide(self, state):\n        while True: pass\n"
 
     def loop() -> None:
-        controller = SandboxedController(_loaded(nursery, source), 0.5)
+        controller = SandboxedController(_loaded(spawner, source), 0.5)
         try:
             controller.decide(State(Limits(10)))
-        except Crossed:
+        except BoundaryViolation:
             return
         raise RuntimeError("it came back")
 

@@ -22,15 +22,15 @@ from controllers import (
     Action,
     Advanced,
     Boundary,
+    BoundaryViolation,
     ControllerError,
-    Crossed,
-    Disturbed,
     Fact,
     Limits,
+    MachineDisturbed,
     Probed,
     Round,
+    SandboxUnavailable,
     State,
-    Unsealed,
     Verb,
     advance,
     answer,
@@ -41,15 +41,17 @@ from controllers import (
 )
 from controllers.errors import BadController
 from controllers.loading import Spec
-from controllers.sandbox import attempts, child, frames, nursery, proof
-from controllers.sandbox import worker as handles
+from controllers.sandbox import attempts, frames, process, proof, spawner
+from controllers.sandbox import handle as handles
 from controllers.sandbox.controller import SandboxedController, run_together, seats
+from controllers.sandbox.deadline import Clock, Deadline
+from controllers.sandbox.exit_reasons import explain_late
 from controllers.sandbox.frames import BadFrame
-from controllers.sandbox.meter import Meter, Usage
-from controllers.sandbox.nursery import Nursery
-from controllers.sandbox.proof import Level, Outcome, Proof
-from controllers.sandbox.seal import EVERY, Layer
-from controllers.sandbox.worker import Clock, Worker
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
+from controllers.sandbox.proof import AttemptResult, Proof, SandboxLevel
+from controllers.sandbox.seal import ALL_LAYERS, Layer
+from controllers.sandbox.spawner import SandboxSpawner
 from controllers.sandbox.zygote import SPAWN
 from tests.fakes import ScriptedEnvironment, chain
 
@@ -120,7 +122,7 @@ def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataO
             finished = draw.draw(st.booleans())
             label = draw.draw(labels) if finished else None
             facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label))
-    codes, known = frames.Codes(), [Probed(0, None, 9)]  # of another episode
+    codes, known = frames.FactCodes(), [Probed(0, None, 9)]  # of another episode
     assert codes.of(known) == [0]
     turn = frames.follow(3, asked, Round(carried_out, facts), codes)
     assert turn[0] == 3
@@ -180,8 +182,8 @@ def test_fewer_episodes_share_a_message_where_each_may_say_more() -> None:
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The other end of a child that is a thread."""
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(child, "CHANNEL", theirs.fileno())
-    serving = threading.Thread(target=child.serve)
+    monkeypatch.setattr(process, "CHANNEL", theirs.fileno())
+    serving = threading.Thread(target=process.serve)
     serving.start()
     with ours:
         assert ours.recv(64) == frames.pack([frames.READY])
@@ -210,7 +212,7 @@ def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
     opening = [3, *map(frames.encode, [branch()] * 3)]
     assert ask(owner, frames.STEP, 2, 0, *begin) == [2, *opening, *opening]
     facts: list[Fact] = [Advanced(0, 1, 10, False), Advanced(1, 1, 4, True, 0), Advanced(2, 1, 10, False)]
-    codes = frames.Codes()
+    codes = frames.FactCodes()
     turn = frames.follow(4, [branch()] * 3, Round([branch()] * 3, facts), codes)
     assert ask(owner, frames.STEP, 3, *codes.news(), *turn) == [
         3,
@@ -253,13 +255,13 @@ def test_a_child_complains_of_its_controller(owner: socket.socket, source: str, 
 
 
 @pytest.fixture(scope="module")
-def nest() -> Iterator[Nursery]:
-    made = Nursery()
+def nest() -> Iterator[SandboxSpawner]:
+    made = SandboxSpawner()
     yield made
     made.close()
 
 
-def controller(nest: Nursery, source: str, hard_s: float = 5.0) -> SandboxedController:
+def controller(nest: SandboxSpawner, source: str, hard_s: float = 5.0) -> SandboxedController:
     worker = nest.spawn(hard_s)
     worker.load(Spec("mine", source))
     return SandboxedController(worker, 0.5)
@@ -267,7 +269,7 @@ def controller(nest: Nursery, source: str, hard_s: float = 5.0) -> SandboxedCont
 
 @linux
 @pytest.mark.parametrize("waits", [True, False])
-async def test_a_sealed_controller_is_an_ordinary_one(nest: Nursery, waits: bool) -> None:
+async def test_a_sealed_controller_is_an_ordinary_one(nest: SandboxSpawner, waits: bool) -> None:
     sealed = controller(nest, STEPPING)
     state = State(Limits(10, branch_tokens=200, max_tokens=150))  # a cap cuts its rounds short
     if waits:
@@ -299,7 +301,7 @@ class ScriptedEnvironmentOf:
 
 
 @linux
-def test_one_that_joins_in_the_middle_is_refused(nest: Nursery) -> None:
+def test_one_that_joins_in_the_middle_is_refused(nest: SandboxSpawner) -> None:
     sealed, state = controller(nest, STEPPING), State(LIMITS)
     state.apply([branch()], [Advanced(0, 1, 10, False)])
     state.apply([advance(0)], [Advanced(0, 1, 10, False)])
@@ -309,24 +311,24 @@ def test_one_that_joins_in_the_middle_is_refused(nest: Nursery) -> None:
 
 
 @linux
-def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: Nursery) -> None:
+def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: SandboxSpawner) -> None:
     worker = nest.spawn()
     with pytest.raises(BadController, match=r"mine\.py: ModuleNotFoundError: No module named 'json'"):
         worker.load(Spec("mine", "import json"))
     assert not worker.alive
     assert worker.close() is None
-    with pytest.raises(Crossed, match="it has been closed"):
+    with pytest.raises(BoundaryViolation, match="it has been closed"):
         worker.decide([frames.begin(0, 0.5, LIMITS)], 9)
 
 
 def test_what_was_crossed_can_be_told_to_another_process() -> None:
-    error = Crossed(Boundary.LATE, "it took longer")
+    error = BoundaryViolation(Boundary.LATE, "it took longer")
     again = pickle.loads(pickle.dumps(error))
     assert (again.boundary, str(again)) == (Boundary.LATE, "it took longer (late)")
 
 
 @linux
-def test_what_may_be_imported_can_be(nest: Nursery) -> None:
+def test_what_may_be_imported_can_be(nest: SandboxSpawner) -> None:
     allowed = "math, statistics, collections, itertools, dataclasses, typing, heapq, bisect, functools"
     lines = f"import {allowed}\nimport controllers.voting, controllers.dial, collections.abc\n"
     sealed = controller(nest, lines + STEPPING)
@@ -342,7 +344,7 @@ def test_hashes_and_chance_are_the_same_in_every_child() -> None:
     )
     said = set()
     for _ in range(2):
-        made = Nursery()
+        made = SandboxSpawner()
         for _ in range(2):
             sealed = controller(made, source)
             with pytest.raises(ControllerError) as raised:
@@ -354,7 +356,7 @@ def test_hashes_and_chance_are_the_same_in_every_child() -> None:
 
 
 @linux
-async def test_a_cancelled_decision_ends_its_child(nest: Nursery) -> None:
+async def test_a_cancelled_decision_ends_its_child(nest: SandboxSpawner) -> None:
     sealed = controller(nest, HEAD + "        while True: pass", hard_s=60)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)
@@ -367,7 +369,7 @@ async def test_a_cancelled_decision_ends_its_child(nest: Nursery) -> None:
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_slow_and_late_decisions(nest: Nursery, later: bool) -> None:
+async def test_slow_and_late_decisions(nest: SandboxSpawner, later: bool) -> None:
     busy = (
         HEAD
         + "        n = 10**6 * (4 if state.rounds == 0 else 10**6)\n        while n: n -= 1\n        return [branch()]"
@@ -381,15 +383,15 @@ async def test_slow_and_late_decisions(nest: Nursery, later: bool) -> None:
         sealed.decide(state)
         sealed.worker.hard_s = 1.0
     state.apply([branch()], [Advanced(0, 1, 10, False)])
-    with pytest.raises(Crossed, match="it took longer than") as crossed:
+    with pytest.raises(BoundaryViolation, match="it took longer than") as crossed:
         await sealed.decide_later(state) if later else sealed.decide(state)
     assert crossed.value.boundary is Boundary.LATE
-    with pytest.raises(Crossed, match="it took longer than"):  # and is remembered for it
+    with pytest.raises(BoundaryViolation, match="it took longer than"):  # and is remembered for it
         sealed.decide(State(LIMITS))
 
 
 @linux
-def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: Nursery) -> None:
+def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: SandboxSpawner) -> None:
     source = STEPPING.replace(
         "        if not", "        if state.rounds == 2: (lambda f: f(f))(lambda f: exit_now())\n        if not"
     )
@@ -403,7 +405,7 @@ def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: Nursery) -> N
             state = State(LIMITS)
             try:
                 await run_episode(remote, ScriptedEnvironment(CHAINS, 10), state)
-            except Crossed as error:
+            except BoundaryViolation as error:
                 return number, state.rounds, error.boundary
             return number, state.rounds, None
 
@@ -418,7 +420,7 @@ def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: Nursery) -> N
 RESTLESS = (
     """
 import sys
-child = sys.modules["controllers.sandbox.child"]
+child = sys.modules["controllers.sandbox.process"]
 write = child._write
 def spin(numbers):
     write(numbers)
@@ -437,7 +439,7 @@ def state_of(process: int) -> str:
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_a_live_child_is_stopped_until_it_is_asked(nest: Nursery, later: bool) -> None:
+async def test_a_live_child_is_stopped_until_it_is_asked(nest: SandboxSpawner, later: bool) -> None:
     sealed, state = controller(nest, RESTLESS), State(LIMITS)
     process = sealed.worker.process
     while state_of(process) != "T":  # by the time its file was loaded
@@ -445,7 +447,7 @@ async def test_a_live_child_is_stopped_until_it_is_asked(nest: Nursery, later: b
     await sealed.decide_later(state) if later else sealed.decide(state)
     while state_of(process) != "T":
         pass
-    with Meter(process) as meter:
+    with ProcessUsageReader(process) as meter:
         before = meter.read()
         while meter.read().since(before).wall < 0.05:
             assert meter.read().cpu == before.cpu
@@ -453,7 +455,7 @@ async def test_a_live_child_is_stopped_until_it_is_asked(nest: Nursery, later: b
 
 
 @linux
-def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: Nursery) -> None:
+def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: SandboxSpawner) -> None:
     sealed, state = controller(nest, STEPPING), State(LIMITS)
     for _ in range(200):
         decided = sealed.decide(state)
@@ -463,7 +465,7 @@ def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: Nursery) 
 
 
 @linux
-def test_computing_between_two_questions_is_a_boundary(nest: Nursery) -> None:
+def test_computing_between_two_questions_is_a_boundary(nest: SandboxSpawner) -> None:
     """A child that is never stopped, as in replay, computes on while its owner looks late."""
     worker = nest.spawn(5.0, Clock.CPU)
     worker.load(Spec("mine", RESTLESS))
@@ -472,13 +474,13 @@ def test_computing_between_two_questions_is_a_boundary(nest: Nursery) -> None:
     while worker._idle is not None and worker._meter.read().since(worker._idle).cpu <= handles.UNASKED_S:
         pass
     state.apply(decided, [Advanced(0, 1, 10, False)])
-    with pytest.raises(Crossed, match=r"it computed for 0\... s without being asked") as crossed:
+    with pytest.raises(BoundaryViolation, match=r"it computed for 0\... s without being asked") as crossed:
         sealed.decide(state)
     assert crossed.value.boundary is Boundary.UNASKED
 
 
 @linux
-def test_live_children_let_their_owner_go_first(nest: Nursery) -> None:
+def test_live_children_let_their_owner_go_first(nest: SandboxSpawner) -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     live, replayed = nest.spawn(), nest.spawn(clock=Clock.CPU)
     assert os.getpriority(os.PRIO_PROCESS, live.process) == min(19, mine + handles.NICE)
@@ -488,12 +490,12 @@ def test_live_children_let_their_owner_go_first(nest: Nursery) -> None:
 
 
 @linux
-def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: Nursery) -> None:
-    process, channel, zygote = nest._fork(SPAWN, EVERY)
+def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: SandboxSpawner) -> None:
+    process, channel, zygote = nest._fork(SPAWN, ALL_LAYERS)
     ours, theirs = socket.socketpair()
     theirs.sendall(frames.pack(frames.told("landlock: no such thing")))
-    worker = Worker(process, ours, lambda child: nest._reap(child, zygote))
-    with theirs, channel, pytest.raises(Disturbed, match="could not be made: landlock: no such thing"):
+    worker = SandboxHandle(process, ours, lambda child: nest._reap(child, zygote))
+    with theirs, channel, pytest.raises(MachineDisturbed, match="could not be made: landlock: no such thing"):
         worker.load(Spec("cmc"))
 
 
@@ -502,9 +504,9 @@ def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: Nurser
 
 @linux
 def test_the_seal_is_proven_at_first_and_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nursery, "PROVE_EVERY", 5)
+    monkeypatch.setattr(spawner, "PROVE_EVERY", 5)
     proven: list[Proof] = []
-    made = Nursery()
+    made = SandboxSpawner()
     check = made.check
 
     def counted() -> Proof:
@@ -515,52 +517,54 @@ def test_the_seal_is_proven_at_first_and_every_so_often(monkeypatch: pytest.Monk
     for _ in range(11):
         made.spawn().close()
     assert len(proven) == 3
-    monkeypatch.setattr(nursery, "prove", lambda attempt: Proof([proof.Trial("fork", EVERY, False, "it could")]))
+    monkeypatch.setattr(spawner, "prove", lambda attempt: Proof([proof.Trial("fork", ALL_LAYERS, False, "it could")]))
     for _ in range(4):
         made.spawn().close()
     for _ in range(2):
-        with pytest.raises(Unsealed, match="cannot seal controllers: fork: it could; `autotts doctor` tells more"):
+        with pytest.raises(
+            SandboxUnavailable, match="cannot seal controllers: fork: it could; `autotts doctor` tells more"
+        ):
             made.spawn()
     assert len(proven) == 4
     made.close()
 
 
-def kill_zygote(made: Nursery) -> None:
+def kill_zygote(made: SandboxSpawner) -> None:
     assert made._zygote is not None
     made._zygote.kill()
     made._zygote.wait()
 
 
-def wait_for_end(worker: Worker) -> None:
+def wait_for_end(worker: SandboxHandle) -> None:
     assert select.select([worker._handle], [], [], 30)[0], "the process has not ended"
 
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
 async def test_children_of_a_zygote_that_dies_are_not_at_fault(later: bool) -> None:
-    made = Nursery()
+    made = SandboxSpawner()
     idle, busy = controller(made, STEPPING), controller(made, HEAD + "        while True: pass", hard_s=60)
     if later:
         deciding = asyncio.create_task(busy.decide_later(State(LIMITS)))
         await asyncio.sleep(0)
         kill_zygote(made)
-        with pytest.raises(Disturbed, match="the process that forks sealed processes has ended"):
+        with pytest.raises(MachineDisturbed, match="the process that forks sealed processes has ended"):
             await deciding
     else:
         busy.worker.begin([frames.begin(0, 0.5, LIMITS)], 9)
         kill_zygote(made)
-        with pytest.raises(Disturbed, match="the process that forks sealed processes has ended"):
+        with pytest.raises(MachineDisturbed, match="the process that forks sealed processes has ended"):
             busy.worker.finish()
     wait_for_end(idle.worker)
     assert not idle.worker.alive
-    with pytest.raises(Disturbed):
+    with pytest.raises(MachineDisturbed):
         idle.decide(State(LIMITS))
     made.close()
 
 
 @linux
 def test_a_zygote_that_dies_is_replaced_and_the_new_one_outlives_the_old_ones_children() -> None:
-    made = Nursery()
+    made = SandboxSpawner()
     old = made.spawn()
     kill_zygote(made)
     wait_for_end(old)
@@ -576,7 +580,7 @@ def test_a_zygote_that_dies_is_replaced_and_the_new_one_outlives_the_old_ones_ch
 
 
 @linux
-def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: Nursery) -> None:
+def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: SandboxSpawner) -> None:
     worker = nest.spawn()
     assert nest._zygote is not None
     assert nest._reap(os.getpid(), nest._zygote.pid) is None  # no child of its own
@@ -585,19 +589,19 @@ def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: Nurse
 
 
 @linux
-def test_a_child_killed_from_outside_while_it_is_idle_is_not_at_fault(nest: Nursery) -> None:
+def test_a_child_killed_from_outside_while_it_is_idle_is_not_at_fault(nest: SandboxSpawner) -> None:
     sealed = controller(nest, STEPPING)
     os.kill(sealed.worker.process, signal.SIGKILL)
     wait_for_end(sealed.worker)
     assert not sealed.worker.alive
-    with pytest.raises(Disturbed, match="killed from outside while it was idle"):
+    with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):
         sealed.decide(State(LIMITS))
-    with pytest.raises(Disturbed, match="killed from outside while it was idle"):  # and remembered for it
+    with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):  # and remembered for it
         sealed.decide(State(LIMITS))
 
 
 @linux
-async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(nest: Nursery) -> None:
+async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(nest: SandboxSpawner) -> None:
     sealed = controller(nest, STEPPING, hard_s=0.2)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)  # it has been asked
@@ -610,7 +614,7 @@ async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(
 
 
 @linux
-async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nest: Nursery) -> None:
+async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nest: SandboxSpawner) -> None:
     """The child stands still until the owner reads: that is no time of its own."""
     wide = Limits(10, 1 << 14)
     source = HEAD + "        return [branch()] * 100_000"
@@ -626,7 +630,7 @@ async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nes
 
 
 @linux
-async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Nursery) -> None:
+async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: SandboxSpawner) -> None:
     """It shares one processor with a process that has three hundred times its weight.
 
     Other work on the machine may still give it some time, so one of a few tries must do.
@@ -639,11 +643,11 @@ async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Nursery
     await busy.stdout.readline()
     ended: list[Exception] = []
     try:
-        while len(ended) < 8 and not any(isinstance(error, Disturbed) for error in ended):
+        while len(ended) < 8 and not any(isinstance(error, MachineDisturbed) for error in ended):
             sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
             os.sched_setaffinity(sealed.worker.process, {here})
             os.sched_setscheduler(sealed.worker.process, os.SCHED_IDLE, os.sched_param(0))
-            with pytest.raises((Crossed, Disturbed)) as caught:
+            with pytest.raises((BoundaryViolation, MachineDisturbed)) as caught:
                 await sealed.decide_later(State(LIMITS))
             ended.append(caught.value)
     finally:
@@ -654,28 +658,30 @@ async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Nursery
 
 def test_who_is_to_blame_for_a_late_answer() -> None:
     def late(clock: Clock, seconds: float, **usage: float) -> type[Exception]:
-        with Meter(os.getpid()) as meter:
-            return type(handles._why_late(handles._Deadline(meter, clock, seconds), Usage(**usage)))
+        with ProcessUsageReader(os.getpid()) as meter:
+            return type(explain_late(Deadline(meter, clock, seconds), ProcessUsage(**usage)))
 
-    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.25) is Crossed
-    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.03, queued=0.22) is Crossed  # an ordinary decision would be done
-    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.0) is Crossed  # it slept
-    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.01, queued=0.24) is Disturbed
-    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.25, queued=8.75) is Crossed
-    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.1, queued=2.0) is Crossed
-    assert late(Clock.CPU, 0.25, wall=120.0, cpu=0.1, queued=119.9) is Disturbed
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.25) is BoundaryViolation
+    assert (
+        late(Clock.WALL, 0.25, wall=0.25, cpu=0.03, queued=0.22) is BoundaryViolation
+    )  # an ordinary decision would be done
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.0) is BoundaryViolation  # it slept
+    assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.01, queued=0.24) is MachineDisturbed
+    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.25, queued=8.75) is BoundaryViolation
+    assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.1, queued=2.0) is BoundaryViolation
+    assert late(Clock.CPU, 0.25, wall=120.0, cpu=0.1, queued=119.9) is MachineDisturbed
 
 
 def test_a_python_that_does_not_start_is_a_seal_that_does_not_hold() -> None:
     for python in ("/nowhere/python", "/bin/true"):
-        found = Nursery(python=python).check()
+        found = SandboxSpawner(python=python).check()
         assert not found.sealed
         assert "does not start" in str(found.lacking) or "failed" in str(found.lacking)
 
 
 def test_what_an_end_proves() -> None:
     def ended(status: int) -> bool:
-        return proof._judge(Outcome(status, "why"))[0]
+        return proof._judge(AttemptResult(status, "why"))[0]
 
     assert ended(31)  # SIGSYS
     assert ended(attempts.REFUSED << 8)
@@ -693,15 +699,15 @@ def test_every_layer_is_tried_alone_and_all_together() -> None:
     together = {trial.what for trial in found.together}
     assert together >= {"read a file", "open a socket", "fork", "execute", "call as x32", "raise a limit"}
     assert Proof([]).lacking == "nothing was tried"
-    assert [level.rank for level in Level] == [2, 1, 0, 0]
+    assert [level.rank for level in SandboxLevel] == [2, 1, 0, 0]
 
 
 @linux
 def test_attempts_succeed_where_nothing_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would prove nothing. Not all can: this user may be nobody, and not every kernel knows x32."""
-    made = Nursery()
+    made = SandboxSpawner()
     bare = [one._replace(layers=Layer(0)) for one in attempts.ATTEMPTS]
-    monkeypatch.setattr(nursery, "ATTEMPTS", bare)
+    monkeypatch.setattr(spawner, "ATTEMPTS", bare)
     could = {one.what for at, one in enumerate(bare) if made._attempt(at).status == attempts.ESCAPED}
     made.close()
     assert could >= {one.what for one in bare} - {"become root", "call as x32"}
@@ -709,12 +715,12 @@ def test_attempts_succeed_where_nothing_is_sealed(monkeypatch: pytest.MonkeyPatc
 
 @linux
 @pytest.mark.parametrize("wait", ["posix.read(3, 1)", "lock.acquire()"])
-def test_a_child_that_sleeps_is_late_by_either_clock(nest: Nursery, wait: str) -> None:
+def test_a_child_that_sleeps_is_late_by_either_clock(nest: SandboxSpawner, wait: str) -> None:
     """It uses no processor time, and nothing keeps it from a processor."""
     source = f"import posix, _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n{HEAD}        {wait}"
     for clock in Clock:
         worker = nest.spawn(0.2, clock)
         worker.load(Spec("mine", source))
-        with pytest.raises(Crossed) as crossed:
+        with pytest.raises(BoundaryViolation) as crossed:
             SandboxedController(worker, 0.5).decide(State(LIMITS))
         assert crossed.value.boundary is Boundary.LATE

@@ -17,12 +17,21 @@ import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from controllers import Controller, ControllerError, Crossed, Disturbed, IllegalAction, Limits, State, run_episode
+from controllers import (
+    BoundaryViolation,
+    Controller,
+    ControllerError,
+    IllegalAction,
+    Limits,
+    MachineDisturbed,
+    State,
+    run_episode,
+)
 from controllers.loading import Spec
 from controllers.sandbox.controller import SandboxedController
-from controllers.sandbox.nursery import Nursery
-from controllers.sandbox.seal import EVERY, Layer
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
+from controllers.sandbox.seal import ALL_LAYERS, Layer
+from controllers.sandbox.spawner import SandboxSpawner
 from tests.fakes import ScriptedEnvironment, chain
 from tests.faults.calls import X86_64
 
@@ -72,16 +81,16 @@ def attacks() -> dict[str, str]:
     return found
 
 
-async def make(nursery: Nursery, name: str, source: str) -> Outcome:
+async def make(spawner: SandboxSpawner, name: str, source: str) -> Outcome:
     """Play an episode under an attack, timed as live ones are; on a machine too busy for that, as replayed ones."""
     try:
-        return await _make(nursery, name, source, Clock.WALL)
-    except Disturbed:
-        return await _make(nursery, name, source, Clock.CPU)
+        return await _make(spawner, name, source, Clock.WALL)
+    except MachineDisturbed:
+        return await _make(spawner, name, source, Clock.CPU)
 
 
-async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outcome:
-    worker = nursery.spawn(HARD_S, clock)
+async def _make(spawner: SandboxSpawner, name: str, source: str, clock: Clock) -> Outcome:
+    worker = spawner.spawn(HARD_S, clock)
     began = time.monotonic()
     allowed = HARD_S
 
@@ -102,7 +111,7 @@ async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outco
         controller = ObservedRequest(SandboxedController(worker, 0.5))
         await run_episode(controller, ScriptedEnvironment(chains, 10), State(Limits(10)))
         how, words = "harmless", ""
-    except Crossed as error:
+    except BoundaryViolation as error:
         how, words = str(error.boundary), str(error)
     except IllegalAction as error:
         how, words = "illegal", str(error)
@@ -115,10 +124,10 @@ async def _make(nursery: Nursery, name: str, source: str, clock: Clock) -> Outco
 
 
 async def main() -> None:
-    nursery = Nursery(Layer(0) if "--open" in sys.argv else EVERY)
+    spawner = SandboxSpawner(Layer(0) if "--open" in sys.argv else ALL_LAYERS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes = {name: (await make(nursery, name, source))._asdict() for name, source in attacks().items()}
-    nursery.close()
+    outcomes = {name: (await make(spawner, name, source))._asdict() for name, source in attacks().items()}
+    spawner.close()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     json.dump({"user": os.geteuid(), "grown_kib": grown, "outcomes": outcomes}, sys.stdout, indent=1)
 

@@ -181,9 +181,9 @@ async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Pat
 
 
 def test_what_is_no_linux_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from controllers import Unsealed
-    from controllers.sandbox.nursery import Nursery
+    from controllers import SandboxUnavailable
+    from controllers.sandbox.spawner import SandboxSpawner
 
-    monkeypatch.setattr("controllers.sandbox.nursery.sys.platform", "darwin")
-    with pytest.raises(Unsealed, match="only Linux can seal a process, this is darwin"):
-        Nursery().spawn()
+    monkeypatch.setattr("controllers.sandbox.spawner.sys.platform", "darwin")
+    with pytest.raises(SandboxUnavailable, match="only Linux can seal a process, this is darwin"):
+        SandboxSpawner().spawn()

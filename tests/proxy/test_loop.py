@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from controllers.installed import lot
 from controllers.loading import read
+from controllers.rollout_state import lot
 from deploy.embedded.task import held_back
 from discovery.data.importers import read_jsonl
 from discovery.data.recordings import Split

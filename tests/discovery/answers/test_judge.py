@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 
 pytestmark = pytest.mark.process

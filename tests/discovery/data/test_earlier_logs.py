@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from controllers.installed import Stage
 from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage
 from discovery.errors import GateError, HistoryError, PromotionError
 from discovery.promotion.ledger import Ledger
 from discovery.promotion.registry import ChangeCause, Registry
@@ -73,8 +73,8 @@ def test_an_earlier_ledger_is_continued_with_the_same_bytes(tmp_path: Path) -> N
 def earlier_registry(folder: Path) -> Registry:
     """The registry as it was after its second change."""
     registry = Registry(folder)
-    registry.install(FIRST, {"headline": "fine"}, Stage.SHADOW, 0, ChangeCause("zoë", "β", NOON))
-    registry.install(SECOND, {"headline": "fine"}, Stage.CANARY, 0.25, ChangeCause("me", "", NOON, forced=True))
+    registry.install(FIRST, {"headline": "fine"}, RolloutStage.SHADOW, 0, ChangeCause("zoë", "β", NOON))
+    registry.install(SECOND, {"headline": "fine"}, RolloutStage.CANARY, 0.25, ChangeCause("me", "", NOON, forced=True))
     return registry
 
 
@@ -83,7 +83,11 @@ def test_an_earlier_audit_log_is_read(tmp_path: Path) -> None:
         shutil.copy(LOGS / name, tmp_path)
     registry = Registry(tmp_path)
     assert [line["action"] for line in registry.audit()] == ["install as shadow", "install as canary", "drop canary"]
-    assert registry.read().stages == {Stage.SHADOW: FIRST.digest, Stage.CANARY: None, Stage.CHAMPION: None}
+    assert registry.read().stages == {
+        RolloutStage.SHADOW: FIRST.digest,
+        RolloutStage.CANARY: None,
+        RolloutStage.CHAMPION: None,
+    }
 
 
 def test_an_earlier_audit_log_is_continued_with_the_same_bytes(tmp_path: Path) -> None:

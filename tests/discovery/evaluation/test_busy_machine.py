@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 import pytest
 
-from controllers.errors import Disturbed
+from controllers.errors import MachineDisturbed
 from controllers.loading import Spec
-from controllers.sandbox import worker as handles
-from controllers.sandbox.worker import Worker
+from controllers.sandbox import handle as handles
+from controllers.sandbox.handle import SandboxHandle
 from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
 from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
@@ -100,9 +100,9 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
     """Kill the children of those numbers, in the order in which they are first asked; as they decide, or before."""
 
     def some(*numbers: int, idle: bool = False) -> None:
-        begin, seen = Worker.begin, dict[Worker, int]()
+        begin, seen = SandboxHandle.begin, dict[SandboxHandle, int]()
 
-        def begin_and_die(self: Worker, turns: Sequence[Sequence[int]], most: int) -> None:
+        def begin_and_die(self: SandboxHandle, turns: Sequence[Sequence[int]], most: int) -> None:
             dies = seen.setdefault(self, len(seen)) in numbers
             if dies:
                 os.kill(self.process, signal.SIGKILL if idle else signal.SIGSTOP)
@@ -113,7 +113,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
                 os.kill(self.process, signal.SIGKILL)
                 monkeypatch.setattr(handles, "IDLE_S", 0.0)  # it has been asked, and stood still
 
-        monkeypatch.setattr(Worker, "begin", begin_and_die)
+        monkeypatch.setattr(SandboxHandle, "begin", begin_and_die)
 
     return some
 
@@ -141,7 +141,7 @@ def test_one_that_dies_whenever_it_is_alone_is_told_so(kill: Kill) -> None:
 
 def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) -> None:
     kill(*range(100), idle=True)
-    with pytest.raises(Disturbed, match="killed from outside"):
+    with pytest.raises(MachineDisturbed, match="killed from outside"):
         played()
 
 
@@ -164,7 +164,7 @@ def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
     path = tmp_path / "ledger"
 
     def disturbed(*_: object) -> ScoreSet:
-        raise Disturbed("it was killed")
+        raise MachineDisturbed("it was killed")
 
     def disturb(words: str) -> None:
         with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from controllers.sandbox.proof import Level
+from controllers.sandbox.proof import SandboxLevel
 from discovery.data.recordings import Cell, LabelSource, Origin, RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.errors import CorruptRow, StoreError
 from discovery.store import AddedCounts, Feedback, Label, SearchRun, ServedEpisode, Store, TriedCandidate
@@ -337,7 +337,7 @@ async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path
         await store.add([some()])
     async with Store.open(path) as store:
         await store.add_all(
-            [ServedEpisode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=Level.SEALED)]
+            [ServedEpisode("e", "r", "m", "mine", "d", 0.5, 3, 4, {}, "answered", sandbox=SandboxLevel.SEALED)]
         )
         (row,) = await store._read("SELECT sandbox FROM episodes")
         assert row[0] == "sealed"

@@ -4,5 +4,5 @@ import sys
 
 
 def attack(state):
-    child = sys.modules["controllers.sandbox.child"]
+    child = sys.modules["controllers.sandbox.process"]
     child.encode_all = lambda actions: [1, -(1 << 60)]

@@ -2,7 +2,7 @@
 
 import sys
 
-child = sys.modules["controllers.sandbox.child"]
+child = sys.modules["controllers.sandbox.process"]
 write = child._write
 
 

@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 
 from controllers import Limits, State
 from controllers.builtin import create
-from controllers.installed import Stage
+from controllers.rollout_state import RolloutStage
 from discovery.audit.explain import explain
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.data.recordings import Cell, Origin, Split, default_split, live_split, question_id
@@ -261,7 +261,7 @@ async def test_while_the_store_is_away_anothers_request_is_told_as_one_nobody_ma
 async def test_what_clients_say_reaches_the_watch(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[tuple[Stage, bool]] = []
+    heard: list[tuple[RolloutStage, bool]] = []
     monkeypatch.setattr(
         "proxy.rollout.controller_runner.ControllerManager.record_feedback",
         lambda _, stage, digest, content: heard.append((stage, content)),
@@ -280,7 +280,7 @@ async def test_what_clients_say_reaches_the_watch(
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "answer": "7"})
         for score in (0.2, 0.9):
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "score": score})
-    assert heard == [(Stage.CHAMPION, said) for said in (True, False, False)]
+    assert heard == [(RolloutStage.CHAMPION, said) for said in (True, False, False)]
 
 
 async def _away(*_: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from controllers.installed import Stage
+from controllers.rollout_state import RolloutStage
 from proxy.rollout.canary_test import CanaryFailure, CanaryTest, EpisodeOutcome
 from proxy.types import CanaryMetric
 
@@ -41,8 +41,8 @@ def ends(
     for seed in range(streams):
         chance, watch = random.Random(seed), CanaryTest()
         for number in range(1, most + 1):
-            stage = Stage.CANARY if chance.random() < share else Stage.CHAMPION
-            outcome, content = (canary if stage is Stage.CANARY else champion)(chance)
+            stage = RolloutStage.CANARY if chance.random() < share else RolloutStage.CHAMPION
+            outcome, content = (canary if stage is RolloutStage.CANARY else champion)(chance)
             verdict = watch.observe(stage, outcome)
             if content is not None:
                 verdict = watch.record_feedback(stage, content)
@@ -65,8 +65,8 @@ def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
 def test_what_the_margin_allows_is_allowed_for_ever(tokens: int, accused: bool) -> None:
     watch = CanaryTest()
     for _ in range(5000):
-        watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
-        watch.observe(Stage.CANARY, EpisodeOutcome(tokens, False, True))
+        watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+        watch.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True))
     assert (watch.verdict is not None) == accused
 
 
@@ -102,23 +102,23 @@ def test_one_that_fails_beside_a_champion_that_never_does() -> None:
 def test_one_monstrous_reply_proves_nothing() -> None:
     watch = CanaryTest()
     for _ in range(20):
-        assert watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
-        assert watch.observe(Stage.CANARY, EpisodeOutcome(1000, False, True)) is None
-    watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
-    assert watch.observe(Stage.CANARY, EpisodeOutcome(10**9, False, True)) is None
+        assert watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
+        assert watch.observe(RolloutStage.CANARY, EpisodeOutcome(1000, False, True)) is None
+    watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+    assert watch.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True)) is None
 
 
 def test_a_canary_alone_is_compared_with_nobody() -> None:
     watch = CanaryTest()
-    assert all(watch.observe(Stage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
+    assert all(watch.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
 
 
 def test_the_verdict_stays_and_says_why() -> None:
     watch = CanaryTest()
     verdicts = []
     for _ in range(60):
-        watch.observe(Stage.CHAMPION, EpisodeOutcome(1000, False, True))
-        verdicts.append(watch.observe(Stage.CANARY, EpisodeOutcome(1000, True, True)))
+        watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+        verdicts.append(watch.observe(RolloutStage.CANARY, EpisodeOutcome(1000, True, True)))
     first = next(verdict for verdict in verdicts if verdict is not None)
     assert first.quality is CanaryMetric.FAILURES
     assert first.wealth >= watch.limit

@@ -20,8 +20,8 @@ from aiohttp import web
 from openai import AsyncOpenAI
 from typer.testing import CliRunner
 
-from controllers.installed import Stage, lot
 from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage, lot
 from discovery.promotion.registry import ChangeCause, Registry
 from proxy.cli import app
 from proxy.rollout import controller_runner
@@ -92,7 +92,7 @@ def serve(backend: HeldVLLM, registry: Registry) -> Serve:
     return with_registry
 
 
-def install(registry: Registry, name: str, source: str, stage: Stage, share: float = 0.5) -> str:
+def install(registry: Registry, name: str, source: str, stage: RolloutStage, share: float = 0.5) -> str:
     spec = Spec(name, source)
     registry.install(spec, {"headline": "a test's"}, stage, share, ME)
     return spec.digest
@@ -119,7 +119,7 @@ async def test_an_empty_registry_leaves_the_configured_controller(serve: Serve) 
 
 
 async def test_the_champion_decides_where_nobody_is_named(serve: Serve, registry: Registry) -> None:
-    digest = install(registry, "mine", HONEST, Stage.CHAMPION)
+    digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         status, headers, reply = await proxy.ask("0.5")
         assert (status, headers["x-tts-controller"], headers["x-tts-branches"]) == (200, "mine", "5")
@@ -134,7 +134,7 @@ async def test_the_champion_decides_where_nobody_is_named(serve: Serve, registry
 
 
 async def test_a_canary_has_its_share_by_the_request_id(serve: Serve, registry: Registry) -> None:
-    install(registry, "mine", HONEST, Stage.CANARY, share=0.4)
+    install(registry, "mine", HONEST, RolloutStage.CANARY, share=0.4)
     async with serve() as proxy:
         replies = [reply for _, _, reply in await asyncio.gather(*(proxy.ask("0") for _ in range(40)))]
         expected = ["canary" if lot(reply["id"]) < 0.4 else "champion" for reply in replies]
@@ -149,11 +149,11 @@ async def test_a_canary_has_its_share_by_the_request_id(serve: Serve, registry: 
 async def test_stages_change_under_a_running_proxy(serve: Serve, registry: Registry) -> None:
     async with serve() as proxy:
         assert await decider(proxy) == (DEFAULT, "champion")
-        one = install(registry, "one", HONEST, Stage.CANARY, share=1.0)
+        one = install(registry, "one", HONEST, RolloutStage.CANARY, share=1.0)
         assert await decider(proxy) == ("one", "canary")
-        registry.promote(one, Stage.CHAMPION, 0, ME)
+        registry.promote(one, RolloutStage.CHAMPION, 0, ME)
         assert await decider(proxy) == ("one", "champion")
-        install(registry, "two", DEAR, Stage.CHAMPION)
+        install(registry, "two", DEAR, RolloutStage.CHAMPION)
         assert await decider(proxy) == ("two", "champion")
         registry.roll_back(ME)
         assert await decider(proxy) == ("one", "champion")
@@ -165,12 +165,12 @@ async def test_stages_change_under_a_running_proxy(serve: Serve, registry: Regis
 async def test_running_episodes_finish_under_what_they_began_with(
     serve: Serve, backend: HeldVLLM, registry: Registry
 ) -> None:
-    one = install(registry, "one", HONEST, Stage.CHAMPION)
+    one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         backend.may.clear()
         first = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(1)
-        two = install(registry, "two", DEAR, Stage.CHAMPION)
+        two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
         second = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(2)
         backend.may.set()
@@ -183,7 +183,7 @@ async def test_running_episodes_finish_under_what_they_began_with(
 async def test_a_registry_that_cannot_be_read_changes_nothing(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = install(registry, "one", HONEST, Stage.CHAMPION)
+    one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         assert await decider(proxy) == ("one", "champion")
         sound = registry.file.read_bytes()
@@ -192,7 +192,7 @@ async def test_a_registry_that_cannot_be_read_changes_nothing(
         assert caplog.text.count("registry.json: ") == 1
         assert "meanwhile as before: champion one" in caplog.text
         registry.file.write_bytes(sound)
-        two = install(registry, "two", DEAR, Stage.CHAMPION)
+        two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
         (registry.folder / f"{two}.py").write_text("# another\n")
         assert await decider(proxy) == ("one", "champion")
         assert f"{two}.py: its text is not what its name is the hash of" in caplog.text
@@ -225,7 +225,7 @@ async def test_a_canary_that_keeps_failing_is_rolled_back(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)  # it is never quarantined
-    digest = install(registry, "mine", FAILING, Stage.CANARY)
+    digest = install(registry, "mine", FAILING, RolloutStage.CANARY)
     async with serve() as proxy:
         assert await ask_until_rolled_back(proxy, 200) > 10
         assert await proxy.metric("autotts_rollbacks_total", reason="failures") == 1
@@ -242,13 +242,13 @@ async def test_a_canary_is_not_accused_of_what_an_earlier_one_did(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)
-    digest = install(registry, "mine", FAILING, Stage.CANARY)
+    digest = install(registry, "mine", FAILING, RolloutStage.CANARY)
     async with serve() as proxy:
         while (before := await proxy.metric("autotts_stage_requests_total", stage="canary")) < 11:
             await proxy.ask("0")
         registry.drop_canary(digest, ME)
         assert await decider(proxy) == (DEFAULT, "champion")
-        registry.promote(digest, Stage.CANARY, 0.5, ME)
+        registry.promote(digest, RolloutStage.CANARY, 0.5, ME)
         await ask_until_rolled_back(proxy, 200)
         assert await proxy.metric("autotts_stage_requests_total", stage="canary") - before >= 12
 
@@ -263,7 +263,7 @@ def lock(registry: Registry) -> Iterator[int]:
 
 
 async def test_a_proxy_that_ends_waits_until_the_registry_knows(serve: Serve, registry: Registry, lock: int) -> None:
-    digest = install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    digest = install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(serve())
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -280,8 +280,8 @@ async def test_a_proxy_that_ends_waits_until_the_registry_knows(serve: Serve, re
 
 
 async def test_a_canary_that_spends_too_much_is_rolled_back(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    install(registry, "two", DEAR, Stage.CANARY)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", DEAR, RolloutStage.CANARY)
     async with serve() as proxy:
         await ask_until_rolled_back(proxy, 400)
         assert await proxy.metric("autotts_rollbacks_total", reason="tokens") == 1
@@ -290,8 +290,8 @@ async def test_a_canary_that_spends_too_much_is_rolled_back(serve: Serve, regist
 
 
 async def test_a_canary_like_the_champion_stays(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    canary = install(registry, "two", HONEST + "# 2\n", Stage.CANARY)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    canary = install(registry, "two", HONEST + "# 2\n", RolloutStage.CANARY)
     async with serve() as proxy:
         for _ in range(60):
             await proxy.ask("0")
@@ -300,7 +300,7 @@ async def test_a_canary_like_the_champion_stays(serve: Serve, registry: Registry
 
 
 async def test_three_failures_quarantine_a_canary_for_good(serve: Serve, registry: Registry) -> None:
-    digest = install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    digest = install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with serve() as proxy:
         assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(3)] == ["raised"] * 3
         assert await decider(proxy) == (DEFAULT, "champion")
@@ -312,13 +312,13 @@ async def test_three_failures_quarantine_a_canary_for_good(serve: Serve, registr
 
 
 async def test_a_quarantine_outlives_the_proxy_until_it_is_lifted(serve: Serve, registry: Registry) -> None:
-    digest = install(registry, "mine", HONEST, Stage.CHAMPION)
+    digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
     registry.quarantine(digest, ME)
     async with serve() as proxy:
         assert (await proxy.ask("0"))[1]["x-tts-fallback"] == "quarantined"
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
         registry.roll_back(ME)
-        registry.promote(digest, Stage.CHAMPION, 0, ME)
+        registry.promote(digest, RolloutStage.CHAMPION, 0, ME)
         assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
 
@@ -326,7 +326,7 @@ async def test_a_quarantine_outlives_the_proxy_until_it_is_lifted(serve: Serve, 
 async def test_a_registry_that_cannot_be_changed_keeps_no_failing_canary(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(registry, "mine", FAILING, Stage.CANARY, share=1.0)
+    install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with serve() as proxy:
         await proxy.ask("0")
         registry.file.write_text("{")
@@ -340,8 +340,8 @@ async def test_a_registry_that_cannot_be_changed_keeps_no_failing_canary(
 
 
 async def test_a_shadow_that_agrees_costs_no_tokens(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    install(registry, "two", HONEST + "# 2\n", Stage.SHADOW)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", HONEST + "# 2\n", RolloutStage.SHADOW)
     async with serve() as proxy:
         _, _, reply = await proxy.ask("1")
         await until(proxy, "autotts_shadow_agreement_total", reply["tts"]["rounds"], controller="two", agreed="true")
@@ -351,8 +351,8 @@ async def test_a_shadow_that_agrees_costs_no_tokens(serve: Serve, registry: Regi
 
 
 async def test_a_shadow_is_asked_until_it_would_have_done_otherwise(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    install(registry, "two", OTHERWISE, Stage.SHADOW)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", OTHERWISE, RolloutStage.SHADOW)
     async with serve() as proxy:
         _, _, reply = await proxy.ask("1")
         await until(proxy, "autotts_shadow_agreement_total", 1, controller="two", agreed="false")
@@ -362,7 +362,7 @@ async def test_a_shadow_is_asked_until_it_would_have_done_otherwise(serve: Serve
 
 
 async def test_a_shadow_of_a_built_in_champion(serve: Serve, registry: Registry) -> None:
-    install(registry, "two", HONEST, Stage.SHADOW)
+    install(registry, "two", HONEST, RolloutStage.SHADOW)
     async with serve() as proxy:
         await proxy.ask("0", tts={"controller": "cmc"})
         await proxy.ask("1")
@@ -371,8 +371,8 @@ async def test_a_shadow_of_a_built_in_champion(serve: Serve, registry: Registry)
 
 
 async def test_a_failing_shadow_is_quarantined_and_no_client_notices(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    digest = install(registry, "two", FAILING, Stage.SHADOW)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    digest = install(registry, "two", FAILING, RolloutStage.SHADOW)
     async with serve() as proxy:
         for number in range(1, 4):
             assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
@@ -384,8 +384,8 @@ async def test_a_failing_shadow_is_quarantined_and_no_client_notices(serve: Serv
 
 
 async def test_a_proxy_that_ends_takes_its_shadow_along(serve: Serve, registry: Registry) -> None:
-    install(registry, "one", HONEST, Stage.CHAMPION)
-    install(registry, "two", LOCKSTEP.format(later="while True: pass"), Stage.SHADOW)
+    install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    install(registry, "two", LOCKSTEP.format(later="while True: pass"), RolloutStage.SHADOW)
     async with serve(decision_s=60.0) as proxy:
         for _ in range(3):
             await proxy.ask("0")

@@ -13,9 +13,9 @@ from itertools import repeat
 
 import pytest
 
-from controllers.errors import BadController, Disturbed
+from controllers.errors import BadController, MachineDisturbed
 from controllers.loading import Spec
-from controllers.sandbox.worker import Worker
+from controllers.sandbox.handle import SandboxHandle
 from proxy.rollout import sandbox_pool as pools
 from proxy.rollout.sandbox_pool import SandboxPool
 
@@ -118,7 +118,7 @@ async def test_what_is_wrong_with_a_file_is_told_to_every_episode(make: Make) ->
 
 async def test_an_episode_waits_only_so_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "PATIENCE_S", 0.01)
-    with pytest.raises(Disturbed, match=r"no process of mine was ready within 0\.01 s"):
+    with pytest.raises(MachineDisturbed, match=r"no process of mine was ready within 0\.01 s"):
         await make(SLOW, 0).take()
 
 
@@ -140,14 +140,14 @@ async def test_dead_processes_are_replaced_not_handed_out(make: Make) -> None:
 async def test_a_stopped_pool_leaves_no_process(make: Make) -> None:
     pool = make(HONEST, 2)
     await filled(pool, 2)
-    taken: list[Worker] = [await pool.take()]
+    taken: list[SandboxHandle] = [await pool.take()]
     await filled(pool, 2)
     taken += pool._ready
     pool.stop("quarantined")
     assert not pool._ready
     await until(lambda: not any(worker.alive for worker in taken))
     pool.end(taken[0])
-    with pytest.raises(Disturbed, match="quarantined"):
+    with pytest.raises(MachineDisturbed, match="quarantined"):
         await taken[0].decide_later([[0]], 1)
 
 
@@ -157,5 +157,5 @@ async def test_an_episode_that_waits_for_a_stopped_pool_is_told(make: Make) -> N
     await asyncio.sleep(0)
     assert pool._making == 1
     pool.stop("quarantined")
-    with pytest.raises(Disturbed, match="quarantined"):
+    with pytest.raises(MachineDisturbed, match="quarantined"):
         await waiting

@@ -17,10 +17,10 @@ import pytest
 from openai import AsyncOpenAI
 
 from controllers.loading import discovered
-from controllers.sandbox import nursery as nurseries
-from controllers.sandbox.nursery import Nursery
+from controllers.sandbox import spawner as spawners
+from controllers.sandbox.handle import IDLE_S
 from controllers.sandbox.proof import Proof
-from controllers.sandbox.worker import IDLE_S
+from controllers.sandbox.spawner import SandboxSpawner
 from proxy.errors import SettingsError
 from proxy.rollout import controller_runner
 from proxy.rollout.sandbox_pool import SandboxPool
@@ -170,10 +170,10 @@ async def test_a_client_that_leaves_takes_the_sealed_process_along(serve: Serve)
 @pytest.fixture
 def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which no proof succeeds."""
-    nursery = Nursery()
-    nursery.proof = Proof(reason="no landlock")
-    for module in (nurseries, controller_runner):
-        monkeypatch.setattr(module, "nursery", lambda: nursery)
+    spawner = SandboxSpawner()
+    spawner.proof = Proof(reason="no landlock")
+    for module in (spawners, controller_runner):
+        monkeypatch.setattr(module, "spawner", lambda: spawner)
 
 
 @pytest.mark.usefixtures("unsealable")
@@ -233,7 +233,7 @@ async def test_the_message_names_the_same_controllers_in_both_places(proxy: Prox
 
 def children() -> list[int]:
     """Process ids of all sealed children."""
-    zygote = nurseries.nursery()._zygote
+    zygote = spawners.spawner()._zygote
     assert zygote is not None
     return [int(number) for number in Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read_text().split()]
 
@@ -304,7 +304,7 @@ async def test_processes_that_die_one_after_the_other_are_as_many_failures(
 async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=2) as proxy:
         asked = await asking_at_once(proxy, pool, 4)
-        zygote = nurseries.nursery()._zygote
+        zygote = spawners.spawner()._zygote
         assert zygote is not None
         zygote.kill()
         reasons = [headers["x-tts-fallback"] for _, headers, _ in await asyncio.gather(*asked)]

@@ -1,6 +1,6 @@
 """Where sealed children come from: a zygote process that forks them, and a proof that their seal holds.
 
-Nursery ──orders──▶ zygote ──forks──▶ child ◀──frames──▶ Worker
+SandboxSpawner ──orders──▶ zygote ──forks──▶ child ◀──frames──▶ SandboxHandle
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from controllers.errors import Unsealed
+from controllers.errors import SandboxUnavailable
 from controllers.sandbox import frames
 from controllers.sandbox.attempts import ATTEMPTS
+from controllers.sandbox.deadline import HARD_S, Clock
 from controllers.sandbox.frames import BadFrame
-from controllers.sandbox.proof import Outcome, Proof, prove
-from controllers.sandbox.seal import EVERY, Layer
-from controllers.sandbox.worker import HARD_S, Clock, Worker
+from controllers.sandbox.handle import SandboxHandle
+from controllers.sandbox.proof import AttemptResult, Proof, prove
+from controllers.sandbox.seal import ALL_LAYERS, Layer
 from controllers.sandbox.zygote import ORDER, REAP, REPLY, SPAWN, TRY
 
 PROVE_EVERY: Final = 100
@@ -41,10 +42,10 @@ class _Child(NamedTuple):
     zygote: int  # process id
 
 
-class Nursery:
+class SandboxSpawner:
     """One zygote and its children. Threads may share it. Fewer `layers` are for proving that they are needed."""
 
-    def __init__(self, layers: Layer = EVERY, python: str = sys.executable) -> None:
+    def __init__(self, layers: Layer = ALL_LAYERS, python: str = sys.executable) -> None:
         self.layers = layers
         self.proof: Proof | None = None  # the latest
         self._python = python
@@ -61,17 +62,17 @@ class Nursery:
         else:
             try:
                 self.proof = prove(self._attempt)
-            except Unsealed as error:
+            except SandboxUnavailable as error:
                 self.proof = Proof(reason=str(error))
         return self.proof
 
-    def spawn(self, hard_s: float = HARD_S, clock: Clock = Clock.WALL) -> Worker:
-        """A new sealed child. Raises Unsealed, always once a proof has failed."""
-        if self.layers == EVERY:
+    def spawn(self, hard_s: float = HARD_S, clock: Clock = Clock.WALL) -> SandboxHandle:
+        """A new sealed child. Raises SandboxUnavailable, always once a proof has failed."""
+        if self.layers == ALL_LAYERS:
             self._require_proof()
         self._spawned += 1
         child = self._fork(SPAWN, self.layers)
-        return Worker(child.process, child.channel, partial(self._reap, zygote=child.zygote), hard_s, clock)
+        return SandboxHandle(child.process, child.channel, partial(self._reap, zygote=child.zygote), hard_s, clock)
 
     def close(self) -> None:
         """End the zygote, and with it every child."""
@@ -87,9 +88,9 @@ class Nursery:
         if proof is None or (proof.sealed and self._spawned >= PROVE_EVERY):
             proof = self.check()
         if not proof.sealed:
-            raise Unsealed(f"this machine cannot seal controllers: {proof.lacking}; {ADVICE}")
+            raise SandboxUnavailable(f"this machine cannot seal controllers: {proof.lacking}; {ADVICE}")
 
-    def _attempt(self, number: int) -> Outcome:
+    def _attempt(self, number: int) -> AttemptResult:
         """Have a child try to break out."""
         process, channel, zygote = self._fork(TRY, ATTEMPTS[number].layers, number)
         with channel:
@@ -103,8 +104,8 @@ class Nursery:
                 words = f"{type(error).__name__}: {error}"
         status = self._reap(process, zygote)
         if status is None:
-            raise Unsealed("the process that forks sealed children ended while one tried to break out")
-        return Outcome(status, frames.printable(words))
+            raise SandboxUnavailable("the process that forks sealed children ended while one tried to break out")
+        return AttemptResult(status, frames.printable(words))
 
     # What the zygote is told
 
@@ -113,12 +114,12 @@ class Nursery:
         with theirs:
             try:
                 process, zygote = self._order((order, int(layers), attempt), theirs)
-            except Unsealed:
+            except SandboxUnavailable:
                 ours.close()
                 raise
         if process < 0:
             ours.close()
-            raise Unsealed(f"no sealed child could be forked: {os.strerror(-process)}")
+            raise SandboxUnavailable(f"no sealed child could be forked: {os.strerror(-process)}")
         return _Child(process, ours, zygote)
 
     def _reap(self, process: int, zygote: int) -> int | None:
@@ -128,18 +129,18 @@ class Nursery:
                 return None
             try:
                 status = self._order((REAP, process, 0))[0]
-            except Unsealed:
+            except SandboxUnavailable:
                 return None
         return status if status >= 0 else None
 
     def _order(self, message: tuple[int, int, int], channel: socket.socket | None = None) -> tuple[int, int]:
-        """Give the zygote an order; its answer, and its process id. Raises Unsealed."""
+        """Give the zygote an order; its answer, and its process id. Raises SandboxUnavailable."""
         with self._lock:
             if message[0] != REAP and (self._zygote is None or self._zygote.poll() is not None):
                 self._start()
             zygote, orders = self._zygote, self._orders
             if orders is None or zygote is None:
-                raise Unsealed("the process that forks sealed children is not there")
+                raise SandboxUnavailable("the process that forks sealed children is not there")
             try:
                 socket.send_fds(orders, [ORDER.pack(*message)], [] if channel is None else [channel.fileno()])
                 reply = orders.recv(REPLY.size)
@@ -149,7 +150,7 @@ class Nursery:
                 reason = "it ended"
             if len(reply) != REPLY.size:
                 self.close()
-                raise Unsealed(f"the process that forks sealed children failed: {reason}")
+                raise SandboxUnavailable(f"the process that forks sealed children failed: {reason}")
             return int(REPLY.unpack(reply)[0]), zygote.pid
 
     def _start(self) -> None:
@@ -169,14 +170,14 @@ class Nursery:
                 )
             except OSError as error:
                 ours.close()
-                raise Unsealed(f"{self._python} does not start: {error}") from None
+                raise SandboxUnavailable(f"{self._python} does not start: {error}") from None
         ours.settimeout(PATIENCE_S)
         self._orders = ours
 
 
 @cache
-def nursery() -> Nursery:
+def spawner() -> SandboxSpawner:
     """The one of this process."""
-    made = Nursery()
+    made = SandboxSpawner()
     atexit.register(made.close)
     return made

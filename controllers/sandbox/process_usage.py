@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import NamedTuple, Self
 
 
-class Usage(NamedTuple):
+class ProcessUsage(NamedTuple):
     """Seconds of a process's life; the difference of two readings is what it did between them."""
 
     wall: float
@@ -20,12 +20,12 @@ class Usage(NamedTuple):
         """Seconds in which it neither ran nor wanted to."""
         return max(0.0, self.wall - self.cpu - self.queued)
 
-    def since(self, start: Usage) -> Usage:
+    def since(self, start: ProcessUsage) -> ProcessUsage:
         """The time used after the reading `start`."""
-        return Usage(self.wall - start.wall, self.cpu - start.cpu, self.queued - start.queued)
+        return ProcessUsage(self.wall - start.wall, self.cpu - start.cpu, self.queued - start.queued)
 
 
-class Meter:
+class ProcessUsageReader:
     """Reads the usage of one process, whose id must not be given to another meanwhile. `close` frees a descriptor.
 
     Where the kernel keeps no scheduler statistics, `queued` stays 0 and waiting for a processor counts as sleep. The
@@ -38,14 +38,14 @@ class Meter:
         with suppress(OSError):
             self._statistics = os.open(f"/proc/{process}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self) -> Usage:
+    def read(self) -> ProcessUsage:
         """The usage so far. Of a process that is gone only the wall clock is known."""
         try:
             cpu = time.clock_gettime(self._clock)
             queued = 0 if self._statistics is None else int(os.pread(self._statistics, 64, 0).split()[1])
         except (OSError, IndexError):
-            return Usage(time.monotonic())
-        return Usage(time.monotonic(), cpu, queued / 1e9)
+            return ProcessUsage(time.monotonic())
+        return ProcessUsage(time.monotonic(), cpu, queued / 1e9)
 
     def close(self) -> None:
         """Free the descriptor; `read` must not be called any more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import signal
@@ -10,33 +9,24 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 from controllers.actions import Action
-from controllers.errors import BadController, Boundary, Crossed, Disturbed
+from controllers.errors import BadController, Boundary, BoundaryViolation, MachineDisturbed
 from controllers.loading import Spec
 from controllers.sandbox import frames
+from controllers.sandbox.deadline import HARD_S, SOFT_S, Clock, Deadline
+from controllers.sandbox.exit_reasons import explain_exit, explain_late
 from controllers.sandbox.frames import BadFrame
-from controllers.sandbox.meter import Meter, Usage
-from controllers.sandbox.seal import CPU_S
+from controllers.sandbox.polling import is_ready, wait_ready
+from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 
 T = TypeVar("T")
 
-SOFT_S: Final = 0.05
-"""Seconds from which on a decision is slow."""
-HARD_S: Final = 0.25
-"""Seconds after which a child that still decides is killed. Of a message for n episodes all but one have SOFT_S."""
 LOAD_S: Final = 2.0
 """Seconds of processor time a controller's file may take to run."""
-STILL_S: Final = 2.0
-"""Seconds a child that is timed by its processor time may sleep without an answer."""
-BACKSTOP_S: Final = 120.0
-"""Seconds of wall clock after which nobody waits for an answer any more, however busy the machine is."""
 UNASKED_S: Final = 0.1
 """Seconds of processor time a child may use between an answer and the next question."""
-FAIR_S: Final = 0.02
-"""A child that is late by the wall clock and was given less processor time than this was starved, not slow."""
 NICE: Final = 5
 """By how much children that decide live are nicer than their owner, which goes first when both want to run."""
 IDLE_S: Final = 0.005
@@ -48,13 +38,6 @@ Decision = list[Action] | str
 """A decision for an episode, or the controller's complaint."""
 Exchange = Generator[int, None, T]
 """Waits for the events it yields, of `select.poll`, and returns a reply."""
-
-
-class Clock(Enum):
-    """Which clock bounds a decision."""
-
-    WALL = "wall"  # a client waits for it
-    CPU = "cpu"  # the child's own processor time: how busy the machine is makes no difference
 
 
 class _Late(Exception):
@@ -73,7 +56,7 @@ _ENDS: Final = (OSError, BadFrame, _Late, _NotSealed, _Unasked)
 """Errors that end a child."""
 
 
-class Worker:
+class SandboxHandle:
     """One sealed process.
 
     `reap` waits for the end of a killed process and returns its wait status, or None if nobody knows it. A child that
@@ -91,17 +74,17 @@ class Worker:
         self.process = process
         self.hard_s = hard_s
         self.clock = clock
-        self.codes = frames.Codes()  # of the facts it knows
+        self.codes = frames.FactCodes()  # of the facts it knows
         self.slow = 0  # live decisions that took longer than SOFT_S
         self._reap = reap
         self._lock = threading.Lock()  # whoever kills it may be another thread than the one that closes it
         self._handle = os.pidfd_open(process)
-        self._meter = Meter(process)
+        self._meter = ProcessUsageReader(process)
         self._channel = channel
         self._sealed = False  # as far as is known
         self._number = 0  # of the latest frame
-        self._ended: Crossed | Disturbed | None = None  # why it may not be asked any more
-        self._idle: Usage | None = None  # its usage when it had answered; None while it is asked
+        self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it may not be asked any more
+        self._idle: ProcessUsage | None = None  # its usage when it had answered; None while it is asked
         self._pending: _Pending[list[Decision]]  # what `begin` began
         channel.setblocking(False)
         if clock is Clock.WALL:
@@ -111,29 +94,32 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether its process runs and it may be asked."""
-        return self._ended is None and self._handle >= 0 and not _is_ready(self._handle, select.POLLIN)
+        return self._ended is None and self._handle >= 0 and not is_ready(self._handle, select.POLLIN)
 
     def load(self, spec: Spec) -> None:
-        """Have it run a controller's source. Raises BadController, Crossed or Disturbed; it is dead then."""
+        """Load a controller. BadController, BoundaryViolation and MachineDisturbed leave the process dead."""
         about = [*frames.told(spec.name), *frames.told(spec.source or "")]
-        deadline = _Deadline(self._meter, Clock.CPU, LOAD_S)
+        deadline = Deadline(self._meter, Clock.CPU, LOAD_S)
         complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
         if complaint:
             self.close()
             raise BadController(frames.printable(complaint))
 
     def decide(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
-        """A decision for each turn, of at most so many actions; the caller waits. Raises Crossed or Disturbed."""
+        """Return a decision of at most `most` actions for each turn, blocking.
+
+        Raises BoundaryViolation or MachineDisturbed.
+        """
         self.begin(turns, most)
         return self.finish()
 
     def begin(self, turns: Sequence[Sequence[int]], most: int) -> None:
-        """Have it decide on `turns` while the caller does something else. Raises Crossed or Disturbed."""
+        """Start decisions on `turns`; `finish` returns them. Raises BoundaryViolation or MachineDisturbed."""
         self._pending = self._step(turns, most)
         self._go_on(self._pending, until=select.POLLIN)
 
     def finish(self) -> list[Decision]:
-        """The decisions on the turns of the latest `begin`. Raises Crossed or Disturbed."""
+        """Return the decisions that the latest `begin` started. Raises BoundaryViolation or MachineDisturbed."""
         return self._wait(self._pending)
 
     async def decide_later(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
@@ -144,9 +130,9 @@ class Worker:
         return decisions
 
     def kill(self, why: str) -> None:
-        """Kill the process without waiting for its end. Later questions to it raise Disturbed with `why`."""
+        """Kill the process without waiting for its end. Later questions to it raise MachineDisturbed with `why`."""
         if self._ended is None:
-            self._ended = Disturbed(why)
+            self._ended = MachineDisturbed(why)
         self._signal(signal.SIGKILL)
 
     def close(self) -> int | None:
@@ -155,7 +141,7 @@ class Worker:
             if self._handle < 0:
                 return None
             if self._ended is None:
-                self._ended = Crossed(Boundary.DEAD, "it has been closed")
+                self._ended = BoundaryViolation(Boundary.DEAD, "it has been closed")
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             self._channel.close()
@@ -174,16 +160,16 @@ class Worker:
     def _step(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
         seconds = self.hard_s + (len(turns) - 1) * SOFT_S
         about = [*self.codes.news(), *(number for turn in turns for number in turn)]
-        deadline = _Deadline(self._meter, self.clock, seconds)
+        deadline = Deadline(self._meter, self.clock, seconds)
         return self._question(frames.STEP, about, deadline, lambda reply: _decisions(reply, len(turns), most))
 
     def _question(
-        self, kind: int, numbers: Sequence[int], deadline: _Deadline, parse: Callable[[list[int]], T]
+        self, kind: int, numbers: Sequence[int], deadline: Deadline, parse: Callable[[list[int]], T]
     ) -> _Pending[T]:
-        """A question that has not been sent yet. Raises Crossed or Disturbed if it cannot be."""
+        """A question that has not been sent yet. Raises BoundaryViolation or MachineDisturbed if it cannot be."""
         if self._ended is not None:
             raise _again(self._ended)
-        return _Pending(self._ask(kind, numbers, parse), deadline, _is_ready(self._handle, select.POLLIN))
+        return _Pending(self._ask(kind, numbers, parse), deadline, is_ready(self._handle, select.POLLIN))
 
     def _ask(self, kind: int, numbers: Sequence[int], parse: Callable[[list[int]], T]) -> Exchange[T]:
         """Raises OSError if the child has gone, BadFrame if its answer is none, _NotSealed or _Unasked."""
@@ -251,7 +237,7 @@ class Worker:
             while True:
                 left = deadline.left()
                 # A deadline may pass while the owner does something else: what can be read by now counts.
-                if not pending.event or _is_ready(self._channel.fileno(), pending.event, left):
+                if not pending.event or is_ready(self._channel.fileno(), pending.event, left):
                     pending.event = next(pending.exchange)
                     if pending.event == until:
                         return
@@ -261,10 +247,10 @@ class Worker:
             pending.reply = done.value
         except _ENDS as error:
             left = max(SOFT_S, deadline.left())
-            gone = isinstance(error, OSError) and _is_ready(self._handle, select.POLLIN, left)
+            gone = isinstance(error, OSError) and is_ready(self._handle, select.POLLIN, left)
             if not gone:
                 self._end(deadline)
-                _is_ready(self._handle, select.POLLIN, EXIT_S)
+                is_ready(self._handle, select.POLLIN, EXIT_S)
             raise self._failed(error, pending, gone) from None
         except BaseException:
             self.close()
@@ -279,8 +265,8 @@ class Worker:
                 # The loop may be late itself: what can be read by now counts, whatever its timer says.
                 if (
                     not pending.event
-                    or _is_ready(channel, pending.event)
-                    or (left > 0 and await _ready(channel, pending.event, left))
+                    or is_ready(channel, pending.event)
+                    or (left > 0 and await wait_ready(channel, pending.event, left))
                 ):
                     pending.event = next(pending.exchange)
                 elif left <= 0 and not deadline.extend():
@@ -289,10 +275,10 @@ class Worker:
             return done.value  # type: ignore[no-any-return]
         except _ENDS as error:
             left = max(SOFT_S, deadline.left())
-            gone = isinstance(error, OSError) and await _ready(self._handle, select.POLLIN, left)
+            gone = isinstance(error, OSError) and await wait_ready(self._handle, select.POLLIN, left)
             if not gone:
                 self._end(deadline)
-                await _ready(self._handle, select.POLLIN, EXIT_S)
+                await wait_ready(self._handle, select.POLLIN, EXIT_S)
             raise self._failed(error, pending, gone) from None
         except BaseException:  # a cancelled request's too: nobody waits for the answer
             self.kill("its decision was cancelled")
@@ -300,11 +286,11 @@ class Worker:
 
     # How it ends
 
-    def _end(self, deadline: _Deadline) -> None:
+    def _end(self, deadline: Deadline) -> None:
         deadline.stop()
         self._signal(signal.SIGKILL)
 
-    def _failed(self, error: Exception, pending: _Pending[Any], gone: bool) -> Crossed | Disturbed:
+    def _failed(self, error: Exception, pending: _Pending[Any], gone: bool) -> BoundaryViolation | MachineDisturbed:
         """Why a child that has ended may not be asked any more: by its own fault, or the machine's.
 
         `gone` says that it ended without being killed here.
@@ -316,59 +302,21 @@ class Worker:
             self._ended = before
         elif isinstance(error, OSError):
             idle = pending.died_idle or usage.cpu < IDLE_S
-            self._ended = _why_dead(status, gone, idle, life.cpu, deadline.start.wall)
+            self._ended = explain_exit(status, gone, idle, life.cpu, deadline.start.wall)
         elif isinstance(error, _Late):
-            self._ended = _why_late(deadline, usage)
+            self._ended = explain_late(deadline, usage)
         elif isinstance(error, _NotSealed):
-            self._ended = Disturbed(f"a sealed process could not be made: {error}")
+            self._ended = MachineDisturbed(f"a sealed process could not be made: {error}")
         else:
             boundary = Boundary.UNASKED if isinstance(error, _Unasked) else Boundary.FRAME
-            self._ended = Crossed(boundary, str(error), deadline.start.wall)
+            self._ended = BoundaryViolation(boundary, str(error), deadline.start.wall)
         return _again(self._ended)
-
-
-class _Deadline:
-    """Seconds a child may take for an answer, by the wall clock or by its own processor time."""
-
-    def __init__(self, meter: Meter, clock: Clock, seconds: float) -> None:
-        self.clock = clock
-        self.seconds = seconds
-        self.start = meter.read()
-        self._meter = meter
-        self._more: float | None = None  # by which it was extended
-        self._stopped: float | None = None  # when, by the wall clock
-
-    def left(self) -> float:
-        """Seconds of wall clock until one has to look again; none or fewer if the time is up."""
-        usage = self._meter.read().since(self.start)
-        if self.clock is Clock.WALL:
-            return self.seconds + (self._more or 0.0) - usage.wall
-        if usage.cpu >= self.seconds or usage.asleep >= STILL_S or usage.wall >= BACKSTOP_S:
-            return 0.0
-        return max(SOFT_S / 10, self.seconds - usage.cpu)
-
-    def extend(self) -> bool:
-        """Give back, once, the time in which nobody looked whether the child waits for its owner."""
-        if self.clock is Clock.CPU or self._more is not None:
-            return False
-        missed = max(0.0, -self.left())
-        self._more = missed + min(self.seconds, missed)
-        return True
-
-    def stop(self) -> None:
-        """The child is about to be killed: the time it takes to die does not count."""
-        self._stopped = self._meter.read().wall
-
-    def usage(self) -> Usage:
-        """The child's time from the question to `stop`, or to now; exact once it has ended."""
-        usage = self._meter.read()
-        return usage._replace(wall=usage.wall if self._stopped is None else self._stopped).since(self.start)
 
 
 class _Pending(Generic[T]):
     """An exchange under way."""
 
-    def __init__(self, exchange: Exchange[T], deadline: _Deadline, died_idle: bool) -> None:
+    def __init__(self, exchange: Exchange[T], deadline: Deadline, died_idle: bool) -> None:
         self.exchange = exchange
         self.deadline = deadline
         self.died_idle = died_idle  # the process had ended before it was asked
@@ -376,42 +324,7 @@ class _Pending(Generic[T]):
         self.reply: T  # once it has come to its end
 
 
-def _why_late(deadline: _Deadline, usage: Usage) -> Crossed | Disturbed:
-    """Whether a child was late by its own doing: it ran or slept for long, rather than wait for a processor."""
-    if deadline.clock is Clock.WALL:
-        own = usage.cpu >= min(FAIR_S, deadline.seconds / 2) or usage.asleep >= deadline.seconds / 2
-        words = f"it took longer than {deadline.seconds * 1000:.0f} ms"
-    else:
-        own = usage.cpu >= deadline.seconds or usage.asleep >= STILL_S
-        words = f"it took longer than {deadline.seconds * 1000:.0f} ms of processor time"
-        if usage.cpu < deadline.seconds:
-            words = f"it slept for {usage.asleep:.1f} s and did not answer"
-    if own:
-        return Crossed(Boundary.LATE, words, deadline.start.wall)
-    return Disturbed(
-        f"the machine is too busy: of {usage.wall:.2f} s a sealed process waited {usage.queued:.2f} s for a processor"
-    )
-
-
-def _why_dead(status: int | None, gone: bool, idle: bool, cpu_s: float, asked: float) -> Crossed | Disturbed:
-    """Whether a child that left its channel ended by its own doing."""
-    if status is None:
-        return Disturbed("the process that forks sealed processes has ended, and all of them with it")
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        if number == signal.SIGSYS:
-            return Crossed(Boundary.CALL, "the kernel killed it at a system call it may not make", asked)
-        if number == signal.SIGKILL and not gone:
-            return Crossed(Boundary.DEAD, "it closed its channel", asked)
-        if number == signal.SIGKILL and cpu_s > CPU_S - 1:
-            return Crossed(Boundary.DEAD, f"it has used up its {CPU_S} s of processor time", asked)
-        if number == signal.SIGKILL and idle:
-            return Disturbed("a sealed process was killed from outside while it was idle")
-        return Crossed(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", asked)
-    return Crossed(Boundary.DEAD, f"it left with status {os.waitstatus_to_exitcode(status)}", asked)
-
-
-def _again(error: Crossed | Disturbed) -> Crossed | Disturbed:
+def _again(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation | MachineDisturbed:
     """A new error like `error`, for a second caller."""
     return type(error)(*error.args)
 
@@ -431,29 +344,3 @@ def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
     if at != len(reply):
         raise BadFrame(f"{len(reply) - at} numbers too many")
     return decisions
-
-
-def _is_ready(descriptor: int, event: int, seconds: float = 0.0) -> bool:
-    """Wait at most so long until a descriptor can be read from, or written to; whether it can."""
-    waiting = select.poll()
-    waiting.register(descriptor, event)
-    return bool(waiting.poll(max(0.0, seconds) * 1000))
-
-
-async def _ready(descriptor: int, event: int, seconds: float) -> bool:
-    """Do the same as `_is_ready` without blocking the event loop."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[bool] = loop.create_future()
-    reading = event == select.POLLIN
-    (loop.add_reader if reading else loop.add_writer)(descriptor, _settle, done, True)
-    timer = loop.call_later(seconds, _settle, done, False)
-    try:
-        return await done
-    finally:
-        timer.cancel()
-        (loop.remove_reader if reading else loop.remove_writer)(descriptor)
-
-
-def _settle(done: asyncio.Future[Any], result: bool) -> None:
-    if not done.done():
-        done.set_result(result)

@@ -1,4 +1,4 @@
-"""Installed controllers and their rollout stages, as pure data; `discovery/promotion/registry.py` stores them.
+"""Rollout state: the controller installed at each stage, as pure data. `discovery/promotion/registry.py` stores it.
 
 a file ──▶ shadow ──▶ canary, for a share of the requests ──▶ champion, for the rest
                          └────────────── rollback ◀──────────────┘
@@ -24,7 +24,7 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class Stage(StrEnum):
+class RolloutStage(StrEnum):
     """What an installed controller does; each has one holder at most."""
 
     SHADOW = "shadow"  # decides on what the champion was told, after the fact and for nobody
@@ -33,7 +33,7 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Installed:
+class RolloutState:
     """Who is at which stage, by digest. A move gives another one; one that is not possible raises ValueError."""
 
     version: int = 0  # moves made so far
@@ -45,31 +45,31 @@ class Installed:
     quarantined: frozenset[str] = frozenset()
 
     @property
-    def stages(self) -> dict[Stage, str | None]:
+    def stages(self) -> dict[RolloutStage, str | None]:
         """Who is at each stage."""
-        return {stage: getattr(self, stage) for stage in Stage}
+        return {stage: getattr(self, stage) for stage in RolloutStage}
 
-    def stage_of(self, digest: str) -> Stage | None:
+    def stage_of(self, digest: str) -> RolloutStage | None:
         """The stage a controller is at; None if at none."""
         return next((stage for stage, holder in self.stages.items() if holder == digest), None)
 
-    def promote(self, digest: str, stage: Stage, share: float, forced: bool = False) -> Installed:
+    def promote(self, digest: str, stage: RolloutStage, share: float, forced: bool = False) -> RolloutState:
         """A controller moves to `stage`, in place of whoever is there. Only `forced` lifts a quarantine."""
         if digest == self.champion:
             raise ValueError(f"{digest[:12]} is the champion; `autotts rollback` takes that from it")
         if digest in self.quarantined and not forced:
             raise ValueError(f"{digest[:12]} is quarantined for failing; --force lifts that")
-        if stage is Stage.CANARY and not 0 <= share <= 1:
+        if stage is RolloutStage.CANARY and not 0 <= share <= 1:
             raise ValueError(f"a canary's share is a number from 0 to 1, not {share}")
         left = self.leave(digest)
         moved = replace(left, version=self.version + 1, quarantined=self.quarantined - {digest})
-        if stage is Stage.SHADOW:
+        if stage is RolloutStage.SHADOW:
             return replace(moved, shadow=digest)
-        if stage is Stage.CANARY:
+        if stage is RolloutStage.CANARY:
             return replace(moved, canary=digest, share=share)
         return replace(moved, champion=digest, previous=(*self.previous, self.champion)[-REMEMBERED:])
 
-    def roll_back(self) -> Installed:
+    def roll_back(self) -> RolloutState:
         """The champion before the present one, passing over the quarantined, and no canary."""
         if self.champion is None and self.canary is None:
             raise ValueError("there is neither a canary nor a champion to roll back; the configured controller serves")
@@ -82,19 +82,19 @@ class Installed:
         back = replace(self, version=self.version + 1, canary=None, share=0.0, champion=champion, previous=tuple(left))
         return replace(back, shadow=None) if champion is not None and champion == self.shadow else back
 
-    def drop_canary(self, digest: str) -> Installed:
+    def drop_canary(self, digest: str) -> RolloutState:
         """No canary any more, if it is this one."""
         if self.canary != digest:
             raise ValueError(f"{digest[:12]} is not the canary")
         return replace(self, version=self.version + 1, canary=None, share=0.0)
 
-    def quarantine(self, digest: str) -> Installed:
+    def quarantine(self, digest: str) -> RolloutState:
         """A controller that fails is not asked any more. A champion stays one: the baseline decides in its place."""
         if digest in self.quarantined:
             raise ValueError(f"{digest[:12]} is quarantined already")
         return replace(self.leave(digest), version=self.version + 1, quarantined=self.quarantined | {digest})
 
-    def leave(self, digest: str) -> Installed:
+    def leave(self, digest: str) -> RolloutState:
         """The same without this one as canary or shadow."""
         if digest == self.canary:
             return replace(self, canary=None, share=0.0)
@@ -116,7 +116,7 @@ class Installed:
         }
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Installed:
+    def parse(cls, data: Mapping[str, Any]) -> RolloutState:
         """What `as_json` wrote. Raises ValueError, naming the field that is wrong."""
         if data.get("format") != FORMAT:
             raise ValueError(f"format is {data.get('format')!r}, not {FORMAT}")
@@ -148,7 +148,7 @@ def lot(request_id: str) -> float:
     return (int.from_bytes(sha256(request_id.encode()).digest()[:7]) >> 3) / 2**53
 
 
-def wrong_name(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """What is wrong with the name of a controller from a file, which clients and metrics will show; None if nothing."""
     if not _NAME.fullmatch(name):
         return f"{name!r}: name the file by letters, digits, - and _, 64 at most"

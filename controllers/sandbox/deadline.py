@@ -1,0 +1,62 @@
+"""Time limits of a sandbox process: by the wall clock, or by the processor time that the process has used."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
+
+SOFT_S: Final = 0.05
+"""Seconds after which a decision counts as slow."""
+HARD_S: Final = 0.25
+"""Seconds after which a process that is still deciding is killed; for n episodes in a message, (n - 1) SOFT_S more."""
+STILL_S: Final = 2.0
+"""Seconds that a process timed by processor time may sleep without an answer."""
+BACKSTOP_S: Final = 120.0
+"""Seconds of wall clock after which no answer is awaited any more, however busy the machine is."""
+
+
+class Clock(Enum):
+    """Which clock bounds a decision."""
+
+    WALL = "wall"  # a client waits for it
+    CPU = "cpu"  # the child's own processor time: how busy the machine is makes no difference
+
+
+class Deadline:
+    """Seconds a child may take for an answer, by the wall clock or by its own processor time."""
+
+    def __init__(self, meter: ProcessUsageReader, clock: Clock, seconds: float) -> None:
+        self.clock = clock
+        self.seconds = seconds
+        self.start = meter.read()
+        self._meter = meter
+        self._more: float | None = None  # by which it was extended
+        self._stopped: float | None = None  # when, by the wall clock
+
+    def left(self) -> float:
+        """Seconds of wall clock until one has to look again; none or fewer if the time is up."""
+        usage = self._meter.read().since(self.start)
+        if self.clock is Clock.WALL:
+            return self.seconds + (self._more or 0.0) - usage.wall
+        if usage.cpu >= self.seconds or usage.asleep >= STILL_S or usage.wall >= BACKSTOP_S:
+            return 0.0
+        return max(SOFT_S / 10, self.seconds - usage.cpu)
+
+    def extend(self) -> bool:
+        """Give back, once, the time in which nobody looked whether the child waits for its owner."""
+        if self.clock is Clock.CPU or self._more is not None:
+            return False
+        missed = max(0.0, -self.left())
+        self._more = missed + min(self.seconds, missed)
+        return True
+
+    def stop(self) -> None:
+        """The child is about to be killed: the time it takes to die does not count."""
+        self._stopped = self._meter.read().wall
+
+    def usage(self) -> ProcessUsage:
+        """The child's time from the question to `stop`, or to now; exact once it has ended."""
+        usage = self._meter.read()
+        return usage._replace(wall=usage.wall if self._stopped is None else self._stopped).since(self.start)

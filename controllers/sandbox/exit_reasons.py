@@ -1,0 +1,52 @@
+"""Why a sandbox process ended: by its controller's fault (BoundaryViolation) or by the machine's (MachineDisturbed)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+from controllers.errors import Boundary, BoundaryViolation, MachineDisturbed
+from controllers.sandbox.deadline import STILL_S, Clock, Deadline
+from controllers.sandbox.process_usage import ProcessUsage
+from controllers.sandbox.seal import CPU_S
+
+FAIR_S: Final = 0.02
+"""A process that is late by the wall clock and got less processor time than this was starved, not slow."""
+
+
+def explain_late(deadline: Deadline, usage: ProcessUsage) -> BoundaryViolation | MachineDisturbed:
+    """Whether a child was late by its own doing: it ran or slept for long, rather than wait for a processor."""
+    if deadline.clock is Clock.WALL:
+        own = usage.cpu >= min(FAIR_S, deadline.seconds / 2) or usage.asleep >= deadline.seconds / 2
+        words = f"it took longer than {deadline.seconds * 1000:.0f} ms"
+    else:
+        own = usage.cpu >= deadline.seconds or usage.asleep >= STILL_S
+        words = f"it took longer than {deadline.seconds * 1000:.0f} ms of processor time"
+        if usage.cpu < deadline.seconds:
+            words = f"it slept for {usage.asleep:.1f} s and did not answer"
+    if own:
+        return BoundaryViolation(Boundary.LATE, words, deadline.start.wall)
+    return MachineDisturbed(
+        f"the machine is too busy: of {usage.wall:.2f} s a sealed process waited {usage.queued:.2f} s for a processor"
+    )
+
+
+def explain_exit(
+    status: int | None, gone: bool, idle: bool, cpu_s: float, asked: float
+) -> BoundaryViolation | MachineDisturbed:
+    """Whether a child that left its channel ended by its own doing."""
+    if status is None:
+        return MachineDisturbed("the process that forks sealed processes has ended, and all of them with it")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGSYS:
+            return BoundaryViolation(Boundary.CALL, "the kernel killed it at a system call it may not make", asked)
+        if number == signal.SIGKILL and not gone:
+            return BoundaryViolation(Boundary.DEAD, "it closed its channel", asked)
+        if number == signal.SIGKILL and cpu_s > CPU_S - 1:
+            return BoundaryViolation(Boundary.DEAD, f"it has used up its {CPU_S} s of processor time", asked)
+        if number == signal.SIGKILL and idle:
+            return MachineDisturbed("a sealed process was killed from outside while it was idle")
+        return BoundaryViolation(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", asked)
+    return BoundaryViolation(Boundary.DEAD, f"it left with status {os.waitstatus_to_exitcode(status)}", asked)
