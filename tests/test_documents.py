@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
+from typer.main import get_command
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
 from discovery.answers.kinds import ExtractionMethod
 from discovery.commands.discover import ExplorerName
+from proxy.cli import app
 from proxy.settings import EMBEDDED, SERVED, Settings
 from tests.docs.generated import COMMAND, PACKAGES, ROOT, TABLES, in_page, main, registered, series_name, with_table
 
@@ -102,6 +104,47 @@ def test_links_of_documents_lead_somewhere(document: Path) -> None:
 def test_files_that_documents_name_exist(document: Path) -> None:
     paths = re.findall(r"`((?:controllers|discovery|proxy|deploy|tests|docs)/[\w./-]*)`", document.read_text())
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def inline_code(document: Path) -> list[str]:
+    """Return the code spans of a document's text, without its fenced blocks."""
+    prose = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_commands_that_documents_name_exist(document: Path) -> None:
+    for span in inline_code(document):
+        program, *words = span.split()
+        if program == "make" and words:
+            assert words[0] in make_targets(), span
+        if program == "autotts" and words:
+            options = command_options(words)
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, span
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+
+
+def test_contributing_names_every_verb_of_make() -> None:
+    assert (
+        make_targets() - {span.split()[1] for span in inline_code(ROOT / "CONTRIBUTING.md") if span[:5] == "make "}
+        == set()
+    )
+
+
+def command_options(words: list[str]) -> set[str]:
+    """Return the options of the command that words begin with. Raises KeyError if there is no such command."""
+    command = get_command(app)
+    options = {option for parameter in command.params for option in parameter.opts}
+    for word in words:
+        commands = getattr(command, "commands", None)
+        if commands is None or word.startswith("-"):
+            break
+        command = commands[word.partition("|")[0]]
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return {*options, "--help"}
 
 
 def table_names(page: str) -> set[str]:

@@ -15,7 +15,7 @@ NOT_RUN: Final = {
     'make run ARGS="--port 9000 --beta 0.5"': "starts the embedded model; tests/docs/test_make.py has its dry run",
     "make run UPSTREAM=http://gpu-machine:8000": "tests/docs/test_make.py runs it",
     "make test": "is what runs this test",
-    "make demo": "takes minutes on the embedded model",
+    "make demo": "takes minutes on the embedded model; tests/proxy/commands/test_demo.py has its table",
     "pip install .": "installs packages; the environment of the tests was made by `pip install --editable .`",
     "pip install build": "installs packages; the extra `dev` has it",
     "python -m build --wheel": "tests/docs/test_make.py builds one",
