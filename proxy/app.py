@@ -27,8 +27,6 @@ from proxy.http.origins import with_cors
 from proxy.http.sse import ClientDisconnected
 from proxy.settings import Settings
 from proxy.upstream import eager_task
-from proxy.upstream.branch_semaphore import BranchSemaphore
-from proxy.upstream.client import UpstreamClient
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,16 +39,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(upstream_session(settings))
-            branch_semaphore = BranchSemaphore(settings.branches_in_flight)
-            engine = UpstreamClient(
-                str(settings.upstream),
-                session,
-                read_timeout_s=settings.read_timeout_s,
-                branch_semaphore=branch_semaphore,
-            )
-            stack.push_async_callback(engine.close)
-            service = app.state.service = Service(settings, engine, calibrations, authenticator)
+            service = app.state.service = Service(settings, session, calibrations, authenticator)
             app.state.endpoints = Endpoints(service)
+            stack.push_async_callback(service.engine.close)
             stack.push_async_callback(service.tracer.close)
             service.health_monitor.open()
             stack.push_async_callback(service.health_monitor.close)

@@ -161,7 +161,7 @@ async def _serve(settings: Settings) -> None:
 
     check_host(settings)
     with listen(settings.host, settings.port) as listening:
-        ready, upstream = _upstream(settings, logging.getLogger("proxy").info)
+        ready, upstream = _upstream(settings, logging.getLogger("proxy").info, lambda: server.take_restart())
         text = ""
 
         def begin() -> None:
@@ -174,9 +174,7 @@ async def _serve(settings: Settings) -> None:
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
 
         server = Server(ready, begin)  # raises SettingsError before anything costly starts
-        async with upstream as embedded:
-            if embedded is not None:
-                embedded.on_restart = server.take_restart
+        async with upstream:
             model = await _example_model(ready)
             url = base_url(settings.host, listening.getsockname()[1])
             has_keys = settings.keys is not None or settings.client_keys is not None
@@ -222,7 +220,9 @@ async def _demo(problems: int, plot: Path, **given: Any) -> None:
 _Upstream = AbstractAsyncContextManager["EmbeddedServer | None"]
 
 
-def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, _Upstream]:
+def _upstream(
+    settings: Settings, say: Callable[[str], None], on_restart: Callable[[], object] = lambda: None
+) -> tuple[Settings, _Upstream]:
     """Return settings that name an upstream, and a context in which it runs: that of the embedded model by default."""
     if settings.upstream is not None:
         if settings.embedded_args:
@@ -230,7 +230,7 @@ def _upstream(settings: Settings, say: Callable[[str], None]) -> tuple[Settings,
         return settings, nullcontext()
     from proxy.upstream.embedded import EmbeddedServer
 
-    server = EmbeddedServer(args=settings.embedded_flags)
+    server = EmbeddedServer(args=settings.embedded_flags, on_restart=on_restart)
     return settings.model_copy(update={"upstream": server.url}), _starting(server, say)
 
 

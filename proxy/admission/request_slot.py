@@ -85,11 +85,11 @@ class PassthroughSlot(RequestSlot):
         if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
             self.due = 0
         elif self.due and isinstance(response, StreamedResponse) and status < HTTPStatus.MULTIPLE_CHOICES:
-            response.pour = _metered(
-                response.pour, self, BoundedReplyMeter(self._bound, is_stream=_is_stream(response))
-            )
+            bounded = BoundedReplyMeter(self._bound, is_stream=_is_stream(response))
+            response = response.with_source(_metered(response.source, self, bounded))
         if self.cap is None and isinstance(response, StreamedResponse):
-            response.pour = _metered(response.pour, self, UnboundedReplyMeter(is_stream=_is_stream(response)))
+            unbounded = UnboundedReplyMeter(is_stream=_is_stream(response))
+            response = response.with_source(_metered(response.source, self, unbounded))
         elif self.cap is None:
             self.settle(last_reported_tokens(bytes(response.body[-TAIL:])) or 0)
         return response
@@ -243,8 +243,8 @@ def _is_stream(response: Response) -> bool:
     return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _metered(pour: BodySource, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
-    """What of `pour` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
+def _metered(source: BodySource, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
+    """What of `source` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
 
     async def metered(hand: BodySink) -> None:
         def read(piece: bytes, is_last: bool) -> Awaitable[None]:
@@ -255,7 +255,7 @@ def _metered(pour: BodySource, turn: PassthroughSlot, bill: BoundedReplyMeter | 
             return hand(passed, is_last) if passed or is_last else _nothing()
 
         try:
-            await pour(read)
+            await source(read)
         except BaseException:
             turn.settle(*bill.booking)
             raise

@@ -19,7 +19,7 @@ from proxy.http.json_edit import edit_members
 from proxy.http.sse import ClientDisconnected, StreamedResponse, cancel_on_disconnect
 from proxy.passthrough.forward import forward
 from proxy.passthrough.request_ids import ForwardedRequest
-from proxy.passthrough.unapplied_beta import mark, unapplied_tts
+from proxy.passthrough.unapplied_beta import unapplied_tts, with_tts_member
 from proxy.requests import field_table, field_values, strict_json
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 from proxy.telemetry import logs
@@ -59,7 +59,7 @@ class ForwardEndpoints:
     ) -> Response:
         """Forward a generation, within the caller's budget, and say in the response why no controller served it."""
         service = self._service
-        service.unapplied.take(model.id, parsed.tts, dial, unserved)
+        service.unapplied.report(model.id, parsed.tts, dial, unserved)
         is_named = parsed.model is not None or service.settings.model is not None
         bound = service.request_slots.token_bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
@@ -71,9 +71,8 @@ class ForwardEndpoints:
         about = untouched_headers(unserved.reason), model.id, content_type, bound
         response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
         if "tts" in parsed.model_fields_set:
-            mark(response, unapplied_tts(dial, unserved))
-        self._remember(request, response, model.id, unserved.reason)
-        return response
+            response = with_tts_member(response, unapplied_tts(dial, unserved))
+        return self._remember(request, response, model.id, unserved.reason)
 
     async def _forward(
         self,
@@ -101,18 +100,18 @@ class ForwardEndpoints:
         service.metrics.requests.labels(model, "", "failed" if is_failure else "passed_through").inc()
         return response
 
-    def _remember(self, request: Request, response: Response, model: str, reason: str) -> None:
-        """Keep a forwarded request findable by all of its ids."""
+    def _remember(self, request: Request, response: Response, model: str, reason: str) -> Response:
+        """Keep a forwarded request findable by all of its ids. Return the response to send."""
         recent = self._service.recent
         tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         about = request.scope["path"], model, reason, response.status_code, client_id or None
         recent.add(ForwardedRequest(own, tenant, created, *about))
-        recent.name_by_client(tenant, client_id, own)
+        recent.add_client_id(tenant, client_id, own)
         if isinstance(response, StreamedResponse):
-            response.pour = recent.seeing(response.pour, tenant, own)
-        else:
-            recent.see(tenant, own, bytes(response.body))
+            return response.with_source(recent.noting_upstream_id(response.source, tenant, own))
+        recent.note_upstream_id(tenant, own, bytes(response.body))
+        return response
 
 
 @contextmanager

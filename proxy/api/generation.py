@@ -92,7 +92,7 @@ class GenerationEndpoints:
             slot.release()
             why = PassThroughReason("truncation", "truncation")
             return await self._forwarding.generate(request, parsed, raw, model, dial, why)
-        service.recent.name_by_client(caller.tenant, logs.client_request_id.get(), plan.request_id)
+        service.recent.add_client_id(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
             reply = await cancel_on_disconnect(request.receive, self._serve(slot, plan))
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
@@ -176,8 +176,8 @@ class GenerationEndpoints:
             plans = await cancel_on_disconnect(request.receive, plan_all())
         logs.request_id.set(name)
         tenant, first = request.state.caller.tenant, plans[0].request_id  # both names lead to the first prompt
-        service.recent.name(tenant, name, first)
-        service.recent.name_by_client(tenant, logs.client_request_id.get(), first)
+        service.recent.add_alias(tenant, name, first)
+        service.recent.add_client_id(tenant, logs.client_request_id.get(), first)
         if not parsed.stream:
             batch = await cancel_on_disconnect(request.receive, service.tracer.episode(plans[0], serve_all()))
             return JSONResponse(completions.batch_to_json(batch), headers=batch.headers)

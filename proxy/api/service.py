@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import aiohttp
+
 from discovery.evaluation.calibration import Calibrations
 from proxy.admission.auth import Authenticator
 from proxy.admission.load_shedding import LoadShedding
@@ -20,6 +22,7 @@ from proxy.rollout.controller_runner import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import tracing
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health_monitor import HealthMonitor
 
@@ -28,15 +31,24 @@ class Service:
     """One upstream with its settings, metrics, limits, controllers and records."""
 
     def __init__(
-        self, settings: Settings, engine: UpstreamClient, calibrations: Calibrations, authenticator: Authenticator
+        self,
+        settings: Settings,
+        session: aiohttp.ClientSession,
+        calibrations: Calibrations,
+        authenticator: Authenticator,
     ) -> None:
         self.settings = settings
-        self.engine = engine
         self.authenticator = authenticator
         self.metrics = Metrics()
         self.tracer = tracing.create_tracer()
-        engine.observer = tracing.TelemetryWatcher(self.metrics, self.tracer)
-        engine.on_event = self._count_upstream_event
+        engine = self.engine = UpstreamClient(
+            str(settings.upstream),
+            session,
+            read_timeout_s=settings.read_timeout_s,
+            branch_semaphore=BranchSemaphore(settings.branches_in_flight),
+            observer=tracing.TelemetryWatcher(self.metrics, self.tracer),
+            on_event=self._count_upstream_event,
+        )
         self.health_monitor = HealthMonitor(self._check_upstream, self.metrics)
         self.unapplied = UnappliedBeta(self.metrics, is_required=settings.required)
         self.grading = GraderPool(self.metrics)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from copy import copy
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -78,14 +79,14 @@ class StreamedResponse(Response):
 
     def __init__(
         self,
-        pour: BodySource,
+        source: BodySource,
         opened: AbstractAsyncContextManager[object],
         *,
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str | None = "text/event-stream",
     ) -> None:
-        self.pour = pour
+        self.source = source
         self.opened = opened  # what the body comes of, which is left when it has come, or will not
         self.status_code = status_code
         self.media_type = media_type
@@ -106,6 +107,12 @@ class StreamedResponse(Response):
 
         return cls(pour, aclosing(source), headers=headers)
 
+    def with_source(self, source: BodySource) -> StreamedResponse:
+        """Return a response with the same head and another body."""
+        response = copy(self)
+        response.source = source
+        return response
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientDisconnected):
             await cancel_on_disconnect(receive, self._send(send))
@@ -117,7 +124,7 @@ class StreamedResponse(Response):
         try:
             async with self.opened:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await self.pour(hand)
+                await self.source(hand)
         except errors.UpstreamError as error:  # the status is out: leaving the body unfinished cuts the connection
             logger.warning("a response broke off: %s", error.logged)
 

@@ -1,6 +1,6 @@
-"""Requests of the last while by every id they have: the proxy's, the client's own, and the one in the upstream's body.
+"""Recent requests by every id they have: the proxy's, the client's and the upstream's.
 
-It is kept in memory and bounded. Served episodes are in the store as well; requests that were handed on are only here.
+The index is in memory and bounded. Served episodes are in the store as well. Forwarded requests are only here.
 """
 
 from __future__ import annotations
@@ -12,99 +12,102 @@ from typing import Any, Final, NamedTuple
 
 from proxy.upstream.body_tap import BodySink, BodySource
 
-MOST: Final = 10_000
-"""Requests that are remembered, and ids of theirs besides the proxy's."""
-LOOKED_AT: Final = 4096
-"""Bytes of a response's beginning in which its id is looked for."""
+MAX_REQUESTS: Final = 10_000
+"""Forwarded requests that are remembered, and likewise the ids that requests have besides the proxy's."""
+ID_SEARCH_BYTES: Final = 4096
+"""Bytes at the beginning of a response in which its id is searched for."""
 _ID: Final = re.compile(rb'"id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 
 _OWN_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|req-)[0-9a-f]{32}")
 
 
 class ForwardedRequest(NamedTuple):
-    """A request that was handed to the upstream."""
+    """A request that was forwarded to the upstream without a controller."""
 
-    request: str  # its id, as the response's x-request-id has it
+    request: str  # the proxy's id, as in the response's x-request-id
     tenant: str
     created: str  # UTC, in ISO 8601
     endpoint: str
     model: str
-    reason: str  # no controller served it
+    reason: str  # why no controller served it
     status: int
     client_request_id: str | None
 
     def as_json(self, upstream_id: str | None) -> dict[str, Any]:
-        """The record as `GET /v1/tts/requests/ID` returns it."""
+        """Return the record as `GET /v1/tts/requests/ID` answers it."""
         return {**self._asdict(), "applied": False, "upstream_id": upstream_id}
 
 
 class RecentRequests:
-    """The requests of the last while."""
+    """Bounded index of recent requests by their ids."""
 
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
-        self._passed: OrderedDict[str, ForwardedRequest] = OrderedDict()  # by the proxy's id
-        self._ids: OrderedDict[tuple[str, str], str] = OrderedDict()  # the proxy's, by tenant and another id
-        self._upstream_ids: OrderedDict[str, str] = OrderedDict()  # by the proxy's
+    def __init__(self, max_requests: int = MAX_REQUESTS) -> None:
+        self._max_requests = max_requests
+        self._forwarded: OrderedDict[str, ForwardedRequest] = OrderedDict()  # by the proxy's id
+        self._aliases: OrderedDict[tuple[str, str], str] = OrderedDict()  # (tenant, other id) → the proxy's id
+        self._upstream_ids: OrderedDict[str, str] = OrderedDict()  # by the proxy's id
 
-    def add(self, passed: ForwardedRequest) -> None:
-        """Remember a request that was handed on."""
-        self._passed[passed.request] = passed
-        _bound(self._passed, self._most)
+    def add(self, request: ForwardedRequest) -> None:
+        """Remember a request that was forwarded."""
+        self._forwarded[request.request] = request
+        _evict_oldest(self._forwarded, self._max_requests)
 
-    def name(self, tenant: str, other: str, request: str) -> None:
-        """Remember that a tenant's `request` is also known as `other`; the latest request of that name counts."""
-        self._ids.pop((tenant, other), None)
-        self._ids[tenant, other] = request
-        _bound(self._ids, self._most)
+    def add_alias(self, tenant: str, alias: str, request: str) -> None:
+        """Remember that a tenant's `request` is also known as `alias`. The latest request with an alias keeps it."""
+        self._aliases.pop((tenant, alias), None)
+        self._aliases[tenant, alias] = request
+        _evict_oldest(self._aliases, self._max_requests)
 
-    def name_by_client(self, tenant: str, given: str, request: str) -> None:
-        """Remember what a client calls its `request`, unless it sends an id of the proxy's own again."""
-        if given and not _OWN_ID.fullmatch(given):
-            self.name(tenant, given, request)
+    def add_client_id(self, tenant: str, client_id: str, request: str) -> None:
+        """Remember the client's id of `request`, unless it is empty or has the form of the proxy's own ids."""
+        if client_id and not _OWN_ID.fullmatch(client_id):
+            self.add_alias(tenant, client_id, request)
 
-    def see(self, tenant: str, request: str, beginning: bytes) -> None:
-        """Remember the upstream's own id of `request`, which the response's `beginning` may hold."""
-        if match := _ID.search(beginning[:LOOKED_AT]):
+    def note_upstream_id(self, tenant: str, request: str, beginning: bytes) -> None:
+        """Remember the upstream's id of `request`, if the response's `beginning` contains it."""
+        if match := _ID.search(beginning[:ID_SEARCH_BYTES]):
             upstream_id = match[1].decode()
             self._upstream_ids[request] = upstream_id
-            _bound(self._upstream_ids, self._most)
-            self.name(tenant, upstream_id, request)
+            _evict_oldest(self._upstream_ids, self._max_requests)
+            self.add_alias(tenant, upstream_id, request)
 
-    def seeing(self, pour: BodySource, tenant: str, request: str) -> BodySource:
-        """`pour`, whose first piece is looked at for the upstream's id."""
+    def noting_upstream_id(self, source: BodySource, tenant: str, request: str) -> BodySource:
+        """Return `source` wrapped so that the upstream's id is noted from its first piece."""
 
-        async def poured(hand: BodySink) -> None:
-            has_seen = False
+        async def wrapped(sink: BodySink) -> None:
+            is_noted = False
 
-            def first(piece: bytes, is_last: bool) -> Awaitable[None]:
-                nonlocal has_seen
-                if not has_seen and piece:
-                    has_seen = True
-                    self.see(tenant, request, piece)
-                return hand(piece, is_last)
+            def take(piece: bytes, is_last: bool) -> Awaitable[None]:
+                nonlocal is_noted
+                if not is_noted and piece:
+                    is_noted = True
+                    self.note_upstream_id(tenant, request, piece)
+                return sink(piece, is_last)
 
-            await pour(first)
+            await source(take)
 
-        return poured
+        return wrapped
 
     def resolve(self, tenant: str, name: str, *, is_admin: bool = False) -> str:
-        """The proxy's id of the tenant's request called `name`, of anybody's for an admin; `name` if it is unknown."""
-        if name in self._passed:
+        """Return the proxy's id of the tenant's request called `name`, or `name` itself if it is unknown.
+
+        An admin may also use the names of other tenants' requests.
+        """
+        if name in self._forwarded:
             return name
-        if (tenant, name) in self._ids or not is_admin:
-            return self._ids.get((tenant, name), name)
-        return next((request for (_, other), request in reversed(self._ids.items()) if other == name), name)
+        if (tenant, name) in self._aliases or not is_admin:
+            return self._aliases.get((tenant, name), name)
+        return next((request for (_, alias), request in reversed(self._aliases.items()) if alias == name), name)
 
     def find(self, request: str) -> ForwardedRequest | None:
-        """The request with this id of the proxy's, if it was handed on."""
-        return self._passed.get(request)
+        """Return the forwarded request with this id of the proxy's, or None."""
+        return self._forwarded.get(request)
 
     def upstream_id(self, request: str) -> str | None:
-        """Return the upstream's id of a request."""
+        """Return the upstream's id of a request, or None if it is not known."""
         return self._upstream_ids.get(request)
 
 
-def _bound(entries: OrderedDict[Any, Any], most: int) -> None:
-    while len(entries) > most:
+def _evict_oldest(entries: OrderedDict[Any, Any], limit: int) -> None:
+    while len(entries) > limit:
         entries.popitem(last=False)

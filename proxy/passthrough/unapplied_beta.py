@@ -1,4 +1,4 @@
-"""Requests that set β and that no controller serves: refused, or counted, logged and told to their client."""
+"""Requests that set β but are forwarded without a controller: refuse them, or count, log and report them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from proxy.upstream.body_tap import BodySink, BodySource
 logger = logging.getLogger(__name__)
 
 NO_BETA: Final = PassThroughReason("no_beta", "")
-"""The reason of a request that sets no β."""
+"""Reason of a request that sets no β."""
 GREEDY: Final = PassThroughReason("temperature", "temperature")
-"""The reason of a greedy request for which only the operator sets β."""
-SEARCHED: Final = 2**16
-"""Bytes of a reply in which its first object is looked for."""
+"""Reason of a greedy request (temperature 0) whose β comes from the server's default only."""
+MAX_HELD_BYTES: Final = 2**16
+"""Bytes of a reply that are held back while its first JSON object is searched for."""
 
 _FIRST_OBJECT: Final = re.compile(rb'\A\s*\{\s*(["}])')
 _FIRST_EVENT: Final = re.compile(rb'^data:\s*\{\s*(["}])', re.MULTILINE)
@@ -36,21 +36,21 @@ class UnappliedBeta:
     def __init__(self, metrics: Metrics, *, is_required: bool) -> None:
         self._metrics = metrics
         self._is_required = is_required
-        self._logged: set[tuple[str, str]] = set()  # models and reasons
+        self._logged: set[tuple[str, str]] = set()  # (model, reason)
 
-    def take(self, model: str, tts: TtsOptions, beta: EffectiveBeta | None, unserved: PassThroughReason) -> None:
-        """Count a request that passes through, and log the first for each reason.
+    def report(self, model: str, tts: TtsOptions, beta: EffectiveBeta | None, unserved: PassThroughReason) -> None:
+        """Count a forwarded request whose β is not applied, and log the first for each model and reason.
 
-        Raises BadRequest where the client or the operator would rather have it refused.
+        Raises BadRequest if the client (`tts.required`) or the operator (AUTOTTS_REQUIRED) demands a controller.
         """
         is_lost = beta is not None and unserved is not GREEDY
         if tts.required or (tts.required is None and self._is_required and is_lost):
             switch = "tts.required" if tts.required else "the server's AUTOTTS_REQUIRED"
-            way_out = f"leave {unserved.field} out" if unserved.field else "set tts.beta"
+            remedy = f"leave out {unserved.field}" if unserved.field else "set tts.beta"
             if is_lost:
-                way_out += ", or set tts.required to false"
+                remedy += ", or set tts.required to false"
             raise BadRequest(
-                f"a controller cannot serve this request ({unserved.reason}) and {switch} is set; {way_out}",
+                f"a controller cannot serve this request ({unserved.reason}) and {switch} is set; {remedy}",
                 param=unserved.field or None,
                 code="tts_not_applicable",
             )
@@ -60,7 +60,8 @@ class UnappliedBeta:
         if (model, unserved.reason) not in self._logged:
             self._logged.add((model, unserved.reason))
             logger.warning(
-                "β %g (%s) was not applied to a request for %s: %s. More like it are counted, not logged",
+                "β %g (%s) was not applied to a request for model %s (reason: %s); "
+                "further ones are counted, not logged",
                 beta.value,
                 beta.source,
                 model,
@@ -69,7 +70,7 @@ class UnappliedBeta:
 
 
 def unapplied_tts(beta: EffectiveBeta | None, unserved: PassThroughReason) -> dict[str, Any]:
-    """Return the `tts` object of a reply that no controller took part in."""
+    """Return the `tts` object of a reply that no controller served."""
     return {
         "applied": False,
         "reason": unserved.reason,
@@ -79,61 +80,64 @@ def unapplied_tts(beta: EffectiveBeta | None, unserved: PassThroughReason) -> di
     }
 
 
-def mark(response: Response, tts: Mapping[str, Any]) -> None:
-    """Add the member `tts` to a reply: to its object, or to the first event of its stream; the rest stays as it is."""
+def with_tts_member(response: Response, tts: Mapping[str, Any]) -> Response:
+    """Return `response` with the member `tts` added to its JSON object, or to the first event of its stream.
+
+    All other bytes stay as they are. Errors, and bodies of other content types, are returned unchanged.
+    """
     media = response.headers.get("content-type", "")
     is_stream = media.startswith("text/event-stream")
     if not 200 <= response.status_code < 300 or not (is_stream or media.startswith("application/json")):
-        return
-    insertion = _Insertion(tts, is_stream=is_stream)
+        return response
+    inserter = _MemberInserter(tts, is_stream=is_stream)
     if isinstance(response, StreamedResponse):
-        response.pour = _inserting(response.pour, insertion)
-        return
-    response.body = insertion.take(bytes(response.body)) + insertion.rest()
+        return response.with_source(_inserting(response.source, inserter))
+    response.body = inserter.take(bytes(response.body)) + inserter.flush()
     response.headers["content-length"] = str(len(response.body))
+    return response
 
 
-class _Insertion:
-    """Puts a member into the first object of a body that comes in pieces."""
+class _MemberInserter:
+    """Inserts a member at the front of the first JSON object in a body that arrives in pieces."""
 
     def __init__(self, tts: Mapping[str, Any], *, is_stream: bool) -> None:
         self._member = b'"tts":' + json.dumps(tts, ensure_ascii=False, separators=(",", ":")).encode()
-        self._first = _FIRST_EVENT if is_stream else _FIRST_OBJECT
-        self._held = b""
-        self._is_over = False
+        self._first_object = _FIRST_EVENT if is_stream else _FIRST_OBJECT
+        self._held = b""  # until the first object is found
+        self._is_done = False
 
     def take(self, piece: bytes) -> bytes:
-        """Return what can be sent once `piece` has come."""
-        if self._is_over:
+        """Return the bytes that can be sent once `piece` has arrived."""
+        if self._is_done:
             return piece
         self._held += piece
-        found = self._first.search(self._held)
-        if found is None and len(self._held) <= SEARCHED:
+        match = self._first_object.search(self._held)
+        if match is None and len(self._held) <= MAX_HELD_BYTES:
             return b""
-        passed = self.rest()
-        if found is None:
-            return passed
-        at = found.start(1)
-        separator = b"," if found[1] == b'"' else b""
-        return passed[:at] + self._member + separator + passed[at:]
+        body = self.flush()
+        if match is None:
+            return body
+        at = match.start(1)
+        separator = b"," if match[1] == b'"' else b""
+        return body[:at] + self._member + separator + body[at:]
 
-    def rest(self) -> bytes:
-        """Return what is held back; nothing will be."""
-        held, self._held, self._is_over = self._held, b"", True
+    def flush(self) -> bytes:
+        """Return the bytes that are held back, and hold back nothing from now on."""
+        held, self._held, self._is_done = self._held, b"", True
         return held
 
 
-def _inserting(pour: BodySource, insertion: _Insertion) -> BodySource:
-    async def inserting(hand: BodySink) -> None:
+def _inserting(source: BodySource, inserter: _MemberInserter) -> BodySource:
+    async def wrapped(sink: BodySink) -> None:
         def take(piece: bytes, is_last: bool) -> Awaitable[None]:
-            passed = insertion.take(piece)
+            ready = inserter.take(piece)
             if is_last:
-                passed += insertion.rest()
-            return hand(passed, is_last) if passed or is_last else _nothing()
+                ready += inserter.flush()
+            return sink(ready, is_last) if ready or is_last else _nothing()
 
-        await pour(take)
+        await source(take)
 
-    return inserting
+    return wrapped
 
 
 async def _nothing() -> None:

@@ -106,6 +106,8 @@ class UpstreamClient:
         read_timeout_s: float = 600,
         breaker: Breaker | None = None,
         branch_semaphore: BranchSemaphore | None = None,
+        observer: UpstreamObserver | None = None,
+        on_event: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
         self.display_url = _without_user(self._url)  # what may be told of it
@@ -120,10 +122,10 @@ class UpstreamClient:
         self._health_check = HealthCheck(self._url, session)
         self._checking: asyncio.Task[None] | None = None
         self._budget = RetryBudget()
-        self.on_event: Callable[[str], object] = lambda _: None  # called with "retried" and "ejected"
+        self.on_event = on_event  # called with "retried" and "ejected"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
         self.token_endings = TokenEndings()
-        self.observer = UpstreamObserver()
+        self.observer = observer or UpstreamObserver()
 
     def for_background(self) -> UpstreamClient:
         """Return an engine of the same upstream for work that nobody waits for.

@@ -44,10 +44,17 @@ class EmbeddedServer:
     which is removed with it.
     """
 
-    def __init__(self, command: list[str] | None = None, port: int | None = None, *, args: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        command: list[str] | None = None,
+        port: int | None = None,
+        *,
+        args: Sequence[str] = (),
+        on_restart: Callable[[], object] = lambda: None,
+    ) -> None:
         self.port = port or free_port()
         self.restarted = asyncio.Event()  # it has died and is healthy again
-        self.on_restart: Callable[[], object] = lambda: None  # called then
+        self._on_restart = on_restart  # called then
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port), *args]
         self._process: asyncio.subprocess.Process | None = None
@@ -143,7 +150,7 @@ class EmbeddedServer:
                 await self._start()
                 failures = 0
                 self.restarted.set()
-                self.on_restart()
+                self._on_restart()
             except StartError as error:
                 failures += 1
                 logger.error("the embedded model does not start: %s", error)

@@ -169,13 +169,12 @@ def test_a_fifth_of_the_requests_may_be_repeated() -> None:
 
 
 class Upstream:
-    """The fake, an engine over it, and what the engine tells."""
+    """A fake vLLM, a client of it, and the events that the client reports."""
 
-    def __init__(self, fake: FakeVLLM, engine: UpstreamClient) -> None:
+    def __init__(self, fake: FakeVLLM, session: aiohttp.ClientSession, breaker: Breaker) -> None:
         self.fake = fake
-        self.engine = engine
         self.events: list[str] = []
-        engine.on_event = self.events.append
+        self.engine = UpstreamClient(fake.url, session, breaker=breaker, on_event=self.events.append)
 
     async def generate(self) -> Call:
         call = Call([[ord(char) for char in ASSISTANT]], 20, {})
@@ -198,7 +197,7 @@ class Upstream:
 @pytest_asyncio.fixture
 async def upstream(backend: FakeVLLM, clock: Clock) -> AsyncIterator[Upstream]:
     async with aiohttp.ClientSession() as http:
-        over = Upstream(backend, UpstreamClient(backend.url, http, breaker=Breaker(clock)))
+        over = Upstream(backend, http, Breaker(clock))
         yield over
         await over.engine.close()
 

@@ -210,11 +210,11 @@ async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
 def test_no_more_is_remembered_than_the_bound() -> None:
     recent = RecentRequests(3)
     for number in range(10):
-        recent.name("t", f"name-{number}", f"req-{number}")
-        recent.see("t", f"req-{number}", b'{"id": "up-%d"}' % number)
+        recent.add_alias("t", f"name-{number}", f"req-{number}")
+        recent.note_upstream_id("t", f"req-{number}", b'{"id": "up-%d"}' % number)
     assert [recent.resolve("t", f"name-{number}") for number in (0, 9)] == ["name-0", "req-9"]
     assert recent.resolve("t", "up-9") == "req-9"
-    assert len(recent._ids) == len(recent._upstream_ids) == 3
+    assert len(recent._aliases) == len(recent._upstream_ids) == 3
 
 
 @pytest.mark.vllm

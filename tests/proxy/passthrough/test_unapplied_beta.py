@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from starlette.responses import Response
 
-from proxy.passthrough.unapplied_beta import SEARCHED, _Insertion, mark
+from proxy.passthrough.unapplied_beta import MAX_HELD_BYTES, _MemberInserter, with_tts_member
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM, RawUpstream
@@ -42,9 +42,9 @@ async def test_the_first_for_each_reason_is_logged(proxy: Proxy, caplog: pytest.
         await proxy.ask(None, n=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "proxy.passthrough.unapplied_beta"]
     assert lines == [
-        f"β 0.5 (header) was not applied to a request for {MODEL}: structured_output. "
-        "More like it are counted, not logged",
-        f"β 0.25 (header) was not applied to a request for {MODEL}: n. More like it are counted, not logged",
+        f"β {beta} (header) was not applied to a request for model {MODEL} (reason: {reason}); "
+        "further ones are counted, not logged"
+        for beta, reason in ((0.5, "structured_output"), (0.25, "n"))
     ]
 
 
@@ -67,7 +67,7 @@ async def test_a_server_may_refuse_to_lose_it(backend: FakeVLLM) -> None:
             assert (status, error["code"], error["param"]) == (400, "tts_not_applicable", "response_format")
             assert error["message"] == (
                 "a controller cannot serve this request (structured_output) and the server's AUTOTTS_REQUIRED is set; "
-                "leave response_format out, or set tts.required to false"
+                "leave out response_format, or set tts.required to false"
             )
         assert not backend.requests
         status, headers, _ = await proxy.ask("0.5", **JSON_FORMAT, tts={"required": False})
@@ -139,14 +139,14 @@ async def test_bytes_stay_as_they_are_around_it(path: str, pieces: list[bytes], 
             assert json.loads(b"{" + member + b"}")["tts"]["reason"] == "tools"
 
 
-def test_it_does_not_wait_for_an_object_for_ever() -> None:
-    insertion = _Insertion({"applied": False}, is_stream=False)
-    assert insertion.take(b" " * SEARCHED) == b""
-    assert insertion.take(b" x") == b" " * SEARCHED + b" x"
-    assert insertion.take(b'{"a": 1}') == b'{"a": 1}'
+def test_a_body_without_an_object_is_held_back_within_a_bound() -> None:
+    inserter = _MemberInserter({"applied": False}, is_stream=False)
+    assert inserter.take(b" " * MAX_HELD_BYTES) == b""
+    assert inserter.take(b" x") == b" " * MAX_HELD_BYTES + b" x"
+    assert inserter.take(b'{"a": 1}') == b'{"a": 1}'
 
 
 def test_an_error_is_left_as_it_is() -> None:
     response = Response(b'{"error": {}}', 400, media_type="application/json")
-    mark(response, {"applied": False})
+    assert with_tts_member(response, {"applied": False}) is response
     assert response.body == b'{"error": {}}'

@@ -229,9 +229,8 @@ UNDECIDED: list[dict[str, Any]] = [
 async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) -> None:
     """Sent past the checks, as a value nobody knows of yet would be."""
     async with aiohttp.ClientSession() as http:
-        engine = UpstreamClient(vllm, http)
         events: list[str] = []
-        engine.on_event = events.append
+        engine = UpstreamClient(vllm, http, on_event=events.append)
         failures = 0
         for _ in range(3):
             for field in UNDECIDED:

@@ -8,7 +8,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -18,7 +18,7 @@ from proxy.errors import StartError
 from proxy.server import Server, listen
 from proxy.settings import load
 from proxy.upstream import embedded
-from proxy.upstream.embedded import EmbeddedServer
+from proxy.upstream.embedded import EmbeddedServer, free_port
 from tests.fakes import FakeVLLM
 
 SERVER = """
@@ -31,9 +31,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 """
 
 
-def stand_in(script: str) -> EmbeddedServer:
-    server = EmbeddedServer()
-    return EmbeddedServer([sys.executable, "-c", script, str(server.port)], port=server.port)
+def stand_in(script: str, on_restart: Callable[[], object] = lambda: None) -> EmbeddedServer:
+    port = free_port()
+    return EmbeddedServer([sys.executable, "-c", script, str(port)], port=port, on_restart=on_restart)
 
 
 def alive(pid: int) -> bool:
@@ -144,8 +144,7 @@ def test_a_folder_too_deep_for_sockets_is_not_the_childs_temporary_folder() -> N
 async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.01)
     calls: list[str] = []
-    async with stand_in(SERVER) as server:
-        server.on_restart = lambda: calls.append("restarted")
+    async with stand_in(SERVER, lambda: calls.append("restarted")) as server:
         first = server.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
