@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from controllers.sandbox.frames import pack, told
+from controllers.sandbox.frames import encode_text, pack
 from controllers.sandbox.seal import ALL_LAYERS, MEMORY_BYTES, X32, Layer
 
 ESCAPED, REFUSED, UNSURE, NOT_SEALED = 0, 2, 3, 4
@@ -106,5 +106,5 @@ def run(number: int, channel: int) -> int:
         status, words = REFUSED, "MemoryError"
     except OSError as error:
         status, words = REFUSED if error.errno in REFUSALS else UNSURE, str(error)
-    os.write(channel, pack(told(words)))
+    os.write(channel, pack(encode_text(words)))
     return status

@@ -1,6 +1,6 @@
-"""Controllers whose decisions are made in a sealed child: one episode in one child, or many in one.
+"""Controllers that decide in a sandbox process: one episode per process, or many.
 
-The state stays with the owner; the child has a copy that is brought up to date by what each round brought.
+The state stays with the owner. The process has a copy, which the facts of each round update.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from controllers.state import Limits, State
 T = TypeVar("T")
 
 EPISODES_PER_PROCESS: Final = 64
-"""Episodes that share a child, and a message, at most."""
+"""Most episodes that share a process, and a message."""
 
 
-class _Seat:
-    """An episode's place in a child."""
+class _EpisodeEncoder:
+    """Encodes the turns of one episode for its process, and checks its decisions."""
 
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
         self._number = number
         self._beta = beta
         self._codes = codes
-        self._rounds = 0  # of which the child knows
+        self._rounds = 0  # that the process knows
         self._asked: Sequence[Action] = ()
 
     def turn(self, state: State) -> list[int]:
-        """What the child has to be told before it decides on `state`."""
+        """Return the turn that precedes a decision on `state`."""
         if state.last is None:
-            return frames.begin(self._number, self._beta, state.limits)
+            return frames.encode_begin(self._number, self._beta, state.limits)
         self._rounds += 1
         if state.rounds != self._rounds:
             raise ControllerError(
                 "a sealed controller sees its episode from the first round to the last, or not at all"
             )
-        return frames.follow(self._number, self._asked, state.last, self._codes)
+        return frames.encode_turn(self._number, self._asked, state.last, self._codes)
 
     def take(self, decision: Decision) -> Sequence[Action]:
-        """The actions of a decision. Raises ControllerError if the child complains instead."""
+        """Return the actions of a decision. Raises ControllerError if it is a complaint."""
         if isinstance(decision, str):
             raise ControllerError(frames.printable(decision))
         self._asked = decision
@@ -53,36 +53,36 @@ class _Seat:
 
 
 class SandboxedController:
-    """A controller with a child of its own, which has loaded it. `close` ends the child."""
+    """A controller with a process of its own, which has loaded it. `close` ends the process."""
 
-    def __init__(self, worker: SandboxHandle, beta: float) -> None:
-        self.worker = worker
-        self._seat = _Seat(0, beta, worker.codes)
+    def __init__(self, handle: SandboxHandle, beta: float) -> None:
+        self.handle = handle
+        self._encoder = _EpisodeEncoder(0, beta, handle.codes)
 
     def decide(self, state: State) -> Sequence[Action]:
         """Decide like `Controller.decide`, blocking. Raises ControllerError, BoundaryViolation or MachineDisturbed."""
-        (decision,) = self.worker.decide([self._seat.turn(state)], frames.most_actions(state.limits))
-        return self._seat.take(decision)
+        (decision,) = self.handle.decide([self._encoder.turn(state)], frames.most_actions(state.limits))
+        return self._encoder.take(decision)
 
     async def decide_later(self, state: State) -> Sequence[Action]:
-        """As `decide`, for an event loop."""
-        turns = [self._seat.turn(state)]
-        (decision,) = await self.worker.decide_later(turns, frames.most_actions(state.limits))
-        return self._seat.take(decision)
+        """Decide like `decide`, without blocking the event loop."""
+        turns = [self._encoder.turn(state)]
+        (decision,) = await self.handle.decide_later(turns, frames.most_actions(state.limits))
+        return self._encoder.take(decision)
 
     def close(self) -> None:
-        """Kill the child."""
-        self.worker.close()
+        """Kill the process."""
+        self.handle.close()
 
 
-class _Place:
-    """A controller of one of many episodes in a child: deciding suspends it until all of them have asked."""
+class _SuspendingController:
+    """Controller of one of many episodes in a process. Deciding suspends the episode until all have asked."""
 
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
-        self._seat = _Seat(number, beta, codes)
+        self._encoder = _EpisodeEncoder(number, beta, codes)
 
     async def decide_later(self, state: State) -> Sequence[Action]:
-        return self._seat.take(await _ask(self._seat.turn(state)))
+        return self._encoder.take(await _ask(self._encoder.turn(state)))
 
 
 @types.coroutine
@@ -91,16 +91,16 @@ def _ask(turn: list[int]) -> Generator[list[int], Decision, Decision]:
 
 
 Episode = Callable[[RemoteController], Coroutine[Any, Any, T]]
-"""Runs an episode under the controller it is given; suspends only where that decides."""
+"""Runs an episode under the given controller. It suspends only where the controller decides."""
 
 
-def seats(limits: Limits) -> int:
-    """How many episodes may share a message whose largest legal reply still is a frame."""
-    return max(1, min(EPISODES_PER_PROCESS, frames.LARGEST // 8 // (frames.most_actions(limits) + 2)))
+def episodes_per_message(limits: Limits) -> int:
+    """Return how many episodes may share a message, so that the largest legal reply still fits in a frame."""
+    return max(1, min(EPISODES_PER_PROCESS, frames.MAX_FRAME_BYTES // 8 // (frames.most_actions(limits) + 2)))
 
 
 def run_together(
-    workers: Sequence[SandboxHandle],
+    handles: Sequence[SandboxHandle],
     beta: float,
     limits: Limits,
     episodes: Iterable[Episode[T]],
@@ -115,86 +115,91 @@ def run_together(
     """
     results: dict[int, T] = {}
     queue = enumerate(episodes)
-    tables = [_Table(worker, beta, limits, min(share, seats(limits)), queue, results) for worker in workers]
+    batches = [
+        _EpisodeBatch(handle, beta, limits, min(share, episodes_per_message(limits)), queue, results)
+        for handle in handles
+    ]
     try:
-        for table in tables:
-            table.deal()
-        while any(table.asking for table in tables):
-            for table in tables:
-                table.play()
-                table.deal()
+        for batch in batches:
+            batch.start_decisions()
+        while any(batch.waiting for batch in batches):
+            for batch in batches:
+                batch.apply_decisions()
+                batch.start_decisions()
     finally:
-        for table in tables:
-            table.close()
+        for batch in batches:
+            batch.close()
     return [results[number] for number in range(len(results))]
 
 
-class _Table(Generic[T]):
-    """The episodes of one child."""
+class _EpisodeBatch(Generic[T]):
+    """The episodes of one process."""
 
     def __init__(
         self,
-        worker: SandboxHandle,
+        handle: SandboxHandle,
         beta: float,
         limits: Limits,
         share: int,
         queue: Iterator[tuple[int, Episode[T]]],
         results: dict[int, T],
     ) -> None:
-        self.asking: list[_Asking[T]] = []
-        self._worker = worker
+        self.waiting: list[_WaitingEpisode[T]] = []
+        self._handle = handle
         self._beta = beta
         self._most = frames.most_actions(limits)
         self._free = list(range(share))
         self._queue = queue
         self._results = results
-        self._crossed: BoundaryViolation | None = None
+        self._violation: BoundaryViolation | None = None
 
-    def deal(self) -> None:
-        """Fill the free seats, and have the child begin to decide."""
+    def start_decisions(self) -> None:
+        """Start episodes in free places, and start the decisions."""
         while self._free and (new := next(self._queue, None)) is not None:
             number, episode = new
-            seat = self._free.pop()
-            running = episode(_Place(seat, self._beta, self._worker.codes))
-            self._go_on(number, seat, running, partial(running.send, None))
-        if self.asking:
+            place = self._free.pop()
+            running = episode(_SuspendingController(place, self._beta, self._handle.codes))
+            self._continue(number, place, running, partial(running.send, None))
+        if self.waiting:
             try:
-                self._worker.begin([asking.turn for asking in self.asking], self._most)
+                self._handle.begin([waiting.turn for waiting in self.waiting], self._most)
             except BoundaryViolation as error:
-                self._crossed = error
+                self._violation = error
 
-    def play(self) -> None:
-        """Go on with every episode, as its controller decided."""
-        asked, self.asking = self.asking, []
+    def apply_decisions(self) -> None:
+        """Continue every episode with its controller's decision."""
+        asked, self.waiting = self.waiting, []
         decisions: Sequence[Decision] = ()
-        if asked and self._crossed is None:
+        if asked and self._violation is None:
             try:
-                decisions = self._worker.finish()
+                decisions = self._handle.finish()
             except BoundaryViolation as error:
-                self._crossed = error
-        for at, (number, seat, episode, _) in enumerate(asked):
-            if self._crossed is None:
-                self._go_on(number, seat, episode, partial(episode.send, decisions[at]))
+                self._violation = error
+        for at, (number, place, episode, _) in enumerate(asked):
+            if self._violation is None:
+                self._continue(number, place, episode, partial(episode.send, decisions[at]))
             else:
-                self._go_on(number, seat, episode, partial(episode.throw, self._crossed))
+                self._continue(number, place, episode, partial(episode.throw, self._violation))
 
-    def _go_on(self, number: int, seat: int, episode: Coroutine[Any, Any, T], step: Callable[[], list[int]]) -> None:
+    def _continue(
+        self, number: int, place: int, episode: Coroutine[Any, Any, T], step: Callable[[], list[int]]
+    ) -> None:
         try:
-            self.asking.append(_Asking(number, seat, episode, step()))
+            self.waiting.append(_WaitingEpisode(number, place, episode, step()))
         except StopIteration as done:
             self._results[number] = done.value
-            self._free.append(seat)
+            self._free.append(place)
 
     def close(self) -> None:
-        """Leave what still runs."""
-        for asking in self.asking:
-            asking.episode.close()
+        """Close the episodes that still run."""
+        for waiting in self.waiting:
+            waiting.episode.close()
 
 
-class _Asking(NamedTuple, Generic[T]):
+class _WaitingEpisode(NamedTuple, Generic[T]):
     """An episode that waits for a decision."""
 
     number: int  # of the episode
-    seat: int
+    place: int
     episode: Coroutine[Any, Any, T]
     turn: list[int]

@@ -1,20 +1,20 @@
-"""What a controller's owner and its sealed child say to each other: frames of whole numbers, both ways.
+"""Wire format between an owner and its sandbox process: frames of whole numbers, both ways.
 
     frame    = its length in bytes (4), then 64-bit numbers in the machine's order
-                                                           child: READY, or a text that says why it is not sealed
-    owner    = LOAD, number, name, source                → child: number, text (empty, or a complaint)
-             | STEP, number, {fact}, turn of several …   → child: number, decision of each, in the same order
+                                                           process: READY, or a text: why it is not sealed
+    owner    = LOAD, number, name, source                → process: number, text (empty, or a complaint)
+             | STEP, number, {fact}, turn of several …   → process: number, decisions in the same order
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
              | seat, FACTS, {code}                       the round was carried out as it was asked for
              | seat, ROUND, {action}, {code}             the cap cut it short
     decision = {action} | -1, complaint
     {x}      = how many, then each
     action   = one number: verb, branch, and intervals or label
-    fact     = four numbers; it is told once, and its code from then on is how many were told before it
+    fact     = four numbers; it is sent once, and its code from then on is how many were sent before it
     text     = how many, {code point}
 
-`number` counts the frames, so an answer to another question is known as such. An owner believes none of it: `decision`
-builds well-formed actions or raises, and whether they are legal only the owner's state says.
+`number` counts the frames, so that an answer to another question is detected. An owner trusts no answer:
+`decode_decision` builds well-formed actions or raises, and the owner's state checks whether they are legal.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from controllers.actions import ANSWER, BRANCH, PROBE, PRUNE, Action, Advanced, 
 from controllers.errors import ControllersError
 from controllers.state import Limits, Round
 
-LARGEST: Final = 1 << 20
-"""Bytes a frame may have."""
+MAX_FRAME_BYTES: Final = 1 << 20
+"""Most bytes of a frame."""
 HEADER: Final = struct.Struct("=I")
 LOAD, STEP = 1, 2
 READY: Final = -1
-"""The first frame of a child, alone: it is sealed, and nothing foreign has run in it."""
+"""First frame of a process, alone: it is sealed, and no foreign code has run in it."""
 BEGIN, FACTS, ROUND = 0, 1, 2
 COMPLAINT: Final = -1
-LONGEST: Final = 500
-"""Characters of a complaint that are passed on."""
+MAX_COMPLAINT_CHARS: Final = 500
+"""Most characters of a complaint that are passed on."""
 NONE: Final = -1
-"""A bound that is not set."""
-REMEMBERED: Final = 1 << 16
-"""Actions that are kept ready, each way."""
+"""Stands for a bound that is not set."""
+MAX_CACHED_ACTIONS: Final = 1 << 16
+"""Most actions that are cached, in each direction."""
 
 _ACT, _AT = 3, 24  # bits below an action's branch, and below its intervals or label
 _MOST_BRANCH, _MOST_VALUE = 1 << (_AT - _ACT), 1 << 38
@@ -51,31 +51,31 @@ _FACT = 4  # numbers of a fact
 
 _actions: dict[int, Action] = {}
 _numbers: dict[int, int] = {}  # by an action's id
-_kept: list[Action] = []  # those actions, so that their ids are nobody else's
+_kept: list[Action] = []  # keeps those actions alive, so that their ids are not reused
 
 
 class BadFrame(Exception):
-    """Numbers that mean nothing; only ever a child's fault."""
+    """A frame that cannot be decoded. Only a sandbox process sends one."""
 
 
 def pack(numbers: Sequence[int]) -> bytes:
-    """A whole frame. Raises BadFrame if it would be too large."""
+    """Return a frame of `numbers`. Raises BadFrame if it would be too large."""
     body = array("q", numbers).tobytes()
-    if len(body) > LARGEST:
-        raise BadFrame(f"a frame of {len(body)} bytes; {LARGEST} are the most")
+    if len(body) > MAX_FRAME_BYTES:
+        raise BadFrame(f"a frame of {len(body)} bytes; at most {MAX_FRAME_BYTES} are allowed")
     return HEADER.pack(len(body)) + body
 
 
-def size(header: bytes) -> int:
-    """How many bytes follow a header. Raises BadFrame if that is too many or no whole number of numbers."""
+def body_size(header: bytes) -> int:
+    """Return the bytes that follow a header. Raises BadFrame if they are too many or not a multiple of 8."""
     (length,) = HEADER.unpack(header)
-    if length > LARGEST or length % 8:
-        raise BadFrame(f"a frame that claims {length} bytes; {LARGEST} are the most, in eights")
+    if length > MAX_FRAME_BYTES or length % 8:
+        raise BadFrame(f"a frame that claims {length} bytes; at most {MAX_FRAME_BYTES} are allowed, a multiple of 8")
     return int(length)
 
 
 def unpack(body: bytes | bytearray) -> list[int]:
-    """The numbers of a frame's body, a multiple of eight bytes."""
+    """Return the numbers of a frame's body, which is a multiple of 8 bytes."""
     numbers = array("q")
     numbers.frombytes(body)
     return numbers.tolist()
@@ -84,84 +84,84 @@ def unpack(body: bytes | bytearray) -> list[int]:
 # Turns, from the owner
 
 
-def begin(seat: int, beta: float, limits: Limits) -> list[int]:
-    """The first turn of an episode."""
+def encode_begin(seat: int, beta: float, limits: Limits) -> list[int]:
+    """Encode the first turn of an episode."""
     bounds = (limits.interval, limits.max_branches, limits.branch_tokens, limits.probe_tokens, limits.max_tokens)
     (bits,) = struct.unpack("=q", struct.pack("=d", beta))
     return [seat, BEGIN, bits, *(NONE if bound is None else bound for bound in bounds)]
 
 
 class FactCodes:
-    """The facts an owner has told a child, by their identity: most are interned, and come again and again."""
+    """Codes of the facts sent to a process, by identity: most facts are interned and recur."""
 
     def __init__(self) -> None:
         self._codes: dict[int, int] = {}
-        self._told: list[Fact] = []  # which keeps their ids from being given to others
-        self._news: list[int] = []
+        self._sent: list[Fact] = []  # keeps them alive, so that their ids are not reused
+        self._new: list[int] = []
 
-    def of(self, facts: Sequence[Fact]) -> list[int]:
-        """The codes of some facts; those that are new are told with the next frame."""
+    def codes_of(self, facts: Sequence[Fact]) -> list[int]:
+        """Return the codes of `facts`. New facts are sent with the next frame."""
         codes = list(map(self._codes.get, map(id, facts)))
         if None in codes:
-            codes = [self._tell(facts[at]) if code is None else code for at, code in enumerate(codes)]
+            codes = [self._add(facts[at]) if code is None else code for at, code in enumerate(codes)]
         return codes  # type: ignore[return-value]
 
-    def news(self) -> list[int]:
-        """What the child has to be told before it is told of codes: {fact}."""
-        news, self._news = self._news, []
-        return [len(news) // _FACT, *news]
+    def new_facts(self) -> list[int]:
+        """Return the facts that the process must get before their codes, as {fact}."""
+        new, self._new = self._new, []
+        return [len(new) // _FACT, *new]
 
-    def _tell(self, fact: Fact) -> int:
+    def _add(self, fact: Fact) -> int:
         known = self._codes.get(id(fact))
         if known is not None:  # it came twice among those that were new
             return known
-        code = self._codes[id(fact)] = len(self._told)
-        self._told.append(fact)
+        code = self._codes[id(fact)] = len(self._sent)
+        self._sent.append(fact)
         label = NONE if fact.label is None else fact.label
         if type(fact) is Advanced:
-            self._news += (fact.branch, fact.intervals, label if fact.finished else _RUNNING, fact.tokens)
+            self._new += (fact.branch, fact.intervals, label if fact.finished else _RUNNING, fact.tokens)
         else:
-            self._news += (fact.branch, _PROBED, label, fact.tokens)
+            self._new += (fact.branch, _PROBED, label, fact.tokens)
         return code
 
 
-def learn(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
-    """Add the {fact} at `at` to `facts`, and give where what follows is."""
+def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
+    """Append the {fact} at `at` to `facts`; return the position after it."""
     end = at + 1 + _FACT * numbers[at]
     for first in range(at + 1, end, _FACT):
-        branch, intervals, said, tokens = numbers[first : first + _FACT]
-        label = None if said < 0 else said
+        branch, intervals, code, tokens = numbers[first : first + _FACT]
+        label = None if code < 0 else code
         if intervals == _PROBED:
             facts.append(Probed(branch, label, tokens))
         else:
-            facts.append(Advanced(branch, intervals, tokens, said != _RUNNING, label))
+            facts.append(Advanced(branch, intervals, tokens, code != _RUNNING, label))
     return end
 
 
-def follow(seat: int, asked: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
-    """A later turn: `last` is what was carried out of what was `asked` for, and what came of it."""
+def encode_turn(seat: int, asked: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
+    """Encode a later turn: `last` holds the actions carried out of those `asked`, and their facts."""
     actions, facts = last
     if actions is asked or list(actions) == list(asked):
-        return [seat, FACTS, len(facts), *codes.of(facts)]
-    return [seat, ROUND, len(actions), *map(encode, actions), len(facts), *codes.of(facts)]
+        return [seat, FACTS, len(facts), *codes.codes_of(facts)]
+    return [seat, ROUND, len(actions), *map(encode_action, actions), len(facts), *codes.codes_of(facts)]
 
 
-def begun(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
-    """β and the limits that stand behind seat and kind, and where the next turn is."""
+def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
+    """Return β and the limits of a first turn, and the position of the next turn."""
     (beta,) = struct.unpack("=d", struct.pack("=q", numbers[at]))
     interval, most, branch, probe, cap = numbers[at + 1 : at + 6]
     limits = Limits(interval, most, None if branch == NONE else branch, probe, None if cap == NONE else cap)
     return beta, limits, at + 6
 
 
-def followed(
+def decode_turn(
     numbers: Sequence[int], at: int, asked: Sequence[Action], known: Sequence[Fact]
 ) -> tuple[Sequence[Action], list[Fact], int]:
-    """The actions and facts of the later turn whose seat stands at `at`, and where the next turn is."""
+    """Return the actions and facts of the later turn at `at`, and the position of the next turn."""
     kind, at = numbers[at + 1], at + 2
     if kind == ROUND:
         end = at + 1 + numbers[at]
-        asked, at = [decode(number) for number in numbers[at + 1 : end]], end
+        asked, at = [decode_action(number) for number in numbers[at + 1 : end]], end
     end = at + 1 + numbers[at]
     return asked, list(map(known.__getitem__, numbers[at + 1 : end])), end
 
@@ -169,34 +169,34 @@ def followed(
 # Decisions, from the child
 
 
-def encode(action: Action) -> int:
-    """An action as a number. Raises BadFrame if it cannot be one, and whatever a thing that is no action raises."""
+def encode_action(action: Action) -> int:
+    """Return an action as a number. Raises BadFrame if it is out of range, and any error if it is not an action."""
     label, branch = action.label, action.branch + 1
     value = action.intervals if label is None else label + 1
     if not (0 <= branch < _MOST_BRANCH and (label is not None) <= value < _MOST_VALUE):
-        raise BadFrame(f"{action} is about no branch or label there could be")
+        raise BadFrame(f"{action} names a branch or label that cannot exist")
     number = int(action.verb) + (branch << _ACT) + (value << _AT)
-    if len(_kept) < REMEMBERED and id(action) not in _numbers:
+    if len(_kept) < MAX_CACHED_ACTIONS and id(action) not in _numbers:
         _numbers[id(action)] = number
         _kept.append(action)
     return number
 
 
-def encode_all(actions: Sequence[Action]) -> list[int]:
-    """Actions as numbers, and first how many. Raises as `encode` does."""
+def encode_actions(actions: Sequence[Action]) -> list[int]:
+    """Return the number of actions and then each action as a number. Raises like `encode_action`."""
     numbers = list(map(_numbers.get, map(id, actions)))
     if None in numbers:
-        numbers = [encode(action) for action in actions]
+        numbers = [encode_action(action) for action in actions]
     return [len(numbers), *numbers]  # type: ignore[list-item]
 
 
-def decode(number: int) -> Action:
-    """The action a number means. Raises BadFrame if it is none."""
+def decode_action(number: int) -> Action:
+    """Return the action that a number encodes. Raises BadFrame if there is none."""
     try:
         return _actions[number]
     except KeyError:
         action = _decode(number)
-        if len(_actions) < REMEMBERED:
+        if len(_actions) < MAX_CACHED_ACTIONS:
             _actions[number] = action
         return action
 
@@ -207,60 +207,60 @@ def _decode(number: int) -> Action:
         branch, value = (number >> _ACT) % _MOST_BRANCH - 1, number >> _AT
         about_none, valued = verb in (BRANCH, ANSWER), verb not in (PROBE, PRUNE)
         if number < 0 or about_none != (branch == -1) or not (valued or value == 0):
-            raise BadFrame(f"{number} is no action")
+            raise BadFrame(f"{number} does not encode an action")
         if verb is ANSWER:
             return Action(verb, label=None if value == 0 else value - 1)
         return Action(verb, branch, value)
     except (ValueError, ControllersError):
-        raise BadFrame(f"{number} is no action") from None
+        raise BadFrame(f"{number} does not encode an action") from None
 
 
-def decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Action] | str, int]:
-    """The decision at `at`, of at most so many actions, or what the child complains of; and where the next one is.
+def decode_decision(numbers: Sequence[int], at: int, most: int) -> tuple[list[Action] | str, int]:
+    """Return the decision at `at` and the position of the next one. A complaint is returned as a string.
 
-    Raises BadFrame.
+    Raises BadFrame, also for more than `most` actions.
     """
     try:
         count = numbers[at]
         if count == COMPLAINT:
-            return text(numbers, at + 1, LONGEST)
+            return decode_text(numbers, at + 1, MAX_COMPLAINT_CHARS)
     except IndexError:
-        raise BadFrame("a frame that ends in the middle") from None
+        raise BadFrame("the frame is cut off") from None
     end = at + 1 + count
     if not 0 <= count <= most:
-        raise BadFrame(f"{count} actions in a round; {most} are the most that could be legal")
+        raise BadFrame(f"{count} actions in a round; at most {most} can be legal")
     if end > len(numbers):
-        raise BadFrame("a frame that ends in the middle")
+        raise BadFrame("the frame is cut off")
     actions = list(map(_actions.get, numbers[at + 1 : end]))
     if None in actions:
-        actions = [decode(number) for number in numbers[at + 1 : end]]
+        actions = [decode_action(number) for number in numbers[at + 1 : end]]
     return actions, end  # type: ignore[return-value]
 
 
-def complain(error: str) -> list[int]:
-    """A decision that is none."""
-    return [COMPLAINT, *told(error[:LONGEST])]
+def encode_complaint(error: str) -> list[int]:
+    """Encode a complaint in place of a decision."""
+    return [COMPLAINT, *encode_text(error[:MAX_COMPLAINT_CHARS])]
 
 
-def told(words: str) -> list[int]:
-    """A text as numbers."""
-    return [len(words), *map(ord, words)]
+def encode_text(text: str) -> list[int]:
+    """Return a text as numbers."""
+    return [len(text), *map(ord, text)]
 
 
-def text(numbers: Sequence[int], at: int, most: int) -> tuple[str, int]:
-    """The text at `at`, and where what follows is. Raises BadFrame if it is cut or has more than `most` characters."""
+def decode_text(numbers: Sequence[int], at: int, most: int) -> tuple[str, int]:
+    """Return the text at `at` and the position after it. Raises BadFrame if it is cut or longer than `most`."""
     length = numbers[at] if at < len(numbers) else -1
     end = at + 1 + length
     if not 0 <= length <= most or end > len(numbers):
-        raise BadFrame(f"a text of {length} characters; {most} are the most")
+        raise BadFrame(f"a text of {length} characters; at most {most} are allowed")
     return "".join(chr(point) if 0 <= point <= 0x10FFFF else "?" for point in numbers[at + 1 : end]), end
 
 
-def printable(words: str) -> str:
-    """`words` with everything that is no letter, sign or space replaced: nothing for a terminal or a log to obey."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
+def printable(text: str) -> str:
+    """Return `text` with unprintable characters replaced, so that it cannot control a terminal or forge a log line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def most_actions(limits: Limits) -> int:
-    """More actions than any sensible round has: every branch that is or may be open can move, be asked and pruned."""
+    """Return a bound above any sensible round: each branch can be advanced, probed and pruned."""
     return 8 * max(64, limits.max_branches)

@@ -98,7 +98,7 @@ class SandboxHandle:
 
     def load(self, spec: Spec) -> None:
         """Load a controller. BadController, BoundaryViolation and MachineDisturbed leave the process dead."""
-        about = [*frames.told(spec.name), *frames.told(spec.source or "")]
+        about = [*frames.encode_text(spec.name), *frames.encode_text(spec.source or "")]
         deadline = Deadline(self._meter, Clock.CPU, LOAD_S)
         complaint = self._wait(self._question(frames.LOAD, about, deadline, _complaint))
         if complaint:
@@ -159,7 +159,7 @@ class SandboxHandle:
 
     def _step(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
         seconds = self.hard_s + (len(turns) - 1) * SOFT_S
-        about = [*self.codes.news(), *(number for turn in turns for number in turn)]
+        about = [*self.codes.new_facts(), *(number for turn in turns for number in turn)]
         deadline = Deadline(self._meter, self.clock, seconds)
         return self._question(frames.STEP, about, deadline, lambda reply: _decisions(reply, len(turns), most))
 
@@ -203,12 +203,12 @@ class SandboxHandle:
         except OSError:
             raise _NotSealed("it ended before it was ready") from None
         if first != [frames.READY]:
-            raise _NotSealed(frames.printable(frames.text(first, 0, frames.LARGEST)[0]))
+            raise _NotSealed(frames.printable(frames.decode_text(first, 0, frames.MAX_FRAME_BYTES)[0]))
         self._sealed = True
 
     def _frame(self) -> Exchange[list[int]]:
         header = yield from self._receive(frames.HEADER.size)
-        return frames.unpack((yield from self._receive(frames.size(bytes(header)))))
+        return frames.unpack((yield from self._receive(frames.body_size(bytes(header)))))
 
     def _receive(self, count: int) -> Generator[int, None, bytearray]:
         data = bytearray()
@@ -331,7 +331,7 @@ def _again(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation | M
 
 def _complaint(reply: Sequence[int]) -> str:
     """Return the child's complaint about a file it was to load, empty if there is none. Raises BadFrame."""
-    return frames.text(reply, 1, frames.LONGEST)[0]
+    return frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)[0]
 
 
 def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
@@ -339,7 +339,7 @@ def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
     decisions: list[Decision] = []
     at = 1
     for _ in range(count):
-        decided, at = frames.decision(reply, at, most)
+        decided, at = frames.decode_decision(reply, at, most)
         decisions.append(decided)
     if at != len(reply):
         raise BadFrame(f"{len(reply) - at} numbers too many")

@@ -1,7 +1,7 @@
-"""The sealed child: it keeps a copy of every episode's state, lets the controller decide on it, and answers its owner.
+"""The sandbox process: it keeps a copy of each episode's state, calls the controller and answers its owner.
 
-Nothing here is a safeguard: the controller shares this process and may change all of it. It may spoil its own copies
-and its own answers, and no more.
+Nothing here protects anything: the controller shares this process and may change all of it. It can spoil its own copies
+and its own answers only.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from controllers.sandbox.frames import (
     HEADER,
     LOAD,
     READY,
-    begun,
-    complain,
-    encode_all,
-    followed,
-    learn,
+    body_size,
+    decode_begin,
+    decode_facts,
+    decode_text,
+    decode_turn,
+    encode_actions,
+    encode_complaint,
+    encode_text,
     pack,
-    size,
-    text,
-    told,
     unpack,
 )
 from controllers.state import State
 
 CHANNEL = 3
-"""The descriptor a child talks to its owner by; besides 0 to 2 it has no other."""
+"""Descriptor of the channel to the owner. The process has no other besides 0 to 2."""
 
 
-class _Seat:
-    """One episode under way."""
+class _RunningEpisode:
+    """A controller and its copy of the episode's state."""
 
     def __init__(self, controller: Controller, state: State) -> None:
         self.controller = controller
@@ -45,26 +45,26 @@ class _Seat:
 
 
 def serve() -> None:
-    """Answer frames until the owner leaves."""
-    seats: dict[int, _Seat] = {}
+    """Answer frames until the owner closes the channel."""
+    episodes: dict[int, _RunningEpisode] = {}
     facts: list[Fact] = []
     spec: Spec | None = None
     _write([READY])
     while numbers := _read():
         kind, number = numbers[0], numbers[1]
         if kind == LOAD:
-            spec, words = _load(numbers)
-            _write([number, *told(words)])
+            spec, problem = _load(numbers)
+            _write([number, *encode_text(problem)])
         elif spec is not None:
             reply = [number]
-            at = learn(numbers, 2, facts)
+            at = decode_facts(numbers, 2, facts)
             while at < len(numbers):
-                at = _turn(numbers, at, spec, seats, facts, reply)
+                at = _turn(numbers, at, spec, episodes, facts, reply)
             _write(reply)
 
 
 def only_built_in_imports() -> None:
-    """What is not loaded by now cannot be: an import says so, rather than die at a file it may not open."""
+    """Let later imports raise ImportError. Otherwise they would be killed for opening a file."""
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()
@@ -72,9 +72,9 @@ def only_built_in_imports() -> None:
 
 
 def _load(numbers: Sequence[int]) -> tuple[Spec | None, str]:
-    """The controller a LOAD frame names, its source run; or what is wrong with it."""
-    name, at = text(numbers, 2, len(numbers))
-    source, _ = text(numbers, at, len(numbers))
+    """Load the controller of a LOAD frame. Return it and an empty text, or None and what is wrong with it."""
+    name, at = decode_text(numbers, 2, len(numbers))
+    source, _ = decode_text(numbers, at, len(numbers))
     spec = Spec(name, source or None)
     try:
         _ = spec.factory
@@ -84,41 +84,46 @@ def _load(numbers: Sequence[int]) -> tuple[Spec | None, str]:
 
 
 def _turn(
-    numbers: Sequence[int], at: int, spec: Spec, seats: dict[int, _Seat], facts: Sequence[Fact], reply: list[int]
+    numbers: Sequence[int],
+    at: int,
+    spec: Spec,
+    episodes: dict[int, _RunningEpisode],
+    facts: Sequence[Fact],
+    reply: list[int],
 ) -> int:
-    """Play the turn at `at`, add the decision to `reply`, and say where the next one is."""
+    """Play the turn at `at` and append the decision to `reply`. Return the position of the next turn."""
     if numbers[at + 1] == BEGIN:
         number = numbers[at]
-        beta, limits, at = begun(numbers, at + 2)
+        beta, limits, at = decode_begin(numbers, at + 2)
         try:
-            seat = seats[number] = _Seat(make(spec, beta), State(limits))
+            episode = episodes[number] = _RunningEpisode(make(spec, beta), State(limits))
         except BaseException as error:  # foreign code
-            reply += complain(str(error))
+            reply += encode_complaint(str(error))
             return at
     else:
-        seat = seats[numbers[at]]
-        actions, brought, at = followed(numbers, at, seat.asked, facts)
-        seat.state.apply(actions, brought)
+        episode = episodes[numbers[at]]
+        actions, brought, at = decode_turn(numbers, at, episode.asked, facts)
+        episode.state.apply(actions, brought)
     try:
-        seat.asked = seat.controller.decide(seat.state)
+        episode.asked = episode.controller.decide(episode.state)
     except BaseException as error:  # foreign code
-        reply += complain(complaint(seat.controller, error))
+        reply += encode_complaint(complaint(episode.controller, error))
         return at
     try:
-        reply += encode_all(seat.asked)
+        reply += encode_actions(episode.asked)
     except BaseException as error:  # foreign objects
-        reply += complain(f"{type(seat.controller).__name__} decided on what is no list of actions: {error}")
+        reply += encode_complaint(f"{type(episode.controller).__name__} did not return a list of actions: {error}")
     return at
 
 
 def _read() -> list[int]:
-    """The next frame; nothing when the owner has left."""
+    """Return the next frame; an empty list when the owner has closed the channel."""
     header = _exactly(HEADER.size)
-    return unpack(_exactly(size(header))) if header else []
+    return unpack(_exactly(body_size(header))) if header else []
 
 
 def _exactly(count: int) -> bytes:
-    """So many bytes, or none at the end."""
+    """Return `count` bytes, or none at the end of the channel."""
     data = os.read(CHANNEL, count)
     while 0 < len(data) < count:
         more = os.read(CHANNEL, count - len(data))

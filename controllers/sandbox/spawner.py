@@ -97,9 +97,13 @@ class SandboxSpawner:
             channel.settimeout(PATIENCE_S)
             try:
                 said = b""
-                while more := channel.recv(frames.LARGEST):
+                while more := channel.recv(frames.MAX_FRAME_BYTES):
                     said += more
-                words = frames.text(frames.unpack(said[frames.HEADER.size :]), 0, frames.LARGEST)[0] if said else ""
+                words = (
+                    frames.decode_text(frames.unpack(said[frames.HEADER.size :]), 0, frames.MAX_FRAME_BYTES)[0]
+                    if said
+                    else ""
+                )
             except (TimeoutError, ValueError, BadFrame) as error:
                 words = f"{type(error).__name__}: {error}"
         status = self._reap(process, zygote)

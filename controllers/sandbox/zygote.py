@@ -30,7 +30,7 @@ from typing import Final, NoReturn
 
 import controllers.baselines
 from controllers.sandbox import attempts, process
-from controllers.sandbox.frames import pack, told
+from controllers.sandbox.frames import encode_text, pack
 from controllers.sandbox.seal import Layer, SealLayerMissing, seal
 
 PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statistics, typing, controllers.baselines)
@@ -83,7 +83,7 @@ def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None)
             seal(layers, parent)
         except SealLayerMissing as error:
             status = attempts.NOT_SEALED
-            os.write(process.CHANNEL, pack(told(str(error))))
+            os.write(process.CHANNEL, pack(encode_text(str(error))))
         else:
             status = 0
             if attempt is None:
@@ -91,7 +91,7 @@ def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None)
             else:
                 status = attempts.run(attempt, process.CHANNEL)
     except BaseException as error:  # a child must never come back into the zygote's loop
-        os.write(process.CHANNEL, pack(told(repr(error))))
+        os.write(process.CHANNEL, pack(encode_text(repr(error))))
     finally:
         os._exit(status)
 

@@ -43,7 +43,7 @@ from controllers.errors import BadController
 from controllers.loading import Spec
 from controllers.sandbox import attempts, frames, process, proof, spawner
 from controllers.sandbox import handle as handles
-from controllers.sandbox.controller import SandboxedController, run_together, seats
+from controllers.sandbox.controller import SandboxedController, episodes_per_message, run_together
 from controllers.sandbox.deadline import Clock, Deadline
 from controllers.sandbox.exit_reasons import explain_late
 from controllers.sandbox.frames import BadFrame
@@ -86,22 +86,22 @@ actions = st.one_of(
 
 @given(action=actions)
 def test_an_action_survives_its_number(action: Action) -> None:
-    assert frames.decode(frames.encode(action)) == action
+    assert frames.decode_action(frames.encode_action(action)) == action
 
 
 @given(number=st.integers(-(1 << 63), (1 << 63) - 1))
 def test_a_number_is_one_action_or_none(number: int) -> None:
     try:
-        action = frames.decode(number)
+        action = frames.decode_action(number)
     except BadFrame:
         return
-    assert frames.encode(action) == number
+    assert frames.encode_action(action) == number
 
 
 @pytest.mark.parametrize("action", [answer(-1), Action(Verb.PROBE, 1 << 40), Action(Verb.BRANCH, 7, 1)])
 def test_actions_nobody_could_mean_have_no_number(action: Action) -> None:
     with pytest.raises(BadFrame):
-        frames.decode(frames.encode(action))
+        frames.decode_action(frames.encode_action(action))
 
 
 @given(
@@ -123,31 +123,31 @@ def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataO
             label = draw.draw(labels) if finished else None
             facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label))
     codes, known = frames.FactCodes(), [Probed(0, None, 9)]  # of another episode
-    assert codes.of(known) == [0]
-    turn = frames.follow(3, asked, Round(carried_out, facts), codes)
+    assert codes.codes_of(known) == [0]
+    turn = frames.encode_turn(3, asked, Round(carried_out, facts), codes)
     assert turn[0] == 3
     assert (turn[1] == frames.FACTS) == (carried_out == asked)
     learnt: list[Fact] = []
-    news = codes.news()
-    assert frames.learn(news, 0, learnt) == len(news)
+    news = codes.new_facts()
+    assert frames.decode_facts(news, 0, learnt) == len(news)
     assert learnt[:1] == known
-    assert frames.followed(turn, 0, asked, learnt) == (carried_out, facts, len(turn))
-    assert frames.follow(3, asked, Round(carried_out, facts), codes) == turn
-    assert codes.news() == [0]  # nothing is told twice
+    assert frames.decode_turn(turn, 0, asked, learnt) == (carried_out, facts, len(turn))
+    assert frames.encode_turn(3, asked, Round(carried_out, facts), codes) == turn
+    assert codes.new_facts() == [0]  # nothing is told twice
 
 
 @given(beta=st.floats(0, 1), cap=st.none() | st.integers(1, 1 << 50))
 def test_a_beginning_survives(beta: float, cap: int | None) -> None:
     limits = Limits(512, 64, 4096, 20, cap)
-    turn = frames.begin(9, beta, limits)
+    turn = frames.encode_begin(9, beta, limits)
     assert turn[:2] == [9, frames.BEGIN]
-    assert frames.begun(turn, 2) == (beta, limits, len(turn))
+    assert frames.decode_begin(turn, 2) == (beta, limits, len(turn))
 
 
 @given(numbers=st.lists(st.integers(-3, 40), max_size=12), most=st.integers(0, 5))
 def test_whatever_a_child_sends_is_a_decision_or_refused(numbers: list[int], most: int) -> None:
     try:
-        decided, at = frames.decision(numbers, 0, most)
+        decided, at = frames.decode_decision(numbers, 0, most)
     except BadFrame:
         return
     assert 0 < at <= len(numbers)
@@ -160,19 +160,19 @@ def test_frames_have_a_size() -> None:
         frames.pack([0] * ((1 << 17) + 1))
     for length in (4, (1 << 20) + 8, 1 << 31):
         with pytest.raises(BadFrame, match=f"claims {length} bytes"):
-            frames.size(frames.HEADER.pack(length))
+            frames.body_size(frames.HEADER.pack(length))
 
 
 def test_words_cannot_command_a_terminal() -> None:
     assert frames.printable("\x1b[2Jé\n") == "\ufffd[2Jé\ufffd"
-    assert frames.text([2, 0x110000, 65], 0, 9) == ("?A", 3)
-    assert frames.decision(frames.complain("x" * 900), 0, 9)[0] == "x" * 500
+    assert frames.decode_text([2, 0x110000, 65], 0, 9) == ("?A", 3)
+    assert frames.decode_decision(frames.encode_complaint("x" * 900), 0, 9)[0] == "x" * 500
 
 
 def test_fewer_episodes_share_a_message_where_each_may_say_more() -> None:
-    assert seats(Limits(1, 64)) == 64
-    assert seats(Limits(1, 1024)) == 15
-    assert seats(Limits(1, 1 << 20)) == 1
+    assert episodes_per_message(Limits(1, 64)) == 64
+    assert episodes_per_message(Limits(1, 1024)) == 15
+    assert episodes_per_message(Limits(1, 1 << 20)) == 1
 
 
 # What the child does, in this process
@@ -196,32 +196,32 @@ def ask(owner: socket.socket, *numbers: int) -> list[int]:
     data = frames.pack(numbers)
     for part in (data[:3], data[3:]):
         owner.sendall(part)
-    size = frames.size(owner.recv(frames.HEADER.size, socket.MSG_WAITALL))
+    size = frames.body_size(owner.recv(frames.HEADER.size, socket.MSG_WAITALL))
     return frames.unpack(owner.recv(size, socket.MSG_WAITALL))
 
 
 def load(owner: socket.socket, source: str) -> str:
-    reply = ask(owner, frames.LOAD, 1, *frames.told("mine"), *frames.told(source))
+    reply = ask(owner, frames.LOAD, 1, *frames.encode_text("mine"), *frames.encode_text(source))
     assert reply[0] == 1
-    return frames.text(reply, 1, 500)[0]
+    return frames.decode_text(reply, 1, 500)[0]
 
 
 def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
     assert load(owner, STEPPING) == ""
-    begin = [number for seat in (0, 4) for number in frames.begin(seat, 0.5, LIMITS)]
-    opening = [3, *map(frames.encode, [branch()] * 3)]
+    begin = [number for seat in (0, 4) for number in frames.encode_begin(seat, 0.5, LIMITS)]
+    opening = [3, *map(frames.encode_action, [branch()] * 3)]
     assert ask(owner, frames.STEP, 2, 0, *begin) == [2, *opening, *opening]
     facts: list[Fact] = [Advanced(0, 1, 10, False), Advanced(1, 1, 4, True, 0), Advanced(2, 1, 10, False)]
     codes = frames.FactCodes()
-    turn = frames.follow(4, [branch()] * 3, Round([branch()] * 3, facts), codes)
-    assert ask(owner, frames.STEP, 3, *codes.news(), *turn) == [
+    turn = frames.encode_turn(4, [branch()] * 3, Round([branch()] * 3, facts), codes)
+    assert ask(owner, frames.STEP, 3, *codes.new_facts(), *turn) == [
         3,
         2,
-        frames.encode(advance(0)),
-        frames.encode(advance(2)),
+        frames.encode_action(advance(0)),
+        frames.encode_action(advance(2)),
     ]
-    cut = frames.follow(0, [branch()] * 3, Round([branch()] * 2, facts[:2]), codes)
-    assert ask(owner, frames.STEP, 4, *codes.news(), *cut) == [4, 1, frames.encode(advance(0))]
+    cut = frames.encode_turn(0, [branch()] * 3, Round([branch()] * 2, facts[:2]), codes)
+    assert ask(owner, frames.STEP, 4, *codes.new_facts(), *cut) == [4, 1, frames.encode_action(advance(0))]
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_a_child_says_why_it_cannot_load(owner: socket.socket, source: str, word
     [
         (HEAD + "        raise ValueError('no')", "Mine raised ValueError: no"),
         (HEAD + "        return [advance(-1)]", "CONTINUE: there is no branch -1; they are numbered from 0"),
-        (HEAD + "        return 7", "Mine decided on what is no list of actions: 'int' object is not iterable"),
+        (HEAD + "        return 7", "Mine did not return a list of actions: 'int' object is not iterable"),
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],
 )
 def test_a_child_complains_of_its_controller(owner: socket.socket, source: str, words: str) -> None:
     assert load(owner, source) == ""
-    reply = ask(owner, frames.STEP, 2, 0, *frames.begin(0, 0.5, LIMITS))
-    assert words in frames.decision(reply, 1, 9)[0]
+    reply = ask(owner, frames.STEP, 2, 0, *frames.encode_begin(0, 0.5, LIMITS))
+    assert words in frames.decode_decision(reply, 1, 9)[0]
 
 
 # Children as they are
@@ -283,7 +283,7 @@ async def test_a_sealed_controller_is_an_ordinary_one(nest: SandboxSpawner, wait
     assert state.spent <= 150
     assert state.rounds > 3
     sealed.close()
-    assert not sealed.worker.alive
+    assert not sealed.handle.alive
 
 
 class ScriptedEnvironmentOf:
@@ -318,7 +318,7 @@ def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: SandboxSpaw
     assert not worker.alive
     assert worker.close() is None
     with pytest.raises(BoundaryViolation, match="it has been closed"):
-        worker.decide([frames.begin(0, 0.5, LIMITS)], 9)
+        worker.decide([frames.encode_begin(0, 0.5, LIMITS)], 9)
 
 
 def test_what_was_crossed_can_be_told_to_another_process() -> None:
@@ -363,7 +363,7 @@ async def test_a_cancelled_decision_ends_its_child(nest: SandboxSpawner) -> None
     deciding.cancel()
     with pytest.raises(asyncio.CancelledError):
         await deciding
-    assert not sealed.worker.alive
+    assert not sealed.handle.alive
     sealed.close()
 
 
@@ -377,11 +377,11 @@ async def test_slow_and_late_decisions(nest: SandboxSpawner, later: bool) -> Non
     sealed, state = controller(nest, busy, hard_s=3.0 if later else 5.0), State(LIMITS)
     if later:
         await sealed.decide_later(state)
-        assert sealed.worker.slow == 1  # four million steps take longer than 50 ms anywhere
+        assert sealed.handle.slow == 1  # four million steps take longer than 50 ms anywhere
     else:
-        sealed.worker.hard_s = 5.0
+        sealed.handle.hard_s = 5.0
         sealed.decide(state)
-        sealed.worker.hard_s = 1.0
+        sealed.handle.hard_s = 1.0
     state.apply([branch()], [Advanced(0, 1, 10, False)])
     with pytest.raises(BoundaryViolation, match="it took longer than") as crossed:
         await sealed.decide_later(state) if later else sealed.decide(state)
@@ -441,7 +441,7 @@ def state_of(process: int) -> str:
 @pytest.mark.parametrize("later", [True, False])
 async def test_a_live_child_is_stopped_until_it_is_asked(nest: SandboxSpawner, later: bool) -> None:
     sealed, state = controller(nest, RESTLESS), State(LIMITS)
-    process = sealed.worker.process
+    process = sealed.handle.process
     while state_of(process) != "T":  # by the time its file was loaded
         pass
     await sealed.decide_later(state) if later else sealed.decide(state)
@@ -460,7 +460,7 @@ def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: SandboxSp
     for _ in range(200):
         decided = sealed.decide(state)
         state.apply(decided, [Advanced(at, 1, 10, False) for at in range(len(decided))])
-    assert sealed.worker.alive
+    assert sealed.handle.alive
     sealed.close()
 
 
@@ -493,7 +493,7 @@ def test_live_children_let_their_owner_go_first(nest: SandboxSpawner) -> None:
 def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: SandboxSpawner) -> None:
     process, channel, zygote = nest._fork(SPAWN, ALL_LAYERS)
     ours, theirs = socket.socketpair()
-    theirs.sendall(frames.pack(frames.told("landlock: no such thing")))
+    theirs.sendall(frames.pack(frames.encode_text("landlock: no such thing")))
     worker = SandboxHandle(process, ours, lambda child: nest._reap(child, zygote))
     with theirs, channel, pytest.raises(MachineDisturbed, match="could not be made: landlock: no such thing"):
         worker.load(Spec("cmc"))
@@ -551,12 +551,12 @@ async def test_children_of_a_zygote_that_dies_are_not_at_fault(later: bool) -> N
         with pytest.raises(MachineDisturbed, match="the process that forks sealed processes has ended"):
             await deciding
     else:
-        busy.worker.begin([frames.begin(0, 0.5, LIMITS)], 9)
+        busy.handle.begin([frames.encode_begin(0, 0.5, LIMITS)], 9)
         kill_zygote(made)
         with pytest.raises(MachineDisturbed, match="the process that forks sealed processes has ended"):
-            busy.worker.finish()
-    wait_for_end(idle.worker)
-    assert not idle.worker.alive
+            busy.handle.finish()
+    wait_for_end(idle.handle)
+    assert not idle.handle.alive
     with pytest.raises(MachineDisturbed):
         idle.decide(State(LIMITS))
     made.close()
@@ -591,9 +591,9 @@ def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: Sandb
 @linux
 def test_a_child_killed_from_outside_while_it_is_idle_is_not_at_fault(nest: SandboxSpawner) -> None:
     sealed = controller(nest, STEPPING)
-    os.kill(sealed.worker.process, signal.SIGKILL)
-    wait_for_end(sealed.worker)
-    assert not sealed.worker.alive
+    os.kill(sealed.handle.process, signal.SIGKILL)
+    wait_for_end(sealed.handle)
+    assert not sealed.handle.alive
     with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):
         sealed.decide(State(LIMITS))
     with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):  # and remembered for it
@@ -606,7 +606,7 @@ async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)  # it has been asked
     asked = time.monotonic()
-    assert select.select([sealed.worker._channel], [], [], 30)[0]
+    assert select.select([sealed.handle._channel], [], [], 30)[0]
     while time.monotonic() < asked + 0.3:  # this is what a stalled loop is
         pass
     assert len(await deciding) == 3
@@ -622,7 +622,7 @@ async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nes
     deciding = asyncio.create_task(sealed.decide_later(State(wide)))
     await asyncio.sleep(0)
     asked = time.monotonic()
-    assert select.select([sealed.worker._channel], [], [], 30)[0]
+    assert select.select([sealed.handle._channel], [], [], 30)[0]
     while time.monotonic() < asked + 0.3:
         pass
     assert len(await deciding) == 100_000
@@ -645,8 +645,8 @@ async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Sandbox
     try:
         while len(ended) < 8 and not any(isinstance(error, MachineDisturbed) for error in ended):
             sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
-            os.sched_setaffinity(sealed.worker.process, {here})
-            os.sched_setscheduler(sealed.worker.process, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setaffinity(sealed.handle.process, {here})
+            os.sched_setscheduler(sealed.handle.process, os.SCHED_IDLE, os.sched_param(0))
             with pytest.raises((BoundaryViolation, MachineDisturbed)) as caught:
                 await sealed.decide_later(State(LIMITS))
             ended.append(caught.value)

@@ -240,7 +240,7 @@ WORDS = {
     "exits": "Mine raised SystemExit: bye",
     "illegal": "CONTINUE: there is no branch 3; 1 are open",
     "empty": "an empty round makes no progress",
-    "nothing": "Mine decided on what is no list of actions: 'NoneType' object is not iterable",
+    "nothing": "Mine did not return a list of actions: 'NoneType' object is not iterable",
     "loops": "it took longer than",
 }
 

@@ -92,7 +92,7 @@ FAILING = {
     "raises": (deciding("raise ValueError('no idea')"), "48 episodes failed: Mine raised ValueError: no idea"),
     "exits": (deciding("raise SystemExit('bye')"), "48 episodes failed: Mine raised SystemExit: bye"),
     "illegal": (deciding("return [advance(3)]"), "CONTINUE: there is no branch 3; 0 are open"),
-    "no list": (deciding("return 7"), "decided on what is no list of actions"),
+    "no list": (deciding("return 7"), "did not return a list of actions"),
     "constructor": (GOOD.replace("round(12 ** beta)", "1 / beta"), "its constructor raised ZeroDivisionError"),
     "import": ("import math\nmath.nothing\n" + GOOD, "AttributeError"),
     "loops": (deciding("while True: pass"), "it took longer than"),

@@ -76,7 +76,7 @@ CHEATS = {  # what they do at the top of their file, and in each decision
     ),
     "patches what encodes its actions": (
         "import sys",
-        "sys.modules['controllers.sandbox.process'].encode_all = lambda actions: [1, 1 + 8 * (1 << 20)]",
+        "sys.modules['controllers.sandbox.process'].encode_actions = lambda actions: [1, 1 + 8 * (1 << 20)]",
     ),
 }
 HARMLESS = {"peeks at its callers", "makes its tokens cost nothing", "patches the clock it is timed by"}

@@ -5,4 +5,4 @@ import sys
 
 def attack(state):
     child = sys.modules["controllers.sandbox.process"]
-    child.encode_all = lambda actions: [1, -(1 << 60)]
+    child.encode_actions = lambda actions: [1, -(1 << 60)]
