@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from typing import Any
 
 import aiohttp
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from discovery.errors import DiscoveryError
@@ -19,6 +22,7 @@ from discovery.evaluation.calibration import Calibrations
 from proxy.admission.auth import Access, Authenticator
 from proxy.admission.request_slot import LeaseResponse
 from proxy.api.error_responses import ErrorResponses
+from proxy.api.openapi import package_version
 from proxy.api.routes import ROUTES, Endpoint, Endpoints, Route
 from proxy.api.service import Service
 from proxy.errors import ApiError, SettingsError
@@ -56,9 +60,17 @@ def create_app(settings: Settings) -> FastAPI:
                 stack.push_async_callback(service.drift.close)
             yield
 
-    app = _App(settings, title="AutoTTS Proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for (method, path), endpoint in app.endpoints.items():
-        app.add_route(path, endpoint, methods=[method])
+    app = _App(
+        settings,
+        title="AutoTTS Proxy",
+        version=package_version(),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    for route in ROUTES:
+        _add_route(app, route, app.endpoints[route.method, route.path])
     for failure in (ApiError, HTTPException, ClientDisconnected, Exception):
         app.add_exception_handler(failure, app.failures.respond)
     return app
@@ -77,6 +89,13 @@ class _App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         dispatch = DirectDispatch(super().build_middleware_stack(), self.endpoints, self.failures)
         return AccessLogMiddleware(with_cors(dispatch, self.settings), [path for _, path in self.endpoints])
+
+
+class _RawRoute(APIRoute):
+    """A route that FastAPI describes in the OpenAPI document, and whose requests the endpoint reads itself."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 class DirectDispatch:
@@ -105,6 +124,30 @@ class DirectDispatch:
             await response(scope, receive, send)
             raise
         await response(scope, receive, send)
+
+
+def _add_route(app: FastAPI, route: Route, endpoint: Endpoint) -> None:
+    """Add a route to the app, described to FastAPI by its operation."""
+    operation = route.operation
+    if operation is None:
+        app.add_route(route.path, endpoint, methods=[route.method], include_in_schema=False)
+        return
+
+    async def described(request: Request, **_: object) -> Response:
+        return await endpoint(request)
+
+    described.__signature__ = operation.signature(route.method, needs_key=route.access is not Access.ANYONE)  # type: ignore[attr-defined]
+    app.router.add_api_route(
+        route.path,
+        described,
+        methods=[route.method],
+        summary=operation.summary,
+        operation_id=f"{route.method.lower()}_{re.sub('[^a-z0-9]+', '_', route.path.replace(':path', '')).strip('_')}",
+        response_model=None,
+        route_class_override=_RawRoute,
+        response_class=PlainTextResponse if operation.media == "text/plain" else JSONResponse,
+        responses=operation.responses,
+    )
 
 
 def _endpoint(route: Route) -> Endpoint:

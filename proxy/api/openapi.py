@@ -1,155 +1,104 @@
-"""The OpenAPI document of what the proxy answers. Requests are described by the models that check them."""
+"""What the OpenAPI document says of each route. FastAPI writes the document from these operations and the models.
+
+Requests to fixed paths are dispatched before FastAPI (see `proxy/app.py`), so the signatures made here describe a
+request, and never read one.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from functools import cache
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from fastapi import Body, Header, Path, Query, Security
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, WithJsonSchema
+from starlette.requests import Request
 
-from proxy.passthrough.forward import GET_PATHS, POST_PATHS
-from proxy.requests import beta as dial
-from proxy.requests.chat_request import ChatRequest
-from proxy.requests.completion_request import CompletionRequest
-from proxy.requests.feedback_request import FeedbackRequest
-from proxy.requests.responses_request import ResponsesRequest
+from proxy.requests import beta
 
-_ANY: Final[Mapping[str, Any]] = {"type": "object"}
-_NULLABLE: Final[Mapping[str, Any]] = {"type": ["string", "null"]}
+Schema = Mapping[str, Any]
 
-ERROR: Final[Mapping[str, Any]] = {
+ANY: Final[Schema] = {"type": "object"}
+TEXT: Final[Schema] = {"type": "string"}
+_NULLABLE: Final[Schema] = {"type": ["string", "null"]}
+ERROR: Final[Schema] = {
     "type": "object",
     "required": ["error"],
     "properties": {
         "error": {
             "type": "object",
             "required": ["message", "type", "param", "code"],
-            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": _NULLABLE},
+            "properties": {"message": TEXT, "type": TEXT, "param": _NULLABLE},
         }
     },
 }
 """OpenAI's form of an error. `code` is a text, null, or a number of the upstream's."""
+BETA_PATTERN: Final = r"^(0?\.[0-9]{1,9}|[01])$"
+
+
+_OPTIONAL_TEXT: Final[Any] = Annotated[str | None, WithJsonSchema({"type": "string"})]
 
 
 class Operation(NamedTuple):
-    """One method of one path."""
+    """Description of one method of one path."""
 
-    path: str
     summary: str
-    body: type[BaseModel] | None = None  # of the request; none for those without
-    answer: Mapping[str, Any] = _ANY  # schema of a JSON response
-    statuses: tuple[HTTPStatus, ...] = (HTTPStatus.OK,)  # that it is a response of
-    takes: str | None = None  # a parameter
+    body: type[BaseModel] | None = None  # model of the request's JSON
+    response: Schema = ANY  # of a JSON response
+    statuses: tuple[HTTPStatus, ...] = (HTTPStatus.OK,)  # that responses of this schema have
+    path: str | None = None  # name of the parameter in the path
+    query: tuple[str, ...] = ()  # names of optional parameters
     media: str = "application/json"
-    streams: bool = False  # server-sent events, if they are asked for
-    is_untouched: bool = False  # the upstream describes it
-    is_read: bool = False  # the same without a body
+    streams: bool = False  # answers with server-sent events where the request asks for them
+    is_forwarded: bool = False  # the upstream defines body and response
+
+    def signature(self, method: str, *, needs_key: bool) -> inspect.Signature:
+        """Return the signature by which FastAPI describes the parameters, the body and the API key."""
+        parameters = [_parameter("request", Request)]
+        if self.path is not None:
+            parameters.append(_parameter(self.path, Annotated[str, Path(json_schema_extra={"minLength": 1})]))
+        parameters += [_parameter(name, Annotated[_OPTIONAL_TEXT, Query()], None) for name in self.query]
+        if self.streams:
+            header = Header(alias=beta.HEADER, json_schema_extra={"pattern": BETA_PATTERN})
+            parameters.append(_parameter("beta", Annotated[_OPTIONAL_TEXT, header], None))
+        if self.body is not None:
+            parameters.append(_parameter("body", Annotated[self.body, Body()]))
+        elif self.is_forwarded and method == "POST":
+            parameters.append(_parameter("body", Annotated[dict[str, Any], Body()]))
+        if needs_key:
+            parameters.append(_parameter("key", Annotated[Any, Security(HTTPBearer(auto_error=False))], None))
+        return inspect.Signature(parameters)
+
+    @property
+    def responses(self) -> dict[int | str, dict[str, Any]]:
+        """Return the responses by status, and the error that any other status has."""
+        content: dict[str, Any] = {self.media: {"schema": self.response} if self.media == "application/json" else {}}
+        if self.streams:
+            content["text/event-stream"] = {}
+        if self.is_forwarded:
+            content = {"*/*": {}}
+        failure: dict[str, Any] = {"description": "Error, of the proxy or of the upstream"}
+        if not self.is_forwarded:
+            failure = {"description": "Error", "content": {"application/json": {"schema": ERROR}}}
+        success = {"description": self.summary, "content": content}
+        return {**{status.value: success for status in self.statuses}, "default": failure}
 
 
-def _object(*required: str, **properties: Any) -> dict[str, Any]:
-    """The schema of an object."""
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def object_schema(*required: str, **properties: Schema) -> Schema:
+    """Return the schema of an object."""
     return {"type": "object", "required": list(required), "properties": properties}
 
 
-_TEXT: Final = {"type": "string"}
-_READY: Final = (HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE)
-
-OPERATIONS: Final = (
-    Operation(
-        "/v1/chat/completions",
-        "A chat completion, by a controller where β is set and it can be",
-        ChatRequest,
-        _object("id", "choices", id=_TEXT, choices={"type": "array"}, usage=_ANY, tts=_ANY),
-        streams=True,
-    ),
-    Operation("/v1/completions", "A text gone on with, the same way", CompletionRequest, streams=True),
-    Operation("/v1/responses", "A Response, the same way", ResponsesRequest, streams=True),
-    Operation("/v1/models", "The models there are", None, _object("data", data={"type": "array"})),
-    Operation("/v1/models/{model}", "One model", None, _object("id", id=_TEXT), takes="path"),
-    Operation(
-        "/v1/tts/curve", "What β costs and brings on a model", None, _object("model", model=_TEXT), takes="query"
-    ),
-    Operation(
-        "/v1/tts/feedback",
-        "What a client says of an answer",
-        FeedbackRequest,
-        _object("id", "status", id=_TEXT, status={"enum": ["recorded", "queued"]}, request_id=_TEXT),
-        (HTTPStatus.OK, HTTPStatus.ACCEPTED),
-    ),
-    Operation("/v1/tts/requests/{request_id}", "Why a request ended as it did", takes="path"),
-    Operation("/v1/tts/keys", "What each key may use, and uses now; for admins"),
-    Operation("/openapi.json", "This document"),
-    Operation("/health", "The process is alive", None, _object("status", status={"const": "ok"})),
-    Operation("/ready", "Requests can be served", None, _object("ready", ready={"type": "boolean"}), _READY),
-    Operation("/metrics", "Prometheus' page", media="text/plain"),
-    *(Operation(path, "Handed to the upstream untouched", is_untouched=True) for path in POST_PATHS),
-    *(Operation(path, "Read from the upstream untouched", is_read=True) for path in GET_PATHS),
-)
-
-
-@cache
-def document() -> dict[str, Any]:
-    """The document. Equal for all deployments; which paths need a key depends on the settings."""
-    made: list[tuple[type[BaseModel], Literal["validation"]]]
-    made = [(one.body, "validation") for one in OPERATIONS if one.body is not None]
-    _, schemas = models_json_schema(made, ref_template="#/components/schemas/{model}")
-    paths: dict[str, Any] = {}
-    for operation in OPERATIONS:
-        has_body = operation.body is not None or operation.is_untouched
-        paths[operation.path] = {"post" if has_body else "get": _described(operation)}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "AutoTTS Proxy", "version": _version()},
-        "paths": paths,
-        "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{}, {"key": []}],
-    }
-
-
-def _version() -> str:
+def package_version() -> str:
+    """Return the version of the installed package; "0" for a checkout that is not installed."""
     try:
         return version("autotts-proxy")
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:
         return "0"
-
-
-def _described(operation: Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {operation.media: {"schema": operation.answer} if operation.media != "text/plain" else {}}
-    if operation.streams:
-        content["text/event-stream"] = {}
-    is_upstreams = operation.is_untouched or operation.is_read
-    answer = {"description": operation.summary, "content": {"*/*": {}} if is_upstreams else content}
-    failure = {"description": "What went wrong", "content": {"application/json": {"schema": _ref("Error")}}}
-    responses = {str(status.value): answer for status in operation.statuses}
-    told: dict[str, Any] = {"summary": operation.summary, "responses": {**responses, "default": failure}}
-    if is_upstreams:
-        told["responses"]["default"] = {"description": "What went wrong, there or here"}
-    if operation.is_untouched:
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ANY}}}
-    if operation.body is not None:
-        schema = _ref(operation.body.__name__)
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    parameters = []
-    if operation.takes == "path":
-        name = operation.path.rpartition("{")[2].rstrip("}")
-        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
-    if operation.takes == "query":
-        for name in ("model", "controller"):
-            parameters.append({"name": name, "in": "query", "required": False, "schema": {"type": "string"}})
-    if operation.streams:
-        beta = {"type": "string", "pattern": r"^(0?\.[0-9]{1,9}|[01])$"}
-        parameters.append({"name": dial.HEADER, "in": "header", "required": False, "schema": beta})
-    if parameters:
-        told["parameters"] = parameters
-    return told
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}

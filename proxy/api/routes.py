@@ -1,8 +1,9 @@
-"""The table of routes: path, method, endpoint, and who may call it."""
+"""The table of routes: path, method, endpoint, who may call it, and what the OpenAPI document says of it."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from starlette.requests import Request
@@ -12,10 +13,15 @@ from proxy.admission.auth import Access
 from proxy.api.forwarding import ForwardEndpoints
 from proxy.api.generation import GenerationEndpoints
 from proxy.api.models import ModelEndpoints
+from proxy.api.openapi import TEXT, Operation, object_schema
 from proxy.api.service import Service
 from proxy.api.status import StatusEndpoints
 from proxy.api.tts import TtsEndpoints
 from proxy.passthrough.forward import GET_PATHS, POST_PATHS
+from proxy.requests.chat_request import ChatRequest
+from proxy.requests.completion_request import CompletionRequest
+from proxy.requests.feedback_request import FeedbackRequest
+from proxy.requests.responses_request import ResponsesRequest
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -36,25 +42,145 @@ class Route(NamedTuple):
 
     path: str
     method: str
-    endpoint: Callable[[Endpoints], Endpoint]
     access: Access
+    endpoint: Callable[[Endpoints], Endpoint]
+    operation: Operation | None  # its description; None for pages that the OpenAPI document leaves out
 
+
+_ARRAY: Final = {"type": "array"}
+_OBJECT: Final = {"type": "object"}
 
 ROUTES: Final = (
-    Route("/v1/chat/completions", "POST", lambda endpoints: endpoints.generate.chat_completions, Access.CLIENT),
-    Route("/v1/completions", "POST", lambda endpoints: endpoints.generate.completions, Access.CLIENT),
-    Route("/v1/responses", "POST", lambda endpoints: endpoints.generate.responses, Access.CLIENT),
-    Route("/v1/models", "GET", lambda endpoints: endpoints.models.list_models, Access.CLIENT),
-    Route("/v1/models/{model:path}", "GET", lambda endpoints: endpoints.models.retrieve_model, Access.CLIENT),
-    Route("/v1/tts/curve", "GET", lambda endpoints: endpoints.tts.curve, Access.CLIENT),
-    Route("/v1/tts/feedback", "POST", lambda endpoints: endpoints.tts.feedback, Access.CLIENT),
-    Route("/v1/tts/keys", "GET", lambda endpoints: endpoints.tts.keys, Access.ADMIN),
-    Route("/v1/tts/requests/{request_id:path}", "GET", lambda endpoints: endpoints.tts.explain, Access.CLIENT),
-    Route("/openapi.json", "GET", lambda endpoints: endpoints.status.openapi, Access.CLIENT),
-    Route("/health", "GET", lambda endpoints: endpoints.status.health, Access.ANYONE),
-    Route("/ready", "GET", lambda endpoints: endpoints.status.ready, Access.ANYONE),
-    Route("/metrics", "GET", lambda endpoints: endpoints.status.metrics, Access.CLIENT),
-    *(Route(path, "POST", lambda endpoints: endpoints.forward.post, Access.CLIENT) for path in POST_PATHS),
-    *(Route(path, "GET", lambda endpoints: endpoints.forward.get, Access.CLIENT) for path in GET_PATHS),
+    Route(
+        "/v1/chat/completions",
+        "POST",
+        Access.CLIENT,
+        lambda endpoints: endpoints.generate.chat_completions,
+        Operation(
+            "Create a chat completion, with a controller where β is set",
+            ChatRequest,
+            object_schema("id", "choices", id=TEXT, choices=_ARRAY, usage=_OBJECT, tts=_OBJECT),
+            streams=True,
+        ),
+    ),
+    Route(
+        "/v1/completions",
+        "POST",
+        Access.CLIENT,
+        lambda endpoints: endpoints.generate.completions,
+        Operation("Create a text completion, with a controller where β is set", CompletionRequest, streams=True),
+    ),
+    Route(
+        "/v1/responses",
+        "POST",
+        Access.CLIENT,
+        lambda endpoints: endpoints.generate.responses,
+        Operation("Create a Response, with a controller where β is set", ResponsesRequest, streams=True),
+    ),
+    Route(
+        "/v1/models",
+        "GET",
+        Access.CLIENT,
+        lambda endpoints: endpoints.models.list_models,
+        Operation("List the models and their aliases", response=object_schema("data", data=_ARRAY)),
+    ),
+    Route(
+        "/v1/models/{model:path}",
+        "GET",
+        Access.CLIENT,
+        lambda endpoints: endpoints.models.retrieve_model,
+        Operation("Retrieve a model or an alias", response=object_schema("id", id=TEXT), path="model"),
+    ),
+    Route(
+        "/v1/tts/curve",
+        "GET",
+        Access.CLIENT,
+        lambda endpoints: endpoints.tts.curve,
+        Operation(
+            "Retrieve what β costs and brings on a model",
+            response=object_schema("model", model=TEXT),
+            query=("model", "controller"),
+        ),
+    ),
+    Route(
+        "/v1/tts/feedback",
+        "POST",
+        Access.CLIENT,
+        lambda endpoints: endpoints.tts.feedback,
+        Operation(
+            "Record feedback on an answer",
+            FeedbackRequest,
+            object_schema("id", "status", id=TEXT, status={"enum": ["recorded", "queued"]}, request_id=TEXT),
+            (HTTPStatus.OK, HTTPStatus.ACCEPTED),
+        ),
+    ),
+    Route(
+        "/v1/tts/keys",
+        "GET",
+        Access.ADMIN,
+        lambda endpoints: endpoints.tts.keys,
+        Operation("Retrieve the limits and the usage of each key (admins only)"),
+    ),
+    Route(
+        "/v1/tts/requests/{request_id:path}",
+        "GET",
+        Access.CLIENT,
+        lambda endpoints: endpoints.tts.explain,
+        Operation("Explain why a request ended as it did", path="request_id"),
+    ),
+    Route(
+        "/openapi.json",
+        "GET",
+        Access.ANYONE,
+        lambda endpoints: endpoints.status.openapi,
+        Operation("Retrieve this document"),
+    ),
+    Route("/docs", "GET", Access.ANYONE, lambda endpoints: endpoints.status.docs, None),
+    Route("/docs/{asset}", "GET", Access.ANYONE, lambda endpoints: endpoints.status.docs_asset, None),
+    Route(
+        "/health",
+        "GET",
+        Access.ANYONE,
+        lambda endpoints: endpoints.status.health,
+        Operation("Check that the process is alive", response=object_schema("status", status={"const": "ok"})),
+    ),
+    Route(
+        "/ready",
+        "GET",
+        Access.ANYONE,
+        lambda endpoints: endpoints.status.ready,
+        Operation(
+            "Check that requests can be served",
+            response=object_schema("ready", ready={"type": "boolean"}),
+            statuses=(HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE),
+        ),
+    ),
+    Route(
+        "/metrics",
+        "GET",
+        Access.CLIENT,
+        lambda endpoints: endpoints.status.metrics,
+        Operation("Retrieve the metrics in Prometheus' text format", media="text/plain"),
+    ),
+    *(
+        Route(
+            path,
+            "POST",
+            Access.CLIENT,
+            lambda endpoints: endpoints.forward.post,
+            Operation("Forward the request to the upstream", is_forwarded=True),
+        )
+        for path in POST_PATHS
+    ),
+    *(
+        Route(
+            path,
+            "GET",
+            Access.CLIENT,
+            lambda endpoints: endpoints.forward.get,
+            Operation("Read from the upstream", is_forwarded=True),
+        )
+        for path in GET_PATHS
+    ),
 )
 """Every route. A test holds the app to it, and tries each with no key, a client's key and an admin's."""

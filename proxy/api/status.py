@@ -1,19 +1,26 @@
-"""Endpoints for operators: health, readiness, metrics and the OpenAPI document."""
+"""Endpoints for operators: health, readiness, metrics, and the OpenAPI document with its page."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
 
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 
-from proxy.api import openapi
 from proxy.api.service import Service
+from proxy.errors import NotFound
 from proxy.telemetry.metrics import CONTENT_TYPE
+
+DOCS_FOLDER: Final = Path(str(files("fastapi_offline"))) / "static"
+DOCS_ASSETS: Final = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 
 
 class StatusEndpoints:
-    """`/health`, `/ready`, `/metrics` and `/openapi.json`."""
+    """`/health`, `/ready`, `/metrics`, `/openapi.json` and `/docs`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -40,6 +47,24 @@ class StatusEndpoints:
         """Return the metrics in Prometheus' text format."""
         return Response(self._service.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    async def openapi(self, _: Request) -> Response:
-        """Return the OpenAPI document."""
-        return JSONResponse(openapi.document())
+    async def openapi(self, request: Request) -> Response:
+        """Return the OpenAPI document, which FastAPI makes of the routes and their models."""
+        return JSONResponse(request.app.openapi())
+
+    async def docs(self, _: Request) -> Response:
+        """Return a page that shows the OpenAPI document. It loads nothing from other hosts."""
+        script, style, icon = (f"docs/{name}" for name in DOCS_ASSETS)
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="AutoTTS Proxy",
+            swagger_js_url=script,
+            swagger_css_url=style,
+            swagger_favicon_url=icon,
+        )
+
+    async def docs_asset(self, request: Request) -> Response:
+        """Return a script or a style of that page. Raises NotFound."""
+        name = request.path_params["asset"]
+        if name not in DOCS_ASSETS:
+            raise NotFound(f"there is no file {name!r}", code="not_found")
+        return FileResponse(DOCS_FOLDER / name)

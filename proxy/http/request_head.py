@@ -27,7 +27,7 @@ MOST_SHOWN: Final = 200
 PARTS: Final = frozenset(
     {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
     | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
-    | {"messages", "count_tokens", "version", "tokenizer_info", "ping"}
+    | {"messages", "count_tokens", "version", "tokenizer_info", "ping", "docs"}
 )
 """Parts of paths that the log may show: those of the endpoints."""
 

@@ -87,7 +87,13 @@ def test_every_route_of_the_app_declares_who_may_call_it(backend_free_app: Any) 
     there = {(route.path, method) for route in backend_free_app.routes for method in (route.methods or {""}) - {"HEAD"}}
     assert there == {(route.path, route.method) for route in ROUTES}
     assert len(ROUTES) == len(there)
-    assert {route.path for route in ROUTES if route.access is Access.ANYONE} == {"/health", "/ready"}
+    assert {route.path for route in ROUTES if route.access is Access.ANYONE} == {
+        "/health",
+        "/ready",
+        "/openapi.json",
+        "/docs",
+        "/docs/{asset}",
+    }
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ async def test_every_route_lets_in_whom_it_says_and_nobody_else(
 
 
 async def test_what_is_not_there_is_not_there_for_anybody(url: str, http: aiohttp.ClientSession) -> None:
-    for path in ("/docs", "/v1/load_lora_adapter", "/v1/files"):
+    for path in ("/redoc", "/docs/redoc.standalone.js", "/v1/load_lora_adapter", "/v1/files"):
         async with http.get(url + path, headers=told(BOSS)) as response:
             assert response.status == 404
 
