@@ -9,6 +9,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 PEERS ?=
 UPSTREAM ?=
+# Without compiled modules every process that a test starts would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests. `make test WORKERS=0` runs them in one, as a debugger needs it.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
