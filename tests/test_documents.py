@@ -13,9 +13,11 @@ from typer.main import get_command
 
 from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
+from controllers.state import Stop
 from discovery.answers.kinds import ExtractionMethod
 from discovery.commands.discover import ExplorerName
 from proxy.cli import app
+from proxy.requests.generation_request import TtsOptions
 from proxy.settings import EMBEDDED, SERVED, Settings
 from tests.docs.generated import COMMAND, PACKAGES, ROOT, TABLES, in_page, main, registered, series_name, with_table
 
@@ -162,6 +164,10 @@ def test_every_controller_stands_in_the_tables(page: str) -> None:
 def test_every_explorer_and_answer_kind_stands_in_the_tables() -> None:
     assert {name.value for name in ExplorerName} - table_names("docs/discovery.md") == set()
     assert {method.value for method in ExtractionMethod} - table_names("docs/answers.md") == set()
+
+
+def test_the_api_page_has_the_options_and_stop_reasons_of_requests() -> None:
+    assert {*TtsOptions.model_fields, *map(str, Stop)} - table_names("docs/api.md") == set()
 
 
 def test_the_readme_is_a_landing_page() -> None:

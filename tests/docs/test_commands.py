@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from typer.testing import CliRunner
@@ -104,6 +105,27 @@ async def test_the_snippets_run(shop: Workshop, tmp_path: Path) -> None:
     status, output = await _run([sys.executable, "-c", runner, *paths], shop.folder)
     assert status == 0, output
     assert output.count("\\boxed{7}") >= len(SNIPPETS) - 2, output
+
+
+@loops
+@one_worker
+@pytest.mark.process
+async def test_a_reply_has_the_headers_and_fields_that_the_api_page_shows(shop: Workshop) -> None:
+    headers = next(block for block in BLOCKS if block.page == "docs/api.md" and block.language == "text").code
+    example = next(block for block in BLOCKS if block.page == "docs/api.md" and block.language == "json").code
+    body = {"messages": [{"role": "user", "content": "What is 2 + 5?"}]}
+    async with (
+        aiohttp.ClientSession(headers={"x-tts-beta": "0.5"}) as http,
+        http.post(f"{shop.url}/v1/chat/completions", json=body) as response,
+    ):
+        shown = {line.partition(":")[0] for line in headers.splitlines()}
+        assert shown == {name.lower() for name in response.headers if name.lower().startswith("x-")}
+        tts = (await response.json())["tts"]
+    expected = json.loads(example)
+    assert list(tts) == list(expected)
+    assert [list(tts[name]) for name in ("tokens", "upstream")] == [
+        list(expected[name]) for name in ("tokens", "upstream")
+    ]
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=lambda b: b.place)
