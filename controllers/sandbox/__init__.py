@@ -1,1 +1,4 @@
-"""Controllers nobody has read, run in processes the kernel holds, or not at all."""
+"""Run controllers from files in sealed processes, so that foreign code reaches no file, no network and no secret.
+
+Discovery and the proxy use it. The language of controllers (the modules above) never imports it.
+"""

@@ -1,4 +1,4 @@
-"""What a child tries in order to prove that its seal holds. Each attempt is refused by the kernel or has escaped."""
+"""Attempts of a sandbox process to break out. The kernel refuses each one, or it has escaped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from controllers.sandbox.frames import encode_text, pack
 from controllers.sandbox.seal import ALL_LAYERS, MEMORY_BYTES, X32, Layer
 
 ESCAPED, REFUSED, UNSURE, NOT_SEALED = 0, 2, 3, 4
-"""Exit statuses. UNSURE: it failed for a reason that has nothing to do with a seal, which proves nothing. NOT_SEALED: a
-layer could not be put on. In all but ESCAPED the channel says more."""
+"""Exit statuses. UNSURE: the attempt failed for another reason than the seal, which proves nothing. NOT_SEALED: a layer
+could not be applied. The process sends details on the channel, except for ESCAPED."""
 REFUSALS: Final = frozenset({errno.EACCES, errno.EPERM, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSYS})
 
 _GETPID: Final = 39  # x86-64's number, which x32 has too
@@ -69,15 +69,15 @@ def signal_owner() -> None:
 
 
 class Attempt(NamedTuple):
-    """Something to try, and the layers that must refuse it."""
+    """An attempt, and the layers that must refuse it."""
 
-    what: str  # in words
+    what: str  # description for people
     layers: Layer
     run: Callable[[], None]
 
 
 ATTEMPTS: Final[Sequence[Attempt]] = (
-    # Each layer by itself; what only an unprivileged process can be kept from, with its privileges dropped.
+    # Each layer alone. Attempts that only an unprivileged process can be refused also drop privileges.
     Attempt("become root", Layer.PRIVILEGES, become_root),
     Attempt("raise a limit", Layer.PRIVILEGES | Layer.LIMITS, raise_limit),
     Attempt("take memory", Layer.PRIVILEGES | Layer.LIMITS, take_memory),
@@ -86,7 +86,7 @@ ATTEMPTS: Final[Sequence[Attempt]] = (
     Attempt("open a socket", Layer.PRIVILEGES | Layer.SECCOMP, open_socket),
     Attempt("make memory executable", Layer.PRIVILEGES | Layer.SECCOMP, make_code),
     Attempt("call as x32", Layer.PRIVILEGES | Layer.SECCOMP, call_x32),
-    # Everything together, as a controller is held.
+    # All layers, as for a controller.
     Attempt("read a file", ALL_LAYERS, read_file),
     Attempt("open a socket", ALL_LAYERS, open_socket),
     Attempt("fork", ALL_LAYERS, fork),
@@ -98,13 +98,13 @@ ATTEMPTS: Final[Sequence[Attempt]] = (
 
 
 def run(number: int, channel: int) -> int:
-    """Make attempt `number`, say on `channel` how it was refused, and give the status to exit with."""
-    status, words = ESCAPED, ""
+    """Run attempt `number`, write to `channel` how it was refused, and return the exit status."""
+    status, message = ESCAPED, ""
     try:
         ATTEMPTS[number].run()
     except MemoryError:
-        status, words = REFUSED, "MemoryError"
+        status, message = REFUSED, "MemoryError"
     except OSError as error:
-        status, words = REFUSED if error.errno in REFUSALS else UNSURE, str(error)
-    os.write(channel, pack(encode_text(words)))
+        status, message = REFUSED if error.errno in REFUSALS else UNSURE, str(error)
+    os.write(channel, pack(encode_text(message)))
     return status

@@ -20,23 +20,23 @@ BACKSTOP_S: Final = 120.0
 class Clock(Enum):
     """Which clock bounds a decision."""
 
-    WALL = "wall"  # a client waits for it
-    CPU = "cpu"  # the child's own processor time: how busy the machine is makes no difference
+    WALL = "wall"  # a client is waiting
+    CPU = "cpu"  # processor time of the process, which does not depend on how busy the machine is
 
 
 class Deadline:
-    """Seconds a child may take for an answer, by the wall clock or by its own processor time."""
+    """Seconds that a process may take for an answer, by the wall clock or by its processor time."""
 
     def __init__(self, meter: ProcessUsageReader, clock: Clock, seconds: float) -> None:
         self.clock = clock
         self.seconds = seconds
         self.start = meter.read()
         self._meter = meter
-        self._more: float | None = None  # by which it was extended
-        self._stopped: float | None = None  # when, by the wall clock
+        self._more: float | None = None  # seconds of extension
+        self._stopped: float | None = None  # reading of the wall clock
 
     def left(self) -> float:
-        """Seconds of wall clock until one has to look again; none or fewer if the time is up."""
+        """Return the seconds of wall clock until the next check; 0 or less if the time is up."""
         usage = self._meter.read().since(self.start)
         if self.clock is Clock.WALL:
             return self.seconds + (self._more or 0.0) - usage.wall
@@ -45,7 +45,7 @@ class Deadline:
         return max(SOFT_S / 10, self.seconds - usage.cpu)
 
     def extend(self) -> bool:
-        """Give back, once, the time in which nobody looked whether the child waits for its owner."""
+        """Extend the deadline once by the time in which the owner did not check for an answer."""
         if self.clock is Clock.CPU or self._more is not None:
             return False
         missed = max(0.0, -self.left())
@@ -53,10 +53,10 @@ class Deadline:
         return True
 
     def stop(self) -> None:
-        """The child is about to be killed: the time it takes to die does not count."""
+        """Stop the clock, because the process is about to be killed: the time it takes to end does not count."""
         self._stopped = self._meter.read().wall
 
     def usage(self) -> ProcessUsage:
-        """The child's time from the question to `stop`, or to now; exact once it has ended."""
+        """Return the usage from the question to `stop`, or to now. It is exact once the process has ended."""
         usage = self._meter.read()
         return usage._replace(wall=usage.wall if self._stopped is None else self._stopped).since(self.start)

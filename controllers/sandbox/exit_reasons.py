@@ -16,17 +16,17 @@ FAIR_S: Final = 0.02
 
 
 def explain_late(deadline: Deadline, usage: ProcessUsage) -> BoundaryViolation | MachineDisturbed:
-    """Whether a child was late by its own doing: it ran or slept for long, rather than wait for a processor."""
+    """Explain a missed deadline. The controller is at fault if its process ran or slept, instead of waiting to run."""
     if deadline.clock is Clock.WALL:
         own = usage.cpu >= min(FAIR_S, deadline.seconds / 2) or usage.asleep >= deadline.seconds / 2
-        words = f"it took longer than {deadline.seconds * 1000:.0f} ms"
+        message = f"it took longer than {deadline.seconds * 1000:.0f} ms"
     else:
         own = usage.cpu >= deadline.seconds or usage.asleep >= STILL_S
-        words = f"it took longer than {deadline.seconds * 1000:.0f} ms of processor time"
+        message = f"it took longer than {deadline.seconds * 1000:.0f} ms of processor time"
         if usage.cpu < deadline.seconds:
-            words = f"it slept for {usage.asleep:.1f} s and did not answer"
+            message = f"it slept for {usage.asleep:.1f} s and did not answer"
     if own:
-        return BoundaryViolation(Boundary.LATE, words, deadline.start.wall)
+        return BoundaryViolation(Boundary.LATE, message, deadline.start.wall)
     return MachineDisturbed(
         f"the machine is too busy: of {usage.wall:.2f} s a sealed process waited {usage.queued:.2f} s for a processor"
     )
@@ -35,9 +35,9 @@ def explain_late(deadline: Deadline, usage: ProcessUsage) -> BoundaryViolation |
 def explain_exit(
     status: int | None, gone: bool, idle: bool, cpu_s: float, asked: float
 ) -> BoundaryViolation | MachineDisturbed:
-    """Whether a child that left its channel ended by its own doing."""
+    """Explain the end of a process that closed its channel."""
     if status is None:
-        return MachineDisturbed("the process that forks sealed processes has ended, and all of them with it")
+        return MachineDisturbed("the zygote process has ended, and all sandbox processes with it")
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGSYS:
@@ -49,4 +49,4 @@ def explain_exit(
         if number == signal.SIGKILL and idle:
             return MachineDisturbed("a sealed process was killed from outside while it was idle")
         return BoundaryViolation(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", asked)
-    return BoundaryViolation(Boundary.DEAD, f"it left with status {os.waitstatus_to_exitcode(status)}", asked)
+    return BoundaryViolation(Boundary.DEAD, f"it exited with status {os.waitstatus_to_exitcode(status)}", asked)

@@ -1,4 +1,4 @@
-"""The owner's handle on a sealed process: ask it for decisions, bound its time, and find out why it ended."""
+"""The owner's handle on a sandbox process: ask it for decisions, limit its time, and find out why it ended."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ T = TypeVar("T")
 LOAD_S: Final = 2.0
 """Seconds of processor time a controller's file may take to run."""
 UNASKED_S: Final = 0.1
-"""Seconds of processor time a child may use between an answer and the next question."""
+"""Seconds of processor time a process may use between an answer and the next question."""
 NICE: Final = 5
-"""By how much children that decide live are nicer than their owner, which goes first when both want to run."""
+"""Added to the niceness of processes that decide live, so that their owner runs first."""
 IDLE_S: Final = 0.005
-"""Seconds of processor time below which a child that was killed had not begun to decide."""
+"""A killed process that used less processor time than this had not begun to decide."""
 EXIT_S: Final = 1.0
-"""Seconds a killed process may take to end before its status is asked for all the same."""
+"""Seconds to wait for the end of a killed process before its status is read."""
 
 Decision = list[Action] | str
-"""A decision for an episode, or the controller's complaint."""
+"""The actions of a decision, or the complaint of the process as text."""
 Exchange = Generator[int, None, T]
-"""Waits for the events it yields, of `select.poll`, and returns a reply."""
+"""Generator that yields the `select.poll` event it waits for, and returns the reply."""
 
 
 class _Late(Exception):
-    """The deadline has passed and there is nothing to read."""
+    """The deadline has passed without an answer."""
 
 
 class _NotSealed(Exception):
-    """The child has ended, or could not be sealed, before anything foreign ran in it."""
+    """The process ended, or could not be sealed, before foreign code ran in it."""
 
 
 class _Unasked(Exception):
-    """The child has computed while it was not asked anything."""
+    """The process has computed between an answer and the next question."""
 
 
 _ENDS: Final = (OSError, BadFrame, _Late, _NotSealed, _Unasked)
-"""Errors that end a child."""
+"""Errors after which the process is killed."""
 
 
 class SandboxHandle:
-    """One sealed process.
+    """One sandbox process.
 
-    `reap` waits for the end of a killed process and returns its wait status, or None if nobody knows it. A child that
-    is timed by the wall clock has a low priority and is stopped between its answer and the next question.
+    `reap` waits for the end of a killed process and returns its wait status, or None if it is unknown. A process timed
+    by the wall clock has a low priority and is stopped between an answer and the next question.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class SandboxHandle:
         self.process = process
         self.hard_s = hard_s
         self.clock = clock
-        self.codes = frames.FactCodes()  # of the facts it knows
+        self.codes = frames.FactCodes()  # of the facts that the process knows
         self.slow = 0  # live decisions that took longer than SOFT_S
         self._reap = reap
-        self._lock = threading.Lock()  # whoever kills it may be another thread than the one that closes it
+        self._lock = threading.Lock()  # one thread may kill the process while another closes it
         self._handle = os.pidfd_open(process)
         self._meter = ProcessUsageReader(process)
         self._channel = channel
-        self._sealed = False  # as far as is known
+        self._sealed = False  # the process has said that it is sealed
         self._number = 0  # of the latest frame
-        self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it may not be asked any more
-        self._idle: ProcessUsage | None = None  # its usage when it had answered; None while it is asked
-        self._pending: _Pending[list[Decision]]  # what `begin` began
+        self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it cannot be asked any more
+        self._idle: ProcessUsage | None = None  # usage at the latest answer; None while it decides
+        self._pending: _Pending[list[Decision]]  # started by `begin`
         channel.setblocking(False)
         if clock is Clock.WALL:
             with suppress(OSError):
@@ -93,7 +93,7 @@ class SandboxHandle:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs and it may be asked."""
+        """Whether the process runs and can be asked."""
         return self._ended is None and self._handle >= 0 and not is_ready(self._handle, select.POLLIN)
 
     def load(self, spec: Spec) -> None:
@@ -115,33 +115,33 @@ class SandboxHandle:
 
     def begin(self, turns: Sequence[Sequence[int]], most: int) -> None:
         """Start decisions on `turns`; `finish` returns them. Raises BoundaryViolation or MachineDisturbed."""
-        self._pending = self._step(turns, most)
-        self._go_on(self._pending, until=select.POLLIN)
+        self._pending = self._decision_question(turns, most)
+        self._continue(self._pending, until=select.POLLIN)
 
     def finish(self) -> list[Decision]:
         """Return the decisions that the latest `begin` started. Raises BoundaryViolation or MachineDisturbed."""
         return self._wait(self._pending)
 
     async def decide_later(self, turns: Sequence[Sequence[int]], most: int) -> list[Decision]:
-        """As `decide`, in an event loop. Cancelling kills the child."""
-        pending = self._step(turns, most)
+        """Decide like `decide`, without blocking the event loop. Cancelling kills the process."""
+        pending = self._decision_question(turns, most)
         decisions = await self._wait_later(pending)
         self.slow += self._meter.read().since(pending.deadline.start).wall > SOFT_S * len(turns)
         return decisions
 
     def kill(self, why: str) -> None:
-        """Kill the process without waiting for its end. Later questions to it raise MachineDisturbed with `why`."""
+        """Kill the process without waiting for its end. Later questions raise MachineDisturbed(`why`)."""
         if self._ended is None:
             self._ended = MachineDisturbed(why)
         self._signal(signal.SIGKILL)
 
     def close(self) -> int | None:
-        """Kill it if it lives, free what it holds and return its wait status; None if that is not known (any more)."""
+        """Kill the process, free the descriptors and return its wait status; None if it is unknown."""
         with self._lock:
             if self._handle < 0:
                 return None
             if self._ended is None:
-                self._ended = BoundaryViolation(Boundary.DEAD, "it has been closed")
+                self._ended = BoundaryViolation(Boundary.DEAD, "the process has been closed")
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             self._channel.close()
@@ -155,9 +155,9 @@ class SandboxHandle:
             if self._handle >= 0:
                 signal.pidfd_send_signal(self._handle, number)
 
-    # The exchange itself, without waiting
+    # The exchange, without blocking
 
-    def _step(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
+    def _decision_question(self, turns: Sequence[Sequence[int]], most: int) -> _Pending[list[Decision]]:
         seconds = self.hard_s + (len(turns) - 1) * SOFT_S
         about = [*self.codes.new_facts(), *(number for turn in turns for number in turn)]
         deadline = Deadline(self._meter, self.clock, seconds)
@@ -166,13 +166,16 @@ class SandboxHandle:
     def _question(
         self, kind: int, numbers: Sequence[int], deadline: Deadline, parse: Callable[[list[int]], T]
     ) -> _Pending[T]:
-        """A question that has not been sent yet. Raises BoundaryViolation or MachineDisturbed if it cannot be."""
+        """Return a question that is not sent yet. Raises why the process has ended, if it has."""
         if self._ended is not None:
-            raise _again(self._ended)
+            raise _copy_of(self._ended)
         return _Pending(self._ask(kind, numbers, parse), deadline, is_ready(self._handle, select.POLLIN))
 
     def _ask(self, kind: int, numbers: Sequence[int], parse: Callable[[list[int]], T]) -> Exchange[T]:
-        """Raises OSError if the child has gone, BadFrame if its answer is none, _NotSealed or _Unasked."""
+        """Send a question and read the answer.
+
+        Raises OSError if the process has ended, BadFrame for an invalid answer, _NotSealed and _Unasked.
+        """
         if not self._sealed:
             yield from self._await_seal()
         idle, self._idle = self._idle, None
@@ -187,13 +190,13 @@ class SandboxHandle:
                 left = left[self._channel.send(left) :]
             except BlockingIOError:
                 yield select.POLLOUT
-        yield select.POLLIN  # always, so that what was begun is never finished at once
+        yield select.POLLIN  # always, so that `begin` never returns with the answer
         reply = yield from self._frame()
         if self.clock is Clock.WALL:
             self._signal(signal.SIGSTOP)
         self._idle = self._meter.read()
         if not reply or reply[0] != self._number:
-            raise BadFrame("it answers what it was not asked")
+            raise BadFrame("it answered another question")
         return parse(reply)
 
     def _await_seal(self) -> Generator[int, None, None]:
@@ -223,20 +226,20 @@ class SandboxHandle:
             data += more
         return data
 
-    # Waiting
+    # Waiting for the answer
 
     def _wait(self, pending: _Pending[T]) -> T:
-        """Go on with an exchange to its end, the caller waiting."""
-        self._go_on(pending, until=None)
+        """Complete an exchange, blocking."""
+        self._continue(pending, until=None)
         return pending.reply
 
-    def _go_on(self, pending: _Pending[Any], until: int | None) -> None:
-        """Go on with an exchange to its end, or `until` it first waits for that event."""
+    def _continue(self, pending: _Pending[Any], until: int | None) -> None:
+        """Continue an exchange to its end, or `until` it first waits for that event."""
         deadline = pending.deadline
         try:
             while True:
                 left = deadline.left()
-                # A deadline may pass while the owner does something else: what can be read by now counts.
+                # The deadline may pass while the owner is busy: an answer that can be read now counts.
                 if not pending.event or is_ready(self._channel.fileno(), pending.event, left):
                     pending.event = next(pending.exchange)
                     if pending.event == until:
@@ -257,12 +260,12 @@ class SandboxHandle:
             raise
 
     async def _wait_later(self, pending: _Pending[T]) -> T:
-        """Go on with an exchange to its end, in an event loop."""
+        """Complete an exchange without blocking the event loop."""
         deadline = pending.deadline
         try:
             while True:
                 left, channel = deadline.left(), self._channel.fileno()
-                # The loop may be late itself: what can be read by now counts, whatever its timer says.
+                # The event loop may be late itself: an answer that can be read now counts.
                 if (
                     not pending.event
                     or is_ready(channel, pending.event)
@@ -280,25 +283,25 @@ class SandboxHandle:
                 self._end(deadline)
                 await wait_ready(self._handle, select.POLLIN, EXIT_S)
             raise self._failed(error, pending, gone) from None
-        except BaseException:  # a cancelled request's too: nobody waits for the answer
+        except BaseException:  # also a cancelled request: nothing awaits the answer
             self.kill("its decision was cancelled")
             raise
 
-    # How it ends
+    # The end of the process
 
     def _end(self, deadline: Deadline) -> None:
         deadline.stop()
         self._signal(signal.SIGKILL)
 
     def _failed(self, error: Exception, pending: _Pending[Any], gone: bool) -> BoundaryViolation | MachineDisturbed:
-        """Why a child that has ended may not be asked any more: by its own fault, or the machine's.
+        """Close the handle and return why: by the controller's fault or by the machine's.
 
-        `gone` says that it ended without being killed here.
+        `gone` says that the process ended without being killed here.
         """
         deadline = pending.deadline
         usage, life = deadline.usage(), self._meter.read()
         before, status = self._ended, self.close()
-        if before is not None:  # it was killed for another reason
+        if before is not None:  # `kill` or `close` was called before
             self._ended = before
         elif isinstance(error, OSError):
             idle = pending.died_idle or usage.cpu < IDLE_S
@@ -306,41 +309,41 @@ class SandboxHandle:
         elif isinstance(error, _Late):
             self._ended = explain_late(deadline, usage)
         elif isinstance(error, _NotSealed):
-            self._ended = MachineDisturbed(f"a sealed process could not be made: {error}")
+            self._ended = MachineDisturbed(f"cannot start a sandbox process: {error}")
         else:
             boundary = Boundary.UNASKED if isinstance(error, _Unasked) else Boundary.FRAME
             self._ended = BoundaryViolation(boundary, str(error), deadline.start.wall)
-        return _again(self._ended)
+        return _copy_of(self._ended)
 
 
 class _Pending(Generic[T]):
-    """An exchange under way."""
+    """An exchange in progress."""
 
     def __init__(self, exchange: Exchange[T], deadline: Deadline, died_idle: bool) -> None:
         self.exchange = exchange
         self.deadline = deadline
         self.died_idle = died_idle  # the process had ended before it was asked
-        self.event = 0  # it waits for; none before it has begun
-        self.reply: T  # once it has come to its end
+        self.event = 0  # awaited event of `select.poll`; 0 before it has started
+        self.reply: T  # set at the end
 
 
-def _again(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation | MachineDisturbed:
-    """A new error like `error`, for a second caller."""
+def _copy_of(error: BoundaryViolation | MachineDisturbed) -> BoundaryViolation | MachineDisturbed:
+    """Return a copy of `error` to raise again."""
     return type(error)(*error.args)
 
 
 def _complaint(reply: Sequence[int]) -> str:
-    """Return the child's complaint about a file it was to load, empty if there is none. Raises BadFrame."""
+    """Return the complaint about a file to load; empty if there is none. Raises BadFrame."""
     return frames.decode_text(reply, 1, frames.MAX_COMPLAINT_CHARS)[0]
 
 
 def _decisions(reply: Sequence[int], count: int, most: int) -> list[Decision]:
-    """So many decisions, of at most so many actions. Raises BadFrame."""
+    """Return `count` decisions of at most `most` actions each. Raises BadFrame."""
     decisions: list[Decision] = []
     at = 1
     for _ in range(count):
         decided, at = frames.decode_decision(reply, at, most)
         decisions.append(decided)
     if at != len(reply):
-        raise BadFrame(f"{len(reply) - at} numbers too many")
+        raise BadFrame(f"{len(reply) - at} numbers too many in the frame")
     return decisions

@@ -1,4 +1,4 @@
-"""Whether a seal holds, found out by trying to break it."""
+"""Proof that a seal holds: sandbox processes try to break it."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ from controllers.sandbox.seal import ALL_LAYERS, Layer
 
 
 class SandboxLevel(StrEnum):
-    """How a controller is held, loosest last but for those nobody has to hold."""
+    """How a controller is isolated."""
 
-    SEALED = "sealed"  # by the kernel, proven
-    OPEN = "open"  # not at all, by an operator's word
-    REFUSED = "refused"  # it cannot be, so it does not run
-    TRUSTED = "trusted"  # it came with the program
+    SEALED = "sealed"  # isolated by the kernel, and proven
+    OPEN = "open"  # not isolated, because the operator allowed it
+    REFUSED = "refused"  # it cannot be isolated, so it does not run
+    TRUSTED = "trusted"  # built in, so it needs no isolation
 
     @property
     def rank(self) -> int:
-        """As a metric: 2 sealed, 1 open, 0 refused."""
+        """Value for metrics: 2 sealed, 1 open, 0 refused."""
         return {"sealed": 2, "open": 1}.get(self, 0)
 
 
 class AttemptResult(NamedTuple):
-    """How a child that tried something ended."""
+    """How a process that tried to break out ended."""
 
-    status: int  # its wait status
-    words: str  # what it said before it ended, if it could
+    status: int  # wait status
+    message: str  # sent before it ended; empty if it could not send any
 
 
 class Trial(NamedTuple):
-    """An attempt, and what became of it."""
+    """An attempt to break out, and its result."""
 
     what: str
-    layers: Layer  # those the child wore
+    layers: Layer  # applied to the process
     held: bool
-    words: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was tried. With no trials at all, `reason` says why nothing could be."""
+    """The trials made. Without trials, `reason` says why none could be made."""
 
     trials: Sequence[Trial] = ()
     reason: str = ""
 
     @property
     def sealed(self) -> bool:
-        """Whether every layer that is required holds, alone and together."""
+        """Whether every required layer holds, alone and together with the others."""
         return bool(self.trials) and self.lacking is None
 
     @property
     def lacking(self) -> str | None:
-        """What is wrong, in one line; None if nothing is."""
+        """Description of the first failure in one line; None if there is none."""
         if not self.trials:
-            return self.reason or "nothing was tried"
+            return self.reason or "no attempt was made"
         for trial in self.trials:
             if not trial.held:
-                return f"{trial.what}: {trial.words}"
+                return f"{trial.what}: {trial.message}"
         return None
 
     def of(self, layer: Layer) -> list[Trial]:
-        """The trials that are about one layer: those whose child wore nothing that takes over from it."""
+        """Return the trials of one layer: no other applied layer could have refused the attempt."""
         base = Layer.PRIVILEGES if layer is not Layer.PRIVILEGES else Layer(0)
         return [trial for trial in self.trials if trial.layers in (layer, layer | base)]
 
     @property
     def together(self) -> list[Trial]:
-        """The trials against everything a controller is held by."""
+        """Trials with all layers applied, as for a controller."""
         return [trial for trial in self.trials if trial.layers == ALL_LAYERS]
 
 
 def prove(attempt: Callable[[int], AttemptResult]) -> Proof:
-    """Make every attempt; `attempt` has a child make the one of that number. Raises what it raises."""
+    """Run every attempt. `attempt` runs the one with the given number in a process; its errors are propagated."""
     return Proof(list(_trials(attempt)))
 
 
@@ -93,7 +93,7 @@ def _judge(outcome: AttemptResult) -> tuple[bool, str]:
         return number == signal.SIGSYS, f"killed by {signal.Signals(number).name}"
     code = os.waitstatus_to_exitcode(outcome.status)
     if code == REFUSED:
-        return True, f"refused, {outcome.words}"
+        return True, f"refused, {outcome.message}"
     if code == NOT_SEALED:
-        return False, outcome.words
-    return False, "it could" if code == ESCAPED else f"nothing is proven, {outcome.words or f'it left with {code}'}"
+        return False, outcome.message
+    return False, "it could" if code == ESCAPED else f"nothing is proven, {outcome.message or f'it left with {code}'}"

@@ -1,8 +1,7 @@
-"""What the kernel takes away from a child before it reads a line of foreign code. Linux; x86-64 and arm64.
+"""Seal a process: the kernel takes its rights away before it reads foreign code. Linux on x86-64 and arm64 only.
 
-Four layers, most of which hold if the others fail: no privileges to gain and none to use, no file to reach, no
-resource beyond its share, no system call but those a computation needs. `ctypes` calls the kernel, for Python has no
-names for most of this.
+There are four layers, and most hold if the others fail: no privileges, no files, limited resources, and only the system
+calls that a computation needs. `ctypes` calls the kernel, because Python has no functions for most of this.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from typing import Final, NamedTuple
 NOBODY: Final = 65534
 MEMORY_BYTES: Final = 128 << 20
 CPU_S: Final = 600
-"""Seconds of processor time a child may use in its life: the last resort if nobody is left to watch its deadlines."""
+"""Seconds of processor time of a whole process. It applies if no owner is left to enforce deadlines."""
 
 
 class Layer(IntFlag):
-    """One of the things that hold a child."""
+    """Layers of isolation."""
 
-    PRIVILEGES = 1  # no_new_privs, another user if it was root, no capabilities, not to be read by others
+    PRIVILEGES = 1  # no_new_privs, another user instead of root, no capabilities, memory unreadable to others
     LIMITS = 2  # memory, processor time, files, processes
     LANDLOCK = 4  # no file, no TCP, no signal, no abstract socket
     SECCOMP = 8  # no system call but `CALLS`, no executable memory
 
 
 ALL_LAYERS: Final = Layer.PRIVILEGES | Layer.LIMITS | Layer.LANDLOCK | Layer.SECCOMP
-"""Without all of these nothing foreign runs."""
+"""Foreign code runs only with all of them."""
 
 
 class SealLayerMissing(Exception):
@@ -42,11 +41,11 @@ class SealLayerMissing(Exception):
 
 
 class _Machine(NamedTuple):
-    """What differs between processors: <linux/audit.h> and the numbers of the system calls."""
+    """Constants of a processor: its number in <linux/audit.h> and its system call numbers."""
 
     audit: int
     calls: dict[str, int]
-    x32: bool  # whether the same calls have a second set of numbers
+    x32: bool  # the same calls have a second set of numbers
 
 
 _MACHINES: Final = {
@@ -73,27 +72,27 @@ CALLS: Final = (
     *("read", "write", "munmap", "brk", "rt_sigprocmask", "rt_sigreturn", "mremap", "madvise"),
     *("exit", "futex", "restart_syscall", "exit_group"),
 )
-"""What may be called with any arguments; mmap and mprotect may too, if nothing becomes executable."""
+"""System calls allowed with any arguments. mmap and mprotect are allowed too if nothing becomes executable."""
 
 X32: Final = 0x40000000
 _PROT_EXEC, _MAP_ANONYMOUS = 0x4, 0x20
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446  # the same on every processor
 _SETS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
-"""Rights over files Landlock knows, by version of its interface; the later ones know no more."""
+"""File access rights that Landlock knows, by version of its interface. Later versions add none."""
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
 
 
 def seal(layers: Layer, parent: int) -> None:
-    """Put `layers` on this process, for good. Raises SealLayerMissing at one the kernel refuses.
+    """Apply `layers` to this process for good. Raises SealLayerMissing if the kernel refuses one.
 
-    With privileges goes the right to outlive the process `parent`, which must be this one's parent still.
+    PRIVILEGES also makes the process end with `parent`, which must still be its parent.
     """
     for layer, put_on in _STEPS:
         if layer in layers:
             try:
                 put_on()
                 if layer is Layer.PRIVILEGES and os.getppid() != parent:
-                    raise ProcessLookupError("its parent has gone")
+                    raise ProcessLookupError("its parent process has ended")
             except (OSError, ValueError, KeyError) as error:
                 raise SealLayerMissing(layer, str(error)) from None
 
@@ -104,7 +103,7 @@ def _drop_privileges() -> None:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-        except OSError:  # root that may not change its name: what it may do is taken all the same
+        except OSError:  # root may be unable to change its user; its capabilities are dropped below all the same
             pass
     _call(_libc().capset, struct.pack("=Ii", 0x20080522, 0), bytes(24))
     _prctl(_NO_NEW_PRIVS, 1)
@@ -113,12 +112,12 @@ def _drop_privileges() -> None:
 
 
 def _limit() -> None:
-    import resource  # there is none on other systems, where this module only has to load
+    import resource  # not available on other systems, where this module is imported only
 
     for name, most in {
         "RLIMIT_AS": MEMORY_BYTES,
         "RLIMIT_CPU": CPU_S,
-        "RLIMIT_NOFILE": 0,  # those that are open stay so
+        "RLIMIT_NOFILE": 0,  # open descriptors stay open
         "RLIMIT_NPROC": 0,
         "RLIMIT_FSIZE": 0,
         "RLIMIT_CORE": 0,
@@ -150,10 +149,13 @@ def _filter_calls() -> None:
 
 
 def _program(machine: _Machine) -> bytes:
-    """The filter as BPF: kill whatever is not of this processor, not listed, or would make memory executable."""
+    """Return the BPF filter. It allows listed calls of this processor that do not make memory executable."""
     load, equal, at_least, masked, give = 0x20, 0x15, 0x35, 0x45, 0x06
     kill, allow = (give, 0, 0, 0x80000000), (give, 0, 0, 0x7FFF0000)
-    third, fourth = 16 + 2 * 8, 16 + 3 * 8  # where the low halves of two arguments lie; a jump counts what it skips
+    third, fourth = (
+        16 + 2 * 8,
+        16 + 3 * 8,
+    )  # offsets of the low halves of two arguments; a jump counts steps
     steps = [(load, 0, 0, 4), (equal, 1, 0, machine.audit), kill, (load, 0, 0, 0)]
     if machine.x32:
         steps += [(at_least, 0, 1, X32), kill]
@@ -178,7 +180,7 @@ def _prctl(option: int, first: int, second: bytes | None = None) -> None:
 
 
 def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> int:
-    """Raises OSError if the call fails."""
+    """Call the kernel and return the result. Raises OSError if the call fails."""
     result: int = function(*arguments)
     if result == -1:
         number = ctypes.get_errno()
@@ -190,5 +192,5 @@ _STEPS: Final = (
     (Layer.PRIVILEGES, _drop_privileges),
     (Layer.LANDLOCK, _landlock),  # needs a descriptor, which limits forbid
     (Layer.LIMITS, _limit),
-    (Layer.SECCOMP, _filter_calls),  # last: it forbids the calls that put on the others
+    (Layer.SECCOMP, _filter_calls),  # last: it forbids the calls that apply the others
 )

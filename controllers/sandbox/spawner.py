@@ -1,4 +1,4 @@
-"""Where sealed children come from: a zygote process that forks them, and a proof that their seal holds.
+"""Start sandbox processes: a zygote process forks them, and a proof shows that their seal holds.
 
 SandboxSpawner ──orders──▶ zygote ──forks──▶ child ◀──frames──▶ SandboxHandle
 """
@@ -26,16 +26,18 @@ from controllers.sandbox.seal import ALL_LAYERS, Layer
 from controllers.sandbox.zygote import ORDER, REAP, REPLY, SPAWN, TRY
 
 PROVE_EVERY: Final = 100
-"""Children after which the seal is proven anew."""
+"""Processes after which the seal is proven again."""
 PATIENCE_S: Final = 10.0
-"""Seconds the zygote may take for what it is told, and a child for an attempt."""
-ADVICE: Final = "`autotts doctor` tells more; --allow-unsandboxed runs controllers from files with all your rights"
+"""Seconds the zygote may take for an order, and a process for an attempt to break out."""
+ADVICE: Final = (
+    "run `autotts doctor` for details, or --allow-unsandboxed to run controllers from files with all your rights"
+)
 ROOT: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append({root!r}); from controllers.sandbox.zygote import main; main({descriptor})"
 
 
-class _Child(NamedTuple):
-    """A process the zygote has forked."""
+class _ForkedProcess(NamedTuple):
+    """A process that the zygote has forked."""
 
     process: int
     channel: socket.socket
@@ -43,7 +45,7 @@ class _Child(NamedTuple):
 
 
 class SandboxSpawner:
-    """One zygote and its children. Threads may share it. Fewer `layers` are for proving that they are needed."""
+    """One zygote and its sandbox processes. It is thread-safe. Tests use fewer `layers` to show that each is needed."""
 
     def __init__(self, layers: Layer = ALL_LAYERS, python: str = sys.executable) -> None:
         self.layers = layers
@@ -55,10 +57,10 @@ class SandboxSpawner:
         self._spawned = 0  # since the latest proof
 
     def check(self) -> Proof:
-        """Prove the seal now. Whatever goes wrong in doing so is a proof that it does not hold."""
+        """Prove the seal now. If anything goes wrong, the proof says that the seal does not hold."""
         self._spawned = 0
         if sys.platform != "linux":
-            self.proof = Proof(reason=f"only Linux can seal a process, this is {sys.platform}")
+            self.proof = Proof(reason=f"processes can be sealed on Linux only, not on {sys.platform}")
         else:
             try:
                 self.proof = prove(self._attempt)
@@ -67,15 +69,15 @@ class SandboxSpawner:
         return self.proof
 
     def spawn(self, hard_s: float = HARD_S, clock: Clock = Clock.WALL) -> SandboxHandle:
-        """A new sealed child. Raises SandboxUnavailable, always once a proof has failed."""
+        """Start a sandbox process. Raises SandboxUnavailable, and always does once a proof has failed."""
         if self.layers == ALL_LAYERS:
             self._require_proof()
         self._spawned += 1
-        child = self._fork(SPAWN, self.layers)
-        return SandboxHandle(child.process, child.channel, partial(self._reap, zygote=child.zygote), hard_s, clock)
+        forked = self._fork(SPAWN, self.layers)
+        return SandboxHandle(forked.process, forked.channel, partial(self._reap, zygote=forked.zygote), hard_s, clock)
 
     def close(self) -> None:
-        """End the zygote, and with it every child."""
+        """End the zygote and every process it has forked."""
         with self._lock:
             if self._zygote is not None and self._orders is not None:
                 self._orders.close()
@@ -91,29 +93,28 @@ class SandboxSpawner:
             raise SandboxUnavailable(f"this machine cannot seal controllers: {proof.lacking}; {ADVICE}")
 
     def _attempt(self, number: int) -> AttemptResult:
-        """Have a child try to break out."""
+        """Let a process try to break out, and return how it ended."""
         process, channel, zygote = self._fork(TRY, ATTEMPTS[number].layers, number)
         with channel:
             channel.settimeout(PATIENCE_S)
             try:
-                said = b""
+                received = b""
                 while more := channel.recv(frames.MAX_FRAME_BYTES):
-                    said += more
-                words = (
-                    frames.decode_text(frames.unpack(said[frames.HEADER.size :]), 0, frames.MAX_FRAME_BYTES)[0]
-                    if said
-                    else ""
-                )
+                    received += more
+                message = ""
+                if received:
+                    body = frames.unpack(received[frames.HEADER.size :])
+                    message = frames.decode_text(body, 0, frames.MAX_FRAME_BYTES)[0]
             except (TimeoutError, ValueError, BadFrame) as error:
-                words = f"{type(error).__name__}: {error}"
+                message = f"{type(error).__name__}: {error}"
         status = self._reap(process, zygote)
         if status is None:
-            raise SandboxUnavailable("the process that forks sealed children ended while one tried to break out")
-        return AttemptResult(status, frames.printable(words))
+            raise SandboxUnavailable("the zygote process ended while a sandbox process tried to break out")
+        return AttemptResult(status, frames.printable(message))
 
-    # What the zygote is told
+    # Orders to the zygote
 
-    def _fork(self, order: int, layers: Layer, attempt: int = 0) -> _Child:
+    def _fork(self, order: int, layers: Layer, attempt: int = 0) -> _ForkedProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -123,13 +124,13 @@ class SandboxSpawner:
                 raise
         if process < 0:
             ours.close()
-            raise SandboxUnavailable(f"no sealed child could be forked: {os.strerror(-process)}")
-        return _Child(process, ours, zygote)
+            raise SandboxUnavailable(f"cannot fork a sandbox process: {os.strerror(-process)}")
+        return _ForkedProcess(process, ours, zygote)
 
     def _reap(self, process: int, zygote: int) -> int | None:
-        """The wait status of a child; None if the zygote it came from has gone, and with it all its children."""
+        """Return the wait status of a process; None if the zygote that forked it has ended."""
         with self._lock:
-            if self._zygote is None or self._zygote.pid != zygote:  # another one knows nothing of it
+            if self._zygote is None or self._zygote.pid != zygote:  # a later zygote does not know it
                 return None
             try:
                 status = self._order((REAP, process, 0))[0]
@@ -138,13 +139,13 @@ class SandboxSpawner:
         return status if status >= 0 else None
 
     def _order(self, message: tuple[int, int, int], channel: socket.socket | None = None) -> tuple[int, int]:
-        """Give the zygote an order; its answer, and its process id. Raises SandboxUnavailable."""
+        """Send an order to the zygote; return its answer and its process id. Raises SandboxUnavailable."""
         with self._lock:
             if message[0] != REAP and (self._zygote is None or self._zygote.poll() is not None):
                 self._start()
             zygote, orders = self._zygote, self._orders
             if orders is None or zygote is None:
-                raise SandboxUnavailable("the process that forks sealed children is not there")
+                raise SandboxUnavailable("the zygote process is not running")
             try:
                 socket.send_fds(orders, [ORDER.pack(*message)], [] if channel is None else [channel.fileno()])
                 reply = orders.recv(REPLY.size)
@@ -154,7 +155,7 @@ class SandboxSpawner:
                 reason = "it ended"
             if len(reply) != REPLY.size:
                 self.close()
-                raise SandboxUnavailable(f"the process that forks sealed children failed: {reason}")
+                raise SandboxUnavailable(f"the zygote process failed: {reason}")
             return int(REPLY.unpack(reply)[0]), zygote.pid
 
     def _start(self) -> None:
@@ -169,7 +170,7 @@ class SandboxSpawner:
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    process_group=0,  # what a terminal sends to its owner's group is not meant for it
+                    process_group=0,  # signals that a terminal sends to the owner's group do not reach it
                     pass_fds=[theirs.fileno()],
                 )
             except OSError as error:
@@ -181,7 +182,7 @@ class SandboxSpawner:
 
 @cache
 def spawner() -> SandboxSpawner:
-    """The one of this process."""
+    """Return the spawner of this process."""
     made = SandboxSpawner()
     atexit.register(made.close)
     return made

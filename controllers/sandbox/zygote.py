@@ -1,12 +1,12 @@
-"""The process sealed children are forked from. It has loaded what they may use, and knows no secret.
+"""The zygote: the process that forks sandbox processes. It has loaded the modules they may use, and holds no secret.
 
-It is started with an empty environment, in the root folder, and does what its owner's orders say, one at a time:
+It starts with an empty environment in the root folder and carries out its owner's orders one at a time:
 
-    SPAWN, layers + a socket  → the child's process id      the child seals itself and serves
-    TRY, layers, attempt + …  → the child's process id      the child seals itself and tries to break out
-    REAP, process id          → its wait status             waits for its end; until then the id is nobody else's
+    SPAWN, layers + a socket  → the new process id          the process seals itself and serves
+    TRY, layers, attempt + …  → the new process id          the process seals itself and tries to break out
+    REAP, process id          → its wait status             waits for its end; until then the id is not reused
 
-What could not be done is answered with the negative error number.
+A failed order is answered with the negative error number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from controllers.sandbox.frames import encode_text, pack
 from controllers.sandbox.seal import Layer, SealLayerMissing, seal
 
 PRELOADED: Final = (bisect, functools, heapq, itertools, math, resource, statistics, typing, controllers.baselines)
-"""What controllers may import, and the seal: later nothing can be imported. This package itself brings the rest."""
+"""Modules that controllers and the seal need: nothing can be imported later. This package imports the others."""
 
 SPAWN, TRY, REAP = range(3)
 ORDER: Final = struct.Struct("=iii")  # what to do, layers or process id, attempt
@@ -42,7 +42,7 @@ REPLY: Final = struct.Struct("=i")
 
 
 def main(descriptor: int) -> None:
-    """Serve the owner at the other end of `descriptor` until it leaves."""
+    """Serve the owner at the other end of `descriptor` until it closes the channel."""
     owner, zygote = socket.socket(fileno=descriptor), os.getpid()
     gc.collect()
     gc.freeze()
@@ -57,8 +57,8 @@ def main(descriptor: int) -> None:
             else:
                 result = os.fork()
                 if result == 0:
-                    _become_child(zygote, descriptors[0], Layer(first), attempt if what == TRY else None)
-        except OSError as error:  # no memory or no place for another process: those there are go on
+                    _run_process(zygote, descriptors[0], Layer(first), attempt if what == TRY else None)
+        except OSError as error:  # no memory for another process, or too many: the existing ones continue
             result = -(error.errno or errno.EIO)
         finally:
             for descriptor in descriptors:
@@ -66,8 +66,8 @@ def main(descriptor: int) -> None:
         owner.sendall(REPLY.pack(result))
 
 
-def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None) -> NoReturn:
-    """Never returns, whatever happens."""
+def _run_process(parent: int, channel: int, layers: Layer, attempt: int | None) -> NoReturn:
+    """Seal this process and serve, or make an attempt. It never returns."""
     status = 1
     try:
         os.dup2(channel, process.CHANNEL)
@@ -77,7 +77,7 @@ def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None)
             os.dup2(nowhere, standard)
         os.close(nowhere)
         os.environ.clear()
-        random.seed(0)  # `statistics` brings it along, and a fork sows it anew: what is drawn is the same for all
+        random.seed(0)  # `statistics` imports it, and a fork reseeds it: all processes must draw the same numbers
         process.only_built_in_imports()
         try:
             seal(layers, parent)
@@ -90,7 +90,7 @@ def _become_child(parent: int, channel: int, layers: Layer, attempt: int | None)
                 process.serve()
             else:
                 status = attempts.run(attempt, process.CHANNEL)
-    except BaseException as error:  # a child must never come back into the zygote's loop
+    except BaseException as error:  # a forked process must never return to the zygote's loop
         os.write(process.CHANNEL, pack(encode_text(repr(error))))
     finally:
         os._exit(status)

@@ -37,7 +37,7 @@ def _parts(proof: Proof) -> dict[str, Sequence[Trial]]:
 
 def _figures(proof: Proof) -> dict[str, Any]:
     trials = {
-        part: [{"attempt": one.what, "held": one.held, "words": one.words} for one in trials]
+        part: [{"attempt": one.what, "held": one.held, "words": one.message} for one in trials]
         for part, trials in _parts(proof).items()
     }
     return {"sealed": proof.sealed, "lacking": proof.lacking, "layers": trials}
@@ -52,7 +52,7 @@ def _show(proof: Proof) -> None:
         for part, trials in _parts(proof).items():
             for number, trial in enumerate(trials):
                 held = "yes" if trial.held else "[red]NO[/red]"
-                table.add_row("" if number else part, held, trial.what, trial.words)
+                table.add_row("" if number else part, held, trial.what, trial.message)
         console.print(table)
     if proof.sealed:
         console.print("controllers from files run, each sealed in a process of its own", highlight=False)

@@ -185,5 +185,5 @@ def test_what_is_no_linux_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> Non
     from controllers.sandbox.spawner import SandboxSpawner
 
     monkeypatch.setattr("controllers.sandbox.spawner.sys.platform", "darwin")
-    with pytest.raises(SandboxUnavailable, match="only Linux can seal a process, this is darwin"):
+    with pytest.raises(SandboxUnavailable, match="processes can be sealed on Linux only, not on darwin"):
         SandboxSpawner().spawn()
