@@ -1,4 +1,4 @@
-"""Who asks: which tenant's request it is, what it may use, and whether an admin makes it."""
+"""Authentication and authorisation: identify a request's tenant, its limits, and whether it comes from an admin."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ from proxy.settings import Settings
 logger = logging.getLogger(__name__)
 
 FIXED_TOKENS: Final = 34
-"""Tokens of the texts that close a thought and lead into an answer, two probes' and a reply's, in most families."""
+"""Tokens of the fixed texts around two probes and a final answer, for most model families."""
 
 
 class Access(StrEnum):
     """Who may call a route."""
 
     ANYONE = "anyone"
-    CLIENT = "client"  # who has a key, where there are keys
+    CLIENT = "client"  # anyone with a key, or anyone at all if no keys are configured
     ADMIN = "admin"
 
 
 class Caller(NamedTuple):
-    """Whoever made a request."""
+    """The sender of a request."""
 
-    tenant: str  # a hash of its key's name, or of the bearer token; empty if there was none
+    tenant: str  # hash of its key's name, or of the bearer token if there is no key; empty without a token
     is_admin: bool
-    key: str = ""  # its key's name; empty without a file of keys
+    key: str = ""  # name of its key; empty if no keys are configured
     caps: Caps = Caps()
-    salt: str | None = None  # of its part of the upstream's prefix cache; None if that is shared
+    salt: str | None = None  # isolates its entries in the upstream's prefix cache; None if the cache is shared
 
     def may_see(self, tenant: str) -> bool:
-        """Whether it may know of a request that `tenant` made."""
+        """Return whether it may see the requests of `tenant`."""
         return self.is_admin or self.tenant == tenant
 
     def with_cache_salt(self, body: bytes) -> bytes:
-        """Return a body for the upstream that is kept to this tenant's part of the prefix cache, if tenants have parts.
+        """Return the body for the upstream, with this tenant's cache salt if tenants are isolated.
 
-        `body` is empty, or a JSON object in which no key stands twice.
+        `body` is empty, or a JSON object without duplicate keys.
         """
         return body if self.salt is None or not body else edit_members(body, put={"cache_salt": self.salt})
 
     @property
     def holder(self) -> str:
-        """Whose budgets its requests use."""
+        """Name under which its budgets and queue places are counted."""
         return self.key or self.tenant
 
 
 class Authenticator:
-    """All who may call, as settings and the file of keys have it. Raises SettingsError if that cannot be read."""
+    """Identifies callers by the configured keys. Raises SettingsError if the keys cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
-        need = min_request_tokens(settings)
-        self.keyring = api_keys.load_keyring(settings.keys, settings.client_keys, need)
+        needed = min_request_tokens(settings)
+        self.keyring = api_keys.load_keyring(settings.keys, settings.client_keys, needed)
         common = Caps(tokens=settings.max_total_tokens, tokens_per_minute=settings.tokens_per_minute)
-        if limit := limit_below(common, need):
-            logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(need))
+        if limit := limit_below(common, needed):
+            logger.warning("the server's limit %s %s", limit, api_keys.too_small_warning(needed))
         self._admin_key = settings.admin_key
         secret = settings.cache_secret
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
 
     def identify(self, request: Request) -> Caller:
-        """Whoever makes `request`. Without a file of keys every bearer token is a tenant of its own.
+        """Return the caller that makes `request`. If no keys are configured, each bearer token is its own tenant.
 
-        Raises Unauthorised where there are keys and it has none of them.
+        Raises Unauthorised if keys are configured and the request has none of them.
         """
         token = _token(request)
         admin = self._admin_key
@@ -86,13 +86,13 @@ class Authenticator:
         key = self.keyring.find(token) if token else None
         if key is None:
             raise Unauthorised(
-                "the API key is not known here" if token else "there is no API key; send one as bearer token",
+                "unknown API key" if token else "missing API key; send it as a bearer token",
                 code="invalid_api_key",
             )
         return Caller(key.tenant, key.is_admin, key.name, key.caps, self._salt(key.tenant))
 
     def is_authenticated(self, request: Request) -> bool:
-        """Return whether `request` has a key that is known, or no key is needed."""
+        """Return whether `request` has a known key or needs none."""
         try:
             self.identify(request)
         except Unauthorised:
@@ -100,7 +100,10 @@ class Authenticator:
         return True
 
     def authorise(self, request: Request, access: Access) -> Caller | None:
-        """Whoever makes `request`, who may if this returns; None if anyone may. Raises Unauthorised or Forbidden."""
+        """Return the caller of a route with `access`, or None if anyone may call it.
+
+        Raises Unauthorised or Forbidden.
+        """
         if access is Access.ANYONE:
             return None
         caller = self.identify(request)
@@ -108,21 +111,21 @@ class Authenticator:
             self.require_admin(caller, request.url.path)
         return caller
 
-    def require_admin(self, caller: Caller, what: str) -> None:
-        """Raise Forbidden, naming `what` and the way out, unless an admin asks."""
+    def require_admin(self, caller: Caller, target: str) -> None:
+        """Raise Forbidden unless the caller is an admin. The message names `target` and what to do."""
         if caller.is_admin:
             return
-        is_there = self._admin_key or (self.keyring and any(key.is_admin for key in self.keyring.keys))
-        way = "send the admin key as bearer token" if is_there else "start the proxy with AUTOTTS_ADMIN_KEY"
-        raise Forbidden(f"{what} is for admins; {way}", code="admin_only")
+        has_admin = self._admin_key or (self.keyring and any(key.is_admin for key in self.keyring.keys))
+        advice = "send an admin key as the bearer token" if has_admin else "start the proxy with AUTOTTS_ADMIN_KEY"
+        raise Forbidden(f"{target} is for admins only; {advice}", code="admin_only")
 
     def _salt(self, tenant: str) -> str | None:
-        """A text only this proxy can make, so that no tenant can tell by its speed what another has asked."""
+        """Return a salt that only this proxy can compute, so that response times reveal no other tenant's prompts."""
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
 
 
 def min_request_tokens(settings: Settings) -> int:
-    """About what one interval and its answer need under a cap; `chat.plan` knows it exactly for a request."""
+    """Return about how many tokens one interval and its answer need. `proxy.episode.run` computes it exactly."""
     texts = settings.interval + 2 * settings.probe_tokens + FIXED_TOKENS
     return texts + max(settings.probe_tokens, min(settings.finalise_tokens, texts // 3))
 
@@ -137,11 +140,11 @@ def _anonymous(token: str) -> str:
 
 
 def check_host(settings: Settings) -> None:
-    """Raise SettingsError if strangers could reach a proxy that asks nobody for a key."""
+    """Raise SettingsError if other machines could reach a proxy that requires no key."""
     has_keys = settings.keys is not None or settings.client_keys is not None
     if has_keys or settings.allow_anonymous or is_loopback(settings.host):
         return
     raise SettingsError(
-        f"host {settings.host} can be reached by others and there are no keys: name a file of them in AUTOTTS_KEYS "
-        "(`autotts keys new`), or say --allow-anonymous"
+        f"host {settings.host} is reachable from other machines and no API keys are configured; set AUTOTTS_KEYS to a "
+        "key file (`autotts keys new` adds a key), or pass --allow-anonymous"
     )

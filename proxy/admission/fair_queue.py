@@ -1,7 +1,6 @@
-"""How many requests are under way, and who of those that wait is next: everybody in turn, whoever asks most.
+"""A fair queue: a fixed number of requests run at a time, and the holders of waiting requests take turns.
 
-It is decided at once: a place now, a place in the queue, or a refusal. A place is let go of once, however its request
-ended; one that was only waited for is dropped.
+A request is decided on at once: it runs, waits, or is refused. Its permit is released once, however the request ends.
 """
 
 from __future__ import annotations
@@ -10,30 +9,30 @@ import asyncio
 from collections import Counter, OrderedDict, deque
 from typing import Final
 
-AT_FIRST_S: Final = 1.0
-"""Seconds a request is thought to take while none has ended."""
-WEIGHT: Final = 0.2
-"""Of the latest request in the mean of how long they take."""
+INITIAL_MEAN_S: Final = 1.0
+"""Assumed seconds of a request while none has ended."""
+MEAN_WEIGHT: Final = 0.2
+"""Weight of the latest request in the moving average of request times."""
 
 
 class QueueFull(Exception):
-    """There is no place, not even to wait."""
+    """There is no room for a request, not even to wait."""
 
     def __init__(self, after_s: float, *, own: bool) -> None:
         super().__init__(after_s)
-        self.after_s = after_s  # when there may be one
-        self.own = own  # its holder has had its share
+        self.after_s = after_s  # estimated seconds until there is room
+        self.own = own  # whether the holder has used up its own share of the queue
 
 
 class Permit:
-    """A request's place; `async with` waits for it."""
+    """The right of one request to run. `async with` waits for it."""
 
-    def __init__(self, admission: FairQueue, holder: str, most: int | None) -> None:
+    def __init__(self, queue: FairQueue, holder: str, limit: int | None) -> None:
         self.holder = holder
-        self.limit = most  # its holder may have at once
+        self.limit = limit  # permits that the holder may have at a time
         self.granted = asyncio.Event()
-        self.since = 0.0  # when it was given, by the loop's clock
-        self._admission = admission
+        self.since = 0.0  # when it was granted, by the loop's clock
+        self._queue = queue
         self._is_open = True
 
     async def __aenter__(self) -> None:
@@ -47,98 +46,96 @@ class Permit:
         self.release()
 
     def release(self) -> None:
-        """Let go of it. More than once is no matter."""
+        """Give the permit back. Further calls do nothing."""
         if self._is_open:
             self._is_open = False
-            self._admission.release_permit(self)
+            self._queue.take_back(self)
 
 
 class FairQueue:
-    """Places of one kind. Needs a running loop, for its clock."""
+    """Permits for one kind of request. Needs a running event loop for its clock."""
 
     def __init__(self, places: int, queue: int) -> None:
         self.places = places
         self.queue = queue  # requests that may wait, over all holders
-        self.taken: Counter[str] = Counter()  # by holder
-        self.in_flight = 0  # places that are taken
-        self.mean_s = AT_FIRST_S  # a request has its place
-        self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder; the first is asked first
+        self.taken: Counter[str] = Counter()  # granted permits, by holder
+        self.in_flight = 0  # granted permits
+        self.mean_s = INITIAL_MEAN_S  # moving average of how long permits are held
+        self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder; the first holder is next
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of requests that wait."""
         return sum(map(len, self._waiting.values()))
 
     def waiting_of(self, holder: str) -> int:
-        """Requests of one holder that wait."""
+        """Return the number of requests of one holder that wait."""
         return len(self._waiting.get(holder, ()))
 
-    def enter(self, holder: str, most: int | None = None, *, share: int = 1) -> Permit:
-        """A place for a request of `holder`, who may have `most` at once; it may have to be waited for.
+    def enter(self, holder: str, limit: int | None = None, *, share: int = 1) -> Permit:
+        """Return a permit for a request of `holder`, which may have `limit` at a time. It may still have to wait.
 
-        Raises QueueFull.
-
-        A holder may fill one part in `share` of the queue, rounded up.
+        A holder may fill 1/`share` of the queue, rounded up. Raises QueueFull.
         """
-        place = Permit(self, holder, most)
-        if not self._waiting and self.in_flight < self.places and self._may(holder, most):
-            self._give(place)
-            return place
-        self._waiting.setdefault(holder, deque()).append(place)
-        self._serve()
-        if not place.granted.is_set():
-            has_its_share = self.waiting_of(holder) > -(-self.queue // share)
-            if has_its_share or self.waiting > self.queue:
-                self._drop(place)
-                raise QueueFull(self._after_s(holder, most), own=has_its_share and self.waiting < self.queue)
-        return place
+        permit = Permit(self, holder, limit)
+        if not self._waiting and self.in_flight < self.places and self._may_run(holder, limit):
+            self._grant(permit)
+            return permit
+        self._waiting.setdefault(holder, deque()).append(permit)
+        self._grant_next()
+        if not permit.granted.is_set():
+            is_share_full = self.waiting_of(holder) > -(-self.queue // share)
+            if is_share_full or self.waiting > self.queue:
+                self._remove(permit)
+                raise QueueFull(self._after_s(holder, limit), own=is_share_full and self.waiting < self.queue)
+        return permit
 
-    def release_permit(self, place: Permit) -> None:
-        """A place is free, or is not waited for any more."""
-        holder = place.holder
-        if place.granted.is_set():
-            self.mean_s += WEIGHT * (asyncio.get_running_loop().time() - place.since - self.mean_s)
+    def take_back(self, permit: Permit) -> None:
+        """Free a granted permit, or remove one that still waits."""
+        holder = permit.holder
+        if permit.granted.is_set():
+            self.mean_s += MEAN_WEIGHT * (asyncio.get_running_loop().time() - permit.since - self.mean_s)
             self.in_flight -= 1
             self.taken[holder] -= 1
             if not self.taken[holder]:
                 del self.taken[holder]
         else:
-            self._drop(place)
-        self._serve()  # one that was only waited for may have kept those of its holder behind it
+            self._remove(permit)
+        self._grant_next()  # a permit that only waited may have blocked those of its holder behind it
 
-    def _drop(self, place: Permit) -> None:
-        queue = self._waiting[place.holder]
-        queue.remove(place)
+    def _remove(self, permit: Permit) -> None:
+        queue = self._waiting[permit.holder]
+        queue.remove(permit)
         if not queue:
-            del self._waiting[place.holder]
+            del self._waiting[permit.holder]
 
-    def _serve(self) -> None:
-        """Give free places to whoever is next and may have one; a holder that was given one is last then."""
+    def _grant_next(self) -> None:
+        """Grant free places to the next holders that may run. A holder that gets one moves to the end."""
         while self.in_flight < self.places:
-            place = next(
-                (queue[0] for holder, queue in self._waiting.items() if self._may(holder, queue[0].limit)), None
+            permit = next(
+                (queue[0] for holder, queue in self._waiting.items() if self._may_run(holder, queue[0].limit)), None
             )
-            if place is None:
+            if permit is None:
                 return
-            queue = self._waiting[place.holder]
+            queue = self._waiting[permit.holder]
             queue.popleft()
-            self._waiting.move_to_end(place.holder)
+            self._waiting.move_to_end(permit.holder)
             if not queue:
-                del self._waiting[place.holder]
-            self._give(place)
+                del self._waiting[permit.holder]
+            self._grant(permit)
 
-    def _may(self, holder: str, most: int | None) -> bool:
-        return most is None or self.taken[holder] < most
+    def _may_run(self, holder: str, limit: int | None) -> bool:
+        return limit is None or self.taken[holder] < limit
 
-    def _give(self, place: Permit) -> None:
+    def _grant(self, permit: Permit) -> None:
         self.in_flight += 1
-        self.taken[place.holder] += 1
-        place.since = asyncio.get_running_loop().time()
-        place.granted.set()
+        self.taken[permit.holder] += 1
+        permit.since = asyncio.get_running_loop().time()
+        permit.granted.set()
 
-    def _after_s(self, holder: str, most: int | None) -> float:
-        """Seconds until those before it may have had their turn."""
+    def _after_s(self, holder: str, limit: int | None) -> float:
+        """Return the estimated seconds until the requests ahead of this one have had their turn."""
         ahead, places = self.waiting + 1, self.places
-        if most is not None and most < places and not self._may(holder, most):
-            ahead, places = self.waiting_of(holder) + 1, most
+        if limit is not None and limit < places and not self._may_run(holder, limit):
+            ahead, places = self.waiting_of(holder) + 1, limit
         return self.mean_s * ahead / places

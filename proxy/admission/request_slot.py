@@ -1,4 +1,4 @@
-"""A request's turn: its permit among those under way, and the tokens set aside for it; or the refusal, at once."""
+"""Request slots: a place among the running requests and the tokens reserved for it, or an immediate refusal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from starlette.types import Receive, Scope, Send
 from proxy.admission.auth import Caller
 from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
 from proxy.admission.token_bound import GENERATES_NOTHING, TokenBound, bound_request
-from proxy.admission.token_budget import BudgetExceeded, Caps, Reservation, TokenBudgets, request_limit, retry_after
+from proxy.admission.token_budget import (
+    BudgetExceeded,
+    Caps,
+    EpisodeCaps,
+    Reservation,
+    TokenBudgets,
+    request_limit,
+    retry_after,
+)
 from proxy.admission.usage_meter import (
     PASSED_THROUGH,
-    TAIL,
+    TAIL_BYTES,
     BoundedReplyMeter,
     UnboundedReplyMeter,
     last_reported_tokens,
@@ -33,66 +41,70 @@ from proxy.upstream.body_tap import BodySink, BodySource
 
 T = TypeVar("T", bound="RequestSlot")
 
-_UNSEEN: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
-"""Statuses of an upstream's failures before which it has generated nothing."""
+_NOTHING_GENERATED: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Statuses of upstream failures before which it has generated nothing."""
 
 
 class RequestSlot:
-    """What one request was given. `async with` waits for its permit; it is left once, settled or not."""
+    """The place and tokens of one request. `async with` waits for the place. It is released once, settled or not."""
 
-    def __init__(self, permit: Permit, reserve: Reservation, cap: int | None, cap_source: str = "") -> None:
-        self.cap = cap  # tokens it may spend
-        self.cap_source = cap_source  # who set the cap, as messages name it
-        self.due = 0  # tokens it is taken to have cost if it is left without being settled
-        self._place = permit
-        self._reserve = reserve
+    def __init__(self, permit: Permit, reservation: Reservation, caps: EpisodeCaps) -> None:
+        self.caps = caps
+        self.due = 0  # tokens charged if the slot is released without being settled
+        self._permit = permit
+        self._reservation = reservation
 
     async def __aenter__(self) -> None:
-        await self._place.__aenter__()
+        await self._permit.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
         self.release()
 
     def settle(self, cost: int) -> None:
-        """It is over and has cost so many tokens."""
-        self._reserve.settle(cost, time.monotonic())
+        """Charge `cost` tokens. Only the first call counts."""
+        self._reservation.settle(cost, time.monotonic())
 
     def release(self) -> None:
-        """It is over; what was set aside for it, and is neither settled nor due, is free again."""
+        """Free the place, and the reserved tokens that are neither settled nor due."""
         self.settle(self.due)
-        self._place.release()
+        self._permit.release()
 
 
 class PassthroughSlot(RequestSlot):
-    """The turn of a request that is handed on. From when it is sent it is due in full, until its reply says less."""
+    """The slot of a forwarded request. Once it is sent, its whole bound is due until the reply shows a lower cost."""
 
     def __init__(
-        self, permit: Permit, reserve: Reservation, bound: TokenBound, count: Callable[[int, str], object]
+        self,
+        permit: Permit,
+        reservation: Reservation,
+        caps: EpisodeCaps,
+        bound: TokenBound,
+        count: Callable[[int, str], object],
     ) -> None:
-        super().__init__(permit, reserve, bound.most)
+        super().__init__(permit, reservation, caps)
         self._bound = bound
-        self._count: Callable[[int, str], object] | None = count  # told once what it has cost, and as which kind
+        self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
-    async def metered(self, asked: Awaitable[Response]) -> Response:
-        """The response that comes of `asked`, which asks the upstream; its end tells what it has cost."""
-        self.due = self._bound.most or 0
+    async def metered(self, response: Awaitable[Response]) -> Response:
+        """Await the upstream's `response` and return it such that its end settles the cost."""
+        self.due = self._bound.max_tokens or 0
         try:
-            response = await asked
+            answered = await response
         except (UpstreamUnreachable, UpstreamCircuitOpen):
             self.due = 0
             raise
-        status = response.status_code
-        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _UNSEEN:
+        status = answered.status_code
+        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.INTERNAL_SERVER_ERROR or status in _NOTHING_GENERATED:
             self.due = 0
-        elif self.due and isinstance(response, StreamedResponse) and status < HTTPStatus.MULTIPLE_CHOICES:
-            bounded = BoundedReplyMeter(self._bound, is_stream=_is_stream(response))
-            response = response.with_source(_metered(response.source, self, bounded))
-        if self.cap is None and isinstance(response, StreamedResponse):
-            unbounded = UnboundedReplyMeter(is_stream=_is_stream(response))
-            response = response.with_source(_metered(response.source, self, unbounded))
-        elif self.cap is None:
-            self.settle(last_reported_tokens(bytes(response.body[-TAIL:])) or 0)
-        return response
+        elif self.due and isinstance(answered, StreamedResponse) and status < HTTPStatus.MULTIPLE_CHOICES:
+            bounded = BoundedReplyMeter(self._bound, is_stream=_is_event_stream(answered))
+            answered = answered.with_source(_metered(answered.source, self, bounded))
+        if self.caps.tokens is None and isinstance(answered, StreamedResponse):
+            unbounded = UnboundedReplyMeter(is_stream=_is_event_stream(answered))
+            answered = answered.with_source(_metered(answered.source, self, unbounded))
+        elif self.caps.tokens is None:
+            self.settle(last_reported_tokens(bytes(answered.body[-TAIL_BYTES:])) or 0)
+        return answered
 
     def settle(self, cost: int, kind: str = PASSED_THROUGH) -> None:
         super().settle(cost)
@@ -102,110 +114,111 @@ class PassthroughSlot(RequestSlot):
 
 
 class RequestSlots:
-    """The turns of one proxy. Needs a running loop."""
+    """Hands out the slots of one proxy. Needs a running event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.episodes = FairQueue(settings.max_episodes, settings.queue)
         self.passthrough = FairQueue(settings.max_passed, settings.queue)
         self.budgets = TokenBudgets(settings.tokens_per_minute)
-        self._settings = settings
-        self._metrics = metrics
+        self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
-        for kind, admission in (("episode", self.episodes), ("passed", self.passthrough)):
-            metrics.queue.labels(kind).set_function(lambda admission=admission: admission.waiting)  # type: ignore[misc]
+        self._metrics = metrics
+        for kind, queue in (("episode", self.episodes), ("passed", self.passthrough)):
+            metrics.queue.labels(kind).set_function(lambda queue=queue: queue.waiting)  # type: ignore[misc]
 
-    def acquire_episode(self, request: Request, asked: int | None) -> RequestSlot:
-        """For a request that a controller serves and that caps its own tokens at `asked`. Raises TooMany."""
+    def acquire_episode(self, request: Request, max_tokens: int | None) -> RequestSlot:
+        """Return a slot for an episode whose request limits its own tokens to `max_tokens`. Raises TooMany."""
         caller: Caller = request.state.caller
-        cap, source = request_limit(asked, caller.key, caller.caps, self._common)
-        return self._take(
-            request, self.episodes, caller, cap, lambda permit, reserve: RequestSlot(permit, reserve, cap, source)
-        )
+        limit = request_limit(max_tokens, caller.key, caller.caps, self._common)
+        return self._acquire_episode(request, caller, EpisodeCaps(self._branches(caller), *limit))
 
-    def acquire_episodes(self, request: Request, asked: int | None, count: int) -> Sequence[RequestSlot]:
-        """Return turns for `count` episodes of one request, which share its cap evenly. Raises TooMany."""
+    def acquire_episodes(self, request: Request, max_tokens: int | None, count: int) -> Sequence[RequestSlot]:
+        """Return slots for `count` episodes of one request, which share its limit evenly. Raises TooMany."""
         caller: Caller = request.state.caller
-        cap, source = request_limit(asked, caller.key, caller.caps, self._common)
-        share = None if cap is None else max(1, cap // count)
-        source = f"the share of each of {count} prompts in {source}"
-
-        def make(permit: Permit, reserve: Reservation) -> RequestSlot:
-            return RequestSlot(permit, reserve, share, source)
-
-        return [self._take(request, self.episodes, caller, share, make) for _ in range(count)]
+        tokens, source = request_limit(max_tokens, caller.key, caller.caps, self._common)
+        share = None if tokens is None else max(1, tokens // count)
+        caps = EpisodeCaps(self._branches(caller), share, f"the share of each of {count} prompts in {source}")
+        return [self._acquire_episode(request, caller, caps) for _ in range(count)]
 
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
-        """What a request may generate that is handed on. Raises BadRequest if that may be more than its caller may."""
+        """Return how much a forwarded request may generate. Raises BadRequest if that exceeds the caller's limits."""
         caller: Caller = request.state.caller
         return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
     def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
-        """For a request that is handed on; without a bound it generates nothing. Raises TooMany."""
+        """Return a slot for a forwarded request; without `bound` it generates nothing. Raises TooMany."""
         caller: Caller = request.state.caller
 
         def count(tokens: int, kind: str) -> None:
             self._metrics.tokens.labels(model, "", "", kind).inc(tokens)
 
         bound = GENERATES_NOTHING if bound is None else bound
-        return self._take(
+        caps = EpisodeCaps(self._branches(caller), bound.max_tokens)
+        return self._acquire(
             request,
             self.passthrough,
             caller,
-            bound.most,
-            lambda permit, reserve: PassthroughSlot(permit, reserve, bound, count),
+            bound.max_tokens,
+            lambda permit, reservation: PassthroughSlot(permit, reservation, caps, bound, count),
         )
 
-    def settings_for(self, request: Request, turn: RequestSlot) -> Settings:
-        """The settings, as narrow as its caller's key and its turn make them."""
-        caller: Caller = request.state.caller
-        if turn.cap is None and caller.caps.branches is None:
-            return self._settings
-        branches = caller.caps.within(self._common).branches
-        return self._settings.model_copy(update={"max_branches": branches, "max_total_tokens": turn.cap})
+    def _branches(self, caller: Caller) -> int:
+        own = caller.caps.branches
+        return self._max_branches if own is None else min(own, self._max_branches)
 
-    def _take(
+    def _acquire_episode(self, request: Request, caller: Caller, caps: EpisodeCaps) -> RequestSlot:
+        return self._acquire(
+            request,
+            self.episodes,
+            caller,
+            caps.tokens,
+            lambda permit, reservation: RequestSlot(permit, reservation, caps),
+        )
+
+    def _acquire(
         self,
         request: Request,
-        admission: FairQueue,
+        queue: FairQueue,
         caller: Caller,
-        cap: int | None,
+        tokens: int | None,
         make: Callable[[Permit, Reservation], T],
     ) -> T:
+        """Reserve `tokens` and a permit, and make a slot of them that is released with the request's leases."""
         now = time.monotonic()
         self.budgets.forget(now)
         try:
-            reserve = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, cap, now)
+            reservation = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, tokens, now)
         except BudgetExceeded as error:
-            whose = f"key {caller.key}" if error.holder else "all together"
-            words = f"{cap} tokens do not fit into what {whose} may spend in a minute; ask again later, or for less"
-            raise self._refuse("tokens_per_minute", words, error.after_s) from None
+            budget = f"key {caller.key}" if error.holder else "all keys together"
+            message = f"{tokens} tokens exceed what {budget} may still spend this minute; retry later or ask for less"
+            raise self._refuse("tokens_per_minute", message, error.after_s) from None
         share = 2 if caller.key else 1
         try:
-            permit = admission.enter(caller.holder, caller.caps.episodes, share=share)
+            permit = queue.enter(caller.holder, caller.caps.episodes, share=share)
         except QueueFull as error:
-            reserve.settle(0, now)
+            reservation.settle(0, now)
             if error.own:
-                words = f"{admission.waiting_of(caller.holder)} requests of key {caller.key} wait; ask again later"
-                raise self._refuse("key_queue_full", words, error.after_s) from None
-            words = f"{admission.in_flight} requests are under way and {admission.waiting} wait; ask again later"
-            raise self._refuse("queue_full", words, error.after_s) from None
-        turn = make(permit, reserve)
+                message = f"{queue.waiting_of(caller.holder)} requests of key {caller.key} are waiting; retry later"
+                raise self._refuse("key_queue_full", message, error.after_s) from None
+            message = f"{queue.in_flight} requests are running and {queue.waiting} are waiting; retry later"
+            raise self._refuse("queue_full", message, error.after_s) from None
+        slot = make(permit, reservation)
         leases: ExitStack = request.state.leases
-        leases.callback(turn.release)
-        return turn
+        leases.callback(slot.release)
+        return slot
 
-    def _refuse(self, reason: str, words: str, after_s: float) -> TooMany:
+    def _refuse(self, reason: str, message: str, after_s: float) -> TooMany:
         self._metrics.refusals.labels(reason).inc()
         code = "queue_full" if reason == "queue_full" else "rate_limit_exceeded"
-        return TooMany(words, after=retry_after(after_s), code=code)
+        return TooMany(message, after=retry_after(after_s), code=code)
 
     def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
-        """What is under way and what the last minute has cost, for all together and for each of `callers`."""
+        """Return running requests and the last minute's tokens, in total and for each of `callers` by key name."""
         now = time.monotonic()
 
-        def of(holder: str, caps: Caps) -> dict[str, Any]:
+        def usage(holder: str, caps: Caps) -> dict[str, Any]:
             window = self.budgets.windows.get(holder)
-            nothing = None if caps.tokens_per_minute is None else 0  # only what has a cap is counted
+            nothing = None if caps.tokens_per_minute is None else 0  # tokens are counted only under a cap
             return {
                 "limits": caps._asdict(),
                 "episodes": self.episodes.taken[holder],
@@ -216,7 +229,7 @@ class RequestSlots:
             }
 
         common = self.budgets.common
-        together = {
+        total = {
             "limits": self._common._replace(episodes=self.episodes.places)._asdict(),
             "episodes": self.episodes.in_flight,
             "passed": self.passthrough.in_flight,
@@ -224,11 +237,11 @@ class RequestSlots:
             "spent": None if common is None else common.spent(now),
             "reserved": None if common is None else common.reserved,
         }
-        return {"all": together, "keys": {name: of(name, caps) for name, caps in callers.items()}}
+        return {"all": total, "keys": {name: usage(name, caps) for name, caps in callers.items()}}
 
 
 class LeaseResponse(Response):
-    """A response after which what its request holds is let go, however it ends."""
+    """A response that releases what its request holds once it is sent, however that ends."""
 
     def __init__(self, response: Response, leases: ExitStack) -> None:
         self.response = response
@@ -239,25 +252,27 @@ class LeaseResponse(Response):
             await self.response(scope, receive, send)
 
 
-def _is_stream(response: Response) -> bool:
+def _is_event_stream(response: Response) -> bool:
     return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _metered(source: BodySource, turn: PassthroughSlot, bill: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
-    """What of `source` is the client's; `bill` reads all of it and is what `turn` has cost, however it ends."""
+def _metered(
+    source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter
+) -> BodySource:
+    """Wrap `source` so that `meter` reads the whole reply. It settles the slot at the end, however the reply ends."""
 
-    async def metered(hand: BodySink) -> None:
+    async def metered(sink: BodySink) -> None:
         def read(piece: bytes, is_last: bool) -> Awaitable[None]:
-            passed = bill.take(piece)
+            passed = meter.feed(piece)
             if is_last:
-                passed += bill.rest()
-                turn.settle(*bill.booking)
-            return hand(passed, is_last) if passed or is_last else _nothing()
+                passed += meter.finish()
+                slot.settle(*meter.charge)
+            return sink(passed, is_last) if passed or is_last else _nothing()
 
         try:
             await source(read)
         except BaseException:
-            turn.settle(*bill.booking)
+            slot.settle(*meter.charge)
             raise
 
     return metered

@@ -1,9 +1,9 @@
-"""What a key, and all of them together, may use: reserved before a request begins, settled with what it cost. No I/O.
+"""Token budgets of API keys and of the whole server: reserved before a request begins, settled by its cost. No I/O.
 
     room ──reserve──▶ reserved ──settle──▶ spent ──a minute──▶ room
 
-Spent and reserved together never pass a cap, whatever is asked for, whoever fails and whenever: a request's reserve is
-its own hard cap, so it cannot cost more. Clocks are passed in, in seconds; a clock may stand still, not run backwards.
+Spent and reserved tokens together never exceed a cap, whatever requests ask for and however they fail: a request's
+reservation is its own hard cap, so it cannot cost more. Callers pass the time in seconds. It must never go backwards.
 """
 
 from __future__ import annotations
@@ -14,49 +14,57 @@ from typing import Final, NamedTuple
 
 MINUTE_S: Final = 60.0
 GRAIN_S: Final = 1.0
-"""Settlements of one such span are kept as one, which leaves the minute as if all had come at the span's end."""
+"""Seconds of settlements that share one entry. The entry expires as if all of them had come at its end."""
 SHARE: Final = 4
-"""A request without a cap may use one part in so many of the minute's tokens: one alone must not take them all."""
+"""A request without a cap may use a quarter of the minute's tokens, so that one request cannot take them all."""
 
 
 class Caps(NamedTuple):
-    """What one holder may use; None sets no bound."""
+    """Limits of one budget holder or of the whole server. None means no limit."""
 
-    branches: int | None = None  # a request may open
-    tokens: int | None = None  # a request may spend
+    branches: int | None = None  # per request
+    tokens: int | None = None  # per request
     tokens_per_minute: int | None = None
-    episodes: int | None = None  # at once
+    episodes: int | None = None  # at a time
 
     def within(self, other: Caps) -> Caps:
-        """What both allow."""
-        return Caps(*(least(one, two) for one, two in zip(self, other, strict=True)))
+        """Return the stricter of both limits in each field."""
+        return Caps(*(smaller(mine, theirs) for mine, theirs in zip(self, other, strict=True)))
 
-    def cap(self, asked: int | None) -> int | None:
-        """Tokens a request may spend that asks for `asked`; so many fit into a minute."""
-        minute, bound = self.tokens_per_minute, least(asked, self.tokens)
+    def cap(self, requested: int | None) -> int | None:
+        """Return the tokens that a request may spend which asks for at most `requested`. They fit into a minute."""
+        minute, bound = self.tokens_per_minute, smaller(requested, self.tokens)
         if minute is None:
             return bound
         return max(1, minute // SHARE) if bound is None else min(bound, minute)
 
 
 class TokenLimit(NamedTuple):
-    """Tokens a request may spend, and who set the bound, as messages name it."""
+    """Tokens that a request may spend, and the name of the setting or field that set the limit."""
 
     tokens: int | None
     source: str = ""
 
 
-def request_limit(asked: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
-    """Return the tokens a request may spend: the least of `asked`, the caps of its `key` and those of all requests."""
-    tokens = own.within(common).cap(asked)
+class EpisodeCaps(NamedTuple):
+    """Limits of one episode, by its request, its key and the server."""
+
+    branches: int
+    tokens: int | None = None
+    source: str = ""  # the name of what set `tokens`, for error messages
+
+
+def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
+    """Return the smallest of a request's own limit, the caps of its `key` and those of the server, with its source."""
+    tokens = own.within(common).cap(requested)
     if tokens is None:
         return TokenLimit(None)
-    mine = f"of key {key}" if key else "of this client"
+    holder = f"of key {key}" if key else "of this client"
     bounds = (
-        (asked, "tts.max_total_tokens"),
-        (own.tokens, f"the limit `tokens` {mine}"),
+        (requested, "tts.max_total_tokens"),
+        (own.tokens, f"the limit `tokens` {holder}"),
         (common.tokens, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"),
-        (own.tokens_per_minute, f"the limit `tokens_per_minute` {mine}"),
+        (own.tokens_per_minute, f"the limit `tokens_per_minute` {holder}"),
         (common.tokens_per_minute, "the server's limit AUTOTTS_TOKENS_PER_MINUTE"),
     )
     for bound, source in bounds:
@@ -67,122 +75,122 @@ def request_limit(asked: int | None, key: str, own: Caps, common: Caps) -> Token
     return TokenLimit(tokens, f"a quarter of {source} ({minute}), for a request that sets no tts.max_total_tokens,")
 
 
-def limit_below(caps: Caps, need: int) -> str | None:
-    """Which of `caps` leaves less than the `need` tokens of one interval and its answer, or None."""
-    if caps.tokens is not None and caps.tokens < need:
+def limit_below(caps: Caps, needed: int) -> str | None:
+    """Return the limit in `caps` that is smaller than `needed`, the tokens of one interval and its answer, or None."""
+    if caps.tokens is not None and caps.tokens < needed:
         return f"tokens = {caps.tokens}"
     minute = caps.tokens_per_minute
-    if minute is not None and minute < need:
+    if minute is not None and minute < needed:
         return f"tokens_per_minute = {minute}"
-    if minute is not None and caps.tokens is None and minute // SHARE < need:
+    if minute is not None and caps.tokens is None and minute // SHARE < needed:
         return f"a quarter of tokens_per_minute = {minute}, the cap of requests that set no tts.max_total_tokens,"
     return None
 
 
-def least(one: int | None, two: int | None) -> int | None:
-    """The smaller of two bounds, None being none."""
-    return two if one is None else one if two is None else min(one, two)
+def smaller(first: int | None, second: int | None) -> int | None:
+    """Return the smaller of two limits. None means no limit."""
+    return second if first is None else first if second is None else min(first, second)
 
 
 class BudgetExceeded(Exception):
-    """A reserve does not fit now."""
+    """A reservation does not fit now."""
 
     def __init__(self, holder: str, after_s: float) -> None:
         super().__init__(holder)
         self.holder = holder
-        self.after_s = after_s  # when it may at the soonest, if nobody else asks
+        self.after_s = after_s  # seconds until it fits at the earliest, if no other request takes the room
 
 
 class TokenWindow:
-    """The tokens of one holder in the last minute."""
+    """A cap on tokens within any `span_s` seconds: a sliding window over what was spent."""
 
-    def __init__(self, cap: int) -> None:
-        self.cap = cap  # tokens a minute; may be set anew
+    def __init__(self, cap: int, span_s: float = MINUTE_S) -> None:
+        self.cap = cap  # tokens; may be changed at any time
+        self.span_s = span_s
         self.reserved = 0
         self._spent = 0
-        self._past: deque[tuple[float, int]] = deque()  # the end of a span, and how many; the oldest first
+        self._entries: deque[tuple[float, int]] = deque()  # (end of the grain, tokens), the oldest first
 
     def spent(self, now: float) -> int:
-        """Tokens settled in the minute before `now`."""
-        while self._past and self._past[0][0] <= now - MINUTE_S:
-            self._spent -= self._past.popleft()[1]
+        """Return the tokens settled in the last `span_s` seconds."""
+        while self._entries and self._entries[0][0] <= now - self.span_s:
+            self._spent -= self._entries.popleft()[1]
         return self._spent
 
     def room(self, now: float) -> int:
-        """Tokens that may be reserved now."""
+        """Return the tokens that may be reserved now."""
         return max(0, self.cap - self.spent(now) - self.reserved)
 
     def after_s(self, tokens: int, now: float) -> float:
-        """Seconds until `tokens` fit, as far as the past decides; what is reserved may be back at any time."""
+        """Return the seconds until `tokens` fit, as far as settled tokens decide. Reservations may end at any time."""
         missing = tokens - self.room(now)
-        for at, some in self._past:
+        for end, settled in self._entries:
             if missing <= 0:
                 break
-            missing -= some
+            missing -= settled
             if missing <= 0:
-                return max(0.0, at + MINUTE_S - now)
+                return max(0.0, end + self.span_s - now)
         return 0.0 if missing <= 0 else GRAIN_S
 
     def reserve(self, tokens: int) -> None:
-        """Set `tokens` aside; that they fit is for the caller to see to."""
+        """Set `tokens` aside. The caller must have checked that they fit."""
         self.reserved += tokens
 
     def settle(self, reserved: int, cost: int, now: float) -> None:
-        """Turn a reserve into what it cost."""
+        """Replace a reservation of `reserved` tokens by its `cost`."""
         self.reserved -= reserved
         if cost <= 0:
             return
         self._spent += cost
         end = (now // GRAIN_S + 1) * GRAIN_S
-        if self._past and self._past[-1][0] == end:
-            cost += self._past.pop()[1]
-        self._past.append((end, cost))
+        if self._entries and self._entries[-1][0] == end:
+            cost += self._entries.pop()[1]
+        self._entries.append((end, cost))
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is reserved, and nothing known to have been spent."""
-        return not self.reserved and not self._past
+        """Whether nothing is reserved and no settled tokens are remembered."""
+        return not self.reserved and not self._entries
 
 
 class Reservation:
-    """Tokens set aside for one request; settled once, whatever is called how often."""
+    """Tokens set aside for one request. Only the first call of `settle` counts."""
 
     def __init__(self, windows: tuple[TokenWindow, ...], tokens: int) -> None:
         self.tokens = tokens
         self._windows = windows
 
     def settle(self, cost: int, now: float) -> None:
-        """The request is over and has cost `cost`."""
+        """Charge `cost` tokens and free the rest."""
         windows, self._windows = self._windows, ()
         for window in windows:
             window.settle(self.tokens, cost, now)
 
 
 class TokenBudgets:
-    """The minute's tokens of every holder, and of all of them together."""
+    """The token windows of each budget holder, and one that all holders share."""
 
     def __init__(self, tokens_per_minute: int | None) -> None:
         self.common = None if tokens_per_minute is None else TokenWindow(tokens_per_minute)
-        self.windows: dict[str, TokenWindow] = {}
+        self.windows: dict[str, TokenWindow] = {}  # by holder
 
     def reserve(self, holder: str, per_minute: int | None, tokens: int | None, now: float) -> Reservation:
-        """Set `tokens` aside under the holder's cap and the common one: under both, or nothing. Raises BudgetExceeded.
+        """Set `tokens` aside in the holder's window and in the common one, in both or in neither.
 
-        `tokens` is None only where neither caps.
+        `tokens` is None only where neither window has a cap. Raises BudgetExceeded.
         """
-        own = self._window(holder, per_minute, now)
-        windows = {holder: own, "": self.common}
-        found = {name: window for name, window in windows.items() if window is not None}
-        asked = tokens or 0
-        tight = {name: window.after_s(asked, now) for name, window in found.items() if window.room(now) < asked}
-        if tight:
-            who = max(tight, key=lambda name: tight[name])
-            raise BudgetExceeded(who, tight[who])
-        for window in found.values():
-            window.reserve(asked)
-        return Reservation(tuple(found.values()), asked)
+        own = self._window(holder, per_minute)
+        windows = {name: window for name, window in ((holder, own), ("", self.common)) if window is not None}
+        wanted = tokens or 0
+        waits = {name: window.after_s(wanted, now) for name, window in windows.items() if window.room(now) < wanted}
+        if waits:
+            longest = max(waits, key=lambda name: waits[name])
+            raise BudgetExceeded(longest, waits[longest])
+        for window in windows.values():
+            window.reserve(wanted)
+        return Reservation(tuple(windows.values()), wanted)
 
-    def _window(self, holder: str, per_minute: int | None, now: float) -> TokenWindow | None:
+    def _window(self, holder: str, per_minute: int | None) -> TokenWindow | None:
         if per_minute is None:
             return None
         window = self.windows.get(holder)
@@ -192,7 +200,7 @@ class TokenBudgets:
         return window
 
     def forget(self, now: float) -> None:
-        """Let go of windows in which nothing is left."""
+        """Drop the windows in which nothing is reserved or spent."""
         for holder, window in list(self.windows.items()):
             window.spent(now)
             if window.is_idle:
@@ -200,14 +208,14 @@ class TokenBudgets:
 
 
 class RateLimit:
-    """How often each holder may do something in a minute."""
+    """A cap on how often each holder may do something within a minute."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._windows: dict[str, TokenWindow] = {}
 
     def take(self, holder: str, now: float) -> None:
-        """Count one time. Raises BudgetExceeded if the holder has used up its minute."""
+        """Count one use. Raises BudgetExceeded if the holder has used up its minute."""
         window = self._windows.setdefault(holder, TokenWindow(self.per_minute))
         if window.room(now) < 1:
             raise BudgetExceeded(holder, window.after_s(1, now))
@@ -216,5 +224,5 @@ class RateLimit:
 
 
 def retry_after(seconds: float) -> str:
-    """Seconds for a `retry-after` header: whole ones, at least one, at most a minute."""
+    """Format `seconds` for a `retry-after` header: a whole number from 1 to 60."""
     return str(min(int(MINUTE_S), max(1, math.ceil(seconds))))

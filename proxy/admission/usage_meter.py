@@ -1,4 +1,4 @@
-"""What a reply has cost that is handed back: as it says, or else as much as it can have been."""
+"""Meter the tokens of forwarded replies: by the reported usage, or else by an upper bound or estimate."""
 
 from __future__ import annotations
 
@@ -10,131 +10,136 @@ import jiter
 
 from proxy.admission.token_bound import TokenBound
 
-TAIL: Final = 4096
-"""Bytes of a reply's end in which its usage stands, as a rule."""
-LAST: Final = 64
-"""Pieces of a reply in which its end is, as a rule."""
+TAIL_BYTES: Final = 4096
+"""Bytes at the end of a reply in which its usage usually stands."""
+TAIL_PIECES: Final = 64
+"""Pieces at the end of a reply that are kept to read its usage."""
 PASSED_THROUGH: Final = "passed_through"
 ESTIMATED: Final = "passed_through_estimated"
 """Kinds of tokens in the metrics."""
-EVENT: Final = b"\n\n"
-"""What ends an event, as vLLM writes it."""
-_LAST: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
-_END: Final = re.compile(rb"\n\r?\n")
-"""Of an event."""
-HELD: Final = 2**22
-"""Bytes of one reply, or of one event of a stream, that are kept to be read; what is longer is not."""
-LATE: Final = 16
-"""Tokens of each text that may have been on their way when a stream was cut."""
+EVENT_END: Final = b"\n\n"
+"""End of an event as vLLM writes it."""
+_REPORTED: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
+_EVENT_END: Final = re.compile(rb"\n\r?\n")
+"""End of an event as any server may write it."""
+MAX_HELD_BYTES: Final = 2**22
+"""Longest reply, or event of a stream, that is parsed. Longer ones are forwarded unread and charged by the bound."""
+UNSEEN_TOKENS: Final = 16
+"""Tokens of each completion that may have been generated but not received when a stream is cut."""
 
 
 def last_reported_tokens(tail: bytes) -> int | None:
-    """Tokens by the usage that stands in the end of a reply, if one does. Good enough to count by, not to bill by: it
-    does not look where that stands."""
-    said = _LAST.findall(tail)
-    return int(said[-1]) if said else None
+    """Return the last completion token count in the end of a reply, or None.
+
+    It does not check where the number stands, so it is good enough for metrics but not for billing.
+    """
+    counts = _REPORTED.findall(tail)
+    return int(counts[-1]) if counts else None
 
 
 class UnboundedReplyMeter:
-    """What a reply has cost that has no bound, by a glance at it as it passes through `take`: as its end tells, if it
-    does, or else its events, each a token but for the role and the end.
+    """Estimates the tokens of a reply without a bound, for metrics.
+
+    It uses the usage at the reply's end. A stream without usage counts one token per event, except for the event with
+    the role and the one that ends the stream.
     """
 
     def __init__(self, *, is_stream: bool) -> None:
         self._is_stream = is_stream
-        self._last: deque[bytes] = deque(maxlen=LAST)
+        self._tail: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._events = 0
 
     @property
-    def booking(self) -> tuple[int, str]:
-        """Tokens, as far as is known, and as what they are counted."""
-        said = last_reported_tokens(b"".join(self._last)[-TAIL:])
-        return (max(0, self._events - 2), ESTIMATED) if said is None else (said, PASSED_THROUGH)
+    def charge(self) -> tuple[int, str]:
+        """Tokens so far, and the kind of tokens they are counted as."""
+        reported = last_reported_tokens(b"".join(self._tail)[-TAIL_BYTES:])
+        return (max(0, self._events - 2), ESTIMATED) if reported is None else (reported, PASSED_THROUGH)
 
-    def take(self, data: bytes) -> bytes:
-        """A piece of the reply, which is the client's as it is."""
+    def feed(self, data: bytes) -> bytes:
+        """Read a piece of the reply and return it unchanged."""
         if self._is_stream:
-            self._events += data.count(EVENT)
-        self._last.append(data[-TAIL:])
+            self._events += data.count(EVENT_END)
+        self._tail.append(data[-TAIL_BYTES:])
         return data
 
-    def rest(self) -> bytes:
-        """The reply has come to its end; nothing of it is held."""
+    def finish(self) -> bytes:
+        """Return what was held back at the end of the reply: nothing."""
         return b""
 
 
 class BoundedReplyMeter:
-    """One reply's, of a request with a bound. It is read as it passes through `take`, wherever its usage stands.
+    """Meters the reply to a request with a bound.
 
-    A reply is billed by its usage. Without one, as when its client leaves or its stream breaks off, it is billed by its
-    bound, which is never too little; or by the text that came, a token a byte, where the bound says that no token can
-    hide from the client. No bill is above the bound, whatever a usage says.
+    A reply is charged by its usage, wherever that stands. Without usage (the client disconnects, the stream breaks) it
+    is charged by its bound, which is never too little. If the bound says that the stream shows every token as text, it
+    is charged by that text, one token per byte. No charge exceeds the bound, whatever the usage says.
     """
 
     def __init__(self, bound: TokenBound, *, is_stream: bool) -> None:
-        self._most = bound.most or 0
         self._is_stream = is_stream
-        self._tells = bound.tells
-        self._hides = is_stream and bound.has_asked
-        self._shows = is_stream and bound.shows
-        self._seen = LATE * bound.texts  # tokens, at most, that a stream has shown
-        self._said: int | None = None
+        self._max_tokens = bound.max_tokens or 0
+        self._is_usage_complete = bound.is_usage_complete
+        self._hides_usage = is_stream and bound.adds_usage
+        self._shows_tokens = is_stream and bound.shows_tokens
+        self._seen = UNSEEN_TOKENS * bound.completions  # upper bound on the tokens that the stream has shown
+        self._reported: int | None = None
         self._held = bytearray()
-        self._is_blind = False  # it is too long to be read
+        self._is_unreadable = False  # longer than MAX_HELD_BYTES
 
     @property
     def cost(self) -> int:
-        """Tokens, as far as is known."""
-        if self._said is not None:
-            return min(self._said, self._most)
-        return min(self._seen, self._most) if self._shows and not self._is_blind else self._most
+        """Tokens so far."""
+        if self._reported is not None:
+            return min(self._reported, self._max_tokens)
+        is_seen = self._shows_tokens and not self._is_unreadable
+        return min(self._seen, self._max_tokens) if is_seen else self._max_tokens
 
     @property
-    def booking(self) -> tuple[int, str]:
+    def charge(self) -> tuple[int, str]:
         """The cost, and the kind of tokens it is counted as."""
         return self.cost, PASSED_THROUGH
 
-    def take(self, data: bytes) -> bytes:
-        """A piece of the reply; what of it, and of those before, is now for the client."""
-        if self._is_blind:
+    def feed(self, data: bytes) -> bytes:
+        """Read a piece of the reply and return the bytes that the client gets now."""
+        if self._is_unreadable:
             return data
         before = len(self._held)
         self._held += data
-        passed = self._events(max(0, before - 2)) if self._is_stream else b""
-        if len(self._held) > HELD:
-            self._is_blind = True
+        passed = self._read_events(max(0, before - 2)) if self._is_stream else b""
+        if len(self._held) > MAX_HELD_BYTES:
+            self._is_unreadable = True
             passed, self._held = passed + self._held, bytearray()
-        return passed if self._hides else data
+        return passed if self._hides_usage else data
 
-    def rest(self) -> bytes:
-        """The reply has come to its end; what of it is still for the client."""
+    def finish(self) -> bytes:
+        """Read the end of the reply and return the bytes that the client still gets."""
         held, self._held = bytes(self._held), bytearray()
         if not self._is_stream:
             self._read(held)
-        elif self._event(held):
+        elif self._read_event(held):
             held = b""
-        return held if self._hides else b""
+        return held if self._hides_usage else b""
 
-    def _events(self, start: int) -> bytes:
-        """Read the events that are whole, whose ends are looked for from `start` on; those for the client."""
-        kept, at = [], 0
-        for end in _END.finditer(self._held, start):
-            event = bytes(self._held[at : end.end()])
-            at = end.end()
-            if not self._event(event):
+    def _read_events(self, start: int) -> bytes:
+        """Read the complete events, searching for their ends from `start`. Return those for the client."""
+        kept, begin = [], 0
+        for end in _EVENT_END.finditer(self._held, start):
+            event = bytes(self._held[begin : end.end()])
+            begin = end.end()
+            if not self._read_event(event):
                 kept.append(event)
-        del self._held[:at]
+        del self._held[:begin]
         return b"".join(kept)
 
-    def _event(self, event: bytes) -> bool:
-        """Read an event of a stream. Whether it is the usage that the client has not asked for."""
-        if not self._shows and b'"usage"' not in event:
+    def _read_event(self, event: bytes) -> bool:
+        """Read an event of a stream. Return whether it is the usage that the client did not ask for."""
+        if not self._shows_tokens and b'"usage"' not in event:
             return False
         lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
-        return bool(lines) and self._read(b"\n".join(lines)) and self._hides
+        return bool(lines) and self._read(b"\n".join(lines)) and self._hides_usage
 
     def _read(self, payload: bytes) -> bool:
-        """Read a JSON object. Whether it is there for its usage."""
+        """Read a JSON object. Return whether it carries usage and no choices."""
         try:
             chunk = jiter.from_json(payload)
         except ValueError:
@@ -144,25 +149,25 @@ class BoundedReplyMeter:
             return False
         choices = chunk.get("choices")
         if self._is_stream and choices:
-            self._seen += _tokens_of(choices)
+            self._seen += _count_tokens(choices)
             return False
         response = chunk.get("response")
-        said = _completion((response if isinstance(response, dict) else chunk).get("usage"))
-        if said is not None and self._tells:
-            self._said = said
-        return said is not None and choices is not None
+        reported = _completion_tokens((response if isinstance(response, dict) else chunk).get("usage"))
+        if reported is not None and self._is_usage_complete:
+            self._reported = reported
+        return reported is not None and choices is not None
 
 
-def _completion(usage: object) -> int | None:
-    """Generated tokens by a usage, if it tells of any."""
+def _completion_tokens(usage: object) -> int | None:
+    """Return the number of generated tokens in a usage object, or None."""
     if not isinstance(usage, dict):
         return None
-    said = [usage.get(name) for name in ("completion_tokens", "output_tokens")]
-    return max((one for one in said if type(one) is int and one >= 0), default=None)
+    counts = [usage.get(name) for name in ("completion_tokens", "output_tokens")]
+    return max((count for count in counts if type(count) is int and count >= 0), default=None)
 
 
-def _tokens_of(choices: Any) -> int:
-    """No fewer tokens than the choices of a chunk show: one in each, and one in every byte of their text."""
+def _count_tokens(choices: Any) -> int:
+    """Return an upper bound on the tokens that a chunk shows: one per byte of text, at least one per choice."""
     if not isinstance(choices, list):
         return 0
     texts = [_texts(choice) for choice in choices if isinstance(choice, dict)]
@@ -171,5 +176,5 @@ def _tokens_of(choices: Any) -> int:
 
 def _texts(choice: dict[str, Any]) -> list[str]:
     delta = choice.get("delta")
-    found = [choice.get("text"), *(delta.values() if isinstance(delta, dict) else ())]
-    return [one for one in found if isinstance(one, str)]
+    values = [choice.get("text"), *(delta.values() if isinstance(delta, dict) else ())]
+    return [value for value in values if isinstance(value, str)]

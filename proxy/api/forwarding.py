@@ -92,7 +92,7 @@ class ForwardEndpoints:
         async def work() -> Response:
             await slot.__aenter__()
             about = service.engine, request, body, headers, content_type
-            return await slot.metered(forward(*about, is_stream=is_stream, in_pieces=bool(slot.cap)))
+            return await slot.metered(forward(*about, is_stream=is_stream, in_pieces=bool(slot.caps.tokens)))
 
         with counting_disconnects(service.metrics, model):
             response = await cancel_on_disconnect(request.receive, work())

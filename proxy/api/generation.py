@@ -130,7 +130,8 @@ class GenerationEndpoints:
         return run.plan(
             service.engine,
             service.controllers,
-            service.request_slots.settings_for(request, slot),
+            service.settings,
+            slot.caps,
             model,
             parsed,
             dial,
@@ -138,7 +139,6 @@ class GenerationEndpoints:
             drift=service.drift if is_kept else None,
             salt=caller.salt or parsed.cache_salt,
             request_id=name,
-            cap_source=slot.cap_source,
         )
 
     async def _generate_each(

@@ -17,6 +17,7 @@ from controllers import ControllerError, Limits, State, Stop, UnknownController
 from discovery.answers import AUTO, ExtractionMethod
 from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
 from proxy import probe_templates
+from proxy.admission.token_budget import EpisodeCaps
 from proxy.environment import votability
 from proxy.environment.answer_reader import GraderPool
 from proxy.environment.live_environment import BranchesTruncated, LiveEnvironment, NotVotable, SentBytesExceeded
@@ -68,6 +69,7 @@ async def plan(
     engine: UpstreamClient,
     controllers: ControllerManager,
     settings: Settings,
+    caps: EpisodeCaps,
     model: Model,
     request: GenerationRequest,
     beta: EffectiveBeta,
@@ -76,12 +78,11 @@ async def plan(
     drift: TemplateDrift | None = None,
     salt: str | None = None,
     request_id: str = "",
-    cap_source: str = "",
 ) -> Plan:
     """Tokenise the prompt and fix every bound; `drift` knows the chat template, where that is written down.
 
-    `request_id` is the request's name; without one it gets a name. `cap_source` names who set the settings' cap on
-    tokens, for the message where it is too small.
+    `request_id` is the request's name; without one it gets a name. `caps` are the limits of its caller.
+
     Raises BadRequest or UpstreamError; nothing has been generated.
     """
     started = time.monotonic()
@@ -99,7 +100,7 @@ async def plan(
         template = probe_templates.template_for(
             settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
         )
-        bounds = await _bounds(engine, settings, model, request, len(ids), template, cap_source)
+        bounds = await _bounds(engine, settings, caps, model, request, len(ids), template)
     sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if request.temperature == 0:  # equal branches would vote in vain: only the first is greedy
         del sampling["temperature"]
@@ -204,16 +205,16 @@ def _hashed(text: str) -> str:
 async def _bounds(
     engine: UpstreamClient,
     settings: Settings,
+    caps: EpisodeCaps,
     model: Model,
     request: GenerationRequest,
     prompt: int,
     template: probe_templates.Template,
-    cap_source: str,
 ) -> _Bounds:
     """Token bounds under which a branch, its probes and its closing fit the model's context and the request's cap."""
     close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
     suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))
-    cap = _least(request.tts.max_total_tokens, settings.max_total_tokens)
+    cap = _least(request.tts.max_total_tokens, caps.tokens)
     probe = settings.probe_tokens
     finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
     if cap is not None:
@@ -242,7 +243,7 @@ async def _bounds(
     least = reserve + min(settings.interval, branch)
     if cap is not None and cap < least:
         is_clients = cap == request.tts.max_total_tokens
-        source = "tts.max_total_tokens" if is_clients else cap_source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        source = "tts.max_total_tokens" if is_clients else caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
         way_out = "raise it" if is_clients else "ask for shorter replies, or the operator for more"
         raise BadRequest(
             f"{source} is {cap}; one interval and its answer need {least} here: {way_out}",
@@ -251,7 +252,7 @@ async def _bounds(
         )
     limits = Limits(
         interval=settings.interval,
-        max_branches=settings.max_branches,
+        max_branches=caps.branches,
         branch_tokens=branch,
         probe_tokens=suffix + probe,
         max_tokens=None if cap is None else cap - reserve,

@@ -323,10 +323,10 @@ def test_a_line_may_be_so_long_and_no_longer() -> None:
 
 def test_what_a_bill_holds_is_not_copied_for_each_piece() -> None:
     for is_stream in (False, True):
-        bill = BoundedReplyMeter(TokenBound(most=100, texts=1), is_stream=is_stream)
+        bill = BoundedReplyMeter(TokenBound(max_tokens=100, completions=1), is_stream=is_stream)
         held = bill._held
         for _ in range(1000):
-            bill.take(b"x")
+            bill.feed(b"x")
         assert bill._held is held
         assert len(held) == 1000
 

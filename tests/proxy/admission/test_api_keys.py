@@ -138,7 +138,7 @@ async def test_admins_of_the_file_name_any_controller_and_clients_do_not(url: st
     assert (await ask(http, url, ROOT, tts={"controller": "everything"}))[0] == 200
     status, _, reply = await ask(http, url, ALICE, tts={"controller": "everything"})
     assert (status, reply["error"]["code"]) == (403, "admin_only")
-    assert "send the admin key" in reply["error"]["message"]
+    assert "send an admin key" in reply["error"]["message"]
 
 
 # Tenants
@@ -213,13 +213,13 @@ def test_salts_follow_from_the_secret(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("alice = {", "line 1: is no TOML"),
+        ("alice = {", "line 1: invalid TOML"),
         ("# mine\n\nalice = 3\n", "line 3: alice: entry: Input should be a valid dictionary"),
         (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "short" }}', "line 2: y: sha256"),
         (f'[x]\nsha256 = "{HASH}"\n\n[y]\nsha512 = "1"', "line 4: y: sha256: Field required"),
         (f'x = {{ sha256 = "{HASH}", tokens = 0 }}', "line 1: x: tokens"),
-        (f'"x y" = {{ sha256 = "{HASH}" }}', "line 1: x y: is no name"),
-        (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "{HASH}" }}', "line 2: y: has the key of x"),
+        (f'"x y" = {{ sha256 = "{HASH}" }}', "line 1: x y: invalid name"),
+        (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "{HASH}" }}', "line 2: y: same key as x"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_told_by_line(tmp_path: Path, text: str, words: str) -> None:
@@ -287,7 +287,7 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
 def test_a_file_without_keys_does_not_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# none yet\n")
-    with pytest.raises(SettingsError, match=r"keys\.toml: there is no key in it; add a line that `autotts keys new"):
+    with pytest.raises(SettingsError, match=r"keys\.toml: no keys; add a line that `autotts keys new"):
         Authenticator(load(keys=path))
 
 
@@ -355,10 +355,10 @@ def test_a_variable_holds_names_and_hashes() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (ALICE, "entry 1: say NAME=HASH"),
-        (f"{pair('bob', BOB)},alice={ALICE}", "entry 2: say NAME=HASH"),
-        (f"{ALICE}={ALICE}", "entry 1: say NAME=HASH"),
-        (f"{pair('bob', BOB)}\n{pair('alice', BOB)}", "entry 2: has the key of another"),
+        (ALICE, "entry 1: expected NAME=HASH"),
+        (f"{pair('bob', BOB)},alice={ALICE}", "entry 2: expected NAME=HASH"),
+        (f"{ALICE}={ALICE}", "entry 1: expected NAME=HASH"),
+        (f"{pair('bob', BOB)}\n{pair('alice', BOB)}", "entry 2: same key as an earlier"),
     ],
 )
 def test_what_is_wrong_with_a_variable_is_told_without_what_it_holds(text: str, words: str) -> None:
@@ -387,7 +387,7 @@ def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest
         write(file, line)
         caplog.clear()
         assert found.find("daves") is not None
-        assert f"is in {api_keys.KEYS_VARIABLE} too; the keys stay as they were" in caplog.text
+        assert f"is also in {api_keys.KEYS_VARIABLE}; remove one of them; keeping the previous keys" in caplog.text
 
 
 def test_an_unknown_limit_lists_those_there_are(tmp_path: Path) -> None:
@@ -406,7 +406,10 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        ("tokens = 750", "alice: tokens = 750 is less than the 781 or so that one interval and its answer need"),
+        (
+            "tokens = 750",
+            "alice: tokens = 750 is less than the approximately 781 tokens that one interval and",
+        ),
         ("tokens_per_minute = 750", "alice: tokens_per_minute = 750 is less than"),
         ("tokens_per_minute = 3000", "alice: a quarter of tokens_per_minute = 3000, the cap of requests that set no"),
         ("tokens = 800", None),
@@ -489,7 +492,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 def test_serving_the_world_without_keys_is_refused_in_one_line() -> None:
     done = autotts("serve", "--host", "0.0.0.0", "--upstream", "http://127.0.0.1:1")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
-    assert "host 0.0.0.0 can be reached by others and there are no keys" in done.stderr
+    assert "host 0.0.0.0 is reachable from other machines and no API keys are configured" in done.stderr
     done = autotts("serve", "--upstream", "http://127.0.0.1:1", AUTOTTS_KEYS="/nowhere/keys.toml")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "keys: /nowhere/keys.toml: No such file" in done.stderr

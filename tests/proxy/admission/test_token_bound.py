@@ -14,9 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admission.token_bound import UNBOUNDED, UNSET, TokenBound, bound_request
+from proxy.admission.token_bound import DEFAULT_MAX_TOKENS, UNBOUNDED, TokenBound, bound_request
 from proxy.admission.token_budget import SHARE, Caps
-from proxy.admission.usage_meter import HELD, LATE, TAIL, BoundedReplyMeter, last_reported_tokens
+from proxy.admission.usage_meter import (
+    MAX_HELD_BYTES,
+    TAIL_BYTES,
+    UNSEEN_TOKENS,
+    BoundedReplyMeter,
+    last_reported_tokens,
+)
 from proxy.errors import BadRequest
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.completion_request import CompletionRequest
@@ -62,18 +68,18 @@ def test_without_a_cap_nothing_is_bounded_or_read() -> None:
         (chat(n=None, max_tokens=7), 7),
         (chat(n=2, best_of=5, max_tokens=10), 50),
         (text(max_tokens=0, echo=True), 1),
-        (text(), UNSET),
+        (text(), DEFAULT_MAX_TOKENS),
         (text(prompt=["a"] * 3, n=2, max_tokens=10), 60),
         (text(prompt=[[1, 2], [3]], max_tokens=10), 20),
         (text(prompt=[1, 2, 3], max_tokens=10), 10),
-        (text(prompt=[]), UNSET),
-        (text(prompt=None, prompt_embeds=["x", "y"]), 2 * UNSET),
-        (text(prompt=["a"], prompt_embeds="x"), 2 * UNSET),
+        (text(prompt=[]), DEFAULT_MAX_TOKENS),
+        (text(prompt=None, prompt_embeds=["x", "y"]), 2 * DEFAULT_MAX_TOKENS),
+        (text(prompt=["a"], prompt_embeds="x"), 2 * DEFAULT_MAX_TOKENS),
         (response(max_output_tokens=500, tools=[{"type": "function", "name": "f"}]), 500),
     ],
 )
 def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: GenerationRequest, most: int) -> None:
-    assert bound_request(request_, Caps(tokens=700), LONGEST).most == most
+    assert bound_request(request_, Caps(tokens=700), LONGEST).max_tokens == most
 
 
 @pytest.mark.parametrize(
@@ -97,12 +103,12 @@ def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: G
             "max_tokens",
             "TOKENS_PER_MINUTE is 1000 tokens a minute",
         ),
-        (chat(n=800), Caps(tokens=700), "n", "800 texts"),
-        (text(prompt=["a"] * 100, max_tokens=16), Caps(tokens_per_minute=1000), "max_tokens", "100 texts"),
-        (text(prompt=["a"] * 2000), Caps(tokens_per_minute=1000), "prompt", "2000 texts"),
+        (chat(n=800), Caps(tokens=700), "n", "800 completions"),
+        (text(prompt=["a"] * 100, max_tokens=16), Caps(tokens_per_minute=1000), "max_tokens", "100 completions"),
+        (text(prompt=["a"] * 2000), Caps(tokens_per_minute=1000), "prompt", "2000 completions"),
         (response(max_output_tokens=701), Caps(tokens=700), "max_output_tokens", "701"),
-        (response(tools=[{"type": "mcp"}]), Caps(tokens=700), "tools", "functions"),
-        (response(tools=["x"]), Caps(tokens=700), "tools", "functions"),
+        (response(tools=[{"type": "mcp"}]), Caps(tokens=700), "tools", "function or custom"),
+        (response(tools=["x"]), Caps(tokens=700), "tools", "function or custom"),
         *((chat(n=n), Caps(tokens=700), "n", "whole") for n in (0, -1, "20", 2.0, True, [1])),
         (text(best_of="3"), Caps(tokens=700), "best_of", "whole"),
     ],
@@ -123,7 +129,7 @@ def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: C
         (chat(n=2), Caps(tokens=10_000), LONGEST, 2 * LONGEST, {}),
         (chat(n=2), Caps(tokens=10_000), 0, 10_000, {"max_completion_tokens": 5000}),
         (text(prompt=["a"] * 3), Caps(tokens=30), LONGEST, 30, {"max_tokens": 10}),
-        (text(), Caps(tokens=30), LONGEST, UNSET, {"max_tokens": UNSET}),
+        (text(), Caps(tokens=30), LONGEST, DEFAULT_MAX_TOKENS, {"max_tokens": DEFAULT_MAX_TOKENS}),
         (text(prompt=["a"] * 100), Caps(tokens_per_minute=1000), LONGEST, 1000, {"max_tokens": 10}),
         (response(), Caps(tokens=700), LONGEST, 700, {"max_output_tokens": 700}),
     ],
@@ -132,28 +138,28 @@ def test_who_sets_no_limit_is_given_one_that_fits(
     request_: GenerationRequest, caps: Caps, longest: int, most: int, put: dict[str, int]
 ) -> None:
     bound = bound_request(request_, caps, longest)
-    assert (bound.most, dict(bound.put)) == (most, put)
+    assert (bound.max_tokens, dict(bound.put)) == (most, put)
 
 
 def test_a_streams_usage_is_asked_for_unless_its_client_does() -> None:
     caps = Caps(tokens=700)
     bound = bound_request(chat(max_tokens=5, stream=True), caps, LONGEST)
-    assert (bound.has_asked, bound.put) == (True, {"stream_options": {"include_usage": True}})
+    assert (bound.adds_usage, bound.put) == (True, {"stream_options": {"include_usage": True}})
     options = {"include_usage": False, "continuous_usage_stats": True, "x": 1}
     bound = bound_request(text(max_tokens=5, stream=True, stream_options=options), caps, LONGEST)
-    assert (bound.has_asked, bound.put) == (True, {"stream_options": {"x": 1, "include_usage": True}})
+    assert (bound.adds_usage, bound.put) == (True, {"stream_options": {"x": 1, "include_usage": True}})
     for asked in (chat(max_tokens=5, stream=True, stream_options={"include_usage": True}), chat(max_tokens=5)):
         assert bound_request(asked, caps, LONGEST)[2:4] == ({}, False)
-    assert not bound_request(response(stream=True), caps, LONGEST).has_asked
+    assert not bound_request(response(stream=True), caps, LONGEST).adds_usage
 
 
 def test_tokens_may_hide_from_clients_that_ask_for_it() -> None:
     caps = Caps(tokens=700)
-    assert bound_request(chat(stream=True, temperature=0.5), caps, LONGEST).shows
+    assert bound_request(chat(stream=True, temperature=0.5), caps, LONGEST).shows_tokens
     for name, value in (("stop", "x"), ("ignore_eos", True), ("include_reasoning", False), ("stream_interval", 99)):
-        assert not bound_request(chat(stream=True, **{name: value}), caps, LONGEST).shows
-    assert not bound_request(response(stream=True), caps, LONGEST).shows
-    assert not bound_request(text(use_beam_search=True), caps, LONGEST).tells
+        assert not bound_request(chat(stream=True, **{name: value}), caps, LONGEST).shows_tokens
+    assert not bound_request(response(stream=True), caps, LONGEST).shows_tokens
+    assert not bound_request(text(use_beam_search=True), caps, LONGEST).is_usage_complete
 
 
 # The bill
@@ -169,12 +175,12 @@ def delta(content: str, **extra: Any) -> dict[str, Any]:
 
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "total_tokens": 45, "completion_tokens": 42}}
-PLAIN = TokenBound(most=500, has_asked=True, shows=True)
+PLAIN = TokenBound(max_tokens=500, adds_usage=True, shows_tokens=True)
 
 
 def read(bill: BoundedReplyMeter, pieces: Sequence[bytes], *, whole: bool = True) -> bytes:
-    told = b"".join(bill.take(piece) for piece in pieces)
-    return told + (bill.rest() if whole else b"")
+    told = b"".join(bill.feed(piece) for piece in pieces)
+    return told + (bill.finish() if whole else b"")
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
@@ -193,7 +199,7 @@ def test_a_usage_that_was_asked_for_here_is_taken_out_and_nothing_else(
     first = b": ping\n\n" + sse(delta("a"), delta("é\n\ndata: "), {"choices": [], "usage": None})
     after = b"event: x\nid: 7\ndata: {not json\n\n\n" + sse(None) + b"data: tail"
     whole = (first + sse(USAGE) + after).replace(b"\n", line)
-    bill = BoundedReplyMeter(PLAIN._replace(has_asked=has_asked), is_stream=True)
+    bill = BoundedReplyMeter(PLAIN._replace(adds_usage=has_asked), is_stream=True)
     assert read(bill, cut(whole, places)) == (whole if not has_asked else (first + after).replace(b"\n", line))
     assert bill.cost == 42
 
@@ -207,7 +213,7 @@ def test_a_usage_that_ends_a_stream_without_a_blank_line_is_read_too() -> None:
 def test_a_responses_stream_tells_its_usage_within() -> None:
     last = {"type": "response.completed", "response": {"usage": {"output_tokens": 9}, "metadata": {}}}
     stream = sse({"type": "response.created", "response": {"usage": None}}, last)
-    bill = BoundedReplyMeter(TokenBound(most=500, has_asked=True), is_stream=True)
+    bill = BoundedReplyMeter(TokenBound(max_tokens=500, adds_usage=True), is_stream=True)
     assert (read(bill, [stream]), bill.cost) == (stream, 9)
 
 
@@ -225,10 +231,10 @@ def test_a_usage_of_a_whole_reply_is_read_wherever_it_stands(places: list[int], 
 def test_without_a_usage_it_is_the_bound_or_the_text_that_came() -> None:
     shown = sse(delta("ab"), delta("é"), {"choices": [{"index": 0, "text": "abc"}, {"index": 1, "text": ""}, "x"]})
     for bound, is_stream, cost in (
-        (PLAIN, True, LATE + 2 + 2 + 3 + 1),
-        (PLAIN._replace(texts=3), True, 3 * LATE + 8),
-        (PLAIN._replace(most=20), True, 20),
-        (PLAIN._replace(shows=False), True, 500),
+        (PLAIN, True, UNSEEN_TOKENS + 2 + 2 + 3 + 1),
+        (PLAIN._replace(completions=3), True, 3 * UNSEEN_TOKENS + 8),
+        (PLAIN._replace(max_tokens=20), True, 20),
+        (PLAIN._replace(shows_tokens=False), True, 500),
         (PLAIN, False, 500),
     ):
         bill = BoundedReplyMeter(bound, is_stream=is_stream)
@@ -243,19 +249,19 @@ def test_a_usage_that_is_none_bills_the_bound(usage: Any, said: Any) -> None:
         usage = dict.fromkeys(usage, said)
     for is_stream in (False, True):
         chunk = {"choices": [], "usage": usage}
-        bill = BoundedReplyMeter(PLAIN._replace(shows=False), is_stream=is_stream)
+        bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=is_stream)
         read(bill, [sse(chunk) if is_stream else json.dumps(chunk).encode()])
         assert bill.cost == 500
 
 
 def test_beams_are_billed_by_their_bound() -> None:
-    bill = BoundedReplyMeter(PLAIN._replace(tells=False), is_stream=False)
+    bill = BoundedReplyMeter(PLAIN._replace(is_usage_complete=False), is_stream=False)
     read(bill, [json.dumps(USAGE).encode()])
     assert bill.cost == 500
 
 
 def test_a_usage_of_one_choice_is_not_that_of_all() -> None:
-    bill = BoundedReplyMeter(PLAIN._replace(shows=False), is_stream=True)
+    bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=True)
     assert read(bill, [both := sse(delta("a", usage={"completion_tokens": 1}))]) == both
     assert bill.cost == 500
 
@@ -263,7 +269,7 @@ def test_a_usage_of_one_choice_is_not_that_of_all() -> None:
 def test_what_is_too_long_is_handed_on_and_billed_by_its_bound() -> None:
     for is_stream in (False, True):
         bill = BoundedReplyMeter(PLAIN, is_stream=is_stream)
-        long = [b"data: " + b"x" * (HELD // 2)] * 3
+        long = [b"data: " + b"x" * (MAX_HELD_BYTES // 2)] * 3
         assert read(bill, [*long, sse(USAGE)]) == b"".join(long) + sse(USAGE)
         assert (bill.cost, bill._held) == (500, bytearray())
 
@@ -344,7 +350,9 @@ async def test_a_stream_is_booked_by_its_usage_whoever_asked_for_it(tmp_path: Pa
 
 
 async def test_a_usage_that_much_follows_is_booked(tmp_path: Path) -> None:
-    reply = json.dumps({"choices": [], "usage": {"completion_tokens": 42}, "prompt_token_ids": [7] * TAIL}).encode()
+    reply = json.dumps(
+        {"choices": [], "usage": {"completion_tokens": 42}, "prompt_token_ids": [7] * TAIL_BYTES}
+    ).encode()
     async with RawUpstream([reply], content_type="application/json").serve() as upstream:
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -382,7 +390,7 @@ async def test_a_client_that_leaves_is_booked_what_may_have_been_generated(tmp_p
             body = {**CHAT, "max_tokens": 100, "stream": stream}
             async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
                 assert await response.content.readany()
-            booked = LATE + 2 if stream else 100
+            booked = UNSEEN_TOKENS + 2 if stream else 100
             assert await spent(http, url) == (booked, booked)
 
 

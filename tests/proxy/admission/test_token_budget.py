@@ -31,7 +31,7 @@ from proxy.admission.token_budget import (
     TokenWindow,
     retry_after,
 )
-from proxy.admission.usage_meter import LATE, BoundedReplyMeter
+from proxy.admission.usage_meter import UNSEEN_TOKENS, BoundedReplyMeter
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
@@ -114,7 +114,7 @@ class Budgets(RuleBasedStateMachine):
     @rule(
         reserve=consumes(running),
         words=st.lists(st.text("aé", min_size=1, max_size=4), max_size=40),
-        late=st.integers(0, LATE),
+        late=st.integers(0, UNSEEN_TOKENS),
         ends=st.sampled_from(["told", "untold", "cut", "lies"]),
         lie=USAGES,
         bound=st.builds(TokenBound, *map(st.just, TokenBound()[:3]), *[st.booleans()] * 3),
@@ -142,12 +142,12 @@ class Budgets(RuleBasedStateMachine):
         said: list[Any] = [] if ends in ("untold", "cut") else [{"choices": [], **usage}]
         events = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*chunks, *said])
         whole = json.dumps({"choices": chunks, **(usage if said else {})}).encode()
-        bill = BoundedReplyMeter(bound._replace(most=reserve.tokens), is_stream=is_stream)
+        bill = BoundedReplyMeter(bound._replace(max_tokens=reserve.tokens), is_stream=is_stream)
         reply = events if is_stream else whole
         for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
-            bill.take(reply[at : at + size])
+            bill.feed(reply[at : at + size])
         if ends != "cut":
-            bill.rest()
+            bill.finish()
         assert 0 <= bill.cost <= reserve.tokens
         assert bill.cost >= generated or ends == "lies"
         self.settle(reserve, bill.cost)

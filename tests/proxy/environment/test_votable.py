@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
+from proxy.admission.token_budget import EpisodeCaps
 from proxy.environment.live_environment import OPEN_STREAM_INTERVAL, PIECES
 from proxy.episode import run
 from proxy.requests.chat_request import ChatRequest
@@ -196,7 +197,13 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
     plan = await run.plan(
-        engine, ControllerManager(settings, Metrics()), settings, model, request, EffectiveBeta(1.0, BetaSource.HEADER)
+        engine,
+        ControllerManager(settings, Metrics()),
+        settings,
+        EpisodeCaps(settings.max_branches),
+        model,
+        request,
+        EffectiveBeta(1.0, BetaSource.HEADER),
     )
     assert plan.limits.max_tokens is not None
     beside = (
