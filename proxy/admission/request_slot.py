@@ -256,9 +256,7 @@ def _is_event_stream(response: Response) -> bool:
     return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _metered(
-    source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter
-) -> BodySource:
+def _metered(source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
     """Wrap `source` so that `meter` reads the whole reply. It settles the slot at the end, however the reply ends."""
 
     async def metered(sink: BodySink) -> None:

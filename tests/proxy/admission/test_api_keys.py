@@ -439,7 +439,7 @@ def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
 def test_so_is_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
     Authenticator(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
     (line,) = warned(caplog)
-    assert line.startswith("the server's limit tokens = 700 is less than the 781 or so")
+    assert line.startswith("the server's limit tokens = 700 is less than the approximately 781")
 
 
 @pytest.mark.process
@@ -476,7 +476,7 @@ def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_strangers_are_not_let_in_unasked(host: str, file: Path) -> None:
-    with pytest.raises(SettingsError, match="there are no keys"):
+    with pytest.raises(SettingsError, match="no API keys are configured"):
         check_host(load(host=host))
     check_host(load(host=host, keys=file))
     check_host(load(host=host, client_keys=pair("alice", ALICE)))

@@ -143,7 +143,7 @@ def test_the_flags_of_serve_are_taken_here_too() -> None:
     assert (told["port"]["value"], told["beta"]["value"], told["store"]["value"]) == (9, 0.5, None)
     done = autotts("config", "check", *flags, "--host", "0.0.0.0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "there are no keys" in done.stderr
+    assert "no API keys are configured" in done.stderr
     done = autotts("config", "check", "--beta", "much")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--beta must be" in done.stderr

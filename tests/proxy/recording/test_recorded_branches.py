@@ -190,7 +190,7 @@ async def admin(backend: FakeVLLM) -> AsyncIterator[Admin]:
 async def test_only_admins_record(admin: Admin, controller: str, key: dict[str, str]) -> None:
     status, reply = await admin.ask(controller, key)
     assert (status, reply["error"]["code"]) == (403, "admin_only")
-    assert "send the admin key" in reply["error"]["message"]
+    assert "send an admin key" in reply["error"]["message"]
     assert admin.backend.requests == []
 
 
