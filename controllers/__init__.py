@@ -1,4 +1,4 @@
-"""The language of test-time compute: what a controller may see and do. No network, no clock, no randomness.
+"""The language of controllers: what a controller sees and what it may do. No network, no clock, no randomness.
 
 A controller file imports from here and from the standard library only:
 

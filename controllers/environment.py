@@ -1,4 +1,4 @@
-"""The one seam between a decision and the world: live, replayed or scripted."""
+"""The interface between the episode runner and what carries out its rounds: live, replayed or scripted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Environment(Protocol):
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         """Carry out one round and return when all of it is done.
 
-        `actions` has passed `State.check`. The facts come in action order: one `Advanced` for each BRANCH and
-        CONTINUE, one `Probed` for each PROBE, none for PRUNE and ANSWER. Different branches may run at once; the
-        actions of one branch run in list order. A PROBE, or a CONTINUE, that finds its branch finished by an earlier
-        action of the same round costs nothing: it repeats the final label (zero intervals and tokens).
+        `actions` has passed `State.check`. The facts come in the order of the actions: one `Advanced` for each BRANCH
+        and CONTINUE, one `Probed` for each PROBE, none for PRUNE and ANSWER. Different branches may run at
+        once; the actions of one branch run in list order. A PROBE or CONTINUE whose branch has been finished by an
+        earlier action of the round costs nothing: it repeats the final label (zero intervals and tokens).
 
         Labels are numbered from 0 by their first reveal in the episode, in the order of the facts.
         Raises whatever the implementation's boundary raises; the state is then as it was before the round.

@@ -1,4 +1,4 @@
-"""The one runner, live and in replay."""
+"""The episode runner, used live and in replay."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ T = TypeVar("T")
 
 
 class Controller(Protocol):
-    """A policy with one dial. One object serves one episode."""
+    """A policy with one parameter, β. One object serves one episode."""
 
     def __init__(self, beta: float) -> None:
-        """`beta` in [0, 1]; a larger one spends more. Raises BetaError."""
+        """Create a controller for `beta` in [0, 1]; a larger β spends more. Raises BetaError."""
 
     def decide(self, state: State) -> Sequence[Action]:
-        """The next round: a legal, non-empty list. It must be a function of this episode's states alone."""
+        """Return the next round, a legal and non-empty list. It must depend on this episode's states only."""
         ...
 
 
 class RemoteController(Protocol):
-    """A controller that lives elsewhere: others go on while it decides."""
+    """A controller in another process. Other episodes continue while it decides."""
 
     async def decide_later(self, state: State) -> Sequence[Action]:
-        """As `Controller.decide`. Raises ControllerError."""
+        """Decide like `Controller.decide`. Raises ControllerError."""
         ...
 
 
 Factory = Callable[[float], Controller]
-"""Makes a fresh controller for one episode from its β. Raises BetaError."""
+"""Creates a controller for one episode from its β. Raises BetaError."""
 
 
 async def run_episode(
@@ -44,8 +44,8 @@ async def run_episode(
 ) -> State:
     """Run `controller` until `state` stops, and return it.
 
-    Raises IllegalAction on a forbidden move, ControllerError if `decide` raises, and whatever `execute` raises;
-    `state` is then as the last whole round left it, and the caller may `end` it, or let another controller go on.
+    Raises IllegalAction for an illegal action, ControllerError if `decide` raises, and whatever `execute` raises. The
+    state is then as after the last complete round. The caller may `end` it, or let another controller continue.
     """
     later: Callable[[State], Awaitable[Sequence[Action]]] | None = getattr(controller, "decide_later", None)
     while state.stop is None:
@@ -70,19 +70,19 @@ def _decide(controller: Any, state: State) -> Sequence[Action]:
     except (
         Exception,
         SystemExit,
-    ) as error:  # a controller is foreign code: whatever it raises is its failure, not ours
+    ) as error:  # a controller is foreign code, and any error is its own
         raise ControllerError(complaint(controller, error)) from error
 
 
 def complaint(controller: object, error: BaseException) -> str:
-    """What is told of a controller that raised; a move that cannot even be made tells all itself."""
+    """Return the message about a controller that raised. An IllegalAction needs no addition."""
     if isinstance(error, ControllerError):
         return str(error)
     return f"{type(controller).__name__} raised {type(error).__name__}: {error}"
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Finish a coroutine that never suspends, without an event loop: replay needs no second runner."""
+    """Run a coroutine that never suspends, without an event loop. Replay uses the same runner this way."""
     try:
         coroutine.send(None)
     except StopIteration as done:

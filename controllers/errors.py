@@ -1,15 +1,15 @@
-"""What can go wrong in an episode, by the boundary it crossed.
+"""Errors of controllers and episodes.
 
 ControllersError
 ├── BetaError            a β outside [0, 1], or not a number
-├── UnknownController    a name no controller answers to
+├── UnknownController    there is no controller of that name
 ├── ControllerError      the controller is at fault
-│   ├── IllegalAction    it asked for what is not allowed; nothing has changed
-│   ├── BadController    its file cannot be read, or no object be made of it
-│   └── BoundaryViolation          it crossed a boundary of its sandbox and was killed; it says which
-├── SandboxUnavailable             this machine cannot seal a controller, so no foreign one runs
-├── MachineDisturbed            this machine ended a sealed process, or gave it no time; the controller is not at fault
-└── BadFact              the environment is at fault: its facts do not answer the actions; nothing has changed
+│   ├── IllegalAction    an action is not allowed; the state is unchanged
+│   ├── BadController    its file cannot be read, or its constructor fails
+│   └── BoundaryViolation          it violated a boundary of its sandbox and was killed
+├── SandboxUnavailable             this machine cannot seal a process, so no controller from a file runs
+├── MachineDisturbed            the machine ended a sandbox process, or gave it no time; the controller is not at fault
+└── BadFact              the environment is at fault: its facts do not match the actions
 """
 
 from enum import StrEnum
@@ -24,54 +24,54 @@ class BetaError(ControllersError, ValueError):
 
 
 class UnknownController(ControllersError, LookupError):
-    """A name no controller answers to; the message lists those there are."""
+    """There is no controller of that name. The message lists the existing ones."""
 
 
 class ControllerError(ControllersError):
-    """The controller did something it must not."""
+    """The controller is at fault."""
 
 
 class IllegalAction(ControllerError):
-    """A move the state does not allow. The state is as it was."""
+    """An action that the state does not allow. The state is unchanged."""
 
 
 class BadController(ControllerError):
-    """A file that holds no controller, or a constructor that fails."""
+    """A file without a controller, or a constructor that fails."""
 
 
 class Boundary(StrEnum):
-    """What a sealed controller may not cross."""
+    """Boundaries of a sandbox."""
 
-    LATE = "late"  # it decided for longer than allowed
-    DEAD = "dead"  # it ended: it left, crashed, or used up its processor time
-    CALL = "call"  # the kernel killed it at a system call it may not make
-    FRAME = "frame"  # what it sent is no answer to what it was asked
-    UNASKED = "unasked"  # it computed while it was not asked anything
+    LATE = "late"  # it took too long to decide
+    DEAD = "dead"  # it exited, crashed, or used up its processor time
+    CALL = "call"  # the kernel killed it for a forbidden system call
+    FRAME = "frame"  # it sent an invalid answer
+    UNASKED = "unasked"  # it computed between an answer and the next question
 
 
 class BoundaryViolation(ControllerError):
-    """A sealed controller crossed `boundary`. Its process is dead; the state is as it was."""
+    """A sealed controller violated `boundary`. Its process is dead; the state is unchanged."""
 
     def __init__(self, boundary: Boundary, message: str, asked: float | None = None) -> None:
-        super().__init__(boundary, message, asked)  # as it was made, so that another process can make it again
+        super().__init__(boundary, message, asked)  # all arguments, so that it can be pickled
         self.boundary = boundary
         self.message = message
-        self.asked = asked  # when it was asked, by the monotonic clock; None if it was not
+        self.asked = asked  # time of the question by the monotonic clock; None if there was none
 
     def __str__(self) -> str:
         return f"{self.message} ({self.boundary})"
 
 
 class SandboxUnavailable(ControllersError):
-    """This machine cannot seal controllers; the message names the layer that is missing and what to do."""
+    """This machine cannot seal controllers. The message names the missing layer and what to do."""
 
 
 class MachineDisturbed(ControllersError):
-    """A sealed process could not decide because of the machine: it was killed from outside, or was given no time.
+    """A sandbox process could not decide because of the machine: it was killed from outside, or was given no time.
 
-    Nobody is at fault. The state is as it was, and another process may be asked.
+    The controller is not at fault. The state is unchanged, and another process may be asked.
     """
 
 
 class BadFact(ControllersError):
-    """The environment's facts do not answer the actions. The state is as it was."""
+    """The environment's facts do not match the actions."""

@@ -1,4 +1,4 @@
-"""Everything of every chain: run to its end and asked after each interval. It decides nothing; it makes recordings."""
+"""Run every chain to its end and probe it after each interval. It makes recordings and does not vote."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from controllers.state import State
 
 
 class Everything:
-    """N doubles six times from 1 at β = 0 to 64 at β = 1. All chains run in lockstep, an interval a round."""
+    """N chains, from 1 at β = 0 to 64 at β = 1. They run in lockstep, one interval per round."""
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         self.samples = chains(beta, samples)
 
     def decide(self, state: State) -> list[Action]:
         behind = (i for i in state.active if state.branches[i].probed < state.branches[i].intervals)
-        moves = [probe(i) for i in behind]  # a cap had come between its step and its probe
+        moves = [probe(i) for i in behind]  # the cap had cut the round between its step and its probe
         for i in state.active:
             moves += (advance(i), probe(i))
         for i in range(state.width, min(self.samples, state.limits.max_branches)):

@@ -1,8 +1,8 @@
-"""What is legal, what each fact changes, and what has been spent. It knows not whether it is live or replayed.
+"""The rules of an episode: which actions are legal, what facts change, and what has been spent, live or in replay.
 
-    a branch:  BRANCH ──▶ running ──CONTINUE──▶ running … ──▶ finished (its label is free)
+    a branch:  BRANCH ──▶ running ──CONTINUE──▶ running … ──▶ finished (its label costs nothing)
                             │  ▲
-                            │  └─PROBE: shows a label, once per advance
+                            │  └─PROBE: reveals a label, once per advance
                             └─PRUNE──▶ pruned
 
 Every legal round makes progress (opens, advances, probes what moved, or prunes), so every episode ends.
@@ -21,47 +21,47 @@ from controllers.errors import BadFact, IllegalAction
 from controllers.voting import plurality, tally
 
 GONE, UNTOUCHED, MOVED, ASKED = range(4)
-"""What a round did last to a branch; GONE for one that is finished or pruned."""
+"""Last effect of a round on a branch. GONE: finished or pruned. ASKED: probed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an episode may use. Token figures are worst cases the state reserves by; None sets no bound."""
+    """Limits of an episode. Token limits are worst cases that the state reserves; None means no limit."""
 
     interval: int  # tokens of one interval, Δ
     max_branches: int = 64  # branches that may ever be opened
-    branch_tokens: int | None = None  # tokens one branch may grow to
-    probe_tokens: int = 0  # the most one probe can cost
-    max_tokens: int | None = None  # tokens the whole episode may spend; a hard cap
+    branch_tokens: int | None = None  # most tokens of a branch
+    probe_tokens: int = 0  # most tokens of a probe
+    max_tokens: int | None = None  # most tokens of the episode; a hard cap
 
     def __post_init__(self) -> None:
         for name in ("interval", "max_branches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits.{name} must be at least 1, not {getattr(self, name)}")
         if self.max_tokens is not None and self.branch_tokens is None:
-            raise ValueError("Limits.max_tokens needs branch_tokens: without it TO_END has no worst case to reserve")
+            raise ValueError("Limits.max_tokens needs branch_tokens: without it the worst case of TO_END is unknown")
 
 
 class Stop(StrEnum):
     """Why an episode ended."""
 
     ANSWERED = "answered"  # the controller answered
-    MAX_TOKENS = "max_tokens"  # nothing it asked for fits under the cap any more
-    DEADLINE = "deadline"  # time was up
-    CONTROLLER_ERROR = "controller_error"  # it raised, or moved illegally
+    MAX_TOKENS = "max_tokens"  # no requested action fits under the cap
+    DEADLINE = "deadline"  # the deadline has passed
+    CONTROLLER_ERROR = "controller_error"  # the controller raised, or made an illegal move
     UPSTREAM_ERROR = "upstream_error"  # the backend failed midway
-    NOT_VOTABLE = "not_votable"  # the task has no answers that could be compared
+    NOT_VOTABLE = "not_votable"  # the task has no answers that can be compared
 
 
 class Round(NamedTuple):
-    """One round as it was carried out: what a trace is made of."""
+    """One round as it was carried out. Traces consist of rounds."""
 
     actions: Sequence[Action]
     facts: Sequence[Fact]
 
 
 class Branch:
-    """One line of reasoning, as far as it is known."""
+    """What is known of one branch."""
 
     __slots__ = ("finished", "intervals", "label", "probe_tokens", "probed", "pruned", "tokens")
 
@@ -69,7 +69,7 @@ class Branch:
         self.intervals = 0  # intervals run
         self.tokens = 0  # tokens generated, probes not counted
         self.probe_tokens = 0  # tokens its probes cost
-        self.label: int | None = None  # its final label if finished, else its latest probe's
+        self.label: int | None = None  # final label if finished, else label of the latest probe
         self.probed = 0  # intervals it had run when it was last probed
         self.finished = False
         self.pruned = False
@@ -85,10 +85,10 @@ class Branch:
 
 
 class State:
-    """All a controller sees of its episode, and the only judge of legality and cost.
+    """All that a controller sees of its episode. It alone decides which actions are legal and what they cost.
 
-    It holds no text, no question and no reference answer: labels are ints, numbered from 0 by first reveal.
-    The caller owns it: after a failure the best answer so far is `leader()`.
+    It holds no text, no question and no reference answer. Labels are ints, numbered from 0 by first reveal.
+    The caller owns it: after a failure, `leader()` is the best answer so far.
     """
 
     __slots__ = (
@@ -110,7 +110,7 @@ class State:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.branches: list[Branch] = []
-        self.active: tuple[int, ...] = ()  # ids of the branches neither finished nor pruned, in order
+        self.active: tuple[int, ...] = ()  # ids of branches neither finished nor pruned, in order
         self.finished: list[int] = []  # ids of finished branches, in the order they finished
         self.votes: dict[int, int] = {}  # finished branches by label, in the order first seen
         self.labels = 0  # labels revealed so far; they are 0 … labels - 1
@@ -119,34 +119,34 @@ class State:
         self.spent = 0  # tokens, probes included
         self.answer: int | None = None  # the label answered with
         self.stop: Stop | None = None  # why the episode ended; None while it runs
-        self._fresh: list[int] = []  # for each branch UNTOUCHED, or GONE: where a round begins
-        self._gone = 0  # how many of them are GONE
+        self._fresh: list[int] = []  # UNTOUCHED or GONE for each branch, at the start of a round
+        self._gone = 0  # number of branches that are GONE
 
     @property
     def width(self) -> int:
-        """How many branches have been opened; the id the next one gets."""
+        """Number of branches opened so far. It is the id of the next branch."""
         return len(self.branches)
 
     @property
     def room(self) -> int:
-        """How many branches may still be opened."""
+        """Number of branches that may still be opened."""
         return self.limits.max_branches - len(self.branches)
 
     @property
     def remaining(self) -> int | None:
-        """Tokens left under the cap; None without one."""
+        """Tokens left under the cap; None without a cap."""
         cap = self.limits.max_tokens
         return None if cap is None else cap - self.spent
 
     def leader(self) -> int | None:
-        """The best answer so far: plurality of the finished, else of the latest labels of those not pruned."""
+        """Return the best answer so far: plurality of finished branches, else of the latest labels of unpruned ones."""
         winner = plurality(self.votes)
         if winner is None:
             winner = plurality(tally(branch.label for branch in self.branches if not branch.pruned))
         return winner
 
     def ledger(self, winner: int | None = None) -> dict[str, int]:
-        """Tokens by what they were spent on; they add up to `spent`. `winner` is the branch whose text is read."""
+        """Return tokens by purpose; they add up to `spent`. `winner` is the branch whose text is the reply."""
         tokens = dict.fromkeys(("winner", "agreeing", "losing", "pruned", "probe"), 0)
         for index, branch in enumerate(self.branches):
             tokens["probe"] += branch.probe_tokens
@@ -160,10 +160,10 @@ class State:
             tokens[kind] += branch.tokens
         return tokens
 
-    # What is legal
+    # Legality
 
     def check(self, actions: Sequence[Action]) -> None:
-        """Raise IllegalAction unless `actions` is a legal round; the state is not changed."""
+        """Raise IllegalAction unless `actions` is a legal round. The state is not changed."""
         if self.stop is not None:
             raise IllegalAction(f"the episode has ended ({self.stop})")
         if not isinstance(actions, (list, tuple)):
@@ -174,7 +174,7 @@ class State:
         try:
             for action in actions:
                 if type(action) is not Action:
-                    raise IllegalAction(f"{action!r} is no action; branch(), advance(), … make them")
+                    raise IllegalAction(f"{action!r} is not an action; make one with branch(), advance(), …")
                 verb, index = action.verb, action.branch
                 if verb is CONTINUE:
                     if since[index] == GONE:
@@ -186,7 +186,7 @@ class State:
                     since[index] = ASKED
                 elif verb is BRANCH:
                     if len(since) >= self.limits.max_branches:
-                        raise IllegalAction(f"branch(): {self.limits.max_branches} branches are the most")
+                        raise IllegalAction(f"branch(): at most {self.limits.max_branches} branches may be opened")
                     since.append(MOVED)
                 elif verb is PRUNE:
                     if since[index] == GONE:
@@ -198,15 +198,15 @@ class State:
             raise self._no_branch(action, since) from None
 
     def _check_probe(self, action: Action, since: Sequence[int]) -> None:
-        """A branch that this round has not moved may be asked if an earlier round has."""
+        """Raise IllegalAction unless the branch has advanced since its latest probe."""
         last, index = since[action.branch], action.branch
         if last == GONE:
             raise self._no_branch(action, since)
         if last == ASKED or self.branches[index].probed == self.branches[index].intervals:
-            raise IllegalAction(f"PROBE: branch {index} has not moved since it was probed")
+            raise IllegalAction(f"PROBE: branch {index} has not advanced since it was probed")
 
     def _no_branch(self, action: Action, since: Sequence[int]) -> IllegalAction:
-        """Why `action` is about no active branch; `since` counts those its round opens before it."""
+        """Return why the branch of `action` is not active. `since` includes branches that the round opens before it."""
         verb, index = action.verb.name, action.branch
         if index >= len(since):
             return IllegalAction(f"{verb}: there is no branch {index}; {len(since)} are open")
@@ -215,19 +215,19 @@ class State:
 
     def _check_answer(self, actions: Sequence[Action], label: int | None) -> None:
         if len(actions) > 1:
-            raise IllegalAction("answer() stands alone in its round")
+            raise IllegalAction("answer() must be the only action of its round")
         if label is None:
             if self.leader() is not None:
-                raise IllegalAction(f"answer(None): label {self.leader()} leads; None is for when nothing does")
+                raise IllegalAction(f"answer(None): label {self.leader()} leads; None is allowed only without a label")
         elif not 0 <= label < self.labels:
-            raise IllegalAction(f"answer({label}): no such label; {self.labels} have appeared")
+            raise IllegalAction(f"answer({label}): there is no label {label}; {self.labels} have been revealed")
 
-    # What it costs
+    # Cost
 
     def affordable(self, actions: Sequence[Action]) -> Sequence[Action]:
-        """The longest beginning of `actions` whose worst case fits under the cap; all of it without a cap.
+        """Return the longest prefix of `actions` whose worst case fits under the cap; all of them without a cap.
 
-        The first advance that does not fit as a whole is cut to the intervals that do. Prunes are free.
+        The first advance that does not fit is shortened to the intervals that fit. Prunes are free.
         """
         remaining = self.remaining
         if remaining is None:
@@ -258,19 +258,19 @@ class State:
         return fitting
 
     def worst_case(self, tokens: int, intervals: int) -> int:
-        """The most that `intervals` more can cost a branch that has `tokens`."""
+        """Return the most tokens that `intervals` more can cost a branch of `tokens` tokens."""
         most = intervals * self.limits.interval
         if self.limits.branch_tokens is not None:
             most = min(most, max(0, self.limits.branch_tokens - tokens))
         return most
 
-    # What happened
+    # Facts
 
     def apply(self, actions: Sequence[Action], facts: Sequence[Fact]) -> None:
-        """Take a legal round's facts in.
+        """Update the state with the facts of a legal round.
 
-        Raises BadFact at the first fact that does not answer its action. Those before it stand, for they tell of
-        tokens that were spent; the round does not count, and nothing is pruned or answered by it.
+        Raises BadFact at the first fact that does not match its action. Facts before it stay applied, because their
+        tokens were spent. The round does not count, and its prunes and answer are not applied.
         """
         asking = [action for action in actions if action.verb < PRUNE] if len(facts) != len(actions) else actions
         if len(facts) != len(asking):
@@ -315,9 +315,9 @@ class State:
         self.last = Round(actions, facts)
 
     def _reveal(self, fact: Fact, label: int) -> None:
-        """Take notice of the label of `fact`."""
+        """Register the label of `fact`."""
         if label > self.labels:
-            raise BadFact(f"{fact}: labels are numbered by first reveal, the next new one is {self.labels}")
+            raise BadFact(f"{fact}: labels are numbered by first reveal; the next new label is {self.labels}")
         self.labels = max(self.labels, label + 1)
 
     def _open(self, fact: Advanced) -> None:
@@ -342,25 +342,25 @@ class State:
         self._leave(fact.branch)
 
     def _leave(self, index: int) -> None:
-        """Branch `index` is active no more."""
+        """Mark branch `index` as no longer active."""
         self._fresh[index] = GONE
         self._gone += 1
 
     def _close_round(self, actions: Sequence[Action]) -> None:
-        """What brings no fact: prunes, and the answer."""
+        """Apply the actions without facts: prunes and the answer."""
         for action in actions:
             if action.verb is PRUNE:
-                if self._fresh[action.branch] != GONE:  # else this round has finished it, and its vote stands
+                if self._fresh[action.branch] != GONE:  # otherwise this round has finished it, and its vote counts
                     self.branches[action.branch].pruned = True
                     self._leave(action.branch)
             elif action.verb is ANSWER:
                 self.answer, self.stop = action.label, Stop.ANSWERED
 
     def end(self, stop: Stop) -> None:
-        """End the episode from outside with the best answer so far, if it has answers; the first reason stays."""
+        """End the episode from outside with the best answer so far, if there is one. The first reason is kept."""
         if self.stop is None:
             self.answer, self.stop = None if stop is Stop.NOT_VOTABLE else self.leader(), stop
 
 
 def _bad(action: Action, fact: Fact) -> BadFact:
-    return BadFact(f"{action} is answered by {fact}")
+    return BadFact(f"{fact} does not match {action}")

@@ -18,7 +18,7 @@ def tally(labels: Iterable[int | None]) -> dict[int, int]:
 
 
 def plurality(votes: Mapping[int, int]) -> int | None:
-    """The label with most votes; of equals the one seen first; None if nobody voted."""
+    """Return the label with most votes, the first seen of equals; None without votes."""
     best, most = None, 0
     for label, count in votes.items():
         if count > most:
@@ -27,7 +27,7 @@ def plurality(votes: Mapping[int, int]) -> int | None:
 
 
 def top_two(votes: Mapping[Any, int]) -> tuple[int, int]:
-    """The two highest counts, highest first; 0 where there is none."""
+    """Return the two highest counts, highest first; 0 where there is none."""
     first = second = 0
     for count in votes.values():
         if count > first:
@@ -39,10 +39,10 @@ def top_two(votes: Mapping[Any, int]) -> tuple[int, int]:
 
 @lru_cache(maxsize=1 << 14)
 def confidence(first: int, second: int) -> float:
-    """How sure it is that the leading label is the likelier of the top two, in [0, 1].
+    """Return the confidence in [0, 1] that the leading label is the more likely of the top two.
 
     1 - BetaCDF(1/2; first + 1, second + 1), the stopping rule of Adaptive-Consistency (arXiv 2305.11860). With
-    whole counts it is a binomial tail, summed exactly. 0 if nobody voted.
+    whole counts it is a binomial tail, summed exactly. 0 without votes.
     """
     if first == 0:
         return 0.0

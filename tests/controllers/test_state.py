@@ -93,7 +93,7 @@ def test_the_ledger_adds_up_to_what_was_spent() -> None:
         (lambda: advance(-1), "no branch -1"),
         (lambda: advance(0, 0), "intervals"),
         (lambda: answer("0"), "no label '0'"),  # type: ignore[arg-type]
-        (lambda: Action(1), "1 is no verb"),  # type: ignore[arg-type]
+        (lambda: Action(1), "1 is not a verb"),  # type: ignore[arg-type]
     ],
 )
 def test_an_action_is_well_formed_or_is_not_made(make: Callable[[], Action], why: str) -> None:
@@ -121,22 +121,22 @@ def test_a_fact_is_possible_or_is_not_made(make: Callable[[], Fact]) -> None:
     ("actions", "why"),
     [
         ([], "empty"),
-        ([branch(), branch()], "5 branches are the most"),
+        ([branch(), branch()], "at most 5 branches"),
         ([advance(4)], "no branch 4"),
         ([advance(2)], "finished"),
         ([advance(3)], "pruned"),
-        ([probe(0)], "not moved"),
-        ([probe(1), probe(1)], "not moved"),
+        ([probe(0)], "not advanced"),
+        ([probe(1), probe(1)], "not advanced"),
         ([probe(2)], "finished"),
         ([prune(2)], "finished"),
         ([prune(3)], "pruned"),
         ([prune(0), advance(0)], "pruned"),
         ([prune(0), prune(0)], "pruned"),
-        ([answer(0), advance(0)], "stands alone"),
-        ([answer(7)], "no such label"),
-        ([answer(-1)], "no such label"),
+        ([answer(0), advance(0)], "only action of its round"),
+        ([answer(7)], "there is no label"),
+        ([answer(-1)], "there is no label"),
         ([answer(None)], "label 0 leads"),
-        ([(Verb.CONTINUE, 0, 1, None)], "is no action"),
+        ([(Verb.CONTINUE, 0, 1, None)], "is not an action"),
         ("advance", "a round is a list of actions, not str"),
     ],
 )
