@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import aiohttp
 import pytest
+from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.environment.live_environment import LiveEnvironment
@@ -11,13 +12,71 @@ from proxy.episode.episode_metrics import estimate_saved_tokens
 from proxy.requests.beta import EFFORTS
 from proxy.server import running
 from proxy.settings import load
-from proxy.telemetry.metrics import controller_label
+from proxy.telemetry.metrics import Metrics, controller_label
 from proxy.types import ALIAS_BETAS, BetaSource, EffectiveBeta, EnvironmentLimits, LiveBranch, Prompt
 from proxy.upstream import health_monitor
 from proxy.upstream.client import UpstreamClient
 from tests.proxy.conftest import SMALL, Proxy
 
 MODEL = "fake-model"
+
+EXPORTED = (
+    "autotts_requests counter model controller outcome",
+    "autotts_tokens counter model controller beta kind",
+    "autotts_branches counter model controller beta",
+    "autotts_rounds counter model controller beta",
+    "autotts_probe_answers counter model controller answered",
+    "autotts_answer_limits counter limit",
+    "autotts_agreement histogram model controller",
+    "autotts_beta_not_applied counter model reason source",
+    "autotts_saved_tokens_estimate counter model controller beta",
+    "autotts_overspent_tokens_estimate counter model controller beta",
+    "autotts_stops counter model controller reason",
+    "autotts_request_seconds histogram model controller",
+    "autotts_first_byte_seconds histogram path applied streamed",
+    "autotts_response_seconds histogram path applied streamed",
+    "autotts_decision_seconds histogram controller",
+    "autotts_fallbacks counter controller reason",
+    "autotts_sandbox_slow_decisions counter controller",
+    "autotts_controller_quarantined gauge controller",
+    "autotts_controller_overspending gauge controller",
+    "autotts_stage_requests counter stage controller",
+    "autotts_shadow_agreement counter controller agreed",
+    "autotts_rollbacks counter reason",
+    "autotts_sandbox_level gauge",
+    "autotts_recorder_records counter outcome",
+    "autotts_recorder_lost counter reason",
+    "autotts_recorder_queue gauge",
+    "autotts_recorder_queue_limit gauge",
+    "autotts_recorder_spill_bytes gauge",
+    "autotts_recorder_store_up gauge",
+    "autotts_recordings counter outcome",
+    "autotts_unseen_tokens counter model",
+    "autotts_recording_tokens counter model",
+    "autotts_feedback counter kind content",
+    "autotts_recording_drift gauge model",
+    "autotts_refusals counter reason",
+    "autotts_connections_cut counter reason",
+    "autotts_keys_broken gauge",
+    "autotts_queue gauge kind",
+    "autotts_load_factor gauge",
+    "autotts_episodes_in_flight gauge",
+    "autotts_branches_in_flight gauge",
+    "autotts_calls_waiting gauge",
+    "autotts_upstream_events counter event",
+    "autotts_upstream_up gauge",
+    "autotts_upstream_requests counter model outcome",
+    "autotts_upstream_seconds histogram model",
+)
+"""Name, type and labels of every metric. Dashboards and alerts of users depend on them."""
+BUCKETS = {
+    "autotts_agreement": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1),
+    "autotts_request_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+    "autotts_first_byte_seconds": (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+    "autotts_response_seconds": (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+    "autotts_decision_seconds": (1e-05, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.25, 1),
+    "autotts_upstream_seconds": (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+}
 
 
 async def series(proxy: Proxy) -> set[tuple[str, frozenset[tuple[str, str]]]]:
@@ -30,6 +89,42 @@ async def series(proxy: Proxy) -> set[tuple[str, frozenset[tuple[str, str]]]]:
         for sample in family.samples
         if not sample.name.endswith(("_bucket", "_created"))
     }
+
+
+def test_names_types_and_labels_of_metrics_stay() -> None:
+    metrics = Metrics()
+    attributes = [vars(metrics)[name] for name, row in vars(Metrics).items() if hasattr(row, "create")]
+    rows = [" ".join([metric._name, metric._type, *metric._labelnames]) for metric in attributes]
+    assert rows == list(EXPORTED)
+    exported = [family.name for family in metrics.registry.collect()]
+    assert exported == [row.split()[0] for row in EXPORTED]
+
+
+def test_buckets_of_histograms_stay() -> None:
+    metrics = Metrics()
+    kept = {
+        metric._name: tuple(metric._kwargs["buckets"])
+        for metric in vars(metrics).values()
+        if isinstance(metric, Histogram)
+    }
+    assert kept == BUCKETS
+
+
+def test_series_with_fixed_labels_exist_before_they_count() -> None:
+    page = Metrics().exposition().decode()
+    for line in (
+        'autotts_recorder_lost_total{reason="full"} 0.0',
+        'autotts_connections_cut_total{reason="evicted"} 0.0',
+        'autotts_rollbacks_total{reason="quarantined"} 0.0',
+        'autotts_answer_limits_total{limit="judge_busy"} 0.0',
+    ):
+        assert line in page
+
+
+def test_metrics_belong_to_an_instance() -> None:
+    with pytest.raises(AttributeError, match="autotts_requests belongs to an instance of Metrics"):
+        Metrics.requests.labels("m", "c", "answered")
+    assert Metrics().requests is not Metrics().requests
 
 
 async def test_an_episode_is_counted_every_way(proxy: Proxy) -> None:
