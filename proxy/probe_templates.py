@@ -1,7 +1,7 @@
-r"""How a branch is asked what it would answer now, by family of models.
+r"""The text of a probe, which asks a branch what it would answer now, for each family of models.
 
-The probe closes the thought the model's own way, leads into an answer, and lets the model write a few greedy tokens.
-It never enters the branch's own context: the branch goes on from where it was.
+A probe closes the thought in the model's own form, leads into an answer, and lets the model write a few greedy tokens.
+It never enters the branch's own context: the branch continues from where it was.
 """
 
 from __future__ import annotations
@@ -17,86 +17,86 @@ from discovery.answers import boxed
 
 LEAD: Final = "The final answer is \\boxed{"
 
-# A closing brace that more text follows ends the answer; one that ends the message needs no stop. vLLM takes four.
+# A closing brace followed by more text ends the answer. One at the message's end needs no stop. vLLM accepts four.
 _STOPS: Final = ("}\n", "}.", "}$", "} ")
 
 
 class Family(StrEnum):
-    """Models that write their thought the same way."""
+    """A family of models that mark their thoughts alike."""
 
-    AUTO = "auto"  # told from the end of the prompt their chat template makes
-    QWEN3 = "qwen3"  # <think> … </think>, opened by the template or the model; without one, as plain
+    AUTO = "auto"  # recognised by the end of the prompt that the chat template makes
+    QWEN3 = "qwen3"  # <think> … </think>, opened by the template or by the model; if neither opens it, as plain
     DEEPSEEK_R1 = "deepseek-r1"  # the same marks, and an answer under a heading
-    GPT_OSS = "gpt-oss"  # harmony: the thought in a channel of its own
+    GPT_OSS = "gpt-oss"  # harmony format: the thought has a channel of its own
     PLAIN = "plain"  # no thought
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How models of one family are asked, and how their text divides into thought and reply."""
+    """How to probe models of one family, and how to split their text into thought and reply."""
 
-    name: str  # and version: recordings made under another one are not comparable
+    name: str  # with its version; recordings made with different templates are not comparable
     opening: str  # begins a thought; empty if there are none
-    ending: str  # ends it, as it stands in the model's text
-    close: str  # what is appended to end it
-    lead: str = LEAD  # begins the answer; ends with an open brace
-    always: bool = False  # a thought is open until `ending`, whatever comes first
-    special: bool = False  # the marks are special tokens, which a server leaves out of text unless told
+    ending: str  # ends it, as it appears in the model's text
+    close: str  # appended by a probe to end it
+    lead: str = LEAD  # begins the answer; it ends with an open brace
+    always: bool = False  # a thought is open until `ending`, even without `opening`
+    special: bool = False  # the marks are special tokens, which servers omit from text unless asked
 
     @property
     def longest_suffix(self) -> str:
-        """The longest thing a probe may append."""
+        """The longest suffix that a probe may append."""
         return self.longest_closing + self.lead
 
     @property
     def longest_closing(self) -> str:
-        """The longest thing that may be appended to end a thought."""
+        """The longest text that may be appended to end a thought."""
         return self.close or "\n\n"
 
     def thinking(self, prompt_tail: str, text: str) -> bool:
-        """Whether a branch is inside its thought; the chat template may have opened it at `prompt_tail`."""
+        """Whether a branch is inside its thought. The chat template may have opened it at the end of the prompt."""
         if not self.opening or self.ending in text:
             return False
         return self.always or self.opening in text or prompt_tail.rstrip().endswith(self.opening)
 
     def reply_at(self, prompt_tail: str, text: str) -> int | None:
-        """Where the reply begins in a branch's text; None while it is inside its thought, or may still open one."""
+        """Return the index at which the reply begins; None while the branch is in its thought or may still open one."""
         if self.ending and self.ending in text:
-            begun = text.rindex(self.ending) + len(self.ending)
-            reply = text[begun:].lstrip("\n")
+            thought_end = text.rindex(self.ending) + len(self.ending)
+            reply = text[thought_end:].lstrip("\n")
             return len(text) - len(reply) if reply else None
         if self.thinking(prompt_tail, text) or (self.opening and self.opening.startswith(text.strip())):
             return None
         return 0
 
     def closing(self, prompt_tail: str, text: str) -> str:
-        """What ends the thought, so that the reply follows; nothing but a new paragraph where none is open."""
+        """Return the text that ends the thought; if none is open, at most a paragraph break."""
         if self.thinking(prompt_tail, text):
             return self.close
         return "" if text.endswith("\n\n") or not text else "\n\n"
 
     def suffix(self, prompt_tail: str, text: str) -> str:
-        """What a probe appends to a branch whose own text so far is `text`."""
+        """Return the text that a probe appends to a branch whose own text so far is `text`."""
         return self.closing(prompt_tail, text) + self.lead
 
     def split(self, prompt_tail: str, text: str) -> tuple[str | None, str]:
-        """A branch's text as its thought, None if it has none, and the reply that follows it."""
-        thought, ended, reply = text.rpartition(self.ending) if self.ending else ("", "", text)
-        if ended:
-            return self._bare(thought), reply.strip("\n")
-        return (self._bare(text), "") if text and self.thinking(prompt_tail, text) else (None, text)
+        """Split a branch's text into its thought, or None, and its reply."""
+        thought, ending, reply = text.rpartition(self.ending) if self.ending else ("", "", text)
+        if ending:
+            return self._without_marks(thought), reply.strip("\n")
+        return (self._without_marks(text), "") if text and self.thinking(prompt_tail, text) else (None, text)
 
     def answered(self, continuation: str) -> str | None:
-        """The text in which a probe's answer stands; None if the model did not get to the closing brace."""
+        """Return a probe's text with its lead; None if the model did not reach the closing brace."""
         text = self.lead + continuation
         return None if boxed(text) is None else text
 
     def led(self, continuation: str) -> str:
-        """A reply that the lead began: the answer with its box closed."""
+        """Return a reply made of the lead and the answer, with its box closed."""
         content = (self.lead + continuation).strip()
         return content if boxed(content) is not None else content + "}"
 
-    def _bare(self, thought: str) -> str:
+    def _without_marks(self, thought: str) -> str:
         if self.special:
             thought = thought.partition("<|end|>")[0]
         return thought.replace(self.opening, "", 1).strip("\n")
@@ -124,23 +124,26 @@ TEMPLATES: Final[Mapping[Family, Template]] = MappingProxyType(
 
 
 def template_for(family: Family, prompt_tail: str, *, close: str | None = None, lead: str | None = None) -> Template:
-    """The template of `family`, told by the prompt's end if that is AUTO, with what settings override."""
+    """Return the template of `family`, with `close` and `lead` replaced if given.
+
+    AUTO is resolved by the end of the prompt. A template with replaced texts has a name of its own.
+    """
     if family is Family.AUTO:
-        family = _told(prompt_tail)
+        family = _detect_family(prompt_tail)
     template = TEMPLATES[family]
     if close is None and lead is None:
         return template
     template = replace(template, close=template.close if close is None else close, lead=lead or template.lead)
-    own = blake2b(f"{template.close}\0{template.lead}".encode(), digest_size=4).hexdigest()
-    return replace(template, name=f"{template.name}+{own}")
+    digest = blake2b(f"{template.close}\0{template.lead}".encode(), digest_size=4).hexdigest()
+    return replace(template, name=f"{template.name}+{digest}")
 
 
-def _told(prompt_tail: str) -> Family:
+def _detect_family(prompt_tail: str) -> Family:
     if "<|start|>assistant" in prompt_tail:
         return Family.GPT_OSS
     return Family.DEEPSEEK_R1 if "<｜Assistant｜>" in prompt_tail else Family.QWEN3
 
 
 def sampling() -> Mapping[str, Any]:
-    """Greedy, so that asking twice would say the same."""
+    """Return the sampling of a probe. It is greedy, so that equal probes give equal answers."""
     return MappingProxyType({"temperature": 0.0, "stop": list(_STOPS), "include_stop_str_in_output": True})

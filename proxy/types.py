@@ -1,6 +1,6 @@
-"""Types that several folders of the proxy share: what a request asks, what the upstream brings, and what a client gets.
+"""Types that several folders of the proxy share: plans, prompts, upstream calls, branches and replies.
 
-They import nothing of the proxy above them, so that no folder has to import another for its types alone.
+This module imports nothing of the proxy but probe templates, so that no folder imports another for its types alone.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from discovery.data.recordings import question_id
 from proxy import probe_templates
 
 STREAM_INTERVAL = 64
-"""Tokens vLLM gathers into one chunk: fewer costs CPU, more loses count when a request is aborted."""
+"""Tokens per chunk of a vLLM stream. Fewer cost CPU; with more, more tokens go uncounted when a request is aborted."""
 BYTES_SENT_PER_ID: Final = 6
-"""Bytes that a token id takes in a request, on the whole: five digits and a comma."""
+"""Approximate bytes of a token id in a request: five digits and a comma."""
 ALIAS_BETAS: Final = (0.25, 0.5, 0.75, 1.0)
-"""β of the aliases that are listed beside each model; any other may be named as well."""
+"""β of the aliases listed for each model. Clients may use any other β in an alias as well."""
 BETA_BUCKETS: Final = (0.0, *ALIAS_BETAS)
-"""Values of β that metrics tell apart; every effort has one of its own."""
+"""Values of β that metrics distinguish. Each reasoning effort has one of its own."""
 
 
 class Model(NamedTuple):
-    """A model the upstream serves."""
+    """A model that the upstream serves."""
 
     id: str
     max_length: int  # tokens, prompt included
@@ -41,59 +41,61 @@ class Model(NamedTuple):
 
 @dataclass(slots=True)
 class Output:
-    """What one prompt has become so far; filled while it streams."""
+    """The output of one prompt so far. It is filled while it streams."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str | None = None  # "stop", "length" or, while running or cut, None
-    at_token: bool = False  # it ended by a token that ends replies, which is the last of `ids` and has no text
-    raw: str | None = None  # the server's text, where it may hold the prompt's; `text` is then decoded from `ids`
+    finish: str | None = None  # "stop" or "length"; None while it runs or if it was aborted
+    at_token: bool = False  # ended by an end-of-reply token: the last of `ids`, without text
+    raw: str | None = None  # server's text if it may contain the prompt's; `text` is decoded from `ids`
 
     @property
     def written(self) -> list[int]:
-        """The ids that have text."""
+        """The token ids that have text."""
         return self.ids[:-1] if self.at_token else self.ids
 
 
 @dataclass(slots=True)
 class Call:
-    """One completion request: every prompt `n` times with the same sampling."""
+    """One completion request to the upstream: every prompt `n` times with the same sampling."""
 
     prompts: Sequence[Sequence[int]]
     max_tokens: int
     sampling: Mapping[str, Any]
     n: int = 1
-    priority: int = 0  # larger is later, where the server schedules by priority
-    salt: str | None = None  # of the part of the prefix cache it may use
-    suffix_tokens: int = 0  # of its prompts, that are of our own making
-    stream_interval: int = STREAM_INTERVAL  # tokens of an output that come together
+    priority: int = 0  # larger is served later, if the server schedules by priority
+    salt: str | None = None  # restricts it to a part of the prefix cache
+    suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself
+    stream_interval: int = STREAM_INTERVAL  # tokens per chunk of an output
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
-    cached_tokens: int | None = None  # as the server reports it: of one prompt only when there are several
-    on_finish: Callable[[Output], Awaitable[None]] | None = None  # awaited for each output that ends; may raise to cut
+    cached_tokens: int | None = None  # as the server reports it: for one prompt only, even if there are several
+    on_finish: Callable[[Output], Awaitable[None]] | None = (
+        None  # awaited for each output that ends; may raise to abort the call
+    )
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]
 
     @property
     def size(self) -> int:
-        """Bytes of the request's body, about."""
+        """Approximate size of the request's body in bytes."""
         return BYTES_SENT_PER_ID * sum(map(len, self.prompts)) + len(json.dumps(dict(self.sampling)))
 
     @property
     def brought(self) -> int:
-        """Tokens, and ends of completions, that it has brought so far."""
+        """Number of tokens and of ended outputs that have arrived so far."""
         return self.generated + sum(output.finish is not None for output in self.outputs)
 
     @property
     def most_unseen(self) -> int:
-        """The most tokens that can have been generated and not arrived, if it is cut now."""
+        """Upper bound on tokens that have been generated and not arrived, if the call is aborted now."""
         running = (output for output in self.outputs if output.finish is None)
         return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
 
     @property
     def generated(self) -> int:
-        """Tokens it has brought so far."""
+        """Number of tokens that have arrived so far."""
         return sum(len(output.ids) for output in self.outputs)
 
 
@@ -169,56 +171,56 @@ class EffectiveBeta(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a request asks, ready for the engine."""
+    """A prompt as the engine takes it, with everything by which its branches are generated and read."""
 
     model: str
     ids: Sequence[int]
-    tail: str  # the end of its text, to see whether the template opened a thought
-    sampling: Mapping[str, Any]  # of its branches, without seed and stop
+    tail: str  # last characters of its text; they show whether the chat template opened a thought
+    sampling: Mapping[str, Any]  # for branches, without `seed` and `stop`
     greedy_first: bool = False  # the first branch is generated at temperature 0, whatever `sampling` says
     stop: Sequence[str] = ()
     seed: int | None = None
     kind: AnswerKind = AUTO
     template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
-    salt: str | None = None  # of its tenant's part of the upstream's prefix cache
-    asks: bool = False  # its question asks for an answer that can be voted on
+    salt: str | None = None  # restricts it to its tenant's part of the upstream's prefix cache
+    asks: bool = False  # the question asks for an answer that can be voted on
 
 
 class EnvironmentLimits(NamedTuple):
-    """Token bounds of the request's branches and probes."""
+    """Limits on the branches and probes of one request, in tokens unless stated otherwise."""
 
     interval: int
-    branch: int  # the most a branch may grow to
-    probe: int  # the most a probe may generate
-    ahead: int | None = None  # the most a branch may be run ahead of what is asked for; None if to its end
-    sent_bytes: int | None = None  # after which no round begins any more
-    cut_probes: int | None = None  # replies cut by a stop string that may be asked for their answer; None is all
+    branch: int  # maximum length of a branch
+    probe: int  # maximum generated by a probe
+    ahead: int | None = None  # maximum that a branch is generated ahead of the controller; None: to its end
+    sent_bytes: int | None = None  # bytes sent to the upstream after which no further round begins
+    cut_probes: int | None = None  # number of replies cut by a stop string that are probed for an answer; None: all
 
 
 @dataclass(slots=True)
 class LiveBranch:
-    """A branch's own text; what the controller knows of it is in State."""
+    """A branch's own text. What the controller knows of it is in `controllers.State`."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    pieces: int = 0  # requests it was generated in
+    pieces: int = 0  # number of requests it was generated in
     finish: str | None = None  # "stop", "length", or None while it runs
-    answer: Answer | None = None  # what its reply answers, once finished and read
+    answer: Answer | None = None  # the answer in its reply, once finished and read
     is_read: bool = False
-    is_cut: bool = False  # it was finished by one of the client's stop strings
-    label: int | None = None  # the number of that answer, once a fact has told it
-    ahead: deque[Output] = field(default_factory=deque)  # intervals generated that nobody asked for yet
+    is_cut: bool = False  # it was ended by one of the client's stop strings
+    label: int | None = None  # the number of its answer, once a fact has revealed it
+    ahead: deque[Output] = field(default_factory=deque)  # intervals generated that the controller has not asked for yet
 
 
 class ChosenController(NamedTuple):
-    """The controller of one request."""
+    """The controller chosen for one request."""
 
     spec: Spec
-    stage: RolloutStage | None  # that it was chosen for; None if the request named it
+    stage: RolloutStage | None  # the rollout stage it serves in; None if the request named it
 
 
 class CanaryMetric(StrEnum):
-    """What is compared; the reason of a rollback."""
+    """A quality of episodes that the canary test compares. It is also the reason of a rollback."""
 
     TOKENS = "tokens"
     FAILURES = "failures"
@@ -227,48 +229,48 @@ class CanaryMetric(StrEnum):
 
 
 class Provenance(NamedTuple):
-    """Who asked and what, as far as it may be written down."""
+    """Who asked which question, and how branches were drawn, as far as it may be recorded."""
 
     tenant: str
-    text: str  # of the question
-    sampling: Mapping[str, Any]  # all by which a branch is drawn that is not the model's own
-    chat_template: str  # its hash; empty if it is not known
+    text: str  # the question's text
+    sampling: Mapping[str, Any]  # everything beyond the model itself that determines how a branch is drawn
+    chat_template: str  # hash of the chat template; empty if unknown
 
     @property
     def question(self) -> str:
-        """What the question is known by."""
+        """The id of the question."""
         return question_id(self.text)
 
 
 class FinalAnswerLimits(NamedTuple):
-    """Token bounds for making an unfinished branch answer."""
+    """Limits, in tokens, for making an unfinished branch answer."""
 
-    free: int  # tokens of a reply in its own words
-    led: int  # tokens after the probe's lead-in, where time or money is short
+    free: int  # for an answer in its own words
+    led: int  # after the probe's lead, if time or tokens are short
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything about a request that is settled before its first branch."""
+    """Everything about a request that is fixed before its first branch."""
 
     request_id: str
     created: int  # seconds since the epoch
-    started: float  # by the monotonic clock, before it was planned
+    started: float  # on the monotonic clock, before planning
     beta: EffectiveBeta
     spec: Spec  # of the controller
-    stage: RolloutStage | None  # that it was chosen for; None if the request named it
+    stage: RolloutStage | None  # the rollout stage it serves in; None if the request named it
     prompt: Prompt
     environment_limits: EnvironmentLimits
     limits: Limits
     final_answer_limits: FinalAnswerLimits
     deadline_s: float | None
-    temperature: float | None  # of sampled branches; None leaves it to the model's own default
+    temperature: float | None  # of sampled branches; None: the model's own default
     provenance: Provenance
     streamed: bool
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds until its deadline, none or less if that has passed; None if it has none."""
+        """Seconds until the deadline, 0 or less if it has passed; None without a deadline."""
         return None if self.deadline_s is None else self.started + self.deadline_s - time.monotonic()
 
     @property
@@ -278,51 +280,51 @@ class Plan:
 
     @property
     def ignores_eos(self) -> bool:
-        """Whether branches run to their limit, as benchmarks ask; they then answer nothing."""
+        """Whether branches run to their token limit, as benchmarks ask. Such branches have no answer."""
         return bool(self.prompt.sampling.get("ignore_eos"))
 
     @property
     def records_all(self) -> bool:
-        """Whether its branches are wanted, rather than an answer."""
+        """Whether the client wants all branches recorded, rather than an answer."""
         return is_admin_only(self.spec.name)
 
 
 class Message(NamedTuple):
-    """What the client reads."""
+    """The message that the client reads."""
 
     content: str
     reasoning: str | None
     finish_reason: str  # "stop" or "length"
     visible_tokens: int  # tokens of `content`
-    written: str  # all that follows the prompt, thought and marks included
+    written: str  # everything after the prompt, including the thought and its marks
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A served request's outcome."""
+    """The reply to one served request."""
 
     plan: Plan
     message: Message
-    tokens: Mapping[str, int]  # by what they were spent on; they add up to what the upstream did
+    tokens: Mapping[str, int]  # by purpose; they add up to what the upstream was billed for
     usage: Mapping[str, Any]
     tts: Mapping[str, Any]
 
     @property
     def finish_reasons(self) -> list[str]:
-        """How its text ended."""
+        """Why the text ended, as a list of one."""
         return [self.message.finish_reason]
 
 
 class RequestResult(Protocol):
-    """What a request came to, for one prompt or for several."""
+    """The result of a request with one prompt or several."""
 
     @property
     def finish_reasons(self) -> list[str]:
-        """How each text ended."""
+        """Why each text ended."""
 
     @property
     def usage(self) -> Mapping[str, Any]:
-        """OpenAI's usage."""
+        """OpenAI's `usage` object."""
 
     @property
     def tts(self) -> Mapping[str, Any]:

@@ -20,8 +20,9 @@ from proxy.api.formats import Format, PromptNews
 from proxy.api.forwarding import ForwardEndpoints, counting_disconnects
 from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
 from proxy.api.service import Service
-from proxy.episode import run
-from proxy.episode.reply import early_headers, reply_headers
+from proxy.episode.plan import CONTEXT_EXCEEDED, fail_after, plan_request
+from proxy.episode.run import serve_request
+from proxy.episode.tts_object import early_headers, reply_headers
 from proxy.errors import BadRequest
 from proxy.http.sse import StreamedResponse, cancel_on_disconnect, progress_and_result
 from proxy.passthrough.unapplied_beta import GREEDY, NO_BETA
@@ -87,7 +88,7 @@ class GenerationEndpoints:
                 within = request.scope["path"], model.id, request.state.leases
                 plan = await cancel_on_disconnect(request.receive, service.tracer.plan(*within, planning))
         except BadRequest as error:
-            if error.code != run.CONTEXT_EXCEEDED or not parsed.truncates:
+            if error.code != CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
             slot.release()
             why = PassThroughReason("truncation", "truncation")
@@ -127,7 +128,7 @@ class GenerationEndpoints:
     ) -> Coroutine[Any, Any, Plan]:
         service, caller = self._service, request.state.caller
         is_kept = service.episode_log.writer.is_on or is_admin_only(parsed.tts.controller or "")
-        return run.plan(
+        return plan_request(
             service.engine,
             service.controllers,
             service.settings,
@@ -194,10 +195,10 @@ class GenerationEndpoints:
         service = self._service
         async with AsyncExitStack() as stack:
             with counting_disconnects(service.metrics, plan.prompt.model):
-                async with run.fail_after(plan.remaining_s):
+                async with fail_after(plan.remaining_s):
                     await stack.enter_async_context(slot)
             parts = service.engine, service.grading, service.controllers, service.metrics, service.episode_log
-            return await run.serve(*parts, plan, report, slot.settle)
+            return await serve_request(*parts, plan, report, slot.settle)
 
 
 def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:

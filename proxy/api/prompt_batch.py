@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from proxy.episode.reply import reply_headers
+from proxy.episode.tts_object import reply_headers
 from proxy.errors import ApiError
 from proxy.http import graceful_shutdown
 from proxy.types import Plan, Reply

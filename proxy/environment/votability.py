@@ -1,19 +1,31 @@
-r"""Signs that a task has an answer to vote on, beside the answer a probe gives.
+r"""Signs that a task has an answer to vote on, besides the answer of a probe.
 
-A probe that leads into `\boxed{` gets something of nearly any text, so its answer alone proves nothing: the question
-must ask for an answer, or the branch's own text must work towards one or state the one that the probe gave.
+A probe that leads into `\boxed{` gets an answer from nearly any text, so that answer alone proves nothing. There must
+be another sign: the question asks for an answer, or the branch's own text works towards one or states the probe's.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from dataclasses import dataclass
 from typing import Final
 
 from discovery.answers import VOTABLE_TYPES, Answer, FormType
 
 LONGEST: Final = 20_000
-"""Characters at the end of a question, and of a branch's text, in which signs are looked for."""
+"""Number of characters at the end of a question or a branch's text that are searched for signs."""
+
+
+@dataclass(slots=True)
+class VotabilityState:
+    """Knowledge so far about whether one request's task can be voted on."""
+
+    votable: bool  # it can, as far as is known
+    confirmed: bool  # it certainly can: the client names an answer kind, or a branch has finished with an answer
+    probe_answered: bool = False  # a probe has given an answer
+    unreadable: int = 0  # number of branches that finished with a reply without an answer
+
 
 _ARITHMETIC: Final = r"\d\s?[+*×÷^=]\s?\d|\d\s[-−/]\s\d"
 _MATHEMATICS: Final = r"\\(?:d?frac|sqrt|boxed|times|cdot|binom|sum|int|pi|theta|angle)(?![a-zA-Z])"
@@ -36,7 +48,7 @@ _ASKED = re.compile(
 _LISTED = re.compile(r"^[^\S\n]{0,9}\(?([AB])[).:]\s", re.IGNORECASE | re.MULTILINE)
 _INLINE = re.compile(r"\(([AB])\)", re.IGNORECASE)
 _OPTIONS: Final = ((_LISTED, 2000), (_INLINE, 500))
-"""Labels of the options A and B, and how many characters the text of option A may have."""
+"""Patterns of the option labels A and B, each with the maximum number of characters between them."""
 _TASKED = re.compile(
     r"\b(?:solve|compute|calculate|evaluate|simplify|factor(?:i[sz]e)?|differentiate|integrate|determine|find|count|"
     r"what\s(?:is|are|was|were|will)|what's|express)\b",
@@ -59,21 +71,21 @@ def asks(question: str) -> bool:
 def _offers_options(text: str) -> bool:
     """Whether an option A with a text is followed by an option B.
 
-    Looks at each label once. A pattern over both labels would read on from every A, which takes seconds where a
-    text has thousands of them.
+    Each label is matched once. A pattern over both labels would search on from every A, which takes seconds in a text
+    with thousands of them.
     """
-    for label, longest in _OPTIONS:
-        ends: deque[int] = deque(maxlen=2)  # of the last labels A; the text after the very last may be empty
+    for label, max_chars in _OPTIONS:
+        ends: deque[int] = deque(maxlen=2)  # of the last labels A; two, as the text after the last may be empty
         for match in label.finditer(text):
             if match[1] in "Aa":
                 ends.append(match.end())
-            elif any(1 <= match.start() - end <= longest for end in ends):
+            elif any(1 <= match.start() - end <= max_chars for end in ends):
                 return True
     return False
 
 
 def works(text: str) -> bool:
-    """Whether a branch's own text works towards an answer. Code does not: its signs mean something else."""
+    """Whether a branch's own text works towards an answer. Code never does: its operators mean something else."""
     text = text[-LONGEST:]
     return "```" not in text and _WORKED.search(text) is not None
 
@@ -81,7 +93,7 @@ def works(text: str) -> bool:
 def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
     """Whether a probe's answer, together with another sign, shows that the task can be voted on.
 
-    `asked` says whether the question asks for an answer, `text` is the branch's own.
+    `asked` is whether the question asks for an answer. `text` is the branch's own text.
     """
     if answer is None or answer.form.type not in VOTABLE_TYPES:
         return False
@@ -89,7 +101,7 @@ def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
 
 
 def _states(text: str, answer: Answer) -> bool:
-    """Whether a text gives the number as a result: `= 7`, `is **7**`."""
+    """Whether a text states a number as its result: `= 7`, `equals **7**`."""
     if answer.form.type is not FormType.NUMBER:
         return False
     written = re.escape(answer.written)

@@ -1,4 +1,4 @@
-"""What Prometheus is told of an episode that is over."""
+"""Prometheus metrics of an episode that has ended."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ def count_episode(
     reply: Reply | None,
     outcome: str,
 ) -> None:
-    """Count an episode that ended as `outcome`: answered, failed, disconnected or, because the proxy ends, draining;
-    `reply` is None unless answered."""
+    """Count an episode that ended as `outcome`: answered, failed, disconnected, or draining while shutting down.
+
+    `reply` is None unless the outcome is "answered".
+    """
     model, controller = plan.prompt.model, controller_label(plan.controller)
     by_beta = (model, controller, plan.beta.bucket)
     metrics.requests.labels(model, controller, outcome).inc()
     metrics.episode_stops.labels(model, controller, state.stop or outcome).inc()
-    kinds = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
-    for kind, tokens in kinds.items():
-        metrics.tokens.labels(*by_beta, kind).inc(tokens)
+    bill = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
+    for purpose, tokens in bill.items():
+        metrics.tokens.labels(*by_beta, purpose).inc(tokens)
     metrics.unseen_tokens.labels(model).inc(environment.meter.most_unseen)
     metrics.branches.labels(*by_beta).inc(len(environment.branches))
     metrics.rounds.labels(*by_beta).inc(state.rounds)
     metrics.chain_lengths.observe(model, plan.limits.interval, environment.branches)
-    answered = Counter(fact.label is not None for one in rounds for fact in one.facts if isinstance(fact, Probed))
-    for gave, times in answered.items():
-        metrics.probe_answers.labels(model, controller, str(gave).lower()).inc(times)
+    probes = Counter(fact.label is not None for done in rounds for fact in done.facts if isinstance(fact, Probed))
+    for has_answer, count in probes.items():
+        metrics.probe_answers.labels(model, controller, str(has_answer).lower()).inc(count)
     if reply is None:
         return
     metrics.request_seconds.labels(model, controller).observe(time.monotonic() - plan.started)
@@ -47,15 +49,15 @@ def count_episode(
         metrics.agreement.labels(model, controller).observe(state.votes.get(state.answer, 0) / votes)
     saved = estimate_saved_tokens(environment, plan.limits.max_branches, sum(reply.tokens.values()))
     if saved is not None and not plan.records_all:
-        metrics.tokens_saved.labels(*by_beta).inc(max(0.0, saved))  # both series exist, so that one can be subtracted
+        metrics.tokens_saved.labels(*by_beta).inc(max(0.0, saved))  # counters cannot fall, so there are two
         metrics.tokens_overspent.labels(*by_beta).inc(max(0.0, -saved))
 
 
 def estimate_saved_tokens(environment: LiveEnvironment, width: int, spent: int) -> float | None:
-    """An estimate of what self-consistency with `width` chains would have cost more than `spent`.
+    """Return an estimate of the tokens that self-consistency with `width` chains would have cost beyond `spent`.
 
-    Its chains are taken to be as long as these branches are on average that came to their ends, though those are the
-    shorter ones: the estimate is low rather than high. None if there is none.
+    Chains are taken to be as long on average as those branches that came to their ends. These are the shorter ones, so
+    the estimate is rather too low. None if no branch came to its end.
     """
     lengths = [len(branch.ids) for branch in environment.branches if branch.finish == "stop"]
     return width * sum(lengths) / len(lengths) - spent if lengths else None

@@ -147,9 +147,7 @@ class BranchCompleter:
 
     async def _finish(self, unfinished: PendingEpisode) -> RecordedQuestion:
         plan, environment = unfinished.plan, unfinished.environment
-        environment.ends_early = False
-        environment.votable = environment.votable_confirmed = True  # somebody voted on it
-        environment.engine, environment.priority = self._aside, PRIORITY
+        environment.continue_in_background(self._aside, PRIORITY)
         await self._turn(unfinished, 1)
         await self._drift.confirm(plan, time.monotonic())  # before it costs anything
         at_once = self._at_once(plan)
@@ -190,7 +188,7 @@ class BranchCompleter:
         late: dict[tuple[int, int], Probed] = {}
         for group in _groups(gaps, self._at_once(unfinished.plan)):
             await self._turn(unfinished, len(group))
-            late.update(zip(group, await environment.ask_at(group), strict=True))
+            late.update(zip(group, await environment.probe_at(group), strict=True))
         return late
 
     async def _turn(self, unfinished: PendingEpisode, branches: int) -> None:

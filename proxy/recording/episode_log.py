@@ -215,8 +215,8 @@ def _episode(
         streamed=plan.streamed,
         votable=environment.votable,
     )
-    if environment.refused is not None:
-        about["refused"] = environment.refused
+    if environment.cutoff is not None:
+        about["refused"] = environment.cutoff
     if named := logs.client_request_id.get():
         about["client_request_id"] = named
     if text is StoreText.FULL:

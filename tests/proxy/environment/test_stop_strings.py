@@ -51,13 +51,13 @@ def test_where_the_reply_begins(family: Family, tail: str, text: str, begin: int
 
 def test_strings_go_to_the_server_once_the_reply_has_begun() -> None:
     stops = StopStrings(["=", "\n"], TEMPLATES[Family.QWEN3], "")
-    assert (stops.at_server(""), stops.most("", 100, 500)) == ([], OPENING_TOKENS)
-    assert (stops.at_server("<think>1 ="), stops.most("<think>1 =", 100, 500)) == ([], 100)
-    assert (stops.at_server("So"), stops.most("So", 100, 500)) == (["=", "\n"], 500)
+    assert (stops.at_server(""), stops.max_tokens("", 100, 500)) == ([], OPENING_TOKENS)
+    assert (stops.at_server("<think>1 ="), stops.max_tokens("<think>1 =", 100, 500)) == ([], 100)
+    assert (stops.at_server("So"), stops.max_tokens("So", 100, 500)) == (["=", "\n"], 500)
     many = StopStrings(["="] * (MOST_AT_SERVER + 1), TEMPLATES[Family.QWEN3], "")
-    assert (many.at_server("So"), many.most("So", 100, 500)) == ([], 100)
+    assert (many.at_server("So"), many.max_tokens("So", 100, 500)) == ([], 100)
     none = StopStrings([], TEMPLATES[Family.QWEN3], "")
-    assert (none.at_server("So"), none.most("", 100, 500), none.cut("So = 1")) == ([], 500, None)
+    assert (none.at_server("So"), none.max_tokens("", 100, 500), none.cut("So = 1")) == ([], 500, None)
 
 
 @pytest.mark.parametrize("known", range(30))

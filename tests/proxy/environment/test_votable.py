@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.embedded.task import held_back
 from discovery.answers import parse_kind
 from proxy.admission.token_budget import EpisodeCaps
-from proxy.environment.live_environment import OPEN_STREAM_INTERVAL, PIECES
-from proxy.episode import run
+from proxy.environment.branch_generator import MIN_CHUNKS, OPEN_STREAM_INTERVAL
+from proxy.episode.plan import plan_request
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.generation_request import TtsOptions
 from proxy.rollout.controller_runner import ControllerManager
@@ -196,7 +196,7 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
     engine = UpstreamClient(proxy.backend.url, proxy.http)
     (model,) = await engine.models()
     settings = load(upstream=proxy.backend.url, **SMALL)
-    plan = await run.plan(
+    plan = await plan_request(
         engine,
         ControllerManager(settings, Metrics()),
         settings,
@@ -225,7 +225,7 @@ async def test_what_is_cut_is_billed_but_for_a_few_tokens_a_branch(proxy: Proxy)
 async def test_short_calls_come_in_pieces_and_long_ones_in_few(proxy: Proxy) -> None:
     await proxy.ask("0.3", tts={"controller": "cmc", "answer": "boxed"}, max_tokens=200)
     short = {r["stream_interval"] for r in proxy.backend.requests if r["max_tokens"] == INTERVAL}
-    assert short == {INTERVAL // PIECES}
+    assert short == {INTERVAL // MIN_CHUNKS}
     proxy.backend.requests.clear()
     await proxy.ask("0.3", tts={"controller": "self_consistency", "answer": "boxed"})
     assert proxy.backend.requests[0]["stream_interval"] == STREAM_INTERVAL

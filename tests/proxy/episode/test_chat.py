@@ -221,7 +221,7 @@ async def told(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, 
 async def test_a_deadline_is_kept_though_nothing_is_finished_and_the_backend_hangs(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: int, content: str, finish: str, stream: bool
 ) -> None:
-    monkeypatch.setattr(run, "CLOSE_S", 0.2)
+    monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
     tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
     said, why, told_of_it = await told(proxy, stream=stream, tts=tts)
@@ -247,7 +247,7 @@ async def test_a_backend_that_fails_after_the_deadline_costs_no_answer(proxy: Pr
 
 
 async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CLOSE_S", 0.2)
+    monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
     tts = {"deadline_s": 2.0, "controller": "parallel_probe", "answer": "boxed"}
     _, _, reply = await proxy.ask("0.5", tts={**tts, "deadline_s": 60})
@@ -262,11 +262,11 @@ async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, mo
 async def test_where_nothing_was_said_before_the_deadline_there_is_nothing_to_answer_with(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "CLOSE_S", 0.1)
+    monkeypatch.setattr(run, "COMPOSE_S", 0.1)
     proxy.backend.gate.clear()
     status, headers, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
     assert (status, reply["error"]["param"]) == (504, "tts.deadline_s")
-    assert reply["error"]["message"] == "the deadline passed before the first token"
+    assert reply["error"]["message"] == "the deadline passed before the first token; retry, or raise tts.deadline_s"
     assert "x-should-retry" not in headers
 
 

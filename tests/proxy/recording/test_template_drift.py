@@ -192,7 +192,7 @@ async def test_one_text_completion_does_not_displace_chats(backend: FakeVLLM, tm
 async def test_a_prompt_that_is_asked_otherwise_than_chats_is_not_recorded(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.episode.run.PROMPT_TAIL", 40)  # a token is a character here
+    monkeypatch.setattr("proxy.episode.plan.PROMPT_TAIL", 40)  # a token is a character here
     async with recording(backend, tmp_path) as proxy:
         prompt = f"<|start|>assistant{ASSISTANT}"  # as another family's chat template ends
         body = {"model": MODEL, "prompt": prompt, "tts": {"beta": 0, **VOTING}}

@@ -36,9 +36,8 @@ async def environment(
     template = replace(TEMPLATES[Family.PLAIN], special=special)
     prompt = Prompt(MODEL, backend.prompt, "", {}, stop=stop, kind=parse_kind("boxed"), template=template)
     async with backend.serve(), aiohttp.ClientSession() as http:
-        env = LiveEnvironment(UpstreamClient(backend.url, http), prompt, EnvironmentLimits(interval, 2000, 8))
-        env.votable = env.votable_confirmed = True
-        yield env
+        limits = EnvironmentLimits(interval, 2000, 8)
+        yield LiveEnvironment(UpstreamClient(backend.url, http), prompt, limits, keeps_all_branches=True)
 
 
 async def run_out(env: LiveEnvironment, count: int, probes: bool = False) -> None:
@@ -173,8 +172,7 @@ async def test_seams_between_whole_characters_cost_nothing_once_their_ids_are_kn
     async with environment(backend, 3) as env:
         await run_out(env, 1)
         asked = backend.decoded
-        again = LiveEnvironment(env.engine, env.prompt, env.limits)
-        again.votable = again.votable_confirmed = True
+        again = LiveEnvironment(env.engine, env.prompt, env.limits, keeps_all_branches=True)
         await run_out(again, 1)
         assert again.branches[0].text == env.branches[0].text
         assert backend.decoded == asked <= len(set(text)) + len(set(backend.prompt))

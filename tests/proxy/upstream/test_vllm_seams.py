@@ -78,8 +78,7 @@ async def test_texts_cut_at_random_are_the_texts_in_one(vllm: str, tokenizer: To
             texts = [ids_of(tokenizer, str(i) + text)[:ROUNDS] for i, text in enumerate(letters)]
             engine = DictatingEngine(vllm, http, prompt=prompt, texts=texts)
             asked = Prompt(MODEL, prompt, "", {}, seed=1, kind=parse_kind("boxed"))
-            env = LiveEnvironment(engine, asked, EnvironmentLimits(1, ROUNDS, 4))
-            env.votable = env.votable_confirmed = True
+            env = LiveEnvironment(engine, asked, EnvironmentLimits(1, ROUNDS, 4), keeps_all_branches=True)
             rounds = [await played(env, [branch() for _ in texts])]
             for _ in range(ROUNDS - 1):
                 rounds.append(await played(env, [move for i in range(len(texts)) for move in (advance(i), probe(i))]))
@@ -108,8 +107,8 @@ async def test_bytes_drawn_at_random_bring_no_text_of_the_prompt(vllm: str, toke
     async with aiohttp.ClientSession() as http:
         while seams < SEAMS:
             asked = Prompt(MODEL, prompt, "", sampling, kind=parse_kind("boxed"))
-            env = LiveEnvironment(UpstreamClient(vllm, http), asked, EnvironmentLimits(interval, 500, 4))
-            env.votable = env.votable_confirmed = True
+            limits = EnvironmentLimits(interval, 500, 4)
+            env = LiveEnvironment(UpstreamClient(vllm, http), asked, limits, keeps_all_branches=True)
             rounds = [await played(env, [branch() for _ in range(count)])]
             for _ in range(ROUNDS):
                 rounds.append(await played(env, [advance(i) for i in range(count)]))

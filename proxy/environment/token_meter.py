@@ -1,0 +1,46 @@
+"""Counts what the upstream does for one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxy.types import Call
+
+
+@dataclass(slots=True)
+class TokenMeter:
+    """Tokens and requests that the upstream has spent on one request, by its own usage reports."""
+
+    requests: int = 0
+    prompt_tokens: int = 0  # includes the context that every request sends again
+    cached_tokens: int | None = None  # of these, served from the prefix cache; None if the server does not report it
+    first: Call | None = None  # the first call that was made
+    generated_tokens: int = 0
+    suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself: the suffixes of probes
+    aborted_tokens: int = 0  # generated in requests that were aborted, as far as they arrived
+    most_unseen: int = 0  # upper bound on tokens generated in those that did not arrive; they are not billed
+    sent_bytes: int = 0  # approximate size of all request bodies
+
+    @property
+    def first_cached(self) -> int | None:
+        """Prompt tokens that were cached before the request came; None if the server does not report it."""
+        return None if self.first is None else self.first.cached_tokens
+
+    @property
+    def billed(self) -> int:
+        """All tokens of the request except its prompt: generated, aborted, and suffixes."""
+        return self.completed + self.aborted_tokens
+
+    @property
+    def completed(self) -> int:
+        """Billed tokens of calls that were not aborted."""
+        return self.generated_tokens + self.suffix_tokens
+
+    def add(self, call: Call) -> None:
+        """Count a call that succeeded."""
+        self.requests += 1
+        self.prompt_tokens += call.prompt_tokens
+        self.generated_tokens += call.generated
+        self.suffix_tokens += call.suffix_tokens
+        if call.cached_tokens is not None:
+            self.cached_tokens = (self.cached_tokens or 0) + call.cached_tokens

@@ -1,0 +1,249 @@
+"""Plan a request before its first branch: choose the controller, tokenise the prompt, fix every limit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple, TypeVar
+from uuid import uuid4
+
+from controllers import Limits, UnknownController
+from discovery.answers import AUTO, ExtractionMethod
+from discovery.data.recordings import DEFAULT_TEMPERATURE, question_text
+from proxy import probe_templates
+from proxy.admission.token_budget import EpisodeCaps
+from proxy.environment import votability
+from proxy.episode.reply import deadline_error
+from proxy.errors import BadRequest
+from proxy.recording.template_drift import TemplateDrift
+from proxy.requests.generation_request import SAMPLING, GenerationRequest
+from proxy.rollout.controller_runner import ControllerManager
+from proxy.settings import Settings
+from proxy.telemetry import logs
+from proxy.types import EffectiveBeta, EnvironmentLimits, FinalAnswerLimits, Model, Plan, Prompt, Provenance
+from proxy.upstream.client import TooManyTokens, UpstreamClient
+
+T = TypeVar("T", int, float)
+
+CONTEXT_EXCEEDED: Final = "context_length_exceeded"
+"""Error code of a prompt that is too long. Gateways recognise it by this, or by how OpenAI's message begins."""
+PROMPT_TAIL = 8
+"""Number of token ids at the prompt's end that are detokenised, to see whether its chat template opened a thought."""
+
+
+class _RequestLimits(NamedTuple):
+    environment: EnvironmentLimits
+    episode: Limits
+    final_answer: FinalAnswerLimits
+
+
+async def plan_request(
+    engine: UpstreamClient,
+    controllers: ControllerManager,
+    settings: Settings,
+    caps: EpisodeCaps,
+    model: Model,
+    request: GenerationRequest,
+    beta: EffectiveBeta,
+    *,
+    tenant: str = "",
+    drift: TemplateDrift | None = None,
+    salt: str | None = None,
+    request_id: str = "",
+) -> Plan:
+    """Return the plan of a request. Nothing has been generated yet.
+
+    `drift` knows the hash of the chat template; it is None if the request is not recorded. A missing `request_id` is
+    made up. `caps` are the caller's limits.
+    Raises BadRequest or UpstreamError.
+    """
+    started = time.monotonic()
+    request_id = request_id or f"chatcmpl-{uuid4().hex}"
+    logs.request_id.set(request_id)
+    deadline_s = _smallest(request.tts.deadline_s, settings.deadline_s)
+    async with fail_after(deadline_s):
+        try:
+            spec, stage = await controllers.choose(request.tts.controller, request_id)
+        except UnknownController as error:
+            raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
+        chat_template = "" if drift is None else await drift.template(model.id)
+        ids, text = await _read_prompt(engine, model, request)
+        tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
+        template = probe_templates.template_for(
+            settings.probe_family, tail, close=settings.probe_close, lead=settings.probe_lead
+        )
+        limits = await _limits(engine, settings, caps, model, request, len(ids), template)
+    sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    if request.temperature == 0:  # equal branches would make voting useless, so only the first branch is greedy
+        del sampling["temperature"]
+        if settings.branch_temperature is not None:
+            sampling["temperature"] = settings.branch_temperature
+    if request.ignore_eos:
+        sampling["ignore_eos"] = True
+    return Plan(
+        request_id=request_id,
+        created=int(time.time()),
+        started=started,
+        beta=beta,
+        spec=spec,
+        stage=stage,
+        prompt=Prompt(
+            model=model.id,
+            ids=ids,
+            tail=tail,
+            sampling=sampling,
+            greedy_first=request.temperature == 0,
+            stop=request.stop_strings,
+            seed=request.seed,
+            kind=request.tts.answer,
+            template=template,
+            salt=salt,
+            asks=votability.asks(_last_user_text(request.conversation) or text),
+        ),
+        environment_limits=limits.environment,
+        limits=limits.episode,
+        final_answer_limits=limits.final_answer,
+        deadline_s=deadline_s,
+        temperature=sampling.get("temperature"),
+        provenance=Provenance(tenant, text, _recorded_sampling(request, sampling), chat_template),
+        streamed=bool(request.stream),
+    )
+
+
+@asynccontextmanager
+async def fail_after(seconds: float | None) -> AsyncIterator[None]:
+    """Bound the time that is spent before the first branch. Raises UpstreamTimeout after `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise deadline_error() from None
+
+
+async def _read_prompt(engine: UpstreamClient, model: Model, request: GenerationRequest) -> tuple[Sequence[int], str]:
+    """Return the prompt's ids and the text of the question. Raises BadRequest for a prompt that is far too long."""
+    most, messages = model.max_length, request.conversation
+    try:
+        if request.prompt_ids is not None:
+            if len(request.prompt_ids) > most:
+                raise TooManyTokens
+            return request.prompt_ids, await engine.detokenise(model.id, request.prompt_ids)
+        if request.prompt_text is not None:
+            return await engine.tokenise_prompt(model.id, request.prompt_text, most), request.prompt_text
+        body = {"model": model.id, "messages": messages, **request.template_fields}
+        return await engine.tokenise_chat(body, most), question_text(messages)
+    except TooManyTokens:
+        raise BadRequest(
+            f"This model's maximum context length is {most} tokens. However, `{request.prompt_field}` has many more. "
+            "Shorten the prompt",
+            param=request.prompt_field,
+            code=CONTEXT_EXCEEDED,
+        ) from None
+
+
+def _last_user_text(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of the user's last message in a conversation; empty if there is none."""
+    user_contents = (message.get("content") for message in reversed(conversation) if message.get("role") == "user")
+    content = next(user_contents, None)
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _recorded_sampling(request: GenerationRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that determines how branches are drawn and read, in the form in which it is recorded.
+
+    Template fields and patterns are the client's own text, so only a hash of them is kept.
+    """
+    recorded = dict(sampling)
+    if request.temperature == 0:
+        recorded["branch_temperature"] = sampling.get("temperature", DEFAULT_TEMPERATURE)
+        recorded["temperature"] = request.temperature
+    if request.tts.answer != AUTO:
+        kind = request.tts.answer
+        is_pattern = kind.method is ExtractionMethod.REGEX
+        recorded["answer"] = f"{kind.method}:{_hash(kind.argument)}" if is_pattern else str(kind)
+    if request.branch_limit is not None:
+        recorded["max_tokens"] = request.branch_limit
+    if not request.conversation:
+        recorded["prompt"] = "raw"
+    if fields := request.template_fields:
+        recorded["template_fields"] = _hash(json.dumps(fields, sort_keys=True))
+    return recorded
+
+
+def _hash(text: str) -> str:
+    return blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+async def _limits(
+    engine: UpstreamClient,
+    settings: Settings,
+    caps: EpisodeCaps,
+    model: Model,
+    request: GenerationRequest,
+    prompt: int,
+    template: probe_templates.Template,
+) -> _RequestLimits:
+    """Return limits under which a branch, its probes and its final answer fit the model's context and the token cap.
+
+    `prompt` is the prompt's length in tokens. Raises BadRequest if there is no room for one interval and its answer.
+    """
+    close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
+    suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))
+    cap = _smallest(request.tts.max_total_tokens, caps.tokens)
+    probe = settings.probe_tokens
+    finalise = min(settings.finalise_tokens, (model.max_length - prompt) // 4)
+    if cap is not None:
+        finalise = max(probe, min(finalise, cap // 4))
+    room = model.max_length - prompt - max(close + finalise, suffix + max(probe, finalise))
+    if room < 1:
+        needed = model.max_length - prompt - room + 1
+        raise BadRequest(
+            f"This model's maximum context length is {model.max_length} tokens. However, your prompt has {prompt} "
+            f"tokens, and with β a reply needs at least {needed} more. Shorten the prompt, or send it without β",
+            param=request.prompt_field,
+            code=CONTEXT_EXCEEDED,
+        )
+    branch = min(room, request.branch_limit or room)
+    interval = min(settings.interval, branch)
+    reserve = close + finalise + suffix + probe
+    ahead = None
+    if cap is not None and not request.tts.answer.is_declared_votable:  # reserve what the votability check may cost
+        reserve += suffix + probe
+        ahead = max(0, cap - reserve - interval) // 8
+        reserve += ahead
+    cut_probes = None
+    if cap is not None and request.stop_strings:
+        cut_probes = max(0, cap - reserve - interval) // 8 // (suffix + probe)
+        reserve += cut_probes * (suffix + probe)
+    least = reserve + interval
+    if cap is not None and cap < least:
+        is_clients = cap == request.tts.max_total_tokens
+        source = "tts.max_total_tokens" if is_clients else caps.source or "the server's limit AUTOTTS_MAX_TOTAL_TOKENS"
+        remedy = "raise it" if is_clients else "ask for shorter replies, or ask the operator to raise it"
+        raise BadRequest(
+            f"{source} is {cap} tokens; this request needs at least {least} for one interval and its answer; {remedy}",
+            param="tts.max_total_tokens" if is_clients else None,
+            code="cap_too_small",
+        )
+    return _RequestLimits(
+        EnvironmentLimits(settings.interval, branch, probe, ahead, settings.max_sent_bytes, cut_probes),
+        Limits(
+            interval=settings.interval,
+            max_branches=caps.branches,
+            branch_tokens=branch,
+            probe_tokens=suffix + probe,
+            max_tokens=None if cap is None else cap - reserve,
+        ),
+        FinalAnswerLimits(finalise, probe),
+    )
+
+
+def _smallest(*limits: T | None) -> T | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,0 +1,96 @@
+"""The `tts` object and the `x-tts-*` headers of a reply: how the answer was found and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from controllers import Round, State
+from discovery.answers import Answer
+from proxy.environment.live_environment import LiveEnvironment
+from proxy.recording import recorded_branches
+from proxy.types import Plan
+
+
+def early_headers(plan: Plan) -> dict[str, str]:
+    """Return the headers that are known before the first branch."""
+    return {
+        "x-request-id": plan.request_id,
+        "x-tts-applied": "true",
+        "x-tts-beta": f"{plan.beta.value:g}",
+        "x-tts-beta-source": plan.beta.source_text,
+        "x-tts-controller": plan.controller,
+    }
+
+
+def reply_headers(plan: Plan, tts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the headers of a reply with this `tts` object."""
+    return {
+        **early_headers(plan),
+        "x-tts-branches": str(tts["branches"]),
+        "x-tts-rounds": str(tts["rounds"]),
+        "x-tts-tokens": str(tts["tokens"]["total"]),
+        "x-tts-stop": tts["stop"],
+        **({} if (reason := tts["fallback"]) is None else {"x-tts-fallback": reason}),
+    }
+
+
+def tts_object(
+    plan: Plan,
+    environment: LiveEnvironment,
+    state: State,
+    answer: Answer | None,
+    *,
+    agreed: bool,
+    tokens: Mapping[str, int],
+    fallback: str | None,
+    rounds: Sequence[Round],
+) -> dict[str, Any]:
+    """Return the `tts` object.
+
+    `answer` is read from the reply's message. `agreed` says whether the message gives the answer that was voted for.
+    `tokens` is the bill. `fallback` is why the baseline decided, if it did.
+    """
+    meter = environment.meter
+    written = {label: environment.labels.written(label) for label in state.votes}
+    if state.answer is not None:
+        written[state.answer] = environment.labels.written(state.answer) if answer is None else answer.written
+    return {
+        "applied": True,
+        "beta": plan.beta.value,
+        "beta_source": plan.beta.source_text,
+        **({} if plan.beta.requested is None else {"beta_asked": plan.beta.requested}),
+        "controller": plan.controller,
+        "controller_digest": plan.spec.digest[:12],
+        "stage": plan.stage,
+        "branches": len(environment.branches),
+        "rounds": state.rounds,
+        "stop": str(state.stop),
+        "answer": written[state.answer] if state.answer is not None else answer and answer.written,
+        "answer_kind": str(plan.prompt.kind),
+        "probe_template": plan.prompt.template.name,
+        "agreed": None if state.answer is None else agreed,
+        "votes": {written[label]: count for label, count in state.votes.items()},
+        "temperature": plan.temperature,
+        "greedy_first": plan.prompt.greedy_first,
+        "interval": plan.environment_limits.interval,
+        "tokens": {"total": sum(tokens.values()), **tokens},
+        "upstream": {
+            "requests": meter.requests,
+            "prompt_tokens": meter.prompt_tokens,
+            "cached_tokens": meter.cached_tokens,
+        },
+        "fallback": fallback,
+        **({"recording": _recording(plan, environment, rounds)} if plan.records_all else {}),
+    }
+
+
+def _recording(plan: Plan, environment: LiveEnvironment, rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return the episode's branches and how they were generated, in the generic recording format."""
+    return {
+        "interval": plan.environment_limits.interval,
+        "sampling": plan.provenance.sampling,
+        "probe_template": plan.prompt.template.name,
+        "chat_template": plan.provenance.chat_template,
+        "branches": [branch._asdict() for branch in recorded_branches.branches(environment, rounds)],
+    }
