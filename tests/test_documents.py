@@ -170,6 +170,29 @@ def test_the_api_page_has_the_options_and_stop_reasons_of_requests() -> None:
     assert {*TtsOptions.model_fields, *map(str, Stop)} - table_names("docs/api.md") == set()
 
 
+def error_codes() -> set[str]:
+    """Return the `code` of every error that the proxy's source makes."""
+    calls = (
+        keyword.value.value
+        for path in (ROOT / "proxy").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "code" and isinstance(keyword.value, ast.Constant)
+    )
+    return {code for code in calls if isinstance(code, str)}
+
+
+def test_the_api_page_has_every_error_code() -> None:
+    codes = error_codes()
+    assert "bad_beta" in codes
+    errors = text("docs/api.md").partition("\n## Errors\n")[2].partition("\n## ")[0]
+    listed = {
+        code for row in re.findall(r"^\| (`[^|]*) \|", errors, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)
+    }
+    assert codes == listed
+
+
 def test_the_readme_is_a_landing_page() -> None:
     lines = text("README.md").splitlines()
     assert len(lines) <= MAX_README_LINES
