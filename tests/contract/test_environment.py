@@ -167,6 +167,7 @@ def crowd(seed: int) -> list[Chain]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(list(BUILT_IN)), beta=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
 async def test_every_controller_plays_the_same_episode_everywhere(name: str, beta: float, seed: int) -> None:

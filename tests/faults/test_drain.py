@@ -22,6 +22,8 @@ from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import INTERVAL, backend
 from tests.proxy.recording.test_episode_log import until
 
+pytestmark = pytest.mark.process
+
 __all__ = ["backend"]  # a fixture
 
 ROOT = Path(__file__).parents[2]

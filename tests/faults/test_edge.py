@@ -322,6 +322,7 @@ def test_only_the_offer_is_taken_out() -> None:
     assert without_upgrade(headers) == [(b"host", b"a"), (b"connection", b"Close"), (b"x-upgrade", b"")]
 
 
+@pytest.mark.process
 async def test_curl_may_offer_http_2(proxy: Proxy) -> None:
     curl = shutil.which("curl")
     if curl is None:

@@ -291,6 +291,7 @@ async def use(store: Store) -> None:
     await update_labels(store, [], 0.2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", COLUMNS)
 def test_a_row_of_any_value_stops_no_command(tmp_path: Path, table: str) -> None:
     """Reading may say that a row is corrupt; verifying, forgetting and pruning go on, and then all is well."""

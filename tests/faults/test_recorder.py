@@ -198,6 +198,7 @@ async def test_a_locked_store_holds_nobody_up_and_is_caught_up_with(tmp_path: Pa
     assert os.listdir(tmp_path) == ["s.db"]  # the file is gone, and WAL's too
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_no_request_notices_that_the_store_is_locked_for_long(tmp_path: Path, backend: Any) -> None:
     path = tmp_path / "s.db"
@@ -216,6 +217,7 @@ async def test_no_request_notices_that_the_store_is_locked_for_long(tmp_path: Pa
         assert await proxy.metric("autotts_requests_total", outcome="answered") == len(ids) + 1
 
 
+@pytest.mark.slow
 async def test_no_request_notices_that_the_store_is_away_at_first(tmp_path: Path, backend: Any) -> None:
     path = tmp_path / "away" / "s.db"
     async with serving(backend, path, spill=tmp_path / "spill") as proxy:
@@ -342,6 +344,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.process
 async def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     path, filler = small_disk / "s.db", small_disk / "filler"
     async with recording(path, spill=tmp_path / "spill") as recorder:
@@ -356,6 +359,7 @@ async def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
         assert recorder.lost == 0
 
 
+@pytest.mark.process
 async def test_no_request_notices_that_the_disk_is_full(small_disk: Path, tmp_path: Path, backend: Any) -> None:
     path, filler = small_disk / "s.db", small_disk / "filler"
     async with serving(backend, path, spill=tmp_path / "spill") as proxy:
@@ -369,6 +373,7 @@ async def test_no_request_notices_that_the_disk_is_full(small_disk: Path, tmp_pa
         assert await proxy.metric("autotts_recorder_lost_total") == 0
 
 
+@pytest.mark.process
 async def test_two_full_disks_keep_what_fits_in_memory_and_count_the_rest(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -848,6 +853,7 @@ async def all_in(path: Path, acknowledged: set[str]) -> None:
         assert (await store.verify()).bad == []
 
 
+@pytest.mark.process
 @pytest.mark.timeout(60 + 10 * CYCLES)
 async def test_a_proxy_killed_while_it_writes_loses_nothing_it_acknowledged(
     tmp_path: Path, starter: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
@@ -874,6 +880,7 @@ async def test_a_proxy_killed_while_it_writes_loses_nothing_it_acknowledged(
     assert len(acknowledged) >= 50 * CYCLES
 
 
+@pytest.mark.process
 @pytest.mark.timeout(60 + 10 * CYCLES)
 async def test_a_proxy_killed_while_it_reads_back_loses_nothing_that_waited(
     tmp_path: Path, starter: subprocess.Popen[str], caplog: pytest.LogCaptureFixture

@@ -244,6 +244,7 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
     assert counted <= len(rows(path, "SELECT 1 FROM episodes UNION ALL SELECT 1 FROM feedback")) + live + forgotten
 
 
+@pytest.mark.process
 @pytest.mark.timeout(120 + 240 * ROUNDS)
 async def test_commands_beside_proxies_lose_and_corrupt_nothing(tmp_path: Path, backend: Any) -> None:
     kill, end = signal.SIGKILL, signal.SIGTERM

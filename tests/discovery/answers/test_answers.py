@@ -31,6 +31,7 @@ def same(one: str, other: str, judge: Judge) -> bool:
     return None not in numbers and numbers[0] == numbers[1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("group", SAME)
 def test_what_is_the_same_is_one_label_in_either_order(group: str, judge: Judge) -> None:
     pairs = [pair for spellings in SAME[group] for pair in itertools.combinations(spellings, 2)]
@@ -38,12 +39,14 @@ def test_what_is_the_same_is_one_label_in_either_order(group: str, judge: Judge)
     assert not apart
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("group", DIFFERENT)
 def test_what_differs_is_never_merged(group: str, judge: Judge) -> None:
     merged = [pair for pair in DIFFERENT[group] if same(*pair, judge) or same(*pair[::-1], judge)]
     assert not merged
 
 
+@pytest.mark.process
 def test_answers_of_different_classes_are_never_merged(judge: Judge) -> None:
     """The first spellings of all classes against each other: thousands of pairs, whatever their group."""
     firsts = [(group, number, spellings[0]) for group in SAME for number, spellings in enumerate(SAME[group])]
@@ -92,6 +95,7 @@ ANSWERS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(ANSWERS)
 @settings(max_examples=400, deadline=None)
 def test_a_canonical_form_is_its_own_and_nothing_raises(written: str) -> None:
@@ -105,6 +109,7 @@ def test_a_canonical_form_is_its_own_and_nothing_raises(written: str) -> None:
             assert form.type in (FormType.OTHER, FormType.WORDS) or not form.exact or form.type is FormType.COLLECTION
 
 
+@pytest.mark.slow
 @given(EXPRESSIONS)
 @example(r"\sqrt{\frac{44563}{85903}}")  # two primes whose product nobody takes apart again
 @settings(max_examples=400, deadline=None)
@@ -117,6 +122,7 @@ def test_the_canonical_form_of_an_expression_is_idempotent(written: str) -> None
     assert (again.text, again.type) == (form.text, form.type)
 
 
+@pytest.mark.slow
 @given(ANSWERS, ANSWERS, ANSWERS)
 @settings(max_examples=200, deadline=None)
 def test_sameness_of_forms_is_an_equivalence(a: str, b: str, c: str) -> None:
@@ -203,6 +209,7 @@ def test_a_judge_is_asked_only_where_values_agree() -> None:
 # The judge
 
 
+@pytest.mark.process
 def test_what_never_ends_is_killed_with_its_process_and_not_asked_again() -> None:
     with Judge(seconds=1) as judge:
         assert judge.same("1+x", "x+1")
@@ -213,6 +220,7 @@ def test_what_never_ends_is_killed_with_its_process_and_not_asked_again() -> Non
         assert judge.same(r"\frac{2}{4}", r"\frac12")
 
 
+@pytest.mark.process
 def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
     judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
@@ -228,6 +236,7 @@ def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
         assert b"hunter2" not in file.read()
 
 
+@pytest.mark.process
 def test_a_judge_that_died_is_replaced(judge: Judge) -> None:
     assert judge.same("y+2", "2+y")
     assert judge._workers[0]._process is not None

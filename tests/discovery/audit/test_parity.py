@@ -287,6 +287,7 @@ def test_a_cap_that_was_not_there_is_found() -> None:
     assert (one.round, one.asked) == (1, NO_FITTING_ACTION)
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from([*BUILT_IN, "asc@9", "lockstep_lead"]),
@@ -309,6 +310,7 @@ def test_any_controller_decides_again_what_it_decided(
     assert told.rounds == told.agreed == episode.rounds + (episode.stop == "max_tokens")
 
 
+@pytest.mark.process
 def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FOREIGN)
@@ -329,6 +331,7 @@ def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> Non
     assert told.groups[0].verdict is ParityVerdict.AGREE
 
 
+@pytest.mark.process
 def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FOREIGN + "        1 / 0\n")

@@ -204,6 +204,7 @@ async def test_what_is_there_is_not_bought_again(
     assert backend.opened == ALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [replace(ORDER, temperature=0.5), replace(ORDER, answer="boxed"), replace(ORDER, benchmark="soft")],
@@ -317,6 +318,7 @@ BOUNDED = replace(ORDER, max_tokens=200)
 RESERVE = BOUNDED.reserved_tokens(INTERVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 4])
 async def test_a_budget_is_not_passed_and_resuming_goes_on(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int
@@ -333,6 +335,7 @@ async def test_a_budget_is_not_passed_and_resuming_goes_on(
     check_complete(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("max_tokens", [None, 1500])
 async def test_a_budget_is_not_passed_however_long_branches_become(
@@ -727,6 +730,7 @@ async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], 
     assert (at.tokens, at.spent) == (119, 119)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [None, 502, 503], ids=str)
 async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
     questions: Sequence[Question], out: Path, answer: int | None
@@ -748,6 +752,7 @@ async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
     assert time.most_looking == 1
 
 
+@pytest.mark.slow
 async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequence[Question], out: Path) -> None:
     time = Time()
     async with answering(lambda _: recorded()) as stub:

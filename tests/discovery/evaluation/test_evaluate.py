@@ -245,6 +245,7 @@ WORDS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fault", FAULTY)
 def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> None:
     path = tmp_path / f"{fault}.py"
@@ -263,6 +264,7 @@ def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> 
     assert found[1].as_json()["failures"] == 0
 
 
+@pytest.mark.process
 def test_a_constructor_that_fails_is_a_scored_failure(tmp_path: Path) -> None:
     path = tmp_path / "late.py"
     path.write_text("class Mine:\n    def __init__(self, beta): 1 / beta\n    def decide(self, state): return []\n")

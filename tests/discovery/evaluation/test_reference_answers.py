@@ -231,6 +231,7 @@ sayings = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(sayings, st.randoms())
 def test_what_is_refuted_is_no_label_whatever_the_order(said: list[tuple[str, float]], random: Any) -> None:
     answer, sure, refuted = heard(*said)

@@ -74,6 +74,7 @@ def test_the_test_is_exact_whatever_the_differences() -> None:
         assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)))
 
 
+@pytest.mark.slow
 def test_draws_come_close_to_all_flips_and_never_to_nothing() -> None:
     differences = np.random.default_rng(2).normal(0.4, 1, 16)
     assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)), abs=0.01)
@@ -107,6 +108,7 @@ def test_noise_is_promoted_no_more_often_than_stated() -> None:
     assert ever <= 20  # 10 at most are expected; more than 20 come up once in a thousand
 
 
+@pytest.mark.slow
 def test_power_grows_with_the_effect_and_is_what_is_said_of_it() -> None:
     rng = np.random.default_rng(4)
     drawn = rng.normal(0, 1, (60, 60))
@@ -348,6 +350,7 @@ def run(
     return run_gate(source, cells, finalist, champion, ledger, make_engine(EngineName.LOCAL), **about)
 
 
+@pytest.mark.process
 def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
     report = run(GOOD, Spec("first", FIRST), tmp_path / "ledger")
     assert failed(report) == []
@@ -356,6 +359,7 @@ def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
     assert (report.questions, len(report.cells)) == (20, 2)
 
 
+@pytest.mark.process
 def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) -> None:
     finalist = Spec("first", FIRST)
     assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is GateVerdict.PROMOTE
@@ -364,6 +368,7 @@ def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) ->
     assert {"better", "significant", "accuracy", "cells"} <= set(failed(report))
 
 
+@pytest.mark.process
 def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path: Path) -> None:
     report = run(GOOD, Spec("last", LAST), tmp_path / "ledger")
     assert report.verdict is not GateVerdict.PROMOTE
@@ -372,6 +377,7 @@ def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path
     assert 0 < report.mde < 10
 
 
+@pytest.mark.process
 def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path) -> None:
     body = FIRST + "        print()\n"
     report = run(GOOD, Spec("first", body), tmp_path / "ledger", shuffles=1)
@@ -385,6 +391,7 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
     assert (report.verdict, report.k) == (GateVerdict.REJECT, 2)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("finalist", "changes", "words"),
     [
@@ -477,6 +484,7 @@ def order(folder: Path, finalist: str = "asc@4") -> GateJob:
     )
 
 
+@pytest.mark.process
 def test_who_dies_before_the_report_has_spent(tmp_path: Path) -> None:
     given = order(tmp_path)
     dying = (
@@ -516,6 +524,7 @@ def test_a_corrupt_ledger_is_refused_by_name(tmp_path: Path, harm: str) -> None:
 # The verb
 
 
+@pytest.mark.process
 def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
     given = order(tmp_path)
     file = tmp_path / "first.py"

@@ -349,6 +349,7 @@ for number in range(10**6):
 """
 
 
+@pytest.mark.process
 def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: Registry) -> None:
     registry.install(spec(8), CARD, RolloutStage.SHADOW, 0, ME)
     chance = random.Random(6)
@@ -370,6 +371,7 @@ def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: R
     assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.process
 def test_writers_at_once_take_turns(registry: Registry) -> None:
     command = [sys.executable, "-c", WRITER.replace("10**6", "20"), str(registry.folder)]
     writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -293,6 +293,7 @@ def test_it_gives_up_in_the_end(server: ScriptedEndpoint) -> None:
         llm(server, waits=waits, retries=0).propose(CONTEXT)
 
 
+@pytest.mark.slow
 def test_models_are_drawn_by_weight_and_by_the_context(server: ScriptedEndpoint) -> None:
     prices = dict.fromkeys("abc", (1.0, 1.0))
     explorer = llm(server, models={"a": 3, "b": 1, "c": 0}, prices=prices)

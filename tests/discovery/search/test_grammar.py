@@ -72,12 +72,14 @@ def test_there_are_as_many_structures_as_components_allow() -> None:
     assert len({emit(genome_of(parts)) for parts in COMBINATIONS}) == 432
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widen", PARTS["widen"])
 def test_every_structure_is_a_file_that_can_be_used(widen: str) -> None:
     for number, parts in enumerate(one for one in COMBINATIONS if one["widen"] == widen):
         check_file(numbered(parts, number))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(genome=GENOMES)
 def test_any_numbers_make_a_file_that_can_be_used(genome: Genome) -> None:
@@ -110,6 +112,7 @@ def test_files_are_as_the_formatter_would_have_them(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(genome=GENOMES)
 def test_each_number_follows_beta_one_way_and_within_its_bounds(genome: Genome) -> None:
@@ -188,6 +191,7 @@ def test_the_same_chains_make_the_same_episode(genome: Genome, beta: float, seed
     assert (first.spent, first.rounds, first.answer) == (second.spent, second.rounds, second.answer)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("genome", [*CLASSICS[1:], numbered(COMBINATIONS[-1], 5)], ids=lambda _: "")
 def test_sealed_they_do_the_same(genome: Genome) -> None:
     recordings = [intern_answers(question(number)) for number in range(3)]

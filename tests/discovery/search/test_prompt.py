@@ -125,6 +125,7 @@ def test_a_built_in_without_a_file_is_ranked_and_not_shown() -> None:
     assert "70.00  c0" in user(context)
 
 
+@pytest.mark.slow
 def test_blocks_stay_within_their_size_newest_or_best_first() -> None:
     standings = [
         standing(

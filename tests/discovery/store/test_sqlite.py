@@ -46,6 +46,7 @@ async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> 
         assert (await store.verify()).bad == []
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(given=st.lists(recordings, min_size=1, max_size=3, unique_by=lambda one: one.question))
 def test_anything_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, given: list[RecordedQuestion]) -> None:

@@ -246,6 +246,7 @@ async def test_a_backend_that_fails_after_the_deadline_costs_no_answer(proxy: Pr
     assert (content, finish, told_of_it["stop"]) == (f"{LEAD}7}}", "stop", "deadline")
 
 
+@pytest.mark.slow
 async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]

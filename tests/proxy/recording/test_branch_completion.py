@@ -343,6 +343,7 @@ async def test_it_waits_while_requests_wait_here(
 # How many
 
 
+@pytest.mark.slow
 async def test_more_than_may_wait_are_left_out_and_counted(backend: FakeVLLM, tmp_path: Path) -> None:
     backend.queued = 1
     async with recording(backend, tmp_path) as proxy:

@@ -19,6 +19,7 @@ __all__ = ["backend"]  # a fixture
 REQUESTS = 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["none", "full"])
 @pytest.mark.parametrize("controller", ["cmc", "asc@6", "parallel_probe@6", "short_m_at_k@6", "single"])
 async def test_replay_tells_the_truth_about_a_proxy(

@@ -74,6 +74,7 @@ speaking = st.builds(chain, st.sampled_from(["7", "9", "12"]), st.integers(40, 4
 silent = st.builds(lambda length, said: Chain("<think>" + "m" * length, tuple(said)), st.integers(0, 300), hunches)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     chains=st.lists(speaking | silent, min_size=1, max_size=12),

@@ -163,6 +163,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(body=st.dictionaries(ODD_TEXT, TREES, max_size=5), most=st.integers(1, 40), is_ascii=st.booleans())
 def test_structure_is_counted_without_the_texts(body: dict[str, Any], most: int, is_ascii: bool) -> None:

@@ -51,11 +51,13 @@ def ends(
                 break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_one_that_is_the_same_is_left_alone(share: float) -> None:
     assert len(list(ends(200, share, requests(), requests()))) <= 0.02 * 200
 
 
+@pytest.mark.slow
 def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
     canary = requests(tokens=3300, failing=0.03, unanswered=0.07, unhappy=0.35)
     assert len(list(ends(200, 0.5, canary, requests()))) <= 0.02 * 200
@@ -74,6 +76,7 @@ def test_one_that_is_better_is_left_alone() -> None:
     assert not list(ends(50, 0.5, requests(tokens=1500, failing=0, unanswered=0, unhappy=0), requests()))
 
 
+@pytest.mark.slow
 def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
     assert len(list(ends(50, 0.5, requests(), requests(), most=5000))) <= 0.02 * 50
 

@@ -121,6 +121,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.rollout.cost_test.LEAST_TOKENS", 0)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("short")
 async def test_a_file_that_spends_all_is_quarantined(
     serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -138,6 +139,7 @@ async def test_a_file_that_spends_all_is_quarantined(
     assert levels == [logging.WARNING, logging.ERROR]
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("short")
 async def test_one_that_came_with_the_program_is_warned_of(
     serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture

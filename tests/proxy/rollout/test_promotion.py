@@ -31,6 +31,8 @@ from tests.fakes import FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy
 from tests.proxy.rollout.test_sealed_controllers import FAULTS, HONEST, LOCKSTEP
 
+pytestmark = pytest.mark.process
+
 ME = ChangeCause("me", "a test", datetime(2026, 11, 24, tzinfo=UTC), forced=True)
 DEFAULT = "self_consistency"
 FAILING = LOCKSTEP.format(later=FAULTS["raised"])
