@@ -46,13 +46,13 @@ class Output:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str | None = None  # "stop" or "length"; None while it runs or if it was aborted
-    at_token: bool = False  # ended by an end-of-reply token: the last of `ids`, without text
-    raw: str | None = None  # server's text if it may contain the prompt's; `text` is decoded from `ids`
+    ended_by_token: bool = False  # ended by an end-of-reply token: the last of `ids`, without text
+    server_text: str | None = None  # server's text if it may contain the prompt's; `text` is decoded from `ids`
 
     @property
-    def written(self) -> list[int]:
+    def text_ids(self) -> list[int]:
         """The token ids that have text."""
-        return self.ids[:-1] if self.at_token else self.ids
+        return self.ids[:-1] if self.ended_by_token else self.ids
 
 
 @dataclass(slots=True)
@@ -83,12 +83,12 @@ class Call:
         return BYTES_SENT_PER_ID * sum(map(len, self.prompts)) + len(json.dumps(dict(self.sampling)))
 
     @property
-    def brought(self) -> int:
+    def progress(self) -> int:
         """Number of tokens and of ended outputs that have arrived so far."""
         return self.generated + sum(output.finish is not None for output in self.outputs)
 
     @property
-    def most_unseen(self) -> int:
+    def max_unseen_tokens(self) -> int:
         """Upper bound on tokens that have been generated and not arrived, if the call is aborted now."""
         running = (output for output in self.outputs if output.finish is None)
         return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
@@ -207,7 +207,7 @@ class LiveBranch:
     finish: str | None = None  # "stop", "length", or None while it runs
     answer: Answer | None = None  # the answer in its reply, once finished and read
     is_read: bool = False
-    is_cut: bool = False  # it was ended by one of the client's stop strings
+    ended_by_stop_string: bool = False  # it was ended by one of the client's stop strings
     label: int | None = None  # the number of its answer, once a fact has revealed it
     ahead: deque[Output] = field(default_factory=deque)  # intervals generated that the controller has not asked for yet
 

@@ -42,7 +42,12 @@ class BranchAnswers:
         """
         if not branch.is_read and branch.finish == "stop":
             branch.answer, branch.is_read = await self.read(branch.text), True
-            if branch.answer is None and branch.is_cut and self._prompt.kind.is_probeable and self.may_probe_cut():
+            if (
+                branch.answer is None
+                and branch.ended_by_stop_string
+                and self._prompt.kind.is_probeable
+                and self.may_probe_cut()
+            ):
                 branch.answer = await self.probe(branch.ids, branch.text)
         return branch.answer
 

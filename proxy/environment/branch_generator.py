@@ -94,7 +94,7 @@ class BranchGenerator:
         except BaseException as error:
             meter.aborted_tokens += call.generated
             if call.generated or not isinstance(error, UpstreamError):  # otherwise it had not even begun
-                meter.most_unseen += call.most_unseen
+                meter.max_unseen_tokens += call.max_unseen_tokens
             raise
         meter.add(call)
 
@@ -137,7 +137,9 @@ class BranchGenerator:
 
         Outputs whose text is not decoded yet are left out.
         """
-        outputs = [(owner, output) for owner, output in self._in_flight if owner is not None and output.raw is None]
+        outputs = [
+            (owner, output) for owner, output in self._in_flight if owner is not None and output.server_text is None
+        ]
         self._in_flight.clear()
         return outputs
 

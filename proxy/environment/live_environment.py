@@ -272,7 +272,7 @@ class LiveEnvironment:
         texts = {id(step.output): self.branches[step.branch].text for step in steps}
 
         async def check(output: Output) -> None:
-            if output.finish == "stop" and output.at_token:  # one that a stop string cut may have to be probed first
+            if output.finish == "stop" and output.ended_by_token:  # others are checked when the phase ends
                 await self._check.check_finished(texts[id(output)] + output.text)
 
         call.on_finish = check
@@ -308,10 +308,10 @@ class LiveEnvironment:
         branch.text += output.text
         branch.pieces += 1
         if output.finish == "stop":
-            branch.finish, branch.is_cut = "stop", not output.at_token
+            branch.finish, branch.ended_by_stop_string = "stop", not output.ended_by_token
         cut = self.stops.cut(branch.text, known)
         if cut is not None:
-            branch.text, branch.finish, branch.is_cut = branch.text[:cut], "stop", True
+            branch.text, branch.finish, branch.ended_by_stop_string = branch.text[:cut], "stop", True
         if branch.finish != "stop" and len(branch.ids) >= self.limits.branch:
             branch.finish = "length"  # cut mid-thought, so it has no answer
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from proxy.probe_templates import Template
 
-MOST_AT_SERVER: Final = 4
+MAX_AT_SERVER: Final = 4
 """Maximum number of stop strings that every vLLM accepts. VLLM_MAX_STOP_STRINGS may allow more, but is not reported."""
 OPENING_TOKENS: Final = 16
 """Number of tokens after which it is clear whether a text begins with a thought."""
@@ -32,7 +32,7 @@ class StopStrings:
     def at_server(self, text: str) -> list[str]:
         """Return the stop strings to send with a request that continues a branch's `text`."""
         has_begun = self._template.reply_at(self._tail, text) is not None
-        return list(self.strings) if has_begun and len(self.strings) <= MOST_AT_SERVER else []
+        return list(self.strings) if has_begun and len(self.strings) <= MAX_AT_SERVER else []
 
     def max_tokens(self, text: str, interval: int, wanted: int) -> int:
         """Return how many of the `wanted` tokens one request may generate for a branch with this text."""

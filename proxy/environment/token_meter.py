@@ -18,7 +18,7 @@ class TokenMeter:
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself: the suffixes of probes
     aborted_tokens: int = 0  # generated in requests that were aborted, as far as they arrived
-    most_unseen: int = 0  # upper bound on tokens generated in those that did not arrive; they are not billed
+    max_unseen_tokens: int = 0  # upper bound on tokens generated in those that did not arrive; they are not billed
     sent_bytes: int = 0  # approximate size of all request bodies
 
     @property

@@ -97,7 +97,7 @@ class VotabilityCheck:
     async def check_cut(self, branches: Sequence[LiveBranch]) -> None:
         """Check those of `branches` that a stop string has finished. Raises NotVotable."""
         for branch in branches:
-            if branch.is_cut and not branch.is_read and not self._state.confirmed:
+            if branch.ended_by_stop_string and not branch.is_read and not self._state.confirmed:
                 self._note(await self._answers.of_finished(branch), branch.text)
 
     def _note(self, answer: Answer | None, text: str) -> None:
@@ -145,9 +145,9 @@ class VotabilityCheck:
         ids, text = _with_ahead(branch)
         cut = self._generator.stops.cut(text, len(known))
         if cut is not None:
-            output.finish, output.at_token = "stop", False
+            output.finish, output.ended_by_token = "stop", False
         if output.finish == "stop":
-            is_cut = cut is not None or not output.at_token
+            is_cut = cut is not None or not output.ended_by_token
             answer = await self.check_finished(text[:cut], ids if is_cut else None)
             branch.answer, branch.is_read = answer, branch.is_read or is_cut
 

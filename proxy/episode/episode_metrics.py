@@ -32,7 +32,7 @@ def count_episode(
     bill = reply.tokens if reply is not None else {"aborted": environment.meter.billed}
     for purpose, tokens in bill.items():
         metrics.tokens.labels(*by_beta, purpose).inc(tokens)
-    metrics.unseen_tokens.labels(model).inc(environment.meter.most_unseen)
+    metrics.unseen_tokens.labels(model).inc(environment.meter.max_unseen_tokens)
     metrics.branches.labels(*by_beta).inc(len(environment.branches))
     metrics.rounds.labels(*by_beta).inc(state.rounds)
     metrics.chain_lengths.observe(model, plan.limits.interval, environment.branches)

@@ -101,7 +101,9 @@ async def _finished_message(plan: Plan, environment: LiveEnvironment, index: int
     if branch.finish is None:
         return await _make_answer(plan, environment, index, state)
     message = await _branch_message(environment, branch)
-    if state.answer is None or (branch.is_cut and branch.label == state.answer):  # the cut may be within the answer
+    if state.answer is None:
+        return message, True
+    if branch.ended_by_stop_string and branch.label == state.answer:  # the string may have cut the answer itself
         return message, True
     return message, await _gives_answer(environment, message.content, state.answer)
 

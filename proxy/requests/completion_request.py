@@ -10,17 +10,17 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from proxy.requests import field_table
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 
-MOST_PROMPT_IDS: Final = 2**20
+MAX_PROMPT_IDS: Final = 2**20
 """Maximum number of token ids in a prompt, and in all prompts of a request together if a controller is to serve it."""
-MOST_PROMPTS: Final = 128
+MAX_PROMPTS: Final = 128
 """Maximum number of prompts in a request that a controller serves."""
 
 
 def _bounded_ids(prompt: object) -> object:
     """Return `prompt` unchanged. Raises ValueError if it is a single prompt of too many token ids."""
     ids = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-    if isinstance(ids, list) and len(ids) > MOST_PROMPT_IDS:
-        raise ValueError(f"at most {MOST_PROMPT_IDS} token ids are accepted, not {len(ids)}")
+    if isinstance(ids, list) and len(ids) > MAX_PROMPT_IDS:
+        raise ValueError(f"at most {MAX_PROMPT_IDS} token ids are accepted, not {len(ids)}")
     return prompt
 
 
@@ -81,7 +81,7 @@ def _servable_prompts(value: Any) -> Sequence[str | list[int]]:
     """
     has_several = isinstance(value, list) and value and isinstance(value[0], str | list)
     prompts = value if has_several else [value]
-    if len(prompts) > MOST_PROMPTS or sum(len(ids) for ids in prompts if isinstance(ids, list)) > MOST_PROMPT_IDS:
+    if len(prompts) > MAX_PROMPTS or sum(len(ids) for ids in prompts if isinstance(ids, list)) > MAX_PROMPT_IDS:
         return []
     return prompts if all(map(_is_prompt, prompts)) else []
 

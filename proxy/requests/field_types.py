@@ -7,15 +7,15 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-MOST_MESSAGES: Final = 10_000
+MAX_MESSAGES: Final = 10_000
 """Maximum number of messages in a conversation, and of items in a Responses request's `input`."""
-MOST_BIASES: Final = 1024
+MAX_BIASES: Final = 1024
 """Maximum number of tokens in `logit_bias`, as in vLLM's sampler."""
-MOST_OPTIONS: Final = 64
+MAX_OPTIONS: Final = 64
 """Maximum number of members in each options object, such as `tts`."""
-MOST_NAME: Final = 512
+MAX_NAME: Final = 512
 """Maximum number of characters in a name, such as the model's."""
-_MOST_STOPS: Final = 64
+_MAX_STOPS: Final = 64
 """Maximum number of stop strings. The upstream may get up to four of them; the proxy itself searches for more."""
 
 
@@ -46,13 +46,13 @@ def _none_if_unset(seed: int) -> int | None:
 PositiveInt32 = Annotated[int, Field(ge=1, le=2**31, strict=True)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_none_if_unset)]
-Name = Annotated[str, Field(max_length=MOST_NAME), at_most(MOST_NAME, "characters")]
+Name = Annotated[str, Field(max_length=MAX_NAME), at_most(MAX_NAME, "characters")]
 TokenId = Annotated[str, Field(max_length=32), AfterValidator(lambda text: str(int(text)))]
 _Bias = Annotated[float, Field(allow_inf_nan=False)]
-Biases = Annotated[dict[TokenId, _Bias], Field(max_length=MOST_BIASES), at_most(MOST_BIASES, "tokens")]
-Options = Annotated[dict[str, Any], Field(max_length=MOST_OPTIONS), at_most(MOST_OPTIONS, "members")]
+Biases = Annotated[dict[TokenId, _Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES, "tokens")]
+Options = Annotated[dict[str, Any], Field(max_length=MAX_OPTIONS), at_most(MAX_OPTIONS, "members")]
 Messages = Annotated[
-    list[dict[str, Any]], Field(max_length=MOST_MESSAGES, fail_fast=True), at_most(MOST_MESSAGES, "messages")
+    list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True), at_most(MAX_MESSAGES, "messages")
 ]
-_StopList = Annotated[list[str], Field(max_length=_MOST_STOPS), at_most(_MOST_STOPS, "strings")]
+_StopList = Annotated[list[str], Field(max_length=_MAX_STOPS), at_most(_MAX_STOPS, "strings")]
 Stops = Annotated[_StopList, BeforeValidator(_as_list, json_schema_input_type=str | _StopList)]

@@ -14,28 +14,28 @@ import msgspec
 
 from proxy.errors import BadRequest, clipped
 
-MOST_INT: Final = 2**31 - 1
+MAX_INT: Final = 2**31 - 1
 """Largest value of a field that counts tokens or repetitions."""
-MOST_STOP: Final = 1024
+MAX_STOP: Final = 1024
 """Maximum number of characters in a stop string. It is sent with every request for a branch."""
-MOST_WORD: Final = 128
+MAX_WORD: Final = 128
 """Maximum number of characters in a bad word. vLLM tokenises each of them twice while other requests wait."""
-MOST_LIST: Final[Mapping[str, int]] = {
+MAX_LIST: Final[Mapping[str, int]] = {
     "stop_token_ids": 1024,
     "logprob_token_ids": 1024,
     "bad_words": 1000,
     "allowed_token_ids": 2**20,
 }
 """Maximum number of entries in list fields."""
-MOST_CONSTRAINT: Final = 65_536
+MAX_CONSTRAINT: Final = 65_536
 """Maximum number of bytes in a grammar, a schema or a list of choices."""
-MOST_CONSTRAINTS: Final = 2**20
+MAX_CONSTRAINTS: Final = 2**20
 """Maximum number of bytes in all grammars and schemas of a request. Other requests wait while they are checked."""
-MOST_TEXT: Final = 32_768
+MAX_TEXT: Final = 32_768
 """Maximum number of characters in a string of a grammar or schema. Compilation time grows with the square of it."""
-MOST_CHOICES: Final = 5000
+MAX_CHOICES: Final = 5000
 """Maximum number of choices, and of values in an `enum`."""
-MOST_ALTERNATIVES: Final = 500
+MAX_ALTERNATIVES: Final = 500
 """Maximum number of alternatives in an `anyOf`, `oneOf` or `allOf`."""
 _INTEGERS: Final = (
     *("top_k", "min_tokens", "thinking_token_budget", "stream_interval", "max_tool_calls"),
@@ -77,20 +77,20 @@ def check(body: Mapping[str, Any]) -> None:
             raise _wrong(name, "contains an integer of more than 64 bits; send a smaller one")
     stops = body.get("stop")
     for stop in stops if isinstance(stops, list) else [stops]:
-        if isinstance(stop, str) and len(stop) > MOST_STOP:
-            raise _wrong("stop", f"has a string of {len(stop)} characters; at most {MOST_STOP} are accepted")
-    for name, most in MOST_LIST.items():
+        if isinstance(stop, str) and len(stop) > MAX_STOP:
+            raise _wrong("stop", f"has a string of {len(stop)} characters; at most {MAX_STOP} are accepted")
+    for name, most in MAX_LIST.items():
         value = body.get(name)
         if isinstance(value, list) and len(value) > most:
             raise _wrong(name, f"has {len(value)} entries; at most {most} are accepted")
     for word in _as_list(body.get("bad_words")):
-        if isinstance(word, str) and len(word) > MOST_WORD:
-            raise _wrong("bad_words", f"has a string of {len(word)} characters; at most {MOST_WORD} are accepted")
+        if isinstance(word, str) and len(word) > MAX_WORD:
+            raise _wrong("bad_words", f"has a string of {len(word)} characters; at most {MAX_WORD} are accepted")
     total = 0
     for name, value in _constraints(body):
         total += _check_constraint(name, value)
-        if total > MOST_CONSTRAINTS:
-            raise _wrong(name, f"brings all grammars and schemas to over {MOST_CONSTRAINTS} bytes in total; send fewer")
+        if total > MAX_CONSTRAINTS:
+            raise _wrong(name, f"brings all grammars and schemas to over {MAX_CONSTRAINTS} bytes in total; send fewer")
 
 
 def _check_integer(body: Mapping[str, Any], path: str) -> None:
@@ -100,8 +100,8 @@ def _check_integer(body: Mapping[str, Any], path: str) -> None:
         value = value.get(member) if isinstance(value, dict) else None
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # vLLM reads numbers from strings
         value = _number(value.strip())
-    if isinstance(value, int | float) and not -MOST_INT <= value <= MOST_INT:
-        raise _wrong(path, f"is {_shown(value)}; it must be from -{MOST_INT} to {MOST_INT}")
+    if isinstance(value, int | float) and not -MAX_INT <= value <= MAX_INT:
+        raise _wrong(path, f"is {_shown(value)}; it must be from -{MAX_INT} to {MAX_INT}")
 
 
 def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -132,15 +132,15 @@ def _is_packable(value: Any) -> bool:
 def _check_constraint(name: str, value: Any) -> int:
     """Return the size of a grammar or schema in bytes. Raises BadRequest if it is too large or invalid."""
     size = len(msgspec.json.encode(value))
-    if size > MOST_CONSTRAINT:
-        raise _wrong(name, f"has {size} bytes; at most {MOST_CONSTRAINT} are accepted")
+    if size > MAX_CONSTRAINT:
+        raise _wrong(name, f"has {size} bytes; at most {MAX_CONSTRAINT} are accepted")
     for key, nested, _ in _walk("", value):
         if isinstance(nested, str):
             _check_text(name, key, nested)
-        elif key in _COUNTS and isinstance(nested, int | float) and not 0 <= nested <= MOST_INT:
-            raise _wrong(name, f"has the {key} {_shown(nested)}; it must be from 0 to {MOST_INT}")
+        elif key in _COUNTS and isinstance(nested, int | float) and not 0 <= nested <= MAX_INT:
+            raise _wrong(name, f"has the {key} {_shown(nested)}; it must be from 0 to {MAX_INT}")
         elif isinstance(nested, list):
-            most = MOST_ALTERNATIVES if key in _ALTERNATIVES else MOST_CHOICES
+            most = MAX_ALTERNATIVES if key in _ALTERNATIVES else MAX_CHOICES
             if len(nested) > most:
                 raise _wrong(name, f"has {len(nested)} entries in {clipped(key, 80)!r}; at most {most} are accepted")
         elif key == "patternProperties" and isinstance(nested, dict):
@@ -150,8 +150,8 @@ def _check_constraint(name: str, value: Any) -> int:
 
 
 def _check_text(name: str, key: str, text: str) -> None:
-    if len(text) > MOST_TEXT:
-        raise _wrong(name, f"has a string of {len(text)} characters; at most {MOST_TEXT} are accepted")
+    if len(text) > MAX_TEXT:
+        raise _wrong(name, f"has a string of {len(text)} characters; at most {MAX_TEXT} are accepted")
     if "\0" in text:
         raise _wrong(name, "has a string with a NUL character; remove it")
     is_pattern = key in _PATTERNS
@@ -159,8 +159,8 @@ def _check_text(name: str, key: str, text: str) -> None:
         raise _wrong(name, f"has the invalid pattern {clipped(text, 80)!r}: it {problem}")
     if is_pattern or key.endswith("grammar"):
         for counts in _REPEATED.finditer(text):
-            if any(_number(count) > MOST_INT for count in counts.groups() if count):
-                raise _wrong(name, f"repeats {clipped(counts[0], 80)}; at most {MOST_INT} repetitions are accepted")
+            if any(_number(count) > MAX_INT for count in counts.groups() if count):
+                raise _wrong(name, f"repeats {clipped(counts[0], 80)}; at most {MAX_INT} repetitions are accepted")
 
 
 def _pattern_problem(pattern: str) -> str:
@@ -210,7 +210,7 @@ def _is_string_or_container(value: object) -> bool:
 
 def _parsed(value: Any) -> Any:
     """Return the JSON value in a string; `value` itself if it is not a string or cannot be parsed."""
-    if not isinstance(value, str) or len(value) > MOST_CONSTRAINT:
+    if not isinstance(value, str) or len(value) > MAX_CONSTRAINT:
         return value
     try:
         return msgspec.json.decode(value)

@@ -14,7 +14,7 @@ from discovery.answers import AUTO, AnswerKind, parse_kind
 from discovery.errors import UnknownAnswerKind
 from proxy.requests import field_table
 from proxy.requests.beta import EFFORTS
-from proxy.requests.field_types import MOST_OPTIONS, Biases, Name, PositiveInt32, Seed, Stops, at_most
+from proxy.requests.field_types import MAX_OPTIONS, Biases, Name, PositiveInt32, Seed, Stops, at_most
 
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 """Sampling fields that act the same on a branch generated in several requests as on one generated in a single one."""
@@ -81,7 +81,7 @@ class GenerationRequest(BaseModel):
 
     model: Name | None = None  # an empty name counts as none
     stream: bool | None = False
-    stream_options: Annotated[StreamOptions | None, at_most(MOST_OPTIONS, "members")] = None
+    stream_options: Annotated[StreamOptions | None, at_most(MAX_OPTIONS, "members")] = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -95,7 +95,7 @@ class GenerationRequest(BaseModel):
     tts: Annotated[
         TtsOptions,
         BeforeValidator(_default_if_null, json_schema_input_type=TtsOptions | None),
-        at_most(MOST_OPTIONS, "members"),
+        at_most(MAX_OPTIONS, "members"),
     ] = TtsOptions()
 
     def split_by_prompt(self) -> Sequence[Self]:

@@ -15,7 +15,7 @@ from proxy.requests.generation_request import TtsOptions
 
 M = TypeVar("M", bound=BaseModel)
 
-_MOST_SHOWN: Final = 80
+_MAX_SHOWN: Final = 80
 """Maximum number of characters of a key that an error message quotes."""
 
 
@@ -37,7 +37,7 @@ def _validate(model: type[M], body: dict[str, Any]) -> M:
         return model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        path = ".".join(clipped(str(part), _MOST_SHOWN) for part in first["loc"] if part != "[key]")
+        path = ".".join(clipped(str(part), _MAX_SHOWN) for part in first["loc"] if part != "[key]")
         problem = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             problem = _unknown_field_message(model, first["loc"])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.requests import field_table
-from proxy.requests.field_types import MOST_MESSAGES, MOST_OPTIONS, Name, Options, TokenCount, at_most
+from proxy.requests.field_types import MAX_MESSAGES, MAX_OPTIONS, Name, Options, TokenCount, at_most
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 from proxy.requests.messages import messages_of, template_fields, why_not_text
 
@@ -40,12 +40,12 @@ class ResponsesRequest(GenerationRequest):
     effort_field: ClassVar[str] = "reasoning"
     unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = field_table.RESPONSES
 
-    input: Annotated[Any, at_most(MOST_MESSAGES, "items")] = None
+    input: Annotated[Any, at_most(MAX_MESSAGES, "items")] = None
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
-    reasoning: Annotated[Reasoning | None, at_most(MOST_OPTIONS, "members")] = None
+    reasoning: Annotated[Reasoning | None, at_most(MAX_OPTIONS, "members")] = None
     include_reasoning: bool | None = True
-    include: Annotated[list[Name], Field(max_length=MOST_OPTIONS)] | None = None
+    include: Annotated[list[Name], Field(max_length=MAX_OPTIONS)] | None = None
     truncation: Name | None = "disabled"
     text: Options | None = None
     chat_template_kwargs: Options | None = None

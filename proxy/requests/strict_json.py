@@ -9,11 +9,11 @@ import jiter
 
 from proxy.errors import BadRequest
 
-MOST_MEMBERS: Final = 256
+MAX_MEMBERS: Final = 256
 """Maximum number of members of the body itself. The OpenAI client and vLLM together have about 150 fields."""
-MOST_VALUES: Final = 200_000
+MAX_VALUES: Final = 200_000
 """Maximum number of objects, lists, members and strings in a body. Building more would delay other requests."""
-MOST_DEPTH: Final = 200
+MAX_DEPTH: Final = 200
 """Maximum nesting depth of a body. jiter refuses more."""
 
 _DUPLICATE: Final = re.compile(r'duplicate key "(.*)" at line', re.DOTALL)
@@ -31,8 +31,8 @@ def read_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest(_describe(str(error)), code="bad_json") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", code="bad_json")
-    if len(body) > MOST_MEMBERS:
-        raise _too_complex(f"the body has {len(body)} fields; at most {MOST_MEMBERS} are accepted")
+    if len(body) > MAX_MEMBERS:
+        raise _too_complex(f"the body has {len(body)} fields; at most {MAX_MEMBERS} are accepted")
     return body
 
 
@@ -42,15 +42,15 @@ def _check_structure(raw: bytes) -> None:
     Brackets, colons and quotes are first counted everywhere, also inside strings. That count is never too low. Only if
     it exceeds the limit, the strings are removed and the rest is counted again.
     """
-    if len(raw) <= MOST_VALUES or _count(raw) + raw.count(b'"') // 2 <= MOST_VALUES:
+    if len(raw) <= MAX_VALUES or _count(raw) + raw.count(b'"') // 2 <= MAX_VALUES:
         return
     plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     values = plain.count(b'"') // 2
-    if values <= MOST_VALUES:
+    if values <= MAX_VALUES:
         values += _count(b"".join(plain.split(b'"')[::2]))
-    if values > MOST_VALUES:
+    if values > MAX_VALUES:
         count = f"at least {values} objects, lists, members and strings"
-        raise _too_complex(f"the body has {count}; at most {MOST_VALUES} are accepted; split it into several requests")
+        raise _too_complex(f"the body has {count}; at most {MAX_VALUES} are accepted; split it into several requests")
 
 
 def _count(text: bytes) -> int:
@@ -67,7 +67,7 @@ def _describe(error: str) -> str:
     if duplicate := _DUPLICATE.search(error):
         return f"the body has an object with the duplicate key {duplicate[1]!r}; send each key once"
     if "recursion limit" in error:
-        return f"the body is nested more than {MOST_DEPTH} levels deep; flatten it"
+        return f"the body is nested more than {MAX_DEPTH} levels deep; flatten it"
     if "number out of range" in error:
         return f"the body has a number with too many digits: {error}"
     return f"the body is not valid JSON: {error}"

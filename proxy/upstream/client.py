@@ -297,8 +297,8 @@ class UpstreamClient:
                         raise self._refusal(response.status, chunk)
                     usage = chunk.get("usage") or usage
                     ended = self._take(call, chunk)
-                    if call.brought > brought:
-                        brought = call.brought
+                    if call.progress > brought:
+                        brought = call.progress
                         silence.reschedule(asyncio.get_running_loop().time() + self.read_timeout_s)
                     for output in ended:
                         if call.on_finish is not None:
@@ -325,13 +325,13 @@ class UpstreamClient:
                 output = call.outputs[index if index >= 0 else len(call.outputs)]
                 output.ids += _ids_of(choice["token_ids"])
                 longest = max(longest, len(output.ids))
-                if output.raw is None:
+                if output.server_text is None:
                     output.text += choice["text"]
                 else:
-                    output.raw += choice["text"]
+                    output.server_text += choice["text"]
                 if choice["finish_reason"] is not None:
                     output.finish = choice["finish_reason"]
-                    output.at_token = output.finish == "stop" and not isinstance(choice.get("stop_reason"), str)
+                    output.ended_by_token = output.finish == "stop" and not isinstance(choice.get("stop_reason"), str)
                     ended.append(output)
         except (KeyError, IndexError, TypeError):
             raise UpstreamProtocolError(
@@ -505,7 +505,7 @@ class UpstreamClient:
                     if payload == b"[DONE]":
                         return
                     yield self._parse(payload)
-            allowance.earn(call.brought)
+            allowance.earn(call.progress)
 
     def _parse(self, payload: bytes) -> dict[str, Any]:
         try:

@@ -193,7 +193,7 @@ class CallDecoder:
     """Sees to it that the outputs of an episode's calls have the text of their ids.
 
     Whether a prompt's end makes that necessary is found out while the call runs. Until then the server's text is kept
-    apart, as `Output.raw`, and it stays there if it cannot be used.
+    apart, as `Output.server_text`, and it stays there if it cannot be used.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -212,21 +212,21 @@ class CallDecoder:
         async def find() -> None:
             seams.update(await self._seams(call, detokeniser))
             for index, output in enumerate(call.outputs):
-                if index not in seams and output.raw is not None:
-                    output.text, output.raw = output.raw, None
+                if index not in seams and output.server_text is not None:
+                    output.text, output.server_text = output.server_text, None
 
         async def decode(output: Output) -> None:
             await finding
             seam = next((seam for index, seam in seams.items() if call.outputs[index] is output), None)
-            if seam is not None and output.raw is not None:
+            if seam is not None and output.server_text is not None:
                 skips = call.sampling.get("skip_special_tokens", True)
-                output.text = await detokeniser.text(seam, output.written, output.raw, skips_special=skips)
-                output.raw = None
+                output.text = await detokeniser.text(seam, output.text_ids, output.server_text, skips_special=skips)
+                output.server_text = None
             if notice is not None:
                 await notice(output)
 
         for output in call.outputs:
-            output.raw = ""
+            output.server_text = ""
         notice, call.on_finish = call.on_finish, decode
         finding = asyncio.create_task(find())
         try:

@@ -238,7 +238,7 @@ def test_a_prompt_with_a_value_that_is_no_id_is_not_served(bad: Any) -> None:
 
 
 def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion_request, "MOST_PROMPT_IDS", 10)
+    monkeypatch.setattr(completion_request, "MAX_PROMPT_IDS", 10)
     for prompts, is_served in (([[1] * 5, [2] * 5], True), ([[1] * 5, [2] * 6], False), ([[1] * 10, "text"], True)):
         parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompts}).encode())
         assert (parsed.pass_through_reason() is None) is is_served

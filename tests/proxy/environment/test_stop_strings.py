@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from deploy.embedded.task import held_back
-from proxy.environment.stop_strings import MOST_AT_SERVER, OPENING_TOKENS, StopStrings
+from proxy.environment.stop_strings import MAX_AT_SERVER, OPENING_TOKENS, StopStrings
 from proxy.probe_templates import TEMPLATES, Family
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
@@ -54,7 +54,7 @@ def test_strings_go_to_the_server_once_the_reply_has_begun() -> None:
     assert (stops.at_server(""), stops.max_tokens("", 100, 500)) == ([], OPENING_TOKENS)
     assert (stops.at_server("<think>1 ="), stops.max_tokens("<think>1 =", 100, 500)) == ([], 100)
     assert (stops.at_server("So"), stops.max_tokens("So", 100, 500)) == (["=", "\n"], 500)
-    many = StopStrings(["="] * (MOST_AT_SERVER + 1), TEMPLATES[Family.QWEN3], "")
+    many = StopStrings(["="] * (MAX_AT_SERVER + 1), TEMPLATES[Family.QWEN3], "")
     assert (many.at_server("So"), many.max_tokens("So", 100, 500)) == ([], 100)
     none = StopStrings([], TEMPLATES[Family.QWEN3], "")
     assert (none.at_server("So"), none.max_tokens("", 100, 500), none.cut("So = 1")) == ([], 500, None)

@@ -16,9 +16,9 @@ from proxy.errors import MOST_MESSAGE, MOST_PARAM, BadRequest, clipped
 from proxy.requests import strict_json
 from proxy.requests.beta import resolve, split_alias
 from proxy.requests.chat_request import ChatRequest
-from proxy.requests.completion_request import MOST_PROMPT_IDS, CompletionRequest
+from proxy.requests.completion_request import MAX_PROMPT_IDS, CompletionRequest
 from proxy.requests.feedback_request import FeedbackRequest
-from proxy.requests.field_types import MOST_BIASES, MOST_MESSAGES, MOST_OPTIONS
+from proxy.requests.field_types import MAX_BIASES, MAX_MESSAGES, MAX_OPTIONS
 from proxy.requests.parsing import parse_request
 from proxy.requests.responses_request import ResponsesRequest
 from proxy.types import BetaSource
@@ -169,7 +169,7 @@ TREES = st.recursive(
 def test_structure_is_counted_without_the_texts(body: dict[str, Any], most: int, is_ascii: bool) -> None:
     raw = json.dumps(body, ensure_ascii=is_ascii).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strict_json, "MOST_VALUES", most)
+        patch.setattr(strict_json, "MAX_VALUES", most)
         if values_in(body) > most:
             with pytest.raises(BadRequest, match=f"at most {most}"):
                 strict_json.read_object(raw)
@@ -186,11 +186,11 @@ async def test_too_much_structure_is_refused_before_it_is_built(proxy: Proxy, mo
         return from_json(raw, **how)
 
     monkeypatch.setattr(jiter, "from_json", building)
-    count = strict_json.MOST_VALUES + 1
+    count = strict_json.MAX_VALUES + 1
     for inner in (b"[" + b"{}," * count + b"{}]", b"[" + b'"",' * count + b'""]', b"[" + b"[]," * count + b"[]]"):
         status, _, reply = await proxy.ask("0.5", raw=b'{"messages":' + inner + b"}")
         check_error(reply, 400, status, code="body_too_complex")
-        assert str(strict_json.MOST_VALUES) in reply["error"]["message"]
+        assert str(strict_json.MAX_VALUES) in reply["error"]["message"]
     assert built == []
     text = '{"[:' * count
     status, _, reply = await proxy.ask("0", messages=[{"role": "user", "content": text}])
@@ -199,7 +199,7 @@ async def test_too_much_structure_is_refused_before_it_is_built(proxy: Proxy, mo
 
 
 async def test_a_body_has_few_fields(proxy: Proxy) -> None:
-    most = strict_json.MOST_MEMBERS
+    most = strict_json.MAX_MEMBERS
     fields = {f"x{i}": i for i in range(most)}
     for path in ("chat/completions", "completions", "responses", "embeddings", "tts/feedback"):
         async with proxy.http.post(f"{proxy.url}/v1/{path}", json={"model": MODEL, **fields}) as response:
@@ -220,9 +220,9 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
     [
         (ChatRequest, {"messages": [0] * 1000}, "messages.0", "valid dictionary"),
         (ChatRequest, {"messages": [{}] * 700 + [0] * 300}, "messages.700", "valid dictionary"),
-        (ChatRequest, {"messages": [0] * (MOST_MESSAGES + 1)}, "messages", f"at most {MOST_MESSAGES} messages"),
+        (ChatRequest, {"messages": [0] * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES} messages"),
         (ChatRequest, {**CHAT, "stop": ["a", *[0] * 1000]}, "stop", None),
-        (ChatRequest, {**CHAT, "tts": many(MOST_OPTIONS + 1)}, "tts", "not 65"),
+        (ChatRequest, {**CHAT, "tts": many(MAX_OPTIONS + 1)}, "tts", "not 65"),
         (ChatRequest, {**CHAT, "stream_options": many(65)}, "stream_options", "not 65"),
         (
             ChatRequest,
@@ -232,16 +232,16 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         ),
         (
             ChatRequest,
-            {**CHAT, "logit_bias": many(MOST_BIASES + 1)},
+            {**CHAT, "logit_bias": many(MAX_BIASES + 1)},
             "logit_bias",
-            f"{MOST_BIASES} tokens",
+            f"{MAX_BIASES} tokens",
         ),
         (ChatRequest, {**CHAT, "logit_bias": {"1" * 33: 1}}, "logit_bias." + "1" * 33, "at most 32 characters"),
         (ChatRequest, {**CHAT, "model": "m" * 513}, "model", "at most 512 characters are accepted, not 513"),
         (ChatRequest, {**CHAT, "reasoning_effort": "m" * 513}, "reasoning_effort", "at most 512 characters"),
-        (CompletionRequest, {"prompt": [1] * (MOST_PROMPT_IDS + 1)}, "prompt", f"at most {MOST_PROMPT_IDS} token ids"),
-        (CompletionRequest, {"prompt": [[1] * (MOST_PROMPT_IDS + 1)]}, "prompt", f"not {MOST_PROMPT_IDS + 1}"),
-        (ResponsesRequest, {"input": [{}] * (MOST_MESSAGES + 1)}, "input", f"at most {MOST_MESSAGES} items"),
+        (CompletionRequest, {"prompt": [1] * (MAX_PROMPT_IDS + 1)}, "prompt", f"at most {MAX_PROMPT_IDS} token ids"),
+        (CompletionRequest, {"prompt": [[1] * (MAX_PROMPT_IDS + 1)]}, "prompt", f"not {MAX_PROMPT_IDS + 1}"),
+        (ResponsesRequest, {"input": [{}] * (MAX_MESSAGES + 1)}, "input", f"at most {MAX_MESSAGES} items"),
         (ResponsesRequest, {"input": "a", "text": many(65)}, "text", "not 65"),
         (ResponsesRequest, {"input": "a", "reasoning": many(65)}, "reasoning", "not 65"),
         (FeedbackRequest, {"request_id": "a" * 201, "correct": True}, "request_id", "at most 200 characters"),

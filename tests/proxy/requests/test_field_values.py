@@ -12,15 +12,15 @@ import pytest
 from proxy.errors import BadRequest
 from proxy.requests import field_values
 from proxy.requests.field_values import (
-    MOST_ALTERNATIVES,
-    MOST_CHOICES,
-    MOST_CONSTRAINT,
-    MOST_CONSTRAINTS,
-    MOST_INT,
-    MOST_LIST,
-    MOST_STOP,
-    MOST_TEXT,
-    MOST_WORD,
+    MAX_ALTERNATIVES,
+    MAX_CHOICES,
+    MAX_CONSTRAINT,
+    MAX_CONSTRAINTS,
+    MAX_INT,
+    MAX_LIST,
+    MAX_STOP,
+    MAX_TEXT,
+    MAX_WORD,
     check,
 )
 from proxy.server import running
@@ -40,7 +40,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "string", "pattern": "[^]"},
     {"type": "string", "pattern": "\\"},
     {"type": "string", "pattern": f"a{{1,{2**31}}}"},
-    {"type": "string", "pattern": "a" * (MOST_TEXT + 1)},
+    {"type": "string", "pattern": "a" * (MAX_TEXT + 1)},
     {"type": "string", "minLength": -1},
     {"type": "string", "maxLength": 2**31},
     {"type": "string", "minLength": 2**40},
@@ -50,9 +50,9 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "minProperties": 2**40},
     {"type": "object", "properties": {"\0": {}}},
     {"enum": ["a\0b"]},
-    {"enum": [str(i) for i in range(MOST_CHOICES + 1)]},
-    {"anyOf": [{"const": i} for i in range(MOST_ALTERNATIVES + 1)]},
-    {"$defs": {"a": {"oneOf": [{}] * (MOST_ALTERNATIVES + 1)}}},
+    {"enum": [str(i) for i in range(MAX_CHOICES + 1)]},
+    {"anyOf": [{"const": i} for i in range(MAX_ALTERNATIVES + 1)]},
+    {"$defs": {"a": {"oneOf": [{}] * (MAX_ALTERNATIVES + 1)}}},
     {"type": "object", "properties": {f"key{i}": {"type": "string"} for i in range(5000)}},
     {"type": "integer", "minimum": BIG},
 ]
@@ -65,7 +65,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": str(BIG)}, "top_k"),
     ({"top_k": -(2**40)}, "top_k"),
     ({"top_k": "9" * 5000}, "top_k"),
-    ({"min_tokens": MOST_INT + 1}, "min_tokens"),
+    ({"min_tokens": MAX_INT + 1}, "min_tokens"),
     *(
         ({"repetition_detection": {"max_pattern_size": 5, "min_count": 2, name: BIG}}, f"repetition_detection.{name}")
         for name in ("max_pattern_size", "min_pattern_size", "min_count")
@@ -73,14 +73,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"enable_thinking": BIG}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"a": [{"b": -BIG}]}}, "chat_template_kwargs"),
     ({"metadata": {"a": 2**64}}, "metadata"),
-    ({"stop": "x" * (MOST_STOP + 1)}, "stop"),
+    ({"stop": "x" * (MAX_STOP + 1)}, "stop"),
     ({"stop": ["a", "x" * 1_900_000]}, "stop"),
-    ({"bad_words": ["x" * (MOST_WORD + 1)]}, "bad_words"),
-    *(({name: ["1"] * (most + 1)}, name) for name, most in MOST_LIST.items()),
+    ({"bad_words": ["x" * (MAX_WORD + 1)]}, "bad_words"),
+    *(({name: ["1"] * (most + 1)}, name) for name, most in MAX_LIST.items()),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     ({"structured_outputs": {"regex": f"a{{{2**40}}}"}}, "structured_outputs.regex"),
     ({"structured_outputs": {"grammar": f'root ::= "a"{{1,{2**31}}}'}}, "structured_outputs.grammar"),
-    ({"structured_outputs": {"grammar": "a" * (MOST_TEXT + 1)}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"grammar": "a" * (MAX_TEXT + 1)}}, "structured_outputs.grammar"),
     ({"structured_outputs": {"choice": ["x" * 1_000_000]}}, "structured_outputs.choice"),
     ({"structured_outputs": {"choice": [str(i) for i in range(50_000)]}}, "structured_outputs.choice"),
     ({"structured_outputs": {"choice": ["x" * 30_000] * 5}}, "structured_outputs.choice"),
@@ -115,7 +115,7 @@ def test_hostile_values_are_refused_by_name(body: dict[str, Any], field: str) ->
 FINE: list[dict[str, Any]] = [
     {"top_k": -1, "min_tokens": 0, "thinking_token_budget": -1, "stream_interval": 1},
     {"top_k": "5", "seed": 2**62, "stop": None},
-    {"stop": "x" * MOST_STOP, "bad_words": ["x"] * 1000, "stop_token_ids": [1, 2], "logit_bias": {"5": 1}},
+    {"stop": "x" * MAX_STOP, "bad_words": ["x"] * 1000, "stop_token_ids": [1, 2], "logit_bias": {"5": 1}},
     {"messages": [{"role": "user", "content": "( [ \0 " + "x" * 10**6}], "prompt": [BIG]},
     {"chat_template_kwargs": {"a": 2**63, "b": -(2**63), "c": 1e300, "d": None}},
     {"structured_outputs": {"regex": r"(\(|[)(]|[]]|[^]x]|a{1,1000})*"}},
@@ -137,18 +137,18 @@ def test_other_values_are_left_to_vllm(body: dict[str, Any]) -> None:
 
 
 def test_what_may_be_compiled_is_bounded_by_its_size() -> None:
-    check({"structured_outputs": {"grammar": "x" * MOST_TEXT}})
+    check({"structured_outputs": {"grammar": "x" * MAX_TEXT}})
     properties = {f"key{i}": {"type": "string"} for i in range(1700)}
-    assert len(json.dumps(properties, separators=(",", ":"))) < MOST_CONSTRAINT
+    assert len(json.dumps(properties, separators=(",", ":"))) < MAX_CONSTRAINT
     check({"structured_outputs": {"json": {"type": "object", "properties": properties}}})
 
 
 def test_all_that_may_be_compiled_is_bounded_together() -> None:
-    schema = {"enum": ["a" * (MOST_TEXT - 100)]}
+    schema = {"enum": ["a" * (MAX_TEXT - 100)]}
     tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
-    fits = MOST_CONSTRAINTS // len(json.dumps(schema, separators=(",", ":")))
+    fits = MAX_CONSTRAINTS // len(json.dumps(schema, separators=(",", ":")))
     check({"tools": [tool] * fits})
-    with pytest.raises(BadRequest, match=f"over {MOST_CONSTRAINTS} bytes in total"):
+    with pytest.raises(BadRequest, match=f"over {MAX_CONSTRAINTS} bytes in total"):
         check({"tools": [tool] * (fits + 1)})
 
 
@@ -185,12 +185,12 @@ async def test_every_endpoint_refuses_them(proxy: Proxy, path: str, body: dict[s
 
 
 async def test_what_is_sent_with_each_branch_is_bounded(proxy: Proxy) -> None:
-    stops = ["s" * MOST_STOP] * 4
+    stops = ["s" * MAX_STOP] * 4
     bias = {str(1000 + i): -1.0 for i in range(1024)}
     status, _, reply = await proxy.ask("1", stop=stops, logit_bias=bias, tts={"controller": "self_consistency"})
     assert status == 200
     sent = [len(json.dumps(request)) for request in proxy.backend.requests]
-    assert max(sent) < 64 * 1024 + 8 * 4 * MOST_STOP
+    assert max(sent) < 64 * 1024 + 8 * 4 * MAX_STOP
     assert reply["tts"]["branches"] > 1
 
 
