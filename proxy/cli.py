@@ -44,30 +44,32 @@ if TYPE_CHECKING:
     from proxy.upstream.embedded import EmbeddedServer
 
 BAD_INPUT = 2
-"""Exit status when what the user gave cannot be used, or the machine cannot do it."""
+"""Exit status for wrong input, and for what the machine cannot do."""
 
 console = Console(stderr=True)
 
 
-class Verbs(TyperGroup):
-    """Tells in one line what the user can mend."""
+class CommandGroup(TyperGroup):
+    """A command group that reports errors in one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb that was asked for."""
+        """Run the command. Errors of the project end it with status `BAD_INPUT`."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            self._tell(error.format_message())
+            self._print_error(error.format_message())
         except (ProxyError, DiscoveryError, ControllersError) as error:
-            self._tell(str(error))
+            self._print_error(str(error))
         raise typer.Exit(BAD_INPUT)
 
-    def _tell(self, words: str) -> None:
-        line = " ".join(words.split())
+    def _print_error(self, message: str) -> None:
+        line = " ".join(message.split())
         console.print(f"autotts: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-app = typer.Typer(name="autotts", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="autotts", cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 app.command()(evaluate)
 app.command()(doctor)
 app.command()(discover)
@@ -77,18 +79,18 @@ app.command("calibrate")(calibrating)
 app.command("collect")(collecting)
 app.command("parity")(comparing)
 keeping.command()(forget)
-for verb in (promote, rollback, controllers):
-    app.command()(verb)
+for command in (promote, rollback, controllers):
+    app.command()(command)
 for group in (importing, keeping, requests, trace, history, configuring, keysmith):
     app.add_typer(group)
 
 
-def _tell_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         try:
             installed = version("autotts-proxy")
         except PackageNotFoundError:
-            installed = "of a checkout that is not installed"
+            installed = "(checkout, not installed)"
         typer.echo(f"autotts {installed}")
         raise typer.Exit
 
@@ -96,16 +98,16 @@ def _tell_version(is_asked: bool) -> None:
 @app.callback()
 def autotts(
     _: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", callback=_tell_version, is_eager=True)
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """An OpenAI-compatible proxy that spends test-time compute by a controller with one dial, β."""
+    """An OpenAI-compatible proxy: a controller with one dial, β, decides how to spend test-time compute."""
 
 
 @app.command()
 @with_flags
 def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
-    """Serve, until interrupted."""
+    """Serve requests until interrupted."""
     settings = gather(config, sets, given).settings
     from proxy.telemetry.logs import configure_logging
 
@@ -115,23 +117,23 @@ def serve(given: Flags, config: File = None, sets: Sets = None) -> None:
 
 @app.command("demo")
 def demonstrate(
-    problems: Annotated[int, typer.Option(min=1, max=1000, help="held-back problems to ask")] = 40,
-    plot: Annotated[Path, typer.Option(help="where the accuracy-token picture goes (.png or .svg)")] = Path(
+    problems: Annotated[int, typer.Option(min=1, max=1000, help="number of held-back problems")] = 40,
+    plot: Annotated[Path, typer.Option(help="file for the plot of accuracy over tokens (.png or .svg)")] = Path(
         "frontier.png"
     ),
-    controller: Annotated[str | None, typer.Option(help="controller to show")] = None,
+    controller: Annotated[str | None, typer.Option(help="controller to use")] = None,
 ) -> None:
-    """Ask the embedded model the same problems at several β and show what it bought."""
+    """Ask the embedded model the same problems at several β and print accuracy and tokens."""
     _run(_demo(problems, plot, controller=controller))
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app()
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a command's work. SIGTERM ends it as orderly as an interrupt does."""
+    """Run `work` on an event loop. SIGTERM cancels it as an interrupt does."""
     try:
         with asyncio.Runner(loop_factory=_loop()) as runner:
             runner.run(_interruptible(work))
@@ -140,7 +142,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, which is twice as fast, where there is one."""
+    """Return uvloop's event loop, which is twice as fast; None where it is not installed."""
     try:
         import uvloop
     except ImportError:
@@ -166,8 +168,8 @@ async def _serve(settings: Settings) -> None:
 
         def begin() -> None:
             gc.collect()
-            gc.freeze()  # what a server is made of stays: looking through it time and again takes a fifth of a core
-            gc.set_threshold(10_000)  # requests leave little behind that is not freed at once
+            gc.freeze()  # objects made at start stay for good; scanning them again and again takes a fifth of a core
+            gc.set_threshold(10_000)  # reference counting frees nearly all that a request makes
             if settings.log is LogForm.JSON:
                 logging.getLogger("proxy").info("listening on %s", url)
             else:
@@ -183,7 +185,7 @@ async def _serve(settings: Settings) -> None:
 
 
 async def _example_model(settings: Settings) -> str | None:
-    """The model for the printed example; None, with a warning, if the upstream does not say which it serves."""
+    """Return the model for the printed example; None, with a warning, if the upstream does not list its models."""
     from proxy.app import upstream_session
     from proxy.errors import UpstreamError
     from proxy.upstream.client import UpstreamClient
@@ -195,7 +197,7 @@ async def _example_model(settings: Settings) -> str | None:
         try:
             models = [model.id for model in await engine.for_background().models(is_check=True)]
         except UpstreamError as error:
-            log.warning("%s; the proxy starts anyway, and /ready tells when the upstream is up", error.logged)
+            log.warning("%s; the proxy starts anyway; /ready shows when the upstream is up", error.logged)
             return settings.model
     if not models:
         log.warning("%s serves no model", engine.display_url)
@@ -226,7 +228,7 @@ def _upstream(
     """Return settings that name an upstream, and a context in which it runs: that of the embedded model by default."""
     if settings.upstream is not None:
         if settings.embedded_args:
-            say("AUTOTTS_EMBEDDED_ARGS has no effect: an upstream is given, and no embedded model is started")
+            say("AUTOTTS_EMBEDDED_ARGS is ignored: with an upstream no embedded model is started")
         return settings, nullcontext()
     from proxy.upstream.embedded import EmbeddedServer
 
@@ -244,12 +246,12 @@ async def _starting(server: EmbeddedServer, say: Callable[[str], None]) -> Async
 
 
 def base_url(host: str, port: int) -> str:
-    """The URL of a server that listens on `host`."""
+    """Return the URL of a server that listens on `host`."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def welcome(url: str, model: str | None, *, is_embedded: bool, has_keys: bool = False) -> str:
-    """What to type next: a curl and a Python snippet that work against this server."""
+    """Return the text printed at start: a curl command and a Python snippet that work against this server."""
     from deploy.embedded.task import held_back
 
     model = model or "MODEL"

@@ -1,23 +1,23 @@
-"""What can go wrong in the proxy, by the boundary it crossed, and how a client is told.
+"""Errors of the proxy, by the boundary they come from, and their form for clients.
 
 ProxyError
-├── SettingsError            the operator's settings
-├── StartError               the machine: port taken, embedded model does not start
-├── ApiError                 told to the client: status, type, code, param
-│   ├── BadRequest           400, the request is at fault
-│   ├── Unauthorised         401, it has no key that is known
-│   ├── Forbidden            403, it is not for this caller
-│   ├── NotFound             404, no such model or path
-│   ├── TooMany              429, there is no room for it now
-│   ├── RecordsAway          503, the store is away
-│   ├── TooManyConnections   503, no connection is free
-│   └── ShuttingDownError             503, the proxy is about to end
-└── UpstreamError            the backend is at fault; told as its `status`
-    ├── UpstreamUnreachable  502, nothing answers
-    ├── UpstreamTimeout      504, it is silent
-    ├── UpstreamCircuitOpen      503, it has failed too often and is left alone for a while
-    ├── UpstreamProtocolError     502, it does not speak its protocol
-    └── UpstreamRefused      it answered with an error of its own
+├── SettingsError              a setting is wrong
+├── StartError                 the machine: a port is taken, the embedded model does not start
+├── ApiError                   sent to the client: status, type, code, param
+│   ├── BadRequest             400, the request is wrong; also HeadTooLarge, TooSlow, TooLarge, UnsupportedMedia
+│   ├── Unauthorised           401, the API key is missing or unknown
+│   ├── Forbidden              403, this caller may not do that
+│   ├── NotFound               404, no such model or path
+│   ├── TooMany                429, over a limit
+│   ├── RecordsAway            503, the store is unavailable
+│   ├── TooManyConnections     503, no connection is free
+│   └── ShuttingDownError      503, the server is shutting down
+└── UpstreamError              the upstream failed; sent to the client with its `status`
+    ├── UpstreamUnreachable    502, nothing answers
+    ├── UpstreamTimeout        504, no byte in time
+    ├── UpstreamCircuitOpen    503, the circuit breaker is open
+    ├── UpstreamProtocolError  502, the response breaks the protocol
+    └── UpstreamRefused        the upstream answered with an error of its own
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StartError(ProxyError):
 
 
 class ApiError(ProxyError):
-    """An error as OpenAI's clients know it."""
+    """An error in the form that OpenAI clients know."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     type = "server_error"
@@ -58,23 +58,23 @@ class ApiError(ProxyError):
         self.param = None if param is None else clipped(param, MOST_PARAM)
         self.code = code
         self.is_counted = False  # in the metrics
-        self.spent = 0  # tokens the request had cost by then; a client must not retry it blindly
+        self.spent = 0  # tokens that the request had cost; a client must not retry it blindly
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What the response's headers say of it."""
+        """Headers of the response, by name."""
         return {}
 
 
 class BadRequest(ApiError):
-    """The request is at fault; `param` names the field."""
+    """The request is wrong; `param` names the field."""
 
     status = HTTPStatus.BAD_REQUEST
     type = "invalid_request_error"
 
 
 class Unauthorised(ApiError):
-    """It has no key, or none that is known."""
+    """The API key is missing or unknown."""
 
     status = HTTPStatus.UNAUTHORIZED
     type = "invalid_request_error"
@@ -85,7 +85,7 @@ class Unauthorised(ApiError):
 
 
 class TooMany(ApiError):
-    """There is no room for it now; `after` is when to ask again, in whole seconds."""
+    """A limit is reached; `after` is the number of seconds until a retry makes sense."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "rate_limit_error"
@@ -100,7 +100,7 @@ class TooMany(ApiError):
 
 
 class Forbidden(ApiError):
-    """It is not for this caller."""
+    """The caller may not do that."""
 
     status = HTTPStatus.FORBIDDEN
     type = "permission_error"
@@ -114,13 +114,13 @@ class NotFound(ApiError):
 
 
 class RecordsAway(ApiError):
-    """What happened cannot be looked up, or nothing more be written down, for now."""
+    """The store cannot be read or written now."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class ShuttingDownError(ApiError):
-    """The proxy is about to end and takes nothing new."""
+    """The server is shutting down and accepts no new requests."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -146,7 +146,7 @@ class HeadTooLarge(BadRequest):
 
 
 class TooSlow(BadRequest):
-    """A request does not come to its end."""
+    """The request did not arrive in time."""
 
     status = HTTPStatus.REQUEST_TIMEOUT
 
@@ -168,29 +168,29 @@ class UnsupportedMedia(BadRequest):
 
 
 class UpstreamError(ApiError):
-    """The backend failed."""
+    """The upstream failed."""
 
     status = HTTPStatus.BAD_GATEWAY
     type = "upstream_error"
 
     @property
     def logged(self) -> str:
-        """What a log may say of it: nothing that a client, or a model, has written."""
+        """The message for logs, without text that a client or a model wrote."""
         return self.message
 
 
 class UpstreamUnreachable(UpstreamError):
-    """Nothing answers at the backend's address."""
+    """Nothing answers at the upstream's address."""
 
 
 class UpstreamTimeout(UpstreamError):
-    """The backend is silent."""
+    """The upstream sent nothing in time."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
 
 
 class UpstreamCircuitOpen(UpstreamError):
-    """The backend has failed too often and is left alone; `after` is when to ask again, in seconds."""
+    """The circuit breaker is open after too many failures; `after` is the number of seconds until a retry."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -204,11 +204,11 @@ class UpstreamCircuitOpen(UpstreamError):
 
 
 class UpstreamProtocolError(UpstreamError):
-    """The backend does not speak its protocol: cut streams, bad JSON, sums that do not add up."""
+    """The response breaks the protocol: a cut stream, invalid JSON, or usage that does not add up."""
 
 
 class UpstreamRefused(UpstreamError):
-    """The backend answered with an error of its own. A 4xx is the request's fault and passed on as such."""
+    """The upstream answered with an error of its own. A 4xx keeps its status, for the request caused it."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")
@@ -220,7 +220,7 @@ class UpstreamRefused(UpstreamError):
 
     @property
     def logged(self) -> str:
-        return f"the upstream refused a request with status {self.upstream_status}"  # its words may quote the request
+        return f"the upstream refused a request with status {self.upstream_status}"  # its message may quote the request
 
 
 def clipped(text: str, most: int) -> str:
@@ -232,12 +232,12 @@ def clipped(text: str, most: int) -> str:
 
 
 def body(error: ApiError) -> Mapping[str, Any]:
-    """The error as JSON: OpenAI's form."""
+    """Return the error as a JSON object in OpenAI's form."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def detail(value: object) -> str:
-    """The text of FastAPI's `detail`, which is a text or a list of what is wrong by field."""
+    """Return the text of FastAPI's `detail`, which is a text or a list of problems by field."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, dict) and "msg" in item for item in value):

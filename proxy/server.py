@@ -1,4 +1,4 @@
-"""The HTTP server around the app: a socket bound before anything costly starts, and signals that end it in order."""
+"""The HTTP server around the app: its socket, its connection limits, and a graceful shutdown on signals."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from proxy.settings import Settings
 logger = logging.getLogger(__name__)
 
 CLOSE_S: Final = 5
-"""Seconds connections have to close once nothing runs any more."""
+"""Seconds that connections have to close once no request runs."""
 
 
 class Server(uvicorn.Server):
-    """A server whose signals are ours: uvicorn would raise them again before the embedded model is stopped."""
+    """A uvicorn server that handles signals itself.
+
+    uvicorn would raise them again before the embedded model is stopped.
+    """
 
     def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
-        self.up = asyncio.Event()  # it accepts connections
+        self.up = asyncio.Event()  # set once the server accepts connections
         app = self._app = create_app(settings)
         self.gate = ShutdownMiddleware(app)
 
@@ -53,7 +56,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                proxy_headers=False,  # nobody on the way is believed
+                proxy_headers=False,  # forwarded headers are not trusted
                 access_log=False,
                 timeout_graceful_shutdown=CLOSE_S,
             )
@@ -65,12 +68,12 @@ class Server(uvicorn.Server):
         self._on_up()
 
     def take_restart(self) -> None:
-        """Take in that the upstream has been started anew."""
+        """Forget the state of an upstream that has restarted."""
         if self.up.is_set():
             self._app.state.service.engine.reset()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain: take nothing new, let what runs come to its end, then exit. A second signal does not wait."""
+        """Shut down: refuse new requests, let running ones end, then exit. A second signal exits at once."""
         if self._draining is None:
             self.gate.shut()
             self._draining = asyncio.get_running_loop().create_task(self._drain())
@@ -80,7 +83,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         if cut := await self.gate.drain(self._drain_s):
-            logger.warning("%s requests were cut: they had not ended %g s after the signal", cut, self._drain_s)
+            logger.warning("%s requests were cancelled: they had not ended %g s after the signal", cut, self._drain_s)
         self.should_exit = True
 
     @contextmanager
@@ -95,7 +98,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, bound before anything costly starts. Raises StartError."""
+    """Return a listening socket. Raises StartError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The event loop turns Nagle's delay off only where the protocol is named: 40 ms a response otherwise.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -105,14 +108,16 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} of {host} is taken; stop what listens there or use --port") from None
+            raise StartError(
+                f"port {port} of {host} is in use; stop the process that listens there or use --port"
+            ) from None
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listening
 
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[str]:
-    """The URL of a proxy on a free port of 127.0.0.1 that runs as long as the context. Raises StartError."""
+    """Run a proxy on a free port of 127.0.0.1 and yield its URL. Raises StartError."""
     with listen("127.0.0.1", 0) as listening:
         server = Server(settings)
         task = asyncio.create_task(server.serve(sockets=[listening]))
@@ -120,7 +125,7 @@ async def running(settings: Settings) -> AsyncIterator[str]:
         try:
             await asyncio.wait({task, up}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
-                raise StartError("the proxy ended before it was up; its log tells more")
+                raise StartError("the proxy ended before it accepted connections; its log has the details")
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             up.cancel()

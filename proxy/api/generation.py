@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from controllers.builtin import is_admin_only
 from proxy.admission.auth import Caller
 from proxy.admission.request_slot import RequestSlot
-from proxy.api import chat_completions, completions, responses
-from proxy.api.formats import Format, PromptNews
+from proxy.api.formats import chat_completions, completions, responses
+from proxy.api.formats.endpoint_format import Format, PromptNews
+from proxy.api.formats.prompt_batch import BEGUN_TOGETHER, Batch, together
 from proxy.api.forwarding import ForwardEndpoints, counting_disconnects
-from proxy.api.prompt_batch import BEGUN_TOGETHER, Batch, together
 from proxy.api.service import Service
 from proxy.episode.plan import CONTEXT_EXCEEDED, fail_after, plan_request
 from proxy.episode.run import serve_request

@@ -139,7 +139,7 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = autotts("serve", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
-    assert "is taken; stop what listens there or use --port" in done.stderr
+    assert "is in use; stop the process that listens there or use --port" in done.stderr
 
 
 class Serving(NamedTuple):

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from discovery.store import Store
-from proxy.api.prompt_batch import BEGUN_TOGETHER, together
+from proxy.api.formats.prompt_batch import BEGUN_TOGETHER, together
 from proxy.episode import run as chat
 from proxy.errors import UpstreamTimeout
 from proxy.requests import completion_request

@@ -204,7 +204,7 @@ async def test_without_an_admin_key_nobody_does(backend: FakeVLLM) -> None:
 
 @pytest.mark.parametrize("name", ["everything", "everything@4"])
 def test_it_is_nobodys_default(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"controller: {name} is for requests that admins make"):
+    with pytest.raises(SettingsError, match=f"controller: {name} is for admins only"):
         load(upstream="http://x", controller=name)
 
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from proxy import errors
-from proxy.api.formats import EpisodeNews
+from proxy.api.formats.endpoint_format import EpisodeNews
 from proxy.http.sse import DONE, PING, format_event
 from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply

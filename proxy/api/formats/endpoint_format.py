@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
-from proxy.api.prompt_batch import Batch
+from proxy.api.formats.prompt_batch import Batch
 from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from proxy import errors
-from proxy.api.formats import EpisodeNews
+from proxy.api.formats.endpoint_format import EpisodeNews
 from proxy.errors import ApiError
 from proxy.http.sse import PING, format_event, split_text
 from proxy.requests.responses_request import ResponsesRequest
