@@ -1,4 +1,4 @@
-"""`autotts`: the verbs of the project. What only the live side needs is imported by the verbs that need it."""
+"""The command line `autotts`. Commands import the live side only where they need it, so that the others start fast."""
 
 from __future__ import annotations
 

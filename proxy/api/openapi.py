@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of each route. FastAPI writes the document from these operations and the models.
+"""Descriptions of the routes, from which FastAPI writes the OpenAPI document with the models of requests.
 
 Requests to fixed paths are dispatched before FastAPI (see `proxy/app.py`), so the signatures made here describe a
 request, and never read one.

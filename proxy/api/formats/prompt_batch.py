@@ -54,8 +54,8 @@ class Batch:
         """The `tts` object: the bill of all prompts, and each prompt's own object under `prompts`."""
         objects = [reply.tts for reply in self.replies]
         tokens: Counter[str] = Counter()
-        for one in objects:
-            tokens.update(one["tokens"])
+        for prompt_object in objects:
+            tokens.update(prompt_object["tokens"])
         stops = {str(one["stop"]): None for one in objects}
         known = [one["upstream"]["cached_tokens"] for one in objects if one["upstream"]["cached_tokens"] is not None]
         fallbacks = [one["fallback"] for one in objects if one["fallback"] is not None]

@@ -41,9 +41,9 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
                 else:
                     reply = item
     except ApiError as error:  # the status is out: an error can only be an event now
-        told = errors.body(error)
+        in_openai_form = errors.body(error)
         about = {"code": error.code, "message": error.message, "param": error.param}
-        yield events.one("error", **about, **told)
+        yield events.one("error", **about, **in_openai_form)
         failed = {"code": "server_error", "message": error.message}
         yield events.one("response.failed", response=_response(request, plan, "failed", error=failed))
         return

@@ -103,7 +103,7 @@ def test_records_wait_in_no_file_that_is_something_else(
     (tmp_path / "link").symlink_to("notes")
     store = "s.1" if spill == "s" else "s.db"  # for files of several proxies are numbered
     monkeypatch.setenv("AUTOTTS_SPILL", spill)
-    with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} is "):
+    with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} (is|exists)"):
         load(**UP, store=store)
     assert (tmp_path / "notes").read_text() == "line one\nline two"
 
@@ -166,7 +166,7 @@ def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
         (["interval"], 2, "say NAME=VALUE"),
         (["calibration=/nowhere.json"], 2, "/nowhere.json"),
         (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
-        (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may use"),
+        (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may call"),
         (["load_waiting=4"], 2, "load_waiting: it must be: requests waiting at the upstream"),
     ],
 )
