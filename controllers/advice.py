@@ -1,6 +1,6 @@
-"""What is wrong with a controller file, told to whoever wrote it, by reading it alone.
+"""Static checks of controller files, with messages for their authors.
 
-Advice to the author and never a boundary: what a file may do is for the kernel to say (`controllers/sandbox/`).
+They are advice and no security boundary: the sandbox enforces what a file may do (`controllers/sandbox/`).
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ IMPORTS: Final = (
     *("controllers", "math", "statistics", "collections", "itertools", "dataclasses", "typing", "heapq", "bisect"),
     *("functools", "__future__"),
 )
-"""Modules a controller may import, with what is below them."""
+"""Modules a controller may import, with their submodules."""
 CHANCE: Final = frozenset({"random", "secrets", "uuid", "numpy"})
 CLOCKS: Final = frozenset({"time", "datetime", "sched", "timeit"})
 BUILTINS: Final = {
-    **dict.fromkeys(("eval", "exec", "compile"), "a controller is all in its file"),
-    **dict.fromkeys(("open", "input", "print", "breakpoint"), "a controller reads and writes nothing"),
-    **dict.fromkeys(("globals", "locals", "vars"), "write what you mean by name"),
-    **dict.fromkeys(("id", "hash"), "it differs from run to run, and so would decisions"),
+    **dict.fromkeys(("eval", "exec", "compile"), "a controller must be complete in its file"),
+    **dict.fromkeys(("open", "input", "print", "breakpoint"), "a controller must not read or write anything"),
+    **dict.fromkeys(("globals", "locals", "vars"), "use names directly"),
+    **dict.fromkeys(("id", "hash"), "it differs between runs, and decisions must not"),
 }
 DEFINED: Final = frozenset({"__init__", "__post_init__", "__slots__", "__name__", "__doc__", "__all__"})
-"""Names with two underscores on each side that a controller has a use for."""
+"""Double-underscore names that a controller may use."""
 MOST: Final = 20
 """Most findings that are reported for one file."""
 LONGEST: Final = 500
 """Characters of one finding."""
-STATELESS: Final = "one object serves one episode; keep what it learns in self"
+STATELESS: Final = "one object serves one episode; keep state in self"
 
 
 def advise(source: str) -> list[str]:
-    """Return the problems of a file, a line each, in the order of the file.
+    """Return the problems of a file, one line each, in the order of the file.
 
-    Takes time in proportion to the text, and raises nothing, whatever the text is.
+    It takes time proportional to the text, and never raises.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes; they do no harm
+            warnings.simplefilter("ignore")  # invalid escapes are harmless
             tree = ast.parse(source)
-        found = sorted(dict.fromkeys([*_everywhere(tree), *_classes(tree)]))
-    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError) as error:  # the last at deep nesting
+        problems = sorted(dict.fromkeys([*_everywhere(tree), *_classes(tree)]))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError) as error:  # SystemError: deep nesting
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        kind = SyntaxError if type(error) is ValueError else type(error)  # of a NUL, before Python 3.11.4
+        kind = SyntaxError if type(error) is ValueError else type(error)  # for a NUL, before Python 3.11.4
         return [f"{line}{kind.__name__}: {getattr(error, 'msg', None) or error}"]
-    lines = [f"line {line}: {words}" for line, words in found]
+    lines = [f"line {line}: {problem}" for line, problem in problems]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return [line if len(line) <= LONGEST else f"{line[:LONGEST]} …" for line in lines[:MOST]] + more
 
 
 def _everywhere(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and words of what is wrong wherever it stands."""
+    """Yield line and message of problems that may occur anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -62,15 +62,15 @@ def _everywhere(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Global):
             yield node.lineno, f"global {', '.join(node.names)}: {STATELESS}"
         elif isinstance(node, ast.Attribute) and _is_dunder(node.attr):
-            yield node.lineno, f".{node.attr}: a controller has no use for Python's insides"
+            yield node.lineno, f".{node.attr}: a controller must not use Python internals"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
             yield node.lineno, f"{node.func.id}(): {BUILTINS[node.func.id]}"
         elif isinstance(node, ast.Name) and _is_dunder(node.id):
-            yield node.lineno, f"{node.id}: a controller has no use for Python's insides"
+            yield node.lineno, f"{node.id}: a controller must not use Python internals"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_dunder(node.value):
-            yield node.lineno, f"{node.value!r}: a controller has no use for Python's insides"
+            yield node.lineno, f"{node.value!r}: a controller must not use Python internals"
         elif isinstance(node, ast.AsyncFunctionDef | ast.Await):
-            yield node.lineno, "async: a decision waits for nothing"
+            yield node.lineno, "async: a decision must not wait"
 
 
 def _import(line: int, module: str) -> Iterator[tuple[int, str]]:
@@ -78,9 +78,9 @@ def _import(line: int, module: str) -> Iterator[tuple[int, str]]:
     if top in IMPORTS:
         return
     if top in CHANCE:
-        reason = "no randomness: decisions follow from the states alone, or replay means nothing"
+        reason = "no randomness: decisions must depend on the states only, so that replay is valid"
     elif top in CLOCKS:
-        reason = "no clock: decisions follow from the states alone, or replay means nothing"
+        reason = "no clock: decisions must depend on the states only, so that replay is valid"
     else:
         reason = f"a controller may import {', '.join(IMPORTS[:-1])}"
     yield line, f"import {module or '.'}: {reason}"
@@ -91,43 +91,43 @@ def _is_dunder(name: str) -> bool:
 
 
 def _classes(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and words of what is wrong with the controller's class, or that there is not just one."""
+    """Yield line and message of problems with the controller class, or that there is not exactly one."""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     deciding = _with_method("decide", classes)
-    found = [node for node in classes.values() if node.name in deciding]
-    if len(found) != 1:
-        names = ", ".join(sorted(node.name for node in found)) or "none"
-        line = found[1].lineno if found else 1
-        yield line, f"a controller file has one class with a decide method, not {names}"
+    candidates = [node for node in classes.values() if node.name in deciding]
+    if len(candidates) != 1:
+        names = ", ".join(sorted(node.name for node in candidates)) or "none"
+        line = candidates[1].lineno if candidates else 1
+        yield line, f"a controller file must have exactly one class with a decide method, not {names}"
         return
-    (controller,) = found
+    (controller,) = candidates
     decide, init = (_method(controller, name, classes) for name in ("decide", "__init__"))
     if decide is not None and _parameters(decide) != 2:
-        yield decide.lineno, "decide takes self and the state, and nothing else"
+        yield decide.lineno, "decide must take self and the state only"
     takes = _fields(controller) if init is None else _parameters(init) - 1
     if takes != 1:
         line = (init or controller).lineno
-        yield line, f"{controller.name} takes β and nothing else: __init__(self, beta)"
+        yield line, f"{controller.name} must take β only: __init__(self, beta)"
 
 
 def _with_method(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str]:
-    """Names of the classes that define a method or are derived, in this file, from one that does."""
+    """Return the classes that define a method, or inherit it from a class of this file."""
     derived: dict[str, list[str]] = {}
     for node in classes.values():
         for base in _bases(node, classes):
             derived.setdefault(base.name, []).append(node.name)
-    found = {node.name for node in classes.values() if _own_method(node, name) is not None}
-    new = list(found)
+    with_method = {node.name for node in classes.values() if _own_method(node, name) is not None}
+    new = list(with_method)
     while new:
         for child in derived.get(new.pop(), ()):
-            if child not in found:
-                found.add(child)
+            if child not in with_method:
+                with_method.add(child)
                 new.append(child)
-    return found
+    return with_method
 
 
 def _method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
-    """A method of a class, or of those of this file it is derived from; each is looked at once."""
+    """Return a method of a class, or the one it inherits from a class of this file; each class is visited once."""
     seen, left = {node.name}, [node]
     while left:
         node = left.pop()
@@ -145,13 +145,13 @@ def _own_method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
 
 
 def _bases(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.ClassDef]:
-    """The classes of this file a class names as its bases."""
+    """Return the base classes of a class that are defined in this file."""
     names = (base.id for base in node.bases if isinstance(base, ast.Name))
     return [classes[name] for name in names if name in classes and name != node.name]
 
 
 def _parameters(function: ast.FunctionDef) -> int:
-    """How many there are, self included; those with defaults count, for nobody would ever give them. -1 for `*`."""
+    """Return the number of parameters, including self and those with defaults; -1 for `*` and keyword-only ones."""
     arguments = function.args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
         return -1
@@ -159,7 +159,7 @@ def _parameters(function: ast.FunctionDef) -> int:
 
 
 def _fields(node: ast.ClassDef) -> int:
-    """What a dataclass's constructor takes; a class that is none and has no __init__ takes nothing."""
+    """Return the number of constructor arguments of a dataclass; 0 for another class."""
     if not any(_mentions(decorator, "dataclass") for decorator in node.decorator_list):
         return 0
     fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not _mentions(one.annotation, "ClassVar")]
@@ -167,7 +167,7 @@ def _fields(node: ast.ClassDef) -> int:
 
 
 def _mentions(tree: ast.AST, word: str) -> bool:
-    """Whether a name, an attribute or a text in it has `word`. No source is made of it: that may go too deep."""
+    """Whether a name, attribute or string contains `word`. `ast.unparse` is not used: it may recurse too deeply."""
     for node in ast.walk(tree):
         text = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
         if isinstance(text, str) and word in text:
@@ -176,7 +176,7 @@ def _mentions(tree: ast.AST, word: str) -> bool:
 
 
 def _is_init_false(tree: ast.AST) -> bool:
-    """Whether it has an argument `init=False`."""
+    """Whether a call has the argument `init=False`."""
     return any(
         isinstance(node, ast.keyword)
         and node.arg == "init"

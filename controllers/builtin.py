@@ -1,4 +1,4 @@
-"""Which controllers there are."""
+"""The table of built-in controllers."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
 )
 ALIAS_BETAS: Final = MappingProxyType({"sc": "self_consistency"})
 PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k", "everything"})
-"""Those that take a number of chains, as in `asc@64`."""
+"""Controllers that accept a number of chains, as in `asc@64`."""
 ADMIN_ONLY: Final = frozenset({"everything"})
-"""Those that spend without regard to the answer: live, admins alone may name them."""
+"""Controllers that spend tokens regardless of the answer. Live, only admins may name them."""
 MOST_CHAINS: Final = 1024
 BASELINE: Final = "short_m_at_k"
-"""Takes over from any state where a controller fails: it runs on what is open, and votes once enough have finished."""
+"""Fallback when a controller fails. It continues the open branches and votes once enough have finished."""
 
 
 def create(name: str, beta: float) -> Controller:
-    """A fresh controller for one episode. Raises UnknownController or BetaError."""
+    """Create a controller for one episode. Raises UnknownController or BetaError."""
     return find(name)(beta)
 
 
 def is_admin_only(name: str) -> bool:
-    """Whether `name`, or `name@N`, is one of those only admins may name."""
+    """Whether only admins may name the controller `name` or `name@N`."""
     plain = name.partition("@")[0]
     return ALIAS_BETAS.get(plain, plain) in ADMIN_ONLY
 
 
 def find(name: str) -> Factory:
-    """What makes the controller called `name`, or `name@N` for N chains whatever β is.
+    """Return the factory of the controller `name`, or of `name@N`, which opens N chains whatever β is.
 
-    Raises UnknownController, naming those there are.
+    Raises UnknownController, which lists the existing names.
     """
     plain, at, number = name.partition("@")
     plain = ALIAS_BETAS.get(plain, plain)

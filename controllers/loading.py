@@ -1,7 +1,7 @@
-"""Controllers by name or from a file, as something another process can make them from.
+"""Specs of controllers, by name or from a file. Another process can create the controller from its spec.
 
-A file is checked by reading it (`controllers/advice.py`) and not run: `Spec.factory` of a file's controller runs its
-source with all the rights of whoever asks for it. Sealed children ask, and others on an operator's word only.
+A file is checked (`controllers/advice.py`) but not run. `Spec.factory` runs the source of a file with all rights of the
+calling process: sandbox processes call it, and other processes only if the operator allows it.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from controllers.episode import Controller, Factory
 from controllers.errors import BadController, ControllersError, UnknownController
 
 LARGEST: Final = 64 * 1024
-"""Bytes a controller file may have."""
+"""Most bytes of a controller file."""
 DISCOVERED: Final = Path(__file__).parent / "discovered"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Which controller is meant, and everything another process needs to make it."""
+    """The name of a controller, and all that another process needs to create it."""
 
-    name: str  # a registered name such as cmc or asc@64, or the stem of a file
-    source: str | None = None  # the file's text; None for a registered one
+    name: str  # a built-in name such as cmc or asc@64, or the stem of a file
+    source: str | None = None  # text of the file; None for a built-in controller
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it came from a file."""
+        """Whether the controller came from a file."""
         return self.source is not None
 
     @property
     def chains(self) -> int:
-        """How many chains `NAME@N` asks for; 0 where the number follows β."""
+        """N of `NAME@N`; 0 where the number of chains follows β."""
         _, _, number = self.name.partition("@")
         return int(number) if self.source is None and number else 0
 
     @property
     def digest(self) -> str:
-        """A hash of the controller: of its text, or of its name if it is a registered one."""
+        """Hash of the text of a file, or of the name of a built-in controller."""
         return sha256((self.name if self.source is None else self.source).encode()).hexdigest()
 
     @cached_property
     def factory(self) -> Factory:
-        """What makes a fresh controller from β; runs a file's source. Raises UnknownController or BadController."""
+        """Creates a controller from β. A file's source is run. Raises UnknownController or BadController."""
         return find(self.name) if self.source is None else load(self.source, self.name)
 
 
 def parse_spec(text: str) -> Spec:
-    """`NAME`, `NAME@N` or `FILE.py` as a spec; names of discovered controllers too.
+    """Return the spec of `NAME`, `NAME@N` or `FILE.py`. Names of discovered controllers are accepted too.
 
     Raises UnknownController or BadController.
     """
@@ -72,27 +72,27 @@ def parse_spec(text: str) -> Spec:
 
 
 def discovered() -> list[str]:
-    """Names of the controllers in `controllers/discovered`."""
+    """Return the names of the controllers in `controllers/discovered`."""
     return sorted(path.stem for path in DISCOVERED.glob("*.py") if path.stem != "__init__")
 
 
 def read_source(path: Path) -> str:
     """Return the text of a controller file. Raises BadController, naming the file and what is wrong.
 
-    It is opened once and without waiting, so that no pipe, no device and no change of its name can hold this up.
+    The file is opened once and without blocking, so that pipes, devices and renames cannot delay it.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BadController(f"{path}: not a regular file; name a file with a controller's text")
+                raise BadController(f"{path}: not a regular file; name a file that contains a controller")
             source = file.read(LARGEST + 1)
         if len(source) > LARGEST:
-            raise BadController(f"{path}: more than {LARGEST} bytes; a controller file has no more")
+            raise BadController(f"{path}: larger than {LARGEST} bytes, the limit of a controller file")
         return source.decode()
     except OSError as error:
         raise BadController(f"{path}: {error.strerror or error}") from None
     except ValueError as error:  # no UTF-8, or a path with a NUL
-        raise BadController(f"{path}: {error}; a controller file is UTF-8 text") from None
+        raise BadController(f"{path}: {error}; a controller file must be UTF-8 text") from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -100,7 +100,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def read(path: Path) -> Spec:
-    """The controller in a file, which is not run. Raises BadController, naming the file and all that is wrong."""
+    """Return the spec of a controller file without running it. Raises BadController, which lists all problems."""
     text = read_source(path)
     if wrong := advise(text):
         raise BadController(f"{path}: {'; '.join(wrong)}")
@@ -108,27 +108,29 @@ def read(path: Path) -> Spec:
 
 
 def load(source: str, name: str) -> Factory:
-    """The one class with a `decide` that a controller file's text defines, by running it. Raises BadController."""
+    """Run the text of a controller file and return its class with a `decide` method. Raises BadController."""
     module = ModuleType(f"controller_{sha256(source.encode()).hexdigest()[:12]}")
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
         exec(compile(source, f"{name}.py", "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:  # foreign code: whatever it raises is its failure, not ours
+    except (Exception, SystemExit) as error:  # foreign code: any error is its own
         raise BadController(f"{name}.py: {type(error).__name__}: {error}") from None
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__ and callable(getattr(value, "decide", None))
     ]
-    if len(found) != 1:
-        names = ", ".join(sorted(value.__name__ for value in found)) or "none"
-        raise BadController(f"{name}.py: a controller file has one class with a decide method, not {names}")
-    made: type[Controller] = found[0]
+    if len(classes) != 1:
+        names = ", ".join(sorted(value.__name__ for value in classes)) or "none"
+        raise BadController(
+            f"{name}.py: a controller file must have exactly one class with a decide method, not {names}"
+        )
+    made: type[Controller] = classes[0]
     return made
 
 
 def make(spec: Spec, beta: float) -> Controller:
-    """A fresh controller for one episode. Raises BetaError, or BadController on whatever its constructor raises."""
+    """Create a controller for one episode. Raises BetaError, or BadController if its constructor raises."""
     try:
         return spec.factory(beta)
     except ControllersError:

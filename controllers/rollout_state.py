@@ -16,49 +16,49 @@ from typing import Any, Final
 from controllers.builtin import ALIAS_BETAS, BUILT_IN
 
 FORMAT: Final = 1
-"""Of the registry's file."""
+"""Version of the registry's file format."""
 REMEMBERED: Final = 16
-"""Champions that one can go back through."""
+"""Former champions that are kept for rollbacks."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class RolloutStage(StrEnum):
-    """What an installed controller does; each has one holder at most."""
+    """Rollout stages. Each has at most one controller."""
 
-    SHADOW = "shadow"  # decides on what the champion was told, after the fact and for nobody
-    CANARY = "canary"  # decides for a share of the requests that name no controller
-    CHAMPION = "champion"  # decides for the others
+    SHADOW = "shadow"  # decides afterwards on the champion's rounds; nobody gets its answers
+    CANARY = "canary"  # serves a share of the requests that name no controller
+    CHAMPION = "champion"  # serves the others
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutState:
-    """Who is at which stage, by digest. A move gives another one; one that is not possible raises ValueError."""
+    """The controller at each stage, by digest. A move returns a new state, or raises ValueError if it is impossible."""
 
-    version: int = 0  # moves made so far
+    version: int = 0  # number of moves so far
     shadow: str | None = None
     canary: str | None = None
-    share: float = 0.0  # of the requests, the canary's
+    share: float = 0.0  # the canary's share of the requests
     champion: str | None = None  # None: the configured controller
-    previous: tuple[str | None, ...] = ()  # champions before this one, the latest last
+    previous: tuple[str | None, ...] = ()  # earlier champions, the latest last
     quarantined: frozenset[str] = frozenset()
 
     @property
     def stages(self) -> dict[RolloutStage, str | None]:
-        """Who is at each stage."""
+        """The digest of the controller at each stage."""
         return {stage: getattr(self, stage) for stage in RolloutStage}
 
     def stage_of(self, digest: str) -> RolloutStage | None:
-        """The stage a controller is at; None if at none."""
+        """Return the stage of a controller; None if it is at none."""
         return next((stage for stage, holder in self.stages.items() if holder == digest), None)
 
     def promote(self, digest: str, stage: RolloutStage, share: float, forced: bool = False) -> RolloutState:
-        """A controller moves to `stage`, in place of whoever is there. Only `forced` lifts a quarantine."""
+        """Put a controller at `stage`, replacing the present one. Only `forced` lifts a quarantine."""
         if digest == self.champion:
-            raise ValueError(f"{digest[:12]} is the champion; `autotts rollback` takes that from it")
+            raise ValueError(f"{digest[:12]} is the champion; run `autotts rollback` first")
         if digest in self.quarantined and not forced:
-            raise ValueError(f"{digest[:12]} is quarantined for failing; --force lifts that")
+            raise ValueError(f"{digest[:12]} is quarantined because it failed; --force lifts the quarantine")
         if stage is RolloutStage.CANARY and not 0 <= share <= 1:
             raise ValueError(f"a canary's share is a number from 0 to 1, not {share}")
         left = self.leave(digest)
@@ -70,7 +70,7 @@ class RolloutState:
         return replace(moved, champion=digest, previous=(*self.previous, self.champion)[-REMEMBERED:])
 
     def roll_back(self) -> RolloutState:
-        """The champion before the present one, passing over the quarantined, and no canary."""
+        """Return to the previous champion that is not quarantined, and drop the canary."""
         if self.champion is None and self.canary is None:
             raise ValueError("there is neither a canary nor a champion to roll back; the configured controller serves")
         if self.champion is None:
@@ -83,19 +83,19 @@ class RolloutState:
         return replace(back, shadow=None) if champion is not None and champion == self.shadow else back
 
     def drop_canary(self, digest: str) -> RolloutState:
-        """No canary any more, if it is this one."""
+        """Drop the canary, if it is this controller."""
         if self.canary != digest:
             raise ValueError(f"{digest[:12]} is not the canary")
         return replace(self, version=self.version + 1, canary=None, share=0.0)
 
     def quarantine(self, digest: str) -> RolloutState:
-        """A controller that fails is not asked any more. A champion stays one: the baseline decides in its place."""
+        """Quarantine a failing controller. A champion keeps its stage, and the baseline decides in its place."""
         if digest in self.quarantined:
             raise ValueError(f"{digest[:12]} is quarantined already")
         return replace(self.leave(digest), version=self.version + 1, quarantined=self.quarantined | {digest})
 
     def leave(self, digest: str) -> RolloutState:
-        """The same without this one as canary or shadow."""
+        """Return the state without this controller as canary or shadow."""
         if digest == self.canary:
             return replace(self, canary=None, share=0.0)
         return replace(self, shadow=None) if digest == self.shadow else self
@@ -103,7 +103,7 @@ class RolloutState:
     # As JSON
 
     def as_json(self) -> dict[str, Any]:
-        """What `parse` reads."""
+        """Return the JSON that `parse` reads."""
         canary = None if self.canary is None else {"digest": self.canary, "share": self.share}
         return {
             "format": FORMAT,
@@ -117,7 +117,7 @@ class RolloutState:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> RolloutState:
-        """What `as_json` wrote. Raises ValueError, naming the field that is wrong."""
+        """Read the JSON of `as_json`. Raises ValueError, which names the wrong field."""
         if data.get("format") != FORMAT:
             raise ValueError(f"format is {data.get('format')!r}, not {FORMAT}")
         version, canary = data.get("version"), data.get("canary")
@@ -144,14 +144,14 @@ class RolloutState:
 
 
 def lot(request_id: str) -> float:
-    """A request's number in [0, 1), the same wherever it is asked for: a canary has those below its share."""
+    """Return a number in [0, 1) derived from a request's id. The canary serves numbers below its share."""
     return (int.from_bytes(sha256(request_id.encode()).digest()[:7]) >> 3) / 2**53
 
 
 def name_problem(name: str) -> str | None:
-    """What is wrong with the name of a controller from a file, which clients and metrics will show; None if nothing."""
+    """Return the problem with the name of a controller file; None if it is valid. Clients and metrics show the name."""
     if not _NAME.fullmatch(name):
-        return f"{name!r}: name the file by letters, digits, - and _, 64 at most"
+        return f"{name!r}: name the file with letters, digits, - and _, at most 64 characters"
     if name in BUILT_IN or name in ALIAS_BETAS:
         return f"there is a built-in controller {name}; give the file another name"
     return None
@@ -161,7 +161,7 @@ def _digest(field: str, value: object, needed: bool = False) -> str | None:
     if value is None and not needed:
         return None
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise ValueError(f"{field}: {value!r} is no digest")
+        raise ValueError(f"{field}: {value!r} is not a digest")
     return value
 
 

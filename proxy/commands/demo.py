@@ -1,4 +1,4 @@
-"""`autotts demo`: what β buys, on the embedded model, asked as any client would ask."""
+"""`autotts demo`: accuracy and tokens by β on the embedded model, asked as any client asks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CONCURRENCY = 4
-"""Requests under way at once, in every row alike: latencies are comparable with each other only."""
+"""Concurrent requests in every row. Latencies are comparable with each other only."""
 
 
-class Setting(NamedTuple):
+class DemoSetting(NamedTuple):
     """One row of the table."""
 
     name: str
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     temperature: float | None = None  # None for the model's own default
 
 
-class Asked(NamedTuple):
+class AnsweredRequest(NamedTuple):
     """One answered request."""
 
     right: bool
@@ -43,18 +43,18 @@ class Asked(NamedTuple):
 
 
 SETTINGS = (
-    Setting("greedy", 0.0, "single", 0.0),
-    Setting("single sample", 0.0, "single"),
-    *(Setting(f"β = {beta:g}", beta, None) for beta in BETAS),
+    DemoSetting("greedy", 0.0, "single", 0.0),
+    DemoSetting("single sample", 0.0, "single"),
+    *(DemoSetting(f"β = {beta:g}", beta, None) for beta in BETAS),
 )
 """The rows of the table: what costs one branch with and without sampling, then the controller at each β."""
 
 
 async def run(base_url: str, problems: int, plot: Path) -> None:
-    """Ask every problem at every setting, print the table, write the picture."""
+    """Ask every problem in every row, print the table and write the plot."""
     console = Console()
     questions = held_back(problems)
-    rows: dict[Setting, list[Asked]] = {}
+    rows: dict[DemoSetting, list[AnsweredRequest]] = {}
     columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -66,10 +66,12 @@ async def run(base_url: str, problems: int, plot: Path) -> None:
     console.print(f"picture: {plot}", highlight=False)
 
 
-async def _ask_all(client: AsyncOpenAI, setting: Setting, questions: Sequence[Problem], done: object) -> list[Asked]:
+async def _ask_all(
+    client: AsyncOpenAI, setting: DemoSetting, questions: Sequence[Problem], done: object
+) -> list[AnsweredRequest]:
     gate = asyncio.Semaphore(CONCURRENCY)
 
-    async def ask(problem: Problem) -> Asked:
+    async def ask(problem: Problem) -> AnsweredRequest:
         async with gate:
             asked = await _ask(client, setting, problem)
         if callable(done):
@@ -79,7 +81,7 @@ async def _ask_all(client: AsyncOpenAI, setting: Setting, questions: Sequence[Pr
     return list(await asyncio.gather(*map(ask, questions)))
 
 
-async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked:
+async def _ask(client: AsyncOpenAI, setting: DemoSetting, problem: Problem) -> AnsweredRequest:
     started = time.perf_counter()
     reply = await client.chat.completions.with_raw_response.create(
         model="autotts-tiny",
@@ -92,17 +94,17 @@ async def _ask(client: AsyncOpenAI, setting: Setting, problem: Problem) -> Asked
     answer = read_answer(reply.parse().choices[0].message.content or "")
     headers = reply.headers
     right = answer is not None and answer.form.text == problem.answer
-    return Asked(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
+    return AnsweredRequest(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
 
 
-def accuracy(asked: Sequence[Asked]) -> tuple[float, float]:
-    """Percent right, and its standard error in points."""
+def accuracy(asked: Sequence[AnsweredRequest]) -> tuple[float, float]:
+    """Return the accuracy in percent and its standard error in points."""
     share = statistics.fmean(one.right for one in asked)
     return 100 * share, 100 * math.sqrt(share * (1 - share) / len(asked))
 
 
-def table(rows: dict[Setting, list[Asked]]) -> Table:
-    """The rows as a table; every figure but the median latency is a mean."""
+def table(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Table:
+    """Return the rows as a table. Every figure is a mean, except for the median latency."""
     shown = Table(title=f"{len(next(iter(rows.values())))} held-back problems, embedded model")
     for heading in ("", "accuracy %", "tokens", "branches", "latency s (p50)"):
         shown.add_column(heading, justify="right")
@@ -118,8 +120,8 @@ def table(rows: dict[Setting, list[Asked]]) -> Table:
     return shown
 
 
-def panel(rows: dict[Setting, list[Asked]]) -> Panel:
-    """The rows as lines of a picture: the controller by β, and greedy and a single sample beside it."""
+def panel(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Panel:
+    """Return the rows as lines of a plot: the controller by β, beside greedy and a single sample."""
     lines: dict[str, list[PlotPoint]] = {"controller, by β": []}
     for setting, asked in rows.items():
         spent = statistics.fmean(one.tokens for one in asked)

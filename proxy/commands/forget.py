@@ -1,5 +1,7 @@
-"""`autotts store forget`, of what waits in files too: they go into the store first, for only there can it be told whose
-a record is."""
+"""`autotts store forget`, including records that wait in spill files.
+
+Those are written to the store first, because only the store knows the tenant of a record.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +27,28 @@ def forget(
     anonymous: Anonymous = False,
     place: Place = DEFAULT,
     spill: Annotated[
-        Path | None, typer.Option(envvar="AUTOTTS_SPILL", help="file that records wait in; without it STORE.spill")
+        Path | None, typer.Option(envvar="AUTOTTS_SPILL", help="spill file of waiting records; default: STORE.spill")
     ] = None,
 ) -> None:
-    """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
+    """Delete all data of a request or of a tenant for good. The bytes are overwritten, and late records are refused."""
     held, dropped = asyncio.run(_read_back(place, spill or place.with_name(f"{place.name}.spill")))
     if dropped:
-        words = f"{dropped} records that waited in files cannot be read, and nobody can tell whose they are: dropped"
-        wide_console().print(words, highlight=False, soft_wrap=True)
+        message = f"{dropped} records in spill files cannot be read, so their tenant is unknown: they were dropped"
+        wide_console().print(message, highlight=False, soft_wrap=True)
     try:
         forgetting(request, tenant, anonymous, place)
     finally:
         if held:
             raise StoreError(
-                f"{', '.join(map(str, held))}: a running proxy holds it; what waits there is gone when the proxy has "
-                "read it back: say it again then"
+                f"{', '.join(map(str, held))}: a running proxy holds it, and its records were not deleted; run the "
+                "command again when the proxy has written them to the store"
             )
 
 
 async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
-    """Write everything from the files at `spill` into the store at `place`, as a proxy does when it starts.
+    """Write all records in the spill files at `spill` into the store at `place`, as a proxy does when it starts.
 
-    Returns the files that a proxy holds, and how many records were dropped because nothing can read them. Raises
+    Return the files that a proxy holds, and the number of records dropped because they cannot be read. Raises
     StoreError.
     """
     waiting = SpillFiles(spill, 0)

@@ -1,4 +1,4 @@
-"""`autotts keys`: keys for clients are made here, shown once, and told by their hashes from then on."""
+"""`autotts keys`: create API keys for clients. A key is shown once; afterwards only its hash is known."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 
-keysmith = typer.Typer(name="keys", no_args_is_help=True, help="Keys of clients, for a file that AUTOTTS_KEYS names.")
+keysmith = typer.Typer(
+    name="keys", no_args_is_help=True, help="API keys of clients, for the file named by AUTOTTS_KEYS."
+)
 
 
 @keysmith.command()
 def new(
-    name: Annotated[str, typer.Argument(help="whose key it is; the tenant follows from it")],
-    admin: Annotated[bool, typer.Option("--admin", help="it may see every request and name any controller")] = False,
+    name: Annotated[str, typer.Argument(help="owner of the key; the tenant is derived from it")],
+    admin: Annotated[bool, typer.Option("--admin", help="may see every request and name any controller")] = False,
 ) -> None:
-    """Make a key. It is shown once, on standard error; the line for the file goes to standard output."""
+    """Create a key. It is shown once on standard error; the line for the key file goes to standard output."""
     from proxy.admission import api_keys
 
     token = api_keys.generate_key()
@@ -30,7 +32,7 @@ def new(
 
 @keysmith.command("list")
 def listing(file: Annotated[Path, typer.Argument(help="the file", envvar="AUTOTTS_KEYS")]) -> None:
-    """The keys of a file: whose they are, the tenant that stands in the store, and what each may use."""
+    """List the keys of a file: owner, tenant as in the store, and limits."""
     from proxy.admission import api_keys
 
     table = Table()

@@ -36,7 +36,7 @@ def test_a_dataclass_takes_what_its_fields_say() -> None:
     others = "    seen: int = field(default=0, init=False)\n    MOST: ClassVar[int] = 3\n"
     assert advise(f"{header}    beta: float\n{others}{decide}") == []
     assert advise(f"{header}    beta: float\n    more: int = 3\n{decide}") == [
-        "line 4: Mine takes β and nothing else: __init__(self, beta)"
+        "line 4: Mine must take β only: __init__(self, beta)"
     ]
 
 
@@ -60,14 +60,14 @@ def test_what_a_class_inherits_is_its_own() -> None:
         ("import random", "import random: no randomness"),
         ("import time", "import time: no clock"),
         ("from datetime import datetime", "import datetime: no clock"),
-        ("x = (1).__class__", ".__class__: a controller has no use for Python's insides"),
-        ("x = getattr(1, '__class__')", "'__class__': a controller has no use"),
-        ("x = __builtins__", "__builtins__: a controller has no use"),
-        ("x = eval('1')", "eval(): a controller is all in its file"),
-        ("x = open('f')", "open(): a controller reads and writes nothing"),
-        ("x = id(1)", "id(): it differs from run to run"),
+        ("x = (1).__class__", ".__class__: a controller must not use Python internals"),
+        ("x = getattr(1, '__class__')", "'__class__': a controller must not use"),
+        ("x = __builtins__", "__builtins__: a controller must not use"),
+        ("x = eval('1')", "eval(): a controller must be complete in its file"),
+        ("x = open('f')", "open(): a controller must not read or write anything"),
+        ("x = id(1)", "id(): it differs between runs"),
         ("x = 0\ndef f():\n    global x\n    x = 1", "global x: one object serves one episode"),
-        ("async def f(): ...", "async: a decision waits for nothing"),
+        ("async def f(): ...", "async: a decision must not wait"),
         ("class Other:\n    def decide(self, state): ...", "one class with a decide method, not Mine, Other"),
     ],
 )
@@ -80,10 +80,10 @@ def test_what_is_said_of_what_is_wrong(change: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("(self, beta)", "(self, beta, n=3)", "line 5: Mine takes β and nothing else"),
-        ("(self, beta)", "(self, *beta)", "line 5: Mine takes β and nothing else"),
-        ("    def __init__(self, beta):\n        self.beta = beta\n", "", "line 4: Mine takes β and nothing else"),
-        ("(self, state: State)", "(self, state, more)", "decide takes self and the state"),
+        ("(self, beta)", "(self, beta, n=3)", "line 5: Mine must take β only"),
+        ("(self, beta)", "(self, *beta)", "line 5: Mine must take β only"),
+        ("    def __init__(self, beta):\n        self.beta = beta\n", "", "line 4: Mine must take β only"),
+        ("(self, state: State)", "(self, state, more)", "decide must take self and the state"),
         ("class Mine", "class Mine(", "line 4: SyntaxError: invalid syntax"),
         ("decide", "decides", "one class with a decide method, not none"),
     ],
@@ -126,7 +126,9 @@ def ladder(classes: int) -> str:
 
 def test_classes_derived_from_each_other_are_each_looked_at_once() -> None:
     assert calls(ladder(20)) < 8 * calls(ladder(10))  # there are four times as many bases
-    assert advise(ladder(150)) == ["line 1: a controller file has one class with a decide method, not none"]
+    assert advise(ladder(150)) == [
+        "line 1: a controller file must have exactly one class with a decide method, not none"
+    ]
     decide = "\n    def decide(self, state): ...\n"
     assert advise(ladder(40).replace("class C39(): pass\n", f"class C39:{decide}"))[0].startswith("line 2: ")
 
@@ -135,7 +137,7 @@ def test_a_long_line_of_classes_is_followed_to_its_end() -> None:
     line = "".join(f"class C{number}(C{number + 1}): pass\n" for number in range(1500))
     last = "class C1500:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
     (only,) = advise(line + last)
-    assert only.startswith("line 2: a controller file has one class with a decide method, not C0, C1")
+    assert only.startswith("line 2: a controller file must have exactly one class with a decide method, not C0, C1")
     assert len(only) <= LONGEST + 2
 
 

@@ -59,7 +59,7 @@ def test_a_name_is_a_controller_there_is() -> None:
         ("x = 1", "one class with a decide method, not none"),
         (GOOD + GOOD.replace("Mine", "Other").replace("from __future__ import annotations", ""), "not Mine, Other"),
         (b"\xff\xfe", "codec can't decode"),
-        ("#" * (LARGEST + 1), "more than 65536 bytes; a controller file has no more"),
+        ("#" * (LARGEST + 1), "larger than 65536 bytes"),
     ],
 )
 def test_files_that_hold_no_controller(tmp_path: Path, text: str | bytes, words: str) -> None:
@@ -125,8 +125,8 @@ def listening(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make_it", "words"),
     [
-        (fifo, "not a regular file; name a file with a controller's text"),
-        (device, "not a regular file; name a file with a controller's text"),
+        (fifo, "not a regular file; name a file that contains a controller"),
+        (device, "not a regular file; name a file that contains a controller"),
         (folder, "Is a directory"),
         (link_to_itself, "Too many levels of symbolic links"),
         (listening, "No such device or address"),

@@ -229,7 +229,7 @@ def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
     [
         ("raise SystemExit", "mine.py: SystemExit: "),
         ("class Leave(BaseException): ...\nraise Leave", "Leave"),
-        ("x = 1", "mine.py: a controller file has one class with a decide method, not none"),
+        ("x = 1", "mine.py: a controller file must have exactly one class with a decide method, not none"),
     ],
 )
 def test_a_child_says_why_it_cannot_load(owner: socket.socket, source: str, words: str) -> None:

@@ -99,7 +99,7 @@ def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() ->
     ("move", "words"),
     [
         (lambda installed: installed.promote(A, RolloutStage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
-        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined for failing; --force"),
+        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined because it failed; --force"),
         (lambda installed: installed.promote(B, RolloutStage.CANARY, 1.5), "share is a number from 0 to 1"),
         (lambda installed: installed.drop_canary(B), "is not the canary"),
         (lambda installed: installed.quarantine(C), "quarantined already"),

@@ -505,7 +505,7 @@ def test_what_is_no_file_holds_no_explorer_up(tmp_path: Path) -> None:
     (tmp_path / "zero.py").symlink_to("/dev/zero")
     (tmp_path / "nul.py").write_bytes(GOOD.encode() + b"\0")
     nul, pipe, zero = Files(tmp_path).propose(CONTEXT)
-    assert pipe.note == "pipe.py: not a regular file; name a file with a controller's text"
+    assert pipe.note == "pipe.py: not a regular file; name a file that contains a controller"
     assert zero.note.startswith("zero.py: not a regular file")
     assert all(advise(one.source) for one in (nul, pipe, zero))
 

@@ -161,9 +161,9 @@ def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("sets", "status", "words"),
     [
-        (["interval=64"], 0, "the settings are good: 2 of"),
+        (["interval=64"], 0, "the settings are valid: 2 of"),
         (["interval=none"], 2, "interval: Input should be a valid integer"),
-        (["interval"], 2, "say NAME=VALUE"),
+        (["interval"], 2, "write NAME=VALUE"),
         (["calibration=/nowhere.json"], 2, "/nowhere.json"),
         (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
         (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may call"),
@@ -176,7 +176,7 @@ def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None
     done = autotts("config", "check", "--config", str(file), *flags, AUTOTTS_INTERVALL="4")
     assert done.returncode == status, done.stderr
     assert words in (done.stderr if status else done.stdout)
-    assert ("AUTOTTS_INTERVALL sets nothing" in done.stdout) is not bool(status)
+    assert ("AUTOTTS_INTERVALL is not a setting" in done.stdout) is not bool(status)
 
 
 @pytest.mark.parametrize(
