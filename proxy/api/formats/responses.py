@@ -1,4 +1,4 @@
-"""The Response object of OpenAI's Responses API, and the events in which it comes into being."""
+"""Format of `/v1/responses`: the whole Response object, and the events that stream it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from proxy.types import Message, Plan, Reply
 def to_json(request: ResponsesRequest, reply: Reply) -> dict[str, Any]:
     """Return a finished `response`."""
     message = reply.message
-    output = [_said(reply.plan, message)]
+    output = [_message_item(reply.plan, message)]
     if message.reasoning and request.include_reasoning is not False:
-        output.insert(0, _thought(reply.plan, "", message.reasoning))
-    return _complete(request, reply, output)
+        output.insert(0, _reasoning_item(reply.plan, "", message.reasoning))
+    return _finished_response(request, reply, output)
 
 
 async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
     """Stream a response event by event. Progress is the summary of the reasoning."""
     events = _Events(plan)
-    yield events.one("response.created", response=_response(request, plan, "in_progress"))
-    yield events.one("response.in_progress", response=_response(request, plan, "in_progress"))
+    yield events.event("response.created", response=_response(request, plan, "in_progress"))
+    yield events.event("response.in_progress", response=_response(request, plan, "in_progress"))
     summary = ""
     try:
         async with aclosing(news) as items:
@@ -35,7 +35,7 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
                 if item is None:
                     yield PING
                 elif isinstance(item, str):
-                    for data in events.summarise(item, is_first=not summary):
+                    for data in events.summary_delta(item, is_first=not summary):
                         yield data
                     summary += item
                 else:
@@ -43,79 +43,79 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
     except ApiError as error:  # the status is out: an error can only be an event now
         in_openai_form = errors.body(error)
         about = {"code": error.code, "message": error.message, "param": error.param}
-        yield events.one("error", **about, **in_openai_form)
+        yield events.event("error", **about, **in_openai_form)
         failed = {"code": "server_error", "message": error.message}
-        yield events.one("response.failed", response=_response(request, plan, "failed", error=failed))
+        yield events.event("response.failed", response=_response(request, plan, "failed", error=failed))
         return
     output: list[dict[str, Any]] = []
-    thought = "" if request.include_reasoning is False else reply.message.reasoning or ""
-    if summary or thought:
-        output.append(_thought(plan, summary, thought))
-        for data in events.think(output[0]):
+    reasoning = "" if request.include_reasoning is False else reply.message.reasoning or ""
+    if summary or reasoning:
+        output.append(_reasoning_item(plan, summary, reasoning))
+        for data in events.reasoning(output[0]):
             yield data
-    output.append(_said(plan, reply.message))
-    for data in events.say(output[-1], len(output) - 1):
+    output.append(_message_item(plan, reply.message))
+    for data in events.message(output[-1], len(output) - 1):
         yield data
-    done = _complete(request, reply, output)
-    yield events.one(f"response.{done['status']}", response=done, tts=reply.tts)
+    done = _finished_response(request, reply, output)
+    yield events.event(f"response.{done['status']}", response=done, tts=reply.tts)
 
 
 class _Events:
-    """Events numbered as they are made."""
+    """Server-sent events of one response, with sequence numbers."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._number = 0
 
-    def one(self, kind: str, **data: Any) -> bytes:
-        """An event of one kind."""
-        made = format_event({"type": kind, "sequence_number": self._number, **data}, kind)
+    def event(self, kind: str, **data: Any) -> bytes:
+        """Return an event of one kind."""
+        formatted = format_event({"type": kind, "sequence_number": self._number, **data}, kind)
         self._number += 1
-        return made
+        return formatted
 
-    def summarise(self, line: str, *, is_first: bool) -> Iterator[bytes]:
-        """More of the summary of what is being thought."""
+    def summary_delta(self, line: str, *, is_first: bool) -> Iterator[bytes]:
+        """Yield the events that add a line of progress to the reasoning summary."""
         at: dict[str, Any] = {"item_id": _id(self._plan, "rs"), "output_index": 0}
         if is_first:
-            item = {**_thought(self._plan, "", ""), "status": "in_progress"}
-            yield self.one("response.output_item.added", output_index=0, item=item)
+            item = {**_reasoning_item(self._plan, "", ""), "status": "in_progress"}
+            yield self.event("response.output_item.added", output_index=0, item=item)
             part = {"type": "summary_text", "text": ""}
-            yield self.one("response.reasoning_summary_part.added", **at, summary_index=0, part=part)
-        yield self.one("response.reasoning_summary_text.delta", **at, summary_index=0, delta=line)
+            yield self.event("response.reasoning_summary_part.added", **at, summary_index=0, part=part)
+        yield self.event("response.reasoning_summary_text.delta", **at, summary_index=0, delta=line)
 
-    def think(self, item: Mapping[str, Any]) -> Iterator[bytes]:
-        """The rest of the thought, once it is known."""
+    def reasoning(self, item: Mapping[str, Any]) -> Iterator[bytes]:
+        """Yield the events that complete the reasoning item."""
         at: dict[str, Any] = {"item_id": item["id"], "output_index": 0}
         for part in item["summary"]:
-            yield self.one("response.reasoning_summary_text.done", **at, summary_index=0, text=part["text"])
-            yield self.one("response.reasoning_summary_part.done", **at, summary_index=0, part=part)
+            yield self.event("response.reasoning_summary_text.done", **at, summary_index=0, text=part["text"])
+            yield self.event("response.reasoning_summary_part.done", **at, summary_index=0, part=part)
         if not item["summary"]:
             empty = {**item, "content": [], "status": "in_progress"}
-            yield self.one("response.output_item.added", output_index=0, item=empty)
+            yield self.event("response.output_item.added", output_index=0, item=empty)
         at["content_index"] = 0
         for part in item["content"]:
-            yield self.one("response.content_part.added", **at, part={**part, "text": ""})
+            yield self.event("response.content_part.added", **at, part={**part, "text": ""})
             for piece in split_text(part["text"]):
-                yield self.one("response.reasoning_text.delta", **at, delta=piece)
-            yield self.one("response.reasoning_text.done", **at, text=part["text"])
-            yield self.one("response.content_part.done", **at, part=part)
-        yield self.one("response.output_item.done", output_index=0, item=item)
+                yield self.event("response.reasoning_text.delta", **at, delta=piece)
+            yield self.event("response.reasoning_text.done", **at, text=part["text"])
+            yield self.event("response.content_part.done", **at, part=part)
+        yield self.event("response.output_item.done", output_index=0, item=item)
 
-    def say(self, item: Mapping[str, Any], index: int) -> Iterator[bytes]:
-        """The message."""
+    def message(self, item: Mapping[str, Any], index: int) -> Iterator[bytes]:
+        """Yield the events of the message item."""
         at: dict[str, Any] = {"item_id": item["id"], "output_index": index, "content_index": 0}
         part = item["content"][0]
         empty = {**item, "content": [], "status": "in_progress"}
-        yield self.one("response.output_item.added", output_index=index, item=empty)
-        yield self.one("response.content_part.added", **at, part={**part, "text": ""})
+        yield self.event("response.output_item.added", output_index=index, item=empty)
+        yield self.event("response.content_part.added", **at, part={**part, "text": ""})
         for piece in split_text(part["text"]):
-            yield self.one("response.output_text.delta", **at, delta=piece, logprobs=[])
-        yield self.one("response.output_text.done", **at, text=part["text"], logprobs=[])
-        yield self.one("response.content_part.done", **at, part=part)
-        yield self.one("response.output_item.done", output_index=index, item=item)
+            yield self.event("response.output_text.delta", **at, delta=piece, logprobs=[])
+        yield self.event("response.output_text.done", **at, text=part["text"], logprobs=[])
+        yield self.event("response.content_part.done", **at, part=part)
+        yield self.event("response.output_item.done", output_index=index, item=item)
 
 
-def _complete(request: ResponsesRequest, reply: Reply, output: list[dict[str, Any]]) -> dict[str, Any]:
+def _finished_response(request: ResponsesRequest, reply: Reply, output: list[dict[str, Any]]) -> dict[str, Any]:
     usage, is_cut = reply.usage, reply.message.finish_reason == "length"
     cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
     return _response(
@@ -135,8 +135,8 @@ def _complete(request: ResponsesRequest, reply: Reply, output: list[dict[str, An
     )
 
 
-def _response(request: ResponsesRequest, plan: Plan, status: str, **known: Any) -> dict[str, Any]:
-    """The object, with what the request said of itself."""
+def _response(request: ResponsesRequest, plan: Plan, status: str, **fields: Any) -> dict[str, Any]:
+    """Return the Response object, with the fields that echo the request."""
     extra = request.model_extra or {}
     effort = None if request.reasoning is None else request.reasoning.effort
     return {
@@ -165,11 +165,11 @@ def _response(request: ResponsesRequest, plan: Plan, status: str, **known: Any) 
         "truncation": request.truncation or "disabled",
         "usage": None,
         "user": extra.get("user"),
-        **known,
+        **fields,
     }
 
 
-def _thought(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
+def _reasoning_item(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
     return {
         "id": _id(plan, "rs"),
         "type": "reasoning",
@@ -180,7 +180,7 @@ def _thought(plan: Plan, summary: str, reasoning: str) -> dict[str, Any]:
     }
 
 
-def _said(plan: Plan, message: Message) -> dict[str, Any]:
+def _message_item(plan: Plan, message: Message) -> dict[str, Any]:
     return {
         "id": _id(plan, "msg"),
         "type": "message",
