@@ -1,9 +1,10 @@
 """AFS, the area under the frontier score: one number for a controller at every β, over every cell.
 
-A cell's curve has a point a β: mean tokens and accuracy. AFS is the mean accuracy over budgets drawn log-uniformly from
-one chain to SC@64 (64 chains): each doubling of what an answer may cost counts the same. Between neighbouring β tokens
-and accuracy go in a straight line (so would a mix of the two), beyond β = 1 nothing is gained, and a budget below that
-of β = 0 buys one chain. Cells count equally. The paper's score (arXiv 2605.08083), re-implemented from its description.
+A cell's curve has one point per β: mean tokens and accuracy. AFS is the mean accuracy over budgets drawn log-uniformly
+between the cost of one chain and that of SC@64 (64 chains), so that each doubling of the budget counts the same. Tokens
+and accuracy are interpolated linearly between neighbouring β (a mix of the two would achieve that). Beyond β = 1
+nothing is gained, and a budget below that of β = 0 buys one chain. Cells count equally. This is the score of the paper
+(arXiv 2605.08083), re-implemented from its description.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from discovery.data.recordings import Cell, Recording
 from discovery.evaluation.scores import Score
 
 CHAINS: Final = 64
-"""The budgets end where so many chains would be paid."""
+"""Budgets end at the cost of this many chains."""
 
 
 class CurvePoint(NamedTuple):
     """A controller at one β on one cell."""
 
     beta: float
-    tokens: float  # mean of an episode, probes included
+    tokens: float  # mean per episode, probes included
     accuracy: float  # percent
     path: float  # 95th percentile of the critical path, in tokens
 
 
 class Anchor(NamedTuple):
-    """What budgets are measured by: one whole chain of a cell."""
+    """One whole chain of a cell, by which budgets are measured."""
 
     tokens: float  # mean length of a chain
     accuracy: float  # percent of chains that end in the reference answer
@@ -43,7 +44,7 @@ class Anchor(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """One controller on one cell; points by rising β."""
+    """One controller's curve on one cell; points by rising β."""
 
     cell: Cell
     anchor: Anchor
@@ -51,34 +52,41 @@ class Curve:
 
     @property
     def afs(self) -> float:
-        """Its area, in points of accuracy."""
-        return area_under([(one.tokens, one.accuracy) for one in self.points], self.anchor)
+        """The area under the curve, in points of accuracy."""
+        return area_under([(point.tokens, point.accuracy) for point in self.points], self.anchor)
 
     @property
     def slowdown(self) -> float:
-        """How many doublings longer than a chain's its critical path is, p95, averaged over β; never below 0."""
-        return float(np.mean([max(0.0, math.log2(max(one.path, 1) / self.anchor.path)) for one in self.points]))
+        """Doublings by which its critical path (p95) is longer than one chain, averaged over β; never below 0."""
+        return float(np.mean([max(0.0, math.log2(max(point.path, 1) / self.anchor.path)) for point in self.points]))
 
     @property
     def rises(self) -> bool:
-        """Whether a larger β never spends less, by more than chance may."""
+        """Whether a larger β never spends less, with a tolerance of 2 % for chance."""
         return all(later.tokens >= 0.98 * sooner.tokens for sooner, later in pairwise(self.points))
 
     def accuracy_at(self, budget: float) -> float:
-        """Percent of answers right at a mean of `budget` tokens."""
-        return accuracy_at([(one.tokens, one.accuracy) for one in self.points], self.anchor, budget)
+        """Return the percentage of right answers at a mean of `budget` tokens."""
+        return accuracy_at([(point.tokens, point.accuracy) for point in self.points], self.anchor, budget)
 
 
 def chain_anchor(recordings: Sequence[Recording]) -> Anchor:
-    """One chain of a cell: questions count equally, and each one's chains do."""
+    """Return the anchor of a cell. Questions count equally, and so do the chains of one question."""
     lengths = np.concatenate([recording.tokens for recording in recordings])
-    right = [float((one.finals == one.reference).mean()) if one.reference >= 0 else 0.0 for one in recordings]
+    right = [chain_accuracy(recording) for recording in recordings]
     tokens = float(np.mean([recording.tokens.mean() for recording in recordings]))
     return Anchor(tokens, 100 * float(np.mean(right)), float(np.percentile(lengths, 95)))
 
 
+def chain_accuracy(recording: Recording) -> float:
+    """Return the share of a question's chains that end in its reference answer."""
+    if recording.reference < 0:
+        return 0.0
+    return float((recording.finals == recording.reference).mean())
+
+
 def curves(scores: Sequence[Score], anchors: Mapping[Cell, Anchor]) -> list[Curve]:
-    """The curves of one controller's scores, a cell each, in order of their first."""
+    """Return the curves of one controller's scores, one per cell, in order of first appearance."""
     cells = dict.fromkeys(score.cell for score in scores)
     return [
         Curve(cell, anchors[cell], sorted(_point(score) for score in scores if score.cell == cell)) for cell in cells
@@ -90,16 +98,16 @@ def _point(score: Score) -> CurvePoint:
     return CurvePoint(score.beta, score.mean("tokens"), score.accuracy, path)
 
 
-def mean_afs(found: Sequence[Curve]) -> float:
-    """The mean over cells, in points of accuracy."""
-    return float(np.mean([curve.afs for curve in found]))
+def mean_afs(by_cell: Sequence[Curve]) -> float:
+    """Return the mean AFS over cells, in points of accuracy."""
+    return float(np.mean([curve.afs for curve in by_cell]))
 
 
 def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
-    """The area under (tokens, accuracy) points by rising β."""
+    """Return the area under (tokens, accuracy) points by rising β."""
     low, high = anchor.tokens, CHAINS * anchor.tokens
     total = 0.0
-    for (start, at_start), (end, at_end) in pairwise(_whole(line, anchor)):
+    for (start, at_start), (end, at_end) in pairwise(_extended(line, anchor)):
         left, right = max(start, low), min(end, high)
         if left >= right:
             continue
@@ -109,9 +117,10 @@ def area_under(line: Sequence[tuple[float, float]], anchor: Anchor) -> float:
 
 
 def afs_per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: Anchor) -> NDArray[np.float64]:
-    """Each question's part in the area, accuracies given per question: (questions,). Their mean is the area.
+    """Return each question's share of the area, from accuracies per question: (questions,). Their mean is the area.
 
-    The budget axis is the cell's mean tokens, for all questions alike; below β = 0 a question counts as `anchor` does.
+    The budget axis is the cell's mean tokens, the same for all questions; below β = 0 a question counts as `anchor`
+    does.
     """
     questions = len(line[0][1])
     parts = np.zeros(questions)
@@ -121,17 +130,20 @@ def afs_per_question(line: Sequence[tuple[float, NDArray[np.float64]]], anchor: 
 
 
 def accuracy_at(line: Sequence[tuple[float, float]], anchor: Anchor, budget: float) -> float:
-    """Percent at a budget of tokens."""
-    for (start, at_start), (end, at_end) in pairwise(_whole(line, anchor)):
+    """Return the interpolated accuracy, in percent, at a budget of tokens."""
+    for (start, at_start), (end, at_end) in pairwise(_extended(line, anchor)):
         if start <= budget < end:
             return at_start + (at_end - at_start) * (budget - start) / (end - start)
     return line[-1][1] if budget > 0 else 0.0
 
 
-def _whole(line: Sequence[tuple[float, float]], anchor: Anchor) -> list[tuple[float, float]]:
-    """The line from nothing to more than any budget. A point that costs no more than the one before takes its place."""
+def _extended(line: Sequence[tuple[float, float]], anchor: Anchor) -> list[tuple[float, float]]:
+    """Return the line extended to cover all budgets from 0 upwards.
+
+    A point that costs no more than the one before takes its place.
+    """
     first, last = line[0], line[-1]
-    whole = [(0.0, anchor.accuracy), (first[0], anchor.accuracy)] if first[0] > anchor.tokens else [(0.0, first[1])]
+    extended = [(0.0, anchor.accuracy), (first[0], anchor.accuracy)] if first[0] > anchor.tokens else [(0.0, first[1])]
     for tokens, accuracy in line:
-        whole.append((max(tokens, whole[-1][0]), accuracy))
-    return [*whole, (max(2 * CHAINS * anchor.tokens, 2 * whole[-1][0]), last[1])]
+        extended.append((max(tokens, extended[-1][0]), accuracy))
+    return [*extended, (max(2 * CHAINS * anchor.tokens, 2 * extended[-1][0]), last[1])]

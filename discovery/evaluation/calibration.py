@@ -1,7 +1,7 @@
-"""What β costs and brings on each model: tokens and accuracy, with how sure that is, and whether it pays at all.
+"""Calibration: what β costs and gains on each model, with intervals, and whether it pays at all.
 
-On small models a controller may bring nothing that self-consistency, or one chain, does not bring for less. A
-calibration says so, and how far β is worth turning up.
+On small models a controller may gain nothing over self-consistency, or over one chain, that costs less. A calibration
+says so, and how far β is worth turning up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from discovery.evaluation.scores import Score
 from discovery.evaluation.sources import RecordingSource
 
 RIVAL: Final = Spec("self_consistency")
-"""What a controller has to be cheaper than."""
+"""The controller that others must beat on cost."""
 BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
 
@@ -42,34 +42,34 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class CalibrationPoint:
-    """What one β costs and brings; 95 % intervals over questions, None where one question says nothing of others."""
+    """Cost and accuracy at one β. Intervals are 95 %, over questions; None with a single question."""
 
     beta: Beta
-    tokens: Number  # mean of a request
+    tokens: Number  # mean per request
     tokens_low: float | None
     tokens_high: float | None
     accuracy: Number  # percent
     low: float | None
     high: float | None
-    gain: float  # points above one chain
-    gain_half: float | None  # half the width of the gain's interval, paired by question: much narrower
+    gain: float  # points of accuracy above one chain
+    gain_half: float | None  # half the width of the gain's interval, which is paired by question and so narrower
 
     @property
     def gains(self) -> bool:
-        """Whether it is surely better than one chain."""
+        """Whether it is significantly better than one chain."""
         return self.gain_half is not None and self.gain > self.gain_half
 
 
 @dataclass(frozen=True)
 class SingleChain:
-    """What one chain costs and brings."""
+    """Cost and accuracy of one chain."""
 
     tokens: Number
     accuracy: Number
 
 
 class Arm(StrEnum):
-    """Who serves best where nothing else is asked for."""
+    """Which way of answering serves best by default."""
 
     CONTROLLER = "controller"
     SINGLE = "single"
@@ -77,53 +77,53 @@ class Arm(StrEnum):
 
 @dataclass(frozen=True)
 class BetaMap:
-    """How the dial is best used on a model: which arm, and β no higher than that."""
+    """The recommended use of β on a model: which arm, and the largest β."""
 
     arm: Arm
     cap: Beta
 
 
 FULL_RANGE: Final = BetaMap(Arm.CONTROLLER, 1.0)
-"""All of the dial: of a model nobody has measured."""
+"""The full range of β, for a model that has not been calibrated."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One controller on one model."""
+    """The calibration of one controller on one model."""
 
     controller: str
     digest: str
     points: Annotated[tuple[CalibrationPoint, ...], MinLen(1)]  # by rising β
     single: SingleChain
-    pays: bool  # its most accurate point is better than one chain, and self-consistency is as good for no less
+    pays: bool  # its most accurate point beats one chain, and self-consistency is no cheaper at that accuracy
     map: BetaMap
-    answers: str = ""  # when two were the same; empty if unknown
-    others: tuple[Calibration, ...] = ()  # of further controllers on the same model, which have none themselves
+    answers: str = ""  # how answers were compared; empty if unknown
+    others: tuple[Calibration, ...] = ()  # of further controllers on the same model; they have no others themselves
 
     @property
     def all(self) -> tuple[Calibration, ...]:
-        """This one and those of further controllers."""
+        """This calibration and those of further controllers."""
         return (self, *self.others)
 
     def of_digest(self, digest: str) -> Calibration | None:
-        """The calibration of the controller with this digest, if there is one."""
-        return next((one for one in self.all if one.digest == digest), None)
+        """Return the calibration of the controller with this digest, or None."""
+        return next((calibration for calibration in self.all if calibration.digest == digest), None)
 
     def of_name(self, name: str) -> Calibration | None:
-        """The calibration of the controller with this name, if there is one."""
-        return next((one for one in self.all if one.controller == name), None)
+        """Return the calibration of the controller with this name, or None."""
+        return next((calibration for calibration in self.all if calibration.controller == name), None)
 
     @property
     def advice(self) -> str:
-        """How the dial is best used, in words."""
+        """The recommended use of β, in words."""
         if self.pays:
             return "yes: all of β"
         return f"yes: β up to {self.map.cap:g}" if self.map.arm is Arm.CONTROLLER else "no: one chain serves best"
 
     def beta_for(self, tokens: float) -> float:
-        """The β that spends so many tokens on average; the nearest there is, where none does.
+        """Return the β that spends `tokens` on average, or the nearest calibrated β.
 
-        Between points in straight lines. Where a larger β was seen to spend no more, the smaller one stands for both.
+        Interpolates linearly between points. If a larger β spent no more, the smaller one stands for both.
         """
         spent = np.maximum.accumulate([point.tokens for point in self.points])
         rises = np.concatenate([[True], np.diff(spent) > 0])
@@ -131,17 +131,17 @@ class Calibration:
         return float(np.interp(tokens, spent[rises], betas[rises]))
 
     def as_json(self) -> dict[str, Any]:
-        """What a file keeps of it, and what the proxy tells."""
+        """Return the calibration as JSON, as files and the proxy have it."""
         data: dict[str, Any] = TypeAdapter(Calibration).dump_python(self, mode="json")
         if data["others"]:
-            data["others"] = [one.as_json() for one in self.others]
+            data["others"] = [calibration.as_json() for calibration in self.others]
         else:
             del data["others"]
         return data
 
 
 Calibrations = Mapping[str, Calibration]
-"""By model."""
+"""Calibrations by model."""
 _FILE: Final = TypeAdapter(dict[str, Calibration])
 
 
@@ -155,30 +155,30 @@ def calibrate(
     shuffles: int,
     answers: AnswerComparison = AnswerComparison.AUTO,
 ) -> Calibrations:
-    """Play controllers, and self-consistency beside them, on some cells. Raises what `Evaluation.run` raises."""
-    played = list({one.digest: one for one in (*specs, RIVAL)}.values())
+    """Evaluate controllers, and self-consistency beside them, on some cells. Raises what `Evaluation.run` raises."""
+    played = list({spec.digest: spec for spec in (*specs, RIVAL)}.values())
     measured = score_controllers(
         Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine
     )
     sides = {side.spec.digest: side for side in measured.sides}
     rival = sides[RIVAL.digest]
-    found = {}
-    for model in dict.fromkeys(cell.model for cell in measured.ground):
-        mine = [cell for cell in measured.ground if cell.model == model]
+    calibrations = {}
+    for model in dict.fromkeys(cell.model for cell in measured.baselines):
+        own_cells = [cell for cell in measured.baselines if cell.model == model]
         digests = dict.fromkeys(spec.digest for spec in specs)
-        first, *others = (_of_model(measured, sides[digest], rival, mine) for digest in digests)
-        found[model] = replace(first, others=tuple(others))
-    return found
+        first, *others = (_of_model(measured, sides[digest], rival, own_cells) for digest in digests)
+        calibrations[model] = replace(first, others=tuple(others))
+    return calibrations
 
 
 def _of_model(
     measured: ScoreSet, side: ControllerScores, rival: ControllerScores, cells: Sequence[Cell]
 ) -> Calibration:
-    """All questions of a model's cells count equally."""
-    grounds = [measured.ground[cell] for cell in cells]
+    """Return the calibration of one controller on one model; the questions of all its cells count equally."""
+    baselines = [measured.baselines[cell] for cell in cells]
     single = SingleChain(
-        tokens=float(np.concatenate([one.tokens for one in grounds]).mean()),
-        accuracy=100 * float(np.concatenate([one.right for one in grounds]).mean()),
+        tokens=float(np.concatenate([baseline.tokens for baseline in baselines]).mean()),
+        accuracy=100 * float(np.concatenate([baseline.right for baseline in baselines]).mean()),
     )
     points = _points(measured, side, cells)
     best = max(points, key=lambda point: (point.accuracy, -point.tokens))
@@ -190,7 +190,7 @@ def _of_model(
 
 
 def _points(measured: ScoreSet, side: ControllerScores, cells: Sequence[Cell]) -> tuple[CalibrationPoint, ...]:
-    chain = np.concatenate([measured.ground[cell].right for cell in cells])
+    chain = np.concatenate([measured.baselines[cell].right for cell in cells])
     by_beta: dict[float, list[Score]] = {}
     for cell in cells:
         for score in side.at(cell):
@@ -199,7 +199,9 @@ def _points(measured: ScoreSet, side: ControllerScores, cells: Sequence[Cell]) -
 
 
 def _point(beta: float, scores: Sequence[Score], chain: NDArray[np.float64]) -> CalibrationPoint:
-    """One β's scores on a model's cells, against how often `chain`s end right: (questions,)."""
+    """Return the point of one β from its scores on a model's cells; `chain` is how often single chains are right:
+    (questions,).
+    """
     tokens, right = (np.concatenate([score.per_question(column) for score in scores]) for column in ("tokens", "right"))
     low, high = _interval(100 * (right - chain))
     return CalibrationPoint(
@@ -219,28 +221,31 @@ def _interval(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
 
 
 def is_worth_its_tokens(point: CalibrationPoint, rival: Sequence[tuple[float, float]]) -> bool:
-    """Whether it is surely better than one chain, and `rival`, (tokens, accuracy) by rising β, is no cheaper there."""
+    """Return whether a point is significantly better than one chain, and the rival is no cheaper at its accuracy.
+
+    `rival` has (tokens, accuracy) points by rising β.
+    """
     same = cheapest_at_accuracy(rival, point.accuracy) if rival else None
     return point.gains and (same is None or same >= point.tokens)
 
 
 def recommend_map(points: Sequence[CalibrationPoint], rival: Sequence[tuple[float, float]], pays: bool) -> BetaMap:
-    """The whole dial where it pays; else β up to the largest that is worth what it costs; else one chain."""
+    """Return the full range of β if it pays; else β up to the largest worth its tokens; else one chain."""
     if pays:
         return BetaMap(Arm.CONTROLLER, points[-1].beta)
     worth = [point.beta for point in points if is_worth_its_tokens(point, rival)]
     return BetaMap(Arm.CONTROLLER, worth[-1]) if worth else BetaMap(Arm.SINGLE, points[0].beta)
 
 
-def write_calibrations(found: Calibrations, path: Path) -> None:
+def write_calibrations(calibrations: Calibrations, path: Path) -> None:
     """Write calibrations as JSON. Raises FileWriteError."""
-    told = {model: one.as_json() for model, one in found.items()}
+    data = {model: calibration.as_json() for model, calibration in calibrations.items()}
     with atomic_write(path) as file:
-        file.write((json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_calibrations(path: Path) -> Calibrations:
-    """The calibrations in a file. Raises DiscoveryError, naming the file and what is wrong with it."""
+    """Read the calibrations in a file. Raises DiscoveryError, naming the file and what is wrong with it."""
     try:
         return _FILE.validate_json(path.read_bytes())
     except OSError as error:
@@ -248,4 +253,4 @@ def read_calibrations(path: Path) -> Calibrations:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise DiscoveryError(f"{path}: no calibration: {where}: {first['msg']}") from None
+        raise DiscoveryError(f"{path}: not a calibration: {where}: {first['msg']}") from None

@@ -1,4 +1,4 @@
-"""Who runs the jobs: this process, a pool of processes, or Ray. What comes out is the same."""
+"""Engines that run evaluation jobs: this process, a pool of processes, or Ray. All give the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_jo
 
 
 class EngineName(StrEnum):
-    """What `--engine` may be."""
+    """Values of `--engine`."""
 
     LOCAL = "local"
     PROCESS = "process"
@@ -36,16 +36,18 @@ class RecordingBatch(NamedTuple):
 
 
 Engine = Callable[[Iterable[RecordingBatch], ReplayRules], Iterator[tuple[Job, JobResult]]]
-"""Runs batches as they come and yields each job's outcome in the order of the jobs. One batch is read ahead at most.
-Closing the iterator stops what is still to run."""
+"""Runs batches as they come and yields each job's result in the order of the jobs. At most one batch is read ahead.
+
+Closing the iterator stops jobs that have not run yet.
+"""
 
 
 READ_AHEAD = 64
-"""Jobs handed out before the first is waited for."""
+"""Jobs submitted before the first result is awaited."""
 
 
 def make_engine(name: EngineName, workers: int | None = None) -> Engine:
-    """The engine called `name`; `workers` beside the local one are as many as there are cores if not said."""
+    """Return the engine called `name`. Engines other than the local one use `workers`, by default one per core."""
     if name is EngineName.LOCAL:
         return _local
     count = workers or len(os.sched_getaffinity(0))
@@ -61,7 +63,7 @@ def _local(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tu
 
 
 def _process(batches: Iterable[RecordingBatch], rules: ReplayRules, workers: int) -> Iterator[tuple[Job, JobResult]]:
-    """A pool of fresh processes, forked from one that has imported what they need and runs no threads."""
+    """Run jobs in a pool of fresh processes, forked from one that has imported what they need and runs no threads."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["discovery.evaluation.replay_jobs", "discovery.data.mapped_recordings"])
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
@@ -69,23 +71,23 @@ def _process(batches: Iterable[RecordingBatch], rules: ReplayRules, workers: int
         pool.submit(os.getpid)  # the first worker starts while the first recordings are read
         try:
             yield from _in_order(
-                (pool.submit(_play_shelved, job, path, rules), job)
+                (pool.submit(_run_mapped, job, path, rules), job)
                 for number, batch in enumerate(batches)
                 for path in [write_mapped(batch.recordings, Path(folder, str(number)))]
                 for job in batch.jobs
             )
         except BrokenProcessPool:
-            raise EngineError("a worker process died; --engine local shows at which controller") from None
+            raise EngineError("a worker process died; run with --engine local to see at which controller") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _play_shelved(job: Job, path: Path, rules: ReplayRules) -> JobResult:
+def _run_mapped(job: Job, path: Path, rules: ReplayRules) -> JobResult:
     return run_job(job, load_mapped(path), rules)
 
 
 def _in_order(submitted: Iterator[tuple[Future[JobResult], Job]]) -> Iterator[tuple[Job, JobResult]]:
-    """Outcomes in the order of submission, READ_AHEAD jobs being under way or waiting."""
+    """Yield results in the order of submission, with up to READ_AHEAD jobs running or waiting."""
     waiting = deque(islice(submitted, READ_AHEAD))
     while waiting:
         future, job = waiting.popleft()
@@ -94,23 +96,23 @@ def _in_order(submitted: Iterator[tuple[Future[JobResult], Job]]) -> Iterator[tu
 
 
 def _ray(batches: Iterable[RecordingBatch], rules: ReplayRules, workers: int) -> Iterator[tuple[Job, JobResult]]:
-    """Ray tasks; recordings lie in its object store, where workers of one machine map them."""
+    """Run jobs as Ray tasks. Recordings are in Ray's object store, which workers of one machine map into memory."""
     try:
         import ray
     except ImportError:
         raise EngineError("--engine ray needs Ray: pip install 'autotts-proxy[ray]'") from None
-    ours = not ray.is_initialized()
-    if ours:
+    is_own = not ray.is_initialized()
+    if is_own:
         ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         remote = ray.remote(run_job)
         submitted = (
-            (remote.remote(job, shelf, rules).future(), job)
+            (remote.remote(job, recordings, rules).future(), job)
             for batch in batches
-            for shelf in [ray.put(list(batch.recordings))]
+            for recordings in [ray.put(list(batch.recordings))]
             for job in batch.jobs
         )
         yield from _in_order(submitted)
     finally:
-        if ours:
+        if is_own:
             ray.shutdown()

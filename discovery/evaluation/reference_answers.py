@@ -1,7 +1,7 @@
-"""Right answers of a store's questions: from references, from what clients say, from votes; and how far these agree.
+"""Compute the labels of a store's questions from references, client feedback and votes, and report how far they agree.
 
-Each source gives a question one label, of its own; which of them counts is settled when recordings are read, a surer
-source going before a less sure one. What was refuted by clients is no label of theirs, nor a vote's.
+Each source gives a question at most one label. Which label counts is decided when recordings are read: a surer source
+takes precedence. An answer that clients refuted is never a label by feedback or consensus.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ from discovery.store import Feedback, Label, ServedEpisode, Store
 from discovery.store.records import is_surer
 
 SATISFIED_SCORE: Final = 0.5
-"""The least score of a client who is content."""
+"""Lowest feedback score that counts for an answer."""
 MARGIN_BINS: Final = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Between these, votes are counted together."""
+"""Edges of the bins in which the report counts votes by margin."""
 
 
 @dataclass(frozen=True)
 class LabelInputs:
-    """What labels are made of."""
+    """Everything that labels are computed from."""
 
-    questions: Mapping[str, Label | None]  # all there are, with the answers they came with
-    labels: Sequence[Label]  # as they are now
-    said: Sequence[AnswerFeedback]  # the latest of each request, the latest last
-    unheard: int  # requests of which something was said that bears on no answer
-    finals: Mapping[str, Sequence[Sequence[str | None]]]  # by question: what its branches say, for each model
+    questions: Mapping[str, Label | None]  # all questions, with the answers they were added with
+    labels: Sequence[Label]  # the current labels
+    feedback: Sequence[AnswerFeedback]  # the latest on each request, latest last
+    unheard: int  # requests whose feedback concerns no answer
+    finals: Mapping[str, Sequence[Sequence[str | None]]]  # by question: for each model, its branches' answers
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What became of a store's labels."""
+    """How a store's labels changed, and how far they agree with references."""
 
-    effective: Mapping[LabelSource | None, int]  # questions by the source that counts; None where there is none
+    effective: Mapping[LabelSource | None, int]  # questions by the source that counts; None without a label
     written: Mapping[LabelSource, int]  # labels that are new or have changed
-    removed: Mapping[LabelSource, int]  # that nothing speaks for any more
-    unknown: int  # references of questions that are not in the store
-    contradicted: int  # references that are not what their questions came with, which stays
-    unheard: int  # requests of which something was said that bears on no answer
+    removed: Mapping[LabelSource, int]  # labels that nothing supports any more
+    unknown: int  # references for questions that are not in the store
+    contradicted: int  # references that differ from the answers of their questions, which are kept
+    unheard: int  # requests whose feedback concerns no answer
     votes: int  # questions with a vote
-    close: int  # of which too close
-    refuted: int  # of the others, those whose leader clients refuted
-    calibrated: int  # votes their confidence is read off; 0 where it is reckoned from counts alone
-    consensus: Agreement  # of labels by consensus
-    feedback: Agreement  # of labels by feedback, whose confidence is read off it where there are enough
-    by_margin: Sequence[tuple[float, float, Agreement]]  # of every vote, by its margin: from, to
+    close: int  # votes that are too close
+    refuted: int  # clear votes whose leading answer clients refuted
+    calibrated: int  # votes that confidences are calibrated on; 0 if they are estimated from counts
+    consensus: Agreement  # of labels by consensus with references
+    feedback: Agreement  # of labels by feedback with references; with enough of them, confidences are calibrated
+    by_margin: Sequence[tuple[float, float, Agreement]]  # of all votes, by margin: from, to
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes."""
-        bins = [{"from": low, "to": high, **found.as_json()} for low, high, found in self.by_margin]
+        """Return the report as JSON."""
+        bins = [{"from": low, "to": high, **agreement.as_json()} for low, high, agreement in self.by_margin]
         return {
             "questions": {str(source or "none"): count for source, count in self.effective.items()},
             "written": {str(source): count for source, count in self.written.items()},
@@ -96,7 +96,7 @@ class LabelReport:
 
 @dataclass(frozen=True)
 class LabelChanges:
-    """Labels that have changed, and what is told of them."""
+    """Labels that have changed, and the report on them."""
 
     labels: Sequence[Label]
     gone: Sequence[Label]
@@ -109,26 +109,28 @@ async def update_labels(
     min_margin: float = MIN_MARGIN,
     min_branches: int = MIN_BRANCHES,
 ) -> LabelReport:
-    """Bring a store's labels up to date. Where nothing has changed nothing is written. Raises StoreError."""
-    material = await load_inputs(store)
+    """Bring a store's labels up to date. Nothing is written if nothing has changed. Raises StoreError."""
+    inputs = await load_inputs(store)
     with Judge(clock=Clock.CPU) as judge:
-        made = compute_labels(material, references, min_margin, min_branches, judge)
-    if made.labels or made.gone:
-        await store.set_labels(made.labels, made.gone)
-    return made.report
+        changes = compute_labels(inputs, references, min_margin, min_branches, judge)
+    if changes.labels or changes.gone:
+        await store.set_labels(changes.labels, changes.gone)
+    return changes.report
 
 
 async def load_inputs(store: Store) -> LabelInputs:
-    """What a store's labels are made of. Raises StoreError."""
-    latest = {one.request_id: one for one in await store.feedback()}
+    """Read what labels are computed from. Raises StoreError."""
+    latest = {feedback.request_id: feedback for feedback in await store.feedback()}
     in_time = sorted(latest.values(), key=attrgetter("created"))
-    said = [interpret_feedback(await store.episode(feedback.request_id), feedback) for feedback in in_time]
-    kept = [one for one in said if one is not None]
-    return LabelInputs(await store.questions(), await store.labels(), kept, len(said) - len(kept), await _finals(store))
+    interpreted = [interpret_feedback(await store.episode(feedback.request_id), feedback) for feedback in in_time]
+    kept = [feedback for feedback in interpreted if feedback is not None]
+    return LabelInputs(
+        await store.questions(), await store.labels(), kept, len(interpreted) - len(kept), await _finals(store)
+    )
 
 
 def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> AnswerFeedback | None:
-    """What feedback says of an answer; None if it bears on none."""
+    """Return what feedback means for an answer; None if it concerns no answer."""
     if episode is None or episode.question is None:
         return None
     try:
@@ -146,64 +148,71 @@ def interpret_feedback(episode: ServedEpisode | None, feedback: Feedback) -> Ans
 
 
 async def _finals(store: Store) -> dict[str, list[list[str | None]]]:
-    """What the branches of complete recordings say, by question: for each model, of the newest version."""
-    found: dict[str, dict[Version, list[str | None]]] = {}
+    """Return the answers of complete recordings' branches, by question: for each model, those of the newest version."""
+    by_question: dict[str, dict[Version, list[str | None]]] = {}
     order: dict[Version, None] = {}  # the newest last
     for summary in await store.summaries():
-        for one in await store.load(summary.cell):
-            order.pop(one.version, None)
-            order[one.version] = None
-            if one.complete:
-                finals = found.setdefault(one.question, {}).setdefault(one.version, [])
-                finals.extend(branch.final for branch in one.branches)
+        for recorded in await store.load(summary.cell):
+            order.pop(recorded.version, None)
+            order[recorded.version] = None
+            if recorded.complete:
+                finals = by_question.setdefault(recorded.question, {}).setdefault(recorded.version, [])
+                finals.extend(branch.final for branch in recorded.branches)
     for model in dict.fromkeys([version.model for version in order]):
-        for version in reversed(await store.versions(model)):  # which of several cells' is newer it alone knows
+        for version in reversed(await store.versions(model)):  # the order across cells
             order.pop(version, None)
             order[version] = None
     ranks = {version: rank for rank, version in enumerate(order)}
     newest = {
-        question: {version.model: finals for version, finals in sorted(of_one.items(), key=lambda it: ranks[it[0]])}
-        for question, of_one in found.items()
+        question: {version.model: versions[version] for version in sorted(versions, key=ranks.__getitem__)}
+        for question, versions in by_question.items()
     }
     return {question: list(by_model.values()) for question, by_model in newest.items()}
 
 
 def compute_labels(
-    material: LabelInputs, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
+    inputs: LabelInputs, references: Sequence[Question], min_margin: float, min_branches: int, judge: Judge
 ) -> LabelChanges:
-    """The labels there should be, as far as they are not those there are. Of the same comes the same."""
-    given = {one.question: one.reference for one in references if one.reference is not None}
-    known = {question: answer for question, answer in given.items() if question in material.questions}
-    own = _of(LabelSource.REFERENCE, filter(None, material.questions.values()))
-    right = {**_of(LabelSource.REFERENCE, material.labels), **known, **own}
-    told = [Label(one, LabelSource.REFERENCE, answer, 1.0) for one, answer in known.items() if one not in own]
+    """Return the labels that differ from the current ones. The same inputs give the same result."""
+    given = {item.question: item.reference for item in references if item.reference is not None}
+    known = {question: answer for question, answer in given.items() if question in inputs.questions}
+    own = _answers_by_question(LabelSource.REFERENCE, filter(None, inputs.questions.values()))
+    right = {**_answers_by_question(LabelSource.REFERENCE, inputs.labels), **known, **own}
+    referenced = [
+        Label(question, LabelSource.REFERENCE, answer, 1.0) for question, answer in known.items() if question not in own
+    ]
 
-    heard = [label_by_feedback(said, judge) for said in _by_question(material.said)]
-    refuted = {one.question: one.refuted for one in heard}
-    liked = [one.label for one in heard if one.label is not None]
+    rated = [label_by_feedback(feedback, judge) for feedback in _by_question(inputs.feedback)]
+    refuted = {result.question: result.refuted for result in rated}
+    supported = [result.label for result in rated if result.label is not None]
     agreed = [
         (label.confidence, are_same_answer(label.answer, right[label.question], judge))
-        for label in liked
+        for label in supported
         if label.question in right
     ]
-    sure = calibrate_confidence(agreed)
-    liked = [replace(label, confidence=sure(label.confidence)) for label in liked]
+    calibrated = calibrate_confidence(agreed)
+    supported = [replace(label, confidence=calibrated(label.confidence)) for label in supported]
 
-    voted = label_by_votes(material.finals, right, refuted, min_margin, min_branches, judge)
-    wanted = [*told, *liked, *voted.labels]
-    spoilt = {
+    voted = label_by_votes(inputs.finals, right, refuted, min_margin, min_branches, judge)
+    wanted = [*referenced, *supported, *voted.labels]
+    invalid = {
         (label.source, label.question)
-        for label in material.labels
+        for label in inputs.labels
         if label.source is not LabelSource.REFERENCE and is_any_of(label.answer, refuted.get(label.question, ()), judge)
     }
-    labels, gone = _changes(material.labels, wanted, spoilt)
+    labels, gone = _changes(inputs.labels, wanted, invalid)
+    contradicted = [
+        question
+        for question, answer in known.items()
+        if question in own and not are_same_answer(own[question], answer, judge)
+    ]
     report = LabelReport(
-        effective=_effective(material, wanted, gone),
-        written=_counted(labels),
-        removed=_counted(gone),
+        effective=_effective(inputs, wanted, gone),
+        written=_count_by_source(labels),
+        removed=_count_by_source(gone),
         unknown=len(given) - len(known),
-        contradicted=sum(not are_same_answer(own[one], answer, judge) for one, answer in known.items() if one in own),
-        unheard=material.unheard,
+        contradicted=len(contradicted),
+        unheard=inputs.unheard,
         votes=voted.votes,
         close=voted.close,
         refuted=voted.refuted,
@@ -211,38 +220,38 @@ def compute_labels(
         consensus=voted.agreement,
         feedback=agreement_of(is_right for _, is_right in agreed),
         by_margin=[
-            (low, high, agreement_of(is_right for found, is_right in voted.judged if _bin(found.margin) == low))
+            (low, high, agreement_of(is_right for vote, is_right in voted.judged if _bin(vote.margin) == low))
             for low, high in pairwise(MARGIN_BINS)
         ],
     )
     return LabelChanges(labels, gone, report)
 
 
-def _of(source: LabelSource, labels: Iterable[Label]) -> dict[str, str]:
+def _answers_by_question(source: LabelSource, labels: Iterable[Label]) -> dict[str, str]:
     return {label.question: label.answer for label in labels if label.source is source}
 
 
-def _by_question(said: Iterable[AnswerFeedback]) -> Iterable[Sequence[AnswerFeedback]]:
-    found: dict[str, list[AnswerFeedback]] = {}
-    for one in said:
-        found.setdefault(one.question, []).append(one)
-    return found.values()
+def _by_question(feedback: Iterable[AnswerFeedback]) -> Iterable[Sequence[AnswerFeedback]]:
+    groups: dict[str, list[AnswerFeedback]] = {}
+    for item in feedback:
+        groups.setdefault(item.question, []).append(item)
+    return groups.values()
 
 
 def _changes(
-    labels: Iterable[Label], wanted: Sequence[Label], spoilt: Container[tuple[LabelSource, str]]
+    labels: Iterable[Label], wanted: Sequence[Label], invalid: Container[tuple[LabelSource, str]]
 ) -> tuple[list[Label], list[Label]]:
-    """Of `wanted` those that are new or say something else; and of `labels` those counted here that are no more.
+    """Return `(to_write, to_remove)`: wanted labels that are new or different, and labels that are no longer wanted.
 
-    What is counted here has a margin: a label without one came from elsewhere, and stays until it is known better, or
-    is `spoilt`.
+    Labels that were computed here have a margin. A label without one was imported, and stays until a wanted label
+    replaces it or it is `invalid`.
     """
-    there = {(label.source, label.question): label for label in labels}
+    current = {(label.source, label.question): label for label in labels}
     kept = {(label.source, label.question) for label in wanted}
-    fleeting = [name for name, label in there.items() if label.margin is not None or name in spoilt]
+    removable = [key for key, label in current.items() if label.margin is not None or key in invalid]
     return (
-        [label for label in wanted if not _is_equal(label, there.get((label.source, label.question)))],
-        [there[name] for name in fleeting if name not in kept],
+        [label for label in wanted if not _is_equal(label, current.get((label.source, label.question)))],
+        [current[key] for key in removable if key not in kept],
     )
 
 
@@ -250,24 +259,24 @@ def _is_equal(label: Label, other: Label | None) -> bool:
     return other is not None and replace(label, created=other.created) == other
 
 
-def _effective(material: LabelInputs, wanted: Iterable[Label], gone: Iterable[Label]) -> dict[LabelSource | None, int]:
-    """How many questions are known by each source, by the surest of those they have."""
-    labels = {(label.source, label.question) for label in (*material.labels, *wanted)}
+def _effective(inputs: LabelInputs, wanted: Iterable[Label], gone: Iterable[Label]) -> dict[LabelSource | None, int]:
+    """Return how many questions have a label from each source, counting the surest of each question's labels."""
+    labels = {(label.source, label.question) for label in (*inputs.labels, *wanted)}
     labels -= {(label.source, label.question) for label in gone}
-    labels |= {(label.source, question) for question, label in material.questions.items() if label is not None}
+    labels |= {(label.source, question) for question, label in inputs.questions.items() if label is not None}
     surest: dict[str, LabelSource] = {}
     for source, question in labels:
         if question not in surest or is_surer(source, surest[question]):
             surest[question] = source
-    found = Counter(surest.get(question) for question in material.questions)
-    return {source: found[source] for source in (*LabelSource, None)}
+    counts = Counter(surest.get(question) for question in inputs.questions)
+    return {source: counts[source] for source in (*LabelSource, None)}
 
 
-def _counted(labels: Iterable[Label]) -> dict[LabelSource, int]:
-    found = Counter(label.source for label in labels)
-    return {source: found[source] for source in LabelSource}
+def _count_by_source(labels: Iterable[Label]) -> dict[LabelSource, int]:
+    counts = Counter(label.source for label in labels)
+    return {source: counts[source] for source in LabelSource}
 
 
 def _bin(margin: float) -> float:
-    """Where the bin of a margin begins; the last has its end in it."""
+    """Return the lower edge of a margin's bin; the last bin includes its upper edge."""
     return max(low for low in MARGIN_BINS[:-1] if low <= margin)

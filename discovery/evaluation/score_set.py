@@ -1,4 +1,4 @@
-"""Scores together with what they are measured by: which questions a cell has, and what one chain of it is."""
+"""Scores of several controllers on the same cells, together with the baselines that they are measured by."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from discovery.evaluation.scores import Score
 
 
 class CellBaseline(NamedTuple):
-    """What a cell is like, whichever controller is scored on it."""
+    """Facts about a cell that do not depend on the controller."""
 
     questions: Sequence[str]  # `question_id`s, in the order of the scores
     anchor: Anchor
-    right: NDArray[np.float64]  # (questions,) part of the chains that end in the reference answer
+    right: NDArray[np.float64]  # (questions,) share of the chains that end in the reference answer
     tokens: NDArray[np.float64]  # (questions,) mean length of a chain
-    interval: int  # tokens
+    interval: int  # tokens between probes
 
 
 @dataclass(frozen=True)
@@ -39,65 +39,66 @@ class ControllerScores:
     curves: dict[Cell, Curve]
 
     def at(self, cell: Cell) -> list[Score]:
-        """Its scores on one cell, by rising β."""
-        return sorted((one for one in self.scores if one.cell == cell), key=lambda one: one.beta)
+        """Return its scores on one cell, by rising β."""
+        return sorted((score for score in self.scores if score.cell == cell), key=lambda score: score.beta)
 
     def parts(self, cell: Cell) -> NDArray[np.float64]:
-        """Each question's part in the AFS of a cell: (questions,)."""
-        line = [(one.mean("tokens"), 100 * one.per_question("right")) for one in self.at(cell)]
+        """Return each question's share of the AFS of a cell: (questions,)."""
+        line = [(score.mean("tokens"), 100 * score.per_question("right")) for score in self.at(cell)]
         return afs.afs_per_question(line, self.curves[cell].anchor)
 
     def right(self, cell: Cell, beta: float) -> NDArray[np.float64]:
-        """Percent of a cell's episodes that ended right at one β: (questions,)."""
-        (score,) = (one for one in self.at(cell) if one.beta == beta)
+        """Return the percentage of episodes that ended right on a cell at one β: (questions,)."""
+        (score,) = (score for score in self.at(cell) if score.beta == beta)
         return 100 * score.per_question("right")
 
 
 @dataclass(frozen=True)
 class ScoreSet:
-    """Controllers on the same cells, in the order asked for."""
+    """Scores of controllers on the same cells, in the order they were given."""
 
-    ground: dict[Cell, CellBaseline]
+    baselines: dict[Cell, CellBaseline]
     sides: Sequence[ControllerScores]
 
     @property
     def answers(self) -> str:
-        """How answers were compared, in words; nothing if that is unknown."""
-        graded = [score.grading for side in self.sides for score in side.scores if score.grading is not None]
-        return " and ".join(sorted({one.answers for one in graded}))
+        """How answers were compared, in words; empty if unknown."""
+        gradings = [score.grading for side in self.sides for score in side.scores if score.grading is not None]
+        return " and ".join(sorted({grading.answers for grading in gradings}))
 
 
 def score_controllers(evaluation: Evaluation, engine: Engine) -> ScoreSet:
-    """Score everything, and keep what the scores are measured by. Raises what `Evaluation.run` raises."""
-    ground: dict[Cell, CellBaseline] = {}
+    """Score all controllers and keep the baselines of their cells. Raises what `Evaluation.run` raises."""
+    baselines: dict[Cell, CellBaseline] = {}
 
     def noting(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:
-        return engine((_noted(batch, ground) for batch in batches), rules)
+        return engine((_with_baseline_noted(batch, baselines) for batch in batches), rules)
 
-    found = evaluation.run(noting)
-    anchors = {cell: about.anchor for cell, about in ground.items()}
+    all_scores = evaluation.run(noting)
+    anchors = {cell: baseline.anchor for cell, baseline in baselines.items()}
     sides = []
     for spec in evaluation.specs:
-        scores = [score for score in found if score.digest == spec.digest]
+        scores = [score for score in all_scores if score.digest == spec.digest]
         sides.append(ControllerScores(spec, scores, {curve.cell: curve for curve in afs.curves(scores, anchors)}))
-    return ScoreSet(ground, sides)
+    return ScoreSet(baselines, sides)
 
 
-def _noted(batch: RecordingBatch, ground: dict[Cell, CellBaseline]) -> RecordingBatch:
+def _with_baseline_noted(batch: RecordingBatch, baselines: dict[Cell, CellBaseline]) -> RecordingBatch:
+    """Add the baseline of a batch's cell to `baselines`, and return the batch."""
     recordings = batch.recordings
-    right = [(one.finals == one.reference).mean() if one.reference >= 0 else 0.0 for one in recordings]
-    ground[batch.jobs[0].cell] = CellBaseline(
-        questions=[one.question for one in recordings],
+    right = [afs.chain_accuracy(recording) for recording in recordings]
+    baselines[batch.jobs[0].cell] = CellBaseline(
+        questions=[recording.question for recording in recordings],
         anchor=afs.chain_anchor(recordings),
         right=np.array(right, float),
-        tokens=np.array([one.tokens.mean() for one in recordings], float),
+        tokens=np.array([recording.tokens.mean() for recording in recordings], float),
         interval=recordings[0].interval,
     )
     return batch
 
 
 def cheapest_at_accuracy(line: Sequence[tuple[float, float]], accuracy: float) -> float | None:
-    """Tokens at which (tokens, accuracy) points by rising β, joined by straight lines, first are so accurate."""
+    """Return the tokens at which a line of (tokens, accuracy) points by rising β first reaches `accuracy`, or None."""
     if line[0][1] >= accuracy:
         return line[0][0]
     for (start, at_start), (end, at_end) in pairwise(line):

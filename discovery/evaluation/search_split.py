@@ -61,7 +61,7 @@ def export_search_split(
         for cell in source.cells():
             found = source.load(cell)
             tell: Callable[[RecordedQuestion], Recording] = (
-                intern_answers if answers.of(found) is AnswerComparison.EXACT else lambda one: regrade(one, judge)
+                intern_answers if answers.resolve(found) is AnswerComparison.EXACT else lambda one: regrade(one, judge)
             )
             for recorded in pool_recordings(found):  # an answer's token is one recording's own
                 file.write(format_recording_line(_opaque(recorded, tell(recorded), salted)).encode())

@@ -162,7 +162,7 @@ def test_a_file_keeps_it_all(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_told(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"m": {**dial(1, 2).as_json(), **change}}))
-    with pytest.raises(DiscoveryError, match=f"{path}: no calibration: {words}"):
+    with pytest.raises(DiscoveryError, match=f"{path}: not a calibration: {words}"):
         read_calibrations(path)
     with pytest.raises(DiscoveryError, match="No such file"):
         read_calibrations(tmp_path / "d.json")

@@ -305,13 +305,13 @@ COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
 def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], words: str) -> None:
     source = versions({}, change, origin=Origin.IMPORTED)
     first = source.recordings[0].version.digest
-    words = rf"recordings of 2 versions are not scored together: {first} \(2: {words}; `autotts evaluate --version`"
+    words = rf"recordings of 2 versions cannot be scored together: {first} \(2: {words}; choose one with"
     with pytest.raises(RecordingsNotFound, match=words):
         scores("single", source=source)
     mixed = Given(
         *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
     )
-    with pytest.raises(RecordingsNotFound, match="recordings of 2 versions are not scored together"):
+    with pytest.raises(RecordingsNotFound, match="recordings of 2 versions cannot be scored together"):
         scores("single", source=mixed)
 
 
@@ -325,7 +325,7 @@ def test_of_what_was_recorded_here_the_newest_version_is_scored(
     found = scores("single", source=source)
     assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
     (line,) = (record.getMessage() for record in caplog.records)
-    assert f"version {newest} is scored; left out are {older[0]} (2: sampling" in line
+    assert f"version {newest} is scored; left out: {older[0]} (2: sampling" in line
     assert f"; {older[1]} (2: sampling {{}})" in line
 
 
@@ -343,7 +343,7 @@ def test_another_version_can_be_asked_for(origin: Origin) -> None:
     older = scores("single", source=source, version=first[:5])
     assert columns(older) == columns(scores("single", source=Given(*source.recordings[:2])))
     with pytest.raises(
-        RecordingsNotFound, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "
+        RecordingsNotFound, match=rf"no version 'zz' can be scored; versions: {first} \(2: .*; {second} \(2: "
     ):
         scores("single", source=source, version="zz")
 
@@ -352,14 +352,14 @@ def test_a_version_is_named_by_enough_of_its_digest() -> None:
     source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
     begins = [one.version.digest[0] for one in source.recordings[::2]]
     twice = next(digit for digit in begins if begins.count(digit) > 1)
-    with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
+    with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; versions: "):
         scores("single", source=source, version=twice)
 
 
 def test_a_newest_version_of_which_nothing_is_known_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     source = versions(HOT, {**HOT, "chat_template": "new", "reference": None})
     assert scores("single", source=source)[0].episodes == 14
-    assert f"of the newest version, {source.recordings[-1].version.digest}, nothing can be scored" in caplog.text
+    assert f"no recording of the newest version, {source.recordings[-1].version.digest}, can be scored" in caplog.text
     caplog.clear()
     scores("single", source=source, version=source.recordings[0].version.digest)
     assert caplog.text == ""
@@ -390,13 +390,11 @@ def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> 
     (score,) = scores("cmc", betas=[1.0], source=MIXED)
     assert score.as_json()["label_sources"] == {"reference": 3, "feedback": 3}
     assert "weights" not in score.as_json()
-    assert (
-        "left out are recordings whose right answers are known in a way that does not count, 3 by consensus"
-        in caplog.text
-    )
+    assert "recordings were left out because of how their reference answers are known: 3 by consensus" in caplog.text
     alone = Given(*MIXED.recordings[6:])
     with pytest.raises(
-        RecordingsNotFound, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"
+        RecordingsNotFound,
+        match="3 by consensus, which do not count; `autotts evaluate --labels consensus`",
     ):
         scores("cmc", source=alone)
     (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
@@ -737,8 +735,8 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--labels", "feedback=1.5"], "'feedback=1.5': a weight is above 0 and at most 1"),
         (["--labels", "feedback=nan"], "'feedback=nan': a weight is above 0 and at most 1"),
         (["--labels", "feedback="], "'feedback=': a weight is above 0 and at most 1"),
-        (["--labels", "consensus"], "m b search: no right answer is known in a way that counts, only 6 by reference"),
-        (["--version", "zz"], "m b search: no version 'zz' can be scored; there are"),
+        (["--labels", "consensus"], "m b search: the only reference answers are 6 by reference"),
+        (["--version", "zz"], "m b search: no version 'zz' can be scored; versions: "),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(
