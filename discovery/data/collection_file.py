@@ -15,7 +15,7 @@ from discovery.errors import BadRecording, CollectError
 
 
 class CollectionFile:
-    """What a file holds of a plan, as far as it has been read.
+    """The branches of a plan that a file holds, as far as it has been read.
 
     The tokens of failed requests are in a second file, whose name ends in `.lost`.
     """

@@ -1,4 +1,4 @@
-"""What a collection records, and how many tokens one branch of it may cost."""
+"""Plan of a collection: what is recorded, and how many tokens one branch of it may cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BranchKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """What is to be recorded, and how it is requested."""
+    """Questions' branches to record, and how they are requested."""
 
     model: str  # empty: the only one the proxy serves
     benchmark: str  # what the questions belong to
@@ -45,7 +45,7 @@ class CollectionPlan:
 
     @property
     def identity(self) -> list[Any]:
-        """What tells this plan from others that are collected into the same file."""
+        """The values that tell this plan from others collected into the same file."""
         return [self.model, self.benchmark, self.settings]
 
     def reserved_tokens(self, interval: int | None) -> int:

@@ -55,7 +55,7 @@ ANSWERS_HELP: Final = "how answers are compared; auto: exact if all recordings w
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is scored, and how."""
+    """One evaluation: the cells and controllers to score, and how."""
 
     source: RecordingSource
     cells: Sequence[Cell]

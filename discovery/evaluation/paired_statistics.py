@@ -1,7 +1,7 @@
-"""Paired statistics: whether one controller beats another on the same questions, and what could have been noticed.
+"""Paired statistics: whether one controller beats another on the same questions, and what difference could be detected.
 
-One question is one difference, however many models answered it: what they say of it hangs together. No more is assumed
-than that a difference would have been as likely the other way round if the two controllers were equally good.
+One question gives one difference, however many models answered it, because its results are correlated. The only
+assumption is that without a real effect each difference is as likely to have the opposite sign.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from discovery.data.recordings import Cell
 from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
 
 EXACT: Final = 14
-"""So many questions, and fewer, are flipped in every way there is."""
+"""Up to this many questions, all sign flips are enumerated."""
 FLIPS: Final = 20_000
-"""Ways of flipping drawn for more questions, a block."""
+"""Sign flips drawn per block for more questions."""
 MOST_BLOCKS: Final = 100
 ENOUGH: Final = 20
-"""The least p that draws can show is at most one so-manieth of the level tested at."""
+"""So many flips are drawn that the smallest possible p-value is at most the tested level divided by this."""
 TIE: Final = 1e-9
-"""Sums closer than this part of all differences' size are equal: the order of adding may tell them apart."""
+"""Sums are equal if they differ by at most this share of the sum of absolute differences, to allow for rounding."""
 POWER: Final = 0.8
 ONE_SIDED: Final = 5.0
-"""Percent beyond a bound."""
+"""Percent beyond a one-sided bound."""
 
 
 def sequential_alpha(k: int, alpha: float) -> float:
-    """What the k-th test on the same questions, from 1, may spend of `alpha`: α·6/(π²k²). All of them spend α."""
+    """Return the level of the k-th test on the same questions, from 1: α·6/(π²k²). All tests together spend `alpha`."""
     return alpha * 6 / (math.pi * k) ** 2
 
 
 def question_values(
     values: Mapping[Cell, NDArray[np.float64]], questions: Mapping[Cell, Sequence[str]]
 ) -> NDArray[np.float64]:
-    """One value a question from each cell's (questions,), by the questions' ids; their mean is the mean over cells.
+    """Return one value per question, by question id, from (questions,) values of each cell.
 
-    Where every cell has the same questions it is a question's mean over cells. Where not, cells count equally, as in
-    AFS, and a question counts by the cells it is in.
+    Their mean is the mean over cells. If every cell has the same questions, a value is the question's mean over cells.
+    Otherwise cells count equally, as in AFS, and a question counts by the cells it is in.
     """
     every = sorted({question for cell in values for question in questions[cell]})
     place = {question: at for at, question in enumerate(every)}
@@ -54,12 +54,12 @@ def question_values(
 
 
 def sign_flip_p(differences: NDArray[np.float64], alpha: float = 1.0) -> float:
-    """The one-sided p of a mean above 0, by flipping signs; equal sums count against it.
+    """Return the one-sided p-value of a mean above 0 by a sign-flip test; equal sums count against it.
 
-    Exact for `EXACT` questions that differ at all; else of seeded draws, counting what was seen as one of them. There
-    are more draws where `alpha`, the level tested at, is too small for the usual number to show.
+    Exact for up to `EXACT` non-zero differences. Otherwise from seeded draws, with the observed signs as one of them;
+    more are drawn if `alpha`, the tested level, is too small for the usual number.
     """
-    moved = differences[differences != 0]  # what is 0 stays 0 whichever way it is flipped
+    moved = differences[differences != 0]  # zeros do not change when they are flipped
     if not moved.size:
         return 1.0
     least = moved.sum() - TIE * np.abs(moved).sum()
@@ -71,27 +71,27 @@ def sign_flip_p(differences: NDArray[np.float64], alpha: float = 1.0) -> float:
 
 
 def least_p(differences: NDArray[np.float64]) -> float:
-    """The smallest p the sign-flip test can come to on so many questions."""
+    """Return the smallest p-value that the sign-flip test can give for these differences."""
     return max(0.5**differences.size, 1 / (1 + MOST_BLOCKS * FLIPS) if differences.size > EXACT else 0.0)
 
 
 @lru_cache(maxsize=1)
 def _every(count: int) -> NDArray[np.float64]:
-    """All ways of flipping: (2 ** count, count) of ±1."""
+    """Return all sign flips: (2 ** count, count) of ±1."""
     ways = np.arange(2**count)[:, None] >> np.arange(count)
     return np.where(ways & 1, 1.0, -1.0)
 
 
 @lru_cache(maxsize=1)
 def _drawn(count: int, block: int) -> NDArray[np.float64]:
-    """Some ways of flipping: (FLIPS, count) of ±1, the same for the same arguments."""
+    """Return random sign flips: (FLIPS, count) of ±1, the same for the same arguments."""
     return np.random.default_rng((SEED, block)).choice([-1.0, 1.0], (FLIPS, count))
 
 
 def bootstrap_bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) -> tuple[float, float]:
-    """The mean's lower and upper bound, `tail` percent beyond each, bootstrapped over questions.
+    """Return the mean's lower and upper bound, with `tail` percent beyond each, bootstrapped over questions.
 
-    One question says nothing of how far others may lie: then they are infinite.
+    The bounds are infinite for a single question.
     """
     if differences.size < 2:
         return -math.inf, math.inf
@@ -103,18 +103,18 @@ def bootstrap_bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) 
 
 
 def detectable_difference(differences: NDArray[np.float64], alpha: float) -> float | None:
-    """The mean that a test at `alpha` would notice four times in five, by the spread over questions.
+    """Return the mean that a test at level `alpha` would detect four times in five, given the spread over questions.
 
-    None where nothing would be noticed however large it is: too few questions for so small a level.
+    Returns None if no mean could be detected: there are too few questions for the level.
     """
     if differences.size < 2 or least_p(differences) > alpha:
         return None
     error = float(differences.std(ddof=1)) / math.sqrt(differences.size)
-    return (_student(1 - alpha, differences.size - 1) + _student(POWER, differences.size - 1)) * error
+    return (_student_quantile(1 - alpha, differences.size - 1) + _student_quantile(POWER, differences.size - 1)) * error
 
 
-def _student(part: float, freedom: int) -> float:
-    """Student's t below which `part` lies, as heavy-tailed as the test (Abramowitz and Stegun 26.7.5)."""
+def _student_quantile(part: float, freedom: int) -> float:
+    """Return the `part` quantile of Student's t distribution (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(part)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -123,7 +123,7 @@ def _student(part: float, freedom: int) -> float:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count`, in percent."""
+    """Return Wilson's 95 % interval of a share of `count`, in percent."""
     z = NormalDist().inv_cdf(0.975)
     middle, width = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     low, high = ((middle + side * width) / (1 + z**2 / count) for side in (-1, 1))

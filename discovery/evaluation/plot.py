@@ -1,4 +1,4 @@
-"""Accuracy against tokens, drawn."""
+"""Plots of accuracy against tokens, and of intervals."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ COLOURS: Final = ("#2563eb", "#b45309", "#059669", "#dc2626", "#7c3aed", "#47556
 
 
 class PlotPoint(NamedTuple):
-    """One setting."""
+    """One setting's tokens and accuracy."""
 
     tokens: float
     accuracy: float  # percent
-    error: float  # standard error of it, points
+    error: float  # standard error of the accuracy, points
     label: str = ""
 
 
 Panel = Mapping[str, Sequence[PlotPoint]]
-"""Lines by name, each from left to right."""
+"""Lines by name; points from left to right."""
 
 
 def check_plot(path: Path) -> None:
-    """Raise FileWriteError, before anything costly, if a picture could not be written to `path`."""
+    """Raise FileWriteError, before costly work, if a plot could not be written to `path`."""
     if path.suffix not in (".png", ".svg"):
         raise FileWriteError(f"--plot {path}: the name must end in .png or .svg")
     check_writable_path(path, "--plot")
 
 
 def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
-    """One panel beside the other, by title; bars are standard errors."""
+    """Draw lines of accuracy against tokens, one panel for each title; bars are standard errors."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(panels))
@@ -52,7 +52,7 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
                 axes.annotate(
                     point.label, point[:2], textcoords="offset points", xytext=(6, -11), fontsize=8, color=colour
                 )
-        axes.set(xscale="log", xlabel="tokens a question, all branches and probes", ylabel="accuracy, %")
+        axes.set(xscale="log", xlabel="tokens per question, all branches and probes", ylabel="accuracy, %")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize=8)
@@ -61,7 +61,7 @@ def draw_frontiers(panels: Mapping[str, Panel], path: Path) -> None:
 
 
 class PlotInterval(NamedTuple):
-    """A mean and its interval; None where there is none."""
+    """A mean and its interval; None without an interval."""
 
     mean: float
     low: float | None
@@ -69,11 +69,11 @@ class PlotInterval(NamedTuple):
 
 
 PlotRows = Mapping[str, Mapping[str, PlotInterval]]
-"""What is compared, by name, in rows by name."""
+"""Intervals by name, in rows by row name."""
 
 
 def draw_intervals(panels: Mapping[str, PlotRows], path: Path) -> None:
-    """One panel beside the other, by title: rows from above, in each what is compared, one below the other."""
+    """Draw intervals, one panel for each title, rows from top to bottom, and a row's intervals one below the other."""
     from matplotlib.figure import Figure
 
     most = max(len(rows) for rows in panels.values())

@@ -1,4 +1,4 @@
-"""The environment of a recorded question: branches run again, interval by interval, without a model."""
+"""Replay of a recorded question: an environment that runs recorded branches again without a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from discovery.data.recordings import BranchRow, Recording
 from discovery.errors import BranchCensored
 
 SHORT = 8
-"""Advances of fewer intervals are looked up, not made."""
+"""Advances of fewer intervals are looked up instead of constructed."""
 UNSEEN = -1
-"""The label of an answer not revealed yet."""
+"""Label of an answer that has not been revealed yet."""
 
 
 @lru_cache(maxsize=1024)
@@ -38,35 +38,36 @@ def branch_order(recording: Recording, seed: int) -> Sequence[int]:
 class ReplayEnvironment:
     """Implements `controllers.Environment` over a Recording. It never suspends.
 
-    `order` says which recorded branch is opened when. An interval costs Δ while probes remain; the one after the last
-    probe finishes the branch at the cost of what is left of the chain, never less than 0. A branch opened to its end
-    costs its length. A probe costs what was recorded, or `probe_tokens` if that is given. Raises Censored when no
-    recorded branch is left to open.
+    `order` lists recorded branches in the order in which they are opened. An interval costs Δ tokens while probes
+    remain. The one after the last probe finishes the branch at the cost of the rest of the chain, never less than 0. A
+    branch opened to its end costs its length. A probe costs what was recorded, or `probe_tokens` if given. Raises
+    BranchCensored if no recorded branch is left to open.
     """
 
     def __init__(self, recording: Recording, order: Sequence[int], probe_tokens: int | None = None) -> None:
         self.recording = recording
         self.order = order
-        self.revealed: list[int] = []  # the recording's number of each label
-        self.critical_path = 0  # tokens generated one after the other: of each round, the branch that ran longest
-        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # of each answer; then of none
+        self.revealed: list[int] = []  # by label: the recording's answer number
+        self.critical_path = 0  # sequential tokens: sum over rounds of the tokens of the branch that ran longest
+        self._labels: list[int | None] = [UNSEEN] * len(recording.answers) + [None]  # by answer number; last: no answer
         self._rows = recording.rows
         self._opened: list[BranchRow] = []
-        self._probes: list[Sequence[int]] = []  # answers of each opened branch's probes
-        self._left: list[int] = []  # whole intervals each can still run; -1 once it has finished
+        self._probes: list[Sequence[int]] = []  # probe answers of each opened branch
+        self._left: list[int] = []  # whole intervals each branch can still run; -1 once it has finished
         self._probe_tokens = probe_tokens or 0
-        self._priced = probe_tokens is None and recording.has_probe_costs
-        self._charged = self._priced or self._probe_tokens > 0
+        self._has_probe_costs = probe_tokens is None and recording.has_probe_costs
+        self._charged = self._has_probe_costs or self._probe_tokens > 0
         self._delta = recording.interval
         self._steps = _steps(recording.interval, len(order))
-        self._asked = _asked(self._probe_tokens, len(order))
+        self._probe_facts = _probe_facts(self._probe_tokens, len(order))
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         facts: list[Fact] = []
         add = facts.append
-        left, steps, probes, labels, asked = self._left, self._steps, self._probes, self._labels, self._asked
-        priced, most, longest = self._priced, 0, 0  # intervals, tokens
-        before, repeated = -1, self._charged  # a branch that moves twice, or pays for probes, has to be summed up
+        left, steps, probes, labels = self._left, self._steps, self._probes, self._labels
+        probe_facts = self._probe_facts
+        has_costs, most, longest = self._has_probe_costs, 0, 0  # intervals, tokens
+        before, repeated = -1, self._charged  # tokens of a branch that advances twice or pays for probes must be summed
         for action in actions:
             verb, index = action.verb, action.branch
             if verb is CONTINUE:
@@ -90,18 +91,18 @@ class ReplayEnvironment:
                         add(self._step(index, intervals))
             elif verb is PROBE:
                 rest = left[index]
-                if rest < 0 or priced:
-                    add(self._ask(index))
+                if rest < 0 or has_costs:
+                    add(self._probe(index))
                     continue
                 answer = probes[index][rest]
                 label = labels[answer]
                 if label == UNSEEN:
                     label = self._label(answer)
                 try:
-                    add(asked[index][label])
+                    add(probe_facts[index][label])
                 except KeyError:
-                    asked[index][label] = Probed(index, label, self._probe_tokens)
-                    add(asked[index][label])
+                    probe_facts[index][label] = Probed(index, label, self._probe_tokens)
+                    add(probe_facts[index][label])
             elif verb is BRANCH:
                 fact = self._open(action.intervals)
                 add(fact)
@@ -112,14 +113,14 @@ class ReplayEnvironment:
         return facts
 
     def is_right(self, label: int | None) -> bool:
-        """Whether `label` is the reference answer."""
+        """Return whether `label` is the reference answer."""
         return label is not None and self.revealed[label] == self.recording.reference
 
     def _open(self, intervals: int) -> Advanced:
         index = len(self._left)
         if index >= len(self.order):
             raise BranchCensored(
-                f"only {len(self.order)} branches were recorded; Limits.max_branches must not exceed that"
+                f"only {len(self.order)} branches were recorded; set Limits.max_branches to at most that"
             )
         row = self._rows[self.order[index]]
         self._opened.append(row)
@@ -135,22 +136,22 @@ class ReplayEnvironment:
         return Advanced(index, intervals, intervals * self._delta, False)
 
     def _finish(self, index: int) -> Advanced:
-        """What is left of branch `index`; nothing if it has finished."""
+        """Run the rest of branch `index`; no tokens if it has finished."""
         row, left = self._opened[index], self._left[index]
         if not row.complete:
             raise BranchCensored(
                 f"branch {self.order[index]} was recorded for {len(row.probes)} intervals and not to its end"
             )
-        whole, delta = len(row.probes), self._delta
+        intervals, delta = len(row.probes), self._delta
         label = self._label(row.final)
         if left < 0:
             return Advanced(index, 0, 0, True, label)
         self._left[index] = -1
-        rest = max(0, row.tokens - whole * delta)
+        rest = max(0, row.tokens - intervals * delta)
         return Advanced(index, left + 1, left * delta + rest, True, label)
 
-    def _ask(self, index: int) -> Probed:
-        """A probe at its recorded price; of a finished branch, its final label for nothing."""
+    def _probe(self, index: int) -> Probed:
+        """Return a probe at its recorded cost; for a finished branch, its final label at no cost."""
         row, left = self._opened[index], self._left[index]
         if left < 0:
             return Probed(index, self._label(row.final), 0)
@@ -165,7 +166,7 @@ class ReplayEnvironment:
 
 
 def _longest(facts: Sequence[Fact]) -> int:
-    """Tokens of the branch that a round gave most."""
+    """Return the tokens of the branch that a round advanced most."""
     spent: dict[int, int] = {}
     for fact in facts:
         spent[fact.branch] = spent.get(fact.branch, 0) + fact.tokens
@@ -174,11 +175,11 @@ def _longest(facts: Sequence[Fact]) -> int:
 
 @lru_cache(maxsize=8)
 def _steps(delta: int, width: int) -> list[list[Advanced]]:
-    """By branch and intervals: the branch ran them all and did not finish."""
+    """Return, by branch and intervals, the fact of an advance that did not finish the branch."""
     return [[Advanced(i, intervals, intervals * delta, False) for intervals in range(SHORT)] for i in range(width)]
 
 
 @lru_cache(maxsize=8)
-def _asked(tokens: int, width: int) -> list[dict[int | None, Probed]]:
-    """By branch and label: the branch was asked for that many tokens and said that. Filled in as it comes."""
+def _probe_facts(tokens: int, width: int) -> list[dict[int | None, Probed]]:
+    """Return, by branch and label, the facts of probes that cost `tokens`. Filled in as they occur."""
     return [{} for _ in range(width)]

@@ -1,7 +1,7 @@
-"""Controllers scored on recordings: controller × β × cell × shuffle, each episode run by the one runner.
+"""Evaluation jobs: episodes of controller × β × cell × shuffle, replayed by the same runner that serves requests.
 
-What comes out of an episode is a column of whole numbers, so sums, and all that is made of them, do not depend on who
-ran it or in which order: engines agree to the bit.
+An episode yields a column of integers, so sums, and all figures made of them, do not depend on which process ran it or
+in which order: engines agree to the bit.
 """
 
 from __future__ import annotations
@@ -46,43 +46,43 @@ from discovery.evaluation.replay import ReplayEnvironment, branch_order
 T = TypeVar("T")
 
 TOKEN_KINDS: Final = ("winner", "agreeing", "losing", "pruned", "probe")
-"""What tokens are spent on, as in `State.ledger`."""
+"""Purposes that tokens are spent on, as in `State.ledger`."""
 OUTCOME_COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "critical_path", *TOKEN_KINDS)
-"""What is known of an episode, all whole numbers; `critical_path` in tokens."""
+"""Figures of an episode, all integers; `critical_path` is in tokens."""
 SHUFFLES_A_JOB: Final = 10
-"""Few enough for two workers to end together, enough for the rest not to matter."""
+"""Shuffles per job: small enough for workers to finish together, large enough for overhead not to matter."""
 SANDBOXES_PER_JOB: Final = 2
-"""Sealed children that play a job: while one decides, what the other has decided is carried out."""
+"""Sandbox processes that play a job: while one decides, the other's actions are executed."""
 AUDITED: Final = 32
-"""One episode of so many, and LEAST a job, is played again, alone in a child of its own."""
+"""One of this many episodes, and at least LEAST per job, is played again, alone in a process of its own."""
 LEAST: Final = 4
 TRIES: Final = 3
-"""Times work is begun that the machine disturbs."""
+"""Attempts at work that the machine disturbs."""
 SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
-"""Boundaries that are crossed again, alone, before anybody is accused of it."""
+"""Boundaries that are tested again, alone, before a controller is blamed for crossing them."""
 FAR: Final = (1 << 30, 1 << 50)
-"""Tokens of a branch, and of an episode, that are never reached."""
+"""Token limits of a branch and of an episode that are never reached."""
 
 
 class Sealing(StrEnum):
-    """Which controllers decide in a sealed process."""
+    """Which controllers decide in a sandbox process."""
 
-    FOREIGN = "foreign"  # those from files
+    FOREIGN = "foreign"  # controllers from files
     ALL = "all"
-    NONE = "none"  # an operator's word that those from files may do what he may
+    NONE = "none"  # the operator trusts controllers from files
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayRules:
-    """What holds for every episode of an evaluation."""
+    """Rules for every episode of an evaluation."""
 
     max_branches: int = 64
-    probe_tokens: int | None = None  # what a probe costs; None for what was recorded
+    probe_tokens: int | None = None  # cost of a probe; None for the recorded cost
     traces: Path | None = None  # folder that traces are written to
     sealing: Sealing = Sealing.FOREIGN
 
     def seal(self, spec: Spec) -> bool:
-        """Whether a controller is to decide in a sealed process."""
+        """Return whether a controller decides in a sandbox process."""
         return self.sealing is Sealing.ALL or (self.sealing is Sealing.FOREIGN and spec.is_foreign)
 
 
@@ -96,7 +96,7 @@ class Job(NamedTuple):
 
 
 class EpisodeFailure(NamedTuple):
-    """An episode that ended by its controller's fault. It is scored: wrong, at the tokens it had spent."""
+    """An episode that ended by its controller's fault. It is scored as wrong, at the tokens it had spent."""
 
     question: int  # position in its cell
     shuffle: int
@@ -105,26 +105,26 @@ class EpisodeFailure(NamedTuple):
 
 @dataclass(frozen=True)
 class JobResult:
-    """What came of a job."""
+    """The result of a job."""
 
     outcomes: NDArray[np.int64]  # (columns, shuffles, questions)
     failures: list[EpisodeFailure]
-    seconds: float  # it took, loading left out
+    seconds: float  # duration, without loading
 
 
 class _EpisodeResult(NamedTuple):
-    """What came of an episode."""
+    """The result of an episode."""
 
     column: list[int]  # a figure for each of COLUMNS
     failure: str | None
-    sudden: bool  # it failed because its process was late or died
+    sudden: bool  # whether it failed because its process was late or died
     state: State
-    rounds: Sequence[Round]  # none unless traces are wanted, or another episode is to be held against it
+    rounds: Sequence[Round]  # empty unless traces are written, or the episode is audited
     right: bool
 
 
 def make_jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffles: int) -> list[Job]:
-    """All work on one cell, in the order in which it is reported."""
+    """Return all jobs of one cell, in the order in which they are reported."""
     cuts = [*range(0, shuffles, SHUFFLES_A_JOB), shuffles]
     return [Job(spec, beta, cell, range(*cut)) for spec in specs for beta in betas for cut in pairwise(cuts)]
 
@@ -132,8 +132,8 @@ def make_jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffle
 def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     """Run every episode of `job`.
 
-    Raises Censored, SandboxUnavailable, MachineDisturbed if every attempt is disturbed (the machine ends sealed
-    processes or gives them no time), and TraceError if traces cannot be written.
+    Raises BranchCensored, SandboxUnavailable, TraceError if traces cannot be written, and MachineDisturbed if the machine kills or
+    starves sandbox processes at every attempt.
     """
     began = time.perf_counter()
     table = _JobRunner(job, recordings, rules)
@@ -153,7 +153,7 @@ def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> Jo
 
 
 def retry_disturbed(work: Callable[[], T]) -> T:
-    """Do `work`, repeated where the machine disturbs it. Raises MachineDisturbed if every attempt is disturbed."""
+    """Do work that can be repeated, again if the machine disturbed it. Raises MachineDisturbed if all attempts fail."""
     for _ in range(TRIES - 1):
         with suppress(MachineDisturbed):
             return work()
@@ -161,7 +161,7 @@ def retry_disturbed(work: Callable[[], T]) -> T:
 
 
 class _JobRunner:
-    """The episodes of a job, and how they are played: one after the other here, or together in sealed children."""
+    """Plays the episodes of a job: one after the other in this process, or together in sandbox processes."""
 
     def __init__(self, job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> None:
         self.episodes = [(question, shuffle) for shuffle in job.shuffles for question in range(len(recordings))]
@@ -170,51 +170,62 @@ class _JobRunner:
         self._rules = rules
 
     def play_here(self) -> list[_EpisodeResult]:
-        """Every episode, the controller in this process."""
-        make_one = partial(make, self._job.spec, self._job.beta)
-        return [run_sync(self._play(make_one, *episode)) for episode in self.episodes]
+        """Play every episode with the controller in this process."""
+        make_controller = partial(make, self._job.spec, self._job.beta)
+        return [run_sync(self._play(make_controller, *episode)) for episode in self.episodes]
 
     def play_sealed(self) -> list[_EpisodeResult]:
-        """Every episode, the controller in sealed children, and some again. One that then decides otherwise has failed
-        them all: what it does depends on more than the episode. So has one that then is late or dies, twice."""
+        """Play every episode with the controller in sandbox processes, and audit some.
+
+        An audited episode is played again, alone. If it then decides otherwise, or is late or dies twice, all episodes
+        fail: what the controller does depends on more than the episode.
+        """
         every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
         audited = drawn.sample(every, k=min(len(every), max(LEAST, len(every) // AUDITED)))
         try:
             played = self._play_all(every, set(audited))
             fault = self._audit([at for at in audited if played[at].failure is None], played)
-        except ControllerError as error:  # it does not load, or had to be killed as it did
+        except ControllerError as error:  # it does not load, or was killed while loading
             return [self._failed(str(error), question) for question, _ in self.episodes]
         if fault is None:
             return played
-        return [one._replace(failure=one.failure or fault, column=_wrong(one.column), right=False) for one in played]
+        return [
+            result._replace(failure=result.failure or fault, column=_wrong(result.column), right=False)
+            for result in played
+        ]
 
     def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_EpisodeResult]:
-        """Play all episodes; and once more, with nothing beside them, if a process was late or died."""
+        """Play all episodes; if a process was late or died, play them again with nothing beside them."""
         episodes = [self._seated(at, keep=at in kept) for at in every]
         try:
             played = self._together(episodes, SANDBOXES_PER_JOB)
-        except BoundaryViolation as error:  # as it loaded
+        except BoundaryViolation as error:  # while loading
             if error.boundary not in SUDDEN:
                 raise
         else:
-            if not any(one.sudden for one in played):
+            if not any(result.sudden for result in played):
                 return played
         return self._together(episodes, 1)
 
     def _audit(self, audited: Sequence[int], played: Sequence[_EpisodeResult]) -> str | None:
-        """Play episodes again as live requests would be: each alone in a new child, under a cap. What was different."""
+        """Play episodes again as live requests would be: each alone in a new process, under a token limit.
+
+        Returns what was different, or None.
+        """
         again = self._together([self._seated(at, keep=True, far=True) for at in audited], len(audited), share=1)
         for at, second in zip(audited, again, strict=True):
             if second.sudden:
                 (second,) = self._together([self._seated(at, keep=True, far=True)], 1, share=1)
             question, shuffle = self.episodes[at]
-            where = f"question {question}, shuffle {shuffle}: alone in its process, under a cap,"
+            where = f"question {question}, shuffle {shuffle}: alone in its process, under a token limit,"
             if second.sudden:
                 return f"{where} it failed twice: {second.failure}"
             if second.failure is not None:
                 return f"{where} it decided otherwise: {second.failure}"
-            actions = ([list(one.actions) for one in outcome.rounds] for outcome in (played[at], second))
+            actions = (
+                [list(played_round.actions) for played_round in result.rounds] for result in (played[at], second)
+            )
             if next(actions) != next(actions):
                 return f"{where} it decided otherwise"
         return None
@@ -241,13 +252,17 @@ class _JobRunner:
 
     async def _play(
         self,
-        make_one: Callable[[], Controller | RemoteController],
+        make_controller: Callable[[], Controller | RemoteController],
         question: int,
         shuffle: int,
         keep: bool = False,
         far: bool = False,
     ) -> _EpisodeResult:
-        """One episode; `keep` its rounds even if no traces are wanted, put a cap `far` away rather than nowhere."""
+        """Play one episode.
+
+        With `keep`, keep its rounds even if no traces are written. With `far`, set token limits that are never reached
+        instead of none.
+        """
         recording = self._recordings[question]
         environment = ReplayEnvironment(recording, branch_order(recording, shuffle), self._rules.probe_tokens)
         state = State(self._limits(recording, far))
@@ -255,13 +270,13 @@ class _JobRunner:
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
         failure, sudden = None, False
         try:
-            await run_episode(make_one(), environment, state, on_round)
+            await run_episode(make_controller(), environment, state, on_round)
         except ControllerError as error:
             failure = str(error)
             sudden = isinstance(error, BoundaryViolation) and error.boundary in SUDDEN
             state.end(Stop.CONTROLLER_ERROR)
         right = failure is None and environment.is_right(state.answer)
-        ledger = state.ledger(_spokesman(state))
+        ledger = state.ledger(_reply_branch(state))
         column = [
             right,
             failure is not None,
@@ -273,19 +288,19 @@ class _JobRunner:
         ]
         return _EpisodeResult(column, failure, sudden, state, rounds, right)
 
-    def _failed(self, why: str, question: int) -> _EpisodeResult:
-        """An episode that never began."""
+    def _failed(self, message: str, question: int) -> _EpisodeResult:
+        """Return the result of an episode that never began."""
         state = State(self._limits(self._recordings[question]))
         state.end(Stop.CONTROLLER_ERROR)
-        return _EpisodeResult(_wrong([0] * len(OUTCOME_COLUMNS)), why, False, state, (), False)
+        return _EpisodeResult(_wrong([0] * len(OUTCOME_COLUMNS)), message, False, state, (), False)
 
 
 def _wrong(column: Sequence[int]) -> list[int]:
-    """The figures of an episode that counts as failed; what it spent stands."""
+    """Return the figures of an episode that counts as failed; the tokens it spent are kept."""
     return [0, 1, *column[2:]]
 
 
-def _spokesman(state: State) -> int | None:
+def _reply_branch(state: State) -> int | None:
     """The branch whose text a client would read: the shortest that finished with the answer."""
     agreeing = [i for i in state.finished if state.branches[i].label == state.answer and state.answer is not None]
     return min(agreeing, key=lambda i: state.branches[i].tokens, default=None)

@@ -1,9 +1,9 @@
-"""Scores: what an evaluation says of each controller at each β on each cell, and how sure a difference is.
+"""Scores of an evaluation: each controller at each β on each cell, with intervals.
 
-Uncertainty comes from the questions: they are few and shuffles of the same branches are no new ones. Intervals are
-therefore bootstrapped over questions, each taken with all its shuffles, and two controllers on the same resample.
+Uncertainty comes from the questions: they are few, and shuffles of the same branches add none. Intervals are therefore
+bootstrapped over questions, each with all its shuffles, and two controllers are compared on the same resample.
 
-Questions may count for less than one, by how their right answers are known. Where none does, sums are of whole numbers.
+Questions may have weights below one, by how their reference answers are known. Without weights, sums are of integers.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ BLOCK: Final = 500
 """Resamples drawn at once, to bound memory."""
 SEED: Final = 0
 COVERAGE: Final = 95.0
-"""Percent of an interval."""
+"""Coverage of intervals, in percent."""
 
 
 @dataclass(frozen=True)
 class QuestionGrading:
-    """How the right answers of a cell's questions are known, and what each question counts for."""
+    """How the reference answers of a cell's questions are known, and the questions' weights."""
 
     sources: Sequence[LabelSource]  # (questions,)
     weights: Sequence[float]  # (questions,), above 0
-    answers: str = ""  # when two were the same, as `evaluate.Answers` has it; empty if unknown
+    answers: str = ""  # how answers were compared, as in `AnswerComparison`; empty if unknown
 
     @property
     def by_source(self) -> dict[LabelSource, int]:
-        """How many questions there are of each source, the surest first."""
-        found = Counter(self.sources)
-        return {source: found[source] for source in LabelSource if found[source]}
+        """Number of questions by source, surest first."""
+        counts = Counter(self.sources)
+        return {source: counts[source] for source in LabelSource if counts[source]}
 
     def mean_weight(self, source: LabelSource) -> float:
-        """Of the questions of a source."""
-        weights = [weight for weight, of in zip(self.weights, self.sources, strict=True) if of is source]
+        """Return the mean weight of the questions of a source."""
+        weights = [weight for weight, own in zip(self.weights, self.sources, strict=True) if own is source]
         return sum(weights) / len(weights)
 
 
@@ -57,68 +57,70 @@ class Score:
     digest: str  # of the controller
     beta: float
     cell: Cell
-    outcomes: NDArray[np.int64]  # (columns, shuffles, questions), see `playing.COLUMNS`
+    outcomes: NDArray[np.int64]  # (columns, shuffles, questions), see `replay_jobs.OUTCOME_COLUMNS`
     failures: list[EpisodeFailure] = field(repr=False)
     seconds: float  # of one core
-    grading: QuestionGrading | None = None  # None if nothing is known of its questions: all count the same
+    grading: QuestionGrading | None = None  # None if unknown: all questions count the same
     recorded: Sequence[int] | None = None  # branches of each question: (questions,); None if unknown
-    max_branches: int = 0  # that an episode was allowed, if so many had been recorded
+    max_branches: int = 0  # allowed per episode, if so many were recorded
 
     @cached_property
     def weights(self) -> NDArray[np.float64] | None:
-        """What each question counts for: (questions,); None if all count the same, as one."""
+        """Weights of the questions: (questions,); None if all are one."""
         if self.grading is None or all(weight == 1 for weight in self.grading.weights):
             return None
         return np.array(self.grading.weights, np.float64)
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """One figure of every episode: (shuffles, questions)."""
+        """Return one figure of every episode: (shuffles, questions)."""
         column: NDArray[np.int64] = self.outcomes[OUTCOME_COLUMNS.index(name)]
         return column
 
     def mean(self, name: str) -> float:
-        """The mean of a figure over all episodes. Without weights the sum is of whole numbers, so it is exact."""
+        """Return the mean of a figure over all episodes. Without weights it is a sum of integers, and so exact."""
         column = self.column(name)
         if self.weights is not None:
             return float(np.average(column.sum(axis=0), weights=self.weights)) / len(column)
         return int(column.sum()) / column.size
 
     def per_question(self, name: str) -> NDArray[np.float64]:
-        """The mean of a figure over shuffles: (questions,)."""
+        """Return the mean of a figure over shuffles: (questions,)."""
         means: NDArray[np.float64] = self.column(name).sum(axis=0) / len(self.column(name))
         return means
 
     @property
     def episodes(self) -> int:
-        """How many there were."""
+        """Number of episodes."""
         return int(self.outcomes[0].size)
 
     @property
     def accuracy(self) -> float:
-        """Percent of episodes that ended with the reference answer; failed ones did not."""
+        """Percent of episodes that ended with the reference answer; failed ones count as wrong."""
         return 100 * self.mean("right")
 
     @property
     def error(self) -> float:
-        """The standard error of the accuracy in points, by the spread over questions."""
+        """Standard error of the accuracy in points, from the spread over questions."""
         means = self.per_question("right")
         if means.size < 2:
             return 0.0
         if self.weights is not None:
-            apart = self.weights * (means - np.average(means, weights=self.weights))
-            return float(100 * np.sqrt(means.size / (means.size - 1) * (apart**2).sum()) / self.weights.sum())
+            deviations = self.weights * (means - np.average(means, weights=self.weights))
+            return float(100 * np.sqrt(means.size / (means.size - 1) * (deviations**2).sum()) / self.weights.sum())
         return float(100 * means.std(ddof=1) / np.sqrt(means.size))
 
     @property
     def limited(self) -> float:
-        """The share of episodes that opened all recorded branches where more were allowed."""
+        """Share of episodes that opened all recorded branches although more were allowed."""
         if self.recorded is None or "@" in self.controller:  # a pinned number of chains
             return 0.0
         recorded = np.array(self.recorded, np.int64)
         return float(((self.column("branches") >= recorded) & (recorded < self.max_branches)).mean())
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes. Episodes, failures and decisions a second are counted, whatever questions weigh."""
+        """Return the score as `--json` writes it. Episodes, failures and decisions per second are counted without
+        weights.
+        """
         rounds = int(self.column("rounds").sum())
         return {
             "controller": self.controller,
@@ -145,7 +147,7 @@ class Score:
         }
 
     def _path(self, percent: float) -> float:
-        """A percentile of the critical path."""
+        """Return a percentile of the critical path."""
         path = self.column("critical_path")
         if self.weights is None:
             return float(np.percentile(path, percent))
@@ -153,37 +155,37 @@ class Score:
         return float(np.percentile(path.ravel(), percent, weights=weights.ravel(), method="inverted_cdf"))
 
     def _graded(self) -> dict[str, Any]:
-        """How many questions there are by how their answers are known, and what those weigh on average, if not one."""
+        """Return the counts of questions by source as JSON, and their mean weights unless all are one."""
         if self.grading is None:
             return {}
         sources = self.grading.by_source
-        told: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
+        data: dict[str, Any] = {"label_sources": {str(source): count for source, count in sources.items()}}
         if self.grading.answers:
-            told["answers"] = str(self.grading.answers)
+            data["answers"] = str(self.grading.answers)
         if self.weights is not None:
-            told["weights"] = {str(source): self.grading.mean_weight(source) for source in sources}
-        return told
+            data["weights"] = {str(source): self.grading.mean_weight(source) for source in sources}
+        return data
 
 
 def gather_scores(outcomes: Iterable[tuple[Job, JobResult]]) -> Iterator[Score]:
-    """Gather jobs, in the order of `playing.jobs`, into scores."""
-    for (spec, beta, cell), group in groupby(outcomes, key=lambda one: one[0][:3]):
-        played = [outcome for _, outcome in group]
+    """Combine job results, in the order of `make_jobs`, into scores."""
+    for (spec, beta, cell), group in groupby(outcomes, key=lambda item: item[0][:3]):
+        played = [result for _, result in group]
         yield Score(
             controller=spec.name,
             digest=spec.digest,
             beta=beta,
             cell=cell,
-            outcomes=np.concatenate([one.outcomes for one in played], axis=1),
-            failures=[failure for one in played for failure in one.failures],
-            seconds=sum(one.seconds for one in played),
+            outcomes=np.concatenate([result.outcomes for result in played], axis=1),
+            failures=[failure for result in played for failure in result.failures],
+            seconds=sum(result.seconds for result in played),
         )
 
 
-def recording_limit_warnings(found: Iterable[Score]) -> list[str]:
-    """A line for each cell where recordings have fewer branches than controllers might have opened."""
+def recording_limit_warnings(all_scores: Iterable[Score]) -> list[str]:
+    """Return one warning for each cell in which recordings limited the number of branches."""
     by_cell: dict[Cell, list[Score]] = {}
-    for score in found:
+    for score in all_scores:
         if score.limited:
             by_cell.setdefault(score.cell, []).append(score)
     lines = []
@@ -191,25 +193,25 @@ def recording_limit_warnings(found: Iterable[Score]) -> list[str]:
         betas: dict[str, list[str]] = {}
         for score in scores_:
             betas.setdefault(score.controller, []).append(f"{score.beta:g}")
-        who = "; ".join(f"{name} at β = {', '.join(values)}" for name, values in betas.items())
+        limited = "; ".join(f"{name} at β = {', '.join(values)}" for name, values in betas.items())
         most = min(scores_[0].recorded or (0,))
         lines.append(
-            f"{' '.join(cell)}: only {most} branches are recorded, {scores_[0].max_branches} are allowed: {who} opened "
-            "all of them, and these figures are not what more branches would bring"
+            f"{' '.join(cell)}: only {most} branches are recorded, {scores_[0].max_branches} are allowed: {limited} "
+            "opened all of them, and might score differently with more branches"
         )
     return lines
 
 
 POOLED: Final = "all"
-"""In place of a model, a benchmark or a split."""
+"""Stands for a model, a benchmark or a split of pooled scores."""
 
 
-def pool_scores(found: Sequence[Score]) -> list[Score]:
-    """Each controller at each β over several cells together, every question counting as in its cell.
+def pool_scores(unpooled: Sequence[Score]) -> list[Score]:
+    """Return each controller's scores at each β pooled over cells; a question counts as in its cell.
 
-    Over the cells of each model that has several, and over all cells if there are several models.
+    Cells are pooled for each model that has several, and over all cells if there are several models.
     """
-    cells = list(dict.fromkeys(score.cell for score in found))
+    cells = list(dict.fromkeys(score.cell for score in unpooled))
     models = list(dict.fromkeys(cell.model for cell in cells))
     groups = {model: [cell for cell in cells if cell.model == model] for model in models}
     if len(models) > 1:
@@ -217,7 +219,7 @@ def pool_scores(found: Sequence[Score]) -> list[Score]:
     by_key: dict[tuple[str, str, float], list[Score]] = {}
     for model, members in groups.items():
         if len(members) > 1:
-            for score in found:
+            for score in unpooled:
                 if score.cell in members:
                     by_key.setdefault((model, score.digest, score.beta), []).append(score)
     return [_pooled(model, scores_) for (model, _, _), scores_ in by_key.items()]
@@ -225,8 +227,8 @@ def pool_scores(found: Sequence[Score]) -> list[Score]:
 
 def _pooled(model: str, parts: Sequence[Score]) -> Score:
     gradings = [score.grading for score in parts if score.grading is not None]
-    sources = [source for one in gradings for source in one.sources]
-    weights = [weight for one in gradings for weight in one.weights]
+    sources = [source for grading in gradings for source in grading.sources]
+    weights = [weight for grading in gradings for weight in grading.weights]
     return replace(
         parts[0],
         cell=Cell(model, POOLED, POOLED),  # type: ignore[arg-type]
@@ -239,7 +241,7 @@ def _pooled(model: str, parts: Sequence[Score]) -> Score:
 
 
 class Difference(NamedTuple):
-    """By how much one controller beats another on the same questions, with its interval."""
+    """How much more accurate one controller is than another on the same questions, with an interval."""
 
     controller: str
     against: str
@@ -252,14 +254,14 @@ class Difference(NamedTuple):
     tokens: float  # ratio of mean tokens
 
 
-def paired_differences(found: Sequence[Score]) -> list[Difference]:
-    """Every controller against the first one, for each β and model, over all cells of the model together."""
-    if not found:
+def paired_differences(compared: Sequence[Score]) -> list[Difference]:
+    """Compare every controller with the first one, for each β and model, over all cells of the model."""
+    if not compared:
         return []
-    first = found[0].controller
+    first = compared[0].controller
     pairs: dict[tuple[str, float, str], list[tuple[Score, Score]]] = {}
-    reference = {(score.beta, score.cell): score for score in found if score.controller == first}
-    for score in found:
+    reference = {(score.beta, score.cell): score for score in compared if score.controller == first}
+    for score in compared:
         if score.controller != first:
             key = score.controller, score.beta, score.cell.model
             pairs.setdefault(key, []).append((score, reference[score.beta, score.cell]))
@@ -269,26 +271,26 @@ def paired_differences(found: Sequence[Score]) -> list[Difference]:
 def _difference(
     controller: str, beta: float, model: str, against: str, both: Sequence[tuple[Score, Score]]
 ) -> Difference:
-    one, other = (np.concatenate([pair[side].per_question("right") for pair in both]) for side in (0, 1))
+    own, other = (np.concatenate([pair[side].per_question("right") for pair in both]) for side in (0, 1))
     weights = _weights([pair[0] for pair in both])
     spent, spent_other = (sum(_sum(pair[side], "tokens") for pair in both) for side in (0, 1))
-    gained = 100 * (one - other)
+    gained = 100 * (own - other)
     low, high = paired_interval(gained, weights)
     ratio = float(spent / spent_other) if spent_other else float("inf")
     mean = gained.mean() if weights is None else np.average(gained, weights=weights)
-    return Difference(controller, against, beta, model, one.size, float(mean), low, high, ratio)
+    return Difference(controller, against, beta, model, own.size, float(mean), low, high, ratio)
 
 
-def _weights(found: Sequence[Score]) -> NDArray[np.float64] | None:
-    """What each question of some scores counts for, one score after the other; None if all count the same."""
-    if all(score.weights is None for score in found):
+def _weights(of_scores: Sequence[Score]) -> NDArray[np.float64] | None:
+    """Return the weights of the questions of several scores, concatenated; None if all are one."""
+    if all(score.weights is None for score in of_scores):
         return None
-    ones = (np.ones(score.outcomes.shape[-1]) if score.weights is None else score.weights for score in found)
+    ones = (np.ones(score.outcomes.shape[-1]) if score.weights is None else score.weights for score in of_scores)
     return np.concatenate(list(ones))
 
 
 def _sum(score: Score, name: str) -> float:
-    """A figure over all questions of a score, by what they count for."""
+    """Return the weighted sum of a figure over the questions of a score."""
     means = score.per_question(name)
     return float(means.sum() if score.weights is None else score.weights @ means)
 
@@ -296,9 +298,9 @@ def _sum(score: Score, name: str) -> float:
 def paired_interval(
     differences: NDArray[np.float64], weights: NDArray[np.float64] | None = None
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of one difference a question: (questions,).
+    """Return the percentile bootstrap interval of the mean of paired differences: (questions,).
 
-    Questions are drawn with equal chance; each counts for its weight in the mean of those that were drawn.
+    Questions are drawn with equal probability; each counts by its weight in the mean of a resample.
     """
     generator = np.random.default_rng(SEED)
     blocks = (generator.integers(0, differences.size, (BLOCK, differences.size)) for _ in range(RESAMPLES // BLOCK))
@@ -311,7 +313,7 @@ def paired_interval(
 def _means(
     differences: NDArray[np.float64], weights: NDArray[np.float64] | None, drawn: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The mean of each resample, (resamples, questions) of indices: (resamples,)."""
+    """Return the mean of each resample, given as (resamples, questions) indices: (resamples,)."""
     if weights is None:
         means: NDArray[np.float64] = differences[drawn].mean(axis=1)
         return means
@@ -319,7 +321,7 @@ def _means(
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of (tokens, accuracy) no other beats in both, by rising tokens."""
+    """Return the indices of (tokens, accuracy) points that no other beats in both, by rising tokens."""
     best, kept = float("-inf"), []
     for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[at][1] > best:

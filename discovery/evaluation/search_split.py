@@ -1,7 +1,7 @@
-"""What an explorer may see of the recordings: the search split alone, and of that nothing that can be read.
+"""Export of what explorers may see of recordings: only the search split, without readable questions or answers.
 
-To score by a recording it matters which answers are the same, and which is right; what they say does not. So answers
-become tokens and questions salted hashes, and whoever reads the file learns neither.
+Scoring needs to know which answers are the same and which is right, not what they say. The export therefore replaces
+answers by tokens and questions by salted hashes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from discovery.evaluation.sources import RecordingSource, open_source
 
 
 class SearchSplitSource:
-    """A source of another's search split. The other splits are not shown, and not read."""
+    """The search split of another source. The other splits are neither listed nor read."""
 
     def __init__(self, source: RecordingSource) -> None:
         self._source = source
@@ -33,24 +33,24 @@ class SearchSplitSource:
         return [cell for cell in self._source.cells() if cell.split is Split.SEARCH]
 
     def load(self, cell: Cell) -> list[RecordedQuestion]:
-        """The recordings of a cell. Raises DiscoveryError if it is of another split."""
+        """Return the recordings of a cell. Raises DiscoveryError if it is of another split."""
         if cell.split is not Split.SEARCH:
-            raise DiscoveryError(f"{' '.join(cell)}: explorers read the {Split.SEARCH} split and no other")
+            raise DiscoveryError(f"{' '.join(cell)}: explorers may read only the {Split.SEARCH} split")
         return self._source.load(cell)
 
 
 def search_split_of(source: RecordingSource) -> RecordingSource:
-    """The same recordings as an explorer may read them."""
+    """Return a source limited to what explorers may read."""
     return SearchSplitSource(source)
 
 
 def export_search_split(
     recordings: Path, to: Path, salt: str | None = None, answers: AnswerComparison = AnswerComparison.AUTO
 ) -> int:
-    """Write the search split of a store or folder as lines in which nothing can be read. How many lines there are.
+    """Write the search split of a store or folder as lines without readable text; return the number of lines.
 
-    The exported strings are the same where `answers` says so now: evaluate the file with `Answers.EXACT`. The same
-    `salt` gives the same file; without it one is drawn and forgotten.
+    Exported strings are equal where `answers` treats the answers as the same: evaluate the file with
+    `AnswerComparison.EXACT`. The same `salt` gives the same file; by default a random one is used.
 
     Raises RecordingsNotFound, BadRecording, FileWriteError.
     """
@@ -59,25 +59,27 @@ def export_search_split(
     written = 0
     with Judge(clock=Clock.CPU) as judge, atomic_write(to) as file:
         for cell in source.cells():
-            found = source.load(cell)
-            tell: Callable[[RecordedQuestion], Recording] = (
-                intern_answers if answers.resolve(found) is AnswerComparison.EXACT else lambda one: regrade(one, judge)
+            loaded = source.load(cell)
+            to_recording: Callable[[RecordedQuestion], Recording] = (
+                intern_answers
+                if answers.resolve(loaded) is AnswerComparison.EXACT
+                else lambda item: regrade(item, judge)
             )
-            for recorded in pool_recordings(found):  # an answer's token is one recording's own
-                file.write(format_recording_line(_opaque(recorded, tell(recorded), salted)).encode())
+            for recorded in pool_recordings(loaded):  # an answer's token differs between recordings
+                file.write(format_recording_line(_opaque(recorded, to_recording(recorded), salted)).encode())
                 written += 1
         if not written:
-            raise RecordingsNotFound(f"{recordings}: nothing there is of the {Split.SEARCH} split")
+            raise RecordingsNotFound(f"{recordings}: holds no recordings of the {Split.SEARCH} split")
     return written
 
 
 def salted_id(known: str, salt: str) -> str:
-    """What a question, or a request, is known by in the export."""
+    """Return the hash that stands for a question or a request in the export."""
     return sha256(f"{salt} {known}".encode()).hexdigest()
 
 
 def _opaque(recorded: RecordedQuestion, interned: Recording, salt: str) -> RecordedQuestion:
-    """The recording with tokens for answers, numbered in an order that says nothing of which came first."""
+    """Return the recording with answers replaced by tokens, whose numbers do not show which came first."""
     names = [f"a{number}" for number in range(len(interned.answers) + 1)]  # one more for a reference no branch gave
     random.Random(f"{salt} {recorded.question} {recorded.model}").shuffle(names)
 

@@ -1,4 +1,4 @@
-"""Where recordings come from: a store, a folder of the public release, or one file of either format."""
+"""Sources of recordings: a store, a folder of the public release, or one file of either format."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from discovery.store import Store
 
 
 class RecordingSource(Protocol):
-    """Recordings, found at once and read when asked for."""
+    """Recordings whose cells are known at once and that are read when asked for."""
 
     def cells(self) -> Sequence[Cell]:
-        """What there is, in a stable order."""
+        """Return the available cells, in a stable order."""
         ...
 
     def load(self, cell: Cell) -> list[RecordedQuestion]:
-        """The recordings of one cell, in the order they were recorded in."""
+        """Return the recordings of one cell, in the order they were recorded."""
         ...
 
 
@@ -39,7 +39,7 @@ class ReleaseFolderSource:
 
 
 class FileSource:
-    """A file of the generic format; it is read at once, for its lines say what they belong to."""
+    """A file of the generic format. It is read at once, because only its lines name their cells."""
 
     def __init__(self, path: Path) -> None:
         self._questions: dict[Cell, list[RecordedQuestion]] = {}
@@ -67,7 +67,7 @@ class StoreSource:
 
     async def _cells(self) -> list[Cell]:
         async with Store.open(self._path) as store:
-            return [one.cell for one in await store.summaries()]
+            return [summary.cell for summary in await store.summaries()]
 
     async def _load(self, cell: Cell) -> list[RecordedQuestion]:
         async with Store.open(self._path) as store:
@@ -75,7 +75,7 @@ class StoreSource:
 
 
 def open_source(path: Path) -> RecordingSource:
-    """The recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
+    """Open the recordings at `path`. Raises DiscoveryError if there are none or they cannot be read."""
     if not path.exists():
         raise RecordingsNotFound(f"{path}: no such file or folder; name a store, or a folder of recordings")
     name = path.name.removesuffix(".xz")
@@ -91,15 +91,15 @@ def select_cells(
 
     Raises RecordingsNotFound, naming what is missing.
     """
-    for what, wanted, there in (
+    for kind, wanted, available in (
         ("model", models, {cell.model for cell in cells}),
         ("benchmark", benchmarks, {cell.benchmark for cell in cells}),
         ("split", [split] if split else [], {cell.split for cell in cells}),
     ):
         for name in wanted:
-            if name not in there:
+            if name not in available:
                 raise RecordingsNotFound(
-                    f"no recordings of {what} {str(name)!r}; there are {', '.join(sorted(there)) or 'none'}"
+                    f"no recordings of {kind} {str(name)!r}; available: {', '.join(sorted(available)) or 'none'}"
                 )
     chosen = [
         cell
@@ -110,5 +110,7 @@ def select_cells(
     ]
     if not chosen:
         listed = "; ".join(" ".join(cell) for cell in cells)
-        raise RecordingsNotFound(f"no recordings are of all that was asked for at once; there are {listed or 'none'}")
+        raise RecordingsNotFound(
+            f"no cell matches all of the requested models, benchmarks and split; available: {listed or 'none'}"
+        )
     return chosen

@@ -1,6 +1,6 @@
-"""Connections to a store's file, which only SQLite opens and closes.
+"""Connections to a store's file, which is opened and closed by SQLite alone.
 
-SQLite protects a file by POSIX locks, and a process loses all its POSIX locks on a file when it closes any descriptor
+SQLite protects a file with POSIX locks, and a process loses all its POSIX locks on a file when it closes any descriptor
 of that file. Reading a single byte of an open store by other means would let other processes delete its log and write
 over it. A store's file is therefore created and examined without being opened, or else through SQLite.
 """
@@ -24,7 +24,7 @@ from discovery.data.atomic_files import PRIVATE
 from discovery.errors import StoreError
 
 RETRY_S: Final = 0.01
-"""Seconds between attempts at what SQLite does not wait for itself."""
+"""Seconds between attempts at what SQLite does not itself wait for."""
 LOG, INDEX = "-wal", "-shm"
 """Endings of the names of the files that SQLite keeps beside a store."""
 
@@ -44,9 +44,9 @@ def identity_of(path: Path) -> Identity:
 async def open_connection(
     path: Path, wait_ms: int, *, create: bool = False
 ) -> AsyncIterator[tuple[aiosqlite.Connection, Identity]]:
-    """Connect to the store at `path`, and tell which file that is; with `create`, make the file if there is none.
+    """Connect to the store at `path` and yield the connection and the file's identity; `create` makes a missing file.
 
-    Another process's transaction is waited for `wait_ms`. A file that is not a store is left as it is. Raises
+    Another process's transaction is waited for `wait_ms`. A file that is not a store is left unchanged. Raises
     StoreError.
     """
     await asyncio.to_thread(_prepare, path, create)
@@ -72,28 +72,28 @@ async def open_connection(
 
 
 def _uri(path: Path) -> str:
-    """Return what SQLite opens a file by that is there; by its name alone it would also make one."""
+    """Return the URI by which SQLite opens only an existing file; by its name alone it would also be created."""
     return f"{path.absolute().as_uri()}?mode=rw"
 
 
 def _text(stored: bytes) -> str:
-    """Return a text as stored; one that is not UTF-8 is changed, so that its row's checksum is wrong."""
+    """Return stored text. Invalid UTF-8 is escaped, so that the row's checksum does not match."""
     return stored.decode(errors="backslashreplace")
 
 
 def _prepare(path: Path, create: bool) -> None:
-    """Make the store's file if it is missing and `create` is set. Raises StoreError if no store can be there."""
+    """Create the store's file if it is missing and `create` is set. Raises StoreError if no store can be there."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
         if not create:
-            raise StoreError(f"{path}: there is no store; `autotts import` makes one") from None
+            raise StoreError(f"{path}: there is no store; create one with `autotts import`") from None
         _create(path)
         return
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from None
     if stat.S_ISDIR(status.st_mode):
-        raise StoreError(f"{path}: Is a directory; name a file")
+        raise StoreError(f"{path}: is a folder; name a file")
     if not stat.S_ISREG(status.st_mode):
         raise StoreError(f"{path}: not a regular file; name one")
     if status.st_nlink > 1:
@@ -106,7 +106,7 @@ def _prepare(path: Path, create: bool) -> None:
 
 
 def _create(path: Path) -> None:
-    """Make an empty file that only its owner can read. Raises StoreError."""
+    """Create an empty file that only its owner can read. Raises StoreError."""
     real = Path(os.path.realpath(path))
     if not real.parent.is_dir():
         raise StoreError(f"{path}: there is no folder {real.parent}")
@@ -127,8 +127,8 @@ def _clear_leftovers(real: Path) -> None:
     log = Path(f"{real}{LOG}")
     if log.exists() and log.stat().st_size:
         raise StoreError(
-            f"{real}: the store is gone, but its log {log.name} is there and holds records; move the store back, move "
-            "the log beside the store's new name, or remove the log if they are not wanted"
+            f"{real}: the store is gone, but its log {log.name} remains and holds records; move the store back, move "
+            "the log to the store's new name, or delete the log if the records are not needed"
         )
     for leftover in (log, Path(f"{real}{INDEX}")):
         leftover.unlink(missing_ok=True)
@@ -144,7 +144,7 @@ def _make_file(real: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this program from making a store in `folder` meanwhile."""
+    """Keep other processes of this program from creating a store in `folder` meanwhile."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # some network file systems cannot lock folders
@@ -159,23 +159,23 @@ async def _set(opened: aiosqlite.Connection, setting: str) -> None:
 
 
 async def _recognise(path: Path, opened: aiosqlite.Connection, create: bool) -> None:
-    """Raise StoreError unless the file is a store or, with `create`, empty; changes nothing."""
-    stranger = StoreError(f"{path}: not a store; name one that `autotts import` made, or a name that is free")
+    """Raise StoreError unless the file is a store or, with `create`, empty. Changes nothing."""
+    not_a_store = StoreError(f"{path}: not a store; name a store made by `autotts import`, or a new file")
     try:
-        found = await opened.execute_fetchall("SELECT name FROM sqlite_master WHERE type = 'table'")
+        tables = await opened.execute_fetchall("SELECT name FROM sqlite_master WHERE type = 'table'")
         ((pages,),) = await opened.execute_fetchall("PRAGMA page_count")
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            raise stranger from None
+            raise not_a_store from None
         raise
     if not pages and not create:
-        raise stranger
-    if found and "autotts_store" not in {name for (name,) in found}:
+        raise not_a_store
+    if tables and "autotts_store" not in {name for (name,) in tables}:
         raise StoreError(f"{path}: a database, but not a store of this program; name another file")
 
 
 async def _write_ahead(opened: aiosqlite.Connection, wait_ms: int) -> None:
-    """Switch to a write-ahead log. SQLite does not wait here for another's transaction, whatever its busy timeout."""
+    """Switch to a write-ahead log. SQLite does not wait here for other transactions, whatever its busy timeout."""
     until = time.monotonic() + wait_ms / 1000
     while True:
         try:

@@ -1,7 +1,7 @@
-"""The tables, as they came to be. A store is brought up to date when it is opened.
+"""The store's tables, as a sequence of migrations. A store is brought up to date when it is opened.
 
-Types and statements are such that PostgreSQL takes them as they are. Every row ends in a checksum over its other
-columns, in this order. Times are UTC in ISO 8601.
+Types and statements are valid in PostgreSQL too. Every row ends in a checksum over its other columns, in this order.
+Times are UTC in ISO 8601.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ FIRST: Final[Migration] = (
 )
 
 SANDBOX: Final[Migration] = (
-    # No program that knew the first version wrote episodes, so there is no checksum to be made anew.
+    # No program of the first version wrote episodes, so no checksums need to be recomputed.
     "ALTER TABLE episodes ADD COLUMN sandbox TEXT NOT NULL DEFAULT 'trusted'",
 )
 
@@ -109,13 +109,13 @@ RUNS: Final[Migration] = (
 )
 
 LIVE: Final[Migration] = (
-    # No program that knew an earlier version wrote episodes or feedback: no checksum to be made anew here either.
+    # No program of an earlier version wrote episodes or feedback, so no checksums need to be recomputed.
     "ALTER TABLE episodes ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE episodes ADD COLUMN about TEXT NOT NULL DEFAULT '{}'",
     "ALTER TABLE episodes ADD COLUMN trace TEXT NOT NULL DEFAULT ''",
     "CREATE INDEX episodes_by_age ON episodes (created)",
     "ALTER TABLE feedback ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",
-    # Where recordings come from that were made here; those that were imported have none.
+    # Origin of recordings made by a proxy; imported recordings have none.
     """CREATE TABLE provenance (
         recording_id TEXT PRIMARY KEY REFERENCES recordings (id),
         chat_template TEXT NOT NULL,
@@ -123,7 +123,7 @@ LIVE: Final[Migration] = (
         checksum TEXT NOT NULL
     )""",
     "CREATE INDEX provenance_of ON provenance (request_id)",
-    # Answers that are held for right, one a question and source; which of them counts is settled when they are read.
+    # Answers taken to be right, one per question and source; which of them counts is decided when they are read.
     """CREATE TABLE labels (
         id TEXT PRIMARY KEY,
         question_id TEXT NOT NULL,
@@ -135,17 +135,17 @@ LIVE: Final[Migration] = (
         checksum TEXT NOT NULL
     )""",
     "CREATE INDEX labels_of ON labels (question_id)",
-    # What must not come back from a spill file or a second proxy: hashes of request ids and tenants.
+    # Hashes of request ids and tenants that must not be added again, by a spill file or a second proxy.
     "CREATE TABLE forgotten (id TEXT PRIMARY KEY, created TEXT NOT NULL, checksum TEXT NOT NULL)",
 )
 
 BY_QUESTION: Final[Migration] = (
-    # What there is of a question: looked for whenever more of it is added, and when something is forgotten.
+    # Used whenever recordings of a question are added, and when something is forgotten.
     "CREATE INDEX recordings_by_question ON recordings (question_id, model, benchmark)",
 )
 
 MIGRATIONS: Final[Sequence[Migration]] = (FIRST, SANDBOX, RUNS, LIVE, BY_QUESTION)
-"""What leads from each version to the next; the version of a store is how many of them it has seen."""
+"""Statements that lead from each version to the next. A store's version is the number of migrations it has had."""
 
 COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
@@ -168,7 +168,7 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "forgotten": ("id", "created"),
     }
 )
-"""What a row's checksum is over, by table."""
+"""Columns by table, in the order in which the checksum covers them."""
 
 NUMBERS: Final = frozenset(
     {
@@ -180,13 +180,13 @@ NUMBERS: Final = frozenset(
 
 
 def insert_statement(table: str) -> str:
-    """The statement that adds a row, or leaves the one that has its key."""
+    """Return the statement that inserts a row, or does nothing if its key exists."""
     columns = (*COLUMNS[table], "checksum")
     places = ", ".join("?" * len(columns))
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
 def select_statement(table: str, rest: str = "") -> str:
-    """The statement that reads whole rows, checksum last."""
+    """Return the statement that selects complete rows, checksum last."""
     columns = ", ".join(f"{table}.{column}" for column in (*COLUMNS[table], "checksum"))
     return f"SELECT {columns} FROM {table} {rest}"

@@ -88,7 +88,10 @@ def test_one_that_is_late_alone_is_called_late_and_nothing_else() -> None:
     messages = {failure.message for failure in played(THOROUGH.format(steps=10**9)).failures}
     assert len(messages) == 1
     (message,) = messages
-    assert "alone in its process, under a cap, it failed twice: it took longer than 250 ms of processor time" in message
+    assert (
+        "alone in its process, under a token limit, it failed twice: it took longer than 250 ms of processor time"
+        in message
+    )
     assert "otherwise" not in message
 
 
@@ -136,7 +139,7 @@ def test_one_that_dies_whenever_it_is_alone_is_told_so(kill: Kill) -> None:
     kill(AUDIT, ALONE)
     messages = {failure.message for failure in played().failures}
     assert len(messages) == 1
-    assert "alone in its process, under a cap, it failed twice: it was killed by SIGKILL" in messages.pop()
+    assert "alone in its process, under a token limit, it failed twice: it was killed by SIGKILL" in messages.pop()
 
 
 def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) -> None:

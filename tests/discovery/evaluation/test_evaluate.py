@@ -394,7 +394,7 @@ def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> 
     alone = Given(*MIXED.recordings[6:])
     with pytest.raises(
         RecordingsNotFound,
-        match="3 by consensus, which do not count; `autotts evaluate --labels consensus`",
+        match="3 by consensus, which do not count by default; `autotts evaluate --labels consensus`",
     ):
         scores("cmc", source=alone)
     (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
@@ -561,10 +561,10 @@ def test_cells_that_are_not_there_are_named() -> None:
     assert select_cells(cells, ["n"], [], None) == cells[1:]
     assert select_cells(cells, [], [], Split.SEARCH) == cells[:1]
     for models, benchmarks, split, words in (
-        (["x"], [], None, "no recordings of model 'x'; there are m, n"),
-        ([], ["x"], None, "no recordings of benchmark 'x'; there are b, c"),
-        ([], [], Split.VALIDATION, "no recordings of split 'validation'; there are held-out, search"),
-        (["m"], ["c"], None, "of all that was asked for at once; there are m b search; n c held-out"),
+        (["x"], [], None, "no recordings of model 'x'; available: m, n"),
+        ([], ["x"], None, "no recordings of benchmark 'x'; available: b, c"),
+        ([], [], Split.VALIDATION, "no recordings of split 'validation'; available: held-out, search"),
+        (["m"], ["c"], None, "models, benchmarks and split; available: m b search; n c held-out"),
     ):
         with pytest.raises(RecordingsNotFound, match=words):
             select_cells(cells, models, benchmarks, split)
@@ -721,7 +721,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--controllers", ","], "--controllers names none"),
         (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
         (["--betas", "0,1.5"], "not '1.5'"),
-        (["--split", "validation"], "no recordings of split 'validation'; there are search"),
+        (["--split", "validation"], "no recordings of split 'validation'; available: search"),
         (["--split", "test"], "'test' is not one of 'search', 'validation', 'held-out'"),
         (["--shuffles", "0"], "Invalid value for '--shuffles'"),
         (["--recordings", "none.db"], "none.db: no such file or folder"),

@@ -59,7 +59,7 @@ def test_only_the_search_split_is_shown_and_read() -> None:
     assert source.cells() == [Cell("m", "b", Split.SEARCH), Cell("m", "c", Split.SEARCH)]
     assert len(source.load(source.cells()[0])) == 8
     for split in (Split.VALIDATION, Split.HELD_OUT):
-        with pytest.raises(DiscoveryError, match=f"m b {split}: explorers read the search split and no other"):
+        with pytest.raises(DiscoveryError, match=f"m b {split}: explorers may read only the search split"):
             source.load(Cell("m", "b", split))
 
 
@@ -158,6 +158,6 @@ def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
 
 def test_nothing_to_export_leaves_no_file(tmp_path: Path) -> None:
     path = written(tmp_path / "all.jsonl", QUESTIONS[8:10])
-    with pytest.raises(RecordingsNotFound, match="nothing there is of the search split"):
+    with pytest.raises(RecordingsNotFound, match="holds no recordings of the search split"):
         export_search_split(path, tmp_path / "search.jsonl")
     assert list(tmp_path.iterdir()) == [path]

@@ -117,7 +117,7 @@ def test_no_cheater_gets_more_than_it_deserves(cheat: str, honest: Score) -> Non
 @pytest.mark.parametrize("cheat", ["memorises the order of questions", "spends only when it is evaluated"])
 def test_what_depends_on_more_than_the_episode_is_told(cheat: str) -> None:
     message = play_it(cheat).failures[0].message
-    assert "alone in its process, under a cap, it decided otherwise" in message
+    assert "alone in its process, under a token limit, it decided otherwise" in message
 
 
 def test_out_of_the_sandbox_some_of_them_would_win() -> None:

@@ -290,7 +290,7 @@ async def test_no_store_is_made_beside_the_log_of_another(tmp_path: Path) -> Non
         log = (tmp_path / "s.db-wal").read_bytes()
     path.rename(aside)
     (tmp_path / "s.db-wal").write_bytes(log)  # as a kill would leave it
-    with pytest.raises(StoreError, match=r"the store is gone, but its log s\.db-wal is there and holds records"):
+    with pytest.raises(StoreError, match=r"the store is gone, but its log s\.db-wal remains and holds records"):
         async with Store.open(path, create=True):
             pass
     assert (tmp_path / "s.db-wal").read_bytes() == log

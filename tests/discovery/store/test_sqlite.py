@@ -374,7 +374,7 @@ async def test_what_is_no_store(tmp_path: Path) -> None:
         ("none.db", "there is no store"),
         ("text", "not a store"),
         ("other.db", "not a store of this program"),
-        (".", "Is a directory"),
+        (".", "is a folder"),
     ):
         with pytest.raises(StoreError, match=words):
             async with Store.open(tmp_path / name):
