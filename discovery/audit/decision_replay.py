@@ -1,4 +1,4 @@
-"""Controllers of served episodes, asked again: shown the same facts, they must decide what they decided then."""
+"""Decision replay: controllers of served episodes, shown the same facts again, must decide the same."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ from discovery.store import ServedEpisode
 T = TypeVar("T")
 Decider = Controller | RemoteController
 EpisodeRun = Callable[[Decider], Coroutine[Any, Any, T]]
-"""Runs an episode under the controller it is given; suspends only where a sealed one decides."""
+"""Runs an episode under the controller it is given; it suspends only while a sandboxed controller decides."""
 
 BASELINE_SPEC: Final = Spec(BASELINE)
 NO_FITTING_ACTION: Final = "nothing that fits under the cap"
-"""What is asked for where nothing can be."""
+"""Shown for a decision where no action fits under the token limit."""
 
 
 class Disagreement(NamedTuple):
-    """A round that would have been another."""
+    """A round in which the controller now decides differently."""
 
     request: str
     round: int  # from 0
-    asked: str  # for now
-    played: str  # then
+    asked: str  # the actions decided now
+    played: str  # the actions decided then
 
 
 class UncheckedController(NamedTuple):
@@ -68,12 +68,12 @@ class UncheckedController(NamedTuple):
 
 @dataclass(frozen=True)
 class DecisionReport:
-    """What came of asking again."""
+    """The result of replaying decisions."""
 
     episodes: int
-    rounds: int  # that were asked for again; an end under the cap counts as one
+    rounds: int  # rounds that were decided again; an end by the token limit counts as one
     agreed: int
-    unreached: int  # after a disagreement: what another round would have brought nobody knows
+    unreached: int  # rounds after a disagreement: the facts of a different round are unknown
     disagreements: Sequence[Disagreement]
     unchecked: Sequence[UncheckedController]
 
@@ -93,23 +93,24 @@ class KnownControllers(NamedTuple):
 
 
 def find_controllers(episodes: Iterable[ServedEpisode], given: Sequence[Spec]) -> KnownControllers:
-    """Who decided in some episodes: built-in and discovered controllers, and those `given` from files."""
+    """Find the controllers of episodes among the built-in and installed ones and those `given` from files."""
     known: dict[ControllerKey, Spec] = {}
     missing: dict[ControllerKey, str] = {}
-    for name, digest in dict.fromkeys(controller_key(one) for one in episodes):
-        spec = next((one for one in (*_built_in(name), *given) if one.digest == digest), None)
+    for name, digest in dict.fromkeys(controller_key(episode) for episode in episodes):
+        spec = next((known_spec for known_spec in (*_built_in(name), *given) if known_spec.digest == digest), None)
         if spec is None:
-            other = "the file that was given is another" if name in {one.name for one in given} else "no file was given"
-            missing[name, digest] = f"{other}; --controllers takes {name}.py as it was"
+            is_given = name in {given_spec.name for given_spec in given}
+            problem = "the given file has another digest" if is_given else "no file was given"
+            missing[name, digest] = f"{problem}; pass the original {name}.py with --controllers"
         elif spec.is_foreign and (lacking := _lacking()):
-            missing[name, digest] = f"controllers cannot be sealed here: {lacking}"
+            missing[name, digest] = f"controllers cannot be sandboxed here: {lacking}"
         else:
             known[name, digest] = spec
     return KnownControllers(known, missing)
 
 
 def controller_key(episode: ServedEpisode) -> ControllerKey:
-    """What its controller is known by."""
+    """Return the key of an episode's controller."""
     return episode.controller, episode.digest
 
 
@@ -128,10 +129,10 @@ def _lacking() -> str | None:
 
 
 def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
-    """Run episodes under one controller, a foreign one sealed; none may have wider limits than `limits`.
+    """Run episodes under one controller, sandboxed if it is foreign; no episode may have wider limits than `limits`.
 
-    Where the machine disturbs them they are begun anew. Raises ControllerError if it does not load,
-    SandboxUnavailable and MachineDisturbed.
+    Work that the machine disturbs is repeated. Raises ControllerError if the controller does not load, SandboxUnavailable and
+    MachineDisturbed.
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]
@@ -153,13 +154,14 @@ def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Epis
 
 
 def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -> DecisionReport:
-    """Ask for every round of episodes again: its controller for those it decided, the baseline for the rest.
+    """Decide every round of episodes again: by the controller for those it decided, by the baseline for the rest.
 
-    Each episode has its controller to itself, as it had then. Raises TraceError, ControllerError, SandboxUnavailable.
+    Each episode has its controller to itself, as it had when it was served. Raises TraceError, ControllerError,
+    SandboxUnavailable.
     """
     count = rounds = agreed = unreached = 0
     unchecked: Counter[tuple[str, str, str]] = Counter()
-    found: list[Disagreement] = []
+    disagreements: list[Disagreement] = []
     for episode in episodes:
         if lacking := _unknown(episode):
             unchecked[*controller_key(episode), lacking] += 1
@@ -170,29 +172,29 @@ def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -
             if spec is None:
                 unchecked[*controller_key(episode), who.missing[controller_key(episode)]] += 1
                 continue
-            right, parted = part.ask(spec)
-            agreed += right
-            rounds += right + (parted is not None)
-            if parted is not None:
-                found.append(parted)
-                unreached += part.decisions - right - 1
-    told = [UncheckedController(*one, episodes=number) for one, number in unchecked.items()]
-    return DecisionReport(count, rounds, agreed, unreached, found, told)
+            same, disagreement = part.ask(spec)
+            agreed += same
+            rounds += same + (disagreement is not None)
+            if disagreement is not None:
+                disagreements.append(disagreement)
+                unreached += part.decisions - same - 1
+    unchecked_list = [UncheckedController(*key, episodes=number) for key, number in unchecked.items()]
+    return DecisionReport(count, rounds, agreed, unreached, disagreements, unchecked_list)
 
 
 def _unknown(episode: ServedEpisode) -> str | None:
-    """What is not known of an episode that would have to be."""
+    """Return which data is missing to replay an episode's decisions, or None."""
     if "limits" not in episode.about:
-        return "the limits of its episodes are not known"
-    return "the rounds of its episodes are not known" if episode.rounds and not episode.trace else None
+        return "the limits of its episodes are unknown"
+    return "the rounds of its episodes are unknown" if episode.rounds and not episode.trace else None
 
 
 def _parts(episode: ServedEpisode) -> list[_DecisionSegment]:
-    """The decisions its controller took, and those the baseline took."""
+    """Return the decisions of an episode's controller, and those of the baseline."""
     rounds = unpack_rounds(episode.trace)
     own = min(controller_rounds(episode), len(rounds))
     replaced = episode.about.get("fallback") is not None
-    # Under the cap it is a decision for which nothing was left; a round that was refused is not known, and where all
+    # Ending by the token limit is a decision: no action fitted. A refused round is unknown, and where all
     # branches were cut the answer is among the rounds.
     ended = stop_of(episode) is Stop.MAX_TOKENS and episode.about.get("refused") is None
     parts = [
@@ -203,15 +205,15 @@ def _parts(episode: ServedEpisode) -> list[_DecisionSegment]:
 
 
 class _DecisionDiffersError(Exception):
-    """What was asked for is not what was played."""
+    """The controller decided other actions than were played."""
 
 
 class _ReplayCompleteError(Exception):
-    """All that was to be asked for has been."""
+    """All rounds that were to be decided have been."""
 
 
 class _DecisionSegment:
-    """Rounds of an episode that one controller decided; an environment that tells what they brought."""
+    """Rounds of an episode that one controller decided; an environment that returns their recorded facts."""
 
     def __init__(
         self, episode: ServedEpisode, rounds: Sequence[Round], start: int, until: int, ends: bool, by_baseline: bool
@@ -221,49 +223,49 @@ class _DecisionSegment:
         self._rounds = rounds
         self._start = self._at = start
         self._until = until
-        self._ends = ends  # the episode ended under the cap, when this controller was asked once more
+        self._ends = ends  # the episode ended by the token limit, when this controller was asked once more
 
     @property
     def decisions(self) -> int:
-        """How many there are."""
+        """Number of decisions."""
         return self._until - self._start + self._ends
 
     def ask(self, spec: Spec) -> tuple[int, Disagreement | None]:
-        """How many `spec` takes as they were taken, and the first it does not."""
+        """Return how many decisions `spec` takes as they were taken, and the first it does not."""
         episode = self._episode
         limits = self._beginning().limits
         try:
             (asked,) = run_under_controller(spec, episode.beta, limits, [self._follow])
         except BadFact as error:
-            raise TraceError(f"{episode.request_id}: round {self._at} cannot have been: {error}") from None
+            raise TraceError(f"{episode.request_id}: round {self._at} is impossible: {error}") from None
         right = self._at - self._start
         if asked is None:
             return right + self._ends, None
         return right, Disagreement(episode.request_id, self._at, asked, self._played)
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
-        """What the next round brought. Raises _Parted if `actions` are not its."""
+        """Return the facts of the next round. Raises _DecisionDiffersError if `actions` are not the round's."""
         if self._at == self._until or list(actions) != list(self._rounds[self._at].actions):
             raise _DecisionDiffersError(format_actions(actions))
         self._at += 1
         return self._rounds[self._at - 1].facts
 
     def _beginning(self) -> State:
-        """The state before its first round."""
+        """Return the state before the first round."""
         return next(islice(replay_states(self._episode), self._start, None))[0]
 
     async def _follow(self, decider: Decider) -> str | None:
-        """Run the episode from its beginning under `decider`; what it asks for that was not played, if anything."""
+        """Run the episode from its beginning under `decider`; return the first differing actions as text, or None."""
         self._at = self._start
         try:
-            await run_episode(decider, self, self._beginning(), self._look)
+            await run_episode(decider, self, self._beginning(), self._stop_at_end)
         except _ReplayCompleteError:
             return None
         except (_DecisionDiffersError, ControllerError) as error:
             return str(error)
         return None if self._ends and self._at == self._until else NO_FITTING_ACTION
 
-    def _look(self, state: State, played: Round) -> None:
+    def _stop_at_end(self, state: State, played: Round) -> None:
         if self._at == self._until and not self._ends:
             raise _ReplayCompleteError
 
@@ -273,17 +275,17 @@ class _DecisionSegment:
 
 
 def format_actions(actions: Sequence[Action]) -> str:
-    """`3 × branch(), advance(2, TO_END), probe(2)`."""
-    words = [(word, len(list(group))) for word, group in groupby(map(_word, actions))]
-    return ", ".join(word if count == 1 else f"{count} × {word}" for word, count in words)
+    """Return actions as text, such as `3 × branch(), advance(2, TO_END), probe(2)`."""
+    calls = [(call, len(list(group))) for call, group in groupby(map(_format_action, actions))]
+    return ", ".join(call if count == 1 else f"{count} × {call}" for call, count in calls)
 
 
-def _word(action: Action) -> str:
+def _format_action(action: Action) -> str:
     verb = "advance" if action.verb is Verb.CONTINUE else action.verb.name.lower()
     intervals = "TO_END" if action.intervals == TO_END else str(action.intervals)
-    said = [] if action.verb in (Verb.BRANCH, Verb.ANSWER) else [str(action.branch)]
+    arguments = [] if action.verb in (Verb.BRANCH, Verb.ANSWER) else [str(action.branch)]
     if action.verb is Verb.ANSWER:
-        said.append(str(action.label))
+        arguments.append(str(action.label))
     elif action.intervals > 1:
-        said.append(intervals)
-    return f"{verb}({', '.join(said)})"
+        arguments.append(intervals)
+    return f"{verb}({', '.join(arguments)})"

@@ -1,8 +1,8 @@
-"""Whether replay tells the truth about live: served episodes held against replays of what was recorded of them.
+"""Parity: whether replay agrees with live traffic, checked on served episodes and what was recorded of them.
 
-Three questions. Shown the same facts, does a controller decide what it decided then (`again.py`)? Opened in live's
-order, do the recorded branches bring live's answer at live's tokens? And are means over shuffled orders, which
-evaluations go by, those of live traffic? The first two are exact; the third is told with its uncertainty.
+Three checks. Shown the same facts, does a controller decide as it did (`decision_replay`)? Opened in live order, do the
+recorded branches give live's answer at live's tokens? And do means over shuffled orders, which evaluations use, agree
+with those of live traffic? The first two are exact; the third has intervals.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ from discovery.store.records import is_surer
 BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
 SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
-"""How episodes end that are a measure of their controllers, and may be recorded. A deadline cuts the costly ones:
-replays that are not cut cannot stand for them."""
+"""Ends of episodes that measure their controllers and may be recorded.
+
+A deadline cuts the costly ones; replays, which are not cut, cannot stand for them.
+"""
 
 
 class KnownAnswer(NamedTuple):
-    """An answer that is held for right."""
+    """An answer taken to be right, and how it is known."""
 
     answer: str
     source: LabelSource
@@ -63,15 +65,15 @@ class KnownAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class ServedRecords:
-    """What a store has of served requests."""
+    """Served requests of a store, with their recordings and reference answers."""
 
     episodes: Sequence[ServedEpisode]
-    recordings: Mapping[str, RecordedQuestion]  # the complete ones made of requests, by request
-    references: Mapping[str, KnownAnswer]  # by question: of each the surest
+    recordings: Mapping[str, RecordedQuestion]  # complete live recordings, by request
+    references: Mapping[str, KnownAnswer]  # by question: the surest answer of each
 
 
 async def load_records(store: Store) -> ServedRecords:
-    """All that is held against each other. Raises StoreError."""
+    """Load everything that is compared. Raises StoreError."""
     references: dict[str, KnownAnswer] = {}
     for label in await store.labels():
         known = references.get(label.question)
@@ -79,46 +81,53 @@ async def load_records(store: Store) -> ServedRecords:
             references[label.question] = KnownAnswer(label.answer, label.source)
     recordings: dict[str, RecordedQuestion] = {}
     for summary in await store.summaries():
-        for one in await store.load(summary.cell):
-            if one.reference is not None:  # the surest of its own and the labels
-                references[one.question] = KnownAnswer(one.reference, one.label_source)
-            if one.origin is Origin.LIVE and one.request and one.complete:
-                recordings.setdefault(one.request, one)
+        for recorded in await store.load(summary.cell):
+            if recorded.reference is not None:  # the surest of its own and the labels
+                references[recorded.question] = KnownAnswer(recorded.reference, recorded.label_source)
+            if recorded.origin is Origin.LIVE and recorded.request and recorded.complete:
+                recordings.setdefault(recorded.request, recorded)
     return ServedRecords(await store.episodes(), recordings, references)
 
 
-def check_parity(found: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
-    """Hold what was served against its controllers, those from files as `given`, and against replays in so many orders.
+def check_parity(served: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
+    """Compare served episodes with what their controllers decide now, and with replays in `shuffles` orders.
+
+    `given` are controllers from files.
 
     Raises TraceError, ControllerError if a file does not load, and SandboxUnavailable.
     """
-    who = find_controllers(found.episodes, given)
-    decisions = replay_decisions(found.episodes, who)
+    controllers = find_controllers(served.episodes, given)
+    decisions = replay_decisions(served.episodes, controllers)
     with Judge(clock=Clock.CPU) as judge:
-        truth = _Truth(found.references, judge)
-        pairs = [pair for one in found.episodes if (pair := _pair(one, found, who, truth)) is not None]
-        groups = list(_groups(found.episodes, pairs, truth, shuffles))
+        truth = _Truth(served.references, judge)
+        pairs = [
+            pair for episode in served.episodes if (pair := _pair(episode, served, controllers, truth)) is not None
+        ]
+        groups = list(_groups(served.episodes, pairs, truth, shuffles))
     return ParityReport(decisions, _reproduced(pairs), groups)
 
 
 class _Pair(NamedTuple):
-    """A served episode, and what was recorded of it."""
+    """A served episode and its recording."""
 
     episode: ServedEpisode
     spec: Spec
     limits: Limits  # live
-    recording: Recording  # one text stands for all spellings of an answer: as live told them apart
-    right: frozenset[str] | None  # the recorded answers that are right; None if nobody knows
+    recording: Recording  # answers are compared as strings: live recorded one spelling for each distinct answer
+    right: frozenset[str] | None  # the recorded answers that are right; None if no reference is known
 
     @property
     def replay_limits(self) -> Limits:
-        """Live's, as far as there are recorded branches."""
+        """Live's limits, with at most as many branches as were recorded."""
         return replace(self.limits, max_branches=min(self.limits.max_branches, self.recording.branches))
 
 
-def _pair(episode: ServedEpisode, found: ServedRecords, who: KnownControllers, truth: _Truth) -> _Pair | None:
-    """None if nothing was recorded, or nobody can be asked, or there is nothing to hold it against."""
-    recorded, spec = found.recordings.get(episode.request_id), who.known.get(controller_key(episode))
+def _pair(episode: ServedEpisode, served: ServedRecords, controllers: KnownControllers, truth: _Truth) -> _Pair | None:
+    """Return an episode with its recording.
+
+    None if it was not recorded, its controller is unknown, or it does not measure its controller.
+    """
+    recorded, spec = served.recordings.get(episode.request_id), controllers.known.get(controller_key(episode))
     if recorded is None or spec is None or "limits" not in episode.about or _left_out(episode) is not None:
         return None
     recording = intern_answers(recorded)
@@ -126,18 +135,18 @@ def _pair(episode: ServedEpisode, found: ServedRecords, who: KnownControllers, t
 
 
 def _left_out(episode: ServedEpisode) -> str | None:
-    """Why an episode is no measure of its controller; None if it is."""
+    """Return why an episode does not measure its controller; None if it does."""
     if episode.about.get("fallback") is not None:
         return "baseline decided"
-    if (refused := episode.about.get("refused")) is not None:  # replay knows no such end
+    if (refused := episode.about.get("refused")) is not None:  # replay has no such end
         return refused.replace("_", " ")
     if episode.stop not in SERVED:
         return episode.stop
-    return None if "spent" in episode.about else "tokens not known"
+    return None if "spent" in episode.about else "tokens unknown"
 
 
 class _Truth:
-    """Which answers are right: as the proxy tells answers apart, hidden ones by their hashes."""
+    """Knows which answers are right. Compares answers as the proxy does, and redacted ones by their hashes."""
 
     def __init__(self, references: Mapping[str, KnownAnswer], judge: Judge) -> None:
         self._references = references
@@ -145,12 +154,12 @@ class _Truth:
         self._same: dict[tuple[str, str], bool] = {}
 
     def source(self, question: str | None) -> LabelSource | None:
-        """How the right answer is known, if it is."""
+        """Return how the right answer to a question is known, or None."""
         known = self._references.get(question or "")
         return None if known is None else known.source
 
     def is_right(self, question: str | None, answer: str | None) -> bool:
-        """Whether `answer` is known to be right."""
+        """Return whether `answer` is known to be right."""
         known = self._references.get(question or "")
         if known is None or answer is None:
             return False
@@ -160,23 +169,23 @@ class _Truth:
         return self._same[both]
 
     def right_among(self, question: str, answers: Iterable[str]) -> frozenset[str] | None:
-        """Those that are right; None if nobody knows."""
+        """Return those of `answers` that are right; None if no reference is known."""
         if self.source(question) is None:
             return None
         return frozenset(answer for answer in answers if self.is_right(question, answer))
 
-    def _compare(self, one: str, other: str) -> bool:
-        if is_redacted(one) or is_redacted(other):
-            return redacted(one) == redacted(other)
-        form, other_form = canonical(one), canonical(other)
+    def _compare(self, answer: str, other: str) -> bool:
+        if is_redacted(answer) or is_redacted(other):
+            return redacted(answer) == redacted(other)
+        form, other_form = canonical(answer), canonical(other)
         if form is None or other_form is None:
-            return one.strip() == other.strip()
+            return answer.strip() == other.strip()
         labels = Labels(self._judge)
-        return labels.label_of(form, one) == labels.label_of(other_form, other)
+        return labels.label_of(form, answer) == labels.label_of(other_form, other)
 
 
 class _Replayed(NamedTuple):
-    """What came of a replay."""
+    """The result of a replay."""
 
     tokens: int
     answer: str | None
@@ -193,14 +202,14 @@ async def _run(recording: Recording, order: Sequence[int], limits: Limits, decid
         await run_episode(decider, environment, state)
     except ControllerError:
         state.end(Stop.CONTROLLER_ERROR)
-    except BranchCensored:  # it opens more than were recorded: live it did not
+    except BranchCensored:  # it opens more branches than were recorded, which it did not do live
         state.end(Stop.UPSTREAM_ERROR)
     answer = None if state.answer is None else recording.answers[environment.revealed[state.answer]]
     return _Replayed(state.spent, answer, state.width)
 
 
 def _reproduced(pairs: Iterable[_Pair]) -> ReproductionReport:
-    """Recorded episodes that their controllers ended, replayed in their own order under their own limits."""
+    """Replay recorded episodes that their controllers ended, in their own order and under their own limits."""
     ended = [pair for pair in pairs if pair.episode.stop == Stop.ANSWERED]
     differing: list[ReplayDifference] = []
     for pair in ended:
@@ -226,7 +235,7 @@ def _group_key(episode: ServedEpisode) -> _GroupKey:
 def _groups(
     episodes: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int
 ) -> Iterable[ParityGroup]:
-    """A group for each controller, β and model of which there are recordings."""
+    """Yield a group for each controller, β and model with recordings."""
     for key in sorted({_group_key(pair.episode) for pair in pairs}):
         served = [one for one in episodes if _group_key(one) == key]
         yield _group(served, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
@@ -283,7 +292,7 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
 
 
 def _question(episode: ServedEpisode) -> str:
-    """What its intervals are drawn over; an episode whose question was not kept stands alone."""
+    """Return what intervals are drawn over: the question, or the request if its question was not kept."""
     return episode.question or episode.request_id
 
 
@@ -297,7 +306,7 @@ def _average(values: Iterable[float]) -> float:
 
 
 class _Row(NamedTuple):
-    """A figure of one recorded request."""
+    """One figure of a recorded request, live and replayed."""
 
     question: str
     live: float
@@ -313,8 +322,10 @@ def _compared(live: Sequence[tuple[str, float]], rows: Sequence[_Row], percent: 
 
 
 def _mean(values: Sequence[tuple[str, float]], percent: bool) -> MeanInterval:
-    """Its interval is bootstrapped over questions. Percentages that are all the same show no spread to draw from:
-    theirs is Wilson's, for answers that were right or wrong."""
+    """Return the mean over questions and its interval, bootstrapped over questions.
+
+    Percentages that are all equal have no spread to bootstrap; they get Wilson's interval for right or wrong answers.
+    """
     by_question: dict[str, list[float]] = {}
     for question, value in values:
         by_question.setdefault(question, []).append(value)
@@ -329,17 +340,17 @@ def _mean(values: Sequence[tuple[str, float]], percent: bool) -> MeanInterval:
 
 
 def _paired(rows: Sequence[_Row]) -> MeanInterval:
-    """Live less replayed, every question counting the same, with the interval chance leaves around it.
+    """Return the mean of live less replayed, every question counting the same, with the interval expected by chance.
 
-    If replay tells the truth, the live order is as good as any shuffled one: which of them it was is drawn anew for
-    every request. That holds for few questions too, and where answers are nearly all right.
+    If replay agrees with live, the live order is as good as any shuffled one. So which of the orders was live is drawn
+    anew for every request. This is valid for few questions too, and where nearly all answers are right.
     """
     count = Counter(row.question for row in rows)
     weights = np.array([1 / (len(count) * count[row.question]) for row in rows])
     values = np.array([[row.live, *row.replayed] for row in rows], np.float64)
     others = (values.sum(axis=1, keepdims=True) - values) / (values.shape[1] - 1)
-    apart = weights[:, None] * (values - others)  # of each order from the mean of the others: (requests, orders)
-    mean = float(apart[:, 0].sum())
+    deviations = weights[:, None] * (values - others)  # of each order from the mean of the others: (requests, orders)
+    mean = float(deviations[:, 0].sum())
     if len(count) < 2:
         return MeanInterval(mean, None, None, len(count))
     generator = np.random.default_rng(SEED)
@@ -347,6 +358,6 @@ def _paired(rows: Sequence[_Row]) -> MeanInterval:
     sums: list[NDArray[np.float64]] = []
     for _ in range(RESAMPLES // BLOCK):
         drawn = generator.integers(0, values.shape[1], (BLOCK, len(rows)))
-        sums.append(apart[requests, drawn].sum(axis=1))
+        sums.append(deviations[requests, drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(sums), [BOTH_SIDES, 100 - BOTH_SIDES])
     return MeanInterval(mean, mean - float(high), mean - float(low), len(count))

@@ -1,4 +1,4 @@
-"""Placeholder."""
+"""Results of the parity check."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from discovery.audit.decision_replay import (
 from discovery.evaluation.paired_statistics import TIE
 
 LEAST: Final = 10
-"""Recorded questions below which nothing is said of means."""
+"""Recorded questions that are needed for a verdict on means."""
 
 
 class ReplayDifference(NamedTuple):
     """A recorded episode that a replay in its own order does not reproduce."""
 
     request: str
-    spent: int | None  # tokens, live; None if it is not known
-    replayed: int
+    spent: int | None  # tokens, live; None if unknown
+    replayed: int  # tokens, replayed
     answer: str | None
     replayed_answer: str | None
 
@@ -35,7 +35,7 @@ class ReproductionReport:
 
 
 class ParityVerdict(StrEnum):
-    """What is said of means."""
+    """Verdict on means."""
 
     AGREE = "agree"
     DISAGREE = "disagree"
@@ -43,7 +43,7 @@ class ParityVerdict(StrEnum):
 
 
 class MeanInterval(NamedTuple):
-    """A mean in which every question counts the same, with its 95 % interval; None where one question says nothing."""
+    """A mean over questions with its 95 % interval; None with a single question."""
 
     mean: float
     low: float | None
@@ -61,22 +61,22 @@ class LiveReplayComparison:
 
     @property
     def verdict(self) -> ParityVerdict:
-        """Whether the intervals overlap, and the paired one has 0 in it."""
+        """Whether the intervals overlap, and the paired one contains 0."""
         slack = TIE * max(1.0, abs(self.live.mean), abs(self.replayed.mean))
         if min(self.live.questions, self.replayed.questions, self.paired.questions) < LEAST:
             return ParityVerdict.TOO_LITTLE
-        agrees = _meet(self.live, self.replayed, slack) and _meet(self.paired, MeanInterval(0, 0, 0, 0), slack)
+        agrees = _overlap(self.live, self.replayed, slack) and _overlap(self.paired, MeanInterval(0, 0, 0, 0), slack)
         return ParityVerdict.AGREE if agrees else ParityVerdict.DISAGREE
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the comparison as JSON."""
         means = {name: getattr(self, name)._asdict() for name in ("live", "replayed", "paired")}
         return {**means, "verdict": str(self.verdict)}
 
 
-def _meet(one: MeanInterval, other: MeanInterval, slack: float) -> bool:
-    """Whether two intervals overlap."""
-    ends = one.low, one.high, other.low, other.high
+def _overlap(mean: MeanInterval, other: MeanInterval, slack: float) -> bool:
+    """Return whether two intervals overlap, with a tolerance of `slack`."""
+    ends = mean.low, mean.high, other.low, other.high
     low, high, other_low, other_high = (0.0 if end is None else end for end in ends)
     return max(low, other_low) <= min(high, other_high) + slack
 
@@ -89,33 +89,33 @@ class ParityGroup:
     digest: str
     beta: float
     model: str
-    episodes: int  # live ones that are a measure of it
-    recorded: int  # of which so many were recorded
+    episodes: int  # live episodes that measure it
+    recorded: int  # of them, those that were recorded
     stops: Mapping[str, int]  # how they ended
-    left_out: Mapping[str, int]  # other live ones, by why
-    labels: Mapping[str, int]  # live episodes of which a right answer is known, by how it is
-    finalise: float  # mean tokens of a live episode for closing its reply: replay does not see them,
-    aborted: float  # nor those generated in requests that were cut
-    exhausted: float  # share of replays that opened all that was recorded where live would have allowed more
+    left_out: Mapping[str, int]  # other live episodes, by reason
+    labels: Mapping[str, int]  # live episodes with a reference answer, by its source
+    finalise: float  # mean tokens per live episode for closing its reply, which replay does not count
+    aborted: float  # mean tokens per live episode in aborted requests, which replay does not count
+    exhausted: float  # share of replays that opened all recorded branches although live allowed more
     tokens: LiveReplayComparison
-    accuracy: LiveReplayComparison | None  # percent; None if of no recorded question a right answer is known
+    accuracy: LiveReplayComparison | None  # percent; None if no recorded question has a reference answer
 
     @property
     def verdict(self) -> ParityVerdict:
-        """Of tokens and accuracy together."""
+        """The worse verdict of tokens and accuracy."""
         both = self.tokens.verdict, ParityVerdict.TOO_LITTLE if self.accuracy is None else self.accuracy.verdict
         worst = (ParityVerdict.DISAGREE, ParityVerdict.TOO_LITTLE, ParityVerdict.AGREE)
         return next(verdict for verdict in worst if verdict in both)
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the group as JSON."""
         accuracy = None if self.accuracy is None else self.accuracy.as_json()
         return asdict(self) | {"tokens": self.tokens.as_json(), "accuracy": accuracy, "verdict": str(self.verdict)}
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Everything that was found."""
+    """The results of all three checks."""
 
     decisions: DecisionReport
     reproduced: ReproductionReport
@@ -123,29 +123,29 @@ class ParityReport:
 
     @property
     def checked(self) -> bool:
-        """Whether there was anything that could have spoken against replay."""
+        """Whether there was anything to check."""
         return bool(self.decisions.rounds or self.reproduced.episodes or self.groups)
 
     @property
     def holds(self) -> bool:
-        """Whether something was checked, and nothing that was found speaks against replay."""
+        """Whether something was checked and nothing contradicts replay."""
         exact = self.decisions.agreed == self.decisions.rounds and not self.reproduced.differing
         return self.checked and exact and all(group.verdict is not ParityVerdict.DISAGREE for group in self.groups)
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes."""
+        """Return the report as `--json` writes it."""
         decisions, reproduced = self.decisions, self.reproduced
         return {
             "checked": self.checked,
             "holds": self.holds,
             "decisions": {
                 **vars(decisions),
-                "disagreements": [one._asdict() for one in decisions.disagreements],
-                "unchecked": [one._asdict() for one in decisions.unchecked],
+                "disagreements": [disagreement._asdict() for disagreement in decisions.disagreements],
+                "unchecked": [controller._asdict() for controller in decisions.unchecked],
             },
             "reproduced": {
                 "episodes": reproduced.episodes,
-                "differing": [one._asdict() for one in reproduced.differing],
+                "differing": [difference._asdict() for difference in reproduced.differing],
             },
             "means": [group.as_json() for group in self.groups],
         }

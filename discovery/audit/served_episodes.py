@@ -1,4 +1,4 @@
-"""Served episodes gone through again: what rows of the store say, as the states their controllers saw."""
+"""Replays the stored rounds of served episodes, as the states that their controllers saw."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from discovery.store.records import ServedEpisode
 
 
 def limits_of(episode: ServedEpisode) -> Limits:
-    """What an episode could use; of one whose limits are not known, no more than that nothing of it was illegal.
-
-    Raises TraceError.
+    """Return an episode's limits. If they are unknown, return limits under which its rounds are legal. Raises
+    TraceError.
     """
     known = episode.about.get("limits") or {"interval": 1, "max_branches": max(1, episode.branches)}
     try:
         return Limits(**known)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise TraceError(f"{episode.request_id}: its limits cannot be read: {error}") from None
+        raise TraceError(f"{episode.request_id}: its limits are invalid: {error}") from None
 
 
 def replay_states(episode: ServedEpisode) -> Iterator[tuple[State, Round | None]]:
-    """The state before the first round, with None, and after each, with the round. It is one object that goes on
-    changing. Raises TraceError."""
+    """Yield the state before the first round, with None, and after each round, with the round. Raises TraceError.
+
+    The state is one object that keeps changing.
+    """
     state = State(limits_of(episode))
     yield state, None
     for played in unpack_rounds(episode.trace):
         try:
             state.apply(played.actions, played.facts)
         except (BadFact, IndexError) as error:
-            raise TraceError(f"{episode.request_id}: round {state.rounds} cannot have been: {error}") from None
+            raise TraceError(f"{episode.request_id}: round {state.rounds} is impossible: {error}") from None
         yield state, played
 
 
 def stop_of(episode: ServedEpisode) -> Stop | None:
-    """Why an episode ended; None if for no reason a state knows, such as that its client left."""
+    """Return why an episode ended; None if for a reason that a state does not have, such as a disconnected client."""
     return Stop(episode.stop) if episode.stop in list(Stop) else None
 
 
 def controller_rounds(episode: ServedEpisode) -> int:
-    """How many rounds its controller decided; the baseline decided those that followed."""
+    """Return how many rounds the controller decided; the baseline decided those that followed."""
     return episode.about.get("decided", episode.rounds)

@@ -68,7 +68,7 @@ def test_what_was_given_up_is_told_by_what_was_known_then() -> None:
     told = explain(GIVEN_UP)["pruned"]
     assert [(one["branch"], one["round"], one["tokens"]) for one in told] == [(4, 2, 100), (1, 3, 100), (3, 3, 100)]
     assert [one["why"] for one in told] == [
-        "it had not been asked; 7 led with 1 of 1 finished branch",
+        "it had not been probed; 7 led with 1 of 1 finished branch",
         "its latest answer was 9, given by 0 of 1 finished branch; 7 led with 1",
         "its latest answer could not be read; 7 led with 1 of 1 finished branch",
     ]
@@ -87,7 +87,7 @@ def test_while_nothing_has_finished_running_branches_are_counted() -> None:
     )
     told = explain(episode)
     assert [one["why"] for one in told["pruned"]] == [
-        "it had not been asked; nothing led",
+        "it had not been probed; nothing led",
         "its latest answer was 9, given by 1 of 3 asked branches; 7 led with 2",
         "its latest answer was 7, which led with 2 of 3 asked branches",
     ]
@@ -106,13 +106,21 @@ def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() ->
         (
             "max_tokens",
             None,
-            "fitted under the cap of 9,000 tokens, 589 of which were spent; the best answer so far was 7 ",
+            "fitted under the limit of 9,000 tokens, 589 of which were spent; the best answer so far was 7 ",
         ),
-        ("deadline", None, "Time was up; the best answer so far was 7 (1 of 1 finished branch; no other was given)."),
+        (
+            "deadline",
+            None,
+            "The deadline passed; the best answer so far was 7 (1 of 1 finished branch; ",
+        ),
         ("upstream_error", None, "The upstream failed; the best answer so far was 7 "),
-        ("controller_error", None, "The controller failed, and nothing could take over; the best answer so far was 7 "),
+        (
+            "controller_error",
+            None,
+            "The controller failed, and no other could take over; the best answer so far ",
+        ),
         ("not_votable", None, "The first branch to finish gave no answer that could be voted on."),
-        ("disconnected", None, "The client left."),
+        ("disconnected", None, "The client disconnected."),
         ("solar flare", None, "It ended (solar flare)."),
         ("deadline", "late", "; the baseline, short_m_at_k, had decided from round 2 on (late)."),
     ],
@@ -145,7 +153,7 @@ def test_an_episode_of_which_nothing_is_known_but_its_end() -> None:
     bare = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 0, 0, {"aborted": 12}, "deadline")
     told = explain(bare)
     assert (told["rounds"], told["pruned"], told["estimates"]) == ([], [], None)
-    assert told["why"] == "Time was up; no answer had been given."
+    assert told["why"] == "The deadline passed; no answer had been given."
     assert explain(replace(bare, stop="answered", answer="7"))["why"] == "The controller answered 7."
 
 
@@ -159,9 +167,9 @@ def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
 
 def test_rounds_that_cannot_have_been_are_an_error() -> None:
     rounds = unpack_rounds(GIVEN_UP.trace)
-    with pytest.raises(TraceError, match="r: round 0 cannot have been"):
+    with pytest.raises(TraceError, match="r: round 0 is impossible"):
         explain(replace(GIVEN_UP, trace=pack_rounds(rounds[1:])))
-    with pytest.raises(TraceError, match="r: its limits cannot be read"):
+    with pytest.raises(TraceError, match="r: its limits are invalid"):
         explain(replace(GIVEN_UP, about=EpisodeDetails(limits={"interval": 0})))
 
 
@@ -274,7 +282,7 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
         "open 5",
         "ask 3; drop 4",
         "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}",
-        "it had not been asked; #4e00b5 led with 1 of 1 finished branch",
+        "it had not been probed; #4e00b5 led with 1 of 1 finished branch",
         "706 tokens were spent:",
         "Estimated tokens of self-consistency, from 2 finished branches and 3 that had at least",
         "The controller answered #4e00b5 (2 of 2 finished branches; no other was given).",

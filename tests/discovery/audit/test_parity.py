@@ -318,12 +318,12 @@ def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> Non
     found = consistent(spec, 0.5)
     without = check_parity(found)
     assert [(one.controller, one.episodes) for one in without.decisions.unchecked] == [("mine", 14)]
-    assert "no file was given; --controllers takes mine.py as it was" in without.decisions.unchecked[0].why
+    assert "no file was given; pass the original mine.py with --controllers" in without.decisions.unchecked[0].why
     assert (without.decisions.rounds, without.reproduced.episodes, without.groups) == (0, 0, [])
     assert not without.checked
     assert not without.holds
     path.write_text(FOREIGN + "\n# later\n")
-    assert "the file that was given is another" in check_parity(found, [read(path)]).decisions.unchecked[0].why
+    assert "the given file has another digest" in check_parity(found, [read(path)]).decisions.unchecked[0].why
     told = check_parity(found, [spec], shuffles=4)
     assert told.decisions.rounds == told.decisions.agreed > 14
     assert (told.decisions.unchecked, told.reproduced.differing) == ([], [])
@@ -349,8 +349,8 @@ def test_episodes_of_which_too_little_is_known_are_named() -> None:
     about: Any = {key: value for key, value in episode.about.items() if key != "limits"}
     told = check_parity(ServedRecords([replace(episode, about=about), replace(episode, trace="")], {}, {})).decisions
     assert [one.why for one in told.unchecked] == [
-        "the limits of its episodes are not known",
-        "the rounds of its episodes are not known",
+        "the limits of its episodes are unknown",
+        "the rounds of its episodes are unknown",
     ]
     assert told.episodes == 0
 
