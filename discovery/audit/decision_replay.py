@@ -131,8 +131,8 @@ def _lacking() -> str | None:
 def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
     """Run episodes under one controller, sandboxed if it is foreign; no episode may have wider limits than `limits`.
 
-    Work that the machine disturbs is repeated. Raises ControllerError if the controller does not load, SandboxUnavailable and
-    MachineDisturbed.
+    Work that the machine disturbs is repeated. Raises ControllerError if the controller does not load,
+    SandboxUnavailable and MachineDisturbed.
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]

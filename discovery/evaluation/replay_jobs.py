@@ -132,8 +132,8 @@ def make_jobs(specs: Sequence[Spec], betas: Sequence[float], cell: Cell, shuffle
 def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> JobResult:
     """Run every episode of `job`.
 
-    Raises BranchCensored, SandboxUnavailable, TraceError if traces cannot be written, and MachineDisturbed if the machine kills or
-    starves sandbox processes at every attempt.
+    Raises BranchCensored, SandboxUnavailable, TraceError if traces cannot be written, and MachineDisturbed if the
+    machine kills or starves sandbox processes at every attempt.
     """
     began = time.perf_counter()
     table = _JobRunner(job, recordings, rules)

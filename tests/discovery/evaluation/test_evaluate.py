@@ -399,7 +399,7 @@ def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> 
         scores("cmc", source=alone)
     (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
     assert score.as_json()["label_sources"] == {"consensus": 3}
-    with pytest.raises(RecordingsNotFound, match="only 3 by feedback and 3 by consensus"):
+    with pytest.raises(RecordingsNotFound, match="are 3 by feedback and 3 by consensus"):
         scores("cmc", source=Given(*MIXED.recordings[3:]), weights={LabelSource.REFERENCE: 1.0})
 
 
@@ -523,7 +523,7 @@ def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
 
 
 def test_more_chains_than_were_recorded_are_refused() -> None:
-    with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches; m b search has 16 a question"):
+    with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches, but m b search has 16 per question"):
         scores("asc@17", rules=ReplayRules(max_branches=64))
 
 
