@@ -77,7 +77,7 @@ async def forward(
     if own := headers.get("x-request-id"):  # vLLM makes its own id of it, and logs it
         sent["x-request-id"] = own
     opened = AsyncExitStack()
-    asked = engine.relay(request.method, request.scope["path"], body, sent, is_urgent=is_stream)
+    asked = engine.relay(request.method, request.scope["path"], body, sent, is_eager=is_stream)
     upstream = await opened.enter_async_context(asked)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length

@@ -1,13 +1,13 @@
-"""Decide when a failing upstream is left alone, and how many requests to it may be retried. No I/O.
+"""Circuit breaker: decides when no requests go to a failing upstream. No I/O.
 
                  5 connections fail in a row, or a health check fails
           closed ────────────────────────────────────────────────────▶ open
              ▲                                                          │ 30 s, longer each time
              └──────────────── the health check passes ──── half-open ◀─┘
 
-A request that the upstream answers with an error, cuts off or leaves without an answer may itself be to blame: one
-client could send nothing else. Such a failure is only a suspicion. After five in a row the upstream is asked something
-of the proxy's own (`health_check.py`), and that alone decides.
+A request that the upstream answers with an error, breaks off or never answers may itself be at fault: one client could
+send nothing else. Such a failure is only a suspicion. Five suspicions in a row start a health check
+(`health_check.py`), and only its result decides.
 """
 
 from __future__ import annotations
@@ -18,27 +18,23 @@ from enum import Enum
 from typing import Final
 
 FAILURES: Final = 5
-"""Failed connections in a row after which the breaker opens, and suspicions in a row that call for a health check."""
+"""Failed connections in a row that open the breaker, and suspicions in a row that start a health check."""
 OPEN_S: Final = 30.0
-"""Seconds the breaker stays open the first time; the n-th time in a row it stays open n times as long."""
-MOST_TIMES: Final = 10
-"""The n at which that stops growing. After as many such times without opening, the count starts again."""
+"""Seconds that the breaker stays open the first time. The n-th time in a row it stays open n times as long."""
+MAX_OPENINGS: Final = 10
+"""The n at which that stops growing. After MAX_OPENINGS * OPEN_S seconds without opening, the count starts again."""
 CHECK_PAUSE_S: Final = 1.0
-"""Seconds between health checks that suspicions call for."""
-SHARE: Final = 0.2
-"""Share of the requests that may be retries."""
-SAVED: Final = 10.0
-"""Retries that quiet times may save up."""
+"""Seconds between health checks that suspicions start."""
 
 Clock = Callable[[], float]
 
 
 class BreakerState(Enum):
-    """Whether requests go to the upstream."""
+    """State of a circuit breaker."""
 
-    CLOSED = "closed"  # they do
-    OPEN = "open"  # they do not
-    HALF_OPEN = "half-open"  # they do not yet: a health check is under way
+    CLOSED = "closed"  # requests go out
+    OPEN = "open"  # no requests go out
+    HALF_OPEN = "half-open"  # no requests go out yet, and a health check is running
 
 
 class Breaker:
@@ -46,16 +42,16 @@ class Breaker:
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._failures = 0  # connections, in a row
-        self._suspicions = 0  # in a row
-        self._checked = float("-inf")  # when a suspicion last proved unfounded
-        self._times = 0  # opened in a row
-        self._until = 0.0  # when the latest opening ends, or ended
+        self._failures = 0  # failed connections in a row
+        self._suspicions = 0  # failed requests in a row
+        self._last_passed = float("-inf")  # when the latest health check passed
+        self._openings = 0  # in a row
+        self._open_until = 0.0  # also after it has closed again
         self._state = BreakerState.CLOSED
 
     @property
     def state(self) -> BreakerState:
-        """The present state."""
+        """Current state."""
         return self._state
 
     @property
@@ -65,22 +61,22 @@ class Breaker:
 
     @property
     def is_due(self) -> bool:
-        """Whether the breaker has been open for long enough: a health check decides what follows."""
+        """Whether the open time has passed, so that a health check must decide what follows."""
         return self._state is BreakerState.HALF_OPEN or (
-            self._state is BreakerState.OPEN and self._clock() >= self._until
+            self._state is BreakerState.OPEN and self._clock() >= self._open_until
         )
 
     @property
     def wait_s(self) -> float:
-        """Seconds until it is worth asking again."""
-        return max(0.0, self._until - self._clock())
+        """Seconds until a retry makes sense."""
+        return max(0.0, self._open_until - self._clock())
 
     def succeed(self) -> None:
-        """Take in a request that was served."""
+        """Record a request that was served."""
         self._failures = self._suspicions = 0
 
     def fail_to_connect(self) -> bool:
-        """Take in a connection that failed, which no client can bring about. Return whether the breaker opened."""
+        """Record a failed connection, which no client can cause. Return whether the breaker opened."""
         if not self.is_closed:
             return False
         self._failures += 1
@@ -90,23 +86,23 @@ class Breaker:
         return True
 
     def suspect(self) -> bool:
-        """Take in a request that failed by its own fault or the upstream's. Return whether to check which."""
+        """Record a request that failed by its own or the upstream's fault. Return whether to run a health check."""
         if not self.is_closed:
             return False
         self._suspicions += 1
-        return self._suspicions >= FAILURES and self._clock() >= self._checked + CHECK_PAUSE_S
+        return self._suspicions >= FAILURES and self._clock() >= self._last_passed + CHECK_PAUSE_S
 
     def begin_check(self) -> None:
-        """Take in that a health check begins."""
+        """Record that a health check begins."""
         if self._state is BreakerState.OPEN:
             self._state = BreakerState.HALF_OPEN
 
     def end_check(self, *, is_up: bool) -> bool:
-        """Take in the result of a health check. Return whether the breaker opened."""
+        """Record the result of a health check. Return whether the breaker opened."""
         if is_up:
             self._state = BreakerState.CLOSED
             self._failures = self._suspicions = 0
-            self._checked = self._clock()
+            self._last_passed = self._clock()
             return False
         if self._state is BreakerState.OPEN:  # connections failed meanwhile
             return False
@@ -114,43 +110,25 @@ class Breaker:
         return True
 
     def reset(self) -> None:
-        """Forget everything: the upstream has been started anew."""
-        self._failures = self._suspicions = self._times = 0
-        self._until = 0.0
+        """Forget all failures: the upstream has been restarted."""
+        self._failures = self._suspicions = self._openings = 0
+        self._open_until = 0.0
         self._state = BreakerState.CLOSED
 
     def _open(self) -> None:
         now = self._clock()
-        is_first = now > self._until + MOST_TIMES * OPEN_S
-        self._times = 1 if is_first else min(MOST_TIMES, self._times + 1)
-        self._until = now + self._times * OPEN_S
+        is_first = now > self._open_until + MAX_OPENINGS * OPEN_S
+        self._openings = 1 if is_first else min(MAX_OPENINGS, self._openings + 1)
+        self._open_until = now + self._openings * OPEN_S
         self._failures = self._suspicions = 0
         self._state = BreakerState.OPEN
 
 
 class BackgroundBreaker(Breaker):
-    """Breaker for requests that nobody waits for; it never opens."""
+    """Breaker for background calls; it never opens."""
 
     def fail_to_connect(self) -> bool:
         return False
 
     def suspect(self) -> bool:
         return False
-
-
-class RetryBudget:
-    """Bounds retries to a share of all requests, so that they cannot be what keeps an upstream down."""
-
-    def __init__(self) -> None:
-        self._saved = 1.0
-
-    def earn(self) -> None:
-        """Take in a request."""
-        self._saved = min(SAVED, self._saved + SHARE)
-
-    def spend(self) -> bool:
-        """Return whether a request may be retried; if so, the retry is counted."""
-        if self._saved < 1:
-            return False
-        self._saved -= 1
-        return True

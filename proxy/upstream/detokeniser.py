@@ -14,11 +14,9 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from proxy.types import Call, Output
-    from proxy.upstream.client import UpstreamClient
+from proxy.types import Call, Output
 
 BROKEN: Final = "\ufffd"
 """Replacement character; bytes that are no whole character are decoded to it."""
@@ -73,6 +71,20 @@ class TokenEndings:
         self._known[model, token] = known
 
 
+class Tokeniser(Protocol):
+    """The upstream's tokeniser, with the cache that its models' token ids share."""
+
+    @property
+    def token_endings(self) -> TokenEndings:
+        """Cached properties of token ids."""
+
+    async def tokenise_plain(self, model: str, text: str, *, is_observed: bool = True) -> list[int]:
+        """Return the token ids of a text without special tokens at its beginning."""
+
+    async def detokenise(self, model: str, ids: Sequence[int], *, is_observed: bool = True) -> str:
+        """Return the text of token ids, special tokens included."""
+
+
 class Seam(NamedTuple):
     """The end of a prompt after which the server's text cannot be used."""
 
@@ -83,8 +95,8 @@ class Seam(NamedTuple):
 class Detokeniser:
     """Decodes what one model generates."""
 
-    def __init__(self, engine: UpstreamClient, model: str) -> None:
-        self._engine = engine
+    def __init__(self, tokeniser: Tokeniser, model: str) -> None:
+        self._tokeniser = tokeniser
         self._model = model
 
     async def seam(self, prompt: Sequence[int], given: int, floor: int = 0) -> Seam | None:
@@ -99,7 +111,7 @@ class Detokeniser:
         start, inside, lowest = len(prompt), -1, floor
         while start > lowest:
             start -= 1
-            known = self._engine.token_endings.get(self._model, prompt[start])
+            known = self._tokeniser.token_endings.get(self._model, prompt[start])
             ending = (known or await self._look_up(prompt, start, lowest)).ending
             if ending is Ending.WHOLE:
                 break
@@ -162,7 +174,7 @@ class Detokeniser:
 
     async def _learn(self, token: int) -> TokenInfo:
         """Return what is known of an id, asking the upstream if that is nothing."""
-        endings = self._engine.token_endings
+        endings = self._tokeniser.token_endings
         if (known := endings.get(self._model, token)) is None:
             async with endings.turns:
                 if (known := endings.get(self._model, token)) is None:  # nor has anybody else learnt it meanwhile
@@ -182,11 +194,11 @@ class Detokeniser:
         if not text:
             return Ending.UNKNOWN
         copies = [text + follower for follower in (*_FOLLOWERS, text)]
-        ids = await self._engine.tokenise_plain(self._model, "".join(copies), is_observed=False)
+        ids = await self._tokeniser.tokenise_plain(self._model, "".join(copies), is_observed=False)
         return Ending.WHOLE if 0 < ids.count(token) < len(copies) + 1 else Ending.UNKNOWN
 
     async def _decode(self, ids: Sequence[int]) -> str:
-        return await self._engine.detokenise(self._model, ids, is_observed=False) if ids else ""
+        return await self._tokeniser.detokenise(self._model, ids, is_observed=False) if ids else ""
 
 
 class CallDecoder:

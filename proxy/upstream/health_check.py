@@ -13,14 +13,12 @@ from typing import Any, Final
 import aiohttp
 
 from proxy.errors import UpstreamProtocolError
-from proxy.upstream.response_body import parse_object, read_body
+from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 
 ANSWER_S: Final = 5.0
 """Seconds each request of a check may take."""
 ATTEMPTS: Final = 2
 """Times a check is made that the upstream is too slow for."""
-PAGE_BYTES: Final = 8 * 2**20
-"""Bytes of a page of metrics, or of a list of models, that are read."""
 COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 """Counters of vLLM's that grow while it works."""
 
@@ -72,7 +70,7 @@ class HealthCheck:
     async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
         asked = self._session.request(method, self._url + path, timeout=self._timeout, allow_redirects=False, **content)
         async with asked as response:
-            return response.status, await read_body(response, PAGE_BYTES)
+            return response.status, await read_body(response, MAX_PAGE_BYTES)
 
     async def _counted(self) -> float:
         """Return the tokens that the upstream has read and generated; 0 if it does not tell."""

@@ -1,4 +1,4 @@
-"""Read what an upstream sends within bounds of memory and time, whatever it sends."""
+"""Read upstream responses within bounds of memory and time, whatever the upstream sends."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ import aiohttp
 
 from proxy.errors import UpstreamProtocolError
 
-_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""A surrogate as JSON escapes it; text must have them in pairs."""
+MIN_BODY_BYTES: Final = 2**20
+"""Bytes of a response that are read whatever was requested."""
+MAX_PAGE_BYTES: Final = 8 * 2**20
+"""Bytes of a list of models, a page of metrics or an error that are read."""
+BYTES_PER_ID: Final = 16
+"""Bytes that a token id may take in JSON."""
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A surrogate as JSON escapes it. Text must have surrogates in pairs."""
 
 
 class BodyTooLong(UpstreamProtocolError):
-    """A body has more bytes than were allowed for."""
+    """A body has more bytes than are allowed."""
 
 
-async def read_body(response: aiohttp.ClientResponse, most: int, seconds: float | None = None) -> bytes:
-    """Return the body of `response`. Raises BodyTooLong for more than `most` bytes, TimeoutError, or ClientError.
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int, seconds: float | None = None) -> bytes:
+    """Return the body of `response`. Raises BodyTooLong, TimeoutError or ClientError.
 
-    What is too long is not read to its end.
+    A body of more than `max_bytes` is not read to its end.
     """
-    if (response.content_length or 0) > most:
-        raise BodyTooLong(f"the upstream announced {response.content_length} bytes where {most} are the most")
+    if (response.content_length or 0) > max_bytes:
+        raise BodyTooLong(f"the upstream announced {response.content_length} bytes; at most {max_bytes} are read")
     body = bytearray()
     async with asyncio.timeout(seconds):
         async for piece in response.content.iter_any():
             body += piece
-            if len(body) > most:
-                raise BodyTooLong(f"the upstream sent more than {most} bytes")
+            if len(body) > max_bytes:
+                raise BodyTooLong(f"the upstream sent more than {max_bytes} bytes")
     return bytes(body)
 
 
@@ -39,27 +46,27 @@ def parse_object(payload: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises UpstreamProtocolError, also for NaN and for a payload that is nested too deeply."""
     try:
         parsed = json.loads(payload.decode(), parse_constant=_refuse)
-        if _HALF.search(payload):  # pair the surrogates that form a character; U+FFFD stands for the others
+        if _SURROGATE.search(payload):  # join pairs of surrogates and replace single ones by U+FFFD
             text = json.dumps(parsed, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
             parsed = json.loads(text.decode("utf-16-le", "replace"))
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise UpstreamProtocolError(f"the upstream sent {len(payload)} bytes that are no JSON object")
+        raise UpstreamProtocolError(f"the upstream sent {len(payload)} bytes that are not a JSON object")
     return parsed
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 class LineSplitter:
-    """Splits a stream into lines of at most `most` bytes. Takes linear time, however small the pieces are."""
+    """Splits a stream into lines of at most `max_bytes`. Takes linear time, however small the pieces are."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._held = bytearray()
-        self._searched = 0  # bytes of `_held` that hold no line end
+        self._searched = 0  # bytes of `_held` that contain no line end
 
     def take(self, piece: bytes) -> list[bytes]:
         """Return the lines that `piece` completes, without line ends. Raises UpstreamProtocolError for a long line."""
@@ -71,26 +78,26 @@ class LineSplitter:
             begin = end + 1
         del self._held[:begin]
         self._searched = len(self._held)
-        if self._searched > self._most:
-            raise UpstreamProtocolError(f"the upstream sent a line of more than {self._most} bytes")
+        if self._searched > self._max_bytes:
+            raise UpstreamProtocolError(f"the upstream sent a line of more than {self._max_bytes} bytes")
         return lines
 
 
 class ByteAllowance:
-    """Bounds the bytes of a stream by what it brings: tokens, and the ends of completions."""
+    """Bounds the bytes of a stream by what it delivers: tokens and ends of completions."""
 
-    def __init__(self, least: int, per_token: int) -> None:
-        self._left = least
+    def __init__(self, min_bytes: int, per_token: int) -> None:
+        self._left = min_bytes
         self._per_token = per_token
-        self._brought = 0
+        self._delivered = 0
 
     def spend(self, received: int) -> None:
-        """Take in bytes that have come. Raises UpstreamProtocolError for too many."""
+        """Count received bytes. Raises UpstreamProtocolError for too many."""
         self._left -= received
         if self._left < 0:
-            raise UpstreamProtocolError(f"the upstream sent too many bytes for {self._brought} tokens")
+            raise UpstreamProtocolError(f"the upstream sent too many bytes for {self._delivered} tokens")
 
-    def earn(self, brought: int) -> None:
-        """Take in how many tokens and ends have come in all."""
-        self._left += (brought - self._brought) * self._per_token
-        self._brought = brought
+    def earn(self, delivered: int) -> None:
+        """Update the total of tokens and ends that have arrived."""
+        self._left += (delivered - self._delivered) * self._per_token
+        self._delivered = delivered

@@ -23,20 +23,19 @@ from proxy.errors import (
 from proxy.server import running
 from proxy.settings import load
 from proxy.types import Call
-from proxy.upstream import client as engines
-from proxy.upstream import health_check
+from proxy.upstream import health_check, retry, transport
 from proxy.upstream.circuit_breaker import (
     CHECK_PAUSE_S,
     FAILURES,
-    MOST_TIMES,
+    MAX_OPENINGS,
     OPEN_S,
     Breaker,
     BreakerState,
-    RetryBudget,
 )
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.embedded import free_port
 from proxy.upstream.health_check import HealthCheck
+from proxy.upstream.retry import RetryBudget
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend, proxy
 
@@ -60,7 +59,7 @@ def clock() -> Clock:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(retry, "RETRY_PAUSES_S", (0, 0))
 
 
 def open_by_connections(breaker: Breaker) -> None:
@@ -133,15 +132,15 @@ def test_a_health_check_decides_when_the_time_is_over(clock: Clock) -> None:
 def test_openings_grow_to_a_bound_and_are_forgotten(clock: Clock) -> None:
     breaker = Breaker(clock)
     open_by_connections(breaker)
-    for _ in range(3 * MOST_TIMES):
+    for _ in range(3 * MAX_OPENINGS):
         clock.now += breaker.wait_s
         breaker.begin_check()
         breaker.end_check(is_up=False)
-    assert breaker.wait_s == MOST_TIMES * OPEN_S
+    assert breaker.wait_s == MAX_OPENINGS * OPEN_S
     clock.now += breaker.wait_s
     breaker.begin_check()
     breaker.end_check(is_up=True)
-    clock.now += MOST_TIMES * OPEN_S + 1
+    clock.now += MAX_OPENINGS * OPEN_S + 1
     open_by_connections(breaker)
     assert breaker.wait_s == OPEN_S
 
@@ -304,10 +303,14 @@ async def test_an_upstream_that_is_not_well_fails_the_health_check(upstream: Ups
 async def test_this_machines_lack_of_descriptors_is_not_the_upstreams_fault(upstream: Upstream) -> None:
     key: Any = ConnectionKey("h", 80, False, True, None, None, None)
     for _ in range(2 * FAILURES):
-        upstream.engine.fail(aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "too many open files")))
+        upstream.engine._transport.record_failure(
+            aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "too many open files"))
+        )
     assert upstream.engine.breaker.is_closed
     for _ in range(FAILURES):
-        upstream.engine.fail(aiohttp.ClientConnectorError(key, OSError(errno.ECONNREFUSED, "refused")))
+        upstream.engine._transport.record_failure(
+            aiohttp.ClientConnectorError(key, OSError(errno.ECONNREFUSED, "refused"))
+        )
     assert not upstream.engine.breaker.is_closed
 
 
@@ -328,7 +331,7 @@ async def test_nobody_waits_for_a_health_check_without_an_end(
     await upstream.fail()
     clock.now += OPEN_S
     upstream.fake.gate.clear()
-    monkeypatch.setattr(engines, "CHECK_S", 0.05)
+    monkeypatch.setattr(transport, "CHECK_S", 0.05)
     for _ in range(2):
         with pytest.raises(UpstreamCircuitOpen) as caught:
             await upstream.generate()
@@ -502,7 +505,7 @@ async def test_a_cap_holds_and_all_that_came_is_billed(proxy: Proxy) -> None:
 async def test_a_list_of_models_that_does_not_come_keeps_nobody_waiting(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "CHECK_S", 0.2)
+    monkeypatch.setattr(transport, "CHECK_S", 0.2)
     async with running(load(upstream=proxy.backend.url, **{**SMALL, "read_timeout_s": 600})) as url:
         proxy.backend.fault = "models_hang"
         async with asyncio.timeout(5), proxy.http.get(f"{url}/ready") as response:

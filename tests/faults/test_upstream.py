@@ -17,10 +17,10 @@ __all__ = ["backend", "proxy"]  # fixtures
 
 FAULTS = {
     "refuse": (400, "no such thing", "invalid_request_error"),
-    "garbage": (502, "no JSON", "upstream_error"),
-    "cut": (502, "cut a stream", "upstream_error"),
-    "lie": (502, "bills", "upstream_error"),
-    "foreign": (502, "none of vLLM's", "upstream_error"),
+    "garbage": (502, "not a JSON object", "upstream_error"),
+    "cut": (502, "ended a stream before", "upstream_error"),
+    "lie": (502, "reported completion_tokens", "upstream_error"),
+    "foreign": (502, "not in vLLM's format", "upstream_error"),
     "error_event": (502, "engine died", "upstream_error"),
 }
 
@@ -77,7 +77,7 @@ async def test_nobody_listens() -> None:
         for path, body in (chat, ("/tokenize", {})):
             async with http.post(url + path, json=body, headers={"x-tts-beta": "1"}) as response:
                 assert response.status == 502
-                assert "cannot be reached" in (await response.json())["error"]["message"]
+                assert "cannot connect to upstream" in (await response.json())["error"]["message"]
         async with http.get(f"{url}/ready") as response:
             assert response.status == 503
 
@@ -89,7 +89,7 @@ async def test_a_backend_that_accepts_and_says_nothing() -> None:
             body = {"messages": [{"role": "user", "content": "hi"}]}
             async with http.post(f"{url}/v1/chat/completions", json=body, headers={"x-tts-beta": "1"}) as response:
                 assert response.status == 504
-                assert "silent" in (await response.json())["error"]["message"]
+                assert "sent no data in time" in (await response.json())["error"]["message"]
 
 
 async def test_a_pass_through_that_breaks_off_does_not_end_well(proxy: Proxy) -> None:

@@ -104,7 +104,7 @@ async def test_flags_of_an_embedded_model_that_is_not_started_are_told_of() -> N
 async def test_an_upstream_that_is_down_is_told_of_at_start() -> None:
     password = "hidden"
     written = await started("--upstream", f"http://me:{password}@127.0.0.1:9", "--model", "odd \"name's")
-    assert "WARNING proxy: upstream http://127.0.0.1:9 cannot be reached: " in written
+    assert "WARNING proxy: cannot connect to upstream http://127.0.0.1:9: " in written
     assert password not in written
     command = next(line for line in written.splitlines() if line.startswith("curl "))
     body = json.loads(shlex.split(command)[-1])

@@ -100,5 +100,5 @@ async def test_it_is_off_unless_marks_are_set_and_nobody_looks(backend: FakeVLLM
 
 async def test_an_upstream_that_does_not_say_leaves_beta_alone(backend: FakeVLLM, monkeypatch: Any) -> None:
     backend.queued = 99
-    monkeypatch.setattr("proxy.upstream.client.WAITING", ("vllm:something_else{",))
+    monkeypatch.setattr("proxy.upstream.load_metrics.WAITING_GAUGE", ("vllm:something_else{",))
     assert (await asked(backend, {"load_waiting": "4:32"}))[:4] == ("0.8", "header", None, 1.0)

@@ -82,9 +82,9 @@ async def test_other_errors_come_back_as_they_are(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("status", "told", "answered", "words"),
     [
-        (404, {"detail": "Not Found"}, 502, "answered 404 to a path that vLLM has; is it vLLM?"),
+        (404, {"detail": "Not Found"}, 502, "returned 404 for a path that vLLM serves; check that it is vLLM"),
         (422, {"detail": FIELDS}, 422, "body.prompt: Field required; body.messages: Field required"),
-        (400, {"detail": "no", "error": "x"}, 502, "answered 400 without a message"),
+        (400, {"detail": "no", "error": "x"}, 502, "returned status 400 without an error message"),
     ],
 )
 async def test_they_are_read_where_a_controller_serves_too(status: int, told: Any, answered: int, words: str) -> None:

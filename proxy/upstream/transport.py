@@ -1,0 +1,341 @@
+"""Sends requests to one upstream: timeouts, retries, the circuit breaker, health checks and error mapping.
+
+Foreign errors end here: callers see kinds of UpstreamError only. `retry.py` holds the retry policy, and
+`circuit_breaker.py` decides when no request goes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from copy import copy
+from functools import partial
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from proxy.errors import (
+    UpstreamCircuitOpen,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    detail,
+)
+from proxy.types import ObservedRequest, UpstreamObserver
+from proxy.upstream import retry
+from proxy.upstream.circuit_breaker import BackgroundBreaker, Breaker
+from proxy.upstream.health_check import HealthCheck, is_failure
+from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
+
+logger = logging.getLogger(__name__)
+
+CHECK_S: Final = 5.0
+"""Seconds that a check may take, and that a request waits for a health check that is under way."""
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Errors of a connection that are this machine's fault: it has no room for another one."""
+
+_Send = Callable[[], Awaitable[aiohttp.ClientResponse]]
+
+
+class UpstreamTransport:
+    """HTTP transport to one upstream. Every method raises a kind of UpstreamError and nothing else."""
+
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        *,
+        read_timeout_s: float,
+        breaker: Breaker,
+        observer: UpstreamObserver,
+        on_event: Callable[[str], object],
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
+        self.display_url = _without_user(self._url)  # safe for logs and clients
+        self._session = session
+        self.read_timeout_s = read_timeout_s  # seconds without a byte after which a response is given up
+        connect = session.timeout.sock_connect
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
+        self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
+        self.breaker = breaker
+        self.observer = observer
+        self._on_event = on_event  # called with "retried" and "ejected"
+        self._retry_budget = retry.RetryBudget()
+        self._health_check = HealthCheck(self._url, session)
+        self._checking: asyncio.Task[None] | None = None
+
+    def for_background(self) -> UpstreamTransport:
+        """Return a transport to the same upstream whose failures and retries do not affect other requests."""
+        other = copy(self)
+        other.breaker, other._retry_budget = BackgroundBreaker(), retry.RetryBudget()
+        return other
+
+    async def close(self) -> None:
+        """Cancel a health check that is under way."""
+        if self._checking is not None:
+            self._checking.cancel()
+            await asyncio.gather(self._checking, return_exceptions=True)
+
+    def reset(self) -> None:
+        """Forget all failures: the upstream has been restarted."""
+        if self._checking is not None:
+            self._checking.cancel()
+        self.breaker.reset()
+
+    # Health checks
+
+    async def check(self, seconds: float | None = None) -> None:
+        """Run a health check, or join the one under way. Returns after `seconds` at the latest."""
+        await asyncio.wait([self._begin_check()], timeout=seconds)
+
+    def _begin_check(self) -> asyncio.Task[None]:
+        if self._checking is None or self._checking.done():
+            self.breaker.begin_check()
+            self._checking = asyncio.create_task(self._check())
+        return self._checking
+
+    async def _check(self) -> None:
+        is_up = await self._health_check.is_up()
+        was_closed = self.breaker.is_closed
+        if self.breaker.end_check(is_up=is_up):
+            self._report_open()
+        elif is_up and was_closed:
+            logger.warning("upstream %s failed several requests in a row but passes the health check", self.display_url)
+
+    def _report_open(self) -> None:
+        self._on_event("ejected")
+        logger.error(
+            "upstream %s is down; the circuit breaker stays open for %.0f s", self.display_url, self.breaker.wait_s
+        )
+
+    # Requests
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        is_check: bool = False,
+        counts_success: bool = True,
+        is_observed: bool = True,
+        **content: Any,
+    ) -> _Exchange:
+        """Return a context manager around the upstream's response; leaving it closes what has not been read.
+
+        A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success` False
+        a success does not close the breaker's count of failures: it does not prove that generation works.
+        """
+        timeout = self._check_timeout if is_check else self._timeout
+        url = self._url + path
+        send = partial(self._session.request, method, url, timeout=timeout, allow_redirects=False, **content)
+        observed_path = path if is_observed and not is_check else ""
+        return _Exchange(self, send, is_check, counts_success and not is_check, method, observed_path)
+
+    async def request_json(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        is_check: bool = False,
+        is_observed: bool = True,
+        max_bytes: int,
+    ) -> dict[str, Any]:
+        """Send the JSON `body` and return the JSON object of the response, which may have `max_bytes`."""
+        flags = {"is_check": is_check, "counts_success": False, "is_observed": is_observed}
+        content: dict[str, Any] = {}
+        if body is not None:
+            content = {"data": body, "headers": {"content-type": "application/json"}}
+        async with self.request(method, path, **flags, **content) as response:
+            await self.raise_for_status(response)
+            reply = self.parse(await read_body(response, max_bytes, self.read_timeout_s))
+            if reply.get("error"):
+                raise self.refusal(response.status, reply)
+        return reply
+
+    async def send(self, send: _Send, *, is_check: bool) -> aiohttp.ClientResponse:
+        """Send a request and return the response, with its body unread. Retries as `retry.py` says.
+
+        Raises UpstreamCircuitOpen, or what aiohttp raises.
+        """
+        await self._wait_for_breaker()
+        self._retry_budget.earn()
+        for pause in (*(() if is_check else retry.RETRY_PAUSES_S), None):
+            failure: Exception | None = None
+            try:
+                async with asyncio.timeout(self.read_timeout_s + CHECK_S):  # bounds a head that comes slowly
+                    response = await send()
+            except retry.NO_RESPONSE_ERRORS as error:
+                failure = error
+            if failure is None and not is_failure(response.status):
+                break
+            if not is_check:
+                self.record_failure(failure)
+            if failure is None and response.status not in retry.UNPROCESSED_STATUSES:
+                break
+            if pause is None or not self.breaker.is_closed or not self._retry_budget.spend():
+                break
+            if failure is None:
+                response.release()
+            self._on_event("retried")
+            await asyncio.sleep(pause)
+            await self._wait_for_breaker()
+        if failure is not None:
+            raise failure
+        return response
+
+    async def _wait_for_breaker(self) -> None:
+        """Return if requests may go out now, after a health check if one is due. Raises UpstreamCircuitOpen."""
+        if self.breaker.is_due:
+            await self.check(CHECK_S)
+        if not self.breaker.is_closed:
+            message = f"upstream {self.display_url} failed repeatedly and its circuit breaker is open; retry later"
+            raise UpstreamCircuitOpen(message, after=self.breaker.wait_s)
+
+    def record_failure(self, error: BaseException | None = None) -> None:
+        """Count a request that failed by `error`, or by the upstream's answer. This may start a health check."""
+        if isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUT_OF_RESOURCES:
+            return
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            if self.breaker.fail_to_connect():
+                self._report_open()
+        elif self.breaker.suspect():
+            self._begin_check()
+
+    # Errors
+
+    def check_head(self, response: aiohttp.ClientResponse) -> None:
+        """Raise UpstreamProtocolError for a response that can neither be read nor forwarded."""
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if encoding != "identity":
+            raise self.protocol_error(f"sent content-encoding {encoding[:40]!r}, which was not requested")
+        if not 200 <= response.status < 600:
+            raise self.protocol_error(f"returned the invalid status {response.status}")
+
+    def protocol_error(self, problem: str) -> UpstreamProtocolError:
+        """Return the error "upstream URL `problem`"."""
+        return UpstreamProtocolError(f"upstream {self.display_url} {problem}")
+
+    def map_error(self, error: Exception) -> UpstreamError:
+        """Return the UpstreamError for a foreign error."""
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return UpstreamUnreachable(f"upstream {self.display_url} did not accept the connection in time")
+        if isinstance(error, TimeoutError):
+            return UpstreamTimeout(f"upstream {self.display_url} sent no data in time")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return UpstreamUnreachable(f"cannot connect to upstream {self.display_url}: {error.strerror}")
+        return self.protocol_error(f"broke the connection: {type(error).__name__}")
+
+    async def raise_for_status(self, response: aiohttp.ClientResponse) -> None:
+        """Raise UpstreamRefused or UpstreamProtocolError for a response with an error's status."""
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            body = await read_body(response, MAX_PAGE_BYTES, self.read_timeout_s)
+            raise self.refusal(response.status, self.parse(body))
+
+    def parse(self, payload: bytes) -> dict[str, Any]:
+        """Parse a JSON object. Raises UpstreamProtocolError that names the upstream."""
+        try:
+            return parse_object(payload)
+        except UpstreamProtocolError as error:
+            raise UpstreamProtocolError(f"{self.display_url}: {error}") from None
+
+    def refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
+        """Return the error that the upstream's JSON `reply` reports."""
+        if "detail" in reply and "error" not in reply:  # FastAPI's own form
+            if status == HTTPStatus.NOT_FOUND:
+                return self.protocol_error("returned 404 for a path that vLLM serves; check that it is vLLM")
+            return UpstreamRefused(status, detail(reply["detail"]))
+        error = reply.get("error", reply)
+        message = error.get("message") if isinstance(error, Mapping) else None
+        if not isinstance(message, str):
+            return self.protocol_error(f"returned status {status} without an error message")
+        if status < HTTPStatus.BAD_REQUEST and isinstance(error.get("code"), int):
+            status = error["code"]
+        param = error.get("param")
+        return UpstreamRefused(status, message, param=param if isinstance(param, str) else None)
+
+
+class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
+    """One request and its response. How it ends is reported to the circuit breaker and the observer."""
+
+    def __init__(
+        self,
+        transport: UpstreamTransport,
+        send: partial[Any],
+        is_check: bool,
+        counts_success: bool,
+        method: str,
+        observed_path: str,
+    ) -> None:
+        self._transport = transport
+        self._send = send
+        self._is_check = is_check
+        self._counts_success = counts_success
+        self._method = method
+        self._observed_path = observed_path  # empty if the request is not observed
+        self._observed: ObservedRequest | None = None
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        if self._observed_path:
+            observed = self._transport.observer.request(self._method, self._observed_path)
+            if observed is not None:
+                self._observed = observed
+                self._send = partial(self._send, headers={**self._send.keywords.get("headers", {}), **observed.headers})
+        try:
+            self._response = await self._transport.send(self._send, is_check=self._is_check)
+        except BaseException as error:
+            self._fail(error, is_counted=isinstance(error, retry.NO_RESPONSE_ERRORS))
+            raise
+        try:
+            self._transport.check_head(self._response)
+        except UpstreamProtocolError as error:
+            await self.__aexit__(None, error, None)
+            raise
+        return self._response
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        response = self._response
+        if response is None:
+            return
+        response.release()  # closes the connection if the body has not been read to its end
+        if error is not None:
+            self._fail(error, is_counted=is_failure(response.status))
+            return
+        if self._counts_success and not is_failure(response.status):
+            self._transport.breaker.succeed()
+        if self._observed is not None:
+            self._observed.on_end(response.status, None)
+
+    def _fail(self, error: BaseException, *, is_counted: bool) -> None:
+        """Report a failure, which may be counted already. Raises a foreign error as a kind of UpstreamError."""
+        transport, response = self._transport, self._response
+        is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
+        is_mappable = is_foreign or isinstance(error, ValueError)
+        mapped = transport.map_error(error) if is_mappable and isinstance(error, Exception) else error
+        if self._observed is not None:
+            self._observed.on_end(None if response is None else response.status, mapped)
+        is_failed = is_foreign or (response is not None and response.ok and _is_upstream_fault(error))
+        if is_failed and not is_counted and not self._is_check:
+            transport.record_failure(error)
+        if mapped is not error:
+            raise mapped from None
+
+
+def _is_upstream_fault(error: BaseException) -> bool:
+    """Return whether an error in a response that began well says that the upstream failed."""
+    if isinstance(error, UpstreamRefused):
+        return is_failure(error.upstream_status)
+    return isinstance(error, UpstreamProtocolError)
+
+
+def _without_user(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
