@@ -61,7 +61,7 @@ class Round(NamedTuple):
 
 
 class Branch:
-    """What is known of one branch."""
+    """The known facts of one branch."""
 
     __slots__ = ("finished", "intervals", "label", "probe_tokens", "probed", "pruned", "tokens")
 

@@ -1,4 +1,4 @@
-"""Published policies, one a file, each with a β map of ours so that any can serve."""
+"""Published policies, one per file. Each gets a mapping of β to its parameters, so that any can serve."""
 
 from controllers.baselines.adaptive_consistency import AdaptiveWaves
 from controllers.baselines.answer_consistency import AnswerConsistency

@@ -1,9 +1,9 @@
-"""Adaptive consistency in waves: sample until more chains are not worth their tokens, whatever their length.
+"""Adaptive consistency in waves: sample until more chains are not worth their tokens.
 
-A version of Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860) that is fast as well as frugal. Chains run in
-waves, each as large as all before it together, instead of one after the other. It stops by the value of information
+A version of Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860) with low latency. Chains run in waves instead of
+one after the other; each wave is as large as all earlier ones together. It stops by the value of information
 (Raiffa and Schlaifer, Applied Statistical Decision Theory, 1961) instead of a confidence: votes that are scattered over
-many answers are not worth more chains, though nothing is certain.
+many answers are not worth more chains, even if nothing is certain.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from controllers.dial import MOST_CHAINS, check_beta, doubling
 from controllers.state import State
 from controllers.voting import top_two
 
-FIRST_WAVE = 3  # the first wave has 2 to the power of up to this at β = 1: powers of two, so that waves end alike
-WORTH = (0.05, 0.014)  # gain in the winner's share of votes for which the chains left are still sampled, at β = 0 and 1
-LEAST = 2  # chains that must agree before anything stops early
+FIRST_WAVE = 3  # log2 of the first wave at β = 1: with powers of two, waves of all β end at the same sizes
+WORTH = (0.05, 0.014)  # least gain in the winner's vote share that is worth the remaining chains, at β = 0 and 1
+LEAST = 2  # chains that must agree before it stops early
 
 
 class AdaptiveWaves:
     """At most N chains, N from 1 at β = 0 to 64 from β = 0.5 on; a first wave of 1, 2, 4 or 8, then doubling.
 
-    No chain counts for more because it is short: a wave runs to its end unless the answer and the decision to stop are
-    the same whatever its unfinished chains will say. Probes are not needed. Takes over from any state.
+    Short chains do not count more: a wave runs to its end, unless the answer and the decision to stop are the same
+    whatever its unfinished chains will answer. It uses no probes, and can continue from any state.
     """
 
     def __init__(self, beta: float) -> None:
@@ -45,9 +45,9 @@ class AdaptiveWaves:
         return [branch()] * wave if wave > 0 else [answer(state.leader())]
 
     def _settled(self, state: State, unfinished: int, sampled: int, most: int) -> bool:
-        """Return whether to stop now, however the `unfinished` chains of the wave vote."""
+        """Whether to stop now, however the `unfinished` chains of the wave vote."""
         first, second = top_two(state.votes)
-        second += unfinished  # the worst that can happen: all of them vote for the runner-up
+        second += unfinished  # worst case: all of them vote for the runner-up
         if unfinished and first <= second:
             return False
         if sampled >= most:

@@ -1,4 +1,4 @@
-"""Answer consistency: one chain, stopped when what it would answer has settled (cf. Liu and Wang, arXiv 2506.02536)."""
+"""Answer consistency: one chain, stopped when its probe answers have settled (cf. Liu and Wang, arXiv 2506.02536)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_PROBES = 10
 
 
 class AnswerConsistency:
-    """Stops when k probes in a row say the same, k from 2 at β = 0 to 10 at β = 1."""
+    """Stops when k consecutive probes give the same answer, k from 2 at β = 0 to 10 at β = 1."""
 
     def __init__(self, beta: float) -> None:
         self.settled = round(linear(2, MOST_PROBES, check_beta(beta)))

@@ -11,14 +11,14 @@ THRESHOLD = 0.95  # the published setting
 
 
 class AdaptiveConsistency:
-    """At most N chains, N from 1 at β = 0 to 64 at β = 1, one after the other: frugal with tokens, not with time."""
+    """At most N chains, N from 1 at β = 0 to 64 at β = 1, one after the other. It saves tokens, not time."""
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         self.samples = chains(beta, samples)
 
     def decide(self, state: State) -> list[Action]:
         active = state.active
-        if active:  # the cap cut it short
+        if active:  # the cap had shortened it
             return [advance(i, TO_END) for i in active]
         sure = confidence(*top_two(state.votes)) >= THRESHOLD
         if sure or state.width >= self.samples or not state.room:

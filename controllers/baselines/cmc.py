@@ -1,10 +1,11 @@
 """CMC, the controller the AutoTTS paper's explorer discovered (arXiv 2605.08083), re-implemented from its description.
 
-It votes among finished chains only, smooths the vote's confidence, runs chains that agree with the winner faster,
-abandons persistent deviants, widens while confidence stalls, and stops when it is high and not falling.
+It votes among finished chains only and smooths the confidence of the vote. It runs chains that agree with the winner
+faster and prunes persistent deviants. It opens more chains while confidence stalls, and stops when it is high and not
+falling.
 
-What a running chain would answer matters only from the warm-up on and once there is a winner to agree with: until
-then nothing is probed, which saves most probes and changes no decision.
+Answers of running chains matter only after the warm-up and once there is a winner. Until then nothing is probed, which
+saves most probes and changes no decision.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ MOST_BRANCHES = 64
 
 
 class CMC:
-    """Every number follows β, as published."""
+    """All parameters follow β, as published."""
 
     def __init__(self, beta: float) -> None:
         b = check_beta(beta)
         self.first_branches = max(2, round(2 + 6 * b))
         self.most_branches = min(MOST_BRANCHES, round(4 + 60 * b))
         self.warm_up = max(2, round(2 + 8 * b))  # rounds before pruning, bursts and stopping
-        self.patience = max(3, round(3 + 9 * b))  # consecutive disagreements before a chain is abandoned
+        self.patience = max(3, round(3 + 9 * b))  # consecutive disagreements before a chain is pruned
         self.alpha = 0.70 - 0.40 * b  # weight of the newest confidence in its moving average
-        self.threshold = 0.85 + 0.12 * b  # average confidence to stop at
-        self.slack = 0.04 - 0.03 * b  # fall of the average over the window that still lets it stop
-        self.burst = max(1, round(1 + 2 * b))  # intervals for a chain that agrees with the winner
+        self.threshold = 0.85 + 0.12 * b  # average confidence at which it may stop
+        self.slack = 0.04 - 0.03 * b  # largest fall of the average over the window at which it may stop
+        self.burst = max(1, round(1 + 2 * b))  # intervals per round for a chain that agrees with the winner
         self.widen = max(1, round(1 + 3 * b))  # chains opened at a time
-        self.trend = 0.04 - 0.03 * b  # rise of the average over the window that forbids widening
+        self.trend = 0.04 - 0.03 * b  # rise of the average over the window above which no chains are opened
         self.min_finished = max(2, round(2 + 3 * b))
         self.round = 0
-        self.stepped = False  # this round's step is out and its outcome not yet weighed
-        self.blind = False  # running chains may have moved on from their last probe
+        self.stepped = False  # this round's step is done and not yet evaluated
+        self.blind = False  # running chains may have advanced since their latest probe
         self.average = 0.0
         self.window: deque[float] = deque(maxlen=max(2, round(2 + 6 * b)))
         self.disagreements = [0] * self.most_branches
-        self.counted = 0  # finished chains the next two are of
+        self.counted = 0  # finished chains behind `winner` and `confidence`
         self.winner: int | None = None
         self.confidence = 0.0
 
@@ -75,7 +76,7 @@ class CMC:
                 return actions
 
     def _count(self, state: State) -> None:
-        """Count the votes of the finished anew, if there are more of them."""
+        """Recount the votes if more chains have finished."""
         if len(state.finished) > self.counted:
             self.counted = len(state.finished)
             self.winner = plurality(state.votes)
@@ -92,7 +93,7 @@ class CMC:
         return self.round >= self.warm_up and len(state.finished) >= self.min_finished and settled
 
     def _fall_back(self, state: State) -> Sequence[Action]:
-        """No finished chain has an answer: the plurality of what running ones would say, asked first."""
+        """No finished chain has an answer: probe the running ones, then answer with their plurality."""
         return _unprobed(state) or [answer(state.leader())]
 
     def _stalled(self, state: State) -> bool:
@@ -108,15 +109,15 @@ class CMC:
         return [branch()] * min(count, self.most_branches - state.width, state.room)
 
     def _step(self, state: State) -> Sequence[Action]:
-        """Every running chain goes on."""
+        """Advance every running chain."""
         steps = _steps(1)
-        if self.winner is not None and self.round + 1 >= self.warm_up:  # the next round will look
+        if self.winner is not None and self.round + 1 >= self.warm_up:  # the next round needs probes
             return [action for i in state.active for action in steps[i]]
         self.blind = True
         return [steps[i][0] for i in state.active]
 
     def _look_and_step(self, state: State) -> Sequence[Action]:
-        """Every running chain goes on, those that agree with the winner faster, and those that strayed for long go."""
+        """Advance every running chain, agreeing ones faster, and prune persistent deviants."""
         branches, winner, disagreements = state.branches, self.winner, self.disagreements
         alone, agreeing = _steps(1), _steps(self.burst)
         strays: list[int] = []
@@ -133,7 +134,7 @@ class CMC:
         if not strays:
             return actions
         strays.sort(key=lambda i: -disagreements[i])
-        abandoned = strays[: max(0, len(state.active) - 2)]  # the worst first, as long as two stay
+        abandoned = strays[: max(0, len(state.active) - 2)]  # the worst first; two chains always stay
         return [prune(i) for i in abandoned] + [action for action in actions if action.branch not in abandoned]
 
 
@@ -143,5 +144,5 @@ def _unprobed(state: State) -> list[Action]:
 
 @cache
 def _steps(intervals: int) -> list[tuple[Action, Action]]:
-    """For every branch, the actions that run it on and ask it."""
+    """Return the actions that advance and probe each branch."""
     return [(advance(i, intervals), probe(i)) for i in range(MOST_BRANCHES)]

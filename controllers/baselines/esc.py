@@ -12,19 +12,19 @@ WINDOW = 8  # the published setting
 class EarlyStopping:
     """At most N chains, N from 1 at β = 0 to 64 at β = 1, a window of them at a time; the majority of all answers.
 
-    A window that says nothing readable agrees on nothing.
+    A window without readable answers does not agree.
     """
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         self.samples = chains(beta, samples)
-        self.window = 0  # where the present one begins
+        self.window = 0  # first chain of the present window
 
     def decide(self, state: State) -> list[Action]:
-        if state.active:  # the cap cut it short
+        if state.active:  # the cap had shortened them
             return [advance(i, TO_END) for i in state.active]
-        said = {chain.label for chain in state.branches[self.window :]}
+        labels = {chain.label for chain in state.branches[self.window :]}
         more = min(WINDOW, self.samples - state.width, state.room)
-        if more <= 0 or (len(said) == 1 and None not in said and state.width - self.window == WINDOW):
+        if more <= 0 or (len(labels) == 1 and None not in labels and state.width - self.window == WINDOW):
             return [answer(state.leader())]
         self.window = state.width
         return [branch(TO_END)] * more

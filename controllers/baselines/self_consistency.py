@@ -8,7 +8,7 @@ from controllers.state import State
 
 
 class SelfConsistency:
-    """N doubles six times from 1 at β = 0 to 64 at β = 1. All chains run at once."""
+    """N chains, from 1 at β = 0 to 64 at β = 1, exponentially. All run at once."""
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         self.samples = chains(beta, samples)

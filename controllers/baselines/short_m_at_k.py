@@ -1,4 +1,4 @@
-"""short-m@k (Hassid et al., arXiv 2505.17813): open k chains, stop when m have finished, for short ones are better."""
+"""short-m@k (Hassid et al., arXiv 2505.17813): open k chains, stop when m have finished and trust short ones more."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from controllers.state import State
 class ShortestFirst:
     """k from 1 at β = 0 to 64 at β = 1, m = k^(2/3): 4 of 8, 8 of 24, 16 of 64.
 
-    Chains run in lockstep, interval by interval, so those that finish in one round count as equally short: all of them
-    vote. Ties go to the answer seen first, which is the one of the shorter chain but for chains of one round.
+    Chains run in lockstep, interval by interval. Those that finish in the same round count as equally short, and all of
+    them vote. Ties go to the answer seen first: that of the shorter chain, unless both finished in one round.
     """
 
     def __init__(self, beta: float, samples: int | None = None) -> None:

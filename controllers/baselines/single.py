@@ -1,4 +1,4 @@
-"""One chain, read to its end: what a model does by itself."""
+"""One chain, run to its end, as a model replies by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from controllers.state import State
 
 
 class Single:
-    """β changes nothing: there is nothing to scale."""
+    """One chain for every β."""
 
     def __init__(self, beta: float) -> None:
         check_beta(beta)
@@ -16,6 +16,6 @@ class Single:
     def decide(self, state: State) -> list[Action]:
         if not state.width:
             return [branch(TO_END)]
-        if state.branches[0].active:  # the cap cut it short
+        if state.branches[0].active:  # the cap had shortened it
             return [advance(0, TO_END)]
         return [answer(state.leader())]

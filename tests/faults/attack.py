@@ -94,7 +94,7 @@ async def _make(spawner: SandboxSpawner, name: str, source: str, clock: Clock) -
     began = time.monotonic()
     allowed = HARD_S
 
-    class ObservedRequest:
+    class TimedController:
         def __init__(self, controller: Controller) -> None:
             self.controller = controller
 
@@ -108,7 +108,7 @@ async def _make(spawner: SandboxSpawner, name: str, source: str, clock: Clock) -
         worker.load(Spec(name, source))
         allowed = HARD_S
         chains = [chain("7", 60, ["7"]), chain("8", 90, ["8"], mark="b")]
-        controller = ObservedRequest(SandboxedController(worker, 0.5))
+        controller = TimedController(SandboxedController(worker, 0.5))
         await run_episode(controller, ScriptedEnvironment(chains, 10), State(Limits(10)))
         how, words = "harmless", ""
     except BoundaryViolation as error:
@@ -116,6 +116,8 @@ async def _make(spawner: SandboxSpawner, name: str, source: str, clock: Clock) -
     except IllegalAction as error:
         how, words = "illegal", str(error)
     except ControllerError as error:
+        if isinstance(error.__cause__, MachineDisturbed):  # the runner wraps what the timed controller raises
+            raise error.__cause__ from None
         how, words = "escaped" if "ESCAPED" in str(error) else "raised", str(error)
     finally:
         took = time.monotonic() - began
