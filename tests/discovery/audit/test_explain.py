@@ -47,7 +47,7 @@ GIVEN_UP = scripted(
 )
 
 
-def test_every_round_is_told_as_it_was() -> None:
+def test_every_round_is_summarised() -> None:
     told = explain(GIVEN_UP)
     assert [one["tokens"] for one in told["rounds"]] == [480, 489, 589, 699, 699]
     first, second, third, _, last = told["rounds"]
@@ -64,7 +64,7 @@ def test_every_round_is_told_as_it_was() -> None:
     assert told["tokens"] == sum(told["ledger"].values()) == 699 + 7
 
 
-def test_what_was_given_up_is_told_by_what_was_known_then() -> None:
+def test_a_pruned_branch_is_described_by_its_standing_then() -> None:
     told = explain(GIVEN_UP)["pruned"]
     assert [(one["branch"], one["round"], one["tokens"]) for one in told] == [(4, 2, 100), (1, 3, 100), (3, 3, 100)]
     assert [one["why"] for one in told] == [
@@ -125,7 +125,7 @@ def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() ->
         ("deadline", "late", "; the baseline, short_m_at_k, had decided from round 2 on (late)."),
     ],
 )
-def test_why_it_stopped_is_one_sentence(stop: str, fallback: str | None, words: str) -> None:
+def test_the_reason_of_a_stop_is_one_sentence(stop: str, fallback: str | None, words: str) -> None:
     rounds = unpack_rounds(GIVEN_UP.trace)[:3]
     about = GIVEN_UP.about | {
         "fallback": fallback,
@@ -165,7 +165,7 @@ def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
     assert "veiled" not in json.dumps(told)
 
 
-def test_rounds_that_cannot_have_been_are_an_error() -> None:
+def test_impossible_rounds_are_an_error() -> None:
     rounds = unpack_rounds(GIVEN_UP.trace)
     with pytest.raises(TraceError, match="r: round 0 is impossible"):
         explain(replace(GIVEN_UP, trace=pack_rounds(rounds[1:])))
@@ -308,7 +308,7 @@ def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_request_nobody_knows_is_told_in_a_line(tmp_path: Path) -> None:
+def test_an_unknown_request_is_reported_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [GIVEN_UP])
     for arguments, words in (
         (["x", "--store", "s.db"], "no request the store s.db knows; a response's x-request-id is its id"),

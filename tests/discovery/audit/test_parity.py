@@ -136,7 +136,7 @@ def test_a_recording_of_other_branches_is_found() -> None:
     assert [one.request for one in told.differing] == ["r5"]
 
 
-def test_a_live_mean_that_is_another_is_found() -> None:
+def test_a_different_live_mean_is_found() -> None:
     found = consistent()
     for at, one in enumerate(found.episodes):
         found = changed(found, at, about={"spent": one.about["spent"] * 2})
@@ -203,7 +203,7 @@ STILL = MeanInterval(0, -1, 1, 10)
         ({"paired": MeanInterval(0, -1, 1, 9)}, ParityVerdict.TOO_LITTLE),
     ],
 )
-def test_either_half_of_a_verdict_counts(changes: dict[str, MeanInterval], verdict: ParityVerdict) -> None:
+def test_the_worse_of_two_verdicts_counts(changes: dict[str, MeanInterval], verdict: ParityVerdict) -> None:
     figure = LiveReplayComparison(MeanInterval(10, 8, 12, 10), MeanInterval(10, 8, 12, 10), STILL)
     assert replace(figure, **changes).verdict is verdict
 
@@ -344,7 +344,7 @@ def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
     assert [(one.round, "AttributeError" in one.asked) for one in told.disagreements] == [(1, True)]
 
 
-def test_episodes_of_which_too_little_is_known_are_named() -> None:
+def test_episodes_with_missing_data_are_listed_as_unchecked() -> None:
     episode = consistent().episodes[0]
     about: Any = {key: value for key, value in episode.about.items() if key != "limits"}
     told = check_parity(ServedRecords([replace(episode, about=about), replace(episode, trace="")], {}, {})).decisions
@@ -355,7 +355,7 @@ def test_episodes_of_which_too_little_is_known_are_named() -> None:
     assert told.episodes == 0
 
 
-def test_rounds_in_words() -> None:
+def test_actions_are_formatted() -> None:
     said = format_actions([advance(0, TO_END), advance(1, 2), probe(1), probe(1), answer(None)])
     assert said == "advance(0, TO_END), advance(1, 2), 2 × probe(1), answer(None)"
 
@@ -381,7 +381,7 @@ def test_without_right_answers_tokens_alone_are_compared() -> None:
     )
 
 
-def test_recordings_that_end_too_early_are_owned_up_to() -> None:
+def test_recordings_that_end_too_early_are_reported() -> None:
     narrow = [question(number, branches=4) for number in range(12)]
     found = consistent(Spec("asc@4"), 0.5, narrow)
     (group,) = check_parity(found).groups
@@ -476,7 +476,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_what_is_untrue_ends_in_status_1(tmp_path: Path) -> None:
+def test_a_disagreement_ends_in_status_1(tmp_path: Path) -> None:
     found = consistent()
     found = changed(found, 2, about={"spent": 1})
     found = changed(found, 3, beta=1.0)
@@ -489,7 +489,7 @@ def test_what_is_untrue_ends_in_status_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_where_nothing_can_be_checked_nothing_holds(tmp_path: Path) -> None:
+def test_without_anything_to_check_parity_does_not_hold(tmp_path: Path) -> None:
     odd = "\x9b31m\x7f\u202e"
     write(tmp_path / "s.db", [replace(serve(QUESTIONS[0], Spec(odd, FOREIGN), 0.5, "r"), model=odd)])
     for where in ("f.json", "-"):

@@ -162,7 +162,7 @@ def check_complete(out: Path) -> list[RecordedQuestion]:
 
 
 @pytest.mark.process
-async def test_a_recording_is_complete_and_says_how_it_was_made(
+async def test_a_collected_recording_is_complete_and_names_its_settings(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     order = CollectionPlan(MODEL, "hard", BRANCHES, "boxed", 0.5, 0.9, 1000)
@@ -187,12 +187,14 @@ async def test_a_recording_is_complete_and_says_how_it_was_made(
     assert (sent["temperature"], sent["top_p"]) in [(0.5, 0.9), (0.0, sent.get("top_p"))]
 
 
-async def test_questions_are_written_down_if_they_may_be(url: str, questions: Sequence[Question], out: Path) -> None:
+async def test_question_texts_are_stored_only_with_keep_text(
+    url: str, questions: Sequence[Question], out: Path
+) -> None:
     await collect(url, "sesame", questions, replace(ORDER, keep_text=True), out)
     assert [one.text for one in check_complete(out)] == [f"question {i}" for i in range(QUESTIONS)]
 
 
-async def test_what_is_there_is_not_bought_again(
+async def test_recorded_branches_are_not_requested_again(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     await collect(url, "sesame", questions[:2], replace(ORDER, branches=3), out)
@@ -257,7 +259,9 @@ async def test_killed_in_the_middle_and_resumed(backend: FakeVLLM, url: str, ask
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_interrupted(backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals) -> None:
+async def test_an_interrupted_collection_keeps_finished_branches(
+    backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals
+) -> None:
     backend.fault, backend.fault_after = "hang", 30
     async with verb(url, asked, out, "--at-once", "2") as one:
         await until(lambda: backend.running == 2 and backend.hanging.is_set())
@@ -267,7 +271,7 @@ async def test_interrupted(backend: FakeVLLM, url: str, asked: Path, out: Path, 
     assert 0 < len(lines(out)) == sum(parts(out).values())
 
 
-async def test_a_line_that_was_half_written_is_bought_again(
+async def test_an_incomplete_line_is_collected_again(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     await collect(url, "sesame", questions, ORDER, out)
@@ -282,7 +286,7 @@ async def test_a_line_that_was_half_written_is_bought_again(
 
 
 @pytest.mark.process
-async def test_two_at_once_share_the_work(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+async def test_two_collectors_share_the_work(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
     async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
@@ -297,7 +301,7 @@ async def test_two_at_once_share_the_work(backend: FakeVLLM, url: str, asked: Pa
 
 
 @pytest.mark.process
-async def test_what_one_that_was_killed_was_at_another_does(
+async def test_a_killed_collectors_branches_are_done_by_another(
     backend: FakeVLLM, url: str, asked: Path, out: Path
 ) -> None:
     backend.gate.clear()
@@ -320,7 +324,7 @@ RESERVE = BOUNDED.reserved_tokens(INTERVAL)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 4])
-async def test_a_budget_is_not_passed_and_resuming_goes_on(
+async def test_a_budget_is_not_exceeded_and_resume_continues(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int
 ) -> None:
     backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
@@ -338,7 +342,7 @@ async def test_a_budget_is_not_passed_and_resuming_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("max_tokens", [None, 1500])
-async def test_a_budget_is_not_passed_however_long_branches_become(
+async def test_a_budget_is_not_exceeded_however_long_branches_become(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int, max_tokens: int | None
 ) -> None:
     """Without a bound of the client's the model's context is one; the proxy holds each branch to what is set aside."""
@@ -351,7 +355,7 @@ async def test_a_budget_is_not_passed_however_long_branches_become(
     assert all(one.complete for one in read_jsonl(out))
 
 
-async def test_what_is_set_aside_is_the_cap_of_a_request(questions: Sequence[Question], out: Path) -> None:
+async def test_the_reserve_of_a_branch_is_the_cap_of_its_request(questions: Sequence[Question], out: Path) -> None:
     """The first goes alone, for nobody knows yet how often branches are probed."""
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
@@ -360,7 +364,7 @@ async def test_what_is_set_aside_is_the_cap_of_a_request(questions: Sequence[Que
     assert others == [(70 + 2 * PROBE_TOKENS) * 8 // 7 + CLOSING_TOKENS] * (ALL - 1)
 
 
-async def test_a_budget_needs_a_bound(questions: Sequence[Question], out: Path) -> None:
+async def test_a_budget_needs_a_limit_per_branch(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(), longest=None) as stub:
         with pytest.raises(CollectError, match=r"context length of fake-model: .* needs --max-tokens"):
             await collect(stub.url, "sesame", questions, ORDER, out, budget=10**6)
@@ -375,7 +379,9 @@ def spent_on_nothing(out: Path) -> int:
     return sum(line["tokens"] for line in lines(out.with_name(f"{out.name}.lost")))
 
 
-async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequence[Question], out: Path) -> None:
+async def test_retries_respect_the_budget_and_lost_tokens_are_recorded(
+    questions: Sequence[Question], out: Path
+) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     fail = "the upstream failed"
     async with answering(lambda _: refused(502, fail, x_tts_tokens="1000")) as stub:
@@ -391,14 +397,14 @@ async def test_retries_ask_the_budget_and_what_they_lost_is_kept(questions: Sequ
         assert (await collect(stub.url, "sesame", questions, order, out, 1, 10**6)).spent == 4000 + QUESTIONS * 69
 
 
-async def test_what_nobody_tells_the_cost_of_counts_in_full(questions: Sequence[Question], out: Path) -> None:
+async def test_a_failure_of_unknown_cost_counts_as_its_whole_reserve(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     async with answering(lambda number: None if number == 1 else recorded()) as stub:
         at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, timing=RetryTiming(0))
     assert (at.done, at.spent) == (QUESTIONS, QUESTIONS * 69 + order.reserved_tokens(INTERVAL))
 
 
-async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
+async def test_a_request_that_was_not_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
     """The proxy is restarted between two tries."""
     time = Time()
     async with answering(lambda i: recorded() if i else refused(429, "later")) as stub:
@@ -417,7 +423,7 @@ async def test_what_was_never_sent_costs_nothing(questions: Sequence[Question], 
     assert time.naps == [1.0, 2.0, PAUSE_S]
 
 
-async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question], out: Path) -> None:
+async def test_an_invalid_line_of_lost_tokens_is_refused(questions: Sequence[Question], out: Path) -> None:
     lost = out.with_name(f"{out.name}.lost")
     put(lost, b'{"of": [], "tokens": 3}\n{"tokens": 3}\n')
     async with answering(lambda _: recorded()) as stub:
@@ -428,7 +434,7 @@ async def test_what_was_lost_is_told_line_by_line(questions: Sequence[Question],
 
 
 @pytest.mark.process
-async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+async def test_two_collectors_share_the_budget(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.chains = [chain("7", 200, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
     each = (await collect(url, "sesame", read_questions(asked)[:1], replace(BOUNDED, branches=1), out)).spent
     backend.gate.clear()
@@ -443,7 +449,7 @@ async def test_two_at_once_share_the_budget(backend: FakeVLLM, url: str, asked: 
 
 
 @pytest.mark.process
-async def test_a_budget_that_is_spent_is_no_failure(url: str, asked: Path, out: Path) -> None:
+async def test_a_spent_budget_is_not_a_failure(url: str, asked: Path, out: Path) -> None:
     async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
         said = await one.ends(0)
     assert "stopped: 0 tokens are spent, and one more branch, which may cost 7,917, might pass 1,000; " in said
@@ -467,7 +473,7 @@ def shown(*changes: CollectionProgress) -> str:
     return console.file.getvalue()
 
 
-def test_the_bar_tells_tokens_cost_and_what_is_left_of_slow_branches() -> None:
+def test_the_progress_bar_shows_tokens_cost_and_remaining_time() -> None:
     """100 were there before; three have taken 20 minutes each since."""
     begun = CollectionProgress(total=640, done=100)
     said = shown(begun, CollectionProgress(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
@@ -498,7 +504,7 @@ async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], o
         ("open", "the proxy returns 403: controller everything@1 is for admins"),
     ],
 )
-async def test_keys_that_are_none(url: str, asked: Path, out: Path, key: str | None, words: str) -> None:
+async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, key: str | None, words: str) -> None:
     async with verb(url, asked, out, key=key) as one:
         said = await one.ends(2)
     assert words in said
@@ -517,7 +523,7 @@ async def test_keys_that_are_none(url: str, asked: Path, out: Path, key: str | N
         (("--model", "other"), "there is no model 'other'; the proxy serves fake-model"),
     ],
 )
-async def test_arguments_that_cannot_be(
+async def test_invalid_arguments_are_refused(
     url: str, asked: Path, out: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     async with verb(url, asked, out, *arguments) as one:
@@ -526,7 +532,9 @@ async def test_arguments_that_cannot_be(
     assert said.count("\n") == 1
 
 
-async def test_where_no_proxy_is(questions: Sequence[Question], out: Path, backend: FakeVLLM) -> None:
+async def test_an_address_without_a_proxy_is_refused(
+    questions: Sequence[Question], out: Path, backend: FakeVLLM
+) -> None:
     with pytest.raises(CollectError, match=r"no proxy answers at .*; start one, or set --url"):
         await collect(f"http://127.0.0.1:{free_port()}", "sesame", questions, ORDER, out)
     with pytest.raises(CollectError, match="without a recording; --url must be the address of an AutoTTS proxy"):
@@ -648,7 +656,7 @@ def refused(status: int, message: str, **headers: str) -> web.Response:
     )
 
 
-async def test_what_is_sent(questions: Sequence[Question], out: Path) -> None:
+async def test_requests_carry_the_plans_settings(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(sampling={"temperature": 0.7})) as stub:
         order = CollectionPlan(MODEL, "hard", 1, "boxed", temperature=0.7)
         await collect(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
@@ -679,7 +687,7 @@ async def test_a_branch_is_on_disk_before_the_next_is_begun(
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
-async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Question], out: Path, status: int) -> None:
+async def test_transient_errors_are_retried_three_times(questions: Sequence[Question], out: Path, status: int) -> None:
     """When and as often as is asked; else after twice as long each time."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
         at = await collect(
@@ -688,7 +696,7 @@ async def test_what_may_pass_is_tried_three_times_more(questions: Sequence[Quest
     assert (at.done, len(stub.asked)) == (1, 4)
 
 
-async def test_a_proxy_that_hangs_up_is_asked_again(questions: Sequence[Question], out: Path) -> None:
+async def test_a_dropped_connection_is_retried(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, branches=1)
     async with answering(lambda number: None if number < 2 else recorded()) as stub:
         assert (await collect(stub.url, "sesame", questions[:1], order, out, timing=RetryTiming(0))).done == 1
@@ -721,7 +729,7 @@ class Time:
         return RetryTiming(1, self.nap, lambda: self.now)
 
 
-async def test_a_retry_comes_when_the_proxy_says(questions: Sequence[Question], out: Path) -> None:
+async def test_a_retry_waits_as_long_as_the_proxy_asks(questions: Sequence[Question], out: Path) -> None:
     time = Time()
     says = [{"retry_after": "7"}, {"retry_after": "soon"}, {"retry_after": "86400", "x_tts_tokens": "50"}]
     async with answering(lambda i: refused(429, "later", **says[i]) if i < 3 else recorded()) as stub:
@@ -765,7 +773,7 @@ async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequ
 
 
 @pytest.mark.process
-async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Question], out: Path) -> None:
+async def test_branches_claimed_by_others_are_left_to_them(questions: Sequence[Question], out: Path) -> None:
     """However many of the first are claimed; what they were at is done once they are gone."""
     order = CollectionPlan("", "hard", 300)
     script = (
@@ -799,7 +807,7 @@ async def test_others_at_many_branches_leave_the_rest(questions: Sequence[Questi
 
 
 @pytest.mark.process
-async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
+async def test_given_up_branches_are_reported(asked: Path, out: Path) -> None:
     async with (
         answering(lambda _: refused(503, "the store\nis [red]away", retry_after="0")) as stub,
         verb(stub.url, asked, out, "--branches", "1") as one,
@@ -812,7 +820,7 @@ async def test_given_up_branches_are_told_of(asked: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
-async def test_what_would_be_refused_again_ends_it_at_once(
+async def test_a_permanent_refusal_ends_the_collection_at_once(
     questions: Sequence[Question], out: Path, status: int
 ) -> None:
     async with answering(lambda _: refused(status, "do otherwise")) as stub:
@@ -824,7 +832,7 @@ async def test_what_would_be_refused_again_ends_it_at_once(
 
 @pytest.mark.process
 @pytest.mark.parametrize("status", [400, 413, 422])
-async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, status: int) -> None:
+async def test_a_refused_question_is_left_out(asked: Path, out: Path, status: int) -> None:
     """By its name and with the reason; however often it is resumed, others are made."""
 
     def answer(_: int) -> web.Response:
@@ -842,7 +850,7 @@ async def test_a_question_that_is_refused_is_left_out(asked: Path, out: Path, st
     assert len(lines(out)) == ALL - BRANCHES
 
 
-async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path, out: Path) -> None:
+async def test_equal_refusals_of_the_first_questions_end_the_collection(tmp_path: Path, out: Path) -> None:
     many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
     async with answering(lambda _: refused(400, "no such field")) as stub:
         with pytest.raises(CollectError, match="each of the first 3 questions with the same error: 400: no such field"):
@@ -864,7 +872,7 @@ async def test_first_questions_that_are_all_refused_alike_end_it(tmp_path: Path,
         ({"split": Split.VALIDATION}, "question q1: its split is now 'validation', but 'search' in "),
     ],
 )
-async def test_what_is_known_of_a_question_is_not_changed_between_runs(
+async def test_a_changed_reference_or_split_is_refused_on_resume(
     questions: Sequence[Question], out: Path, change: dict[str, Any], words: str
 ) -> None:
     async with answering(lambda _: recorded()) as stub:
@@ -894,7 +902,7 @@ async def test_what_is_known_of_a_question_is_not_changed_between_runs(
         ),
     ],
 )
-async def test_what_is_no_recording_ends_it(
+async def test_an_invalid_recording_ends_the_collection(
     questions: Sequence[Question], out: Path, answer: Answer, words: str
 ) -> None:
     async with answering(answer) as stub:
@@ -903,16 +911,14 @@ async def test_what_is_no_recording_ends_it(
     assert len(stub.asked) <= 4
 
 
-async def test_a_branch_the_upstream_broke_off_is_made_again(questions: Sequence[Question], out: Path) -> None:
+async def test_a_branch_cut_by_an_upstream_error_is_retried(questions: Sequence[Question], out: Path) -> None:
     cut = WHOLE | {"complete": False, "tokens": 40}
     async with answering(lambda i: recorded(cut, stop="upstream_error") if i == 1 else recorded()) as stub:
         at = await collect(stub.url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
     assert (at.done, at.tokens, len(stub.asked)) == (BRANCHES, 69 * (BRANCHES + 1), BRANCHES + 1)
 
 
-async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_bought(
-    questions: Sequence[Question], out: Path
-) -> None:
+async def test_a_changed_proxy_is_noticed_at_the_first_branch(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions[:1], ORDER, out)
     before = content(out)
@@ -939,7 +945,7 @@ async def test_a_proxy_that_records_otherwise_now_is_noticed_before_much_is_boug
         ),
     ],
 )
-async def test_a_file_of_other_lines_is_not_added_to(
+async def test_a_file_with_other_lines_is_refused(
     questions: Sequence[Question],
     out: Path,
     line: Callable[[RecordedQuestion], str],
@@ -956,7 +962,7 @@ async def test_a_file_of_other_lines_is_not_added_to(
     assert (stub.asked, content(out)) == ([], before)
 
 
-async def test_several_models_need_a_name(questions: Sequence[Question], out: Path) -> None:
+async def test_the_model_must_be_named_if_several_are_served(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(), [MODEL, "other"]) as stub:
         with pytest.raises(CollectError, match="--model is needed; the proxy serves fake-model, other"):
             await collect(stub.url, "sesame", questions, ORDER, out)

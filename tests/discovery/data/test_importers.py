@@ -83,7 +83,7 @@ def test_files_that_are_no_release(tmp_path: Path) -> None:
     assert len(read_release(tmp_path / "good.json.xz")) == 50
 
 
-def test_a_release_says_by_its_folders_what_it_holds(tmp_path: Path) -> None:
+def test_release_cells_follow_from_folder_and_file_names(tmp_path: Path) -> None:
     with pytest.raises(RecordingsNotFound, match="no MODEL/BENCHMARK"):
         release_files(tmp_path)
     for model in ("a", "b"):
@@ -138,7 +138,7 @@ def test_files_that_hold_no_lines(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "none.jsonl")
 
 
-def test_a_line_says_the_split_or_the_hash_does(tmp_path: Path) -> None:
+def test_a_line_without_a_split_gets_the_split_of_its_hash(tmp_path: Path) -> None:
     by_hash, said = read_jsonl(
         write(tmp_path, "x.jsonl", f"{json.dumps(LINE)}\n{json.dumps(LINE | {'question': 'p', 'split': 'held-out'})}")
     )
@@ -146,7 +146,7 @@ def test_a_line_says_the_split_or_the_hash_does(tmp_path: Path) -> None:
     assert said.split is Split.HELD_OUT
 
 
-def test_splits_are_of_the_sizes_said() -> None:
+def test_default_splits_have_the_documented_sizes() -> None:
     splits = [default_split(question_id(str(i))) for i in range(10_000)]
     shares = [splits.count(split) / 10_000 for split in Split]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.02)
@@ -183,13 +183,13 @@ recordings = st.builds(
 
 
 @given(recorded=recordings)
-def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
+def test_written_lines_are_read_back(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text(format_recording_line(recorded), encoding="utf-8")
     assert read_jsonl(path) == [recorded]
 
 
-def test_a_line_says_nothing_that_goes_without_saying() -> None:
+def test_a_line_leaves_out_defaults() -> None:
     recorded = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
     fields = {"id", "model", "benchmark", "interval", "branches", "split"}
     assert set(json.loads(format_recording_line(recorded))) == fields
@@ -197,7 +197,7 @@ def test_a_line_says_nothing_that_goes_without_saying() -> None:
 
 
 @given(recorded=recordings, data=st.data())
-def test_parts_are_gathered_in_their_order(
+def test_parts_are_joined_in_order(
     tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion, data: st.DataObject
 ) -> None:
     """However they lie between others, and whatever is there twice or missing."""
@@ -252,7 +252,9 @@ def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_p
         ({"split": Split.HELD_OUT}, "its split is held-out, but search in "),
     ],
 )
-def test_parts_say_the_same_of_their_question(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_parts_that_disagree_about_their_question_are_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH)
     path = write(tmp_path, "x.jsonl", format_recording_line(one, 0) + format_recording_line(replace(one, text="q"), 1))
     assert len(read_jsonl(path)[0].branches) == 2  # one line keeps the text, the other its hash

@@ -55,7 +55,7 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for _, line in SharedLines(path).read_new()]
 
 
-def test_lines_are_read_as_they_come(tmp_path: Path) -> None:
+def test_new_lines_are_read_once(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     reader, writer = SharedLines(path), SharedLines(path)
     assert reader.read_new() == []
@@ -91,7 +91,7 @@ def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_does_not_fit_on_disk_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.jsonl"
     file = SharedLines(path)
     file.append('{"a": 1}\n')
@@ -106,7 +106,7 @@ def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path, monkeypatch: 
     assert path.read_text() == '{"a": 1}\n'
 
 
-def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "x.jsonl"
     folder.mkdir()
     for work in (
@@ -136,7 +136,7 @@ def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path:
 
 
 @pytest.mark.process
-def test_a_claim_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
+def test_a_claim_belongs_to_one_process_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     claims = WorkClaims(path)
     assert claims.take("a")

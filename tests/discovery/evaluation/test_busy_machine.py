@@ -84,7 +84,7 @@ def test_a_decision_is_as_long_as_it_computes_however_busy_the_machine_is() -> N
     assert np.array_equal(found.outcomes, played().outcomes)
 
 
-def test_one_that_is_late_alone_is_called_late_and_nothing_else() -> None:
+def test_a_controller_that_is_late_alone_is_reported_as_late() -> None:
     messages = {failure.message for failure in played(THOROUGH.format(steps=10**9)).failures}
     assert len(messages) == 1
     (message,) = messages
@@ -135,7 +135,7 @@ def test_a_process_that_is_killed_from_outside_changes_nothing(kill: Kill, numbe
     assert np.array_equal(found.outcomes, honest.outcomes)
 
 
-def test_one_that_dies_whenever_it_is_alone_is_told_so(kill: Kill) -> None:
+def test_a_controller_that_always_dies_alone_is_reported(kill: Kill) -> None:
     kill(AUDIT, ALONE)
     messages = {failure.message for failure in played().failures}
     assert len(messages) == 1

@@ -107,7 +107,7 @@ def point(beta: float, tokens: float, accuracy: float, half: float = 2.0) -> Cal
     return CalibrationPoint(beta, tokens, None, None, accuracy, None, None, accuracy - 50, half)
 
 
-def test_what_is_worth_what_it_costs() -> None:
+def test_the_recommended_map_follows_from_the_points() -> None:
     rival = [(1000.0, 50.0), (8000.0, 60.0), (64000.0, 66.0)]
     assert is_worth_its_tokens(point(0, 3000, 55), rival)
     assert not is_worth_its_tokens(point(0, 5000, 55), rival)  # 4,500 bring as much
@@ -141,7 +141,7 @@ def test_tokens_find_their_beta() -> None:
     assert dial(1000).beta_for(5000) == 0
 
 
-def test_a_file_keeps_it_all(tmp_path: Path) -> None:
+def test_a_calibration_file_is_read_back_unchanged(tmp_path: Path) -> None:
     found = calibrated(VARIED)
     write_calibrations(found, tmp_path / "c.json")
     assert read_calibrations(tmp_path / "c.json") == found
@@ -159,7 +159,7 @@ def test_a_file_keeps_it_all(tmp_path: Path) -> None:
         ({"map": {"arm": "leg", "cap": 1}}, "m.map.arm: "),
     ],
 )
-def test_a_file_that_is_none_is_told(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_an_invalid_calibration_file_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"m": {**dial(1, 2).as_json(), **change}}))
     with pytest.raises(DiscoveryError, match=f"{path}: not a calibration: {words}"):
@@ -199,7 +199,7 @@ def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
         (False, BetaMap(Arm.SINGLE, 0), "no: one chain serves best"),
     ],
 )
-def test_whether_it_is_worth_it_is_said_once(pays: bool, best: BetaMap, words: str) -> None:
+def test_the_advice_is_printed_once(pays: bool, best: BetaMap, words: str) -> None:
     assert replace(dial(1, 2), pays=pays, map=best).advice == words
 
 

@@ -107,7 +107,7 @@ def columns(found: Sequence[Score]) -> list[Any]:
         (("sc",), 64, 64, None),
     ],
 )
-def test_figures_that_recordings_limit_are_told(
+def test_scores_limited_by_recordings_are_reported(
     caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, words: str | None
 ) -> None:
     source = Given(*(question(i, branches) for i in range(4)))
@@ -316,9 +316,7 @@ def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any
 
 
 @pytest.mark.parametrize("origin", [Origin.LIVE, Origin.COLLECTED])
-def test_of_what_was_recorded_here_the_newest_version_is_scored(
-    origin: Origin, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_newest_version_of_collected_recordings_is_scored(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
     source = versions(HOT, {}, COOL, origin=origin)
     older = [source.recordings[i].version.digest for i in (0, 2)]
     newest = source.recordings[-1].version.digest
@@ -329,7 +327,7 @@ def test_of_what_was_recorded_here_the_newest_version_is_scored(
     assert f"; {older[1]} (2: sampling {{}})" in line
 
 
-def test_one_odd_request_does_not_leave_all_others_out() -> None:
+def test_one_request_with_other_sampling_does_not_exclude_the_rest() -> None:
     usual = versions({"chat_template": "old"}, HOT, HOT, origin=Origin.LIVE).recordings
     odd = versions(COOL, origin=Origin.LIVE).recordings[:1]
     found = scores("single", source=Given(*usual, *odd))
@@ -356,7 +354,7 @@ def test_a_version_is_named_by_enough_of_its_digest() -> None:
         scores("single", source=source, version=twice)
 
 
-def test_a_newest_version_of_which_nothing_is_known_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_newest_version_that_cannot_be_scored_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     source = versions(HOT, {**HOT, "chat_template": "new", "reference": None})
     assert scores("single", source=source)[0].episodes == 14
     assert f"no recording of the newest version, {source.recordings[-1].version.digest}, can be scored" in caplog.text
@@ -386,7 +384,7 @@ MIXED = Given(
 )
 
 
-def test_a_vote_grades_nobody_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+def test_consensus_labels_are_scored_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
     (score,) = scores("cmc", betas=[1.0], source=MIXED)
     assert score.as_json()["label_sources"] == {"reference": 3, "feedback": 3}
     assert "weights" not in score.as_json()
@@ -590,11 +588,11 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 50 <= hits <= 60  # 57 are expected; fewer than 50 come up in a run of ten thousand
 
 
-def test_the_frontier_is_what_nothing_beats() -> None:
+def test_the_frontier_holds_the_points_that_no_other_beats() -> None:
     assert pareto_frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
 
 
-def test_shelved_recordings_are_the_same_and_nobodys_to_change(tmp_path: Path) -> None:
+def test_mapped_recordings_are_equal_and_read_only(tmp_path: Path) -> None:
     recordings = [intern_answers(one) for one in SOURCE.recordings]
     taken = load_mapped(write_mapped(recordings, tmp_path / "shelf"))
     for one, other in zip(recordings, taken, strict=True):
@@ -630,7 +628,7 @@ def test_traces_hold_every_round(tmp_path: Path) -> None:
             assert (episode.answer, episode.right) == (state.answer, environment.is_right(state.answer))
 
 
-def test_what_is_no_trace(tmp_path: Path) -> None:
+def test_files_that_are_not_traces_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no traces there"):
         trace_files(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
@@ -641,7 +639,7 @@ def test_what_is_no_trace(tmp_path: Path) -> None:
         read_trace(tmp_path / "y.npz")
 
 
-def test_a_worker_that_dies_is_told_in_a_line() -> None:
+def test_a_dead_worker_process_is_reported_in_one_line() -> None:
     source = "import os\nclass Mine:\n    def __init__(self, beta): pass\n    def decide(self, state): os._exit(3)\n"
     rules = ReplayRules(16, sealing=Sealing.NONE)
     with pytest.raises(EngineError, match="a worker process died"):

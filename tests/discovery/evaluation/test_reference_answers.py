@@ -133,7 +133,7 @@ def sure(first: int, second: int) -> float:
         ("7", "score", "0", "7", -1.0),
     ],
 )
-def test_what_feedback_says(given: str | None, kind: str, value: str, answer: str, weight: float) -> None:
+def test_feedback_is_interpreted_by_kind(given: str | None, kind: str, value: str, answer: str, weight: float) -> None:
     found = interpret_feedback(episode("r", "q", given), Feedback("f", "r", kind, value))
     assert found == AnswerFeedback(question_id("q"), answer, weight, "of r")
 
@@ -152,7 +152,7 @@ def test_what_feedback_says(given: str | None, kind: str, value: str, answer: st
         ("7", "correct", "tru"),
     ],
 )
-def test_what_bears_on_no_answer(given: str | None, kind: str, value: str) -> None:
+def test_feedback_that_concerns_no_answer_is_ignored(given: str | None, kind: str, value: str) -> None:
     heard = Feedback("f", "r", kind, value)
     assert interpret_feedback(episode("r", "q", given), heard) is None
     assert interpret_feedback(None, heard) is None
@@ -191,9 +191,7 @@ def heard(*said: tuple[str, float], tenants: Sequence[str] = "abcdefghi") -> tup
         ),  # before and after text was stored
     ],
 )
-def test_what_clients_hold_for_right(
-    said: list[tuple[str, float]], answer: str | None, sure: float, refuted: list[str]
-) -> None:
+def test_labels_by_feedback(said: list[tuple[str, float]], answer: str | None, sure: float, refuted: list[str]) -> None:
     found = heard(*said)
     assert (found[0], found[2]) == (answer, refuted)
     assert found[1] == pytest.approx(sure)
@@ -210,7 +208,7 @@ def test_what_clients_hold_for_right(
         ([("7", 1.0), ("8", -1.0), ("8", 1.0)], "aba", None, 0.0, ["8"]),
     ],
 )
-def test_a_tenant_has_one_voice_its_latest(
+def test_a_tenant_gets_one_vote_its_latest(
     said: list[tuple[str, float]], tenants: str, answer: str | None, sure: float, refuted: list[str]
 ) -> None:
     found = heard(*said, tenants=tenants)
@@ -233,7 +231,7 @@ sayings = st.lists(
 
 @pytest.mark.slow
 @given(sayings, st.randoms())
-def test_what_is_refuted_is_no_label_whatever_the_order(said: list[tuple[str, float]], random: Any) -> None:
+def test_a_refuted_answer_is_never_a_label(said: list[tuple[str, float]], random: Any) -> None:
     answer, sure, refuted = heard(*said)
     support = {one: sum(weight for what, weight in said if what == one) for one in "789"}
     assert set(refuted) == {one for one in support if support[one] <= 0 and one in dict(said)}
@@ -299,7 +297,7 @@ def test_calibration_rises_and_each_step_is_as_sure_as_its_own_answers(judged: l
     assert sure((levels[0] + levels[-1]) / 2) in found
 
 
-def test_one_answer_makes_nobody_sure() -> None:
+def test_one_answer_does_not_calibrate_a_source() -> None:
     half = [(0.5, number % 2 == 0) for number in range(MIN_CALIBRATION_ANSWERS)]
     assert calibrate_confidence([*half, (0.9, True)])(0.95) == 2 / 3
     assert calibrate_confidence([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # one step of all
@@ -369,7 +367,7 @@ def test_the_latest_feedback_of_a_request_counts_and_an_earlier_label_goes(place
     assert (report.removed[FEEDBACK], report.effective[None]) == (1, 1)
 
 
-def test_what_is_forgotten_labels_nothing(place: Path) -> None:
+def test_forgotten_data_gives_no_labels(place: Path) -> None:
     put(place, recorded("q", "78"), episode("s", "q"), feedback("s", True))
     filled(place)
 
@@ -449,7 +447,7 @@ def test_a_large_vote_goes_before_a_small_unanimous_one(place: Path) -> None:
     assert by_question(place, CONSENSUS) == {question_id("q"): ("7", sure(62, 2))}
 
 
-def test_how_many_branches_make_a_vote_can_be_said(place: Path) -> None:
+def test_the_smallest_vote_can_be_configured(place: Path) -> None:
     put(place, recorded("q", "77"), recorded("p", "7777"))
     assert filled(place).votes == 1
     assert filled(place, min_branches=2).votes == 2
@@ -474,7 +472,7 @@ def test_feedback_is_as_sure_as_references_find_it_where_there_are_enough(place:
 
 
 @pytest.mark.parametrize(("source", "finals"), [(CONSENSUS, "7" * 64), (FEEDBACK, "78")])
-def test_what_was_labelled_elsewhere_can_be_refuted_here(tmp_path: Path, source: LabelSource, finals: str) -> None:
+def test_an_imported_label_can_be_refuted(tmp_path: Path, source: LabelSource, finals: str) -> None:
     there, here = tmp_path / "there.db", tmp_path / "here.db"
     put(there, recorded("q", finals), *([feedback("r q", "7")] if source is FEEDBACK else []))
     filled(there)
@@ -588,7 +586,7 @@ def asking(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_verb_tells_people_and_machines(place: Path, asking: Path, tmp_path: Path) -> None:
+def test_the_label_command_prints_text_and_json(place: Path, asking: Path, tmp_path: Path) -> None:
     put(place, recorded("q"), recorded("p", "8888"), episode("s", "p", None), feedback("s", True))
     done = run(place, "--references", str(asking), "--json", str(tmp_path / "f.json"))
     assert done.exit_code == 0, done.output

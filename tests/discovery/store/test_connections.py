@@ -182,7 +182,7 @@ async def test_a_foreign_database_stays_as_it_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["other.db"]
 
 
-async def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+async def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match="not a regular file"):
         async with Store.open(tmp_path / "pipe", create=True):
@@ -205,14 +205,14 @@ async def test_an_empty_file_becomes_a_store_only_where_one_may_be_made(tmp_path
 
 
 @pytest.mark.parametrize("name", ["a b?c#d%41&mode=memory.db", "ü.db"])
-async def test_names_with_characters_that_mean_something_to_sqlite(tmp_path: Path, name: str) -> None:
+async def test_names_with_characters_special_to_sqlite_work(tmp_path: Path, name: str) -> None:
     async with Store.open(tmp_path / name, create=True) as store:
         await store.add_all([episode("e")])
     assert os.listdir(tmp_path) == [name]
     assert stored(tmp_path / name) == {"e"}
 
 
-async def test_a_new_store_and_what_stands_beside_it_is_its_owners_alone(tmp_path: Path) -> None:
+async def test_a_new_store_and_its_log_are_private(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add_all([episode("e")])
@@ -258,7 +258,7 @@ async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, 
 # Stores that are moved
 
 
-async def test_what_is_in_the_log_of_a_store_goes_with_it_when_it_is_moved(tmp_path: Path) -> None:
+async def test_a_moved_store_keeps_the_records_of_its_log(tmp_path: Path) -> None:
     path, aside = tmp_path / "s.db", tmp_path / "aside.db"
     async with Store.open(path, create=True) as store:
         await store.add_all([episode("e")])

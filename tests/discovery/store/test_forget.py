@@ -80,7 +80,7 @@ ALL = ForgottenCounts(1, 1, 1, 3, 1)
 
 
 @pytest.mark.parametrize("which", [{"request": "a"}, {"tenant": "A"}])
-async def test_all_of_it_goes_and_its_bytes_and_nothing_comes_back(tmp_path: Path, which: dict[str, str]) -> None:
+async def test_forgotten_data_and_its_bytes_are_removed_for_good(tmp_path: Path, which: dict[str, str]) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await put(store, "a", tenant="A")
         await put(store, "b", tenant="B")
@@ -108,7 +108,7 @@ async def test_an_old_episode_of_a_forgotten_tenant_is_not_taken_though_it_was_n
         assert await counted(store) == {"episodes": 1}
 
 
-async def test_nothing_is_lost_of_others(tmp_path: Path) -> None:
+async def test_forgetting_leaves_other_tenants_data(tmp_path: Path) -> None:
     """Of a question that others asked too only what was counted goes: a client's answer may stand in it."""
     async with Store.open(tmp_path / "s.db", create=True) as store:
         served = [episode("a", "A", "q"), episode("b", "B", "q"), episode("c", "B", "p"), episode("d", "B", "other")]
@@ -124,7 +124,7 @@ async def test_nothing_is_lost_of_others(tmp_path: Path) -> None:
         assert [one.id for one in await store.feedback()] == ["fb"]
 
 
-async def test_what_is_too_old_goes_with_all_that_came_of_it(tmp_path: Path) -> None:
+async def test_expired_episodes_are_removed_with_their_recordings(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await put(store, "a", created=OLD)
         await put(store, "b")
@@ -143,7 +143,7 @@ def reader(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     connection.close()
 
 
-async def test_bytes_that_somebody_still_reads_are_owned_up_to(tmp_path: Path, reader: sqlite3.Connection) -> None:
+async def test_bytes_that_a_reader_keeps_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=10) as store:
         await put(store, "a", created=OLD)
         await put(store, "b")
@@ -162,7 +162,7 @@ async def test_bytes_that_somebody_still_reads_are_owned_up_to(tmp_path: Path, r
             assert holding(tmp_path, f"secret-{names}-") == []
 
 
-async def test_bytes_that_somebody_writes_over_are_owned_up_to(tmp_path: Path, reader: sqlite3.Connection) -> None:
+async def test_bytes_that_a_writer_keeps_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=0) as store:
         await put(store, "a")
         begin = store._writes.connection.execute_fetchall
@@ -249,7 +249,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert holding(tmp_path, "secret-e-") == ["s.db"]
 
 
-def test_what_waits_in_a_file_is_forgotten_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a proxy that has ended; of one that runs it is told."""
     monkeypatch.delenv("AUTOTTS_SPILL", raising=False)
     path = tmp_path / "s.db"

@@ -35,7 +35,7 @@ def some(text: str = "q", **changes: object) -> RecordedQuestion:
 CELL = Cell("m", "b", Split.SEARCH)
 
 
-async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> None:
+async def test_added_recordings_are_loaded_unchanged_and_in_order(tmp_path: Path) -> None:
     given = [some(str(i)) for i in (5, 3, 9, 1)]
     async with Store.open(tmp_path / "s.db", create=True) as store:
         assert await store.add(given) == AddedCounts(4, 4, 8)
@@ -49,7 +49,9 @@ async def test_what_is_added_is_found_as_it_was_and_in_order(tmp_path: Path) -> 
 @pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(given=st.lists(recordings, min_size=1, max_size=3, unique_by=lambda one: one.question))
-def test_anything_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, given: list[RecordedQuestion]) -> None:
+def test_any_recording_is_loaded_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, given: list[RecordedQuestion]
+) -> None:
     async def go() -> None:
         async with Store.open(tmp_path_factory.mktemp("any") / "s.db", create=True) as store:
             await store.add(given)
@@ -74,7 +76,7 @@ def collected(branches: Sequence[int], **changes: Any) -> RecordedQuestion:
     return some(branches=made, **({"origin": Origin.COLLECTED, "chat_template": "t"} | changes))
 
 
-async def test_a_collection_that_went_on_takes_the_place_of_what_it_was(tmp_path: Path) -> None:
+async def test_a_continued_collection_replaces_the_earlier_recording(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([collected(range(5)), collected([1], text="p", question=question_id("p"))])
         assert await store.add([collected(range(8))]) == AddedCounts(0, 0, 3)
@@ -101,7 +103,7 @@ async def test_a_collection_that_went_on_takes_the_place_of_what_it_was(tmp_path
         {"request": "r"},
     ],
 )
-async def test_what_was_made_otherwise_takes_no_place(tmp_path: Path, change: dict[str, object]) -> None:
+async def test_recordings_of_other_settings_are_not_replaced(tmp_path: Path, change: dict[str, object]) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([ASKED, collected(range(3))])
         assert await store.add([collected(range(5), **change)]) == AddedCounts(0, 1, 5)
@@ -122,14 +124,14 @@ async def test_a_store_that_has_branches_twice_has_them_once_when_they_are_added
 
 
 @pytest.mark.parametrize("source", LabelSource)
-async def test_what_is_not_known_by_reference_is_never_beyond_doubt(tmp_path: Path, source: LabelSource) -> None:
+async def test_only_references_are_certain(tmp_path: Path, source: LabelSource) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some(label_source=source)])
         assert [one.source for one in await store.labels()] == ([] if source is LabelSource.REFERENCE else [source])
         assert await store.load(CELL) == [some(label_source=source)]
 
 
-async def test_a_label_of_what_was_forgotten_meanwhile_does_not_come_back(tmp_path: Path) -> None:
+async def test_labels_of_forgotten_questions_are_not_added(tmp_path: Path) -> None:
     served = [ServedEpisode(one, one, "m", "cmc", "d", 0.5, 3, 4, {}, "answered", question=one) for one in "ab"]
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some()])
@@ -141,7 +143,7 @@ async def test_a_label_of_what_was_forgotten_meanwhile_does_not_come_back(tmp_pa
         assert {one.question for one in await store.labels()} == {question_id("q"), "b"}
 
 
-async def test_all_or_nothing(tmp_path: Path) -> None:
+async def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
     broken = some("p", sampling={"temperature": object()})
     async with Store.open(tmp_path / "s.db", create=True) as store:
         with pytest.raises(TypeError, match="not JSON serializable"):
@@ -169,7 +171,7 @@ async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(t
         assert (await store.verify()).rows["feedback"] == 200
 
 
-async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
+async def test_a_cancelled_writer_leaves_no_open_transaction(tmp_path: Path) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow(connection: aiosqlite.Connection) -> None:
@@ -189,13 +191,13 @@ async def test_a_writer_that_goes_away_locks_nobody_out(tmp_path: Path) -> None:
             assert await other.add([some("p")]) == AddedCounts(1, 1, 2)
 
 
-async def test_feedback_on_nothing_is_not_kept(tmp_path: Path) -> None:
+async def test_feedback_without_an_episode_is_not_kept(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([ASKED, Feedback("1", "r", "correct", "1"), Feedback("2", "s", "correct", "1")])
         assert [one.id for one in await store.feedback()] == ["1"]
 
 
-async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+async def test_closing_completes_queued_writes(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([ASKED])
         waiting = [asyncio.ensure_future(store.add_all([Feedback(str(i), "r", "score", "1")])) for i in range(600)]
@@ -205,7 +207,7 @@ async def test_closing_writes_what_waits(tmp_path: Path) -> None:
         assert (await store.verify()).rows["feedback"] == 600
 
 
-async def test_episodes_keep_what_was_said_of_them(tmp_path: Path) -> None:
+async def test_episodes_and_their_feedback_are_loaded_unchanged(tmp_path: Path) -> None:
     episode = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered", answer="7")
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([episode])
@@ -295,7 +297,7 @@ async def test_a_row_that_was_changed_is_not_loaded(tmp_path: Path, statement: s
         assert await store.load(CELL) == [some()]
 
 
-async def test_what_is_picked_goes_and_the_rest_stays(tmp_path: Path) -> None:
+async def test_prune_removes_only_the_selected_recordings(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some(), some("p"), some(model="n"), some("l", origin=Origin.LIVE)])
         assert await store.prune(lambda model, benchmark, origin: model == "n") == AddedCounts(0, 1, 2)
@@ -332,7 +334,7 @@ async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: 
             pass
 
 
-async def test_the_first_version_learns_how_controllers_were_held(tmp_path: Path) -> None:
+async def test_the_first_version_gets_the_sandbox_column(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True, migrations=[FIRST]) as store:
         await store.add([some()])
@@ -367,7 +369,7 @@ async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
         assert (await store.verify()).rows["candidates"] == 1
 
 
-async def test_what_is_no_store(tmp_path: Path) -> None:
+async def test_files_that_are_not_stores_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello, I am a text")
     change(tmp_path / "other.db", "CREATE TABLE mine (x INTEGER)")
     for name, words in (
