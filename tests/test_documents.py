@@ -16,6 +16,7 @@ from controllers.loading import discovered
 from controllers.state import Stop
 from discovery.answers.kinds import ExtractionMethod
 from discovery.commands.discover import ExplorerName
+from proxy.api.routes import ROUTES
 from proxy.cli import app
 from proxy.requests.generation_request import TtsOptions
 from proxy.settings import EMBEDDED, SERVED, Settings
@@ -168,6 +169,13 @@ def test_every_explorer_and_answer_kind_stands_in_the_tables() -> None:
 
 def test_the_api_page_has_the_options_and_stop_reasons_of_requests() -> None:
     assert {*TtsOptions.model_fields, *map(str, Stop)} - table_names("docs/api.md") == set()
+
+
+def test_the_api_page_has_every_route() -> None:
+    endpoints = text("docs/api.md").partition("\n## Endpoints\n")[2].partition("\n### ")[0]
+    listed = {span.rpartition(" ")[2].partition("?")[0] for span in re.findall(r"`([^`]+)`", endpoints)}
+    paths = {route.path.replace("{model:path}", "NAME").replace("{request_id:path}", "ID") for route in ROUTES}
+    assert paths - listed == {"/docs/{asset}"}
 
 
 def error_codes() -> set[str]:
