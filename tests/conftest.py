@@ -81,7 +81,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _refuse_process(event: str, args: tuple[Any, ...]) -> None:
-    if event in STARTS_PROCESS and _forbidden_in is not None and str(*args[:1]) not in ASKED_BY_OPENAI:
+    if _forbidden_in is not None and event in STARTS_PROCESS and str(*args[:1]) not in ASKED_BY_OPENAI:
         pytest.fail(f"{_forbidden_in} starts a process ({event}); mark it with @pytest.mark.process")
 
 

@@ -639,6 +639,7 @@ def test_files_that_are_not_traces_are_refused(tmp_path: Path) -> None:
         read_trace(tmp_path / "y.npz")
 
 
+@pytest.mark.process
 def test_a_dead_worker_process_is_reported_in_one_line() -> None:
     source = "import os\nclass Mine:\n    def __init__(self, beta): pass\n    def decide(self, state): os._exit(3)\n"
     rules = ReplayRules(16, sealing=Sealing.NONE)

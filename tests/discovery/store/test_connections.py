@@ -33,11 +33,14 @@ def episode(name: str) -> ServedEpisode:
 
 
 def locks(path: Path) -> set[str]:
-    """The bytes of a file that this process holds POSIX locks on."""
+    """The bytes of a file that this process holds POSIX locks on.
+
+    The kernel gives /proc/locks a page at a time, and lines are left out when others lock meanwhile: it is read thrice.
+    """
     status = path.stat()
     name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     held = set()
-    for line in Path("/proc/locks").read_text().splitlines():
+    for line in [line for _ in range(3) for line in Path("/proc/locks").read_text().splitlines()]:
         _, kind, _, mode, pid, place, begin, end = [part for part in line.split() if part != "->"]
         if (kind, pid, place) == ("POSIX", str(os.getpid()), name):
             held.add(f"{mode} {begin}-{end}")

@@ -191,7 +191,7 @@ async def test_at_the_deadline_the_best_so_far_goes_out(
 
 
 SOON_S = 3.0
-"""Seconds within which an answer to a deadline of half a second must be there, on a busy machine too."""
+"""Seconds within which an answer to a deadline of a second must be there, on a busy machine too."""
 
 
 async def told(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, Any]:
@@ -223,7 +223,7 @@ async def test_a_deadline_is_kept_though_nothing_is_finished_and_the_backend_han
 ) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
-    tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
+    tts = {"deadline_s": 1.0, "controller": "parallel_probe", "answer": "boxed"}
     said, why, told_of_it = await told(proxy, stream=stream, tts=tts)
     assert (said, why) == (f"{LEAD}7}}" if content == "7" else content, finish)
     assert (told_of_it["stop"], told_of_it["agreed"]) == ("deadline", False if content == "7" else None)
