@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 
 from discovery.store import Store
+from proxy.api import generation
 from proxy.api.formats.prompt_batch import BEGUN_TOGETHER, together
-from proxy.episode import run as chat
 from proxy.errors import UpstreamTimeout
 from proxy.requests import completion_request
 from proxy.requests.completion_request import CompletionRequest
@@ -249,7 +249,7 @@ async def test_few_prompts_begin_in_one_turn_of_the_event_loop(
     proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, turn, is_over = asyncio.get_running_loop(), 0, False
-    begun: dict[str, Counter[int]] = {"plan": Counter(), "serve": Counter()}
+    begun: dict[str, Counter[int]] = {"plan_request": Counter(), "serve_request": Counter()}
 
     def tick() -> None:
         nonlocal turn
@@ -265,7 +265,7 @@ async def test_few_prompts_begin_in_one_turn_of_the_event_loop(
         return run
 
     for name in begun:
-        monkeypatch.setattr(chat, name, counting(name, getattr(chat, name)))
+        monkeypatch.setattr(generation, name, counting(name, getattr(generation, name)))
     texts = [f"{i}{ASSISTANT}" for i in range(2 * BEGUN_TOGETHER + 3)]
     prompts: Any = texts if kind == "texts" else [list(map(ord, text)) for text in texts]
     loop.call_soon(tick)

@@ -19,31 +19,31 @@ PATTERN = parse_kind(r"regex:x.*y|x")
 
 
 class ScriptedJudge(Judge):
-    """A judge whose answers, and their price, are given."""
+    """Judge that returns scripted results."""
 
-    def __init__(self, finding: Callable[[str, str], EqualityResult]) -> None:
+    def __init__(self, script: Callable[[str, str], EqualityResult]) -> None:
         super().__init__()
-        self.finding = finding
-        self.asked: list[tuple[str, str]] = []
+        self.script = script
+        self.compared: list[tuple[str, str]] = []
 
     def compare(self, one: str, other: str, *, wait_s: float | None = None) -> EqualityResult:
-        self.asked.append((one, other))
-        return self.finding(one, other)
+        self.compared.append((one, other))
+        return self.script(one, other)
 
 
 class Gate:
-    """A judge that answers when it is opened, each question on its own."""
+    """Script that holds each comparison until it is opened."""
 
     def __init__(self) -> None:
         self.opened: dict[str, threading.Event] = {}
         self.running: list[str] = []
         self.most = 0
-        self.begun = threading.Event()
+        self.started = threading.Event()
 
     def __call__(self, one: str, other: str) -> EqualityResult:
         self.running.append(one)
         self.most = max(self.most, len(self.running))
-        self.begun.set()
+        self.started.set()
         assert self.opened.setdefault(one, threading.Event()).wait(30)
         self.running.remove(one)
         return EqualityResult(False, 0.01)
@@ -57,101 +57,101 @@ def limits(metrics: Metrics) -> dict[str, float]:
     return {s.labels["limit"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
-async def make(finding: Callable[[str, str], EqualityResult]) -> AsyncIterator[GraderPool]:
-    made = GraderPool(Metrics(), ScriptedJudge(finding))
-    yield made
-    await made.close()
+async def graders(script: Callable[[str, str], EqualityResult]) -> AsyncIterator[GraderPool]:
+    pool = GraderPool(Metrics(), ScriptedJudge(script))
+    yield pool
+    await pool.close()
 
 
 @pytest.fixture
 async def killing() -> AsyncIterator[GraderPool]:
-    """A judge whose every question ends with a killed process."""
-    async for made in make(lambda one, other: EqualityResult(False, 1.0, True)):
-        yield made
+    """A pool whose every comparison ends with a killed process."""
+    async for pool in graders(lambda one, other: EqualityResult(False, 1.0, True)):
+        yield pool
 
 
-def asked(made: GraderPool) -> int:
-    judge = made.judge
+def comparisons(pool: GraderPool) -> int:
+    judge = pool.judge
     assert isinstance(judge, ScriptedJudge)
-    return len(judge.asked)
+    return len(judge.compared)
 
 
 OTHERS = [(number, str(number)) for number in range(8)]
 
 
-async def test_an_episode_whose_questions_are_killed_is_soon_compared_by_form(killing: GraderPool) -> None:
+async def test_after_a_killed_comparison_the_episode_is_compared_by_form(killing: GraderPool) -> None:
     grader = killing.grader("a")
     for _ in range(5):
         assert await grader.compare("9", OTHERS) is None
-    assert asked(killing) == 1  # it cost 1 s and a new process
+    assert comparisons(killing) == 1  # it cost 1 s and a new process
     assert limits(killing.metrics) == {"judge_episode": 5}
 
 
-async def test_a_tenant_with_many_such_episodes_is_too_and_another_is_not(killing: GraderPool) -> None:
+async def test_a_tenant_over_its_budget_is_compared_by_form_and_another_is_not(killing: GraderPool) -> None:
     for _ in range(20):
         await killing.grader("a").compare("9", OTHERS)
     most = answer_reader.TENANT_S / (1 + answer_reader.KILL_S)
-    assert most <= asked(killing) <= most + 1
+    assert most <= comparisons(killing) <= most + 1
     counted = limits(killing.metrics)
     assert counted["judge_tenant"] >= 20 - most - 1
-    before = asked(killing)
+    before = comparisons(killing)
     await killing.grader("b").compare("9", OTHERS)
-    assert asked(killing) == before + 1
+    assert comparisons(killing) == before + 1
 
 
-async def test_a_tenant_s_questions_run_one_at_a_time_and_another_s_beside_them() -> None:
+async def test_comparisons_of_one_tenant_are_serial_and_tenants_run_concurrently() -> None:
     gate = Gate()
-    async for made in make(gate):
-        first, second = made.grader("a"), made.grader("a")
+    async for pool in graders(gate):
+        first, second = pool.grader("a"), pool.grader("a")
         waiting = [asyncio.create_task(g.compare(name, OTHERS[:1])) for g, name in ((first, "a1"), (second, "a2"))]
         gate.open("b")
-        assert await made.grader("b").compare("b", OTHERS[:1]) is None  # while both of a's wait
+        assert await pool.grader("b").compare("b", OTHERS[:1]) is None  # while both of a's wait
         assert gate.running in ([], ["a1"])
         gate.open("a1")
         gate.open("a2")
         await asyncio.gather(*waiting)
         assert gate.most <= 2
-        assert [one for one, _ in made.judge.asked if one != "b"] == ["a1", "a2"]  # type: ignore[attr-defined]
+        assert [one for one, _ in pool.judge.compared if one != "b"] == ["a1", "a2"]  # type: ignore[attr-defined]
 
 
-async def test_a_lane_stays_taken_by_what_was_cancelled_until_that_has_ended() -> None:
+async def test_a_cancelled_comparison_blocks_its_tenants_next_one_until_it_ends() -> None:
     gate = Gate()
-    async for made in make(gate):
-        grader = made.grader("a")
+    async for pool in graders(gate):
+        grader = pool.grader("a")
         for number in range(5):
             task = asyncio.create_task(grader.compare(f"a{number}", OTHERS[:1]))
             await asyncio.sleep(0)
-            assert await asyncio.to_thread(gate.begun.wait, 30)
+            assert await asyncio.to_thread(gate.started.wait, 30)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert gate.running == ["a0"]
         gate.open("a0")
         gate.open("last")
         await grader.compare("last", OTHERS[:1])
-        assert [one for one, _ in made.judge.asked] == ["a0", "last"]  # type: ignore[attr-defined]
+        assert [one for one, _ in pool.judge.compared] == ["a0", "last"]  # type: ignore[attr-defined]
 
 
-async def test_the_first_that_is_equal_is_found_and_a_busy_judge_is_counted() -> None:
-    async for made in make(lambda one, other: EqualityResult(other == "3", 0.01)):
-        assert await made.grader("a").compare("9", OTHERS) == 3
-        assert asked(made) == 4
-        assert await made.grader("a").compare("9", []) is None
-        assert limits(made.metrics) == {}
-    async for made in make(lambda one, other: EqualityResult(False, waited=True)):
-        assert await made.grader("a").compare("9", OTHERS) is None
-        assert (asked(made), limits(made.metrics)) == (1, {"judge_busy": 1})
+async def test_the_first_equal_label_is_returned_and_a_busy_judge_is_counted() -> None:
+    async for pool in graders(lambda one, other: EqualityResult(other == "3", 0.01)):
+        assert await pool.grader("a").compare("9", OTHERS) == 3
+        assert comparisons(pool) == 4
+        assert await pool.grader("a").compare("9", []) is None
+        assert limits(pool.metrics) == {}
+    async for pool in graders(lambda one, other: EqualityResult(False, waited=True)):
+        assert await pool.grader("a").compare("9", OTHERS) is None
+        assert (comparisons(pool), limits(pool.metrics)) == (1, {"judge_busy": 1})
 
 
 async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[str] = []
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def reading(*args: Any, **kwargs: Any) -> Any:
         where.append(threading.current_thread().name.partition("_")[0])
         return read_answer(*args, **kwargs)
 
-    monkeypatch.setattr("proxy.environment.answer_reader.read_answer", noted)
-    async for made in make(lambda one, other: EqualityResult(False)):
-        grader = made.grader("a")
+    monkeypatch.setattr("proxy.environment.answer_reader.read_answer", reading)
+    async for pool in graders(lambda one, other: EqualityResult(False)):
+        grader = pool.grader("a")
         answers = [
             await grader.read("x", PATTERN),
             await grader.read("The answer is 7.", parse_kind("auto")),
@@ -161,23 +161,23 @@ async def test_patterns_and_long_texts_are_read_in_threads(monkeypatch: pytest.M
         assert where == ["grading", threading.main_thread().name, "reading"]
 
 
-async def test_an_episode_s_pattern_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pattern_has_a_time_budget_per_episode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_reader, "EPISODE_S", 1e-9)
-    async for made in make(lambda one, other: EqualityResult(False)):
-        grader = made.grader("a")
+    async for pool in graders(lambda one, other: EqualityResult(False)):
+        grader = pool.grader("a")
         await grader.read("x" * 1000, PATTERN)
         assert await grader.read("x", PATTERN) is None
-        assert limits(made.metrics) == {"pattern_episode": 1}
+        assert limits(pool.metrics) == {"pattern_episode": 1}
 
 
 @pytest.mark.process
-async def test_math_verify_decides_what_forms_do_not() -> None:
-    made = GraderPool(Metrics())
+async def test_math_verify_decides_where_canonical_forms_do_not() -> None:
+    pool = GraderPool(Metrics())
     try:
-        assert await label(made.grader("a"), r"\log_2 8", "3") == [0, 0]
+        assert await label(pool.grader("a"), r"\log_2 8", "3") == [0, 0]
         assert await label(PlainGrader(), r"\log_2 8", "3") == [0, 1]
     finally:
-        await made.close()
+        await pool.close()
 
 
 async def label(grader: EpisodeGrader | PlainGrader, *answers: str) -> list[int]:
@@ -189,7 +189,7 @@ async def label(grader: EpisodeGrader | PlainGrader, *answers: str) -> list[int]
     return numbers
 
 
-def test_a_budget_comes_back_with_time() -> None:
+def test_a_time_budget_refills() -> None:
     now = [0.0]
     budget = TimeBudget(10, 0.5, lambda: now[0])
     budget.spend(12)

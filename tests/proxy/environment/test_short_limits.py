@@ -1,4 +1,4 @@
-"""Limits that cut every branch cost one branch, and say that they did."""
+"""Token limits that truncate every branch cost one branch, and the reply reports them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_a_limit_too_short_for_an_answer_costs_one_branch(
     assert written.strip("<think>") == proxy.backend.chains[0].text[:limit].strip("<think>")
 
 
-async def test_a_limit_that_is_just_enough_for_the_first_lets_all_vote(proxy: Proxy) -> None:
+async def test_a_limit_just_long_enough_for_the_first_branch_lets_all_vote(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("It is \\boxed{7}", ("7",)), Chain("So it is \\boxed{7}", ("7",))]
     _, headers, reply = await proxy.ask("0.5", max_tokens=INTERVAL, tts={"controller": "self_consistency"})
     assert headers["x-tts-stop"] == "answered"
@@ -35,7 +35,7 @@ async def test_a_limit_that_is_just_enough_for_the_first_lets_all_vote(proxy: Pr
     assert reply["tts"]["agreed"] is True
 
 
-async def test_a_longer_limit_that_cuts_the_first_branch_opens_no_more(proxy: Proxy) -> None:
+async def test_a_longer_limit_that_truncates_the_first_branch_opens_no_more(proxy: Proxy) -> None:
     proxy.backend.chains = [chain("7", 400, [""], mark=mark) for mark in "abcdefgh"]
     limit = 3 * INTERVAL
     _, headers, reply = await proxy.ask("0.5", max_tokens=limit, tts={"controller": "self_consistency"})
@@ -45,7 +45,7 @@ async def test_a_longer_limit_that_cuts_the_first_branch_opens_no_more(proxy: Pr
     assert reply["tts"]["agreed"] is None
 
 
-async def test_one_unreadable_reply_does_not_vote_and_costs_the_others_nothing(proxy: Proxy) -> None:
+async def test_one_reply_without_an_answer_does_not_vote_and_the_others_do(proxy: Proxy) -> None:
     texts = ["I cannot tell what it is", *(f"The answer is \\boxed{{7}}{'.' * i}" for i in range(20))]
     proxy.backend.chains = [
         Chain(f"<think>1 + 1 = {chr(97 + i) * (60 + i)}</think>\n\n{text}", ("7",)) for i, text in enumerate(texts)
@@ -57,7 +57,7 @@ async def test_one_unreadable_reply_does_not_vote_and_costs_the_others_nothing(p
         assert reply["tts"]["answer"] == "7"
 
 
-async def test_two_unreadable_replies_end_what_a_probe_vouched_for(proxy: Proxy) -> None:
+async def test_two_replies_without_an_answer_end_the_episode_despite_a_probe_answer(proxy: Proxy) -> None:
     proxy.backend.chains = [
         Chain(f"<think>1 + 1 = {mark * 90}</think>\n\nRoses are red", ("7",)) for mark in "abcdefgh"
     ]
@@ -67,7 +67,7 @@ async def test_two_unreadable_replies_end_what_a_probe_vouched_for(proxy: Proxy)
     assert proxy.backend.opened <= 3
 
 
-async def test_an_answer_that_nobody_voted_for_is_told(proxy: Proxy) -> None:
+async def test_the_reply_names_an_answer_without_votes(proxy: Proxy) -> None:
     proxy.backend.chains = [chain("7", 300, ["7"], mark=mark) for mark in "abcdefgh"]
     proxy.backend.fault, proxy.backend.fault_after, proxy.backend.fault_times = "hang", 0, 1
     _, _, reply = await proxy.ask("0.5", tts={"controller": "cmc", "deadline_s": 1.0, "answer": "boxed"})
@@ -78,9 +78,7 @@ async def test_an_answer_that_nobody_voted_for_is_told(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("answer", [None, "boxed"])
 @pytest.mark.parametrize("limit", [16, INTERVAL, 3 * INTERVAL])
-async def test_branches_that_ignore_their_end_all_run_to_the_limit(
-    proxy: Proxy, limit: int, answer: str | None
-) -> None:
+async def test_with_ignore_eos_all_branches_run_to_the_limit(proxy: Proxy, limit: int, answer: str | None) -> None:
     proxy.backend.chains = [chain("7", 400, [""], mark=mark) for mark in "abcdefgh"]
     tts = {"controller": "self_consistency@4"} | ({} if answer is None else {"answer": answer})
     status, headers, reply = await proxy.ask("0", max_tokens=limit, ignore_eos=True, tts=tts)
@@ -92,11 +90,11 @@ async def test_branches_that_ignore_their_end_all_run_to_the_limit(
 
 
 @pytest.mark.parametrize("controller", SERVED)
-@pytest.mark.parametrize("hunches", [[""], ["7"]])
-async def test_an_end_without_a_vote_at_the_limit_stops_as_max_tokens(
-    proxy: Proxy, controller: str, hunches: list[str]
+@pytest.mark.parametrize("probe_answers", [[""], ["7"]])
+async def test_an_episode_truncated_without_a_vote_stops_as_max_tokens(
+    proxy: Proxy, controller: str, probe_answers: list[str]
 ) -> None:
-    proxy.backend.chains = [chain("7", 400, hunches, mark=mark) for mark in "abcdefgh"]
+    proxy.backend.chains = [chain("7", 400, probe_answers, mark=mark) for mark in "abcdefgh"]
     tts = {"controller": controller, "answer": "boxed"}
     _, headers, reply = await proxy.ask("0.25", max_tokens=INTERVAL + 20, tts=tts)
     decided = reply["tts"]["agreed"] is not None
@@ -104,7 +102,7 @@ async def test_an_end_without_a_vote_at_the_limit_stops_as_max_tokens(
     assert decided or reply["choices"][0]["finish_reason"] == "length"
 
 
-async def test_an_end_without_a_vote_is_answered_where_branches_came_to_their_ends(proxy: Proxy) -> None:
+async def test_an_episode_without_a_vote_stops_as_answered_if_a_branch_finished(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("a" * 50), *(Chain(mark * 400) for mark in "bcdefgh")]
     tts = {"controller": "self_consistency@4", "answer": "boxed"}
     _, headers, reply = await proxy.ask("0.25", max_tokens=INTERVAL + 20, tts=tts)

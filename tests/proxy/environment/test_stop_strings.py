@@ -1,4 +1,4 @@
-"""Stop strings of clients: they end the reply, and leave the thought and the votes alone."""
+"""Clients' stop strings end the reply. They do not affect the thought or the votes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_where_the_reply_begins(family: Family, tail: str, text: str, begin: int
     assert TEMPLATES[family].reply_at(tail, text) == begin
 
 
-def test_strings_go_to_the_server_once_the_reply_has_begun() -> None:
+def test_stop_strings_are_sent_to_the_server_once_the_reply_has_begun() -> None:
     stops = StopStrings(["=", "\n"], TEMPLATES[Family.QWEN3], "")
     assert (stops.at_server(""), stops.max_tokens("", 100, 500)) == ([], OPENING_TOKENS)
     assert (stops.at_server("<think>1 ="), stops.max_tokens("<think>1 =", 100, 500)) == ([], 100)
@@ -61,7 +61,7 @@ def test_strings_go_to_the_server_once_the_reply_has_begun() -> None:
 
 
 @pytest.mark.parametrize("known", range(30))
-def test_a_string_is_found_wherever_the_text_was_cut(known: int) -> None:
+def test_a_stop_string_is_found_wherever_the_text_was_divided(known: int) -> None:
     text = "<think>a ## b</think>\n\nSo 4 ## c"
     stops = StopStrings(["##"], TEMPLATES[Family.QWEN3], "")
     assert stops.cut(text, known if known <= text.rindex("##") + 1 else 0) == text.rindex("##")
@@ -75,7 +75,7 @@ def thinking(reply: str, length: int = 90, mark: str = "a") -> Chain:
 
 @pytest.mark.parametrize("controller", ["cmc", "self_consistency", "parallel_probe"])
 @pytest.mark.parametrize("stop", [["="], ["\n"], ["\n\n", "y"], ["1", "2", "3", "4", "5", "a"]])
-async def test_a_thought_may_hold_what_ends_a_reply(proxy: Proxy, stop: list[str], controller: str) -> None:
+async def test_stop_strings_do_not_end_a_thought(proxy: Proxy, stop: list[str], controller: str) -> None:
     proxy.backend.chains = [thinking("It is \\boxed{7}", mark=mark) for mark in "abcdefgh"]
     _, headers, reply = await proxy.ask("0", stop=stop, tts={"controller": controller})
     message = reply["choices"][0]["message"]
@@ -88,7 +88,7 @@ async def test_a_thought_may_hold_what_ends_a_reply(proxy: Proxy, stop: list[str
 
 
 @pytest.mark.parametrize("interval_part", [0, 3, 7])
-async def test_a_reply_ends_at_the_first_string_and_what_was_said_before_counts(
+async def test_a_reply_ends_at_its_first_stop_string_and_the_answer_before_it_counts(
     proxy: Proxy, interval_part: int
 ) -> None:
     chain = thinking("It is \\boxed{7} STOP " + "more " * 100, INTERVAL + interval_part)
@@ -101,7 +101,7 @@ async def test_a_reply_ends_at_the_first_string_and_what_was_said_before_counts(
 
 
 @pytest.mark.parametrize("answer", [None, "boxed"])
-async def test_a_reply_cut_before_its_answer_is_asked_for_it(proxy: Proxy, answer: str | None) -> None:
+async def test_a_reply_cut_before_its_answer_is_probed(proxy: Proxy, answer: str | None) -> None:
     proxy.backend.chains = [thinking("We find 3 + 4 = 7", mark=mark) for mark in "abcdefgh"]
     tts: dict[str, Any] = {"controller": "self_consistency"} | ({"answer": answer} if answer else {})
     _, headers, reply = await proxy.ask("0.3", stop=["="], tts=tts)
@@ -120,7 +120,7 @@ async def test_a_reply_cut_within_its_answer_still_agrees_with_its_own_vote(prox
     assert (reply["tts"]["answer"], reply["tts"]["agreed"]) == ("7", True)
 
 
-async def test_a_cap_holds_though_replies_are_asked(proxy: Proxy) -> None:
+async def test_max_total_tokens_holds_though_cut_replies_are_probed(proxy: Proxy) -> None:
     proxy.backend.chains = [thinking("We find 3 + 4 = 7", mark=mark) for mark in "abcdefgh"]
     for cap in (450, 800, 2000):
         tts = {"controller": "self_consistency", "answer": "boxed", "max_total_tokens": cap}
@@ -129,17 +129,17 @@ async def test_a_cap_holds_though_replies_are_asked(proxy: Proxy) -> None:
         assert reply["tts"]["tokens"]["total"] <= cap
 
 
-async def test_text_without_a_thought_is_cut_by_the_server(proxy: Proxy) -> None:
+async def test_without_a_thought_the_server_gets_the_stop_strings(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain(mark + " It is \\boxed{7}." + "b" * 300, ("7",)) for mark in "abcdefgh"]
     await proxy.ask("0", stop=["\n"], tts={"controller": "self_consistency", "answer": "boxed"})
-    asked = [(request.get("stop"), request["max_tokens"]) for request in proxy.backend.requests]
-    assert asked[0] == (None, OPENING_TOKENS)
-    assert asked[1][0] == ["\n"]
+    sent = [(request.get("stop"), request["max_tokens"]) for request in proxy.backend.requests]
+    assert sent[0] == (None, OPENING_TOKENS)
+    assert sent[1][0] == ["\n"]
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("stop", HARNESSES.values(), ids=HARNESSES)
-async def test_the_usual_strings_lose_no_votes(vllm: str, stop: list[str]) -> None:
+async def test_common_stop_strings_lose_no_votes_on_vllm(vllm: str, stop: list[str]) -> None:
     async with running(load(upstream=vllm, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
         for beta, controller, stream in ((0, "cmc", False), (0.3, "self_consistency", False), (0.3, "cmc", True)):
             body = {

@@ -1,4 +1,4 @@
-"""Whether a task can be voted on is told by more than a probe's answer, on a set of prose and a set of tasks."""
+"""Votability signs on a set of prose and a set of tasks: a probe's answer alone is not enough."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from discovery.answers import Answer, parse_kind, read_answer
 from proxy.environment.votability import LONGEST, asks, vouches, works
 
-PROSE = [  # a question, what a branch has written of its reply, and what a probe that leads into a box gets
+PROSE = [  # question, start of a branch's reply, answer of a probe that leads into a box
     ("Write a short story about a dragon.", "Once upon a time, 3 dragons lived in a cave.", "3"),
     ("Write a poem about the number 7.", "Seven stars, seven seas,\nseven sisters in the breeze", "7"),
     ("Summarise the French Revolution.", "In 1789 the Bastille fell. By 1799 Napoleon ruled.", "1789"),
@@ -47,13 +47,13 @@ def probed(answer: str) -> Answer | None:
     return read_answer(f"The final answer is \\boxed{{{answer}}}", parse_kind("auto"))
 
 
-def test_no_prose_is_vouched_for_and_no_task_is_missed() -> None:
+def test_tasks_are_votable_and_prose_is_not() -> None:
     wrong = [question for question, text, answer in PROSE if vouches(asks(question), text, probed(answer))]
     missed = [question for question, text, answer in TASKS if not vouches(asks(question), text, probed(answer))]
     assert (wrong, missed) == ([], [])
 
 
-def test_a_probe_must_give_an_answer_that_is_no_mere_word() -> None:
+def test_a_probe_answer_that_is_a_mere_word_does_not_count() -> None:
     assert not vouches(True, "2 + 2 = 4", None)
     assert not vouches(True, "2 + 2 = 4", probed(r"\text{a short story}"))
 
@@ -77,7 +77,7 @@ def test_a_branch_s_own_text_is_a_sign(text: str, answer: str, is_vouched: bool)
     assert vouches(False, text, probed(answer)) is is_vouched
 
 
-def test_signs_are_looked_for_at_the_end_of_long_texts() -> None:
+def test_signs_are_searched_at_the_end_of_long_texts() -> None:
     assert not works("2 + 2 = 4" + "x" * LONGEST)
     assert works("x" * 10 * LONGEST + "2 + 2 = 4")
     assert not asks("How many?" + "x" * LONGEST)
@@ -99,19 +99,19 @@ def test_signs_are_looked_for_at_the_end_of_long_texts() -> None:
         ("Pick (A) " + "sun " * 120 + "(B)", True),
     ],
 )
-def test_options_are_offered_by_an_a_with_a_text_before_a_b(question: str, is_asked: bool) -> None:
+def test_options_are_a_label_a_with_text_before_a_label_b(question: str, is_asked: bool) -> None:
     assert asks(question) is is_asked
 
 
 @pytest.mark.parametrize("unit", ["A." + "\n" * 10, "\n" * 8 + "A. ", "(A)", "(A", "\n" * 9, "(A) \n"])
-def test_many_labels_cost_about_what_other_texts_do(unit: str) -> None:
+def test_many_option_labels_are_searched_in_linear_time(unit: str) -> None:
     def cost(text: str) -> float:
-        """Processor time, so that a busy machine changes nothing."""
+        """Return processor seconds, which do not depend on the machine's load."""
         costs = []
         for _ in range(3):
-            began = time.process_time()
+            started = time.process_time()
             asks(text)
-            costs.append(time.process_time() - began)
+            costs.append(time.process_time() - started)
         return min(costs)
 
     assert cost((unit * LONGEST)[:LONGEST]) < 25 * cost(("so be it " * LONGEST)[:LONGEST])

@@ -1,4 +1,4 @@
-"""Tasks that cannot be voted on end early and cheaply; those that can lose nothing by having been asked."""
+"""Tasks that cannot be voted on end early and cheaply. The check costs votable tasks nothing."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ QUESTION = [{"role": "user", "content": "What is 3 + 4?"}]
 PROSE = {"poem": POEM, "code": CODE, "tool": TOOL, "thought": THOUGHT}
 
 
-def said(text: str) -> str:
+def reply_of(text: str) -> str:
     return text.partition("</think>\n\n")[2] or text
 
 
 @pytest.mark.parametrize("controller", SERVED)
 @pytest.mark.parametrize("text", PROSE.values(), ids=PROSE)
-async def test_prose_ends_with_its_own_text_at_the_cost_of_two_branches_at_most(
+async def test_prose_is_returned_unchanged_and_costs_at_most_two_branches(
     proxy: Proxy, controller: str, text: str
 ) -> None:
     proxy.backend.chains = [Chain(text)]
     status, headers, reply = await proxy.ask("1", tts={"controller": controller})
     assert status == 200, reply
     assert headers["x-tts-stop"] == reply["tts"]["stop"] == "not_votable"
-    assert reply["choices"][0]["message"]["content"] == said(text)
+    assert reply["choices"][0]["message"]["content"] == reply_of(text)
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["tts"]["answer"] is None
     tokens = reply["tts"]["tokens"]
@@ -58,7 +58,7 @@ async def test_prose_ends_with_its_own_text_at_the_cost_of_two_branches_at_most(
     assert await proxy.metric("autotts_stops_total", reason="not_votable") == 1
 
 
-async def test_a_probe_that_vouches_wrongly_costs_no_more_than_the_first_to_finish(proxy: Proxy) -> None:
+async def test_a_misleading_probe_answer_ends_the_episode_at_the_first_finished_branch(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain(POEM + "x" * i, ("7",)) for i in range(64)]
     _, headers, reply = await proxy.ask("1", messages=QUESTION, tts={"controller": "parallel_probe"})
     assert headers["x-tts-stop"] == "not_votable"
@@ -67,7 +67,7 @@ async def test_a_probe_that_vouches_wrongly_costs_no_more_than_the_first_to_fini
     assert reply["tts"]["tokens"]["winner"] == len(POEM) + 1
 
 
-async def test_an_unreadable_first_probe_delays_the_others_and_costs_nothing_twice(proxy: Proxy) -> None:
+async def test_after_an_unreadable_first_probe_no_token_is_generated_twice(proxy: Proxy) -> None:
     _, headers, reply = await proxy.ask("1", tts={"controller": "self_consistency"})
     lone = [r for r in proxy.backend.requests if r["n"] == 1]
     assert [r["n"] for r in proxy.backend.requests] == [1] * len(lone) + [63]
@@ -79,7 +79,7 @@ async def test_an_unreadable_first_probe_delays_the_others_and_costs_nothing_twi
     assert reply["tts"]["tokens"]["total"] == spent + reply["tts"]["tokens"]["probe"]
 
 
-async def test_a_readable_first_probe_lets_all_go_on_after_one_interval(proxy: Proxy) -> None:
+async def test_a_readable_first_probe_opens_all_branches_after_one_interval(proxy: Proxy) -> None:
     proxy.backend.chains = [chain("7", 300, ["7"], mark=chr(97 + i % 26)) for i in range(64)]
     await proxy.ask("1", messages=QUESTION, tts={"controller": "self_consistency"})
     sizes = [(r["n"], r["max_tokens"]) for r in proxy.backend.requests]
@@ -96,13 +96,13 @@ async def test_a_readable_probe_alone_does_not_open_the_other_branches(proxy: Pr
     assert reply["tts"]["tokens"]["winner"] == len(POEM) + 1
 
 
-async def test_a_client_that_names_the_kind_is_believed(proxy: Proxy) -> None:
+async def test_a_named_answer_kind_skips_the_votability_check(proxy: Proxy) -> None:
     proxy.backend.chains = [chain("7", 300, ["7"], mark="a")]
     await proxy.ask("1", tts={"controller": "self_consistency", "answer": "boxed"})
     assert [r["n"] for r in proxy.backend.requests] == [64]
 
 
-async def test_two_branches_are_opened_unasked(proxy: Proxy) -> None:
+async def test_two_branches_are_opened_without_a_votability_check(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain(POEM)]
     _, headers, reply = await proxy.ask("0", tts={"controller": "cmc"})
     assert headers["x-tts-stop"] == "not_votable"
@@ -110,7 +110,7 @@ async def test_two_branches_are_opened_unasked(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "code"])
-async def test_text_without_a_comparator_is_one_branch(proxy: Proxy, kind: str) -> None:
+async def test_answer_kinds_without_comparison_run_one_branch(proxy: Proxy, kind: str) -> None:
     _, headers, reply = await proxy.ask("1", tts={"controller": "self_consistency", "answer": kind})
     assert headers["x-tts-stop"] == "not_votable"
     assert reply["tts"]["branches"] == 1
@@ -126,7 +126,7 @@ async def test_text_without_a_comparator_is_one_branch(proxy: Proxy, kind: str) 
         ("code:lines", ["```\nx = 1\n```", "x = 1  ", "y = 2"], "x = 1"),
     ],
 )
-async def test_other_kinds_are_voted_on(proxy: Proxy, kind: str, texts: list[str], answer: str) -> None:
+async def test_other_answer_kinds_are_voted_on(proxy: Proxy, kind: str, texts: list[str], answer: str) -> None:
     proxy.backend.chains = [Chain(text) for text in texts]
     _, headers, reply = await proxy.ask("0.4", tts={"controller": "sc@3", "answer": kind})
     assert headers["x-tts-stop"] == "answered", reply
@@ -138,7 +138,7 @@ async def test_other_kinds_are_voted_on(proxy: Proxy, kind: str, texts: list[str
     assert reply["tts"]["tokens"]["probe"] == 0
 
 
-async def test_spellings_of_one_answer_vote_together_and_the_reply_has_it_verbatim(proxy: Proxy) -> None:
+async def test_spellings_of_one_answer_share_votes_and_the_reply_quotes_one(proxy: Proxy) -> None:
     spellings = ["1,234", "1234.0", "x = 1234", "99", "99", r"\frac{2468}{2}"]
     proxy.backend.chains = [chain(s, 200 + i, [s], mark=chr(97 + i)) for i, s in enumerate(spellings)]
     _, _, reply = await proxy.ask("1", tts={"controller": "sc@6"})
@@ -150,7 +150,7 @@ async def test_spellings_of_one_answer_vote_together_and_the_reply_has_it_verbat
 
 
 @pytest.mark.process
-async def test_equal_expressions_are_put_to_the_judge(proxy: Proxy) -> None:
+async def test_equal_expressions_are_compared_by_math_verify(proxy: Proxy) -> None:
     spellings = [r"\log_2 8", "3", "5", "5", r"\log_3 27"]
     proxy.backend.chains = [chain(s, 200 + i, [s], mark=chr(97 + i)) for i, s in enumerate(spellings)]
     _, _, reply = await proxy.ask("1", tts={"controller": "sc@5"})
@@ -158,26 +158,26 @@ async def test_equal_expressions_are_put_to_the_judge(proxy: Proxy) -> None:
     assert reply["tts"]["answer"] in spellings[:2]
 
 
-async def test_the_cap_holds_while_it_is_found_out(proxy: Proxy) -> None:
+async def test_max_total_tokens_holds_during_the_votability_check(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("<think>" + "t" * 700 + "</think>\n\n" + POEM)]
     for cap in (300, 600, 1200, 5000):
         proxy.backend.generated = 0
         status, _, reply = await proxy.ask("1", tts={"max_total_tokens": cap, "controller": "self_consistency"})
         assert status == 200, reply
         assert reply["tts"]["tokens"]["total"] <= cap
-        assert proxy.backend.generated <= cap  # what was written to requests that were cut included
+        assert proxy.backend.generated <= cap  # including tokens of aborted requests
 
 
 @pytest.mark.parametrize("spec", ["prose", "regex:(a", "boxed:1"])
-async def test_a_kind_there_is_not_is_refused(proxy: Proxy, spec: str) -> None:
+async def test_an_unknown_answer_kind_is_refused(proxy: Proxy, spec: str) -> None:
     status, _, reply = await proxy.ask("1", tts={"answer": spec})
     assert status == 400
     assert reply["error"]["param"] == "tts.answer"
     assert proxy.backend.generated == 0
 
 
-async def test_a_branch_that_will_not_say_it_leaves_the_vote_to_speak_for_itself(proxy: Proxy) -> None:
-    """The chain said 7 when asked and says 8 when made to close: the message has the vote, and `agreed` says so."""
+async def test_the_message_states_the_voted_answer_if_the_branch_disagrees(proxy: Proxy) -> None:
+    """The branch answers 7 to probes and 8 in its final answer: the message states the vote, and `agreed` is false."""
     proxy.backend.chains = [Chain("<think>" + "a" * 900, ("7", "7", "7", "7", "8"))]
     _, headers, reply = await proxy.ask(
         "0", tts={"controller": "answer_consistency", "deadline_s": 30}, max_tokens=5 * INTERVAL
@@ -186,11 +186,9 @@ async def test_a_branch_that_will_not_say_it_leaves_the_vote_to_speak_for_itself
     assert reply["tts"]["answer"] in reply["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("auto", 2), ("text", 2), ("boxed", 1), ("text:words", 1)])
-async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
-    proxy: Proxy, kind: str, asked: int
-) -> None:
-    """What may be spent beside the rounds: closings in free words and led, and what is asked and run beforehand."""
+@pytest.mark.parametrize(("kind", "probes"), [("auto", 2), ("text", 2), ("boxed", 1), ("text:words", 1)])
+async def test_the_votability_check_is_reserved_under_the_cap(proxy: Proxy, kind: str, probes: int) -> None:
+    """The reserve covers the final answer, in own words and led, and the probes and look-ahead of the check."""
     cap, request = 1000, ChatRequest(messages=[{"role": "user", "content": "hi"}])
     request = request.model_copy(update={"tts": TtsOptions(max_total_tokens=cap, answer=parse_kind(kind))})
     engine = UpstreamClient(proxy.backend.url, proxy.http)
@@ -206,14 +204,14 @@ async def test_the_question_whether_it_is_votable_is_reserved_under_the_cap(
         EffectiveBeta(1.0, BetaSource.HEADER),
     )
     assert plan.limits.max_tokens is not None
-    beside = (
-        len(plan.prompt.template.longest_closing) + plan.final_answer_limits.free + asked * plan.limits.probe_tokens
+    reserve = (
+        len(plan.prompt.template.longest_closing) + plan.final_answer_limits.free + probes * plan.limits.probe_tokens
     )
-    assert plan.limits.max_tokens + beside + (plan.environment_limits.ahead or 0) == cap
-    assert (plan.environment_limits.ahead is None) == (asked == 1)
+    assert plan.limits.max_tokens + reserve + (plan.environment_limits.ahead or 0) == cap
+    assert (plan.environment_limits.ahead is None) == (probes == 1)
 
 
-async def test_what_is_cut_is_billed_but_for_a_few_tokens_a_branch(proxy: Proxy) -> None:
+async def test_aborted_tokens_are_billed_except_a_few_per_branch(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain(POEM + "x" * i, ("7",)) for i in range(64)]
     _, headers, _ = await proxy.ask("0.3", tts={"controller": "cmc"})
     assert headers["x-tts-stop"] == "not_votable"
@@ -222,7 +220,7 @@ async def test_what_is_cut_is_billed_but_for_a_few_tokens_a_branch(proxy: Proxy)
     assert 0 <= unseen <= OPEN_STREAM_INTERVAL * proxy.backend.most_branches
 
 
-async def test_short_calls_come_in_pieces_and_long_ones_in_few(proxy: Proxy) -> None:
+async def test_short_calls_stream_in_small_chunks_and_long_ones_in_large_chunks(proxy: Proxy) -> None:
     await proxy.ask("0.3", tts={"controller": "cmc", "answer": "boxed"}, max_tokens=200)
     short = {r["stream_interval"] for r in proxy.backend.requests if r["max_tokens"] == INTERVAL}
     assert short == {INTERVAL // MIN_CHUNKS}
@@ -233,7 +231,7 @@ async def test_short_calls_come_in_pieces_and_long_ones_in_few(proxy: Proxy) -> 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("controller", ["cmc", "self_consistency"])
-async def test_what_vllm_generated_and_nobody_saw_is_within_what_the_metric_says(vllm: str, controller: str) -> None:
+async def test_unbilled_tokens_on_vllm_are_within_the_unseen_metric(vllm: str, controller: str) -> None:
     async with running(load(upstream=vllm, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
 
         async def metric(server: str, name: str) -> float:

@@ -1,4 +1,4 @@
-"""What β costs, told, and asked for by its cost."""
+"""Calibration: the curve of what β costs, and `tts.target_tokens`, which sets β by its cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.proxy.requests.test_bad_input import check_error
 
 
 def calibrated(controller: str = "cmc") -> Calibration:
-    """A thousand tokens at β = 0, five thousand at 1."""
+    """Return a calibration of 1,000 tokens at β = 0 and 5,000 at β = 1."""
     points = tuple(
         CalibrationPoint(at, 1000 + 4000 * at, None, None, 50, None, None, 0, None) for at in (0.0, 0.5, 1.0)
     )
@@ -43,8 +43,8 @@ def calibrated(controller: str = "cmc") -> Calibration:
 
 
 @pytest_asyncio.fixture
-async def aiming(backend: FakeVLLM, tmp_path: Path) -> AsyncIterator[Proxy]:
-    """A proxy that knows what β costs."""
+async def calibrated_proxy(backend: FakeVLLM, tmp_path: Path) -> AsyncIterator[Proxy]:
+    """A proxy with a calibration of its model."""
     write_calibrations({MODEL: calibrated()}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
     async with (
@@ -61,20 +61,20 @@ async def curve(proxy: Proxy, **query: str) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("query", [{}, {"model": MODEL}, {"model": f"{MODEL}@0.5"}])
-async def test_the_curve_of_a_model_is_told(aiming: Proxy, query: dict[str, str]) -> None:
-    assert await curve(aiming, **query) == (200, {"model": MODEL, **calibrated().as_json()})
+async def test_the_calibration_curve_of_a_model_is_returned(calibrated_proxy: Proxy, query: dict[str, str]) -> None:
+    assert await curve(calibrated_proxy, **query) == (200, {"model": MODEL, **calibrated().as_json()})
 
 
-async def test_a_curve_that_is_not_there_is_404(proxy: Proxy, aiming: Proxy) -> None:
+async def test_a_missing_calibration_curve_is_404(proxy: Proxy, calibrated_proxy: Proxy) -> None:
     status, reply = await curve(proxy, model=MODEL)
     check_error(reply, 404, status, param="model", code="no_calibration")
-    status, reply = await curve(aiming, model="another")
+    status, reply = await curve(calibrated_proxy, model="another")
     check_error(reply, 404, status, param="model", code="model_not_found")
 
 
 @pytest.mark.parametrize(("target", "beta"), [(1, 0), (1000, 0), (2000, 0.25), (4000, 0.75), (10**6, 1)])
-async def test_tokens_aimed_at_set_the_dial(aiming: Proxy, target: int, beta: float) -> None:
-    status, headers, reply = await aiming.ask(None, tts={"target_tokens": target})
+async def test_target_tokens_set_beta(calibrated_proxy: Proxy, target: int, beta: float) -> None:
+    status, headers, reply = await calibrated_proxy.ask(None, tts={"target_tokens": target})
     assert status == 200, reply
     assert float(headers["x-tts-beta"]) == beta == reply["tts"]["beta"]
     assert headers["x-tts-beta-source"] == reply["tts"]["beta_source"] == "target_tokens"
@@ -88,7 +88,7 @@ async def test_tokens_aimed_at_set_the_dial(aiming: Proxy, target: int, beta: fl
         (BetaMap(Arm.SINGLE, 0.0), "single", "0"),
     ],
 )
-async def test_a_dial_nobody_turned_stays_where_it_pays(
+async def test_the_default_beta_is_limited_to_where_it_pays(
     backend: FakeVLLM, tmp_path: Path, best: BetaMap, controller: str, beta: str
 ) -> None:
     write_calibrations({MODEL: replace(calibrated(), map=best, pays=False)}, tmp_path / "calibration.json")
@@ -98,21 +98,21 @@ async def test_a_dial_nobody_turned_stays_where_it_pays(
         proxy = Proxy(backend, url, http, unused)
         _, headers, _ = await proxy.ask(None)
         assert (headers["x-tts-controller"], headers["x-tts-beta"]) == (controller, beta)
-        for turned, named in (("0.8", None), (None, "esc")):  # who asks for something gets it
-            _, headers, _ = await proxy.ask(turned, tts={} if named is None else {"controller": named})
+        for beta_header, named in (("0.8", None), (None, "esc")):  # what a client sets is not limited
+            _, headers, _ = await proxy.ask(beta_header, tts={} if named is None else {"controller": named})
             assert headers["x-tts-controller"] == (named or "cmc")
         await unused.close()
 
 
-async def test_a_header_wins_over_tokens_aimed_at(aiming: Proxy, proxy: Proxy) -> None:
-    for one in (aiming, proxy):  # where there is no calibration it is not asked for
-        status, headers, _ = await one.ask("1", tts={"target_tokens": 1000})
+async def test_the_header_wins_over_target_tokens(calibrated_proxy: Proxy, proxy: Proxy) -> None:
+    for server in (calibrated_proxy, proxy):  # without a calibration too, as it is not needed
+        status, headers, _ = await server.ask("1", tts={"target_tokens": 1000})
         assert (status, headers["x-tts-beta"], headers["x-tts-beta-source"]) == (200, "1", "header")
 
 
-async def test_tokens_aimed_at_win_over_effort_and_alias(aiming: Proxy) -> None:
+async def test_target_tokens_win_over_effort_and_alias(calibrated_proxy: Proxy) -> None:
     fields: dict[str, Any] = {"model": f"{MODEL}@1", "reasoning_effort": "high", "tts": {"target_tokens": 1000}}
-    _, headers, _ = await aiming.ask(None, **fields)
+    _, headers, _ = await calibrated_proxy.ask(None, **fields)
     assert (headers["x-tts-beta"], headers["x-tts-beta-source"]) == ("0", "target_tokens")
 
 
@@ -126,44 +126,46 @@ async def test_tokens_aimed_at_win_over_effort_and_alias(aiming: Proxy) -> None:
         ({"target_tokens": 1000, "controller": "single"}, "tts.target_tokens", "no_calibration"),
     ],
 )
-async def test_what_cannot_be_aimed_at(aiming: Proxy, tts: dict[str, Any], param: str, code: str | None) -> None:
-    status, _, reply = await aiming.ask(None, tts=tts)
+async def test_bad_target_tokens_are_refused(
+    calibrated_proxy: Proxy, tts: dict[str, Any], param: str, code: str | None
+) -> None:
+    status, _, reply = await calibrated_proxy.ask(None, tts=tts)
     check_error(reply, 400, status, param=param, code=code)
-    assert aiming.backend.requests == []
+    assert calibrated_proxy.backend.requests == []
 
 
-async def test_without_a_calibration_there_is_no_aiming(proxy: Proxy) -> None:
+async def test_target_tokens_without_a_calibration_are_refused(proxy: Proxy) -> None:
     status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000})
     check_error(reply, 400, status, param="tts.target_tokens", code="no_calibration")
     assert "no calibration for model 'fake-model'" in reply["error"]["message"]
 
 
-async def test_a_calibration_of_another_controller_is_none(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_calibration_of_another_controller_is_not_used(backend: FakeVLLM, tmp_path: Path) -> None:
     write_calibrations({MODEL: calibrated("asc")}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http, AsyncOpenAI(api_key="unused") as openai:
-        one = Proxy(backend, url, http, openai)
-        status, _, reply = await one.ask(None, tts={"target_tokens": 1000})
+        proxy = Proxy(backend, url, http, openai)
+        status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000})
         check_error(reply, 400, status, param="tts.target_tokens", code="no_calibration")
         assert "calibrated for asc, and cmc serves" in reply["error"]["message"]
-        status, _, reply = await one.ask(None, tts={"target_tokens": 1000, "controller": "asc"})
+        status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000, "controller": "asc"})
         assert (status, reply["tts"]["controller"]) == (200, "asc")
 
 
-def test_what_is_aimed_at_is_asked_for_only_where_it_decides() -> None:
+def test_the_target_beta_is_computed_only_if_it_is_used() -> None:
     def never() -> float:
-        raise BadRequest("asked")
+        raise BadRequest("computed")
 
-    about: dict[str, Any] = {"effort": None, "alias": None, "model": "m", "default": None, "target": never}
-    turned = resolve(["0.5"], body=None, **about)
-    assert turned is not None
-    assert turned.source is BetaSource.HEADER
-    with pytest.raises(BadRequest, match="asked"):
-        resolve([], body=None, **about)
+    options: dict[str, Any] = {"effort": None, "alias": None, "model": "m", "default": None, "target": never}
+    beta = resolve(["0.5"], body=None, **options)
+    assert beta is not None
+    assert beta.source is BetaSource.HEADER
+    with pytest.raises(BadRequest, match="computed"):
+        resolve([], body=None, **options)
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"m": {"controller": "cmc"}}'])
-def test_a_bad_file_is_a_bad_setting(tmp_path: Path, text: str | None) -> None:
+def test_a_bad_calibration_file_is_a_settings_error(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "calibration.json"
     if text is not None:
         path.write_text(text)
@@ -171,7 +173,7 @@ def test_a_bad_file_is_a_bad_setting(tmp_path: Path, text: str | None) -> None:
         create_app(load(upstream="http://127.0.0.1:1", calibration=path))
 
 
-async def test_a_calibration_of_several_controllers(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_calibration_may_hold_several_controllers(backend: FakeVLLM, tmp_path: Path) -> None:
     cheap = replace(calibrated("asc"), points=(CalibrationPoint(0, 10, None, None, 50, None, None, 0, None),) * 1)
     write_calibrations({MODEL: replace(cheap, others=(calibrated("cmc"),))}, tmp_path / "calibration.json")
     settings = load(upstream=backend.url, calibration=tmp_path / "calibration.json", **SMALL)

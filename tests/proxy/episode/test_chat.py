@@ -1,4 +1,4 @@
-"""Chat completions through a running proxy over the fake vLLM: what clients see, and that the bill adds up."""
+"""Chat completions through a running proxy over the fake vLLM: replies, streams, deadlines, and the bill."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_controller_answers_and_the_bill_adds_up(proxy: Proxy, controlle
     assert await proxy.metric("autotts_episodes_in_flight") == 0
 
 
-async def test_the_openai_client_needs_nothing_special(proxy: Proxy) -> None:
+async def test_the_openai_client_works_unchanged(proxy: Proxy) -> None:
     reply = await proxy.openai.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "hi"}], extra_body={"tts": {"beta": 0.5}}
     )
@@ -74,7 +74,7 @@ async def test_the_openai_client_needs_nothing_special(proxy: Proxy) -> None:
     assert reply.usage.completion_tokens == proxy.backend.generated
 
 
-async def test_streams_are_what_the_openai_client_expects(proxy: Proxy) -> None:
+async def test_the_openai_client_reads_a_stream(proxy: Proxy) -> None:
     stream = await proxy.openai.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "hi"}],
@@ -95,7 +95,7 @@ async def test_streams_are_what_the_openai_client_expects(proxy: Proxy) -> None:
     assert chunks[-1].tts["stop"] == "answered"  # type: ignore[attr-defined]
 
 
-async def test_the_synchronous_client_works_too(proxy: Proxy) -> None:
+async def test_the_synchronous_openai_client_works(proxy: Proxy) -> None:
     def ask() -> str | None:
         with OpenAI(base_url=f"{proxy.url}/v1", api_key="unused", max_retries=0) as client:
             reply = client.chat.completions.create(model=f"{MODEL}@0.25", messages=[{"role": "user", "content": "hi"}])
@@ -104,7 +104,7 @@ async def test_the_synchronous_client_works_too(proxy: Proxy) -> None:
     assert await asyncio.to_thread(ask) == "It is \\boxed{7}"
 
 
-async def test_a_stream_starts_at_once_and_pings_while_it_thinks(proxy: Proxy) -> None:
+async def test_a_stream_sends_its_first_chunk_at_once_and_then_pings(proxy: Proxy) -> None:
     proxy.backend.fault = "hang"
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "tts": {"beta": 1}}
     async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
@@ -124,7 +124,7 @@ async def _some(lines: Any, count: int) -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_stops_everything(proxy: Proxy, stream: bool) -> None:
+async def test_a_disconnected_client_aborts_all_upstream_requests(proxy: Proxy, stream: bool) -> None:
     proxy.backend.fault = "hang"
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "tts": {"beta": 1, "answer": "boxed"}}
     request = asyncio.create_task(_post(proxy, body))
@@ -147,7 +147,7 @@ async def _until_metric(proxy: Proxy, name: str, **labels: str) -> None:
             pass  # asking is what gives way to the server
 
 
-async def test_a_hard_cap_is_never_passed(proxy: Proxy) -> None:
+async def test_max_total_tokens_is_never_exceeded(proxy: Proxy) -> None:
     for cap in (260, 400, 1000):
         proxy.backend.generated = 0
         _, _, reply = await proxy.ask("1", tts={"max_total_tokens": cap, "controller": "parallel_probe"})
@@ -173,7 +173,7 @@ async def test_a_cap_too_small_for_any_answer_is_refused(proxy: Proxy) -> None:
         pytest.param("cmc", 4, "It is \\boxed{7}", id="nothing was asked yet, so the thought is closed and answers"),
     ],
 )
-async def test_at_the_deadline_the_best_so_far_goes_out(
+async def test_at_the_deadline_the_best_answer_so_far_is_returned(
     proxy: Proxy, controller: str, after: int, content: str
 ) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
@@ -191,18 +191,18 @@ async def test_at_the_deadline_the_best_so_far_goes_out(
 
 
 SOON_S = 3.0
-"""Seconds within which an answer to a deadline of a second must be there, on a busy machine too."""
+"""Maximum seconds for a reply with a deadline of a second, also on a busy machine."""
 
 
-async def told(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, Any]:
-    """The content, the finish reason and the `tts` object of an answer that must come soon."""
-    began = time.monotonic()
+async def reply_soon(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, Any]:
+    """Return the content, finish reason and `tts` object of a reply, which must come within SOON_S."""
+    started = time.monotonic()
     async with asyncio.timeout(20):
         if not stream:
             status, _, reply = await proxy.ask("0.5", **fields)
             assert status == 200, reply
             choice = reply["choices"][0]
-            said = choice["message"]["content"], choice["finish_reason"], reply["tts"]
+            result = choice["message"]["content"], choice["finish_reason"], reply["tts"]
         else:
             body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
             headers = {"x-tts-beta": "0.5"}
@@ -211,58 +211,61 @@ async def told(proxy: Proxy, *, stream: bool, **fields: Any) -> tuple[str, str, 
             assert lines[-2] == "data: [DONE]"
             chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
             content = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-            said = content, chunks[-1]["choices"][0]["finish_reason"], chunks[-1]["tts"]
-    assert time.monotonic() - began < SOON_S
-    return said
+            result = content, chunks[-1]["choices"][0]["finish_reason"], chunks[-1]["tts"]
+    assert time.monotonic() - started < SOON_S
+    return result
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("after", "content", "finish"), [(0, "<", "length"), (1, "", "length"), (3, "7", "stop")])
-async def test_a_deadline_is_kept_though_nothing_is_finished_and_the_backend_hangs(
+async def test_a_deadline_holds_while_the_upstream_hangs_and_no_branch_has_finished(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: int, content: str, finish: str, stream: bool
 ) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
     tts = {"deadline_s": 1.0, "controller": "parallel_probe", "answer": "boxed"}
-    said, why, told_of_it = await told(proxy, stream=stream, tts=tts)
-    assert (said, why) == (f"{LEAD}7}}" if content == "7" else content, finish)
-    assert (told_of_it["stop"], told_of_it["agreed"]) == ("deadline", False if content == "7" else None)
+    got, reason, tts_object = await reply_soon(proxy, stream=stream, tts=tts)
+    assert (got, reason) == (f"{LEAD}7}}" if content == "7" else content, finish)
+    assert (tts_object["stop"], tts_object["agreed"]) == ("deadline", False if content == "7" else None)
     hung = proxy.backend.requests[after:]
-    seen = sum(one.get("n", 1) * (len(one["prompt"]) if isinstance(one["prompt"][0], list) else 1) for one in hung)
-    tokens = dict(told_of_it["tokens"])
+    seen = sum(
+        request.get("n", 1) * (len(request["prompt"]) if isinstance(request["prompt"][0], list) else 1)
+        for request in hung
+    )
+    tokens = dict(tts_object["tokens"])
     assert (tokens["finalise"], len(hung)) == (0, 2)  # a round, and the closing
     assert tokens.pop("total") == sum(tokens.values())
     assert tokens["aborted"] >= seen
     assert proxy.backend.running == 0
 
 
-async def test_a_backend_that_fails_after_the_deadline_costs_no_answer(proxy: Proxy) -> None:
+async def test_an_upstream_failure_after_the_deadline_still_returns_an_answer(proxy: Proxy) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "hang", 3
     tts = {"deadline_s": 0.5, "controller": "parallel_probe", "answer": "boxed"}
-    asking = asyncio.create_task(told(proxy, stream=False, tts=tts))
+    asking = asyncio.create_task(reply_soon(proxy, stream=False, tts=tts))
     await proxy.backend.hanging.wait()
     proxy.backend.fault = "garbage"
-    content, finish, told_of_it = await asking
-    assert (content, finish, told_of_it["stop"]) == (f"{LEAD}7}}", "stop", "deadline")
+    content, finish, tts_object = await asking
+    assert (content, finish, tts_object["stop"]) == (f"{LEAD}7}}", "stop", "deadline")
 
 
 @pytest.mark.slow
-async def test_a_deadline_that_passes_while_an_answer_is_closed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deadline_during_the_final_answer_returns_the_voted_answer(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.2)
     proxy.backend.chains = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]
     tts = {"deadline_s": 2.0, "controller": "parallel_probe", "answer": "boxed"}
     _, _, reply = await proxy.ask("0.5", tts={**tts, "deadline_s": 60})
     assert reply["choices"][0]["message"]["content"] == "So \\boxed{7}"
     proxy.backend.fault, proxy.backend.fault_after = "hang", 2 * len(proxy.backend.requests) - 1
-    content, finish, told_of_it = await told(proxy, stream=False, tts=tts)
+    content, finish, tts_object = await reply_soon(proxy, stream=False, tts=tts)
     assert (content, finish) == (f"{LEAD}7}}", "stop")
-    assert (told_of_it["stop"], told_of_it["agreed"]) == ("answered", False)
-    assert (told_of_it["tokens"]["finalise"], told_of_it["tokens"]["aborted"]) == (0, 1)
+    assert (tts_object["stop"], tts_object["agreed"]) == ("answered", False)
+    assert (tts_object["tokens"]["finalise"], tts_object["tokens"]["aborted"]) == (0, 1)
 
 
-async def test_where_nothing_was_said_before_the_deadline_there_is_nothing_to_answer_with(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_deadline_before_the_first_token_is_504(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "COMPOSE_S", 0.1)
     proxy.backend.gate.clear()
     status, headers, reply = await asyncio.wait_for(proxy.ask("0.5", tts={"deadline_s": 0.2}), SOON_S)
@@ -271,8 +274,8 @@ async def test_where_nothing_was_said_before_the_deadline_there_is_nothing_to_an
     assert "x-should-retry" not in headers
 
 
-class Mute(FakeVLLM):
-    """Says nothing to who asks it for ids."""
+class SilentTokenizer(FakeVLLM):
+    """Fake vLLM whose `/tokenize` never answers."""
 
     async def _tokenise(self, request: web.Request) -> web.Response:
         await asyncio.Event().wait()
@@ -282,7 +285,7 @@ class Mute(FakeVLLM):
 @pytest.mark.parametrize("store", [None, "s.db"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_planning_counts_towards_the_deadline(tmp_path: Path, store: str | None, stream: bool) -> None:
-    async with Mute().serve() as backend, aiohttp.ClientSession() as http:
+    async with SilentTokenizer().serve() as backend, aiohttp.ClientSession() as http:
         settings = load(upstream=backend.url, store=tmp_path / store if store else None, **SMALL)
         async with running(settings) as url:
             proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
@@ -292,7 +295,7 @@ async def test_planning_counts_towards_the_deadline(tmp_path: Path, store: str |
     assert backend.requests == []
 
 
-async def test_so_does_waiting_for_a_place(backend: FakeVLLM) -> None:
+async def test_waiting_for_a_request_slot_counts_towards_the_deadline(backend: FakeVLLM) -> None:
     backend.fault = "hang"
     async with (
         running(load(upstream=backend.url, max_episodes=1, **SMALL)) as url,
@@ -322,8 +325,8 @@ async def test_at_temperature_0_the_first_branch_is_greedy_and_the_others_are_sa
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         _, _, reply = await proxy.ask("1", temperature=0, top_k=5, tts=VOTE)
     assert (reply["tts"]["temperature"], reply["tts"]["greedy_first"]) == (sampled, True)
-    asked = sorted((r["n"], r.get("temperature", "default"), r["top_k"]) for r in backend.requests)
-    assert asked == [(1, 0, 5), (63, sampled or "default", 5)]
+    sent = sorted((r["n"], r.get("temperature", "default"), r["top_k"]) for r in backend.requests)
+    assert sent == [(1, 0, 5), (63, sampled or "default", 5)]
 
 
 async def test_at_another_temperature_no_branch_is_greedy(proxy: Proxy) -> None:
@@ -339,7 +342,7 @@ async def test_at_temperature_0_and_beta_0_the_only_branch_is_greedy(proxy: Prox
     assert {r.get("temperature") for r in proxy.backend.requests} == {0}
 
 
-async def test_the_branch_that_shows_whether_there_is_a_vote_is_the_greedy_one(proxy: Proxy) -> None:
+async def test_the_votability_check_runs_on_the_greedy_branch(proxy: Proxy) -> None:
     _, _, reply = await proxy.ask("1", temperature=0, tts={"controller": "cmc"})
     branches = [r for r in proxy.backend.requests if "include_stop_str_in_output" not in r]
     assert reply["tts"]["branches"] > 2
@@ -353,11 +356,11 @@ async def test_the_branch_that_shows_whether_there_is_a_vote_is_the_greedy_one(p
 async def test_seeds_do_not_change_which_branch_is_greedy(proxy: Proxy) -> None:
     _, _, reply = await proxy.ask("1", temperature=0, seed=11, tts={"controller": "sc@8", "answer": "boxed"})
     assert reply["tts"]["branches"] == 8
-    opened = [r.get("temperature") for r in proxy.backend.requests if "seed" in r]
-    assert sorted(opened, key=str) == [0, *[None] * 7]
+    temperatures = [r.get("temperature") for r in proxy.backend.requests if "seed" in r]
+    assert sorted(temperatures, key=str) == [0, *[None] * 7]
 
 
-async def test_a_round_goes_out_in_as_few_requests_as_can_be(proxy: Proxy) -> None:
+async def test_a_round_is_sent_in_as_few_requests_as_possible(proxy: Proxy) -> None:
     await proxy.ask("1", tts={"controller": "self_consistency", "answer": "boxed"})
     assert [r["n"] for r in proxy.backend.requests] == [64]
     proxy.backend.requests.clear()
@@ -367,7 +370,7 @@ async def test_a_round_goes_out_in_as_few_requests_as_can_be(proxy: Proxy) -> No
     assert all("seed" not in r for r in proxy.backend.requests)
 
 
-async def test_a_seed_gives_every_request_of_every_branch_one_of_its_own(proxy: Proxy) -> None:
+async def test_a_seed_gives_each_request_of_each_branch_its_own_seed(proxy: Proxy) -> None:
     await proxy.ask("0.5", seed=11)
     seeds = [r["seed"] for r in proxy.backend.requests if r.get("temperature") != 0]
     assert len(seeds) == len(set(seeds)) > 5
@@ -387,7 +390,7 @@ async def test_max_tokens_bounds_each_branch(proxy: Proxy) -> None:
     assert reply["choices"][0]["message"]["reasoning"]
 
 
-async def test_a_stop_string_across_two_requests_still_stops(proxy: Proxy) -> None:
+async def test_a_stop_string_that_spans_two_requests_ends_the_reply(proxy: Proxy) -> None:
     text = "<think>" + "a" * (INTERVAL - 7 - 12) + "</think>\n\n" + "So" * INTERVAL + "STOP and more" + "b" * 200
     assert text.index("STOP") < 3 * INTERVAL < text.index("STOP") + 4
     proxy.backend.chains = [Chain(text, ("7",))]
@@ -415,7 +418,7 @@ async def test_text_without_an_answer_is_still_a_reply(proxy: Proxy) -> None:
     assert "reasoning" not in reply["choices"][0]["message"]
 
 
-async def test_text_cut_inside_a_character_comes_back_whole(proxy: Proxy) -> None:
+async def test_a_character_cut_between_requests_is_returned_whole(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("<think>" + "é" * 90 + "</think>\n\nça: \\boxed{7}", ("7",))]
     _, _, reply = await proxy.ask("0")
     assert reply["choices"][0]["message"]["content"] == "ça: \\boxed{7}"
@@ -428,7 +431,7 @@ async def test_the_model_may_be_left_out(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("half", ["\ud800", "\udc00\ud83d"])
-async def test_half_a_character_of_the_upstreams_is_replaced(proxy: Proxy, half: str) -> None:
+async def test_a_lone_surrogate_from_the_upstream_is_replaced(proxy: Proxy, half: str) -> None:
     whole = chain("7", 100, ["7"])
     proxy.backend.chains = [replace(whole, text=whole.text.replace("It is", f"\U0001f600{half} is"))]
     status, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@1"})

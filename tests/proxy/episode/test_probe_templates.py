@@ -1,4 +1,4 @@
-"""How each family of models is asked, and where its thought ends. Prompts end as their chat templates make them."""
+"""Probe suffixes and thought marks of each family of models. Prompts end as chat templates make them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ANALYSIS = "<|channel|>analysis<|message|>"
         pytest.param(LLAMA_TAIL, "Let us see", f"\n\n{LEAD}", id="plain"),
     ],
 )
-def test_the_family_is_told_by_the_prompt_and_asked_its_own_way(tail: str, text: str, suffix: str) -> None:
+def test_the_family_is_detected_from_the_prompt_and_gets_its_own_suffix(tail: str, text: str, suffix: str) -> None:
     template = template_for(Family.AUTO, tail)
     assert template.suffix(tail, text) == suffix
     assert len(suffix) <= len(template.longest_suffix)
@@ -57,11 +57,11 @@ def test_the_family_is_told_by_the_prompt_and_asked_its_own_way(tail: str, text:
         (LLAMA_TAIL, "So 7.", None, "So 7."),
     ],
 )
-def test_text_divides_into_thought_and_reply(tail: str, text: str, thought: str | None, reply: str) -> None:
+def test_text_splits_into_thought_and_reply(tail: str, text: str, thought: str | None, reply: str) -> None:
     assert template_for(Family.AUTO, tail).split(tail, text) == (thought, reply)
 
 
-def test_a_plain_model_is_never_thought_to_think() -> None:
+def test_a_plain_model_never_has_a_thought() -> None:
     template = TEMPLATES[Family.PLAIN]
     assert not template.thinking("", "<think> is a tag")
     assert template.split("", "<think> is a tag</think>") == (None, "<think> is a tag</think>")
@@ -82,11 +82,11 @@ def test_a_plain_model_is_never_thought_to_think() -> None:
 )
 def test_a_probe_is_read_to_the_closing_brace(family: Family, continuation: str, answer: str | None) -> None:
     text = TEMPLATES[family].answered(continuation)
-    found = None if text is None else read_answer(text, parse_kind("auto"))
-    assert (None if found is None else found.form.text) == answer
+    answer_read = None if text is None else read_answer(text, parse_kind("auto"))
+    assert (None if answer_read is None else answer_read.form.text) == answer
 
 
-def test_what_settings_override_has_a_name_of_its_own() -> None:
+def test_an_overridden_template_has_its_own_name() -> None:
     plain = template_for(Family.QWEN3, "")
     other = template_for(Family.QWEN3, "", lead="**Answer:** \\boxed{")
     closed = template_for(Family.QWEN3, "", close="\nTime is up.\n</think>\n\n")
@@ -101,12 +101,12 @@ def test_a_lead_without_a_brace_is_refused() -> None:
         load(upstream="http://127.0.0.1:1", probe_lead="The answer is", **SMALL)
 
 
-def test_the_marks_of_harmony_are_asked_for() -> None:
-    assert TEMPLATES[Family.GPT_OSS].special  # a server leaves special tokens out of text unless told
+def test_harmony_marks_are_requested_as_special_tokens() -> None:
+    assert TEMPLATES[Family.GPT_OSS].special  # servers omit special tokens from text unless asked
 
 
 async def test_a_probe_never_enters_its_branch(proxy: Proxy) -> None:
-    """What is sent to go on from is always what the chain itself wrote."""
+    """Every context that is continued holds only what the branch itself wrote."""
     await proxy.ask("1", tts={"controller": "parallel_probe"})
     texts = {"".join(map(chr, p)) for r in proxy.backend.requests for p in _prompts(r) if r.get("temperature") != 0}
     assert all("The final answer is" not in text for text in texts)
@@ -119,7 +119,7 @@ def _prompts(request: dict[str, object]) -> list[list[int]]:
     return prompt if isinstance(prompt[0], list) else [prompt]
 
 
-async def test_the_template_is_told(proxy: Proxy) -> None:
+async def test_the_reply_names_its_probe_template(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("<think>a</think>\n\n\\boxed{7}", ("7",))]
     _, _, reply = await proxy.ask("0")
     assert reply["tts"]["probe_template"] == TEMPLATES[Family.QWEN3].name

@@ -1,4 +1,4 @@
-"""The main path on a real vLLM: bills against its own counters, aborts, caps, clients as they come."""
+"""The main path on a real vLLM: bills compared with its own counters, aborts, caps, and clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBLEMS = held_back(8)
 HALF = {"x-tts-beta": "0.5"}
 
 
-class Served:
+class VllmProxy:
     """A proxy over the real vLLM."""
 
     def __init__(self, vllm: str, url: str, http: aiohttp.ClientSession, openai: AsyncOpenAI) -> None:
@@ -35,7 +35,7 @@ class Served:
         self.openai = openai
 
     async def counter(self, name: str) -> float:
-        """The sum of one of vLLM's own metrics."""
+        """Return the sum over all series of one of vLLM's own metrics."""
         async with self.http.get(f"{self.vllm}/metrics") as response:
             families = text_string_to_metric_families(await response.text())
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
@@ -53,17 +53,17 @@ def messages(problem: int = 0) -> Any:
 
 
 @pytest_asyncio.fixture
-async def served(vllm: str) -> AsyncIterator[Served]:
+async def served(vllm: str) -> AsyncIterator[VllmProxy]:
     async with (
         running(load(upstream=vllm, **EMBEDDED)) as url,
         aiohttp.ClientSession() as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
     ):
-        yield Served(vllm, url, http, openai)
+        yield VllmProxy(vllm, url, http, openai)
 
 
 @pytest.mark.parametrize("controller", SERVED)
-async def test_what_is_billed_is_what_vllm_generated(served: Served, controller: str) -> None:
+async def test_billed_tokens_equal_the_tokens_vllm_generated(served: VllmProxy, controller: str) -> None:
     before = await served.counter("vllm:generation_tokens_total")
     reply = await served.ask(0.5, tts={"controller": controller})
     after = await served.counter("vllm:generation_tokens_total")
@@ -74,7 +74,7 @@ async def test_what_is_billed_is_what_vllm_generated(served: Served, controller:
     assert f"\\boxed{{{reply.tts['answer']}}}" in reply.choices[0].message.content
 
 
-async def test_when_the_client_leaves_vllm_stops(served: Served) -> None:
+async def test_vllm_stops_generating_when_the_client_disconnects(served: VllmProxy) -> None:
     body = {"messages": messages(), "tts": {"beta": 1, "controller": "self_consistency"}}
     session = aiohttp.ClientSession()
     request = asyncio.create_task(session.post(f"{served.url}/v1/chat/completions", json=body))
@@ -88,7 +88,7 @@ async def test_when_the_client_leaves_vllm_stops(served: Served) -> None:
             pass
 
 
-async def test_beyond_a_cap_nothing_is_generated(served: Served) -> None:
+async def test_vllm_generates_nothing_beyond_max_total_tokens(served: VllmProxy) -> None:
     for cap in (200, 500, 1500):
         before = await served.counter("vllm:generation_tokens_total")
         reply = await served.ask(1, tts={"max_total_tokens": cap})
@@ -97,7 +97,7 @@ async def test_beyond_a_cap_nothing_is_generated(served: Served) -> None:
         assert reply.choices[0].message.content
 
 
-async def test_a_deadline_is_kept_and_something_is_said(served: Served) -> None:
+async def test_a_deadline_holds_and_the_reply_has_an_answer(served: VllmProxy) -> None:
     reply = await served.ask(1, tts={"deadline_s": 0.15, "controller": "self_consistency"})
     assert reply.tts["stop"] == "deadline"
     assert "\\boxed{" in reply.choices[0].message.content
@@ -106,7 +106,7 @@ async def test_a_deadline_is_kept_and_something_is_said(served: Served) -> None:
             pass
 
 
-async def test_streaming_says_the_same_things(served: Served) -> None:
+async def test_a_stream_contains_the_answer_and_the_usage(served: VllmProxy) -> None:
     stream = await served.ask(0.5, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
     content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -114,7 +114,7 @@ async def test_streaming_says_the_same_things(served: Served) -> None:
     assert chunks[-1].usage.completion_tokens + chunks[-1].usage.prompt_tokens == chunks[-1].usage.total_tokens
 
 
-async def test_the_synchronous_client(served: Served) -> None:
+async def test_the_synchronous_openai_client_works_on_vllm(served: VllmProxy) -> None:
     def ask() -> tuple[str | None, list[str]]:
         with OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
             plain = client.chat.completions.create(model=f"{MODEL}@0.5", messages=messages())
@@ -127,20 +127,20 @@ async def test_the_synchronous_client(served: Served) -> None:
     assert "\\boxed{" in "".join(streamed)
 
 
-async def test_every_votable_reply_contains_its_answer(served: Served) -> None:
-    asked = [
+async def test_every_votable_reply_contains_its_answer(served: VllmProxy) -> None:
+    requests = [
         served.ask(beta, problem, tts={"controller": controller})
         for problem in range(5)
         for beta in (0, 0.3)
         for controller in SERVED
     ]
-    replies = await asyncio.gather(*asked)
+    replies = await asyncio.gather(*requests)
     assert {reply.tts["stop"] for reply in replies} == {"answered"}
     assert all(reply.tts["answer"] is not None for reply in replies)
     assert all(f"\\boxed{{{reply.tts['answer']}}}" in reply.choices[0].message.content for reply in replies)
 
 
-async def test_a_fixed_seed_repeats_alone_and_in_company(served: Served) -> None:
+async def test_a_fixed_seed_gives_equal_replies_alone_and_under_load(served: VllmProxy) -> None:
     async def ask(problem: int) -> tuple[str, int]:
         reply = await served.ask(0.25, problem, seed=7, tts={"controller": "self_consistency"})
         return reply.choices[0].message.content, reply.usage.completion_tokens
@@ -152,7 +152,7 @@ async def test_a_fixed_seed_repeats_alone_and_in_company(served: Served) -> None
     assert together == alone
 
 
-async def test_untouched_requests_are_vllms_own(served: Served) -> None:
+async def test_a_request_without_beta_gets_vllms_own_reply(served: VllmProxy) -> None:
     raw = await served.openai.chat.completions.with_raw_response.create(
         model=MODEL, messages=messages(), temperature=0, max_tokens=300
     )
@@ -164,7 +164,7 @@ async def test_untouched_requests_are_vllms_own(served: Served) -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", "none"])
-async def test_tools_are_taken(served: Served, choice: Any) -> None:
+async def test_requests_with_tools_pass_through(served: VllmProxy, choice: Any) -> None:
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tool: Any = {"type": "function", "function": {"name": "get_weather", "description": "w", "parameters": city}}
     raw = await served.openai.chat.completions.with_raw_response.create(
@@ -175,7 +175,7 @@ async def test_tools_are_taken(served: Served, choice: Any) -> None:
     assert raw.parse().choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
-async def test_messages_with_a_system_prompt_and_parts(served: Served) -> None:
+async def test_messages_with_a_system_prompt_and_parts(served: VllmProxy) -> None:
     parts = [{"type": "text", "text": PROBLEMS[0].question}]
     conversations: list[Any] = [
         [{"role": "system", "content": "Be brief."}, *messages()],

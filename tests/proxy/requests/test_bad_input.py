@@ -1,4 +1,4 @@
-"""Bad input: the right status, OpenAI's error form, the thing named, and nothing left running."""
+"""Bad input gets the right status and an error in OpenAI's form that names the field; nothing is left running."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ def check_error(reply: Any, status: int, got: int, *, param: str | None = None, 
 
 
 @pytest.mark.parametrize("beta", NOT_BETAS)
-def test_header_betas_that_are_none(beta: str) -> None:
+def test_an_invalid_beta_header_is_refused(beta: str) -> None:
     with pytest.raises(BadRequest, match=r"0 to 1") as caught:
         resolve([beta], body=None, effort=None, alias=None, model="m", default=None)
     assert caught.value.param == "x-tts-beta"
 
 
 @pytest.mark.parametrize("beta", ["0", "1", "0.5", "1.0", ".25", "0.", "000.5"])
-def test_header_betas_that_are_fine(beta: str) -> None:
-    turned = resolve([beta], body=None, effort=None, alias=None, model="m", default=None)
-    assert turned is not None
-    assert turned.value == float(beta)
+def test_a_valid_beta_header_is_parsed(beta: str) -> None:
+    beta_setting = resolve([beta], body=None, effort=None, alias=None, model="m", default=None)
+    assert beta_setting is not None
+    assert beta_setting.value == float(beta)
 
 
 @pytest.mark.parametrize("beta", ["nan", "1e400", "1_000", "１".encode().decode("latin-1"), "2"])
-async def test_bad_headers_reach_nothing(proxy: Proxy, beta: str) -> None:
+async def test_a_bad_beta_header_sends_nothing_upstream(proxy: Proxy, beta: str) -> None:
     status, _, reply = await proxy.ask(beta)
     check_error(reply, 400, status, param="x-tts-beta", code="bad_beta")
     assert proxy.backend.requests == []
     assert await proxy.metric("autotts_requests_total", outcome="refused") == 1
 
 
-async def test_a_header_given_twice_is_refused(proxy: Proxy) -> None:
+async def test_a_duplicate_beta_header_is_refused(proxy: Proxy) -> None:
     headers = [("x-tts-beta", "0.5"), ("x-tts-beta", "0.5")]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers) as response:
@@ -91,7 +91,9 @@ async def test_a_header_given_twice_is_refused(proxy: Proxy) -> None:
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages", "context_length_exceeded"),
     ],
 )
-async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param: str, code: str | None) -> None:
+async def test_the_error_names_the_bad_field(
+    proxy: Proxy, fields: dict[str, Any], param: str, code: str | None
+) -> None:
     status, headers, reply = await proxy.ask("0.5", **fields)
     check_error(reply, 400, status, param=param, code=code)
     assert "x-request-id" in headers
@@ -99,7 +101,7 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "words"),
+    ("path", "body", "message"),
     [
         (
             "/v1/chat/completions",
@@ -128,17 +130,17 @@ async def test_bad_fields_are_named(proxy: Proxy, fields: dict[str, Any], param:
         ),
     ],
 )
-async def test_a_message_says_what_there_is(proxy: Proxy, path: str, body: dict[str, Any], words: str) -> None:
+async def test_the_error_lists_the_valid_fields(proxy: Proxy, path: str, body: dict[str, Any], message: str) -> None:
     async with proxy.http.post(proxy.url + path, json=body) as response:
         reply = await response.json()
     assert response.status == 400
-    assert reply["error"]["message"].startswith(words)
+    assert reply["error"]["message"].startswith(message)
 
 
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"null", b"\xff", b'{"messages": [{"role": "user"}], "temperature": NaN}', b"[" * 100_000]
 )
-async def test_bodies_that_are_no_request(proxy: Proxy, raw: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_is_refused(proxy: Proxy, raw: bytes) -> None:
     status, _, reply = await proxy.ask("0.5", raw=raw)
     check_error(reply, 400, status, code="bad_json")
 
@@ -147,7 +149,7 @@ async def test_bodies_that_are_no_request(proxy: Proxy, raw: bytes) -> None:
 
 
 def values_in(value: Any) -> int:
-    """Objects, lists, members and strings of a JSON value; a member's name is a string too."""
+    """Return the number of objects, lists, members and strings in a JSON value. A member's name is a string too."""
     if isinstance(value, dict):
         return 1 + sum(2 + values_in(inner) for inner in value.values())
     if isinstance(value, list):
@@ -166,7 +168,7 @@ TREES = st.recursive(
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(body=st.dictionaries(ODD_TEXT, TREES, max_size=5), most=st.integers(1, 40), is_ascii=st.booleans())
-def test_structure_is_counted_without_the_texts(body: dict[str, Any], most: int, is_ascii: bool) -> None:
+def test_structure_is_counted_outside_strings(body: dict[str, Any], most: int, is_ascii: bool) -> None:
     raw = json.dumps(body, ensure_ascii=is_ascii).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strict_json, "MAX_VALUES", most)
@@ -198,7 +200,7 @@ async def test_too_much_structure_is_refused_before_it_is_built(proxy: Proxy, mo
     assert len(built) == 1
 
 
-async def test_a_body_has_few_fields(proxy: Proxy) -> None:
+async def test_a_body_with_too_many_fields_is_refused(proxy: Proxy) -> None:
     most = strict_json.MAX_MEMBERS
     fields = {f"x{i}": i for i in range(most)}
     for path in ("chat/completions", "completions", "responses", "embeddings", "tts/feedback"):
@@ -259,7 +261,7 @@ def test_validation_stops_at_the_first_error(
     assert refused.value.message.startswith(f"{param}: ")
 
 
-async def test_an_error_quotes_no_more_than_a_little(proxy: Proxy) -> None:
+async def test_an_error_quotes_long_input_briefly(proxy: Proxy) -> None:
     long = "x" * 100_000
     for fields in (
         {"model": f"a@{long}"},
@@ -296,25 +298,25 @@ def test_the_schema_describes_answer_kinds_as_strings() -> None:
     assert "AnswerKind" not in schemas
 
 
-async def test_numbers_out_of_range_are_no_beta(proxy: Proxy) -> None:
+async def test_a_beta_out_of_float_range_is_refused(proxy: Proxy) -> None:
     raw = b'{"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 1e400}}'
     status, _, reply = await proxy.ask(None, raw=raw)
     check_error(reply, 400, status)
 
 
-async def test_a_body_too_large_is_refused(proxy: Proxy) -> None:
+async def test_a_too_large_body_is_413(proxy: Proxy) -> None:
     status, _, reply = await proxy.ask("0.5", raw=b" " * (9 * 2**20))
     check_error(reply, 413, status, code="body_too_large")
 
 
-async def test_unknown_models_are_told_the_known(proxy: Proxy) -> None:
+async def test_an_unknown_model_gets_the_list_of_known_models(proxy: Proxy) -> None:
     for model in ("nope", "nope@0.5", "nope@nan", f"{MODEL}@latest", f"{MODEL}@high", f"{MODEL}@", f"@{MODEL}", "@"):
         status, _, reply = await proxy.ask(None, model=model)
         check_error(reply, 404, status, param="model", code="model_not_found")
         assert MODEL in reply["error"]["message"]
 
 
-async def test_a_tag_is_no_beta_and_told_so(proxy: Proxy) -> None:
+async def test_a_model_tag_that_is_not_a_number_is_explained(proxy: Proxy) -> None:
     _, _, reply = await proxy.ask(None, model=f"{MODEL}@latest")
     assert reply["error"]["message"].endswith(f"set β by a number, as in {MODEL}@0.5")
     with pytest.raises(NotFoundError):
@@ -343,9 +345,7 @@ async def test_a_tag_is_no_beta_and_told_so(proxy: Proxy) -> None:
         ("GET", "/v1", None),
     ],
 )
-async def test_a_base_url_without_its_version_is_told_what_is_meant(
-    proxy: Proxy, method: str, path: str, meant: str | None
-) -> None:
+async def test_a_wrong_base_url_gets_a_suggestion(proxy: Proxy, method: str, path: str, meant: str | None) -> None:
     async with proxy.http.request(method, proxy.url + path) as response:
         reply = await response.json()
     check_error(reply, 404, response.status, code="not_found")
@@ -354,13 +354,13 @@ async def test_a_base_url_without_its_version_is_told_what_is_meant(
     assert meant is None or f"did you mean {meant}? A client's base URL ends in /v1" in message
 
 
-async def test_the_openai_client_hears_of_a_wrong_base_url(proxy: Proxy) -> None:
+async def test_the_openai_client_reports_a_wrong_base_url(proxy: Proxy) -> None:
     async with AsyncOpenAI(base_url=proxy.url, api_key="unused", max_retries=0) as client:
         with pytest.raises(NotFoundError, match="did you mean /v1/chat/completions"):
             await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}])
 
 
-async def test_unknown_paths_and_methods(proxy: Proxy) -> None:
+async def test_unknown_paths_are_404_and_methods_405(proxy: Proxy) -> None:
     async with proxy.http.get(f"{proxy.url}/v1/nothing") as response:
         check_error(await response.json(), 404, response.status, code="not_found")
     async with proxy.http.get(f"{proxy.url}/v1/chat/completions") as response:
@@ -368,11 +368,11 @@ async def test_unknown_paths_and_methods(proxy: Proxy) -> None:
         assert response.headers["allow"] == "POST"
 
 
-def test_where_beta_comes_from_first_present_wins() -> None:
+def test_the_first_present_source_of_beta_wins() -> None:
     def source(**given: Any) -> tuple[float, BetaSource] | None:
         ways = {"body": None, "effort": None, "alias": None, "model": "m", "default": None} | given
-        turned = resolve(ways.pop("headers", []), **ways)
-        return None if turned is None else (turned.value, turned.source)
+        beta_setting = resolve(ways.pop("headers", []), **ways)
+        return None if beta_setting is None else (beta_setting.value, beta_setting.source)
 
     everything: dict[str, Any] = {"headers": ["0.1"], "body": 0.2, "effort": "high", "alias": 0.4, "default": 0.5}
     for way, expected in [
@@ -389,7 +389,7 @@ def test_where_beta_comes_from_first_present_wins() -> None:
     assert source(effort="weird") is None
 
 
-def test_aliases() -> None:
+def test_an_alias_splits_into_model_and_beta() -> None:
     assert split_alias("a@b@0.5") == ("a@b", 0.5)
     assert split_alias("plain") == ("plain", None)
     assert split_alias("m@latest") == ("m@latest", None)

@@ -1,4 +1,4 @@
-"""Which fields of a request that is handed on reach the upstream, and what requests are counted as that fail."""
+"""Fields of passed-through requests that reach the upstream, and how such requests are counted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = {"authorization": "Bearer admin"}
 
 
 @pytest.mark.parametrize(
-    "made",
+    "params",
     [
         chat_create_params.CompletionCreateParamsBase,
         completion_create_params.CompletionCreateParamsBase,
@@ -37,26 +37,26 @@ KEY = {"authorization": "Bearer admin"}
         embedding_create_params.EmbeddingCreateParams,
     ],
 )
-def test_every_field_of_the_openai_client_goes_along(made: type) -> None:
-    missing = set(made.__annotations__) - FORWARDED
+def test_every_field_of_the_openai_client_is_forwarded(params: type) -> None:
+    missing = set(params.__annotations__) - FORWARDED
     assert len(missing) <= 5, missing  # a newer client may know more than vLLM does
 
 
 @pytest.mark.parametrize("name", ["chat_completion", "completion", "responses"])
-def test_every_field_of_vllm_is_decided_on(name: str) -> None:
+def test_every_field_of_vllm_is_in_a_table(name: str) -> None:
     found = find_spec("vllm")
     if found is None or found.origin is None:
         pytest.skip("vLLM is not installed")
     source = Path(found.origin).parent / "entrypoints" / "openai" / name / "protocol.py"
-    made = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
-    classes = [one for one in ast.parse(source.read_text()).body if isinstance(one, ast.ClassDef) and one.name in made]
+    names = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
+    classes = [one for one in ast.parse(source.read_text()).body if isinstance(one, ast.ClassDef) and one.name in names]
     members = [member for one in classes for member in one.body if isinstance(member, ast.AnnAssign)]
     fields = {ast.unparse(member.target) for member in members}
     assert len(fields) > 20
     assert {field for field in fields if not field.startswith("_")} <= FORWARDED | ADMINS.keys()
 
 
-def test_admins_may_send_anything_and_others_what_is_theirs() -> None:
+def test_only_admins_may_send_server_fields() -> None:
     assert not FORWARDED & ADMINS.keys()
     assert not fields_to_drop(dict.fromkeys([*FORWARDED, "tts"], 1), is_admin=False)
     assert not fields_to_drop(dict.fromkeys([*ADMINS, "frobnicate"], 1), is_admin=True)
@@ -82,7 +82,7 @@ async def proxy(upstream: RawUpstream) -> AsyncIterator[Proxy]:
         aiohttp.ClientSession() as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
     ):
-        yield Proxy(upstream, url, http, openai)  # type: ignore[arg-type]  # bytes are all that is asked of it
+        yield Proxy(upstream, url, http, openai)  # type: ignore[arg-type]  # the tests read only its bytes
 
 
 async def ask(proxy: Proxy, path: str, body: Any, **headers: str) -> tuple[int, Any]:
@@ -90,27 +90,27 @@ async def ask(proxy: Proxy, path: str, body: Any, **headers: str) -> tuple[int, 
         return response.status, await response.json(content_type=None)
 
 
-@pytest.mark.parametrize(("path", "asked"), [("chat/completions", CHAT), ("embeddings", {"model": "m", "input": "x"})])
-async def test_what_a_client_may_not_set_does_not_reach_the_upstream(
-    proxy: Proxy, upstream: RawUpstream, path: str, asked: dict[str, Any]
+@pytest.mark.parametrize(("path", "body"), [("chat/completions", CHAT), ("embeddings", {"model": "m", "input": "x"})])
+async def test_fields_a_client_may_not_set_do_not_reach_the_upstream(
+    proxy: Proxy, upstream: RawUpstream, path: str, body: dict[str, Any]
 ) -> None:
-    status, told = await ask(proxy, path, {**asked, "priority": -1000})
-    assert (status, told["error"]["param"], told["error"]["code"]) == (403, "priority", "admin_only")
+    status, reply = await ask(proxy, path, {**body, "priority": -1000})
+    assert (status, reply["error"]["param"], reply["error"]["code"]) == (403, "priority", "admin_only")
     assert not upstream.seen
-    assert (await ask(proxy, path, {**asked, "frobnicate": 1, "user": "me"}))[0] == 200
-    assert json.loads(upstream.seen[-1].body) == {**asked, "user": "me"}
-    assert (await ask(proxy, path, {**asked, "priority": -1, "frobnicate": 1}, **KEY))[0] == 200
-    assert json.loads(upstream.seen[-1].body) == {**asked, "priority": -1, "frobnicate": 1}
+    assert (await ask(proxy, path, {**body, "frobnicate": 1, "user": "me"}))[0] == 200
+    assert json.loads(upstream.seen[-1].body) == {**body, "user": "me"}
+    assert (await ask(proxy, path, {**body, "priority": -1, "frobnicate": 1}, **KEY))[0] == 200
+    assert json.loads(upstream.seen[-1].body) == {**body, "priority": -1, "frobnicate": 1}
 
 
-async def test_an_alias_names_its_model_everywhere(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_an_alias_works_on_passed_through_endpoints(proxy: Proxy, upstream: RawUpstream) -> None:
     assert (await ask(proxy, "embeddings", {"model": "fake-model@0.5", "input": "x"}))[0] == 200
     assert json.loads(upstream.seen[-1].body) == {"model": "fake-model", "input": "x"}
-    status, told = await ask(proxy, "embeddings", {"model": "nobody@0.5", "input": "x"})
-    assert (status, told["error"]["code"]) == (404, "model_not_found")
+    status, reply = await ask(proxy, "embeddings", {"model": "nobody@0.5", "input": "x"})
+    assert (status, reply["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_what_fails_is_counted_as_failed(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_requests_are_counted_by_outcome(proxy: Proxy, upstream: RawUpstream) -> None:
     name = "autotts_requests_total"
     assert (await ask(proxy, "chat/completions", CHAT))[0] == 200
     assert await proxy.metric(name, outcome="passed_through") == 1

@@ -1,4 +1,4 @@
-"""Values that vLLM takes and then fails on: refused with the field's name; all else is left to vLLM."""
+"""Values that vLLM accepts and then fails on are refused by field name; all others are left to vLLM."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "field"), FIELDS)
-def test_hostile_values_are_refused_by_name(body: dict[str, Any], field: str) -> None:
+def test_values_vllm_fails_on_are_refused_by_field_name(body: dict[str, Any], field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         check({"model": MODEL, "messages": [], **body})
     assert caught.value.param == field
@@ -132,18 +132,18 @@ FINE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("body", FINE)
-def test_other_values_are_left_to_vllm(body: dict[str, Any]) -> None:
+def test_valid_values_are_accepted(body: dict[str, Any]) -> None:
     check({"model": MODEL, **body})
 
 
-def test_what_may_be_compiled_is_bounded_by_its_size() -> None:
+def test_a_grammar_or_schema_is_bounded_in_size() -> None:
     check({"structured_outputs": {"grammar": "x" * MAX_TEXT}})
     properties = {f"key{i}": {"type": "string"} for i in range(1700)}
     assert len(json.dumps(properties, separators=(",", ":"))) < MAX_CONSTRAINT
     check({"structured_outputs": {"json": {"type": "object", "properties": properties}}})
 
 
-def test_all_that_may_be_compiled_is_bounded_together() -> None:
+def test_all_schemas_of_a_request_are_bounded_together() -> None:
     schema = {"enum": ["a" * (MAX_TEXT - 100)]}
     tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
     fits = MAX_CONSTRAINTS // len(json.dumps(schema, separators=(",", ":")))
@@ -153,7 +153,7 @@ def test_all_that_may_be_compiled_is_bounded_together() -> None:
 
 
 @pytest.mark.parametrize("count", [100, 10_000])
-def test_numbers_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_numbers_in_lists_are_not_walked_one_by_one(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     made: list[str] = []
     value_of = field_values._Value
     monkeypatch.setattr(field_values, "_Value", lambda *given: made.append(given[0]) or value_of(*given))  # type: ignore[func-returns-value]
@@ -172,7 +172,9 @@ def test_numbers_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch, c
     ],
 )
 @pytest.mark.parametrize("beta", [None, "1"])
-async def test_every_endpoint_refuses_them(proxy: Proxy, path: str, body: dict[str, Any], beta: str | None) -> None:
+async def test_every_endpoint_refuses_values_vllm_fails_on(
+    proxy: Proxy, path: str, body: dict[str, Any], beta: str | None
+) -> None:
     headers = {**JSON, **({} if beta is None else {"x-tts-beta": beta})}
     for field in ({"top_k": BIG}, {"stop": ["x" * 1_000_000]}, {"structured_outputs": {"regex": "("}}):
         raw = json.dumps({"model": MODEL, **body, **field}).encode()
@@ -184,7 +186,7 @@ async def test_every_endpoint_refuses_them(proxy: Proxy, path: str, body: dict[s
     assert proxy.backend.requests == []
 
 
-async def test_what_is_sent_with_each_branch_is_bounded(proxy: Proxy) -> None:
+async def test_the_size_of_each_branch_request_is_bounded(proxy: Proxy) -> None:
     stops = ["s" * MAX_STOP] * 4
     bias = {str(1000 + i): -1.0 for i in range(1024)}
     status, _, reply = await proxy.ask("1", stop=stops, logit_bias=bias, tts={"controller": "self_consistency"})
@@ -194,7 +196,7 @@ async def test_what_is_sent_with_each_branch_is_bounded(proxy: Proxy) -> None:
     assert reply["tts"]["branches"] > 1
 
 
-async def test_an_episode_that_has_sent_too_much_answers_with_what_there_is(backend: FakeVLLM) -> None:
+async def test_an_episode_over_max_sent_bytes_ends_with_its_best_answer(backend: FakeVLLM) -> None:
     async def ask(most: int) -> tuple[Any, int]:
         before = len(backend.requests)
         async with (
@@ -227,7 +229,7 @@ UNDECIDED: list[dict[str, Any]] = [
 
 @pytest.mark.vllm
 async def test_requests_that_vllm_fails_on_do_not_open_the_breaker(vllm: str) -> None:
-    """Sent past the checks, as a value nobody knows of yet would be."""
+    """The values bypass the checks, as a value not known yet would."""
     async with aiohttp.ClientSession() as http:
         events: list[str] = []
         engine = UpstreamClient(vllm, http, on_event=events.append)

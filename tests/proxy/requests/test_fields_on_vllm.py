@@ -114,7 +114,7 @@ def test_every_field_has_one_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
-def test_the_code_agrees_on_what_cannot_be_served(name: str) -> None:
+def test_the_code_lists_the_same_unservable_fields(name: str) -> None:
     passing = {f for row in ROWS if row.endpoint == name and row.served.startswith("passes") for f in row.fields}
     unservable = ENDPOINTS[name].unservable.keys()
     assert passing <= unservable
@@ -325,7 +325,7 @@ async def both(vllm: str) -> AsyncIterator[Both]:
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.endpoint} {row.fields[0]}" for row in ROWS])
-async def test_a_row_is_true(both: Both, row: Row) -> None:
+async def test_a_row_of_the_field_table_is_true(both: Both, row: Row) -> None:
     for field in row.fields:
         served, passing = VALUES.get(f"{row.endpoint} {field}") or VALUES[field]
         if row.served.startswith("served: changes nothing") or field in ("messages", "input"):
@@ -372,7 +372,7 @@ async def check_passing(both: Both, row: Row, field: str, value: Any) -> None:
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
-async def test_no_effort_is_one_plain_answer(both: Both, endpoint: str) -> None:
+async def test_effort_none_gives_one_answer_without_a_thought(both: Both, endpoint: str) -> None:
     """No thought in the template, one branch, and no probe: what vLLM alone would do."""
     effort: dict[str, Any] = {"reasoning_effort": "none"} if endpoint == "chat" else {"reasoning": {"effort": "none"}}
     free = {ENDPOINTS[endpoint].limit: None}
@@ -391,7 +391,7 @@ async def test_no_effort_is_one_plain_answer(both: Both, endpoint: str) -> None:
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("effort", ["low", None])
-async def test_an_effort_wins_over_the_templates_variables(both: Both, effort: str | None) -> None:
+async def test_an_effort_wins_over_chat_template_kwargs(both: Both, effort: str | None) -> None:
     """As at vLLM; `enable_thinking` of the client's own stays."""
     for variables in ({"reasoning_effort": "none"}, {"enable_thinking": False}, {"enable_thinking": True}):
         asked: dict[str, Any] = {"chat_template_kwargs": variables, "reasoning_effort": effort}
@@ -402,7 +402,7 @@ async def test_an_effort_wins_over_the_templates_variables(both: Both, effort: s
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_seeds_repeat_and_minus_one_is_none(both: Both, endpoint: str) -> None:
+async def test_a_seed_repeats_the_reply_and_minus_one_is_no_seed(both: Both, endpoint: str) -> None:
     long = {ENDPOINTS[endpoint].limit: 60, "temperature": 2}
 
     async def texts(**fields: Any) -> set[str]:
@@ -432,7 +432,7 @@ async def test_sampling_fields_reach_the_branches(both: Both, endpoint: str) -> 
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_limits_hold_for_a_branch(both: Both, endpoint: str) -> None:
+async def test_token_limits_hold_for_each_branch(both: Both, endpoint: str) -> None:
     limit = ENDPOINTS[endpoint].limit
     assert (await both.with_beta(endpoint, **{limit: 3})).tokens == 3
     assert (await both.with_beta(endpoint, **{limit: 5000})).tokens < 1024
@@ -447,7 +447,7 @@ async def test_limits_hold_for_a_branch(both: Both, endpoint: str) -> None:
 @loops
 @pytest.mark.parametrize("tokens", [24, 300])
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_ignoring_the_end_runs_every_branch_to_its_limit(both: Both, endpoint: str, tokens: int) -> None:
+async def test_ignore_eos_runs_every_branch_to_its_limit(both: Both, endpoint: str, tokens: int) -> None:
     """Benchmarks that set `ignore_eos` measure β, and their branches do not vote."""
     limit = ENDPOINTS[endpoint].limit
     answer = await both.ask(
@@ -463,7 +463,7 @@ async def test_ignoring_the_end_runs_every_branch_to_its_limit(both: Both, endpo
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
-async def test_a_thought_is_left_out_on_demand(both: Both, endpoint: str) -> None:
+async def test_include_reasoning_false_omits_the_thought(both: Both, endpoint: str) -> None:
     free = {ENDPOINTS[endpoint].limit: None}
     own = await both.own(endpoint, include_reasoning=False, **free)
     answer = await both.with_beta(endpoint, include_reasoning=False, **free)
@@ -474,7 +474,7 @@ async def test_a_thought_is_left_out_on_demand(both: Both, endpoint: str) -> Non
 
 @pytest.mark.vllm
 @loops
-async def test_a_salt_keeps_its_part_of_the_cache(both: Both) -> None:
+async def test_a_cache_salt_separates_the_prefix_cache(both: Both) -> None:
     async def cached(salt: str) -> int:
         answer = await both.with_beta("chat", messages=[{"role": "user", "content": QUESTION * 8}], cache_salt=salt)
         return int(answer.body["usage"]["prompt_tokens_details"]["cached_tokens"])
@@ -487,7 +487,7 @@ async def test_a_salt_keeps_its_part_of_the_cache(both: Both) -> None:
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_usage_ends_a_stream_that_asks_for_it(both: Both, endpoint: str) -> None:
+async def test_include_usage_ends_the_stream_with_usage(both: Both, endpoint: str) -> None:
     about = ENDPOINTS[endpoint]
     body = {"model": MODEL, **about.body, "stream": True, "stream_options": {"include_usage": True}, "tts": SINGLE}
     async with both.http.post(both.proxy + about.path, json=body) as response:
