@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_cell, release_files
@@ -182,6 +182,7 @@ recordings = st.builds(
 ).map(lambda one: one if one.reference is not None else replace(one, confidence=1.0))
 
 
+@settings(deadline=None)
 @given(recorded=recordings)
 def test_written_lines_are_read_back(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
@@ -196,6 +197,7 @@ def test_a_line_leaves_out_defaults() -> None:
     assert set(json.loads(format_recording_line(recorded, part=0))) == fields | {"part"}
 
 
+@settings(deadline=None)
 @given(recorded=recordings, data=st.data())
 def test_parts_are_joined_in_order(
     tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion, data: st.DataObject
