@@ -1,4 +1,4 @@
-"""The table of fields in `docs/fields.md` against a real vLLM: each row, on each endpoint that has it."""
+"""Each row of the field table in `docs/fields.md`, checked against a real vLLM on each endpoint that has the field."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "fields.md"
 MODEL = "autotts-tiny"
 QUESTION = held_back(1)[0].question
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-"""What the model's chat template makes of the question."""
+"""The question as the model's chat template renders it."""
 
 
 class Endpoint(NamedTuple):
-    """How an endpoint is asked, and which fields of it are decided on where."""
+    """An endpoint: how to call it, and where its fields are defined."""
 
     path: str
     body: dict[str, Any]
     limit: str  # the field that limits a reply
-    unservable: Any  # `fields.CHAT` or its like
-    module: str  # of vLLM, that describes its request
-    made: type  # by openai-python
+    unservable: Any  # such as `field_table.CHAT`
+    module: str  # vLLM's module that defines its request
+    made: type  # openai-python's type of its request
 
 
 ENDPOINTS: Final = {
@@ -97,7 +97,7 @@ def fields_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_every_field_has_one_row(name: str) -> None:
-    """Those of vLLM, those of the client, and those that the code knows."""
+    """Fields of vLLM, of the OpenAI client, and of the proxy's own tables."""
     source = find_spec("vllm")
     if source is None or source.origin is None:
         pytest.skip("vLLM is not installed")
@@ -147,7 +147,7 @@ TURNS: Final = [
 IMAGE: Final = {"type": "image_url", "image_url": {"url": "data:,"}}
 TOOL: Final = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 ANY: Final[tuple[Sequence[Any], Sequence[Any]]] = (["x", {"a": "b"}, 1, True], [])
-"""Values of fields that have a meaning nowhere."""
+"""Values of fields that have no meaning on any endpoint."""
 
 # By field, or endpoint and field: values a controller serves, and values that pass.
 VALUES: Final[dict[str, tuple[Sequence[Any], Sequence[Any]]]] = {
@@ -273,7 +273,7 @@ SINGLE: Final = {"beta": 0.5, "controller": "single"}
 
 
 class Answer(NamedTuple):
-    """What comes back of a request."""
+    """The response to a request."""
 
     status: int
     headers: Any
@@ -301,7 +301,7 @@ class Both(NamedTuple):
         return await self._ask(self.proxy, endpoint, fields)
 
     async def own(self, endpoint: str, **fields: Any) -> Answer:
-        """What vLLM itself says."""
+        """Return vLLM's own reply."""
         return await self._ask(self.vllm, endpoint, fields)
 
     async def _ask(self, url: str, endpoint: str, fields: dict[str, Any]) -> Answer:
@@ -338,7 +338,7 @@ async def test_a_row_of_the_field_table_is_true(both: Both, row: Row) -> None:
 
 
 async def check_served(both: Both, endpoint: str, field: str, value: Any) -> None:
-    """With β a controller serves, and the prompt is the one that vLLM makes."""
+    """With β a controller serves the request, and the prompt equals vLLM's."""
     more = {"stream": True} if field == "stream_options" and value else {}
     answer = await both.with_beta(endpoint, **{field: value}, **more)
     assert answer.status == 200, (field, value, answer.body)
@@ -349,7 +349,7 @@ async def check_served(both: Both, endpoint: str, field: str, value: Any) -> Non
 
 
 async def check_passing(both: Both, row: Row, field: str, value: Any) -> None:
-    """With β and without, the answer is vLLM's; with `tts.required` there is none."""
+    """With and without β the reply is vLLM's own; with `tts.required` the request is refused."""
     if row.untouched == "admins":
         answer = await both.with_beta(row.endpoint, **{field: value})
         assert (answer.status, answer.body["error"]["param"]) == (403, field), (field, value)
@@ -373,7 +373,7 @@ async def check_passing(both: Both, row: Row, field: str, value: Any) -> None:
 @loops
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
 async def test_effort_none_gives_one_answer_without_a_thought(both: Both, endpoint: str) -> None:
-    """No thought in the template, one branch, and no probe: what vLLM alone would do."""
+    """The template has no thought, and one branch runs without probes, as in vLLM alone."""
     effort: dict[str, Any] = {"reasoning_effort": "none"} if endpoint == "chat" else {"reasoning": {"effort": "none"}}
     free = {ENDPOINTS[endpoint].limit: None}
     own = await both.own(endpoint, **effort, **free)
@@ -385,14 +385,14 @@ async def test_effort_none_gives_one_answer_without_a_thought(both: Both, endpoi
     assert answer.prompt_tokens == own.prompt_tokens
     assert tts["tokens"]["total"] == tts["tokens"]["winner"] == answer.tokens
     both_set = await both.ask(endpoint, tts={"beta": 0, "controller": "self_consistency"}, **effort, **free)
-    assert both_set.prompt_tokens == own.prompt_tokens  # whoever sets β
+    assert both_set.prompt_tokens == own.prompt_tokens  # however β is set
 
 
 @pytest.mark.vllm
 @loops
 @pytest.mark.parametrize("effort", ["low", None])
 async def test_an_effort_wins_over_chat_template_kwargs(both: Both, effort: str | None) -> None:
-    """As at vLLM; `enable_thinking` of the client's own stays."""
+    """It does so in vLLM too. The client's own `enable_thinking` is kept."""
     for variables in ({"reasoning_effort": "none"}, {"enable_thinking": False}, {"enable_thinking": True}):
         asked: dict[str, Any] = {"chat_template_kwargs": variables, "reasoning_effort": effort}
         own = await both.own("chat", **asked)
@@ -455,7 +455,7 @@ async def test_ignore_eos_runs_every_branch_to_its_limit(both: Both, endpoint: s
     )
     assert answer.headers["x-tts-applied"] == "true"
     tts = answer.body["tts"]
-    assert (tts["branches"], tts["votes"], tts["agreed"]) == (4, {}, None)  # what its text says is no vote
+    assert (tts["branches"], tts["votes"], tts["agreed"]) == (4, {}, None)  # the text of such a branch is no vote
     assert answer.tokens == 4 * tokens
     assert tts["stop"] == "max_tokens"
 
@@ -496,7 +496,7 @@ async def test_include_usage_ends_the_stream_with_usage(both: Both, endpoint: st
 
 
 def written(body: Any) -> str:
-    """All the text of a reply, whichever part of it is thought."""
+    """Return all text of a reply, including the thought."""
     if "choices" in body:
         message = body["choices"][0].get("message") or {"content": body["choices"][0]["text"]}
         return ((message.get("reasoning") or "") + (message.get("content") or "")).strip()
