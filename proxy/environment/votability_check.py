@@ -19,6 +19,10 @@ from proxy.types import LiveBranch
 UNCHECKED_BRANCHES: Final = 2
 """Number of branches that may be opened before it is known whether the task can be voted on."""
 
+MOST_UNREADABLE: Final = 2
+"""Finished branches without a readable answer that a probe's answer outweighs. Small models write some replies so that
+no answer can be read."""
+
 
 class BranchesTruncated(Exception):
     """The client's token limit cut the branches before they answered; it would cut further branches too."""
@@ -103,7 +107,7 @@ class VotabilityCheck:
     def _note(self, answer: Answer | None, text: str) -> None:
         """Take account of a finished branch. Raises NotVotable if it shows that the task cannot be voted on.
 
-        If a probe has given an answer, a single finished branch without one does not show that.
+        If a probe has given an answer, up to `MOST_UNREADABLE` finished branches without one do not show that.
         """
         state = self._state
         if answer is not None:
@@ -112,7 +116,7 @@ class VotabilityCheck:
         if state.confirmed or not self._prompt.template.split(self._prompt.tail, text)[1].strip():
             return
         state.unreadable += 1
-        if state.unreadable > state.probe_answered:
+        if state.unreadable > (MOST_UNREADABLE if state.probe_answered else 0):
             raise NotVotable
 
     async def _check_limit(self, branches: Sequence[LiveBranch]) -> None:

@@ -29,17 +29,21 @@ async def run(sums: int, betas: list[float], controllers: list[str], votability:
         async for row in study.rows(model, sums, betas, controllers):
             measured.append(row)
             sys.stderr.write(f"{time.monotonic() - began:5.0f} s: {row.name}\n")
-        apart = await study.tell_apart(model, 0.6, controllers[0]) if votability else None
+        console.print(_table(measured, sums))
+        if votability:
+            for line in (await study.tell_apart(model, 0.3, controllers[0])).lines():
+                console.print(line, highlight=False, markup=False)
+    return all(row.is_within_bound and not row.not_votable for row in measured)
+
+
+def _table(measured: list[study.Measured], sums: int) -> Table:
     title = f"SmolLM2-135M-Instruct, {sums} sums after {EXAMPLES} worked examples, Δ = {INTERVAL}"
     table = Table(title=f"{title}; {machine()}", title_justify="left")
     for heading in study.HEADINGS:
         table.add_column(heading, justify="right" if heading else "left")
     for row in measured:
         table.add_row(*row.cells(measured[0]))
-    console.print(table)
-    for line in apart.lines() if apart is not None else ():
-        console.print(line, highlight=False)
-    return all(row.is_within_bound and not row.not_votable for row in measured)
+    return table
 
 
 def main() -> int:

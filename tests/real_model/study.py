@@ -17,7 +17,8 @@ TAIL: Final = 2.5
 """Percent beyond each end of an interval."""
 LIMIT: Final = 200
 """Most tokens of a reply to a sum."""
-PROSE_LIMIT: Final = 400
+PROSE_LIMIT: Final = 300
+"""Most tokens of a reply to prose or to a task without worked examples."""
 UNVOTED: Final = 2
 """Branches that may be opened before it is known that a task can be voted on."""
 GREEDY, SAMPLE = "greedy, without β", "single sample, without β"

@@ -45,8 +45,10 @@ async def test_a_longer_limit_that_truncates_the_first_branch_opens_no_more(prox
     assert reply["tts"]["agreed"] is None
 
 
-async def test_one_reply_without_an_answer_does_not_vote_and_the_others_do(proxy: Proxy) -> None:
-    texts = ["I cannot tell what it is", *(f"The answer is \\boxed{{7}}{'.' * i}" for i in range(20))]
+@pytest.mark.parametrize("unanswered", [1, 2])
+async def test_up_to_two_replies_without_an_answer_do_not_vote_and_the_others_do(proxy: Proxy, unanswered: int) -> None:
+    texts = ["I cannot tell what it is", "It is what it is"][:unanswered]
+    texts += [*(f"The answer is \\boxed{{7}}{'.' * i}" for i in range(20))]
     proxy.backend.chains = [
         Chain(f"<think>1 + 1 = {chr(97 + i) * (60 + i)}</think>\n\n{text}", ("7",)) for i, text in enumerate(texts)
     ]
@@ -57,14 +59,15 @@ async def test_one_reply_without_an_answer_does_not_vote_and_the_others_do(proxy
         assert reply["tts"]["answer"] == "7"
 
 
-async def test_two_replies_without_an_answer_end_the_episode_despite_a_probe_answer(proxy: Proxy) -> None:
+async def test_three_replies_without_an_answer_end_the_episode_despite_a_probe_answer(proxy: Proxy) -> None:
     proxy.backend.chains = [
-        Chain(f"<think>1 + 1 = {mark * 90}</think>\n\nRoses are red", ("7",)) for mark in "abcdefgh"
+        Chain(f"<think>1 + 1 = {mark * (90 + 40 * i)}</think>\n\nRoses are red", ("7",))
+        for i, mark in enumerate("abcdefgh")
     ]
-    _, headers, reply = await proxy.ask("0.6", tts={"controller": "asc"})
+    _, headers, reply = await proxy.ask("0.5", tts={"controller": "parallel_probe"})
     assert headers["x-tts-stop"] == "not_votable"
     assert reply["tts"]["agreed"] is None
-    assert proxy.backend.opened <= 3
+    assert proxy.backend.opened > 3
 
 
 async def test_the_reply_names_an_answer_without_votes(proxy: Proxy) -> None:
