@@ -26,6 +26,8 @@ from proxy.upstream.embedded import EmbeddedServer
 MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
 """Fixtures whose tests belong to a tier by using them."""
 
+SERIAL: Final = "serial"
+"""Group of tests that one worker runs, one after another, so that a run starts one vLLM and only one test uses it."""
 MAY_START_PROCESSES: Final = ("process", "vllm", "soak")
 STARTS_PROCESS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})
 """Names of Python's audit events."""
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
         if item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.xdist_group("vllm"))  # so that a run starts one vLLM, whatever its workers
+            item.add_marker(pytest.mark.xdist_group(SERIAL))
     if getattr(config.option, "loadgroup", False):
         _name_groups(items)
     if "soak" not in config.option.markexpr:

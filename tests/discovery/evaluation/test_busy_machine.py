@@ -28,7 +28,11 @@ from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
 from tests.discovery.evaluation.test_evaluate import question
 from tests.discovery.promotion.test_gate import FEW, FIRST, quickly, run
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes")]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.xdist_group("serial"),  # not while tests of a real vLLM run, whose limits are seconds
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals processes"),
+]
 
 BUSY: Final = 4
 VERDICTS: Final = int(os.environ.get("SOAK_VERDICTS", "2"))
