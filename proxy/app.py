@@ -189,6 +189,6 @@ def upstream_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,
-        request_class=eager_task.EagerClientRequest,
+        request_class=eager_task.client_request_class(),
         json_serialize=lambda data: json.dumps(data, separators=(",", ":")),
     )

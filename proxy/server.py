@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from types import FrameType
 from typing import Final
 
@@ -19,7 +18,7 @@ from proxy.app import create_app
 from proxy.errors import StartError
 from proxy.http.connections import Connections, room_for
 from proxy.http.graceful_shutdown import ShutdownMiddleware
-from proxy.http.protocol import ConnectionLimits, HttpProtocol, ProtocolContext
+from proxy.http.protocol import ConnectionLimits, ProtocolContext, protocol_class
 from proxy.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.gate,
-                http=partial(HttpProtocol, context=ProtocolContext(limits, self.connections, count)),  # type: ignore[arg-type]
+                http=protocol_class(ProtocolContext(limits, self.connections, count)),  # type: ignore[arg-type]
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a timer's seconds
                 ws="none",
                 lifespan="on",

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from proxy.http.request_head import (
     too_large,
     without_upgrade,
 )
+from proxy.tested_versions import has_tested_internals
 
 logger = logging.getLogger(__name__)
 
@@ -403,3 +405,8 @@ class HttpProtocol(HttpToolsProtocol):
 
 def _full() -> TooManyConnections:
     return TooManyConnections("too many connections are open; retry", code="too_many_connections")
+
+
+def protocol_class(context: ProtocolContext) -> Callable[..., asyncio.Protocol]:
+    """Return the protocol for `uvicorn.Config`: uvicorn's own if the installed uvicorn was not tested."""
+    return partial(HttpProtocol, context=context) if has_tested_internals("uvicorn") else HttpToolsProtocol

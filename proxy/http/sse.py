@@ -100,12 +100,12 @@ class StreamedResponse(Response):
     def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> StreamedResponse:
         """The events that `source` yields."""
 
-        async def pour(hand: BodySink) -> None:
+        async def send_events(sink: BodySink) -> None:
             async for piece in source:
-                await hand(piece, False)
-            await hand(b"", True)
+                await sink(piece, False)
+            await sink(b"", True)
 
-        return cls(pour, aclosing(source), headers=headers)
+        return cls(send_events, aclosing(source), headers=headers)
 
     def with_source(self, source: BodySource) -> StreamedResponse:
         """Return a response with the same head and another body."""

@@ -1,4 +1,4 @@
-"""Requests handed to the upstream as they are, and its answers handed back as they are."""
+"""Forward requests to the upstream unchanged, and its responses back unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from proxy import errors
 from proxy.http.sse import StreamedResponse
-from proxy.upstream.body_tap import BodySink, pour
+from proxy.upstream.body_tap import BodySink, stream_body
 from proxy.upstream.client import UpstreamClient
 
 POST_PATHS: Final = (
@@ -26,34 +26,34 @@ POST_PATHS: Final = (
     "/detokenize",
     "/v1/messages/count_tokens",
 )
-"""Paths to which a client may post through the proxy. The rest of the upstream is out of reach."""
+"""Paths to which a client may POST through the proxy. No other path of the upstream can be reached."""
 GET_PATHS: Final = ("/version", "/tokenizer_info", "/ping")
-"""Paths that a client may read through the proxy."""
+"""Paths that a client may GET through the proxy."""
 UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "/v1/messages": "the proxy does not serve Anthropic's API; use /v1/chat/completions",
         "/v1/chat/completions/batch": "send the requests one by one to /v1/chat/completions",
-        "/v1/audio/transcriptions": "the proxy serves text; ask the upstream itself",
-        "/v1/audio/translations": "the proxy serves text; ask the upstream itself",
-        "/v1/realtime": "the proxy serves text; ask the upstream itself",
-        "/pooling": "use /v1/embeddings or /v1/score, or ask the upstream itself",
-        "/classify": "use /v1/embeddings or /v1/score, or ask the upstream itself",
+        "/v1/audio/transcriptions": "the proxy serves text; send the request to the upstream directly",
+        "/v1/audio/translations": "the proxy serves text; send the request to the upstream directly",
+        "/v1/realtime": "the proxy serves text; send the request to the upstream directly",
+        "/pooling": "use /v1/embeddings or /v1/score, or send the request to the upstream directly",
+        "/classify": "use /v1/embeddings or /v1/score, or send the request to the upstream directly",
         "/score": "use /v1/score",
         "/rerank": "use /v1/rerank",
         "/v2/rerank": "use /v1/rerank",
-        "/invocations": "use the endpoint that is meant, such as /v1/chat/completions",
-        "/load": "use /metrics, or ask the upstream itself",
-        "/server_info": "ask the upstream itself",
+        "/invocations": "use the endpoint itself, such as /v1/chat/completions",
+        "/load": "use /metrics, or send the request to the upstream directly",
+        "/server_info": "send the request to the upstream directly",
     }
 )
-"""Paths of vLLM that are not served, and what to do instead."""
+"""vLLM's paths that the proxy does not serve, and what to do instead."""
 
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
 
 
-WHOLE: Final = 64 * 2**10
-"""Bytes of a body that is sent in one piece, if its length is known."""
+MAX_BUFFERED_BYTES: Final = 64 * 2**10
+"""Bytes of a response body that is read whole and sent in one piece, if its length is known."""
 
 
 async def forward(
@@ -66,38 +66,38 @@ async def forward(
     is_stream: bool = False,
     in_pieces: bool = False,
 ) -> Response:
-    """The upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
+    """Return the upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
-    `content_type` is for a body the proxy wrote itself. `is_stream` tells that it asks for a stream. `in_pieces` has
-    even a short response handed back as a StreamedResponse.
+    `content_type` replaces the request's if the proxy wrote the body itself. `is_stream` says that the body asks for a
+    stream. With `in_pieces` even a short response is returned as a StreamedResponse.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
         sent["content-type"] = content_type
-    if own := headers.get("x-request-id"):  # vLLM makes its own id of it, and logs it
+    if own := headers.get("x-request-id"):  # vLLM derives its own id from it and logs it
         sent["x-request-id"] = own
-    opened = AsyncExitStack()
-    asked = engine.relay(request.method, request.scope["path"], body, sent, is_eager=is_stream)
-    upstream = await opened.enter_async_context(asked)
+    exchange = AsyncExitStack()
+    relayed = engine.relay(request.method, request.scope["path"], body, sent, is_eager=is_stream)
+    upstream = await exchange.enter_async_context(relayed)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
-    if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= WHOLE:
-        async with opened, asyncio.timeout(engine.read_timeout_s):
-            content = as_openais(upstream.status, await upstream.read())
+    if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= MAX_BUFFERED_BYTES:
+        async with exchange, asyncio.timeout(engine.read_timeout_s):
+            content = as_openai_error(upstream.status, await upstream.read())
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
-    if not in_pieces and length is not None and length <= WHOLE:
-        async with opened, asyncio.timeout(engine.read_timeout_s):
+    if not in_pieces and length is not None and length <= MAX_BUFFERED_BYTES:
+        async with exchange, asyncio.timeout(engine.read_timeout_s):
             content = await upstream.read()
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 
-    async def poured(hand: BodySink) -> None:
-        await pour(upstream, hand, engine.read_timeout_s)
+    async def source(sink: BodySink) -> None:
+        await stream_body(upstream, sink, engine.read_timeout_s)
 
-    return StreamedResponse(poured, opened, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
+    return StreamedResponse(source, exchange, status_code=upstream.status, headers={**kept, **headers}, media_type=None)
 
 
-def as_openais(status: int, content: bytes) -> bytes:
-    """Return an error's body in OpenAI's form if it is in FastAPI's (`{"detail": …}`), else unchanged."""
+def as_openai_error(status: int, content: bytes) -> bytes:
+    """Convert the body of an error from FastAPI's form (`{"detail": …}`) to OpenAI's. Others are returned unchanged."""
     try:
         error = json.loads(content)
     except (ValueError, RecursionError):

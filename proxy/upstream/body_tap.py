@@ -1,9 +1,10 @@
-"""The body of an upstream's response, given on the moment a piece of it comes, with no task that wakes for each.
+"""Pass on the body of an upstream response piece by piece, without waking a task for each piece.
 
-A task that waits for aiohttp's reader costs more for each piece than all else that is done with it. So, while there is
-nothing to read, a tap stands between the connection and aiohttp: what the reader has made of a piece is given on within
-the same step of the loop. What aiohttp does stays as it is: frames, limits, the pool of connections and, when a client
-is slower than the upstream, holding the upstream back.
+Waking a task that waits for aiohttp's reader costs more per piece than everything else done with it. While there is
+nothing to read, a tap therefore stands between the connection and aiohttp: a piece is passed on within the step of the
+event loop in which it arrives. aiohttp still parses frames, applies its limits, pools connections and, if the client is
+slower than the upstream, pauses reading. The tap uses internals of aiohttp; with an untested version the body is read
+through aiohttp's public reader.
 """
 
 from __future__ import annotations
@@ -14,89 +15,113 @@ from typing import Any
 
 import aiohttp
 
+from proxy.tested_versions import has_tested_internals
 from proxy.upstream.eager_task import start_eagerly
 
 BodySink = Callable[[bytes, bool], Awaitable[None]]
-"""Is given a piece of a body, and whether it is the last. What it returns is over once the next piece may come."""
+"""Takes a piece of a body, and whether it is the last. The next piece may come once the awaitable is done."""
 BodySource = Callable[[BodySink], Awaitable[None]]
-"""Gives a BodySink a body. If it returns, it has given the last piece, which may be empty."""
+"""Sends a body to a sink. If it returns, it has sent the last piece, which may be empty."""
 
 
-async def pour(response: aiohttp.ClientResponse, hand: BodySink, silence_s: float) -> None:
-    """Give `hand` the body of `response`, of which nothing has been read.
+async def stream_body(response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
+    """Send the body of `response`, of which nothing has been read yet, to `sink`.
 
-    Raises what aiohttp and `hand` do, and TimeoutError once nothing has come for `silence_s` seconds. Of a stream of
-    events only data counts: comments may keep it alive for ever.
+    Raises what aiohttp and `sink` raise, and TimeoutError if nothing comes for `idle_timeout_s` seconds. In a stream of
+    events only data counts: comments could keep it alive for ever.
     """
+    if not has_tested_internals("aiohttp"):
+        await _stream_plainly(response, sink, idle_timeout_s)
+        return
     content = response.content
     is_over = False
     while not is_over:
         piece, is_over = content.read_nowait(), content.is_eof()
         if piece or is_over:
-            await hand(piece, is_over)
+            await sink(piece, is_over)
         else:
-            is_over = await _Tap(response, hand, silence_s).run()
+            is_over = await _BodyTap(response, sink, idle_timeout_s).run()
 
 
-class _Tap(asyncio.Protocol):
-    """The protocol of a connection, with another one around it that gives on what comes."""
+async def _stream_plainly(response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
+    """Send the body through aiohttp's public reader. A slow sink does not count as silence of the upstream."""
+    loop = asyncio.get_running_loop()
+    is_event_stream = response.content_type == "text/event-stream"
+    deadline = loop.time() + idle_timeout_s
+    pieces = response.content.iter_any()
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            break
+        await sink(piece, False)
+        if not is_event_stream or b"data" in piece:
+            deadline = loop.time() + idle_timeout_s
+    await sink(b"", True)
 
-    def __init__(self, response: aiohttp.ClientResponse, hand: BodySink, silence_s: float) -> None:
+
+class _BodyTap(asyncio.Protocol):
+    """Protocol of a connection that wraps aiohttp's own and passes on each piece of the body as it arrives."""
+
+    def __init__(self, response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
         connection = response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
-            raise aiohttp.ServerDisconnectedError  # though neither an end nor an error has come
-        connection.protocol.read_timeout = None  # a timer a piece, which would cost as much as to read it
+            raise aiohttp.ServerDisconnectedError  # though neither an end nor an error has arrived
+        connection.protocol.read_timeout = None  # one timer per piece would cost as much as reading it
         self._loop = asyncio.get_running_loop()
         self._transport = connection.transport
         self._inner: Any = connection.transport.get_protocol()
         self._content = response.content
-        self._hand = hand
-        self._silence_s = silence_s
-        self._heard = self._loop.time()  # when anything last came that counts
-        self._is_stream = response.content_type == "text/event-stream"
-        self._has_last = False  # the last piece has been given
-        self._over: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
+        self._sink = sink
+        self._idle_timeout_s = idle_timeout_s
+        self._last_data = self._loop.time()  # when anything arrived that counts
+        self._is_event_stream = response.content_type == "text/event-stream"
+        self._has_last = False  # the last piece has been passed on
+        self._done: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
     async def run(self) -> bool:
-        """Until the last piece has been given, or the body fails, or `hand` has to be waited for, and has been. Whether
-        it was the last piece."""
+        """Pass on pieces until the last one, an error, or a sink that has to be waited for, and wait for that.
+
+        Returns whether the last piece has been passed on.
+        """
         self._transport.set_protocol(self)
-        self._timer = self._loop.call_later(self._silence_s, self._look)
+        self._timer = self._loop.call_later(self._idle_timeout_s, self._check_idle)
         try:
-            slow = await self._over
+            unfinished = await self._done
         finally:
             self._timer.cancel()
-            self._leave()
-        if slow is not None:
-            await slow
+            self._restore_protocol()
+        if unfinished is not None:
+            await unfinished
         return self._has_last
 
     def data_received(self, data: bytes) -> None:
         self._inner.data_received(data)
         content = self._content
         if content.exception() is not None:
-            self._end()
+            self._finish()
             return
         piece, self._has_last = content.read_nowait(), content.is_eof()
         if not piece and not self._has_last:
             return
-        if not self._is_stream or b"data" in piece:
-            self._heard = self._loop.time()
+        if not self._is_event_stream or b"data" in piece:
+            self._last_data = self._loop.time()
         try:
-            slow = start_eagerly(self._hand(piece, self._has_last))
+            unfinished = start_eagerly(self._sink(piece, self._has_last))
         except Exception as error:
-            self._end(error)
+            self._finish(error)
         else:
-            if self._has_last or slow is not None:
-                self._end(slow)
+            if self._has_last or unfinished is not None:
+                self._finish(unfinished)
 
     def eof_received(self) -> bool | None:
-        kept: bool | None = self._inner.eof_received()
-        return kept
+        keeps_open: bool | None = self._inner.eof_received()
+        return keeps_open
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._inner.connection_lost(exc)
-        self._end()
+        self._finish()
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()
@@ -104,24 +129,24 @@ class _Tap(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._inner.resume_writing()
 
-    def _look(self) -> None:
-        """Whether anything has come of late."""
-        due = self._heard + self._silence_s
+    def _check_idle(self) -> None:
+        """End with TimeoutError if nothing has arrived for too long, else check again when that would be so."""
+        due = self._last_data + self._idle_timeout_s
         if due > self._loop.time():
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._check_idle)
         else:
-            self._end(TimeoutError())
+            self._finish(TimeoutError())
 
-    def _end(self, how: Awaitable[None] | Exception | None = None) -> None:
-        """Nothing comes here any more: the connection may be another request's from now on."""
-        self._leave()
-        if self._over.done():
+    def _finish(self, outcome: Awaitable[None] | Exception | None = None) -> None:
+        """End the tap. The connection may serve another request from now on."""
+        self._restore_protocol()
+        if self._done.done():
             return
-        if isinstance(how, Exception):
-            self._over.set_exception(how)
+        if isinstance(outcome, Exception):
+            self._done.set_exception(outcome)
         else:
-            self._over.set_result(how)
+            self._done.set_result(outcome)
 
-    def _leave(self) -> None:
+    def _restore_protocol(self) -> None:
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._inner)

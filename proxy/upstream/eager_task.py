@@ -1,4 +1,4 @@
-"""Work begun at once, not the next time around the event loop: under load that is a few milliseconds later."""
+"""Start work at once instead of at the next turn of the event loop, which under load is milliseconds later."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import aiohttp
 
+from proxy.tested_versions import has_tested_internals
+
 
 def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:
-    """Do of `work` what can be done without waiting. What is left of it, if it has to wait. Raises what it raises."""
+    """Run `work` until it has to wait. Return the rest as an awaitable, or None if it is done."""
     steps = work.__await__()
     try:
         awaited = next(steps)
@@ -37,14 +39,14 @@ def _rest(awaited: Any, steps: Generator[Any, Any, None]) -> Generator[Any, Any,
 
 
 class EagerPayload(aiohttp.BytesPayload):
-    """The body of a request whose answer is waited for from its first byte on, as a stream's is."""
+    """Body of a request whose response is awaited from its first byte on, as that of a stream is."""
 
 
 class EagerClientRequest(aiohttp.ClientRequest):
-    """One whose body, if it is urgent, is on its way as soon as its head is.
+    """Request whose body, if it is an EagerPayload, is sent together with its head.
 
-    aiohttp has a task write it, which before Python 3.12 does not begin until the next time around. Where nothing is
-    urgent that is as well: the upstream is sent several at once.
+    aiohttp writes the body in a task, which before Python 3.12 starts only at the next turn of the event loop. For
+    other bodies that is preferable: the upstream then receives several requests at once.
     """
 
     def write_bytes(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, None]:
@@ -52,6 +54,11 @@ class EagerClientRequest(aiohttp.ClientRequest):
         return _finish(start_eagerly(work)) if isinstance(self.body, EagerPayload) else work
 
 
-async def _finish(left: Awaitable[None] | None) -> None:
-    if left is not None:
-        await left
+def client_request_class() -> type[aiohttp.ClientRequest]:
+    """Return EagerClientRequest, or aiohttp's own class if the installed aiohttp was not tested."""
+    return EagerClientRequest if has_tested_internals("aiohttp") else aiohttp.ClientRequest
+
+
+async def _finish(unfinished: Awaitable[None] | None) -> None:
+    if unfinished is not None:
+        await unfinished

@@ -15,8 +15,8 @@ import trustme
 import uvloop
 
 from proxy.http.sse import StreamedResponse
-from proxy.upstream import eager_task
-from proxy.upstream.body_tap import BodySink, pour
+from proxy.upstream import body_tap, eager_task
+from proxy.upstream.body_tap import BodySink, stream_body
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -36,6 +36,12 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     assert raised == []
 
 
+@pytest.fixture(params=[True, False], ids=["tap", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the body through a tap, or through aiohttp's public reader as with an untested version."""
+    monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: request.param)
+
+
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -53,11 +59,11 @@ class Exchange(NamedTuple):
         assert self.response.connection.transport is not None
         return self.response.connection.transport
 
-    async def pour(self, hand: BodySink) -> asyncio.Task[None]:
+    async def stream(self, sink: BodySink) -> asyncio.Task[None]:
         """Who pours its body, and has begun to."""
-        pouring = asyncio.create_task(pour(self.response, hand, LONG_S))
+        streaming = asyncio.create_task(stream_body(self.response, sink, LONG_S))
         await asyncio.sleep(0)
-        return pouring
+        return streaming
 
 
 class Upstream(NamedTuple):
@@ -136,13 +142,13 @@ class Client:
 
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
-def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run, is_secure: bool) -> None:
+def test_each_piece_is_passed_on_as_it_comes_and_the_connection_is_reused(run: Run, is_secure: bool) -> None:
     async def work() -> None:
         async with upstream(trustme.CA() if is_secure else None) as there:
             client = Client()
             first = await there.begin()
             plain = first.transport.get_protocol()
-            pouring = await first.pour(client.hand)
+            streaming = await first.stream(client.hand)
             for piece in (b"one", b"two", b"3" * 100_000):
                 first.server.write(chunk(piece))
                 got = b""
@@ -152,21 +158,21 @@ def test_each_piece_is_given_on_as_it_comes_and_the_connection_is_kept(run: Run,
             transport = first.transport
             assert transport.get_protocol() is not plain
             first.server.write(END)
-            await pouring
+            await streaming
             assert client.has_last
             assert transport.get_protocol() is plain
             assert set(client.tasks) == {None}  # no task was woken to give them on
 
             again = await there.answer(there.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
             client = Client()
-            await pour(again.response, client.hand, LONG_S)
+            await stream_body(again.response, client.hand, LONG_S)
             assert client.pieces.get_nowait() == b"again"
             assert there.connections.empty()
 
     run(work())
 
 
-def test_after_the_last_piece_the_connection_is_anybodys(run: Run) -> None:
+def test_after_the_last_piece_another_request_may_use_the_connection(run: Run) -> None:
     """Not only when the task that waits for the end has been woken: until then another request may have taken it."""
 
     async def work() -> None:
@@ -178,81 +184,88 @@ def test_after_the_last_piece_the_connection_is_anybodys(run: Run) -> None:
                 if is_last:
                     asyncio.get_running_loop().call_soon(lambda: protocols.append(transport.get_protocol()))
 
-            pouring = await exchange.pour(hand)
+            streaming = await exchange.stream(hand)
             exchange.server.write(chunk(b"one") + END)
-            await pouring
+            await streaming
             assert protocols == [plain]
 
     run(work())
 
 
-def test_what_came_with_the_head_is_given_on_too(run: Run) -> None:
+def test_what_came_with_the_head_is_passed_on_too(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             client = Client()
             exchange = await there.begin(CHUNKED + chunk(b"a") + chunk(b"b") + END)
-            await pour(exchange.response, client.hand, LONG_S)
+            await stream_body(exchange.response, client.hand, LONG_S)
             assert client.pieces.get_nowait() == b"ab"
             assert client.pieces.empty()
 
     run(work())
 
 
+@pytest.mark.usefixtures("way")
 def test_a_body_may_end_with_its_connection(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             client = Client()
             exchange = await there.begin(UNTIL_CLOSED)
-            pouring = await exchange.pour(client.hand)
+            streaming = await exchange.stream(client.hand)
             exchange.server.write(b"all")
             assert await client.pieces.get() == b"all"
             exchange.server.close()
-            await pouring
+            await streaming
             assert client.has_last
 
     run(work())
 
 
-@pytest.mark.parametrize("rest", [b"5\r\nhalf", b"not a length\r\n"], ids=["cut", "garbage"])
-def test_one_that_breaks_off_is_an_error(run: Run, rest: bytes) -> None:
+@pytest.mark.parametrize(
+    ("is_tested", "rest"),
+    [(True, b"5\r\nhalf"), (True, b"not a length\r\n"), (False, b"5\r\nhalf")],
+    ids=["tap-cut", "tap-garbage", "plain-cut"],  # aiohttp's own reader takes garbage for silence
+)
+def test_a_body_that_breaks_off_raises(run: Run, monkeypatch: pytest.MonkeyPatch, is_tested: bool, rest: bytes) -> None:
+    monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: is_tested)
+
     async def work() -> None:
         async with upstream() as there:
             client = Client()
             exchange = await there.begin()
-            pouring = await exchange.pour(client.hand)
+            streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"one"))
             assert await client.pieces.get() == b"one"
             exchange.server.write(rest)
             exchange.server.close()
             with pytest.raises(aiohttp.ClientError):
-                await pouring
+                await streaming
             assert not client.has_last
             exchange.response.close()
 
     run(work())
 
 
-def test_what_the_reader_finds_wrong_is_raised_to_who_waits(run: Run) -> None:
+def test_what_aiohttps_reader_raises_is_raised(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             exchange = await there.begin()
-            pouring = await exchange.pour(Client().hand)
+            streaming = await exchange.stream(Client().hand)
             exchange.response.content.set_exception(aiohttp.ClientPayloadError("it means nothing"))
             exchange.server.write(chunk(b"one"))
             with pytest.raises(aiohttp.ClientPayloadError, match="it means nothing"):
-                await pouring
+                await streaming
             exchange.response.close()
 
     run(work())
 
 
-def test_a_slow_client_holds_the_upstream_back_and_loses_nothing(run: Run) -> None:
+def test_a_slow_client_pauses_the_upstream_and_loses_nothing(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             client = Client()
             client.is_slow = True
             exchange = await there.begin()
-            pouring = await exchange.pour(client.hand)
+            streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"first"))
             assert await client.pieces.get() == b"first"
             piece, count = chunk(b"x" * 2**16), 512
@@ -270,7 +283,7 @@ def test_a_slow_client_holds_the_upstream_back_and_loses_nothing(run: Run) -> No
 
             client.is_slow = False
             client.go.set()
-            await pouring
+            await streaming
             await flushing
             got = 0
             while not client.pieces.empty():
@@ -280,8 +293,9 @@ def test_a_slow_client_holds_the_upstream_back_and_loses_nothing(run: Run) -> No
     run(work())
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
+def test_what_the_sink_raises_is_raised(run: Run, is_slow: bool) -> None:
     async def work() -> None:
         async with upstream() as there:
             come = asyncio.Event()
@@ -295,12 +309,12 @@ def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
 
             exchange = await there.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
-            pouring = await exchange.pour(hand)
+            streaming = await exchange.stream(hand)
             exchange.server.write(chunk(b"one"))
             await come.wait()
             go.set()
             with pytest.raises(OSError, match="gone"):
-                await pouring
+                await streaming
             assert transport.get_protocol() is plain
             exchange.response.close()
 
@@ -308,44 +322,45 @@ def test_what_the_client_fails_with_is_raised(run: Run, is_slow: bool) -> None:
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_who_leaves_takes_the_tap_along(run: Run, is_slow: bool) -> None:
+def test_cancelling_removes_the_tap(run: Run, is_slow: bool) -> None:
     async def work() -> None:
         async with upstream() as there:
             client = Client()
             client.is_slow = is_slow
             exchange = await there.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
-            pouring = await exchange.pour(client.hand)
+            streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"one"))
             await client.pieces.get()
-            pouring.cancel()
+            streaming.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await pouring
+                await streaming
             assert transport.get_protocol() is plain
             exchange.response.close()
 
     run(work())
 
 
-def test_silence_is_told_and_only_silence(run: Run) -> None:
+@pytest.mark.usefixtures("way")
+def test_only_silence_times_out(run: Run) -> None:
     async def work() -> None:
         async with upstream() as there:
             loop, client = asyncio.get_running_loop(), Client()
             exchange = await there.begin()
-            began, silence_s = loop.time(), 0.5
-            pouring = asyncio.create_task(pour(exchange.response, client.hand, silence_s))
-            while (told := loop.time()) < began + 2 * silence_s:
+            began, idle_s = loop.time(), 0.5
+            streaming = asyncio.create_task(stream_body(exchange.response, client.hand, idle_s))
+            while (last := loop.time()) < began + 2 * idle_s:
                 exchange.server.write(chunk(b"still here"))
                 await client.pieces.get()
             with pytest.raises(TimeoutError):
-                await pouring
-            assert loop.time() - told >= 0.9 * silence_s
+                await streaming
+            assert loop.time() - last >= 0.9 * idle_s
             exchange.response.close()
 
     run(work())
 
 
-async def test_a_stream_that_cannot_begin_leaves_what_it_comes_of() -> None:
+async def test_a_response_that_cannot_be_sent_closes_its_source() -> None:
     left: list[str] = []
 
     async def send(_: object) -> None:
@@ -367,7 +382,7 @@ async def test_a_stream_that_cannot_begin_leaves_what_it_comes_of() -> None:
 # Work that is begun at once
 
 
-def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
+def test_start_eagerly_runs_until_it_has_to_wait(run: Run) -> None:
     done: list[str] = []
 
     async def work(go: asyncio.Event) -> None:
@@ -411,11 +426,11 @@ def test_what_is_begun_has_been_done_as_far_as_it_goes(run: Run) -> None:
     run(test())
 
 
-@pytest.mark.parametrize("is_urgent", [True, False])
-def test_an_urgent_body_is_written_by_the_task_that_asks(run: Run, is_urgent: bool) -> None:
+@pytest.mark.parametrize("is_eager", [True, False])
+def test_an_eager_body_is_written_by_the_requesting_task(run: Run, is_eager: bool) -> None:
     async def work() -> None:
         writers: list[asyncio.Task[Any] | None] = []
-        kind: Any = eager_task.EagerPayload if is_urgent else aiohttp.BytesPayload
+        kind: Any = eager_task.EagerPayload if is_eager else aiohttp.BytesPayload
 
         class Body(kind):  # type: ignore[misc]  # one of the two
             async def write_with_length(self, *args: Any) -> None:
@@ -428,6 +443,6 @@ def test_an_urgent_body_is_written_by_the_task_that_asks(run: Run, is_urgent: bo
             reader, writer = await there.connections.get()
             answered = await there.answer(asking, reader, writer, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
             assert await answered.response.read() == b"ok"
-            assert (writers == [asking]) == is_urgent
+            assert (writers == [asking]) == is_eager
 
     run(work())
