@@ -19,15 +19,15 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from controllers.errors import ControllersError
-from discovery.commands.calibrate import calibrating
-from discovery.commands.collect import collecting
+from discovery.commands.calibrate import calibrate_command
+from discovery.commands.collect import collect_command
 from discovery.commands.discover import discover
 from discovery.commands.doctor import doctor
 from discovery.commands.evaluate import evaluate
 from discovery.commands.gate import gate
 from discovery.commands.history import history
 from discovery.commands.label import label
-from discovery.commands.parity import comparing
+from discovery.commands.parity import parity_command
 from discovery.commands.promote import controllers, promote, rollback
 from discovery.commands.requests import requests
 from discovery.commands.store import importing
@@ -75,9 +75,9 @@ app.command()(doctor)
 app.command()(discover)
 app.command()(gate)
 app.command()(label)
-app.command("calibrate")(calibrating)
-app.command("collect")(collecting)
-app.command("parity")(comparing)
+app.command("calibrate")(calibrate_command)
+app.command("collect")(collect_command)
+app.command("parity")(parity_command)
 keeping.command()(forget)
 for command in (promote, rollback, controllers):
     app.command()(command)

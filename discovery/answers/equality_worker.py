@@ -1,9 +1,10 @@
-"""Run by `judge.py` in a process of its own: says of two answers whether math-verify holds them to be equal.
+"""Worker process of `judge.py`: compares two answers with math-verify.
 
-A line of JSON in, a list of two texts; a line of JSON out, true or false. It may take for ever or eat all memory on
-what models write, which is why it runs here: limited, without the caller's environment, and to be killed.
+Input is one JSON line per pair, a list of two texts; output is one JSON line, true or false. A comparison of model
+output may never end or use all memory. It therefore runs in this process: with limits, without the caller's
+environment, and ready to be killed.
 
-Only math-verify's LaTeX reader is used: its reader of plain expressions evaluates them as Python.
+Only math-verify's LaTeX parser is used, because its parser of plain expressions evaluates them as Python.
 """
 
 import json
@@ -15,26 +16,26 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 1 << 30  # bytes
-LAST_RESORT_S = 30  # should the caller have died
+LAST_RESORT_S = 30  # in case the caller has died
 DIGITS = 30
-TINY = 1e-6  # math-verify rounds to twelve places, which leaves little of numbers below
-TOLERANCE = 1e-12  # of the larger
+TINY = 1e-6  # math-verify rounds to twelve decimal places, too few for numbers below this
+TOLERANCE = 1e-12  # relative to the larger number
 
 
 def read(text: str) -> list[object]:
-    """What math-verify makes of an answer; an empty list if nothing."""
-    found: list[object] = parse(
+    """Parse an answer with math-verify; an empty list if that fails."""
+    parsed: list[object] = parse(
         f"\\boxed{{{text}}}",
         extraction_config=[LatexExtractionConfig(boxed_match_priority=0)],
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
-    return found
+    return parsed
 
 
-def same(one: str, other: str) -> bool:
+def same(first: str, second: str) -> bool:
     """Whether two answers are equal, to twelve digits where they are numbers."""
-    left, right = read(one), read(other)
+    left, right = read(first), read(second)
     if not left or not right:
         return False
     if not verify(left, right, float_rounding=12, numeric_precision=20, timeout_seconds=None):
@@ -43,23 +44,23 @@ def same(one: str, other: str) -> bool:
 
 
 def _differ(left: object, right: object) -> bool:
-    """Whether two things that are equal to twelve places are not: 1/2004! and 1/2006!."""
+    """Whether values that agree to twelve places differ after all, as 1/2004! and 1/2006! do."""
     if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
         return any(map(_differ, left, right))
     if isinstance(left, sympy.Tuple | sympy.Interval) and isinstance(right, sympy.Tuple | sympy.Interval):
         return any(map(_differ, left.args, right.args))
     if isinstance(left, sympy.FiniteSet) and isinstance(right, sympy.FiniteSet):
         pairs = zip(sorted(left, key=_size), sorted(right, key=_size), strict=False)
-        return any(_differ(one, other) for one, other in pairs)
+        return any(_differ(first, second) for first, second in pairs)
     if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
         return False
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     at = {symbol: sympy.Rational(997 + 89 * number, 1009) for number, symbol in enumerate(symbols)}
-    one, other = (sympy.N(side.subs(at), DIGITS, maxn=1000) for side in (left, right))
-    if not (one.is_number and other.is_number) or max(abs(one), abs(other)) > TINY:
+    first, second = (sympy.N(side.subs(at), DIGITS, maxn=1000) for side in (left, right))
+    if not (first.is_number and second.is_number) or max(abs(first), abs(second)) > TINY:
         return False
     difference = sympy.N((left - right).subs(at), DIGITS, maxn=1000)
-    return bool(abs(difference) > TOLERANCE * max(abs(one), abs(other)))
+    return bool(abs(difference) > TOLERANCE * max(abs(first), abs(second)))
 
 
 def _size(value: sympy.Basic) -> float:
@@ -75,15 +76,15 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    """Answer until there are no more questions."""
+    """Compare pairs until standard input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    read("1")  # what is loaded late is loaded now
+    read("1")  # loads what math-verify imports lazily
     _say("ready")
     for line in sys.stdin:
         signal.alarm(LAST_RESORT_S)
         try:
             equal = same(*json.loads(line))
-        except Exception:  # whatever it stumbles over: then it has not found them equal
+        except Exception:  # any failure means that equality was not established
             equal = False
         signal.alarm(0)
         _say(json.dumps(equal))

@@ -1,4 +1,4 @@
-r"""Text → the answer it ends up giving, as it is written there, and the form by which it is compared."""
+r"""Answer extraction: find the final answer of a text, with its canonical form."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from discovery.answers.kinds import AUTO, AnswerKind, ExtractionMethod
 from discovery.answers.stated_answers import VOTABLE_TYPES, YES_NO, last_stated_answer, stated_choice, stated_number
 
 LONGEST_LONE: Final = 80
-"""Characters of a text that is nothing but its answer."""
+"""Maximum characters of a text that is read as a bare answer."""
 MOST_BARE: Final = 16
-"""Boxes without braces that are read, the last ones of a text."""
+"""Maximum boxes without braces that are read, from the end of the text."""
 LONGEST_READ: Final = 100_000
-"""Characters at a text's end in which a box, a stated answer, a choice or a number is looked for."""
+"""Characters at the end of a text that are searched for a box, a stated answer, a choice or a number."""
 MOST_TRIED: Final = 64
-"""Places of a text that are tried as the beginning of JSON."""
+"""Maximum positions of a text that are tried as the beginning of JSON."""
 MOST_SCANNED: Final = 1_000_000
-"""Characters that may be parsed in vain while looking for JSON."""
+"""Maximum characters parsed without success while searching for JSON."""
 DEEPEST_JSON: Final = 64
-"""Levels of nesting in JSON; deeper values are no answer."""
+"""Maximum nesting of JSON; deeper values are not answers."""
 LONGEST_MATCHED: Final = 32_768
-"""Characters at a text's end in which a client's pattern is matched."""
+"""Characters at the end of a text in which a client's pattern is matched."""
 MOST_MATCHES: Final = 10_000
-"""Matches of a client's pattern; a text with more has no answer."""
+"""Maximum matches of a client's pattern; a text with more has no answer."""
 PATTERN_S: Final = 0.5
-"""Seconds of CPU a client's pattern may take over a text by default; a text that takes longer has no answer."""
+"""Default limit in CPU seconds for matching a client's pattern; a text that takes longer has no answer."""
 
 
 class Answer(NamedTuple):
-    """An answer: `written` is a part of the text it was found in."""
+    """An extracted answer. `written` is the part of the text it was read from."""
 
     written: str
     form: CanonicalForm
@@ -61,7 +61,7 @@ _NUMBER = re.compile(
     rf"(?<![\w.,/^√])(?:√\s?)?{_DIGITS}(?:{_CONNECTED}{{1,3}}{_DIGITS})*(?:\s?(?:\\?%|°)|\s(?:hundred|thousand|million|billion|trillion|dozen)\b)?"
     r"(?![\w/^√!])"
 )
-"""The numbers that stand together, as `4 4/9` or `5 to 10`: one answer, or none."""
+"""Numbers that belong together, such as `4 4/9` or `5 to 10`: one answer or none."""
 _LONE = re.compile(
     r"[\s*_`]*(?:(?:the )?answer:)?[\s*_`]*(?P<inner>\S.*?)[\s*_`]*\.?[\s*_`]*", re.DOTALL | re.IGNORECASE
 )
@@ -70,10 +70,10 @@ _FENCES: Final = ("```", "~~~")
 
 
 def read_answer(text: str, kind: AnswerKind = AUTO, *, seconds: float = PATTERN_S) -> Answer | None:
-    """The answer `text` ends up giving; None if there is none that can be read. Never raises.
+    """Return the final answer of `text`; None if there is none that can be read. Never raises.
 
-    Takes time in proportion to the text, and for most kinds looks at its last `LONGEST_READ` characters only. A
-    client's pattern may take so many `seconds` of CPU: match it off the event loop.
+    Run time is linear in the text, and most kinds search only its last `LONGEST_READ` characters. A client's pattern
+    may take up to `seconds` of CPU time, so match it off the event loop.
     """
     match kind.method:
         case ExtractionMethod.AUTO:
@@ -93,19 +93,19 @@ def read_answer(text: str, kind: AnswerKind = AUTO, *, seconds: float = PATTERN_
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{…}` of `text` holds, braces balanced; None if there is none."""
+    r"""Return the content of the last complete `\boxed{…}` of `text`, with balanced braces; None if there is none."""
     span = _last_box(text)
     return None if span is None else text[slice(*span)]
 
 
 def _last_box(text: str) -> tuple[int, int] | None:
-    """Where the content of the last complete box begins and ends."""
+    """Return begin and end of the content of the last complete box."""
     boxes = _boxes(text)
     return max(boxes) if boxes else None
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
-    opened: list[int] = []  # where the content of each open brace starts; negative if the brace is no box's
+    opened: list[int] = []  # start of the content of each open brace; -1 for braces that are not boxes
     boxes: list[tuple[int, int]] = []
     for token in _BRACE.finditer(text):
         sign = token[0]
@@ -124,7 +124,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def _boxed(text: str) -> Answer | None:
-    """The last box; with those before it, if nothing but commas or an "and" is between them."""
+    """Read the last box, together with the boxes before it that are separated only by commas or "and"."""
     boxes = sorted(_boxes(text))
     if not boxes:
         return None
@@ -144,26 +144,26 @@ def _boxed(text: str) -> Answer | None:
 
 def _auto(text: str) -> Answer | None:
     if "box" in text or "Box" in text:
-        found = _boxed(text)
-        if found is not None or _last_box(text) is not None:
-            return found
+        boxed_answer = _boxed(text)
+        if boxed_answer is not None or _last_box(text) is not None:
+            return boxed_answer
     if (last := last_stated_answer(text)) is not None:
         return Answer(last.written, last.form)
     return _lone(text)
 
 
 def _lone(text: str) -> Answer | None:
-    """A text that is nothing but its answer."""
+    """Read a text that consists of nothing but its answer."""
     if len(text) > LONGEST_LONE or (match := _LONE.fullmatch(text)) is None:
         return None
-    found = _answer(match["inner"])
-    if found is None:
+    answer = _answer(match["inner"])
+    if answer is None:
         return None
-    form = found.form
+    form = answer.form
     if form.type is FormType.WORDS:
-        return found if form.text in YES_NO else None
+        return answer if form.text in YES_NO else None
     is_formula = form.type in (FormType.NUMBER, FormType.CHOICE) or match["inner"].startswith(("$", "\\"))
-    return found if is_formula and form.type in VOTABLE_TYPES else None
+    return answer if is_formula and form.type in VOTABLE_TYPES else None
 
 
 def _choice(text: str) -> Answer | None:
@@ -175,16 +175,16 @@ def _choice(text: str) -> Answer | None:
         form = canonical(part)
         if form is not None and form.type is FormType.CHOICE:
             return Answer(form.text, form)
-    found = stated_choice(text)
-    led = _LED_CHOICE.fullmatch(text.strip().rpartition("\n")[2]) if found is None else None
-    letter = found.written if found is not None else led[1] if led is not None else None
+    stated = stated_choice(text)
+    led = _LED_CHOICE.fullmatch(text.strip().rpartition("\n")[2]) if stated is None else None
+    letter = stated.written if stated is not None else led[1] if led is not None else None
     return None if letter is None else Answer(letter, choice(letter))
 
 
 def _number(text: str) -> Answer | None:
     inner = boxed(text)
-    if inner is not None and (found := _quantity(inner)) is not None:
-        return found
+    if inner is not None and (answer := _quantity(inner)) is not None:
+        return answer
     for part in (text,) if inner is None else (inner, text):
         last, is_unread = stated_number(part)
         if last is not None:
@@ -192,18 +192,18 @@ def _number(text: str) -> Answer | None:
         if is_unread:
             return None
         for match in deque(_NUMBER.finditer(part), maxlen=1):
-            if (found := _quantity(match[0])) is not None:
-                return found
+            if (answer := _quantity(match[0])) is not None:
+                return answer
     return None
 
 
 def _quantity(written: str) -> Answer | None:
-    found = _answer(written)
-    return found if found is not None and found.form.type is FormType.NUMBER else None
+    answer = _answer(written)
+    return answer if answer is not None and answer.form.type is FormType.NUMBER else None
 
 
 def _json(text: str) -> Answer | None:
-    found: Answer | None = None
+    answer: Answer | None = None
     at = scanned = 0
     for _ in range(MOST_TRIED):
         match = _OPENING.search(text, at)
@@ -212,15 +212,15 @@ def _json(text: str) -> Answer | None:
         begin, at = match.start(), match.end()
         try:
             value, at = _DECODER.raw_decode(text, begin)
-            spelled = "".join(_spell(value))
+            spelled = "".join(_normalized_json(value))
         except json.JSONDecodeError as error:
             scanned += error.pos - begin
             continue
         except (ValueError, ArithmeticError, RecursionError):
-            scanned += len(text) - begin  # how far it came is not known
+            scanned += len(text) - begin  # the position of the failure is unknown
             continue
-        found = Answer(text[begin:at], CanonicalForm(spelled, FormType.OTHER))
-    return found
+        answer = Answer(text[begin:at], CanonicalForm(spelled, FormType.OTHER))
+    return answer
 
 
 def _refuse(constant: str) -> Any:
@@ -230,21 +230,21 @@ def _refuse(constant: str) -> Any:
 _DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse)
 
 
-def _spell(value: Any, depth: int = 0) -> Iterator[str]:
-    """Spell JSON with keys in order and every number in one way. Raises ValueError if it is nested too deep."""
+def _normalized_json(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield normalized JSON: keys sorted, numbers normalized. Raises ValueError if it is nested too deeply."""
     if depth > DEEPEST_JSON:
-        raise ValueError("nested too deep")
+        raise ValueError("nested too deeply")
     if isinstance(value, dict):
         yield "{"
         for position, key in enumerate(sorted(value)):
             yield f"{',' if position else ''}{json.dumps(key)}:"
-            yield from _spell(value[key], depth + 1)
+            yield from _normalized_json(value[key], depth + 1)
         yield "}"
     elif isinstance(value, list):
         yield "["
         for position, element in enumerate(value):
             yield "," if position else ""
-            yield from _spell(element, depth + 1)
+            yield from _normalized_json(element, depth + 1)
         yield "]"
     elif isinstance(value, Decimal):
         yield _plain(value)
@@ -253,7 +253,7 @@ def _spell(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _plain(number: Decimal) -> str:
-    """Spell a number without zeros at its end. No digit is lost, however many there are."""
+    """Return a number without trailing zeros. No digit is lost, however many there are."""
     if not number:
         return "0"
     digits = len(number.as_tuple().digits)
@@ -261,7 +261,7 @@ def _plain(number: Decimal) -> str:
 
 
 def _pattern(text: str, kind: AnswerKind, seconds: float) -> Answer | None:
-    """The last match of a client's pattern, or of its first group. Each match takes time in proportion to the text."""
+    """Return the last match of a client's pattern, or of its first group. Each match is linear in the text."""
     last = None
     until = time.thread_time() + seconds
     matches = kind.pattern.finditer(text, max(0, len(text) - LONGEST_MATCHED))
@@ -286,17 +286,17 @@ def _compared(text: str, kind: AnswerKind) -> Answer | None:
 
 
 def _last_block(text: str) -> str:
-    """What the last complete fence encloses; all of `text` if there is none."""
-    found: str | None = None
+    """Return the content of the last complete fenced block; all of `text` if there is none."""
+    content: str | None = None
     block: list[str] | None = None
     for line in text.splitlines(keepends=True):
         if line.lstrip().startswith(_FENCES):
             if block is not None:
-                found = "".join(block)
+                content = "".join(block)
             block = [] if block is None else None
         elif block is not None:
             block.append(line)
-    return text if found is None else found
+    return text if content is None else content
 
 
 def _answer(written: str) -> Answer | None:

@@ -1,4 +1,4 @@
-r"""Tidy text → Form: names, lists, sets, intervals, matrices, equations, units and words, in bounded time."""
+r"""Parser of normalized answers into canonical forms: lists, sets, intervals, matrices, equations, units and words."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from discovery.answers.types import CanonicalForm, FormType
 from discovery.answers.units import split_unit
 
 MOST_PARTS: Final = 256
-"""Different parts of one answer that are read."""
+"""Maximum distinct parts of one answer."""
 SCORES: Final = 100
-"""Numbers from which on `a - b` is no score."""
+"""From this number on, `a - b` is a difference and not a score."""
 DEEPEST: Final = 24
-"""Levels at which parts of an answer stand within each other."""
+"""Maximum nesting of the parts of an answer."""
 
 SET: Final = ("\\{", "\\}")
 ROW: Final = ("[", "]")
@@ -43,13 +43,13 @@ _OR = re.compile(r"\s*,?\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*")
 _OPEN_ENDED = re.compile(
     r"(?<![a-zA-Z])or\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over|under|later|earlier|so)\b"
 )
-"""Pattern of words that make the number before them a bound or a rough guess."""
+"""Words that make the number before them a bound or an estimate."""
 _WITHOUT = re.compile(
     r"(?:\\mathbb\s*(?:\{\s*R\s*\}|R)|\(\s*-\s*\\infty\s*,\s*\\infty\s*\))\s*"
     r"(?:\\setminus(?![a-z])|\\backslash(?![a-z])|-)\s*\\\{(?P<points>.*)\\\}",
     re.DOTALL,
 )
-"""The real numbers but for some."""
+"""The real numbers without some points."""
 _AND = re.compile(r"(?<![a-zA-Z])and(?![a-zA-Z])")
 _COMMA = re.compile(r"[,;]")
 _ROW = re.compile(r"\\\\")
@@ -97,32 +97,32 @@ _KNOWN_WORDS: Final = MappingProxyType(
 
 
 def lettered(text: str) -> CanonicalForm | None:
-    """The form of a letter that a question offers: `B`, `(B)`, `B) 17`."""
+    """Return the form of a choice letter: `B`, `(B)`, `B) 17`; None if `text` is not one."""
     match = _CHOICE.fullmatch(text)
     return None if match is None else choice(match[1] or match[2])
 
 
 def choice(letter: str) -> CanonicalForm:
-    """One of the letters a question offers."""
+    """Return the form of a choice letter."""
     return CanonicalForm(letter, FormType.CHOICE, shape=letter)
 
 
 class FormParser:
-    """One answer being read. What takes too many steps raises TooHard."""
+    """Parser of one answer. Raises TooHard if an answer takes too many steps."""
 
     def __init__(self) -> None:
-        self._known: dict[str, CanonicalForm] = {}  # parts that have been read
+        self._known: dict[str, CanonicalForm] = {}  # forms of parts that have been parsed
         self._depth = 0
 
     def form(self, text: str) -> CanonicalForm:
-        """The form of tidy `text`. Raises TooHard where that takes too long to find."""
+        """Return the form of normalized `text`. Raises TooHard if that takes too long."""
         known = self._known.get(text)
         if known is None:
             if len(self._known) >= MOST_PARTS:
                 raise TooHard("too many parts")
             self._depth += 1
             if self._depth > DEEPEST:
-                raise TooHard("nested too deep")
+                raise TooHard("nested too deeply")
             known = self._known[text] = self._read(text)
             self._depth -= 1
         return known
@@ -134,8 +134,8 @@ class FormParser:
             return literal
         if _REALS.fullmatch(text) is not None:
             return self.form("(-\\infty,\\infty)")
-        if (found := self.named(text)) is not None:
-            return found
+        if (form := self.named(text)) is not None:
+            return form
         if (matrix := _MATRIX.fullmatch(text)) is not None:
             return self.matrix(matrix["body"], ("|", "|") if matrix[1] in ("vmatrix", "Vmatrix") else ROW)
         for make in (self.without, self.union, self.listed, self.bracketed, self.compared, self.either_sign):
@@ -144,7 +144,7 @@ class FormParser:
         return self.single(text)
 
     def named(self, text: str) -> CanonicalForm | None:
-        """`x = …`, `f(x) = …`, `x \\in …`: the value, and the name apart from it."""
+        """Parse `x = …`, `f(x) = …` or `x \\in …` into a value with a name."""
         match = _PREFIX.fullmatch(text)
         if match is None or len(split_top_level(text, _LISTED)) > 1:
             return None
@@ -152,21 +152,21 @@ class FormParser:
         if name in ("pi", "e", "i", "infty") or not balanced(rest):
             return None
         steps = split_top_level(rest, _EQUALS)
-        if len(steps) > 1:  # x = 2 + 3 = 5: one value, if it is one
+        if len(steps) > 1:  # x = 2 + 3 = 5 is one value if all sides are equal
             forms = {self.value(step.strip()).text for step in steps}
             if len(forms) > 1:
                 return None
             rest = steps[-1].strip()
-        found = self.value(rest)
-        return None if found.type is FormType.OTHER else replace(found, name=found.name or name)
+        form = self.value(rest)
+        return None if form.type is FormType.OTHER else replace(form, name=form.name or name)
 
     def value(self, text: str) -> CanonicalForm:
-        """Read the right side of an equation, where `5-3` is a difference and no range."""
-        found = self.expression(text) if _is_range(text) else None
-        return self.form(text) if found is None else found
+        """Parse the right side of an equation, where `5-3` is a difference and not a range."""
+        form = self.expression(text) if _is_range(text) else None
+        return self.form(text) if form is None else form
 
     def without(self, text: str) -> CanonicalForm | None:
-        r"""`\mathbb{R}\setminus\{2\}` is a union of intervals."""
+        r"""Parse `\mathbb{R}\setminus\{2\}` as a union of intervals."""
         match = _WITHOUT.fullmatch(text)
         points = [] if match is None else [part.strip() for part in split_top_level(match["points"], _COMMA)]
         if not points or not all(points):
@@ -183,7 +183,7 @@ class FormParser:
         return _unordered([self.form(part.strip()) for part in parts], "\\cup ") if len(parts) > 1 else None
 
     def listed(self, text: str) -> CanonicalForm | None:
-        """Answers side by side: all of them, in any order; `x=1, y=2` by their names."""
+        """Parse several answers in any order; `x=1, y=2` are sorted by name."""
         parts = [part.strip() for part in split_top_level(text, _LISTED)]
         if len(parts) < 2 or not all(parts) or _OPEN_ENDED.search(text):
             return None
@@ -202,16 +202,16 @@ class FormParser:
             return replace(_unordered(forms, "\\cup "), name=names[0])  # x < 1 or x > 2
         units = {form.unit for form in forms}
         if len(units) > 1 and "" not in units and _AND.search(text):
-            return None  # 1 hour and 30 minutes: one answer, in parts
+            return None  # 1 hour and 30 minutes is one answer in parts
         if all(names) and len(set(names)) == len(names):
             return _collect(sorted(forms, key=lambda form: form.name), ",", ("", ""), named=True)
         return _unordered(forms, ",", SET)
 
     def bracketed(self, text: str) -> CanonicalForm | None:
-        opening = next((one for one in _BRACKETS if text.startswith(one)), None)
+        opening = next((bracket for bracket in _BRACKETS if text.startswith(bracket)), None)
         if opening is None:
             return None
-        closing = next((one for one in _BRACKETS.values() if text.endswith(one)), None)
+        closing = next((bracket for bracket in _BRACKETS.values() if text.endswith(bracket)), None)
         if closing is None:
             return None
         inner = text[len(opening) : -len(closing)].strip()
@@ -236,15 +236,15 @@ class FormParser:
         return _collect(forms, ",", ends)
 
     def described(self, text: str) -> CanonicalForm | None:
-        """Read the content of the braces of `{x | x > 2}`."""
+        """Parse the content of the braces of `{x | x > 2}`."""
         match = _BUILDER.fullmatch(text)
         if match is None:
             return None
-        found = self.form(match["condition"].strip())
-        return replace(found, name="") if found.is_interval and found.name == match["name"] else None
+        form = self.form(match["condition"].strip())
+        return replace(form, name="") if form.is_interval and form.name == match["name"] else None
 
     def compared(self, text: str) -> CanonicalForm | None:
-        r"""`1 \le x < 2` is the interval [1, 2)."""
+        r"""Parse `1 \le x < 2` as the interval [1, 2)."""
         parts = [part.strip() for part in split_top_level(text, _COMPARED)]
         if len(parts) not in (2, 3) or not all(parts):
             return None
@@ -280,7 +280,7 @@ class FormParser:
         return _collect([_collect([self.form(cell) for cell in row], ",", ROW) for row in rows], ",", ends)
 
     def single(self, text: str) -> CanonicalForm:
-        """One expression, with or without a unit; an equation; words."""
+        """Parse one expression with or without a unit, an equation, or words."""
         exactly = split_top_level(text, _APPROXIMATELY)
         if len(exactly) > 1 and exactly[0].strip():
             return self.form(exactly[0].strip())
@@ -288,31 +288,39 @@ class FormParser:
         if _is_range(body.strip()):
             return replace(_range(body.strip()), unit=unit)
         if unit or body != text:
-            found = self.expression(body.strip())
-            if found is not None:
-                return replace(found, unit=unit)
-        found = self.expression(text)
-        if found is not None:
-            return found
+            form = self.expression(body.strip())
+            if form is not None:
+                return replace(form, unit=unit)
+        form = self.expression(text)
+        if form is not None:
+            return form
         return self.equation(text) or _words(text)
 
     def expression(self, text: str) -> CanonicalForm | None:
         if _is_prose(text) or _is_word(text):
             return None
         try:
-            found = normalize_expression(text)
+            spelled = normalize_expression(text)
         except (NotAnExpression, TooHard):
             return None
-        number = found.exact and found.text.replace("/", "").lstrip("-").isdigit()
-        sort = FormType.NUMBER if number else FormType.CHOICE if _CHOICE.fullmatch(found.text) else FormType.EXPRESSION
-        shape = found.text if sort is FormType.CHOICE else "#"
+        number = spelled.exact and spelled.text.replace("/", "").lstrip("-").isdigit()
+        sort = (
+            FormType.NUMBER if number else FormType.CHOICE if _CHOICE.fullmatch(spelled.text) else FormType.EXPRESSION
+        )
+        shape = spelled.text if sort is FormType.CHOICE else "#"
         return CanonicalForm(
-            found.text, sort, exact=found.exact, shape=shape, values=() if sort is FormType.CHOICE else (found.value,)
+            spelled.text,
+            sort,
+            exact=spelled.exact,
+            shape=shape,
+            values=() if sort is FormType.CHOICE else (spelled.value,),
         )
 
     def equation(self, text: str) -> CanonicalForm | None:
-        """An equation of variables: everything on one side, in the sign that comes first. One of numbers that holds
-        (`12 + 15 = 27`) is its last side."""
+        """Parse an equation of variables, with all terms on one side. A true equation of numbers is its last side.
+
+        Of the two signs of an equation, the one whose text sorts first is used. `12 + 15 = 27` is 27.
+        """
         sides = [side.strip() for side in split_top_level(text, _EQUALS)]
         if len(sides) < 2 or not all(sides) or _is_prose(text):
             return None
@@ -325,14 +333,16 @@ class FormParser:
             left, right = (normalize_expression(f"({a})-({b})") for a, b in (sides, sides[::-1]))
         except (NotAnExpression, TooHard):
             return None
-        found = min(left, right)
-        if found.exact and not any(char.isalpha() for char in found.text):
+        spelled = min(left, right)
+        if spelled.exact and not any(char.isalpha() for char in spelled.text):
             return None  # 2 = 3
-        return CanonicalForm(f"{found.text}=0", FormType.EXPRESSION, exact=False, shape="#=0", values=(found.value,))
+        return CanonicalForm(
+            f"{spelled.text}=0", FormType.EXPRESSION, exact=False, shape="#=0", values=(spelled.value,)
+        )
 
 
 def _literal(text: str) -> CanonicalForm | None:
-    """Read a literal that looks like an expression: a date, a numeral in another base."""
+    """Parse a literal that looks like an expression: a date or a numeral in another base."""
     if _DATE.fullmatch(text):
         date = re.sub(r"(?<!\d)0+(?=\d)", "", text)
         return CanonicalForm(date, FormType.WORDS, shape=date)
@@ -345,9 +355,9 @@ def _literal(text: str) -> CanonicalForm | None:
 
 
 def _is_range(text: str) -> bool:
-    """Whether `5-10` is a range or a score.
+    """Whether text like `5-10` is a range or a score.
 
-    `1911 - 648`, with spaces and falling from a large number, is a difference that was not worked out.
+    `1911 - 648`, with spaces and decreasing from a large number, is a difference that was not computed.
     """
     if _RANGE.fullmatch(text) is None:
         return False
@@ -357,26 +367,26 @@ def _is_range(text: str) -> bool:
 
 
 def _range(text: str) -> CanonicalForm:
-    """`5-10`, a range, a score or a record, is not the difference."""
+    """Return the form of a range, score or record such as `5-10`, which is not a difference."""
     plain = "-".join(part.strip() for part in re.split(r"\s*-\s*|\s+(?:to|through)\s+", text))
     plain = plain.replace("\\", "").replace(",", "")
     return CanonicalForm(plain, FormType.WORDS, shape=plain)
 
 
 def _unordered(forms: Sequence[CanonicalForm], separator: str, ends: tuple[str, str] = ("", "")) -> CanonicalForm:
-    """All of `forms` once, in whatever order they were given."""
+    """Combine the distinct forms into one that does not depend on their order."""
     distinct = sorted({form.text: form for form in forms}.values(), key=lambda form: (form.shape, form.text))
     if len(distinct) == 1:
         return distinct[0]
-    found = _collect(distinct, separator, ends)
-    in_order = sorted(found.values, key=lambda value: (0.0, 0.0) if value is None else (value.real, value.imag))
-    return replace(found, values=tuple(in_order))
+    form = _collect(distinct, separator, ends)
+    in_order = sorted(form.values, key=lambda value: (0.0, 0.0) if value is None else (value.real, value.imag))
+    return replace(form, values=tuple(in_order))
 
 
 def _collect(
     forms: Sequence[CanonicalForm], separator: str, ends: tuple[str, str], *, named: bool = False
 ) -> CanonicalForm:
-    """One form of several; their units are its unit."""
+    """Combine several forms into one; their units become its unit."""
     units = {form.unit for form in forms}
     texts = [f"{form.name}={form.text}" if named else form.text for form in forms]
     return CanonicalForm(

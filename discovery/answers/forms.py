@@ -1,9 +1,9 @@
-r"""What was written as an answer → its canonical form: two that have the same form are the same answer.
+r"""Canonical forms: bring a written answer to a form that is equal for equal answers.
 
-A form has a text (numbers, expressions, tuples, sets, intervals, words, each in one spelling) and, apart from it,
-what an answer may be given with or without: the variable it is the value of (`x=5`) and its unit (`5 cm`, `5°`,
-`5%`). `5 cm` and `5` may be one answer, `5` and `5 m` too, but `5 cm` and `5 m` never are: no one spelling can tell
-that, so it is settled where labels are given out (`labels.py`).
+A form has a normalized text (number, expression, tuple, set, interval or words). Optional parts are kept apart from it:
+the variable the answer is the value of (`x=5`) and its unit (`5 cm`, `5°`, `5%`). `5 cm` and `5` may be one answer, and
+`5` and `5 m` too, but `5 cm` and `5 m` never are. No single text can express that, so it is decided where labels are
+assigned (`labels.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from discovery.answers.types import CanonicalForm, FormType
 __all__ = ["LONGEST", "CanonicalForm", "FormType", "canonical", "choice"]
 
 LONGEST: Final = 1000
-"""Characters of an answer; nobody votes on what is longer."""
+"""Maximum characters of an answer; longer texts are not votes."""
 
 _INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 _PLACEHOLDER = re.compile(
@@ -32,9 +32,9 @@ _PLACEHOLDER = re.compile(
 
 @lru_cache(maxsize=16_384)
 def canonical(written: str) -> CanonicalForm | None:
-    r"""The form of what stands in a `\boxed{}` or was stated as the answer; None if it cannot be read as one.
+    r"""Return the form of the content of a `\boxed{}` or of a stated answer; None if it cannot be read as an answer.
 
-    Takes milliseconds at most: the text's length, the depth of its brackets and the number of its parts are bounded.
+    Takes milliseconds at most, because length, nesting and number of parts are bounded.
     """
     text = written.strip()
     if _INTEGER.fullmatch(text):

@@ -1,7 +1,7 @@
-"""Whether two expressions are equal, asked of math-verify in processes that can be killed.
+"""Equality of mathematical expressions, decided by math-verify in worker processes that can be killed.
 
-Symbolic mathematics on what a model wrote may never end. Its own timeouts are signals, which work in a main thread
-only, so the clock is here, outside, and what is too slow is killed with its process.
+Symbolic mathematics on model output may never terminate. math-verify's own timeouts are signals, which work only in a
+main thread. The timeout is therefore enforced here, by killing the worker.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from controllers.sandbox.process_usage import ProcessUsage, ProcessUsageReader
 
 WORKER: Final = Path(__file__).with_name("equality_worker.py")
 START_S: Final = 60.0
-"""Seconds a worker may take to load what it needs."""
+"""Maximum seconds until a worker has loaded its libraries."""
 BACKSTOP_S: Final = 120.0
-"""Seconds of wall clock a question takes at most where processor time is what counts."""
+"""Maximum wall-clock seconds of a comparison whose timeout is in processor time."""
 MOST_KNOWN: Final = 16_384
-"""Pairs, and texts that could not be finished with, that are remembered."""
+"""Maximum entries of each cache: compared pairs, and texts that timed out."""
 
 
 class EqualityResult(NamedTuple):
-    """The outcome of one question."""
+    """Result of one comparison."""
 
-    equal: bool  # False also where it could not be found out
-    seconds: float = 0.0  # a worker spent on it; 0 if the answer was known
-    killed: bool = False  # the worker was killed over it
-    waited: bool = False  # no worker was free in time, so nothing was found out
+    equal: bool  # also False if it could not be determined
+    seconds: float = 0.0  # time spent by a worker; 0 if cached
+    killed: bool = False  # the worker was killed after a timeout
+    waited: bool = False  # no worker was free in time; the pair was not compared
 
 
 class Judge:
-    """A pool of workers, started when first asked and replaced at once when they are killed. Threads may share it.
+    """Pool of worker processes that compare expressions. Threads may share it.
 
-    What was found of a pair is kept. A text that could not be finished with is not asked about again. Use it as a
-    context, or `close` it. Where nobody waits for it, the clock is the worker's processor time: what is found is then
-    the same however busy the machine is.
+    Workers start on first use and are replaced when they are killed. Results are cached, and a text that timed out is
+    not compared again. Use it as a context manager, or `close` it. With `Clock.CPU` the timeout is in processor time,
+    so that results do not depend on the load of the machine; use that where nobody waits for the answer.
     """
 
     def __init__(self, seconds: float = 1.0, workers: int = 1, clock: Clock = Clock.WALL) -> None:
-        self.seconds = seconds  # of one question
-        self.killed = 0  # workers killed over a question
+        self.seconds = seconds  # timeout of one comparison
+        self.killed = 0  # number of workers killed after timeouts
         self._known: OrderedDict[tuple[str, str], bool] = OrderedDict()
         self._endless: OrderedDict[str, None] = OrderedDict()
-        self._lock = threading.Lock()  # never held while a worker is asked
+        self._lock = threading.Lock()  # never held while a worker compares
         self._freed = threading.Condition(self._lock)
         self._idle: list[_Worker] = [_Worker(clock) for _ in range(workers)]
         self._workers = tuple(self._idle)
@@ -65,14 +65,16 @@ class Judge:
     ) -> None:
         self.close()
 
-    def same(self, one: str, other: str) -> bool:
-        """Whether two answers are equal; False also where it cannot be found out in time. Blocks meanwhile."""
-        return self.compare(one, other).equal
+    def same(self, first: str, second: str) -> bool:
+        """Whether two answers are equal; also False if that cannot be determined in time. Blocks."""
+        return self.compare(first, second).equal
 
-    def compare(self, one: str, other: str, *, wait_s: float | None = None) -> EqualityResult:
-        """Find out whether two answers are equal. Blocks for as long as a question takes, after at most `wait_s`
-        seconds until a worker is free; None waits as long as that takes."""
-        pair = (one, other) if one <= other else (other, one)
+    def compare(self, first: str, second: str, *, wait_s: float | None = None) -> EqualityResult:
+        """Compare two answers. Blocks until the result, after at most `wait_s` seconds until a worker is free.
+
+        `wait_s` None waits for a worker without limit.
+        """
+        pair = (first, second) if first <= second else (second, first)
         deadline = None if wait_s is None else time.monotonic() + wait_s
         with self._lock:
             if (finding := self._remembered(pair)) is not None:
@@ -82,7 +84,7 @@ class Judge:
                 if (left is not None and left <= 0) or self._is_closed:
                     return EqualityResult(False, waited=True)
                 self._freed.wait(left)
-            if (finding := self._remembered(pair)) is not None:  # somebody else has asked meanwhile
+            if (finding := self._remembered(pair)) is not None:  # another thread has compared the pair meanwhile
                 return finding
             if self._is_closed:
                 return EqualityResult(False, waited=True)
@@ -94,13 +96,13 @@ class Judge:
                 if worker.is_ready:
                     self._idle.append(worker)
                 else:
-                    self._idle.insert(0, worker)  # one that is ready is asked first
+                    self._idle.insert(0, worker)  # started workers are used first
                 if self._is_closed:
                     worker.stop()
                 self._freed.notify()
 
     def close(self) -> None:
-        """Stop the workers. A question that is being asked ends unanswered, and so does every later one."""
+        """Stop the workers. Running and later comparisons end without a result."""
         with self._lock:
             self._is_closed = True
             self._freed.notify_all()
@@ -108,7 +110,7 @@ class Judge:
                 if worker in self._idle:
                     worker.stop()
                 else:
-                    worker.kill()  # whoever asks it stops it
+                    worker.kill()  # the thread that uses it stops it
 
     def _remembered(self, pair: tuple[str, str]) -> EqualityResult | None:
         known = self._known.get(pair)

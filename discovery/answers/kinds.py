@@ -1,5 +1,4 @@
-"""The kinds of answers, as a client names them: `auto`, `boxed`, `choice`, `number`, `json`, `regex:…`, `code`,
-`text`."""
+"""Answer kinds, as clients name them: `auto`, `boxed`, `choice`, `number`, `json`, `regex:…`, `code`, `text`."""
 
 from __future__ import annotations
 
@@ -15,15 +14,16 @@ import re2
 from discovery.errors import UnknownAnswerKind
 
 LONGEST_PATTERN: Final = 500
+"""Maximum characters of a client's pattern."""
 
 Comparator = Callable[[str], str | None]
-"""What a text comes down to: texts that come down to the same are the same answer; None is no answer."""
+"""Maps a text to a key: texts with equal keys are the same answer; None means no answer."""
 
 
 class ExtractionMethod(StrEnum):
-    """How an answer is found in a text."""
+    """How an answer is extracted from a text."""
 
-    AUTO = "auto"  # boxed, else stated: a choice, a number, yes or no, a formula; else the whole text, if it is one
+    AUTO = "auto"  # boxed, else stated (choice, number, yes/no, formula), else the whole text if it is an answer
     BOXED = "boxed"
     CHOICE = "choice"
     NUMBER = "number"
@@ -35,57 +35,59 @@ class ExtractionMethod(StrEnum):
 
 @dataclass(frozen=True)
 class AnswerKind:
-    """A way of finding answers, with what it needs to know."""
+    """An extraction method with its argument."""
 
     method: ExtractionMethod
-    argument: str = ""  # REGEX: the pattern; CODE, TEXT: the comparator's name
+    argument: str = ""  # pattern for REGEX; name of the comparator for CODE and TEXT
 
     def __str__(self) -> str:
         return f"{self.method}:{self.argument}" if self.argument else str(self.method)
 
     @property
     def votable(self) -> bool:
-        """Whether two answers of this kind can be found to be the same."""
+        """Whether answers of this kind can be compared, so that a vote makes sense."""
         return self.method not in (ExtractionMethod.CODE, ExtractionMethod.TEXT) or bool(self.argument)
 
     @property
     def is_declared_votable(self) -> bool:
-        """Whether a client that names it says there will be such an answer."""
+        """Whether naming this kind declares that there will be an answer to vote on."""
         return self.method is not ExtractionMethod.AUTO and self.votable
 
     @property
     def is_probeable(self) -> bool:
-        """Whether a running branch can be asked for such an answer in a few words."""
+        """Whether a running branch can be probed for such an answer in a few tokens."""
         return self.method not in (ExtractionMethod.JSON, ExtractionMethod.CODE, ExtractionMethod.TEXT)
 
     @property
     def comparator(self) -> Comparator:
-        """CODE, TEXT: what tells which texts are the same. Without a name no two are: nothing is."""
+        """The comparator of CODE and TEXT. Without a name, texts are never answers."""
         return COMPARATORS[self.method].get(self.argument, _nothing) if self.method in COMPARATORS else _nothing
 
     @cached_property
     def pattern(self) -> Any:
-        """REGEX: compiled by RE2, which takes time in proportion to the text whatever the pattern."""
+        """The pattern of REGEX, compiled by RE2, whose run time is linear in the text for every pattern."""
         return _compile(self.argument)
 
 
 def parse_kind(spec: str) -> AnswerKind:
-    """A kind as a client names it. Raises UnknownAnswerKind."""
+    """Parse a kind as clients name it. Raises UnknownAnswerKind."""
     name, colon, argument = spec.partition(":")
     try:
-        way = ExtractionMethod(name)
+        method = ExtractionMethod(name)
     except ValueError:
         raise UnknownAnswerKind(
-            f"answers are read as {', '.join(map(str, ExtractionMethod))} (regex:PATTERN), not {spec!r}"
+            f"unknown answer kind {spec!r}; use one of {', '.join(ExtractionMethod)} (regex:PATTERN)"
         ) from None
-    kind = AnswerKind(way, argument)
-    if way is ExtractionMethod.REGEX:
+    kind = AnswerKind(method, argument)
+    if method is ExtractionMethod.REGEX:
         if not 0 < len(argument) <= LONGEST_PATTERN:
-            raise UnknownAnswerKind(f"regex: takes a pattern of 1 to {LONGEST_PATTERN} characters: regex:v(\\d+)")
+            raise UnknownAnswerKind(
+                f"regex: needs a pattern of 1 to {LONGEST_PATTERN} characters, such as regex:v(\\d+)"
+            )
         _compile(argument)
-    elif colon and argument not in COMPARATORS.get(way, {}):
-        known = [f"{way}:{one}" for one in COMPARATORS.get(way, {})]
-        raise UnknownAnswerKind(f"there is no {spec!r}; there is {', '.join([str(way), *known])}")
+    elif colon and argument not in COMPARATORS.get(method, {}):
+        known = [f"{method}:{one}" for one in COMPARATORS.get(method, {})]
+        raise UnknownAnswerKind(f"unknown answer kind {spec!r}; use {' or '.join([str(method), *known])}")
     return kind
 
 
@@ -98,17 +100,17 @@ def _compile(pattern: str) -> Any:
         return re2.compile(pattern, options)
     except re2.error as error:
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
-        raise UnknownAnswerKind(f"regex:{pattern}: {reason} (patterns are RE2's)") from None
+        raise UnknownAnswerKind(f"regex:{pattern}: {reason} (patterns use RE2 syntax)") from None
 
 
 def _words(text: str) -> str | None:
-    """The words of a text, whatever their case and the marks between them."""
-    words = "".join(char if char.isalnum() else " " for char in text.casefold()).split()
-    return " ".join(words) or None
+    """Return the words of a text, ignoring case and punctuation."""
+    parts = "".join(char if char.isalnum() else " " for char in text.casefold()).split()
+    return " ".join(parts) or None
 
 
 def _lines(code: str) -> str | None:
-    """The lines of a program, whatever the spaces at their ends and the empty lines between."""
+    """Return the lines of a program, ignoring trailing spaces and empty lines."""
     return "\n".join(line.rstrip() for line in code.splitlines() if line.strip()) or None
 
 

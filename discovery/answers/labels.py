@@ -1,4 +1,4 @@
-"""Answers by number: which of those seen so far are the same."""
+"""Labels: number the answers of an episode so that equal answers get equal numbers."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Final, Protocol
 from discovery.answers.forms import CanonicalForm, FormType
 
 MOST_ASKED: Final = 8
-"""Classes a new answer is held against by the judge; the first come first."""
+"""Maximum classes that the judge compares a new answer with, oldest first."""
 
 _MATHEMATICAL: Final = (FormType.NUMBER, FormType.EXPRESSION, FormType.COLLECTION)
 _COMPUTED: Final = ("\\int", "\\sum", "\\prod", "\\lim", "\\lfloor", "\\lceil", "\\gcd", "\\max", "\\min", "\\det")
 _STRUCTURED = re.compile(r"[<>]|\\[lgn]e(?![a-z])|\\begin\{array\}|^\([a-z](?:,[a-z])+\)=\(")
 EQUATION: Final = "#=0"
-"""Shape of an equation of variables."""
+"""Shape of an equation between variables."""
 
 
 class EqualityOracle(Protocol):
-    """Who is asked about expressions whose forms do not settle it: a `Judge`."""
+    """Decides whether two expressions are equal where forms alone cannot; implemented by `Judge`."""
 
-    def same(self, one: str, other: str) -> bool: ...
+    def same(self, first: str, second: str) -> bool: ...
 
 
 @dataclass(slots=True)
 class _Class:
-    """Answers that are the same."""
+    """A class of equal answers."""
 
-    form: CanonicalForm  # of the first
-    written: str  # the first, as it was written
+    form: CanonicalForm  # of the first answer
+    written: str  # text of the first answer
     name: str
     unit: str
 
 
 class Labels:
-    """The answers of one episode, or one question, numbered from 0 in the order they are first seen.
+    """The answers of one episode or question, numbered from 0 in order of first appearance.
 
-    Forms that are the same are one answer. So are an answer with a unit, or named as a variable's value, and one
-    without (5 and 5 cm), but not two with different ones: who comes first decides which of those a bare answer joins.
-    Expressions that might still be equal are put to the judge, if there is one.
+    Equal forms are one answer. An answer with a unit or variable name equals one without (5 and 5 cm), but answers with
+    different units or names are different; a bare answer joins the first class it fits. Expressions that might still be
+    equal are compared by the judge, if there is one.
     """
 
     def __init__(self, judge: EqualityOracle | None = None) -> None:
@@ -55,25 +55,25 @@ class Labels:
         return len(self._classes)
 
     def written(self, label: int) -> str:
-        """The answer of `label`, as it was written first."""
+        """Return the text of the first answer with this label."""
         return self._classes[label].written
 
     def undecided(self, form: CanonicalForm) -> list[tuple[int, str]]:
-        """Labels that `form` might have and forms alone cannot rule out, each with its answer as first written.
+        """Return the labels that `form` might have as far as forms can tell, each with its first answer's text.
 
-        Empty if the label is known. Ask about them in this order.
+        Empty if the label is known. Compare with them in this order.
         """
         return [] if self._known(form) is not None else list(islice(self._possible(form), MOST_ASKED))
 
     def label_of(self, form: CanonicalForm, written: str) -> int:
-        """The label of an answer, a new one if it is none of those seen. Blocks while the judge is asked."""
+        """Return the label of an answer, a new one if it equals none so far. Blocks while the judge compares."""
         judge = self._judge
         doubtful = [] if judge is None else self.undecided(form)
         equal = (label for label, other in doubtful if judge is not None and judge.same(written, other))
         return self.assign(form, written, next(equal, None))
 
     def assign(self, form: CanonicalForm, written: str, equal: int | None) -> int:
-        """The label of an answer that was found to be `equal` to one of those it might be, or to none of them."""
+        """Assign the label of an answer after comparing it: `equal` is the label it equals, or None."""
         label = self._known(form)
         label = equal if label is None else label
         if label is None:
@@ -94,7 +94,7 @@ class Labels:
         return label
 
     def _possible(self, form: CanonicalForm) -> Iterator[tuple[int, str]]:
-        """The classes `form` might belong to for all that forms can tell."""
+        """Yield the classes that `form` might belong to, as far as forms can tell."""
         for label, known in enumerate(self._classes):
             if self._joins(form, known) and form.text != known.form.text and _might_equal(form, known.form):
                 yield label, known.written
@@ -105,26 +105,26 @@ class Labels:
         return named_alike and (not form.unit or not known.unit or form.unit == known.unit)
 
 
-def _might_equal(one: CanonicalForm, other: CanonicalForm) -> bool:
-    """Whether math-verify can settle what forms cannot."""
-    if one.exact and other.exact:
+def _might_equal(left: CanonicalForm, right: CanonicalForm) -> bool:
+    """Whether two different forms might be equal, so that math-verify should decide."""
+    if left.exact and right.exact:
         return False
-    if FormType.OTHER in (one.type, other.type):
-        return _might_be(one, other) and _might_be(other, one)
-    if one.type not in _MATHEMATICAL or other.type not in _MATHEMATICAL:
+    if FormType.OTHER in (left.type, right.type):
+        return _might_be(left, right) and _might_be(right, left)
+    if left.type not in _MATHEMATICAL or right.type not in _MATHEMATICAL:
         return False
-    if EQUATION in (one.shape, other.shape):
-        return one.shape == other.shape or _states(one, other) or _states(other, one)
-    if one.shape != other.shape:
+    if EQUATION in (left.shape, right.shape):
+        return left.shape == right.shape or _states(left, right) or _states(right, left)
+    if left.shape != right.shape:
         return False
-    return len(one.values) == len(other.values) and all(
+    return len(left.values) == len(right.values) and all(
         a is b is None or (a is not None and b is not None and cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12))
-        for a, b in zip(one.values, other.values, strict=True)
+        for a, b in zip(left.values, right.values, strict=True)
     )
 
 
 def _might_be(form: CanonicalForm, other: CanonicalForm) -> bool:
-    """Whether `form`, if it is one that was not understood, is of a kind that might be `other`."""
+    """Whether `form` might equal `other`, if it is one that was not understood."""
     if form.type is not FormType.OTHER:
         return form.type in _MATHEMATICAL
     if "..." in form.text:
@@ -135,5 +135,5 @@ def _might_be(form: CanonicalForm, other: CanonicalForm) -> bool:
 
 
 def _states(equation: CanonicalForm, value: CanonicalForm) -> bool:
-    """Whether an equation has the variable that `value` was given for: `2x + 4y = 3` and `y = …`."""
+    """Whether an equation contains the variable of `value`, as `2x + 4y = 3` does for `y = …`."""
     return equation.shape == EQUATION and value.shape == "#" and bool(value.name) and value.name in equation.text

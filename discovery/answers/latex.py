@@ -65,7 +65,7 @@ _BRACE = re.compile(r"\\.|[{}()\[\]]", re.DOTALL)
 
 
 def normalize_latex(text: str) -> str:
-    """`text` with one spelling for each sign, and what is only there to look well taken out."""
+    """Return `text` with one notation for every symbol and without formatting commands."""
     if not text.isascii():
         text = _from_unicode(text)
     text = _joined(text)
@@ -85,18 +85,18 @@ def normalize_latex(text: str) -> str:
     text = _unquoted(_undollared(text.strip()).strip("`*").strip())
     while text.endswith((".", ";", ",")) and not text.endswith("..."):
         text = text[:-1].rstrip()
-    if (whole := _WHOLE_GROUP.fullmatch(text)) is not None:
-        text = whole[1].strip()
+    if (group := _WHOLE_GROUP.fullmatch(text)) is not None:
+        text = group[1].strip()
     return text
 
 
 def _joined(text: str) -> str:
-    """`text` with one space where there were several: long runs of them take patterns a long time."""
+    """Collapse runs of white space into one space, because long runs make patterns slow."""
     return " ".join(text.split())
 
 
 def balanced(text: str) -> bool:
-    """Whether braces and parentheses pair; intervals may close with the other kind: `[0, 1)`."""
+    """Whether braces and brackets are balanced. Intervals may close with the other bracket: `[0, 1)`."""
     curly = round_ = 0
     for match in _BRACE.finditer(text):
         sign = match[0]
@@ -108,14 +108,14 @@ def balanced(text: str) -> bool:
 
 
 def split_top_level(text: str, separator: re.Pattern[str]) -> list[str]:
-    """`text` cut at every `separator` that stands in no bracket."""
-    found: list[str] = []
+    """Split `text` at every match of `separator` outside brackets."""
+    parts: list[str] = []
     begin = depth = at = 0
     while at < len(text):
         char = text[at]
         match = separator.match(text, at) if depth == 0 else None
         if match is not None and match.end() > at:
-            found.append(text[begin:at])
+            parts.append(text[begin:at])
             begin = at = match.end()
         elif char == "\\" and at + 1 < len(text) and not text[at + 1].isalpha():
             depth += (text[at + 1] == "{") - (text[at + 1] == "}")
@@ -126,7 +126,7 @@ def split_top_level(text: str, separator: re.Pattern[str]) -> list[str]:
         else:
             depth += (char in "([{") - (char in ")]}")
             at += 1
-    return [*found, text[begin:]]
+    return [*parts, text[begin:]]
 
 
 def _from_unicode(text: str) -> str:
@@ -146,7 +146,7 @@ def _vulgar(sign: str) -> str:
 
 
 def _repeating(match: re.Match[str]) -> str:
-    """A repeating decimal as a fraction."""
+    """Return a repeating decimal as a fraction."""
     digits, period = match[1] + match[2], match[3] or match[4]
     over = int(digits + period) - int(digits or "0")
     return rf"\frac{{{over}}}{{{'9' * len(period)}{'0' * len(match[2])}}}"
@@ -161,14 +161,14 @@ def _named(match: re.Match[str]) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """`text` without the quotes around it. A quote at its end alone is a prime, feet or inches."""
+    """Remove the quotes around `text`. A quote only at its end means a prime, feet or inches."""
     while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1].strip()
     return text
 
 
 def _undollared(text: str) -> str:
-    """Without the dollars, or their like, of a formula; a single one is a currency."""
+    """Remove the delimiters of a formula, such as dollars. A single dollar is a currency sign."""
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
             if text.endswith("\\$"):

@@ -1,4 +1,4 @@
-"""Where a variable may lie: `x < 2`, `-2x > 6` and `1 < x + 1 < 3` as bounds of x."""
+"""Linear inequalities as bounds of a variable: `x < 2`, `-2x > 6`, `1 < x + 1 < 3`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _LETTER = re.compile(r"\\?[a-zA-Z]")
 
 
 class Solved(NamedTuple):
-    """Where both sides of a relation are equal."""
+    """The value of a variable at which both sides of a relation are equal."""
 
     variable: str
-    is_rising: bool  # left less right grows with the variable
+    is_rising: bool  # left minus right grows with the variable
     value: str
 
 
 class Bounded(NamedTuple):
-    """Where a variable may lie."""
+    """Bounds of a variable."""
 
     variable: str
     bounds: tuple[str, str]
@@ -29,7 +29,10 @@ class Bounded(NamedTuple):
 
 
 def half_line(left: str, right: str, up: bool, loose: bool) -> Bounded | None:
-    """`x < 2`, `2 > x` and `-x > -2`; None if it is not linear."""
+    """Return the bounds of a relation such as `x < 2`, `2 > x` or `-x > -2`; None if it is not linear.
+
+    `up` says that the sign is < or ≤, `loose` that equality is included.
+    """
     if _LETTER.fullmatch(left):
         variable, value, is_below = left, right, up
     elif _LETTER.fullmatch(right):
@@ -44,14 +47,14 @@ def half_line(left: str, right: str, up: bool, loose: bool) -> Bounded | None:
 
 
 def segment(parts: Sequence[str], up: bool, loose: Sequence[bool]) -> Bounded | None:
-    """`1 < x < 2`, `2 > x > 1` and `2 < 2x < 4`; None if it is not linear."""
+    """Return the bounds of a relation such as `1 < x < 2`, `2 > x > 1` or `2 < 2x < 4`; None if it is not linear."""
     first, middle, last = parts
     if _LETTER.fullmatch(middle):
         return _between(middle, (first, last), loose, up)
-    one, other = solve(middle, first), solve(middle, last)
-    if one is None or other is None:
+    lower, upper = solve(middle, first), solve(middle, last)
+    if lower is None or upper is None:
         return None
-    return _between(one.variable, (one.value, other.value), loose, up == one.is_rising)
+    return _between(lower.variable, (lower.value, upper.value), loose, up == lower.is_rising)
 
 
 def _between(variable: str, bounds: tuple[str, str], loose: Sequence[bool], in_order: bool) -> Bounded:
@@ -61,10 +64,10 @@ def _between(variable: str, bounds: tuple[str, str], loose: Sequence[bool], in_o
 
 
 def solve(left: str, right: str) -> Solved | None:
-    """Solve `left = right` for its only variable; None if there is not one, or it is not linear."""
+    """Solve `left = right` for its variable; None if it has not exactly one variable or is not linear."""
     parser = ExpressionParser(f"({left})-({right})")
     try:
-        difference = parser.whole()
+        difference = parser.parse()
     except (NotAnExpression, TooHard, OverflowError, RecursionError):
         return None
     names = {name for monomial in difference for name, _ in monomial if name.isalpha() and name not in ("pi", "e", "i")}

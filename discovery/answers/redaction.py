@@ -1,4 +1,4 @@
-"""Answers that can be told apart and not read: what is kept of them where no text may be."""
+"""Redaction of answers: hashes that can be compared but not read, for stores that may not hold texts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final
 from discovery.answers.forms import canonical
 
 MARK: Final = "veiled:"
-_VEIL: Final = re.compile(MARK + "[0-9a-f]{24}")
+_REDACTED: Final = re.compile(MARK + "[0-9a-f]{24}")
 
 
 def redacted(answer: str) -> str:
-    """A hash of an answer's canonical form: spellings of one answer give one hash. It can be guessed at, not read."""
+    """Return a hash of an answer's canonical form, equal for equal answers. Short answers can be found by guessing."""
     if is_redacted(answer):
         return answer
     form = canonical(answer)
@@ -22,5 +22,5 @@ def redacted(answer: str) -> str:
 
 
 def is_redacted(answer: str) -> bool:
-    """Whether an answer has the form of those `redacted` gives; a text that merely begins so is one like any other."""
-    return _VEIL.fullmatch(answer) is not None
+    """Whether an answer is a complete hash as returned by `redacted`, not only text that begins like one."""
+    return _REDACTED.fullmatch(answer) is not None

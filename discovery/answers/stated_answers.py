@@ -1,7 +1,7 @@
-r"""Answers that prose states: `The answer is 5.`, `#### 5`, `12 + 15 = 5`.
+r"""Answers stated in prose: `The answer is 5.`, `#### 5`, `12 + 15 = 27`.
 
-A stated answer is read up to the end of its clause, as one answer or not at all: of `The answer is 4 4/9.` the 4 is no
-part that counts.
+A stated answer is read to the end of its clause, and as a whole or not at all: `The answer is 4 4/9.` is never read
+as 4.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from discovery.answers.forms import canonical
 from discovery.answers.types import CanonicalForm, FormType
 
 MOST_STATED: Final = 8
-"""Statements of each kind that are tried, the last ones of a text."""
+"""Maximum statements of each kind that are tried, from the end of the text."""
 LONGEST_LINE: Final = 600
-"""Characters at a text's end in which a conclusion is looked for."""
+"""Maximum characters of the last line that are searched for a conclusion."""
 SHORT: Final = 3
-"""Words of a clause that may be an answer though it has no digit."""
+"""Maximum words of a clause that may be an answer without a digit."""
 YES_NO: Final = ("yes", "no", "true", "false")
 VOTABLE_TYPES: Final = (FormType.NUMBER, FormType.EXPRESSION, FormType.COLLECTION, FormType.CHOICE)
-"""Sorts of answers that are votes wherever they are found; words may be prose."""
+"""Types of answers that count as votes wherever they are found. Words are not among them, because they may be prose."""
 
 _IS = r"(?:\sis(?:\sequal\sto)?|\sare|\swould\sbe|\sequals|:|=|→)"
 _LEAD = (
@@ -55,7 +55,7 @@ _OPERATED = re.compile(
     r"[\d\s.,+\-*/×÷^·−()$€£%{}]|\\(?:times|cdot|div|d?frac|left|right|sqrt|text)(?![a-zA-Z])|(?<=\d)[xX](?=\d)|"
     r"(?<=\d\s)[xX](?=\s\d)|(?<![^\s({])[A-Za-z][a-z]{1,20}(?![a-z])"
 )
-"""Pattern of the parts of a sum, units included; elsewhere an equals sign may be code."""
+"""Parts of a calculation, units included. Beside other text an equals sign may be code."""
 _CONCLUDED = re.compile(
     r"(?:^|[\s,;])(?i:so|thus|therefore|hence|then|gives|get|have)[,:]?\s{1,3}\$?(?:\\\()?[a-zA-Z]\s?=\s?(?P<value>[^\n=]{1,40})$"
 )
@@ -66,7 +66,7 @@ _COUNTED = re.compile(
 
 
 class StatedAnswer(NamedTuple):
-    """An answer and where it stands."""
+    """A stated answer and its position."""
 
     begin: int
     written: str
@@ -74,42 +74,46 @@ class StatedAnswer(NamedTuple):
 
 
 def last_stated_answer(text: str) -> StatedAnswer | None:
-    """The answer that `text` states last, in any way; None if it cannot be read as a whole."""
-    led, is_unread = _led(text)
-    found = [last for last in (led, _last(_CHOICE, text), _last(_WORD, text), _last(_HASHES, text)) if last is not None]
-    if found:
-        return max(found, key=lambda answer: answer.begin)
+    """Return the last answer that `text` states, in any form; None if it cannot be read as a whole."""
+    led, is_unread = _introduced(text)
+    candidates = [
+        last for last in (led, _last(_CHOICE, text), _last(_WORD, text), _last(_HASHES, text)) if last is not None
+    ]
+    if candidates:
+        return max(candidates, key=lambda answer: answer.begin)
     return None if is_unread else _concluded(text)
 
 
 def stated_number(text: str) -> tuple[StatedAnswer | None, bool]:
-    """The number that `text` states last, and whether what it states last is no number that can be read."""
-    led, is_unread = _led(text)
-    found = [last for last in (led, _last(_HASHES, text)) if last is not None and last.form.type is FormType.NUMBER]
+    """Return the last number that `text` states, and whether its last statement is something other than a number."""
+    led, is_unread = _introduced(text)
+    candidates = [
+        last for last in (led, _last(_HASHES, text)) if last is not None and last.form.type is FormType.NUMBER
+    ]
     is_other = led is not None and led.form.type is not FormType.NUMBER
-    return max(found, key=lambda answer: answer.begin, default=None), is_unread or is_other
+    return max(candidates, key=lambda answer: answer.begin, default=None), is_unread or is_other
 
 
 def stated_choice(text: str) -> StatedAnswer | None:
-    """The letter that `text` states last."""
+    """Return the last choice letter that `text` states."""
     return _last(_CHOICE, text)
 
 
-def _led(text: str) -> tuple[StatedAnswer | None, bool]:
+def _introduced(text: str) -> tuple[StatedAnswer | None, bool]:
     """The answer after the last lead that an answer may follow, and whether what follows could not be read."""
     leads = deque(_LEADS.finditer(text), maxlen=MOST_STATED)
     for lead in reversed(leads):
         clause = _CLAUSE.match(text, lead.end())
         if clause is None:
             continue
-        answer = _whole(clause[0], lead.end())
+        answer = _read_clause(clause[0], lead.end())
         if answer is not None or _NUMERAL.search(clause[0]) or len(clause[0].split()) <= SHORT:
             return answer, answer is None
     return None, False
 
 
-def _whole(clause: str, begin: int) -> StatedAnswer | None:
-    """The answer that a clause is, or is up to what may follow an answer."""
+def _read_clause(clause: str, begin: int) -> StatedAnswer | None:
+    """Read a clause as an answer, if necessary without the words that may follow one."""
     for candidate in _candidates(clause):
         if not _SHOWN.search(candidate):
             continue
@@ -128,14 +132,14 @@ def _candidates(clause: str) -> Iterator[str]:
 
 
 def _plain(clause: str) -> str:
-    """A clause without markup, and without the signs between which its formulas stand."""
+    """Return a clause without markup and without formula delimiters."""
     plain = _TRAILING.sub("", _MARKUP.sub("", clause))
     dollars = plain.replace("\\$", "").count("$")
     return re.sub(r"(?<!\\)\$", " ", plain).strip() if dollars > 1 else plain.strip()
 
 
 def _concluded(text: str) -> StatedAnswer | None:
-    """The number a text ends with: `12 + 15 = 27`, `so x = 5`, `the sum of 12 and 15 is 27`."""
+    """Return the number a text ends with: `12 + 15 = 27`, `so x = 5`, `the sum of 12 and 15 is 27`."""
     ended = text.rstrip(" \n.!*_`$")
     line = ended[max(ended.rfind("\n") + 1, len(ended) - LONGEST_LINE) :]
     begin = len(ended) - len(line)
@@ -151,12 +155,12 @@ def _concluded(text: str) -> StatedAnswer | None:
         if match is None:
             return None
         value = match["value"] or match["equal"]
-    answer = _whole(value, begin + len(line) - len(value))
+    answer = _read_clause(value, begin + len(line) - len(value))
     return answer if answer is not None and answer.form.type is FormType.NUMBER else None
 
 
 def _last(pattern: re.Pattern[str], text: str) -> StatedAnswer | None:
-    """The last match of a pattern, if it can be read."""
+    """Return the last match of a pattern, if it can be read as an answer."""
     for match in deque(pattern.finditer(text), maxlen=1):
         form = canonical(match[1])
         if form is not None and (form.type in VOTABLE_TYPES or form.text in YES_NO):

@@ -1,4 +1,4 @@
-"""The types of canonical forms: sort, text, and the parts that may be left out."""
+"""Types of canonical forms."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from enum import StrEnum
 
 
 class FormType(StrEnum):
-    """Kind of an answer."""
+    """Type of an answer."""
 
     NUMBER = "number"  # a rational number
     EXPRESSION = "expression"
     COLLECTION = "collection"  # a tuple, set, interval, matrix
     CHOICE = "choice"  # one capital letter
     WORDS = "words"
-    OTHER = "other"  # not understood: the same only as what is written the same
+    OTHER = "other"  # not understood; equal only to identical text
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalForm:
-    """The canonical form of an answer."""
+    """Canonical form of an answer: answers with equal forms are equal."""
 
     text: str
     type: FormType
-    name: str = ""  # the variable it was given as the value of
+    name: str = ""  # variable the answer is the value of, as in `x = 5`
     unit: str = ""
-    exact: bool = True  # two exact forms that differ are not equal
-    shape: str = ""  # forms of different shape are not equal
-    values: tuple[complex | None, ...] = ()  # of its expressions, at fixed values of their variables
+    exact: bool = True  # two different exact forms are never equal
+    shape: str = ""  # forms of different shapes are never equal
+    values: tuple[complex | None, ...] = ()  # numerical values of its expressions, with fixed values for variables
 
     @property
     def is_interval(self) -> bool:
-        """Whether it is an interval, as `x > 2` is."""
+        """Whether the form is an interval, as `x > 2` is."""
         return (
             self.type is FormType.COLLECTION and self.text[:1] in "([" and self.text[-1:] in ")]" and "oo" in self.text
         )

@@ -105,11 +105,11 @@ _NO_UNITS: Final = frozenset(
     ]
 )
 _OPERAND = re.compile(r"(?<!/)(?<!per)\s+[ijknpqrtxyz](?![a-zA-Z])")
-"""A variable after a word: `5 pick k` is an operation, not 5 of a unit."""
+"""A variable after a word: `5 pick k` is an operation, not a quantity with a unit."""
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """What `text` says without its unit, and the unit in one spelling; empty if it has none."""
+    """Split `text` into the part without its unit, and the normalized unit; the unit is empty if there is none."""
     if (match := _LEADING.fullmatch(text)) is not None:
         body, unit = split_unit(match["body"])
         return body, unit or _KNOWN.get(match["sign"].lstrip("\\US"), "dollar")
@@ -152,7 +152,7 @@ def _residue(match: re.Match[str]) -> tuple[str, str] | None:
 
 
 def _scaled(match: re.Match[str]) -> tuple[str, str] | None:
-    """`15 million dollars` is 15·10^6, in dollars, and `2 thirds` 2/3; None if the first word is no such thing."""
+    """Read number words: `15 million dollars` is 15·10^6 dollars, `2 thirds` is 2/3. None if the word is not one."""
     word, rest = match["scale"].casefold(), match["rest"].strip()
     singular = word.removesuffix("s")
     part = _PARTS.get(singular) if word != singular or match["body"] == "1" else None
@@ -170,19 +170,19 @@ def _scaled(match: re.Match[str]) -> tuple[str, str] | None:
 
 
 def _named(match: re.Match[str]) -> str | None:
-    words = match["unit"].split()
-    if any(word.casefold() in _NO_UNITS for word in words) or _OPERAND.search(match["unit"]):
+    unit_words = match["unit"].split()
+    if any(word.casefold() in _NO_UNITS for word in unit_words) or _OPERAND.search(match["unit"]):
         return None
     power = "".join(char for char in match["power"] if char in "23")
     power = f"^{power}" if power else {"squared": "^2", "cubed": "^3"}.get(match["power"].strip(), "")
-    if words[0].casefold().rstrip(".") in _POWERS and len(words) == 2:
-        power = _POWERS[words.pop(0).casefold()]
-    if len(words[0]) == 1 and words[0] not in _KNOWN:
+    if unit_words[0].casefold().rstrip(".") in _POWERS and len(unit_words) == 2:
+        power = _POWERS[unit_words.pop(0).casefold()]
+    if len(unit_words[0]) == 1 and unit_words[0] not in _KNOWN:
         return None
-    parts = [part for part in re.split(r"\s*/\s*|\s+per\s+", " ".join(words)) if part]
+    parts = [part for part in re.split(r"\s*/\s*|\s+per\s+", " ".join(unit_words)) if part]
     parts = [_DEGREES.sub("", part) for part in parts]
     if not match["gap"] and any(not _is_known(part) or (len(part) == 1 and part.isupper()) for part in parts):
-        return None  # 5abc is a product, not 5 of something
+        return None  # 5abc is a product, not a quantity with a unit
     spelled = "/".join(_singular(part) for part in parts)
     return spelled + power if spelled else ""
 

@@ -1,1 +1,4 @@
-"""The offline verbs of `autotts`, a file each. They raise; the command line tells what they raise in one line."""
+"""Offline commands of `autotts`, one file each. They raise errors; the command line prints them as one line.
+
+Imported by the command line only.
+"""

@@ -1,4 +1,4 @@
-"""`autotts calibrate`: what β costs and brings on each model, for the proxy to go by."""
+"""`autotts calibrate`: measure the cost and accuracy of each β on each model, for use by the proxy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
-from discovery.commands.console import names, wide_console
+from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import RecordingsNotFound
@@ -21,43 +21,49 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.sources import open_source, select_cells
 
 
-def calibrating(
-    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
-    out: Annotated[Path, typer.Option(help="where the calibration goes (.json)")],
-    controllers: Annotated[str, typer.Option(help="whom to calibrate: names and FILE.py, with commas")] = "cmc",
-    betas: Annotated[str, typer.Option(help="values of β")] = "0,0.25,0.5,0.75,1",
-    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
-    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
-    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
-    split: Annotated[Split | None, typer.Option(help="which questions; without it all but held-out ones")] = None,
+def calibrate_command(
+    recordings: Annotated[
+        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
+    ],
+    out: Annotated[Path, typer.Option(help="file to write the calibration to (.json)")],
+    controllers: Annotated[
+        str, typer.Option(help="controllers to calibrate: names and FILE.py, separated by commas")
+    ] = "cmc",
+    betas: Annotated[str, typer.Option(help="values of β, separated by commas")] = "0,0.25,0.5,0.75,1",
+    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")] = 100,
+    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
+    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    split: Annotated[Split | None, typer.Option(help="split of the questions (default: all but held-out)")] = None,
     answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
-    max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
-    engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
-    workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
+    max_branches: Annotated[int, typer.Option(min=1, help="maximum branches per episode")] = 64,
+    engine: Annotated[
+        EngineName, typer.Option(help="where episodes run: in this process, in worker processes, or on Ray")
+    ] = EngineName.PROCESS,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="workers for --engine process and ray (default: one per core)")
+    ] = None,
 ) -> None:
-    """Measure what β costs and brings on each model."""
-    specs = [parse_spec(text) for text in names(controllers)]
+    """Measure the cost and accuracy of each β on each model."""
+    specs = [parse_spec(text) for text in split_names(controllers)]
     if not specs:
-        raise typer.BadParameter("--controllers names none")
+        raise typer.BadParameter("--controllers is empty; name at least one controller")
     check_writable_path(out, "--out")
     source = open_source(recordings)
-    seen = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
-    if not seen:
-        raise RecordingsNotFound(
-            f"{recordings}: only held-out questions are there; --split held-out uses them all the same"
-        )
-    cells = select_cells(seen, names(models), names(benchmarks), split)
-    dials = [parse_beta(text, "--betas") for text in names(betas)]
-    if not dials:
-        raise typer.BadParameter("--betas names none")
-    found = calibrate(
-        source, cells, specs, make_engine(engine, workers), ReplayRules(max_branches), dials, shuffles, answers
+    available = [cell for cell in source.cells() if split is not None or cell.split is not Split.HELD_OUT]
+    if not available:
+        raise RecordingsNotFound(f"{recordings}: holds held-out questions only; use them with --split held-out")
+    cells = select_cells(available, split_names(models), split_names(benchmarks), split)
+    beta_values = [parse_beta(text, "--betas") for text in split_names(betas)]
+    if not beta_values:
+        raise typer.BadParameter("--betas is empty; give at least one value")
+    calibrations = calibrate(
+        source, cells, specs, make_engine(engine, workers), ReplayRules(max_branches), beta_values, shuffles, answers
     )
-    write_calibrations(found, out)
+    write_calibrations(calibrations, out)
     console = wide_console()
-    for name in dict.fromkeys(one.controller for first in found.values() for one in first.all):
-        console.print(_table(name, found))
-    console.print(f"answers are compared: {next(iter(found.values())).answers}", highlight=False)
+    for name in dict.fromkeys(one.controller for calibration in calibrations.values() for one in calibration.all):
+        console.print(_table(name, calibrations))
+    console.print(f"answer comparison: {next(iter(calibrations.values())).answers}", highlight=False)
     console.print(
         f"mean chain: over all recorded chains; controllers are played in {shuffles} orders of them, so one chain of "
         "theirs may differ a little from it",
@@ -65,17 +71,27 @@ def calibrating(
     )
 
 
-def _table(controller: str, found: Calibrations) -> Table:
+def _table(controller: str, calibrations: Calibrations) -> Table:
     table = Table(title=f"{controller}: accuracy % and tokens, 95 % intervals over questions", title_justify="left")
     for heading in ("model", "β", "accuracy", "tokens", "worth it"):
         table.add_column(heading, justify="right" if heading in ("β", "accuracy", "tokens") else "left")
-    for model, first in found.items():
-        one = first.of_name(controller)
-        if one is None:
+    for model, calibration in calibrations.items():
+        controller_calibration = calibration.of_name(controller)
+        if controller_calibration is None:
             continue
-        advice = one.advice if one.map.arm is Arm.CONTROLLER else f"[yellow]{one.advice}[/yellow]"
-        table.add_row(model, "mean chain", f"{one.single.accuracy:.1f}", f"{one.single.tokens:,.0f}", advice)
-        for point in one.points:
+        advice = (
+            controller_calibration.advice
+            if controller_calibration.map.arm is Arm.CONTROLLER
+            else f"[yellow]{controller_calibration.advice}[/yellow]"
+        )
+        table.add_row(
+            model,
+            "mean chain",
+            f"{controller_calibration.single.accuracy:.1f}",
+            f"{controller_calibration.single.tokens:,.0f}",
+            advice,
+        )
+        for point in controller_calibration.points:
             accuracy = f"{point.accuracy:.1f} {_between(point.low, point.high, '.1f')}"
             tokens = f"{point.tokens:,.0f} {_between(point.tokens_low, point.tokens_high, ',.0f')}"
             table.add_row("", f"{point.beta:g}", accuracy, tokens)

@@ -1,4 +1,4 @@
-"""`autotts collect`: complete recordings of a model's branches, through the running proxy."""
+"""`autotts collect`: record complete branches of a model through the running proxy."""
 
 from __future__ import annotations
 
@@ -27,119 +27,132 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SKIPPED: Final = 1
-"""Exit status when branches were given up."""
+"""Exit status if branches were skipped after errors."""
 INTERRUPTED: Final = 130
 MILLION: Final = 1_000_000
 
 
-def collecting(
-    questions: Annotated[Path, typer.Argument(help="one JSON object a line: a question and what is known of it")],
-    out: Annotated[Path, typer.Option(help="where branches go, a line each (.jsonl)")],
-    branches: Annotated[int, typer.Option(min=1, max=1024, help="branches of each question")] = 64,
-    url: Annotated[str, typer.Option(help="the proxy's address")] = "http://127.0.0.1:8400",
-    model: Annotated[str, typer.Option(help="without it the only one the proxy serves")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with what is in --out")] = False,
+def collect_command(
+    questions: Annotated[
+        Path, typer.Argument(help="file of JSON lines: a question and optionally its reference answer")
+    ],
+    out: Annotated[Path, typer.Option(help="file to write branches to, one per line (.jsonl)")],
+    branches: Annotated[int, typer.Option(min=1, max=1024, help="branches per question")] = 64,
+    url: Annotated[str, typer.Option(help="URL of the proxy")] = "http://127.0.0.1:8400",
+    model: Annotated[str, typer.Option(help="model to record (default: the only one the proxy serves)")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="continue the recordings in --out")] = False,
     max_tokens_total: Annotated[
-        int | None, typer.Option(min=1, help="tokens that all branches in --out of this model and settings may cost")
+        int | None, typer.Option(min=1, help="token budget for all branches in --out of this model and settings")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a branch; without it as many as the model can have in view")
+        int | None, typer.Option(min=1, help="maximum tokens per branch (default: the model's context length)")
     ] = None,
-    at_once: Annotated[int, typer.Option(min=1, max=1024, help="branches that are made at a time")] = 8,
-    benchmark: Annotated[str, typer.Option(help="what the questions belong to; without it their file's name")] = "",
-    answer: Annotated[str, typer.Option(help="how answers are read, as tts.answer says it")] = "auto",
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="without it the model's own")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="without it the model's own")] = None,
-    keep_text: Annotated[bool, typer.Option("--keep-text", help="write questions down, not their hashes only")] = False,
-    usd_per_million: Annotated[float | None, typer.Option(min=0, help="what a million tokens cost")] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=1024, help="branches generated concurrently")] = 8,
+    benchmark: Annotated[str, typer.Option(help="benchmark of the questions (default: the file's name)")] = "",
+    answer: Annotated[str, typer.Option(help="how answers are extracted, as in tts.answer")] = "auto",
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="default: the model's own")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="default: the model's own")] = None,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text", help="record the questions' texts, not only their hashes")
+    ] = False,
+    usd_per_million: Annotated[
+        float | None, typer.Option(min=0, help="price of a million tokens in USD, to print the cost")
+    ] = None,
 ) -> None:
-    """Record branches of questions, each run to its end and asked after every interval.
+    """Record branches of questions, each run to its end and probed after every interval.
 
-    The proxy's admin key is taken from AUTOTTS_ADMIN_KEY.
+    The proxy's admin key is read from AUTOTTS_ADMIN_KEY.
     """
-    from discovery.data.collect import collect  # imports `openai`, which takes a while
-    from discovery.data.collection_client import ADMIN_KEY_VARIABLE
-    from discovery.data.collection_plan import CollectionPlan
+    from discovery.data.collect import (
+        ADMIN_KEY_VARIABLE,
+        CollectionPlan,
+        collect,
+    )  # imports `openai`, which is slow
 
     if 0 in (temperature, top_p):
-        raise typer.BadParameter("--temperature, --top-p: at 0 all branches are the same; name more, or neither")
+        raise typer.BadParameter(
+            "--temperature, --top-p: at 0 all branches are identical; use larger values, or neither option"
+        )
     if out.suffix != ".jsonl":
-        raise typer.BadParameter(f"--out {out}: end it in .jsonl, by which recordings are known")
+        raise typer.BadParameter(f"--out {out}: the name of a recordings file must end in .jsonl")
     parse_kind(answer)
     check_writable_path(out, "--out")
     if not resume and out.exists() and out.stat().st_size:
-        raise CollectError(f"--out {out}: there are recordings in it; --resume goes on with them")
-    asked = read_questions(questions)
+        raise CollectError(f"--out {out}: the file holds recordings; continue them with --resume, or name another file")
+    question_list = read_questions(questions)
     key = os.environ.get(ADMIN_KEY_VARIABLE, "")
     if not (key and key.isascii() and key.isprintable()):
-        wrong = "has characters that no header can carry" if key else "is not set"
+        wrong = "has characters that are not allowed in an HTTP header" if key else "is not set"
         raise CollectError(
-            f"{ADMIN_KEY_VARIABLE} {wrong}: recording is for admins, by the key the proxy was started with"
+            f"{ADMIN_KEY_VARIABLE} {wrong}: recording needs the admin key that the proxy was started with"
         )
-    order = CollectionPlan(
+    plan = CollectionPlan(
         model, benchmark or questions.stem, branches, answer, temperature, top_p, max_tokens, keep_text
     )
-    with CollectProgress(usd_per_million) as shown:
-        work = collect(url, key, asked, order, out, at_once, max_tokens_total, on_change=shown.change)
+    with CollectionProgressBar(usd_per_million) as bar:
+        work = collect(url, key, question_list, plan, out, at_once, max_tokens_total, on_change=bar.update)
         try:
-            at = asyncio.run(_interruptible(work))
+            progress = asyncio.run(_interruptible(work))
         except (KeyboardInterrupt, asyncio.CancelledError):
-            at = None
-    say = partial(wide_console().print, highlight=False, markup=False, soft_wrap=True)
-    if at is None:
-        say(f"{out}: interrupted; what was finished is in it, and --resume goes on")
+            progress = None
+    print_line = partial(wide_console().print, highlight=False, markup=False, soft_wrap=True)
+    if progress is None:
+        print_line(f"{out}: interrupted; finished branches are saved, continue with --resume")
         raise typer.Exit(INTERRUPTED)
-    words = f"{out}: {at.done:,} of {at.total:,} branches, {at.mine:,} of them now"
-    say(f"{words}; {_spent(at, usd_per_million)}")
-    if at.is_out_of_budget:
-        say(
-            f"stopped: {at.spent:,} tokens are spent, and one more branch, which may cost {at.reserve:,}, "
-            f"might pass {max_tokens_total:,}; --resume with a larger --max-tokens-total goes on"
-            + ("" if at.done else ", and --max-tokens bounds a branch")
+    summary = f"{out}: {progress.done:,} of {progress.total:,} branches, {progress.mine:,} of them in this run"
+    print_line(f"{summary}; {_spent(progress, usd_per_million)}")
+    if progress.is_out:
+        print_line(
+            f"stopped: {progress.spent:,} tokens are spent, and one more branch may cost {progress.reserve:,}, which "
+            f"could exceed {max_tokens_total:,}; continue with --resume and a larger --max-tokens-total"
+            + ("" if progress.done else ", or limit branches with --max-tokens")
         )
-    for one in at.skipped:
-        say(f"given up: {' '.join(one.split())}", style="red")
-    if at.skipped:
-        say("--resume tries again")
+    for error in progress.skipped:
+        print_line(f"skipped: {' '.join(error.split())}", style="red")
+    if progress.skipped:
+        print_line("retry them with --resume")
         raise typer.Exit(SKIPPED)
 
 
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """The same work, which SIGTERM ends as orderly as an interrupt does."""
+    """Run `work`; SIGTERM cancels it as orderly as an interrupt does."""
     task = asyncio.ensure_future(work)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
 
 
-def _spent(at: CollectionProgress, usd_per_million: float | None) -> str:
-    """What this process has spent, in words."""
-    usd = "" if usd_per_million is None else f", ${at.tokens / MILLION * usd_per_million:,.2f}"
-    return f"{at.tokens:,} tokens in {at.seconds:,.0f} s ({at.tokens / max(at.seconds, 1e-3):,.0f}/s){usd}"
+def _spent(progress: CollectionProgress, usd_per_million: float | None) -> str:
+    """Return what this process has spent: tokens, seconds, tokens per second and USD if a price is given."""
+    usd = "" if usd_per_million is None else f", ${progress.tokens / MILLION * usd_per_million:,.2f}"
+    rate = progress.tokens / max(progress.seconds, 1e-3)
+    return f"{progress.tokens:,} tokens in {progress.seconds:,.0f} s ({rate:,.0f}/s){usd}"
 
 
-class CollectProgress:
-    """How far it is; on a terminal a bar."""
+class CollectionProgressBar:
+    """Progress bar of a collection; shown on a terminal only."""
 
     def __init__(self, usd_per_million: float | None, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        words = (TextColumn("branches"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*words, console=console, transient=True, disable=not console.is_terminal)
+        columns = (TextColumn("branches"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
-        self._before = 0  # branches that were there when it began, which tell nothing of how fast it goes
+        self._before = 0  # branches done before this run, which do not count towards its speed
         self._usd_per_million = usd_per_million
 
-    def __enter__(self) -> CollectProgress:
+    def __enter__(self) -> CollectionProgressBar:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def change(self, at: CollectionProgress) -> None:
-        """Take notice of how far it is."""
+    def update(self, progress: CollectionProgress) -> None:
+        """Show the current state."""
         if self._task is None:
-            self._task, self._before = self._progress.add_task("", total=at.total), at.done
-        words = _spent(at, self._usd_per_million)
-        if made := at.done - self._before:
-            words += f", {timedelta(seconds=round(at.seconds / made * (at.total - at.done)))} left"
-        self._progress.update(self._task, description=words, completed=at.done)
+            self._task, self._before = self._progress.add_task("", total=progress.total), progress.done
+        description = _spent(progress, self._usd_per_million)
+        if made := progress.done - self._before:
+            description += (
+                f", {timedelta(seconds=round(progress.seconds / made * (progress.total - progress.done)))} left"
+            )
+        self._progress.update(self._task, description=description, completed=progress.done)

@@ -1,10 +1,9 @@
-"""`autotts discover`: a search for controllers on recordings."""
+"""`autotts discover`: search for controllers on recordings."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from controllers.sandbox.deadline import Clock
+from controllers.sandbox.worker import Clock
 from discovery.answers import Judge
-from discovery.commands.console import names, wide_console
+from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.safe_json import parse_json
@@ -39,19 +38,17 @@ from discovery.search.explorers.tuned import Tuned
 from discovery.search.history import History
 from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, read_pairs
 from discovery.search.prompt import SYSTEM, USER, join_blocks
-from discovery.search.trace_digest import digest
+from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import SearchRun, Store, TriedCandidate
 
-log = logging.getLogger(__name__)
-
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
 PROBE_TOKENS = 20
-"""What a probe is taken to cost where recordings do not say."""
+"""Tokens charged per probe if the recordings do not say."""
 
 
 class ExplorerName(StrEnum):
-    """Who writes candidates."""
+    """Names of the explorers."""
 
     GRAMMAR = "grammar"
     LLM = "llm"
@@ -60,7 +57,7 @@ class ExplorerName(StrEnum):
 
 
 class Options(NamedTuple):
-    """What explorers are given."""
+    """Options that only some explorers use."""
 
     folder: Path | None
     llm: Path | None
@@ -69,43 +66,53 @@ class Options(NamedTuple):
 
 
 def discover(
-    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
-    explorer: Annotated[ExplorerName, typer.Option(help="who writes candidates")] = ExplorerName.GRAMMAR,
-    out: Annotated[Path, typer.Option(help="folder for the record, the controller found and its card")] = Path("run"),
-    rounds: Annotated[int | None, typer.Option(min=1, help="proposals")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="minutes to search for")] = None,
-    budget_usd: Annotated[float | None, typer.Option(min=0, help="what proposals may cost")] = None,
-    seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
-    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
-    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all of the search split")] = "",
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
-    shuffles: Annotated[int, typer.Option(min=1, help="orders of branches a candidate is tried in")] = 4,
-    probe_tokens: Annotated[
-        int | None, typer.Option(min=0, help="what a probe costs; without it what was recorded")
+    recordings: Annotated[
+        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
+    ],
+    explorer: Annotated[ExplorerName, typer.Option(help="explorer that proposes candidates")] = ExplorerName.GRAMMAR,
+    out: Annotated[Path, typer.Option(help="folder for the history, the best controller and its card")] = Path("run"),
+    rounds: Annotated[int | None, typer.Option(min=1, help="stop after this many proposals")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after this many minutes")] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="stop when proposals have cost this much, in USD")
     ] = None,
-    latency: Annotated[float, typer.Option(min=0, help="points a doubling of the critical path costs")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as cores")] = None,
-    folder: Annotated[Path | None, typer.Option(help="for --explorer files: where candidates are")] = None,
-    llm: Annotated[Path | None, typer.Option(help="for --explorer llm: JSON with base_url, models, prices")] = None,
-    command: Annotated[str, typer.Option(help="for --explorer agent: the command line, {workspace} in it")] = "",
-    tune: Annotated[bool, typer.Option("--tune", help="between proposals, tune the numbers of the best file")] = False,
-    store: Annotated[Path | None, typer.Option(help="a store that is to keep the search, too")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run recorded in --out")] = False,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
+    benchmarks: Annotated[
+        str, typer.Option(help="benchmarks, separated by commas (default: all of the search split)")
+    ] = "",
+    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
+    shuffles: Annotated[int, typer.Option(min=1, help="branch orders per candidate")] = 4,
+    probe_tokens: Annotated[
+        int | None, typer.Option(min=0, help="tokens charged per probe (default: as recorded)")
+    ] = None,
+    latency: Annotated[float, typer.Option(min=0, help="points subtracted per doubling of the critical path")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes (default: one per core)")] = None,
+    folder: Annotated[Path | None, typer.Option(help="for --explorer files: folder of the candidates")] = None,
+    llm: Annotated[
+        Path | None, typer.Option(help="for --explorer llm: JSON file with base_url, models and prices")
+    ] = None,
+    command: Annotated[
+        str, typer.Option(help="for --explorer agent: command line, with {workspace} for the folder")
+    ] = "",
+    tune: Annotated[bool, typer.Option("--tune", help="between proposals, tune the numbers in the best file")] = False,
+    store: Annotated[Path | None, typer.Option(help="replay store to record the search in as well")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run recorded in --out")] = False,
 ) -> None:
-    """Search for controllers on the search split, without a model."""
+    """Search for controllers on recordings of the search split. No model is called to score them."""
     if rounds is None and minutes is None and budget_usd is None:
-        raise ExplorerError("say when to end: --rounds, --minutes or --budget-usd")
+        raise ExplorerError("no stopping condition; give --rounds, --minutes or --budget-usd")
     options = Options(folder, llm, command, budget_usd)
     chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
-    cells, compared = load(recordings, names(models), names(benchmarks), answers)
-    priced = any(recording.has_probe_costs for found in cells.values() for recording in found)
+    cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
+    priced = any(recording.priced for cell_recordings in cells.values() for recording in cell_recordings)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
     plan = CascadePlan(shuffles=shuffles, latency=latency)
     settings = {
         "explorer": explorer,
         "seed": seed,
         "cells": [" ".join(cell) for cell in cells],
-        "questions": sum(len(found) for found in cells.values()),
+        "questions": sum(len(cell_recordings) for cell_recordings in cells.values()),
         "answers": compared,
         "probe_tokens": cost,
         "betas": list(plan.betas),
@@ -118,34 +125,21 @@ def discover(
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
     rules = ReplayRules(probe_tokens=cost)
-    for line in recording_width_warnings(cells, rules.max_branches):
-        log.warning("%s", line)
     with TrialPool(cells, rules, workers) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         cascade = Cascade(arena, probes, plan)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
         run = SearchLoop(chosen, cascade, history, seed, digester)
-        with DiscoverProgress(rounds) as shown:
-            run.go(SearchLimits(rounds, budget_usd, minutes), shown.step)
+        with SearchProgressBar(rounds) as bar:
+            run.search(SearchLimits(rounds, budget_usd, minutes), bar.step)
         with atomic_write(out / CONTEXT) as file:
             file.write(join_blocks([*SYSTEM, *USER], run.context()).encode())
-        finalist = run.finish()
+        finalist = run.choose_finalist()
     if store is not None:
-        keep(run, store, settings)
-    _leave(run, finalist, out, settings)
+        store_search(run, store, settings)
+    _write_finalist(run, finalist, out, settings)
 
 
-def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
-    """Return a line for each cell whose recordings have fewer branches than controllers may open."""
-    recorded = {cell: min(recording.branches for recording in recordings) for cell, recordings in cells.items()}
-    return [
-        f"{' '.join(cell)}: only {branches} branches are recorded, {max_branches} are allowed: "
-        f"candidates that open more are scored with {branches}"
-        for cell, branches in recorded.items()
-        if branches < max_branches
-    ]
-
-
-def keep(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:
+def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:
     """Write a search into a store. Raises StoreError."""
     tried = [
         TriedCandidate(
@@ -169,32 +163,32 @@ def keep(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:
     asyncio.run(write())
 
 
-def load(
+def load_search_split(
     path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: AnswerComparison
 ) -> tuple[dict[Cell, list[Recording]], str]:
-    """The search split's recordings of each cell, and how answers are compared, in words. Raises DiscoveryError."""
+    """Return the search split's recordings by cell, and how answers are compared, in words. Raises DiscoveryError."""
     source = open_source(path)
     cells = select_cells(source.cells(), models, benchmarks, Split.SEARCH)
     with Judge(clock=Clock.CPU) as judge:
-        found = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
-    compared = " and ".join(sorted({how for _, how in found.values()}))
-    return {cell: recordings for cell, (recordings, _) in found.items()}, compared
+        by_cell = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
+    compared = " and ".join(sorted({how for _, how in by_cell.values()}))
+    return {cell: recordings for cell, (recordings, _) in by_cell.items()}, compared
 
 
 def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
-    """The explorer that was asked for. Raises ExplorerError."""
+    """Create the explorer called `name`. Raises ExplorerError if an option it needs is missing."""
     if name is ExplorerName.GRAMMAR:
         return Grammar()
     if name is ExplorerName.FILES:
         if options.folder is None:
-            raise ExplorerError("--explorer files needs --folder: where candidates are")
+            raise ExplorerError("--explorer files needs --folder, the folder of the candidates")
         return Files(options.folder)
     if name is ExplorerName.LLM:
         if options.llm is None:
-            raise ExplorerError("--explorer llm needs --llm: a JSON file that names the endpoint and its models")
+            raise ExplorerError("--explorer llm needs --llm, a JSON file that names the endpoint and its models")
         return _llm(options.llm, options.usd, out / TRANSCRIPT)
     if not options.command:
-        raise ExplorerError("--explorer agent needs --command: its command line, {workspace} where the folder goes")
+        raise ExplorerError("--explorer agent needs --command, its command line with {workspace} for the folder")
     try:
         command = shlex.split(options.command)
     except ValueError as error:
@@ -203,8 +197,8 @@ def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
 
 
 def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
-    """A model asked as the file at `path` says. Raises ExplorerError."""
-    from discovery.search.explorers.endpoint import LLMSettings  # these bring `openai` along, which takes its time
+    """Create the LLM explorer with the settings in the file at `path`. Raises ExplorerError."""
+    from discovery.search.explorers.endpoint import LLMSettings  # imports `openai`, which is slow
     from discovery.search.explorers.llm import LLM
     from discovery.search.explorers.transcript import Transcript
 
@@ -222,13 +216,13 @@ def _digester(cascade: Cascade, arena: TrialPool) -> Digester:
     def tell(candidate: Candidate) -> str:
         with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
             cascade.measure(candidate, TrialSettings((0.5, 1.0), range(2)), traces=Path(folder))
-            return digest(trace_files(Path(folder)), arena.cells)
+            return digest_traces(trace_files(Path(folder)), arena.cells)
 
     return tell
 
 
-class DiscoverProgress:
-    """How a run is going, on a terminal a bar and the best so far."""
+class SearchProgressBar:
+    """Progress bar of a search with the best score so far; shown on a terminal only."""
 
     def __init__(self, rounds: int | None) -> None:
         console = Console(stderr=True)
@@ -236,7 +230,7 @@ class DiscoverProgress:
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._rounds = rounds
 
-    def __enter__(self) -> DiscoverProgress:
+    def __enter__(self) -> SearchProgressBar:
         self._progress.start()
         self._task = self._progress.add_task("trying the baselines", total=self._rounds)
         return self
@@ -245,16 +239,16 @@ class DiscoverProgress:
         self._progress.stop()
 
     def step(self, run: SearchLoop) -> None:
-        """Take notice of a step."""
+        """Show the state after a step."""
         best = run.context().leaders[:1]
-        words = f"{len(run.candidates)} tried, ${run.spent:.2f}"
+        description = f"{len(run.candidates)} tried, ${run.spent:.2f}"
         if best:
-            words += f", best {best[0].score:.2f} ({best[0].candidate.name})"
-        self._progress.update(self._task, description=words, completed=max(0, run.steps - 1))
+            description += f", best {best[0].score:.2f} ({best[0].candidate.name})"
+        self._progress.update(self._task, description=description, completed=max(0, run.steps - 1))
 
 
-def _leave(run: SearchLoop, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
-    """The controller, its card, and a table."""
+def _write_finalist(run: SearchLoop, finalist: Finalist, out: Path, settings: Mapping[str, Any]) -> None:
+    """Write the controller and its card, and print a table of the best candidates."""
     file = out / f"{_stem(finalist.candidate)}.py"
     about = card(run, finalist, {"cells": settings["cells"], "questions": settings["questions"]}, settings)
     with atomic_write(file) as opened:
@@ -263,8 +257,10 @@ def _leave(run: SearchLoop, finalist: Finalist, out: Path, settings: Mapping[str
         opened.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     console = wide_console()
     console.print(_leaders(run))
-    console.print(f"answers are compared: {settings['answers']}", highlight=False)
-    console.print(f"{file}: AFS {finalist.afs:.2f} in fresh orders, sealed; its card beside it", highlight=False)
+    console.print(f"answer comparison: {settings['answers']}", highlight=False)
+    console.print(
+        f"{file}: AFS {finalist.afs:.2f} in new branch orders, sandboxed; the card is beside it", highlight=False
+    )
 
 
 def _stem(candidate: Candidate) -> str:
@@ -273,9 +269,9 @@ def _stem(candidate: Candidate) -> str:
 
 def _leaders(run: SearchLoop, most: int = 10) -> Table:
     table = Table(title=f"{len(run.candidates)} candidates in {run.steps} steps", title_justify="left")
-    for heading in ("candidate", "score", "β: tokens, %", "what it is"):
+    for heading in ("candidate", "score", "β: tokens, accuracy %", "note"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
-    for one in run.context().leaders[:most]:
-        points = "  ".join(f"{beta:g}: {tokens:,} {accuracy}" for beta, tokens, accuracy in one.curve[::2])
-        table.add_row(escape(one.candidate.name), f"{one.score:.2f}", points, escape(one.candidate.note[:60]))
+    for leader in run.context().leaders[:most]:
+        points = "  ".join(f"{beta:g}: {tokens:,} {accuracy}" for beta, tokens, accuracy in leader.curve[::2])
+        table.add_row(escape(leader.candidate.name), f"{leader.score:.2f}", points, escape(leader.candidate.note[:60]))
     return table

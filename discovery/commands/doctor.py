@@ -1,4 +1,4 @@
-"""`autotts doctor`: whether this machine can seal controllers, layer by layer, by trying to break out."""
+"""`autotts doctor`: check that this machine can sandbox controllers, by trying to break out of every layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from controllers.sandbox.spawner import spawner
 from controllers.sandbox.proof import Proof, Trial
 from controllers.sandbox.seal import Layer
-from controllers.sandbox.spawner import spawner
 from discovery.commands.console import wide_console
 
 NOT_SEALED = 1
-"""Exit status of a machine that cannot seal controllers."""
+"""Exit status if this machine cannot sandbox controllers."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
-    """Try to break out of the sandbox in every way it is to hold, and tell how that ended."""
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Test the sandbox: try every break-out it must prevent, and report the results."""
     proof = spawner().check()
     if as_json:
         sys.stdout.write(json.dumps(_figures(proof), indent=2) + "\n")
@@ -31,7 +31,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = Fa
 
 
 def _parts(proof: Proof) -> dict[str, Sequence[Trial]]:
-    """The trials of each layer alone, and of all of them together."""
+    """Return the trials of each layer alone, and of all layers together."""
     return {**{str(layer.name).lower(): proof.of(layer) for layer in Layer}, "all together": proof.together}
 
 
@@ -46,8 +46,8 @@ def _figures(proof: Proof) -> dict[str, Any]:
 def _show(proof: Proof) -> None:
     console = wide_console()
     if proof.trials:
-        table = Table(title="what a sealed child could not do", title_justify="left")
-        for heading in ("layer", "holds", "attempt", "how it ended"):
+        table = Table(title="break-out attempts from a sandboxed process", title_justify="left")
+        for heading in ("layer", "prevented", "attempt", "result"):
             table.add_column(heading)
         for part, trials in _parts(proof).items():
             for number, trial in enumerate(trials):
@@ -55,7 +55,9 @@ def _show(proof: Proof) -> None:
                 table.add_row("" if number else part, held, trial.what, trial.message)
         console.print(table)
     if proof.sealed:
-        console.print("controllers from files run, each sealed in a process of its own", highlight=False)
+        console.print(
+            "controllers from files are accepted; each runs in a sandboxed process of its own", highlight=False
+        )
     else:
-        words = f"controllers from files are refused: {proof.lacking}"
-        console.print(words, style="red", markup=False, highlight=False)
+        message = f"controllers from files are refused: {proof.lacking}"
+        console.print(message, style="red", markup=False, highlight=False)

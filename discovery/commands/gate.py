@@ -1,4 +1,4 @@
-"""`autotts gate`: a finalist judged against the champion on the sealed split, in a process of its own."""
+"""`autotts gate`: compare a finalist with the champion on the sealed split, in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,30 +28,38 @@ COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.
 
 
 def gate(
-    file: Annotated[str, typer.Argument(help="the finalist: FILE.py, or a name", metavar="FILE")],
-    recordings: Annotated[Path, typer.Option(help="a store, or a release folder such as ../shared/replay/autotts")],
-    ledger: Annotated[Path, typer.Option(help="where every judgement on these recordings is kept, for good")],
-    champion: Annotated[str, typer.Option(help="whom to beat: a name or FILE.py")] = "cmc",
-    split: Annotated[Split, typer.Option(help="which questions")] = Split.HELD_OUT,
-    report: Annotated[Path | None, typer.Option(help="where the report goes (.json)")] = None,
-    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
-    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
-    betas: Annotated[str, typer.Option(help="values of β")] = GateJob.betas,
-    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders a question is run in")] = 100,
+    file: Annotated[str, typer.Argument(help="finalist: FILE.py or a name", metavar="FILE")],
+    recordings: Annotated[
+        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
+    ],
+    ledger: Annotated[Path, typer.Option(help="file that keeps every judgement on these recordings permanently")],
+    champion: Annotated[str, typer.Option(help="champion to beat: a name or FILE.py")] = "cmc",
+    split: Annotated[Split, typer.Option(help="split of the questions")] = Split.HELD_OUT,
+    report: Annotated[Path | None, typer.Option(help="file to write the report to (.json)")] = None,
+    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
+    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    betas: Annotated[str, typer.Option(help="values of β, separated by commas")] = GateJob.betas,
+    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")] = 100,
     answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = GateJob.answers,
-    max_branches: Annotated[int, typer.Option(min=1, help="branches an episode may open")] = 64,
+    max_branches: Annotated[int, typer.Option(min=1, help="maximum branches per episode")] = 64,
     beta: Annotated[
-        float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not fall")
+        float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not drop")
     ] = GateTerms.beta,
-    margin: Annotated[float, typer.Option(min=0, help="points it may fall there")] = GateTerms.margin,
-    engine: Annotated[EngineName, typer.Option(help="who runs the episodes")] = EngineName.PROCESS,
-    workers: Annotated[int | None, typer.Option(min=1, help="for --engine process and ray; as many as cores")] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, help="points that accuracy may drop at the deployed β")
+    ] = GateTerms.margin,
+    engine: Annotated[
+        EngineName, typer.Option(help="where episodes run: in this process, in worker processes, or on Ray")
+    ] = EngineName.PROCESS,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="workers for --engine process and ray (default: one per core)")
+    ] = None,
 ) -> None:
-    """Judge a controller against the champion on questions no explorer has seen."""
+    """Compare a controller with the champion on questions that no explorer has seen."""
     if report is not None:
         check_writable_path(report, "--report")
     with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
-        order = GateJob(
+        job = GateJob(
             finalist=file,
             champion=champion,
             recordings=recordings,
@@ -71,17 +79,17 @@ def gate(
             beta=beta,
             margin=margin,
         )
-        _show(judge_in_subprocess(order))
+        _show(judge_in_subprocess(job))
 
 
-def judge_in_subprocess(order: GateJob) -> GateReport:
-    """The report of an order carried out in another process. Raises GateError with what that one said."""
-    command = [sys.executable, "-m", "discovery.promotion.gate", *order.options]
+def judge_in_subprocess(job: GateJob) -> GateReport:
+    """Run a gate job in another process and return its report. Raises GateError with that process's message."""
+    command = [sys.executable, "-m", "discovery.promotion.gate", *job.options]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        words = done.stderr.strip().rpartition("\n")[2]
-        raise GateError(words or f"the judging process ended with status {done.returncode}")
-    return report_of(json.loads(order.report.read_bytes()))
+        message = done.stderr.strip().rpartition("\n")[2]
+        raise GateError(message or f"the gate's process exited with status {done.returncode} and no message")
+    return report_of(json.loads(job.report.read_bytes()))
 
 
 def _show(report: GateReport) -> None:
@@ -97,25 +105,25 @@ def _show(report: GateReport) -> None:
         f"at β = {headlines.beta:g}: {saved}{headlines.accuracy:+.1f} points at equal tokens", highlight=False
     )
     if report.verdict is GateVerdict.UNDECIDED:
-        noticed = "no gain would be" if report.mde is None else f"a gain of {report.mde:.2f} points would mostly be"
-        console.print(f"on {report.questions} questions {noticed} noticed", highlight=False)
+        detectable = "no gain" if report.mde is None else f"only gains of at least {report.mde:.2f} points"
+        console.print(f"{report.questions} questions can reliably detect {detectable}", highlight=False)
     if report.answers:
-        console.print(f"answers are compared: {report.answers}", highlight=False)
+        console.print(f"answer comparison: {report.answers}", highlight=False)
     console.print(f"{report.name}: {report.verdict}", style=COLOURS[report.verdict], markup=False, highlight=False)
 
 
 def _conditions(report: GateReport) -> Table:
-    table = Table(title=escape(f"{report.name} against {report.champion}"), title_justify="left")
-    for heading in ("condition", "holds", "found"):
+    table = Table(title=escape(f"{report.name} compared with {report.champion}"), title_justify="left")
+    for heading in ("condition", "met", "result"):
         table.add_column(heading)
-    for one in report.conditions:
-        holds = "yes" if one.held else "[red]NO[/red]" if one.final else "[yellow]no[/yellow]"
-        table.add_row(one.name, holds, escape(one.words))
+    for condition in report.conditions:
+        met = "yes" if condition.held else "[red]NO[/red]" if condition.final else "[yellow]no[/yellow]"
+        table.add_row(condition.name, met, escape(condition.words))
     return table
 
 
 def _cells(report: GateReport) -> Table:
-    table = Table(title="accuracy % and tokens by β, the champion's in brackets", title_justify="left")
+    table = Table(title="accuracy % and tokens by β (champion in parentheses)", title_justify="left")
     for heading in ("model", "benchmark", "ΔAFS"):
         table.add_column(heading, justify="right" if heading == "ΔAFS" else "left")
     for point in report.cells[0].finalist:

@@ -1,4 +1,4 @@
-"""`autotts history`: what a run of `autotts discover` did."""
+"""`autotts history`: inspect a run of `autotts discover`."""
 
 from __future__ import annotations
 
@@ -22,59 +22,59 @@ from discovery.search.explorers import Candidate
 from discovery.search.history import History
 from discovery.search.loop import read_pairs
 
-history = typer.Typer(name="history", no_args_is_help=True, help="Look at what `autotts discover` did.")
+history = typer.Typer(name="history", no_args_is_help=True, help="Inspect runs of `autotts discover`.")
 
-Where = Annotated[Path, typer.Argument(help="the run's folder, or its record")]
+RunPath = Annotated[Path, typer.Argument(help="folder of the run, or its history file")]
 Pair = tuple[Candidate, CandidateVerdict]
 
 
 @history.callback()
 def _history() -> None:
-    """Look at what `autotts discover` did."""
+    """Inspect runs of `autotts discover`."""
 
 
 @history.command()
 def show(
-    path: Where,
-    name: Annotated[str, typer.Argument(help="a candidate's name or the beginning of its digest; without it all")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    path: RunPath,
+    name: Annotated[str, typer.Argument(help="name or digest prefix of a candidate (default: list all)")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Every candidate with its verdict, every hash checked; or one of them, whole."""
+    """List every candidate with its verdict, or show one in full. All hashes are checked."""
     recorded = _read(path)
     pairs = read_pairs(recorded)
     if name:
         candidate, verdict = _find(pairs, name)
         console = wide_console()
-        console.print(_told(candidate, verdict), highlight=False, markup=False)
+        console.print(_describe(candidate, verdict), highlight=False, markup=False)
         console.print(Syntax(candidate.source, "python"))
         return
     if as_json:
         figures = [{"name": c.name, "digest": c.digest, "score": v.score, "failure": v.failure} for c, v in pairs]
         sys.stdout.write(json.dumps({"head": recorded.head, "candidates": figures}, indent=2) + "\n")
         return
-    table = Table(title=f"{len(pairs)} candidates; the record's hash is {recorded.head[:16]}", title_justify="left")
-    for heading in ("candidate", "digest", "score", "$", "what came of it"):
+    table = Table(title=f"{len(pairs)} candidates; history hash {recorded.head[:16]}", title_justify="left")
+    for heading in ("candidate", "digest", "score", "$", "failure or note"):
         table.add_column(heading, justify="right" if heading in ("score", "$") else "left")
     for candidate, verdict in pairs:
         score = "" if verdict.score is None else f"{verdict.score:.2f}"
-        words = verdict.failure or candidate.note
-        told = escape(candidate.name), candidate.digest[:12], score, f"{candidate.cost.usd:.4f}", escape(words[:90])
-        table.add_row(*told)
+        text = verdict.failure or candidate.note
+        cells = escape(candidate.name), candidate.digest[:12], score, f"{candidate.cost.usd:.4f}", escape(text[:90])
+        table.add_row(*cells)
     wide_console().print(table)
 
 
 @history.command()
-def diff(path: Where, first: str, second: str) -> None:
-    """How one candidate's file differs from another's."""
+def diff(path: RunPath, first: str, second: str) -> None:
+    """Show the differences between the files of two candidates."""
     pairs = read_pairs(_read(path))
-    one, other = (_find(pairs, name)[0] for name in (first, second))
-    lines = difflib.unified_diff(one.source.splitlines(), other.source.splitlines(), one.name, other.name, lineterm="")
+    old, new = (_find(pairs, name)[0] for name in (first, second))
+    lines = difflib.unified_diff(old.source.splitlines(), new.source.splitlines(), old.name, new.name, lineterm="")
     wide_console().print("\n".join(lines), highlight=False, markup=False)
 
 
 @history.command()
-def plot(path: Where, to: Annotated[Path, typer.Option(help="where the picture goes (.png or .svg)")]) -> None:
-    """Accuracy over tokens of the baselines and of the best candidates."""
+def plot(path: RunPath, to: Annotated[Path, typer.Option(help="file to write the plot to (.png or .svg)")]) -> None:
+    """Plot accuracy over tokens for the baselines and the best candidates."""
     check_plot(to)
     scored = [(candidate, verdict) for candidate, verdict in read_pairs(_read(path)) if verdict.score is not None]
     best = sorted(scored, key=lambda pair: -(pair[1].score or 0.0))[:4]
@@ -93,14 +93,16 @@ def _read(path: Path) -> History:
 
 
 def _find(pairs: list[Pair], name: str) -> Pair:
-    """The one candidate of that name, or whose digest begins so. Raises HistoryError."""
-    found = [pair for pair in pairs if pair[0].name == name or pair[0].digest.startswith(name)]
-    if len({pair[0].digest for pair in found}) != 1:
-        raise HistoryError(f"{name}: {'no candidate is' if not found else 'several candidates are'} called that")
-    return found[-1]
+    """Return the candidate with that name or digest prefix. Raises HistoryError unless there is exactly one."""
+    matching = [pair for pair in pairs if pair[0].name == name or pair[0].digest.startswith(name)]
+    if len({pair[0].digest for pair in matching}) != 1:
+        raise HistoryError(
+            f"{name}: {'no candidate has' if not matching else 'several candidates have'} that name or digest prefix"
+        )
+    return matching[-1]
 
 
-def _told(candidate: Candidate, verdict: CandidateVerdict) -> str:
+def _describe(candidate: Candidate, verdict: CandidateVerdict) -> str:
     about: dict[str, Any] = {
         "candidate": candidate.name,
         "digest": candidate.digest,

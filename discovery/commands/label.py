@@ -1,4 +1,4 @@
-"""`autotts label`: right answers of a store's questions, and how far their sources agree."""
+"""`autotts label`: set the correct answers of a store's questions, and report how far their sources agree."""
 
 from __future__ import annotations
 
@@ -25,24 +25,34 @@ from discovery.store import Store
 def label(
     place: Place = DEFAULT,
     references: Annotated[
-        Path | None, typer.Option(help="file of one JSON object a line: a question and its reference")
+        Path | None, typer.Option(help="file of JSON lines: a question and its reference answer")
     ] = None,
     min_margin: Annotated[
-        float, typer.Option(min=0, max=1, help="share of its branches by which a vote's leader must be ahead")
+        float,
+        typer.Option(
+            min=0, max=1, help="margin by which the leading answer must win a vote, as a share of the branches"
+        ),
     ] = MIN_MARGIN,
-    min_branches: Annotated[int, typer.Option(min=1, help="branches of a model that make a vote")] = MIN_BRANCHES,
-    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="where figures go as JSON")] = None,
+    min_branches: Annotated[
+        int, typer.Option(min=1, help="branches of one model that are needed for a vote")
+    ] = MIN_BRANCHES,
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE|-", help="write the figures as JSON to FILE, or to standard output with -"
+        ),
+    ] = None,
 ) -> None:
-    """Label questions by references, by feedback and by votes, and say how far these agree."""
+    """Label questions from references, feedback and votes, and report how far these agree."""
     if json_to not in (None, "-"):
         check_writable_path(Path(json_to), "--json")
     given = [] if references is None else read_questions(references)
-    found = asyncio.run(_fill(place, given, min_margin, min_branches))
-    figures = json.dumps(found.as_json(), indent=2) + "\n"
+    report = asyncio.run(_fill(place, given, min_margin, min_branches))
+    figures = json.dumps(report.as_json(), indent=2) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)
     else:
-        _show(place, found)
+        _show(place, report)
     if json_to not in (None, "-"):
         with atomic_write(Path(json_to)) as file:
             file.write(figures.encode())
@@ -53,60 +63,62 @@ async def _fill(place: Path, references: Sequence[Question], min_margin: float, 
         return await update_labels(store, references, min_margin, min_branches)
 
 
-def _show(place: Path, found: LabelReport) -> None:
+def _show(place: Path, report: LabelReport) -> None:
     console = wide_console()
-    console.print(_sources(place, found))
-    if any(agreement.of for _, _, agreement in found.by_margin):
-        console.print(_margins(found))
-    for words in _beside(found):
-        console.print(words, markup=False, highlight=False, soft_wrap=True)
+    console.print(_sources(place, report))
+    if any(agreement.of for _, _, agreement in report.by_margin):
+        console.print(_margins(report))
+    for remark in _remarks(report):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
 
-def _sources(place: Path, found: LabelReport) -> Table:
-    table = Table(title=f"{place}: questions by how their right answers are known", title_justify="left")
-    for heading in ("source", "questions", "labels written", "removed", "right by reference", "95 % interval"):
+def _sources(place: Path, report: LabelReport) -> Table:
+    table = Table(title=f"{place}: questions by source of their correct answers", title_justify="left")
+    for heading in ("source", "questions", "labels written", "removed", "agrees with reference", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
-    agreements = {LabelSource.FEEDBACK: found.feedback, LabelSource.CONSENSUS: found.consensus}
+    agreements = {LabelSource.FEEDBACK: report.feedback, LabelSource.CONSENSUS: report.consensus}
     for source in LabelSource:
-        written, removed = found.written[source], found.removed[source]
+        written, removed = report.written[source], report.removed[source]
         agreement = _agreement(agreements[source]) if source in agreements else ("", "")
-        table.add_row(str(source), f"{found.effective[source]:,}", f"{written:,}", f"{removed:,}", *agreement)
-    table.add_row("not known", f"{found.effective[None]:,}", "", "", "", "")
+        table.add_row(str(source), f"{report.effective[source]:,}", f"{written:,}", f"{removed:,}", *agreement)
+    table.add_row("unknown", f"{report.effective[None]:,}", "", "", "", "")
     return table
 
 
-def _margins(found: LabelReport) -> Table:
-    table = Table(title="votes by their margin", title_justify="left")
-    for heading in ("margin", "right by reference", "95 % interval"):
+def _margins(report: LabelReport) -> Table:
+    table = Table(title="votes by margin", title_justify="left")
+    for heading in ("margin", "agrees with reference", "95 % interval"):
         table.add_column(heading, justify="right")
-    for low, high, agreement in found.by_margin:
+    for low, high, agreement in report.by_margin:
         table.add_row(f"{low:.1f} to {high:.1f}", *_agreement(agreement))
     return table
 
 
-def _agreement(found: Agreement) -> tuple[str, str]:
-    """How often, and its interval."""
-    if found.interval is None:
-        return "none to compare", ""
-    low, high = found.interval
-    return f"{found.right:,} of {found.of:,}", f"{low:.0f} to {high:.0f} %"
+def _agreement(agreement: Agreement) -> tuple[str, str]:
+    """Return the count of agreements and its interval, as two table cells."""
+    if agreement.interval is None:
+        return "no references", ""
+    low, high = agreement.interval
+    return f"{agreement.right:,} of {agreement.of:,}", f"{low:.0f} to {high:.0f} %"
 
 
-def _beside(found: LabelReport) -> list[str]:
-    """What else there is to tell."""
-    told = []
-    if found.votes:
-        way = f"read off {found.calibrated:,} votes with a reference" if found.calibrated else "reckoned from counts"
-        told.append(
-            f"consensus: of {found.votes:,} votes {found.close:,} are too close and {found.refuted:,} refuted by "
-            f"clients; confidence is {way}"
+def _remarks(report: LabelReport) -> list[str]:
+    """Return further remarks on the labels, one line each."""
+    remarks = []
+    if report.votes:
+        basis = f"{report.calibrated:,} votes with a reference" if report.calibrated else "vote counts alone"
+        remarks.append(
+            f"consensus: of {report.votes:,} votes {report.close:,} are too close and {report.refuted:,} contradict "
+            f"feedback; confidence is estimated from {basis}"
         )
-    if found.unknown:
-        told.append(f"references: {found.unknown:,} are of questions that are not in the store")
-    if found.contradicted:
-        told.append(f"references: {found.contradicted:,} are not what their questions came with, which stays")
-    if found.feedback.of >= MIN_CALIBRATION_ANSWERS:
-        told.append(f"feedback: confidence is read off {found.feedback.of:,} questions with a reference")
-    if found.unheard:
-        told.append(f"feedback: of {found.unheard:,} requests it bears on no answer that is known")
-    return told
+    if report.unknown:
+        remarks.append(f"references: {report.unknown:,} belong to questions that are not in the store")
+    if report.contradicted:
+        remarks.append(
+            f"references: {report.contradicted:,} differ from the reference a question came with, which is kept"
+        )
+    if report.feedback.of >= MIN_CALIBRATION_ANSWERS:
+        remarks.append(f"feedback: confidence is estimated from {report.feedback.of:,} questions with a reference")
+    if report.unheard:
+        remarks.append(f"feedback: of {report.unheard:,} requests it bears on no answer that is known")
+    return remarks

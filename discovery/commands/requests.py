@@ -1,4 +1,4 @@
-"""`autotts requests`: the requests a proxy has served, as its store has them."""
+"""`autotts requests`: list the requests a proxy has served, as recorded in its store."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ HEADINGS = (
 )
 RIGHT = ("β", "branches", "tokens")
 
-requests = typer.Typer(name="requests", no_args_is_help=True, help="Look at the requests a proxy has served with β.")
+requests = typer.Typer(name="requests", no_args_is_help=True, help="Inspect requests that a proxy has served with β.")
 
 
 @requests.callback()
 def _requests() -> None:
-    """Look at the requests a proxy has served with β; `autotts trace show ID` explains one of them."""
+    """Inspect requests that a proxy has served with β; explain one with `autotts trace show ID`."""
 
 
 @requests.command("list")
 def list_requests(
     place: Place = DEFAULT,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="how many, the latest first")] = 20,
-    model: Annotated[str | None, typer.Option(help="of this model alone")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="maximum number of requests, latest first")] = 20,
+    model: Annotated[str | None, typer.Option(help="only requests to this model")] = None,
     client_id: Annotated[
-        str | None, typer.Option("--client-id", help="those whose client sent this x-request-id")
+        str | None, typer.Option("--client-id", help="only requests with this client x-request-id")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the latest requests, with what they cost and the feedback on them."""
+    """List the latest requests with their cost and feedback."""
 
     async def look(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
         latest = await opened.latest(limit, model, client_id)
@@ -60,7 +60,7 @@ def list_requests(
     has_names = any(row["client_request_id"] for row in rows)
     table = Table(title=str(place), title_justify="left")
     for heading in HEADINGS:
-        is_id = heading == "request"  # is copied from here
+        is_id = heading == "request"  # users copy it
         if heading != "client's id" or has_names:
             right = heading in RIGHT
             table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=is_id)
@@ -94,5 +94,5 @@ def _figures(episode: ServedEpisode, feedback: list[Feedback]) -> dict[str, Any]
 
 
 def _values(feedback: list[Feedback]) -> dict[str, Any]:
-    """The latest value of each kind."""
+    """Return the latest value of each kind of feedback."""
     return {opinion.kind: json.loads(opinion.value) for opinion in feedback}

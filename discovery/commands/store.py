@@ -1,4 +1,4 @@
-"""`autotts import` and `autotts store`: recordings in and out of the replay store."""
+"""`autotts import`, `autotts store` and `autotts forget`: move recordings into and out of the replay store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from discovery.commands.console import names, wide_console
+from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
@@ -27,46 +27,50 @@ from discovery.store import CellSummary, ServedSummary, Store
 T = TypeVar("T")
 
 CORRUPT = 1
-"""Exit status of a store that is not what was written."""
+"""Exit status of a store with corrupt rows."""
 
-importing = typer.Typer(name="import", no_args_is_help=True, help="Take recordings into a replay store.")
-store = typer.Typer(name="store", no_args_is_help=True, help="Look at a replay store, and keep it.")
+importing = typer.Typer(name="import", no_args_is_help=True, help="Import recordings into a replay store.")
+store = typer.Typer(name="store", no_args_is_help=True, help="Inspect and maintain a replay store.")
 
-Place = Annotated[Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="the store's file")]
+Place = Annotated[Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="file of the store")]
 DEFAULT = Path("autotts.db")
-AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
-Request = Annotated[str, typer.Option("--request-id", help="all that came of this request")]
-Tenant = Annotated[str, typer.Option(help="all that came of this tenant's requests, by its hash")]
-Anonymous = Annotated[bool, typer.Option("--anonymous", help="all that came of requests without a key")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Request = Annotated[str, typer.Option("--request-id", help="forget everything recorded of this request")]
+Tenant = Annotated[str, typer.Option(help="forget everything recorded of this tenant, given by its hash")]
+Anonymous = Annotated[bool, typer.Option("--anonymous", help="forget everything recorded of requests without a key")]
 
 
 class SplitBy(StrEnum):
-    """Where imported questions go."""
+    """How imported questions are assigned to splits."""
 
     SEARCH = "search"
     VALIDATION = "validation"
     HELD_OUT = "held-out"
-    HASH = "hash"  # by the question's hash
+    HASH = "hash"  # by the hash of the question
 
 
 @importing.command("autotts-release")
 def import_release(
-    paths: Annotated[list[Path], typer.Argument(help="files MODEL/BENCHMARK.json[.xz], or folders of them")],
+    paths: Annotated[list[Path], typer.Argument(help="files MODEL/BENCHMARK.json[.xz], or folders of such files")],
     place: Place = DEFAULT,
-    split: Annotated[SplitBy | None, typer.Option(help="without it as the release has them: aime24 is search")] = None,
+    split: Annotated[
+        SplitBy | None, typer.Option(help="split of the questions (default: as in the release; aime24 is search)")
+    ] = None,
 ) -> None:
-    """The public release of the AutoTTS paper."""
+    """Import the public release of the AutoTTS paper."""
     files = [file for path in paths for file in release_files(path)]
     _import(files, read_release, place, split)
 
 
 @importing.command("jsonl")
 def import_jsonl(
-    paths: Annotated[list[Path], typer.Argument(help="files of one JSON object a line, plain or .xz")],
+    paths: Annotated[list[Path], typer.Argument(help="files of JSON lines, plain or .xz")],
     place: Place = DEFAULT,
-    split: Annotated[SplitBy | None, typer.Option(help="without it as each line says, else by hash")] = None,
+    split: Annotated[
+        SplitBy | None, typer.Option(help="split of the questions (default: as given in each line, else by hash)")
+    ] = None,
 ) -> None:
-    """The generic format, described in docs/evaluation.md."""
+    """Import files in the generic JSON lines format, described in docs/evaluation.md."""
     _import(paths, read_jsonl, place, split)
 
 
@@ -76,7 +80,7 @@ def _import(
     place: Path,
     split: SplitBy | None,
 ) -> None:
-    """Read every file, then write all or nothing."""
+    """Read every file, then add all recordings or none."""
     console = Console(stderr=True)
     shown = track(files, "reading", console=console, transient=True, disable=not console.is_terminal)
     recordings = [_put(recorded, split) for file in shown for recorded in read(file)]
@@ -84,7 +88,7 @@ def _import(
     known = len(recordings) - added.recordings
     wide_console().print(
         f"{place}: {added.recordings} recordings of {added.questions} new questions, {added.branches} branches added; "
-        f"{known} were there already",
+        f"{known} recordings were already there",
         highlight=False,
     )
 
@@ -96,7 +100,7 @@ def _put(recorded: RecordedQuestion, split: SplitBy | None) -> RecordedQuestion:
 
 
 def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool = False) -> T:
-    """What `work` gives of the store at `place`."""
+    """Open the store at `place` and return the result of `work` on it."""
 
     async def run() -> T:
         async with Store.open(place, create=create) as opened:
@@ -107,21 +111,24 @@ def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool 
 
 @store.command()
 def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
-    """Show the recordings by model, benchmark and split, the served requests and the feedback on them."""
+    """Show recordings by model, benchmark and split, and the served requests with their feedback."""
 
     async def look(opened: Store) -> tuple[list[CellSummary], ServedSummary]:
         return await opened.summaries(), await opened.served()
 
     cells, served = with_store(place, look)
     if as_json:
-        figures = [one.cell._asdict() | dict(zip(one._fields[1:], one[1:], strict=True)) for one in cells]
+        figures = [
+            cell_summary.cell._asdict() | dict(zip(cell_summary._fields[1:], cell_summary[1:], strict=True))
+            for cell_summary in cells
+        ]
         sys.stdout.write(json.dumps({"cells": figures, **served._asdict()}, indent=2) + "\n")
         return
     table = Table(title=str(place), title_justify="left")
     for heading in ("model", "benchmark", "split", "questions", "recordings", "complete", "branches"):
         table.add_column(heading, justify="left" if heading in ("model", "benchmark", "split") else "right")
-    for one in cells:
-        table.add_row(*one.cell, *(f"{figure:,}" for figure in one[1:]))
+    for cell_summary in cells:
+        table.add_row(*cell_summary.cell, *(f"{figure:,}" for figure in cell_summary[1:]))
     console = wide_console()
     console.print(table)
     console.print(_requests(served), highlight=False, markup=False)
@@ -131,39 +138,39 @@ def _requests(served: ServedSummary) -> str:
     if not served.episodes:
         return "served requests: none"
     stops = ", ".join(f"{stop}: {count:,}" for stop, count in served.stops.items())
-    told = ", ".join(f"{kind}: {count:,}" for kind, count in served.feedback.items()) or "none"
+    feedback = ", ".join(f"{kind}: {count:,}" for kind, count in served.feedback.items()) or "none"
     when = f"from {str(served.oldest)[:19]} to {str(served.newest)[:19]} UTC"
-    return f"served requests: {served.episodes:,} {when} ({stops})\nfeedback: {told}"
+    return f"served requests: {served.episodes:,} {when} ({stops})\nfeedback: {feedback}"
 
 
 @store.command()
 def verify(place: Place = DEFAULT, as_json: AsJson = False) -> None:
-    """Whether every row is what was written; exit status 1 if one is not."""
-    found = with_store(place, Store.verify)
+    """Check that no row is corrupt; exit status 1 if one is."""
+    checked = with_store(place, Store.verify)
     if as_json:
-        sys.stdout.write(json.dumps({"rows": dict(found.rows), "bad": list(found.bad)}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"rows": dict(checked.rows), "bad": list(checked.bad)}, indent=2) + "\n")
     else:
         console = wide_console()
-        counts = ", ".join(f"{count:,} {table}" for table, count in found.rows.items())
-        console.print(f"{place}: {counts}; {len(found.bad)} rows are bad", highlight=False)
-        for one in found.bad:
-            console.print(one, style="red", highlight=False, markup=False)
-    if found.bad:
+        counts = ", ".join(f"{count:,} {table}" for table, count in checked.rows.items())
+        console.print(f"{place}: {counts}; {len(checked.bad)} corrupt rows", highlight=False)
+        for bad_row in checked.bad:
+            console.print(bad_row, style="red", highlight=False, markup=False)
+    if checked.bad:
         raise typer.Exit(CORRUPT)
 
 
 @store.command()
 def export(
-    to: Annotated[Path, typer.Argument(help="file to write, in the generic format")],
+    to: Annotated[Path, typer.Argument(help="file to write (JSON lines)")],
     place: Place = DEFAULT,
-    models: Annotated[str, typer.Option(help="which models; without it all")] = "",
-    benchmarks: Annotated[str, typer.Option(help="which benchmarks; without it all")] = "",
-    split: Annotated[Split | None, typer.Option(help="which questions; without it all")] = None,
+    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
+    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    split: Annotated[Split | None, typer.Option(help="split of the questions (default: all)")] = None,
 ) -> None:
-    """Recordings as a file that `autotts import jsonl` reads."""
+    """Export recordings to a file that `autotts import jsonl` reads."""
     check_writable_path(to, "export")
     source = open_source(place)
-    cells = select_cells(source.cells(), names(models), names(benchmarks), split)
+    cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
     count = 0
     with atomic_write(to, private=True) as file:
         for cell in cells:
@@ -174,15 +181,15 @@ def export(
 
 
 def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = False, place: Place = DEFAULT) -> None:
-    """Remove what came of a request, or of a tenant's, for good: its bytes go too, and it cannot come back."""
+    """Erase everything recorded of a request or a tenant permanently, including the bytes on disk."""
     if (bool(request), bool(tenant), anonymous).count(True) != 1:
-        raise StoreError("forget: say --request-id ID, --tenant HASH or --anonymous, one of them")
+        raise StoreError("forget: give exactly one of --request-id ID, --tenant HASH and --anonymous")
     gone = with_store(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
     if not any(gone):
-        raise RecordingsNotFound(f"{place}: holds nothing of {request or tenant or 'requests without a key'}")
+        raise RecordingsNotFound(f"{place}: nothing is recorded of {request or tenant or 'requests without a key'}")
     wide_console().print(
-        f"{place}: forgot {gone.episodes} episodes, {gone.feedback} of feedback, {gone.recordings} recordings, "
-        f"{gone.labels} labels, and {gone.questions} questions nothing else is known of",
+        f"{place}: erased {gone.episodes} episodes, {gone.feedback} feedback entries, {gone.recordings} recordings, "
+        f"{gone.labels} labels, and {gone.questions} questions without other recordings",
         highlight=False,
     )
 
@@ -192,13 +199,13 @@ def prune(
     place: Place = DEFAULT,
     models: Annotated[str, typer.Option(help="drop recordings of these models")] = "",
     benchmarks: Annotated[str, typer.Option(help="drop recordings of these benchmarks")] = "",
-    origin: Annotated[Origin | None, typer.Option(help="drop recordings that came this way")] = None,
-    corrupt: Annotated[bool, typer.Option("--corrupt", help="drop what is not what was written")] = False,
+    origin: Annotated[Origin | None, typer.Option(help="drop recordings of this origin")] = None,
+    corrupt: Annotated[bool, typer.Option("--corrupt", help="drop corrupt recordings")] = False,
 ) -> None:
-    """Drop recordings: those that meet all that is said of them, and with --corrupt those that are spoilt."""
-    by_model, by_benchmark = names(models), names(benchmarks)
+    """Drop the recordings that match all given options and, with --corrupt, the corrupt ones."""
+    by_model, by_benchmark = split_names(models), split_names(benchmarks)
     if not (by_model or by_benchmark or origin or corrupt):
-        raise StoreError("prune: say what to drop, by --models, --benchmarks, --origin or --corrupt")
+        raise StoreError("prune: say what to drop with --models, --benchmarks, --origin or --corrupt")
 
     def picks(model: str, benchmark: str, came: str) -> bool:
         return (

@@ -1,4 +1,4 @@
-"""`autotts trace`: what happened in an episode, round by round."""
+"""`autotts trace`: show an episode round by round."""
 
 from __future__ import annotations
 
@@ -33,56 +33,59 @@ from discovery.errors import TraceError
 from discovery.store import ServedEpisode, Store
 
 BARS: Final = "·▁▂▃▄▅▆▇█"
-"""From no votes to the most there are."""
+"""Bars from no votes to the largest count."""
 LEAST: Final = 12
+"""Minimum rounds that bars are drawn for."""
 WIDEST: Final = 60
-"""Rounds that bars are drawn for, as wide as the terminal is; of more rounds, so many spread evenly."""
+"""Maximum rounds that bars are drawn for; longer episodes are sampled evenly."""
 BESIDE: Final = 24
-"""Columns of a terminal that are not bars, beside the answers."""
+"""Terminal columns used for neither bars nor answers."""
 ANSWERS: Final = 8
-"""Answers that bars are drawn for."""
+"""Maximum answers that bars are drawn for."""
 LONGEST: Final = 40
-"""Characters of an answer that are drawn."""
+"""Maximum characters of an answer that are shown."""
 BY_ROUND: Final = ("votes by round", "leaning by round")
-LEFT: Final = frozenset({"what was done", "votes", "leaning", "answer", "how it stood", *BY_ROUND})
-"""Columns of words."""
+LEFT: Final = frozenset({"actions", "votes", "leaning", "answer", "state when pruned", *BY_ROUND})
+"""Headings of left-aligned columns."""
 
-trace = typer.Typer(name="trace", no_args_is_help=True, help="Look at episodes: replayed ones, and served ones.")
+trace = typer.Typer(name="trace", no_args_is_help=True, help="Inspect replayed and served episodes.")
 
 
 @trace.callback()
 def _trace() -> None:
-    """Look at episodes: those `autotts evaluate --traces` wrote down, and those a store has of served requests."""
+    """Inspect episodes: replayed ones written by `autotts evaluate --traces`, and served ones from a store."""
 
 
 @trace.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="a file of traces, a folder of some, or the id of a served request")],
-    question: Annotated[int | None, typer.Option(min=0, help="position of the question in its benchmark")] = None,
-    shuffle: Annotated[int, typer.Option(min=0, help="branch order to show it in")] = 0,
+    path: Annotated[Path, typer.Argument(help="trace file, folder of trace files, or id of a served request")],
+    question: Annotated[
+        int | None, typer.Option(min=0, help="position of the question in its benchmark (default: list all questions)")
+    ] = None,
+    shuffle: Annotated[int, typer.Option(min=0, help="branch order to show")] = 0,
     place: Place = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
-    """One episode round by round; of files without --question, every question in a line."""
-    if question is None and not os.path.exists(path):  # False, too, of what no file can be called
+    """Show one episode round by round, or list the questions of trace files."""
+    if question is None and not os.path.exists(path):  # also False for ids that cannot be file names
         _show_served(_find(str(path), place), as_json)
         return
     if as_json:
-        raise TraceError(f"{path}: --json tells of served requests, by their ids")
+        raise TraceError(f"{path}: --json works only with ids of served requests")
     files = trace_files(path)
     console = wide_console()
     if question is None:
         for file in files:
             console.print(_overview(read_trace(file)))
         return
-    shown = 0
+    count = 0
     for file in files:
-        read = read_trace(file)
-        for at, episode in enumerate(read.episodes()):
+        file_trace = read_trace(file)
+        for at, episode in enumerate(file_trace.episodes()):
             if (episode.question, episode.shuffle) == (question, shuffle):
-                console.print(_episode(read, at))
-                shown += 1
-    if not shown:
+                console.print(_episode(file_trace, at))
+                count += 1
+    if not count:
         raise TraceError(f"{path}: no trace of question {question} under shuffle {shuffle}")
 
 
@@ -111,72 +114,75 @@ def _overview(read: Trace) -> Table:
 
 def _episode(read: Trace, at: int) -> Table:
     episode = read.episodes()[at]
-    fate = "no answer" if episode.answer is None else f"answer {episode.answer}"
-    title = f"{_title(read)}, question {episode.question}, shuffle {episode.shuffle}: {fate}, "
-    told = (summarise_round(state, played) for state, played in read.states(at))
-    return _rounds(title + ("right" if episode.right else "wrong"), told)
+    outcome = "no answer" if episode.answer is None else f"answer {episode.answer}"
+    title = f"{_title(read)}, question {episode.question}, shuffle {episode.shuffle}: {outcome}, "
+    rounds = (summarise_round(state, played) for state, played in read.states(at))
+    return _rounds(title + ("right" if episode.right else "wrong"), rounds)
 
 
 # Served episodes
 
 
 def _find(request: str, place: Path) -> ServedEpisode:
-    """The episode of a request. Raises TraceError, or StoreError if the store cannot be read."""
+    """Return the episode of a request. Raises TraceError, or StoreError if the store cannot be read."""
 
     async def find() -> ServedEpisode | None:
         async with Store.open(place) as store:
             return await store.episode(request) or next(iter(await store.latest(1, client_id=request)), None)
 
     if not place.exists():
-        raise TraceError(f"{request}: no file or folder, and there is no store {place} to know it; --store names one")
+        raise TraceError(
+            f"{request}: not a file or folder, and the store {place} does not exist; name a store with --store"
+        )
     episode = asyncio.run(find())
     if episode is None:
         raise TraceError(
-            f"{request}: no file or folder, and no request the store {place} knows; a response's x-request-id is its "
-            "id, and --store names another store"
+            f"{request}: not a file or folder, and not a request in the store {place}; use the x-request-id of the "
+            "response, or name another store with --store"
         )
     return episode
 
 
 def _show_served(episode: ServedEpisode, as_json: bool) -> None:
-    told = explain(episode)
+    explanation = explain(episode)
     if as_json:
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        sys.stdout.write(json.dumps(explanation, indent=2) + "\n")
         return
     console = wide_console()
-    _say(console, _heading(told))
-    console.print(_rounds("what happened", told["rounds"]))
-    if any(one["votes"] or one["leaning"] for one in told["rounds"]):
-        console.print(_course(told["rounds"], console.width))
-    if told["pruned"]:
-        console.print(_given_up(told["pruned"]))
-    _say(console, _bill(told))
-    if told["estimates"]:
-        _say(console, _estimates(told["estimates"]))
-    _say(console, told["why"], style="bold")
+    _say(console, _heading(explanation))
+    console.print(_rounds("rounds", explanation["rounds"]))
+    if any(one["votes"] or one["leaning"] for one in explanation["rounds"]):
+        console.print(_vote_course(explanation["rounds"], console.width))
+    if explanation["pruned"]:
+        console.print(_pruned_table(explanation["pruned"]))
+    _say(console, _bill(explanation))
+    if explanation["estimates"]:
+        _say(console, _estimates(explanation["estimates"]))
+    _say(console, explanation["why"], style="bold")
 
 
-def _say(console: Console, words: str, style: str = "") -> None:
-    console.print(Text(printable(words)), style=style, soft_wrap=True)
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(printable(text)), style=style, soft_wrap=True)
 
 
-def _heading(told: Explanation) -> str:
-    by = f"{told['controller']} ({told['digest'][:12]}), β = {told['beta']:g}, {told['model']}"
-    return f"{told['request']}, {told['created'][:19]}: {by}"
+def _heading(explanation: Explanation) -> str:
+    controller = f"{explanation['controller']} ({explanation['digest'][:12]})"
+    served_by = f"{controller}, β = {explanation['beta']:g}, {explanation['model']}"
+    return f"{explanation['request']}, {explanation['created'][:19]}: {served_by}"
 
 
-def _bill(told: Explanation) -> str:
-    kinds = ", ".join(f"{kind} {tokens:,}" for kind, tokens in told["ledger"].items() if tokens)
-    return f"{told['tokens']:,} tokens were spent" + (f": {kinds}." if kinds else ".")
+def _bill(explanation: Explanation) -> str:
+    kinds = ", ".join(f"{kind} {tokens:,}" for kind, tokens in explanation["ledger"].items() if tokens)
+    return f"{explanation['tokens']:,} tokens were spent" + (f": {kinds}." if kinds else ".")
 
 
-def _course(rounds: Sequence[RoundSummary], width: int) -> Table:
-    """The votes over time, an answer a row: bars as high as there are votes, and how many there are in the end."""
+def _vote_course(rounds: Sequence[RoundSummary], width: int) -> Table:
+    """Return a table of the votes over time: one row per answer, with a bar per round and the final count."""
     names = {one["label"]: _clipped(one["answer"]) for at in rounds for one in (*at["votes"], *at["leaning"])}
     columns = min(len(rounds), WIDEST, max(LEAST, (width - max(map(len, names.values())) - BESIDE) // 2))
-    told = [rounds[-1 - at * len(rounds) // columns] for at in range(columns)][::-1]
+    sampled = [rounds[-1 - at * len(rounds) // columns] for at in range(columns)][::-1]
     series = {
-        label: tuple([_count(at[which], label) for at in told] for which in ("votes", "leaning")) for label in names
+        label: tuple([_count(at[which], label) for at in sampled] for which in ("votes", "leaning")) for label in names
     }
     ranked = sorted(series, key=lambda label: [-max(counts) for counts in series[label]])
     most = max(max(counts) for both in series.values() for counts in both)
@@ -195,19 +201,19 @@ def _bars(counts: Sequence[int], most: int) -> str:
     return "".join(BARS[-(-count * (len(BARS) - 1) // max(1, most))] for count in counts)
 
 
-def _given_up(pruned: Sequence[PrunedBranch]) -> Table:
-    table = _table("given up", "round", "branch", "tokens", "how it stood")
-    for one in pruned:
-        _row(table, str(one["round"]), str(one["branch"]), f"{one['tokens']:,}", one["why"])
+def _pruned_table(pruned: Sequence[PrunedBranch]) -> Table:
+    table = _table("pruned branches", "round", "branch", "tokens", "state when pruned")
+    for branch in pruned:
+        _row(table, str(branch["round"]), str(branch["branch"]), f"{branch['tokens']:,}", branch["why"])
     return table
 
 
-def _estimates(found: Sequence[ConsistencyEstimate]) -> str:
-    first = found[0]
+def _estimates(estimates: Sequence[ConsistencyEstimate]) -> str:
+    first = estimates[0]
     rests = format_branch_count(first["finished"], "finished")
     if first["unfinished"]:
-        rests += f" and {first['unfinished']} that had at least the length they were run for"
-    costs = ", ".join(f"{one['estimated_tokens']:,} with {one['chains']}" for one in found)
+        rests += f" and {first['unfinished']} unfinished ones"
+    costs = ", ".join(f"{one['estimated_tokens']:,} with {one['chains']}" for one in estimates)
     least = "at least " if first["at_least"] else ""
     return f"Estimated tokens of self-consistency, from {rests}: {least}{costs} chains."
 
@@ -216,27 +222,27 @@ def _estimates(found: Sequence[ConsistencyEstimate]) -> str:
 
 
 def _rounds(title: str, rounds: Iterable[RoundSummary]) -> Table:
-    table = _table(title, "round", "what was done", "finished", "running", "votes", "leaning", "tokens")
-    for one in rounds:
-        counts = str(one["finished"]), str(one["running"]), _votes(one["votes"]), _votes(one["leaning"])
-        _row(table, str(one["number"]), _done(one), *counts, f"{one['tokens']:,}")
+    table = _table(title, "round", "actions", "finished", "running", "votes", "leaning", "tokens")
+    for entry in rounds:
+        counts = str(entry["finished"]), str(entry["running"]), _votes(entry["votes"]), _votes(entry["leaning"])
+        _row(table, str(entry["number"]), _actions(entry), *counts, f"{entry['tokens']:,}")
     return table
 
 
-def _done(told: RoundSummary) -> str:
-    """`open 8; run 12; ask 4; drop 5, 9`."""
-    counted = (("open", told["opened"]), ("run", told["advanced"]), ("ask", told["asked"]))
-    words = [f"{name} {len(those)}" for name, those in counted if those]
-    if told["pruned"]:
-        words.append(f"drop {', '.join(map(str, told['pruned']))}")
-    words += ["answer" + ("" if answer is None else f" {_clipped(answer)}") for answer in told["answered"]]
-    return ("baseline: " if told["baseline"] else "") + "; ".join(words)
+def _actions(entry: RoundSummary) -> str:
+    """Summarize the actions of a round: `branch 8; advance 12; probe 4; prune 5, 9`."""
+    counted = (("branch", entry["opened"]), ("advance", entry["advanced"]), ("probe", entry["asked"]))
+    parts = [f"{name} {len(ids)}" for name, ids in counted if ids]
+    if entry["pruned"]:
+        parts.append(f"prune {', '.join(map(str, entry['pruned']))}")
+    parts += ["answer" + ("" if answer is None else f" {_clipped(answer)}") for answer in entry["answered"]]
+    return ("baseline: " if entry["baseline"] else "") + "; ".join(parts)
 
 
 def _votes(ballots: Sequence[Ballot], most: int = 4) -> str:
-    """`3: 12, 0: 2 …`: answers by falling count."""
-    words = ", ".join(f"{_clipped(one['answer'])}: {one['count']}" for one in ballots[:most])
-    return words + (" …" if len(ballots) > most else "")
+    """List answers with their counts, highest first: `3: 12, 0: 2 …`."""
+    text = ", ".join(f"{_clipped(one['answer'])}: {one['count']}" for one in ballots[:most])
+    return text + (" …" if len(ballots) > most else "")
 
 
 def _clipped(answer: str) -> str:
@@ -251,5 +257,5 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _row(table: Table, *cells: str) -> None:
-    """A row of plain text: answers are whatever a model wrote."""
+    """Add a row of plain text, because answers are untrusted model output."""
     table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -1,7 +1,8 @@
-"""The gate: a finalist judged against the champion on the sealed split.
+"""Gate: compare a finalist with the champion on the sealed split.
 
-Only this module opens that split, in a process that no explorer shares (`python -m discovery.promotion.gate`). The
-outcome is in the ledger before anyone sees it: a judgement costs the split something even if nobody reads it.
+Only this module opens the sealed split, in a process that no explorer shares (`python -m discovery.promotion.gate`).
+The outcome is written to the ledger before anyone sees it, because every judgement spends part of the split's error
+rate, even one that nobody reads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from discovery.promotion.verdict import (
 __all__ = ["GateJob", "GateReport", "GateTerms", "card_of", "run_gate"]
 
 BAD_INPUT = 2
-"""Exit status when nothing could be judged."""
+"""Exit status if nothing could be judged."""
 
 
 def run_gate(
@@ -58,23 +59,23 @@ def run_gate(
     terms: GateTerms = DEFAULT_TERMS,
     answers: AnswerComparison = AnswerComparison.AUTO,
 ) -> GateReport:
-    """Judge a finalist; what was judged before on the same split against the same champion is told again.
+    """Judge a finalist. A judgement on the same split against the same champion is returned from the ledger.
 
-    Raises GateError if it cannot be judged so, and what `Evaluation.run` raises; then nothing has been spent. Nor has
-    it where the machine disturbed the judgement, unless that has happened too often on these questions.
+    Raises GateError if the finalist cannot be judged, and the errors of `Evaluation.run`. Nothing has been spent then,
+    except that a disturbed judgement counts once more than `FREE_DISTURBANCES` occurred on these questions.
     """
     _check(finalist, champion, rules, betas, terms)
     betas = sorted(set(betas))
     ledger = Ledger(ledger_path)
     questions = sorted({one.question for cell in cells for one in source.load(cell)})
     split = fingerprint(questions, (cell.model for cell in cells))
-    if told := _recorded(ledger, split, finalist, champion):
-        return told
+    if recorded := _recorded(ledger, split, finalist, champion):
+        return recorded
     evaluation = Evaluation(
         source, cells, [finalist, champion], betas, shuffles, answers, rules, weights=DEFAULT_WEIGHTS
     )
     try:
-        measured = score_controllers(evaluation, engine)  # nobody is judged by a vote
+        measured = score_controllers(evaluation, engine)  # votes never decide a judgement
     except MachineDisturbed as error:
         with ledger.locked():
             k, before = ledger.next_k(questions), ledger.disturbances(questions)
@@ -90,16 +91,17 @@ def run_gate(
                 who=who,
                 report={DISTURBED: str(error)},
             )
-        spent = f"no look is spent, this was disturbance {before + 1} of the {FREE_DISTURBANCES} that are free"
+        spent = f"no judgement is spent, this was disturbance {before + 1} of {FREE_DISTURBANCES} free ones"
         if before >= FREE_DISTURBANCES:
-            spent = f"a look is spent, for {before} judgements on these questions were disturbed before"
-        raise GateError(f"{finalist.name} could not be judged: {error}; {spent}; judge it again") from None
+            spent = f"one judgement is spent, because {before} on these questions were disturbed before"
+        raise GateError(f"{finalist.name} could not be judged: {error}; {spent}; retry") from None
     if failed := [failure for score in measured.sides[1].scores for failure in score.failures]:
-        raise GateError(f"the champion {champion.name} fails itself ({failed[0].message}); nothing is judged by it")
+        failures = f"{len(failed)} episodes ({failed[0].message})"
+        raise GateError(f"champion {champion.name} failed {failures}; cannot compare against it")
     advice = advise(finalist.source) if finalist.source is not None else []
     with ledger.locked():
-        if told := _recorded(ledger, split, finalist, champion):  # another process was faster
-            return told
+        if recorded := _recorded(ledger, split, finalist, champion):  # another process has judged it meanwhile
+            return recorded
         report = judge(measured, terms, JudgementContext(ledger.next_k(questions), advice, split, now, who))
         ledger.append(
             split=split,
@@ -118,43 +120,43 @@ def run_gate(
 
 def _check(finalist: Spec, champion: Spec, rules: ReplayRules, betas: Sequence[float], terms: GateTerms) -> None:
     if finalist.digest == champion.digest:
-        raise GateError(f"{finalist.name} is the champion itself")
+        raise GateError(f"finalist {finalist.name} is identical to the champion; nothing to compare")
     if finalist.is_foreign and not rules.seal(finalist):
-        raise GateError(f"{finalist.name}: a controller from a file is judged sealed or not at all")
+        raise GateError(f"{finalist.name}: a controller from a file can only be judged in the sandbox")
     if not 0 < terms.alpha < 1:
-        raise GateError(f"α is {terms.alpha:g}; what may be spent lies between 0 and 1")
+        raise GateError(f"α is {terms.alpha:g}; it must be above 0 and below 1")
     if terms.beta not in betas:
-        raise GateError(f"the deployed β {terms.beta:g} is not among those scored: {', '.join(map(str, betas))}")
+        raise GateError(f"the deployed β {terms.beta:g} is not among the scored values {', '.join(map(str, betas))}")
 
 
 def _recorded(ledger: Ledger, split: str, finalist: Spec, champion: Spec) -> GateReport | None:
-    found = ledger.find(split, finalist.digest, champion.digest)
+    judgement = ledger.find(split, finalist.digest, champion.digest)
     try:
-        return None if found is None else report_of(found.report)
+        return None if judgement is None else report_of(judgement.report)
     except ValueError as error:
-        raise GateError(f"the ledger's report on {finalist.name} is none: {error}") from None
+        raise GateError(f"the ledger's report on {finalist.name} is not valid: {error}") from None
 
 
 @dataclass(frozen=True)
 class GateJob:
-    """What `python -m discovery.promotion.gate` is to do: an option a field, as text."""
+    """Input of `python -m discovery.promotion.gate`; each field is a command-line option."""
 
     finalist: str  # NAME, NAME@N or FILE.py
     champion: str
     recordings: Path
     ledger: Path
-    report: Path  # where the report goes
-    created: str  # the time
-    who: str  # asks for it
+    report: Path  # file to write the report to
+    created: str  # ISO 8601 time
+    who: str  # user name for the ledger
     split: Split = Split.HELD_OUT
-    models: str = ""  # none means all
+    models: str = ""  # comma-separated; empty means all
     benchmarks: str = ""
     betas: str = "0,0.25,0.5,0.75,1"
     shuffles: int = 100
     answers: AnswerComparison = AnswerComparison.AUTO
     max_branches: int = 64
     engine: EngineName = EngineName.PROCESS
-    workers: int = 0  # 0 means as many as cores
+    workers: int = 0  # 0 means one per core
     alpha: float = GateTerms.alpha
     beta: float = GateTerms.beta
     margin: float = GateTerms.margin
@@ -162,11 +164,11 @@ class GateJob:
 
     @property
     def options(self) -> list[str]:
-        """It as command-line options."""
+        """The job as command-line options."""
         return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
 
     def run(self) -> GateReport:
-        """Judge, and write the report. Raises DiscoveryError or ControllersError."""
+        """Judge the finalist and write the report. Raises DiscoveryError or ControllersError."""
         check_writable_path(self.report, "--report")
         check_writable_path(self.ledger, "--ledger")
         source = open_source(self.recordings)
@@ -193,8 +195,8 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _ordered(given: Mapping[str, str]) -> GateJob:
-    """The order as its options say. Raises GateError."""
+def _parse_job(given: Mapping[str, str]) -> GateJob:
+    """Validate the options and return the job. Raises GateError."""
     try:
         return TypeAdapter(GateJob).validate_python(given)
     except ValidationError as error:
@@ -203,13 +205,13 @@ def _ordered(given: Mapping[str, str]) -> GateJob:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line orders. What went wrong is a line on standard error."""
+    """Run the job given on the command line. Errors are printed as one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m discovery.promotion.gate", description=__doc__)
     for field in fields(GateJob):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     try:
-        _ordered(given).run()
+        _parse_job(given).run()
     except (DiscoveryError, ControllersError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return BAD_INPUT

@@ -1,12 +1,13 @@
-"""The folder of installed controllers, which the proxy reads and the verbs of promotion change.
+"""Registry: the folder of installed controllers, which the proxy reads and the promotion commands change.
 
-    registry.json    who is at which stage, and the latest line of the audit: the one file whose renaming is a change
-    DIGEST.py        a controller's text, named by its hash
-    DIGEST.json      its card: its name, the report it passed by, whether it was forced
-    audit.jsonl      a line a change, each with the hash of the line before it
+    registry.json    the controller at each stage, and the latest line of the audit log
+    DIGEST.py        a controller's source, named by its hash
+    DIGEST.json      its card: its name, its gate report, whether it was forced
+    audit.jsonl      one line per change, in a hash chain
 
-A change is made under a lock. Whatever is cut short leaves the old or the new: files are whole before they are named,
-and a line the audit lacks is in registry.json and added by the next change.
+Changes are made under a lock, and renaming registry.json commits them. A change that is cut short leaves the old or
+the new state: files are complete before they get their names, and an audit line that is missing from audit.jsonl is in
+registry.json, from which the next change adds it.
 """
 
 from __future__ import annotations
@@ -23,37 +24,37 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from controllers.errors import BadController
+from controllers.installed import RolloutState, Stage, name_problem
 from controllers.loading import Spec, read_source
-from controllers.rollout_state import RolloutStage, RolloutState, name_problem
 from discovery.data.atomic_files import create_exclusively
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
 from discovery.data.safe_json import parse_json
 from discovery.errors import DamagedLog, PromotionError
 
 SHORTEST: Final = 4
-"""Digits of a digest that may stand for it."""
+"""Minimum digits of a digest prefix."""
 ORIGIN: Final = "0" * 64
 """The `chain` of the first line of an audit log."""
 
 _UNFINISHED: Final = ".autotts-"
 
 Card = Mapping[str, Any]
-"""What is known of an installed controller: its `name` and `digest`, a `headline`, the `report`, whether `forced`."""
+"""Facts about an installed controller: `name`, `digest`, `headline`, `report`, and whether it was `forced`."""
 Move = Callable[[RolloutState], RolloutState]
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeCause:
-    """Who changes what is installed, and why."""
+    """Who made a change to the registry, why and when."""
 
     who: str
     why: str
-    when: datetime  # with its time zone
-    forced: bool = False  # without a passed gate, or against a quarantine
+    when: datetime  # with time zone
+    forced: bool = False  # without a passed gate, or despite a quarantine
 
 
 class FileStamp(NamedTuple):
-    """What is different once registry.json has been replaced."""
+    """Identity of one version of registry.json; it differs after every replacement."""
 
     changed_ns: int
     inode: int
@@ -61,7 +62,7 @@ class FileStamp(NamedTuple):
 
 
 class Registry:
-    """The controllers installed in a folder, which need not be there before the first is. Threads may share it."""
+    """The controllers installed in a folder, which is created by the first change. Threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,32 +73,32 @@ class Registry:
     # Reading
 
     def stamp(self) -> FileStamp | None:
-        """Cheaply, whether there is something new to read; None where nothing is installed. Raises PromotionError."""
+        """Return a value that changes with registry.json; None if nothing is installed. Raises PromotionError."""
         try:
-            found = self.file.stat()
+            status = self.file.stat()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise PromotionError(f"{self.file}: {error.strerror}") from None
-        return FileStamp(found.st_mtime_ns, found.st_ino, found.st_size)
+        return FileStamp(status.st_mtime_ns, status.st_ino, status.st_size)
 
     def read(self) -> RolloutState:
-        """Who is at which stage now. Raises PromotionError."""
+        """Return the controllers by stage. Raises PromotionError."""
         return self._load()[0]
 
     def spec(self, digest: str) -> Spec:
-        """An installed controller. Raises PromotionError if its file is not what was installed."""
+        """Load an installed controller. Raises PromotionError if its file is missing or was changed."""
         path = self._source(digest)
         try:
             source = read_source(path)
         except BadController as error:
             raise PromotionError(f"{error}; {_MEND_FILE}") from None
         if sha256(source.encode()).hexdigest() != digest:
-            raise PromotionError(f"{path}: its text is not what its name is the hash of; {_MEND_FILE}")
+            raise PromotionError(f"{path}: the content does not match the hash in its name; {_MEND_FILE}")
         return Spec(self.card(digest)["name"], source)
 
     def card(self, digest: str) -> Card:
-        """What is known of an installed controller. Raises PromotionError."""
+        """Return the card of an installed controller. Raises PromotionError."""
         path = self._card(digest)
         try:
             card = parse_json(path.read_bytes())
@@ -106,20 +107,23 @@ class Registry:
         except ValueError as error:
             raise PromotionError(f"{path}: {error}; {_MEND_FILE}") from None
         if not isinstance(card, dict) or not isinstance(card.get("name"), str) or name_problem(card["name"]):
-            raise PromotionError(f"{path}: it names no controller; {_MEND_FILE}")
+            raise PromotionError(f"{path}: not the card of a controller; {_MEND_FILE}")
         return card
 
     def digests(self) -> list[str]:
-        """All that are installed, at a stage or not."""
+        """Return the digests of all installed controllers, at a stage or not."""
         return sorted(path.stem for path in self.folder.glob("*.py"))
 
     def find(self, prefix: str) -> str:
-        """The digest of the installed controller whose digest begins so. Raises PromotionError."""
-        found = [digest for digest in self.digests() if digest.startswith(prefix)]
-        if len(prefix) < SHORTEST or len(found) != 1:
+        """Return the full digest of the installed controller with this prefix. Raises PromotionError."""
+        matching = [digest for digest in self.digests() if digest.startswith(prefix)]
+        if len(prefix) < SHORTEST or len(matching) != 1:
             known = ", ".join(digest[:12] for digest in self.digests()) or "none"
-            raise PromotionError(f"{prefix!r} is the beginning of {len(found)} digests in {self.folder}: {known}")
-        return found[0]
+            raise PromotionError(
+                f"{prefix!r} matches {len(matching)} digests in {self.folder}; "
+                f"give at least {SHORTEST} digits of one of {known}"
+            )
+        return matching[0]
 
     def audit(self) -> list[Mapping[str, Any]]:
         """Return every change, the latest last. Raises PromotionError if the audit log is not as it was written."""
@@ -131,23 +135,27 @@ class Registry:
 
     # Changing
 
-    def install(self, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
-        """Put a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
+    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> RolloutState:
+        """Install a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
         if spec.source is None or (wrong := name_problem(spec.name)):
-            raise PromotionError(wrong if spec.source else f"{spec.name} is built in: it is configured, not promoted")
-        told = {**card, "name": spec.name, "digest": spec.digest, "forced": by.forced}
-        files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _written(told)}
+            raise PromotionError(
+                wrong
+                if spec.source
+                else f"{spec.name} is built in; select it in the configuration instead of promoting it"
+            )
+        complete_card = {**card, "name": spec.name, "digest": spec.digest, "forced": by.forced}
+        files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _as_bytes(complete_card)}
         return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
 
-    def promote(self, digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
+    def promote(self, digest: str, stage: Stage, share: float, by: ChangeCause) -> RolloutState:
         """Move an installed controller to a stage. Raises PromotionError."""
         self.spec(digest)
         card = self.card(digest)
-        files = {self._card(digest): _written({**card, "forced": True})} if by.forced else {}
+        files = {self._card(digest): _as_bytes({**card, "forced": True})} if by.forced else {}
         return self._change(f"promote to {stage}", digest, _promote(digest, stage, share, by), by, files)
 
     def roll_back(self, by: ChangeCause) -> RolloutState:
-        """Return to the champion before this one, without a canary. Raises PromotionError."""
+        """Restore the previous champion and drop the canary. Raises PromotionError."""
 
         def back(now: RolloutState) -> RolloutState:
             moved = now.roll_back()
@@ -158,11 +166,11 @@ class Registry:
         return self._change("rollback", None, back, by)
 
     def drop_canary(self, digest: str, by: ChangeCause) -> RolloutState:
-        """No canary any more, if it is this one. Raises PromotionError."""
+        """Drop the canary if it is this controller. Raises PromotionError."""
         return self._change("drop canary", digest, lambda now: now.drop_canary(digest), by)
 
     def quarantine(self, digest: str, by: ChangeCause) -> RolloutState:
-        """A controller that fails is not asked any more. Raises PromotionError."""
+        """Quarantine a failing controller, so that it no longer decides. Raises PromotionError."""
         return self._change("quarantine", digest, lambda now: now.quarantine(digest), by)
 
     def _change(
@@ -176,24 +184,24 @@ class Registry:
             except ValueError as error:
                 raise PromotionError(str(error)) from None
             for path, data in (files or {}).items():
-                self._put(path, data)
+                self._write(path, data)
             os.fsync(folder)
             line = _line(action, digest, before, after, by, hash_line(lines[-1]) if lines else ORIGIN)
-            self._put(self.file, _written({**after.as_json(), "audit": line.decode()}))
-            with suppress(OSError):  # the change is made, and its line in registry.json: the next change adds it
+            self._write(self.file, _as_bytes({**after.as_json(), "audit": line.decode()}))
+            with suppress(OSError):  # the change is committed; the next change adds the line from registry.json
                 self._audit_log.append(line)
-            self._keep(folder)
+            self._sync(folder)
         return after
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """The folder's descriptor; nobody else changes anything meanwhile."""
+        """Lock the folder against other writers and yield its descriptor. Raises PromotionError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX)
-                for left in self.folder.glob(f"{_UNFINISHED}*"):  # by one that was killed: whoever lives holds the lock
+                for left in self.folder.glob(f"{_UNFINISHED}*"):  # left by a killed process, since the lock is ours
                     left.unlink()
                 yield folder
             finally:
@@ -201,8 +209,8 @@ class Registry:
         except OSError as error:
             raise PromotionError(f"{error.filename or self.folder}: {error.strerror}") from None
 
-    def _put(self, path: Path, data: bytes) -> None:
-        """A file that is whole on the disk before it has its name."""
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file completely to the disk before it gets its name."""
         unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
         with create_exclusively(unfinished) as file:
             file.write(data)
@@ -210,12 +218,12 @@ class Registry:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
 
-    def _keep(self, folder: int) -> None:
+    def _sync(self, folder: int) -> None:
         try:
             os.fsync(folder)
         except OSError as error:
-            words = "the change is made, but a power cut now may undo it"
-            raise PromotionError(f"{self.folder}: {error.strerror}: {words}") from None
+            warning = "the change is made, but a power failure now may undo it"
+            raise PromotionError(f"{self.folder}: {error.strerror}: {warning}") from None
 
     def _mend_audit(self, latest: bytes | None) -> list[bytes]:
         """Complete the audit log after a change that was cut short. Returns its lines."""
@@ -238,19 +246,19 @@ class Registry:
         return lines, [latest]
 
     def _load(self) -> tuple[RolloutState, bytes | None]:
-        """What registry.json says, and the audit's line it was written with."""
+        """Return the content of registry.json, and the audit line it was written with."""
         try:
             data = parse_json(self.file.read_bytes())
             if not isinstance(data, dict) or not isinstance(parse_json(data["audit"])["chain"], str):
-                raise ValueError("it is no registry")
+                raise ValueError("not a registry")
             return RolloutState.parse(data), data["audit"].encode()
         except FileNotFoundError:
             return RolloutState(), None
         except OSError as error:
             raise PromotionError(f"{self.file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
-            words = str(error) if isinstance(error, ValueError) else "it is no registry"
-            raise PromotionError(f"{self.file}: {words}; {_MEND_REGISTRY}") from None
+            reason = str(error) if isinstance(error, ValueError) else "not a registry"
+            raise PromotionError(f"{self.file}: {reason}; {_MEND_REGISTRY}") from None
 
     def _source(self, digest: str) -> Path:
         return self.folder / f"{digest}.py"
@@ -259,22 +267,20 @@ class Registry:
         return self.folder / f"{digest}.json"
 
 
-_MEND_FILE: Final = "promote the controller's file again, or `autotts rollback` to the champion before it"
-_MEND_AUDIT: Final = "put it back from a copy, or move it away to begin another"
+_MEND_FILE: Final = "promote the controller's file again, or return to the previous champion with `autotts rollback`"
+_MEND_AUDIT: Final = "restore it from a copy, or move it away to begin a new one"
 _MEND_REGISTRY: Final = (
-    "put it back from a copy, or move it away and promote again: audit.jsonl says what was installed"
+    "restore it from a copy, or move it away and promote again; audit.jsonl lists what was installed"
 )
 
 
-def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> Move:
+def _promote(digest: str, stage: Stage, share: float, by: ChangeCause) -> Move:
     return lambda now: now.promote(digest, stage, share, by.forced)
 
 
-def _line(
-    action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str
-) -> bytes:
-    """A line of the audit. Of `before` and `after` it has the stages whose holder is another."""
-    changed = [stage for stage in RolloutStage if before.stages[stage] != after.stages[stage]]
+def _line(action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str) -> bytes:
+    """Return a line of the audit log. `before` and `after` list only the stages whose controller changed."""
+    changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
     record = json.dumps(
         {
             "when": by.when.isoformat(),
@@ -307,5 +313,5 @@ _CHAIN: Final[ChainFormat[Mapping[str, Any]]] = ChainFormat(
 )
 
 
-def _written(data: Mapping[str, Any]) -> bytes:
+def _as_bytes(data: Mapping[str, Any]) -> bytes:
     return json.dumps(data, indent=2).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""A verdict: what is asked of a finalist, how it fared against the champion, and what follows. No I/O, no chance."""
+"""Verdict of the gate: the conditions a finalist must meet and the report on them. No I/O, no randomness."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from discovery.evaluation.paired_statistics import (
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
 
 BOTH_SIDES: Final = 2.5
-"""Percent beyond each end of an interval."""
+"""Percent beyond each end of a 95 % interval."""
 
 
 class GateVerdict(StrEnum):
-    """What follows."""
+    """Outcome of a judgement."""
 
-    PROMOTE = "promote"  # every condition holds
-    REJECT = "reject"  # one fails for good
-    UNDECIDED = "undecided"  # more questions could tell
+    PROMOTE = "promote"  # every condition is met
+    REJECT = "reject"  # a final condition is not met
+    UNDECIDED = "undecided"  # more questions could decide
 
 
 @dataclass(frozen=True)
 class GateTerms:
-    """What is asked of a finalist."""
+    """Requirements on a finalist."""
 
-    alpha: float = 0.05  # of ever promoting one that is no better, over the split's lifetime
-    beta: float = 0.5  # the deployed β, at which accuracy must not fall
-    margin: float = 1.0  # points it may fall there
-    losing: float = 2.0  # points of AFS no single cell may lose
-    slowdown: float = 1.25  # how many times the champion's critical path may be, one interval aside
+    alpha: float = 0.05  # probability of ever promoting a finalist that is no better, over the split's lifetime
+    beta: float = 0.5  # the deployed β, at which accuracy must not drop
+    margin: float = 1.0  # points of accuracy that may be lost at the deployed β
+    losing: float = 2.0  # points of AFS that no single cell may lose
+    slowdown: float = 1.25  # maximum critical path as a multiple of the champion's, plus one interval
 
 
 DEFAULT_TERMS: Final = GateTerms()
@@ -53,26 +53,26 @@ DEFAULT_TERMS: Final = GateTerms()
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that must hold."""
+    """One condition and whether it is met."""
 
     name: str
     held: bool
-    final: bool  # where it does not hold, more questions would not mend it
-    figure: float | None  # None where nothing is known
+    final: bool  # if it is not met, more questions would not change that
+    figure: float | None  # None if unknown
     bound: float | None
     words: str
 
 
 @dataclass(frozen=True)
 class CellReport:
-    """One cell: both curves, and what the finalist gains."""
+    """Both curves on one cell, and the finalist's gain."""
 
     model: str
     benchmark: str
     split: str
     questions: int
     delta_afs: float  # points
-    low: float | None  # one-sided 95 % bounds, None where one question says nothing of others
+    low: float | None  # one-sided 95 % bounds; None with a single question
     high: float | None
     finalist: list[dict[str, float]]  # beta, tokens, accuracy in percent, path: p95 in tokens
     champion: list[dict[str, float]]
@@ -80,17 +80,17 @@ class CellReport:
 
 @dataclass(frozen=True)
 class Headlines:
-    """For people; shown and never used."""
+    """Figures for people; no condition depends on them."""
 
     beta: float
-    savings: float | None  # percent of the champion's tokens at β that the same accuracy costs less
-    savings_cells: int  # cells in which the finalist comes to that accuracy at all
-    accuracy: float  # points more at the tokens the champion spends at β
+    savings: float | None  # percent fewer tokens than the champion at β for the same accuracy
+    savings_cells: int  # cells in which the finalist reaches that accuracy
+    accuracy: float  # points gained at the champion's tokens at β
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """Everything a verdict rests on."""
+    """Everything a verdict is based on."""
 
     digest: str
     name: str
@@ -98,11 +98,11 @@ class GateReport:
     champion_digest: str
     verdict: GateVerdict
     alpha: float  # spent on this judgement
-    k: int  # it was the k-th on these questions
+    k: int  # position among the judgements on these questions, from 1
     p: float
     delta_afs: float  # points
     interval: tuple[float, float] | None  # 95 %, over questions
-    mde: float | None  # the ΔAFS four tests in five would notice; None if they would notice none
+    mde: float | None  # ΔAFS detected with 80 % power; None if none is
     questions: int
     conditions: list[Condition]
     cells: list[CellReport]
@@ -110,26 +110,26 @@ class GateReport:
     split: str  # fingerprint
     created: str
     who: str
-    answers: str = ""  # when two were the same; empty if unknown
+    answers: str = ""  # how answers are compared; empty if unknown
 
     @property
     def failed(self) -> list[Condition]:
-        """What does not hold."""
+        """The conditions that are not met."""
         return [one for one in self.conditions if not one.held]
 
     @property
     def headline(self) -> str:
-        """It in a line."""
+        """The result in one line."""
         saved = self.headlines.savings
-        words = "" if saved is None else f", {saved:.0f} % fewer tokens at equal accuracy"
-        return f"{self.delta_afs:+.2f} points of AFS against {self.champion}{words}"
+        savings = "" if saved is None else f", {saved:.0f} % fewer tokens at equal accuracy"
+        return f"{self.delta_afs:+.2f} points of AFS against {self.champion}{savings}"
 
     def as_json(self) -> dict[str, Any]:
-        """What is written, and what the ledger keeps."""
+        """Return the report as JSON, as it is written and kept in the ledger."""
         return {"headline": self.headline, **_REPORT.dump_python(self, mode="json")}
 
     def write(self, path: Path) -> None:
-        """Write it as JSON. Raises FileWriteError."""
+        """Write the report as JSON. Raises FileWriteError."""
         with atomic_write(path) as file:
             file.write((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -138,24 +138,24 @@ _REPORT: Final = TypeAdapter(GateReport)
 
 
 def report_of(data: Mapping[str, Any]) -> GateReport:
-    """A report from its JSON. Raises ValueError if it is none."""
+    """Parse a report from JSON. Raises ValueError if it is not valid."""
     return _REPORT.validate_python(data)
 
 
 class JudgementContext(NamedTuple):
-    """What a judgement is told of itself."""
+    """Facts about a judgement that do not follow from the scores."""
 
     k: int
-    advice: Sequence[str]  # against the finalist's text
+    advice: Sequence[str]  # findings of the static check on the finalist's source
     split: str  # fingerprint
     created: str
     who: str
 
 
 def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> GateReport:
-    """The verdict on the first side of `measured` against the second."""
+    """Judge the first side of `measured` against the second."""
     finalist, champion = measured.sides
-    gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.baselines}
+    gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.ground}
     cells = [_cell(cell, gain, finalist, champion) for cell, gain in gains.items()]
     of_questions = _pooled(gains, measured)
     spent = sequential_alpha(about.k, terms.alpha)
@@ -203,63 +203,63 @@ def _verdict(conditions: Sequence[Condition]) -> GateVerdict:
 
 
 def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
-    return question_values(values, {cell: measured.baselines[cell].questions for cell in values})
+    return question_values(values, {cell: measured.ground[cell].questions for cell in values})
 
 
 # Conditions
 
 
 def _static(advice: Sequence[str]) -> Condition:
-    return Condition("static", not advice, True, len(advice), 0, "; ".join(advice) or "nothing against its text")
+    return Condition("static", not advice, True, len(advice), 0, "; ".join(advice) or "no findings in the source")
 
 
 def _failures(finalist: ControllerScores) -> Condition:
     failures = [failure for score in finalist.scores for failure in score.failures]
-    words = f"{len(failures)} episodes failed: {failures[0].message}" if failures else "no episode failed"
-    return Condition("failures", not failures, True, len(failures), 0, words)
+    text = f"{len(failures)} episodes failed: {failures[0].message}" if failures else "no episode failed"
+    return Condition("failures", not failures, True, len(failures), 0, text)
 
 
 def _accuracy(measured: ScoreSet, terms: GateTerms) -> Condition:
-    """Not inferior at the deployed β; for good only where it is surely below the champion, not merely unsure."""
+    """Check non-inferiority at the deployed β; final only if accuracy is significantly below the champion's."""
     finalist, champion = measured.sides
-    gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.baselines}
+    gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.ground}
     of_questions = _pooled(gains, measured)
     low, high = bootstrap_bounds(of_questions)
-    words = f"{of_questions.mean():+.2f} points at β = {terms.beta:g}, {_between(low, high, 90)}"
-    return Condition("accuracy", low >= -terms.margin, high < 0, _known(low), -terms.margin, words)
+    text = f"{of_questions.mean():+.2f} points at β = {terms.beta:g}, {_between(low, high, 90)}"
+    return Condition("accuracy", low >= -terms.margin, high < 0, _known(low), -terms.margin, text)
 
 
 def _losing(cells: Sequence[CellReport], terms: GateTerms) -> Condition:
-    """No cell that badly and surely loses."""
+    """Check that no cell loses more than allowed, significantly."""
     lost = [one for one in cells if one.delta_afs < -terms.losing and one.high is not None and one.high < 0]
     worst = min(lost or cells, key=lambda one: one.delta_afs)
-    words = f"{worst.model} {worst.benchmark}: ΔAFS {worst.delta_afs:+.2f}"
-    return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, words)
+    text = f"{worst.model} {worst.benchmark}: ΔAFS {worst.delta_afs:+.2f}"
+    return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, text)
 
 
 def _path(measured: ScoreSet, terms: GateTerms) -> Condition:
-    """Its critical path, p95, over cells, at the β where it is longest for what is allowed."""
-    finalist, champion = ([side.curves[cell].points for cell in measured.baselines] for side in measured.sides)
-    interval = np.mean([baseline.interval for baseline in measured.baselines.values()])
+    """Check the p95 critical path, averaged over cells, at the β where it exceeds its limit most."""
+    finalist, champion = ([side.curves[cell].points for cell in measured.ground] for side in measured.sides)
+    interval = np.mean([ground.interval for ground in measured.ground.values()])
     paths, allowed = (np.array([[one.path for one in points] for points in side]) for side in (finalist, champion))
     mean, bound = paths.mean(axis=0), terms.slowdown * allowed.mean(axis=0) + interval
     at = int(np.argmax(mean - bound))
-    words = f"{mean[at]:,.0f} tokens at β = {finalist[0][at].beta:g}, {bound[at]:,.0f} allowed"
-    return Condition("path", bool(mean[at] <= bound[at]), True, float(mean[at]), float(bound[at]), words)
+    text = f"{mean[at]:,.0f} tokens at β = {finalist[0][at].beta:g}, {bound[at]:,.0f} allowed"
+    return Condition("path", bool(mean[at] <= bound[at]), True, float(mean[at]), float(bound[at]), text)
 
 
 def _without_each_model(gains: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> Condition:
-    """No model carries the gain alone. More questions may mend it, and it is no proof of harm."""
+    """Check that the gain remains if any one model is left out. Never final, because it does not show a loss."""
     left: dict[str, float] = {}
     for model in dict.fromkeys(cell.model for cell in gains):
         rest = {cell: gain for cell, gain in gains.items() if cell.model != model}
         if rest:
             left[model] = float(_pooled(rest, measured).mean())
     if not left:
-        return Condition("models", True, False, None, 0.0, "one model: there is none to leave out")
+        return Condition("models", True, False, None, 0.0, "only one model; none can be left out")
     model = min(left, key=left.__getitem__)
-    words = f"without {model}: ΔAFS {left[model]:+.2f}"
-    return Condition("models", left[model] > 0, False, left[model], 0.0, words)
+    text = f"without {model}: ΔAFS {left[model]:+.2f}"
+    return Condition("models", left[model] > 0, False, left[model], 0.0, text)
 
 
 # Figures
@@ -297,7 +297,7 @@ def _headlines(finalist: ControllerScores, champion: ControllerScores, beta: flo
 
 
 def _between(low: float, high: float, percent: int = 95) -> str:
-    return f"{percent} % in [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "of one question"
+    return f"{percent} % in [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "only one question"
 
 
 def _known(bound: float) -> float | None:
@@ -305,20 +305,20 @@ def _known(bound: float) -> float | None:
 
 
 def card_of(report: GateReport, lineage: Sequence[str] = (), **more: Any) -> dict[str, Any]:
-    """The card that goes with a controller's file: what it is, on which data it showed what, and whom it comes from.
+    """Return the card that goes with a controller's file: its identity, data, results and lineage.
 
-    `lineage` are digests, parents first; `more` is what else the caller knows, such as the run that found it.
+    `lineage` holds digests, oldest first. `more` are further entries, such as the run that found the controller.
     """
-    told = report.as_json()
+    content = report.as_json()
     judgement = ("verdict", "champion", "champion_digest", "alpha", "k", "p", "delta_afs", "interval", "created", "who")
-    cells = [{key: cell[key] for key in ("model", "benchmark", "split", "questions")} for cell in told["cells"]]
+    cells = [{key: cell[key] for key in ("model", "benchmark", "split", "questions")} for cell in content["cells"]]
     return {
         "name": report.name,
         "digest": report.digest,
         "lineage": list(lineage),
         "data": {"fingerprint": report.split, "questions": report.questions, "cells": cells},
         "curve": {f"{cell.model} {cell.benchmark}": cell.finalist for cell in report.cells},
-        "gate": {key: told[key] for key in judgement},
-        "headlines": told["headlines"],
+        "gate": {key: content[key] for key in judgement},
+        "headlines": content["headlines"],
         **more,
     }

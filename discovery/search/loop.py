@@ -1,7 +1,7 @@
-"""The loop that improves the loop: an explorer proposes, replay judges, and is shown what came of it.
+"""Search loop: an explorer proposes candidates, replay judges them, and the explorer sees the results.
 
-All that happens is in the history. A run is what its history says: killed at any point and resumed, it goes on as if
-nothing had been.
+The history is the only state of a run. A run that is killed at any point and resumed continues as if it had not been
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from discovery.search.history import History
 from discovery.search.trial_pool import TrialSettings
 
 BASELINES: Final = ("cmc", "short_m_at_k", "self_consistency", "asc")
-"""Built-in controllers every run begins with."""
+"""Built-in controllers that every run begins with."""
 FINALISTS: Final = 5
-"""The best on the search split that are tried again in fresh orders, of which one is chosen."""
+"""Number of best candidates that are tried again in new branch orders, of which one is chosen."""
 FINAL_SHUFFLES: Final = 10
 FIRST_FINAL_SHUFFLE: Final = 1000
-"""Where the orders begin in which finalists are tried; no search gets so far."""
+"""First branch order in which finalists are tried; no search uses orders this high."""
 FINAL_BETAS: Final = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-"""β at which finalists are tried."""
+"""Values of β at which finalists are tried."""
 
 Digester = Callable[[Candidate], str]
-"""A digest of a candidate's traces, for its author."""
+"""Returns a digest of a candidate's traces for explorers to read."""
 
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """When a run ends; None sets no bound."""
+    """Stopping conditions of a run; None means no limit."""
 
     rounds: int | None = None  # proposals
-    usd: float | None = None  # that proposals may cost
-    minutes: float | None = None  # of this process
+    usd: float | None = None  # cost of proposals
+    minutes: float | None = None  # in this process
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """What a run has found."""
+    """The best controller of a run."""
 
     candidate: Candidate
-    curves: Sequence[Curve]  # in fresh orders, sealed
-    lineage: Sequence[str]  # digests, the oldest first
+    curves: Sequence[Curve]  # in new branch orders, sandboxed
+    lineage: Sequence[str]  # digests, oldest first
 
     @property
     def afs(self) -> float:
-        """Its score in fresh orders, without what latency costs."""
+        """AFS in new branch orders, without the latency charge."""
         return mean_afs(self.curves)
 
 
 class SearchLoop:
-    """One search. `digester` is asked for the best candidates' traces where the explorer reads them."""
+    """One search run. `digester` summarizes the best candidates' traces for explorers that read them."""
 
     def __init__(
         self, explorer: Explorer, cascade: Cascade, history: History, seed: int, digester: Digester | None = None
@@ -73,27 +73,30 @@ class SearchLoop:
 
     @property
     def steps(self) -> int:
-        """Proposals that have been judged."""
+        """Number of proposals that have been judged."""
         return len(self.history.bodies("judged"))
 
     @property
     def verdicts(self) -> list[CandidateVerdict]:
-        """Every verdict, in order."""
+        """All verdicts, in order."""
         return [verdict for _, verdict in read_pairs(self.history)]
 
     @property
     def candidates(self) -> list[Candidate]:
-        """Every candidate that has been judged, in order."""
+        """All judged candidates, in order."""
         return [candidate for candidate, _ in read_pairs(self.history)]
 
     @property
     def spent(self) -> float:
-        """Dollars that proposals have cost."""
+        """Cost of all proposals, in USD."""
         bodies = self.history.bodies("proposed")
         return float(sum(_candidate(one).cost.usd for body in bodies for one in body["candidates"]))
 
-    def go(self, limits: SearchLimits, on_step: Callable[[SearchLoop], None] = lambda run: None) -> None:
-        """Propose and judge until a limit is met or the explorer has no more. Raises ExplorerError, EngineError."""
+    def search(self, limits: SearchLimits, on_step: Callable[[SearchLoop], None] = lambda run: None) -> None:
+        """Propose and judge until a limit is reached or the explorer has no more candidates.
+
+        Raises ExplorerError, EngineError.
+        """
         until = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
         if not self.history.bodies("proposed"):
             self._propose(baselines())
@@ -107,13 +110,13 @@ class SearchLoop:
                 or (until is not None and time.monotonic() >= until)
             ):
                 return
-            found = self._asked()
-            if not found:
+            candidates = self._ask_explorer()
+            if not candidates:
                 return
-            self._propose(found)
+            self._propose(candidates)
 
     def context(self) -> ExplorerContext:
-        """What the explorer is shown now."""
+        """Return what the explorer is shown now."""
         standings = [_standing(*pair) for pair in read_pairs(self.history)]
         context = ExplorerContext(self._seed, self.steps, standings)
         if self._digester is None:
@@ -122,19 +125,19 @@ class SearchLoop:
         for one in best:
             if one.digest not in self._digests:
                 self._digests[one.digest] = self._digester(one)
-        # of these alone: a resumed run knows of no earlier leaders
+        # only the current leaders, because a resumed run has no digests of earlier ones
         return ExplorerContext(
             self._seed, self.steps, standings, {one.digest: self._digests[one.digest] for one in best}
         )
 
-    def finish(self, shuffles: int = FINAL_SHUFFLES) -> Finalist:
-        """The best of those found, tried again in fresh orders; the one that is chosen is measured sealed.
+    def choose_finalist(self, shuffles: int = FINAL_SHUFFLES) -> Finalist:
+        """Try the best candidates again in new branch orders, choose one, and measure it in the sandbox.
 
-        Raises ExplorerError if none was found.
+        Raises ExplorerError if no candidate was scored.
         """
         leaders = [one for one in self.context().leaders if one.candidate.explorer != BASELINE][:FINALISTS]
         if not leaders:
-            raise ExplorerError("no candidate got through; `autotts history show` tells why")
+            raise ExplorerError("every candidate failed; see the reasons with `autotts history show`")
         fresh = range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles)
         tried = {
             one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, TrialSettings(FINAL_BETAS, fresh)))
@@ -142,7 +145,7 @@ class SearchLoop:
         }
         best = max((one.candidate for one in leaders), key=lambda one: tried[one.digest])
         curves = self._cascade.measure(best, TrialSettings(FINAL_BETAS, fresh), sealed=True)
-        if self.history.events[-1].kind != "chosen":  # else a run that had ended was resumed, and ends as it did
+        if self.history.events[-1].kind != "chosen":  # otherwise a finished run was resumed, which ends as before
             self.history.append(
                 "chosen",
                 {
@@ -154,14 +157,14 @@ class SearchLoop:
             )
         return Finalist(best, curves, self._lineage(best))
 
-    def _asked(self) -> list[Candidate]:
-        """What the explorer proposes now; nothing once the money is gone. Raises ExplorerError."""
+    def _ask_explorer(self) -> list[Candidate]:
+        """Return the explorer's next candidates; none if the budget is exhausted. Raises ExplorerError."""
         try:
             return self._explorer.propose(self.context())
         except BudgetExhausted:
             if self.steps > 1:
                 return []
-            raise  # it bought nothing
+            raise  # the budget paid for no candidate at all
 
     def _propose(self, candidates: Sequence[Candidate]) -> None:
         self.history.append("proposed", {"step": self.steps, "candidates": [asdict(one) for one in candidates]})
@@ -181,12 +184,12 @@ class SearchLoop:
 
 
 def baselines() -> list[Candidate]:
-    """The built-in controllers a run begins with, their sources for explorers to read."""
+    """Return the built-in controllers that a run begins with, with their sources."""
     return [Candidate(name, getsource(modules[BUILT_IN[name].__module__]), BASELINE) for name in BASELINES]
 
 
 def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a controller that was found: what goes with its file wherever it goes."""
+    """Return the card of a discovered controller, which accompanies its file."""
     return {
         "name": finalist.candidate.name,
         "digest": finalist.candidate.digest,
@@ -213,7 +216,7 @@ def card(run: SearchLoop, finalist: Finalist, data: Mapping[str, Any], settings:
 
 
 def read_pairs(history: History) -> list[tuple[Candidate, CandidateVerdict]]:
-    """Every candidate that has been judged, with its verdict, in order."""
+    """Return all judged candidates with their verdicts, in order."""
     return [
         (_candidate(candidate), _verdict(verdict))
         for proposed, judged in zip(history.bodies("proposed"), history.bodies("judged"), strict=False)
@@ -230,12 +233,12 @@ def _verdict(body: Mapping[str, Any]) -> CandidateVerdict:
 
 
 def _standing(candidate: Candidate, verdict: CandidateVerdict) -> ScoredCandidate:
-    """Rounded: the last digits would be learnt by heart."""
+    """Return a candidate with its rounded result; explorers would overfit to more digits."""
     score = None if verdict.score is None else round(verdict.score, 2)
     curve = [(beta, rounded_tokens(tokens), round(accuracy, 1)) for beta, tokens, accuracy in verdict.curve]
     return ScoredCandidate(candidate, score, curve, verdict.failure)
 
 
 def rounded_tokens(tokens: float) -> int:
-    """Tokens to the nearest hundred, below a thousand to two digits: short chains cost tens."""
+    """Round tokens to hundreds, and below 1000 to two significant digits."""
     return int(round(tokens, -2) if tokens >= 1000 else float(f"{tokens:.1e}"))

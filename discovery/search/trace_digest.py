@@ -1,7 +1,8 @@
-"""What went badly in a controller's episodes, in words and small tables, for whoever writes the next one.
+"""Digest of a controller's traces: its worst episodes as short texts and tables, for explorers to learn from.
 
-Traces say what was done; the recordings, replayed beside them, say which label was right. That is all that is told of
-them: labels are letters, and the right one is marked. No question, no answer's text, no name of a model or benchmark.
+The actions come from the traces; which label is correct comes from the recordings, replayed beside them. A digest
+shows labels as letters and marks the correct one. It contains no question, no answer text, and no name of a model or
+benchmark.
 """
 
 from __future__ import annotations
@@ -23,59 +24,61 @@ from discovery.evaluation.replay import ReplayEnvironment, branch_order
 
 T = TypeVar("T")
 LONGEST: Final = 6_000
-"""Characters a digest may have."""
+"""Maximum characters of a digest."""
 LOOKED_AT: Final = 1_500
-"""Episodes that are replayed, drawn evenly from the files."""
+"""Maximum episodes that are replayed, sampled evenly from the files."""
 ROWS: Final = 6
-"""Rounds of an episode that are shown."""
+"""Maximum rounds shown of an episode."""
 
 
 class EpisodeFault(StrEnum):
-    """What an episode is told for, the first that fits."""
+    """Why an episode is shown; the first value that fits."""
 
-    PRUNED = "pruned though right"  # wrong, and a branch was given up that said what is right
-    LOST = "had it and lost it"  # wrong, though some branch showed what is right
-    STOPPED = "stopped though wrong"  # wrong, and no branch it opened had shown what is right
-    WASTED = "went on though settled"  # right, and told for what it spent after that was clear
+    PRUNED = "pruned a correct branch"  # wrong, and a branch with the correct label was pruned
+    LOST = "saw the correct answer and lost it"  # wrong, although some branch showed the correct label
+    STOPPED = "stopped before seeing the correct answer"  # wrong, and no opened branch had shown the correct label
+    WASTED = (
+        "continued after the answer was settled"  # correct; shown for the tokens spent after the answer was settled
+    )
 
 
 @dataclass(frozen=True)
 class StudiedEpisode:
-    """An episode in figures."""
+    """Figures of one episode."""
 
-    path: Path  # its trace
-    at: int  # position there
+    path: Path  # trace file
+    at: int  # position in the trace file
     cell: Cell
-    question: int  # position in its cell
+    question: int  # position in the cell
     beta: float
     right: bool
-    correct: int | None  # the label that is right, if it ever appeared
+    correct: int | None  # the correct label, if it ever appeared
     rounds: int
     width: int  # branches opened
     spent: int  # tokens
-    settled: int  # tokens spent when the answer came to lead for good
-    settled_in: int  # in that round, from 1
-    showed: int  # branches that at some time showed the right label
-    pruned: int  # branches given up while they did
-    running: int  # branches that ran when it stopped
-    chains: int  # recorded
-    chains_right: int  # of those, that end right
+    settled: int  # tokens spent when the answer took the lead for good
+    settled_in: int  # round in which it did, from 1
+    showed: int  # branches that showed the correct label at some time
+    pruned: int  # branches pruned while they showed it
+    running: int  # branches still running at the end
+    chains: int  # recorded chains
+    chains_right: int  # recorded chains that end correct
 
     @property
     def fault(self) -> EpisodeFault:
-        """What it is told for."""
+        """Why the episode is shown."""
         if self.right:
             return EpisodeFault.WASTED
         return EpisodeFault.PRUNED if self.pruned else EpisodeFault.LOST if self.showed else EpisodeFault.STOPPED
 
     @property
     def after(self) -> int:
-        """Tokens spent after the answer led for good."""
+        """Tokens spent after the answer took the lead for good."""
         return self.spent - self.settled
 
     @property
     def weight(self) -> float:
-        """How much there is to learn from it, among those of its fault."""
+        """Rank of the episode among those with the same fault; higher is more instructive."""
         if self.fault is EpisodeFault.WASTED:
             return self.after
         if self.fault is EpisodeFault.STOPPED:
@@ -83,24 +86,24 @@ class StudiedEpisode:
         return (self.pruned if self.fault is EpisodeFault.PRUNED else self.showed) / self.width
 
 
-def digest(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]], most: int = 6) -> str:
-    """The worst and most wasteful of a controller's episodes, `most` of them at most, in at most LONGEST characters.
+def digest_traces(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]], most: int = 6) -> str:
+    """Describe up to `most` of a controller's worst and most wasteful episodes in at most LONGEST characters.
 
-    `traces` are one controller's files, as `Rules(traces=…)` has them written; `recordings` the cells they are of.
-    Episodes that ended by their controller's fault are left out.
+    `traces` are one controller's files, as written with `Rules(traces=…)`. `recordings` are the cells they belong to.
+    Episodes in which the controller itself failed are left out.
 
     Raises TraceError, and RecordingsNotFound if a question of the traces is not among the recordings.
     """
     studied = [one for path in sorted(traces) for one in _study(path, recordings, -(-LOOKED_AT // len(traces)))]
     if not studied:
-        return "No episode came to an answer."
+        return "No episode ended with an answer."
     cells = {cell: number for number, cell in enumerate(dict.fromkeys(one.cell for one in studied), 1)}
     text = _overview(studied, len(cells))
     for number, one in enumerate(_worst(studied, most), 1):
-        told = "\n\n" + _tell(one, f"Episode {number} (cell {cells[one.cell]}, β = {one.beta:g})")
-        if len(text) + len(told) > LONGEST:
+        section = "\n\n" + _describe(one, f"Episode {number} (cell {cells[one.cell]}, β = {one.beta:g})")
+        if len(text) + len(section) > LONGEST:
             break
-        text += told
+        text += section
     return text
 
 
@@ -108,25 +111,25 @@ def digest(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]
 
 
 def _study(path: Path, recordings: Mapping[Cell, Sequence[Recording]], most: int) -> Iterator[StudiedEpisode]:
-    """Up to `most` episodes of a file that came to an answer."""
+    """Yield figures of up to `most` episodes of a file that ended with an answer."""
     trace = read_trace(path)
     played, episodes = _recordings(trace, recordings), trace.episodes()
     drawn = random.Random(0).sample(range(len(episodes)), min(most, len(episodes)))
     for at in sorted(drawn):
         episode = episodes[at]
-        studied = _figures(path, trace, at, episode, played[episode.question])
+        studied = _replay(path, trace, at, episode, played[episode.question])
         if studied is not None:
             yield studied
 
 
 def _recordings(trace: Trace, recordings: Mapping[Cell, Sequence[Recording]]) -> list[Recording]:
-    """Those of the trace's questions, in its order."""
+    """Return the recordings of the trace's questions, in its order."""
     known = {recording.question: recording for recording in recordings.get(_cell(trace), ())}
     try:
         return [known[question] for question in trace.about["questions"]]
     except KeyError:
         raise RecordingsNotFound(
-            f"{' '.join(_cell(trace))}: the trace is of questions that are not recorded there"
+            f"{' '.join(_cell(trace))}: the trace contains questions that are not among the recordings"
         ) from None
 
 
@@ -134,8 +137,8 @@ def _cell(trace: Trace) -> Cell:
     return Cell(trace.about["model"], trace.about["benchmark"], Split(trace.about["split"]))
 
 
-def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> StudiedEpisode | None:
-    """Play an episode's rounds again beside its recording; None if it came to no answer."""
+def _replay(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> StudiedEpisode | None:
+    """Replay an episode's rounds beside its recording and return its figures; None if it has no answer."""
     environment = ReplayEnvironment(recording, branch_order(recording, episode.shuffle))
     showed: set[int] = set()
     pruned: set[int] = set()
@@ -174,43 +177,46 @@ def _figures(path: Path, trace: Trace, at: int, episode: TracedEpisode, recordin
 
 
 def _correct(environment: ReplayEnvironment, recording: Recording) -> int | None:
-    """The label of the reference answer, once it has appeared."""
+    """Return the label of the reference answer, once it has appeared."""
     revealed = environment.revealed
     return revealed.index(recording.reference) if recording.reference in revealed else None
 
 
 def _dropped(played: Round, state: State) -> Iterator[int]:
-    """Branches the round gave up."""
+    """Yield the branches that the round pruned."""
     for action in played.actions:
         if action.verb is Verb.PRUNE and state.branches[action.branch].pruned:
             yield action.branch
 
 
 def _worst(studied: Sequence[StudiedEpisode], most: int) -> list[StudiedEpisode]:
-    """The worst of each fault by turns, no question twice."""
+    """Pick the worst episodes of each fault in turn, no question twice."""
     ranked = [
-        sorted((one for one in studied if one.fault is fault and one.weight), key=lambda one: -one.weight)
+        sorted(
+            (episode for episode in studied if episode.fault is fault and episode.weight),
+            key=lambda episode: -episode.weight,
+        )
         for fault in EpisodeFault
     ]
     chosen: dict[tuple[Cell, int], StudiedEpisode] = {}
-    for one in (one for turn in zip_longest(*ranked) for one in turn if one is not None):
+    for episode in (episode for turn in zip_longest(*ranked) for episode in turn if episode is not None):
         if len(chosen) < most:
-            chosen.setdefault((one.cell, one.question), one)
+            chosen.setdefault((episode.cell, episode.question), episode)
     return list(chosen.values())
 
 
-# What is said of them
+# Texts
 
 
 class _Line(NamedTuple):
-    """What is told of all episodes at one β."""
+    """Summary of all episodes at one β."""
 
     beta: float
     episodes: int
-    right: float  # percent
+    right: float  # percent correct
     tokens: float
-    after: float  # percent of tokens spent after the answer led for good
-    faults: list[float]  # percent of episodes, by fault but the last
+    after: float  # percent of tokens spent after the answer took the lead for good
+    faults: list[float]  # percent of episodes by fault, without WASTED
 
     def __str__(self) -> str:
         faults = "".join(f"{share:9.1f}" for share in self.faults)
@@ -222,10 +228,10 @@ def _overview(studied: Sequence[StudiedEpisode], cells: int) -> str:
     lines = [_line(beta, [one for one in studied if one.beta == beta]) for beta in betas]
     return "\n".join(
         [
-            f"{len(studied)} episodes over {cells} cell{'s' * (cells > 1)}. Of each β: percent right, mean tokens,",
-            "percent of them spent after the answer had come to lead for good, and percent of episodes that ended",
-            "wrong: having pruned a branch that said what is right; having had it otherwise; never having had it.",
-            "    β  episodes    right     tokens    after   pruned      had    never",
+            f"{len(studied)} episodes over {cells} cell{'s' * (cells > 1)}. For each β: percent correct, mean tokens,",
+            "percent of tokens spent after the answer took the lead for good, and percent of episodes that ended wrong",
+            "because a branch with the correct answer was pruned, it was seen but lost otherwise, or never seen.",
+            "    β  episodes  correct     tokens    after   pruned     seen    never",
             *map(str, _thinned(lines, 2 * ROWS)),
         ]
     )
@@ -242,64 +248,67 @@ def _line(beta: float, mine: Sequence[StudiedEpisode]) -> _Line:
     return _Line(beta, len(mine), right, spent / len(mine), after, faults)
 
 
-def _tell(one: StudiedEpisode, title: str) -> str:
-    """One episode: what it is told for, what was where, and some of its rounds."""
-    trace = read_trace(one.path)
-    answer = trace.episodes()[one.at].answer
-    said = "nothing" if answer is None else f"{_letter(answer)}, {'right' if one.right else 'wrong'}"
-    if one.correct is None:
-        showed = f"What is right was never shown by any of {one.width} branches."
+def _describe(episode: StudiedEpisode, title: str) -> str:
+    """Describe one episode: why it is shown, its outcome, and some of its rounds."""
+    trace = read_trace(episode.path)
+    answer = trace.episodes()[episode.at].answer
+    answer_text = "nothing" if answer is None else f"{_letter(answer)}, {'correct' if episode.right else 'wrong'}"
+    if episode.correct is None:
+        correct_text = f"None of {episode.width} branches ever showed the correct answer."
     else:
-        showed = f"Right is {_letter(one.correct)}+: of {one.width} branches {one.showed} showed it"
-        showed += f" and {one.pruned} were pruned while they did."
-    rows, opened = _rounds(trace, one)
+        correct_text = (
+            f"The correct answer is {_letter(episode.correct)}+: of {episode.width} branches {episode.showed} showed it"
+        )
+        correct_text += f" and {episode.pruned} were pruned while showing it."
+    rows, opened = _rounds(trace, episode)
     return "\n".join(
         [
-            f"{title}: {one.fault}.",
-            f"It answered {said}. {one.rounds} rounds, {one.spent:,} tokens; {one.running} branches ran still.",
-            f"That led for good from round {one.settled_in} on, {one.after:,} tokens before the end.",
-            f"{showed} {one.chains_right} of {one.chains} recorded chains end right.",
+            f"{title}: {episode.fault}.",
+            f"It answered {answer_text}. {episode.rounds} rounds, {episode.spent:,} tokens; {episode.running} branches "
+            "were still running.",
+            f"This answer led for good from round {episode.settled_in} on, {episode.after:,} tokens before the end.",
+            f"{correct_text} {episode.chains_right} of {episode.chains} recorded chains end with the correct answer.",
             f"Opened: {opened}.",
-            "round  running  finished     tokens  votes; what running ones say",
+            "round  running  finished     tokens  votes; latest labels of running branches",
             *rows,
         ]
     )
 
 
-def _rounds(trace: Trace, one: StudiedEpisode) -> tuple[list[str], str]:
-    """Some rounds, a line each, and when branches were opened."""
+def _rounds(trace: Trace, episode: StudiedEpisode) -> tuple[list[str], str]:
+    """Return lines for some of the rounds, and a text that says when branches were opened."""
     rows: list[str] = []
     opened: list[str] = []
-    said = ""
-    for state, played in trace.states(one.at):
+    last_votes = ""
+    for state, played in trace.states(episode.at):
         new = sum(action.verb is Verb.BRANCH for action in played.actions)
         if new:
             opened.append(f"{new} in round {state.rounds}")
         leaning = Counter(label for i in state.active if (label := state.branches[i].label) is not None)
-        votes = f"{_votes(state.votes, one.correct)}; {_votes(leaning, one.correct)}"
+        votes = f"{_votes(state.votes, episode.correct)}; {_votes(leaning, episode.correct)}"
         row = f"{state.rounds:5d}{len(state.active):9d}{len(state.finished):10d}{state.spent:11,d}  {votes}"
-        if votes != said or state.stop is not None:
+        if votes != last_votes or state.stop is not None:
             rows.append(row)
-        said = votes
+        last_votes = votes
     more = f", … {len(opened) - ROWS} more times" if len(opened) > ROWS else ""
     return _thinned(rows, ROWS), ", ".join(opened[:ROWS]) + more
 
 
 def _votes(votes: Mapping[int, int], correct: int | None, most: int = 4) -> str:
-    """`A 5, C+ 2 …`: labels by falling count, the right one marked."""
+    """List labels by count with the correct one marked: `A 5, C+ 2 …`."""
     ranked = sorted(votes.items(), key=lambda one: -one[1])
-    words = [f"{_letter(label)}{'+' * (label == correct)} {count}" for label, count in ranked[:most]]
-    return (", ".join(words) or "–") + (" …" if len(ranked) > most else "")
+    texts = [f"{_letter(label)}{'+' * (label == correct)} {count}" for label, count in ranked[:most]]
+    return (", ".join(texts) or "–") + (" …" if len(ranked) > most else "")
 
 
 def _letter(label: int) -> str:
-    """A, B, …, Z, A1, …: labels in the order they appeared."""
+    """Return the name of a label: A, B, …, Z, A1, … in order of appearance."""
     turn, letter = divmod(label, 26)
     return chr(ord("A") + letter) + (str(turn) if turn else "")
 
 
 def _thinned(lines: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly, the first and the last among them."""
+    """Return at most `most` lines, sampled evenly and including the first and the last."""
     if len(lines) <= most:
         return list(lines)
     return [lines[round(at * (len(lines) - 1) / (most - 1))] for at in range(most)]

@@ -1,4 +1,4 @@
-"""Where candidates are tried: recordings laid out once, and workers that hold them for as long as a search lasts."""
+"""Pool of worker processes that score controllers on recordings, which are mapped into memory once per search."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ DIED = "a worker process died"
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """How a controller is tried: at which β, over which questions of each cell, in which orders of their branches."""
+    """How a controller is tried: the values of β, the questions of each cell, and the branch orders."""
 
     betas: Sequence[float]
     shuffles: range
-    every: int = 1  # of so many questions one
+    every: int = 1  # use every n-th question
 
 
 class TrialPool:
-    """Workers over some cells. A context: leaving it ends them."""
+    """SandboxHandle processes over the recordings of some cells. A context manager: leaving it ends the processes."""
 
     def __init__(
         self, cells: Mapping[Cell, Sequence[Recording]], rules: ReplayRules, workers: int | None = None
     ) -> None:
         if not cells:
-            raise RecordingsNotFound("there is nothing to try controllers on")
+            raise RecordingsNotFound("no recordings to try controllers on")
         self.cells = cells
         self.rules = rules
         self._workers = workers or len(os.sched_getaffinity(0))
@@ -62,11 +62,11 @@ class TrialPool:
         self._folder.cleanup()
 
     def anchors(self, trial: TrialSettings) -> Mapping[Cell, Anchor]:
-        """One chain of each cell, over the questions a trial asks."""
+        """Return the single-chain anchor of each cell, over the questions of a trial."""
         return {cell: chain_anchor(recordings[:: trial.every]) for cell, recordings in self.cells.items()}
 
-    def enter(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> PendingTrial:
-        """Have the workers try a controller; its scores are there when they are asked for. Raises EngineError."""
+    def submit(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> PendingTrial:
+        """Start trying a controller; the result is waited for when it is read. Raises EngineError."""
         cells = [cell for cell in self.cells for _ in trial.betas]
         jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
         try:
@@ -79,12 +79,12 @@ class TrialPool:
         return PendingTrial(jobs, waiting, self.anchors(trial))
 
     def measure(self, spec: Spec, trial: TrialSettings, rules: ReplayRules | None = None) -> list[Curve]:
-        """A controller's curves, a cell each. Raises EngineError."""
-        return self.enter(spec, trial, rules).curves()
+        """Try a controller and return its curves, one per cell. Raises EngineError, SandboxUnavailable."""
+        return self.submit(spec, trial, rules).curves()
 
 
 class PendingTrial:
-    """A controller that is being tried."""
+    """A trial that may still be running."""
 
     def __init__(
         self, jobs: Sequence[Job], waiting: Sequence[Future[JobResult]], anchors: Mapping[Cell, Anchor]
@@ -95,7 +95,7 @@ class PendingTrial:
 
     @cached_property
     def scores(self) -> list[Score]:
-        """What came of it, a score a cell and β; waited for. Raises EngineError, SandboxUnavailable."""
+        """The scores, one per cell and β. Waits for the trial. Raises EngineError, SandboxUnavailable."""
         try:
             return list(
                 gather_scores((job, future.result()) for job, future in zip(self._jobs, self._waiting, strict=True))
@@ -104,7 +104,7 @@ class PendingTrial:
             raise EngineError(DIED) from None
 
     def curves(self) -> list[Curve]:
-        """The same as curves, a cell each."""
+        """Return the scores as curves, one per cell. Waits for the trial. Raises EngineError, SandboxUnavailable."""
         return curves(self.scores, self._anchors)
 
 
@@ -117,7 +117,7 @@ def _recordings(shelf: Path) -> list[Recording]:
     return load_mapped(shelf)
 
 
-def failures(found: Iterable[Score]) -> str:
-    """What went wrong in the first episode that failed, and how many did; nothing if none did."""
-    failed = [failure for score in found for failure in score.failures]
+def describe_failures(all_scores: Iterable[Score]) -> str:
+    """Return the number of failed episodes and the first one's message; empty if none failed."""
+    failed = [failure for score in all_scores for failure in score.failures]
     return f"{len(failed)} episodes failed: {failed[0].message}" if failed else ""

@@ -1,4 +1,4 @@
-"""Explorers: whoever writes new controllers. One interface; what they are shown is all they know."""
+"""Explorers: programs that propose new controllers. All share one interface and see only what a context shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Cost(NamedTuple):
-    """What making a candidate cost."""
+    """Cost of producing a candidate."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -23,57 +23,59 @@ FREE = Cost()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A controller file somebody proposes."""
+    """A proposed controller file."""
 
-    name: str  # letters, digits, _ and -; the file's stem
+    name: str  # letters, digits, _ and -; the stem of the file
     source: str
-    explorer: str  # who wrote it
-    parent: str | None = None  # digest of the candidate it was made from
-    note: str = ""  # what its author says it tries
+    explorer: str  # name of the explorer
+    parent: str | None = None  # digest of the candidate it was derived from
+    note: str = ""  # the author's description
     cost: Cost = FREE
-    genome: Mapping[str, Any] = field(default_factory=dict)  # what the explorer itself wants to remember of it
+    genome: Mapping[str, Any] = field(default_factory=dict)  # data the explorer keeps for itself
 
     @property
     def digest(self) -> str:
-        """What it is known by: the hash of its text, as `Spec.digest`."""
+        """Hash of the source, the same as `Spec.digest`."""
         return sha256(self.source.encode()).hexdigest()
 
 
 class ScoredCandidate(NamedTuple):
-    """A candidate and how it did on the search split, rounded: all an explorer may know of it."""
+    """A candidate with its rounded result on the search split, which is all an explorer may know of it."""
 
     candidate: Candidate
-    score: float | None  # AFS less what latency costs, in points, two digits; None if it failed
-    curve: Sequence[tuple[float, int, float]] = ()  # over all search cells: β, mean tokens, percent right
-    failure: str = ""  # what went wrong, in words for its author
+    score: float | None  # AFS minus the latency charge, in points, two decimals; None if it failed
+    curve: Sequence[tuple[float, int, float]] = ()  # means over all search cells: β, tokens, percent correct
+    failure: str = ""  # what went wrong, for the author to read
 
 
 @dataclass(frozen=True)
 class ExplorerContext:
-    """What an explorer is shown: of the search split alone, no question, no answer's text, no reference."""
+    """Everything an explorer is shown: results on the search split, without questions, answer texts or references."""
 
     seed: int
-    step: int  # how many proposals there were before
-    standings: Sequence[ScoredCandidate]  # every candidate so far, in the order they came; baselines first
-    digests: Mapping[str, str] = field(default_factory=dict)  # trace digests by a candidate's digest, for the best ones
+    step: int  # number of earlier proposals
+    standings: Sequence[ScoredCandidate]  # all candidates in order, baselines first
+    digests: Mapping[str, str] = field(
+        default_factory=dict
+    )  # trace digests of the best candidates, by candidate digest
 
     @property
     def rng(self) -> random.Random:
-        """Chance for this step: the same for the same seed and step, whatever happened before."""
+        """Random generator for this step, determined by seed and step alone."""
         return random.Random(f"{self.seed} {self.step}")
 
     @property
     def leaders(self) -> list[ScoredCandidate]:
-        """Those that did not fail, best first; of equals the earlier."""
+        """Candidates that did not fail, best first; ties are broken by age, oldest first."""
         scored = [one for one in self.standings if one.score is not None]
         return sorted(scored, key=lambda one: -(one.score or 0.0))
 
 
 class Explorer(Protocol):
-    """Writes candidates. It keeps nothing between calls that `context` does not tell, so a resumed run goes on."""
+    """Proposes candidates. It keeps no state between calls beyond what a context shows, so that runs can be resumed."""
 
     name: str
 
     def propose(self, context: ExplorerContext) -> list[Candidate]:
-        """The next candidates, at least one unless there are no more. Raises ExplorerError, BudgetExhausted."""
+        """Return the next candidates; none if there are no more. Raises ExplorerError, BudgetExhausted."""
         ...

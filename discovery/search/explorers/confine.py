@@ -1,10 +1,10 @@
-"""Starts a command that the kernel keeps to its workspace. Linux with Landlock; without, it starts nothing.
+"""Start a command that the kernel confines to its workspace. Requires Linux with Landlock, else nothing starts.
 
     python -m discovery.search.explorers.confine WORKSPACE [--read PATH]... -- COMMAND...
 
-The command reads and runs what is on `READABLE`, Python's own folders and what `--read` adds, writes in the workspace
-alone, gains no privileges and keeps none, and signals nobody outside. Other files it cannot open, be it root's. It has
-the network, for its model is there, and may still see that a file exists.
+The command can read and execute the paths in `READABLE`, Python's own folders and the paths given with `--read`. It can
+write only in the workspace. It has no privileges, cannot gain any, and cannot signal outside processes. It can open no
+other files, even as root. It has network access, because its model is remote, and can still see whether a file exists.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ READABLE: Final = (
 )
 WRITABLE: Final = ("/dev/null",)
 OLDEST: Final = 3
-"""The version of Landlock from which on files outside cannot be cut short either."""
+"""Lowest accepted version of Landlock: the first that prevents truncating files outside."""
 REFUSED: Final = 97
-"""Exit status of a launcher that could not confine, and therefore started nothing."""
+"""Exit status of a launcher that could not confine the command and did not start it."""
 FILE_BYTES: Final = 1 << 30
-"""Bytes one file may grow to."""
+"""Maximum bytes of a file that the command writes."""
 
-_ADD_RULE: Final = 445  # the same on every processor
+_ADD_RULE: Final = 445  # the same system call number on every processor
 _EXECUTE, _WRITE, _READ, _READ_DIR, _TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 _MAKE_CHAR, _MAKE_BLOCK, _IOCTL_DEV = 1 << 6, 1 << 11, 1 << 15
 _OF_FILES: Final = _EXECUTE | _WRITE | _READ | _TRUNCATE
@@ -42,22 +42,22 @@ _SCOPED: Final = 3  # abstract sockets, signals
 
 
 def version() -> int:
-    """The kernel's version of Landlock. Raises OSError if it has none, or none that is enough."""
+    """Return the kernel's version of Landlock. Raises OSError if it is missing or too old."""
     if sys.platform != "linux":
-        raise OSError(f"only Linux has Landlock, this is {sys.platform}")
-    found = seal._call(seal._libc().syscall, seal._LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
-    if found < OLDEST:
-        raise OSError(f"Landlock {found} does not hold enough; {OLDEST} does (Linux 6.2)")
-    return found
+        raise OSError(f"Landlock needs Linux; this is {sys.platform}")
+    abi = seal._call(seal._libc().syscall, seal._LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    if abi < OLDEST:
+        raise OSError(f"Landlock version {abi} is too old; version {OLDEST} is needed (Linux 6.2)")
+    return abi
 
 
 def confine(workspace: Path, readable: Sequence[Path] = ()) -> None:
-    """Keep this process, and all it starts, to `workspace`, for good. Raises OSError."""
-    import resource  # there is none on other systems, where this module only has to load
+    """Confine this process and all its children to `workspace`, irrevocably. Raises OSError."""
+    import resource  # does not exist on other systems, where this module must still be importable
 
-    rights = seal._SETS.get(found := version(), seal._SETS[5])
-    scoped = struct.pack("=QQQ", rights, 0, _SCOPED if found >= 6 else 0)
-    size = ctypes.c_size_t(24 if found >= 6 else 16 if found >= 4 else 8)
+    rights = seal._SETS.get(abi := version(), seal._SETS[5])
+    scoped = struct.pack("=QQQ", rights, 0, _SCOPED if abi >= 6 else 0)
+    size = ctypes.c_size_t(24 if abi >= 6 else 16 if abi >= 4 else 8)
     seal._call(seal._libc().capset, struct.pack("=Ii", 0x20080522, 0), bytes(24))
     seal._prctl(seal._NO_NEW_PRIVS, 1)
     seal._prctl(seal._PDEATHSIG, 9)
@@ -77,7 +77,7 @@ def confine(workspace: Path, readable: Sequence[Path] = ()) -> None:
 
 
 def _allow(rules: int, path: Path, rights: int) -> None:
-    """Allow `rights` on a file, or on a folder and all below it."""
+    """Allow `rights` on a file, or on a folder and everything below it."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -89,9 +89,9 @@ def _allow(rules: int, path: Path, rights: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Become the command, confined; exit with REFUSED if that cannot be."""
+    """Replace this process by the confined command; exit with REFUSED if that fails."""
     try:
-        before, command = _parted(arguments)
+        before, command = _parse_arguments(arguments)
         workspace, *options = before
         confine(Path(workspace), [Path(path) for path in options])
         os.chdir(workspace)
@@ -101,13 +101,13 @@ def main(arguments: Sequence[str]) -> NoReturn:
         os._exit(REFUSED)
 
 
-def _parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Workspace and readable paths, and the command. Raises ValueError."""
+def _parse_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parse the arguments into workspace and readable paths, and the command. Raises ValueError."""
     given = list(arguments)
     middle = given.index("--")
     before, command = given[:middle], given[middle + 1 :]
     if not before or not command or any(flag != "--read" for flag in before[1::2]) or len(before) % 2 == 0:
-        raise ValueError("WORKSPACE [--read PATH]... -- COMMAND...")
+        raise ValueError("expected arguments: WORKSPACE [--read PATH]... -- COMMAND...")
     return [before[0], *before[2::2]], command
 
 

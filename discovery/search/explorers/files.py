@@ -1,4 +1,4 @@
-"""Candidates somebody else wrote, from a folder."""
+"""Explorer that proposes the controller files in a folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from discovery.search.explorers import Candidate, ExplorerContext
 from discovery.search.prompt import clean
 
 NAME: Final = 64
-"""Characters of a candidate's name."""
+"""Maximum characters of a candidate's name."""
 
 
 class Files:
-    """Proposes each `*.py` of a folder that was not proposed before, by name; implements `Explorer`.
+    """Proposes every `*.py` of a folder that was not proposed before, in order of names; implements `Explorer`.
 
-    A step proposes all there are. A file that cannot be read is a candidate all the same, one that says so: it fails,
-    and is proposed again once it is mended.
+    A file that cannot be read is proposed as a candidate that only holds the error. It fails, and the file is proposed
+    again once it is repaired.
     """
 
     name = "files"
@@ -29,7 +29,7 @@ class Files:
         self._folder = folder
 
     def propose(self, context: ExplorerContext) -> list[Candidate]:
-        """The files that are new; none if there are no more. Raises ExplorerError if there is no folder."""
+        """Return the new files, if any. Raises ExplorerError if the folder cannot be read."""
         try:
             paths = sorted(path for path in self._folder.iterdir() if path.suffix == ".py" and not path.is_dir())
         except OSError as error:
@@ -53,5 +53,5 @@ class Files:
 
 
 def clean_name(text: str) -> str:
-    """A name candidates may have."""
+    """Return `text` with characters that candidate names cannot have replaced by `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[:NAME] or "_"

@@ -1,4 +1,4 @@
-"""An LLM that writes controllers: a whole file a reply, read over once before it is proposed."""
+"""Explorer that asks an LLM for controllers: one complete file per reply, with one chance of repair."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from discovery.search.prompt import clean, draw_parent, render
 FILE: Final = re.compile(r"^```(?:python|py)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 NOTE: Final = re.compile(r"^\W*NOTE\W*:(.*)$", re.MULTILINE)
 REPAIR: Final = (
-    "The file cannot be used as it is:\n{wrong}\nReply as before: one NOTE: line, and the whole file, mended."
+    "The file cannot be used:\n{wrong}\nReply in the same format: one NOTE: line, then the complete corrected file."
 )
 
 
 class Draft(NamedTuple):
-    """A reply as read."""
+    """A parsed reply."""
 
-    source: str  # the file; the whole reply if it does not hold just one
+    source: str  # the file; the whole reply if it does not hold exactly one
     note: str
-    wrong: list[str]  # what the author should mend, a line each
+    wrong: list[str]  # problems for the author to fix, one per line
 
 
 class LLM:
-    """Proposes what a model writes; implements `Explorer`. All it asks and is told is in `transcript`.
+    """Proposes files that a model writes; implements `Explorer`. All requests and responses are in `transcript`.
 
-    A step asks for `settings.proposals` files, one conversation each: the prompt, and if the file is wrong by the
-    static check, no file, or one that was tried already, one repair. What is wrong still is proposed all the same: the
-    cascade says so to the next author, and no cost is lost. A candidate's cost is what the endpoint billed for it,
-    repairs and failed calls included; calls of unknown cost are counted in its genome. `Cost.seconds` stays 0, for a
-    run is played again exactly.
+    A step asks for `settings.proposals` files, one conversation each. If the reply holds no file, or one that fails the
+    static check or was tried already, the model is asked once to repair it. A file that is still wrong is proposed
+    anyway: the cascade reports the failure to the next author, and its cost is recorded. A candidate's cost is what the
+    endpoint billed, repairs and failed calls included; calls of unknown cost are counted in its genome. `Cost.seconds`
+    stays 0, so that a replayed run is identical.
     """
 
     name = "llm"
@@ -47,7 +47,10 @@ class LLM:
         self._endpoint = Endpoint(settings, transcript, sleep)
 
     def propose(self, context: ExplorerContext) -> list[Candidate]:
-        """The step's candidates; fewer if the endpoint or the money gives out, at least one. Raises ExplorerError."""
+        """Return the step's candidates: at least one, and fewer than asked for if the endpoint or the budget fails.
+
+        Raises ExplorerError if there is none.
+        """
         conversation = self._endpoint.conversation(context.seed, context.step)
         made: list[Candidate] = []
         for number in range(self._settings.proposals):
@@ -56,7 +59,7 @@ class LLM:
             except ExplorerError:
                 if not made:
                     raise
-                lost = conversation.settle().cost  # of the one that was not finished: it is paid all the same
+                lost = conversation.settle().cost  # of the unfinished candidate, which was billed as well
                 made[-1] = replace(made[-1], cost=(CallCosts(made[-1].cost) + CallCosts(lost)).cost)
                 break
         return made
@@ -64,8 +67,8 @@ class LLM:
     def _write(
         self, context: ExplorerContext, number: int, conversation: Conversation, siblings: list[Candidate]
     ) -> Candidate:
-        """The step's candidate of that number, after its `siblings`."""
-        shown = replace(context, step=context.step + number)  # chance of its own
+        """Write candidate `number` of the step, after its `siblings`."""
+        shown = replace(context, step=context.step + number)  # gives each candidate its own random draws
         models = self._settings.models
         model = shown.rng.choices(list(models), list(models.values()))[0]
         tried = {one.digest: one.name for one in (*(standing.candidate for standing in context.standings), *siblings)}
@@ -76,7 +79,7 @@ class LLM:
         if repaired:
             wrong = "\n".join(f"- {clean(line, 300)}" for line in draft.wrong[:10])
             messages += [
-                {"role": "assistant", "content": _said(reply) or "(nothing)"},
+                {"role": "assistant", "content": _without_reasoning(reply) or "(nothing)"},
                 {"role": "user", "content": REPAIR.format(wrong=wrong)},
             ]
             reply = conversation.say(model, messages)
@@ -97,25 +100,27 @@ def _unknown(bill: CallCosts) -> str:
     return f" ({bill.unknown} of {bill.calls} calls of unknown cost)" if bill.unknown else ""
 
 
-def _said(text: str) -> str:
-    """A reply without the thought before it, as text that can be written: JSON may hold halves of characters."""
+def _without_reasoning(text: str) -> str:
+    """Return a reply without its reasoning, as valid UTF-8: JSON may hold unpaired surrogates."""
     return text.encode(errors="replace").decode().replace("\r\n", "\n").rpartition("</think>")[2]
 
 
 def _read(text: str, tried: dict[str, str]) -> Draft:
-    """A reply's file and note, and what is wrong with them."""
-    said = _said(text)
-    files = FILE.findall(said)
-    note = NOTE.search(FILE.sub("", said))
-    words = clean(note.group(1)) if note else ""
+    """Parse a reply into file, note and problems."""
+    reply = _without_reasoning(text)
+    files = FILE.findall(reply)
+    note = NOTE.search(FILE.sub("", reply))
+    note_text = clean(note.group(1)) if note else ""
     if len(files) != 1:
         return Draft(
-            said[:LARGEST], words, [f"the reply holds {len(files)} ```python blocks, and must hold exactly one"]
+            reply[:LARGEST], note_text, [f"the reply holds {len(files)} ```python blocks; it must hold exactly one"]
         )
     (source,) = files
     candidate = Candidate("", source, "")
     if candidate.digest in tried:
-        return Draft(source, words, [f"it is the same file as {tried[candidate.digest]}, which was tried"])
+        return Draft(
+            source, note_text, [f"the file is identical to {tried[candidate.digest]}, which was already tried"]
+        )
     if len(source.encode()) > LARGEST:
-        return Draft(source, words, [f"it has more than {LARGEST} bytes"])
-    return Draft(source, words, advise(source))
+        return Draft(source, note_text, [f"the file has more than {LARGEST} bytes"])
+    return Draft(source, note_text, advise(source))

@@ -1,4 +1,4 @@
-"""What was said to an endpoint and what it said, kept so that a run can be played again without it."""
+"""Transcript of all requests to an endpoint and its responses, with which a run can be replayed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Response = Mapping[str, Any]
 
 
 def exchange_key(seed: int, step: int, call: int, request: Mapping[str, Any]) -> str:
-    """What an exchange is found by: which call of which step it is, and what was asked."""
+    """Return the key of an exchange: a hash of seed, step, call number and request."""
     return sha256(json.dumps([seed, step, call, request], sort_keys=True).encode()).hexdigest()
 
 
 class Transcript:
-    """Exchanges, a JSON line each, appended to a file and on disk before anything comes of them.
+    """Exchanges as JSON lines in a file; each is on the disk before it is used.
 
-    Without a path they are kept in memory alone. A line a crash left half written is dropped when the file is opened.
-    Raises HistoryError if another line is broken.
+    Without a path they are kept in memory only. A torn last line is dropped when the file is opened. Raises
+    HistoryError if any other line is damaged.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,22 +35,22 @@ class Transcript:
             self._read(path)
 
     def record(self, key: str, request: Mapping[str, Any], response: Response) -> None:
-        """Take an exchange down for good. Raises ExplorerError if it cannot be written."""
+        """Record an exchange permanently. Raises ExplorerError if it cannot be written."""
         line = json.dumps({"key": key, "request": request, "response": response})
         if self._path is not None:
             try:
                 append_line(self._path, line.encode())
             except OSError as error:
-                raise ExplorerError(f"{self._path}: {error.strerror}; nothing is asked that cannot be kept") from None
+                raise ExplorerError(f"{self._path}: {error.strerror}; no call is made without a transcript") from None
         self._responses[key] = request, response
 
     def replay(self, key: str) -> Response | None:
-        """What was answered then; None if that was never asked."""
+        """Return the recorded response; None if there is none."""
         known = self._responses.get(key)
         return None if known is None else known[1]
 
     def exchanges(self) -> Iterator[tuple[Mapping[str, Any], Response]]:
-        """Every request and its response, in the order they were taken down."""
+        """Yield every request with its response, in recorded order."""
         yield from self._responses.values()
 
     def _read(self, path: Path) -> None:
@@ -64,6 +64,6 @@ class Transcript:
                 read = parse_json(line)
                 self._responses[read["key"]] = read["request"], read["response"]
             except (ValueError, KeyError, TypeError):
-                raise HistoryError(f"{path}: line {number} is no exchange") from None
+                raise HistoryError(f"{path}: line {number} is not a recorded exchange") from None
         if ended < len(data):
             os.truncate(path, ended)

@@ -441,7 +441,7 @@ def test_read(text: str, kind: str, answer: str | None) -> None:
     ("spec", "says"),
     [
         ("prose", "auto, boxed"),
-        ("boxed:7", "there is no 'boxed:7'; there is boxed"),
+        ("boxed:7", "unknown answer kind 'boxed:7'; use boxed"),
         ("text:poem", "text:words"),
         ("regex:", "1 to 500"),
         ("regex:" + "a" * 501, "1 to 500"),

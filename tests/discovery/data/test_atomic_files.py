@@ -69,7 +69,7 @@ def test_a_registry_writes_through_no_link(tmp_path: Path, target: Path) -> None
     registry.folder.mkdir()
     (registry.folder / ".autotts-registry.json").symlink_to(target)
     with pytest.raises(FileExistsError):
-        registry._put(registry.file, b"{}")
+        registry._write(registry.file, b"{}")
     assert untouched(target)
 
 

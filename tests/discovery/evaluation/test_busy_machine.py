@@ -181,10 +181,10 @@ def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
 
     assert quickly("asc@4", path).k == 1
     for number in range(1, FREE_DISTURBANCES + 1):
-        free = rf"no look is spent, .* disturbance {number} of the {FREE_DISTURBANCES}"
+        free = rf"no judgement is spent, .* disturbance {number} of {FREE_DISTURBANCES} free"
         disturb(f"single could not be judged: it was killed; {free}")
     assert [one.verdict for one in Ledger(path).judgements()[1:]] == [DISTURBED] * FREE_DISTURBANCES
     assert quickly("esc@8", path).k == 2
-    disturb(f"a look is spent, for {FREE_DISTURBANCES} judgements on these questions were disturbed before")
+    disturb(f"one judgement is spent, because {FREE_DISTURBANCES} on these questions were disturbed before")
     assert quickly("single", path).k == 4
     assert [one.k for one in Ledger(path).judgements()] == [1, *[2] * FREE_DISTURBANCES, 2, 3, 4]

@@ -230,7 +230,7 @@ def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
 def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
     (tmp_path / "r.jsonl").write_text("".join(format_recording_line(varied(i, origin=origin)) for i in range(4)))
     status, output = verb(tmp_path)
-    assert (status, f"answers are compared: {how}\n" in output) == (0, True)
+    assert (status, f"answer comparison: {how}\n" in output) == (0, True)
     assert read_calibrations(tmp_path / "c.json")["m"].answers == how
 
 

@@ -717,7 +717,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
     [
         (["--controllers", "cmcc"], "there is no controller 'cmcc'; there are single"),
         (["--controllers", "none.py"], "none.py: No such file or directory"),
-        (["--controllers", ","], "--controllers names none"),
+        (["--controllers", ","], "--controllers is empty"),
         (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
         (["--betas", "0,1.5"], "not '1.5'"),
         (["--split", "validation"], "no recordings of split 'validation'; available: search"),
@@ -728,7 +728,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--json", "no/f.json"], "there is no folder"),
         (["--controllers", "asc@99"], "asc@99 opens 99 branches"),
         (["--labels", "hearsay"], "--labels: 'hearsay' is none of reference, feedback, consensus"),
-        (["--labels", ","], "--labels names none"),
+        (["--labels", ","], "--labels is empty"),
         (["--labels", "feedback,feedback=0.5"], "--labels names feedback twice"),
         (["--labels", "feedback=0"], "'feedback=0': a weight is above 0 and at most 1, or 'confidence'"),
         (["--labels", "feedback=1.5"], "'feedback=1.5': a weight is above 0 and at most 1"),
@@ -760,8 +760,7 @@ def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> No
     done = autotts(*asked, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        "m b search: answers are compared: canonical; right ones are known 3 by reference; 3 by feedback\n"
-        in done.stdout
+        "m b search: answer comparison: canonical; correct answers: 3 from reference, 3 from feedback\n" in done.stdout
     )
     unknown, versions = done.stderr.splitlines()
     assert "does not count, 3 by consensus" in unknown

@@ -590,7 +590,7 @@ def test_the_label_command_prints_text_and_json(place: Path, asking: Path, tmp_p
     put(place, recorded("q"), recorded("p", "8888"), episode("s", "p", None), feedback("s", True))
     done = run(place, "--references", str(asking), "--json", str(tmp_path / "f.json"))
     assert done.exit_code == 0, done.output
-    for words in ("1 of 1", "21 to 100 %", "of 2 votes 0 are too close", "reckoned from counts", "1 are of questions"):
+    for words in ("1 of 1", "21 to 100 %", "of 2 votes 0 are too close", "vote counts alone", "1 belong to questions"):
         assert words in done.output
     assert "of 1 requests it bears on no answer" in done.output
     figures = json.loads((tmp_path / "f.json").read_text())

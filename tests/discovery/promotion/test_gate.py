@@ -395,11 +395,11 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
 @pytest.mark.parametrize(
     ("finalist", "changes", "words"),
     [
-        (Spec("self_consistency"), {}, "self_consistency is the champion itself"),
-        (Spec("first", FIRST), {"rules": ReplayRules(16, sealing=Sealing.NONE)}, "judged sealed or not at all"),
-        (Spec("single"), {"betas": [0.0, 1.0]}, "the deployed β 0.5 is not among those scored: 0.0, 1.0"),
-        (Spec("single"), {"terms": GateTerms(alpha=0)}, "α is 0; what may be spent lies between 0 and 1"),
-        (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "the champion no fails itself"),
+        (Spec("self_consistency"), {}, "self_consistency is identical to the champion"),
+        (Spec("first", FIRST), {"rules": ReplayRules(16, sealing=Sealing.NONE)}, "can only be judged in the sandbox"),
+        (Spec("single"), {"betas": [0.0, 1.0]}, "the deployed β 0.5 is not among the scored values 0.0, 1.0"),
+        (Spec("single"), {"terms": GateTerms(alpha=0)}, "α is 0; it must be above 0 and below 1"),
+        (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "champion no failed"),
     ],
 )
 def test_what_cannot_be_judged_spends_nothing(

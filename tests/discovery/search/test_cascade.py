@@ -15,7 +15,8 @@ from discovery.errors import EngineError, RecordingsNotFound
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.search.cascade import BASELINE, CandidateVerdict, Cascade, CascadePlan, fixed_recordings
 from discovery.search.explorers import Candidate
-from discovery.search.explorers.grammar import CLASSICS, emit
+from discovery.search.explorers.controller_writer import emit
+from discovery.search.explorers.genome import CLASSICS
 from discovery.search.loop import baselines
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from tests.discovery.evaluation.test_evaluate import question
@@ -129,7 +130,7 @@ def test_one_that_fails_on_some_questions_alone_has_failed(cascade: Cascade) -> 
 
 def test_who_spends_less_for_a_larger_beta_is_refused_with_figures(cascade: Cascade) -> None:
     (verdict,) = judge(cascade, written(FALLING))
-    assert verdict.failure.startswith("a larger β spends less on cell 1: ")
+    assert verdict.failure.startswith("a larger β spends fewer tokens on cell 1: ")
     figures = [one.split(" at ") for one in verdict.failure.partition(": ")[2].split(", ") if " at " in one]
     assert [beta for _, beta in figures] == ["0", "0.5", "1"]
     spent = [int(tokens.replace(",", "")) for tokens, _ in figures]
@@ -143,7 +144,7 @@ def test_who_spends_less_for_a_larger_beta_is_refused_with_figures(cascade: Casc
 def test_who_behaves_as_one_before_is_told_as_which(cascade: Cascade) -> None:
     first, other, copy = written(GOOD), written(WEAK), written("# mine\n" + GOOD.replace("Mine", "Other"))
     verdicts = judge(cascade, first, other, copy)
-    assert verdicts[2].failure == f"behaves exactly as {first.digest[:12]}, which was tried before"
+    assert verdicts[2].failure == f"behaves exactly like {first.digest[:12]}, which was tried before"
     assert verdicts[2].fingerprint == verdicts[0].fingerprint != verdicts[1].fingerprint
     (later,) = cascade.judge([copy], verdicts[:2])
     assert later == verdicts[2]
@@ -155,7 +156,7 @@ def test_a_copy_of_a_baseline_is_found_out(cascade: Cascade) -> None:
     built_in = baselines()[0]
     (known,) = judge(cascade, built_in)
     (copy,) = cascade.judge([written(built_in.source + "# mine\n")], [known])
-    assert copy.failure == f"behaves exactly as {built_in.digest[:12]}, which was tried before"
+    assert copy.failure == f"behaves exactly like {built_in.digest[:12]}, which was tried before"
 
 
 # The few questions
@@ -166,7 +167,10 @@ def test_who_falls_behind_on_the_few_questions_is_not_tried_on_all(cascade: Casc
     assert good.few is not None
     assert weak.few is not None
     assert weak.few < good.few - PLAN.behind
-    assert weak.failure == f"{weak.few:.2f} on the few questions, where the best has {good.few:.2f}: not tried on all"
+    assert (
+        weak.failure
+        == f"scored {weak.few:.2f} on a few questions, where the best scored {good.few:.2f}; not tried on all"
+    )
     assert (weak.score, weak.curve, good.failure) == (None, (), "")
     first, second = judge(cascade, written(WEAK), written(GOOD))
     assert (first.failure, second.failure) == ("", "")  # nobody was before it
@@ -258,7 +262,7 @@ def test_no_name_of_a_cell_is_told_an_author() -> None:
 
 
 def test_an_arena_needs_recordings() -> None:
-    with pytest.raises(RecordingsNotFound, match="there is nothing to try controllers on"):
+    with pytest.raises(RecordingsNotFound, match="no recordings to try controllers on"):
         TrialPool({}, ReplayRules())
 
 

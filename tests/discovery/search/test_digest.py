@@ -27,7 +27,7 @@ from discovery.evaluation.evaluate import Evaluation
 from discovery.evaluation.replay import ReplayEnvironment, shuffled_order
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.search import trace_digest as digests
-from discovery.search.trace_digest import LONGEST, digest
+from discovery.search.trace_digest import LONGEST, digest_traces
 from tests.discovery.evaluation.test_evaluate import CELL, SOURCE, Given
 
 HEAD = """
@@ -52,7 +52,7 @@ def played(folder: Path, decide: str, *recorded: RecordedQuestion, shuffles: int
     rules = ReplayRules(len(recorded[0].branches), traces=folder, sealing=Sealing.NONE)
     spec = Spec("mine", HEAD + decide)
     Evaluation(source, source.cells(), [spec], [beta], shuffles, rules=rules).run(make_engine(EngineName.LOCAL, 1))
-    return digest(trace_files(folder), interned(source))
+    return digest_traces(trace_files(folder), interned(source))
 
 
 def interned(source: Given) -> dict[Cell, list[Recording]]:
@@ -72,19 +72,19 @@ PRUNING = """
 """
 
 
-def test_pruned_though_right(tmp_path: Path) -> None:
+def test_an_episode_that_pruned_a_correct_branch(tmp_path: Path) -> None:
     wrong, right = ([WRONG, WRONG], WRONG), ([RIGHT, RIGHT], RIGHT)
     recorded = asked(wrong, wrong, right)
     position = shuffled_order(3, 0).index(2)  # where the right branch is opened
     text = played(tmp_path, PRUNING.format(position=position), recorded)
     assert shares(text)[:4] == [0.5, 1, 0, 100 + 250 + 250]
     assert shares(text)[5:] == [100, 0, 0]
-    assert "Episode 1 (cell 1, β = 0.5): pruned though right." in text
-    assert "of 3 branches 1 showed it and 1 were pruned while they did. 1 of 3 recorded chains end right." in text
+    assert "Episode 1 (cell 1, β = 0.5): pruned a correct branch." in text
+    assert "of 3 branches 1 showed it and 1 were pruned while showing it. 1 of 3 recorded chains end with" in text
     assert "Opened: 3 in round 1." in text
 
 
-def test_pruning_what_is_wrong_is_no_fault(tmp_path: Path) -> None:
+def test_pruning_a_wrong_branch_is_not_a_fault(tmp_path: Path) -> None:
     wrong, right = ([WRONG, WRONG], WRONG), ([RIGHT, RIGHT], RIGHT)
     position = shuffled_order(4, 0).index(0)
     pruning = PRUNING.format(position=position).replace("range(3)", "range(4)")
@@ -92,7 +92,7 @@ def test_pruning_what_is_wrong_is_no_fault(tmp_path: Path) -> None:
     pruning = pruning.replace("[probe(0), probe(1), probe(2)]", "[probe(i) for i in range(4)]")
     text = played(tmp_path, pruning, asked(wrong, wrong, wrong, right))
     assert shares(text)[5:] == [0, 100, 0]
-    assert "of 4 branches 1 showed it and 0 were pruned while they did." in text
+    assert "of 4 branches 1 showed it and 0 were pruned while showing it." in text
 
 
 def test_the_right_label_is_found_under_every_shuffle(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_right_label_is_found_under_every_shuffle(tmp_path: Path) -> None:
     assert len(seen) > 4
 
 
-def test_had_it_and_lost_it(tmp_path: Path) -> None:
+def test_an_episode_that_saw_the_correct_answer_and_lost_it(tmp_path: Path) -> None:
     """The right label leads among running branches, then they change their minds."""
     decide = """
         if self.round == 1: return [branch(), branch()]
@@ -116,14 +116,17 @@ def test_had_it_and_lost_it(tmp_path: Path) -> None:
 """
     text = played(tmp_path, decide, asked(([RIGHT, WRONG], WRONG), ([RIGHT, WRONG], WRONG)))
     assert shares(text)[5:] == [0, 100, 0]
-    assert "It answered B, wrong. 4 rounds, 500 tokens; 0 branches ran still." in text
-    assert "That led for good from round 3 on, 0 tokens before the end." in text
-    assert "Right is A+: of 2 branches 2 showed it and 0 were pruned while they did. 0 of 2 recorded" in text
+    assert "It answered B, wrong. 4 rounds, 500 tokens; 0 branches were still running." in text
+    assert "This answer led for good from round 3 on, 0 tokens before the end." in text
+    assert (
+        "The correct answer is A+: of 2 branches 2 showed it and 0 were pruned while showing it. 0 of 2 recorded"
+        in text
+    )
     assert re.search(r"^    2 +2 +0 +200  –; A\+ 2$", text, re.MULTILINE)
     assert re.search(r"^    4 +0 +2 +500  B 2; –$", text, re.MULTILINE)
 
 
-def test_stopped_though_wrong(tmp_path: Path) -> None:
+def test_an_episode_that_stopped_before_seeing_the_correct_answer(tmp_path: Path) -> None:
     """It answers with the first probe of one branch; others would have been right."""
     decide = """
         if self.round == 1: return [branch()]
@@ -132,12 +135,14 @@ def test_stopped_though_wrong(tmp_path: Path) -> None:
 """
     text = played(tmp_path, decide, asked(*[([WRONG, RIGHT], RIGHT)] * 4))
     assert shares(text)[5:] == [0, 0, 100]
-    assert "stopped though wrong." in text
-    assert "What is right was never shown by any of 1 branches. 4 of 4 recorded chains end right." in text
-    assert "100 tokens; 1 branches ran still." in text
+    assert "stopped before seeing the correct answer." in text
+    assert (
+        "None of 1 branches ever showed the correct answer. 4 of 4 recorded chains end with the correct answer." in text
+    )
+    assert "100 tokens; 1 branches were still running." in text
 
 
-def test_went_on_though_settled(tmp_path: Path) -> None:
+def test_an_episode_that_continued_after_its_answer_was_settled(tmp_path: Path) -> None:
     """The answer leads for good from the second round on; 300 of 500 tokens come after."""
     decide = """
         if self.round == 1: return [branch(), branch()]
@@ -146,8 +151,8 @@ def test_went_on_though_settled(tmp_path: Path) -> None:
 """
     text = played(tmp_path, decide, asked(([RIGHT, RIGHT], RIGHT), ([RIGHT, RIGHT], RIGHT)))
     assert shares(text) == [0.5, 1, 100, 500, 60, 0, 0, 0]
-    assert "went on though settled." in text
-    assert "That led for good from round 2 on, 300 tokens before the end." in text
+    assert "continued after the answer was settled." in text
+    assert "This answer led for good from round 2 on, 300 tokens before the end." in text
 
 
 def test_a_lead_that_was_lost_in_between_does_not_count(tmp_path: Path) -> None:
@@ -161,7 +166,7 @@ def test_a_lead_that_was_lost_in_between_does_not_count(tmp_path: Path) -> None:
     for turn, final in enumerate(by_turn):
         branches[order[turn]] = ([], final)
     text = played(tmp_path, decide, asked(*branches))
-    assert "That led for good from round 4 on, 50 tokens before the end." in text
+    assert "This answer led for good from round 4 on, 50 tokens before the end." in text
 
 
 def test_the_figures_are_those_of_the_episodes(tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_the_figures_are_those_of_the_episodes(tmp_path: Path) -> None:
     rules = ReplayRules(16, traces=tmp_path)
     run = Evaluation(SOURCE, SOURCE.cells(), [Spec("cmc")], [0.5], 7, rules=rules)
     run.run(make_engine(EngineName.LOCAL, 1))
-    text = digest(trace_files(tmp_path), interned(SOURCE))
+    text = digest_traces(trace_files(tmp_path), interned(SOURCE))
     right, spent, after, episodes = 0, 0, 0, 0
     for recordings in interned(SOURCE).values():
         for recording in recordings:
@@ -201,13 +206,13 @@ def test_no_question_twice_most_and_length_are_kept(tmp_path: Path, monkeypatch:
     run = Evaluation(SOURCE, SOURCE.cells(), [Spec("cmc")], [0.0, 0.5, 1.0], 7, rules=ReplayRules(16, traces=tmp_path))
     run.run(make_engine(EngineName.LOCAL, 1))
     files, recordings = trace_files(tmp_path), interned(SOURCE)
-    text = digest(files, recordings, most=50)
+    text = digest_traces(files, recordings, most=50)
     assert 2 <= text.count("\nEpisode ") < 10
     assert len(text) <= LONGEST
-    assert digest(files, recordings, most=2).count("\nEpisode ") == 2
-    assert digest(list(reversed(files)), recordings, most=50) == text
+    assert digest_traces(files, recordings, most=2).count("\nEpisode ") == 2
+    assert digest_traces(list(reversed(files)), recordings, most=50) == text
     monkeypatch.setattr(digests, "LONGEST", 1 << 20)
-    assert digest(files, recordings, most=50).count("\nEpisode ") == 10  # there are ten questions
+    assert digest_traces(files, recordings, most=50).count("\nEpisode ") == 10  # there are ten questions
 
 
 def test_what_is_drawn_does_not_miss_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,18 +249,18 @@ def test_nothing_of_the_questions_is_told(tmp_path: Path) -> None:
 
 def test_failed_episodes_are_left_out(tmp_path: Path) -> None:
     decide = "        return [advance(5)] if state.width else [branch()]\n"
-    assert played(tmp_path, decide, asked(([RIGHT], RIGHT))) == "No episode came to an answer."
+    assert played(tmp_path, decide, asked(([RIGHT], RIGHT))) == "No episode ended with an answer."
 
 
 def test_traces_of_other_questions_are_refused(tmp_path: Path) -> None:
     played(tmp_path, "        return [answer(None)]\n", asked(([RIGHT], RIGHT)))
-    with pytest.raises(RecordingsNotFound, match="the trace is of questions that are not recorded there"):
-        digest(trace_files(tmp_path), interned(Given(asked(([RIGHT], RIGHT), name="another"))))
+    with pytest.raises(RecordingsNotFound, match="the trace contains questions that are not among the recordings"):
+        digest_traces(trace_files(tmp_path), interned(Given(asked(([RIGHT], RIGHT), name="another"))))
     with pytest.raises(RecordingsNotFound):
-        digest(trace_files(tmp_path), {Cell("m", "b", Split.HELD_OUT): []})
+        digest_traces(trace_files(tmp_path), {Cell("m", "b", Split.HELD_OUT): []})
     (tmp_path / "x.npz").write_bytes(b"nonsense")
     with pytest.raises(TraceError):
-        digest([tmp_path / "x.npz"], {CELL: []})
+        digest_traces([tmp_path / "x.npz"], {CELL: []})
 
 
 def test_labels_are_letters() -> None:

@@ -201,7 +201,7 @@ def test_settings_reach_the_request(server: ScriptedEndpoint) -> None:
     [
         (said(BROKEN), "SyntaxError"),
         (said(MALICIOUS), "line 1: import os"),
-        (said(PARENT.source), "the same file as base, which was tried"),
+        (said(PARENT.source), "the file is identical to base, which was already tried"),
         ("I cannot do that.", "holds 0 ```python blocks"),
         (said(GOOD) + said(GOOD), "holds 2 ```python blocks"),
         (said(GOOD).removesuffix("```\n"), "holds 0 ```python blocks"),
@@ -282,10 +282,10 @@ def test_missing_usage_is_said(server: ScriptedEndpoint) -> None:
 
 def test_it_gives_up_in_the_end(server: ScriptedEndpoint) -> None:
     waits = Waits()
-    with pytest.raises(ExplorerError, match="m: the endpoint says 500, oh, after 3 calls"):
+    with pytest.raises(ExplorerError, match="m: the endpoint returned status 500, oh, after 3 calls"):
         llm(server, *[(500, {}, {"error": {"message": "oh"}})] * 3, waits=waits, retries=2).propose(CONTEXT)
     assert waits.seconds == [1, 2]
-    with pytest.raises(ExplorerError, match="the endpoint says 404, no such model, after 1 calls"):
+    with pytest.raises(ExplorerError, match="the endpoint returned status 404, no such model, after 1 calls"):
         llm(server, (404, {}, {"error": {"message": "no such model"}}), waits=waits).propose(CONTEXT)
     assert waits.seconds == [1, 2]  # what was refused is not asked again
     server.close()
@@ -354,9 +354,9 @@ def test_the_budget_is_of_all_calls_failed_and_unknown_ones_too(server: Scripted
     ("changes", "words"),
     [
         ({"models": {}}, "models"),
-        ({"models": {"m": 0}}, "not all of them 0"),
-        ({"models": {"m": -1, "n": 2}}, "weights are from 0"),
-        ({"prices": {"m": (-1, 2)}}, "prices are from 0"),
+        ({"models": {"m": 0}}, "not all 0"),
+        ({"models": {"m": -1, "n": 2}}, "weights must be at least 0"),
+        ({"prices": {"m": (-1, 2)}}, "prices: must be at least 0"),
         ({"prices": {}, "usd": 1}, "a price for every model; there is none for m"),
         ({"base_url": "ftp://x"}, "base_url"),
         ({"modles": {}}, "modles"),
@@ -392,7 +392,7 @@ def test_a_run_is_played_again_without_key_or_endpoint(
     assert again.propose(CONTEXT) == made
     assert waits.seconds == []
     for other in (replace(CONTEXT, step=4), replace(CONTEXT, seed=8)):
-        with pytest.raises(ExplorerError, match=f"{KEY} is not set, and this call is not in the transcript"):
+        with pytest.raises(ExplorerError, match=f"{KEY} is not set, and the transcript does not hold this call"):
             again.propose(other)
 
 
@@ -439,7 +439,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_key_no_header_can_carry_is_not_sent(server: ScriptedEndpoint) -> None:
     for key in (SECRET + "\n", SECRET + "é"):
-        with pytest.raises(ExplorerError, match="is no key: it has characters") as raised:
+        with pytest.raises(ExplorerError, match="has characters that are not allowed") as raised:
             llm(server, api_key=SecretStr(key)).propose(CONTEXT)
         assert SECRET not in str(raised.value)
     assert server.requests == []
@@ -464,9 +464,9 @@ def test_a_transcript_survives_a_crash_and_tells_a_broken_line(tmp_path: Path) -
     transcript.record(second, request, {"status": 500})
     assert [response for _, response in Transcript(path).exchanges()] == [{"status": 200}, {"status": 500}]
     path.write_bytes(b"nonsense\n" + whole)
-    with pytest.raises(HistoryError, match="line 1 is no exchange"):
+    with pytest.raises(HistoryError, match="line 1 is not a recorded exchange"):
         Transcript(path)
-    with pytest.raises(ExplorerError, match="nothing is asked that cannot be kept"):
+    with pytest.raises(ExplorerError, match="no call is made without a transcript"):
         Transcript(tmp_path / "no" / "x").record(first, request, {})
 
 
@@ -581,7 +581,7 @@ def test_an_agent_reaches_nothing_outside_even_as_root(root: Path, tmp_path: Pat
     store = outside / "held-out.db"
     store.write_text("the secret")
     deed = deed.format(store=store, outside=outside, pid=os.getpid())
-    with pytest.raises(ExplorerError, match=r"the agent ended with status 0 and left no candidate\.py"):
+    with pytest.raises(ExplorerError, match=r"the agent ended with status 0 without a readable candidate\.py"):
         shell(root, f"{deed} && echo it went || echo it did not").propose(CONTEXT)
     words = log(root)
     assert "it did not" in words
@@ -624,7 +624,7 @@ def test_an_agent_has_no_privileges_and_a_clean_environment(root: Path, monkeypa
 @linux
 def test_an_agent_is_killed_in_time_with_its_children(root: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(ExplorerError, match=r"the agent was killed after 0\.5 s and left no candidate\.py"):
+    with pytest.raises(ExplorerError, match=r"the agent was killed after 0\.5 s without a readable candidate\.py"):
         shell(root, "sleep 300 & echo $!; echo $$; sleep 300", timeout_s=0.5).propose(CONTEXT)
     assert time.monotonic() - began < 20
     assert all(_is_gone(int(line)) for line in log(root).split())
@@ -660,7 +660,7 @@ def _is_gone(process: int, patience_s: float = 5) -> bool:
 def test_what_is_no_file_of_its_own_is_not_taken(root: Path, tmp_path: Path, trick: str) -> None:
     secret = tmp_path / "secret.py"
     secret.write_text(GOOD)
-    with pytest.raises(ExplorerError, match=r"left no candidate\.py that can be read"):
+    with pytest.raises(ExplorerError, match=r"without a readable candidate\.py"):
         shell(root, f"{trick.format(secret=secret)} candidate.py").propose(CONTEXT)
 
 
@@ -669,7 +669,7 @@ def test_what_is_no_file_of_its_own_is_not_taken(root: Path, tmp_path: Path, tri
 def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
     shell(root, f"ln -s {tmp_path}/kept link; ln -s {tmp_path} folder; echo > candidate.py").propose(CONTEXT)
-    with pytest.raises(ExplorerError, match=r"left no candidate\.py"):
+    with pytest.raises(ExplorerError, match=r"without a readable candidate\.py"):
         shell(root, "ls").propose(CONTEXT)
     assert "candidate.py" not in log(root)
     assert (tmp_path / "kept").read_text() == "kept"
@@ -678,7 +678,7 @@ def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path
 @pytest.mark.process
 @linux
 def test_a_command_that_is_not_there(root: Path) -> None:
-    with pytest.raises(ExplorerError, match=r"was not started, for it cannot run confined: .*No such file"):
+    with pytest.raises(ExplorerError, match=r"was not started, because it cannot be confined: .*No such file"):
         Agent(["no-such-command"], root).propose(CONTEXT)
     with pytest.raises(ExplorerError, match="the agent's workspace"):
         Agent(["true"], root, search=root / "gone").propose(CONTEXT)
@@ -689,7 +689,9 @@ def test_without_landlock_nothing_is_started(root: Path, monkeypatch: pytest.Mon
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(agents, "version", missing)
-    with pytest.raises(ExplorerError, match=r"cannot be kept to its workspace here, and is not started: .*implemented"):
+    with pytest.raises(
+        ExplorerError, match=r"was not started, because this system cannot confine it to its workspace: .*implemented"
+    ):
         shell(root, "echo > candidate.py").propose(CONTEXT)
     assert not root.exists()
 

@@ -25,18 +25,9 @@ from controllers.loading import LARGEST, Spec, load
 from discovery.data.recordings import intern_answers
 from discovery.evaluation.replay_jobs import Job, ReplayRules, Sealing, run_job
 from discovery.search.explorers import Candidate, Cost, ExplorerContext, ScoredCandidate
-from discovery.search.explorers.grammar import (
-    CLASSICS,
-    PARTS,
-    REFINED_EVERY,
-    Genome,
-    Grammar,
-    Knob,
-    emit,
-    genome_of,
-    knobs,
-    space,
-)
+from discovery.search.explorers.controller_writer import emit
+from discovery.search.explorers.genome import CLASSICS, PARTS, Genome, Knob, genome_of, knobs, space
+from discovery.search.explorers.grammar import REFINED_EVERY, Grammar
 from tests.controllers.test_baselines import INTERVAL, crowd
 from tests.discovery.evaluation.test_evaluate import CELL, question
 from tests.fakes import Chain, ScriptedEnvironment, episode
@@ -120,8 +111,8 @@ def test_each_number_follows_beta_one_way_and_within_its_bounds(genome: Genome) 
     for knob in knobs(genome):
         values = [getattr(controller, knob.name) for controller in controllers]
         assert values == sorted(values, reverse=knob.falls), knob.name
-        assert all(isinstance(value, int) for value in values) or not knob.whole
-        slack = 0.51 if knob.whole else 0.0005 * knob.high  # what rounding takes
+        assert all(isinstance(value, int) for value in values) or not knob.is_integer
+        slack = 0.51 if knob.is_integer else 0.0005 * knob.high  # what rounding takes
         assert knob.low - slack <= values[0]
         assert values[-1] <= knob.high + slack
         assert [values[0], values[-1]] == pytest.approx(knob.span(genome)[:2], rel=0.002, abs=slack)

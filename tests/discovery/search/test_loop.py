@@ -17,18 +17,9 @@ import pytest
 from pydantic import SecretStr
 
 from controllers.advice import advise
-from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load, recording_width_warnings
+from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load_search_split
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import (
-    Cell,
-    Origin,
-    RecordedBranch,
-    RecordedQuestion,
-    Recording,
-    Split,
-    intern_answers,
-    question_id,
-)
+from discovery.data.recordings import Cell, Origin, RecordedQuestion, Split, intern_answers, question_id
 from discovery.data.traces import trace_files
 from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
@@ -38,7 +29,8 @@ from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan, fix
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
 from discovery.search.explorers.endpoint import KEY, LLMSettings
 from discovery.search.explorers.files import Files
-from discovery.search.explorers.grammar import CLASSICS, Grammar
+from discovery.search.explorers.genome import CLASSICS
+from discovery.search.explorers.grammar import Grammar
 from discovery.search.explorers.llm import LLM
 from discovery.search.explorers.transcript import Response, Transcript
 from discovery.search.history import Event, History
@@ -52,14 +44,12 @@ from discovery.search.loop import (
     read_pairs,
     rounded_tokens,
 )
-from discovery.search.trace_digest import digest
+from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import Store
 from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.discovery.search.test_cascade import FALLING, GOOD, VOTE, WEAK
 from tests.discovery.search.test_explorers import SECRET, ScriptedEndpoint, Turn, Waits, completion, said, usd
-
-pytestmark = pytest.mark.process
 
 
 def asked_of(number: int, benchmark: str, position: int) -> RecordedQuestion:
@@ -145,8 +135,8 @@ def started(path: Path, explorer: Explorer, cascade: Cascade, **about: Any) -> S
 
 def searched(path: Path, cascade: Cascade, rounds: int = 3) -> SearchLoop:
     run = started(path, Grammar(batch=3), cascade)
-    run.go(SearchLimits(rounds))
-    run.finish(shuffles=1)
+    run.search(SearchLimits(rounds))
+    run.choose_finalist(shuffles=1)
     return run
 
 
@@ -226,7 +216,7 @@ def stop(run):
 
 if __name__ == "__main__":
     with TrialPool(CELLS, ReplayRules(), 1) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
-        started(Path(sys.argv[1]), Grammar(batch=3), Cascade(arena, probes, PLAN)).go(SearchLimits(3), stop)
+        started(Path(sys.argv[1]), Grammar(batch=3), Cascade(arena, probes, PLAN)).search(SearchLimits(3), stop)
 """
 
 
@@ -253,13 +243,13 @@ def test_it_ends_when_there_is_nothing_more(tmp_path: Path, cascade: Cascade) ->
     (tmp_path / "falling.py").write_text(FALLING)
     run = started(tmp_path / RECORD, Files(tmp_path), cascade)
     seen: list[int] = []
-    run.go(SearchLimits(), lambda run: seen.append(run.steps))
+    run.search(SearchLimits(), lambda run: seen.append(run.steps))
     assert seen == [1, 2]
     assert [(one.name, bool(verdict.failure)) for one, verdict in read_pairs(run.history)[4:]] == [
         ("falling", True),
         ("good", False),
     ]
-    found = run.finish(shuffles=1)
+    found = run.choose_finalist(shuffles=1)
     assert found.candidate.name == "good"
     assert found.lineage == [found.candidate.digest]
     assert [one.beta for one in found.curves[0].points] == list(FINAL_BETAS)
@@ -276,11 +266,11 @@ def test_it_ends_in_time_or_when_the_money_is_gone(tmp_path: Path, arenas: tuple
         ("first", SearchLimits(rounds=5, usd=0.8), 3),
     ):
         run = started(tmp_path / f"{name}.jsonl", Given(*batches), cascade)
-        run.go(limits)
+        run.search(limits)
         assert run.steps == steps, name
         assert run.spent == pytest.approx(0.4 * (steps - 1))
         before = run.history.head
-        run.go(limits)  # what had ended does not begin anew
+        run.search(limits)  # what had ended does not begin anew
         assert run.history.head == before
 
 
@@ -289,22 +279,22 @@ def test_an_explorer_that_cannot_pay_the_next_call_ends_it_orderly(
 ) -> None:
     cascade, broke = Remembering(arenas), BudgetExhausted("the budget is 1 USD")
     run = started(tmp_path / RECORD, Given([written(GOOD)], broke), cascade)
-    run.go(SearchLimits(usd=1.0))
+    run.search(SearchLimits(usd=1.0))
     assert run.steps == 2
-    assert run.finish(shuffles=1).candidate.source == GOOD
+    assert run.choose_finalist(shuffles=1).candidate.source == GOOD
     with pytest.raises(BudgetExhausted):  # it bought nothing at all
-        started(tmp_path / "poor.jsonl", Given(broke), cascade).go(SearchLimits(usd=1.0))
+        started(tmp_path / "poor.jsonl", Given(broke), cascade).search(SearchLimits(usd=1.0))
     with pytest.raises(ExplorerError, match="no answer"):
-        started(tmp_path / "mute.jsonl", Given([written(GOOD)], ExplorerError("no answer")), cascade).go(
+        started(tmp_path / "mute.jsonl", Given([written(GOOD)], ExplorerError("no answer")), cascade).search(
             SearchLimits(3)
         )
 
 
 def test_where_nobody_got_through_there_is_no_finalist(tmp_path: Path, arenas: tuple[TrialPool, TrialPool]) -> None:
     run = started(tmp_path / RECORD, Given([written(FALLING), written("import os\n")]), Remembering(arenas))
-    run.go(SearchLimits(1))
-    with pytest.raises(ExplorerError, match="no candidate got through; `autotts history show` tells why"):
-        run.finish()
+    run.search(SearchLimits(1))
+    with pytest.raises(ExplorerError, match="every candidate failed; see the reasons with `autotts history show`"):
+        run.choose_finalist()
     assert [event.kind for event in run.history.events][-1] == "judged"
 
 
@@ -318,8 +308,8 @@ def test_the_best_is_chosen_in_fresh_orders_and_knows_where_it_comes_from(
     second = written(VOTE.format(most="round(8 ** beta)"), "second", parent=first.digest)
     third = written(GOOD, "third", parent=second.digest, note="more of it")
     run = started(tmp_path / RECORD, Given([first], [second], [third], [written(WEAK, "weak")]), Remembering(arenas))
-    run.go(SearchLimits(4))
-    found = run.finish(shuffles=1)
+    run.search(SearchLimits(4))
+    found = run.choose_finalist(shuffles=1)
     chosen = run.history.bodies("chosen")[0]
     assert chosen["digest"] == found.candidate.digest == max(chosen["tried"], key=lambda one: chosen["tried"][one])
     assert set(chosen["tried"]) <= {one.digest for one in (first, second, third, written(WEAK))}
@@ -353,7 +343,7 @@ def test_only_the_leaders_of_now_are_told_of(tmp_path: Path, arenas: tuple[Trial
 
     explorer = Given(*([written(VOTE.format(most=f"round({most} ** beta)"), str(most))] for most in (3, 6, 12)))
     run = started(tmp_path / RECORD, explorer, Remembering(arenas), digester=digester)
-    run.go(SearchLimits(4))
+    run.search(SearchLimits(4))
     assert len(told) == len(set(told)) > 2
     for context in explorer.shown:
         leaders = {one.candidate.digest: f"of {one.candidate.name}" for one in context.leaders[:2]}
@@ -443,8 +433,8 @@ class Asked:
         return self.end(run)
 
     def end(self, run: SearchLoop) -> SearchLoop:
-        run.go(SearchLimits(ROUNDS))
-        run.finish(shuffles=1)
+        run.search(SearchLimits(ROUNDS))
+        run.choose_finalist(shuffles=1)
         return run
 
     def tell(self, candidate: Candidate) -> str:
@@ -452,7 +442,7 @@ class Asked:
         if candidate.digest not in self._digests:
             with TemporaryDirectory() as folder:
                 self.cascade.measure(candidate, TrialSettings((0.5, 1.0), range(2)), traces=Path(folder))
-                self._digests[candidate.digest] = digest(trace_files(Path(folder)), self._arena.cells)
+                self._digests[candidate.digest] = digest_traces(trace_files(Path(folder)), self._arena.cells)
         return self._digests[candidate.digest]
 
 
@@ -505,7 +495,7 @@ def test_a_model_is_asked_and_what_it_writes_is_judged(by_model: Straight) -> No
     assert [one.explorer for one, _ in pairs] == ["llm"] * ROUNDS
     assert [bool(one) for one in failures] == [False, False, True, True, False, False]
     assert failures[2].startswith("line 1: import os")
-    assert failures[3] == f"behaves exactly as {pairs[1][0].digest[:12]}, which was tried before"
+    assert failures[3] == f"behaves exactly like {pairs[1][0].digest[:12]}, which was tried before"
     assert pairs[1][0].note == "mended"
     assert by_model.waited == [1, 7, 1]  # after a silence, as the endpoint asked, after a cut
     assert [one.genome["calls"] for one, _ in pairs] == [2] * ROUNDS
@@ -623,12 +613,11 @@ SEARCH = ("--shuffles", "2", "--workers", "1", "--recordings")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, lines: Path) -> tuple[Path, str]:
-    """The folder `autotts discover` leaves, and what it printed; its warnings are checked here."""
+    """The folder `autotts discover` leaves, and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
     about = ("--rounds", "2", "--out", "run", "--store", "kept.db")
     done = autotts("discover", *SEARCH, str(lines), *about, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "branches are recorded, 64 are allowed: candidates that open more are scored with" in done.stderr
     return folder / "run", done.stdout
 
 
@@ -640,7 +629,10 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     assert {path.name for path in folder.iterdir()} == {RECORD, CONTEXT, file.name, file.with_suffix(".json").name}
     assert advise(file.read_text()) == []
     assert "answers are compared: exact\n" in printed
-    assert f"{file.relative_to(folder.parent)}: AFS {about['search']['afs']:.2f} in fresh orders, sealed" in printed
+    assert (
+        f"{file.relative_to(folder.parent)}: AFS {about['search']['afs']:.2f} in new branch orders, sandboxed"
+        in printed
+    )
     assert set(about) == {
         *("name", "digest", "explorer", "note", "lineage", "run", "data", "settings", "search", "cost")
     }
@@ -660,8 +652,8 @@ def test_what_was_recorded_here_is_searched_on_as_the_proxy_reads_it(tmp_path: P
     path.write_text(
         "".join(format_recording_line(replace(one, origin=Origin.COLLECTED)) for one in ASKED if one.benchmark == "b")
     )
-    assert load(path, [], [], AnswerComparison.AUTO)[1] == "canonical"
-    assert load(path, [], [], AnswerComparison.EXACT)[1] == "exact"
+    assert load_search_split(path, [], [], AnswerComparison.AUTO)[1] == "canonical"
+    assert load_search_split(path, [], [], AnswerComparison.EXACT)[1] == "exact"
 
 
 async def test_the_store_keeps_the_search_too(found: tuple[Path, str]) -> None:
@@ -697,7 +689,7 @@ def test_a_run_can_be_looked_at(found: tuple[Path, str], tmp_path: Path) -> None
     assert shown["head"] == record.head
     assert [one["name"] for one in shown["candidates"][:4]] == list(BASELINES)
     table = autotts("history", "show", folder, folder=tmp_path).stdout
-    assert f"{len(shown['candidates'])} candidates; the record's hash is {record.head[:16]}" in table
+    assert f"{len(shown['candidates'])} candidates; history hash {record.head[:16]}" in table
     assert all(one["digest"][:12] in table for one in shown["candidates"])
     one, other = (found["digest"] for found in shown["candidates"][4:6])
     told = autotts("history", "show", f"{folder}/{RECORD}", "grammar-1-0", folder=tmp_path).stdout
@@ -750,12 +742,12 @@ def test_a_run_that_was_cut_goes_on_by_the_command_line(found: tuple[Path, str],
 
 
 def check_refused(folder: Path, words: str, *arguments: str) -> None:
-    """One line beside the warning of narrow recordings, status 2, and nothing is left behind."""
+    """One line, status 2, and nothing is left behind."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = autotts(*arguments, folder=folder)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
-    assert len([line for line in done.stderr.splitlines() if "branches are recorded" not in line]) == 1
+    assert done.stderr.strip().count("\n") == 0
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert {path: kept[path] for path in kept if path.is_file()} == {
         path: before[path] for path in before if path.is_file()
@@ -765,7 +757,7 @@ def check_refused(folder: Path, words: str, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "say when to end: --rounds, --minutes or --budget-usd"),
+        ([], "no stopping condition; give --rounds, --minutes or --budget-usd"),
         (["--rounds", "0"], "Invalid value for '--rounds'"),
         (["--rounds", "1", "--explorer", "nobody"], "Invalid value for '--explorer'"),
         (["--rounds", "1", "--recordings", "none.db"], "none.db: no such file or folder"),
@@ -828,7 +820,7 @@ def test_a_model_by_the_command_line_is_told_no_word_of_the_recordings(
     for text in (*prompts, json.dumps(server.requests), context):
         check_clean(text)
     last = server.requests[-1]["messages"][1]["content"]
-    assert "a larger β spends less on cell 1" in last
+    assert "a larger β spends fewer tokens on cell 1" in last
     assert "raised ValueError" in last
     assert "Episode 1 (cell " in last
     assert "Episode 1 (cell " in context
@@ -869,7 +861,7 @@ def test_an_agent_is_told_no_word_of_the_recordings(lines: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     context = (tmp_path / "run" / CONTEXT).read_text()
     check_clean(context)
-    assert "a larger β spends less on cell 1" in context
+    assert "a larger β spends fewer tokens on cell 1" in context
     workspaces = [path for path in (tmp_path / "run" / "workspaces").rglob("*") if path.is_file()]
     assert len([path for path in workspaces if path.name == "search.jsonl"]) == 2
     for path in workspaces:
@@ -896,14 +888,3 @@ def check_opaque(path: Path) -> None:
 )
 def test_tokens_are_rounded_as_far_as_they_stay_something(tokens: float, shown: int) -> None:
     assert rounded_tokens(tokens) == shown
-
-
-def test_narrow_recordings_are_warned_of_and_wide_ones_are_not() -> None:
-    def of(branches: int) -> Recording:
-        return intern_answers(RecordedQuestion("q", "m", "b", 10, [RecordedBranch([], 25, "7")] * branches, "7"))
-
-    narrow, wide = Cell("m", "narrow", Split.SEARCH), Cell("m", "wide", Split.SEARCH)
-    lines = recording_width_warnings({narrow: [of(16), of(12)], wide: [of(64)]}, 64)
-    assert lines == [
-        "m narrow search: only 12 branches are recorded, 64 are allowed: candidates that open more are scored with 12"
-    ]

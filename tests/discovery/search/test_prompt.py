@@ -108,7 +108,7 @@ def test_champion_and_parent_are_shown_whole_with_their_curves() -> None:
     assert "```python\n# file 1\n```" in said
     assert "  55.13  c3" in said  # rounded
     assert said.index("60.00  c1") < said.index("55.13  c3") < said.index("40.00  c0")
-    assert " 1.00     60,000     61.2" in said
+    assert " 1.00     60,000       61.2" in said
     assert "c2: fault 2" in said
     assert " failed  c2: idea 2" in said
     assert "# file 2" not in said

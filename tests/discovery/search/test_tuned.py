@@ -53,7 +53,7 @@ def test_nothing_but_numbers_changes(factors: list[float]) -> None:
     made = varied(SOURCE, spots, np.array(factors))
     assert advise(made) == []
     again = spots_of(made)
-    kept = [spot.whole for spot in again if spot.value not in (0, 1)]
+    kept = [spot.is_integer for spot in again if spot.value not in (0, 1)]
     assert len(kept) <= len(spots)  # one that came to be 1 is a number no more
     for old, new in zip(ast.walk(ast.parse(SOURCE)), ast.walk(ast.parse(made)), strict=True):
         assert type(old) is type(new)

@@ -240,8 +240,8 @@ def test_the_command_line(tmp_path: Path) -> None:
         (["--anonymous"], 0, "forgot 1 episodes"),
         (["--anonymous"], 2, "s.db: holds nothing of requests without a key"),
         (["--tenant", "A"], 0, "forgot 1 episodes"),
-        ([], 2, "say --request-id ID, --tenant HASH or --anonymous, one of them"),
-        (["--anonymous", "--tenant", "E"], 2, "one of them"),
+        ([], 2, "give exactly one of --request-id ID, --tenant HASH and --anonymous"),
+        (["--anonymous", "--tenant", "E"], 2, "exactly one of"),
     ):
         done = autotts("store", "forget", "--store", "s.db", *arguments, folder=tmp_path)
         assert (done.returncode, words in " ".join((done.stdout + done.stderr).split())) == (code, True), done

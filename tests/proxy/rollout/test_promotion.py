@@ -445,4 +445,4 @@ def test_a_report_is_for_a_file(tmp_path: Path) -> None:
     status, _, words = autotts(
         "promote", "abcd", "--registry", str(tmp_path), "--as", "shadow", "--report", str(tmp_path / "report.json")
     )
-    assert (status, "--report is for a file" in words) == (2, True)
+    assert (status, "--report is only for files" in words) == (2, True)
