@@ -63,11 +63,9 @@ def collect_command(
 
     The proxy's admin key is read from AUTOTTS_ADMIN_KEY.
     """
-    from discovery.data.collect import (
-        ADMIN_KEY_VARIABLE,
-        CollectionPlan,
-        collect,
-    )  # imports `openai`, which is slow
+    from discovery.data.collect import collect  # imports `openai`, which takes a while
+    from discovery.data.collection_client import ADMIN_KEY_VARIABLE
+    from discovery.data.collection_plan import CollectionPlan
 
     if 0 in (temperature, top_p):
         raise typer.BadParameter(
@@ -101,7 +99,7 @@ def collect_command(
         raise typer.Exit(INTERRUPTED)
     summary = f"{out}: {progress.done:,} of {progress.total:,} branches, {progress.mine:,} of them in this run"
     print_line(f"{summary}; {_spent(progress, usd_per_million)}")
-    if progress.is_out:
+    if progress.is_out_of_budget:
         print_line(
             f"stopped: {progress.spent:,} tokens are spent, and one more branch may cost {progress.reserve:,}, which "
             f"could exceed {max_tokens_total:,}; continue with --resume and a larger --max-tokens-total"

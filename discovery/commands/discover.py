@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from controllers.sandbox.worker import Clock
+from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import atomic_write
@@ -45,6 +46,9 @@ from discovery.store import SearchRun, Store, TriedCandidate
 RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
 PROBE_TOKENS = 20
 """Tokens charged per probe if the recordings do not say."""
+
+
+log = logging.getLogger(__name__)
 
 
 class ExplorerName(StrEnum):
@@ -105,7 +109,7 @@ def discover(
     options = Options(folder, llm, command, budget_usd)
     chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
     cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
-    priced = any(recording.priced for cell_recordings in cells.values() for recording in cell_recordings)
+    priced = any(recording.has_probe_costs for cell_recordings in cells.values() for recording in cell_recordings)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
     plan = CascadePlan(shuffles=shuffles, latency=latency)
     settings = {
@@ -125,6 +129,8 @@ def discover(
     if explorer is ExplorerName.AGENT and not (out / EXPORT).exists():
         export_search_split(recordings, out / EXPORT, answers=answers)
     rules = ReplayRules(probe_tokens=cost)
+    for line in recording_width_warnings(cells, rules.max_branches):
+        log.warning("%s", line)
     with TrialPool(cells, rules, workers) as arena, TrialPool(fixed_recordings(), ReplayRules(), 1) as probes:
         cascade = Cascade(arena, probes, plan)
         digester = None if explorer is ExplorerName.GRAMMAR else _digester(cascade, arena)
@@ -137,6 +143,17 @@ def discover(
     if store is not None:
         store_search(run, store, settings)
     _write_finalist(run, finalist, out, settings)
+
+
+def recording_width_warnings(cells: Mapping[Cell, Sequence[Recording]], max_branches: int) -> list[str]:
+    """Return a line for each cell whose recordings have fewer branches than controllers may open."""
+    recorded = {cell: min(recording.branches for recording in recordings) for cell, recordings in cells.items()}
+    return [
+        f"{' '.join(cell)}: only {branches} branches are recorded, {max_branches} are allowed: "
+        f"candidates that open more are scored with {branches}"
+        for cell, branches in recorded.items()
+        if branches < max_branches
+    ]
 
 
 def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> None:

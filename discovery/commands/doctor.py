@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from controllers.sandbox.spawner import spawner
 from controllers.sandbox.proof import Proof, Trial
 from controllers.sandbox.seal import Layer
+from controllers.sandbox.spawner import spawner
 from discovery.commands.console import wide_console
 
 NOT_SEALED = 1

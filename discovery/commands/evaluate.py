@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from controllers.dial import parse_beta
-from controllers.errors import BetaError, UnknownController, SandboxUnavailable
+from controllers.errors import BetaError, SandboxUnavailable, UnknownController
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import atomic_write, check_writable_path

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from controllers.installed import RolloutState, Stage
 from controllers.loading import Spec, read
+from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
 from discovery.data.safe_json import parse_json
@@ -39,7 +39,7 @@ Why = Annotated[str, typer.Option(help="reason for the audit log")]
 def promote(
     what: Annotated[str, typer.Argument(help="FILE.py, or the digest prefix of an installed controller")],
     registry: Folder,
-    stage: Annotated[Stage, typer.Option("--as", help="rollout stage to put it at")],
+    stage: Annotated[RolloutStage, typer.Option("--as", help="rollout stage to put it at")],
     share: Annotated[float, typer.Option(min=0, max=1, help="share of requests for a canary")] = 0.1,
     why: Why = "",
     who: Who = "unknown",
@@ -117,7 +117,9 @@ def run_gate_on(file: Path, recordings: Path, champion: str, ledger: Path, shuff
     return report
 
 
-def install(registry: Registry, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> RolloutState:
+def install(
+    registry: Registry, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause
+) -> RolloutState:
     """Put a controller at a stage if its card shows a passed gate, or if `by` forces it.
 
     Raises PromotionError; nothing has changed then.
@@ -170,9 +172,9 @@ def print_warning(text: str) -> None:
     Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _describe(registry: Registry, digest: str, stage: Stage, before: RolloutState, after: RolloutState) -> str:
+def _describe(registry: Registry, digest: str, stage: RolloutStage, before: RolloutState, after: RolloutState) -> str:
     text = f"{registry.folder}: {_name(registry, digest)} is {stage}"
-    if stage is Stage.CANARY:
+    if stage is RolloutStage.CANARY:
         text += f" for {after.share:.0%} of the requests"
     ousted = before.stages[stage]
     return text if ousted in (None, digest) else f"{text}, in place of {ousted[:12]}"
@@ -193,10 +195,10 @@ def _stages(folder: Path, installed: RolloutState, cards: dict[str, Card]) -> Ta
     for heading in ("stage", "controller", "digest", "forced", "headline"):
         table.add_column(heading)
     if installed.champion is None:
-        table.add_row(Stage.CHAMPION, "the configured controller", "", "", "")
+        table.add_row(RolloutStage.CHAMPION, "the configured controller", "", "", "")
     for digest in cards:
         card, stage = cards[digest], installed.stage_of(digest)
-        stage_text = f"canary ({installed.share:.0%})" if stage is Stage.CANARY else str(stage or "none")
+        stage_text = f"canary ({installed.share:.0%})" if stage is RolloutStage.CANARY else str(stage or "none")
         stage_text += ", quarantined" if digest in installed.quarantined else ""
         forced = "[red]yes[/red]" if card.get("forced") else ""
         table.add_row(stage_text, card["name"], digest[:12], forced, str(card.get("headline", "")))

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from controllers.errors import BadController
-from controllers.installed import RolloutState, Stage, name_problem
 from controllers.loading import Spec, read_source
+from controllers.rollout_state import RolloutStage, RolloutState, name_problem
 from discovery.data.atomic_files import create_exclusively
 from discovery.data.hash_chained_log import ChainFormat, HashChainedLog, hash_line
 from discovery.data.safe_json import parse_json
@@ -135,7 +135,7 @@ class Registry:
 
     # Changing
 
-    def install(self, spec: Spec, card: Card, stage: Stage, share: float, by: ChangeCause) -> RolloutState:
+    def install(self, spec: Spec, card: Card, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
         """Install a controller from a file at a stage. Raises PromotionError; nothing has changed then."""
         if spec.source is None or (wrong := name_problem(spec.name)):
             raise PromotionError(
@@ -147,7 +147,7 @@ class Registry:
         files = {self._source(spec.digest): spec.source.encode(), self._card(spec.digest): _as_bytes(complete_card)}
         return self._change(f"install as {stage}", spec.digest, _promote(spec.digest, stage, share, by), by, files)
 
-    def promote(self, digest: str, stage: Stage, share: float, by: ChangeCause) -> RolloutState:
+    def promote(self, digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> RolloutState:
         """Move an installed controller to a stage. Raises PromotionError."""
         self.spec(digest)
         card = self.card(digest)
@@ -274,13 +274,15 @@ _MEND_REGISTRY: Final = (
 )
 
 
-def _promote(digest: str, stage: Stage, share: float, by: ChangeCause) -> Move:
+def _promote(digest: str, stage: RolloutStage, share: float, by: ChangeCause) -> Move:
     return lambda now: now.promote(digest, stage, share, by.forced)
 
 
-def _line(action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str) -> bytes:
+def _line(
+    action: str, digest: str | None, before: RolloutState, after: RolloutState, by: ChangeCause, chain: str
+) -> bytes:
     """Return a line of the audit log. `before` and `after` list only the stages whose controller changed."""
-    changed = [stage for stage in Stage if before.stages[stage] != after.stages[stage]]
+    changed = [stage for stage in RolloutStage if before.stages[stage] != after.stages[stage]]
     record = json.dumps(
         {
             "when": by.when.isoformat(),

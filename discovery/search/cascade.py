@@ -78,7 +78,9 @@ class Cascade:
     def judge(self, candidates: Sequence[Candidate], known: Sequence[CandidateVerdict]) -> list[CandidateVerdict]:
         """Return a verdict for each candidate; `known` are all earlier verdicts.
 
-        Judging several at once gives the same verdicts as judging them one by one. Raises EngineError, SandboxUnavailable.
+        Judging several at once gives the same verdicts as judging them one by one.
+
+        Raises EngineError, SandboxUnavailable.
         """
         verdicts: dict[int, CandidateVerdict] = {}
         seen = {one.fingerprint: one.digest for one in reversed(known) if one.fingerprint}  # the first of each
@@ -111,7 +113,10 @@ class Cascade:
     def measure(
         self, candidate: Candidate, trial: TrialSettings, sealed: bool = False, traces: Path | None = None
     ) -> list[Curve]:
-        """Return a candidate's curves, and write its traces if a folder is given. Raises EngineError, SandboxUnavailable."""
+        """Return a candidate's curves, and write its traces if a folder is given.
+
+        Raises EngineError, SandboxUnavailable.
+        """
         rules = replace(self._arena.rules, sealing=Sealing.ALL) if sealed else self._rules(candidate)
         rules = replace(rules, traces=traces)
         return self._arena.measure(_spec(candidate), trial, rules)

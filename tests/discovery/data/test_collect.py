@@ -23,7 +23,7 @@ from rich.console import Console
 
 from controllers import Limits, State, Stop, run_episode, run_sync
 from controllers.builtin import create
-from discovery.commands.collect import CollectProgress
+from discovery.commands.collect import CollectionProgressBar
 from discovery.data.collect import AWAY_S, PAUSE_S, CollectionProgress, RetryTiming, collect
 from discovery.data.collection_plan import CLOSING_TOKENS, PROBE_TOKENS, CollectionPlan
 from discovery.data.importers import format_recording_line, read_jsonl
@@ -233,7 +233,7 @@ async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> Non
     assert said.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them now; {spent(out):,} tokens in ")
     assert f"${spent(out):,}.00" in said
     async with verb(url, asked, out) as one:
-        assert "there are recordings in it; --resume goes on with them" in await one.ends(2)
+        assert "the file holds recordings; continue them with --resume" in await one.ends(2)
     async with verb(url, asked, out, "--resume") as one:
         assert f"{ALL} of {ALL} branches, 0 of them now" in await one.ends(0)
     check_complete(out)
@@ -266,7 +266,7 @@ async def test_an_interrupted_collection_keeps_finished_branches(
     async with verb(url, asked, out, "--at-once", "2") as one:
         await until(lambda: backend.running == 2 and backend.hanging.is_set())
         one.process.send_signal(number)
-        assert "interrupted; what was finished is in it, and --resume goes on" in await one.ends(130)
+        assert "interrupted; finished branches are saved, continue with --resume" in await one.ends(130)
     await asyncio.wait_for(backend.idle.wait(), 10)
     assert 0 < len(lines(out)) == sum(parts(out).values())
 
@@ -453,11 +453,11 @@ async def test_a_spent_budget_is_not_a_failure(url: str, asked: Path, out: Path)
     async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
         said = await one.ends(0)
     assert "stopped: 0 tokens are spent, and one more branch, which may cost 7,917, might pass 1,000; " in said
-    assert "--resume with a larger --max-tokens-total goes on, and --max-tokens bounds a branch" in said
+    assert "continue with --resume and a larger --max-tokens-total, or limit branches with --max-tokens" in said
     async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as one:
-        assert said.partition("; --resume")[0] != (said := await one.ends(0))
+        assert said.partition("; continue with")[0] != (said := await one.ends(0))
     assert f"stopped: {spent(out):,} tokens are spent" in said
-    assert "--max-tokens bounds" not in said
+    assert "limit branches" not in said
 
 
 # How fast it goes
@@ -466,9 +466,9 @@ async def test_a_spent_budget_is_not_a_failure(url: str, asked: Path, out: Path)
 def shown(*changes: CollectionProgress) -> str:
     """The bar, after `changes`."""
     console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
-    with CollectProgress(2.5, console) as bar:
+    with CollectionProgressBar(2.5, console) as bar:
         for at in changes:
-            bar.change(at)
+            bar.update(at)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -500,7 +500,7 @@ async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], o
     [
         (None, "AUTOTTS_ADMIN_KEY is not set: recording is for admins"),
         ("", "AUTOTTS_ADMIN_KEY is not set"),
-        ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that no header can carry"),
+        ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that are not allowed in an HTTP header"),
         ("open", "the proxy returns 403: controller everything@1 is for admins"),
     ],
 )
@@ -518,8 +518,8 @@ async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--temperature", "0"), "at 0 all branches are the same"),
-        (("--answer", "prose"), "answers are read as auto"),
+        (("--temperature", "0"), "at 0 all branches are identical"),
+        (("--answer", "prose"), "use one of auto"),
         (("--model", "other"), "there is no model 'other'; the proxy serves fake-model"),
     ],
 )
@@ -813,9 +813,9 @@ async def test_given_up_branches_are_reported(asked: Path, out: Path) -> None:
         verb(stub.url, asked, out, "--branches", "1") as one,
     ):
         said = await one.ends(1)
-    assert said.count("given up: question q") == QUESTIONS
+    assert said.count("skipped: question q") == QUESTIONS
     assert "question q0, branch 0: 503: the store is [red]away\n" in said
-    assert "--resume tries again" in said
+    assert "retry them with --resume" in said
     assert len(stub.asked) == QUESTIONS * 4
 
 
@@ -844,8 +844,8 @@ async def test_a_refused_question_is_left_out(asked: Path, out: Path, status: in
             async with verb(stub.url, asked, out, "--at-once", "2", "--resume") as one:
                 said = await one.ends(1)
             assert f"{ALL - BRANCHES} of {ALL} branches" in said
-            assert said.count("given up: ") == 1
-            assert f"given up: question q0: {status}: the prompt is too long\n" in said
+            assert said.count("skipped: ") == 1
+            assert f"skipped: question q0: {status}: the prompt is too long\n" in said
             assert len(stub.asked) - (ALL - BRANCHES) <= 2 * times
     assert len(lines(out)) == ALL - BRANCHES
 

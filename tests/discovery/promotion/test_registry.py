@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from controllers.installed import RolloutState, Stage, lot, name_problem
 from controllers.loading import Spec
+from controllers.rollout_state import RolloutStage, RolloutState, lot, name_problem
 from discovery.commands.promote import card_of, install
 from discovery.errors import PromotionError
 from discovery.promotion.registry import ChangeCause, Registry
@@ -41,52 +41,66 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def test_a_controller_moves_through_the_stages_and_back() -> None:
-    shadow = RolloutState().promote(A, Stage.SHADOW, 0)
+    shadow = RolloutState().promote(A, RolloutStage.SHADOW, 0)
     assert (shadow.shadow, shadow.version) == (A, 1)
-    canary = shadow.promote(A, Stage.CANARY, 0.25)
+    canary = shadow.promote(A, RolloutStage.CANARY, 0.25)
     assert (canary.shadow, canary.canary, canary.share) == (None, A, 0.25)
-    champion = canary.promote(A, Stage.CHAMPION, 0)
+    champion = canary.promote(A, RolloutStage.CHAMPION, 0)
     assert (champion.canary, champion.share, champion.champion, champion.previous) == (None, 0.0, A, (None,))
-    second = champion.promote(B, Stage.CANARY, 0.5).promote(B, Stage.CHAMPION, 0).promote(C, Stage.CANARY, 1)
-    assert (second.champion, second.previous, second.stage_of(C)) == (B, (None, A), Stage.CANARY)
+    second = (
+        champion.promote(B, RolloutStage.CANARY, 0.5)
+        .promote(B, RolloutStage.CHAMPION, 0)
+        .promote(C, RolloutStage.CANARY, 1)
+    )
+    assert (second.champion, second.previous, second.stage_of(C)) == (B, (None, A), RolloutStage.CANARY)
     back = second.roll_back()
     assert (back.champion, back.canary, back.previous, back.version) == (A, None, (None,), second.version + 1)
     assert back.roll_back().champion is None
 
 
 def test_a_stage_has_one_holder_and_a_controller_one_stage() -> None:
-    both = RolloutState().promote(A, Stage.SHADOW, 0).promote(B, Stage.SHADOW, 0).promote(A, Stage.CANARY, 0.1)
-    assert both.stages == {Stage.SHADOW: B, Stage.CANARY: A, Stage.CHAMPION: None}
-    swapped = both.promote(B, Stage.CANARY, 0.2)
-    assert swapped.stages == {Stage.SHADOW: None, Stage.CANARY: B, Stage.CHAMPION: None}
+    both = (
+        RolloutState()
+        .promote(A, RolloutStage.SHADOW, 0)
+        .promote(B, RolloutStage.SHADOW, 0)
+        .promote(A, RolloutStage.CANARY, 0.1)
+    )
+    assert both.stages == {RolloutStage.SHADOW: B, RolloutStage.CANARY: A, RolloutStage.CHAMPION: None}
+    swapped = both.promote(B, RolloutStage.CANARY, 0.2)
+    assert swapped.stages == {RolloutStage.SHADOW: None, RolloutStage.CANARY: B, RolloutStage.CHAMPION: None}
 
 
 def test_a_rollback_without_a_champion_drops_the_canary_alone() -> None:
-    installed = RolloutState().promote(A, Stage.SHADOW, 0).promote(B, Stage.CANARY, 0.1).roll_back()
-    assert installed.stages == {Stage.SHADOW: A, Stage.CANARY: None, Stage.CHAMPION: None}
+    installed = RolloutState().promote(A, RolloutStage.SHADOW, 0).promote(B, RolloutStage.CANARY, 0.1).roll_back()
+    assert installed.stages == {RolloutStage.SHADOW: A, RolloutStage.CANARY: None, RolloutStage.CHAMPION: None}
 
 
 def test_a_rollback_passes_over_the_quarantined_and_takes_its_champion_from_the_shadows() -> None:
-    three = RolloutState().promote(A, Stage.CHAMPION, 0).promote(B, Stage.CHAMPION, 0).promote(C, Stage.CHAMPION, 0)
+    three = (
+        RolloutState()
+        .promote(A, RolloutStage.CHAMPION, 0)
+        .promote(B, RolloutStage.CHAMPION, 0)
+        .promote(C, RolloutStage.CHAMPION, 0)
+    )
     assert three.quarantine(B).roll_back().champion == A
-    back = three.promote(B, Stage.SHADOW, 0).roll_back()
+    back = three.promote(B, RolloutStage.SHADOW, 0).roll_back()
     assert (back.champion, back.shadow) == (B, None)
 
 
 def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() -> None:
-    installed = RolloutState().promote(A, Stage.CANARY, 0.5).promote(B, Stage.CHAMPION, 0)
+    installed = RolloutState().promote(A, RolloutStage.CANARY, 0.5).promote(B, RolloutStage.CHAMPION, 0)
     assert installed.quarantine(A).canary is None
     assert installed.quarantine(B).champion == B
-    lifted = installed.quarantine(A).promote(A, Stage.CANARY, 0.5, forced=True)
+    lifted = installed.quarantine(A).promote(A, RolloutStage.CANARY, 0.5, forced=True)
     assert (lifted.canary, lifted.quarantined) == (A, frozenset())
 
 
 @pytest.mark.parametrize(
     ("move", "words"),
     [
-        (lambda installed: installed.promote(A, Stage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
-        (lambda installed: installed.promote(C, Stage.CANARY, 0.1), "is quarantined for failing; --force"),
-        (lambda installed: installed.promote(B, Stage.CANARY, 1.5), "share is a number from 0 to 1"),
+        (lambda installed: installed.promote(A, RolloutStage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
+        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined for failing; --force"),
+        (lambda installed: installed.promote(B, RolloutStage.CANARY, 1.5), "share is a number from 0 to 1"),
         (lambda installed: installed.drop_canary(B), "is not the canary"),
         (lambda installed: installed.quarantine(C), "quarantined already"),
         (lambda _: RolloutState().roll_back(), "neither a canary nor a champion"),
@@ -143,7 +157,7 @@ def test_names() -> None:
 
 def test_what_is_installed_is_read_again(registry: Registry) -> None:
     assert (registry.read(), registry.stamp(), registry.audit()) == (RolloutState(), None, [])
-    after = registry.install(spec(1), CARD, Stage.CANARY, 0.25, ME)
+    after = registry.install(spec(1), CARD, RolloutStage.CANARY, 0.25, ME)
     stamp = registry.stamp()
     assert Registry(registry.folder).read() == after
     assert registry.spec(spec(1).digest) == spec(1)
@@ -153,16 +167,16 @@ def test_what_is_installed_is_read_again(registry: Registry) -> None:
         "digest": spec(1).digest,
         "forced": False,
     }
-    registry.promote(registry.find(spec(1).digest[:8]), Stage.CHAMPION, 0, ME)
+    registry.promote(registry.find(spec(1).digest[:8]), RolloutStage.CHAMPION, 0, ME)
     assert registry.stamp() != stamp
     assert registry.roll_back(ME).champion is None
 
 
 def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
     one, two = spec(1).digest, spec(2).digest
-    registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
-    registry.install(spec(2), CARD, Stage.CHAMPION, 0, FORCED)
-    registry.promote(one, Stage.CANARY, 0.5, ME)
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, FORCED)
+    registry.promote(one, RolloutStage.CANARY, 0.5, ME)
     registry.drop_canary(one, ChangeCause("watcher", "tokens", NOON))
     audit = registry.audit()
     assert [(line["who"], line["action"], line["forced"], line["version"]) for line in audit] == [
@@ -182,32 +196,32 @@ def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
 
 def test_a_line_that_was_changed_is_found(registry: Registry) -> None:
     for number in range(3):
-        registry.install(spec(number), CARD, Stage.SHADOW, 0, ME)
+        registry.install(spec(number), CARD, RolloutStage.SHADOW, 0, ME)
     told = registry.audit_path.read_text()
     for changed in (told.replace('"me"', '"us"', 1), told.split("\n", 2)[0] + "\n" + told.split("\n", 2)[2], "x\n"):
         registry.audit_path.write_text(changed)
         with pytest.raises(PromotionError, match=r"audit\.jsonl: .*restore it from a copy, or move it away"):
             registry.audit()
     registry.audit_path.unlink()  # the way out
-    registry.install(spec(9), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
     assert [line["version"] for line in registry.audit()] == [3, 4]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "\xff"])
 def test_a_registry_that_is_none_is_named_and_so_is_the_way_out(registry: Registry, text: str) -> None:
-    registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     registry.file.write_bytes(text.encode("latin-1"))
-    for attempt in (registry.read, registry.audit, lambda: registry.install(spec(2), CARD, Stage.SHADOW, 0, ME)):
+    for attempt in (registry.read, registry.audit, lambda: registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)):
         with pytest.raises(PromotionError, match=r"registry\.json: .*move it away and promote again"):
             attempt()
     registry.file.unlink()
-    assert registry.install(spec(2), CARD, Stage.SHADOW, 0, ME).shadow == spec(2).digest
+    assert registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME).shadow == spec(2).digest
     assert len(registry.audit()) == 2
 
 
 def test_a_controller_that_is_not_what_was_installed(registry: Registry) -> None:
-    registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
-    registry.install(spec(2), CARD, Stage.CHAMPION, 0, ME)
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
+    registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME)
     path = registry.folder / f"{spec(1).digest}.py"
     path.write_text("# 3\n")
     before = registry.read()
@@ -220,12 +234,12 @@ def test_a_controller_that_is_not_what_was_installed(registry: Registry) -> None
         registry.spec(spec(1).digest)
     path.unlink()
     assert registry.read() == before
-    registry.install(spec(1), CARD, Stage.SHADOW, 0, ME)  # the way out
+    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)  # the way out
     assert registry.spec(spec(1).digest) == spec(1)
 
 
 def test_a_card_that_is_none(registry: Registry) -> None:
-    registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
+    registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     path = registry.folder / f"{spec(1).digest}.json"
     for text in ("", "[]", '{"name": "cmc"}'):
         path.write_text(text)
@@ -235,7 +249,7 @@ def test_a_card_that_is_none(registry: Registry) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "ab", "ffff", "zz"])
 def test_a_prefix_that_stands_for_nobody_or_for_several(registry: Registry, prefix: str) -> None:
-    registry.install(spec(1), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
     with pytest.raises(PromotionError, match=r"matches . digests"):
         registry.find(prefix)
 
@@ -247,11 +261,11 @@ def test_what_cannot_be_installed(registry: Registry, tmp_path: Path) -> None:
         (Spec("a b", "#"), "name the"),
     ):
         with pytest.raises(PromotionError, match=words):
-            registry.install(wrong, CARD, Stage.SHADOW, 0, ME)
+            registry.install(wrong, CARD, RolloutStage.SHADOW, 0, ME)
     assert not registry.folder.exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(PromotionError, match="file"):
-        Registry(tmp_path / "file").install(spec(1), CARD, Stage.SHADOW, 0, ME)
+        Registry(tmp_path / "file").install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
 
 
 # Cut short
@@ -271,19 +285,19 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new(tmp_path: Path, monkeyp
     steps, outcomes = 0, []
     for at in range(1000):
         registry = Registry(tmp_path / str(at))
-        registry.install(spec(1), CARD, Stage.CHAMPION, 0, ME)
+        registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
         old = registry.read()
         with monkeypatch.context() as patch:
             count = _fail(patch, at)
             try:
-                new, failed = registry.install(spec(2), CARD, Stage.CHAMPION, 0, ME), False
+                new, failed = registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME), False
             except PromotionError:
-                new, failed = old.promote(spec(2).digest, Stage.CHAMPION, 0), True
+                new, failed = old.promote(spec(2).digest, RolloutStage.CHAMPION, 0), True
         found = consistent(registry)
         assert found in (old, new)
         assert failed or found == new
         outcomes.append((failed, found == new))
-        assert registry.install(spec(3), CARD, Stage.SHADOW, 0, ME).version == found.version + 1
+        assert registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME).version == found.version + 1
         consistent(registry)
         assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
         steps = count[0]
@@ -312,12 +326,12 @@ def _fail(patch: pytest.MonkeyPatch, at: int) -> list[int]:
 
 
 def test_half_a_line_of_the_audit_is_taken_back(registry: Registry) -> None:
-    registry.install(spec(1), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
     whole = registry.audit_path.read_bytes()
-    registry.install(spec(2), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)
     registry.audit_path.write_bytes(whole + b'{"when": "2026')
     assert len(registry.audit()) == 2
-    registry.install(spec(3), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME)
     assert [json.loads(line)["version"] for line in registry.audit_path.read_text().splitlines()] == [1, 2, 3]
     consistent(registry)
 
@@ -325,18 +339,18 @@ def test_half_a_line_of_the_audit_is_taken_back(registry: Registry) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from tests.discovery.promotion.test_registry import CARD, ME, Registry, Stage, spec
+from tests.discovery.promotion.test_registry import CARD, ME, Registry, RolloutStage, spec
 registry = Registry(Path(sys.argv[1]))
 print(0, flush=True)
 sys.stdin.read()
 for number in range(10**6):
-    after = registry.install(spec(number % 7), CARD, (Stage.SHADOW, Stage.CANARY)[number % 2], 0.5, ME)
+    after = registry.install(spec(number % 7), CARD, (RolloutStage.SHADOW, RolloutStage.CANARY)[number % 2], 0.5, ME)
     print(after.version, flush=True)
 """
 
 
 def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: Registry) -> None:
-    registry.install(spec(8), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(8), CARD, RolloutStage.SHADOW, 0, ME)
     chance = random.Random(6)
     torn = 0
     for _ in range(KILLS):
@@ -352,7 +366,7 @@ def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: R
         torn += any(path.name.startswith(".") for path in registry.folder.iterdir())
         assert consistent(registry).version >= acknowledged
     assert torn  # some of them did hit it at work
-    registry.install(spec(9), CARD, Stage.SHADOW, 0, ME)
+    registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
     assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
 
 
@@ -391,9 +405,9 @@ def test_without_a_passed_gate_only_force_installs(
     path.write_text(json.dumps(report))
     card = card_of(spec(1), None if report is None else path)
     with pytest.raises(PromotionError, match=words):
-        install(registry, spec(1), card, Stage.SHADOW, 0, ME)
+        install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME)
     assert registry.read() == RolloutState()
-    install(registry, spec(1), card, Stage.SHADOW, 0, FORCED)
+    install(registry, spec(1), card, RolloutStage.SHADOW, 0, FORCED)
     assert registry.card(spec(1).digest)["forced"] is True
     assert registry.audit()[-1]["forced"] is True
 
@@ -401,7 +415,7 @@ def test_without_a_passed_gate_only_force_installs(
 def test_with_one_it_is_on_the_card(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"digest": spec(1).digest, "verdict": "promote", "headline": "better by 2"}))
-    install(registry, spec(1), card_of(spec(1), path), Stage.CANARY, 0.1, ME)
+    install(registry, spec(1), card_of(spec(1), path), RolloutStage.CANARY, 0.1, ME)
     card = registry.card(spec(1).digest)
     assert (card["headline"], card["report"]["verdict"], card["forced"]) == ("better by 2", "promote", False)
 

@@ -17,9 +17,18 @@ import pytest
 from pydantic import SecretStr
 
 from controllers.advice import advise
-from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load_search_split
+from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load_search_split, recording_width_warnings
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import Cell, Origin, RecordedQuestion, Split, intern_answers, question_id
+from discovery.data.recordings import (
+    Cell,
+    Origin,
+    RecordedBranch,
+    RecordedQuestion,
+    Recording,
+    Split,
+    intern_answers,
+    question_id,
+)
 from discovery.data.traces import trace_files
 from discovery.errors import BudgetExhausted, ExplorerError, HistoryError
 from discovery.evaluation.afs import Curve
@@ -50,6 +59,8 @@ from discovery.store import Store
 from tests.discovery.evaluation.test_evaluate import autotts, question
 from tests.discovery.search.test_cascade import FALLING, GOOD, VOTE, WEAK
 from tests.discovery.search.test_explorers import SECRET, ScriptedEndpoint, Turn, Waits, completion, said, usd
+
+pytestmark = pytest.mark.process
 
 
 def asked_of(number: int, benchmark: str, position: int) -> RecordedQuestion:
@@ -613,11 +624,12 @@ SEARCH = ("--shuffles", "2", "--workers", "1", "--recordings")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, lines: Path) -> tuple[Path, str]:
-    """The folder `autotts discover` leaves, and what it printed."""
+    """The folder `autotts discover` leaves, and what it printed; its warnings are checked here."""
     folder = tmp_path_factory.mktemp("cli")
     about = ("--rounds", "2", "--out", "run", "--store", "kept.db")
     done = autotts("discover", *SEARCH, str(lines), *about, folder=folder)
     assert done.returncode == 0, done.stderr
+    assert "branches are recorded, 64 are allowed: candidates that open more are scored with" in done.stderr
     return folder / "run", done.stdout
 
 
@@ -628,7 +640,7 @@ def test_the_command_line_leaves_record_controller_and_card(found: tuple[Path, s
     about = json.loads(file.with_suffix(".json").read_text())
     assert {path.name for path in folder.iterdir()} == {RECORD, CONTEXT, file.name, file.with_suffix(".json").name}
     assert advise(file.read_text()) == []
-    assert "answers are compared: exact\n" in printed
+    assert "answer comparison: exact\n" in printed
     assert (
         f"{file.relative_to(folder.parent)}: AFS {about['search']['afs']:.2f} in new branch orders, sandboxed"
         in printed
@@ -742,12 +754,12 @@ def test_a_run_that_was_cut_goes_on_by_the_command_line(found: tuple[Path, str],
 
 
 def check_refused(folder: Path, words: str, *arguments: str) -> None:
-    """One line, status 2, and nothing is left behind."""
+    """One line beside the warning of narrow recordings, status 2, and nothing is left behind."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = autotts(*arguments, folder=folder)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+    assert len([line for line in done.stderr.splitlines() if "branches are recorded" not in line]) == 1
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert {path: kept[path] for path in kept if path.is_file()} == {
         path: before[path] for path in before if path.is_file()
@@ -888,3 +900,14 @@ def check_opaque(path: Path) -> None:
 )
 def test_tokens_are_rounded_as_far_as_they_stay_something(tokens: float, shown: int) -> None:
     assert rounded_tokens(tokens) == shown
+
+
+def test_narrow_recordings_are_warned_of_and_wide_ones_are_not() -> None:
+    def of(branches: int) -> Recording:
+        return intern_answers(RecordedQuestion("q", "m", "b", 10, [RecordedBranch([], 25, "7")] * branches, "7"))
+
+    narrow, wide = Cell("m", "narrow", Split.SEARCH), Cell("m", "wide", Split.SEARCH)
+    lines = recording_width_warnings({narrow: [of(16), of(12)], wide: [of(64)]}, 64)
+    assert lines == [
+        "m narrow search: only 12 branches are recorded, 64 are allowed: candidates that open more are scored with 12"
+    ]
