@@ -1,4 +1,7 @@
-r"""Parser of normalized answers into canonical forms: lists, sets, intervals, matrices, equations, units and words."""
+r"""Parser of normalized answers into canonical forms: lists, sets, intervals, matrices, equations, units and words.
+
+Longer than 400 lines: these are the rules of one grammar, and they call each other.
+"""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ def test_the_budget_holds_in_the_worst_case(server: ScriptedEndpoint) -> None:
     size = sum(len(message["content"].encode()) for message in request["messages"])
     most = settings(server.url).worst_case(request)
     assert most >= usd(size, 4000)
-    with pytest.raises(ExplorerError, match=r"the budget is .* USD, 0\.0000 of it may be gone, and one more call can"):
+    with pytest.raises(ExplorerError, match=r"the budget is .* USD; up to 0\.0000 are spent, and one more call can"):
         llm(server, usd=most * 0.999).propose(CONTEXT)
     assert len(server.requests) == 1
     assert llm(server, completion(said(GOOD)), usd=most).propose(CONTEXT)
@@ -357,7 +357,7 @@ def test_the_budget_is_of_all_calls_failed_and_unknown_ones_too(server: Scripted
         ({"models": {"m": 0}}, "not all 0"),
         ({"models": {"m": -1, "n": 2}}, "weights must be at least 0"),
         ({"prices": {"m": (-1, 2)}}, "prices: must be at least 0"),
-        ({"prices": {}, "usd": 1}, "a price for every model; there is none for m"),
+        ({"prices": {}, "usd": 1}, "a price for every model; prices are missing for m"),
         ({"base_url": "ftp://x"}, "base_url"),
         ({"modles": {}}, "modles"),
     ],
@@ -719,7 +719,7 @@ confine.main(sys.argv[1:])
 def test_an_old_landlock_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     old: Callable[..., int] = lambda *_: confine.OLDEST - 1  # noqa: E731
     monkeypatch.setattr(seal, "_call", old)
-    with pytest.raises(OSError, match="Landlock 2 does not hold enough"):
+    with pytest.raises(OSError, match="Landlock version 2 is too old"):
         confine.version()
 
 
