@@ -279,12 +279,12 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
     done = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in (
-        "open 5",
-        "ask 3; drop 4",
+        "branch 5",
+        "probe 3; prune 4",
         "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}",
         "it had not been probed; #4e00b5 led with 1 of 1 finished branch",
         "706 tokens were spent:",
-        "Estimated tokens of self-consistency, from 2 finished branches and 3 that had at least",
+        "Estimated tokens of self-consistency, from 2 finished branches and 3 unfinished ones",
         "The controller answered #4e00b5 (2 of 2 finished branches; no other was given).",
     ):
         assert words in done.stdout
@@ -303,7 +303,7 @@ def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [serve(recorded, MINE, 0, "long", controller=Scripted(*steps, [advance(0, TO_END)]))])
     done = autotts("trace", "show", "long", "--store", "s.db", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run 1") == 151
+    assert done.stdout.count("advance 1") == 151
     assert f"{'·' * 59}█" in done.stdout
 
 
@@ -311,11 +311,14 @@ def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
 def test_an_unknown_request_is_reported_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [GIVEN_UP])
     for arguments, words in (
-        (["x", "--store", "s.db"], "no request the store s.db knows; a response's x-request-id is its id"),
-        (["x", "--store", "none.db"], "x: no file or folder, and there is no store none.db to know it; --store names"),
-        (["x" * 300, "--store", "s.db"], "xxx: no file or folder, and no request the store s.db knows"),
+        (["x", "--store", "s.db"], "not a request in the store s.db; use the x-request-id of the response"),
+        (
+            ["x", "--store", "none.db"],
+            "x: not a file or folder, and the store none.db does not exist; name a store with --store",
+        ),
+        (["x" * 300, "--store", "s.db"], "xxx: not a file or folder, and not a request in the store s.db"),
         (["x", "--question", "1"], "x: no traces there"),
-        ([".", "--json"], ".: --json tells of served requests, by their ids"),
+        ([".", "--json"], ".: --json works only with ids of served requests"),
     ):
         done = autotts("trace", "show", *arguments, folder=tmp_path)
         assert done.returncode == 2

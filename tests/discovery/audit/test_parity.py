@@ -450,9 +450,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [*found.episodes, *episodes], [*found.recordings.values(), *recordings])
     done = autotts("parity", "--store", "s.db", "--plot", "p.svg", "--shuffles", "5", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rounds of 28 episodes are decided alike" in done.stdout
-    assert "reproduced: 28 of 28 recorded episodes, in their own order, to token and answer" in done.stdout
-    assert "right answers known by reference 14" in done.stdout
+    assert "rounds of 28 episodes are decided the same" in done.stdout
+    assert "reproduced: 28 of 28 recorded episodes match in tokens and answer" in done.stdout
+    assert "correct answers from reference 14" in done.stdout
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
     one = ["--controller", "cmc", "--beta", "0.3"]
     done = autotts("parity", "--store", "s.db", *one, "--json", "-", folder=tmp_path)
@@ -511,4 +511,4 @@ def test_a_store_without_recordings_or_episodes(tmp_path: Path) -> None:
     write(tmp_path / "e.db", [])
     done = autotts("parity", "--store", "e.db", folder=tmp_path)
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
-    assert "e.db: no served request is recorded there; `autotts serve --store e.db` records them" in done.stderr
+    assert "e.db: the store holds no served requests; record them with `autotts serve --store e.db`" in done.stderr

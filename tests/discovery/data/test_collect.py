@@ -230,12 +230,12 @@ async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> Non
     async with verb(url, asked, out, "--usd-per-million", "1000000") as one:
         said = await one.ends(0)
     check_complete(out)
-    assert said.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them now; {spent(out):,} tokens in ")
+    assert said.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them in this run; {spent(out):,} tokens in ")
     assert f"${spent(out):,}.00" in said
     async with verb(url, asked, out) as one:
         assert "the file holds recordings; continue them with --resume" in await one.ends(2)
     async with verb(url, asked, out, "--resume") as one:
-        assert f"{ALL} of {ALL} branches, 0 of them now" in await one.ends(0)
+        assert f"{ALL} of {ALL} branches, 0 of them in this run" in await one.ends(0)
     check_complete(out)
 
 
@@ -452,7 +452,7 @@ async def test_two_collectors_share_the_budget(backend: FakeVLLM, url: str, aske
 async def test_a_spent_budget_is_not_a_failure(url: str, asked: Path, out: Path) -> None:
     async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
         said = await one.ends(0)
-    assert "stopped: 0 tokens are spent, and one more branch, which may cost 7,917, might pass 1,000; " in said
+    assert "stopped: 0 tokens are spent, and one more branch may cost 7,917, which could exceed 1,000; " in said
     assert "continue with --resume and a larger --max-tokens-total, or limit branches with --max-tokens" in said
     async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as one:
         assert said.partition("; continue with")[0] != (said := await one.ends(0))

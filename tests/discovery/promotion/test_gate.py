@@ -546,8 +546,8 @@ def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "significant" in done.output
     assert "first: undecided" in done.output
-    assert "answers are compared: exact\n" in done.output
-    assert "noticed" in done.output
+    assert "answer comparison: exact\n" in done.output
+    assert "reliably detect" in done.output
     assert json.loads(given.report.read_text())["name"] == "first"
     done = CliRunner().invoke(app, ["gate", "nobody", *map(str, options), *map(str, more)])
     assert done.exit_code == 2

@@ -392,7 +392,7 @@ def test_writers_at_once_take_turns(registry: Registry) -> None:
     ("report", "words"),
     [
         (None, "needs a passed gate"),
-        ({"digest": A, "verdict": "promote"}, "the report is of aaaaaaaaaaaa"),
+        ({"digest": A, "verdict": "promote"}, "the report is about aaaaaaaaaaaa"),
         ({"digest": spec(1).digest, "verdict": "reject"}, "verdict is 'reject'"),
         ({"digest": spec(1).digest, "verdict": "undecided"}, "verdict is 'undecided'"),
         ({"digest": spec(1).digest}, "verdict is None"),

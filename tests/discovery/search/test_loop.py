@@ -717,10 +717,10 @@ def test_a_run_can_be_looked_at(found: tuple[Path, str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["show", "none"], "No such file or directory; name the folder of a recorded run"),
-        (["show", "RUN", "nobody"], "nobody: no candidate is called that"),
-        (["show", "RUN", "class"], "class: no candidate is called that"),
-        (["diff", "RUN", "cmc", ""], "several candidates are called that"),
+        (["show", "none"], "No such file or directory; name a folder a run was recorded in"),
+        (["show", "RUN", "nobody"], "nobody: no candidate has that name or digest prefix"),
+        (["show", "RUN", "class"], "class: no candidate has that name or digest prefix"),
+        (["diff", "RUN", "cmc", ""], "several candidates have that name or digest prefix"),
         (["plot", "RUN", "--to", "p.gif"], "must end in .png or .svg"),
     ],
 )
@@ -743,7 +743,7 @@ def test_a_run_that_was_cut_goes_on_by_the_command_line(found: tuple[Path, str],
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RECORD).write_bytes(whole[: int(len(whole) * 0.6)])
     asked = ("discover", *SEARCH, str(lines), "--rounds", "2", "--out", "run")
-    check_refused(tmp_path, "a run is recorded there; --resume goes on with it", *asked)
+    check_refused(tmp_path, "a run is recorded there; continue it with --resume", *asked)
     check_refused(tmp_path, "the run began with seed = 0, not 5", *asked, "--seed", "5", "--resume")
     check_refused(tmp_path, "answers = exact, not canonical", *asked, "--answers", "canonical", "--resume")
     done = autotts(*asked, "--resume", folder=tmp_path)
@@ -775,7 +775,7 @@ def check_refused(folder: Path, words: str, *arguments: str) -> None:
         (["--rounds", "1", "--recordings", "none.db"], "none.db: no such file or folder"),
         (["--rounds", "1", "--models", "x"], "no recordings of model 'x'"),
         (["--rounds", "1", "--out", "file"], "file: File exists"),
-        (["--rounds", "1", "--resume"], "No such file or directory; name the folder of a recorded run"),
+        (["--rounds", "1", "--resume"], "No such file or directory; name a folder a run was recorded in"),
         (["--rounds", "1", "--explorer", "files"], "--explorer files needs --folder"),
         (["--rounds", "1", "--explorer", "agent"], "--explorer agent needs --command"),
         (["--rounds", "1", "--explorer", "agent", "--command", "a 'b"], "--command: No closing quotation"),

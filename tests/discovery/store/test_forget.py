@@ -234,12 +234,12 @@ def test_the_command_line(tmp_path: Path) -> None:
 
     asyncio.run(fill())
     for arguments, code, words in (
-        (["--request-id", "a"], 0, "forgot 1 episodes, 1 of feedback, 1 recordings, 3 labels, and 1 questions"),
-        (["--request-id", "a"], 2, "s.db: holds nothing of a"),
-        (["--tenant", "nobody"], 2, "s.db: holds nothing of nobody"),
-        (["--anonymous"], 0, "forgot 1 episodes"),
-        (["--anonymous"], 2, "s.db: holds nothing of requests without a key"),
-        (["--tenant", "A"], 0, "forgot 1 episodes"),
+        (["--request-id", "a"], 0, "erased 1 episodes, 1 feedback entries, 1 recordings, 3 labels, and 1 questions"),
+        (["--request-id", "a"], 2, "s.db: nothing is recorded of a"),
+        (["--tenant", "nobody"], 2, "s.db: nothing is recorded of nobody"),
+        (["--anonymous"], 0, "erased 1 episodes"),
+        (["--anonymous"], 2, "s.db: nothing is recorded of requests without a key"),
+        (["--tenant", "A"], 0, "erased 1 episodes"),
         ([], 2, "give exactly one of --request-id ID, --tenant HASH and --anonymous"),
         (["--anonymous", "--tenant", "E"], 2, "exactly one of"),
     ):
@@ -266,7 +266,7 @@ def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.Mo
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
     running.close()
-    with pytest.raises(RecordingsNotFound, match="holds nothing of A"):  # it was forgotten before
+    with pytest.raises(RecordingsNotFound, match="nothing is recorded of A"):  # it was forgotten before
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == holding(tmp_path, "secret-d-") == []
     assert (holding(tmp_path, "secret-b-"), holding(tmp_path, "spill")) == (["s.db"], [])

@@ -407,7 +407,7 @@ def test_from_a_file_to_champion_and_back(tmp_path: Path) -> None:
     file.write_text(HONEST)
     digest = Spec("mine", HONEST).digest
     status, _, words = autotts("promote", str(file), "--registry", folder, "--as", "shadow")
-    assert (status, words) == (2, "autotts: mine: it needs a passed gate: give --report FILE, or --force it")
+    assert (status, words) == (2, "autotts: mine: needs a passed gate; give --report FILE, or use --force")
     report.write_text(json.dumps({"digest": digest, "verdict": "promote", "headline": "2 points better"}))
     status, told, words = autotts(
         "promote", str(file), "--registry", folder, "--as", "shadow", "--report", str(report), "--who", "ada"
@@ -423,7 +423,7 @@ def test_from_a_file_to_champion_and_back(tmp_path: Path) -> None:
     assert figures["audit"][0]["who"] == "ada"
     assert figures["audit"][-1]["why"] == "it is good"
     status, told, _ = autotts("rollback", "--registry", folder)
-    assert "the configured controller is champion" in told
+    assert "the configured controller is the champion" in told
     status, told, _ = autotts("controllers", "--registry", folder)
     assert all(words in told for words in ("2 points better", "version 4", "rollback", "it is good"))
     status, _, words = autotts("rollback", "--registry", folder)
