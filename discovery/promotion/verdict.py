@@ -155,7 +155,7 @@ class JudgementContext(NamedTuple):
 def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> GateReport:
     """Judge the first side of `measured` against the second."""
     finalist, champion = measured.sides
-    gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.ground}
+    gains = {cell: finalist.parts(cell) - champion.parts(cell) for cell in measured.baselines}
     cells = [_cell(cell, gain, finalist, champion) for cell, gain in gains.items()]
     of_questions = _pooled(gains, measured)
     spent = sequential_alpha(about.k, terms.alpha)
@@ -203,7 +203,7 @@ def _verdict(conditions: Sequence[Condition]) -> GateVerdict:
 
 
 def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
-    return question_values(values, {cell: measured.ground[cell].questions for cell in values})
+    return question_values(values, {cell: measured.baselines[cell].questions for cell in values})
 
 
 # Conditions
@@ -222,7 +222,7 @@ def _failures(finalist: ControllerScores) -> Condition:
 def _accuracy(measured: ScoreSet, terms: GateTerms) -> Condition:
     """Check non-inferiority at the deployed β; final only if accuracy is significantly below the champion's."""
     finalist, champion = measured.sides
-    gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.ground}
+    gains = {cell: finalist.right(cell, terms.beta) - champion.right(cell, terms.beta) for cell in measured.baselines}
     of_questions = _pooled(gains, measured)
     low, high = bootstrap_bounds(of_questions)
     text = f"{of_questions.mean():+.2f} points at β = {terms.beta:g}, {_between(low, high, 90)}"
@@ -239,8 +239,8 @@ def _losing(cells: Sequence[CellReport], terms: GateTerms) -> Condition:
 
 def _path(measured: ScoreSet, terms: GateTerms) -> Condition:
     """Check the p95 critical path, averaged over cells, at the β where it exceeds its limit most."""
-    finalist, champion = ([side.curves[cell].points for cell in measured.ground] for side in measured.sides)
-    interval = np.mean([ground.interval for ground in measured.ground.values()])
+    finalist, champion = ([side.curves[cell].points for cell in measured.baselines] for side in measured.sides)
+    interval = np.mean([baseline.interval for baseline in measured.baselines.values()])
     paths, allowed = (np.array([[one.path for one in points] for points in side]) for side in (finalist, champion))
     mean, bound = paths.mean(axis=0), terms.slowdown * allowed.mean(axis=0) + interval
     at = int(np.argmax(mean - bound))

@@ -99,7 +99,7 @@ def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() ->
     ("move", "words"),
     [
         (lambda installed: installed.promote(A, RolloutStage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
-        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined for failing; --force"),
+        (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined because it failed; --force"),
         (lambda installed: installed.promote(B, RolloutStage.CANARY, 1.5), "share is a number from 0 to 1"),
         (lambda installed: installed.drop_canary(B), "is not the canary"),
         (lambda installed: installed.quarantine(C), "quarantined already"),
@@ -349,6 +349,7 @@ for number in range(10**6):
 """
 
 
+@pytest.mark.process
 def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: Registry) -> None:
     registry.install(spec(8), CARD, RolloutStage.SHADOW, 0, ME)
     chance = random.Random(6)
@@ -370,6 +371,7 @@ def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: R
     assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.process
 def test_writers_at_once_take_turns(registry: Registry) -> None:
     command = [sys.executable, "-c", WRITER.replace("10**6", "20"), str(registry.folder)]
     writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]

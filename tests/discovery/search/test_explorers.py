@@ -493,7 +493,7 @@ def test_files_that_cannot_be_read_are_candidates_that_fail(tmp_path: Path) -> N
     (tmp_path / f"{'n' * 99}.py").write_text(GOOD)
     longest, named, odd = Files(tmp_path).propose(CONTEXT)
     assert (longest.name, len(named.name), odd.name) == ("long", 64, "odd")
-    assert f"more than {LARGEST} bytes" in longest.note
+    assert f"larger than {LARGEST} bytes" in longest.note
     assert "utf-8" in odd.note
     assert all(advise(one.source) for one in (longest, odd))
     with pytest.raises(ExplorerError, match="No such file"):
