@@ -245,6 +245,7 @@ WORDS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fault", FAULTY)
 def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> None:
     path = tmp_path / f"{fault}.py"
@@ -263,6 +264,7 @@ def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> 
     assert found[1].as_json()["failures"] == 0
 
 
+@pytest.mark.process
 def test_a_constructor_that_fails_is_a_scored_failure(tmp_path: Path) -> None:
     path = tmp_path / "late.py"
     path.write_text("class Mine:\n    def __init__(self, beta): 1 / beta\n    def decide(self, state): return []\n")
@@ -303,13 +305,13 @@ COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
 def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], words: str) -> None:
     source = versions({}, change, origin=Origin.IMPORTED)
     first = source.recordings[0].version.digest
-    words = rf"recordings of 2 versions are not scored together: {first} \(2: {words}; `autotts evaluate --version`"
+    words = rf"recordings of 2 versions cannot be scored together: {first} \(2: {words}; choose one with"
     with pytest.raises(RecordingsNotFound, match=words):
         scores("single", source=source)
     mixed = Given(
         *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
     )
-    with pytest.raises(RecordingsNotFound, match="recordings of 2 versions are not scored together"):
+    with pytest.raises(RecordingsNotFound, match="recordings of 2 versions cannot be scored together"):
         scores("single", source=mixed)
 
 
@@ -321,7 +323,7 @@ def test_the_newest_version_of_collected_recordings_is_scored(origin: Origin, ca
     found = scores("single", source=source)
     assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
     (line,) = (record.getMessage() for record in caplog.records)
-    assert f"version {newest} is scored; left out are {older[0]} (2: sampling" in line
+    assert f"version {newest} is scored; left out: {older[0]} (2: sampling" in line
     assert f"; {older[1]} (2: sampling {{}})" in line
 
 
@@ -339,7 +341,7 @@ def test_another_version_can_be_asked_for(origin: Origin) -> None:
     older = scores("single", source=source, version=first[:5])
     assert columns(older) == columns(scores("single", source=Given(*source.recordings[:2])))
     with pytest.raises(
-        RecordingsNotFound, match=rf"no version 'zz' can be scored; there are {first} \(2: .*; {second} \(2: "
+        RecordingsNotFound, match=rf"no version 'zz' can be scored; versions: {first} \(2: .*; {second} \(2: "
     ):
         scores("single", source=source, version="zz")
 
@@ -348,14 +350,14 @@ def test_a_version_is_named_by_enough_of_its_digest() -> None:
     source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
     begins = [one.version.digest[0] for one in source.recordings[::2]]
     twice = next(digit for digit in begins if begins.count(digit) > 1)
-    with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; there are"):
+    with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; versions: "):
         scores("single", source=source, version=twice)
 
 
 def test_a_newest_version_that_cannot_be_scored_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     source = versions(HOT, {**HOT, "chat_template": "new", "reference": None})
     assert scores("single", source=source)[0].episodes == 14
-    assert f"of the newest version, {source.recordings[-1].version.digest}, nothing can be scored" in caplog.text
+    assert f"no recording of the newest version, {source.recordings[-1].version.digest}, can be scored" in caplog.text
     caplog.clear()
     scores("single", source=source, version=source.recordings[0].version.digest)
     assert caplog.text == ""
@@ -386,18 +388,16 @@ def test_consensus_labels_are_scored_only_on_request(caplog: pytest.LogCaptureFi
     (score,) = scores("cmc", betas=[1.0], source=MIXED)
     assert score.as_json()["label_sources"] == {"reference": 3, "feedback": 3}
     assert "weights" not in score.as_json()
-    assert (
-        "left out are recordings whose right answers are known in a way that does not count, 3 by consensus"
-        in caplog.text
-    )
+    assert "recordings were left out because of how their reference answers are known: 3 by consensus" in caplog.text
     alone = Given(*MIXED.recordings[6:])
     with pytest.raises(
-        RecordingsNotFound, match="only 3 by consensus; `autotts evaluate --labels consensus` takes them"
+        RecordingsNotFound,
+        match="3 by consensus, which do not count by default; `autotts evaluate --labels consensus`",
     ):
         scores("cmc", source=alone)
     (score,) = scores("cmc", betas=[1.0], source=alone, weights={CONSENSUS: 1.0})
     assert score.as_json()["label_sources"] == {"consensus": 3}
-    with pytest.raises(RecordingsNotFound, match="only 3 by feedback and 3 by consensus"):
+    with pytest.raises(RecordingsNotFound, match="are 3 by feedback and 3 by consensus"):
         scores("cmc", source=Given(*MIXED.recordings[3:]), weights={LabelSource.REFERENCE: 1.0})
 
 
@@ -521,7 +521,7 @@ def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
 
 
 def test_more_chains_than_were_recorded_are_refused() -> None:
-    with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches; m b search has 16 a question"):
+    with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches, but m b search has 16 per question"):
         scores("asc@17", rules=ReplayRules(max_branches=64))
 
 
@@ -559,10 +559,10 @@ def test_cells_that_are_not_there_are_named() -> None:
     assert select_cells(cells, ["n"], [], None) == cells[1:]
     assert select_cells(cells, [], [], Split.SEARCH) == cells[:1]
     for models, benchmarks, split, words in (
-        (["x"], [], None, "no recordings of model 'x'; there are m, n"),
-        ([], ["x"], None, "no recordings of benchmark 'x'; there are b, c"),
-        ([], [], Split.VALIDATION, "no recordings of split 'validation'; there are held-out, search"),
-        (["m"], ["c"], None, "of all that was asked for at once; there are m b search; n c held-out"),
+        (["x"], [], None, "no recordings of model 'x'; available: m, n"),
+        ([], ["x"], None, "no recordings of benchmark 'x'; available: b, c"),
+        ([], [], Split.VALIDATION, "no recordings of split 'validation'; available: held-out, search"),
+        (["m"], ["c"], None, "models, benchmarks and split; available: m b search; n c held-out"),
     ):
         with pytest.raises(RecordingsNotFound, match=words):
             select_cells(cells, models, benchmarks, split)
@@ -720,7 +720,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--controllers", ","], "--controllers is empty"),
         (["--betas", "nan"], "--betas must be a decimal number from 0 to 1 such as 0.5, not 'nan'"),
         (["--betas", "0,1.5"], "not '1.5'"),
-        (["--split", "validation"], "no recordings of split 'validation'; there are search"),
+        (["--split", "validation"], "no recordings of split 'validation'; available: search"),
         (["--split", "test"], "'test' is not one of 'search', 'validation', 'held-out'"),
         (["--shuffles", "0"], "Invalid value for '--shuffles'"),
         (["--recordings", "none.db"], "none.db: no such file or folder"),
@@ -734,8 +734,8 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--labels", "feedback=1.5"], "'feedback=1.5': the weight must be above 0 and at most 1"),
         (["--labels", "feedback=nan"], "'feedback=nan': the weight must be above 0 and at most 1"),
         (["--labels", "feedback="], "'feedback=': the weight must be above 0 and at most 1"),
-        (["--labels", "consensus"], "m b search: no right answer is known in a way that counts, only 6 by reference"),
-        (["--version", "zz"], "m b search: no version 'zz' can be scored; there are"),
+        (["--labels", "consensus"], "m b search: the only reference answers are 6 by reference"),
+        (["--version", "zz"], "m b search: no version 'zz' can be scored; versions: "),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(
