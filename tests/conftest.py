@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final
 
+import hypothesis
 import pytest
 import pytest_asyncio
 import uvicorn.server
@@ -106,6 +107,8 @@ class _FasterPolling:
         await asyncio.sleep(seconds / 10)
 
 
+hypothesis.settings.register_profile("busy machine", deadline=None)  # an example may wait for the processor
+hypothesis.settings.load_profile("busy machine")
 vars(uvicorn.server)["asyncio"] = _FasterPolling()
 sys.addaudithook(_refuse_process)
 multiprocessing.util.spawnv_passfds = _spawn_unless_refused
