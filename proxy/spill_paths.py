@@ -1,4 +1,4 @@
-"""Paths of spill files, and how to tell a spill file from any other. Settings check them before anything is opened."""
+"""Paths of spill files, and how to tell a spill file from other files. Settings are checked by them at start."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Final
 
 from discovery.data.atomic_files import is_database_file
 
-MOST_FILES: Final = 64
-"""Proxies that may spill to one place, each to a file of its own."""
-BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
-"""How every line begins."""
+MAX_FILES: Final = 64
+"""Proxies that may share a spill path. Each has its own file."""
+LINE_BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
+"""Beginning of every line: the CRC of its content."""
 BEGIN_BYTES: Final = 9
 
 
-def places(path: Path) -> Iterator[Path]:
-    """Where files may be that are said to be at `path`."""
+def candidate_paths(path: Path) -> Iterator[Path]:
+    """Yield the paths at which the spill files for `path` may be."""
     yield path
-    for number in range(1, MOST_FILES):
+    for number in range(1, MAX_FILES):
         yield path.with_name(f"{path.name}.{number}")
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether something other than a file of lines is at `path`. Raises OSError."""
+    """Return whether something other than a spill file is at `path`. Raises OSError."""
     if not path.is_file() or path.is_symlink():
         return os.path.lexists(path)
     if is_database_file(path):
@@ -35,5 +35,5 @@ def is_foreign(path: Path) -> bool:
 
 
 def is_spill_line(begin: bytes) -> bool:
-    """Whether a file that begins so is one of lines, or empty."""
-    return not begin or BEGIN.match(begin) is not None
+    """Return whether `begin` is the beginning of a spill file, or empty."""
+    return not begin or LINE_BEGIN.match(begin) is not None

@@ -121,6 +121,10 @@ class TokenWindow:
         """Return the tokens that may be reserved now."""
         return max(0, self.cap - self.spent(now) - self.reserved)
 
+    def fits(self, tokens: int, now: float) -> bool:
+        """Return whether `tokens` may be reserved or spent now."""
+        return self.room(now) >= tokens
+
     def after_s(self, tokens: int, now: float) -> float:
         """Return the seconds until `tokens` fit, as far as settled tokens decide. Reservations may end at any time."""
         missing = tokens - self.room(now)

@@ -18,7 +18,7 @@ from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
 from discovery.store.item_lines import decode_item
 from proxy.recording.spill_file import SpillFiles
-from proxy.spill_paths import places
+from proxy.spill_paths import candidate_paths
 
 
 def forget(
@@ -58,7 +58,7 @@ async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
             waiting.adopt()
             while waiting.size:
                 chunk = waiting.read(1)
-                dropped += chunk.bad
+                dropped += chunk.damaged
                 for line in chunk.lines:
                     try:
                         await store.add_all([decode_item(line)])
@@ -69,4 +69,4 @@ async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
         raise StoreError(f"{error.filename or spill}: {error.strerror}") from None
     finally:
         waiting.close()
-    return [path for path in places(spill) if path.exists()], dropped
+    return [path for path in candidate_paths(spill) if path.exists()], dropped

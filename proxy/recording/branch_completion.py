@@ -1,12 +1,12 @@
-"""Branches run to their ends after the answer has gone out, so that what was served can be replayed.
+"""Complete the branches of sampled episodes in the background, so that served traffic can be replayed.
 
-A served episode is censored: nobody knows what a branch that was pruned, or was running when the vote was settled,
-would have said. Of some episodes, drawn by their id and by nothing that happened in them, every branch is run to its
-end and asked after each interval, and more are opened up to a fixed number: how many a controller opens depends on what
-the first ones said, and branches chosen so would not stand for others.
+A served episode is censored: nobody knows how a pruned branch, or one that ran when the vote was settled, would have
+ended. Episodes are sampled by their id alone, never by what happened in them. Every branch of a sampled episode is run
+to its end and probed after each interval. More branches are opened up to a fixed number, because the number that a
+controller opens depends on what the first ones said, so its branches are not representative.
 
-It takes what is left over: at a low priority, a few branches at a time, none while requests wait, here or at the
-upstream, and no more tokens in any hour than it is given.
+Completion uses only spare capacity: at low priority, a few branches at a time, none while requests wait here or at the
+upstream, and within a token budget per hour.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final, TypeVar
@@ -24,6 +23,7 @@ from controllers import Action, Probed, Round, State, Stop, advance, branch, pro
 from discovery.answers import redacted
 from discovery.data.recordings import Origin, RecordedBranch, RecordedQuestion, live_split
 from proxy.admission.request_slot import RequestSlots
+from proxy.admission.token_budget import TokenWindow
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.errors import UpstreamError
 from proxy.recording import recorded_branches
@@ -38,227 +38,209 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 BENCHMARK: Final = "live"
-"""What live questions belong to."""
+"""Benchmark name of questions from served traffic."""
 PRIORITY: Final = 1_000_000
-"""Larger is later, where vLLM schedules by priority; elsewhere it changes nothing."""
-MOST_WAITING: Final = 64
-"""Episodes that wait to be finished; those drawn meanwhile are left out."""
-LOOK_S: Final = 0.25
-"""Seconds between looks at whether the upstream has time."""
+"""vLLM priority of background calls. Larger values run later, if vLLM schedules by priority."""
+MAX_PENDING: Final = 64
+"""Episodes that may wait for completion. Further sampled episodes are skipped."""
+POLL_S: Final = 0.25
+"""Seconds between checks for spare capacity."""
 HOUR_S: Final = 3600.0
-TELL_S: Final = 60.0
-"""Seconds between log lines about episodes that are skipped."""
+WARN_EVERY_S: Final = 60.0
+"""Seconds between log lines about skipped episodes."""
 
 
 @dataclass
 class PendingEpisode:
-    """An episode that was drawn, as it was when its answer went out."""
+    """A sampled episode as it was when its answer was sent."""
 
     plan: Plan
     environment: LiveEnvironment
     rounds: Sequence[Round]
-    settled: int = field(init=False)  # tokens of it that are paid for; at first those of its client
+    settled: int = field(init=False)  # tokens already charged; at first those charged to the client
 
     def __post_init__(self) -> None:
         self.settled = self.environment.meter.billed
 
 
-def drawn(request_id: str, share: float) -> bool:
-    """Whether a request is of the share that is recorded: by its id, and by another draw than a canary's."""
+def is_sampled(request_id: str, share: float) -> bool:
+    """Return whether a request belongs to the recorded `share`. The draw is independent of the canary's."""
     lot = int.from_bytes(blake2b(request_id.encode(), digest_size=8, person=b"recording").digest()) / 2**64
     return lot < share
 
 
 class BranchCompleter:
-    """Finishes episodes, one after the other."""
+    """Completes the branches of pending episodes, one episode after the other."""
 
     def __init__(
-        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
     ) -> None:
         self._engine = engine
-        self._aside = engine.for_background()
+        self._background = engine.for_background()
         self._settings = settings
         self._metrics = metrics
-        self._turns = turns
+        self._slots = slots
         self._drift = drift
-        self._waiting: asyncio.Queue[PendingEpisode] = asyncio.Queue(MOST_WAITING)
-        self._purse = Purse(settings.record_tokens_per_hour)
-        self._skipped = 0  # since the log was last told
-        self._why_skipped = ""
-        self._told_at = float("-inf")
+        self._pending: asyncio.Queue[PendingEpisode] = asyncio.Queue(MAX_PENDING)
+        self._window = TokenWindow(settings.record_tokens_per_hour, HOUR_S)
+        self._skipped = 0  # episodes since the last log line
+        self._skip_reason = ""
+        self._logged_at = float("-inf")
 
     def wants(self, plan: Plan, state: State) -> bool:
-        """Whether an episode is to be finished: it was drawn, and its branches are as its controller left them."""
+        """Return whether an episode is to be completed: it was sampled and its branches suit a recording."""
         settings = self._settings
         ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
         readable = plan.prompt.kind.is_probeable and not plan.prompt.stop  # a stop string is the client's text
-        readable = readable and self._drift.is_asked_alike(plan)  # else it would be a version of its own
-        if plan.records_all or plan.ignores_eos:  # its client has the recording, or it can have no answers
+        readable = readable and self._drift.has_usual_probe(plan)  # otherwise it would be a version of its own
+        if plan.records_all or plan.ignores_eos:  # the client gets the recording itself, or there are no answers
             return False
-        return bool(settings.store and ended and readable and drawn(plan.request_id, settings.record_fraction))
+        return bool(settings.store and ended and readable and is_sampled(plan.request_id, settings.record_fraction))
 
-    def take(self, unfinished: PendingEpisode) -> bool:
-        """Have an episode finished in its time; False if too many wait, or an hour has too few tokens for any of it."""
+    def enqueue(self, pending: PendingEpisode) -> bool:
+        """Queue an episode. Return False, and count it as skipped, if the queue is full or the budget is too small."""
         settings = self._settings
-        if self._waiting.full():
-            self._skip(f"{MOST_WAITING} wait already; a smaller AUTOTTS_RECORD_FRACTION draws fewer")
+        if self._pending.full():
+            self._skip(f"{MAX_PENDING} episodes are waiting already; lower AUTOTTS_RECORD_FRACTION to sample fewer")
             return False
-        if not self._at_once(unfinished.plan):
-            most = settings.record_tokens_per_hour
-            self._skip(f"an hour has too few tokens for one; AUTOTTS_RECORD_TOKENS_PER_HOUR is {most}")
+        if not self._max_parallel(pending.plan):
+            budget = settings.record_tokens_per_hour
+            self._skip(f"AUTOTTS_RECORD_TOKENS_PER_HOUR={budget} is too small for one interval; raise it")
             return False
-        self._waiting.put_nowait(unfinished)
+        self._pending.put_nowait(pending)
         return True
 
     def close(self) -> None:
-        """Give up those that wait."""
-        if count := self._waiting.qsize():
+        """Skip the episodes that still wait."""
+        if count := self._pending.qsize():
             self._skip("the server is shutting down", count)
-        self._tell_of_skipped()
+        self._log_skipped()
 
-    def _skip(self, why: str, count: int = 1) -> None:
-        """Count episodes that were drawn and are not recorded, and say so at once, then once a minute at most."""
+    def _skip(self, reason: str, count: int = 1) -> None:
+        """Count skipped episodes. Log them at once, then at most once a minute."""
         self._metrics.recordings.labels("skipped").inc(count)
         self._skipped += count
-        self._why_skipped = why
-        if time.monotonic() - self._told_at >= TELL_S:
-            self._tell_of_skipped()
+        self._skip_reason = reason
+        if time.monotonic() - self._logged_at >= WARN_EVERY_S:
+            self._log_skipped()
 
-    def _tell_of_skipped(self) -> None:
+    def _log_skipped(self) -> None:
         if self._skipped:
-            logger.warning("%s drawn episodes are not recorded: %s", self._skipped, self._why_skipped)
-            self._told_at, self._skipped = time.monotonic(), 0
+            logger.warning("skipped recording %s sampled episodes: %s", self._skipped, self._skip_reason)
+            self._logged_at, self._skipped = time.monotonic(), 0
 
     async def next(self) -> RecordedQuestion | None:
-        """The recording of the next episode that waits; None if it failed."""
-        unfinished = await self._waiting.get()
-        outcome, found = "skipped", None  # if the proxy ends meanwhile
+        """Wait for the next pending episode and return its recording, or None if that failed."""
+        pending = await self._pending.get()
+        outcome, recording = "skipped", None  # unless it ends before the proxy does
         try:
-            found = await self._finish(unfinished)
+            recording = await self._complete(pending)
             outcome = "recorded"
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # any failure must not stop the episodes after this one
             outcome = "failed"
-            words = error.logged if isinstance(error, UpstreamError) else type(error).__name__
-            logger.warning("%s: its recording is given up: %s", unfinished.plan.request_id, words)
+            reason = error.logged if isinstance(error, UpstreamError) else type(error).__name__
+            logger.warning("%s: recording failed: %s", pending.plan.request_id, reason)
         finally:
-            self._settle(unfinished)
+            self._settle(pending)
             self._metrics.recordings.labels(outcome).inc()
-        return found
+        return recording
 
-    async def _finish(self, unfinished: PendingEpisode) -> RecordedQuestion:
-        plan, environment = unfinished.plan, unfinished.environment
-        environment.continue_in_background(self._aside, PRIORITY)
-        await self._turn(unfinished, 1)
-        await self._drift.confirm(plan, time.monotonic())  # before it costs anything
-        at_once = self._at_once(plan)
-        rounds = list(unfinished.rounds)
-        running = [i for i, one in enumerate(environment.branches) if one.finish is None]
-        for group in _groups(running, at_once):
-            rounds += await self._run_out(unfinished, [move for i in group for move in (advance(i), probe(i))])
+    async def _complete(self, pending: PendingEpisode) -> RecordedQuestion:
+        plan, environment = pending.plan, pending.environment
+        environment.continue_in_background(self._background, PRIORITY)
+        await self._wait_for_capacity(pending, 1)
+        await self._drift.confirm(plan, time.monotonic())  # before any tokens are spent
+        parallel = self._max_parallel(plan)
+        rounds = list(pending.rounds)
+        running = [i for i, live in enumerate(environment.branches) if live.finish is None]
+        for group in _groups(running, parallel):
+            rounds += await self._run_to_end(pending, [move for i in group for move in (advance(i), probe(i))])
         missing = range(len(environment.branches), self._settings.record_branches)
-        for group in _groups(missing, at_once):
-            rounds += await self._run_out(unfinished, [move for i in group for move in (branch(), probe(i))])
-        late = await self._ask_late(unfinished, rounds)
+        for group in _groups(missing, parallel):
+            rounds += await self._run_to_end(pending, [move for i in group for move in (branch(), probe(i))])
+        late = await self._probe_gaps(pending, rounds)
         await self._drift.confirm(plan, time.monotonic())
-        return _recorded(plan, self._settings.store_text, recorded_branches.branches(environment, rounds, late))
+        return _recording(plan, self._settings.store_text, recorded_branches.branches(environment, rounds, late))
 
-    async def _run_out(self, unfinished: PendingEpisode, actions: Sequence[Action]) -> list[Round]:
-        """Rounds that begin with `actions` and run their branches to their ends, asking after each interval."""
-        environment = unfinished.environment
+    async def _run_to_end(self, pending: PendingEpisode, actions: Sequence[Action]) -> list[Round]:
+        """Execute `actions`, then advance and probe their branches until all have ended. Return the rounds."""
+        environment = pending.environment
         rounds: list[Round] = []
         running = sorted({action.branch for action in actions if action.branch >= 0})
         while running:
-            await self._turn(unfinished, len(running))
+            await self._wait_for_capacity(pending, len(running))
             rounds.append(Round(actions, await environment.execute(actions)))
             running = [i for i in running if environment.branches[i].finish is None]
             actions = [move for i in running for move in (advance(i), probe(i))]
         return rounds
 
-    async def _ask_late(self, unfinished: PendingEpisode, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
-        """What branches would have answered after intervals nobody asked them after."""
-        environment = unfinished.environment
-        asked = recorded_branches.asked(rounds)
+    async def _probe_gaps(self, pending: PendingEpisode, rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
+        """Probe branches after the intervals at which the controller did not. Keys are (branch, intervals)."""
+        environment = pending.environment
+        probed = recorded_branches.probes_by_interval(rounds)
         interval = environment.limits.interval
         gaps = [
             (index, intervals)
-            for index, one in enumerate(environment.branches)
-            for intervals in range(1, -(-len(one.ids) // interval))
-            if (index, intervals) not in asked
+            for index, live in enumerate(environment.branches)
+            for intervals in range(1, -(-len(live.ids) // interval))
+            if (index, intervals) not in probed
         ]
         late: dict[tuple[int, int], Probed] = {}
-        for group in _groups(gaps, self._at_once(unfinished.plan)):
-            await self._turn(unfinished, len(group))
+        for group in _groups(gaps, self._max_parallel(pending.plan)):
+            await self._wait_for_capacity(pending, len(group))
             late.update(zip(group, await environment.probe_at(group), strict=True))
         return late
 
-    async def _turn(self, unfinished: PendingEpisode, branches: int) -> None:
-        """Return when the upstream has time and there are tokens to spend, for an interval of some branches."""
-        self._settle(unfinished)
+    async def _wait_for_capacity(self, pending: PendingEpisode, branches: int) -> None:
+        """Wait until the budget holds an interval of `branches` and the upstream has spare capacity."""
+        self._settle(pending)
+        needed = branches * _interval_cost(pending.plan)
         while True:
-            if self._purse.holds(branches * _most(unfinished.plan)) and not await self._busy():
+            if self._window.fits(needed, time.monotonic()) and not await self._is_busy():
                 return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
 
-    def _at_once(self, plan: Plan) -> int:
-        """Branches that may run at a time: an interval of them must fit into what an hour has."""
-        return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _most(plan))
+    def _max_parallel(self, plan: Plan) -> int:
+        """Return how many branches may run at a time. One interval of all of them must fit into the hourly budget."""
+        return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _interval_cost(plan))
 
-    def _settle(self, unfinished: PendingEpisode) -> None:
-        """Take notice of what an episode has cost since."""
-        spent = unfinished.environment.meter.billed - unfinished.settled
-        unfinished.settled += spent
-        self._purse.spend(spent)
-        self._metrics.recording_tokens.labels(unfinished.plan.prompt.model).inc(spent)
+    def _settle(self, pending: PendingEpisode) -> None:
+        """Charge the tokens that an episode has cost since the last call."""
+        spent = pending.environment.meter.billed - pending.settled
+        pending.settled += spent
+        self._window.settle(0, spent, time.monotonic())
+        self._metrics.recording_tokens.labels(pending.plan.prompt.model).inc(spent)
 
-    async def _busy(self) -> bool:
-        """Whether requests wait, here or at the upstream, or that is left alone; where it does not say, whether any is
-        served at all."""
-        here, engine = (self._turns.episodes, self._turns.passthrough), self._engine
-        if any(one.waiting for one in (*here, engine.branch_semaphore)) or not engine.breaker.is_closed:
+    async def _is_busy(self) -> bool:
+        """Return whether requests wait here or at the upstream, or the circuit breaker is open.
+
+        If the upstream does not report its queue, it counts as busy while any request is served.
+        """
+        queues, engine = (self._slots.episodes, self._slots.passthrough), self._engine
+        if any(queue.waiting for queue in (*queues, engine.branch_semaphore)) or not engine.breaker.is_closed:
             return True
         waiting = await engine.queue_length()
-        return any(one.in_flight for one in here) if waiting is None else waiting > 0
+        return any(queue.in_flight for queue in queues) if waiting is None else waiting > 0
 
 
-class Purse:
-    """Tokens that may be spent: so many in any hour. What it holds is spent, and told, before it is asked again."""
-
-    def __init__(self, per_hour: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._left = per_hour
-        self._clock = clock
-        self._spent: deque[tuple[float, int]] = deque()  # when, and how many, in the last hour
-
-    def spend(self, tokens: int) -> None:
-        """So many have been spent by now."""
-        if tokens:
-            self._left -= tokens
-            self._spent.append((self._clock(), tokens))
-
-    def holds(self, tokens: int) -> bool:
-        """Whether so many may be spent from now on."""
-        while self._spent and self._spent[0][0] <= self._clock() - HOUR_S:
-            self._left += self._spent.popleft()[1]
-        return self._left >= tokens
-
-
-def _most(plan: Plan) -> int:
-    """Tokens that an interval of a branch, and asking after it, can cost."""
+def _interval_cost(plan: Plan) -> int:
+    """Return the most tokens that one interval of a branch and the probe after it can cost."""
     return plan.environment_limits.interval + plan.limits.probe_tokens
 
 
 def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for at in range(0, len(values), size):
-        yield values[at : at + size]
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
-def _recorded(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -> RecordedQuestion:
-    """The recording of an episode whose branches are complete."""
+def _recording(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -> RecordedQuestion:
+    """Return the recording of an episode whose branches are complete."""
     return RecordedQuestion(
         question=plan.provenance.question,
         model=plan.prompt.model,
         benchmark=BENCHMARK,
         interval=plan.environment_limits.interval,
-        branches=[_veiled(one) for one in branches] if text is StoreText.NONE else branches,
+        branches=[_redacted(recorded) for recorded in branches] if text is StoreText.NONE else branches,
         split=live_split(plan.provenance.question),
         text=plan.provenance.text if text is StoreText.FULL else None,
         sampling=plan.provenance.sampling,
@@ -269,7 +251,7 @@ def _recorded(plan: Plan, text: StoreText, branches: Sequence[RecordedBranch]) -
     )
 
 
-def _veiled(recorded: RecordedBranch) -> RecordedBranch:
-    """The same branch, its answers not to be read."""
+def _redacted(recorded: RecordedBranch) -> RecordedBranch:
+    """Return the branch with its answers redacted."""
     probes = [None if answer is None else redacted(answer) for answer in recorded.probes]
     return recorded._replace(probes=probes, final=None if recorded.final is None else redacted(recorded.final))

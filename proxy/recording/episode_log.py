@@ -101,7 +101,7 @@ class EpisodeLog:
         made = _episode(plan, runner, environment, state, reply, str(state.stop or outcome), self._text)
         self.writer.put(plan.request_id, made, owner)
         if reply is not None and self.completer.wants(plan, state):
-            self.completer.take(PendingEpisode(plan, environment, tuple(runner.rounds)))
+            self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.rounds)))
 
     async def _finish(self) -> None:
         while True:

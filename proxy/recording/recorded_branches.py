@@ -1,4 +1,4 @@
-"""From the facts of an episode to recorded branches, in the terms in which replay runs them again."""
+"""Turn the facts of an episode into recorded branches that replay can run again."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from controllers import Advanced, Fact, Probed, Round
 from discovery.answers import Labels
 from discovery.data.recordings import RecordedBranch
 
-Asked = Mapping[tuple[int, int], Probed]
-"""What branches said when they were asked, by branch and the intervals it had run."""
+ProbesByInterval = Mapping[tuple[int, int], Probed]
+"""Probe results by (branch, intervals it had run)."""
 
-_NOTHING: Final[Asked] = MappingProxyType({})
+_NO_PROBES: Final[ProbesByInterval] = MappingProxyType({})
 
 
-class Labelled(Protocol):
-    """An environment that knows its labels' answers."""
+class HasLabels(Protocol):
+    """An environment that knows the answers of its labels."""
 
     @property
     def labels(self) -> Labels: ...
 
 
-class _Course:
-    """How far a branch has come."""
+class _Progress:
+    """How far a branch has run."""
 
     __slots__ = ("finished", "intervals", "label", "tokens")
 
@@ -36,62 +36,64 @@ class _Course:
         self.label: int | None = None  # once finished
 
 
-def branches(environment: Labelled, rounds: Sequence[Round], late: Asked = _NOTHING) -> list[RecordedBranch]:
-    """The branches of an episode as it went, in the order they were opened.
+def branches(
+    environment: HasLabels, rounds: Sequence[Round], late: ProbesByInterval = _NO_PROBES
+) -> list[RecordedBranch]:
+    """Return the branches of an episode, in the order they were opened.
 
-    A probe stands for each whole interval after which its branch went on; one that no round has may be `late`. A branch
-    that has a gap in them, or was not seen to end, is censored: its probes end at the gap.
+    A branch has one probe for each complete interval after which it went on. `late` holds probes that no round has. A
+    branch with a missing probe, or without an end, is censored: its probes stop at the gap.
     """
 
-    def written(label: int | None) -> str | None:
+    def answer(label: int | None) -> str | None:
         return None if label is None else environment.labels.written(label)
 
-    said = {**late, **asked(rounds)}
+    by_interval = {**late, **probes_by_interval(rounds)}
     recorded = []
-    for index, course in enumerate(_courses(rounds)):
-        whole = course.intervals - course.finished  # it is not asked after the interval it ends in
-        probes = list(_to_gap(said.get((index, intervals)) for intervals in range(1, whole + 1)))
+    for index, branch in enumerate(_progress_of_branches(rounds)):
+        expected = branch.intervals - branch.finished  # there is no probe after the last interval
+        probes = list(_until_gap(by_interval.get((index, intervals)) for intervals in range(1, expected + 1)))
         recorded.append(
             RecordedBranch(
-                probes=[written(probe.label) for probe in probes],
-                tokens=course.tokens,
-                final=written(course.label),
+                probes=[answer(probe.label) for probe in probes],
+                tokens=branch.tokens,
+                final=answer(branch.label),
                 probe_tokens=[probe.tokens for probe in probes],
-                complete=course.finished and len(probes) == whole,
+                complete=branch.finished and len(probes) == expected,
             )
         )
     return recorded
 
 
-def asked(rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
-    """What was said in `rounds`."""
-    said: dict[tuple[int, int], Probed] = {}
+def probes_by_interval(rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]:
+    """Return the probe results in `rounds`."""
+    probes: dict[tuple[int, int], Probed] = {}
     run: dict[int, int] = defaultdict(int)  # intervals, by branch
     for fact in _facts(rounds):
         if isinstance(fact, Advanced):
             run[fact.branch] += fact.intervals
         else:
-            said[fact.branch, run[fact.branch]] = fact
-    return said
+            probes[fact.branch, run[fact.branch]] = fact
+    return probes
 
 
-def _courses(rounds: Sequence[Round]) -> list[_Course]:
-    """The branches, in the order they were opened."""
-    courses: dict[int, _Course] = defaultdict(_Course)
+def _progress_of_branches(rounds: Sequence[Round]) -> list[_Progress]:
+    """Return how far each branch ran, in the order they were opened."""
+    progress: dict[int, _Progress] = defaultdict(_Progress)
     for fact in _facts(rounds):
         if isinstance(fact, Advanced):
-            course = courses[fact.branch]
-            course.intervals += fact.intervals
-            course.tokens += fact.tokens
-            course.finished, course.label = fact.finished, fact.label
-    return [courses[index] for index in sorted(courses)]
+            branch = progress[fact.branch]
+            branch.intervals += fact.intervals
+            branch.tokens += fact.tokens
+            branch.finished, branch.label = fact.finished, fact.label
+    return [progress[index] for index in sorted(progress)]
 
 
 def _facts(rounds: Sequence[Round]) -> Iterator[Fact]:
     return (fact for played in rounds for fact in played.facts)
 
 
-def _to_gap(probes: Iterable[Probed | None]) -> Iterator[Probed]:
+def _until_gap(probes: Iterable[Probed | None]) -> Iterator[Probed]:
     for probe in probes:
         if probe is None:
             return

@@ -1,7 +1,7 @@
-"""A file that records wait in while the store cannot take them: appended to, read back, gone when all of it is read.
+"""Spill files: records wait in them while the store is unavailable. A file is removed once all of it is read back.
 
-What `append` has returned from is on disk. A line is the CRC of its content and the content; what a kill left half
-written fails that, and is dropped. Every method blocks, and is for one thread at a time.
+When `append` returns, the lines are on disk. A line is the CRC of its content and the content, so a line that a kill
+left half written is detected and dropped. All methods block, and only one thread may call them at a time.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from discovery.data.atomic_files import PRIVATE, is_database_file, last_line_end, sync_folder
-from proxy.spill_paths import BEGIN_BYTES, is_spill_line, places
+from proxy.spill_paths import BEGIN_BYTES, candidate_paths, is_spill_line
 
 LINE_BYTES: Final = BEGIN_BYTES + 1
-"""What a line is longer than its content."""
-LONGEST: Final = 64 * 2**20
-"""Bytes of a line's content that are read at most; a longer one is damaged."""
+"""Bytes of a line besides its content."""
+MAX_LINE_BYTES: Final = 64 * 2**20
+"""Most bytes of a line's content. A longer line counts as damaged."""
 CHUNK_BYTES: Final = 32 * 2**20
-"""Bytes after which a chunk ends, however few lines it has."""
+"""Bytes after which a chunk ends, even if it has few lines."""
 
 
 class SpillChunk(NamedTuple):
-    """Some lines of a file that follow each other."""
+    """Consecutive lines of a file."""
 
-    lines: Sequence[bytes]  # those that are what was written
-    bad: int  # how many are not
+    lines: Sequence[bytes]  # intact ones, without their CRC
+    damaged: int  # number of damaged lines
     file: _File
     end: int  # bytes from the file's beginning
 
 
 class SpillFiles:
-    """The files at `path`, `path.1`, … that no other process holds. Every method raises OSError."""
+    """The files at `path`, `path.1`, … that no other process holds. All methods raise OSError."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path = path
@@ -46,14 +46,14 @@ class SpillFiles:
 
     @property
     def size(self) -> int:
-        """Bytes that wait."""
+        """Bytes that are not read back yet."""
         return sum(file.size - file.begin for file in self._files)
 
     def adopt(self) -> None:
-        """Take over what processes that have ended left behind. A file that cannot be does not keep the others back."""
+        """Take over the files of processes that have ended. One that fails does not stop the others."""
         held = {file.path for file in self._files}
         errors: list[OSError] = []
-        for path in places(self.path):
+        for path in candidate_paths(self.path):
             try:
                 if path.exists() and path not in held and (file := _File.hold(path)) is not None:
                     if file.size:
@@ -66,50 +66,53 @@ class SpillFiles:
             raise errors[0]
 
     def append(self, lines: Sequence[bytes]) -> int:
-        """Keep `lines`, none of which contains a newline; how many of them, the first ones, there was room for."""
+        """Append as many of `lines` as there is room for, and return how many. They must not contain newlines."""
         room = self.limit - sum(file.size for file in self._files)
         sizes = accumulate(LINE_BYTES + len(line) for line in lines)
         fit = lines[: sum(1 for _ in takewhile(lambda size: size <= room, sizes))]
         if not fit:
             return 0
         if not self._files:
-            held = next((file for path in places(self.path) if (file := _File.hold(path)) is not None), None)
+            held = next((file for path in candidate_paths(self.path) if (file := _File.hold(path)) is not None), None)
             if held is None:
                 return 0
             self._files.append(held)
         self._files[-1].append(b"".join(b"%08x %b\n" % (crc32(line), line) for line in fit))
         return len(fit)
 
-    def read(self, most: int) -> SpillChunk:
-        """The first lines that wait, `most` of one file at most; they wait until they are dropped."""
+    def read(self, max_lines: int) -> SpillChunk:
+        """Return the first lines, at most `max_lines` of one file. They stay in the file until they are dropped."""
         file = next(file for file in self._files if file.size > file.begin)
-        return file.chunk(file.begin, most)
+        return file.chunk(file.begin, max_lines)
 
     def drop(self, chunk: SpillChunk) -> None:
-        """What was read is not waited for any more; a file that is read to its end is removed."""
+        """Mark a chunk as read back. A file that is read to its end is removed."""
         chunk.file.begin = chunk.end
         if chunk.end == chunk.file.size:
             chunk.file.remove()
             self._files.remove(chunk.file)
 
     def close(self) -> None:
-        """Let go of the files; what is in them stays."""
+        """Close the files. Their content stays."""
         while self._files:
             self._files.pop().close()
 
 
 class _File:
-    """One file, held by this process alone."""
+    """One file, locked by this process."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
-        self.begin = 0  # of what waits
+        self.begin = 0  # of the first line that is not read back
 
     @classmethod
     def hold(cls, path: Path) -> _File | None:
-        """The file at `path`, made if there is none; None if another process holds it. What is foreign is an error."""
+        """Open or create the file at `path` and lock it. Return None if another process holds it.
+
+        Raises FileExistsError if it is not a spill file.
+        """
         if is_database_file(path):  # it may be the store itself, whose locks would be lost by closing it
             raise _foreign(path)
         with ExitStack() as undo:
@@ -120,7 +123,7 @@ class _File:
             except BlockingIOError:
                 return None
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
-                return None  # removed by the one that held it
+                return None  # its holder has removed it
             if not is_spill_line(os.pread(descriptor, BEGIN_BYTES, 0)):
                 raise _foreign(path)
             os.ftruncate(descriptor, last_line_end(descriptor))
@@ -129,7 +132,7 @@ class _File:
             return cls(path, descriptor)
 
     def append(self, data: bytes) -> None:
-        """All of `data` is on disk, or nothing of it stays."""
+        """Write all of `data` to disk, or none of it."""
         written = 0
         try:
             while written < len(data):
@@ -140,24 +143,24 @@ class _File:
             raise
         self.size += len(data)
 
-    def chunk(self, begin: int, most: int) -> SpillChunk:
-        """The lines from `begin` on, up to `most`. What is damaged is left out and counted."""
+    def chunk(self, begin: int, max_lines: int) -> SpillChunk:
+        """Return at most `max_lines` lines from `begin` on. Damaged lines are left out and counted."""
         lines: list[bytes] = []
-        bad, end = 0, begin
+        damaged, end = 0, begin
         with open(os.dup(self._descriptor), "rb") as reader:
             reader.seek(end)
-            while len(lines) < most and end < self.size and end - begin < CHUNK_BYTES:
-                line = reader.readline(LONGEST + LINE_BYTES)
-                end = end + len(line) if line else self.size  # somebody has cut it
+            while len(lines) < max_lines and end < self.size and end - begin < CHUNK_BYTES:
+                line = reader.readline(MAX_LINE_BYTES + LINE_BYTES)
+                end = end + len(line) if line else self.size  # it was truncated by someone else
                 check, _, content = line.rstrip(b"\n").partition(b" ")
                 if check == b"%08x" % crc32(content):
                     lines.append(content)
                     continue
-                bad += 1
-                while line and not line.endswith(b"\n"):  # it is longer than any that was written
+                damaged += 1
+                while line and not line.endswith(b"\n"):  # longer than any line that is written
                     line = reader.readline(CHUNK_BYTES)
                     end += len(line)
-        return SpillChunk(lines, bad, self, end)
+        return SpillChunk(lines, damaged, self, end)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -168,4 +171,4 @@ class _File:
 
 
 def _foreign(path: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "not a file of records; AUTOTTS_SPILL names another", str(path))
+    return FileExistsError(errno.EEXIST, "not a spill file; set AUTOTTS_SPILL to another path", str(path))

@@ -103,7 +103,7 @@ class TemplateDrift:
         if self._seen[model].chat_template != plan.provenance.chat_template:
             raise UpstreamError("the model's chat template has changed meanwhile", code="upstream_changed")
 
-    def is_asked_alike(self, plan: Plan) -> bool:
+    def has_usual_probe(self, plan: Plan) -> bool:
         """Whether a plan's branches are asked as those of the model's conversations are, as far as it was seen."""
         seen = self._seen.get(plan.prompt.model)
         return seen is not None and seen.probe_template == plan.prompt.template.name

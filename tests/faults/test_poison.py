@@ -211,7 +211,7 @@ def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
     lines, bad = list[bytes](), 0
     while spill.size:
         chunk = spill.read(256)
-        lines, bad = [*lines, *chunk.lines], bad + chunk.bad
+        lines, bad = [*lines, *chunk.lines], bad + chunk.damaged
         spill.drop(chunk)
     assert (lines, bad) == ([b"first", b"last"], 1)
     assert spill.append([b"y" * 900] * 8) == 0  # no room
@@ -227,7 +227,7 @@ def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path
     waiting(tmp_path / "left", encode_item(episode("good")))
     (tmp_path / "left").rename(tmp_path / "spill.2")
     spill = SpillFiles(tmp_path / "spill", 0)
-    with pytest.raises(OSError, match="not a file of records"):
+    with pytest.raises(OSError, match="not a spill file"):
         spill.adopt()
     assert [len(spill.read(9).lines), spill.size > 0] == [1, True]
     spill.close()

@@ -28,10 +28,11 @@ from discovery.errors import StoreError
 from discovery.store import Feedback, ServedEpisode, Store, StoreItem
 from discovery.store.item_lines import encode_item
 from proxy.recording.spill_file import SpillFiles
+from proxy.recording.store_connection import StoreConnection
 from proxy.recording.store_writer import FILE, GROUP, STORE, RequestOwner, StoreWriter
 from proxy.server import running
 from proxy.settings import load
-from proxy.spill_paths import MOST_FILES, places
+from proxy.spill_paths import MAX_FILES, candidate_paths
 from proxy.telemetry.metrics import Metrics
 from tests.proxy.conftest import SMALL, Proxy, backend
 
@@ -112,7 +113,7 @@ class Turnstile:
             return await plain(store, items)
 
         monkeypatch.setattr(Store, "add_all", add_all)
-        monkeypatch.setattr("proxy.recording.store_writer.PATIENCE_S", 1e9)
+        monkeypatch.setattr("proxy.recording.store_connection.TRANSACTION_TIMEOUT_S", 1e9)
 
     def open(self) -> None:
         for _ in range(10_000):
@@ -304,7 +305,7 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             await go_on.wait()
             return await plain(store, items)
 
-        monkeypatch.setattr("proxy.recording.store_writer.PATIENCE_S", 0.05)
+        monkeypatch.setattr("proxy.recording.store_connection.TRANSACTION_TIMEOUT_S", 0.05)
         monkeypatch.setattr(Store, "add_all", slow)
         assert all(await asyncio.gather(*putting(recorder, *map(str, range(20)))))
         assert recorder.spill is not None
@@ -526,15 +527,15 @@ async def test_a_file_that_cannot_be_read_is_left_and_stops_nothing_else(
 async def test_what_nobody_foresaw_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, failures = StoreWriter._keep, [RuntimeError("a client's text"), MemoryError()]
+    plain, failures = StoreWriter._write_group, [RuntimeError("a client's text"), MemoryError()]
 
-    async def keep(recorder: StoreWriter) -> bool:
+    async def keep(recorder: StoreWriter, connection: StoreConnection) -> bool:
         if failures:
             raise failures.pop(0)
-        return await plain(recorder)
+        return await plain(recorder, connection)
 
-    monkeypatch.setattr(StoreWriter, "_keep", keep)
-    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
+    monkeypatch.setattr(StoreWriter, "_write_group", keep)
+    monkeypatch.setattr("proxy.recording.store_connection.RETRY_S", 0.01)
     async with recording(tmp_path / "s.db") as recorder:
         assert await asyncio.gather(*putting(recorder, "a")) == [True]
     assert "RuntimeError" in caplog.text
@@ -609,7 +610,7 @@ async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeyp
         return await plain(store, items)
 
     monkeypatch.setattr(Store, "add_all", add_all)
-    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
+    monkeypatch.setattr("proxy.recording.store_connection.RETRY_S", 0.01)
     async with recording(path) as recorder:
         await until(lambda: failures < 0 and recorder.spill is not None and not recorder.spill.size)
         assert stored(path) == {"a", "b"}
@@ -657,7 +658,7 @@ async def test_each_trouble_is_complained_of_once(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Store, "open", opened)
-    monkeypatch.setattr("proxy.recording.store_writer.AGAIN_S", 0.01)
+    monkeypatch.setattr("proxy.recording.store_connection.RETRY_S", 0.01)
     with monkeypatch.context() as patched:
         patched.setattr(SpillFiles, "append", append)
         async with recording(path, spill=tmp_path / "spill") as recorder:
@@ -667,7 +668,7 @@ async def test_each_trouble_is_complained_of_once(
             assert sorted(one.partition(":")[0] for one in told) == [FILE, STORE]
             path.parent.mkdir()
             assert await kept
-            await until(lambda: "no records wait any more" in caplog.text)
+            await until(lambda: "all waiting records are written" in caplog.text)
 
 
 async def test_a_file_beside_the_store_that_is_none_is_left_as_it_is(
@@ -676,7 +677,7 @@ async def test_a_file_beside_the_store_that_is_none_is_left_as_it_is(
     (tmp_path / "s.db.spill").write_text("line one\nmy thesis")
     async with recording(tmp_path / "s.db") as recorder:
         assert await asyncio.gather(*putting(recorder, "a")) == [True]
-        await until(lambda: "s.db.spill: not a file of records" in caplog.text)
+        await until(lambda: "s.db.spill: not a spill file" in caplog.text)
     assert (tmp_path / "s.db.spill").read_text() == "line one\nmy thesis"
 
 
@@ -719,7 +720,7 @@ def test_half_a_line_and_a_damaged_one_are_left_out(tmp_path: Path) -> None:
     again = SpillFiles(path, 1 << 20)
     again.adopt()
     assert again.read(2).lines == [b"one", b"three"]
-    assert again.read(9).bad == 1
+    assert again.read(9).damaged == 1
     assert again.append([b"four"])
     assert list(drained(again, 2)) == [[b"one", b"three"], [b"four"]]
     assert list(tmp_path.iterdir()) == []
@@ -783,12 +784,12 @@ STARTER = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
 from discovery.store import ServedEpisode
-from proxy.recording import store_writer as recording
+from proxy.recording import store_connection
 from proxy.telemetry.metrics import Metrics
 from proxy.recording.store_writer import StoreWriter
 from proxy.settings import load
 
-recording.WAIT_MS = 50
+store_connection.BUSY_TIMEOUT_MS = 50
 
 async def main(path, name):
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=Path(path)), Metrics())
@@ -846,11 +847,11 @@ def starter() -> Iterator[subprocess.Popen[str]]:
 
 async def all_in(path: Path, acknowledged: set[str]) -> None:
     async with recording(path) as recorder:
-        await until(lambda: not any(place.exists() for place in places(path.with_name("s.db.spill"))))
+        await until(lambda: not any(place.exists() for place in candidate_paths(path.with_name("s.db.spill"))))
         assert acknowledged <= stored(path)
         assert recorder.lost == 0
     async with Store.open(path) as store:
-        assert (await store.verify()).bad == []
+        assert (await store.verify()).damaged == []
 
 
 @pytest.mark.process
@@ -890,14 +891,14 @@ async def test_a_proxy_killed_while_it_reads_back_loses_nothing_that_waited(
     path, acknowledged, draw = tmp_path / "s.db", set(), random.Random(6)
     spill = path.with_name("s.db.spill")
     for cycle in range(CYCLES):
-        for number, place in enumerate(places(spill)):
+        for number, place in enumerate(candidate_paths(spill)):
             if not place.exists():
                 names = [f"old-{cycle}-{number}-{i}" for i in range(20)]
                 left(place, *names)
                 acknowledged |= set(names)
         writer = Writer(starter, path, str(cycle))
         try:
-            await until(lambda: sum(place.exists() for place in places(spill)) < MOST_FILES)
+            await until(lambda: sum(place.exists() for place in candidate_paths(spill)) < MAX_FILES)
             await asyncio.sleep(draw.uniform(0, 0.3))
         finally:
             await writer.kill()

@@ -22,9 +22,10 @@ from discovery.data.importers import format_recording_line
 from discovery.data.recordings import RecordedBranch, RecordedQuestion, Split, question_id
 from discovery.store import Store
 from proxy.cli import app
-from proxy.recording.store_writer import RECOVERED, STORED, StoreWriter
+from proxy.recording.store_connection import STORED
+from proxy.recording.store_writer import RECOVERED, StoreWriter
 from proxy.settings import load
-from proxy.spill_paths import places
+from proxy.spill_paths import candidate_paths
 from proxy.telemetry.metrics import Metrics
 from tests.faults.processes import Command, Forker, forking, until
 from tests.proxy.conftest import SMALL, backend
@@ -195,7 +196,7 @@ async def read_back(path: Path) -> None:
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
-        spills = list(places(path.with_name(f"{path.name}.spill")))
+        spills = list(candidate_paths(path.with_name(f"{path.name}.spill")))
         await until(lambda: not any(place.exists() for place in spills), PATIENCE_S)
         assert recorder.lost == 0
     finally:

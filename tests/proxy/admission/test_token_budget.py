@@ -221,6 +221,21 @@ def test_settling_without_a_pause_keeps_nothing_for_ever() -> None:
     assert 600 <= window.spent(599.9) <= 610
 
 
+def test_no_span_of_a_window_has_more_tokens_than_its_cap() -> None:
+    span_s = 3600.0
+    window = TokenWindow(1000, span_s)
+    spent: list[tuple[float, int]] = []
+    for second in range(3 * int(span_s)):
+        now = float(second)
+        while window.fits(10, now):
+            tokens = 7 if second % 2 else 10
+            window.settle(0, tokens, now)
+            spent.append((now, tokens))
+    for begin, _ in spent:
+        assert sum(tokens for at, tokens in spent if begin <= at < begin + span_s) <= 1000
+    assert sum(tokens for _, tokens in spent) > 2900  # each hour gets nearly all of it
+
+
 def test_what_costs_more_than_was_set_aside_counts_in_full() -> None:
     purses = TokenBudgets(100)
     purses.reserve("alice", None, 50, 0.0).settle(500, 0.0)

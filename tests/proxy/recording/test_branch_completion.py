@@ -15,9 +15,10 @@ from aiohttp import web
 
 from controllers import branch
 from discovery.data.recordings import intern_answers
+from proxy.admission.token_budget import GRAIN_S, TokenWindow
 from proxy.environment.live_environment import LiveEnvironment
 from proxy.probe_templates import LEAD
-from proxy.recording.branch_completion import HOUR_S, MOST_WAITING, BranchCompleter, Purse
+from proxy.recording.branch_completion import HOUR_S, MAX_PENDING, BranchCompleter
 from proxy.recording.store_writer import StoreWriter
 from proxy.types import EnvironmentLimits, Prompt
 from proxy.upstream.client import UpstreamClient
@@ -61,15 +62,15 @@ class Looks(list[bool]):
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    seen, plain = Looks(), BranchCompleter._busy
-    monkeypatch.setattr("proxy.recording.branch_completion.LOOK_S", 0.01)
+    seen, plain = Looks(), BranchCompleter._is_busy
+    monkeypatch.setattr("proxy.recording.branch_completion.POLL_S", 0.01)
 
     async def busy(finisher: BranchCompleter) -> bool:
         seen.append(await plain(finisher))
         seen.do()
         return seen[-1]
 
-    monkeypatch.setattr(BranchCompleter, "_busy", busy)
+    monkeypatch.setattr(BranchCompleter, "_is_busy", busy)
     return seen
 
 
@@ -134,7 +135,7 @@ async def test_one_that_cannot_be_recorded_costs_no_other(
             broken.undo()
             second = await vote(proxy)
             await ended(proxy, "recorded")
-    assert f"{first}: its recording is given up: IndexError" in caplog.text
+    assert f"{first}: recording failed: IndexError" in caplog.text
     assert [one.request for one in await recordings(tmp_path / "s.db")] == [second]
 
 
@@ -232,40 +233,27 @@ async def test_what_ends_well_is_counted_though_another_call_is_cut(backend: Fak
     assert [len(one.ids) for one in environment.branches] == [INTERVAL, 1]
 
 
-def test_no_hour_has_more_than_it_may_have() -> None:
-    now = [0.0]
-    purse = Purse(1000, lambda: now[0])
-    spent: list[tuple[float, int]] = []
-    for second in range(3 * int(HOUR_S)):
-        now[0] = float(second)
-        while purse.holds(10):
-            tokens = 7 if second % 2 else 10
-            purse.spend(tokens)
-            spent.append((now[0], tokens))
-    for at, _ in spent:
-        assert sum(tokens for other, tokens in spent if at <= other < at + HOUR_S) <= 1000
-    assert sum(tokens for _, tokens in spent) > 2900  # and each has nearly all
-
-
 async def test_a_small_budget_is_kept_hour_by_hour(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget, now = 200, [0.0]
     hours: list[int] = []
 
-    class Timed(Purse):
-        def __init__(self, per_hour: int) -> None:
-            super().__init__(per_hour, lambda: now[0])
+    class TimedWindow(TokenWindow):
+        """A window by a clock that moves on by an hour when tokens do not fit."""
 
-        def holds(self, tokens: int) -> bool:
-            if super().holds(tokens):
+        def fits(self, tokens: int, _: float) -> bool:
+            if super().fits(tokens, now[0]):
                 return True
             hours.append(backend.generated)
-            now[0] += HOUR_S
+            now[0] += HOUR_S + GRAIN_S
             return False
 
-    monkeypatch.setattr("proxy.recording.branch_completion.Purse", Timed)
-    monkeypatch.setattr("proxy.recording.branch_completion.LOOK_S", 0.001)
+        def settle(self, reserved: int, cost: int, _: float) -> None:
+            super().settle(reserved, cost, now[0])
+
+    monkeypatch.setattr("proxy.recording.branch_completion.TokenWindow", TimedWindow)
+    monkeypatch.setattr("proxy.recording.branch_completion.POLL_S", 0.001)
     async with recording(backend, tmp_path, record_tokens_per_hour=budget) as proxy:
         backend.queued = 1
         await vote(proxy)
@@ -286,9 +274,9 @@ async def test_a_budget_too_small_for_anything_leaves_all_out(
         for _ in range(2):
             await vote(proxy)
         assert not in_background(backend)
-    told = [record.getMessage() for record in caplog.records if "are not recorded" in record.getMessage()]
-    why = f"an hour has too few tokens for one; AUTOTTS_RECORD_TOKENS_PER_HOUR is {INTERVAL}"
-    assert told == [f"{count} drawn episodes are not recorded: {why}" for count in (1, 2)]  # at once, and at the end
+    told = [record.getMessage() for record in caplog.records if "skipped recording" in record.getMessage()]
+    why = f"AUTOTTS_RECORD_TOKENS_PER_HOUR={INTERVAL} is too small for one interval; raise it"
+    assert told == [f"skipped recording {count} sampled episodes: {why}" for count in (1, 2)]  # at once, and at the end
 
 
 # When it waits
@@ -347,7 +335,7 @@ async def test_it_waits_while_requests_wait_here(
 async def test_more_than_may_wait_are_left_out_and_counted(backend: FakeVLLM, tmp_path: Path) -> None:
     backend.queued = 1
     async with recording(backend, tmp_path) as proxy:
-        await asyncio.gather(*(vote(proxy) for _ in range(1 + MOST_WAITING)))  # one is in hand
+        await asyncio.gather(*(vote(proxy) for _ in range(1 + MAX_PENDING)))  # one is in hand
         assert await proxy.metric("autotts_recordings_total", outcome="skipped") == 0
         await vote(proxy)
         assert await proxy.metric("autotts_recordings_total", outcome="skipped") == 1

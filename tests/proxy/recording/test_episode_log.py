@@ -27,7 +27,7 @@ from discovery.data.recordings import Cell, Origin, Split, default_split, live_s
 from discovery.store import ServedEpisode, Store
 from proxy.admission import api_keys
 from proxy.errors import RecordsAway
-from proxy.recording.branch_completion import BENCHMARK, drawn
+from proxy.recording.branch_completion import BENCHMARK, is_sampled
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM, chain
@@ -464,7 +464,7 @@ async def test_branches_are_run_to_their_ends_afterwards(backend: FakeVLLM, tmp_
 
 
 async def test_what_is_recorded_does_not_depend_on_how_it_went() -> None:
-    shares = [sum(drawn(f"req-{i}", share) for i in range(5000)) / 5000 for share in (0.0, 0.02, 0.2, 1.0)]
+    shares = [sum(is_sampled(f"req-{i}", share) for i in range(5000)) / 5000 for share in (0.0, 0.02, 0.2, 1.0)]
     assert shares == pytest.approx([0, 0.02, 0.2, 1], abs=0.02)
 
 

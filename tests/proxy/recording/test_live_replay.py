@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 from deploy.embedded.task import held_back
 from discovery.data.recordings import question_id
 from discovery.store import Store
-from proxy.recording.branch_completion import drawn
+from proxy.recording.branch_completion import is_sampled
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from tests.proxy.recording.test_episode_log import until
@@ -56,7 +56,7 @@ async def test_replay_tells_the_truth_about_live(vllm: str, tmp_path: Path) -> N
     settings = load(upstream=vllm, max_branches=BRANCHES, **given, **{**EMBEDDED, "controller": CONTROLLER})
     async with running(settings) as url:
         right = await served(url)
-        wanted = {one for one in right if drawn(one, SHARE)}
+        wanted = {one for one in right if is_sampled(one, SHARE)}
 
         async def finished() -> bool:
             async with Store.open(path) as opened:

@@ -62,7 +62,7 @@ def replayed(branches: Sequence[RecordedBranch], interval: int = INTERVAL) -> Re
 
 
 def record(
-    *script: Sequence[object], chains: Sequence[Chain], late: recorded_branches.Asked | None = None
+    *script: Sequence[object], chains: Sequence[Chain], late: recorded_branches.ProbesByInterval | None = None
 ) -> list[RecordedBranch]:
     environment = scripted(chains)
     _, rounds = play(Scripted(*script), environment)  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""Keep one connection to the store open: reopen it after a failure, and remove expired records.
+
+The store may be down, locked, full or slow at any time. A transaction that takes too long is left to end by itself, and
+its records are written elsewhere meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from discovery.data.recordings import RecordedQuestion
+from discovery.errors import StoreError, UnstorableValue
+from discovery.store import Store, StoreItem
+
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_MS: Final = 1000
+"""How long to wait for another process's transaction."""
+TRANSACTION_TIMEOUT_S: Final = 2.0
+"""How long a transaction may take before the store counts as failed."""
+RETRY_S: Final = 0.5
+"""Seconds between attempts to open the store."""
+EXPIRY_S: Final = 3600.0
+"""Seconds between removals of expired records."""
+
+STORED: Final = "stored"
+DROPPED: Final = "dropped"
+"""Outcome of a recording whose request is not in the store: it was forgotten, or lost itself."""
+UNWRITABLE: Final = "unwritable"
+
+
+class StoreConnection:
+    """The connection of one proxy to its store. Needs a running event loop.
+
+    `report` gets the text of each failure. `on_change` is called when the connection is lost (False), and when the
+    store is opened and hourly after that (True).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        retain: timedelta | None,
+        report: Callable[[str], None],
+        on_change: Callable[[bool], None],
+    ) -> None:
+        self.store: Store | None = None  # None while the store cannot be used
+        self.tried = asyncio.Event()  # the first attempt to open it has ended
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._path = path
+        self._retain = retain
+        self._report = report
+        self._on_change = on_change
+        self._failed = asyncio.Event()
+        self._slow: asyncio.Task[list[RecordedQuestion]] | None = None  # a transaction that takes too long
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a transaction is still running that took too long."""
+        return self._slow is not None
+
+    async def run(self) -> None:
+        """Keep the store open until `close` is called."""
+        while not self.closed.done():
+            try:
+                async with Store.open(self._path, create=True, wait_ms=BUSY_TIMEOUT_MS) as store:
+                    if self.closed.done():  # closed while it was being opened
+                        return
+                    self._failed.clear()
+                    self.store = store
+                    self.tried.set()
+                    await self._maintain(store)
+            except StoreError as error:
+                self._report(str(error))
+            except Exception as error:  # any failure: the store is opened again
+                self._report(type(error).__name__)
+            finally:
+                self.store = None
+                self.tried.set()
+                self._on_change(False)
+            await asyncio.wait({self.closed}, timeout=RETRY_S)
+
+    def close(self) -> None:
+        """Write nothing more to the store and let `run` end."""
+        self.closed.set_result(None)
+        self._failed.set()
+        self.store = None
+
+    async def write(self, items: Sequence[StoreItem], outcome: str = STORED) -> list[str] | None:
+        """Write items in one transaction. Return the outcome of each: `outcome`, DROPPED or UNWRITABLE.
+
+        Returns None if the store cannot be used.
+        """
+        store = self.store
+        if store is None or self._failed.is_set():
+            return None
+        task = asyncio.create_task(store.add_all(items))
+        either: set[asyncio.Future[Any]] = {task, self.closed}
+        await asyncio.wait(either, timeout=TRANSACTION_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            self._slow = task
+            task.add_done_callback(self._end_slow)
+            self._fail(f"{self._path}: a transaction takes longer than {TRANSACTION_TIMEOUT_S:g} s")
+            return None
+        try:
+            left_out = set(map(id, task.result()))
+        except Exception as error:
+            if isinstance(error, StoreError) and not isinstance(error, UnstorableValue):
+                self._fail(str(error))
+                return None
+            return await self._write_each(items, outcome, error)  # one of the items is at fault
+        if store.is_moved:
+            self._fail(f"{self._path}: the store has been moved or removed")
+            return None
+        return [DROPPED if id(item) in left_out else outcome for item in items]
+
+    async def _write_each(self, items: Sequence[StoreItem], outcome: str, error: Exception) -> list[str] | None:
+        if len(items) == 1:
+            logger.error("cannot store a record: %s", type(error).__name__)
+            return [UNWRITABLE]
+        outcomes: list[str] = []
+        for item in items:
+            alone = await self.write([item], outcome)
+            if alone is None:
+                return None
+            outcomes += alone
+        return outcomes
+
+    async def _maintain(self, store: Store) -> None:
+        """Remove expired records now and then. Return when the store fails."""
+        while not self._failed.is_set():
+            self._on_change(True)
+            if self._retain is not None:
+                before = (datetime.now(UTC) - self._retain).isoformat(timespec="microseconds")
+                await store.expire(before)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._failed.wait(), EXPIRY_S)
+
+    def _fail(self, reason: str) -> None:
+        """Give the store up, so that `run` closes and reopens it."""
+        self.store = None
+        self._failed.set()
+        self._report(reason)
+        self._on_change(False)
+
+    def _end_slow(self, task: asyncio.Task[list[RecordedQuestion]]) -> None:
+        """Take note that a slow transaction has ended. Its records were written to a file anyway."""
+        self._slow = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._report(str(error))
