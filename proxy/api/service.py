@@ -18,7 +18,7 @@ from proxy.passthrough.request_ids import RecentRequests
 from proxy.passthrough.unapplied_beta import UnappliedBeta
 from proxy.recording.episode_log import EpisodeLog
 from proxy.recording.template_drift import TemplateDrift
-from proxy.rollout.controller_runner import ControllerManager
+from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import tracing
 from proxy.telemetry.metrics import Metrics

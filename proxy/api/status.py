@@ -38,7 +38,7 @@ class StatusEndpoints:
         is_up = await service.health_monitor.is_ready() and service.engine.breaker.is_closed
         status: dict[str, object] = {"ready": is_up}
         if service.authenticator.is_authenticated(request):
-            sandbox = {"level": service.controllers.level, "lacking": service.controllers.lacking}
+            sandbox = {"level": service.controllers.sandboxes.level, "lacking": service.controllers.sandboxes.lacking}
             status |= {"upstream": service.engine.display_url, "models": service.served, "sandbox": sandbox}
             status["recorder"] = service.episode_log.writer.as_json()
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)

@@ -21,7 +21,7 @@ from proxy.episode.reply import deadline_error
 from proxy.errors import BadRequest
 from proxy.recording.template_drift import TemplateDrift
 from proxy.requests.generation_request import SAMPLING, GenerationRequest
-from proxy.rollout.controller_runner import ControllerManager
+from proxy.rollout.controller_manager import ControllerManager
 from proxy.settings import Settings
 from proxy.telemetry import logs
 from proxy.types import EffectiveBeta, EnvironmentLimits, FinalAnswerLimits, Model, Plan, Prompt, Provenance
@@ -70,7 +70,7 @@ async def plan_request(
             spec, stage = await controllers.choose(request.tts.controller, request_id)
         except UnknownController as error:
             raise BadRequest(str(error), param="tts.controller", code="unknown_controller") from None
-        chat_template = "" if drift is None else await drift.template(model.id)
+        chat_template = "" if drift is None else await drift.template_hash(model.id)
         ids, text = await _read_prompt(engine, model, request)
         tail = await engine.detokenise(model.id, ids[-PROMPT_TAIL:])
         template = probe_templates.template_for(

@@ -17,7 +17,8 @@ from proxy.episode.reply import compose_reply, deadline_error
 from proxy.errors import ApiError, UpstreamError
 from proxy.http import graceful_shutdown
 from proxy.recording.episode_log import EpisodeLog
-from proxy.rollout.controller_runner import ControllerManager, ControllerRunner
+from proxy.rollout.controller_manager import ControllerManager
+from proxy.rollout.controller_runner import ControllerRunner
 from proxy.telemetry.metrics import Metrics
 from proxy.types import ChosenController, Plan, Reply
 from proxy.upstream.client import UpstreamClient
@@ -56,9 +57,8 @@ async def serve_request(
         keeps_all_branches=plan.records_all or plan.ignores_eos,
     )
     state = State(plan.limits)
-    runner = controllers.runner(ChosenController(plan.spec, plan.stage))
-    if on_progress is not None:
-        runner.on_round = lambda: on_progress(_progress_line(environment, state))
+    on_round = None if on_progress is None else lambda: on_progress(_progress_line(environment, state))
+    runner = ControllerRunner(controllers, ChosenController(plan.spec, plan.stage), on_round)
     reply: Reply | None = None
     outcome = "failed"
     try:

@@ -1,4 +1,4 @@
-"""Sealed processes that have loaded a controller before anybody needs one."""
+"""A pool of sandboxed processes that have loaded a controller before an episode needs it."""
 
 from __future__ import annotations
 
@@ -14,100 +14,102 @@ from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
 
 RETIRED: Final = -1
-"""The size of a pool that has none ready, not even one ahead of the next episode."""
+"""Size of a pool whose controller only running episodes still need."""
 MAKERS: Final = 2
-"""Threads in which the processes of one controller are made. A file that loads slowly holds up its own controller."""
-PATIENCE_S: Final = 5.0
-"""Seconds an episode waits for a process."""
+"""Threads per controller that start processes, so that a slow file delays only its own controller."""
+TAKE_TIMEOUT_S: Final = 5.0
+"""Seconds that an episode waits for a process."""
 
 
 class SandboxPool:
-    """Sealed processes that have loaded one controller, kept ready for its next episodes.
+    """Sandboxed processes that have loaded one controller and wait for its next episodes.
 
-    Each process serves one episode. They are ended in threads of `enders`, which pools may share.
+    Each process serves one episode. Threads of `closers`, which pools may share, end the processes.
     """
 
-    def __init__(self, spec: Spec, size: int, hard_s: float, enders: Executor) -> None:
+    def __init__(self, spec: Spec, size: int, hard_s: float, closers: Executor) -> None:
         self._spec = spec
         self._size = size
         self._hard_s = hard_s
         self._ready: deque[SandboxHandle] = deque()
         self._in_use: set[SandboxHandle] = set()
-        self._loading: set[SandboxHandle] = set()  # in threads
-        self._stopped = ""  # why, if it is
-        self._waiting: deque[asyncio.Future[SandboxHandle]] = deque()  # episodes, the first to come first
-        self._work: set[asyncio.Future[Any]] = set()  # in threads: what is being made, and ended
+        self._loading: set[SandboxHandle] = set()  # in threads, while they load the controller
+        self._stopped = ""  # the reason, if the pool is stopped
+        self._waiting: deque[asyncio.Future[SandboxHandle]] = deque()  # episodes, in order of arrival
+        self._work: set[asyncio.Future[Any]] = set()  # work in threads
         self._making = 0
         self._makers = ThreadPoolExecutor(MAKERS, thread_name_prefix="sandbox-make")
-        self._enders = enders
+        self._closers = closers
 
     async def take(self) -> SandboxHandle:
-        """Return one that is ready, else a new one.
+        """Return a process that is ready, or start one.
 
         Raises SandboxUnavailable, BadController, BoundaryViolation or MachineDisturbed.
         """
-        worker = self._next() or await self._made_soon()
-        self._in_use.add(worker)
-        return worker
+        sandbox = self._next_ready() or await self._wait_for_process()
+        self._in_use.add(sandbox)
+        return sandbox
 
-    def end(self, worker: SandboxHandle) -> None:
-        """Kill one, off the event loop."""
-        self._in_use.discard(worker)
-        self._start(self._enders, worker.close)
+    def end(self, sandbox: SandboxHandle) -> None:
+        """End a process, off the event loop."""
+        self._in_use.discard(sandbox)
+        self._start(self._closers, sandbox.close)
 
     def keep(self, size: int) -> None:
-        """Have so many ready from now on; RETIRED for a controller that only episodes under way still need."""
+        """Keep `size` processes ready; RETIRED if only running episodes still need the controller."""
         self._size, self._stopped = size, ""
         while len(self._ready) > max(0, size):
             self.end(self._ready.pop())
         self._fill()
 
-    def stop(self, why: str) -> None:
-        """Retire, and kill the processes of episodes under way too, which then raise MachineDisturbed with `why`."""
+    def stop(self, reason: str) -> None:
+        """Retire, and kill the processes of running episodes, which then raise MachineDisturbed with `reason`."""
         self.keep(RETIRED)
-        self._stopped = why
-        for worker in [*self._in_use, *list(self._loading)]:
-            worker.kill(why)
-        while waiting := self._first():
-            waiting.set_exception(MachineDisturbed(why))
+        self._stopped = reason
+        for sandbox in [*self._in_use, *list(self._loading)]:
+            sandbox.kill(reason)
+        while waiting := self._next_waiting():
+            waiting.set_exception(MachineDisturbed(reason))
 
     async def close(self) -> None:
-        """End every process that is ready, once all work in threads is done."""
+        """End the processes that are ready, once all work in threads is done."""
         while self._work:
             await asyncio.gather(*self._work, return_exceptions=True)
-        for worker in self._ready:
-            worker.close()
+        for sandbox in self._ready:
+            sandbox.close()
         self._ready.clear()
         self._makers.shutdown(wait=False)
 
-    def _next(self) -> SandboxHandle | None:
-        """One of those that are ready and alive; those that died idle are nobody's fault and are passed over."""
+    def _next_ready(self) -> SandboxHandle | None:
+        """Return a ready process that is alive, or None. Processes that died while idle are skipped."""
         while self._ready:
-            worker = self._ready.popleft()
-            if worker.alive:
+            sandbox = self._ready.popleft()
+            if sandbox.alive:
                 self._fill()
-                return worker
-            self.end(worker)
+                return sandbox
+            self.end(sandbox)
         return None
 
-    async def _made_soon(self) -> SandboxHandle:
+    async def _wait_for_process(self) -> SandboxHandle:
         waiting: asyncio.Future[SandboxHandle] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         self._fill()
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TAKE_TIMEOUT_S):
                 return await waiting
         except BaseException as error:  # a cancelled request's too
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                self._put(waiting.result())  # it came too late
+                self._put(waiting.result())  # it was ready too late
             if isinstance(error, TimeoutError):
-                raise MachineDisturbed(f"no process of {self._spec.name} was ready within {PATIENCE_S:g} s") from None
+                raise MachineDisturbed(
+                    f"no process of {self._spec.name} was ready within {TAKE_TIMEOUT_S:g} s"
+                ) from None
             raise
 
     def _fill(self) -> None:
-        """Have as many made as there should be and episodes wait for."""
+        """Start as many processes as are missing from the pool and as episodes wait for."""
         wanted = max(0, self._size) + len(self._waiting)
         for _ in range(wanted - len(self._ready) - self._making):
             self._making += 1
@@ -120,19 +122,19 @@ class SandboxPool:
         error = done.exception()
         if error is None:
             self._put(done.result())
-        elif waiting := self._first():  # without one the error is dropped: the next load fails alike
+        elif waiting := self._next_waiting():  # otherwise the error is dropped: the next load fails the same way
             waiting.set_exception(error)
 
-    def _put(self, worker: SandboxHandle) -> None:
-        """Give a process to the episode that has waited longest, or keep it."""
-        if waiting := self._first():
-            waiting.set_result(worker)
+    def _put(self, sandbox: SandboxHandle) -> None:
+        """Give a process to the episode that has waited longest, or add it to the pool."""
+        if waiting := self._next_waiting():
+            waiting.set_result(sandbox)
         elif len(self._ready) < max(0, self._size):
-            self._ready.append(worker)
+            self._ready.append(sandbox)
         else:
-            self.end(worker)
+            self.end(sandbox)
 
-    def _first(self) -> asyncio.Future[SandboxHandle] | None:
+    def _next_waiting(self) -> asyncio.Future[SandboxHandle] | None:
         while self._waiting:
             waiting = self._waiting.popleft()
             if not waiting.done():
@@ -141,20 +143,20 @@ class SandboxPool:
 
     def _make(self) -> SandboxHandle:
         try:
-            return self._loaded()
-        except MachineDisturbed:  # nobody waits for this process in particular: another one will do
-            return self._loaded()
+            return self._load()
+        except MachineDisturbed:  # no episode depends on this process, so try another one
+            return self._load()
 
-    def _loaded(self) -> SandboxHandle:
+    def _load(self) -> SandboxHandle:
         if self._stopped:
             raise MachineDisturbed(self._stopped)
-        worker = spawner().spawn(self._hard_s)
-        self._loading.add(worker)
+        sandbox = spawner().spawn(self._hard_s)
+        self._loading.add(sandbox)
         try:
-            worker.load(self._spec)
+            sandbox.load(self._spec)
         finally:
-            self._loading.discard(worker)
-        return worker
+            self._loading.discard(sandbox)
+        return sandbox
 
     def _start(self, executor: Executor, work: Callable[[], Any]) -> asyncio.Future[Any]:
         future = asyncio.get_running_loop().run_in_executor(executor, work)

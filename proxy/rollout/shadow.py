@@ -1,4 +1,4 @@
-"""What another controller would have done in an episode that is over; it buys nothing."""
+"""Compare a shadow controller's decisions with those of an ended episode. It costs no tokens."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from controllers import Limits, Round, State
 
 
 class DecidedEpisode(NamedTuple):
-    """An episode, as the controller that decided it met it."""
+    """The rounds of an ended episode, and what its controller was given."""
 
     beta: float
     limits: Limits
     rounds: Sequence[Round]
 
 
-async def compare(controller: Any, played: DecidedEpisode, count: Callable[[bool], None]) -> None:
-    """Ask a controller, of those that live elsewhere, for each round, and `count` whether it would have played it so.
+async def compare_decisions(controller: Any, episode: DecidedEpisode, count: Callable[[bool], None]) -> None:
+    """Ask a remote controller to decide each round, and `count` whether it decides the same.
 
-    It is told what the rounds brought as if it had. After the first that it would have played otherwise there is
-    nothing to tell it: what its own would have brought nobody knows. Raises ControllerError.
+    The controller gets the facts of each round as if it had decided it. The comparison stops at the first different
+    decision, because its facts are unknown. Raises ControllerError.
     """
-    state = State(played.limits)
-    for actions, facts in played.rounds:
+    state = State(episode.limits)
+    for actions, facts in episode.rounds:
         decided = await controller.decide_later(state)
         state.check(decided)
         agreed = list(state.affordable(decided)) == list(actions)

@@ -1,4 +1,4 @@
-"""Who decides for requests that name no controller, as the registry has it now: a running proxy follows its changes."""
+"""The controllers at each rollout stage. They decide requests that name none, and follow changes of the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StageAssignment:
-    """Who is at which stage."""
+    """The controller at each stage."""
 
     champion: Spec
     canary: Spec | None = None
@@ -29,13 +29,13 @@ class StageAssignment:
     version: int = 0  # of the registry
 
     def choose(self, request_id: str) -> ChosenController:
-        """Who decides for a request: the same for the same id, wherever it is asked."""
+        """Return the controller of a request. The same id gets the same controller in every process."""
         if self.canary is not None and lot(request_id) < self.share:
             return ChosenController(self.canary, RolloutStage.CANARY)
         return ChosenController(self.champion, RolloutStage.CHAMPION)
 
     def at(self, stage: RolloutStage) -> Spec | None:
-        """Who is at a stage."""
+        """Return the controller at a stage, or None."""
         return {
             RolloutStage.SHADOW: self.shadow,
             RolloutStage.CANARY: self.canary,
@@ -43,44 +43,44 @@ class StageAssignment:
         }[stage]
 
     def without(self, digest: str) -> StageAssignment:
-        """The same without this one as canary or shadow."""
+        """Return the assignment without this controller as canary or shadow."""
         if self.canary is not None and self.canary.digest == digest:
             return replace(self, canary=None, share=0.0)
         return replace(self, shadow=None) if self.shadow is not None and self.shadow.digest == digest else self
 
     def quarantine(self, digest: str) -> StageAssignment:
-        """The same with this one quarantined."""
+        """Return the assignment with this controller quarantined."""
         return replace(self.without(digest), quarantined=self.quarantined | {digest})
 
     def __str__(self) -> str:
-        words = f"champion {_named(self.champion)}"
+        text = f"champion {_named(self.champion)}"
         if self.canary is not None:
-            words += f", canary {_named(self.canary)} for {self.share:.0%}"
-        return words if self.shadow is None else f"{words}, shadow {_named(self.shadow)}"
+            text += f", canary {_named(self.canary)} for {self.share:.0%}"
+        return text if self.shadow is None else f"{text}, shadow {_named(self.shadow)}"
 
 
 class RolloutStages:
-    """A line-up that follows a registry; without one it is the configured controller's alone."""
+    """The current assignment, read from a registry. Without a registry the configured controller is the champion."""
 
     def __init__(self, registry: Registry | None, default: Spec, poll_s: float) -> None:
         self.registry = registry
-        self.current = StageAssignment(default)  # or what has been decided here since it was read
+        self.current = StageAssignment(default)  # as read, or as changed here since
         self._default = default
         self._poll_s = poll_s
-        self._looked = float("-inf")  # when last, by the monotonic clock
+        self._polled_at = float("-inf")  # by the monotonic clock
         self._stamp: FileStamp | None = None
         self._reading = False
-        self._complaint = ""
+        self._logged_problem = ""
 
     async def refresh(self) -> bool:
-        """Take over what the registry says if it says something new; whether it did.
+        """Read the registry if it has changed, and return whether it has.
 
-        One that cannot be read is complained of, once, and what was installed goes on.
+        If it cannot be read, the problem is logged once and the assignment stays.
         """
         now = time.monotonic()
-        if self.registry is None or self._reading or now - self._looked < self._poll_s:
+        if self.registry is None or self._reading or now - self._polled_at < self._poll_s:
             return False
-        self._looked, self._reading = now, True
+        self._polled_at, self._reading = now, True
         try:
             stamp = self.registry.stamp()
             if stamp == self._stamp:
@@ -88,40 +88,43 @@ class RolloutStages:
             self._stamp = stamp
             self.current = await asyncio.to_thread(self._read, self.registry)
         except PromotionError as error:
-            self._complain(f"{error}; meanwhile as before: {self.current}")
+            self._log_once(f"{error}; keeping {self.current}")
             return False
         finally:
             self._reading = False
-        self._complaint = ""
+        self._logged_problem = ""
         logger.info("registry version %d: %s", self.current.version, self.current)
         return True
 
-    async def change(self, move: Callable[[Registry], RolloutState]) -> None:
-        """Have the registry say what `now` does. If it cannot be, that holds until it is next changed."""
+    async def change(self, change: Callable[[Registry], RolloutState]) -> None:
+        """Make the same change in the registry. If that fails, `current` holds until the registry changes again."""
         if self.registry is None:
             return
         try:
-            await asyncio.to_thread(move, self.registry)
+            await asyncio.to_thread(change, self.registry)
         except PromotionError as error:
-            logger.error("the registry does not know, until it is next changed this process does: %s", error)
-        self._looked = float("-inf")
+            logger.error(
+                "cannot write the registry; the change holds only in this process, until the registry changes: %s",
+                error,
+            )
+        self._polled_at = float("-inf")
 
     def _read(self, registry: Registry) -> StageAssignment:
         installed = registry.read()
-        found = {stage: None if holder is None else registry.spec(holder) for stage, holder in installed.stages.items()}
+        specs = {stage: None if holder is None else registry.spec(holder) for stage, holder in installed.stages.items()}
         return StageAssignment(
-            champion=found[RolloutStage.CHAMPION] or self._default,
-            canary=found[RolloutStage.CANARY],
+            champion=specs[RolloutStage.CHAMPION] or self._default,
+            canary=specs[RolloutStage.CANARY],
             share=installed.share,
-            shadow=found[RolloutStage.SHADOW],
+            shadow=specs[RolloutStage.SHADOW],
             quarantined=installed.quarantined,
             version=installed.version,
         )
 
-    def _complain(self, words: str) -> None:
-        if words != self._complaint:
-            self._complaint = words
-            logger.error(words)
+    def _log_once(self, problem: str) -> None:
+        if problem != self._logged_problem:
+            self._logged_problem = problem
+            logger.error("%s", problem)
 
 
 def _named(spec: Spec) -> str:

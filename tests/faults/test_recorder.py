@@ -851,7 +851,7 @@ async def all_in(path: Path, acknowledged: set[str]) -> None:
         assert acknowledged <= stored(path)
         assert recorder.lost == 0
     async with Store.open(path) as store:
-        assert (await store.verify()).damaged == []
+        assert (await store.verify()).bad == []
 
 
 @pytest.mark.process

@@ -15,7 +15,7 @@ from proxy.environment.branch_generator import MIN_CHUNKS, OPEN_STREAM_INTERVAL
 from proxy.episode.plan import plan_request
 from proxy.requests.chat_request import ChatRequest
 from proxy.requests.generation_request import TtsOptions
-from proxy.rollout.controller_runner import ControllerManager
+from proxy.rollout.controller_manager import ControllerManager
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.telemetry.metrics import Metrics

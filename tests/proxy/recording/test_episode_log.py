@@ -263,7 +263,7 @@ async def test_what_clients_say_reaches_the_watch(
 ) -> None:
     heard: list[tuple[RolloutStage, bool]] = []
     monkeypatch.setattr(
-        "proxy.rollout.controller_runner.ControllerManager.record_feedback",
+        "proxy.rollout.controller_manager.ControllerManager.record_feedback",
         lambda _, stage, digest, content: heard.append((stage, content)),
     )
     async with serving(backend, tmp_path / "s.db") as proxy:

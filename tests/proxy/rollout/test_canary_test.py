@@ -1,4 +1,4 @@
-"""The watcher: it hardly ever accuses a canary that is no worse, and soon accuses one that is."""
+"""The tester: it hardly ever accuses a canary that is no worse, and soon accuses one that is."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def ends(
 ) -> Iterator[tuple[int, CanaryFailure]]:
     """After how many requests, and why, each canary was rolled back that was."""
     for seed in range(streams):
-        chance, watch = random.Random(seed), CanaryTest()
+        chance, test = random.Random(seed), CanaryTest()
         for number in range(1, most + 1):
             stage = RolloutStage.CANARY if chance.random() < share else RolloutStage.CHAMPION
             outcome, content = (canary if stage is RolloutStage.CANARY else champion)(chance)
-            verdict = watch.observe(stage, outcome)
+            failure = test.observe(stage, outcome)
             if content is not None:
-                verdict = watch.record_feedback(stage, content)
-            if verdict is not None:
-                yield number, verdict
+                failure = test.record_feedback(stage, content)
+            if failure is not None:
+                yield number, failure
                 break
 
 
@@ -65,11 +65,11 @@ def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
 
 @pytest.mark.parametrize(("tokens", "accused"), [(1080, False), (1200, True)])
 def test_what_the_margin_allows_is_allowed_for_ever(tokens: int, accused: bool) -> None:
-    watch = CanaryTest()
+    test = CanaryTest()
     for _ in range(5000):
-        watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-        watch.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True))
-    assert (watch.verdict is not None) == accused
+        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+        test.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True))
+    assert (test.failure is not None) == accused
 
 
 def test_one_that_is_better_is_left_alone() -> None:
@@ -94,7 +94,7 @@ def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
 def test_one_that_is_worse_is_found_out(canary: Draw, share: float, within: int, quality: CanaryMetric) -> None:
     found = list(ends(50, share, canary, requests(), most=within))
     assert len(found) >= 0.95 * 50
-    assert sum(verdict.quality is quality for _, verdict in found) >= 0.95 * 50
+    assert sum(failure.metric is quality for _, failure in found) >= 0.95 * 50
 
 
 def test_one_that_fails_beside_a_champion_that_never_does() -> None:
@@ -103,27 +103,27 @@ def test_one_that_fails_beside_a_champion_that_never_does() -> None:
 
 
 def test_one_monstrous_reply_proves_nothing() -> None:
-    watch = CanaryTest()
+    test = CanaryTest()
     for _ in range(20):
-        assert watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
-        assert watch.observe(RolloutStage.CANARY, EpisodeOutcome(1000, False, True)) is None
-    watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-    assert watch.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True)) is None
+        assert test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
+        assert test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, False, True)) is None
+    test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+    assert test.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True)) is None
 
 
 def test_a_canary_alone_is_compared_with_nobody() -> None:
-    watch = CanaryTest()
-    assert all(watch.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
+    test = CanaryTest()
+    assert all(test.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
 
 
-def test_the_verdict_stays_and_says_why() -> None:
-    watch = CanaryTest()
-    verdicts = []
+def test_the_failure_stays_and_says_why() -> None:
+    test = CanaryTest()
+    failures = []
     for _ in range(60):
-        watch.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
-        verdicts.append(watch.observe(RolloutStage.CANARY, EpisodeOutcome(1000, True, True)))
-    first = next(verdict for verdict in verdicts if verdict is not None)
-    assert first.quality is CanaryMetric.FAILURES
-    assert first.wealth >= watch.limit
-    assert first.pairs == verdicts.index(first) + 1 < 20
-    assert watch.verdict is not None
+        test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
+        failures.append(test.observe(RolloutStage.CANARY, EpisodeOutcome(1000, True, True)))
+    first = next(failure for failure in failures if failure is not None)
+    assert first.metric is CanaryMetric.FAILURES
+    assert first.e_value >= test.limit
+    assert first.pairs == failures.index(first) + 1 < 20
+    assert test.failure is not None

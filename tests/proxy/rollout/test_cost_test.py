@@ -18,7 +18,7 @@ from discovery.evaluation.calibration import (
     SingleChain,
     write_calibrations,
 )
-from proxy.rollout.cost_test import MARGIN, CostTest, allowance, chain_of
+from proxy.rollout.cost_test import MARGIN, CostTest, allowed_cost, chain_length
 from tests.proxy.rollout.test_sealed_controllers import LOCKSTEP, Serve, serve
 
 __all__ = ["serve"]
@@ -53,18 +53,18 @@ def observed(spending: CostTest, chains: float, tenant: str = "t", beta: float =
 
 def test_what_is_allowed_follows_the_calibration() -> None:
     calibration = calibrated(MINE, 1, 4, 16)
-    assert allowance(calibration, 0) == 8  # half of what all of β costs
-    assert allowance(calibration, 0.5) == MARGIN * 4
-    assert allowance(calibration, 0.75) == MARGIN * 10
-    assert allowance(calibration, 1) == MARGIN * 16
+    assert allowed_cost(calibration, 0) == 8  # half of what all of β costs
+    assert allowed_cost(calibration, 0.5) == MARGIN * 4
+    assert allowed_cost(calibration, 0.75) == MARGIN * 10
+    assert allowed_cost(calibration, 1) == MARGIN * 16
 
 
 def test_a_chain_is_as_long_as_those_that_ended() -> None:
     calibration = calibrated(MINE, 1, 4)
-    assert chain_of(calibration, episode(300, 500)) == 400
-    assert chain_of(calibration, episode(300, ended=False)) == CHAIN
-    assert chain_of(calibration, episode(3000, 50, ended=False)) == 3000
-    assert chain_of(calibration, State(Limits(10))) == CHAIN
+    assert chain_length(calibration, episode(300, 500)) == 400
+    assert chain_length(calibration, episode(300, ended=False)) == CHAIN
+    assert chain_length(calibration, episode(3000, 50, ended=False)) == 3000
+    assert chain_length(calibration, State(Limits(10))) == CHAIN
 
 
 def test_one_that_spends_all_is_warned_of_and_then_proven() -> None:
@@ -134,7 +134,7 @@ async def test_a_file_that_spends_all_is_quarantined(
         assert await proxy.metric("autotts_controller_overspending", controller="mine") == 1
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
     levels = [
-        record.levelno for record in caplog.records if "it costs more than it was calibrated to" in record.message
+        record.levelno for record in caplog.records if "it costs more than its calibration allows" in record.message
     ]
     assert levels == [logging.WARNING, logging.ERROR]
 
@@ -150,5 +150,5 @@ async def test_one_that_came_with_the_program_is_warned_of(
         reasons = {(await proxy.ask("0.5", tts=asked))[1].get("x-tts-fallback") for _ in range(30)}
         assert reasons == {None}
         assert await proxy.metric("autotts_controller_overspending", controller="self_consistency") == 1
-    assert "it costs more than it was calibrated to" in caplog.text
+    assert "it costs more than its calibration allows" in caplog.text
     assert "quarantined" not in caplog.text

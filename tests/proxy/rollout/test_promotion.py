@@ -24,7 +24,7 @@ from controllers.loading import Spec
 from controllers.rollout_state import RolloutStage, lot
 from discovery.promotion.registry import ChangeCause, Registry
 from proxy.cli import app
-from proxy.rollout import controller_runner
+from proxy.rollout import failure_counter
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM, chain
@@ -192,7 +192,7 @@ async def test_a_registry_that_cannot_be_read_changes_nothing(
         registry.file.write_text("{")
         assert [await decider(proxy) for _ in range(3)] == [("one", "champion")] * 3
         assert caplog.text.count("registry.json: ") == 1
-        assert "meanwhile as before: champion one" in caplog.text
+        assert "keeping champion one" in caplog.text
         registry.file.write_bytes(sound)
         two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
         (registry.folder / f"{two}.py").write_text("# another\n")
@@ -226,7 +226,7 @@ async def ask_until_rolled_back(proxy: Proxy, most: int, beta: str = "0") -> int
 async def test_a_canary_that_keeps_failing_is_rolled_back(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)  # it is never quarantined
+    monkeypatch.setattr(failure_counter, "WINDOW_S", -1.0)  # it is never quarantined
     digest = install(registry, "mine", FAILING, RolloutStage.CANARY)
     async with serve() as proxy:
         assert await ask_until_rolled_back(proxy, 200) > 10
@@ -243,7 +243,7 @@ async def test_a_canary_that_keeps_failing_is_rolled_back(
 async def test_a_canary_is_not_accused_of_what_an_earlier_one_did(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller_runner, "WINDOW_S", -1.0)
+    monkeypatch.setattr(failure_counter, "WINDOW_S", -1.0)
     digest = install(registry, "mine", FAILING, RolloutStage.CANARY)
     async with serve() as proxy:
         while (before := await proxy.metric("autotts_stage_requests_total", stage="canary")) < 11:

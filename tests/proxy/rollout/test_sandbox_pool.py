@@ -117,7 +117,7 @@ async def test_what_is_wrong_with_a_file_is_told_to_every_episode(make: Make) ->
 
 
 async def test_an_episode_waits_only_so_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(pools, "TAKE_TIMEOUT_S", 0.01)
     with pytest.raises(MachineDisturbed, match=r"no process of mine was ready within 0\.01 s"):
         await make(SLOW, 0).take()
 

@@ -22,7 +22,7 @@ from controllers.sandbox.handle import IDLE_S
 from controllers.sandbox.proof import Proof
 from controllers.sandbox.spawner import SandboxSpawner
 from proxy.errors import SettingsError
-from proxy.rollout import controller_runner
+from proxy.rollout import failure_counter, sandboxes
 from proxy.rollout.sandbox_pool import SandboxPool
 from proxy.server import running
 from proxy.settings import load
@@ -143,7 +143,7 @@ async def test_three_failures_quarantine_a_controller(serve: Serve, caplog: pyte
 
 
 async def test_failures_far_apart_do_not(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_runner, "WINDOW_S", 0.0)
+    monkeypatch.setattr(failure_counter, "WINDOW_S", 0.0)
     async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
         assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)] == ["illegal"] * 5
 
@@ -172,7 +172,7 @@ def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which no proof succeeds."""
     spawner = SandboxSpawner()
     spawner.proof = Proof(reason="no landlock")
-    for module in (spawners, controller_runner):
+    for module in (spawners, sandboxes):
         monkeypatch.setattr(module, "spawner", lambda: spawner)
 
 
@@ -262,7 +262,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> list[SandboxPool]:
         made.append(SandboxPool(*about))
         return made[-1]
 
-    monkeypatch.setattr(controller_runner, "SandboxPool", make)
+    monkeypatch.setattr(sandboxes, "SandboxPool", make)
     return made
 
 
