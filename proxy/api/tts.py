@@ -54,8 +54,8 @@ class TtsEndpoints:
         own = service.recent.resolve(caller.tenant, feedback.request, is_admin=caller.is_admin)
         feedback = feedback.model_copy(update={"request": own})
         heard = await service.episode_log.record_feedback(caller, feedback)
-        if heard.is_first and heard.content is not None and heard.owner.stage is not None:
-            service.controllers.record_feedback(RolloutStage(heard.owner.stage), heard.owner.digest, heard.content)
+        if heard.is_first and heard.satisfied is not None and heard.owner.stage is not None:
+            service.controllers.record_feedback(RolloutStage(heard.owner.stage), heard.owner.digest, heard.satisfied)
         status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
         return JSONResponse(
             {

@@ -1,4 +1,4 @@
-"""What is kept of served requests: the episode of each, recordings of some, and what their clients say of them."""
+"""Record served requests: the episode of each, recordings of sampled ones, and the feedback of clients."""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ from proxy.telemetry.metrics import Metrics
 from proxy.types import Plan, Reply
 from proxy.upstream.client import UpstreamClient
 
-ACKNOWLEDGED_S: Final = 0.01
-"""How long feedback waits to be on disk before its client is told that it will be."""
-NOBODYS: Final = ""
-"""A request nobody made. Who asks for another's is told what is told of it, which may be that nothing is known now."""
+ACKNOWLEDGE_S: Final = 0.01
+"""How long a feedback response waits for the feedback to be on disk."""
+NO_REQUEST: Final = ""
+"""Id of a request that does not exist. It stands in for another tenant's request, so that both get the same answer."""
 
 
 class FeedbackReceipt(NamedTuple):
-    """What came of feedback."""
+    """The result of recording feedback."""
 
     id: str
     owner: RequestOwner  # of the request it is about
-    content: bool | None  # whether its client is content; None if that cannot be told
-    is_first: bool  # that tells so, of the request
+    satisfied: bool | None  # whether the client was satisfied; None if unknown
+    is_first: bool  # the first feedback on its request that says so
     is_on_disk: bool
 
 
 class EpisodeLog:
-    """The records of one proxy."""
+    """Records the episodes and feedback of one proxy."""
 
     def __init__(
-        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, turns: RequestSlots, drift: TemplateDrift
+        self, engine: UpstreamClient, settings: Settings, metrics: Metrics, slots: RequestSlots, drift: TemplateDrift
     ) -> None:
         self.writer = StoreWriter(settings, metrics)
         self.drift = drift
-        self.completer = BranchCompleter(engine, settings, metrics, turns, drift)
+        self.completer = BranchCompleter(engine, settings, metrics, slots, drift)
         self._metrics = metrics
         self._text = settings.store_text
-        self._finishing: asyncio.Task[None] | None = None
-        self._heard: OrderedDict[str, None] = OrderedDict()  # requests of which it was said whether they did well
-        self._said_at = datetime.now(UTC)  # when the latest feedback was given
+        self._completing: asyncio.Task[None] | None = None
+        self._rated: OrderedDict[str, None] = OrderedDict()  # requests with feedback that says whether they did well
+        self._feedback_at = datetime.now(UTC)  # time of the latest feedback
         self._feedback_rate = RateLimit(settings.feedback_per_minute)
 
     async def open(self) -> None:
-        """Begin to write and to finish."""
+        """Start writing records and completing episodes."""
         await self.writer.open()
         if self.writer.is_on:
-            self._finishing = asyncio.create_task(self._finish())
+            self._completing = asyncio.create_task(self._complete())
 
     async def close(self) -> None:
-        """Give up what is being finished, and write what waits."""
+        """Stop completing episodes, and write the queued records."""
         try:
-            if self._finishing is not None:
-                self._finishing.cancel()
-                await asyncio.gather(self._finishing, return_exceptions=True)
+            if self._completing is not None:
+                self._completing.cancel()
+                await asyncio.gather(self._completing, return_exceptions=True)
                 self.completer.close()
         finally:
             await self.writer.close()
@@ -91,9 +91,9 @@ class EpisodeLog:
         reply: Reply | None,
         outcome: str,
     ) -> None:
-        """Have an episode that is over written down, and finished if it was drawn; this takes no time.
+        """Queue the record of an ended episode and, if it was sampled, the completion of its branches.
 
-        Where its state does not know why it ended, `outcome` says so.
+        `outcome` says why it ended if its state does not.
         """
         if not self.writer.is_on:
             return
@@ -103,86 +103,88 @@ class EpisodeLog:
         if reply is not None and self.completer.wants(plan, state):
             self.completer.enqueue(PendingEpisode(plan, environment, tuple(runner.rounds)))
 
-    async def _finish(self) -> None:
+    async def _complete(self) -> None:
         while True:
-            found = await self.completer.next()
-            if found is not None:
-                self.writer.put(found.request, lambda found=found: found)  # type: ignore[misc]
+            recording = await self.completer.next()
+            if recording is not None:
+                self.writer.put(recording.request, lambda recording=recording: recording)  # type: ignore[misc]
 
     async def find(self, caller: Caller, request: str) -> ServedEpisode:
-        """The episode of a request. Raises NotFound, for those of others too, or RecordsAway."""
+        """Return the episode of a request. Raises NotFound, also for other tenants' requests, or RecordsAway."""
         if self.writer.is_on:
             episode = await self.writer.find(request)
             if episode is not None and not caller.may_see(episode.tenant):
-                episode = await self.writer.find(NOBODYS)
+                episode = await self.writer.find(NO_REQUEST)
             if episode is not None:
                 return episode
         raise _unknown(request)
 
-    async def record_feedback(self, caller: Caller, said: FeedbackRequest) -> FeedbackReceipt:
-        """Take what a client says of an answer. Raises NotFound, for requests of others too, TooMany or RecordsAway."""
+    async def record_feedback(self, caller: Caller, feedback: FeedbackRequest) -> FeedbackReceipt:
+        """Queue a client's feedback. Raises NotFound, also for other tenants' requests, TooMany or RecordsAway."""
         self._count_feedback(caller)
-        owner = await self.writer.owner(said.request)
+        owner = await self.writer.owner(feedback.request)
         if owner is not None and not caller.may_see(owner.tenant):
-            owner = await self.writer.owner(NOBODYS)
+            owner = await self.writer.owner(NO_REQUEST)
         if owner is None:
-            raise _unknown(said.request)
-        kind, value, content = await self._judge(said)
-        self._said_at = max(datetime.now(UTC), self._said_at + timedelta(microseconds=1))  # clocks are set back
-        created = self._said_at.isoformat(timespec="microseconds")
-        feedback = Feedback(uuid4().hex, said.request, kind, json.dumps(value), created, owner.tenant)
-        kept = self.writer.put(said.request, lambda: feedback, hurry=True)
-        await asyncio.wait({kept}, timeout=ACKNOWLEDGED_S)
+            raise _unknown(feedback.request)
+        kind, value, satisfied = await self._rate(feedback)
+        self._feedback_at = max(datetime.now(UTC), self._feedback_at + timedelta(microseconds=1))  # clocks are set back
+        created = self._feedback_at.isoformat(timespec="microseconds")
+        record = Feedback(uuid4().hex, feedback.request, kind, json.dumps(value), created, owner.tenant)
+        kept = self.writer.put(feedback.request, lambda: record, hurry=True)
+        await asyncio.wait({kept}, timeout=ACKNOWLEDGE_S)
         if kept.done() and not kept.result():
-            raise RecordsAway("no more can be written down for now; say it again later", code="recorder_full")
-        self._metrics.feedback.labels(kind, "unknown" if content is None else str(content).lower()).inc()
-        is_first = content is not None and said.request not in self._heard
+            raise RecordsAway("the feedback queue is full; retry later", code="recorder_full")
+        self._metrics.feedback.labels(kind, "unknown" if satisfied is None else str(satisfied).lower()).inc()
+        is_first = satisfied is not None and feedback.request not in self._rated
         if is_first:
-            self._heard[said.request] = None
-        if len(self._heard) > RECENT:
-            self._heard.popitem(last=False)
-        return FeedbackReceipt(feedback.id, owner, content, is_first, kept.done())
+            self._rated[feedback.request] = None
+        if len(self._rated) > RECENT:
+            self._rated.popitem(last=False)
+        return FeedbackReceipt(record.id, owner, satisfied, is_first, kept.done())
 
     def _count_feedback(self, caller: Caller) -> None:
-        """Raise TooMany if the caller's key has given as much feedback in a minute as it may.
+        """Raise TooMany if the caller's key has used up its feedback for this minute.
 
-        Without keys a client could call itself anything, so all such callers share one limit.
+        Callers without a key share one limit, because they could send any token.
         """
         holder = caller.key or (caller.tenant if caller.is_admin else "")
         try:
             self._feedback_rate.take(holder, time.monotonic())
         except BudgetExceeded as error:
             self._metrics.refusals.labels("feedback_per_minute").inc()
-            who = f"key {caller.key} has" if caller.key else "the admin has" if holder else "callers without a key have"
+            sender = (
+                f"key {caller.key} has" if caller.key else "the admin has" if holder else "callers without key have"
+            )
             most, after = self._feedback_rate.per_minute, retry_after(error.after_s)
-            words = f"{who} given feedback {most} times in a minute, as often as AUTOTTS_FEEDBACK_PER_MINUTE allows"
-            raise TooMany(f"{words}; retry in {after} s", after=after, code="rate_limit_exceeded") from None
+            message = f"{sender} sent feedback {most} times within a minute, the limit AUTOTTS_FEEDBACK_PER_MINUTE"
+            raise TooMany(f"{message}; retry in {after} s", after=after, code="rate_limit_exceeded") from None
 
-    async def _judge(self, said: FeedbackRequest) -> tuple[str, Any, bool | None]:
-        """What was said, and whether its client is content."""
-        if said.correct is not None:
-            return "correct", said.correct, said.correct
-        if said.score is not None:
-            return "score", said.score, said.score >= SATISFIED_SCORE
-        answer = said.answer or ""
-        content = None
+    async def _rate(self, feedback: FeedbackRequest) -> tuple[str, Any, bool | None]:
+        """Return the kind and value of feedback, and whether the client was satisfied (None if unknown)."""
+        if feedback.correct is not None:
+            return "correct", feedback.correct, feedback.correct
+        if feedback.score is not None:
+            return "score", feedback.score, feedback.score >= SATISFIED_SCORE
+        answer = feedback.answer or ""
+        satisfied = None
         with suppress(RecordsAway):
-            episode = await self.writer.find(said.request)
+            episode = await self.writer.find(feedback.request)
             if episode is not None and episode.answer is not None:
-                content = _same(answer, episode.answer)
-        return "answer", redacted(answer) if self._text is StoreText.NONE else answer, content
+                satisfied = _same(answer, episode.answer)
+        return "answer", redacted(answer) if self._text is StoreText.NONE else answer, satisfied
 
 
 def _same(answer: str, given: str) -> bool:
-    """Whether two answers, the second of which may not be readable, are the same as far as their forms tell."""
+    """Return whether two answers are equal by their canonical text. `given` may be redacted."""
     if is_redacted(given):
         return redacted(answer) == given
-    one, other = canonical(answer), canonical(given)
-    return answer.strip() == given.strip() or (one is not None and other is not None and one.text == other.text)
+    mine, theirs = canonical(answer), canonical(given)
+    return answer.strip() == given.strip() or (mine is not None and theirs is not None and mine.text == theirs.text)
 
 
 def _unknown(request: str) -> NotFound:
-    return NotFound(f"nothing is known of request {request!r}", param="request_id", code="unknown_request")
+    return NotFound(f"unknown request {request!r}", param="request_id", code="unknown_request")
 
 
 def _episode(
@@ -194,7 +196,7 @@ def _episode(
     stop: str,
     text: StoreText,
 ) -> Callable[[], ServedEpisode]:
-    """What makes the record of an episode from what is known of it now; making it is for another thread."""
+    """Return a function that makes the record of an episode in a thread, from what is known of the episode now."""
     seconds = round(time.monotonic() - plan.started, 6)
     created = datetime.now(UTC).isoformat(timespec="microseconds")
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
@@ -207,7 +209,7 @@ def _episode(
         limits=asdict(plan.limits),
         spent=state.spent,
         seconds=seconds,
-        answer_kind=str(plan.prompt.kind.method),  # not its argument: a pattern is the client's text
+        answer_kind=str(plan.prompt.kind.method),  # without its argument: a pattern is the client's text
         usage={} if reply is None else dict(reply.usage),
         sampling=dict(plan.provenance.sampling),
         chat_template=plan.provenance.chat_template,
@@ -226,7 +228,7 @@ def _episode(
     branches, answer = len(environment.branches), state.answer
 
     def make() -> ServedEpisode:
-        written = [redacted(one) for one in answers] if text is StoreText.NONE else answers
+        written = [redacted(answer) for answer in answers] if text is StoreText.NONE else answers
         about["answers"] = written
         return ServedEpisode(
             id=plan.request_id,

@@ -201,7 +201,7 @@ async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None
 def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spilling, "LONGEST", 1000)
+    monkeypatch.setattr(spilling, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(spilling, "CHUNK_BYTES", 2000)
     path = tmp_path / "spill"
     content = b"x" * 10_000

@@ -30,7 +30,7 @@ __all__ = ["backend"]  # a fixture
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.recording.template_drift.AGAIN_S", 0.02)
+    monkeypatch.setattr("proxy.recording.template_drift.RETRY_S", 0.02)
 
 
 @pytest_asyncio.fixture
@@ -59,7 +59,7 @@ async def test_another_chat_template_is_noticed(
     backend.greeting = "<new>"
     async with serving(backend, path) as proxy:
         await until(lambda: proxy.metric("autotts_recording_drift"))
-    assert f"{MODEL} is not what its latest recordings were made with (chat template" in caplog.text
+    assert f"{MODEL} differs from its latest recordings (chat template" in caplog.text
     caplog.clear()
     backend.greeting = ""
     async with serving(backend, path, interval=INTERVAL + 1) as proxy:
@@ -89,7 +89,7 @@ async def test_a_model_by_another_name_is_noticed(
     monkeypatch.setattr("tests.fakes.MODEL", "renamed")
     async with serving(backend, path) as proxy:
         assert await noticed(proxy) == 1
-    assert f"renamed is not what its latest recordings were made with (model '{MODEL}' to 'renamed')" in caplog.text
+    assert f"renamed differs from its latest recordings (model '{MODEL}' to 'renamed')" in caplog.text
 
 
 async def in_vain(caplog: pytest.LogCaptureFixture) -> None:
@@ -129,10 +129,10 @@ async def test_a_store_that_is_yet_to_be_created_is_not_complained_of(
     settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
     async with upstream_session(settings) as session:
         drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
-        assert not await drift._try()  # it is looked at again soon
+        assert not await drift._check()  # it is looked at again soon
         async with Store.open(tmp_path / "s.db", create=True):
             pass
-        assert await drift._try()
+        assert await drift._check()
     assert not [record for record in caplog.records if record.name == "proxy.recording.template_drift"]
 
 
