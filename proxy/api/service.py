@@ -46,7 +46,7 @@ class Service:
             session,
             read_timeout_s=settings.read_timeout_s,
             branch_semaphore=BranchSemaphore(settings.branches_in_flight),
-            observer=tracing.TelemetryWatcher(self.metrics, self.tracer),
+            observer=tracing.TelemetryObserver(self.metrics, self.tracer),
             on_event=self._count_upstream_event,
         )
         self.health_monitor = HealthMonitor(self._check_upstream, self.metrics)

@@ -139,9 +139,7 @@ class TemplateDrift:
         )
         digest = blake2b(_DATE.sub("DATE", text).encode(), digest_size=16).hexdigest() if text else ""
         temperature = settings.branch_temperature or DEFAULT_TEMPERATURE
-        self._fingerprints[model] = ModelFingerprint(
-            model, digest, template.name, settings.interval, branch_temperature
-        )
+        self._fingerprints[model] = ModelFingerprint(model, digest, template.name, settings.interval, temperature)
         self._checked_at[model] = now
 
     async def _poll(self) -> None:

@@ -1,7 +1,7 @@
-"""Whether the interval Δ suits a model, by how long its chains are in live traffic; a warning where it does not.
+"""Warn if the interval Δ is too long for a model, by the lengths of its chains in live traffic.
 
-Controllers decide after each interval. Where a chain ends within one or two of them, they can neither prune it nor open
-more in time, and β buys far fewer chains than it should.
+Controllers decide after each interval. If a chain ends within one or two intervals, they can neither prune it nor open
+more branches in time, so β buys far fewer chains than it should.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from proxy.types import LiveBranch
 
 logger = logging.getLogger(__name__)
 
-ENOUGH: Final = 20
-"""Chains after which a model is judged."""
-MOST: Final = 100
-"""Chains that are remembered, the latest."""
-LEAST_INTERVALS: Final = 3
-"""Intervals a chain should have at least."""
+MIN_CHAINS: Final = 20
+"""Chains needed before a model is checked."""
+MAX_CHAINS: Final = 100
+"""Latest chains that are kept."""
+MIN_INTERVALS: Final = 3
+"""Fewest intervals that a chain should have."""
 GOOD_INTERVALS: Final = 8
-"""Intervals that a chain has with the suggested Δ."""
+"""Intervals of a chain at the suggested Δ."""
 STEP: Final = 16
-"""Suggestions are multiples of so many tokens."""
+"""Suggestions are multiples of this many tokens."""
 
 
 class ChainLengths:
@@ -33,29 +33,29 @@ class ChainLengths:
 
     def __init__(self) -> None:
         self._lengths: dict[str, deque[int]] = {}
-        self._told: dict[str, int] = {}  # the interval a model was warned of
+        self._warned: dict[str, int] = {}  # by model: the interval of the last warning
 
     def observe(self, model: str, interval: int, branches: Iterable[LiveBranch]) -> None:
-        """Take notice of an episode's branches, and warn once if the model's chains are too short for `interval`.
+        """Record an episode's branches. Log a warning once if the model's chains are too short for `interval`.
 
-        Those that were cut count as what they had, if that is long enough to tell that they are not short.
+        Branches that were cut count only if they were already long enough.
         """
-        lengths = self._lengths.setdefault(model, deque(maxlen=MOST))
-        enough = LEAST_INTERVALS * interval
-        lengths.extend(len(one.ids) for one in branches if one.finish == "stop" or len(one.ids) >= enough)
-        if len(lengths) < ENOUGH or self._told.get(model) == interval:
+        lengths = self._lengths.setdefault(model, deque(maxlen=MAX_CHAINS))
+        enough = MIN_INTERVALS * interval
+        lengths.extend(len(live.ids) for live in branches if live.finish == "stop" or len(live.ids) >= enough)
+        if len(lengths) < MIN_CHAINS or self._warned.get(model) == interval:
             return
         usual = median(lengths)
-        better = suggested(usual)
+        better = suggested_interval(usual)
         if usual < enough and better < interval:
-            self._told[model] = interval
+            self._warned[model] = interval
             logger.warning(
-                "%s: a chain has %.0f tokens (median of the latest %s), the interval is %s: controllers get to decide "
-                "at most %.1f times a chain and open few chains at any β; AUTOTTS_INTERVAL=%s suits this model",
+                "%s: chains have %.0f tokens (median of the latest %s) and the interval has %s, so controllers decide "
+                "only %.1f times per chain and open few chains at any β; set AUTOTTS_INTERVAL=%s for this model",
                 *(model, usual, len(lengths), interval, usual / interval, better),
             )
 
 
-def suggested(tokens: float) -> int:
-    """The interval for chains of so many tokens."""
+def suggested_interval(tokens: float) -> int:
+    """Return the interval that suits chains of `tokens` tokens."""
     return max(STEP, STEP * round(tokens / GOOD_INTERVALS / STEP))

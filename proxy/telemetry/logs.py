@@ -1,4 +1,4 @@
-"""Log lines: for people, or an object each for machines; they say which request they are about, and hold no secret."""
+"""Log formats: text for people or one JSON object per line. Lines name their request and have secrets redacted."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rich.logging import RichHandler
 from proxy.settings import LogForm, Settings
 
 MASK: Final = "********"
-LEAST: Final = 4
-"""Characters of a secret below which hiding it would garble every line."""
+MIN_SECRET_CHARS: Final = 4
+"""Shorter secrets are not redacted, because that would garble every line."""
 ACCESS_LOGGER: Final = "proxy.access"
-"""The logger with a line a request."""
+"""Name of the logger with one line per request."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The request that is being served here, as its response names it; empty outside of any."""
+"""Id of the request that is being served, as in its response; empty outside of requests."""
 client_request_id: ContextVar[str] = ContextVar("client_request_id", default="")
-"""The client's id of the request; empty if the client sent none."""
+"""Id that the client sent for the request; empty if there is none."""
 
 
 def configure_logging(settings: Settings, console: Console) -> None:
-    """Have log lines written to `console`'s stream in the form that is set."""
+    """Write log lines to the stream of `console`, in the configured format."""
     secrets = tuple(_secrets(settings))
     handler: logging.Handler
     if settings.log is LogForm.JSON:
@@ -41,7 +41,7 @@ def configure_logging(settings: Settings, console: Console) -> None:
         if console.file.isatty():
             handler = RichHandler(console=console, markup=False)
             handler.setFormatter(TextFormatter(secrets))
-        else:  # rich would fold lines to 80 columns
+        else:  # rich would wrap lines at 80 columns
             handler = logging.StreamHandler(console.file)
             handler.setFormatter(TextFormatter(secrets, "%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger(ACCESS_LOGGER).setLevel(logging.WARNING)
@@ -49,7 +49,7 @@ def configure_logging(settings: Settings, console: Console) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people, which name the request they are about."""
+    """Text for people. A line names the request it is about."""
 
     def __init__(self, secrets: Sequence[str] = (), form: str = "%(message)s") -> None:
         super().__init__(form)
@@ -63,14 +63,13 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        return hidden(super().format(record), self._secrets)
+        return redact(super().format(record), self._secrets)
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: `time`, `level`, `logger`, `message`, what it is about (`request_id`, `client_request_id`), and
-    what a line knows besides.
+    """One JSON object per line: `time`, `level`, `logger`, `message`, `request_id`, `client_request_id` and more facts.
 
-    Of an exception it has the type and where it was raised, not its words: they may be a client's.
+    An exception is logged by its type and traceback, without its message, which may hold a client's text.
     """
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
@@ -78,40 +77,40 @@ class JsonFormatter(logging.Formatter):
         self._secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if about := request_id.get():
-            told["request_id"] = about
-        if named := client_request_id.get():
-            told["client_request_id"] = named
+        if current := request_id.get():
+            line["request_id"] = current
+        if sent := client_request_id.get():
+            line["client_request_id"] = sent
         facts = getattr(record, "facts", None)
         if isinstance(facts, Mapping):
-            told |= facts
+            line |= facts
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            told["error"] = type(error).__name__
+            line["error"] = type(error).__name__
             frames = traceback.extract_tb(error.__traceback__)
-            told["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-        return hidden(json.dumps(told, ensure_ascii=False, default=str), self._secrets)
+            line["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+        return redact(json.dumps(line, ensure_ascii=False, default=str), self._secrets)
 
 
-def hidden(words: str, secrets: Sequence[str]) -> str:
-    """`words` without any of `secrets`."""
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """Return `text` with each of `secrets` replaced by MASK."""
     for secret in secrets:
-        words = words.replace(secret, MASK)
-    return words
+        text = text.replace(secret, MASK)
+    return text
 
 
 def _secrets(settings: Settings) -> Iterator[str]:
-    """What no line may hold: secret settings, and the password in the upstream's address."""
+    """Yield the texts that no line may hold: secret settings and the password in the upstream's address."""
     for name in Settings.model_fields:
         value = getattr(settings, name)
-        if isinstance(value, SecretStr) and len(value.get_secret_value()) >= LEAST:
+        if isinstance(value, SecretStr) and len(value.get_secret_value()) >= MIN_SECRET_CHARS:
             yield value.get_secret_value()
     password = urlsplit(str(settings.upstream or "")).password
-    if password and len(password) >= LEAST:
+    if password and len(password) >= MIN_SECRET_CHARS:
         yield password

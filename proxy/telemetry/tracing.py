@@ -1,8 +1,8 @@
-"""OpenTelemetry: a span for each episode, round and request to the upstream, sent to a collector where one is named.
+"""OpenTelemetry tracing: a span for each episode, round and upstream request, exported to a collector.
 
-Unless OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` installed this imports nothing and costs nothing. Spans
-hold numbers and names, never what a client or a model has written. Where there are spans the upstream is told of them,
-so that vLLM's own (`--otlp-traces-endpoint`) belong to the same trace.
+Tracing is on if OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` is installed; otherwise nothing is imported.
+Spans hold numbers and names, never texts of clients or models. Trace headers go to the upstream, so that vLLM's own
+spans (`--otlp-traces-endpoint`) belong to the same trace.
 """
 
 from __future__ import annotations
@@ -34,52 +34,52 @@ SERVICE: Final = "autotts-proxy"
 OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
-    "/v1/responses": "chat",  # so the conventions have it; `openai.api.type` tells them apart
+    "/v1/responses": "chat",  # as the conventions say; `openai.api.type` tells them apart
     "/v1/embeddings": "embeddings",
 }
-"""What the conventions for generative AI call the paths they have a name for."""
+"""Operation names of paths in the semantic conventions for generative AI."""
 API_TYPES: Final = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
 
 
 class NoopTracer:
-    """None."""
+    """Tracer that records nothing, and the interface of all tracers."""
 
     def continue_trace(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """What the task does from here on is part of the trace that a request's headers name."""
+        """Make the current task part of the trace that a request's headers name."""
 
-    def plan(self, _: str, model: str, held: ExitStack, work: Coroutine[Any, Any, Plan]) -> Coroutine[Any, Any, Plan]:
-        """`work`, which plans an episode on `model` for a request to a path, within a span of the episode's.
+    def plan(self, _: str, model: str, leases: ExitStack, work: Coroutine[Any, Any, Plan]) -> Coroutine[Any, Any, Plan]:
+        """Await `work`, which plans an episode on `model`, within a new span for the episode.
 
-        The task is within it from then on, until `held` is closed.
+        The span stays current in the task and ends when `leases` is closed.
         """
         return work
 
     def episode(self, _: Plan, work: Coroutine[Any, Any, R]) -> Coroutine[Any, Any, R]:
-        """Serve what was planned, by awaiting `work`, within the same span."""
+        """Await `work`, which serves a planned episode, within the span of its plan."""
         return work
 
     def round(self, _: Sequence[Action]) -> AbstractContextManager[object]:
-        """A span for carrying out a round."""
+        """Return a span for the execution of a round."""
         return nullcontext()
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
-        """A span for a request to the upstream that generates."""
+        """Return a span for a generation request to the upstream."""
         return nullcontext()
 
     def request(self, method: str, path: str) -> ObservedRequest | None:
-        """A span for another request to it, if there is one."""
+        """Start a span for another upstream request. Return its headers and a callback that ends it, or None."""
         return None
 
     def headers(self) -> Mapping[str, str]:
-        """By which spans of whoever is sent them belong to the present one."""
+        """Return headers that make the receiver's spans children of the current one."""
         return {}
 
     async def close(self) -> None:
-        """Send what has not been sent."""
+        """Export the remaining spans."""
 
 
 class OtelTracer(NoopTracer):
-    """Those of a tracer provider of OpenTelemetry's."""
+    """Tracer over an OpenTelemetry tracer provider."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry import context, trace
@@ -92,24 +92,24 @@ class OtelTracer(NoopTracer):
         self._attach = context.attach
         self._extract = TraceContextTextMapPropagator().extract
         self._inject = TraceContextTextMapPropagator().inject
-        self._set = trace.set_span_in_context
-        self._within = trace.use_span
-        self._now = trace.get_current_span
+        self._set_span = trace.set_span_in_context
+        self._use_span = trace.use_span
+        self._current_span = trace.get_current_span
 
     def continue_trace(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        told = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
-        if told:
-            self._attach(self._extract(told))
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
+        if sent:
+            self._attach(self._extract(sent))
 
-    async def plan(self, path: str, model: str, held: ExitStack, work: Coroutine[Any, Any, Plan]) -> Plan:
+    async def plan(self, path: str, model: str, leases: ExitStack, work: Coroutine[Any, Any, Plan]) -> Plan:
         name = OPERATIONS[path]
-        about = {**_about(name, model), "url.path": path}
+        attributes = {**_attributes(name, model), "url.path": path}
         if path in API_TYPES:
-            about["openai.api.type"] = API_TYPES[path]
+            attributes["openai.api.type"] = API_TYPES[path]
         try:
-            span = self._tracer.start_span(f"{name} {model}", kind=self._kinds.SERVER, attributes=about)
-            held.callback(span.end)
-            self._attach(self._set(span))
+            span = self._tracer.start_span(f"{name} {model}", kind=self._kinds.SERVER, attributes=attributes)
+            leases.callback(span.end)
+            self._attach(self._set_span(span))
             with self._failing(span):
                 plan = await work
         finally:
@@ -124,7 +124,7 @@ class OtelTracer(NoopTracer):
         return plan
 
     async def episode(self, plan: Plan, work: Coroutine[Any, Any, R]) -> R:
-        span = self._now()
+        span = self._current_span()
         try:
             with self._failing(span):
                 reply = await work
@@ -144,17 +144,19 @@ class OtelTracer(NoopTracer):
         return reply
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
-        about = {f"autotts.actions.{verb.name.lower()}": n for verb, n in Counter(one.verb for one in actions).items()}
-        return self._span("round", self._kinds.INTERNAL, about)
+        attributes = {
+            f"autotts.actions.{verb.name.lower()}": n for verb, n in Counter(action.verb for action in actions).items()
+        }
+        return self._span("round", self._kinds.INTERNAL, attributes)
 
     @contextmanager
     def generation(self, model: str, call: Call) -> Iterator[None]:
-        about = {
-            **_about("text_completion", model),
+        attributes = {
+            **_attributes("text_completion", model),
             "gen_ai.request.max_tokens": call.max_tokens,
             "gen_ai.request.choice.count": len(call.outputs),
         }
-        with self._span(f"text_completion {model}", self._kinds.CLIENT, about) as span:
+        with self._span(f"text_completion {model}", self._kinds.CLIENT, attributes) as span:
             try:
                 yield
             finally:
@@ -167,83 +169,83 @@ class OtelTracer(NoopTracer):
 
     def request(self, method: str, path: str) -> ObservedRequest | None:
         operation = OPERATIONS.get(path)
-        about = {"http.request.method": method, "url.path": path, **(_about(operation) if operation else {})}
-        span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=about)
+        attributes = {"http.request.method": method, "url.path": path, **(_attributes(operation) if operation else {})}
+        span = self._tracer.start_span(operation or f"{method} {path}", kind=self._kinds.CLIENT, attributes=attributes)
 
         def end(status: int | None, error: BaseException | None) -> None:
             if status is not None:
                 span.set_attribute("http.response.status_code", status)
             if error is not None:
-                self._fail(span, type(error).__name__)
+                self._mark_failed(span, type(error).__name__)
             elif status is not None and status >= HTTPStatus.BAD_REQUEST:
-                self._fail(span, str(status))
+                self._mark_failed(span, str(status))
             span.end()
 
         return ObservedRequest(end, self._headers_of(span))
 
     def headers(self) -> Mapping[str, str]:
-        return self._headers_of(self._now())
+        return self._headers_of(self._current_span())
 
     async def close(self) -> None:
         await asyncio.to_thread(self._provider.shutdown)
 
     def _headers_of(self, span: Span) -> Mapping[str, str]:
-        told: dict[str, str] = {}
-        self._inject(told, self._set(span))
-        return told
+        headers: dict[str, str] = {}
+        self._inject(headers, self._set_span(span))
+        return headers
 
     @contextmanager
-    def _span(self, name: str, kind: Any, about: dict[str, Any]) -> Iterator[Span]:
-        """A span, failed if what is within fails. Of an error it holds the type: its words may be a client's."""
-        span = self._tracer.start_span(name, kind=kind, attributes=about)
-        within = self._within(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
+    def _span(self, name: str, kind: Any, attributes: dict[str, Any]) -> Iterator[Span]:
+        """Open a span. An exception marks it as failed by its type, because its message may hold a client's text."""
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes)
+        within = self._use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
         with within, self._failing(span):
             yield span
 
     @contextmanager
     def _failing(self, span: Span) -> Iterator[None]:
-        """What a span fails with."""
+        """Mark `span` as failed if the body raises."""
         try:
             yield
         except BaseException as error:
-            self._fail(span, type(error).__name__)
+            self._mark_failed(span, type(error).__name__)
             raise
 
-    def _fail(self, span: Span, kind: str) -> None:
+    def _mark_failed(self, span: Span, kind: str) -> None:
         span.set_attribute("error.type", kind)
         span.set_status(self._failed)
 
 
-def _about(operation: str, model: str | None = None) -> dict[str, Any]:
-    """What the conventions have told of an operation."""
-    about = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm"}
-    return about if model is None else {**about, "gen_ai.request.model": model}
+def _attributes(operation: str, model: str | None = None) -> dict[str, Any]:
+    """Return the attributes that the conventions require for an operation."""
+    attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm"}
+    return attributes if model is None else {**attributes, "gen_ai.request.model": model}
 
 
-class TelemetryWatcher(UpstreamObserver):
-    """Tells metrics and spans what the upstream is asked."""
+class TelemetryObserver(UpstreamObserver):
+    """Records upstream requests in metrics and spans."""
 
-    def __init__(self, metrics: Metrics, spans: NoopTracer) -> None:
+    def __init__(self, metrics: Metrics, tracer: NoopTracer) -> None:
         self._metrics = metrics
-        self._spans = spans
+        self._tracer = tracer
 
     @contextmanager
     def generation(self, model: str, call: Call) -> Iterator[None]:
-        with self._metrics.upstream_request(model), self._spans.generation(model, call):
+        with self._metrics.upstream_request(model), self._tracer.generation(model, call):
             yield
 
     def round(self, actions: Sequence[Action]) -> AbstractContextManager[object]:
-        return self._spans.round(actions)
+        return self._tracer.round(actions)
 
     def request(self, method: str, path: str) -> ObservedRequest | None:
-        return self._spans.request(method, path)
+        return self._tracer.request(method, path)
 
     def headers(self) -> Mapping[str, str]:
-        return self._spans.headers()
+        return self._tracer.headers()
 
 
 def create_tracer() -> NoopTracer:
-    """Spans as OpenTelemetry's variables would have them."""
+    """Return the tracer that OpenTelemetry's environment variables ask for."""
     named = any(os.environ.get(name) for name in ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not named or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
@@ -254,7 +256,7 @@ def create_tracer() -> NoopTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        logger.warning("no spans are sent: %s is not installed; pip install 'autotts-proxy[otel]'", error.name)
+        logger.warning("tracing is off: %s is not installed; run pip install 'autotts-proxy[otel]'", error.name)
         return NoopTracer()
     name = os.environ.get("OTEL_SERVICE_NAME") or SERVICE
     provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 
 from proxy.server import running
 from proxy.settings import load
-from proxy.telemetry.chain_lengths import ENOUGH, ChainLengths, suggested
+from proxy.telemetry.chain_lengths import MIN_CHAINS, ChainLengths, suggested_interval
 from proxy.types import LiveBranch
 from tests.fakes import MODEL, FakeVLLM, chain
 from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend, proxy
@@ -27,14 +27,16 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_short_chains_are_warned_of_once_with_what_suits(caplog: pytest.LogCaptureFixture) -> None:
     lengths = ChainLengths()
-    lengths.observe("m", 512, branches(*[400] * (ENOUGH - 1)))
+    lengths.observe("m", 512, branches(*[400] * (MIN_CHAINS - 1)))
     assert not told(caplog)
     for _ in range(3):
         lengths.observe("m", 512, branches(400, 410))
     (line,) = told(caplog)
-    assert line.startswith("m: a chain has 400 tokens (median of the latest 21), the interval is 512: ")
-    assert line.endswith("at most 0.8 times a chain and open few chains at any β; AUTOTTS_INTERVAL=48 suits this model")
-    lengths.observe("n", 512, branches(*[400] * ENOUGH))
+    assert line.startswith("m: chains have 400 tokens (median of the latest 21) and the interval has 512, ")
+    assert line.endswith(
+        "only 0.8 times per chain and open few chains at any β; set AUTOTTS_INTERVAL=48 for this model"
+    )
+    lengths.observe("n", 512, branches(*[400] * MIN_CHAINS))
     assert len(told(caplog)) == 2
 
 
@@ -61,7 +63,7 @@ def test_others_are_not(
 
 @pytest.mark.parametrize(("tokens", "interval"), [(30, 16), (230, 32), (400, 48), (4096, 512), (10_000, 1248)])
 def test_a_chain_has_about_eight_of_them(tokens: int, interval: int) -> None:
-    assert suggested(tokens) == interval
+    assert suggested_interval(tokens) == interval
 
 
 async def test_the_proxy_sees_it_from_its_traffic(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
