@@ -44,7 +44,7 @@ class Sandboxes:
 
     @property
     def lacking(self) -> str | None:
-        """What this machine lacks to sandbox controllers, or None."""
+        """Name of what this machine lacks to sandbox controllers, or None."""
         return self._proof.lacking
 
     def level_for(self, spec: Spec) -> SandboxLevel:

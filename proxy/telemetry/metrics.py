@@ -48,8 +48,8 @@ def controller_label(controller: str) -> str:
     return ALIAS_BETAS.get(plain, plain)
 
 
-class Row(Generic[M]):
-    """One row of the table. As an attribute of a `Metrics` object it is the metric itself.
+class MetricRow(Generic[M]):
+    """A row of the table. As an attribute of a `Metrics` object it is the metric itself.
 
     `initial` are label values that are exported from the start: Prometheus sees no increase from absent to 1.
     """
@@ -86,23 +86,23 @@ class Row(Generic[M]):
 class Metrics:
     """The metrics of one app, in a registry of their own."""
 
-    requests = Row(Counter, "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"))
-    tokens = Row(
+    requests = MetricRow(Counter, "autotts_requests", "Requests by outcome.", ("model", "controller", "outcome"))
+    tokens = MetricRow(
         Counter,
         "autotts_tokens",
         "Tokens by what they were spent on. Forwarded requests count as passed_through, or as "
         "passed_through_estimated (by the events of a stream) if the reply reports no usage.",
         (*_BY_BETA, "kind"),
     )
-    branches = Row(Counter, "autotts_branches", "Branches opened.", _BY_BETA)
-    rounds = Row(Counter, "autotts_rounds", "Rounds executed.", _BY_BETA)
-    probe_answers = Row(
+    branches = MetricRow(Counter, "autotts_branches", "Branches opened.", _BY_BETA)
+    rounds = MetricRow(Counter, "autotts_rounds", "Rounds executed.", _BY_BETA)
+    probe_answers = MetricRow(
         Counter,
         "autotts_probe_answers",
         "Probes by whether they gave an answer: true, false.",
         ("model", "controller", "answered"),
     )
-    answer_limits = Row(
+    answer_limits = MetricRow(
         Counter,
         "autotts_answer_limits",
         "Answers compared only as text, or not read, because a limit was reached: judge_episode or judge_tenant "
@@ -110,160 +110,160 @@ class Metrics:
         ("limit",),
         initial=("judge_episode", "judge_tenant", "judge_busy", "pattern_episode"),
     )
-    agreement = Row(
+    agreement = MetricRow(
         Histogram,
         "autotts_agreement",
         "Share of the votes for the winning answer, in answered episodes with at least two votes.",
         ("model", "controller"),
         buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1),
     )
-    beta_not_applied = Row(
+    beta_not_applied = MetricRow(
         Counter,
         "autotts_beta_not_applied",
         "Requests with β that were forwarded without a controller, by reason and by where β was set.",
         ("model", "reason", "source"),
     )
-    tokens_saved = Row(
+    tokens_saved = MetricRow(
         Counter,
         "autotts_saved_tokens_estimate",
         "Estimated tokens that episodes cost less than self-consistency with max_branches chains, each as long as the "
         "mean of the episode's finished branches. Counts answered episodes with a finished branch.",
         _BY_BETA,
     )
-    tokens_overspent = Row(
+    tokens_overspent = MetricRow(
         Counter,
         "autotts_overspent_tokens_estimate",
         "Estimated tokens that episodes cost more than self-consistency with max_branches chains.",
         _BY_BETA,
     )
-    episode_stops = Row(Counter, "autotts_stops", "Episodes by stop reason.", ("model", "controller", "reason"))
-    request_seconds = Row(
+    episode_stops = MetricRow(Counter, "autotts_stops", "Episodes by stop reason.", ("model", "controller", "reason"))
+    request_seconds = MetricRow(
         Histogram,
         "autotts_request_seconds",
         "Seconds from request to reply, for requests served by a controller.",
         ("model", "controller"),
         buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
     )
-    first_byte_seconds = Row(
+    first_byte_seconds = MetricRow(
         Histogram,
         "autotts_first_byte_seconds",
         "Seconds from request to the first byte of the response body. A stream starts before its controller does.",
         _BY_RESPONSE,
         buckets=_SECONDS,
     )
-    response_seconds = Row(
+    response_seconds = MetricRow(
         Histogram,
         "autotts_response_seconds",
         "Seconds from request to the last byte of the response, for all requests.",
         _BY_RESPONSE,
         buckets=_SECONDS,
     )
-    decision_seconds = Row(
+    decision_seconds = MetricRow(
         Histogram,
         "autotts_decision_seconds",
         "Seconds that a controller took to decide one round.",
         ("controller",),
         buckets=(1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.25, 1),
     )
-    fallbacks = Row(
+    fallbacks = MetricRow(
         Counter,
         "autotts_fallbacks",
         "Episodes in which the baseline took over, by why the controller did not decide.",
         ("controller", "reason"),
     )
-    slow_decisions = Row(
+    slow_decisions = MetricRow(
         Counter,
         "autotts_sandbox_slow_decisions",
         "Decisions of sandboxed controllers that took longer than 50 ms.",
         ("controller",),
     )
-    quarantined = Row(
+    quarantined = MetricRow(
         Gauge, "autotts_controller_quarantined", "Whether a controller is quarantined: 1 or 0.", ("controller",)
     )
-    overspending = Row(
+    overspending = MetricRow(
         Gauge,
         "autotts_controller_overspending",
         "Set to 1 when a controller costs far more than its calibration.",
         ("controller",),
     )
-    stage_requests = Row(
+    stage_requests = MetricRow(
         Counter,
         "autotts_stage_requests",
         "Requests that named no controller, by the rollout stage that served them.",
         ("stage", "controller"),
     )
-    shadow_agreement = Row(
+    shadow_agreement = MetricRow(
         Counter,
         "autotts_shadow_agreement",
         "Rounds of the champion by whether the shadow would have decided the same: true, false, failed. Episodes for "
         "which the shadow had no time count as skipped.",
         ("controller", "agreed"),
     )
-    rollbacks = Row(
+    rollbacks = MetricRow(
         Counter,
         "autotts_rollbacks",
         "Canaries that were rolled back automatically, by reason.",
         ("reason",),
         initial=(*CanaryMetric, "quarantined"),
     )
-    sandbox_level = Row(
+    sandbox_level = MetricRow(
         Gauge,
         "autotts_sandbox_level",
         "How controllers from files run: 2 sandboxed, 1 not sandboxed, 0 refused.",
     )
-    records = Row(
+    records = MetricRow(
         Counter,
         "autotts_recorder_records",
         "Records by outcome: stored, spilled (to a file while the store is unavailable), recovered (from that file).",
         ("outcome",),
     )
-    records_lost = Row(
+    records_lost = MetricRow(
         Counter,
         "autotts_recorder_lost",
         "Lost records by reason. Alert on any.",
         ("reason",),
         initial=("full", "unwritable", "closed", "damaged"),
     )
-    recorder_queue = Row(Gauge, "autotts_recorder_queue", "Records in memory that are not written yet.")
-    recorder_queue_limit = Row(
+    recorder_queue = MetricRow(Gauge, "autotts_recorder_queue", "Records in memory that are not written yet.")
+    recorder_queue_limit = MetricRow(
         Gauge, "autotts_recorder_queue_limit", "Most records that may wait in memory; 0 if recording is off."
     )
-    spill_bytes = Row(Gauge, "autotts_recorder_spill_bytes", "Bytes of records in files that wait for the store.")
-    store_up = Row(Gauge, "autotts_recorder_store_up", "Whether the store accepts records: 1 or 0.")
-    recordings = Row(
+    spill_bytes = MetricRow(Gauge, "autotts_recorder_spill_bytes", "Bytes of records in files that wait for the store.")
+    store_up = MetricRow(Gauge, "autotts_recorder_store_up", "Whether the store accepts records: 1 or 0.")
+    recordings = MetricRow(
         Counter,
         "autotts_recordings",
         "Episodes sampled for recording, whose branches are completed in the background, by outcome: recorded, failed, "
         "skipped.",
         ("outcome",),
     )
-    unseen_tokens = Row(
+    unseen_tokens = MetricRow(
         Counter,
         "autotts_unseen_tokens",
         "Upper bound on tokens that cut requests generated but never delivered. They are not charged to any budget.",
         ("model",),
     )
-    recording_tokens = Row(
+    recording_tokens = MetricRow(
         Counter,
         "autotts_recording_tokens",
         "Tokens spent on completing branches for recordings, after the answer was sent.",
         ("model",),
     )
-    feedback = Row(
+    feedback = MetricRow(
         Counter,
         "autotts_feedback",
         "Feedback by kind and by whether the client was satisfied: true, false, unknown.",
         ("kind", "content"),
     )
-    recording_drift = Row(
+    recording_drift = MetricRow(
         Gauge,
         "autotts_recording_drift",
         "How many of model, chat template, probe template, interval and branch temperature differ from the latest "
         "recordings.",
         ("model",),
     )
-    refusals = Row(Counter, "autotts_refusals", "Requests refused for lack of room, by reason.", ("reason",))
-    connections_cut = Row(
+    refusals = MetricRow(Counter, "autotts_refusals", "Requests refused for lack of room, by reason.", ("reason",))
+    connections_cut = MetricRow(
         Counter,
         "autotts_connections_cut",
         "Client connections closed by the server: slow (the request took too long), unread (the response was not "
@@ -271,31 +271,35 @@ class Metrics:
         ("reason",),
         initial=("slow", "unread", "evicted", "refused"),
     )
-    keys_broken = Row(
+    keys_broken = MetricRow(
         Gauge,
         "autotts_keys_broken",
         "Whether the key file is invalid now, so that the previous keys stay in use: 1 or 0. Alert on 1.",
     )
-    queue = Row(Gauge, "autotts_queue", "Requests that wait for their turn, by kind: episode, passed.", ("kind",))
-    load_factor = Row(Gauge, "autotts_load_factor", "Factor applied to β under load; 1 without load shedding.")
-    episodes_in_flight = Row(Gauge, "autotts_episodes_in_flight", "Episodes that are running.")
-    branches_in_flight = Row(Gauge, "autotts_branches_in_flight", "Branches that the upstream is generating.")
-    calls_waiting = Row(Gauge, "autotts_calls_waiting", "Calls to the upstream that wait for other branches to finish.")
-    upstream_events = Row(
+    queue = MetricRow(Gauge, "autotts_queue", "Requests that wait for their turn, by kind: episode, passed.", ("kind",))
+    load_factor = MetricRow(Gauge, "autotts_load_factor", "Factor applied to β under load; 1 without load shedding.")
+    episodes_in_flight = MetricRow(Gauge, "autotts_episodes_in_flight", "Episodes that are running.")
+    branches_in_flight = MetricRow(Gauge, "autotts_branches_in_flight", "Branches that the upstream is generating.")
+    calls_waiting = MetricRow(
+        Gauge, "autotts_calls_waiting", "Calls to the upstream that wait for other branches to finish."
+    )
+    upstream_events = MetricRow(
         Counter,
         "autotts_upstream_events",
         "Events of the upstream client: retried (a request was sent again), ejected (the circuit breaker opened).",
         ("event",),
     )
-    upstream_up = Row(Gauge, "autotts_upstream_up", "Whether the latest health check of the upstream passed: 1 or 0.")
-    upstream_requests = Row(
+    upstream_up = MetricRow(
+        Gauge, "autotts_upstream_up", "Whether the latest health check of the upstream passed: 1 or 0."
+    )
+    upstream_requests = MetricRow(
         Counter,
         "autotts_upstream_requests",
         "Generation requests to the upstream by outcome: done, aborted, unreachable, timeout, nonsense (an invalid "
         "reply), refused, ejected (the circuit breaker is open), failed.",
         ("model", "outcome"),
     )
-    upstream_seconds = Row(
+    upstream_seconds = MetricRow(
         Histogram,
         "autotts_upstream_seconds",
         "Seconds that the upstream took, for completed generation requests.",
@@ -307,7 +311,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.chain_lengths = ChainLengths()
         for name, row in vars(Metrics).items():
-            if isinstance(row, Row):
+            if isinstance(row, MetricRow):
                 self.__dict__[name] = row.create(self.registry)
 
     @contextmanager
