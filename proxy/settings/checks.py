@@ -11,7 +11,7 @@ from controllers.rollout_state import name_problem
 from discovery.data.atomic_files import DATABASE_FILES
 from proxy.errors import SettingsError
 from proxy.settings.model import Settings
-from proxy.spill_paths import is_foreign, candidate_paths
+from proxy.spill_paths import candidate_paths, is_foreign
 
 
 def check_controller(settings: Settings) -> None:
@@ -45,7 +45,8 @@ def check_files(settings: Settings) -> None:
     for name, path in settings:
         if not isinstance(path, Path) or name == "store":
             continue
-        if any(_is_store_file(place, settings.store) for place in (candidate_paths(path) if name == "spill" else [path])):
+        paths = candidate_paths(path) if name == "spill" else [path]
+        if any(_is_store_file(place, settings.store) for place in paths):
             raise SettingsError(f"{name}: {path} is a file of the store; name another file")
 
 
