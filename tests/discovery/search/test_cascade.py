@@ -86,7 +86,7 @@ def test_a_good_one_is_scored(cascade: Cascade) -> None:
 FAILING = {
     "forbidden": ("import os\n" + GOOD, "line 1: import os: a controller may import controllers"),
     "broken": ("class Mine(\n", "line 1: SyntaxError"),
-    "nothing": ("", "a controller file has one class with a decide method, not none"),
+    "nothing": ("", "a controller file must have exactly one class with a decide method, not none"),
     "oversize": (GOOD + "#" * LARGEST, f"larger than {LARGEST} bytes"),
     "nul": (GOOD + "\0", "null bytes"),
     "deep": (GOOD + "x = " + "-" * 5000 + "1\n", ""),

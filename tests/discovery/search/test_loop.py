@@ -717,7 +717,7 @@ def test_a_run_can_be_looked_at(found: tuple[Path, str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["show", "none"], "No such file or directory; name a folder a run was recorded in"),
+        (["show", "none"], "No such file or directory; name the folder of a recorded run"),
         (["show", "RUN", "nobody"], "nobody: no candidate has that name or digest prefix"),
         (["show", "RUN", "class"], "class: no candidate has that name or digest prefix"),
         (["diff", "RUN", "cmc", ""], "several candidates have that name or digest prefix"),
@@ -775,7 +775,7 @@ def check_refused(folder: Path, words: str, *arguments: str) -> None:
         (["--rounds", "1", "--recordings", "none.db"], "none.db: no such file or folder"),
         (["--rounds", "1", "--models", "x"], "no recordings of model 'x'"),
         (["--rounds", "1", "--out", "file"], "file: File exists"),
-        (["--rounds", "1", "--resume"], "No such file or directory; name a folder a run was recorded in"),
+        (["--rounds", "1", "--resume"], "No such file or directory; name the folder of a recorded run"),
         (["--rounds", "1", "--explorer", "files"], "--explorer files needs --folder"),
         (["--rounds", "1", "--explorer", "agent"], "--explorer agent needs --command"),
         (["--rounds", "1", "--explorer", "agent", "--command", "a 'b"], "--command: No closing quotation"),

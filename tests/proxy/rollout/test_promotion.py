@@ -197,7 +197,7 @@ async def test_a_registry_that_cannot_be_read_changes_nothing(
         two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
         (registry.folder / f"{two}.py").write_text("# another\n")
         assert await decider(proxy) == ("one", "champion")
-        assert f"{two}.py: its text is not what its name is the hash of" in caplog.text
+        assert f"{two}.py: the content does not match the hash in its name" in caplog.text
         registry.roll_back(ME)
         assert await decider(proxy) == ("one", "champion")
         assert registry.read().champion == one
