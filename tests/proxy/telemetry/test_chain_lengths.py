@@ -72,7 +72,7 @@ async def test_the_proxy_sees_it_from_its_traffic(proxy: Proxy, caplog: pytest.L
     async with running(settings) as url:
         await proxy._replace(url=url).ask("0.5", tts={"controller": "sc@24", "answer": "boxed"})
     (line,) = told(caplog)
-    assert line.startswith(f"{MODEL}: a chain has ")
+    assert line.startswith(f"{MODEL}: chains have ")
 
 
 async def test_a_stream_brings_long_reasoning_in_pieces() -> None:
