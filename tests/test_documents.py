@@ -15,7 +15,7 @@ from controllers.builtin import ADMIN_ONLY, BUILT_IN
 from controllers.loading import discovered
 from controllers.state import Stop
 from discovery.answers.kinds import ExtractionMethod
-from discovery.commands.discover import ExplorerName
+from discovery.search.explorers.catalogue import ExplorerName
 from proxy.api.routes import ROUTES
 from proxy.cli import app
 from proxy.requests.generation_request import TtsOptions

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +21,6 @@ from discovery.answers import Judge
 from discovery.commands.console import split_names, wide_console
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
-from discovery.data.safe_json import parse_json
 from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError
 from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison, read_scorable_cell
@@ -31,10 +28,8 @@ from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
 from discovery.search.cascade import Cascade, CascadePlan, fixed_recordings
-from discovery.search.explorers import Candidate, Explorer
-from discovery.search.explorers.agent import Agent
-from discovery.search.explorers.files import Files
-from discovery.search.explorers.grammar import Grammar
+from discovery.search.explorers import Candidate
+from discovery.search.explorers.catalogue import EXPORT, ExplorerName, ExplorerOptions, make_explorer
 from discovery.search.explorers.tuned import Tuned
 from discovery.search.history import History
 from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, card, read_pairs
@@ -43,30 +38,12 @@ from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import TrialPool, TrialSettings
 from discovery.store import SearchRun, Store, TriedCandidate
 
-RECORD, TRANSCRIPT, EXPORT, CONTEXT = "history.jsonl", "exchanges.jsonl", "search.jsonl", "context.md"
+RECORD, CONTEXT = "history.jsonl", "context.md"
 PROBE_TOKENS = 20
 """Tokens charged per probe if the recordings do not say."""
 
 
 log = logging.getLogger(__name__)
-
-
-class ExplorerName(StrEnum):
-    """Names of the explorers."""
-
-    GRAMMAR = "grammar"
-    LLM = "llm"
-    AGENT = "agent"
-    FILES = "files"
-
-
-class Options(NamedTuple):
-    """Options that only some explorers use."""
-
-    folder: Path | None
-    llm: Path | None
-    command: str
-    usd: float | None
 
 
 def discover(
@@ -106,8 +83,8 @@ def discover(
     """Search for controllers on recordings of the search split. No model is called to score them."""
     if rounds is None and minutes is None and budget_usd is None:
         raise ExplorerError("no stopping condition; give --rounds, --minutes or --budget-usd")
-    options = Options(folder, llm, command, budget_usd)
-    chosen = Tuned(_explorer(explorer, options, out)) if tune else _explorer(explorer, options, out)
+    options = ExplorerOptions(folder, llm, command, budget_usd)
+    chosen = Tuned(make_explorer(explorer, options, out)) if tune else make_explorer(explorer, options, out)
     cells, compared = load_search_split(recordings, split_names(models), split_names(benchmarks), answers)
     priced = any(recording.has_probe_costs for cell_recordings in cells.values() for recording in cell_recordings)
     cost = probe_tokens if probe_tokens is not None else None if priced else PROBE_TOKENS
@@ -190,41 +167,6 @@ def load_search_split(
         by_cell = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
     compared = " and ".join(sorted({how for _, how in by_cell.values()}))
     return {cell: recordings for cell, (recordings, _) in by_cell.items()}, compared
-
-
-def _explorer(name: ExplorerName, options: Options, out: Path) -> Explorer:
-    """Create the explorer called `name`. Raises ExplorerError if an option it needs is missing."""
-    if name is ExplorerName.GRAMMAR:
-        return Grammar()
-    if name is ExplorerName.FILES:
-        if options.folder is None:
-            raise ExplorerError("--explorer files needs --folder, the folder of the candidates")
-        return Files(options.folder)
-    if name is ExplorerName.LLM:
-        if options.llm is None:
-            raise ExplorerError("--explorer llm needs --llm, a JSON file that names the endpoint and its models")
-        return _llm(options.llm, options.usd, out / TRANSCRIPT)
-    if not options.command:
-        raise ExplorerError("--explorer agent needs --command, its command line with {workspace} for the folder")
-    try:
-        command = shlex.split(options.command)
-    except ValueError as error:
-        raise ExplorerError(f"--command: {error}") from None
-    return Agent(command, out / "workspaces", search=out / EXPORT)
-
-
-def _llm(path: Path, usd: float | None, transcript: Path) -> Explorer:
-    """Create the LLM explorer with the settings in the file at `path`. Raises ExplorerError."""
-    from discovery.search.explorers.endpoint import LLMSettings  # imports `openai`, which is slow
-    from discovery.search.explorers.llm import LLM
-    from discovery.search.explorers.transcript import Transcript
-
-    try:
-        about = parse_json(path.read_text())
-        settings = LLMSettings(**{**about, **({} if usd is None else {"usd": usd})})
-    except (OSError, TypeError, ValueError) as error:
-        raise ExplorerError(f"{path}: {' '.join(str(error).split())[:400]}") from None
-    return LLM(settings, Transcript(transcript))
 
 
 def _digester(cascade: Cascade, arena: TrialPool) -> Digester:

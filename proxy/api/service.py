@@ -8,7 +8,7 @@ from discovery.evaluation.calibration import Calibrations
 from proxy.admission.auth import Authenticator
 from proxy.admission.load_shedding import LoadShedding
 from proxy.admission.request_slot import RequestSlots
-from proxy.api.beta_policy import BetaPolicy
+from proxy.api.beta_defaults import BetaDefaults
 from proxy.api.model_directory import ModelDirectory
 from proxy.environment.answer_reader import GraderPool
 from proxy.errors import UpstreamError
@@ -61,7 +61,7 @@ class Service:
         self.load_shedding = LoadShedding(engine, settings, self.metrics)
         self.recent = RecentRequests()
         self.models = ModelDirectory(engine, settings.model)
-        self.betas = BetaPolicy(settings.beta, calibrations, lambda: self.controllers.stages.current.champion)
+        self.betas = BetaDefaults(settings.beta, calibrations, lambda: self.controllers.stages.current.champion)
         self.served: list[str] = []  # ids of models, as of the latest health check
         self._bind_gauges()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from proxy.api.formats.completion_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.api.formats.endpoint_format import EpisodeNews
-from proxy.api.formats.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.http.sse import split_text
 from proxy.requests.chat_request import ChatRequest
 from proxy.types import Plan, Reply

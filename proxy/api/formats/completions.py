@@ -7,9 +7,9 @@ from contextlib import aclosing
 from typing import Any
 
 from proxy import errors
+from proxy.api.formats.completion_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.api.formats.endpoint_format import BatchNews, EpisodeNews
 from proxy.api.formats.prompt_batch import Batch
-from proxy.api.formats.stream_chunks import ChunkFormat, chunk_head, reasoning_fields, stream_chunks
 from proxy.http.sse import DONE, PING, format_event, split_text
 from proxy.requests.completion_request import CompletionRequest
 from proxy.requests.generation_request import GenerationRequest

@@ -17,7 +17,7 @@ import pytest
 from pydantic import SecretStr
 
 from controllers.advice import advise
-from discovery.commands.discover import CONTEXT, RECORD, TRANSCRIPT, load_search_split, recording_width_warnings
+from discovery.commands.discover import CONTEXT, RECORD, load_search_split, recording_width_warnings
 from discovery.data.importers import format_recording_line
 from discovery.data.recordings import (
     Cell,
@@ -36,6 +36,7 @@ from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.search.cascade import CandidateVerdict, Cascade, CascadePlan, fixed_recordings
 from discovery.search.explorers import Candidate, Cost, Explorer, ExplorerContext
+from discovery.search.explorers.catalogue import TRANSCRIPT
 from discovery.search.explorers.endpoint import KEY, LLMSettings
 from discovery.search.explorers.files import Files
 from discovery.search.explorers.genome import CLASSICS

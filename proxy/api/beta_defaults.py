@@ -12,7 +12,7 @@ from proxy.requests.generation_request import GenerationRequest, TtsOptions
 from proxy.types import BetaSource, EffectiveBeta, Model
 
 
-class BetaPolicy:
+class BetaDefaults:
     """Apply the operator's β and the calibrations to requests."""
 
     def __init__(self, default: float | None, calibrations: Calibrations, champion: Callable[[], Spec]) -> None:
