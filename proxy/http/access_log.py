@@ -1,4 +1,4 @@
-"""Every request on its way in and out: the name it has in the logs, how long its answer took, and a line about it."""
+"""Access log and response times: an id for every request, one log line and the latency metrics."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from proxy.telemetry.logs import ACCESS_LOGGER, client_request_id, request_id
 logger = logging.getLogger(ACCESS_LOGGER)
 
 OTHER = "other"
-"""The path of requests to what there is not: clients may make up any number."""
+"""Label for unknown paths, of which clients may invent any number."""
 CLIENT_IDS: Final = (b"x-request-id", b"x-client-request-id")
-"""Headers in which a client may name its request; the first it sends counts."""
+"""Headers in which a client may send its own request id. The first one found counts."""
 ECHO: Final = b"x-client-request-id"
-"""The header in which that name comes back. The proxy's own id is in x-request-id."""
+"""Header that returns the client's id. The proxy's own id is in x-request-id."""
 _CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
-UNTOLD = frozenset({"/health", "/ready", "/metrics"})
-"""Asked by machines, all the time: no line tells of them."""
+UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Paths that monitoring requests all the time. They are not logged."""
 
 
 class AccessLogMiddleware:
-    """An ASGI app around another, whose state holds the service. `paths` are those that are told apart."""
+    """ASGI middleware. `paths` are the ones that get labels of their own; the app's state holds the service."""
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
         self._app = app
@@ -38,49 +38,49 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id.set(f"req-{uuid4().hex}")  # of this task alone: every request has one
+        request_id.set(f"req-{uuid4().hex}")  # the context variable of this request's task
         named = client_id(scope["headers"])
         client_request_id.set(named.decode())
         service = scope["app"].state.service
         service.tracer.continue_trace(scope["headers"])
-        passage = _Passage(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
+        timing = _ResponseTiming(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
 
         def sending(message: Message) -> Awaitable[None]:
             if named and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (ECHO, named)]}
-            passage.see(message)
+            timing.observe(message)
             return send(message)
 
         try:
             await self._app(scope, receive, sending)
         finally:
-            passage.end(service.metrics)
+            timing.finish(service.metrics)
 
 
 def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the client's id of its request, from the first header that has a fit value. Empty if none has.
+    """Return the client's id of its request; empty if it sent no valid one.
 
-    Printable ASCII of 128 bytes at most is fit.
+    Valid ids are printable ASCII of at most 128 bytes.
     """
     given = dict(reversed([*headers]))
     named = (given[name] for name in CLIENT_IDS if name in given)
     return next((value for value in named if _CLIENT_ID.fullmatch(value)), b"")
 
 
-class _Passage:
-    """One request's."""
+class _ResponseTiming:
+    """Status, headers and times of one response."""
 
     def __init__(self, path: str, method: str) -> None:
         self.path = path
         self.method = method
-        self.status = int(HTTPStatus.INTERNAL_SERVER_ERROR)  # if it ends before it has begun
+        self.status = int(HTTPStatus.INTERNAL_SERVER_ERROR)  # unless a response begins
         self.headers: dict[bytes, bytes] = {}
         self.started = time.perf_counter()
-        self.first: float | None = None  # seconds to the body's first byte
-        self.last: float | None = None
+        self.first: float | None = None  # seconds until the first byte of the body
+        self.last: float | None = None  # seconds until its last byte
 
-    def see(self, message: Message) -> None:
-        """Take notice of a part of the response."""
+    def observe(self, message: Message) -> None:
+        """Record a part of the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = dict(message["headers"])
@@ -91,8 +91,8 @@ class _Passage:
             if not message.get("more_body"):
                 self.last = now
 
-    def end(self, metrics: Any) -> None:
-        """Tell of it: to the metrics, if it came to its end, and the log."""
+    def finish(self, metrics: Any) -> None:
+        """Update the metrics and write the log line."""
         applied = self._header(b"x-tts-applied") or "false"
         streamed = str((self._header(b"content-type") or "").startswith("text/event-stream")).lower()
         labels = self.path, applied, streamed
@@ -100,9 +100,9 @@ class _Passage:
             metrics.first_byte_seconds.labels(*labels).observe(self.first)
         if self.last is not None:
             metrics.response_seconds.labels(*labels).observe(self.last)
-        if self.path in UNTOLD or not logger.isEnabledFor(logging.INFO):
+        if self.path in UNLOGGED_PATHS or not logger.isEnabledFor(logging.INFO):
             return
-        known = {
+        fields = {
             "method": self.method,
             "path": self.path,
             "status": self.status,
@@ -116,7 +116,7 @@ class _Passage:
             "stop": self._header(b"x-tts-stop"),
             "tokens": self._header(b"x-tts-tokens"),
         }
-        facts = {name: value for name, value in known.items() if value is not None}
+        facts = {name: value for name, value in fields.items() if value is not None}
         logger.info("%s %s %s", self.method, self.path, self.status, extra={"facts": facts})
 
     def _header(self, name: bytes) -> str | None:

@@ -1,4 +1,7 @@
-"""The gate in front of the app: what runs is counted, once it is shut nothing new runs, and what fails is logged."""
+"""Graceful shutdown: ASGI middleware that counts running requests and refuses new ones during a shutdown.
+
+It also logs unhandled errors, without their messages, which may quote a client.
+"""
 
 from __future__ import annotations
 
@@ -23,57 +26,57 @@ from proxy.http.access_log import ECHO, client_id
 logger = logging.getLogger(__name__)
 
 STILL_SERVED: Final = ("/health", "/metrics")
-"""What is answered to the end."""
+"""Paths that are served during a shutdown too."""
 READY: Final = "/ready"
 CUT_S: Final = 5.0
-"""Seconds that requests which were cut are given to end in order."""
+"""Seconds that cancelled requests have to clean up."""
 
 
-class _Passage:
-    """One request on its way through a gate."""
+class _RunningRequest:
+    """A request that the app is serving."""
 
     __slots__ = ("is_cut",)
 
     def __init__(self) -> None:
-        self.is_cut = False  # the gate cancels it
+        self.is_cut = False  # cancelled by the shutdown
 
 
-_passage: ContextVar[_Passage | None] = ContextVar("passage", default=None)
+_running_request: ContextVar[_RunningRequest | None] = ContextVar("running_request", default=None)
 
 
 def is_cut_by_shutdown() -> bool:
-    """Whether the request that is served here is cancelled because the proxy ends, not because its client has left."""
-    passage = _passage.get()
-    return passage is not None and passage.is_cut
+    """Return whether the current request was cancelled by a shutdown rather than by its client disconnecting."""
+    request = _running_request.get()
+    return request is not None and request.is_cut
 
 
 def shutting_down_error() -> ShuttingDownError:
-    """What a client is told that asks too late, or whose request was cut."""
-    return ShuttingDownError("the proxy is about to end; ask again, it or another will answer", code="draining")
+    """Return the error for a request that arrives during a shutdown or is cancelled by it."""
+    return ShuttingDownError("the server is shutting down; retry", code="draining")
 
 
 class ShutdownMiddleware:
-    """An ASGI app around another."""
+    """Wraps an ASGI app. `shut` begins a shutdown, and `drain` waits for the running requests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.is_shut = False
-        self._running: dict[asyncio.Task[Any], _Passage] = {}
+        self._running: dict[asyncio.Task[Any], _RunningRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
     def shut(self) -> None:
-        """Refuse all that comes from now on."""
+        """Refuse new requests from now on."""
         self.is_shut = True
 
     async def drain(self, seconds: float) -> int:
-        """Wait `seconds` at most until nothing runs any more. Cut what runs then; returns how many requests that is."""
+        """Wait up to `seconds` for running requests, then cancel the rest. Returns how many were cancelled."""
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
-        finally:  # whoever does not wait for it has the server cut them
-            for passage in self._running.values():
-                passage.is_cut = True
+        finally:  # also if the drain itself is cancelled: the server then cancels the requests
+            for request in self._running.values():
+                request.is_cut = True
         cut = tuple(self._running)
         for task in cut:
             task.cancel()
@@ -98,8 +101,8 @@ class ShutdownMiddleware:
             return send(message)
 
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        passage = self._running[task] = _Passage()
-        _passage.set(passage)
+        request = self._running[task] = _RunningRequest()
+        _running_request.set(request)
         self._idle.clear()
         try:
             await self.app(scope, receive, sending)
@@ -107,9 +110,9 @@ class ShutdownMiddleware:
             if has_begun or not self.is_shut:
                 raise
             await _refusal(scope)(scope, receive, send)
-        except Exception as error:  # the client has been told; uvicorn would log its words, which may be a client's
+        except Exception as error:  # the client has its answer; uvicorn would log the message, which may quote it
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("a fault of the proxy's own: %s\n%s", type(error).__name__, frames)
+            logger.error("unhandled error in the proxy: %s\n%s", type(error).__name__, frames)
         finally:
             del self._running[task]
             if not self._running:
@@ -118,8 +121,8 @@ class ShutdownMiddleware:
 
 def _refusal(scope: Scope) -> Response:
     error: ApiError = shutting_down_error()
-    told = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
+    content = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
     if named := client_id(scope.get("headers", ())):
         headers[ECHO.decode()] = named.decode()
-    return Response(json.dumps(told), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")
+    return Response(json.dumps(content), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")

@@ -3,7 +3,7 @@
 This is uvicorn's httptools protocol, made stricter. llhttp refuses smuggling by framing (two lengths, a length beside
 chunks, an encoding that does not end in `chunked`, folded headers, bare line feeds), but a target may be absolute or
 climb, hosts may be many or none, versions 0.9 and 2.0 pass, heads have no bound, trailers are taken for headers, bodies
-may take for ever, and a request may be answered before the one it follows. None of that reaches the app.
+may take for ever, and a request may be answered before an earlier one. None of that reaches the app.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy import errors
 from proxy.errors import ApiError, BadRequest, TooManyConnections, TooSlow
 from proxy.http.connections import Connections
+from proxy.http.flow_control import ResponseTransport, UnboundedLength, WriteTimeoutFlow
 from proxy.http.request_head import (
     METHODS,
     MOST_HEAD_BYTES,
@@ -39,18 +39,18 @@ from proxy.tested_versions import has_tested_internals
 logger = logging.getLogger(__name__)
 
 MOST_WAITING: Final = 16
-"""Requests that may be sent before the first of them is answered. A connection that sends more is closed then."""
+"""Pipelined requests that may wait for their answers. A connection with more is closed after answering them."""
 MOST_PIECES: Final = 4096
-"""Pieces in which a body may arrive, unless they have LEAST_PIECE bytes on average: each piece is some work."""
+"""Pieces in which a body may arrive unless they have LEAST_PIECE bytes on average, because each piece costs time."""
 LEAST_PIECE: Final = 32
 BODY_GRACE_S: Final = 20.0
-"""Seconds before a body's rate counts."""
+"""Seconds before the minimum rate applies to a body."""
 LINGER_S: Final = 2.0
-"""Seconds in which input after an early answer is read and dropped. Closing at once could cost a client the answer."""
+"""Seconds for which input is read and dropped after an early answer, so that the client can still read it."""
 
 
 def answer(error: ApiError) -> bytes:
-    """Return the whole response to a request that no app sees, after which the connection closes."""
+    """Return the bytes of an error response to a request that does not reach the app. The connection then closes."""
     content = json.dumps(errors.body(error)).encode()
     headers = {
         "content-type": "application/json",
@@ -64,7 +64,7 @@ def answer(error: ApiError) -> bytes:
 
 
 class Stage(Enum):
-    """What is being read."""
+    """Part of a request that is being read."""
 
     IDLE = 0  # nothing has begun
     HEAD = 1
@@ -72,12 +72,12 @@ class Stage(Enum):
 
 
 _FAULTS: Final = logging.getLogger("uvicorn.error.edge")
-"""uvicorn's logger of a connection. It reports faults only: why a request is refused is logged here."""
+"""Logger for uvicorn's own messages, errors only. This module logs why requests are refused."""
 _FAULTS.setLevel(logging.ERROR)
 
 
 class ConnectionLimits(NamedTuple):
-    """How long the parts of an exchange may take."""
+    """Time limits for the parts of an HTTP exchange."""
 
     head_s: float = 10.0  # for a head to arrive in full
     body_s: float = 300.0  # for a body to arrive in full
@@ -86,61 +86,15 @@ class ConnectionLimits(NamedTuple):
 
 
 class ProtocolContext(NamedTuple):
-    """Everything that the connections of one server share."""
+    """State that all connections of one server share."""
 
     limits: ConnectionLimits
     connections: Connections
     on_event: Callable[[str], object]  # called with "slow" and "unread" when a connection is given up
 
 
-class _Flow(FlowControl):
-    """Flow control that gives a connection up if its client does not read for too long."""
-
-    def __init__(self, transport: asyncio.Transport, seconds: float, give_up: Callable[[], None]) -> None:
-        super().__init__(transport)
-        self._seconds = seconds
-        self._give_up = give_up
-        self._timer: asyncio.TimerHandle | None = None
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._give_up)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class _Endless(int):
-    """The length of a reply that ends with its connection: nothing makes it shorter, and nothing is longer.
-
-    uvicorn would send such a reply in chunks, which HTTP/1.0 does not have.
-    """
-
-    def __sub__(self, _: int) -> _Endless:
-        return self
-
-    def __lt__(self, _: int) -> bool:
-        return False
-
-    def __ne__(self, _: object) -> bool:
-        return False
-
-
-class _Outlet:
-    """The transport as a response sees it. Closing it leaves the client time to read the answer."""
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = close
-
-
 class HttpProtocol(HttpToolsProtocol):
-    """The protocol of one connection."""
+    """HTTP/1.1 protocol of one connection."""
 
     def __init__(self, *args: Any, context: ProtocolContext, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -148,22 +102,22 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = context.limits
         self._table = context.connections
         self._on_event = context.on_event
-        self._cycles: list[RequestResponseCycle] = []  # not answered, as far as is known, in order
+        self._cycles: list[RequestResponseCycle] = []  # possibly unanswered, in order
         self._stage = Stage.IDLE
-        self._loose = 0  # bytes that came since the parser last made something of them
-        self._is_deaf = False  # further input is dropped
-        self._is_offer = False  # the head that was read offers to go on in another protocol
-        self._is_closing = False  # no further answer is sent
-        self._wrong: ApiError | None = None  # with the message that is being read
+        self._loose = 0  # bytes since the parser last completed anything
+        self._is_deaf = False  # drop further input
+        self._is_offer = False  # the current head offers a protocol upgrade
+        self._is_closing = False  # send no further answers
+        self._wrong: ApiError | None = None  # in the message that is being read
         self._timer: asyncio.TimerHandle | None = None
         self._body_began = 0.0  # by the loop's clock
         self._body_bytes = 0
-        self._pieces = 0  # in which the body has come so far
+        self._pieces = 0  # of the body so far
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _Flow(transport, self._limits.write_s, self._give_up)
-        self._outlet = _Outlet(transport, self._finish)
+        self.flow = WriteTimeoutFlow(transport, self._limits.write_s, self._give_up)
+        self._outlet = ResponseTransport(transport, self._finish)
         if self._table.admit(self, self.client[0] if self.client else ""):
             self._wait(self._limits.head_s)
         else:
@@ -173,7 +127,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait(None)
         self._table.leave(self)
-        for cycle in self._unanswered():  # uvicorn tells only the last one
+        for cycle in self._unanswered():  # uvicorn notifies only the last one
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
@@ -194,15 +148,15 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(too_large())
 
     def evict(self) -> None:
-        """Close the connection at once. Whatever was being read is refused."""
+        """Close the connection at once and refuse the request that is being read, if any."""
         if self._stage is Stage.HEAD or self._take_back():
             self.transport.write(answer(_full()))
         self._close_transport()
 
     def _feed(self, data: bytes) -> bytes:
-        """Parse `data`, and return what is left to be parsed: a head that offers another protocol, without the offer.
+        """Parse `data` and return what is left to parse: a head that offers a protocol upgrade, without the offer.
 
-        The parser takes such an offer for accepted and leaves the request's body alone.
+        The parser would treat the upgrade as accepted and not parse the request's body.
         """
         try:
             self.parser.feed_data(data)
@@ -215,7 +169,7 @@ class HttpProtocol(HttpToolsProtocol):
             return head + data[offer.args[0] :]
         return b""
 
-    # What the parser finds
+    # Parser callbacks
 
     def on_message_begin(self) -> None:
         self._stage = Stage.HEAD
@@ -224,7 +178,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._stage is not Stage.HEAD:  # a trailer: whatever it says, the head has been judged
+        if self._stage is not Stage.HEAD:  # ignore trailers: the head has been checked already
             return
         if len(self.headers) == MOST_HEADERS:
             self._wrong = too_large()
@@ -247,9 +201,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.cycle.transport = self._outlet  # type: ignore[assignment]
         self._cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":
-            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _Endless()
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, UnboundedLength()
         if len(self._cycles) > 1:
-            self.flow.resume_reading()  # else nobody would notice the client leaving
+            self.flow.resume_reading()  # otherwise a disconnect would not be noticed
         if len(self._cycles) > MOST_WAITING:
             self._end()
         self._body_began, self._body_bytes, self._pieces = self.loop.time(), 0, 0
@@ -260,7 +214,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         self._pieces += 1
         if self._pieces > MOST_PIECES and self._body_bytes < LEAST_PIECE * self._pieces:
-            problem = f"the body comes in pieces of less than {LEAST_PIECE} bytes; send larger ones"
+            problem = f"the body arrives in pieces of less than {LEAST_PIECE} bytes; send larger ones"
             self._wrong = BadRequest(problem, code="bad_http")
             raise self._wrong
         super().on_body(body)
@@ -276,8 +230,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._table.serve(self)
 
     def on_response_complete(self) -> None:
-        if self._stage is Stage.BODY and self.cycle.response_complete:  # answered before the body had come in full
-            self._wait(LINGER_S, self._close)  # a client that sends the rest at once may go on with the connection
+        if self._stage is Stage.BODY and self.cycle.response_complete:  # answered before the body was complete
+            self._wait(LINGER_S, self._close)  # a client that sends the rest soon may keep the connection
         if self._is_closing:
             self.server_state.total_requests += 1
             return
@@ -291,8 +245,8 @@ class HttpProtocol(HttpToolsProtocol):
     # Refusals
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what is being read with `error` unless it is answered already, after all that came before it."""
-        logger.warning("%s was refused: %s (%s)", self._what_is_read(), error.message, error.code)
+        """Answer the current request with `error`, after all earlier ones, unless it is answered already."""
+        logger.warning("refused %s: %s (%s)", self._what_is_read(), error.message, error.code)
         if self._stage is Stage.BODY and self.cycle.response_complete:
             self._close()
             return
@@ -305,7 +259,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._close()
 
     def _what_is_read(self) -> str:
-        """The method and path of what is being read, as far as they are known, and who sends it."""
+        """Describe the current request for the log: method and path, as far as they are known, and sender."""
         host, port = self.client or ("unknown", 0)
         sender = f"from {host}:{port}"
         if self._stage is Stage.IDLE or not self.url:
@@ -314,10 +268,10 @@ class HttpProtocol(HttpToolsProtocol):
         return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
 
     def _take_back(self) -> bool:
-        """Take a request whose body is being read from the app. Returns False if there is none, or it is answered."""
+        """Withdraw the request that is being read from the app. Returns False if there is none or it is answered."""
         if self._stage is not Stage.BODY or self.cycle.response_started:
             return False
-        self.cycle.disconnected = True  # the app sees a client that has left
+        self.cycle.disconnected = True  # the app sees a disconnect
         self.cycle.message_event.set()
         self._cycles.remove(self.cycle)
         if self._unanswered():
@@ -328,7 +282,7 @@ class HttpProtocol(HttpToolsProtocol):
         return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _end(self) -> None:
-        """Read no more, and close the connection once everything that was asked is answered."""
+        """Read no more, and close the connection once all requests are answered."""
         self._is_deaf = True
         self._wait(None)
         if self._cycles:
@@ -342,7 +296,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._close_transport()
 
     def _close(self) -> None:
-        """Close the connection, but leave the client time to read what it was answered."""
+        """Close the connection, but leave the client time to read the answer."""
         self._is_deaf = self._is_closing = True
         self.flow.resume_reading()
         self._unset_keepalive_if_required()
@@ -352,21 +306,21 @@ class HttpProtocol(HttpToolsProtocol):
             self._wait(LINGER_S, self._close_transport)
 
     def _close_transport(self) -> None:
-        """Close the connection once everything is sent, or has not been read for too long."""
+        """Close the connection once everything is sent, or the client has not read for too long."""
         self._is_deaf = self._is_closing = True
         self.transport.close()
         self._wait(self._limits.write_s, self.transport.abort)
 
     def _give_up(self) -> None:
-        """Cut a connection whose client does not read its answer. The app sees a client that has left."""
-        logger.info("a response was cut: its client has read nothing for %g s", self._limits.write_s)
+        """Abort a connection whose client does not read its answer. The app sees a disconnect."""
+        logger.info("closed a connection: the client has read nothing for %g s", self._limits.write_s)
         self._on_event("unread")
         self.transport.abort()
 
     # Time
 
     def _wait(self, seconds: float | None, then: Callable[[], object] | None = None) -> None:
-        """Call `then`, or else `_late`, in so many seconds, and nothing that was to be called before."""
+        """Replace the timer: call `then`, or `_late`, after `seconds`; None only cancels it."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._late)
@@ -377,15 +331,15 @@ class HttpProtocol(HttpToolsProtocol):
             if not self._unanswered():
                 self._close_transport()
         elif self._stage is Stage.HEAD:
-            self._refuse_slow(f"the head of the request took longer than {self._limits.head_s:g} s")
-        elif self.flow.read_paused or self.cycle.waiting_for_100_continue:  # it is the app that is late
+            self._refuse_slow(f"the request head took longer than {self._limits.head_s:g} s")
+        elif self.flow.read_paused or self.cycle.waiting_for_100_continue:  # the app is slow, not the client
             self._body_began, self._body_bytes = self.loop.time(), 0
             self._wait(min(BODY_GRACE_S, self._limits.body_s))
         else:
             self._check_body()
 
     def _check_body(self) -> None:
-        """Refuse a body that takes too long or comes too slowly; else look again when it would."""
+        """Refuse a body that takes too long or arrives too slowly, or set a timer for when it would."""
         limits, passed = self._limits, self.loop.time() - self._body_began
         allowed = limits.body_s
         if limits.body_rate:
@@ -396,7 +350,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse_slow(f"the body took longer than {limits.body_s:g} s")
         else:
             slow = f"{self._body_bytes} bytes in {passed:.0f} s"
-            self._refuse_slow(f"the body came too slowly: {slow}; at least {limits.body_rate} a second are expected")
+            self._refuse_slow(f"the body came too slowly: {slow}; at least {limits.body_rate} bytes/s are required")
 
     def _refuse_slow(self, message: str) -> None:
         self._on_event("slow")

@@ -19,7 +19,7 @@ from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
 from proxy.http.sse import ClientDisconnected
 
 SMALL: Final = 64 * 2**10
-"""Bytes of a body that is read however many others are held."""
+"""Bytes up to which a body is always read, however many others are held."""
 MOST_WINDOW: Final = 8 * 2**20
 """Bytes of memory that a zstd frame may ask for, as RFC 9659 has it for HTTP."""
 MOST_MEMBERS: Final = 16
@@ -28,22 +28,22 @@ _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
 class _Caller(Protocol):
-    """Who sends a body: the key, if there are keys, and the name its memory is counted under."""
+    """The caller that sends a body."""
 
     @property
     def key(self) -> str:
-        """Name of the API key; empty without a file of keys."""
+        """Name of the API key; empty without API keys."""
 
     @property
     def holder(self) -> str:
-        """Name that the caller's bodies are counted under."""
+        """Name under which the memory of the caller's bodies is counted."""
 
 
 class BodyReader:
-    """Reads the bodies of requests, within a bound on all that are held at the same time.
+    """Reads request bodies, within a bound on the bytes of all bodies that are held at the same time.
 
-    Small bodies are always read, and so is one that is alone. A key may use half of the bound, so that one client
-    cannot keep others from sending.
+    Small bodies are always read, and so is a body that is alone. An API key may use half of the bound, so that one
+    client cannot keep others from sending.
     """
 
     def __init__(self, most: int, most_together: int) -> None:
@@ -76,7 +76,7 @@ class BodyReader:
         return raw.removeprefix(codecs.BOM_UTF8)
 
     def _holding(self, request: Request) -> Callable[[int], None]:
-        """Return what sets aside room for so many bytes of a request's body until the request is over."""
+        """Return a function that reserves a number of bytes for a request's body until the request is over."""
         caller: _Caller = request.state.caller
         stack: ExitStack = request.state.leases
         share = self._most_together // (2 if caller.key else 1)
@@ -90,7 +90,7 @@ class BodyReader:
             own = self._by_holder[caller.holder]
             is_over = own > taken and own + more > share
             if is_over or (self.held > taken and self.held + more > self._most_together):
-                raise TooMany("too many large requests are being read; ask again later", after="1", code="bodies_full")
+                raise TooMany("too many large request bodies are in memory; retry later", after="1", code="bodies_full")
             if not taken:
                 stack.callback(release)
             taken = size
@@ -107,13 +107,13 @@ class BodyReader:
 
 
 async def _decoded(raw: bytes, encoding: str, most: int) -> bytes:
-    """Return a body without its encoding, which is done in a thread: a megabyte takes milliseconds."""
+    """Decode a body in a thread, because a megabyte takes milliseconds."""
     if encoding == "identity":
         return raw
     decode = _DECODERS.get(encoding)
     if decode is None:
         raise UnsupportedMedia(
-            f"the content encoding is {encoding[:50]!r}; send the body plain, or encoded as gzip or zstd",
+            f"unsupported content-encoding {encoding[:50]!r}; use gzip, zstd or none",
             param="content-encoding",
             code="unsupported_encoding",
         )
@@ -121,12 +121,12 @@ async def _decoded(raw: bytes, encoding: str, most: int) -> bytes:
         decoded = await asyncio.to_thread(decode, raw, most)
     except (zlib.error, zstandard.ZstdError, EOFError):
         raise BadRequest(
-            f"the body is not encoded as {encoding}, as its content-encoding says",
+            f"the body is not valid {encoding}, which its content-encoding announces",
             param="content-encoding",
             code="bad_encoding",
         ) from None
     if len(decoded) > most:
-        raise TooLarge(f"the body is larger than {most} bytes when it is decoded", code="body_too_large")
+        raise TooLarge(f"the decoded body is larger than {most} bytes", code="body_too_large")
     return decoded
 
 

@@ -1,4 +1,4 @@
-"""Responses that notice a client leaving: server-sent events, and work that is dropped with its client."""
+"""Streamed responses and server-sent events, and work that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ T = TypeVar("T")
 N = TypeVar("N")
 
 PING: Final = b": ping\n\n"
-"""A comment, so that nothing on the way thinks a stream dead."""
+"""Comment that keeps a stream alive through proxies on the way."""
 DONE: Final = b"data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
 
-CONTENT_CHARS = 400
+MAX_CHUNK_CHARS: Final = 400
 """Characters of a reply, or of its reasoning, in one chunk."""
-UNWATCHED_S: Final = 0.05
-"""Work is so short most often that watching its client would cost more than it saves; so long nobody looks."""
+WATCH_AFTER_S: Final = 0.05
+"""Seconds after which the client is watched. Most work is shorter, and watching would cost more than it saves."""
 
 
 class ClientDisconnected(Exception):
-    """The client has closed its connection; the work for it has been cancelled and has ended."""
+    """The client has disconnected, and the work for it has been cancelled and awaited."""
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -53,11 +53,11 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
         gone = loop.create_task(_disconnected(receive))
         gone.add_done_callback(leave)
 
-    timer = loop.call_later(UNWATCHED_S, watch)
+    timer = loop.call_later(WATCH_AFTER_S, watch)
     try:
         return await work
     except asyncio.CancelledError:
-        if has_left and task is not None and not task.uncancel():  # nobody else has cancelled it
+        if has_left and task is not None and not task.uncancel():  # nothing else has cancelled it
             raise ClientDisconnected from None
         raise
     finally:
@@ -65,7 +65,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
         if gone is not None:
             gone.remove_done_callback(leave)
             gone.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # its outcome is nobody's
+            with suppress(asyncio.CancelledError, Exception):  # its result is not needed
                 await gone
 
 
@@ -75,30 +75,30 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class StreamedResponse(Response):
-    """A body sent as it comes. When the client leaves, what it comes of is left at once."""
+    """Response whose body is sent as it arrives. When the client disconnects, its context is left at once."""
 
     def __init__(
         self,
         source: BodySource,
-        opened: AbstractAsyncContextManager[object],
+        context: AbstractAsyncContextManager[object],
         *,
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str | None = "text/event-stream",
     ) -> None:
         self.source = source
-        self.opened = opened  # what the body comes of, which is left when it has come, or will not
+        self.context = context  # of the source; left when the body is complete or cannot be sent
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
         sent = {"cache-control": "no-cache", **(headers or {})}
         if (sent.get("content-type") or media_type or "").startswith("text/event-stream"):
-            sent["x-accel-buffering"] = "no"  # nginx and its like hand each piece on at once
+            sent["x-accel-buffering"] = "no"  # nginx then forwards each piece at once
         self.init_headers(sent)
 
     @classmethod
     def of(cls, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> StreamedResponse:
-        """The events that `source` yields."""
+        """Return a response that streams the events of `source`."""
 
         async def send_events(sink: BodySink) -> None:
             async for piece in source:
@@ -118,41 +118,41 @@ class StreamedResponse(Response):
             await cancel_on_disconnect(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        def hand(piece: bytes, is_last: bool) -> Awaitable[None]:
+        def sink(piece: bytes, is_last: bool) -> Awaitable[None]:
             return send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
         try:
-            async with self.opened:
+            async with self.context:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await self.source(hand)
-        except errors.UpstreamError as error:  # the status is out: leaving the body unfinished cuts the connection
-            logger.warning("a response broke off: %s", error.logged)
+                await self.source(sink)
+        except errors.UpstreamError as error:  # the status is sent; an unfinished body closes the connection
+            logger.warning("response ended early: %s", error.logged)
 
 
 def format_event(data: Mapping[str, Any], name: str = "") -> bytes:
-    """One server-sent event, with a name where it has one."""
-    named = f"event: {name}\n".encode() if name else b""
-    return named + b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    """Return a server-sent event with the JSON `data` and, if given, a name."""
+    first_line = f"event: {name}\n".encode() if name else b""
+    return first_line + b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
 
 
 async def progress_and_result(
     serve: Callable[[], Coroutine[Any, Any, T]], news: asyncio.Queue[N], ping_s: float
 ) -> AsyncGenerator[N | T | None]:
-    """Yield the items of `news` as they come, None after `ping_s` seconds of nothing, and last what `serve` returns.
+    """Yield the items of `news` as they come, None after each `ping_s` seconds of silence, and last `serve`'s result.
 
-    Raises ApiError, also if the proxy ends before there is a reply: the stream can still tell. Closing it cancels
-    `serve`, and waits for that to end.
+    Raises ApiError, also if the server shuts down before there is a reply, so that the stream can report it. Closing
+    the generator cancels `serve` and waits for it.
     """
     task = asyncio.create_task(serve())
-    line: asyncio.Task[N] | None = None
+    item: asyncio.Task[N] | None = None
     try:
         while not task.done():
-            line = asyncio.create_task(news.get())
-            await asyncio.wait({task, line}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED)
-            if line.done():
-                yield line.result()
+            item = asyncio.create_task(news.get())
+            await asyncio.wait({task, item}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED)
+            if item.done():
+                yield item.result()
                 continue
-            line.cancel()
+            item.cancel()
             if not task.done():
                 yield None
         while not news.empty():
@@ -163,12 +163,12 @@ async def progress_and_result(
             raise
         raise graceful_shutdown.shutting_down_error() from None
     finally:
-        if line is not None:
-            line.cancel()
+        if item is not None:
+            item.cancel()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 def split_text(text: str) -> list[str]:
-    """A text in parts small enough for a chunk."""
-    return [text[at : at + CONTENT_CHARS] for at in range(0, len(text), CONTENT_CHARS)]
+    """Split a text into parts of at most MAX_CHUNK_CHARS."""
+    return [text[at : at + MAX_CHUNK_CHARS] for at in range(0, len(text), MAX_CHUNK_CHARS)]

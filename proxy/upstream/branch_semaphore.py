@@ -1,7 +1,7 @@
-"""How many branches the upstream generates at once, over all requests, and which call is next.
+"""Weighted semaphore that limits the branches the upstream generates at once, over all requests.
 
-A call to the upstream takes a berth for each of its branches, all at once or none, in the order they came. Work that
-nobody waits for comes after all that somebody does.
+A call takes one slot for each of its branches, all at once or none, in order of arrival. Background calls wait until no
+live call waits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class _Call:
-    """A call that waits."""
+class _Waiter:
+    """A call that waits for its slots."""
 
     def __init__(self, branches: int) -> None:
         self.branches = branches
@@ -22,24 +22,24 @@ class _Call:
 
 
 class BranchSemaphore:
-    """Those of one upstream; without a bound unless one is given."""
+    """Slots of one upstream. There is no limit unless one is given."""
 
-    def __init__(self, most: float = math.inf) -> None:
-        self.most = most  # branches
-        self.taken = 0  # by branches that are in flight
-        self._live: deque[_Call] = deque()
-        self._background: deque[_Call] = deque()
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit  # branches
+        self.taken = 0  # slots, one per branch in flight
+        self._live: deque[_Waiter] = deque()
+        self._background: deque[_Waiter] = deque()
 
     @property
     def waiting(self) -> int:
-        """Calls that wait."""
+        """Number of calls that wait."""
         return len(self._live) + len(self._background)
 
     @asynccontextmanager
     async def hold(self, branches: int, *, is_background: bool = False) -> AsyncIterator[None]:
         """Wait for a slot for each branch, then hold them. A call larger than the limit runs alone."""
         queue = self._background if is_background else self._live
-        call = _Call(branches)
+        call = _Waiter(branches)
         queue.append(call)
         self._serve()
         try:
@@ -50,14 +50,14 @@ class BranchSemaphore:
                 self.taken -= branches
             else:
                 queue.remove(call)
-            self._serve()  # one that was only waited for may have kept those behind it
+            self._serve()  # a cancelled waiter may have blocked those behind it
 
     def _serve(self) -> None:
         """Give free slots to the next call. It waits until there are enough, and everybody with it: else many
         small calls could keep a large one waiting for ever."""
         while queue := self._live or self._background:
             call = queue[0]
-            if self.taken and self.taken + call.branches > self.most:
+            if self.taken and self.taken + call.branches > self.limit:
                 return
             queue.popleft()
             self.taken += call.branches

@@ -1,4 +1,4 @@
-"""The embedded model as a child process: started on loopback, watched, started again if it dies, stopped with us."""
+"""The embedded model as a child process: started on loopback, restarted if it dies, stopped with the proxy."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ POLL_S = 0.25
 FIRST_WAIT_S = 1.0
 LOG: Final = "server.log"
 LONGEST_FOLDER: Final = 68
-"""Characters: vLLM puts sockets with names of 37 there, and the kernel takes paths of 107."""
+"""Characters. vLLM puts sockets with names of 37 characters there, and the kernel accepts paths of 107."""
 MOST_RESTARTS = 5
-"""In a row, each after twice the wait of the one before; a server that came up healthy starts the count anew."""
+"""Restarts in a row, each after twice the wait before. A healthy start resets the count."""
 
 
 class EmbeddedServer:
@@ -53,7 +53,7 @@ class EmbeddedServer:
         on_restart: Callable[[], object] = lambda: None,
     ) -> None:
         self.port = port or free_port()
-        self.restarted = asyncio.Event()  # it has died and is healthy again
+        self.restarted = asyncio.Event()  # set when it has died and is healthy again
         self._on_restart = on_restart  # called then
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port), *args]
@@ -63,12 +63,12 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id; None while there is none."""
+        """Process id of the child; None while there is none."""
         return None if self._process is None else self._process.pid
 
     @property
     def watching(self) -> asyncio.Task[None]:
-        """The watch over the child; it ends when the child is given up."""
+        """Task that restarts the child; it ends when the restarts are given up."""
         if self._watcher is None:
             raise RuntimeError("the server has not been started")
         return self._watcher
@@ -109,7 +109,7 @@ class EmbeddedServer:
             last_line = self._last_line()  # stopping removes the log
             await self._stop()
             raise StartError(
-                f"the embedded model was not up within {START_TIMEOUT_S} s; its last line: {last_line}"
+                f"the embedded model was not healthy within {START_TIMEOUT_S} s; the last line of its log: {last_line}"
             ) from None
         except (StartError, asyncio.CancelledError):
             await self._stop()
@@ -131,17 +131,17 @@ class EmbeddedServer:
         lines: list[str] = []
         if self._folder is not None:
             lines = (self._folder / LOG).read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "the embedded model ended without a message"
+        return lines[-1] if lines else "the embedded model exited without a message"
 
     async def _watch(self) -> None:
-        """Start the server again whenever it ends, until that fails too often."""
+        """Restart the server whenever it exits, until that fails too often."""
         failures = 0
         while failures < MOST_RESTARTS:
             if self._process is not None:
                 self.restarted.clear()
                 code = await self._process.wait()
                 logger.error(
-                    "the embedded model ended with status %s; starting it again; its last line: %s",
+                    "the embedded model exited with status %s; restarting it; the last line of its log: %s",
                     code,
                     self._last_line(),
                 )
@@ -153,8 +153,10 @@ class EmbeddedServer:
                 self._on_restart()
             except StartError as error:
                 failures += 1
-                logger.error("the embedded model does not start: %s", error)
-        logger.critical("the embedded model failed %s times in a row; it is left alone", MOST_RESTARTS)
+                logger.error("cannot restart the embedded model: %s", error)
+        logger.critical(
+            "the embedded model failed to restart %s times in a row; giving up; restart the proxy", MOST_RESTARTS
+        )
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -178,13 +180,13 @@ class EmbeddedServer:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The child's environment, with `folder` for its temporary files unless sockets there had too long a path."""
+    """Return the child's environment, with `folder` for its temporary files unless socket paths would be too long."""
     given = {**os.environ, FOLDER: str(folder)}
     return given if len(str(folder)) > LONGEST_FOLDER else {**given, "TMPDIR": str(folder)}
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on now."""
+    """Return a port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

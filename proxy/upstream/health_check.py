@@ -1,7 +1,7 @@
-"""Check an upstream with requests of our own: is it down, or did it only fail one client's request?
+"""Health check by requests of the proxy's own: is the upstream down, or did it only fail one client's request?
 
-The check generates one token, for a server can say that it is well while it generates nothing. If that takes too long,
-the server's own counters tell whether it is stuck or busy with what others asked for.
+The check generates one token, because a server can report that it is healthy while it generates nothing. If that takes
+too long, the server's own counters show whether it is stuck or busy with other requests.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 ANSWER_S: Final = 5.0
 """Seconds each request of a check may take."""
 ATTEMPTS: Final = 2
-"""Times a check is made that the upstream is too slow for."""
+"""Attempts of a check that times out."""
 COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
-"""Counters of vLLM's that grow while it works."""
+"""vLLM's counters that grow while it works."""
 
 
 def is_failure(status: int) -> bool:
-    """Return whether a status says that the upstream failed. 501 tells what it was not made for, however well it is."""
+    """Return whether a status says that the upstream failed. 501 does not: it only names a missing feature."""
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
 
 
 class HealthCheck:
-    """Health check of one upstream. Its requests pass by the breaker."""
+    """Health check of one upstream. Its requests bypass the circuit breaker."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url = url
@@ -37,7 +37,7 @@ class HealthCheck:
         self._timeout = aiohttp.ClientTimeout(total=ANSWER_S, sock_connect=session.timeout.sock_connect)
 
     async def is_up(self) -> bool:
-        """Return whether the upstream generates. It is asked once more if it was too slow: others may keep it busy."""
+        """Return whether the upstream generates. A timeout is retried once: other requests may keep it busy."""
         for _ in range(ATTEMPTS):
             try:
                 return await self._generates()
@@ -56,24 +56,26 @@ class HealthCheck:
             return False
         name = _first_model(status, body)
         if name is None:
-            return True  # it serves nothing that could be asked for
-        before = await self._counted()
+            return True  # it serves no model that could generate
+        before = await self._token_count()
         request = {"model": name, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": True}
         try:
             status, body = await self._ask("POST", "/v1/completions", json=request)
         except TimeoutError:
-            if await self._counted() > before:
+            if await self._token_count() > before:
                 return True
             raise
         return not is_failure(status) if status != HTTPStatus.OK else _is_complete(body)
 
     async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
-        asked = self._session.request(method, self._url + path, timeout=self._timeout, allow_redirects=False, **content)
-        async with asked as response:
+        request = self._session.request(
+            method, self._url + path, timeout=self._timeout, allow_redirects=False, **content
+        )
+        async with request as response:
             return response.status, await read_body(response, MAX_PAGE_BYTES)
 
-    async def _counted(self) -> float:
-        """Return the tokens that the upstream has read and generated; 0 if it does not tell."""
+    async def _token_count(self) -> float:
+        """Return the tokens that the upstream has read and generated; 0 if it does not report them."""
         try:
             status, page = await self._ask("GET", "/metrics")
         except (aiohttp.ClientError, TimeoutError, UpstreamProtocolError):
@@ -84,7 +86,7 @@ class HealthCheck:
 
 
 def _is_complete(stream: bytes) -> bool:
-    """Return whether a stream of events came to its end and tells of no error. Raises UpstreamProtocolError."""
+    """Return whether a stream of events is complete and contains no error. Raises UpstreamProtocolError."""
     payloads = [line[5:].strip() for line in stream.splitlines() if line.startswith(b"data:")]
     if not payloads or payloads.pop() != b"[DONE]":
         return False
@@ -92,7 +94,7 @@ def _is_complete(stream: bytes) -> bool:
 
 
 def _number(line: str) -> float:
-    """Return the value of a line of Prometheus' format; NaN if there is none."""
+    """Return the value in a line of Prometheus' text format; NaN if there is none."""
     try:
         return float(line.rpartition(" ")[2])
     except ValueError:

@@ -205,14 +205,14 @@ async def test_what_was_refused_and_why_is_logged_and_nothing_that_was_written(
     code = json.loads(answer.body)["error"]["code"]
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     (line,) = warned
-    assert re.fullmatch(rf"{re.escape(shown)} from 127\.0\.0\.1:\d+ was refused: .+ \({code}\)", line)
+    assert re.fullmatch(rf"refused {re.escape(shown)} from 127\.0\.0\.1:\d+: .+ \({code}\)", line)
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (b"/v1/models/", "the path ends in a slash; leave it out"),
-        (b"/v1/chat/completions/", "the path ends in a slash; leave it out"),
+        (b"/v1/models/", "the path ends in a slash; remove it"),
+        (b"/v1/chat/completions/", "the path ends in a slash; remove it"),
         (b"//v1/models", "two slashes in a row"),
         (b"/v1/../v1/models", "a part that is `.` or `..`"),
         (b"/v1/%6dodels", "encoded or unusual characters"),
@@ -390,7 +390,7 @@ async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[Proxy]:
     [
         (b"", [], ""),
         (b"\r\n\r\n", [], ""),
-        (b"GET /health HTTP/1.1\r\nHost: pro", [408], "the head of the request took longer than 0.1 s"),
+        (b"GET /health HTTP/1.1\r\nHost: pro", [408], "the request head took longer than 0.1 s"),
         (sized()[:-5], [408], "the body took longer than 0.1 s"),
         (post(CHUNKED, body=b"ff\r\n{"), [408], "the body took longer than 0.1 s"),
     ],
@@ -484,9 +484,9 @@ def connect(clock: Clock, limits: ConnectionLimits) -> tuple[HttpProtocol, Wire]
 @pytest.mark.parametrize(
     ("rate", "every_s", "piece", "refused_after_s", "message"),
     [
-        (1024, 1.0, 1, 20, "bytes in 20 s; at least 1024 a second"),
+        (1024, 1.0, 1, 20, "bytes in 20 s; at least 1024 bytes/s"),
         (1024, 50.0, 1, 20, "0 bytes in 20 s"),
-        (1024, 1.0, 512, 39, "at least 1024 a second"),
+        (1024, 1.0, 512, 39, "at least 1024 bytes/s"),
         (1024, 1.0, 2000, 300, "the body took longer than 300 s"),
         (0, 50.0, 1, 300, "the body took longer than 300 s"),
         (0, 400.0, 1, 300, "the body took longer than 300 s"),
