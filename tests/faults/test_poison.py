@@ -173,7 +173,7 @@ def test_forgetting_drops_what_nothing_reads_and_says_how_much(
     asyncio.run(make())
     waiting(tmp_path / "s.db.spill", encode_item(episode("good")), *POISON.values(), encode_item(episode("other")))
     forget(request="good", place=path)
-    assert f"{len(POISON)} records that waited in files cannot be read" in capsys.readouterr().out
+    assert f"{len(POISON)} records in spill files cannot be read" in capsys.readouterr().out
     assert ids(path) == {"mine", "other"}
     assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
 

@@ -203,7 +203,7 @@ async def test_only_an_operators_word_runs_them_unsealed_and_it_is_loud(
         assert "NOT SANDBOXED" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "words"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file by")])
+@pytest.mark.parametrize(("name", "words"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file with")])
 def test_names_that_clients_could_not_tell_apart(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_text(HONEST)
     with pytest.raises(SettingsError, match=words):
