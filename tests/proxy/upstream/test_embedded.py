@@ -80,7 +80,7 @@ async def test_a_silent_end_is_an_error_too() -> None:
 async def test_a_server_that_does_not_come_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
     server = stand_in("import time; time.sleep(60)")
-    with pytest.raises(StartError, match=r"not up within 0\.2 s"):
+    with pytest.raises(StartError, match=r"not healthy within 0\.2 s"):
         await server.__aenter__()
     assert server.pid is None
 
