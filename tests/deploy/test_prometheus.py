@@ -120,7 +120,7 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
 async def test_it_scrapes_the_proxy_and_tells_when_the_upstream_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health_monitor, "EVERY_S", 0.1)
+    monkeypatch.setattr(health_monitor, "CHECK_INTERVAL_S", 0.1)
     async with FakeVLLM([chain("7", 120, ["7"])], INTERVAL).serve() as backend:
         settings = load(upstream=backend.url, store=tmp_path / "records.db", **SMALL)
         async with running(settings) as url, prometheus(tmp_path, url) as server:

@@ -226,7 +226,7 @@ async def test_the_upstreams_failures_are_told_apart(proxy: Proxy, fault: str, o
 
 
 async def test_the_upstreams_health_is_known_to_nobodys_asking(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_monitor, "EVERY_S", 0.01)
+    monkeypatch.setattr(health_monitor, "CHECK_INTERVAL_S", 0.01)
     async with running(load(upstream=proxy.backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         other = proxy._replace(url=url, http=http)
         for well in (True, False, True):
