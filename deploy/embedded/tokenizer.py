@@ -14,18 +14,18 @@ from deploy.embedded import task
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK, END_THINK = "<think>", "</think>"
 
-# What follows a finished thought, and what the proxy appends to an unfinished one to ask for its answer.
+# Text that follows a finished thought. The proxy appends it to an unfinished thought to probe for an answer.
 CONCLUSION = f"{END_THINK}\n\nThe final answer is \\boxed{{"
 PROBE = f"\n{CONCLUSION}"
 
 VOCABULARY = 448
 
-# A word, a number, a run of signs, each with the space before it, or one single line break. Line breaks are never
-# joined, so that a thought cut anywhere and the probe after it get the same ids together as apart.
+# A word, a number or a run of punctuation, each with the space before it, or a single line break. Line breaks are never
+# merged: a truncated thought and the probe after it get the same ids whether they are tokenized together or separately.
 _PIECES = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s"
 
-# As Qwen3's: the thought of an assistant turn is dropped once another turn follows it, and `enable_thinking=false`
-# writes an empty thought on the model's behalf.
+# Like Qwen3's template: the thought of an assistant turn is removed once another turn follows. With
+# `enable_thinking=false` the prompt ends in an empty thought.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- set content = message.content if message.content is string else '' %}

@@ -1,9 +1,9 @@
 """Train the embedded model from scratch and write it to `deploy/embedded/model/`.
 
     python -m deploy.embedded.train                 # the committed model
-    python -m deploy.embedded.train --minutes 3     # a worse one, sooner
+    python -m deploy.embedded.train --minutes 3     # a quick, less accurate one
 
-One CPU thread is enough. The same seed and number of steps see the same examples in the same order.
+One CPU thread is enough. The same seed and number of steps give the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m deploy.embedded.train", description=summary)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--minutes", type=float, help="train for a time instead; not reproducible")
+    parser.add_argument(
+        "--minutes", type=float, help="train for this many minutes instead of --steps; not reproducible"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The training itself: the model's shape, its optimizers and their schedule, the loop, and writing the result."""
+"""Training of the embedded model: configuration, optimizers, learning-rate schedule, training loop and output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from deploy.embedded import task, tokenizer
 from deploy.embedded.examples import Examples, TrainingBatch, batches
 
-# Lengths open up over the first part of training: short chains teach the arithmetic, long ones the book-keeping.
+# The maximum chain length grows over this share of training: short chains teach arithmetic, long ones keeping track.
 CURRICULUM = 0.3
 
 MATRIX_RATE = 0.02
@@ -27,6 +27,7 @@ COOL_DOWN = 0.6
 
 
 def configuration(fast: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Return the configuration of the model, with the vocabulary of the tokenizer."""
     return Qwen3Config(
         vocab_size=len(fast),
         hidden_size=128,
@@ -46,7 +47,7 @@ def configuration(fast: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 class Trainer:
-    """The model, its optimizers and the schedule they share."""
+    """Optimizers of a model, with a shared learning-rate schedule."""
 
     def __init__(self, model: Qwen3ForCausalLM) -> None:
         self._model = model
@@ -60,7 +61,7 @@ class Trainer:
         self._rates = (MATRIX_RATE, OTHER_RATE)
 
     def step(self, batch: TrainingBatch, progress: float) -> float:
-        """One optimizer step at a point of training from 0 to 1; returns the loss, a mean by weight."""
+        """Make one optimizer step at `progress` from 0 to 1; return the weighted mean loss."""
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(progress)
@@ -79,7 +80,7 @@ class Trainer:
 
 
 def schedule(progress: float) -> float:
-    """The learning rate's share of its peak: a short rise, a plateau, a linear fall to near nothing."""
+    """Return the learning rate as a fraction of its peak: short warm-up, plateau, linear decay to 0.005."""
     rise = min(1.0, (progress + 1e-3) / WARM_UP)
     fall = min(1.0, (1.0 - progress) / COOL_DOWN)
     return max(0.005, min(rise, fall))
@@ -87,20 +88,21 @@ def schedule(progress: float) -> float:
 
 @dataclass(slots=True)
 class Budget:
-    """How long to train: a number of steps, or of minutes when that is given."""
+    """Length of the training: a number of steps, or of minutes if `minutes` is set."""
 
     steps: int
     minutes: float | None
     started: float
 
     def progress(self, step: int) -> float:
+        """Return the fraction of the training that is done before `step`; 1 or more at the end."""
         if self.minutes is None:
             return step / self.steps
         return (time.monotonic() - self.started) / (60 * self.minutes)
 
 
 def train(budget: Budget, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Train a model and its tokenizer from nothing, printing the loss as it goes."""
+    """Train a tokenizer and a model from scratch, and print the loss every 50 steps."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     fast = tokenizer.build(seed)
@@ -118,7 +120,7 @@ def train(budget: Budget, seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokeni
 
 
 def _stream(budget: Budget, fast: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[TrainingBatch, int, float]]:
-    """Batches until the budget is spent, with the length they go up to and the progress they stand at."""
+    """Yield (batch, maximum chain length, progress) until the training budget is used up."""
     rng = random.Random(f"batches/{seed}")
     examples = Examples(fast, seed)
     step = 0
@@ -135,7 +137,7 @@ def _stream(budget: Budget, fast: PreTrainedTokenizerFast, seed: int) -> Iterato
 
 
 def write(model: Qwen3ForCausalLM, fast: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the model as a Hugging Face folder, whole or not at all."""
+    """Write the model as a Hugging Face folder. The old folder is replaced only when the new one is complete."""
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
