@@ -1,6 +1,6 @@
-"""A vLLM written by hand that decodes as vLLM does, with a real tokenizer, and generates the ids it is given.
+"""A fake vLLM server that decodes with a real tokenizer as vLLM does and generates given token ids.
 
-Its text of a completion begins with the prompt's where the prompt ends inside a character, as vLLM's does.
+Where a prompt ends inside a character, the completion's text begins with that character, as in vLLM.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tokenizers.decoders import DecodeStream
 
 MODEL = "dictated"
 MARK, END = "<|mark|>", "<|end|>"
-"""Special tokens, which are left out of a text; the second ends a reply."""
+"""Special tokens, which are not part of the text. END ends a reply."""
 MERGES = [("s", "e"), ("r", "e"), ("t", "h"), ("th", "e"), ("the", "n"), ("o", "n"), ("i", "n"), ("a", "n")]
 
 
 def byte_level() -> Tokenizer:
-    """Byte-level BPE with a few merges; one token is a space and half an emoji."""
+    """Return a byte-level BPE tokenizer with a few merges; one token is a space and half an emoji."""
     space, first, second = (_letter(byte) for byte in b" \xf0\x9f")
     merges = [*MERGES, (first, second), (space, first + second)]
     pieces = [*map(_letter, range(256)), *("".join(merge) for merge in merges)]
@@ -33,7 +33,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """BPE in the form SentencePiece has: spaces are letters, and characters it does not know fall back to bytes."""
+    """Return a BPE tokenizer as SentencePiece builds it: spaces are letters, unknown characters fall back to bytes."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyz.,:{}\\\n0123456789SECRT"]
     merges = [*MERGES, ("▁", "the"), ("▁", "a")]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -49,19 +49,19 @@ def sentence_piece() -> Tokenizer:
 
 
 def id_of(tokenizer: Tokenizer, piece: str) -> int:
-    """The id of one piece of the vocabulary."""
+    """Return the id of a piece of the vocabulary."""
     token = tokenizer.token_to_id(piece)
     assert token is not None
     return token
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without those a prompt begins with."""
+    """Return the ids of a text, without the special tokens that begin a prompt."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _letter(byte: int) -> str:
-    """The letter by which byte-level tokenizers write a byte."""
+    """Return the letter that byte-level tokenizers use for a byte."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte) if byte in printed else chr(0x100 + [b for b in range(256) if b not in printed].index(byte))
 
@@ -74,7 +74,7 @@ class _Generated(NamedTuple):
 
 
 class DictatedVLLM:
-    """The part of vLLM's HTTP interface that generates, for `texts` given as ids, the end token excluded."""
+    """The generating part of vLLM's HTTP interface. It generates `texts`, given as ids without the end token."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         self.tokenizer = tokenizer
@@ -144,7 +144,7 @@ class DictatedVLLM:
                 return _Generated(ids, text, "stop", None)
             try:
                 text += stream.step(self.tokenizer, token) or ""
-            except Exception:  # tokenizers raises no narrower one; vLLM begins anew
+            except Exception:  # tokenizers raises nothing narrower; vLLM starts a new stream
                 stream = DecodeStream(skip_special_tokens=body.get("skip_special_tokens", True))
                 text += stream.step(self.tokenizer, token) or ""
             for stop in body.get("stop", ()):

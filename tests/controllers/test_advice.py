@@ -1,4 +1,4 @@
-"""The static check: what it says to whoever wrote the file, and that it leaves honest files alone."""
+"""The static check of controller files: its messages for each violation, and that it accepts valid files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Mine:
 BODY = "        return [answer(state.leader())]"
 
 
-def test_honest_files_are_left_alone() -> None:
+def test_a_valid_file_and_built_in_controllers_give_no_advice() -> None:
     assert advise(GOOD) == []
     baselines = Path(__file__).parents[2] / "controllers" / "baselines"
     for name in ("cmc", "single", "answer_consistency"):
         assert advise((baselines / f"{name}.py").read_text()) == []
 
 
-def test_a_dataclass_takes_what_its_fields_say() -> None:
+def test_a_dataclass_may_have_beta_as_its_only_constructor_field() -> None:
     header = "from dataclasses import dataclass, field\nfrom typing import ClassVar\n@dataclass\nclass Mine:\n"
     decide = "    def decide(self, state): return []\n"
     others = "    seen: int = field(default=0, init=False)\n    MOST: ClassVar[int] = 3\n"
@@ -40,7 +40,7 @@ def test_a_dataclass_takes_what_its_fields_say() -> None:
     ]
 
 
-def test_what_a_class_inherits_is_its_own() -> None:
+def test_a_constructor_inherited_in_the_same_file_is_accepted() -> None:
     assert (
         advise(
             "class Base:\n    def __init__(self, beta): ...\n" + "class Mine(Base):\n    def decide(self, state): ..."
@@ -52,7 +52,7 @@ def test_what_a_class_inherits_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected"),
     [
         ("import os", "import os: a controller may import controllers, math"),
         ("import os.path as p", "import os.path: a controller may import"),
@@ -71,14 +71,14 @@ def test_what_a_class_inherits_is_its_own() -> None:
         ("class Other:\n    def decide(self, state): ...", "one class with a decide method, not Mine, Other"),
     ],
 )
-def test_what_is_said_of_what_is_wrong(change: str, words: str) -> None:
-    (said,) = advise(GOOD + change)
-    assert words in said
-    assert said.startswith("line 1")
+def test_each_forbidden_statement_is_reported_with_its_line_and_reason(change: str, expected: str) -> None:
+    (message,) = advise(GOOD + change)
+    assert expected in message
+    assert message.startswith("line 1")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "expected"),
     [
         ("(self, beta)", "(self, beta, n=3)", "line 5: Mine must take β only"),
         ("(self, beta)", "(self, *beta)", "line 5: Mine must take β only"),
@@ -88,22 +88,22 @@ def test_what_is_said_of_what_is_wrong(change: str, words: str) -> None:
         ("decide", "decides", "one class with a decide method, not none"),
     ],
 )
-def test_what_is_said_of_a_class(old: str, new: str, words: str) -> None:
-    (said,) = advise(GOOD.replace(old, new))
-    assert words in said
+def test_a_wrong_signature_or_a_missing_class_is_reported(old: str, new: str, expected: str) -> None:
+    (message,) = advise(GOOD.replace(old, new))
+    assert expected in message
 
 
-def test_whatever_is_in_the_file_something_is_said() -> None:
+def test_unparsable_source_gives_one_message_instead_of_an_exception() -> None:
     assert advise("\0") == ["SyntaxError: source code string cannot contain null bytes"]
     assert len(advise("(" * 5000)) == 1
     assert len(advise("-" * 60_000 + "1")) == 1
 
 
-# Files that were made to be hard to read
+# Files crafted to make the check slow or deep
 
 
 def calls(source: str) -> int:
-    """How many functions are called to read a file."""
+    """Return how many functions are called to check a file."""
     count = 0
 
     def note(*_: object) -> None:
@@ -119,13 +119,13 @@ def calls(source: str) -> int:
 
 
 def ladder(classes: int) -> str:
-    """Empty classes, each derived from all later ones."""
+    """Return source of empty classes, each derived from all later ones."""
     names = [f"C{number}" for number in range(classes)]
     return "".join(f"class {name}({', '.join(names[at + 1 :])}): pass\n" for at, name in enumerate(names))
 
 
-def test_classes_derived_from_each_other_are_each_looked_at_once() -> None:
-    assert calls(ladder(20)) < 8 * calls(ladder(10))  # there are four times as many bases
+def test_the_check_visits_each_base_class_only_once() -> None:
+    assert calls(ladder(20)) < 8 * calls(ladder(10))  # twice the classes have four times as many bases
     assert advise(ladder(150)) == [
         "line 1: a controller file must have exactly one class with a decide method, not none"
     ]
@@ -133,7 +133,7 @@ def test_classes_derived_from_each_other_are_each_looked_at_once() -> None:
     assert advise(ladder(40).replace("class C39(): pass\n", f"class C39:{decide}"))[0].startswith("line 2: ")
 
 
-def test_a_long_line_of_classes_is_followed_to_its_end() -> None:
+def test_an_inheritance_chain_of_1500_classes_is_followed_to_its_end() -> None:
     line = "".join(f"class C{number}(C{number + 1}): pass\n" for number in range(1500))
     last = "class C1500:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
     (only,) = advise(line + last)
@@ -151,13 +151,13 @@ def test_a_long_line_of_classes_is_followed_to_its_end() -> None:
         "x = {}",
     ],
 )
-def test_nesting_that_is_too_deep_is_said_so_or_read(file: str, deep: str) -> None:
+def test_deeply_nested_expressions_never_raise(file: str, deep: str) -> None:
     assert isinstance(advise(file.format(deep)), list)
 
 
-def test_what_is_said_of_a_file_is_bounded() -> None:
+def test_the_number_and_length_of_messages_are_bounded() -> None:
     names = "".join(f"import m{number}\n" for number in range(5_000))
-    found = advise(names[:LARGEST])
-    assert len(found) == MOST + 1
-    assert found[-1].startswith("and ")
+    messages = advise(names[:LARGEST])
+    assert len(messages) == MOST + 1
+    assert messages[-1].startswith("and ")
     assert len(advise("import " + "m" * 60_000)[1]) <= LONGEST + 2

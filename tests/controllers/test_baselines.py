@@ -1,4 +1,4 @@
-"""The baselines: what each does on chains whose course is known, and that β only ever adds."""
+"""The baselines: how each behaves on chains with known answers, and that a larger β never spends less."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answered(state: State, environment: ScriptedEnvironment) -> str | None:
 
 
 def crowd(seed: int, right: float = 0.6) -> list[Chain]:
-    """64 chains of one question: mostly 7, of varied length, hunches coming round half-way."""
+    """Return 64 chains of one question: mostly 7, of varied length, with readable probe answers from half-way on."""
     rng = random.Random(seed)
     chains = []
     for i in range(64):
@@ -57,21 +57,21 @@ def crowd(seed: int, right: float = 0.6) -> list[Chain]:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
-def test_each_finds_what_most_chains_say(name: str, beta: float) -> None:
+def test_each_baseline_answers_what_all_chains_answer(name: str, beta: float) -> None:
     state, environment = play(name, beta, crowd(seed=1, right=1.0))
     assert state.stop is Stop.ANSWERED
     assert answered(state, environment) == "7"
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_mean_spend_does_not_fall_with_beta(name: str) -> None:
+def test_mean_tokens_of_each_baseline_do_not_fall_as_beta_rises(name: str) -> None:
     # CMC's schedule is made for chains of many intervals; on short ones all have finished before it may widen.
     spend = [sum(play(name, b / 4, crowd(seed), interval=8)[0].spent for seed in range(12)) for b in range(5)]
     assert spend == sorted(spend)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_same_chains_make_the_same_episode(name: str) -> None:
+def test_replaying_the_same_chains_gives_the_same_rounds_and_tokens(name: str) -> None:
     first, second = play(name, 0.7, crowd(3)), play(name, 0.7, crowd(3))
     assert first[1].rounds == second[1].rounds
     assert first[0].spent == second[0].spent
@@ -86,7 +86,9 @@ def test_the_same_chains_make_the_same_episode(name: str) -> None:
     cap=st.integers(INTERVAL, 4000),
     width=st.integers(1, 64),
 )
-def test_each_ends_within_any_limits(name: str, beta: float, seed: int, cap: int, width: int) -> None:
+def test_each_baseline_ends_within_any_token_and_branch_limits(
+    name: str, beta: float, seed: int, cap: int, width: int
+) -> None:
     limits = {"max_tokens": cap, "branch_tokens": 500, "probe_tokens": 3, "max_branches": width}
     state, _ = play(name, beta, crowd(seed), **limits)
     assert state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
@@ -95,7 +97,7 @@ def test_each_ends_within_any_limits(name: str, beta: float, seed: int, cap: int
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_each_ends_when_no_chain_says_anything(name: str) -> None:
+def test_each_baseline_ends_without_an_answer_when_no_chain_gives_one(name: str) -> None:
     mute = [Chain("<think>hm" * (i + 1)) for i in range(64)]
     state, _ = play(name, 1, mute)
     assert state.stop is Stop.ANSWERED
@@ -104,13 +106,13 @@ def test_each_ends_when_no_chain_says_anything(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, True])
-def test_a_beta_that_is_none_is_refused(name: str, beta: float) -> None:
+def test_an_invalid_beta_is_refused(name: str, beta: float) -> None:
     with pytest.raises(BetaError, match="from 0 to 1"):
         create(name, beta)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("cmcc", f"there are {', '.join(BUILT_IN)}"),
         ("cmcc@8", "no controller 'cmcc@8'"),
@@ -122,18 +124,18 @@ def test_a_beta_that_is_none_is_refused(name: str, beta: float) -> None:
         ("asc@٤", "from 1 to 1024"),
     ],
 )
-def test_names_that_name_nothing(name: str, words: str) -> None:
-    with pytest.raises(UnknownController, match=words):
+def test_unknown_controller_names_and_chain_counts_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UnknownController, match=message):
         find(name)
 
 
-def test_whom_admins_alone_may_name() -> None:
+def test_only_the_controller_everything_is_for_admins() -> None:
     assert {name for name in BUILT_IN if is_admin_only(name)} == ADMIN_ONLY == {"everything"}
     assert is_admin_only("everything@4")
     assert not any(map(is_admin_only, ("", "sc", "sc@4", "everythin", "nothing@everything")))
 
 
-def test_sc_is_short_for_self_consistency() -> None:
+def test_sc_is_an_alias_of_self_consistency() -> None:
     assert find("sc") is find("self_consistency")
     pinned = create("sc@40", 0)
     assert isinstance(pinned, SelfConsistency)
@@ -141,7 +143,7 @@ def test_sc_is_short_for_self_consistency() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PINNABLE))
-def test_a_number_pins_the_chains_whatever_beta_is(name: str) -> None:
+def test_a_chain_count_in_the_name_overrides_beta(name: str) -> None:
     opened = {beta: play(f"{name}@5", beta, [chain("7", 90, mark=m) for m in "abcdefgh"])[0].width for beta in (0, 1)}
     assert len(set(opened.values())) == 1
     assert 1 <= opened[0] <= 5
@@ -149,18 +151,18 @@ def test_a_number_pins_the_chains_whatever_beta_is(name: str) -> None:
         create(f"{name}@5", 2)
 
 
-def test_everything_runs_all_to_their_ends_and_asks_after_each_interval() -> None:
+def test_everything_runs_all_chains_to_their_ends_and_probes_after_each_interval() -> None:
     chains = [chain("7", length, ["", "7"]) for length in (39, 40, 130, 300)]
     state, environment = play("everything@4", 0, chains)
     assert [branch.tokens for branch in state.branches] == [one.tokens for one in chains]
     assert all(branch.finished for branch in state.branches)
     asked = [action.branch for actions in environment.rounds for action in actions if action.verb is Verb.PROBE]
-    assert [asked.count(i) for i in range(4)] == [1, 1, 4, 8]  # that of the last interval is free
+    assert [asked.count(i) for i in range(4)] == [1, 1, 4, 8]  # the last interval of a chain needs no probe
     assert answered(state, environment) == "7"
 
 
-def test_everything_asks_where_a_cap_had_come_between() -> None:
-    """A cap reserves worst cases: what did not fit beside others may fit by itself a round later."""
+def test_everything_catches_up_on_a_probe_that_the_cap_delayed() -> None:
+    """A cap reserves worst cases, so a probe that did not fit beside other actions may fit alone one round later."""
     limits = {"max_tokens": 210, "branch_tokens": 400, "probe_tokens": 30}
     state, environment = play("everything@2", 0, [chain("7", 400, ["7"]), chain("7", 400, ["7"])], **limits)
     assert environment.rounds == [
@@ -171,22 +173,22 @@ def test_everything_asks_where_a_cap_had_come_between() -> None:
     assert (state.stop, state.spent) == (Stop.MAX_TOKENS, 4 * (INTERVAL + 3))
 
 
-def test_esc_stops_at_the_first_window_that_agrees() -> None:
+def test_esc_stops_at_the_first_unanimous_window() -> None:
     mixed = [chain("7" if i else "9", 60 + i) for i in range(8)]
     agreed = [chain("7", 80 + i) for i in range(8)]
     state, environment = play("esc", 1, [*mixed, *agreed, *crowd(1)])
     assert (state.width, answered(state, environment)) == (16, "7")
     state, _ = play("esc@12", 1, [*mixed, *agreed])
-    assert state.width == 12  # half a window proves nothing, and there are no more chains
+    assert state.width == 12  # half a window is no agreement, and no chains are left
 
 
-def test_esc_does_not_take_silence_for_agreement() -> None:
+def test_esc_does_not_stop_at_a_window_without_answers() -> None:
     state, environment = play("esc", 1, [*[Chain("<think>hm" * (i + 1)) for i in range(8)], *crowd(1)])
     assert state.width > 8
     assert answered(state, environment) == "7"
 
 
-def test_answer_consistency_stops_its_one_chain_when_probes_settle() -> None:
+def test_answer_consistency_stops_its_chain_when_probe_answers_repeat() -> None:
     wandering = chain("9", 2000, ["1", "2", "", "", "7", "7", "7"])
     state, environment = play("answer_consistency", 0, [wandering])
     assert (state.width, state.branches[0].intervals, answered(state, environment)) == (1, 6, "7")
@@ -194,7 +196,7 @@ def test_answer_consistency_stops_its_one_chain_when_probes_settle() -> None:
     assert (state.branches[0].finished, answered(state, environment)) == (True, "9")
 
 
-def test_short_m_at_k_hears_the_shortest_only() -> None:
+def test_short_m_at_k_votes_on_the_shortest_chains_only() -> None:
     short = [chain("7", 60 + i, mark=chr(97 + i)) for i in range(4)]
     state, environment = play("short_m_at_k@8", 0, [*[chain("9", 500 + i) for i in range(4)], *short])
     assert answered(state, environment) == "7"
@@ -202,20 +204,20 @@ def test_short_m_at_k_hears_the_shortest_only() -> None:
     assert sum(branch.tokens for branch in state.branches) < 8 * 2 * INTERVAL
 
 
-def test_short_m_at_k_waits_for_as_many_as_published() -> None:
+def test_short_m_at_k_waits_for_the_published_number_of_chains() -> None:
     assert [ShortestFirst(0, k).enough for k in (1, 8, 24, 64)] == [1, 4, 8, 16]
 
 
-def test_self_consistency_doubles() -> None:
+def test_self_consistency_doubles_its_chains_with_each_sixth_of_beta() -> None:
     assert [SelfConsistency(b / 6).samples for b in range(7)] == [1, 2, 4, 8, 16, 32, 64]
 
 
-def test_asc_stops_once_the_lead_is_safe() -> None:
+def test_asc_stops_at_the_first_confidence_above_its_threshold() -> None:
     state, _ = play("asc", 1, [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)])
     assert state.width == 4  # 31/32 is the first confidence past 0.95
 
 
-def test_adaptive_consistency_doubles_its_waves_and_stops_when_chains_are_worth_no_more() -> None:
+def test_adaptive_consistency_stops_on_agreement_and_doubles_its_waves_on_a_split_vote() -> None:
     agreeing = [chain("7", 60 + i, mark=chr(97 + i)) for i in range(26)]
     state, environment = play("adaptive_consistency", 1, agreeing)
     assert (state.width, answered(state, environment)) == (8, "7")
@@ -226,13 +228,13 @@ def test_adaptive_consistency_doubles_its_waves_and_stops_when_chains_are_worth_
     assert [count for count in opened if count] == [8, 8, 16, 32]
 
 
-def test_adaptive_consistency_gives_up_on_scattered_votes() -> None:
+def test_adaptive_consistency_stops_early_on_scattered_votes() -> None:
     scattered = [chain(str(i // 2), 80, mark=chr(97 + i)) for i in range(64)]
     assert play("adaptive_consistency", 0.5, scattered)[0].width == 32
     assert play("asc@64", 0.5, scattered)[0].width == 64
 
 
-def test_adaptive_consistency_waits_for_long_chains_that_may_matter_and_for_no_others() -> None:
+def test_adaptive_consistency_waits_only_for_long_chains_that_can_change_the_vote() -> None:
     wrong, short, long = chain("9", 60), chain("7", 60), chain("7", 600, mark="z")
     state, environment = play("adaptive_consistency", 1, [wrong] * 3 + [long] * 5 + [short] * 56)
     assert answered(state, environment) == "7"
@@ -241,7 +243,7 @@ def test_adaptive_consistency_waits_for_long_chains_that_may_matter_and_for_no_o
     assert (answered(state, environment), state.width, len(state.finished)) == ("9", 8, 7)
 
 
-def test_adaptive_consistency_spends_more_on_no_question_at_a_smaller_beta() -> None:
+def test_adaptive_consistency_never_spends_more_on_a_question_at_a_smaller_beta() -> None:
     for seed in range(12):
         spent = [play("adaptive_consistency", b / 16, crowd(seed), interval=480)[0].spent for b in range(17)]
         assert spent == sorted(spent)
@@ -251,7 +253,7 @@ def test_adaptive_consistency_spends_more_on_no_question_at_a_smaller_beta() -> 
     ("votes", "expected"),
     [((8, 0, 8, 56), 0.0), ((4, 4, 8, 56), 0.1), ((1, 1, 32, 32), 0.01), ((40, 10, 50, 14), 0.0)],
 )
-def test_the_value_of_more_chains(votes: tuple[int, int, int, int], expected: float) -> None:
+def test_the_gain_of_more_chains_equals_a_simulated_mean(votes: tuple[int, int, int, int], expected: float) -> None:
     first, second, sampled, left = votes
     rng = random.Random(0)
     total = sampled + 2
@@ -263,7 +265,7 @@ def test_the_value_of_more_chains(votes: tuple[int, int, int, int], expected: fl
 
 
 def run(controller: Controller, chains: list[Chain]) -> tuple[object, int]:
-    """What came of an episode whose probes cost nothing, and how many there were."""
+    """Play an episode with free probes. Return `(outcome, number of probes)`."""
     environment, state = ScriptedEnvironment(chains, INTERVAL), episode()
     run_sync(run_episode(controller, environment, state))
     what = answered(state, environment), [(b.tokens, b.finished, b.pruned) for b in state.branches]
@@ -272,10 +274,10 @@ def run(controller: Controller, chains: list[Chain]) -> tuple[object, int]:
 
 @pytest.mark.parametrize("name", ["cmc", "parallel_probe"])
 @pytest.mark.parametrize("beta", [0, 0.3, 0.6, 1])
-def test_who_asks_only_what_matters_decides_the_same(name: str, beta: float) -> None:
+def test_controllers_that_probe_lazily_decide_as_with_every_probe(name: str, beta: float) -> None:
     asked = eagerly = 0
     for seed in range(8):
-        # half of them slow, all of several opinions on the way, some with nothing readable to say
+        # half of the chains are slow; all change their answer on the way, and some probes are unreadable
         chains = [*crowd(seed, right=0.5)[::2], *(wavering(seed * 64 + i) for i in range(32))]
         random.Random(seed).shuffle(chains)
         lazy, probes = run(create(name, beta), chains)
@@ -283,29 +285,32 @@ def test_who_asks_only_what_matters_decides_the_same(name: str, beta: float) -> 
         assert lazy == eager
         assert probes <= all_probes
         asked, eagerly = asked + probes, eagerly + all_probes
-    assert asked < eagerly or (name, beta) == ("parallel_probe", 0)  # which counts deviations from its first vote on
+    assert asked < eagerly or (name, beta) == (
+        "parallel_probe",
+        0,
+    )  # which probes every time
 
 
 def wavering(seed: int) -> Chain:
-    """A long chain that says something else now and then, for the most part the same."""
+    """Return a long chain whose probes mostly give 7, with other and unreadable answers in between."""
     rng = random.Random(seed)
     hunches = [rng.choice(["", "7", "7", "7", "8", "12"]) for _ in range(200)]
     return chain(rng.choice(["7", "7", "8"]), rng.randint(300, 1900), hunches, mark=chr(ord("a") + seed % 26))
 
 
-def test_parallel_probe_has_no_consensus_while_most_say_nothing() -> None:
+def test_parallel_probe_reaches_no_consensus_while_most_chains_give_no_answer() -> None:
     mute = [chain("7", 1500, [""], mark=chr(97 + i)) for i in range(3)]
     state, environment = play("parallel_probe", 0, [*mute, chain("9", 1500, ["9"], mark="z")], max_branches=4)
     assert answered(state, environment) != "9" or state.spent > 4 * 1000
 
 
-def test_parallel_probe_at_full_beta_is_as_published() -> None:
+def test_parallel_probe_at_beta_1_has_the_published_settings() -> None:
     controller = ParallelProbe(1)
     assert (controller.width, controller.stable, controller.patience, controller.warm_up) == (64, 40, 7, 15)
     assert (ParallelProbe(1, 8).width, ParallelProbe(0, 8).width) == (8, 8)
 
 
-def test_parallel_probe_prunes_the_deviant_and_stops_on_a_stable_consensus() -> None:
+def test_parallel_probe_prunes_a_deviating_chain_and_stops_on_a_stable_consensus() -> None:
     steady = [chain("7", 2000, ["7"], mark=m) for m in "abc"]
     state, environment = play("parallel_probe", 0, [*steady, chain("9", 2000, ["9"], mark="z")])
     assert [b.pruned for b in state.branches] == [False, False, False, True]
@@ -315,7 +320,7 @@ def test_parallel_probe_prunes_the_deviant_and_stops_on_a_stable_consensus() -> 
     assert answered(state, environment) == "7"
 
 
-def test_parallel_probe_counts_deviations_in_a_row_and_once_warm() -> None:
+def test_parallel_probe_counts_only_consecutive_deviations_after_warm_up() -> None:
     warm_up = ParallelProbe(0.4).warm_up  # 6 votes; patience is 4, stable 17
     steady = [chain("7", 4000, ["7"], mark=m) for m in "abc"]
     astray = [chain("9", 4000, ["9"] * 99, mark="y"), chain("9", 4000, ["9", "9", "7"] * 99, mark="z")]
@@ -324,21 +329,21 @@ def test_parallel_probe_counts_deviations_in_a_row_and_once_warm() -> None:
     assert state.branches[3].intervals == 1 + warm_up + ParallelProbe(0.4).patience
 
 
-def test_parallel_probe_follows_the_chain_opened_first_where_answers_are_equal() -> None:
+def test_parallel_probe_breaks_ties_in_favour_of_the_chain_opened_first() -> None:
     chains = [chain(label, 4000, [label], mark=mark) for label, mark in ("7a", "8b", "8c", "7d")]
     state, environment = play("parallel_probe", 0, chains)
     assert [b.pruned for b in state.branches] == [False, True, True, False]
     assert answered(state, environment) == "7"
 
 
-def test_parallel_probe_ends_when_only_strays_are_left_to_run() -> None:
+def test_parallel_probe_ends_when_only_deviating_chains_still_run() -> None:
     chains = [chain("7", 100, ["7"], mark="a"), chain("7", 110, ["7"], mark="b"), chain("8", 900, ["8"], mark="c")]
     state, environment = play("parallel_probe@3", 0, chains)
     assert (state.branches[2].intervals, state.rounds) == (3, 3)
     assert answered(state, environment) == "7"
 
 
-def test_cmc_schedule_is_as_published() -> None:
+def test_cmc_at_beta_one_half_has_the_published_settings() -> None:
     half = CMC(0.5)
     assert (half.first_branches, half.most_branches, half.warm_up, half.patience, half.window.maxlen) == (
         5,
@@ -351,7 +356,7 @@ def test_cmc_schedule_is_as_published() -> None:
     assert (half.alpha, half.threshold, half.slack, half.trend) == pytest.approx((0.5, 0.91, 0.025, 0.025))
 
 
-def test_cmc_keeps_two_abandons_the_worst_and_bursts_the_agreeing() -> None:
+def test_cmc_prunes_deviating_chains_and_bursts_an_agreeing_one() -> None:
     short = [chain("7", 90, ["7"], mark="a"), chain("7", 95, ["7"], mark="b")]
     agreeing = chain("7", 3000, ["7"], mark="c")
     deviants = [chain("9", 3000, ["9"], mark=m) for m in "defgh"]
@@ -363,23 +368,23 @@ def test_cmc_keeps_two_abandons_the_worst_and_bursts_the_agreeing() -> None:
     assert not bursts & {3, 4, 5, 6, 7}
 
 
-def test_linear_runs_from_end_to_end() -> None:
+def test_linear_interpolates_between_both_ends() -> None:
     assert [linear(2, 8, b) for b in (0, 0.5, 1)] == [2, 5, 8]
 
 
-def test_cmc_ends_when_every_chain_is_over_in_its_first_interval() -> None:
+def test_cmc_ends_when_every_chain_finishes_in_its_first_interval() -> None:
     state, environment = play("cmc", 0, [chain("7", INTERVAL, mark=m) for m in "ab"])
     assert answered(state, environment) == "7"
     assert len(environment.rounds) == 2
 
 
-def test_a_cap_that_cuts_the_first_chain_is_the_reason_to_stop() -> None:
+def test_a_cap_that_cuts_the_first_chain_stops_with_max_tokens() -> None:
     for name in ("single", "asc", "self_consistency"):
         state, _ = play(name, 0, [chain("7", 300)], max_tokens=210, branch_tokens=400)
         assert (state.stop, state.spent, state.answer) == (Stop.MAX_TOKENS, 200, None), name
 
 
-def test_a_probe_the_cap_did_not_allow_is_no_agreement() -> None:
+def test_a_probe_that_the_cap_refused_does_not_count_as_agreement() -> None:
     # After 40 tokens 2 are left: too few for a probe, enough for the last token a branch may have.
     chains = [chain("7", 41, ["7"])]
     state, environment = play("answer_consistency", 0, chains, max_tokens=42, branch_tokens=41, probe_tokens=3)
@@ -388,7 +393,7 @@ def test_a_probe_the_cap_did_not_allow_is_no_agreement() -> None:
 
 
 @pytest.mark.parametrize("name", ["self_consistency@2", "esc@2"])
-def test_a_chain_the_cap_cut_short_runs_on_when_others_cost_less_than_feared(name: str) -> None:
+def test_a_chain_cut_by_the_cap_continues_when_other_chains_cost_less_than_reserved(name: str) -> None:
     chains = [chain("7", 100, mark="a"), chain("7", 300, mark="b")]
     state, environment = play(name, 0, chains, max_tokens=450, branch_tokens=400)
     assert [[a.verb for a in r] for r in environment.rounds] == [

@@ -1,4 +1,4 @@
-"""What explorers found and is shipped: readable, checked, with a card that is of it."""
+"""Shipped discovered controllers: each can be read, passes the static check and has a card with its digest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from controllers.loading import DISCOVERED, discovered, parse_spec
 NAMES = discovered()
 
 
-def test_there_are_some() -> None:
+def test_discovered_controllers_are_shipped_and_listed_for_an_unknown_name() -> None:
     assert NAMES
     with pytest.raises(UnknownController, match=NAMES[0]):
         parse_spec("nobody")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_a_controller_with_its_card(name: str) -> None:
+def test_each_discovered_controller_passes_the_check_and_matches_its_card(name: str) -> None:
     spec = parse_spec(name)
     assert spec.is_foreign
     assert spec.source is not None

@@ -1,4 +1,4 @@
-"""The runner: what it does with a controller, and with what goes wrong."""
+"""The controller runner: rounds, illegal actions, failing controllers and environments, and the token cap."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.fakes import Scripted, ScriptedEnvironment, chain, episode
 CHAINS = [chain("7", 50), chain("8", 60, mark="b")]
 
 
-def test_rounds_are_reported_as_carried_out() -> None:
+def test_each_round_is_reported_with_its_actions_and_facts() -> None:
     seen: list[Round] = []
     state = episode()
     script = Scripted([branch(), branch()], [probe(0), advance(1, 9)])
@@ -36,17 +36,17 @@ def test_rounds_are_reported_as_carried_out() -> None:
     assert [len(r.actions) for r in seen] == [2, 2, 1]
     assert seen[-1] == Round([answer(0)], [])
     assert state.rounds == 3
-    assert state.answer == 0  # the label first revealed: the 8 of the finished branch
+    assert state.answer == 0  # label 0 is the first answer revealed: 8, of the finished branch
 
 
-def test_an_illegal_move_leaves_the_state_as_it_was() -> None:
+def test_an_illegal_action_raises_and_leaves_the_state_unchanged() -> None:
     state = episode()
     with pytest.raises(IllegalAction):
         run_sync(run_episode(Scripted([branch()], [advance(5)]), ScriptedEnvironment(CHAINS, 10), state))
     assert (state.rounds, state.width, state.stop) == (1, 1, None)
 
 
-def test_whatever_a_controller_raises_is_its_failure() -> None:
+def test_an_exception_of_a_controller_becomes_a_controller_error() -> None:
     class Broken:
         def __init__(self, beta: float = 0) -> None: ...
 
@@ -57,7 +57,7 @@ def test_whatever_a_controller_raises_is_its_failure() -> None:
         run_sync(run_episode(Broken(), ScriptedEnvironment(CHAINS, 10), episode()))
 
 
-def test_a_lying_environment_is_found_out() -> None:
+def test_an_environment_that_omits_facts_is_refused() -> None:
     class Liar:
         async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
             return []
@@ -66,7 +66,7 @@ def test_a_lying_environment_is_found_out() -> None:
         run_sync(run_episode(Scripted([branch()]), Liar(), episode()))
 
 
-def test_when_nothing_fits_the_cap_the_best_so_far_stands() -> None:
+def test_when_no_action_fits_the_cap_the_leader_is_the_answer() -> None:
     state = episode(max_tokens=59, branch_tokens=60)
     run_sync(run_episode(Scripted([branch(9)], [branch()]), ScriptedEnvironment(CHAINS, 10), state))
     assert state.stop is Stop.MAX_TOKENS
@@ -74,7 +74,7 @@ def test_when_nothing_fits_the_cap_the_best_so_far_stands() -> None:
     assert state.spent == 50
 
 
-def test_run_sync_refuses_what_suspends() -> None:
+def test_run_sync_refuses_a_coroutine_that_suspends() -> None:
     async def suspends() -> None:
         await asyncio.sleep(0)
 

@@ -1,4 +1,4 @@
-"""Controllers from files: what is read, and what is told about what cannot be."""
+"""Loading controllers from files and names: what is accepted, and the error for what is not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(folder: Path, text: str | bytes) -> str:
     return str(path)
 
 
-def test_a_file_is_a_controller_by_its_name(tmp_path: Path) -> None:
+def test_a_file_gives_a_spec_named_after_it_with_a_digest_of_its_source(tmp_path: Path) -> None:
     spec = parse_spec(write(tmp_path, GOOD))
     assert (spec.name, spec.is_foreign, spec.chains) == ("mine", True, 0)
     made = make(spec, 0.5)
@@ -42,7 +42,7 @@ def test_a_file_is_a_controller_by_its_name(tmp_path: Path) -> None:
     assert spec.digest != Spec("mine", GOOD + "#").digest
 
 
-def test_a_name_is_a_controller_there_is() -> None:
+def test_a_name_must_be_that_of_a_known_controller() -> None:
     assert parse_spec("asc@12") == Spec("asc@12")
     assert (Spec("asc@12").chains, Spec("cmc").chains, Spec("cmc").is_foreign) == (12, 0, False)
     with pytest.raises(UnknownController, match="there is no controller 'nobody'"):
@@ -52,7 +52,7 @@ def test_a_name_is_a_controller_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("def f(:", "SyntaxError"),
         ("import nowhere", "line 1: import nowhere: a controller may import controllers, math"),
@@ -62,36 +62,38 @@ def test_a_name_is_a_controller_there_is() -> None:
         ("#" * (LARGEST + 1), "larger than 65536 bytes"),
     ],
 )
-def test_files_that_hold_no_controller(tmp_path: Path, text: str | bytes, words: str) -> None:
-    with pytest.raises(BadController, match=words):
+def test_a_file_without_a_valid_controller_is_refused_with_the_reason(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(BadController, match=message):
         parse_spec(write(tmp_path, text))
 
 
-def test_a_file_is_not_run_when_it_is_read(tmp_path: Path) -> None:
+def test_parsing_a_file_does_not_run_it(tmp_path: Path) -> None:
     spec = parse_spec(write(tmp_path, GOOD + "raise SystemExit(3)"))
     with pytest.raises(BadController, match="SystemExit: 3"):
         _ = spec.factory
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("import nowhere", "ModuleNotFoundError"),
         ("x = 1", "one class with a decide method, not none"),
         (GOOD + GOOD.replace("Mine", "Other").replace("from __future__ import annotations", ""), "not Mine, Other"),
     ],
 )
-def test_what_was_not_checked_is_found_out_when_it_runs(text: str, words: str) -> None:
-    with pytest.raises(BadController, match=words):
+def test_unchecked_source_without_a_controller_fails_when_it_is_loaded(text: str, message: str) -> None:
+    with pytest.raises(BadController, match=message):
         _ = Spec("mine", text).factory
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadController, match="No such file"):
         parse_spec(str(tmp_path / "none.py"))
 
 
-def test_a_constructor_that_fails_is_the_controllers_fault(tmp_path: Path) -> None:
+def test_a_constructor_that_raises_becomes_a_bad_controller_error(tmp_path: Path) -> None:
     failing = GOOD.replace(
         "    beta: float\n", "    beta: float\n\n    def __post_init__(self):\n        raise SystemExit\n"
     )
@@ -123,7 +125,7 @@ def listening(path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
 @pytest.mark.parametrize(
-    ("make_it", "words"),
+    ("make_it", "message"),
     [
         (fifo, "not a regular file; name a file that contains a controller"),
         (device, "not a regular file; name a file that contains a controller"),
@@ -132,23 +134,25 @@ def listening(path: Path) -> None:
         (listening, "No such device or address"),
     ],
 )
-def test_what_is_no_file_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_it: Callable[[Path], None], words: str
+def test_a_path_that_is_not_a_regular_file_is_refused_without_blocking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_it: Callable[[Path], None], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     make_it(Path("mine.py"))
-    with pytest.raises(BadController, match=f"mine.py: {words}"):
+    with pytest.raises(BadController, match=f"mine.py: {message}"):
         parse_spec("mine.py")
 
 
 @pytest.mark.parametrize("text", [b"x = 1\0", b"\0" * 100, b"\xed\xa0\x80", b"\xef\xbb\xbf\0"])
-def test_bytes_that_are_no_text_are_refused_by_name(tmp_path: Path, text: bytes) -> None:
+def test_a_file_that_is_not_valid_text_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
     with pytest.raises(BadController, match=r"mine\.py"):
         parse_spec(write(tmp_path, text))
 
 
-def test_a_file_is_what_it_was_when_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever renames another file over it meanwhile changes nothing."""
+def test_a_file_replaced_while_it_is_read_keeps_its_first_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replacing the path after it was opened does not change the source that is read."""
     path = Path(write(tmp_path, GOOD))
     other = tmp_path / "other"
     other.write_text("secret")

@@ -1,4 +1,4 @@
-"""The sandbox's parts: frames both ways, children that end, a seal that is proven again and again."""
+"""The sandbox: its frame encoding, its processes and how they end, deadlines, and the proof of the seal."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ actions = st.one_of(
 
 
 @given(action=actions)
-def test_an_action_survives_its_number(action: Action) -> None:
+def test_an_encoded_action_decodes_to_itself(action: Action) -> None:
     assert frames.decode_action(frames.encode_action(action)) == action
 
 
 @given(number=st.integers(-(1 << 63), (1 << 63) - 1))
-def test_a_number_is_one_action_or_none(number: int) -> None:
+def test_a_number_decodes_to_one_action_or_is_refused(number: int) -> None:
     try:
         action = frames.decode_action(number)
     except BadFrame:
@@ -99,7 +99,7 @@ def test_a_number_is_one_action_or_none(number: int) -> None:
 
 
 @pytest.mark.parametrize("action", [answer(-1), Action(Verb.PROBE, 1 << 40), Action(Verb.BRANCH, 7, 1)])
-def test_actions_nobody_could_mean_have_no_number(action: Action) -> None:
+def test_an_impossible_action_is_refused_by_the_encoding(action: Action) -> None:
     with pytest.raises(BadFrame):
         frames.decode_action(frames.encode_action(action))
 
@@ -109,7 +109,9 @@ def test_actions_nobody_could_mean_have_no_number(action: Action) -> None:
     cut=st.integers(0, 8),
     draw=st.data(),
 )
-def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataObject) -> None:
+def test_an_encoded_round_decodes_to_the_same_actions_and_facts(
+    asked: list[Action], cut: int, draw: st.DataObject
+) -> None:
     carried_out, width = asked[:cut], 5
     facts: list[Fact] = []
     opened = width
@@ -122,7 +124,7 @@ def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataO
             finished = draw.draw(st.booleans())
             label = draw.draw(labels) if finished else None
             facts.append(Advanced(index, draw.draw(counts), draw.draw(counts), finished, label))
-    codes, known = frames.FactCodes(), [Probed(0, None, 9)]  # of another episode
+    codes, known = frames.FactCodes(), [Probed(0, None, 9)]  # a fact of another episode
     assert codes.codes_of(known) == [0]
     turn = frames.encode_turn(3, asked, Round(carried_out, facts), codes)
     assert turn[0] == 3
@@ -133,11 +135,11 @@ def test_a_round_survives_its_turn(asked: list[Action], cut: int, draw: st.DataO
     assert learnt[:1] == known
     assert frames.decode_turn(turn, 0, asked, learnt) == (carried_out, facts, len(turn))
     assert frames.encode_turn(3, asked, Round(carried_out, facts), codes) == turn
-    assert codes.new_facts() == [0]  # nothing is told twice
+    assert codes.new_facts() == [0]  # no fact is sent twice
 
 
 @given(beta=st.floats(0, 1), cap=st.none() | st.integers(1, 1 << 50))
-def test_a_beginning_survives(beta: float, cap: int | None) -> None:
+def test_an_encoded_start_of_an_episode_decodes_to_the_same_beta_and_limits(beta: float, cap: int | None) -> None:
     limits = Limits(512, 64, 4096, 20, cap)
     turn = frames.encode_begin(9, beta, limits)
     assert turn[:2] == [9, frames.BEGIN]
@@ -145,7 +147,7 @@ def test_a_beginning_survives(beta: float, cap: int | None) -> None:
 
 
 @given(numbers=st.lists(st.integers(-3, 40), max_size=12), most=st.integers(0, 5))
-def test_whatever_a_child_sends_is_a_decision_or_refused(numbers: list[int], most: int) -> None:
+def test_any_numbers_decode_to_a_bounded_decision_or_are_refused(numbers: list[int], most: int) -> None:
     try:
         decided, at = frames.decode_decision(numbers, 0, most)
     except BadFrame:
@@ -154,7 +156,7 @@ def test_whatever_a_child_sends_is_a_decision_or_refused(numbers: list[int], mos
     assert isinstance(decided, str) or len(decided) <= most
 
 
-def test_frames_have_a_size() -> None:
+def test_frames_over_the_size_limit_are_refused() -> None:
     assert frames.unpack(frames.pack([1, -1])[frames.HEADER.size :]) == [1, -1]
     with pytest.raises(BadFrame, match="a frame of 1048584 bytes"):
         frames.pack([0] * ((1 << 17) + 1))
@@ -163,24 +165,24 @@ def test_frames_have_a_size() -> None:
             frames.body_size(frames.HEADER.pack(length))
 
 
-def test_words_cannot_command_a_terminal() -> None:
+def test_control_characters_in_messages_are_replaced_and_messages_cut() -> None:
     assert frames.printable("\x1b[2Jé\n") == "\ufffd[2Jé\ufffd"
     assert frames.decode_text([2, 0x110000, 65], 0, 9) == ("?A", 3)
     assert frames.decode_decision(frames.encode_complaint("x" * 900), 0, 9)[0] == "x" * 500
 
 
-def test_fewer_episodes_share_a_message_where_each_may_say_more() -> None:
+def test_wider_limits_put_fewer_episodes_into_one_message() -> None:
     assert episodes_per_message(Limits(1, 64)) == 64
     assert episodes_per_message(Limits(1, 1024)) == 15
     assert episodes_per_message(Limits(1, 1 << 20)) == 1
 
 
-# What the child does, in this process
+# The sandbox process's loop, run as a thread of the test process
 
 
 @pytest.fixture
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The other end of a child that is a thread."""
+    """Serve the sandbox loop in a thread and yield the owner's end of its socket."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(process, "CHANNEL", theirs.fileno())
     serving = threading.Thread(target=process.serve)
@@ -206,7 +208,7 @@ def load(owner: socket.socket, source: str) -> str:
     return frames.decode_text(reply, 1, 500)[0]
 
 
-def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
+def test_one_process_plays_several_episodes_at_once(owner: socket.socket) -> None:
     assert load(owner, STEPPING) == ""
     begin = [number for seat in (0, 4) for number in frames.encode_begin(seat, 0.5, LIMITS)]
     opening = [3, *map(frames.encode_action, [branch()] * 3)]
@@ -225,19 +227,19 @@ def test_a_child_plays_many_episodes(owner: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         ("raise SystemExit", "mine.py: SystemExit: "),
         ("class Leave(BaseException): ...\nraise Leave", "Leave"),
         ("x = 1", "mine.py: a controller file must have exactly one class with a decide method, not none"),
     ],
 )
-def test_a_child_says_why_it_cannot_load(owner: socket.socket, source: str, words: str) -> None:
-    assert load(owner, source) == words
+def test_a_process_reports_why_a_file_cannot_be_loaded(owner: socket.socket, source: str, message: str) -> None:
+    assert load(owner, source) == message
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         (HEAD + "        raise ValueError('no')", "Mine raised ValueError: no"),
         (HEAD + "        return [advance(-1)]", "CONTINUE: there is no branch -1; they are numbered from 0"),
@@ -245,13 +247,13 @@ def test_a_child_says_why_it_cannot_load(owner: socket.socket, source: str, word
         (HEAD.replace("self.beta = beta", "1 / 0") + "        return []", "its constructor raised ZeroDivisionError"),
     ],
 )
-def test_a_child_complains_of_its_controller(owner: socket.socket, source: str, words: str) -> None:
+def test_a_process_reports_the_failure_of_its_controller(owner: socket.socket, source: str, message: str) -> None:
     assert load(owner, source) == ""
     reply = ask(owner, frames.STEP, 2, 0, *frames.encode_begin(0, 0.5, LIMITS))
-    assert words in frames.decode_decision(reply, 1, 9)[0]
+    assert message in frames.decode_decision(reply, 1, 9)[0]
 
 
-# Children as they are
+# Real sandbox processes
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +271,7 @@ def controller(nest: SandboxSpawner, source: str, hard_s: float = 5.0) -> Sandbo
 
 @linux
 @pytest.mark.parametrize("waits", [True, False])
-async def test_a_sealed_controller_is_an_ordinary_one(nest: SandboxSpawner, waits: bool) -> None:
+async def test_a_sandboxed_controller_plays_an_episode_like_any_controller(nest: SandboxSpawner, waits: bool) -> None:
     sealed = controller(nest, STEPPING)
     state = State(Limits(10, branch_tokens=200, max_tokens=150))  # a cap cuts its rounds short
     if waits:
@@ -287,7 +289,7 @@ async def test_a_sealed_controller_is_an_ordinary_one(nest: SandboxSpawner, wait
 
 
 class ScriptedEnvironmentOf:
-    """Ten tokens an interval, for ever."""
+    """Environment in which every advance yields one interval of ten tokens and no branch finishes."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -301,7 +303,7 @@ class ScriptedEnvironmentOf:
 
 
 @linux
-def test_one_that_joins_in_the_middle_is_refused(nest: SandboxSpawner) -> None:
+def test_a_sandboxed_controller_that_joins_mid_episode_is_refused(nest: SandboxSpawner) -> None:
     sealed, state = controller(nest, STEPPING), State(LIMITS)
     state.apply([branch()], [Advanced(0, 1, 10, False)])
     state.apply([advance(0)], [Advanced(0, 1, 10, False)])
@@ -311,7 +313,7 @@ def test_one_that_joins_in_the_middle_is_refused(nest: SandboxSpawner) -> None:
 
 
 @linux
-def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: SandboxSpawner) -> None:
+def test_a_file_that_fails_to_load_is_reported_and_its_process_ended(nest: SandboxSpawner) -> None:
     worker = nest.spawn()
     with pytest.raises(BadController, match=r"mine\.py: ModuleNotFoundError: No module named 'json'"):
         worker.load(Spec("mine", "import json"))
@@ -321,14 +323,14 @@ def test_a_file_that_does_not_load_is_told_and_its_child_ended(nest: SandboxSpaw
         worker.decide([frames.encode_begin(0, 0.5, LIMITS)], 9)
 
 
-def test_what_was_crossed_can_be_told_to_another_process() -> None:
+def test_a_boundary_violation_survives_pickling() -> None:
     error = BoundaryViolation(Boundary.LATE, "it took longer")
     again = pickle.loads(pickle.dumps(error))
     assert (again.boundary, str(again)) == (Boundary.LATE, "it took longer (late)")
 
 
 @linux
-def test_what_may_be_imported_can_be(nest: SandboxSpawner) -> None:
+def test_every_allowed_module_can_be_imported_in_the_sandbox(nest: SandboxSpawner) -> None:
     allowed = "math, statistics, collections, itertools, dataclasses, typing, heapq, bisect, functools"
     lines = f"import {allowed}\nimport controllers.voting, controllers.dial, collections.abc\n"
     sealed = controller(nest, lines + STEPPING)
@@ -337,26 +339,26 @@ def test_what_may_be_imported_can_be(nest: SandboxSpawner) -> None:
 
 
 @linux
-def test_hashes_and_chance_are_the_same_in_every_child() -> None:
+def test_hashes_and_random_numbers_are_equal_in_every_process() -> None:
     source = (
         HEAD
         + '        import random\n        raise ValueError(f\'{hash("β")} {random.random()} {list({"a", "b", "c"})}\')'
     )
-    said = set()
+    messages = set()
     for _ in range(2):
         made = SandboxSpawner()
         for _ in range(2):
             sealed = controller(made, source)
             with pytest.raises(ControllerError) as raised:
                 sealed.decide(State(LIMITS))
-            said.add(str(raised.value))
+            messages.add(str(raised.value))
             sealed.close()
         made.close()
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 @linux
-async def test_a_cancelled_decision_ends_its_child(nest: SandboxSpawner) -> None:
+async def test_cancelling_a_decision_ends_its_process(nest: SandboxSpawner) -> None:
     sealed = controller(nest, HEAD + "        while True: pass", hard_s=60)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)
@@ -369,7 +371,9 @@ async def test_a_cancelled_decision_ends_its_child(nest: SandboxSpawner) -> None
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_slow_and_late_decisions(nest: SandboxSpawner, later: bool) -> None:
+async def test_a_slow_decision_is_counted_and_a_late_one_is_a_boundary_violation(
+    nest: SandboxSpawner, later: bool
+) -> None:
     busy = (
         HEAD
         + "        n = 10**6 * (4 if state.rounds == 0 else 10**6)\n        while n: n -= 1\n        return [branch()]"
@@ -386,12 +390,12 @@ async def test_slow_and_late_decisions(nest: SandboxSpawner, later: bool) -> Non
     with pytest.raises(BoundaryViolation, match="it took longer than") as crossed:
         await sealed.decide_later(state) if later else sealed.decide(state)
     assert crossed.value.boundary is Boundary.LATE
-    with pytest.raises(BoundaryViolation, match="it took longer than"):  # and is remembered for it
+    with pytest.raises(BoundaryViolation, match="it took longer than"):  # the failure is remembered
         sealed.decide(State(LIMITS))
 
 
 @linux
-def test_a_killed_child_fails_its_episodes_and_those_to_come(nest: SandboxSpawner) -> None:
+def test_a_process_that_exits_fails_its_current_and_later_episodes(nest: SandboxSpawner) -> None:
     source = STEPPING.replace(
         "        if not", "        if state.rounds == 2: (lambda f: f(f))(lambda f: exit_now())\n        if not"
     )
@@ -429,7 +433,7 @@ def spin(numbers):
     + HEAD
     + "        child._write = spin\n        return [branch()]"
 )
-"""It answers, and goes on computing."""
+"""Source of a controller that keeps computing after it has answered."""
 
 
 def state_of(process: int) -> str:
@@ -439,10 +443,10 @@ def state_of(process: int) -> str:
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_a_live_child_is_stopped_until_it_is_asked(nest: SandboxSpawner, later: bool) -> None:
+async def test_a_live_process_is_stopped_between_requests(nest: SandboxSpawner, later: bool) -> None:
     sealed, state = controller(nest, RESTLESS), State(LIMITS)
     process = sealed.handle.process
-    while state_of(process) != "T":  # by the time its file was loaded
+    while state_of(process) != "T":  # stopped once its file is loaded
         pass
     await sealed.decide_later(state) if later else sealed.decide(state)
     while state_of(process) != "T":
@@ -455,7 +459,7 @@ async def test_a_live_child_is_stopped_until_it_is_asked(nest: SandboxSpawner, l
 
 
 @linux
-def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: SandboxSpawner) -> None:
+def test_a_process_that_is_stopped_between_200_requests_keeps_working(nest: SandboxSpawner) -> None:
     sealed, state = controller(nest, STEPPING), State(LIMITS)
     for _ in range(200):
         decided = sealed.decide(state)
@@ -465,8 +469,8 @@ def test_an_honest_child_that_is_stopped_again_and_again_goes_on(nest: SandboxSp
 
 
 @linux
-def test_computing_between_two_questions_is_a_boundary(nest: SandboxSpawner) -> None:
-    """A child that is never stopped, as in replay, computes on while its owner looks late."""
+def test_computing_between_two_requests_is_a_boundary_violation(nest: SandboxSpawner) -> None:
+    """A replay process is never stopped, so it can compute while its owner does not read."""
     worker = nest.spawn(5.0, Clock.CPU)
     worker.load(Spec("mine", RESTLESS))
     sealed, state = SandboxedController(worker, 0.5), State(LIMITS)
@@ -480,7 +484,7 @@ def test_computing_between_two_questions_is_a_boundary(nest: SandboxSpawner) -> 
 
 
 @linux
-def test_live_children_let_their_owner_go_first(nest: SandboxSpawner) -> None:
+def test_live_processes_run_at_lower_priority_than_their_owner(nest: SandboxSpawner) -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     live, replayed = nest.spawn(), nest.spawn(clock=Clock.CPU)
     assert os.getpriority(os.PRIO_PROCESS, live.process) == min(19, mine + handles.NICE)
@@ -490,7 +494,7 @@ def test_live_children_let_their_owner_go_first(nest: SandboxSpawner) -> None:
 
 
 @linux
-def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: SandboxSpawner) -> None:
+def test_a_process_that_cannot_be_sealed_is_not_the_controllers_fault(nest: SandboxSpawner) -> None:
     process, channel, zygote = nest._fork(SPAWN, ALL_LAYERS)
     ours, theirs = socket.socketpair()
     theirs.sendall(frames.pack(frames.encode_text("landlock: no such thing")))
@@ -503,7 +507,9 @@ def test_a_child_that_cannot_be_sealed_is_not_its_controllers_fault(nest: Sandbo
 
 
 @linux
-def test_the_seal_is_proven_at_first_and_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seal_is_proven_at_first_and_again_after_a_fixed_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(spawner, "PROVE_EVERY", 5)
     proven: list[Proof] = []
     made = SandboxSpawner()
@@ -539,7 +545,7 @@ def wait_for_end(worker: SandboxHandle) -> None:
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_children_of_a_zygote_that_dies_are_not_at_fault(later: bool) -> None:
+async def test_processes_whose_zygote_dies_raise_machine_disturbed(later: bool) -> None:
     made = SandboxSpawner()
     idle, busy = controller(made, STEPPING), controller(made, HEAD + "        while True: pass", hard_s=60)
     if later:
@@ -561,14 +567,14 @@ async def test_children_of_a_zygote_that_dies_are_not_at_fault(later: bool) -> N
 
 
 @linux
-def test_a_zygote_that_dies_is_replaced_and_the_new_one_outlives_the_old_ones_children() -> None:
+def test_a_dead_zygote_is_replaced_and_closing_old_processes_leaves_the_new_one_alive() -> None:
     made = SandboxSpawner()
     old = made.spawn()
     kill_zygote(made)
     wait_for_end(old)
     new = made.spawn()
     first = made._zygote
-    assert old.close() is None  # its status went with its zygote
+    assert old.close() is None  # its exit status was lost with its zygote
     new.load(Spec("cmc"))
     made.spawn().close()
     assert made._zygote is first
@@ -578,42 +584,42 @@ def test_a_zygote_that_dies_is_replaced_and_the_new_one_outlives_the_old_ones_ch
 
 
 @linux
-def test_an_order_that_cannot_be_carried_out_does_not_end_the_zygote(nest: SandboxSpawner) -> None:
+def test_an_impossible_request_does_not_end_the_zygote(nest: SandboxSpawner) -> None:
     worker = nest.spawn()
     assert nest._zygote is not None
-    assert nest._reap(os.getpid(), nest._zygote.pid) is None  # no child of its own
+    assert nest._reap(os.getpid(), nest._zygote.pid) is None  # the test process is not a child of the zygote
     worker.load(Spec("cmc"))
     worker.close()
 
 
 @linux
-def test_a_child_killed_from_outside_while_it_is_idle_is_not_at_fault(nest: SandboxSpawner) -> None:
+def test_an_idle_process_killed_from_outside_raises_machine_disturbed(nest: SandboxSpawner) -> None:
     sealed = controller(nest, STEPPING)
     os.kill(sealed.handle.process, signal.SIGKILL)
     wait_for_end(sealed.handle)
     assert not sealed.handle.alive
     with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):
         sealed.decide(State(LIMITS))
-    with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):  # and remembered for it
+    with pytest.raises(MachineDisturbed, match="killed from outside while it was idle"):  # the failure is remembered
         sealed.decide(State(LIMITS))
 
 
 @linux
-async def test_an_answer_that_can_be_read_is_not_late_however_busy_the_loop_was(nest: SandboxSpawner) -> None:
+async def test_an_answer_that_is_ready_is_accepted_after_a_stalled_event_loop(nest: SandboxSpawner) -> None:
     sealed = controller(nest, STEPPING, hard_s=0.2)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
-    await asyncio.sleep(0)  # it has been asked
+    await asyncio.sleep(0)  # the request has been sent
     asked = time.monotonic()
     assert select.select([sealed.handle._channel], [], [], 30)[0]
-    while time.monotonic() < asked + 0.3:  # this is what a stalled loop is
+    while time.monotonic() < asked + 0.3:  # simulates a stalled event loop
         pass
     assert len(await deciding) == 3
     sealed.close()
 
 
 @linux
-async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nest: SandboxSpawner) -> None:
-    """The child stands still until the owner reads: that is no time of its own."""
+async def test_a_large_answer_that_waits_for_its_reader_is_not_late(nest: SandboxSpawner) -> None:
+    """The process blocks until its owner reads; that time does not count against it."""
     wide = Limits(10, 1 << 14)
     source = HEAD + "        return [branch()] * 100_000"
     sealed = controller(nest, source, hard_s=0.2)
@@ -628,8 +634,10 @@ async def test_an_answer_too_large_to_be_written_at_once_waits_for_its_owner(nes
 
 
 @linux
-async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: SandboxSpawner) -> None:
-    """It shares one processor with a process that has three hundred times its weight.
+async def test_a_process_without_processor_time_raises_machine_disturbed(nest: SandboxSpawner) -> None:
+    """A sandbox process that gets no processor time raises MachineDisturbed, not a boundary violation.
+
+    It shares one processor with a process that has three hundred times its weight.
 
     Other work on the machine may still give it some time, so one of a few tries must do.
     """
@@ -654,7 +662,7 @@ async def test_a_child_that_was_given_no_processor_is_not_at_fault(nest: Sandbox
     assert "the machine is too busy" in str(ended[-1])
 
 
-def test_who_is_to_blame_for_a_late_answer() -> None:
+def test_a_late_answer_is_blamed_on_the_controller_or_on_the_machine_by_its_usage() -> None:
     def late(clock: Clock, seconds: float, **usage: float) -> type[Exception]:
         with ProcessUsageReader(os.getpid()) as meter:
             return type(explain_late(Deadline(meter, clock, seconds), ProcessUsage(**usage)))
@@ -662,7 +670,7 @@ def test_who_is_to_blame_for_a_late_answer() -> None:
     assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.25) is BoundaryViolation
     assert (
         late(Clock.WALL, 0.25, wall=0.25, cpu=0.03, queued=0.22) is BoundaryViolation
-    )  # an ordinary decision would be done
+    )  # 30 ms of processor time are enough for an ordinary decision
     assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.0) is BoundaryViolation  # it slept
     assert late(Clock.WALL, 0.25, wall=0.25, cpu=0.01, queued=0.24) is MachineDisturbed
     assert late(Clock.CPU, 0.25, wall=9.0, cpu=0.25, queued=8.75) is BoundaryViolation
@@ -670,14 +678,14 @@ def test_who_is_to_blame_for_a_late_answer() -> None:
     assert late(Clock.CPU, 0.25, wall=120.0, cpu=0.1, queued=119.9) is MachineDisturbed
 
 
-def test_a_python_that_does_not_start_is_a_seal_that_does_not_hold() -> None:
+def test_a_python_that_does_not_start_counts_as_not_sealed() -> None:
     for python in ("/nowhere/python", "/bin/true"):
-        found = SandboxSpawner(python=python).check()
-        assert not found.sealed
-        assert "does not start" in str(found.lacking) or "failed" in str(found.lacking)
+        result = SandboxSpawner(python=python).check()
+        assert not result.sealed
+        assert "does not start" in str(result.lacking) or "failed" in str(result.lacking)
 
 
-def test_what_an_end_proves() -> None:
+def test_only_a_refusal_or_sigsys_proves_that_an_attempt_failed() -> None:
     def ended(status: int) -> bool:
         return proof._judge(AttemptResult(status, "why"))[0]
 
@@ -689,20 +697,20 @@ def test_what_an_end_proves() -> None:
     assert not ended(11)
 
 
-def test_every_layer_is_tried_alone_and_all_together() -> None:
+def test_the_attempts_cover_every_layer_alone_and_all_layers_together() -> None:
     trials = [proof.Trial(one.what, one.layers, True, "") for one in attempts.ATTEMPTS]
-    found = Proof(trials)
-    assert found.sealed
-    assert all(found.of(layer) for layer in Layer)
-    together = {trial.what for trial in found.together}
+    result = Proof(trials)
+    assert result.sealed
+    assert all(result.of(layer) for layer in Layer)
+    together = {trial.what for trial in result.together}
     assert together >= {"read a file", "open a socket", "fork", "execute", "call as x32", "raise a limit"}
     assert Proof([]).lacking == "no attempt was made"
     assert [level.rank for level in SandboxLevel] == [2, 1, 0, 0]
 
 
 @linux
-def test_attempts_succeed_where_nothing_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else they would prove nothing. Not all can: this user may be nobody, and not every kernel knows x32."""
+def test_every_attempt_succeeds_in_an_unsealed_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a refusal would prove nothing. Two may fail anyway: without privileges, and without x32."""
     made = SandboxSpawner()
     bare = [one._replace(layers=Layer(0)) for one in attempts.ATTEMPTS]
     monkeypatch.setattr(spawner, "ATTEMPTS", bare)
@@ -713,8 +721,8 @@ def test_attempts_succeed_where_nothing_is_sealed(monkeypatch: pytest.MonkeyPatc
 
 @linux
 @pytest.mark.parametrize("wait", ["posix.read(3, 1)", "lock.acquire()"])
-def test_a_child_that_sleeps_is_late_by_either_clock(nest: SandboxSpawner, wait: str) -> None:
-    """It uses no processor time, and nothing keeps it from a processor."""
+def test_a_sleeping_process_is_late_by_either_clock(nest: SandboxSpawner, wait: str) -> None:
+    """A sleeping process uses no processor time, but nothing kept it from running."""
     source = f"import posix, _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n{HEAD}        {wait}"
     for clock in Clock:
         worker = nest.spawn(0.2, clock)

@@ -1,4 +1,4 @@
-"""State: what is legal, what facts change, what is spent, and that a refused move changes nothing."""
+"""State: which rounds are legal, what facts change, token accounting, and that a refused round changes nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def snapshot(state: State) -> Any:
 
 
 def grown(*, finished: int | None = None) -> State:
-    """Branch 0 running and probed, 1 running, 2 finished, 3 pruned."""
+    """Return a state with branch 0 running and probed, 1 running, 2 finished and 3 pruned."""
     state = episode(max_branches=5)
     state.apply(
         [branch(), branch(), branch(), branch()],
@@ -48,7 +48,7 @@ def grown(*, finished: int | None = None) -> State:
     return state
 
 
-def test_facts_are_taken_in() -> None:
+def test_applied_facts_update_branches_votes_and_tokens() -> None:
     state = grown(finished=0)
     assert [b.tokens for b in state.branches] == [10, 10, 10, 10]
     assert state.spent == 44
@@ -65,14 +65,14 @@ def test_facts_are_taken_in() -> None:
     assert state.rounds == 2
 
 
-def test_a_branch_that_finishes_in_the_round_it_is_pruned_has_finished() -> None:
+def test_a_branch_that_finishes_in_the_round_that_prunes_it_counts_as_finished() -> None:
     state = grown(finished=0)
     state.apply([advance(0), prune(0), prune(1)], [Advanced(0, 1, 5, True, 0)])
     assert [(branch.finished, branch.pruned) for branch in state.branches[:2]] == [(True, False), (False, True)]
     assert (state.active, state.votes) == ((), {0: 2})
 
 
-def test_the_ledger_adds_up_to_what_was_spent() -> None:
+def test_the_ledger_sums_to_the_tokens_spent() -> None:
     state = grown(finished=0)
     state.apply([advance(1)], [Advanced(1, 1, 7, True, 0)])
     assert state.ledger() == {"winner": 0, "agreeing": 0, "losing": 37, "pruned": 10, "probe": 4}
@@ -96,7 +96,7 @@ def test_the_ledger_adds_up_to_what_was_spent() -> None:
         (lambda: Action(1), "1 is not a verb"),  # type: ignore[arg-type]
     ],
 )
-def test_an_action_is_well_formed_or_is_not_made(make: Callable[[], Action], why: str) -> None:
+def test_a_malformed_action_cannot_be_constructed(make: Callable[[], Action], why: str) -> None:
     with pytest.raises(IllegalAction, match=why):
         make()
 
@@ -112,7 +112,7 @@ def test_an_action_is_well_formed_or_is_not_made(make: Callable[[], Action], why
         lambda: Probed(0, None, -1),
     ],
 )
-def test_a_fact_is_possible_or_is_not_made(make: Callable[[], Fact]) -> None:
+def test_an_impossible_fact_cannot_be_constructed(make: Callable[[], Fact]) -> None:
     with pytest.raises(BadFact):
         make()
 
@@ -166,7 +166,7 @@ def test_legal_rounds_pass_and_change_nothing(actions: list[Action]) -> None:
     assert snapshot(state) == before
 
 
-def test_answering_with_nothing_is_legal_where_nothing_leads() -> None:
+def test_answering_none_is_legal_only_while_no_label_leads() -> None:
     state = episode()
     state.check([answer(None)])
     state.apply([branch()], [Advanced(0, 1, 3, True, None)])
@@ -194,7 +194,9 @@ def test_answering_with_nothing_is_legal_where_nothing_leads() -> None:
         ([prune(0)], [Probed(0, None, 0)]),
     ],
 )
-def test_facts_that_do_not_answer_are_refused_and_change_nothing(actions: list[Action], facts: list[Fact]) -> None:
+def test_facts_that_do_not_match_their_actions_are_refused_and_change_nothing(
+    actions: list[Action], facts: list[Fact]
+) -> None:
     state = grown(finished=0)
     before = snapshot(state)
     with pytest.raises(BadFact):
@@ -202,7 +204,7 @@ def test_facts_that_do_not_answer_are_refused_and_change_nothing(actions: list[A
     assert snapshot(state) == before
 
 
-def test_a_branch_finished_earlier_in_the_round_counts_once() -> None:
+def test_a_branch_that_finishes_early_in_a_round_votes_once() -> None:
     state = episode()
     state.apply(
         [branch(), advance(0), probe(0)], [Advanced(0, 1, 7, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)]
@@ -212,7 +214,7 @@ def test_a_branch_finished_earlier_in_the_round_counts_once() -> None:
     assert state.spent == 7
 
 
-def test_leader_prefers_finished_then_latest_labels_of_those_kept() -> None:
+def test_the_leader_is_of_finished_branches_else_of_latest_labels_of_unpruned_ones() -> None:
     state = episode()
     state.apply([branch(), branch(), branch()], [Advanced(i, 1, 10, False) for i in range(3)])
     assert state.leader() is None
@@ -232,7 +234,7 @@ def test_ending_from_outside_keeps_the_first_reason() -> None:
     assert state.answer == 0
 
 
-def test_what_fits_under_the_cap() -> None:
+def test_affordable_keeps_the_actions_that_fit_the_cap_and_shortens_one() -> None:
     state = episode(interval=10, max_tokens=65, branch_tokens=25, probe_tokens=4)
     plan = [branch(), probe(0), branch(2), branch(2), branch(2)]
     assert state.affordable(plan) == [branch(), probe(0), branch(2), branch(2), branch(1)]  # 10 + 4 + 20 + 20, 11 left
@@ -252,7 +254,7 @@ def test_what_fits_under_the_cap() -> None:
     assert state.affordable([advance(1)]) == []
 
 
-def test_without_a_cap_everything_fits() -> None:
+def test_without_a_cap_every_action_is_affordable() -> None:
     state = episode()
     plan = [branch(TO_END)] * 10
     assert state.affordable(plan) is plan
@@ -262,12 +264,12 @@ def test_without_a_cap_everything_fits() -> None:
 @pytest.mark.parametrize(
     "limits", [{"interval": 0}, {"interval": 5, "max_branches": 0}, {"interval": 5, "max_tokens": 9}]
 )
-def test_limits_that_mean_nothing_are_refused(limits: dict[str, int]) -> None:
+def test_invalid_limits_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"Limits\."):
         Limits(**limits)
 
 
-def test_branches_print_their_fate() -> None:
+def test_the_repr_of_a_branch_shows_whether_it_runs_finished_or_was_pruned() -> None:
     state = grown(finished=0)
     assert [repr(b).split()[1] for b in state.branches] == ["running", "running", "finished", "pruned"]
     assert copy.copy(state.limits) == state.limits

@@ -1,4 +1,4 @@
-"""State against a model of it: arbitrary rounds, arbitrary facts, whatever a controller or environment may do."""
+"""Stateful test of State against a simple model, over arbitrary rounds and facts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ actions = st.lists(
 
 
 class Episodes(RuleBasedStateMachine):
-    """Plays rounds a controller might ask for; the model keeps its own books, in the plainest way."""
+    """Play arbitrary rounds on a State and on a model that does its own plain accounting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Episodes(RuleBasedStateMachine):
         self.tokens: list[int] = []
         self.finished: dict[int, int | None] = {}
         self.pruned: set[int] = set()
-        self.fresh: set[int] = set()  # moved since last probed
+        self.fresh: set[int] = set()  # advanced since the last probe
         self.labels = 0
         self.spent = 0
 

@@ -1,4 +1,4 @@
-"""Votes and confidence, against exact values."""
+"""Vote counts and confidence, compared with exact values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from controllers.voting import confidence, plurality, tally, top_two
 
 
-def test_tally_keeps_first_seen_order_and_skips_none() -> None:
+def test_tally_counts_labels_in_first_seen_order_and_skips_none() -> None:
     assert list(tally([2, None, 1, 2, None]).items()) == [(2, 2), (1, 1)]
 
 
@@ -17,7 +17,7 @@ def test_tally_keeps_first_seen_order_and_skips_none() -> None:
     ("votes", "winner", "two"),
     [({}, None, (0, 0)), ({3: 2}, 3, (2, 0)), ({1: 2, 0: 2}, 1, (2, 2)), ({1: 1, 0: 3, 4: 2}, 0, (3, 2))],
 )
-def test_plurality_and_top_two(votes: dict[int, int], winner: int | None, two: tuple[int, int]) -> None:
+def test_plurality_and_top_two_of_given_votes(votes: dict[int, int], winner: int | None, two: tuple[int, int]) -> None:
     assert plurality(votes) == winner
     assert top_two(votes) == two
 

@@ -1,4 +1,4 @@
-"""Text → label: what is read, what is the same, and that nothing a model writes does any harm."""
+"""From text to label: reading answers, deciding which are equal, and robustness against hostile text."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tests.discovery.answers.answer_pairs import DIFFERENT, SAME, UNREADABLE
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
-    with Judge(seconds=20) as one:
-        yield one
+    with Judge(seconds=20) as made:
+        yield made
 
 
-def same(one: str, other: str, judge: Judge) -> bool:
-    """Whether an episode would give both answers one label."""
+def same(first: str, second: str, judge: Judge) -> bool:
+    """Return whether an episode gives both answers one label."""
     labels = Labels(judge)
-    forms = [canonical(written) for written in (one, other)]
-    numbers = [None if f is None else labels.label_of(f, w) for f, w in zip(forms, (one, other), strict=True)]
+    forms = [canonical(written) for written in (first, second)]
+    numbers = [None if f is None else labels.label_of(f, w) for f, w in zip(forms, (first, second), strict=True)]
     return None not in numbers and numbers[0] == numbers[1]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("group", SAME)
-def test_what_is_the_same_is_one_label_in_either_order(group: str, judge: Judge) -> None:
+def test_equal_answers_get_one_label_in_either_order(group: str, judge: Judge) -> None:
     pairs = [pair for spellings in SAME[group] for pair in itertools.combinations(spellings, 2)]
     apart = [pair for pair in pairs if not (same(*pair, judge) and same(*pair[::-1], judge))]
     assert not apart
@@ -41,29 +41,29 @@ def test_what_is_the_same_is_one_label_in_either_order(group: str, judge: Judge)
 
 @pytest.mark.process
 @pytest.mark.parametrize("group", DIFFERENT)
-def test_what_differs_is_never_merged(group: str, judge: Judge) -> None:
+def test_different_answers_never_get_one_label(group: str, judge: Judge) -> None:
     merged = [pair for pair in DIFFERENT[group] if same(*pair, judge) or same(*pair[::-1], judge)]
     assert not merged
 
 
 @pytest.mark.process
-def test_answers_of_different_classes_are_never_merged(judge: Judge) -> None:
-    """The first spellings of all classes against each other: thousands of pairs, whatever their group."""
+def test_answers_of_different_classes_never_get_one_label(judge: Judge) -> None:
+    """Compare the first spellings of all classes with each other: thousands of pairs across all groups."""
     firsts = [(group, number, spellings[0]) for group in SAME for number, spellings in enumerate(SAME[group])]
-    known = {frozenset(("9", "x=9")), frozenset((r"\frac{1}{2}", "0.5"))}  # written down in two groups
-    for (one_group, _, one), (other_group, _, other) in itertools.combinations(firsts, 2):
-        texts = [form.text for spelled in (one, other) if (form := canonical(spelled)) is not None]
-        if same(one, other, judge) and frozenset((one, other)) not in known:
-            assert texts[0] == texts[1] or "symbolic" in (one_group, other_group), (one, other)
+    known = {frozenset(("9", "x=9")), frozenset((r"\frac{1}{2}", "0.5"))}  # listed in two groups
+    for (first_group, _, first), (second_group, _, second) in itertools.combinations(firsts, 2):
+        texts = [form.text for spelled in (first, second) if (form := canonical(spelled)) is not None]
+        if same(first, second, judge) and frozenset((first, second)) not in known:
+            assert texts[0] == texts[1] or "symbolic" in (first_group, second_group), (first, second)
 
 
-def test_the_table_is_as_large_as_it_should_be() -> None:
+def test_the_table_of_answer_pairs_has_at_least_300_pairs() -> None:
     equal = sum(len(list(itertools.combinations(s, 2))) for group in SAME.values() for s in group)
     assert equal + sum(map(len, DIFFERENT.values())) >= 300
 
 
 @pytest.mark.parametrize("written", UNREADABLE)
-def test_what_cannot_be_read_is_no_answer(written: str) -> None:
+def test_unreadable_text_has_no_canonical_form(written: str) -> None:
     assert canonical(written) is None
 
 
@@ -98,20 +98,20 @@ ANSWERS = st.one_of(
 @pytest.mark.slow
 @given(ANSWERS)
 @settings(max_examples=400, deadline=None)
-def test_a_canonical_form_is_its_own_and_nothing_raises(written: str) -> None:
+def test_canonical_forms_are_stable_and_any_text_is_read_without_raising(written: str) -> None:
     form = canonical(written)
     assert form == canonical(written)
     if form is not None:
         assert form.text
         again = canonical(form.text)
         if again is None or again.text != form.text:
-            # What is not understood, and words, may hold what means something once it stands alone.
+            # Unparsed text and words may contain a part that has a meaning once it stands alone.
             assert form.type in (FormType.OTHER, FormType.WORDS) or not form.exact or form.type is FormType.COLLECTION
 
 
 @pytest.mark.slow
 @given(EXPRESSIONS)
-@example(r"\sqrt{\frac{44563}{85903}}")  # two primes whose product nobody takes apart again
+@example(r"\sqrt{\frac{44563}{85903}}")  # two primes whose product is too large to factor
 @settings(max_examples=400, deadline=None)
 def test_the_canonical_form_of_an_expression_is_idempotent(written: str) -> None:
     form = canonical(written)
@@ -125,18 +125,18 @@ def test_the_canonical_form_of_an_expression_is_idempotent(written: str) -> None
 @pytest.mark.slow
 @given(ANSWERS, ANSWERS, ANSWERS)
 @settings(max_examples=200, deadline=None)
-def test_sameness_of_forms_is_an_equivalence(a: str, b: str, c: str) -> None:
+def test_equality_of_canonical_forms_is_an_equivalence_relation(a: str, b: str, c: str) -> None:
     forms = [canonical(written) for written in (a, b, c)]
     assume(None not in forms)
-    one, other, third = forms
-    assert one == canonical(a)
-    assert (one == other) is (other == one)
-    assert one == third or not (one == other and other == third)
+    first, second, third = forms
+    assert first == canonical(a)
+    assert (first == second) is (second == first)
+    assert first == third or not (first == second and second == third)
 
 
 @given(st.lists(ANSWERS, max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_labels_are_numbered_by_first_reveal_and_stay(texts: list[str]) -> None:
+def test_labels_are_numbered_in_order_of_appearance_and_never_change(texts: list[str]) -> None:
     labels, seen = Labels(), -1
     for written in texts:
         form = canonical(written)
@@ -154,7 +154,7 @@ def test_labels_are_numbered_by_first_reveal_and_stay(texts: list[str]) -> None:
     st.sampled_from(["auto", "boxed", "choice", "number", "json", "regex:(\\d+)", "text:words", "code:lines", "text"]),
 )
 @settings(deadline=None)
-def test_any_text_is_read_without_raising_and_the_answer_stands_in_it(text: str, kind: str) -> None:
+def test_any_text_is_read_without_raising_and_contains_the_answer_as_written(text: str, kind: str) -> None:
     answer = read_answer(text, parse_kind(kind))
     if answer is not None:
         assert answer.written in text
@@ -170,7 +170,7 @@ def number(labels: Labels, written: str) -> int:
     return labels.label_of(form, written)
 
 
-def test_a_bare_answer_joins_the_unit_that_came_first_and_units_never_meet() -> None:
+def test_an_answer_without_a_unit_joins_the_first_unit_and_units_are_never_merged() -> None:
     labels = Labels()
     assert [number(labels, text) for text in ("5 cm", "5 m", "5", "5 metres", "5 km")] == [0, 1, 0, 1, 2]
     assert [labels.written(i) for i in range(3)] == ["5 cm", "5 m", "5 km"]
@@ -178,17 +178,17 @@ def test_a_bare_answer_joins_the_unit_that_came_first_and_units_never_meet() -> 
     assert [number(labels, text) for text in ("5", "5 m", "5 cm", "x=5", "y=5 m")] == [0, 0, 1, 0, 2]
 
 
-def test_without_a_judge_only_forms_count() -> None:
+def test_without_a_judge_only_equal_canonical_forms_share_a_label() -> None:
     labels = Labels()
     assert number(labels, r"\log_2 8") != number(labels, "3")
 
 
-def test_a_judge_is_asked_only_where_values_agree() -> None:
+def test_the_judge_is_asked_only_about_answers_of_equal_numeric_value() -> None:
     class Asked:
-        pairs: list[tuple[str, str]] = []  # noqa: RUF012 - one test's own
+        pairs: list[tuple[str, str]] = []  # noqa: RUF012 - used by this test only
 
-        def same(self, one: str, other: str) -> bool:
-            self.pairs.append((one, other))
+        def same(self, first: str, second: str) -> bool:
+            self.pairs.append((first, second))
             return True
 
     asked = Asked()
@@ -210,7 +210,7 @@ def test_a_judge_is_asked_only_where_values_agree() -> None:
 
 
 @pytest.mark.process
-def test_what_never_ends_is_killed_with_its_process_and_not_asked_again() -> None:
+def test_an_endless_comparison_is_killed_and_not_repeated() -> None:
     with Judge(seconds=1) as judge:
         assert judge.same("1+x", "x+1")
         assert not judge.same(r"9^{9^{9^9}}", "5")
@@ -221,7 +221,7 @@ def test_what_never_ends_is_killed_with_its_process_and_not_asked_again() -> Non
 
 
 @pytest.mark.process
-def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
+def test_the_judge_runs_no_python_from_answers_and_has_no_environment_variables(
     judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setenv("SECRET_KEY", "hunter2")
@@ -237,7 +237,7 @@ def test_the_judge_evaluates_nothing_as_python_and_sees_no_environment(
 
 
 @pytest.mark.process
-def test_a_judge_that_died_is_replaced(judge: Judge) -> None:
+def test_a_judge_process_that_died_is_replaced(judge: Judge) -> None:
     assert judge.same("y+2", "2+y")
     assert judge._workers[0]._process is not None
     judge._workers[0]._process.kill()
@@ -265,7 +265,7 @@ def test_a_judge_that_died_is_replaced(judge: Judge) -> None:
         (r"\boxed{", None),
     ],
 )
-def test_the_last_complete_box(text: str, inner: str | None) -> None:
+def test_the_content_of_the_last_complete_box_is_returned(text: str, inner: str | None) -> None:
     assert boxed(text) == inner
 
 
@@ -303,7 +303,7 @@ def test_the_last_complete_box(text: str, inner: str | None) -> None:
         ("Paris", "auto", None),
         ("```python\nprint(42)\n```", "auto", None),
         ('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', "auto", None),
-        # whole, or not at all
+        # read completely, or not at all
         ("The answer is 4 4/9.", "auto", "40/9"),
         ("The answer is 3:20.", "auto", None),
         ("The answer is 3 hours 20 minutes.", "auto", None),
@@ -353,7 +353,7 @@ def test_the_last_complete_box(text: str, inner: str | None) -> None:
         ("x^2 + 3 = 12", "auto", None),
         ("The answer is up to you.", "auto", None),
         ("The answer is not clear.", "auto", None),
-        # as small and base models write
+        # the style of small and base models
         ("12 + 15 = 27", "auto", "27"),
         ("So 12 + 15 = 27.", "auto", "27"),
         ("First, 12 + 15 = 27. Then 27 + 3 = 30.", "auto", "30"),
@@ -430,15 +430,15 @@ def test_the_last_complete_box(text: str, inner: str | None) -> None:
         ("x = 1", "code", None),
     ],
 )  # fmt: skip
-def test_read(text: str, kind: str, answer: str | None) -> None:
-    found = read_answer(text, parse_kind(kind))
-    assert (None if found is None else found.form.text) == answer
-    if found is not None:
-        assert found.written in text
+def test_each_answer_kind_reads_the_expected_answer(text: str, kind: str, answer: str | None) -> None:
+    result = read_answer(text, parse_kind(kind))
+    assert (None if result is None else result.form.text) == answer
+    if result is not None:
+        assert result.written in text
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("prose", "auto, boxed"),
         ("boxed:7", "unknown answer kind 'boxed:7'; use boxed"),
@@ -449,10 +449,10 @@ def test_read(text: str, kind: str, answer: str | None) -> None:
         ("regex:(?=a)", "RE2"),
     ],
 )
-def test_a_kind_that_is_none_is_told_so(spec: str, says: str) -> None:
+def test_an_unknown_answer_kind_is_refused_with_the_reason(spec: str, message: str) -> None:
     with pytest.raises(UnknownAnswerKind) as error:
         parse_kind(spec)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 HOSTILE = [
@@ -477,14 +477,14 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.timeout(60)  # seconds for all of them under every kind, where one bad pattern would take hours
+@pytest.mark.timeout(60)  # all take seconds; one bad pattern would take hours
 @pytest.mark.parametrize("kind", ["auto", "number", "choice", "json", "text:words", "code:lines", "regex:(a+)+b"])
-def test_no_answer_hangs_or_crashes_the_reader(kind: str) -> None:
+def test_no_hostile_text_hangs_or_crashes_the_reader(kind: str) -> None:
     for text in HOSTILE:
         read_answer(text, parse_kind(kind))
 
 
-def test_random_latex_never_raises() -> None:
+def test_random_latex_is_read_without_raising() -> None:
     rng = random.Random(0)
     tokens = [
         r"\frac",

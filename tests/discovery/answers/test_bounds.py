@@ -1,4 +1,4 @@
-"""Reading an answer is bounded, whatever a model or a client writes."""
+"""Bounds on the work of reading an answer, whatever a model or a client writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from discovery.answers.latex import normalize_latex
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts of answers that are read while a test runs."""
+    """Record the parts of answers that are parsed while a test runs."""
     seen: list[str] = []
     plain = FormParser._read
 
@@ -31,7 +31,7 @@ NESTED = ["x=1=({})", "(1<x<({}))", "a or ({})", "x<({}) or q q", "(1, {})", "\\
 
 
 @pytest.mark.parametrize("around", NESTED)
-def test_nested_answers_are_read_in_few_steps(around: str, parts: list[str]) -> None:
+def test_steps_to_read_a_nested_answer_grow_linearly_with_its_depth(around: str, parts: list[str]) -> None:
     counts = []
     for depth in (4, 8, 16):
         text = "1"
@@ -44,7 +44,7 @@ def test_nested_answers_are_read_in_few_steps(around: str, parts: list[str]) -> 
     assert counts[2] <= 5 * max(1, counts[0])  # four times as deep
 
 
-def test_an_answer_that_nests_too_deep_or_has_too_many_parts_is_none(parts: list[str]) -> None:
+def test_an_answer_that_is_too_deep_or_has_too_many_parts_is_not_read(parts: list[str]) -> None:
     deep = "1"
     for _ in range(DEEPEST + 1):
         deep = f"(1, {deep})"
@@ -56,17 +56,17 @@ def test_an_answer_that_nests_too_deep_or_has_too_many_parts_is_none(parts: list
 
 
 @pytest.mark.parametrize("space", [" ", "~", "\\ ", "\\,", "\n", "\\quad ", "\u200b \u00a0"])
-def test_runs_of_spaces_are_joined_before_any_pattern_sees_them(space: str) -> None:
+def test_runs_of_spaces_are_collapsed_before_patterns_are_matched(space: str) -> None:
     assert normalize_latex("1" + space * (900 // len(space)) + "x") == "1 x"
 
 
-def test_what_grows_when_it_is_tidied_is_bounded_again() -> None:
+def test_an_answer_that_grows_past_the_limit_when_normalized_is_not_read() -> None:
     assert canonical("½" * 900) is None
     assert canonical("½" * 9) is not None
 
 
 class Counted:
-    """A pattern that counts how many characters its matches were looked for in."""
+    """Wrapper of a pattern that counts the characters searched and the matches found."""
 
     def __init__(self, pattern: Any) -> None:
         self.pattern, self.groups, self.begun, self.matches = pattern, pattern.groups, 0, 0
@@ -85,23 +85,23 @@ def counted(spec: str, text: str, seconds: float = 60) -> tuple[Counted, str | N
     return pattern, None if answer is None else answer.written
 
 
-def test_a_pattern_is_matched_at_the_end_of_a_text_and_not_too_often() -> None:
+def test_a_regex_is_matched_only_at_the_end_of_a_text_and_a_limited_number_of_times() -> None:
     for size in (1_000, 100_000, 1_000_000):
         pattern, written = counted(r"regex:x.*y|x", "y" * size + "xxx")
         assert (pattern.begun, pattern.matches, written) == (min(size + 3, extraction.LONGEST_MATCHED), 3, "x")
     pattern, written = counted(r"regex:\d", "7" * 1_000_000)
     assert (pattern.matches, written) == (extraction.MOST_MATCHES + 1, None)
     pattern, written = counted(r"regex:^\d", "7" + "x" * 1_000_000)
-    assert written is None  # the beginning of what is looked at is not the text's
+    assert written is None  # the searched part does not begin where the text begins
 
 
-def test_a_pattern_that_takes_too_much_cpu_gives_no_answer() -> None:
+def test_a_regex_that_takes_too_much_processor_time_gives_no_answer() -> None:
     pattern, written = counted(r"regex:x.*y|x", "x" * 30_000, seconds=-1)
     assert (pattern.matches, written) == (1, None)
 
 
 @pytest.mark.parametrize("kind", ["auto", "boxed", "choice", "number"])
-def test_an_answer_is_looked_for_at_the_end_of_a_text(kind: str) -> None:
+def test_an_answer_is_searched_only_at_the_end_of_a_text(kind: str) -> None:
     answer = "\\boxed{B} The answer is B." if kind == "choice" else "\\boxed{7} The answer is 7."
     assert read_answer("x" * 10 * extraction.LONGEST_READ + answer, parse_kind(kind)) is not None
     assert read_answer(answer + "\n" + "." * extraction.LONGEST_READ, parse_kind(kind)) is None
@@ -119,12 +119,12 @@ def test_an_answer_is_looked_for_at_the_end_of_a_text(kind: str) -> None:
         ("[" * 60 + "7" + "]" * 60, "[" * 60 + "7" + "]" * 60),
     ],
 )
-def test_json_numbers_lose_no_digit_and_raise_nothing(text: str, spelled: str | None) -> None:
+def test_json_numbers_of_any_size_keep_all_digits_or_are_not_read(text: str, spelled: str | None) -> None:
     answer = read_answer(text, parse_kind("json"))
     assert (None if answer is None else answer.form.text) == spelled
 
 
-def test_json_is_parsed_in_vain_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_attempts_to_parse_json_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     class Decoder:

@@ -19,21 +19,21 @@ pytestmark = pytest.mark.process
 ENDLESS = r"9^{9^{9^9}}"
 
 
-def test_a_question_that_is_killed_leaves_a_ready_process_for_the_next() -> None:
+def test_after_a_killed_comparison_a_spare_process_takes_the_next_one() -> None:
     with Judge(seconds=1, workers=2) as judge:
         assert judge.same("1+x", "x+1")
         spare = judge._idle[0]
-        assert spare._process is not None  # it was started beside the first
+        assert spare._process is not None  # it was started together with the first
         finding = judge.compare(ENDLESS, "5")
         assert (finding.equal, finding.killed) == (False, True)
         assert finding.seconds >= judge.seconds
-        assert all(worker._process is not None for worker in judge._workers)  # what was killed loads again
-        assert judge.compare(ENDLESS, "6").seconds == 0  # it is not asked again
+        assert all(worker._process is not None for worker in judge._workers)  # the killed process is replaced
+        assert judge.compare(ENDLESS, "6").seconds == 0  # the comparison is not repeated
         assert judge.same(r"\frac{2}{4}", r"\frac12")
         assert judge.compare(r"\frac{2}{4}", r"\frac12").seconds == 0
 
 
-def test_who_waits_for_a_process_waits_no_longer_than_told() -> None:
+def test_waiting_for_a_free_process_ends_after_the_given_time() -> None:
     with Judge(seconds=30) as judge:
         assert judge.same("1+x", "x+1")
         asking = threading.Thread(target=judge.compare, args=(ENDLESS, "5"))
@@ -42,7 +42,7 @@ def test_who_waits_for_a_process_waits_no_longer_than_told() -> None:
             pass
         finding = judge.compare("2+y", "y+2", wait_s=0)
         assert (finding.equal, finding.waited) == (False, True)
-        assert judge.compare("x+1", "1+x", wait_s=0).equal  # what is known needs no process
+        assert judge.compare("x+1", "1+x", wait_s=0).equal  # a known result needs no process
         judge.close()
         asking.join(10)
         assert not asking.is_alive()
@@ -52,7 +52,7 @@ def test_who_waits_for_a_process_waits_no_longer_than_told() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processor time of another process is known on Linux only")
 @pytest.mark.parametrize("clock", Clock)
-def test_time_in_which_a_process_was_not_let_run_counts_where_somebody_waits(clock: Clock) -> None:
+def test_time_a_process_is_stopped_counts_by_the_wall_clock_but_not_by_the_cpu_clock(clock: Clock) -> None:
     with Judge(seconds=5, clock=clock) as judge:
         assert judge.same("1+x", "x+1")
         judge.seconds = 1.0
@@ -72,6 +72,6 @@ def test_time_in_which_a_process_was_not_let_run_counts_where_somebody_waits(clo
         assert (finding.equal, finding.killed) == ((True, False) if clock is Clock.CPU else (False, True))
 
 
-def test_what_never_ends_is_killed_by_its_processor_time() -> None:
+def test_an_endless_comparison_is_killed_after_its_processor_time() -> None:
     with Judge(seconds=0.5, clock=Clock.CPU) as judge:
         assert judge.compare(ENDLESS, "5").killed

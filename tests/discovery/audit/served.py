@@ -1,4 +1,4 @@
-"""Served episodes without a proxy: controllers run on recorded branches, and what a proxy would write down of it."""
+"""Build served episodes without a proxy: run controllers on recorded branches and store them as a proxy would."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def serve(
     controller: Controller | None = None,
     **changes: Any,
 ) -> ServedEpisode:
-    """The episode a controller makes of a recording's branches, opened in the order in which they stand there."""
+    """Return the episode of a controller on a recording, its branches opened in recorded order."""
     limits = limits or Limits(recorded.interval, len(recorded.branches))
     recording = intern_answers(recorded)
     environment = ReplayEnvironment(recording, range(recording.branches))
@@ -53,12 +53,12 @@ def serve(
 
 
 def live(recorded: RecordedQuestion, request: str) -> RecordedQuestion:
-    """The recording as one made of a request."""
+    """Return the recording as if it had been made live for `request`."""
     return replace(recorded, benchmark="live", origin=Origin.LIVE, request=request)
 
 
 def write(path: Path, episodes: Sequence[ServedEpisode], recordings: Sequence[RecordedQuestion] = ()) -> Path:
-    """A store of them."""
+    """Write a store of the episodes and recordings and return its path."""
 
     async def go() -> None:
         async with Store.open(path, create=True) as store:

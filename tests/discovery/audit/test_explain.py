@@ -1,4 +1,4 @@
-"""Why an episode stopped: every figure that is told is one that was, and nothing a controller may do upsets it."""
+"""Explanations of episodes: figures match the rounds, and any legal episode can be explained."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ GIVEN_UP = scripted(
 )
 
 
-def test_every_round_is_summarised() -> None:
-    told = explain(GIVEN_UP)
-    assert [one["tokens"] for one in told["rounds"]] == [480, 489, 589, 699, 699]
-    first, second, third, _, last = told["rounds"]
+def test_each_round_is_summarised_with_its_actions_votes_and_tokens() -> None:
+    explanation = explain(GIVEN_UP)
+    assert [one["tokens"] for one in explanation["rounds"]] == [480, 489, 589, 699, 699]
+    first, second, third, _, last = explanation["rounds"]
     assert (first["opened"], first["finished"], first["running"]) == ([0, 1, 2, 3, 4], 1, 4)
     assert first["votes"] == [{"label": 0, "answer": "7", "count": 1}]
     assert (second["asked"], second["pruned"]) == ([0, 1, 3], [4])
@@ -60,23 +60,23 @@ def test_every_round_is_summarised() -> None:
     ]
     assert (third["advanced"], third["pruned"], third["running"]) == ([0], [1, 3], 1)
     assert (last["answered"], last["votes"]) == (["7"], [{"label": 0, "answer": "7", "count": 2}])
-    assert told["why"] == "The controller answered 7 (2 of 2 finished branches; no other was given)."
-    assert told["tokens"] == sum(told["ledger"].values()) == 699 + 7
+    assert explanation["why"] == "The controller answered 7 (2 of 2 finished branches; no other was given)."
+    assert explanation["tokens"] == sum(explanation["ledger"].values()) == 699 + 7
 
 
-def test_a_pruned_branch_is_described_by_its_standing_then() -> None:
-    told = explain(GIVEN_UP)["pruned"]
-    assert [(one["branch"], one["round"], one["tokens"]) for one in told] == [(4, 2, 100), (1, 3, 100), (3, 3, 100)]
-    assert [one["why"] for one in told] == [
+def test_a_pruned_branch_is_explained_by_its_answer_and_the_leader_at_that_time() -> None:
+    pruned = explain(GIVEN_UP)["pruned"]
+    assert [(one["branch"], one["round"], one["tokens"]) for one in pruned] == [(4, 2, 100), (1, 3, 100), (3, 3, 100)]
+    assert [one["why"] for one in pruned] == [
         "it had not been probed; 7 led with 1 of 1 finished branch",
         "its latest answer was 9, given by 0 of 1 finished branch; 7 led with 1",
         "its latest answer could not be read; 7 led with 1 of 1 finished branch",
     ]
-    assert told[1]["answer"] == "9"
-    assert (told[1]["count"], told[1]["leader"], told[1]["leader_count"]) == (0, "7", 1)
+    assert pruned[1]["answer"] == "9"
+    assert (pruned[1]["count"], pruned[1]["leader"], pruned[1]["leader_count"]) == (0, "7", 1)
 
 
-def test_while_nothing_has_finished_running_branches_are_counted() -> None:
+def test_while_no_branch_has_finished_probed_branches_are_counted() -> None:
     opened = [branch(), branch(), branch(3), branch()]
     episode = serve(
         replace(RECORDED, branches=[CHAINS[0], CHAINS[1], CHAINS[0], CHAINS[3]]),
@@ -85,23 +85,23 @@ def test_while_nothing_has_finished_running_branches_are_counted() -> None:
         "r",
         controller=Scripted(opened, [probe(0), probe(1), probe(2), prune(3)], [prune(1), prune(0)]),
     )
-    told = explain(episode)
-    assert [one["why"] for one in told["pruned"]] == [
+    explanation = explain(episode)
+    assert [one["why"] for one in explanation["pruned"]] == [
         "it had not been probed; nothing led",
         "its latest answer was 9, given by 1 of 3 asked branches; 7 led with 2",
         "its latest answer was 7, which led with 2 of 3 asked branches",
     ]
-    assert told["why"] == "The controller answered 7 (1 of 1 asked branch; no other was given)."
-    assert told["estimates"] is None
+    assert explanation["why"] == "The controller answered 7 (1 of 1 asked branch; no other was given)."
+    assert explanation["estimates"] is None
 
 
-def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() -> None:
+def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_listed_as_pruned() -> None:
     episode = scripted([branch(), branch()], [advance(1, TO_END), prune(1), branch(), prune(2)], [advance(0, TO_END)])
     assert explain(episode)["pruned"] == []
 
 
 @pytest.mark.parametrize(
-    ("stop", "fallback", "words"),
+    ("stop", "fallback", "message"),
     [
         (
             "max_tokens",
@@ -125,7 +125,7 @@ def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_given_up() ->
         ("deadline", "late", "; the baseline, short_m_at_k, had decided from round 2 on (late)."),
     ],
 )
-def test_the_reason_of_a_stop_is_one_sentence(stop: str, fallback: str | None, words: str) -> None:
+def test_each_stop_reason_is_explained_in_one_sentence(stop: str, fallback: str | None, message: str) -> None:
     rounds = unpack_rounds(GIVEN_UP.trace)[:3]
     about = GIVEN_UP.about | {
         "fallback": fallback,
@@ -134,38 +134,38 @@ def test_the_reason_of_a_stop_is_one_sentence(stop: str, fallback: str | None, w
         "limits": {"interval": 100, "max_branches": 5, "branch_tokens": 500, "max_tokens": 9000},
     }
     cut = replace(GIVEN_UP, stop=stop, rounds=3, trace=pack_rounds(rounds), about=about)
-    told = explain(cut)
-    assert words in told["why"]
-    assert told["why"].endswith(".")
-    assert [one["baseline"] for one in told["rounds"]] == [False, False, fallback is not None]
+    explanation = explain(cut)
+    assert message in explanation["why"]
+    assert explanation["why"].endswith(".")
+    assert [one["baseline"] for one in explanation["rounds"]] == [False, False, fallback is not None]
 
 
-def test_the_baselines_answer_is_not_told_as_the_controllers() -> None:
+def test_an_answer_of_the_baseline_is_attributed_to_the_baseline() -> None:
     about = GIVEN_UP.about | {"fallback": "raised", "decided": 0}
-    told = explain(replace(GIVEN_UP, about=about))
-    assert told["why"] == (
+    explanation = explain(replace(GIVEN_UP, about=about))
+    assert explanation["why"] == (
         "The baseline answered 7 (2 of 2 finished branches; no other was given); "
         "the baseline, short_m_at_k, had decided from round 0 on (raised)."
     )
 
 
-def test_an_episode_of_which_nothing_is_known_but_its_end() -> None:
+def test_an_episode_without_rounds_is_explained_by_its_stop_alone() -> None:
     bare = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 0, 0, {"aborted": 12}, "deadline")
-    told = explain(bare)
-    assert (told["rounds"], told["pruned"], told["estimates"]) == ([], [], None)
-    assert told["why"] == "The deadline passed; no answer had been given."
+    explanation = explain(bare)
+    assert (explanation["rounds"], explanation["pruned"], explanation["estimates"]) == ([], [], None)
+    assert explanation["why"] == "The deadline passed; no answer had been given."
     assert explain(replace(bare, stop="answered", answer="7"))["why"] == "The controller answered 7."
 
 
-def test_answers_that_may_not_be_read_are_told_apart_all_the_same() -> None:
+def test_redacted_answers_are_shown_as_distinct_short_hashes() -> None:
     hidden = [redacted(text) for text in GIVEN_UP.about["answers"]]
-    told = explain(replace(GIVEN_UP, answer=hidden[0], about=GIVEN_UP.about | {"answers": hidden}))
-    assert told["answers"] == [f"#{one.removeprefix('veiled:')[:6]}" for one in hidden]
-    assert told["answers"][0] in told["why"]
-    assert "veiled" not in json.dumps(told)
+    explanation = explain(replace(GIVEN_UP, answer=hidden[0], about=GIVEN_UP.about | {"answers": hidden}))
+    assert explanation["answers"] == [f"#{one.removeprefix('veiled:')[:6]}" for one in hidden]
+    assert explanation["answers"][0] in explanation["why"]
+    assert "veiled" not in json.dumps(explanation)
 
 
-def test_impossible_rounds_are_an_error() -> None:
+def test_impossible_rounds_or_limits_raise_a_trace_error() -> None:
     rounds = unpack_rounds(GIVEN_UP.trace)
     with pytest.raises(TraceError, match="r: round 0 is impossible"):
         explain(replace(GIVEN_UP, trace=pack_rounds(rounds[1:])))
@@ -176,18 +176,18 @@ def test_impossible_rounds_are_an_error() -> None:
 # What self-consistency would have cost
 
 
-def test_unfinished_branches_count_for_as_long_as_they_are_known_to_be() -> None:
+def test_unfinished_branches_enter_the_mean_length_as_censored() -> None:
     mean, beyond = restricted_mean([(1, True), (2, False), (3, True)])
     assert mean == pytest.approx(1 + 2 * 2 / 3)
     assert beyond == 0
     mean, beyond = restricted_mean([(10, True), (30, False)])
     assert (mean, beyond) == (10 + 20 * 0.5, 0.5)
-    found = consistency_estimates([(10, True), (30, False)])
-    assert found is not None
-    assert [(one["chains"], one["estimated_tokens"]) for one in found] == [
+    estimates = consistency_estimates([(10, True), (30, False)])
+    assert estimates is not None
+    assert [(one["chains"], one["estimated_tokens"]) for one in estimates] == [
         (2, 40), (8, 160), (16, 320), (32, 640), (64, 1280)
     ]  # fmt: skip
-    assert {(one["finished"], one["unfinished"], one["at_least"]) for one in found} == {(1, 1, True)}
+    assert {(one["finished"], one["unfinished"], one["at_least"]) for one in estimates} == {(1, 1, True)}
     assert consistency_estimates([(10, False)]) is consistency_estimates([]) is None
 
 
@@ -195,22 +195,22 @@ lengths = st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, ma
 
 
 @given(lengths)
-def test_the_mean_length_is_between_what_is_known_and_the_longest(found: list[tuple[int, bool]]) -> None:
-    mean, beyond = restricted_mean(found)
-    every = [length for length, _ in found]
-    assert sum(every) / len(every) <= mean + 1e-6
-    assert mean <= max(every) + 1e-6
-    assert (beyond > 0) == any(not ended for length, ended in found if length == max(every))
-    plain, nothing = restricted_mean([(length, True) for length in every])
-    assert plain == pytest.approx(sum(every) / len(every))
+def test_the_restricted_mean_is_between_the_plain_mean_and_the_longest_length(lengths: list[tuple[int, bool]]) -> None:
+    mean, beyond = restricted_mean(lengths)
+    tokens = [length for length, _ in lengths]
+    assert sum(tokens) / len(tokens) <= mean + 1e-6
+    assert mean <= max(tokens) + 1e-6
+    assert (beyond > 0) == any(not ended for length, ended in lengths if length == max(tokens))
+    plain, nothing = restricted_mean([(length, True) for length in tokens])
+    assert plain == pytest.approx(sum(tokens) / len(tokens))
     assert nothing == 0
 
 
-# Anything a controller may do
+# Arbitrary legal episodes
 
 
 class Whimsical:
-    """Any legal round may come."""
+    """Controller that returns random legal rounds."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -246,7 +246,9 @@ class Whimsical:
     cap=st.none() | st.integers(100, 4000),
     hide=st.booleans(),
 )
-def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, cap: int | None, hide: bool) -> None:
+def test_any_legal_episode_can_be_explained_consistently(
+    seed: int, cut: int, stop: str, cap: int | None, hide: bool
+) -> None:
     limits = Limits(100, 12, branch_tokens=1000, probe_tokens=3, max_tokens=cap)
     episode = serve(question(seed, branches=12), MINE, 0.5, "r", limits, controller=Whimsical(seed))
     if cut < episode.rounds:
@@ -254,31 +256,31 @@ def test_nothing_a_controller_may_do_upsets_it(seed: int, cut: int, stop: str, c
     if hide:
         about = EpisodeDetails(**{k: v for k, v in episode.about.items() if k not in ("limits", "answers", "spent")})  # type: ignore[typeddict-item]
         episode = replace(episode, about=about)
-    told = explain(episode)
-    assert json.loads(json.dumps(told)) == told
-    tokens = [one["tokens"] for one in told["rounds"]]
+    explanation = explain(episode)
+    assert json.loads(json.dumps(explanation)) == explanation
+    tokens = [one["tokens"] for one in explanation["rounds"]]
     assert tokens == sorted(tokens)
-    assert all(sum(vote["count"] for vote in one["votes"]) <= one["finished"] for one in told["rounds"])
-    given_up = [one["branch"] for one in told["pruned"]]
+    assert all(sum(vote["count"] for vote in one["votes"]) <= one["finished"] for one in explanation["rounds"])
+    given_up = [one["branch"] for one in explanation["pruned"]]
     assert len(given_up) == len(set(given_up))
     if cut >= episode.rounds:
         assert tokens[-1:] == ([episode.about["spent"]] if tokens and not hide else tokens[-1:])
-    for one in told["pruned"]:
-        assert one["count"] <= one["leader_count"] or one["leader"] is None
-        assert one["branch"] in told["rounds"][one["round"] - 1]["pruned"]
+    for pruned in explanation["pruned"]:
+        assert pruned["count"] <= pruned["leader_count"] or pruned["leader"] is None
+        assert pruned["branch"] in explanation["rounds"][pruned["round"] - 1]["pruned"]
 
 
 # The command
 
 
 @pytest.mark.process
-def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
+def test_trace_show_prints_the_episode_of_a_request_without_control_characters(tmp_path: Path) -> None:
     odd = [redacted("7"), "[bold]9[/bold]\x1b[31m\x9b\x7f\u202e"]
     episode = replace(GIVEN_UP, about=GIVEN_UP.about | {"answers": odd}, answer=odd[0])
     write(tmp_path / "s.db", [episode])
     done = autotts("trace", "show", "r", "--store", "s.db", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in (
+    for text in (
         "branch 5",
         "probe 3; prune 4",
         "[bold]9[/bold]\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}",
@@ -287,17 +289,17 @@ def test_an_episode_is_shown_by_its_request(tmp_path: Path) -> None:
         "Estimated tokens of self-consistency, from 2 finished branches and 3 unfinished ones",
         "The controller answered #4e00b5 (2 of 2 finished branches; no other was given).",
     ):
-        assert words in done.stdout
+        assert text in done.stdout
     assert any("█" in line for line in done.stdout.splitlines())
     assert "\x1b" not in done.stdout
-    told = autotts("trace", "show", "r", "--store", "s.db", "--json", folder=tmp_path)
-    assert told.stdout.isascii()  # whatever a model wrote, a terminal does nothing of it
-    assert "\x7f" not in told.stdout
-    assert json.loads(told.stdout) == explain(episode)
+    shown = autotts("trace", "show", "r", "--store", "s.db", "--json", folder=tmp_path)
+    assert shown.stdout.isascii()  # no text of a model can control a terminal
+    assert "\x7f" not in shown.stdout
+    assert json.loads(shown.stdout) == explain(episode)
 
 
 @pytest.mark.process
-def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
+def test_trace_show_draws_every_round_of_a_long_episode(tmp_path: Path) -> None:
     steps = [[branch()], *([advance(0)] for _ in range(150))]
     recorded = replace(RECORDED, branches=[RecordedBranch(["7"] * 200, 20_010, "7")])
     write(tmp_path / "s.db", [serve(recorded, MINE, 0, "long", controller=Scripted(*steps, [advance(0, TO_END)]))])
@@ -310,7 +312,7 @@ def test_a_long_episode_is_drawn_in_full(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_an_unknown_request_is_reported_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "s.db", [GIVEN_UP])
-    for arguments, words in (
+    for arguments, message in (
         (["x", "--store", "s.db"], "not a request in the store s.db; use the x-request-id of the response"),
         (
             ["x", "--store", "none.db"],
@@ -322,5 +324,5 @@ def test_an_unknown_request_is_reported_in_one_line(tmp_path: Path) -> None:
     ):
         done = autotts("trace", "show", *arguments, folder=tmp_path)
         assert done.returncode == 2
-        assert words in " ".join(done.stderr.split())
+        assert message in " ".join(done.stderr.split())
         assert done.stderr.strip().count("\n") == 0

@@ -1,4 +1,4 @@
-"""Parity: what is true of consistent records is found, and each way in which they can be untrue is found too."""
+"""Parity checks: consistent records pass, and every kind of inconsistency is reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mine:
 
 
 def consistent(spec: Spec = CMC, beta: float = 0.3, questions: Sequence[RecordedQuestion] = QUESTIONS) -> ServedRecords:
-    """Episodes of a controller, each with its recording."""
+    """Return episodes of a controller, each with its recording."""
     episodes = [serve(one, spec, beta, f"r{at}", LIMITS) for at, one in enumerate(questions)]
     return ServedRecords(
         episodes, {f"r{at}": live(one, f"r{at}") for at, one in enumerate(questions)}, known(questions)
@@ -49,37 +49,37 @@ def consistent(spec: Spec = CMC, beta: float = 0.3, questions: Sequence[Recorded
 
 
 def known(questions: Sequence[RecordedQuestion]) -> dict[str, KnownAnswer]:
-    """What is right, which is 7."""
+    """Return the correct answer of each question, 7."""
     return {one.question: KnownAnswer("7", LabelSource.REFERENCE) for one in questions}
 
 
-def changed(found: ServedRecords, at: int, **changes: Any) -> ServedRecords:
-    """The same, one episode another; `about` is added to."""
-    episodes = list(found.episodes)
+def changed(records: ServedRecords, at: int, **changes: Any) -> ServedRecords:
+    """Return the records with changes to one episode; `about` is merged."""
+    episodes = list(records.episodes)
     about = episodes[at].about | changes.pop("about", {})
     episodes[at] = replace(episodes[at], about=about, **changes)
-    return replace(found, episodes=episodes)
+    return replace(records, episodes=episodes)
 
 
 @pytest.mark.parametrize(("name", "beta"), [("cmc", 0.3), ("self_consistency", 0.5), ("parallel_probe@12", 0.4)])
-def test_consistent_records_hold(name: str, beta: float) -> None:
-    found = check_parity(consistent(Spec(name), beta))
-    assert found.decisions.rounds == found.decisions.agreed > 14
-    assert (found.decisions.episodes, found.decisions.unreached) == (14, 0)
-    assert (found.decisions.disagreements, found.decisions.unchecked, found.reproduced.differing) == ([], [], [])
-    assert found.reproduced.episodes == 14
-    (group,) = found.groups
+def test_consistent_records_pass_every_check(name: str, beta: float) -> None:
+    report = check_parity(consistent(Spec(name), beta))
+    assert report.decisions.rounds == report.decisions.agreed > 14
+    assert (report.decisions.episodes, report.decisions.unreached) == (14, 0)
+    assert (report.decisions.disagreements, report.decisions.unchecked, report.reproduced.differing) == ([], [], [])
+    assert report.reproduced.episodes == 14
+    (group,) = report.groups
     assert (group.controller, group.beta, group.episodes, group.recorded) == (name, beta, 14, 14)
     assert group.verdict is ParityVerdict.AGREE
     assert group.accuracy is not None
     assert group.labels == {"reference": 14}
     assert (group.finalise, group.aborted) == (7, 0)
-    assert found.holds
-    told = json.loads(json.dumps(found.as_json()))
-    assert (told["checked"], told["holds"]) == (True, True)
+    assert report.holds
+    body = json.loads(json.dumps(report.as_json()))
+    assert (body["checked"], body["holds"]) == (True, True)
 
 
-def test_the_figures_are_those_of_the_episodes() -> None:
+def test_reported_means_equal_those_of_the_episodes() -> None:
     records = consistent()
     (group,) = check_parity(records, shuffles=3).groups
     spent = [one.about["spent"] for one in records.episodes]
@@ -90,57 +90,57 @@ def test_the_figures_are_those_of_the_episodes() -> None:
     assert group.tokens.paired.mean == pytest.approx(group.tokens.live.mean - group.tokens.replayed.mean)
 
 
-# What is not true
+# Inconsistent records
 
 
-def test_a_decision_that_was_changed_is_found() -> None:
-    found = consistent()
-    rounds = unpack_rounds(found.episodes[3].trace)
+def test_a_changed_decision_is_reported_as_a_disagreement() -> None:
+    records = consistent()
+    rounds = unpack_rounds(records.episodes[3].trace)
     last = len(rounds) - 1
     label = rounds[last].actions[0].label
     rounds[last] = rounds[last]._replace(actions=[answer(1 if label == 0 else 0)])
-    told = check_parity(changed(found, 3, trace=pack_rounds(rounds)))
-    (one,) = told.decisions.disagreements
-    assert one == ("r3", last, f"answer({label})", f"answer({1 if label == 0 else 0})")
-    assert told.decisions.rounds == told.decisions.agreed + 1
-    assert not told.holds
+    report = check_parity(changed(records, 3, trace=pack_rounds(rounds)))
+    (disagreement,) = report.decisions.disagreements
+    assert disagreement == ("r3", last, f"answer({label})", f"answer({1 if label == 0 else 0})")
+    assert report.decisions.rounds == report.decisions.agreed + 1
+    assert not report.holds
 
 
-def test_after_a_disagreement_nothing_more_is_asked() -> None:
-    found = consistent()
-    told = check_parity(changed(found, 3, beta=1.0)).decisions
-    (one,) = told.disagreements
-    assert (one.request, one.round) == ("r3", 0)
-    assert (one.asked, one.played) == ("8 × branch()", "4 × branch()")
-    assert told.unreached == found.episodes[3].rounds - 1
-    assert told.rounds + told.unreached == sum(one.rounds for one in found.episodes)
+def test_rounds_after_a_disagreement_are_counted_as_unreached() -> None:
+    records = consistent()
+    decisions = check_parity(changed(records, 3, beta=1.0)).decisions
+    (disagreement,) = decisions.disagreements
+    assert (disagreement.request, disagreement.round) == ("r3", 0)
+    assert (disagreement.asked, disagreement.played) == ("8 × branch()", "4 × branch()")
+    assert decisions.unreached == records.episodes[3].rounds - 1
+    assert decisions.rounds + decisions.unreached == sum(one.rounds for one in records.episodes)
 
 
-def test_tokens_that_were_changed_are_found() -> None:
-    found = consistent()
-    spent = found.episodes[5].about["spent"]
-    told = check_parity(changed(found, 5, about={"spent": spent + 1}))
-    assert [(one.request, one.spent, one.replayed) for one in told.reproduced.differing] == [("r5", spent + 1, spent)]
-    assert not told.holds
+def test_changed_tokens_are_reported_as_not_reproduced() -> None:
+    records = consistent()
+    spent = records.episodes[5].about["spent"]
+    report = check_parity(changed(records, 5, about={"spent": spent + 1}))
+    assert [(one.request, one.spent, one.replayed) for one in report.reproduced.differing] == [("r5", spent + 1, spent)]
+    assert not report.holds
 
 
-def test_a_recording_of_other_branches_is_found() -> None:
-    found = consistent()
-    recorded = found.recordings["r5"]
+def test_a_recording_with_other_branches_is_reported_as_not_reproduced() -> None:
+    records = consistent()
+    recorded = records.recordings["r5"]
     first = recorded.branches[0]._replace(tokens=recorded.branches[0].tokens + 1)
     other = replace(recorded, branches=[first, *recorded.branches[1:]])
-    told = check_parity(replace(found, recordings={**found.recordings, "r5": other})).reproduced
-    assert [one.request for one in told.differing] == ["r5"]
+    reproduced = check_parity(replace(records, recordings={**records.recordings, "r5": other})).reproduced
+    assert [one.request for one in reproduced.differing] == ["r5"]
     narrow = replace(recorded, branches=recorded.branches[:2])  # fewer than the episode opened
-    told = check_parity(replace(found, recordings={**found.recordings, "r5": narrow})).reproduced
-    assert [one.request for one in told.differing] == ["r5"]
+    reproduced = check_parity(replace(records, recordings={**records.recordings, "r5": narrow})).reproduced
+    assert [one.request for one in reproduced.differing] == ["r5"]
 
 
-def test_a_different_live_mean_is_found() -> None:
-    found = consistent()
-    for at, one in enumerate(found.episodes):
-        found = changed(found, at, about={"spent": one.about["spent"] * 2})
-    (group,) = check_parity(found).groups
+def test_live_token_means_that_differ_from_replay_disagree() -> None:
+    records = consistent()
+    for at, episode in enumerate(records.episodes):
+        records = changed(records, at, about={"spent": episode.about["spent"] * 2})
+    (group,) = check_parity(records).groups
     assert group.tokens.verdict is group.verdict is ParityVerdict.DISAGREE
     assert group.tokens.paired.low is not None
     assert group.tokens.paired.low > 0
@@ -148,19 +148,19 @@ def test_a_different_live_mean_is_found() -> None:
     assert group.accuracy.verdict is ParityVerdict.AGREE
 
 
-def test_answers_that_are_worse_live_are_found() -> None:
-    found = consistent()
+def test_live_answers_worse_than_in_replay_disagree() -> None:
+    records = consistent()
     for at in range(14):
-        found = changed(found, at, answer="8")
-    (group,) = check_parity(found).groups
+        records = changed(records, at, answer="8")
+    (group,) = check_parity(records).groups
     assert group.accuracy is not None
     assert group.accuracy.verdict is group.verdict is ParityVerdict.DISAGREE
     assert group.accuracy.live.high is not None
-    assert group.accuracy.live.mean == 0 < group.accuracy.live.high  # none of 14 is no proof of none at all
-    assert len(check_parity(found).reproduced.differing) == sum(one.answer == "7" for one in consistent().episodes)
+    assert group.accuracy.live.mean == 0 < group.accuracy.live.high  # 0 of 14 does not prove an accuracy of 0
+    assert len(check_parity(records).reproduced.differing) == sum(one.answer == "7" for one in consistent().episodes)
 
 
-def test_the_interval_of_a_difference_misses_as_seldom_as_it_says() -> None:
+def test_the_interval_of_a_paired_difference_has_its_stated_coverage() -> None:
     rng = np.random.default_rng(3)
     missed = {"tokens": 0, "nearly all right": 0}
     for _ in range(60):
@@ -177,7 +177,7 @@ def test_the_interval_of_a_difference_misses_as_seldom_as_it_says() -> None:
     assert missed["nearly all right"] <= 9
 
 
-def test_a_question_asked_often_counts_once() -> None:
+def test_repeated_requests_of_one_question_count_once() -> None:
     assert _mean([("a", 0), ("b", 6), ("b", 2), ("b", 1)], percent=False).mean == 1.5
     assert _paired([_Row("a", 0, [2, 2]), _Row("b", 6, [2, 2]), _Row("b", 2, [2, 2])]).mean == 0
     assert _mean([("a", 3)], percent=False)[1:] == (None, None, 1)
@@ -193,38 +193,42 @@ STILL = MeanInterval(0, -1, 1, 10)
         (
             {"live": MeanInterval(50, 40, 60, 10)},
             ParityVerdict.DISAGREE,
-        ),  # the intervals do not meet, though the requests agree
+        ),  # the intervals do not overlap, though the paired difference is near 0
         (
             {"paired": MeanInterval(3, 1, 5, 10)},
             ParityVerdict.DISAGREE,
-        ),  # the requests do not, though the intervals meet
+        ),  # the paired difference is not near 0, though the intervals overlap
         ({"paired": MeanInterval(-3, -5, -1, 10)}, ParityVerdict.DISAGREE),
         ({"live": MeanInterval(9, 8, 12, 10), "replayed": MeanInterval(14, 12, 15, 10)}, ParityVerdict.AGREE),
         ({"paired": MeanInterval(0, -1, 1, 9)}, ParityVerdict.TOO_LITTLE),
     ],
 )
-def test_the_worse_of_two_verdicts_counts(changes: dict[str, MeanInterval], verdict: ParityVerdict) -> None:
+def test_the_verdict_is_the_worse_of_the_overall_and_the_paired_comparison(
+    changes: dict[str, MeanInterval], verdict: ParityVerdict
+) -> None:
     figure = LiveReplayComparison(MeanInterval(10, 8, 12, 10), MeanInterval(10, 8, 12, 10), STILL)
     assert replace(figure, **changes).verdict is verdict
 
 
-def test_episodes_that_were_cut_by_a_deadline_are_no_measure() -> None:
-    found = consistent()
+def test_episodes_cut_by_a_deadline_are_left_out_of_the_means() -> None:
+    records = consistent()
     cut = [
-        replace(one, id=f"d{at}", request_id=f"d{at}", stop="deadline", answer=None, about=one.about | {"spent": 1})
-        for at, one in enumerate(found.episodes)
+        replace(
+            episode, id=f"d{at}", request_id=f"d{at}", stop="deadline", answer=None, about=episode.about | {"spent": 1}
+        )
+        for at, episode in enumerate(records.episodes)
     ]
-    told = check_parity(replace(found, episodes=[*found.episodes, *cut]))
-    (group,) = told.groups
+    report = check_parity(replace(records, episodes=[*records.episodes, *cut]))
+    (group,) = report.groups
     assert (group.verdict, group.episodes, group.left_out) == (ParityVerdict.AGREE, 14, {"deadline": 14})
-    assert group.tokens.live == check_parity(found).groups[0].tokens.live
+    assert group.tokens.live == check_parity(records).groups[0].tokens.live
 
 
 # Who decided
 
 
 class Replaced:
-    """Decides so many rounds, after which the baseline takes over."""
+    """Controller that decides the first rounds, after which the baseline takes over."""
 
     def __init__(self, first: Controller, rounds: int, beta: float) -> None:
         self.first, self.rounds, self.baseline = first, rounds, make(Spec(BASELINE), beta)
@@ -244,47 +248,47 @@ def replaced(rounds: int, cap: int | None = None, recorded: RecordedQuestion = L
 
 @pytest.mark.parametrize("cap", [None, 2200])
 @pytest.mark.parametrize("rounds", [0, 2])
-def test_what_the_baseline_decided_is_asked_of_the_baseline(rounds: int, cap: int | None) -> None:
+def test_rounds_decided_by_the_baseline_are_checked_against_the_baseline(rounds: int, cap: int | None) -> None:
     episode = replaced(rounds, cap=cap)
     ends = episode.stop == "max_tokens"
     assert ends == (cap is not None)
-    told = check_parity(ServedRecords([episode], {}, {})).decisions
-    assert (told.rounds, told.agreed) == (episode.rounds + ends,) * 2
+    decisions = check_parity(ServedRecords([episode], {}, {})).decisions
+    assert (decisions.rounds, decisions.agreed) == (episode.rounds + ends,) * 2
     other = replace(episode, about=episode.about | {"decided": episode.rounds, "fallback": None})
-    if rounds and not ends:  # until then both run all chains on
+    if rounds and not ends:  # in earlier rounds both advance all chains
         assert len(check_parity(ServedRecords([other], {}, {})).decisions.disagreements) == 1
 
 
-def test_episodes_of_the_baseline_are_no_measure_of_the_controller() -> None:
-    found = consistent()
-    odd = [replace(replaced(2), request_id="r0", beta=0.3), replace(found.episodes[1], stop="not_votable")]
-    told = check_parity(replace(found, episodes=[*odd, *found.episodes[2:]]))
-    (group,) = told.groups
+def test_episodes_decided_by_the_baseline_are_left_out_of_the_controllers_means() -> None:
+    records = consistent()
+    odd = [replace(replaced(2), request_id="r0", beta=0.3), replace(records.episodes[1], stop="not_votable")]
+    report = check_parity(replace(records, episodes=[*odd, *records.episodes[2:]]))
+    (group,) = report.groups
     assert (group.episodes, group.recorded) == (12, 12)
     assert group.left_out == {"baseline decided": 1, "not_votable": 1}
-    assert told.reproduced.episodes == 12
+    assert report.reproduced.episodes == 12
 
 
 @pytest.mark.parametrize("stop", ["deadline", "upstream_error", "disconnected"])
-def test_an_episode_that_was_cut_is_asked_for_as_far_as_it_went(stop: str) -> None:
-    whole = consistent().episodes[0]
-    rounds = unpack_rounds(whole.trace)[:3]
-    cut = replace(whole, stop=stop, rounds=3, trace=pack_rounds(rounds), about=whole.about | {"decided": 3})
-    told = check_parity(ServedRecords([cut], {}, {}))
-    assert (told.decisions.rounds, told.decisions.agreed, told.groups) == (3, 3, [])
+def test_a_cut_episode_is_checked_up_to_its_last_round(stop: str) -> None:
+    complete = consistent().episodes[0]
+    rounds = unpack_rounds(complete.trace)[:3]
+    cut = replace(complete, stop=stop, rounds=3, trace=pack_rounds(rounds), about=complete.about | {"decided": 3})
+    report = check_parity(ServedRecords([cut], {}, {}))
+    assert (report.decisions.rounds, report.decisions.agreed, report.groups) == (3, 3, [])
     capped = check_parity(ServedRecords([replace(cut, stop="max_tokens")], {}, {})).decisions
-    (one,) = capped.disagreements
-    assert (one.round, one.played) == (3, NO_FITTING_ACTION)
-    assert one.asked.startswith("advance(")
+    (disagreement,) = capped.disagreements
+    assert (disagreement.round, disagreement.played) == (3, NO_FITTING_ACTION)
+    assert disagreement.asked.startswith("advance(")
 
 
-def test_a_cap_that_was_not_there_is_found() -> None:
-    whole = consistent().episodes[0]
-    limits: Any = {**whole.about["limits"], "max_tokens": 400, "branch_tokens": 1000}
-    (one,) = check_parity(
-        ServedRecords([replace(whole, about=whole.about | {"limits": limits})], {}, {})
+def test_a_token_cap_that_did_not_apply_is_reported_as_a_disagreement() -> None:
+    complete = consistent().episodes[0]
+    limits: Any = {**complete.about["limits"], "max_tokens": 400, "branch_tokens": 1000}
+    (disagreement,) = check_parity(
+        ServedRecords([replace(complete, about=complete.about | {"limits": limits})], {}, {})
     ).decisions.disagreements
-    assert (one.round, one.asked) == (1, NO_FITTING_ACTION)
+    assert (disagreement.round, disagreement.asked) == (1, NO_FITTING_ACTION)
 
 
 @pytest.mark.process
@@ -296,7 +300,7 @@ def test_a_cap_that_was_not_there_is_found() -> None:
     cap=st.none() | st.integers(150, 6000),
     cut=st.none() | st.integers(0, 30),
 )
-def test_any_controller_decides_again_what_it_decided(
+def test_replaying_any_controller_gives_the_recorded_decisions(
     name: str, beta: float, seed: int, cap: int | None, cut: int | None
 ) -> None:
     spec = parse_spec(name)
@@ -305,34 +309,34 @@ def test_any_controller_decides_again_what_it_decided(
     if cut is not None and cut < episode.rounds:
         rounds, about = unpack_rounds(episode.trace)[:cut], episode.about | {"decided": cut}
         episode = replace(episode, stop=str(Stop.DEADLINE), rounds=cut, trace=pack_rounds(rounds), about=about)
-    told = replay_decisions([episode], find_controllers([episode], [Spec(name, spec.source)]))
-    assert told.disagreements == []
-    assert told.rounds == told.agreed == episode.rounds + (episode.stop == "max_tokens")
+    decisions = replay_decisions([episode], find_controllers([episode], [Spec(name, spec.source)]))
+    assert decisions.disagreements == []
+    assert decisions.rounds == decisions.agreed == episode.rounds + (episode.stop == "max_tokens")
 
 
 @pytest.mark.process
-def test_a_controller_from_a_file_is_asked_if_it_is_given(tmp_path: Path) -> None:
+def test_a_controller_from_a_file_is_checked_only_with_the_original_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FOREIGN)
     spec = read(path)
-    found = consistent(spec, 0.5)
-    without = check_parity(found)
+    records = consistent(spec, 0.5)
+    without = check_parity(records)
     assert [(one.controller, one.episodes) for one in without.decisions.unchecked] == [("mine", 14)]
     assert "no file was given; pass the original mine.py with --controllers" in without.decisions.unchecked[0].why
     assert (without.decisions.rounds, without.reproduced.episodes, without.groups) == (0, 0, [])
     assert not without.checked
     assert not without.holds
     path.write_text(FOREIGN + "\n# later\n")
-    assert "the given file has another digest" in check_parity(found, [read(path)]).decisions.unchecked[0].why
-    told = check_parity(found, [spec], shuffles=4)
-    assert told.decisions.rounds == told.decisions.agreed > 14
-    assert (told.decisions.unchecked, told.reproduced.differing) == ([], [])
-    assert told.reproduced.episodes == 14
-    assert told.groups[0].verdict is ParityVerdict.AGREE
+    assert "the given file has another digest" in check_parity(records, [read(path)]).decisions.unchecked[0].why
+    report = check_parity(records, [spec], shuffles=4)
+    assert report.decisions.rounds == report.decisions.agreed > 14
+    assert (report.decisions.unchecked, report.reproduced.differing) == ([], [])
+    assert report.reproduced.episodes == 14
+    assert report.groups[0].verdict is ParityVerdict.AGREE
 
 
 @pytest.mark.process
-def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
+def test_a_controller_file_that_fails_in_replay_is_a_disagreement(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FOREIGN + "        1 / 0\n")
     spec = read(path)
@@ -340,39 +344,41 @@ def test_a_file_that_fails_now_is_a_disagreement(tmp_path: Path) -> None:
     assert check_parity(ServedRecords([episode], {}, {}), [spec]).decisions.disagreements == []
     path.write_text(FOREIGN.replace("        return [advance", "        state.nothing\n        return [advance"))
     spec = read(path)
-    told = check_parity(ServedRecords([replace(episode, digest=spec.digest)], {}, {}), [spec]).decisions
-    assert [(one.round, "AttributeError" in one.asked) for one in told.disagreements] == [(1, True)]
+    decisions = check_parity(ServedRecords([replace(episode, digest=spec.digest)], {}, {}), [spec]).decisions
+    assert [(one.round, "AttributeError" in one.asked) for one in decisions.disagreements] == [(1, True)]
 
 
 def test_episodes_with_missing_data_are_listed_as_unchecked() -> None:
     episode = consistent().episodes[0]
     about: Any = {key: value for key, value in episode.about.items() if key != "limits"}
-    told = check_parity(ServedRecords([replace(episode, about=about), replace(episode, trace="")], {}, {})).decisions
-    assert [one.why for one in told.unchecked] == [
+    decisions = check_parity(
+        ServedRecords([replace(episode, about=about), replace(episode, trace="")], {}, {})
+    ).decisions
+    assert [one.why for one in decisions.unchecked] == [
         "the limits of its episodes are unknown",
         "the rounds of its episodes are unknown",
     ]
-    assert told.episodes == 0
+    assert decisions.episodes == 0
 
 
-def test_actions_are_formatted() -> None:
-    said = format_actions([advance(0, TO_END), advance(1, 2), probe(1), probe(1), answer(None)])
-    assert said == "advance(0, TO_END), advance(1, 2), 2 × probe(1), answer(None)"
+def test_repeated_actions_are_formatted_with_a_count() -> None:
+    text = format_actions([advance(0, TO_END), advance(1, 2), probe(1), probe(1), answer(None)])
+    assert text == "advance(0, TO_END), advance(1, 2), 2 × probe(1), answer(None)"
 
 
 # Too little, too few
 
 
-def test_few_questions_say_nothing_of_means() -> None:
-    told = check_parity(consistent(questions=QUESTIONS[:9]))
-    (group,) = told.groups
+def test_means_of_fewer_than_ten_questions_are_too_little_to_compare() -> None:
+    report = check_parity(consistent(questions=QUESTIONS[:9]))
+    (group,) = report.groups
     assert group.verdict is group.tokens.verdict is ParityVerdict.TOO_LITTLE
-    assert told.holds
+    assert report.holds
     (group,) = check_parity(consistent(questions=QUESTIONS[:1])).groups
     assert group.tokens.live.low is group.tokens.paired.low is None
 
 
-def test_without_right_answers_tokens_alone_are_compared() -> None:
+def test_without_correct_answers_only_tokens_are_compared() -> None:
     (group,) = check_parity(replace(consistent(), references={})).groups
     assert (group.accuracy, group.tokens.verdict, group.verdict) == (
         None,
@@ -381,10 +387,10 @@ def test_without_right_answers_tokens_alone_are_compared() -> None:
     )
 
 
-def test_recordings_that_end_too_early_are_reported() -> None:
+def test_replays_that_exhaust_their_recording_are_counted() -> None:
     narrow = [question(number, branches=4) for number in range(12)]
-    found = consistent(Spec("asc@4"), 0.5, narrow)
-    (group,) = check_parity(found).groups
+    records = consistent(Spec("asc@4"), 0.5, narrow)
+    (group,) = check_parity(records).groups
     assert group.exhausted > 0
     (group,) = check_parity(consistent(Spec("asc@4"), 0.5)).groups
     assert group.exhausted == 0
@@ -393,34 +399,34 @@ def test_recordings_that_end_too_early_are_reported() -> None:
 # From a store
 
 
-def stored(path: Path, found: ServedRecords, labels: Sequence[Label] = ()) -> ServedRecords:
+def stored(path: Path, records: ServedRecords, labels: Sequence[Label] = ()) -> ServedRecords:
     async def go() -> ServedRecords:
         async with Store.open(path) as store:
             await store.set_labels(labels)
             return await load_records(store)
 
-    write(path, found.episodes, list(found.recordings.values()))
+    write(path, records.episodes, list(records.recordings.values()))
     return asyncio.run(go())
 
 
-def test_a_store_gives_what_was_put_there(tmp_path: Path) -> None:
-    found = stored(tmp_path / "s.db", consistent())
-    assert sorted(one.request_id for one in found.episodes) == sorted(found.recordings)
-    (group,) = check_parity(found).groups
+def test_records_loaded_from_a_store_pass_the_checks(tmp_path: Path) -> None:
+    records = stored(tmp_path / "s.db", consistent())
+    assert sorted(one.request_id for one in records.episodes) == sorted(records.recordings)
+    (group,) = check_parity(records).groups
     assert (group.verdict, group.labels) == (ParityVerdict.AGREE, {"reference": 14})
 
 
 @pytest.mark.parametrize("hide", [False, True])
-def test_labels_count_for_questions_that_came_without_an_answer(tmp_path: Path, hide: bool) -> None:
+def test_labels_of_the_store_grade_questions_without_a_reference(tmp_path: Path, hide: bool) -> None:
     unknown = [replace(one, reference=None) for one in QUESTIONS]
-    found = consistent(questions=[_veiled(one) for one in unknown] if hide else unknown)
-    partly = replace(found, recordings={key: found.recordings[key] for key in list(found.recordings)[:12]})
+    records = consistent(questions=[_veiled(one) for one in unknown] if hide else unknown)
+    partly = replace(records, recordings={key: records.recordings[key] for key in list(records.recordings)[:12]})
     labels = [
         *(Label(one.question, LabelSource.CONSENSUS, "8", 0.9) for one in unknown),
         *(Label(one.question, LabelSource.FEEDBACK, " 7.0 ", 1) for one in unknown[:13]),
     ]
-    told = check_parity(stored(tmp_path / "s.db", partly, labels))
-    (group,) = told.groups
+    report = check_parity(stored(tmp_path / "s.db", partly, labels))
+    (group,) = report.groups
     assert group.labels == {"feedback": 13, "consensus": 1}
     assert (group.episodes, group.recorded) == (14, 12)
     assert group.accuracy is not None
@@ -428,7 +434,7 @@ def test_labels_count_for_questions_that_came_without_an_answer(tmp_path: Path, 
     last = consistent().episodes[13].answer == "8"
     assert group.accuracy.live.mean == pytest.approx(100 * (sum(right[:13]) + last) / 14)
     assert group.accuracy.replayed.questions == 12
-    assert not told.reproduced.differing
+    assert not report.reproduced.differing
 
 
 def _veiled(recorded: RecordedQuestion) -> RecordedQuestion:
@@ -443,23 +449,23 @@ def _veiled(recorded: RecordedQuestion) -> RecordedQuestion:
 
 
 @pytest.mark.process
-def test_the_command_line(tmp_path: Path) -> None:
-    found, more = consistent(), consistent(SC, 0.5)
+def test_the_parity_command_reports_writes_files_and_refuses_bad_arguments(tmp_path: Path) -> None:
+    records, more = consistent(), consistent(SC, 0.5)
     episodes = [replace(one, id=f"s{one.id}", request_id=f"s{one.id}") for one in more.episodes]
     recordings = [replace(one, request=f"s{key}") for key, one in more.recordings.items()]
-    write(tmp_path / "s.db", [*found.episodes, *episodes], [*found.recordings.values(), *recordings])
+    write(tmp_path / "s.db", [*records.episodes, *episodes], [*records.recordings.values(), *recordings])
     done = autotts("parity", "--store", "s.db", "--plot", "p.svg", "--shuffles", "5", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rounds of 28 episodes are decided the same" in done.stdout
     assert "reproduced: 28 of 28 recorded episodes match in tokens and answer" in done.stdout
     assert "correct answers from reference 14" in done.stdout
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
-    one = ["--controller", "cmc", "--beta", "0.3"]
-    done = autotts("parity", "--store", "s.db", *one, "--json", "-", folder=tmp_path)
-    told = json.loads(done.stdout)
-    assert (told["holds"], told["decisions"]["episodes"]) == (True, 14)
-    assert [(group["controller"], group["verdict"]) for group in told["means"]] == [("cmc", "agree")]
-    for arguments, words in (
+    selection = ["--controller", "cmc", "--beta", "0.3"]
+    done = autotts("parity", "--store", "s.db", *selection, "--json", "-", folder=tmp_path)
+    body = json.loads(done.stdout)
+    assert (body["holds"], body["decisions"]["episodes"]) == (True, 14)
+    assert [(group["controller"], group["verdict"]) for group in body["means"]] == [("cmc", "agree")]
+    for arguments, message in (
         (
             ["--controller", "asc"],
             "no episodes of that controller and β; there are cmc at 0.3, self_consistency at 0.5",
@@ -472,15 +478,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     ):
         done = autotts("parity", "--store", "s.db", *arguments, folder=tmp_path)
         assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
-        assert words in done.stderr
+        assert message in done.stderr
 
 
 @pytest.mark.process
-def test_a_disagreement_ends_in_status_1(tmp_path: Path) -> None:
-    found = consistent()
-    found = changed(found, 2, about={"spent": 1})
-    found = changed(found, 3, beta=1.0)
-    write(tmp_path / "s.db", found.episodes, list(found.recordings.values()))
+def test_the_parity_command_exits_with_1_on_a_disagreement(tmp_path: Path) -> None:
+    records = consistent()
+    records = changed(records, 2, about={"spent": 1})
+    records = changed(records, 3, beta=1.0)
+    write(tmp_path / "s.db", records.episodes, list(records.recordings.values()))
     done = autotts("parity", "--store", "s.db", "--json", "f.json", "--shuffles", "2", folder=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "8 × branch()" in done.stdout
@@ -489,20 +495,20 @@ def test_a_disagreement_ends_in_status_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_without_anything_to_check_parity_does_not_hold(tmp_path: Path) -> None:
+def test_the_parity_command_exits_with_3_when_nothing_could_be_checked(tmp_path: Path) -> None:
     odd = "\x9b31m\x7f\u202e"
     write(tmp_path / "s.db", [replace(serve(QUESTIONS[0], Spec(odd, FOREIGN), 0.5, "r"), model=odd)])
     for where in ("f.json", "-"):
         done = autotts("parity", "--store", "s.db", "--json", where, folder=tmp_path)
         assert done.returncode == 3, done.stderr
         assert not set(odd[:1] + odd[-2:]) & set(done.stdout)
-    told = json.loads(done.stdout)
-    assert (told["checked"], told["holds"], told["decisions"]["rounds"], told["means"]) == (False, False, 0, [])
-    assert told["decisions"]["unchecked"][0]["controller"] == odd
+    body = json.loads(done.stdout)
+    assert (body["checked"], body["holds"], body["decisions"]["rounds"], body["means"]) == (False, False, 0, [])
+    assert body["decisions"]["unchecked"][0]["controller"] == odd
 
 
 @pytest.mark.process
-def test_a_store_without_recordings_or_episodes(tmp_path: Path) -> None:
+def test_the_parity_command_explains_a_store_without_recordings_or_episodes(tmp_path: Path) -> None:
     write(tmp_path / "s.db", consistent().episodes)
     done = autotts("parity", "--store", "s.db", "--plot", "p.svg", folder=tmp_path)
     assert done.returncode == 0, done.stderr

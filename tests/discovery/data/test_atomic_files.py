@@ -1,4 +1,4 @@
-"""Files are created with the modes they should have, and never through a link somebody else has put there."""
+"""Creating and replacing files: their modes, and that no file is written through a symbolic link."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def umask(mask: int) -> Iterator[None]:
 
 @pytest.fixture(params=["precious", "nothing-yet"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A file of the user's, or a place where there is none; a link points to it."""
+    """Return the target of a symbolic link: an existing file of the user, or a path where no file exists."""
     path = tmp_path / str(request.param)
     if path.name == "precious":
         path.write_text("keep")
@@ -39,7 +39,7 @@ def untouched(path: Path) -> bool:
     return path.read_text() == "keep" if path.name == "precious" else not path.exists()
 
 
-def test_nothing_is_created_through_a_link(tmp_path: Path, target: Path) -> None:
+def test_a_file_is_not_created_through_a_link(tmp_path: Path, target: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(target)
     with pytest.raises(FileExistsError):
@@ -47,14 +47,14 @@ def test_nothing_is_created_through_a_link(tmp_path: Path, target: Path) -> None
     assert untouched(target)
 
 
-def test_a_link_in_place_of_a_ledgers_lock_is_refused(tmp_path: Path, target: Path) -> None:
+def test_a_link_in_place_of_the_lock_of_a_ledger_is_refused(tmp_path: Path, target: Path) -> None:
     (tmp_path / "gate.jsonl.lock").symlink_to(target)
     with pytest.raises(FileWriteError, match=r"gate\.jsonl\.lock"), Ledger(tmp_path / "gate.jsonl").locked():
         pass
     assert untouched(target)
 
 
-def test_a_link_in_place_of_claims_or_losses_is_refused(tmp_path: Path, target: Path) -> None:
+def test_a_link_in_place_of_the_claims_or_lost_tokens_file_is_refused(tmp_path: Path, target: Path) -> None:
     (tmp_path / "out.lock").symlink_to(target)
     with pytest.raises(FileWriteError, match=r"out\.lock"):
         WorkClaims(tmp_path / "out.lock")
@@ -64,7 +64,7 @@ def test_a_link_in_place_of_claims_or_losses_is_refused(tmp_path: Path, target: 
     assert untouched(target)
 
 
-def test_a_registry_writes_through_no_link(tmp_path: Path, target: Path) -> None:
+def test_a_registry_does_not_write_through_a_link(tmp_path: Path, target: Path) -> None:
     registry = Registry(tmp_path / "registry")
     registry.folder.mkdir()
     (registry.folder / ".autotts-registry.json").symlink_to(target)
@@ -74,7 +74,7 @@ def test_a_registry_writes_through_no_link(tmp_path: Path, target: Path) -> None
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_a_whole_file_has_the_mode_the_umask_gives(tmp_path: Path, mask: int, mode: int) -> None:
+def test_an_atomically_written_file_has_the_mode_of_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     path = tmp_path / "report.json"
     with umask(mask), atomic_write(path) as file:
         file.write(b"{}")
@@ -82,7 +82,7 @@ def test_a_whole_file_has_the_mode_the_umask_gives(tmp_path: Path, mask: int, mo
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_private_file_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_a_new_private_file_has_mode_600_under_any_umask(tmp_path: Path) -> None:
     with umask(0), atomic_write(tmp_path / "out.jsonl", private=True) as file:
         file.write(b"{}")
     with umask(0):
@@ -91,10 +91,10 @@ def test_a_private_file_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -
     (tmp_path / "out.jsonl").chmod(0o640)
     with atomic_write(tmp_path / "out.jsonl", private=True) as file:
         file.write(b"{}")
-    assert stat.S_IMODE((tmp_path / "out.jsonl").stat().st_mode) == 0o640  # as its owner has it
+    assert stat.S_IMODE((tmp_path / "out.jsonl").stat().st_mode) == 0o640  # the mode its owner set is kept
 
 
-def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "gate.jsonl"
     path.write_text("old")
     path.chmod(0o600)
@@ -103,7 +103,7 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o600)
 
 
-def test_a_whole_file_takes_the_place_of_a_link(tmp_path: Path, target: Path) -> None:
+def test_an_atomic_write_replaces_a_link_and_not_its_target(tmp_path: Path, target: Path) -> None:
     path = tmp_path / "report.json"
     path.symlink_to(target)
     with atomic_write(path) as file:
@@ -112,7 +112,7 @@ def test_a_whole_file_takes_the_place_of_a_link(tmp_path: Path, target: Path) ->
     assert untouched(target)
 
 
-def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "report.json") as file:
         file.write(b"{" * (1 // 0))
     assert list(tmp_path.iterdir()) == []

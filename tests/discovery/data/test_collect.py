@@ -1,4 +1,4 @@
-"""Collecting: complete, once each, whatever is killed when; within its budget; and what is told when it cannot be."""
+"""Collecting recordings: completeness, interruptions, several collectors, the token budget and error messages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def url(backend: FakeVLLM) -> AsyncIterator[str]:
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Path:
-    """A file of questions."""
+    """Return a file of questions."""
     lines = [
         {"id": f"q{i}", "messages": [{"role": "user", "content": f"question {i}"}], "reference": "7"}
         for i in range(QUESTIONS)
@@ -95,9 +95,9 @@ class Verb:
         self.process = process
 
     async def ends(self, code: int) -> str:
-        said, _ = await self.process.communicate()
-        assert self.process.returncode == code, said.decode()
-        return said.decode()
+        output, _ = await self.process.communicate()
+        assert self.process.returncode == code, output.decode()
+        return output.decode()
 
     async def kill(self) -> None:
         self.process.kill()
@@ -126,7 +126,7 @@ async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
         for _ in repeat(None):
             if holds():
                 return
-            await asyncio.sleep(0.01)  # no event tells of what another process has done
+            await asyncio.sleep(0.01)  # no event reports what another process has done
 
 
 def content(path: Path) -> bytes:
@@ -150,12 +150,12 @@ def spent(out: Path) -> int:
 
 
 def check_complete(out: Path) -> list[RecordedQuestion]:
-    """Every branch of every question, once, and whole."""
+    """Check that every branch of every question is recorded once and complete, and return the recordings."""
     assert set(parts(out).values()) == {1}
-    found = read_jsonl(out)
-    assert [len(one.branches) for one in found] == [BRANCHES] * QUESTIONS
-    assert all(one.complete for one in found)
-    return found
+    recordings = read_jsonl(out)
+    assert [len(one.branches) for one in recordings] == [BRANCHES] * QUESTIONS
+    assert all(one.complete for one in recordings)
+    return recordings
 
 
 # What is collected
@@ -169,19 +169,19 @@ async def test_a_collected_recording_is_complete_and_names_its_settings(
     at = await collect(url, "sesame", questions, order, out)
     assert (at.total, at.done, at.mine, at.skipped, at.is_out_of_budget) == (ALL, ALL, ALL, [], False)
     assert at.tokens == at.spent == spent(out)
-    found = check_complete(out)
+    recordings = check_complete(out)
     assert backend.opened == ALL
-    lengths = sorted(branch.tokens for one in found for branch in one.branches)
+    lengths = sorted(branch.tokens for one in recordings for branch in one.branches)
     assert lengths == sorted(one.tokens for one in CHAINS[:ALL])
-    for number, one in enumerate(found):
-        assert one.question == questions[number].question == question_id(f"question {number}")
-        assert (one.model, one.benchmark, one.interval) == (MODEL, "hard", INTERVAL)
-        assert (one.reference, one.text, one.origin) == ("7", None, Origin.COLLECTED)
-        assert one.split == (default_split(one.question) if number else Split.HELD_OUT)
-        assert one.sampling == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 1000, "answer": "boxed"}
-        assert one.probe_template == "qwen3/2"
+    for number, recording in enumerate(recordings):
+        assert recording.question == questions[number].question == question_id(f"question {number}")
+        assert (recording.model, recording.benchmark, recording.interval) == (MODEL, "hard", INTERVAL)
+        assert (recording.reference, recording.text, recording.origin) == ("7", None, Origin.COLLECTED)
+        assert recording.split == (default_split(recording.question) if number else Split.HELD_OUT)
+        assert recording.sampling == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 1000, "answer": "boxed"}
+        assert recording.probe_template == "qwen3/2"
         state = State(Limits(INTERVAL, max_branches=BRANCHES))
-        run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern_answers(one), range(BRANCHES)), state))
+        run_sync(run_episode(create("sc@5", 1), ReplayEnvironment(intern_answers(recording), range(BRANCHES)), state))
         assert state.stop is Stop.ANSWERED
     sent = backend.requests[-1]
     assert (sent["temperature"], sent["top_p"]) in [(0.5, 0.9), (0.0, sent.get("top_p"))]
@@ -212,7 +212,7 @@ async def test_recorded_branches_are_not_requested_again(
     [replace(ORDER, temperature=0.5), replace(ORDER, answer="boxed"), replace(ORDER, benchmark="soft")],
     ids=["temperature", "answer", "benchmark"],
 )
-async def test_other_settings_are_other_recordings(
+async def test_other_settings_start_new_recordings_in_the_same_file(
     url: str, questions: Sequence[Question], out: Path, other: CollectionPlan
 ) -> None:
     await collect(url, "sesame", questions, ORDER, out)
@@ -222,36 +222,38 @@ async def test_other_settings_are_other_recordings(
     assert len(read_jsonl(out)) == 2 * QUESTIONS
 
 
-# Whoever is killed
+# The command, interruptions and several collectors
 
 
 @pytest.mark.process
-async def test_the_verb_from_end_to_end(url: str, asked: Path, out: Path) -> None:
-    async with verb(url, asked, out, "--usd-per-million", "1000000") as one:
-        said = await one.ends(0)
+async def test_the_collect_command_records_refuses_to_overwrite_and_resumes(url: str, asked: Path, out: Path) -> None:
+    async with verb(url, asked, out, "--usd-per-million", "1000000") as command:
+        output = await command.ends(0)
     check_complete(out)
-    assert said.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them in this run; {spent(out):,} tokens in ")
-    assert f"${spent(out):,}.00" in said
-    async with verb(url, asked, out) as one:
-        assert "the file holds recordings; continue them with --resume" in await one.ends(2)
-    async with verb(url, asked, out, "--resume") as one:
-        assert f"{ALL} of {ALL} branches, 0 of them in this run" in await one.ends(0)
+    assert output.startswith(f"{out}: {ALL} of {ALL} branches, {ALL} of them in this run; {spent(out):,} tokens in ")
+    assert f"${spent(out):,}.00" in output
+    async with verb(url, asked, out) as command:
+        assert "the file holds recordings; continue them with --resume" in await command.ends(2)
+    async with verb(url, asked, out, "--resume") as command:
+        assert f"{ALL} of {ALL} branches, 0 of them in this run" in await command.ends(0)
     check_complete(out)
 
 
 @pytest.mark.process
-async def test_killed_in_the_middle_and_resumed(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+async def test_a_killed_collection_resumes_without_repeating_saved_branches(
+    backend: FakeVLLM, url: str, asked: Path, out: Path
+) -> None:
     backend.fault, backend.fault_after = "hang", 30
-    async with verb(url, asked, out, "--at-once", "2") as one:
+    async with verb(url, asked, out, "--at-once", "2") as command:
         await until(lambda: backend.running == 2 and backend.hanging.is_set())
-        await one.kill()
+        await command.kill()
     known = lines(out)
     assert 0 < len(known) < ALL
     assert backend.opened == len(known) + 2
-    await asyncio.wait_for(backend.idle.wait(), 10)  # what nobody waits for is not made
+    await asyncio.wait_for(backend.idle.wait(), 10)  # abandoned requests are cancelled
     backend.fault = ""
-    async with verb(url, asked, out, "--resume") as one:
-        await one.ends(0)
+    async with verb(url, asked, out, "--resume") as command:
+        await command.ends(0)
     check_complete(out)
     assert lines(out)[: len(known)] == known
     assert backend.opened == ALL + 2
@@ -263,10 +265,10 @@ async def test_an_interrupted_collection_keeps_finished_branches(
     backend: FakeVLLM, url: str, asked: Path, out: Path, number: signal.Signals
 ) -> None:
     backend.fault, backend.fault_after = "hang", 30
-    async with verb(url, asked, out, "--at-once", "2") as one:
+    async with verb(url, asked, out, "--at-once", "2") as command:
         await until(lambda: backend.running == 2 and backend.hanging.is_set())
-        one.process.send_signal(number)
-        assert "interrupted; finished branches are saved, continue with --resume" in await one.ends(130)
+        command.process.send_signal(number)
+        assert "interrupted; finished branches are saved, continue with --resume" in await command.ends(130)
     await asyncio.wait_for(backend.idle.wait(), 10)
     assert 0 < len(lines(out)) == sum(parts(out).values())
 
@@ -280,7 +282,7 @@ async def test_an_incomplete_line_is_collected_again(
     at = await collect(url, "sesame", questions, ORDER, out)
     assert (at.done, at.mine) == (ALL, 1)
     check_complete(out)
-    put(out, content(out)[:-1])  # nothing but its end is missing
+    put(out, content(out)[:-1])  # only the newline is missing
     assert (await collect(url, "sesame", questions, ORDER, out)).mine == 0
     check_complete(out)
 
@@ -289,29 +291,29 @@ async def test_an_incomplete_line_is_collected_again(
 async def test_two_collectors_share_the_work(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
-    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
-        await until(lambda: backend.running == 6)  # both are at work, and at different branches
+    async with verb(url, asked, out, *few) as first, verb(url, asked, out, *few) as second:
+        await until(lambda: backend.running == 6)  # both work, on different branches
         backend.gate.set()
-        said = [await one.ends(0), await other.ends(0)]
+        outputs = [await first.ends(0), await second.ends(0)]
     check_complete(out)
     assert backend.opened == ALL
-    mine = [int(words.split("branches, ")[1].split()[0]) for words in said]
+    mine = [int(words.split("branches, ")[1].split()[0]) for words in outputs]
     assert sum(mine) == ALL
     assert min(mine) >= 3
 
 
 @pytest.mark.process
-async def test_a_killed_collectors_branches_are_done_by_another(
+async def test_branches_of_a_killed_collector_are_done_by_another(
     backend: FakeVLLM, url: str, asked: Path, out: Path
 ) -> None:
     backend.gate.clear()
     few = ("--resume", "--at-once", "3")
-    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
+    async with verb(url, asked, out, *few) as first, verb(url, asked, out, *few) as second:
         await until(lambda: backend.running == 6)
-        await one.kill()
+        await first.kill()
         await until(lambda: backend.running == 3)
         backend.gate.set()
-        await other.ends(0)
+        await second.ends(0)
     check_complete(out)
 
 
@@ -345,18 +347,20 @@ async def test_a_budget_is_not_exceeded_and_resume_continues(
 async def test_a_budget_is_not_exceeded_however_long_branches_become(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path, at_once: int, max_tokens: int | None
 ) -> None:
-    """Without a bound of the client's the model's context is one; the proxy holds each branch to what is set aside."""
+    """Without a client limit the context length bounds a branch; the proxy holds each branch to its reserve."""
     backend.chains = [chain("7", 80 if i < 3 else 1400, ["", "7"], mark=chr(97 + i)) for i in range(ALL)]
     at = await collect(url, "sesame", questions, replace(ORDER, max_tokens=max_tokens), out, at_once, 16_000)
     assert at.is_out_of_budget
     assert at.done > 3
     assert at.spent == spent(out) <= 16_000
-    assert backend.generated < at.spent  # what probes read is on the bill too
+    assert backend.generated < at.spent  # prompt tokens of probes are charged too
     assert all(one.complete for one in read_jsonl(out))
 
 
-async def test_the_reserve_of_a_branch_is_the_cap_of_its_request(questions: Sequence[Question], out: Path) -> None:
-    """The first goes alone, for nobody knows yet how often branches are probed."""
+async def test_the_reserve_of_a_branch_is_sent_as_the_token_cap_of_its_request(
+    questions: Sequence[Question], out: Path
+) -> None:
+    """The first branch runs alone, because the number of probes is not known yet."""
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions, replace(ORDER, max_tokens=70), out, 8, 10**6)
     first, *others = (asked["tts"]["max_total_tokens"] for asked in stub.asked)
@@ -393,11 +397,11 @@ async def test_retries_respect_the_budget_and_lost_tokens_are_recorded(
     assert (at.spent, spent_on_nothing(out), content(out)) == (4000, 4000, b"")
     async with answering(lambda _: recorded()) as stub:
         other = await collect(stub.url, "sesame", questions, replace(order, temperature=0.5), out, 1, 3500)
-        assert (other.done, other.spent) == (QUESTIONS, QUESTIONS * 69)  # it has lost nothing
+        assert (other.done, other.spent) == (QUESTIONS, QUESTIONS * 69)  # other settings have lost no tokens
         assert (await collect(stub.url, "sesame", questions, order, out, 1, 10**6)).spent == 4000 + QUESTIONS * 69
 
 
-async def test_a_failure_of_unknown_cost_counts_as_its_whole_reserve(questions: Sequence[Question], out: Path) -> None:
+async def test_a_failure_of_unknown_cost_is_charged_its_full_reserve(questions: Sequence[Question], out: Path) -> None:
     order = replace(ORDER, max_tokens=100, branches=1)
     async with answering(lambda number: None if number == 1 else recorded()) as stub:
         at = await collect(stub.url, "sesame", questions, order, out, 1, 10**6, timing=RetryTiming(0))
@@ -405,7 +409,7 @@ async def test_a_failure_of_unknown_cost_counts_as_its_whole_reserve(questions: 
 
 
 async def test_a_request_that_was_not_sent_costs_nothing(questions: Sequence[Question], out: Path) -> None:
-    """The proxy is restarted between two tries."""
+    """The proxy is restarted between two attempts."""
     time = Time()
     async with answering(lambda i: recorded() if i else refused(429, "later")) as stub:
 
@@ -429,7 +433,7 @@ async def test_an_invalid_line_of_lost_tokens_is_refused(questions: Sequence[Que
     async with answering(lambda _: recorded()) as stub:
         with pytest.raises(BadRecording, match=r"out.jsonl.lost:2: not a record of lost tokens"):
             await collect(stub.url, "sesame", questions, ORDER, out)
-        put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # who wrote it was killed
+        put(lost, b'{"of": [], "tokens": 3}\n{"of"')  # its writer was killed
         assert (await collect(stub.url, "sesame", questions, ORDER, out)).spent == ALL * 69
 
 
@@ -439,32 +443,32 @@ async def test_two_collectors_share_the_budget(backend: FakeVLLM, url: str, aske
     each = (await collect(url, "sesame", read_questions(asked)[:1], replace(BOUNDED, branches=1), out)).spent
     backend.gate.clear()
     few = ("--resume", "--at-once", "4", "--max-tokens", "200", "--max-tokens-total", str(each * 4 + 2 * RESERVE))
-    async with verb(url, asked, out, *few) as one, verb(url, asked, out, *few) as other:
-        await until(lambda: backend.running == 2)  # the first of each
+    async with verb(url, asked, out, *few) as first, verb(url, asked, out, *few) as second:
+        await until(lambda: backend.running == 2)  # the first branch of each collector
         backend.gate.set()
-        said = [await one.ends(0), await other.ends(0)]
+        outputs = [await first.ends(0), await second.ends(0)]
     made = 5 + RESERVE // each
     assert (len(lines(out)), spent(out)) == (made, each * made)
-    assert all(f"stopped: {each * made:,} tokens are spent" in words for words in said)
+    assert all(f"stopped: {each * made:,} tokens are spent" in words for words in outputs)
 
 
 @pytest.mark.process
-async def test_a_spent_budget_is_not_a_failure(url: str, asked: Path, out: Path) -> None:
-    async with verb(url, asked, out, "--max-tokens-total", "1000") as one:
-        said = await one.ends(0)
-    assert "stopped: 0 tokens are spent, and one more branch may cost 7,917, which could exceed 1,000; " in said
-    assert "continue with --resume and a larger --max-tokens-total, or limit branches with --max-tokens" in said
-    async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as one:
-        assert said.partition("; continue with")[0] != (said := await one.ends(0))
-    assert f"stopped: {spent(out):,} tokens are spent" in said
-    assert "limit branches" not in said
+async def test_an_exhausted_budget_exits_with_0_and_says_how_to_continue(url: str, asked: Path, out: Path) -> None:
+    async with verb(url, asked, out, "--max-tokens-total", "1000") as command:
+        output = await command.ends(0)
+    assert "stopped: 0 tokens are spent, and one more branch may cost 7,917, which could exceed 1,000; " in output
+    assert "continue with --resume and a larger --max-tokens-total, or limit branches with --max-tokens" in output
+    async with verb(url, asked, out, "--resume", "--max-tokens-total", "10000") as command:
+        assert output.partition("; continue with")[0] != (output := await command.ends(0))
+    assert f"stopped: {spent(out):,} tokens are spent" in output
+    assert "limit branches" not in output
 
 
-# How fast it goes
+# Progress
 
 
 def shown(*changes: CollectionProgress) -> str:
-    """The bar, after `changes`."""
+    """Return the progress bar's output after `changes`."""
     console = Console(file=StringIO(), force_terminal=True, width=160, color_system=None)
     with CollectionProgressBar(2.5, console) as bar:
         for at in changes:
@@ -474,29 +478,29 @@ def shown(*changes: CollectionProgress) -> str:
 
 
 def test_the_progress_bar_shows_tokens_cost_and_remaining_time() -> None:
-    """100 were there before; three have taken 20 minutes each since."""
+    """100 branches existed before; three have taken 20 minutes each since."""
     begun = CollectionProgress(total=640, done=100)
-    said = shown(begun, CollectionProgress(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
-    assert "103/640 1,200,000 tokens in 3,600 s (333/s), $3.00, 7 days, 11:00:00 left" in said
+    output = shown(begun, CollectionProgress(total=640, done=103, mine=2, tokens=1_200_000, seconds=3600.0))
+    assert "103/640 1,200,000 tokens in 3,600 s (333/s), $3.00, 7 days, 11:00:00 left" in output
     assert "left" not in shown(begun, replace(begun, seconds=3600.0))
     assert "640/640 9 tokens in 60 s (0/s), $0.00, 0:00:00 left" in shown(
         begun, CollectionProgress(total=640, done=640, tokens=9, seconds=60)
     )
 
 
-async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], out: Path) -> None:
+async def test_elapsed_seconds_are_measured_by_the_given_clock(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded()) as stub:
         pace = RetryTiming(clock=lambda: 500.0 * len(stub.asked))
         at = await collect(stub.url, "sesame", questions, ORDER, out, 1, timing=pace)
     assert at.seconds == 500 * ALL
 
 
-# What goes wrong
+# Refused arguments and failing branches
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("key", "message"),
     [
         (None, "AUTOTTS_ADMIN_KEY is not set: recording is for admins"),
         ("", "AUTOTTS_ADMIN_KEY is not set"),
@@ -504,19 +508,19 @@ async def test_seconds_are_counted_by_the_clock(questions: Sequence[Question], o
         ("open", "the proxy returns 403: controller everything@1 is for admins"),
     ],
 )
-async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, key: str | None, words: str) -> None:
-    async with verb(url, asked, out, key=key) as one:
-        said = await one.ends(2)
-    assert words in said
-    assert said.count("\n") == 1
+async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, key: str | None, message: str) -> None:
+    async with verb(url, asked, out, key=key) as command:
+        output = await command.ends(2)
+    assert message in output
+    assert output.count("\n") == 1
     assert content(out) == b""
     if key:
-        assert key not in said.replace("open/v1", "")
+        assert key not in output.replace("open/v1", "")
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("--temperature", "0"), "at 0 all branches are identical"),
         (("--answer", "prose"), "use one of auto"),
@@ -524,12 +528,12 @@ async def test_invalid_admin_keys_are_refused(url: str, asked: Path, out: Path, 
     ],
 )
 async def test_invalid_arguments_are_refused(
-    url: str, asked: Path, out: Path, arguments: tuple[str, ...], words: str
+    url: str, asked: Path, out: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    async with verb(url, asked, out, *arguments) as one:
-        said = await one.ends(2)
-    assert words in said
-    assert said.count("\n") == 1
+    async with verb(url, asked, out, *arguments) as command:
+        output = await command.ends(2)
+    assert message in output
+    assert output.count("\n") == 1
 
 
 async def test_an_address_without_a_proxy_is_refused(
@@ -541,50 +545,52 @@ async def test_an_address_without_a_proxy_is_refused(
         await collect(backend.url, "sesame", questions, ORDER, out)
 
 
-async def test_a_branch_that_fails_is_tried_again(
+async def test_a_failing_branch_is_retried(
     backend: FakeVLLM, url: str, questions: Sequence[Question], out: Path
 ) -> None:
     backend.fault, backend.fault_after, backend.fault_times = "cut", 10, 3
     at = await collect(url, "sesame", questions, ORDER, out, 2, timing=RetryTiming(0))
     assert (at.done, at.skipped) == (ALL, [])
-    assert at.tokens > spent(out)  # what failed has cost something
+    assert at.tokens > spent(out)  # failed attempts have cost tokens
     check_complete(out)
 
 
 @pytest.mark.process
-async def test_a_branch_that_fails_too_often_is_given_up(backend: FakeVLLM, url: str, asked: Path, out: Path) -> None:
+async def test_a_branch_that_fails_too_often_is_skipped_and_collected_on_resume(
+    backend: FakeVLLM, url: str, asked: Path, out: Path
+) -> None:
     questions = read_questions(asked)
     backend.fault, backend.fault_after, backend.fault_times = "cut", 1, 4
     at = await collect(url, "sesame", questions[:1], ORDER, out, 1, timing=RetryTiming(0))
     assert (at.total, at.done) == (BRANCHES, BRANCHES - 1)
     (skipped,) = at.skipped
     assert skipped.startswith("question q0, branch 0: 502: ")
-    async with verb(url, asked, out, "--resume") as one:
-        await one.ends(0)
+    async with verb(url, asked, out, "--resume") as command:
+        await command.ends(0)
     check_complete(out)
 
 
-# What a proxy may say besides
+# Other replies of a proxy
 
 
 Answer = Callable[[int], web.Response | None]
 
 
 class Stub:
-    """Says what it is told, at `url`, to each request for a branch by its number; to None it hangs up."""
+    """Fake proxy at `url` that replies to the n-th branch request with `answer(n)`; None drops the connection."""
 
     def __init__(self, answer: Answer, models: Sequence[str], longest: int | None) -> None:
         self.answer = answer
         self.served = models
         self.longest = longest
-        self.readiness = [200]  # what it says of itself, each once and the last from then on; 0 hangs up
+        self.readiness = [200]  # statuses of /ready in order, the last repeats; 0 drops the connection
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.url = ""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
-        """Serve, at the same address as before."""
+        """Start serving; after a stop, at the same address."""
         app = web.Application()
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/ready", self.ready)
@@ -611,10 +617,10 @@ class Stub:
     async def chat(self, request: web.Request) -> web.Response:
         self.asked.append(await request.json())
         self.keys.append(request.headers["authorization"])
-        said = self.answer(len(self.asked) - 1)
-        if said is None and request.transport is not None:
+        response = self.answer(len(self.asked) - 1)
+        if response is None and request.transport is not None:
             request.transport.abort()
-        return said or web.Response()
+        return response or web.Response()
 
 
 @asynccontextmanager
@@ -638,7 +644,7 @@ RECORDING = {
 
 
 def recorded(branch: dict[str, Any] | None = None, **change: Any) -> web.Response:
-    """A reply with a recording in it; `change` is of its `tts`, or of its recording."""
+    """Return a reply with a recording; `change` updates its `tts` or its recording."""
     recording = RECORDING | {"branches": [branch or WHOLE]} | {k: v for k, v in change.items() if k in RECORDING}
     tts = {"recording": recording, "stop": "answered", "tokens": {"total": 69}}
     tts |= {k: v for k, v in change.items() if k not in RECORDING}
@@ -656,7 +662,7 @@ def refused(status: int, message: str, **headers: str) -> web.Response:
     )
 
 
-async def test_requests_carry_the_plans_settings(questions: Sequence[Question], out: Path) -> None:
+async def test_requests_carry_the_settings_of_the_plan(questions: Sequence[Question], out: Path) -> None:
     async with answering(lambda _: recorded(sampling={"temperature": 0.7})) as stub:
         order = CollectionPlan(MODEL, "hard", 1, "boxed", temperature=0.7)
         await collect(f"{stub.url}/v1/", "sesame", questions[:1], order, out)
@@ -672,7 +678,7 @@ async def test_requests_carry_the_plans_settings(questions: Sequence[Question], 
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-async def test_a_branch_is_on_disk_before_the_next_is_begun(
+async def test_a_branch_is_on_disk_before_the_next_is_requested(
     questions: Sequence[Question], out: Path, at_once: int
 ) -> None:
     flying: list[int] = []
@@ -688,7 +694,7 @@ async def test_a_branch_is_on_disk_before_the_next_is_begun(
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
 async def test_transient_errors_are_retried_three_times(questions: Sequence[Question], out: Path, status: int) -> None:
-    """When and as often as is asked; else after twice as long each time."""
+    """The waiting time doubles with each attempt."""
     async with answering(lambda number: refused(status, "later") if number < 3 else recorded()) as stub:
         at = await collect(
             stub.url, "sesame", questions[:1], replace(ORDER, branches=1), out, timing=RetryTiming(0.001)
@@ -707,12 +713,12 @@ async def test_a_dropped_connection_is_retried(questions: Sequence[Question], ou
 
 
 class Time:
-    """A clock that naps move on."""
+    """A clock that is advanced by naps."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.naps: list[float] = []
-        self.looking = 0  # who nap between looks
+        self.looking = 0  # tasks that wait between readiness checks
         self.most_looking = 0
 
     async def nap(self, seconds: float) -> None:
@@ -740,10 +746,10 @@ async def test_a_retry_waits_as_long_as_the_proxy_asks(questions: Sequence[Quest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("answer", [None, 502, 503], ids=str)
-async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
+async def test_a_temporarily_unavailable_proxy_costs_no_branch(
     questions: Sequence[Question], out: Path, answer: int | None
 ) -> None:
-    """Whatever is asked of it meanwhile waits, and only one looks whether it is back."""
+    """Branches wait meanwhile, and a single task checks readiness."""
     time = Time()
 
     def say(_: int) -> web.Response | None:
@@ -761,7 +767,9 @@ async def test_a_proxy_that_is_away_for_a_while_costs_no_branch(
 
 
 @pytest.mark.slow
-async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequence[Question], out: Path) -> None:
+async def test_waiting_for_an_unavailable_proxy_ends_after_900_seconds(
+    questions: Sequence[Question], out: Path
+) -> None:
     time = Time()
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions[:1], ORDER, out)
@@ -773,8 +781,8 @@ async def test_a_proxy_that_stays_away_is_not_waited_for_forever(questions: Sequ
 
 
 @pytest.mark.process
-async def test_branches_claimed_by_others_are_left_to_them(questions: Sequence[Question], out: Path) -> None:
-    """However many of the first are claimed; what they were at is done once they are gone."""
+async def test_branches_claimed_by_another_process_are_left_to_it(questions: Sequence[Question], out: Path) -> None:
+    """Claimed branches are skipped and collected after their claimant has ended."""
     order = CollectionPlan("", "hard", 300)
     script = (
         "import json, sys\n"
@@ -807,15 +815,15 @@ async def test_branches_claimed_by_others_are_left_to_them(questions: Sequence[Q
 
 
 @pytest.mark.process
-async def test_given_up_branches_are_reported(asked: Path, out: Path) -> None:
+async def test_skipped_branches_are_reported_with_the_reason(asked: Path, out: Path) -> None:
     async with (
         answering(lambda _: refused(503, "the store\nis [red]away", retry_after="0")) as stub,
-        verb(stub.url, asked, out, "--branches", "1") as one,
+        verb(stub.url, asked, out, "--branches", "1") as command,
     ):
-        said = await one.ends(1)
-    assert said.count("skipped: question q") == QUESTIONS
-    assert "question q0, branch 0: 503: the store is [red]away\n" in said
-    assert "retry them with --resume" in said
+        output = await command.ends(1)
+    assert output.count("skipped: question q") == QUESTIONS
+    assert "question q0, branch 0: 503: the store is [red]away\n" in output
+    assert "retry them with --resume" in output
     assert len(stub.asked) == QUESTIONS * 4
 
 
@@ -832,8 +840,8 @@ async def test_a_permanent_refusal_ends_the_collection_at_once(
 
 @pytest.mark.process
 @pytest.mark.parametrize("status", [400, 413, 422])
-async def test_a_refused_question_is_left_out(asked: Path, out: Path, status: int) -> None:
-    """By its name and with the reason; however often it is resumed, others are made."""
+async def test_a_refused_question_is_skipped_and_others_are_collected(asked: Path, out: Path, status: int) -> None:
+    """The refused question is reported by id with the reason; all others are collected, also on resume."""
 
     def answer(_: int) -> web.Response:
         is_bad = stub.asked[-1]["messages"][0]["content"] == "question 0"
@@ -841,16 +849,16 @@ async def test_a_refused_question_is_left_out(asked: Path, out: Path, status: in
 
     async with answering(answer) as stub:
         for times in (1, 2):
-            async with verb(stub.url, asked, out, "--at-once", "2", "--resume") as one:
-                said = await one.ends(1)
-            assert f"{ALL - BRANCHES} of {ALL} branches" in said
-            assert said.count("skipped: ") == 1
-            assert f"skipped: question q0: {status}: the prompt is too long\n" in said
+            async with verb(stub.url, asked, out, "--at-once", "2", "--resume") as command:
+                output = await command.ends(1)
+            assert f"{ALL - BRANCHES} of {ALL} branches" in output
+            assert output.count("skipped: ") == 1
+            assert f"skipped: question q0: {status}: the prompt is too long\n" in output
             assert len(stub.asked) - (ALL - BRANCHES) <= 2 * times
     assert len(lines(out)) == ALL - BRANCHES
 
 
-async def test_equal_refusals_of_the_first_questions_end_the_collection(tmp_path: Path, out: Path) -> None:
+async def test_equal_refusals_of_the_first_three_questions_end_the_collection(tmp_path: Path, out: Path) -> None:
     many = [Question.model_validate({"question": f"{i}"}) for i in range(20)]
     async with answering(lambda _: refused(400, "no such field")) as stub:
         with pytest.raises(CollectError, match="each of the first 3 questions with the same error: 400: no such field"):
@@ -865,7 +873,7 @@ async def test_equal_refusals_of_the_first_questions_end_the_collection(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"reference": "8"}, "question q1: its reference is now '8', but '7' in .*out.jsonl:6"),
         ({"reference": None}, "question q1: its reference is now None, but '7' in "),
@@ -873,19 +881,19 @@ async def test_equal_refusals_of_the_first_questions_end_the_collection(tmp_path
     ],
 )
 async def test_a_changed_reference_or_split_is_refused_on_resume(
-    questions: Sequence[Question], out: Path, change: dict[str, Any], words: str
+    questions: Sequence[Question], out: Path, change: dict[str, Any], message: str
 ) -> None:
     async with answering(lambda _: recorded()) as stub:
         await collect(stub.url, "sesame", questions, ORDER, out, 1)
         before, corrected = content(out), [questions[0], questions[1].model_copy(update=change), questions[2]]
-        with pytest.raises(CollectError, match=f"{words}.*; set it back, .* or collect into another file"):
+        with pytest.raises(CollectError, match=f"{message}.*; set it back, .* or collect into another file"):
             await collect(stub.url, "sesame", corrected, replace(ORDER, branches=9), out)
         assert (len(stub.asked), content(out)) == (ALL, before)
         await collect(stub.url, "sesame", corrected, ORDER, out.with_name("other.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("answer", "message"),
     [
         (lambda _: web.json_response({"id": "c", "choices": []}), "replies without a recording"),
         (lambda _: web.Response(text="<html>", content_type="text/html"), "replies without a recording"),
@@ -903,10 +911,10 @@ async def test_a_changed_reference_or_split_is_refused_on_resume(
     ],
 )
 async def test_an_invalid_recording_ends_the_collection(
-    questions: Sequence[Question], out: Path, answer: Answer, words: str
+    questions: Sequence[Question], out: Path, answer: Answer, message: str
 ) -> None:
     async with answering(answer) as stub:
-        with pytest.raises(CollectError, match=words):
+        with pytest.raises(CollectError, match=message):
             await collect(stub.url, "sesame", questions, ORDER, out, 2)
     assert len(stub.asked) <= 4
 
@@ -930,7 +938,7 @@ async def test_a_changed_proxy_is_noticed_at_the_first_branch(questions: Sequenc
 
 
 @pytest.mark.parametrize(
-    ("line", "error", "words"),
+    ("line", "error", "message"),
     [
         (lambda one: "{}\n", BadRecording, r"out.jsonl:2: model: Field required"),
         (
@@ -945,19 +953,19 @@ async def test_a_changed_proxy_is_noticed_at_the_first_branch(questions: Sequenc
         ),
     ],
 )
-async def test_a_file_with_other_lines_is_refused(
+async def test_an_output_file_with_lines_of_another_kind_is_refused(
     questions: Sequence[Question],
     out: Path,
     line: Callable[[RecordedQuestion], str],
     error: type[Exception],
-    words: str,
+    message: str,
 ) -> None:
     branch, asked = RecordedBranch(["7"], 60, "7", [9]), questions[0]
-    one = RecordedQuestion(asked.question, MODEL, "hard", INTERVAL, [branch], "7", split=Split.HELD_OUT)
-    put(out, (format_recording_line(one, 0) + line(one)).encode())
+    recording = RecordedQuestion(asked.question, MODEL, "hard", INTERVAL, [branch], "7", split=Split.HELD_OUT)
+    put(out, (format_recording_line(recording, 0) + line(recording)).encode())
     before = content(out)
     async with answering(lambda _: recorded()) as stub:
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=message):
             await collect(stub.url, "sesame", questions, ORDER, out)
     assert (stub.asked, content(out)) == ([], before)
 

@@ -71,7 +71,7 @@ def test_an_earlier_ledger_is_continued_with_the_same_bytes(tmp_path: Path) -> N
 
 
 def earlier_registry(folder: Path) -> Registry:
-    """The registry as it was after its second change."""
+    """Return the registry as it was after its second change."""
     registry = Registry(folder)
     registry.install(FIRST, {"headline": "fine"}, RolloutStage.SHADOW, 0, ChangeCause("zoë", "β", NOON))
     registry.install(SECOND, {"headline": "fine"}, RolloutStage.CANARY, 0.25, ChangeCause("me", "", NOON, forced=True))

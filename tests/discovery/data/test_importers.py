@@ -1,4 +1,4 @@
-"""Readers: malformed files are refused whole, naming the record and the reason; what is written is read again."""
+"""Readers of recordings: malformed files are refused with the record and the reason; written files are read back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(folder: Path, name: str, content: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"each_branch": [[["1"], 1200]]}, "question 1: branch 0: not a list of three"),
         ({"each_branch": [7]}, "question 1: branch 0: not a list of three"),
@@ -57,17 +57,19 @@ def write(folder: Path, name: str, content: Any) -> Path:
         ({"question": "first"}, "question 1: the same question as .*question 0"),
     ],
 )
-def test_a_malformed_release_is_refused_and_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_malformed_release_is_refused_with_file_question_and_reason(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     path = write(tmp_path, "x.json", [RELEASED | {"question": "first"}, RELEASED | change])
-    with pytest.raises(BadRecording, match=words) as caught:
+    with pytest.raises(BadRecording, match=message) as caught:
         read_release(path)
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_no_release(tmp_path: Path) -> None:
-    whole = lzma.compress(json.dumps([RELEASED | {"question": str(i)} for i in range(50)]).encode())
+def test_a_file_that_is_not_a_release_is_refused(tmp_path: Path) -> None:
+    compressed = lzma.compress(json.dumps([RELEASED | {"question": str(i)} for i in range(50)]).encode())
     for name, content in (
-        ("cut.json.xz", whole[:-20]),
+        ("cut.json.xz", compressed[:-20]),
         ("no.json", b"{"),
         ("object.json", b"{}"),
         ("a.json", b"[1]"),
@@ -79,11 +81,11 @@ def test_files_that_are_no_release(tmp_path: Path) -> None:
             read_release(tmp_path / name)
     with pytest.raises(BadRecording, match="has no 'gold_answer'"):
         read_release(write(tmp_path, "m.json", [{k: v for k, v in RELEASED.items() if k != "gold_answer"}]))
-    (tmp_path / "good.json.xz").write_bytes(whole)
+    (tmp_path / "good.json.xz").write_bytes(compressed)
     assert len(read_release(tmp_path / "good.json.xz")) == 50
 
 
-def test_release_cells_follow_from_folder_and_file_names(tmp_path: Path) -> None:
+def test_cells_of_a_release_are_named_by_its_folders_and_files(tmp_path: Path) -> None:
     with pytest.raises(RecordingsNotFound, match="no MODEL/BENCHMARK"):
         release_files(tmp_path)
     for model in ("a", "b"):
@@ -101,7 +103,7 @@ def test_release_cells_follow_from_folder_and_file_names(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"branches": []}, "branches: List should have at least 1 item"),
         ({"branches": [{"probes": [], "tokens": -1}]}, "branches.0.tokens: Input should be greater than"),
@@ -121,16 +123,18 @@ def test_release_cells_follow_from_folder_and_file_names(tmp_path: Path) -> None
         ({"question": "first"}, "the same question as .*x.jsonl:1"),
     ],
 )
-def test_a_malformed_line_is_refused_and_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_malformed_line_is_refused_with_its_number_and_reason(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     lines = [LINE | {"question": "first"}, LINE | change]
     path = write(tmp_path, "x.jsonl", "\n\n".join(map(json.dumps, lines)))
-    with pytest.raises(BadRecording, match=words) as caught:
+    with pytest.raises(BadRecording, match=message) as caught:
         read_jsonl(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_hold_no_lines(tmp_path: Path) -> None:
+def test_a_file_without_a_valid_line_is_refused(tmp_path: Path) -> None:
     for name, content in (("cut.jsonl", json.dumps(LINE)[:-5]), ("empty.jsonl", "\n"), ("list.jsonl", "[1]")):
         with pytest.raises(BadRecording, match=name):
             read_jsonl(write(tmp_path, name, content))
@@ -139,11 +143,11 @@ def test_files_that_hold_no_lines(tmp_path: Path) -> None:
 
 
 def test_a_line_without_a_split_gets_the_split_of_its_hash(tmp_path: Path) -> None:
-    by_hash, said = read_jsonl(
+    by_hash, explicit = read_jsonl(
         write(tmp_path, "x.jsonl", f"{json.dumps(LINE)}\n{json.dumps(LINE | {'question': 'p', 'split': 'held-out'})}")
     )
     assert by_hash.split is default_split(question_id("q"))
-    assert said.split is Split.HELD_OUT
+    assert explicit.split is Split.HELD_OUT
 
 
 def test_default_splits_have_the_documented_sizes() -> None:
@@ -184,13 +188,15 @@ recordings = st.builds(
 
 @settings(deadline=None)
 @given(recorded=recordings)
-def test_written_lines_are_read_back(tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion) -> None:
+def test_a_written_line_is_read_back_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion
+) -> None:
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     path.write_text(format_recording_line(recorded), encoding="utf-8")
     assert read_jsonl(path) == [recorded]
 
 
-def test_a_line_leaves_out_defaults() -> None:
+def test_a_written_line_omits_fields_with_default_values() -> None:
     recorded = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
     fields = {"id", "model", "benchmark", "interval", "branches", "split"}
     assert set(json.loads(format_recording_line(recorded))) == fields
@@ -199,10 +205,10 @@ def test_a_line_leaves_out_defaults() -> None:
 
 @settings(deadline=None)
 @given(recorded=recordings, data=st.data())
-def test_parts_are_joined_in_order(
+def test_parts_of_a_recording_are_joined_in_order(
     tmp_path_factory: pytest.TempPathFactory, recorded: RecordedQuestion, data: st.DataObject
 ) -> None:
-    """However they lie between others, and whatever is there twice or missing."""
+    """Parts may be interleaved with other recordings, repeated or missing."""
     parts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9))
     made = [replace(recorded, branches=[RecordedBranch(["1"], 9, str(at), [])]) for at in range(len(parts))]
     other = replace(recorded, interval=recorded.interval + 1)
@@ -227,25 +233,25 @@ def test_parts_are_joined_in_order(
         {"question": question_id("p")},
     ],
 )
-def test_parts_of_other_recordings_stay_apart(tmp_path: Path, change: dict[str, Any]) -> None:
-    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], split=Split.SEARCH)
-    other = replace(one, **change)
-    path = write(tmp_path, "x.jsonl", format_recording_line(one, 0) + format_recording_line(other, 1))
-    assert read_jsonl(path) == [one, other]
-    assert read_jsonl(write(tmp_path, "y.jsonl", format_recording_line(one) + format_recording_line(other))) == [
-        one,
-        other,
+def test_parts_of_different_recordings_are_not_joined(tmp_path: Path, change: dict[str, Any]) -> None:
+    first = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], split=Split.SEARCH)
+    second = replace(first, **change)
+    path = write(tmp_path, "x.jsonl", format_recording_line(first, 0) + format_recording_line(second, 1))
+    assert read_jsonl(path) == [first, second]
+    assert read_jsonl(write(tmp_path, "y.jsonl", format_recording_line(first) + format_recording_line(second))) == [
+        first,
+        second,
     ]
 
 
-def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_path: Path) -> None:
-    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
+def test_parts_and_a_complete_recording_of_one_question_are_refused_together(tmp_path: Path) -> None:
+    recording = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])])
     with pytest.raises(BadRecording, match=r"x.jsonl:2: the same question as .*x.jsonl:1"):
-        read_jsonl(write(tmp_path, "x.jsonl", format_recording_line(one) + format_recording_line(one, 1)))
+        read_jsonl(write(tmp_path, "x.jsonl", format_recording_line(recording) + format_recording_line(recording, 1)))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"reference": "8"}, "its reference is 8, but 7 in "),
         ({"reference": None, "confidence": 1.0}, "its reference is None, but 7 in "),
@@ -255,26 +261,32 @@ def test_parts_and_a_whole_recording_of_one_question_contradict_each_other(tmp_p
     ],
 )
 def test_parts_that_disagree_about_their_question_are_refused(
-    tmp_path: Path, change: dict[str, Any], words: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH)
-    path = write(tmp_path, "x.jsonl", format_recording_line(one, 0) + format_recording_line(replace(one, text="q"), 1))
+    recording = RecordedQuestion(
+        question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "7", [])], "7", split=Split.SEARCH
+    )
+    path = write(
+        tmp_path,
+        "x.jsonl",
+        format_recording_line(recording, 0) + format_recording_line(replace(recording, text="q"), 1),
+    )
     assert len(read_jsonl(path)[0].branches) == 2  # one line keeps the text, the other its hash
     write(
         tmp_path,
         "x.jsonl",
-        format_recording_line(one, 0)
-        + format_recording_line(one, 1)
-        + format_recording_line(replace(one, **change), 2),
+        format_recording_line(recording, 0)
+        + format_recording_line(recording, 1)
+        + format_recording_line(replace(recording, **change), 2),
     )
-    with pytest.raises(BadRecording, match=f"x.jsonl:3: {words}.*x.jsonl:1"):
+    with pytest.raises(BadRecording, match=f"x.jsonl:3: {message}.*x.jsonl:1"):
         read_jsonl(path)
 
 
-def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> None:
-    one = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
-    parts = format_recording_line(one, 0) + format_recording_line(one, 1)
-    torn = format_recording_line(one, 2).encode()
+def test_a_torn_last_line_is_ignored_only_in_a_file_of_parts(tmp_path: Path) -> None:
+    recording = RecordedQuestion(question_id("q"), "m", "b", 9, [RecordedBranch([], 3, "é")], "é")
+    parts = format_recording_line(recording, 0) + format_recording_line(recording, 1)
+    torn = format_recording_line(recording, 2).encode()
     path = tmp_path / "x.jsonl"
     for length in range(len(torn)):
         path.write_bytes(parts.encode() + torn[:length])
@@ -282,7 +294,7 @@ def test_a_torn_last_line_is_left_out_where_there_are_parts(tmp_path: Path) -> N
     path.write_bytes(parts.encode() + torn[:30] + b"\n")
     with pytest.raises(BadRecording, match=r"x.jsonl:3: Invalid JSON"):
         read_jsonl(path)
-    path.write_bytes(format_recording_line(one).encode() + torn[:30])
+    path.write_bytes(format_recording_line(recording).encode() + torn[:30])
     with pytest.raises(BadRecording, match=r"x.jsonl:2: Invalid JSON"):
         read_jsonl(path)
     path.write_bytes(torn[:30])

@@ -1,4 +1,4 @@
-"""Files of questions: read whole or refused whole, naming the line and the reason."""
+"""Files of questions: a malformed file is refused with the line and the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(folder: Path, *lines: Any) -> Path:
     return path
 
 
-def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
+def test_a_question_gets_the_same_id_as_in_the_proxy(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         {"question": "What is 6 * 7?"},
@@ -39,7 +39,7 @@ def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("{", "Invalid JSON"),
         ("[]", "should be an object"),
@@ -74,27 +74,29 @@ def test_a_question_is_known_as_the_proxy_knows_it(tmp_path: Path) -> None:
             "refrence: there is no such field; did you mean reference? known",
         ),
         ({"question": "p", "split": "test"}, "split: Input should be 'search', 'validation' or 'held-out'"),
-        ('{"question": "\\ud800"}', "Invalid JSON"),  # it has no bytes, and so no hash
+        ('{"question": "\\ud800"}', "Invalid JSON"),  # a lone surrogate cannot be encoded or hashed
         ({"id": "other", "messages": [{"role": "user", "content": "q"}]}, "the same question as in line 1"),
         ({"id": "one", "question": "p"}, "the same id as in line 1"),
     ],
 )
-def test_a_malformed_file_is_refused_and_named(tmp_path: Path, line: Any, words: str) -> None:
+def test_a_malformed_line_of_questions_is_refused_with_its_number_and_reason(
+    tmp_path: Path, line: Any, message: str
+) -> None:
     path = write(tmp_path, {"id": "one", "question": "q"}, line)
     with pytest.raises(BadRecording) as caught:
         read_questions(path)
     assert str(caught.value).startswith(f"{path}:2: ")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "q"}, {"question": "p"})
     known = read_questions(path)
     path.write_text(path.read_text(), encoding="utf-8-sig")
     assert read_questions(path) == known
 
 
-def test_files_that_have_no_questions(tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_of_questions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadRecording, match=r"q\.jsonl: the file holds no questions"):
         read_questions(write(tmp_path, "", ""))
     with pytest.raises(BadRecording, match=r"none\.jsonl: No such file"):

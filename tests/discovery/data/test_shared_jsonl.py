@@ -1,4 +1,4 @@
-"""Lines that several processes append to: whole or not there, whoever is killed when; and claims that die with them."""
+"""JSON Lines files that several processes append to, and work claims that end with their process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def read_output_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -55,7 +55,7 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for _, line in SharedLines(path).read_new()]
 
 
-def test_new_lines_are_read_once(tmp_path: Path) -> None:
+def test_each_new_line_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     reader, writer = SharedLines(path), SharedLines(path)
     assert reader.read_new() == []
@@ -69,7 +69,7 @@ def test_new_lines_are_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": "' + "x" * 3 * BLOCK + '"}\n'])
-def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
+def test_appending_removes_a_torn_last_line(tmp_path: Path, before: str) -> None:
     path = tmp_path / "x.jsonl"
     torn = '{"a": "é", "b": [1, 2]}'.encode()
     for length in range(len(torn) + 1):
@@ -82,7 +82,7 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, before: str) -> None:
         assert len(read(path)) == known + 1 + (length == len(torn))
 
 
-def test_a_long_tail_is_cut_off(tmp_path: Path) -> None:
+def test_repair_removes_a_torn_last_line_longer_than_a_block(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": "' + "x" * 3 * BLOCK)
     SharedLines(path).repair()
@@ -120,40 +120,40 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_processes_that_write_at_once_and_are_killed_leave_whole_lines(tmp_path: Path) -> None:
+def test_concurrent_writers_that_are_killed_leave_only_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    with running(WRITER, path, "a", 10**6) as one, running(WRITER, path, "b", 60) as other:
-        assert said(one) == said(other) == "ready"
-        one.kill()
-        assert other.wait() == 0
-        one.wait()
+    with running(WRITER, path, "a", 10**6) as first, running(WRITER, path, "b", 60) as second:
+        assert read_output_line(first) == read_output_line(second) == "ready"
+        first.kill()
+        assert second.wait() == 0
+        first.wait()
     SharedLines(path).append('{"who": "c", "number": 0}\n')
-    found = read(path)
+    records = read(path)
     for name, least in (("a", 21), ("b", 60), ("c", 1)):
-        numbers = [line["number"] for line in found if line["who"] == name]
+        numbers = [line["number"] for line in records if line["who"] == name]
         assert numbers == list(range(len(numbers)))
         assert len(numbers) >= least
 
 
 @pytest.mark.process
-def test_a_claim_belongs_to_one_process_and_ends_with_it(tmp_path: Path) -> None:
+def test_a_claim_belongs_to_one_process_and_is_released_when_it_ends(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     claims = WorkClaims(path)
     assert claims.take("a")
     assert not claims.take("a")
     with running(CLAIMER, path, "a", "b", "c") as other:
-        assert said(other) == "[False, True, True]"
+        assert read_output_line(other) == "[False, True, True]"
         assert not claims.take("b")
         assert claims.elsewhere(["a", "b", "c", "d"]) == 2
         claims.give_back("a")
-        claims.give_back("b")  # is not this one's to give
+        claims.give_back("b")  # another process holds it
         assert not claims.take("b")
         other.kill()
         other.wait()
         assert claims.take("b")
         assert claims.take("a")
     with running(CLAIMER, path, "a") as other:
-        assert said(other) == "[False]"
+        assert read_output_line(other) == "[False]"
         claims.close()
     with running(CLAIMER, path, "a") as other:
-        assert said(other) == "[True]"
+        assert read_output_line(other) == "[True]"
