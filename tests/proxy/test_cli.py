@@ -1,4 +1,4 @@
-"""The command line: what is wrong is one line and status 2; the README's two snippets, run as written."""
+"""The command line: errors are one line with status 2, and the README's two snippets run as written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def autotts(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected_text"),
     [
         (["serve", "--beta", "nan"], "--beta must be a decimal number from 0 to 1"),
         (["serve", "--beta", "1_0"], "--beta must be a decimal number from 0 to 1"),
@@ -48,27 +48,27 @@ def autotts(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (["demo", "--plot", "/nowhere/x.png"], "there is no folder /nowhere"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments: list[str], words: str) -> None:
+def test_invalid_arguments_exit_with_a_one_line_error(arguments: list[str], expected_text: str) -> None:
     done = autotts(*arguments)
     assert done.returncode == 2
-    assert words in done.stderr
+    assert expected_text in done.stderr
     assert done.stderr.strip().count("\n") == 0
 
 
-def test_a_bad_variable_is_named() -> None:
+def test_an_invalid_environment_variable_is_named() -> None:
     done = autotts("serve", AUTOTTS_INTERVAL="many")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "interval" in done.stderr
 
 
-def test_the_version() -> None:
+def test_version_prints_name_and_version() -> None:
     done = autotts("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"autotts \d+\.\d+\.\d+\S*\n", done.stdout)
 
 
 async def started(*arguments: str, **environment: str) -> str:
-    """What `autotts serve` writes until it listens, and to its end."""
+    """Run `autotts serve` until it listens, stop it and return all it wrote."""
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--no-record", *arguments]
     process = await asyncio.create_subprocess_exec(
         *command, stderr=asyncio.subprocess.PIPE, env=os.environ | environment
@@ -85,7 +85,7 @@ async def started(*arguments: str, **environment: str) -> str:
     return written + rest.decode()
 
 
-async def test_it_says_what_it_starts_and_shows_a_model_that_is_served() -> None:
+async def test_serve_logs_its_upstream_and_shows_an_example_with_a_served_model() -> None:
     async with FakeVLLM().serve() as backend:
         written = await started("--upstream", backend.url)
     before, _, after = written.partition("AutoTTS Proxy listens on http://127.0.0.1:")
@@ -95,13 +95,13 @@ async def test_it_says_what_it_starts_and_shows_a_model_that_is_served() -> None
     assert "your model" not in after
 
 
-async def test_flags_of_an_embedded_model_that_is_not_started_are_told_of() -> None:
+async def test_embedded_args_with_another_upstream_are_warned_of() -> None:
     async with FakeVLLM().serve() as backend:
         written = await started("--upstream", backend.url, AUTOTTS_EMBEDDED_ARGS="--max-model-len 512")
     assert "AUTOTTS_EMBEDDED_ARGS is ignored" in written
 
 
-async def test_an_upstream_that_is_down_is_told_of_at_start() -> None:
+async def test_an_unreachable_upstream_is_warned_of_at_start() -> None:
     password = "hidden"
     written = await started("--upstream", f"http://me:{password}@127.0.0.1:9", "--model", "odd \"name's")
     assert "WARNING proxy: cannot connect to upstream http://127.0.0.1:9: " in written
@@ -111,31 +111,33 @@ async def test_an_upstream_that_is_down_is_told_of_at_start() -> None:
     assert body["model"] == "odd \"name's"
 
 
-@pytest.mark.parametrize(("model", "words"), [("other", "serves no model 'other'; it serves fake-model"), (MODEL, "")])
-async def test_a_model_that_is_not_served_is_told_of_at_start(model: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "expected_text"), [("other", "serves no model 'other'; it serves fake-model"), (MODEL, "")]
+)
+async def test_a_model_the_upstream_does_not_serve_is_warned_of_at_start(model: str, expected_text: str) -> None:
     async with FakeVLLM().serve() as backend:
         written = await started("--upstream", backend.url, "--model", f"{model}@0.5" if model == MODEL else model)
-    assert (words in written) if words else ("serves no model" not in written)
+    assert (expected_text in written) if expected_text else ("serves no model" not in written)
 
 
-async def test_with_keys_the_example_says_where_one_goes() -> None:
+async def test_with_keys_the_example_request_has_a_placeholder_for_the_key() -> None:
     async with FakeVLLM().serve() as backend:
         written = await started("--upstream", backend.url, AUTOTTS_CLIENT_KEYS=f"alice={'0' * 64}")
     assert "-H 'authorization: Bearer YOUR_KEY'" in written
     assert 'api_key="YOUR_KEY"' in written
 
 
-def test_what_is_wrong_is_found_before_the_embedded_model_starts() -> None:
+def test_a_settings_error_is_reported_before_the_embedded_model_starts() -> None:
     done = autotts("serve", "--port", "0", AUTOTTS_KEYS="/nowhere/keys.toml")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "/nowhere/keys.toml" in done.stderr
 
 
-def test_an_ipv6_address_is_shown_as_urls_have_it() -> None:
+def test_an_ipv6_address_is_bracketed_in_the_example_url() -> None:
     assert "curl http://[::1]:8400/v1/" in welcome(base_url("::1", 8400), "m", is_embedded=False)
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_in_use_is_refused_with_advice() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = autotts("serve", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
@@ -152,7 +154,7 @@ class Serving(NamedTuple):
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """The command as a user runs it, with the embedded model."""
+    """Run the command as a user does, with the embedded model."""
     pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
     command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port := free_port())]
     store = tmp_path_factory.mktemp("served") / "autotts.db"
@@ -175,14 +177,14 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def block(beginning: str) -> str:
-    """The README's code block that begins so, its language line left out."""
+    """Return the README's code block that starts with `beginning`, without its language line."""
     blocks: list[str] = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return next(code for code in blocks if code.startswith(beginning))
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_readmes_curl(serving: Serving) -> None:
+def test_the_curl_command_of_the_readme_gets_a_tts_reply(serving: Serving) -> None:
     command = block("curl").replace("curl", "curl -sS -D-", 1).replace("http://127.0.0.1:8400", serving.url)
     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True).stdout
     assert answer.startswith("HTTP/1.1 200")
@@ -192,7 +194,7 @@ def test_the_readmes_curl(serving: Serving) -> None:
 
 
 @pytest.mark.vllm
-def test_it_says_that_the_embedded_model_starts(serving: Serving) -> None:
+def test_serve_announces_the_start_of_the_embedded_model(serving: Serving) -> None:
     before, _, after = serving.welcome.partition("AutoTTS Proxy listens on")
     assert "starting the embedded model on vLLM for CPU; this takes 15 to 60 s" in before
     assert 'model="autotts-tiny"' in after
@@ -200,7 +202,7 @@ def test_it_says_that_the_embedded_model_starts(serving: Serving) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("source", ["README.md", "welcome"])
-def test_the_python_snippets(serving: Serving, source: str) -> None:
+def test_the_python_snippets_of_readme_and_welcome_print_an_answer(serving: Serving, source: str) -> None:
     welcomed = serving.welcome[serving.welcome.index("from openai") :]
     code = welcomed if source == "welcome" else block("from openai")
     code = code.replace("http://127.0.0.1:8400", serving.url)
@@ -209,9 +211,9 @@ def test_the_python_snippets(serving: Serving, source: str) -> None:
 
 
 @pytest.mark.vllm
-def test_a_killed_proxy_leaves_no_server_behind() -> None:
+def test_a_killed_proxy_leaves_neither_embedded_server_nor_files() -> None:
     command = [sys.executable, "-m", "proxy.cli", "serve", "--no-record", "--port", str(free_port())]
-    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # a short path, for sockets are put there
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # a short path, because sockets are created there
     environment = os.environ | {"TMPDIR": str(temporary)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
@@ -227,8 +229,8 @@ def test_a_killed_proxy_leaves_no_server_behind() -> None:
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
     try:
-        gone = select.select([descriptor], [], [], 30)[0]
-        assert gone, "the embedded model outlived the proxy"
+        ended = select.select([descriptor], [], [], 30)[0]
+        assert ended, "the embedded model outlived the proxy"
         assert list(temporary.iterdir()) == []
     finally:
         os.close(descriptor)

@@ -29,16 +29,16 @@ QUESTIONS = 12
 
 
 async def autotts(*arguments: str, code: int | None = 0, **environment: str) -> str:
-    """What a verb prints, that ends with a status of `code`; with None whatever it ends with."""
+    """Run a command and return its output. Fail unless its status is `code` or `code` is None."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy.cli", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env=os.environ | environment,
     )
-    said, _ = await process.communicate()
-    assert code is None or process.returncode == code, said.decode()
-    return said.decode()
+    output, _ = await process.communicate()
+    assert code is None or process.returncode == code, output.decode()
+    return output.decode()
 
 
 @pytest.fixture
@@ -48,20 +48,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(900)
-async def test_the_whole_loop(vllm: str, folder: Path) -> None:
+async def test_a_controller_is_discovered_gated_promoted_served_and_rolled_back(vllm: str, folder: Path) -> None:
     recordings, registry = folder / "recordings.jsonl", str(folder / "registry")
     splits = [Split.SEARCH] * 8 + [Split.HELD_OUT] * (QUESTIONS - 8)
     asked = [
-        {"question": one.question, "reference": one.answer, "split": split}
-        for one, split in zip(held_back(QUESTIONS), splits, strict=True)
+        {"question": problem.question, "reference": problem.answer, "split": split}
+        for problem, split in zip(held_back(QUESTIONS), splits, strict=True)
     ]
-    (folder / "embedded.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    (folder / "embedded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     async with running(load(upstream=vllm, admin_key="sesame", **EMBEDDED)) as url:
         collect = ("collect", str(folder / "embedded.jsonl"), "--out", str(recordings), "--url", url)
         await autotts(*collect, "--branches", str(BRANCHES), "--answer", "boxed", AUTOTTS_ADMIN_KEY="sesame")
-    found = read_jsonl(recordings)
-    assert [one.split for one in found] == splits
-    assert all(one.complete and len(one.branches) == BRANCHES for one in found)
+    collected = read_jsonl(recordings)
+    assert [recording.split for recording in collected] == splits
+    assert all(recording.complete and len(recording.branches) == BRANCHES for recording in collected)
 
     about = ("--recordings", str(recordings), "--shuffles", "2", "--workers", "2")
     await autotts("discover", *about, "--minutes", "1", "--seed", "7", "--out", str(folder / "run"))
@@ -69,14 +69,14 @@ async def test_the_whole_loop(vllm: str, folder: Path) -> None:
     card = json.loads(file.with_suffix(".json").read_text())
     digest = read(file).digest
     assert (card["digest"], card["explorer"]) == (digest, "grammar")
-    assert card["data"]["cells"] == ["autotts-tiny embedded search"]  # what is held out was not looked at
+    assert card["data"]["cells"] == ["autotts-tiny embedded search"]  # held-out questions were not used
 
     report = folder / "report.json"
     ledger = ("--ledger", str(folder / "ledger.jsonl"), "--report", str(report))
     await autotts("gate", str(file), "--recordings", str(recordings), *ledger, "--shuffles", "5", "--betas", "0,0.5,1")
-    told = json.loads(report.read_text())
-    assert (told["digest"], told["k"], told["questions"]) == (digest, 1, QUESTIONS - 8)
-    assert told["verdict"] in ("undecided", "reject")  # four questions can show nothing
+    verdict = json.loads(report.read_text())
+    assert (verdict["digest"], verdict["k"], verdict["questions"]) == (digest, 1, QUESTIONS - 8)
+    assert verdict["verdict"] in ("undecided", "reject")  # four questions are too few for a verdict
     canary = ("promote", str(file), "--registry", registry, "--as", "canary", "--share", str(SHARE))
     assert "verdict" in await autotts(*canary, "--report", str(report), code=2)
     assert "FORCED" in await autotts(*canary, "--report", str(report), "--force", "--why", "to see the loop closed")
@@ -99,7 +99,7 @@ async def test_the_whole_loop(vllm: str, folder: Path) -> None:
         await autotts("rollback", "--registry", registry, "--why", "seen")
         async with asyncio.timeout(30):
             while (await ask(0)).tts["stage"] == "canary" or lot((last := await ask(1)).id) >= SHARE:
-                pass  # until one that would have been the canary's is not
+                pass  # until a request of the canary's share gets the champion
         assert last.tts["stage"] == "champion"
     audit = [json.loads(line) for line in (folder / "registry" / "audit.jsonl").read_text().splitlines()]
     assert [line["why"] for line in audit] == ["to see the loop closed", "seen"]

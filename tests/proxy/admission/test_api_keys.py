@@ -1,4 +1,4 @@
-"""Who may call what: keys from a file, the app's table of routes held to its word, tenants that outlive their keys."""
+"""API keys from a file and a variable, the access level of every route, and tenants that outlive their keys."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def write(path: Path, *lines: str) -> None:
-    """Put `lines` into a file so that it is seen to be another."""
+    """Replace the file by one with `lines`, so that the change is noticed."""
     fresh = path.with_suffix(".new")
     fresh.write_text("\n".join(lines) + "\n")
     os.replace(fresh, path)
 
 
-def told(token: str | None) -> dict[str, str]:
+def bearer(token: str | None) -> dict[str, str]:
     return {} if token is None else {"authorization": f"Bearer {token}"}
 
 
@@ -72,7 +72,7 @@ async def ask(
     http: aiohttp.ClientSession, url: str, token: str | None, beta: str | None = "0", **fields: Any
 ) -> tuple[int, Any, Any]:
     body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], **fields}
-    headers = told(token) | ({} if beta is None else {"x-tts-beta": beta})
+    headers = bearer(token) | ({} if beta is None else {"x-tts-beta": beta})
     async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
         return response.status, response.headers, await response.json(content_type=None)
 
@@ -83,10 +83,12 @@ async def ask(
 HASH = "a" * 64
 
 
-def test_every_route_of_the_app_declares_who_may_call_it(backend_free_app: Any) -> None:
-    there = {(route.path, method) for route in backend_free_app.routes for method in (route.methods or {""}) - {"HEAD"}}
-    assert there == {(route.path, route.method) for route in ROUTES}
-    assert len(ROUTES) == len(there)
+def test_every_route_of_the_app_is_in_the_route_table_with_an_access_level(backend_free_app: Any) -> None:
+    served = {
+        (route.path, method) for route in backend_free_app.routes for method in (route.methods or {""}) - {"HEAD"}
+    }
+    assert served == {(route.path, route.method) for route in ROUTES}
+    assert len(ROUTES) == len(served)
     assert {route.path for route in ROUTES if route.access is Access.ANYONE} == {
         "/health",
         "/ready",
@@ -103,13 +105,13 @@ def backend_free_app() -> Any:
 
 @pytest.mark.process
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-async def test_every_route_lets_in_whom_it_says_and_nobody_else(
+async def test_each_route_admits_callers_with_its_access_level_and_refuses_all_others(
     url: str, http: aiohttp.ClientSession, route: Any
 ) -> None:
     levels = {None: 0, "nobody's": 0, ALICE: 1, ROOT: 2, BOSS: 2}
     needed = [Access.ANYONE, Access.CLIENT, Access.ADMIN].index(route.access)
     for token, level in levels.items():
-        async with http.request(route.method, url + route.path, data=b"{}", headers=told(token)) as response:
+        async with http.request(route.method, url + route.path, data=b"{}", headers=bearer(token)) as response:
             refused = response.status in (401, 403)
             assert refused == (level < needed), (token, response.status)
             if refused:
@@ -120,21 +122,23 @@ async def test_every_route_lets_in_whom_it_says_and_nobody_else(
                 assert response.headers.get("www-authenticate") == ("Bearer" if level == 0 else None)
 
 
-async def test_what_is_not_there_is_not_there_for_anybody(url: str, http: aiohttp.ClientSession) -> None:
+async def test_paths_without_a_route_return_404_even_for_an_admin(url: str, http: aiohttp.ClientSession) -> None:
     for path in ("/redoc", "/docs/redoc.standalone.js", "/v1/load_lora_adapter", "/v1/files"):
-        async with http.get(url + path, headers=told(BOSS)) as response:
+        async with http.get(url + path, headers=bearer(BOSS)) as response:
             assert response.status == 404
 
 
 @pytest.mark.process
-async def test_openais_client_knows_the_refusal(url: str) -> None:
+async def test_the_openai_client_raises_authentication_error_for_a_wrong_key(url: str) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
         with pytest.raises(AuthenticationError) as caught:
             await openai.models.list()
     assert caught.value.code == "invalid_api_key"
 
 
-async def test_admins_of_the_file_name_any_controller_and_clients_do_not(url: str, http: aiohttp.ClientSession) -> None:
+async def test_admin_keys_may_name_an_admin_only_controller_and_client_keys_may_not(
+    url: str, http: aiohttp.ClientSession
+) -> None:
     assert (await ask(http, url, ROOT, tts={"controller": "everything"}))[0] == 200
     status, _, reply = await ask(http, url, ALICE, tts={"controller": "everything"})
     assert (status, reply["error"]["code"]) == (403, "admin_only")
@@ -144,20 +148,20 @@ async def test_admins_of_the_file_name_any_controller_and_clients_do_not(url: st
 # Tenants
 
 
-async def test_what_one_tenant_asked_another_does_not_see(url: str, http: aiohttp.ClientSession) -> None:
+async def test_a_tenant_cannot_look_up_the_request_of_another_tenant(url: str, http: aiohttp.ClientSession) -> None:
     _, headers, _ = await ask(http, url, ALICE)
-    asked = f"{url}/v1/tts/requests/{headers['x-request-id']}"
+    request_url = f"{url}/v1/tts/requests/{headers['x-request-id']}"
     statuses = {}
     for token in (ALICE, BOB, ROOT, BOSS):
         for _ in range(200):
-            async with http.get(asked, headers=told(token)) as response:
+            async with http.get(request_url, headers=bearer(token)) as response:
                 statuses[token] = response.status
             if statuses[token] == 200 or token == BOB:
                 break
     assert statuses == {ALICE: 200, BOB: 404, ROOT: 200, BOSS: 200}
 
 
-async def test_a_new_key_keeps_the_tenant_and_the_old_one_is_out(
+async def test_a_replaced_key_is_rejected_and_its_tenant_keeps_its_requests(
     url: str, http: aiohttp.ClientSession, file: Path
 ) -> None:
     _, headers, _ = await ask(http, url, ALICE)
@@ -167,12 +171,12 @@ async def test_a_new_key_keeps_the_tenant_and_the_old_one_is_out(
     assert (await ask(http, url, BOB))[0] == 401
     write(file, api_keys.key_file_entry("alice", "fresh"))
     assert (await ask(http, url, ALICE))[0] == 401
-    said = {"request_id": headers["x-request-id"], "correct": True}
-    async with http.post(f"{url}/v1/tts/feedback", json=said, headers=told("fresh")) as response:
+    feedback = {"request_id": headers["x-request-id"], "correct": True}
+    async with http.post(f"{url}/v1/tts/feedback", json=feedback, headers=bearer("fresh")) as response:
         assert response.status in (200, 202)
 
 
-async def test_each_tenant_has_its_part_of_the_prefix_cache(
+async def test_each_tenant_sends_its_own_cache_salt_upstream(
     url: str, http: aiohttp.ClientSession, backend: FakeVLLM
 ) -> None:
     salts = {}
@@ -181,7 +185,7 @@ async def test_each_tenant_has_its_part_of_the_prefix_cache(
         assert (await ask(http, url, token, "0.5", tts={"controller": "parallel_probe"}))[0] == 200
         assert (await ask(http, url, token, None, cache_salt="bob's, guessed"))[0] == 200
         async with http.post(
-            f"{url}/v1/completions", json={"prompt": [[60]], "max_tokens": 2}, headers=told(token)
+            f"{url}/v1/completions", json={"prompt": [[60]], "max_tokens": 2}, headers=bearer(token)
         ) as response:
             assert response.status == 200
             await response.read()
@@ -191,14 +195,14 @@ async def test_each_tenant_has_its_part_of_the_prefix_cache(
     assert all(salt and len(salt) == 64 for salt in salts.values())
 
 
-async def test_without_a_file_nothing_is_salted_and_every_token_is_a_tenant(backend: FakeVLLM) -> None:
+async def test_without_configured_keys_no_cache_salt_is_sent_and_any_token_is_accepted(backend: FakeVLLM) -> None:
     async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         assert (await ask(http, url, None))[0] == 200
         assert (await ask(http, url, "whatever"))[0] == 200
     assert all("cache_salt" not in request for request in backend.requests)
 
 
-def test_salts_follow_from_the_secret(file: Path) -> None:
+def test_cache_salts_are_derived_from_the_cache_secret(file: Path) -> None:
     def salt(secret: str | None) -> str | None:
         callers = Authenticator(load(keys=file, cache_secret=secret))
         return callers._salt("tenant")
@@ -211,7 +215,7 @@ def test_salts_follow_from_the_secret(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected_text"),
     [
         ("alice = {", "line 1: invalid TOML"),
         ("# mine\n\nalice = 3\n", "line 3: alice: entry: Input should be a valid dictionary"),
@@ -222,15 +226,15 @@ def test_salts_follow_from_the_secret(file: Path) -> None:
         (f'x = {{ sha256 = "{HASH}" }}\ny = {{ sha256 = "{HASH}" }}', "line 2: y: same key as x"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_by_line(tmp_path: Path, text: str, words: str) -> None:
+def test_an_error_in_a_key_file_names_the_line_and_the_field(tmp_path: Path, text: str, expected_text: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
         api_keys.read_key_file(path)
-    assert f"keys: {path}, {words}" in str(caught.value)
+    assert f"keys: {path}, {expected_text}" in str(caught.value)
 
 
-def test_a_key_put_where_its_hash_belongs_is_not_repeated(tmp_path: Path) -> None:
+def test_a_key_written_in_place_of_its_hash_is_not_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'alice = {{ sha256 = "{ALICE}" }}')
     with pytest.raises(SettingsError) as caught:
@@ -238,7 +242,7 @@ def test_a_key_put_where_its_hash_belongs_is_not_repeated(tmp_path: Path) -> Non
     assert ALICE not in str(caught.value)
 
 
-def test_json_will_do(tmp_path: Path) -> None:
+def test_a_key_file_may_be_json_and_its_errors_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"alice": {"sha256": api_keys.hash_key(ALICE), "episodes": 2, "tokens_per_minute": 9}}))
     (key,) = api_keys.read_key_file(path)
@@ -261,7 +265,7 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
+def test_a_key_file_that_becomes_invalid_keeps_the_previous_keys_and_logs_one_error(
     file: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
     ring = api_keys.Keyring(file)
@@ -273,9 +277,9 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
         file.write_bytes(content)
     with caplog.at_level(logging.ERROR):
         for token, name in ((ALICE, "alice"), (BOB, "bob")):
-            found = ring.find(token)
-            assert found is not None
-            assert found.name == name
+            key = ring.find(token)
+            assert key is not None
+            assert key.name == name
     assert [str(file) in record.getMessage() for record in caplog.records] == [True]
     assert ring.is_broken
     write(file, api_keys.key_file_entry("carol", "carols"))
@@ -284,14 +288,14 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_of_once(
     assert ring.find("carols") is not None
 
 
-def test_a_file_without_keys_does_not_start(tmp_path: Path) -> None:
+def test_a_key_file_without_keys_is_refused_at_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# none yet\n")
     with pytest.raises(SettingsError, match=r"keys\.toml: no keys; add a line that `autotts keys new"):
         Authenticator(load(keys=path))
 
 
-async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
+async def test_clients_stay_admitted_while_the_key_file_is_rewritten_in_place(
     url: str, http: aiohttp.ClientSession, file: Path
 ) -> None:
     lines = [
@@ -303,13 +307,13 @@ async def test_a_file_that_is_rewritten_in_place_never_locks_its_clients_out(
         for written in range(len(lines) + 1):
             opened.flush()
             assert (await ask(http, url, BOB))[0] == 200, written
-            page = await (await http.get(f"{url}/metrics", headers=told(ROOT))).text()
+            page = await (await http.get(f"{url}/metrics", headers=bearer(ROOT))).text()
             assert f"autotts_keys_broken {float(written < len(lines))}" in page
             if written < len(lines):
                 opened.write(lines[written] + "\n")
 
 
-def test_keys_missing_from_a_file_are_removed_once_it_stands_still(file: Path) -> None:
+def test_keys_missing_from_the_file_are_removed_once_it_has_settled(file: Path) -> None:
     ring = api_keys.Keyring(file)
     file.write_text(api_keys.key_file_entry("alice", ALICE) + "\n" + api_keys.key_file_entry("carol", "carols") + "\n")
     assert (ring.find(BOB) is not None, ring.find("carols")) == (True, None)
@@ -318,10 +322,10 @@ def test_keys_missing_from_a_file_are_removed_once_it_stands_still(file: Path) -
     assert (ring.find(BOB), ring.find("carols") is not None) == (None, True)
     given = (("alice", ALICE), ("carol", "carols"), ("dave", "d"))
     file.write_text("".join(api_keys.key_file_entry(name, token) + "\n" for name, token in given))
-    assert ring.find("d") is not None  # nothing is missing, so nothing is waited for
+    assert ring.find("d") is not None  # no key is missing, so the reader does not wait
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ring = api_keys.Keyring(file)
     everybody = {"alice": ALICE, "bob": BOB, "root": ROOT, "eve": "eves"}
     write(file, api_keys.key_file_entry("carol", "carols"))
@@ -345,7 +349,7 @@ def pair(name: str, token: str) -> str:
     return f"{name}={api_keys.hash_key(token)}"
 
 
-def test_a_variable_holds_names_and_hashes() -> None:
+def test_the_keys_variable_is_parsed_as_names_with_hashes() -> None:
     text = f"\n {pair('alice', ALICE)}, {pair('alice', 'fresh')}\n{pair('bob', BOB)},\n"
     alice, bob = api_keys.parse_key_list(text)
     assert (alice.name, alice.hashes) == ("alice", (api_keys.hash_key(ALICE), api_keys.hash_key("fresh")))
@@ -353,7 +357,7 @@ def test_a_variable_holds_names_and_hashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected_text"),
     [
         (ALICE, "entry 1: expected NAME=HASH"),
         (f"{pair('bob', BOB)},alice={ALICE}", "entry 2: expected NAME=HASH"),
@@ -361,14 +365,14 @@ def test_a_variable_holds_names_and_hashes() -> None:
         (f"{pair('bob', BOB)}\n{pair('alice', BOB)}", "entry 2: same key as an earlier"),
     ],
 )
-def test_what_is_wrong_with_a_variable_is_told_without_what_it_holds(text: str, words: str) -> None:
+def test_an_error_in_the_keys_variable_names_the_entry_and_shows_no_key(text: str, expected_text: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Authenticator(load(client_keys=text))
-    assert str(caught.value).startswith(f"{api_keys.KEYS_VARIABLE}: {words}")
+    assert str(caught.value).startswith(f"{api_keys.KEYS_VARIABLE}: {expected_text}")
     assert ALICE not in str(caught.value)
 
 
-async def test_keys_of_a_variable_let_in_beside_those_of_a_file(
+async def test_keys_from_the_variable_and_the_file_are_both_accepted(
     backend: FakeVLLM, http: aiohttp.ClientSession, file: Path
 ) -> None:
     alone = load(upstream=backend.url, client_keys=pair("carol", "carols"), **SMALL)
@@ -379,24 +383,26 @@ async def test_keys_of_a_variable_let_in_beside_those_of_a_file(
         assert statuses == [200, alices, 401, 401]
 
 
-def test_the_file_is_read_anew_and_the_variable_stays(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = api_keys.Keyring(file, api_keys.parse_key_list(pair("carol", "carols")))
+def test_reloading_the_key_file_keeps_the_keys_of_the_variable(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ring = api_keys.Keyring(file, api_keys.parse_key_list(pair("carol", "carols")))
     write(file, api_keys.key_file_entry("dave", "daves"))
-    assert [found.find(token) is not None for token in ("carols", "daves", ALICE)] == [True, True, False]
+    assert [ring.find(token) is not None for token in ("carols", "daves", ALICE)] == [True, True, False]
     for line in (api_keys.key_file_entry("carol", "another"), api_keys.key_file_entry("eve", "carols")):
         write(file, line)
         caplog.clear()
-        assert found.find("daves") is not None
+        assert ring.find("daves") is not None
         assert f"is also in {api_keys.KEYS_VARIABLE}; remove one of them; keeping the previous keys" in caplog.text
 
 
-def test_an_unknown_limit_lists_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_limit_in_a_key_file_suggests_and_lists_the_known_fields(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(api_keys.key_file_entry("alice", "secret").replace(" }", ", token_per_minute = 5 }"))
     with pytest.raises(SettingsError) as caught:
         api_keys.read_key_file(path)
-    words = "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? known fields: sha256, "
-    assert words in str(caught.value)
+    expected_text = (
+        "alice: token_per_minute: there is no such field; did you mean tokens_per_minute? known fields: sha256, "
+    )
+    assert expected_text in str(caught.value)
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -404,7 +410,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("limits", "words"),
+    ("limits", "expected_text"),
     [
         (
             "tokens = 750",
@@ -418,8 +424,8 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
         ("branches = 1", None),
     ],
 )
-def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: str, words: str | None
+def test_a_key_limit_too_small_for_one_interval_is_warned_of_when_the_file_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: str, expected_text: str | None
 ) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(api_keys.key_file_entry("alice", "secret"))
@@ -430,24 +436,24 @@ def test_a_limit_that_leaves_no_room_is_warned_of_when_the_file_is_read(
     for _ in range(2):
         (key,) = callers.keyring.keys
     assert key.name == "alice"
-    told = warned(caplog)
-    assert len(told) == (words is not None)
-    assert words is None or words in told[0]
-    assert str(path) in told[0] if told else True
+    warnings = warned(caplog)
+    assert len(warnings) == (expected_text is not None)
+    assert expected_text is None or expected_text in warnings[0]
+    assert str(path) in warnings[0] if warnings else True
 
 
-def test_so_is_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_limit_too_small_for_one_interval_is_warned_of_at_start(caplog: pytest.LogCaptureFixture) -> None:
     Authenticator(load(upstream="http://127.0.0.1:1", max_total_tokens=700))
     (line,) = warned(caplog)
     assert line.startswith("the server's limit tokens = 700 is less than the approximately 781")
 
 
 @pytest.mark.process
-def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
+def test_the_keys_variable_is_masked_by_config_show_and_allows_a_public_host() -> None:
     given = {"AUTOTTS_CLIENT_KEYS": pair("carol", "carols"), "AUTOTTS_UPSTREAM": "http://127.0.0.1:1"}
     done = autotts("config", "show", "--json", **given)
-    told = json.loads(done.stdout)["client_keys"]
-    assert (told["value"], told["source"]) == ("********", "environment")
+    setting = json.loads(done.stdout)["client_keys"]
+    assert (setting["value"], setting["source"]) == ("********", "environment")
     assert api_keys.hash_key("carols") not in done.stdout
     done = autotts("config", "check", "--host", "0.0.0.0", **given)
     assert done.returncode == 0, done.stderr
@@ -458,7 +464,7 @@ def test_a_variable_is_shown_masked_and_counts_as_keys() -> None:
 
 
 @pytest.mark.process
-def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> None:
+def test_keys_new_prints_the_key_to_stderr_and_its_file_entry_to_stdout(tmp_path: Path) -> None:
     done = autotts("keys", "new", "alice")
     token, line = done.stderr.strip(), done.stdout
     assert done.returncode == 0
@@ -475,7 +481,7 @@ def test_a_key_is_shown_once_and_its_line_is_for_the_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
-def test_strangers_are_not_let_in_unasked(host: str, file: Path) -> None:
+def test_a_public_host_requires_keys_or_allow_anonymous(host: str, file: Path) -> None:
     with pytest.raises(SettingsError, match="no API keys are configured"):
         check_host(load(host=host))
     check_host(load(host=host, keys=file))
@@ -484,12 +490,12 @@ def test_strangers_are_not_let_in_unasked(host: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
-def test_loopback_needs_no_keys(host: str) -> None:
+def test_a_loopback_host_needs_no_keys(host: str) -> None:
     check_host(load(host=host))
 
 
 @pytest.mark.process
-def test_serving_the_world_without_keys_is_refused_in_one_line() -> None:
+def test_serve_on_a_public_host_without_keys_exits_with_a_one_line_error() -> None:
     done = autotts("serve", "--host", "0.0.0.0", "--upstream", "http://127.0.0.1:1")
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "host 0.0.0.0 is reachable from other machines and no API keys are configured" in done.stderr
@@ -502,12 +508,12 @@ def test_serving_the_world_without_keys_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.vllm
-async def test_no_tenant_finds_what_another_has_left_in_vllms_cache(vllm: str, file: Path) -> None:
+async def test_a_tenant_gets_no_prefix_cache_hit_from_the_prompt_of_another(vllm: str, file: Path) -> None:
     question = "Say which of these it is, please: " + "one or another, " * 12
 
     async def cached(url: str, http: aiohttp.ClientSession, token: str) -> int:
         body = {"model": "autotts-tiny", "messages": [{"role": "user", "content": question}]}
-        headers = told(token) | {"x-tts-beta": "0"}
+        headers = bearer(token) | {"x-tts-beta": "0"}
         async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
             assert response.status == 200
             return int((await response.json())["usage"]["prompt_tokens_details"]["cached_tokens"])
@@ -520,7 +526,7 @@ async def test_no_tenant_finds_what_another_has_left_in_vllms_cache(vllm: str, f
 
 
 @pytest.mark.vllm
-async def test_vllm_says_how_busy_it_is(vllm: str) -> None:
+async def test_the_load_of_a_real_vllm_is_read(vllm: str) -> None:
     async with aiohttp.ClientSession() as http:
         pressure = await UpstreamClient(vllm, http).read_load()
     assert pressure.waiting is not None
@@ -530,8 +536,8 @@ async def test_vllm_says_how_busy_it_is(vllm: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/version", "/tokenizer_info", "/ping"])
-async def test_what_has_no_body_is_read_with_a_key(
+async def test_get_endpoints_of_the_upstream_are_served_to_a_key(
     backend: FakeVLLM, http: aiohttp.ClientSession, url: str, path: str
 ) -> None:
-    async with http.get(url + path, headers=told(ALICE)) as response:
+    async with http.get(url + path, headers=bearer(ALICE)) as response:
         assert response.status < 500

@@ -1,4 +1,4 @@
-"""Places: who has one, who waits, who is next, and what is told those there is no room for."""
+"""Fair queue: permits, waiting requests, the order of turns, and the error when the queue is full."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from proxy.admission.fair_queue import FairQueue, Permit, QueueFull
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
-from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, told
+from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, bearer
 from tests.proxy.admission.test_token_budget import keyed
 from tests.proxy.conftest import SMALL
 
 
-async def test_everybody_in_turn_whoever_asks_most() -> None:
+async def test_holders_are_served_in_turn_however_many_requests_each_has() -> None:
     admission = FairQueue(1, 100)
     order: list[str] = []
     places = [admission.enter(holder) for holder in "aaaaaabbc"]
@@ -36,7 +36,7 @@ async def test_everybody_in_turn_whoever_asks_most() -> None:
     assert (admission.in_flight, admission.waiting) == (0, 0)
 
 
-async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
+async def test_a_holder_at_its_own_limit_does_not_delay_others() -> None:
     admission = FairQueue(3, 10)
     first, second, third = (admission.enter("a", 1) for _ in range(3))
     other = admission.enter("b", 2)
@@ -50,7 +50,7 @@ async def test_a_holder_at_its_own_bound_does_not_hold_up_others() -> None:
     assert admission.in_flight == 2
 
 
-async def test_the_queue_is_bounded_and_nobody_fills_it_alone() -> None:
+async def test_a_full_queue_raises_queue_full_and_one_holder_cannot_fill_it_alone() -> None:
     admission = FairQueue(1, 4)
     admission.enter("a")
     for _ in range(2):
@@ -67,7 +67,7 @@ async def test_the_queue_is_bounded_and_nobody_fills_it_alone() -> None:
     assert admission.waiting == 4
 
 
-async def test_who_leaves_while_waiting_is_dropped() -> None:
+async def test_a_request_cancelled_while_waiting_leaves_the_queue() -> None:
     admission = FairQueue(1, 10)
     first, second, third = (admission.enter("a") for _ in range(3))
 
@@ -92,21 +92,21 @@ async def test_who_leaves_while_waiting_is_dropped() -> None:
     st.integers(0, 6),
     st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(1, 3)) | st.integers(0, 30), max_size=60),
 )
-def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, moves: list[Any]) -> None:
+def test_no_limit_is_exceeded_and_no_free_permit_is_withheld(places: int, queue: int, moves: list[Any]) -> None:
     async def play() -> None:
         admission = FairQueue(places, queue)
-        there: list[Permit] = []
+        permits: list[Permit] = []
         for move in moves:
             if isinstance(move, int):
-                if there:
-                    there.pop(move % len(there)).release()
+                if permits:
+                    permits.pop(move % len(permits)).release()
             else:
                 try:
-                    there.append(admission.enter(*move))
+                    permits.append(admission.enter(*move))
                 except QueueFull:
                     assert admission.waiting >= queue
-            given = [place for place in there if place.granted.is_set()]
-            waiting = [place for place in there if not place.granted.is_set()]
+            given = [place for place in permits if place.granted.is_set()]
+            waiting = [place for place in permits if not place.granted.is_set()]
             assert admission.in_flight == admission.taken.total() == len(given) <= places
             assert admission.waiting == len(waiting) <= queue
             for holder in "abc":
@@ -116,7 +116,7 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
                 if first is not None and len(given) < places:
                     assert first.limit is not None
                     assert own >= first.limit
-        for place in there:
+        for place in permits:
             place.release()
         assert (admission.in_flight, admission.waiting, dict(admission.taken)) == (0, 0, {})
 
@@ -127,17 +127,17 @@ def test_no_bound_is_passed_and_no_place_lies_idle(places: int, queue: int, move
 
 
 async def settled(url: str, http: aiohttp.ClientSession, **wanted: int) -> dict[str, Any]:
-    """What the proxy says of all together once it is as wanted."""
+    """Return the state of all keys once its totals are as `wanted`."""
     for _ in range(500):
-        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
-            said: dict[str, Any] = await response.json()
-        if all(said["all"][name] == value for name, value in wanted.items()):
-            return said
+        async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+            state: dict[str, Any] = await response.json()
+        if all(state["all"][name] == value for name, value in wanted.items()):
+            return state
         await asyncio.sleep(0)
-    raise AssertionError(said)
+    raise AssertionError(state)
 
 
-async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leaves_is_dropped(
+async def test_a_full_queue_returns_429_and_a_disconnect_frees_a_queued_place(
     backend: FakeVLLM,
 ) -> None:
     backend.gate.clear()
@@ -145,7 +145,7 @@ async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leave
     async with running(settings) as url, aiohttp.ClientSession() as http:
         first = asyncio.create_task(ask(http, url, "x", "0"))
         await settled(url, http, episodes=1)
-        stream, whole = (asyncio.create_task(ask(http, url, "x", "0", stream=flag)) for flag in (True, False))
+        stream, plain = (asyncio.create_task(ask(http, url, "x", "0", stream=flag)) for flag in (True, False))
         await settled(url, http, episodes=1, waiting=2)
         status, headers, reply = await ask(http, url, "y", "0")
         assert (status, reply["error"]["type"], reply["error"]["code"]) == (429, "rate_limit_error", "queue_full")
@@ -159,7 +159,7 @@ async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leave
                         extra_headers={"x-tts-beta": "0"},
                         stream=streamed,
                     )
-        whole.cancel()
+        plain.cancel()
         stream.cancel()
         await settled(url, http, episodes=1, waiting=0)
         asked = len(backend.requests)
@@ -176,7 +176,9 @@ async def test_beyond_the_queue_it_is_429_at_once_and_a_queued_client_that_leave
         assert 'autotts_queue{kind="episode"} 0.0' in page
 
 
-async def test_keys_have_bounds_of_their_own(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_key_at_its_episode_limit_gets_429_while_another_key_is_served(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     backend.gate.clear()
     file = keyed(tmp_path / "keys.toml", episodes=1)
     settings = load(upstream=backend.url, admin_key=BOSS, keys=file, max_episodes=3, queue=2, **SMALL)
@@ -192,7 +194,7 @@ async def test_keys_have_bounds_of_their_own(backend: FakeVLLM, tmp_path: Path) 
         assert {(await task)[0] for task in (*mine, other)} == {200}
 
 
-async def test_what_is_handed_on_has_places_of_its_own(backend: FakeVLLM) -> None:
+async def test_forwarded_requests_have_their_own_permits_and_queue(backend: FakeVLLM) -> None:
     backend.fault = "hang"
     settings = load(upstream=backend.url, admin_key=BOSS, max_episodes=1, max_passed=1, queue=1, **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -211,7 +213,7 @@ async def test_what_is_handed_on_has_places_of_its_own(backend: FakeVLLM) -> Non
         await settled(url, http, episodes=0, passed=0, waiting=0)
 
 
-async def test_a_request_that_is_refused_later_leaves_its_place(backend: FakeVLLM) -> None:
+async def test_a_request_refused_after_admission_releases_its_permit(backend: FakeVLLM) -> None:
     settings = load(upstream=backend.url, admin_key=BOSS, max_episodes=1, queue=0, **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         for _ in range(3):

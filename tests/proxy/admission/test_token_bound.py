@@ -1,4 +1,4 @@
-"""What is handed on costs no more than its caller may spend, and is booked for no less than it has cost."""
+"""Forwarded requests cost at most what their caller may spend, and are charged at least what they cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from proxy.requests.responses_request import ResponsesRequest
 from proxy.server import running
 from proxy.settings import EMBEDDED, Settings, load
 from tests.fakes import MAX_LENGTH, MODEL, Chain, FakeVLLM, RawUpstream
-from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, told
+from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ask, bearer
 from tests.proxy.admission.test_token_budget import keyed
 from tests.proxy.conftest import SMALL, Proxy
 
@@ -55,7 +55,7 @@ def response(**fields: Any) -> GenerationRequest:
 # The bound
 
 
-def test_without_a_cap_nothing_is_bounded_or_read() -> None:
+def test_a_request_without_token_caps_is_unbounded() -> None:
     assert bound_request(chat(n=20, max_tokens=10**6), Caps(branches=3, episodes=4), LONGEST) is UNBOUNDED
 
 
@@ -78,12 +78,12 @@ def test_without_a_cap_nothing_is_bounded_or_read() -> None:
         (response(max_output_tokens=500, tools=[{"type": "function", "name": "f"}]), 500),
     ],
 )
-def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: GenerationRequest, most: int) -> None:
+def test_the_token_bound_is_completions_times_max_tokens(request_: GenerationRequest, most: int) -> None:
     assert bound_request(request_, Caps(tokens=700), LONGEST).max_tokens == most
 
 
 @pytest.mark.parametrize(
-    ("request_", "caps", "param", "words"),
+    ("request_", "caps", "param", "expected_text"),
     [
         (
             chat(n=20, max_tokens=1400),
@@ -113,8 +113,10 @@ def test_what_a_request_may_generate_is_its_texts_times_their_tokens(request_: G
         (text(best_of="3"), Caps(tokens=700), "best_of", "whole"),
     ],
 )
-def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: Caps, param: str, words: str) -> None:
-    with pytest.raises(BadRequest, match=words) as refused:
+def test_a_request_over_a_cap_is_refused_and_the_field_is_named(
+    request_: GenerationRequest, caps: Caps, param: str, expected_text: str
+) -> None:
+    with pytest.raises(BadRequest, match=expected_text) as refused:
         bound_request(request_, caps, LONGEST)
     assert refused.value.param == param
 
@@ -134,26 +136,26 @@ def test_more_than_a_cap_is_refused_by_name(request_: GenerationRequest, caps: C
         (response(), Caps(tokens=700), LONGEST, 700, {"max_output_tokens": 700}),
     ],
 )
-def test_who_sets_no_limit_is_given_one_that_fits(
+def test_a_request_without_max_tokens_gets_a_limit_within_its_caps(
     request_: GenerationRequest, caps: Caps, longest: int, most: int, put: dict[str, int]
 ) -> None:
     bound = bound_request(request_, caps, longest)
     assert (bound.max_tokens, dict(bound.put)) == (most, put)
 
 
-def test_a_streams_usage_is_asked_for_unless_its_client_does() -> None:
+def test_usage_is_added_to_a_stream_unless_the_client_asks_for_it() -> None:
     caps = Caps(tokens=700)
     bound = bound_request(chat(max_tokens=5, stream=True), caps, LONGEST)
     assert (bound.adds_usage, bound.put) == (True, {"stream_options": {"include_usage": True}})
     options = {"include_usage": False, "continuous_usage_stats": True, "x": 1}
     bound = bound_request(text(max_tokens=5, stream=True, stream_options=options), caps, LONGEST)
     assert (bound.adds_usage, bound.put) == (True, {"stream_options": {"x": 1, "include_usage": True}})
-    for asked in (chat(max_tokens=5, stream=True, stream_options={"include_usage": True}), chat(max_tokens=5)):
-        assert bound_request(asked, caps, LONGEST)[2:4] == ({}, False)
+    for request in (chat(max_tokens=5, stream=True, stream_options={"include_usage": True}), chat(max_tokens=5)):
+        assert bound_request(request, caps, LONGEST)[2:4] == ({}, False)
     assert not bound_request(response(stream=True), caps, LONGEST).adds_usage
 
 
-def test_tokens_may_hide_from_clients_that_ask_for_it() -> None:
+def test_fields_that_hide_tokens_mark_the_stream_as_not_countable() -> None:
     caps = Caps(tokens=700)
     assert bound_request(chat(stream=True, temperature=0.5), caps, LONGEST).shows_tokens
     for name, value in (("stop", "x"), ("ignore_eos", True), ("include_reasoning", False), ("stream_interval", 99)):
@@ -162,12 +164,12 @@ def test_tokens_may_hide_from_clients_that_ask_for_it() -> None:
     assert not bound_request(text(use_beam_search=True), caps, LONGEST).is_usage_complete
 
 
-# The bill
+# The meter
 
 
 def sse(*events: Any) -> bytes:
-    told = (b"[DONE]" if event is None else json.dumps(event).encode() for event in events)
-    return b"".join(b"data: " + payload + b"\n\n" for payload in told)
+    payloads = (b"[DONE]" if event is None else json.dumps(event).encode() for event in events)
+    return b"".join(b"data: " + payload + b"\n\n" for payload in payloads)
 
 
 def delta(content: str, **extra: Any) -> dict[str, Any]:
@@ -178,14 +180,14 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "total_tokens": 45, "compl
 PLAIN = TokenBound(max_tokens=500, adds_usage=True, shows_tokens=True)
 
 
-def read(bill: BoundedReplyMeter, pieces: Sequence[bytes], *, whole: bool = True) -> bytes:
-    told = b"".join(bill.feed(piece) for piece in pieces)
-    return told + (bill.finish() if whole else b"")
+def read(bill: BoundedReplyMeter, pieces: Sequence[bytes], *, finish: bool = True) -> bytes:
+    output = b"".join(bill.feed(piece) for piece in pieces)
+    return output + (bill.finish() if finish else b"")
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     at = sorted({0, len(data), *(place % len(data) for place in places)})
-    return [data[one:two] for one, two in pairwise(at)]
+    return [data[start:end] for start, end in pairwise(at)]
 
 
 @given(
@@ -193,24 +195,24 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     st.sampled_from([b"\n", b"\r\n"]),
     st.booleans(),
 )
-def test_a_usage_that_was_asked_for_here_is_taken_out_and_nothing_else(
+def test_only_a_usage_event_the_proxy_asked_for_is_removed_from_a_stream(
     places: list[int], line: bytes, has_asked: bool
 ) -> None:
     first = b": ping\n\n" + sse(delta("a"), delta("é\n\ndata: "), {"choices": [], "usage": None})
     after = b"event: x\nid: 7\ndata: {not json\n\n\n" + sse(None) + b"data: tail"
-    whole = (first + sse(USAGE) + after).replace(b"\n", line)
+    stream = (first + sse(USAGE) + after).replace(b"\n", line)
     bill = BoundedReplyMeter(PLAIN._replace(adds_usage=has_asked), is_stream=True)
-    assert read(bill, cut(whole, places)) == (whole if not has_asked else (first + after).replace(b"\n", line))
+    assert read(bill, cut(stream, places)) == (stream if not has_asked else (first + after).replace(b"\n", line))
     assert bill.cost == 42
 
 
-def test_a_usage_that_ends_a_stream_without_a_blank_line_is_read_too() -> None:
+def test_a_usage_event_without_a_final_blank_line_is_read() -> None:
     bill = BoundedReplyMeter(PLAIN, is_stream=True)
     assert read(bill, [sse(delta("a")), sse(USAGE).rstrip()]) == sse(delta("a"))
     assert bill.cost == 42
 
 
-def test_a_responses_stream_tells_its_usage_within() -> None:
+def test_the_usage_of_a_responses_stream_is_read_from_its_completed_event() -> None:
     last = {"type": "response.completed", "response": {"usage": {"output_tokens": 9}, "metadata": {}}}
     stream = sse({"type": "response.created", "response": {"usage": None}}, last)
     bill = BoundedReplyMeter(TokenBound(max_tokens=500, adds_usage=True), is_stream=True)
@@ -218,17 +220,17 @@ def test_a_responses_stream_tells_its_usage_within() -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=9), st.booleans())
-def test_a_usage_of_a_whole_reply_is_read_wherever_it_stands(places: list[int], behind: bool) -> None:
+def test_the_usage_of_a_plain_reply_is_read_at_any_position(places: list[int], behind: bool) -> None:
     usage = {"usage": {"completion_tokens": 42}}
     rest = {"choices": [{"text": '"completion_tokens": 1'}], "tools": [{"usage": {"output_tokens": 1}}]}
     more = {"prompt_token_ids": list(range(2000)), "completion_tokens": 2}
-    whole = json.dumps({**more, **rest, **usage} if behind else {**usage, **rest, **more}).encode()
+    reply = json.dumps({**more, **rest, **usage} if behind else {**usage, **rest, **more}).encode()
     bill = BoundedReplyMeter(PLAIN, is_stream=False)
-    assert read(bill, cut(whole, places)) == whole
+    assert read(bill, cut(reply, places)) == reply
     assert bill.cost == 42
 
 
-def test_without_a_usage_it_is_the_bound_or_the_text_that_came() -> None:
+def test_a_reply_without_usage_costs_its_shown_text_or_its_bound() -> None:
     shown = sse(delta("ab"), delta("é"), {"choices": [{"index": 0, "text": "abc"}, {"index": 1, "text": ""}, "x"]})
     for bound, is_stream, cost in (
         (PLAIN, True, UNSEEN_TOKENS + 2 + 2 + 3 + 1),
@@ -238,15 +240,15 @@ def test_without_a_usage_it_is_the_bound_or_the_text_that_came() -> None:
         (PLAIN, False, 500),
     ):
         bill = BoundedReplyMeter(bound, is_stream=is_stream)
-        read(bill, [shown], whole=False)
+        read(bill, [shown], finish=False)
         assert bill.cost == cost
 
 
-@pytest.mark.parametrize("said", [None, -1, "9", 1.5, True, [], 10**30])
+@pytest.mark.parametrize("tokens", [None, -1, "9", 1.5, True, [], 10**30])
 @pytest.mark.parametrize("usage", [None, 7, [], {}, {"completion_tokens": ...}, {"output_tokens": ...}])
-def test_a_usage_that_is_none_bills_the_bound(usage: Any, said: Any) -> None:
+def test_an_invalid_usage_costs_the_bound(usage: Any, tokens: Any) -> None:
     if isinstance(usage, dict):
-        usage = dict.fromkeys(usage, said)
+        usage = dict.fromkeys(usage, tokens)
     for is_stream in (False, True):
         chunk = {"choices": [], "usage": usage}
         bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=is_stream)
@@ -254,19 +256,19 @@ def test_a_usage_that_is_none_bills_the_bound(usage: Any, said: Any) -> None:
         assert bill.cost == 500
 
 
-def test_beams_are_billed_by_their_bound() -> None:
+def test_beam_search_costs_its_bound() -> None:
     bill = BoundedReplyMeter(PLAIN._replace(is_usage_complete=False), is_stream=False)
     read(bill, [json.dumps(USAGE).encode()])
     assert bill.cost == 500
 
 
-def test_a_usage_of_one_choice_is_not_that_of_all() -> None:
+def test_a_usage_on_a_choice_event_is_not_taken_as_the_total() -> None:
     bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=True)
     assert read(bill, [both := sse(delta("a", usage={"completion_tokens": 1}))]) == both
     assert bill.cost == 500
 
 
-def test_what_is_too_long_is_handed_on_and_billed_by_its_bound() -> None:
+def test_an_event_too_long_to_hold_is_forwarded_and_costs_the_bound() -> None:
     for is_stream in (False, True):
         bill = BoundedReplyMeter(PLAIN, is_stream=is_stream)
         long = [b"data: " + b"x" * (MAX_HELD_BYTES // 2)] * 3
@@ -274,7 +276,7 @@ def test_what_is_too_long_is_handed_on_and_billed_by_its_bound() -> None:
         assert (bill.cost, bill._held) == (500, bytearray())
 
 
-def test_what_nobody_bills_is_counted_by_its_end() -> None:
+def test_the_last_reported_tokens_are_read_from_the_end_of_a_reply() -> None:
     assert last_reported_tokens(json.dumps(USAGE).encode()) == 42
     assert last_reported_tokens(b'{"output_tokens":1}, {"completion_tokens" : 7}') == 7
     assert last_reported_tokens(b'"completion_tokens":1234567890') is None
@@ -285,25 +287,25 @@ def test_what_nobody_bills_is_counted_by_its_end() -> None:
 
 
 async def spent(http: aiohttp.ClientSession, url: str) -> tuple[Any, Any]:
-    """What is booked for alice, when nothing of hers runs any more; and what it is counted as."""
+    """Wait until no request of alice runs, then return (tokens charged to her, forwarded tokens in metrics)."""
     is_idle = False
     async with asyncio.timeout(10):
         while not is_idle:
-            async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
-                said = (await response.json())["keys"]["alice"]
-            is_idle = not said["reserved"] and not said["passed"]
-    async with http.get(f"{url}/metrics", headers=told(BOSS)) as response:
+            async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+                budget = (await response.json())["keys"]["alice"]
+            is_idle = not budget["reserved"] and not budget["passed"]
+    async with http.get(f"{url}/metrics", headers=bearer(BOSS)) as response:
         lines = (await response.text()).splitlines()
     mark = f'autotts_tokens_total{{beta="",controller="",kind="passed_through",model="{MODEL}"}} '
-    return said["spent"], sum(int(float(line.removeprefix(mark))) for line in lines if line.startswith(mark))
+    return budget["spent"], sum(int(float(line.removeprefix(mark))) for line in lines if line.startswith(mark))
 
 
 def before(upstream: RawUpstream | FakeVLLM, tmp_path: Path, **limits: int) -> Settings:
-    """Of a proxy with keys; alice has limits."""
+    """Return settings of a proxy with API keys and `limits` for alice."""
     return load(upstream=upstream.url, keys=keyed(tmp_path / "keys.toml", **limits), admin_key=BOSS, **SMALL)
 
 
-async def test_more_than_a_request_may_spend_is_not_handed_on(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_request_over_the_key_limit_gets_400_and_is_not_forwarded(backend: FakeVLLM, tmp_path: Path) -> None:
     settings = before(backend, tmp_path, tokens=700)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         status, _, reply = await ask(http, url, ALICE, None, n=20, max_tokens=1400)
@@ -315,25 +317,27 @@ async def test_more_than_a_request_may_spend_is_not_handed_on(backend: FakeVLLM,
         assert reply["echo"]["max_completion_tokens"] == 350
         status, _, reply = await ask(http, url, BOB, None, n=20, max_tokens=1400)
         assert (status, reply["echo"]["max_tokens"]) == (200, 1400)
-        assert await spent(http, url) == (None, 700)  # there was no usage, and there is no minute to book it in
+        assert await spent(http, url) == (None, 700)  # no usage was reported, and no limit per minute to charge
 
 
-async def test_prompts_count_as_often_as_there_are(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_each_prompt_of_a_batch_is_charged(backend: FakeVLLM, tmp_path: Path) -> None:
     backend.chains = [Chain("t" * 300)]
     settings = before(backend, tmp_path, tokens_per_minute=1000)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         for prompts, status in ((100, 400), (60, 200), (60, 429)):
             body = {"model": MODEL, "prompt": [[ord("t")]] * prompts, "max_tokens": 16, "stream": True}
-            async with http.post(f"{url}/v1/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/completions", json=body, headers=bearer(ALICE)) as response:
                 assert response.status == status
-                told_ = await response.read()
-            assert b'"usage"' not in told_
+                reply = await response.read()
+            assert b'"usage"' not in reply
         assert await spent(http, url) == (960, 960) == (backend.generated, backend.generated)
         assert backend.requests[-1]["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("asks", [False, True])
-async def test_a_stream_is_booked_by_its_usage_whoever_asked_for_it(tmp_path: Path, asks: bool) -> None:
+async def test_a_stream_is_charged_by_its_usage_whether_client_or_proxy_asked_for_it(
+    tmp_path: Path, asks: bool
+) -> None:
     shown = sse(delta("a"), delta("b"))
     pieces = [shown[:30], shown[30:] + sse(USAGE)[:20], sse(USAGE)[20:] + sse(None)]
     async with RawUpstream(pieces, content_type="text/event-stream").serve() as upstream:
@@ -341,7 +345,7 @@ async def test_a_stream_is_booked_by_its_usage_whoever_asked_for_it(tmp_path: Pa
         async with running(settings) as url, aiohttp.ClientSession() as http:
             options = {"stream_options": {"include_usage": True}} if asks else {}
             body = {**CHAT, "stream": True, **options}
-            async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 assert await response.read() == (b"".join(pieces) if asks else shown + sse(None))
             assert await spent(http, url) == (42, 42)
         sent = json.loads(upstream.seen[-1].body)
@@ -349,7 +353,7 @@ async def test_a_stream_is_booked_by_its_usage_whoever_asked_for_it(tmp_path: Pa
         assert sent["max_completion_tokens"] == 4000 // SHARE
 
 
-async def test_a_usage_that_much_follows_is_booked(tmp_path: Path) -> None:
+async def test_a_usage_far_from_the_end_of_a_reply_is_charged(tmp_path: Path) -> None:
     reply = json.dumps(
         {"choices": [], "usage": {"completion_tokens": 42}, "prompt_token_ids": [7] * TAIL_BYTES}
     ).encode()
@@ -357,7 +361,7 @@ async def test_a_usage_that_much_follows_is_booked(tmp_path: Path) -> None:
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
             body = {**CHAT, "max_tokens": 100, "return_token_ids": True}
-            async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 assert await response.read() == reply
             assert await spent(http, url) == (42, 42)
 
@@ -365,22 +369,22 @@ async def test_a_usage_that_much_follows_is_booked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "booked"), [(400, 0), (429, 0), (502, 0), (503, 0), (500, 100), (504, 100), (302, 0), (200, 100)]
 )
-async def test_an_answer_without_a_usage_is_booked_by_what_it_may_have_cost(
-    tmp_path: Path, status: int, booked: int
-) -> None:
+async def test_a_reply_without_usage_is_charged_by_its_status(tmp_path: Path, status: int, booked: int) -> None:
     async with RawUpstream([b'{"error": {"message": "no"}}'], status).serve() as upstream:
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
             body = {**CHAT, "max_tokens": 100}
             async with http.post(
-                f"{url}/v1/chat/completions", json=body, headers=told(ALICE), allow_redirects=False
+                f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE), allow_redirects=False
             ) as response:
                 assert response.status == status
             assert await spent(http, url) == (booked, booked)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_is_booked_what_may_have_been_generated(tmp_path: Path, stream: bool) -> None:
+async def test_a_disconnected_client_is_charged_for_tokens_that_may_have_been_generated(
+    tmp_path: Path, stream: bool
+) -> None:
     pieces = [sse(delta("ab")), sse(delta("c"))] if stream else []
     kind = "text/event-stream" if stream else "application/json"
     async with RawUpstream(pieces or [b"{"], content_type=kind).serve() as upstream:
@@ -388,36 +392,36 @@ async def test_a_client_that_leaves_is_booked_what_may_have_been_generated(tmp_p
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
             body = {**CHAT, "max_tokens": 100, "stream": stream}
-            async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 assert await response.content.readany()
             booked = UNSEEN_TOKENS + 2 if stream else 100
             assert await spent(http, url) == (booked, booked)
 
 
-async def test_an_upstream_that_nobody_reaches_costs_nothing(tmp_path: Path) -> None:
+async def test_a_request_to_an_unreachable_upstream_is_not_charged(tmp_path: Path) -> None:
     async with RawUpstream([b"{}"]).serve() as upstream:
         settings = before(upstream, tmp_path, tokens_per_minute=4000)
         async with running(settings) as url, aiohttp.ClientSession() as http:
             body = {**CHAT, "max_tokens": 100}
-            async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 await response.read()
             assert await spent(http, url) == (100, 100)
             await upstream.close()
-            async with http.post(f"{url}/v1/chat/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
                 assert response.status == 502
             assert await spent(http, url) == (100, 100)
 
 
-async def test_what_generates_nothing_is_not_bounded(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_detokenize_request_is_neither_bounded_nor_charged(backend: FakeVLLM, tmp_path: Path) -> None:
     settings = before(backend, tmp_path, tokens=5, tokens_per_minute=10)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         for _ in range(3):
-            async with http.post(f"{url}/detokenize", json={"tokens": [104]}, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/detokenize", json={"tokens": [104]}, headers=bearer(ALICE)) as response:
                 assert await response.json() == {"prompt": "h"}
         assert await spent(http, url) == (0, 0)
 
 
-async def test_the_servers_cap_holds_for_everybody(backend: FakeVLLM) -> None:
+async def test_the_server_cap_applies_without_keys(backend: FakeVLLM) -> None:
     settings = load(upstream=backend.url, max_total_tokens=3000, **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         assert (await ask(http, url, None, None, max_tokens=3001))[0] == 400
@@ -426,7 +430,7 @@ async def test_the_servers_cap_holds_for_everybody(backend: FakeVLLM) -> None:
         assert MAX_LENGTH < 3000
 
 
-async def test_without_caps_tokens_are_counted_as_far_as_replies_tell(proxy: Proxy) -> None:
+async def test_without_caps_tokens_are_counted_by_reported_usage(proxy: Proxy) -> None:
     proxy.backend.chains = [Chain("t" * 300)]
     by = {"kind": "passed_through", "model": MODEL, "controller": "", "beta": ""}
     await proxy.ask(None)
@@ -445,8 +449,8 @@ async def test_without_caps_tokens_are_counted_as_far_as_replies_tell(proxy: Pro
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-async def test_streams_that_tell_no_usage_are_counted_by_their_events(proxy: Proxy, is_whole: bool) -> None:
-    """A client that leaves, or a stream that breaks off, does not make them uncounted."""
+async def test_streams_without_usage_are_counted_by_their_events(proxy: Proxy, is_whole: bool) -> None:
+    """They are counted even if the client disconnects."""
     events = [f'data: {{"choices": [{{"delta": {{"content": "{at}"}}}}]}}\n\n'.encode() for at in range(13)]
     raw = RawUpstream([b"".join(events), b"data: [DONE]\n\n"], content_type="text/event-stream")
     async with raw.serve() as upstream, running(load(upstream=upstream.url)) as url:
@@ -458,12 +462,12 @@ async def test_streams_that_tell_no_usage_are_counted_by_their_events(proxy: Pro
                 assert await response.read() == raw.pieces[1]
             else:
                 response.close()
-        there = proxy._replace(url=url)
+        other = proxy._replace(url=url)
         async with asyncio.timeout(5):
-            while not (counted := await there.metric("autotts_tokens_total")):
-                pass  # asking is what gives way to the server
+            while not (counted := await other.metric("autotts_tokens_total")):
+                pass  # each request yields to the server
         kind = "passed_through_estimated"
-        assert counted == await there.metric("autotts_tokens_total", kind=kind) == (12 if is_whole else 11)
+        assert counted == await other.metric("autotts_tokens_total", kind=kind) == (12 if is_whole else 11)
 
 
 @pytest.mark.vllm
@@ -481,7 +485,7 @@ async def test_streams_that_tell_no_usage_are_counted_by_their_events(proxy: Pro
         ("responses", {"input": "1+1=", "stream": True}, True),
     ],
 )
-async def test_a_real_vllm_keeps_within_the_bound_and_all_of_it_is_booked(
+async def test_a_real_vllm_stays_within_the_bound_and_is_charged_in_full(
     vllm: str, tmp_path: Path, path: str, fields: dict[str, Any], is_exact: bool
 ) -> None:
     file = keyed(tmp_path / "keys.toml", tokens=300, tokens_per_minute=9000)
@@ -489,17 +493,17 @@ async def test_a_real_vllm_keeps_within_the_bound_and_all_of_it_is_booked(
     async with running(settings) as url, aiohttp.ClientSession() as http:
         before = await generated(http, vllm)
         body = {"messages": CHAT["messages"], **fields} if path == "chat/completions" else fields
-        async with http.post(f"{url}/v1/{path}", json={**body, "temperature": 1.0}, headers=told(ALICE)) as response:
-            said = await response.text()
-            assert response.status == 200, said
-        assert path == "responses" or ('"completion_tokens"' in said) is not fields.get("stream", False)
+        async with http.post(f"{url}/v1/{path}", json={**body, "temperature": 1.0}, headers=bearer(ALICE)) as response:
+            text = await response.text()
+            assert response.status == 200, text
+        assert path == "responses" or ('"completion_tokens"' in text) is not fields.get("stream", False)
         cost, booked = await generated(http, vllm) - before, (await spent(http, url))[0]
         assert 0 < cost <= booked <= 300
         assert cost == booked or not is_exact
 
 
 @pytest.mark.vllm
-async def test_who_leaves_a_real_vllm_pays_for_what_it_generated(vllm: str, tmp_path: Path) -> None:
+async def test_a_client_that_disconnects_from_a_real_vllm_is_charged_for_its_tokens(vllm: str, tmp_path: Path) -> None:
     file = keyed(tmp_path / "keys.toml", tokens_per_minute=9000)
     settings = load(upstream=vllm, keys=file, admin_key=BOSS, **EMBEDDED)
     async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -518,19 +522,19 @@ async def test_who_leaves_a_real_vllm_pays_for_what_it_generated(vllm: str, tmp_
 
 
 async def leave(http: aiohttp.ClientSession, url: str, body: dict[str, Any], after: int) -> None:
-    """Ask, and leave after so many pieces of the reply."""
-    async with http.post(url, json=body, headers=told(ALICE)) as response:
+    """Send a request and disconnect after `after` pieces of the reply."""
+    async with http.post(url, json=body, headers=bearer(ALICE)) as response:
         for _ in range(after):
             await response.content.readany()
 
 
 async def generated(http: aiohttp.ClientSession, vllm: str) -> int:
-    """Tokens vLLM says it has generated since it runs."""
+    """Return the tokens vLLM reports to have generated since its start."""
     return await counter(http, vllm, "vllm:generation_tokens_total")
 
 
 async def counter(http: aiohttp.ClientSession, vllm: str, name: str) -> int:
-    """The sum of one of vLLM's own metrics."""
+    """Return the sum of one of vLLM's own metrics."""
     async with http.get(f"{vllm}/metrics") as response:
         lines = (await response.text()).splitlines()
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))

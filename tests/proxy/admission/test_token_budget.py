@@ -1,4 +1,4 @@
-"""Budgets: whatever is asked, spent and reserved never pass a cap; and what a key's limits do to its requests."""
+"""Token budgets: spent plus reserved tokens never exceed a cap, and a key's limits bind its requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from proxy.admission.usage_meter import UNSEEN_TOKENS, BoundedReplyMeter
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import Chain, FakeVLLM, ScriptedEnvironment
-from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ROOT, ask, told
+from tests.proxy.admission.test_api_keys import ALICE, BOB, BOSS, ROOT, ask, bearer
 from tests.proxy.conftest import SMALL
 
 CAPS = {"alice": 1000, "bob": 300, "carol": None}
@@ -44,11 +44,11 @@ BRANCH = 120
 
 
 USAGES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats() | st.lists(st.none(), max_size=2)
-"""What a faulty upstream may say that it has generated."""
+"""Values that a faulty upstream may report as its usage."""
 
 
 class Spender:
-    """A controller that wants what it is told to, legal or not, and never answers of its own accord."""
+    """Controller that returns the actions in `wishes`, legal or not, and answers only after the last."""
 
     def __init__(self, wishes: list[tuple[int, int]]) -> None:
         self.wishes = wishes
@@ -65,15 +65,15 @@ class Spender:
 
 
 class Budgets(RuleBasedStateMachine):
-    """Requests of three keys, with any controller, under caps of their own and one for all."""
+    """Requests of three keys with any controller, under a cap for each key and one for all."""
 
     running = Bundle("running")
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.purses = TokenBudgets(COMMON)
-        self.spent: list[tuple[float, str, int]] = []  # when, whose, how many
+        self.token_budgets = TokenBudgets(COMMON)
+        self.spent: list[tuple[float, str, int]] = []  # (time, key, tokens)
         self.open: dict[int, tuple[str, Reservation]] = {}
 
     @rule(target=running, who=st.sampled_from(sorted(CAPS)), asked=st.none() | st.integers(1, 2000))
@@ -82,13 +82,13 @@ class Budgets(RuleBasedStateMachine):
         cap = caps.cap(asked)
         assert cap is not None
         assert 0 < cap <= (CAPS[who] or COMMON)
-        before = {name: window.reserved for name, window in self.purses.windows.items()}
+        before = {name: window.reserved for name, window in self.token_budgets.windows.items()}
         try:
-            reserve = self.purses.reserve(who, CAPS[who], cap, self.now)
+            reserve = self.token_budgets.reserve(who, CAPS[who], cap, self.now)
         except BudgetExceeded as refused:
-            assert {name: window.reserved for name, window in self.purses.windows.items() if window.reserved} == {
-                name: reserved for name, reserved in before.items() if reserved
-            }
+            assert {
+                name: window.reserved for name, window in self.token_budgets.windows.items() if window.reserved
+            } == {name: reserved for name, reserved in before.items() if reserved}
             after_s = refused.after_s
             assert 0 <= after_s <= MINUTE_S + GRAIN_S
             return None
@@ -101,7 +101,7 @@ class Budgets(RuleBasedStateMachine):
         lengths=st.lists(st.integers(1, BRANCH - 1), min_size=1, max_size=6),
     )
     def run(self, reserve: Reservation | None, wishes: list[tuple[int, int]], lengths: list[int]) -> None:
-        """An episode under its reserve as cap, with a controller that may move illegally."""
+        """Run an episode capped by its reservation, with a controller that may move illegally."""
         if reserve is None:
             return
         chains = [Chain("t" * length, ("7",)) for length in lengths]
@@ -113,18 +113,18 @@ class Budgets(RuleBasedStateMachine):
 
     @rule(
         reserve=consumes(running),
-        words=st.lists(st.text("aé", min_size=1, max_size=4), max_size=40),
+        texts=st.lists(st.text("aé", min_size=1, max_size=4), max_size=40),
         late=st.integers(0, UNSEEN_TOKENS),
-        ends=st.sampled_from(["told", "untold", "cut", "lies"]),
+        ends=st.sampled_from(["usage", "no usage", "cut", "wrong usage"]),
         lie=USAGES,
         bound=st.builds(TokenBound, *map(st.just, TokenBound()[:3]), *[st.booleans()] * 3),
         is_stream=st.booleans(),
         size=st.integers(1, 99),
     )
-    def hand_on(
+    def forward(
         self,
         reserve: Reservation | None,
-        words: list[str],
+        texts: list[str],
         late: int,
         ends: str,
         lie: Any,
@@ -132,29 +132,29 @@ class Budgets(RuleBasedStateMachine):
         is_stream: bool,
         size: int,
     ) -> None:
-        """A request under its reserve as bound, a token a word. Its upstream may lie, and either end may leave."""
+        """Forward a request bounded by its reservation, one token per text. Its upstream may report a wrong usage."""
         if reserve is None:
             return
-        words = words[: reserve.tokens]
-        generated = min(reserve.tokens, len(words) + late) if ends == "cut" else len(words)
-        usage = {"usage": {"completion_tokens": lie if ends == "lies" else generated}}
-        chunks = [{"choices": [{"index": 0, "text": word}]} for word in words]
-        said: list[Any] = [] if ends in ("untold", "cut") else [{"choices": [], **usage}]
-        events = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*chunks, *said])
-        whole = json.dumps({"choices": chunks, **(usage if said else {})}).encode()
+        texts = texts[: reserve.tokens]
+        generated = min(reserve.tokens, len(texts) + late) if ends == "cut" else len(texts)
+        usage = {"usage": {"completion_tokens": lie if ends == "wrong usage" else generated}}
+        chunks = [{"choices": [{"index": 0, "text": text}]} for text in texts]
+        last: list[Any] = [] if ends in ("no usage", "cut") else [{"choices": [], **usage}]
+        events = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in [*chunks, *last])
+        plain = json.dumps({"choices": chunks, **(usage if last else {})}).encode()
         bill = BoundedReplyMeter(bound._replace(max_tokens=reserve.tokens), is_stream=is_stream)
-        reply = events if is_stream else whole
+        reply = events if is_stream else plain
         for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
             bill.feed(reply[at : at + size])
         if ends != "cut":
             bill.finish()
         assert 0 <= bill.cost <= reserve.tokens
-        assert bill.cost >= generated or ends == "lies"
+        assert bill.cost >= generated or ends == "wrong usage"
         self.settle(reserve, bill.cost)
 
     @rule(reserve=consumes(running), share=st.floats(0, 1))
     def fail(self, reserve: Reservation | None, share: float) -> None:
-        """A request that is cancelled or breaks off, having cost anything; it is told of more than once."""
+        """Settle a request that was cancelled or broke off at any cost. Later settlements change nothing."""
         if reserve is not None:
             self.settle(reserve, int(reserve.tokens * share))
             reserve.settle(0, self.now)
@@ -171,11 +171,11 @@ class Budgets(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        self.purses.forget(self.now)
+        self.token_budgets.forget(self.now)
 
     @invariant()
-    def nothing_passes_a_cap(self) -> None:
-        common = self.purses.common
+    def spent_plus_reserved_stays_within_each_cap(self) -> None:
+        common = self.token_budgets.common
         assert common is not None
         for who, cap in (*CAPS.items(), (None, COMMON)):
             if cap is None:
@@ -183,25 +183,25 @@ class Budgets(RuleBasedStateMachine):
             reserved = sum(reserve.tokens for owner, reserve in self.open.values() if who in (owner, None))
             spent = sum(n for at, owner, n in self.spent if who in (owner, None) and at > self.now - MINUTE_S)
             assert spent + reserved <= cap
-            window = common if who is None else self.purses.windows.get(who)
+            window = common if who is None else self.token_budgets.windows.get(who)
             if window is not None:
                 assert window.reserved == reserved
                 assert spent <= window.spent(self.now) <= cap - reserved
                 assert window.room(self.now) >= 0
 
     def teardown(self) -> None:
-        """What is over leaves nothing behind."""
+        """Settle all open requests. Budgets keep no window afterwards."""
         for _, reserve in self.open.values():
             reserve.settle(0, self.now)
-        self.purses.forget(self.now + MINUTE_S + GRAIN_S)
-        assert not self.purses.windows
+        self.token_budgets.forget(self.now + MINUTE_S + GRAIN_S)
+        assert not self.token_budgets.windows
 
 
 TestBudgets = Budgets.TestCase
 TestBudgets.settings = effort(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def test_tokens_come_back_after_a_minute_and_when_is_told() -> None:
+def test_tokens_return_after_a_minute_and_the_wait_is_computed() -> None:
     window = TokenWindow(100)
     window.reserve(80)
     window.settle(80, 60, now=0.0)
@@ -214,14 +214,14 @@ def test_tokens_come_back_after_a_minute_and_when_is_told() -> None:
     assert (window.room(60.9), window.room(61.0), window.room(71.0)) == (10, 70, 100)
 
 
-def test_settling_without_a_pause_keeps_nothing_for_ever() -> None:
+def test_tokens_settled_without_a_pause_still_expire() -> None:
     window = TokenWindow(10**9)
     for tenth in range(6000):
         window.settle(0, 1, now=tenth / 10)
     assert 600 <= window.spent(599.9) <= 610
 
 
-def test_no_span_of_a_window_has_more_tokens_than_its_cap() -> None:
+def test_no_interval_as_long_as_the_window_has_more_tokens_than_the_cap() -> None:
     span_s = 3600.0
     window = TokenWindow(1000, span_s)
     spent: list[tuple[float, int]] = []
@@ -236,16 +236,16 @@ def test_no_span_of_a_window_has_more_tokens_than_its_cap() -> None:
     assert sum(tokens for _, tokens in spent) > 2900  # each hour gets nearly all of it
 
 
-def test_what_costs_more_than_was_set_aside_counts_in_full() -> None:
-    purses = TokenBudgets(100)
-    purses.reserve("alice", None, 50, 0.0).settle(500, 0.0)
-    assert purses.common is not None
-    assert (purses.common.spent(0.0), purses.common.room(0.0)) == (500, 0)
+def test_a_cost_over_the_reservation_is_charged_in_full() -> None:
+    token_budgets = TokenBudgets(100)
+    token_budgets.reserve("alice", None, 50, 0.0).settle(500, 0.0)
+    assert token_budgets.common is not None
+    assert (token_budgets.common.spent(0.0), token_budgets.common.room(0.0)) == (500, 0)
     with pytest.raises(BudgetExceeded):
-        purses.reserve("alice", None, 1, 0.0)
+        token_budgets.reserve("alice", None, 1, 0.0)
 
 
-def test_a_request_without_a_cap_gets_one() -> None:
+def test_caps_give_a_default_to_a_request_without_its_own() -> None:
     assert Caps().cap(None) is None
     assert Caps(tokens=50).cap(None) == 50
     assert Caps(tokens=50).cap(9) == 9
@@ -254,7 +254,7 @@ def test_a_request_without_a_cap_gets_one() -> None:
     assert Caps(1, 2, 3, None).within(Caps(None, 1, 4, 7)) == Caps(1, 1, 3, 7)
 
 
-def test_retry_after_is_whole_seconds_a_minute_at_most() -> None:
+def test_retry_after_is_whole_seconds_from_1_to_60() -> None:
     assert [retry_after(s) for s in (0.0, 0.2, 3.2, 1e9)] == ["1", "1", "4", "60"]
 
 
@@ -262,13 +262,13 @@ def test_retry_after_is_whole_seconds_a_minute_at_most() -> None:
 
 
 def keyed(path: Path, **limits: int) -> Path:
-    said = "".join(f", {name} = {value}" for name, value in limits.items())
-    lines = [api_keys.key_file_entry("alice", ALICE).replace(" }", said + " }"), api_keys.key_file_entry("bob", BOB)]
+    members = "".join(f", {name} = {value}" for name, value in limits.items())
+    lines = [api_keys.key_file_entry("alice", ALICE).replace(" }", members + " }"), api_keys.key_file_entry("bob", BOB)]
     path.write_text("\n".join([*lines, api_keys.key_file_entry("root", ROOT, admin=True)]))
     return path
 
 
-async def test_a_keys_limits_bind_its_requests_and_no_others(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_the_limits_of_a_key_bind_its_requests_and_no_others(backend: FakeVLLM, tmp_path: Path) -> None:
     file = keyed(tmp_path / "keys.toml", branches=3, tokens=700)
     async with running(load(upstream=backend.url, keys=file, **SMALL)) as url, aiohttp.ClientSession() as http:
         for fields in ({}, {"tts": {"max_total_tokens": 100_000}}):
@@ -281,7 +281,7 @@ async def test_a_keys_limits_bind_its_requests_and_no_others(backend: FakeVLLM, 
 
 
 @pytest.mark.parametrize(
-    ("limits", "settings", "asked", "words", "param"),
+    ("limits", "settings", "asked", "expected_text", "param"),
     [
         ({"tokens": 50}, {}, None, "the limit `tokens` of key alice is 50; one interval", None),
         ({"tokens": 50}, {}, 500, "the limit `tokens` of key alice is 50; one interval", None),
@@ -299,13 +299,13 @@ async def test_a_keys_limits_bind_its_requests_and_no_others(backend: FakeVLLM, 
         ({"tokens": 500}, {}, 50, "tts.max_total_tokens is 50; one interval", "tts.max_total_tokens"),
     ],
 )
-async def test_a_cap_that_is_too_small_is_named_by_who_set_it(
+async def test_a_cap_too_small_for_one_interval_is_refused_and_its_setting_is_named(
     backend: FakeVLLM,
     tmp_path: Path,
     limits: dict[str, int],
     settings: dict[str, int],
     asked: int | None,
-    words: str,
+    expected_text: str,
     param: str | None,
 ) -> None:
     file = keyed(tmp_path / "keys.toml", **limits)
@@ -317,10 +317,10 @@ async def test_a_cap_that_is_too_small_is_named_by_who_set_it(
         status, _, reply = await ask(http, url, ALICE, "1", **tts)
     error = reply["error"]
     assert (status, error["code"], error["param"]) == (400, "cap_too_small", param)
-    assert error["message"].startswith(words)
+    assert error["message"].startswith(expected_text)
 
 
-async def test_the_minutes_tokens_of_a_key(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_key_over_its_tokens_per_minute_gets_429_with_retry_after(backend: FakeVLLM, tmp_path: Path) -> None:
     file = keyed(tmp_path / "keys.toml", tokens_per_minute=1500)
     async with (
         running(load(upstream=backend.url, keys=file, admin_key=BOSS, **SMALL)) as url,
@@ -341,13 +341,13 @@ async def test_the_minutes_tokens_of_a_key(backend: FakeVLLM, tmp_path: Path) ->
         assert 1 <= int(headers["retry-after"]) <= 60
         assert 600 < spent <= 1500
         assert (await ask(http, url, BOB, "1"))[0] == 200
-        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
-            said = (await response.json())["keys"]["alice"]
-        assert (said["spent"], said["reserved"], said["episodes"]) == (spent, 0, 0)
-        assert said["limits"]["tokens_per_minute"] == 1500
+        async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+            budget = (await response.json())["keys"]["alice"]
+        assert (budget["spent"], budget["reserved"], budget["episodes"]) == (spent, 0, 0)
+        assert budget["limits"]["tokens_per_minute"] == 1500
 
 
-async def test_a_client_that_leaves_pays_for_what_was_generated_and_gets_the_rest_back(
+async def test_a_disconnect_charges_the_generated_tokens_and_releases_the_reservation(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
     file = keyed(tmp_path / "keys.toml", tokens_per_minute=4000)
@@ -367,15 +367,15 @@ async def test_a_client_that_leaves_pays_for_what_was_generated_and_gets_the_res
             await asyncio.wait_for(backend.idle.wait(), 10)
             backend.fault_after = len(backend.requests) + 3
         for _ in range(200):
-            async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
-                said = (await response.json())["keys"]["alice"]
-            if not said["reserved"]:
+            async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+                budget = (await response.json())["keys"]["alice"]
+            if not budget["reserved"]:
                 break
-        assert said["reserved"] == said["episodes"] == 0
-        assert 0 < said["spent"] < 1900
+        assert budget["reserved"] == budget["episodes"] == 0
+        assert 0 < budget["spent"] < 1900
 
 
-async def test_what_is_handed_on_is_counted_by_its_usage(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_forwarded_requests_are_charged_by_reported_usage(backend: FakeVLLM, tmp_path: Path) -> None:
     backend.chains = [Chain("t" * 300)]
     file = keyed(tmp_path / "keys.toml", tokens_per_minute=1000)
     async with (
@@ -385,17 +385,17 @@ async def test_what_is_handed_on_is_counted_by_its_usage(backend: FakeVLLM, tmp_
         body = {"model": "fake-model", "prompt": [[ord("t")]], "max_tokens": 400}
         statuses = []
         for _ in range(4):
-            async with http.post(f"{url}/v1/completions", json=body, headers=told(ALICE)) as response:
+            async with http.post(f"{url}/v1/completions", json=body, headers=bearer(ALICE)) as response:
                 statuses.append(response.status)
                 await response.read()
-        async with http.get(f"{url}/v1/tts/keys", headers=told(BOSS)) as response:
-            said = (await response.json())["keys"]["alice"]
+        async with http.get(f"{url}/v1/tts/keys", headers=bearer(BOSS)) as response:
+            budget = (await response.json())["keys"]["alice"]
         assert statuses == [200, 200, 200, 429] or statuses == [200, 200, 429, 429]
-        assert said["reserved"] == said["passed"] == 0
-        assert said["spent"] == backend.generated
+        assert budget["reserved"] == budget["passed"] == 0
+        assert budget["spent"] == backend.generated
 
 
-def test_a_rate_is_a_minutes_and_each_holders_own() -> None:
+def test_a_rate_limit_counts_the_last_minute_per_holder() -> None:
     rate = RateLimit(3)
     for now in (0.0, 10.0, 20.0):
         rate.take("a", now)
@@ -409,7 +409,7 @@ def test_a_rate_is_a_minutes_and_each_holders_own() -> None:
         rate.take("a", 30.5 + caught.value.after_s)
 
 
-def test_a_rate_holds_however_often_it_is_tried() -> None:
+def test_refused_attempts_do_not_raise_a_rate_limit() -> None:
     rate, taken = RateLimit(100), 0
     for at in range(17_772):  # in 15 seconds
         with suppress(BudgetExceeded):

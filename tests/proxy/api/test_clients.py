@@ -1,4 +1,4 @@
-"""Clients as they are sold, against the proxy over a real vLLM: none of them is told that it is not OpenAI's."""
+"""Unmodified client libraries work against the proxy over a real vLLM as they do against OpenAI."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ ALIAS = f"{MODEL}@0.25"
 QUESTION = held_back(1)[0].question
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-"""What the model's chat template makes of the question."""
+"""The question as rendered by the model's chat template."""
 WEIGHTS = Path(__file__).parents[3] / "deploy" / "embedded" / "model"
 
 
 @pytest_asyncio.fixture
 async def url(vllm: str) -> AsyncIterator[str]:
-    """The base URL a client is given."""
+    """Yield the base URL for clients."""
     async with running(load(upstream=vllm, **EMBEDDED)) as served:
         yield f"{served}/v1"
 
 
 def check(headers: Any, reply: Any) -> None:
-    """A reply was served with β, and its headers, usage and bill agree."""
-    told = reply.model_dump()
+    """Assert that a reply was served with β and that its headers, usage and token bill agree."""
+    body = reply.model_dump()
     assert (headers["x-tts-applied"], headers["x-tts-beta"]) == ("true", "0.25")
-    assert headers["x-tts-tokens"] == str(told["tts"]["tokens"]["total"])
-    check_bill(told["tts"], told["usage"])
+    assert headers["x-tts-tokens"] == str(body["tts"]["tokens"]["total"])
+    check_bill(body["tts"], body["usage"])
 
 
 def check_bill(tts: Any, usage: Any = None) -> None:
-    """The bill of a reply adds up, and is what its usage says besides the prompt."""
+    """Assert that the token bill of a reply adds up and covers the generated tokens of its usage."""
     assert (tts["applied"], tts["beta"]) == (True, 0.25)
     tokens = dict(tts["tokens"])
     total = tokens.pop("total")
@@ -59,7 +59,7 @@ def check_bill(tts: Any, usage: Any = None) -> None:
         assert 0 < generated <= total
 
 
-async def test_openai_synchronous(url: str) -> None:
+async def test_the_synchronous_openai_client_gets_tts_replies_from_every_endpoint(url: str) -> None:
     def ask() -> None:
         with OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
             assert client.models.retrieve(ALIAS).id == ALIAS
@@ -83,17 +83,17 @@ async def test_openai_synchronous(url: str) -> None:
     await asyncio.to_thread(ask)
 
 
-async def test_openai_asynchronous(url: str) -> None:
+async def test_the_asynchronous_openai_client_gets_tts_replies_from_every_endpoint(url: str) -> None:
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         assert ALIAS in [model.id async for model in client.models.list()]
-        said: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]
-        async with client.responses.stream(model=ALIAS, input=said) as stream:
+        conversation: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]
+        async with client.responses.stream(model=ALIAS, input=conversation) as stream:
             kinds = [event.type async for event in stream]
             final = await stream.get_final_response()
         assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
         assert "\\boxed{" in final.output_text
-        told = final.model_dump()
-        check_bill(told["tts"], told["usage"])
+        body = final.model_dump()
+        check_bill(body["tts"], body["usage"])
         async with client.responses.with_streaming_response.create(model=ALIAS, input=QUESTION) as response:
             parsed = await response.parse()
             check(response.headers, parsed)
@@ -106,7 +106,7 @@ async def test_openai_asynchronous(url: str) -> None:
         assert "\\boxed{" in "".join([chunk.choices[0].delta.content or "" for chunk in chunks])
 
 
-async def test_a_prompt_is_the_same_as_text_as_ids_and_as_a_conversation(url: str) -> None:
+async def test_a_prompt_as_text_as_ids_and_as_messages_gives_the_same_answer(url: str) -> None:
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         tokens: Any = await client.with_options(base_url=url.removesuffix("/v1")).post(
             "/tokenize", body={"model": MODEL, "prompt": PROMPT}, cast_to=object
@@ -129,7 +129,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def test_what_clients_send_unasked_keeps_beta(url: str) -> None:
+async def test_extra_fields_that_clients_send_by_default_keep_beta_applied(url: str) -> None:
     """Fields that inspect_ai, llm, LiteLLM and OpenRouter's clients add to every request."""
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         response = await client.responses.with_raw_response.create(
@@ -167,8 +167,8 @@ async def test_what_clients_send_unasked_keeps_beta(url: str) -> None:
         check(raw.headers, raw.parse())
 
 
-async def test_lm_eval_sends_several_prompts(url: str) -> None:
-    """As its `local-completions` does with `batch_size=2`."""
+async def test_a_batch_of_prompts_as_lm_eval_sends_it_is_answered_per_prompt(url: str) -> None:
+    """Send what lm-eval's `local-completions` sends with `batch_size=2`."""
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
         raw = await client.completions.with_raw_response.create(
             model=ALIAS, prompt=[PROMPT, PROMPT], max_tokens=400, temperature=0, seed=1234
@@ -179,14 +179,14 @@ async def test_lm_eval_sends_several_prompts(url: str) -> None:
         assert all("\\boxed{" in choice.text for choice in pair.choices)
 
 
-async def test_without_beta_all_is_vllms_own(url: str, vllm: str) -> None:
+async def test_without_beta_replies_equal_those_of_vllm(url: str, vllm: str) -> None:
     greedy: dict[str, Any] = {"model": MODEL, "temperature": 0}
     async with (
         AsyncOpenAI(base_url=url, api_key="unused") as ours,
         AsyncOpenAI(base_url=vllm + "/v1", api_key="x") as own,
     ):
-        texts = [await one.completions.create(prompt=PROMPT, max_tokens=300, **greedy) for one in (ours, own)]
-        replies = [await one.responses.create(input=QUESTION, **greedy) for one in (ours, own)]
+        texts = [await client.completions.create(prompt=PROMPT, max_tokens=300, **greedy) for client in (ours, own)]
+        replies = [await client.responses.create(input=QUESTION, **greedy) for client in (ours, own)]
         pair = await ours.completions.create(model=MODEL, prompt=[PROMPT, PROMPT], max_tokens=4)
         with pytest.raises(BadRequestError, match="vocab"):
             await ours.completions.create(model=ALIAS, prompt=[10**9])
@@ -195,7 +195,7 @@ async def test_without_beta_all_is_vllms_own(url: str, vllm: str) -> None:
     assert (len(pair.choices), pair.model) == (2, MODEL)
 
 
-async def test_langchain(url: str) -> None:
+async def test_langchain_gets_tts_replies_from_chat_and_responses(url: str) -> None:
     from langchain_openai import ChatOpenAI
 
     seen: list[httpx.Response] = []
@@ -204,7 +204,9 @@ async def test_langchain(url: str) -> None:
         seen.append(response)
 
     hooks = {"response": [see]}
-    async with httpx.AsyncClient(timeout=60, event_hooks=hooks) as http:  # its own is cached for ever, and left open
+    async with httpx.AsyncClient(
+        timeout=60, event_hooks=hooks
+    ) as http:  # LangChain's own client is cached forever and never closed
         common: dict[str, Any] = {"model": ALIAS, "base_url": url, "api_key": "unused", "max_retries": 0}
         for fields in ({}, {"use_responses_api": True}):
             chat = ChatOpenAI(**common, **fields, http_async_client=http)
@@ -229,7 +231,7 @@ url, model, question = sys.argv[1:]
 asked = {"model": f"openai/{model}", "api_base": url, "api_key": "unused", "max_retries": 0}
 messages = [{"role": "user", "content": question}]
 
-def told(reply):
+def tts_headers(reply):
     headers = reply._hidden_params["additional_headers"]
     names = ("applied", "beta", "tokens")
     return {name: headers[f"llm_provider-x-tts-{name}"] for name in names} | {"usage": reply.usage.completion_tokens}
@@ -243,22 +245,22 @@ text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 headers = stream._hidden_params["additional_headers"]
 print(json.dumps({
     "answers": [reply.choices[0].message.content for reply in replies] + [text],
-    "told": [told(reply) for reply in replies],
+    "headers": [tts_headers(reply) for reply in replies],
     "stream": [headers["llm_provider-x-tts-applied"], headers["llm_provider-x-tts-beta"]],
 }))
 """
 
 
-async def test_litellm(url: str) -> None:
-    """In a process of its own, for it changes the one it is imported in; it would ask the network for prices."""
+async def test_litellm_gets_tts_headers_and_answers(url: str) -> None:
+    """Run LiteLLM in its own process, because it changes the one that imports it. It must not fetch prices."""
     local = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "no_proxy": "127.0.0.1"}
     lines = await run([sys.executable, "-c", LITELLM, url, ALIAS, QUESTION], local)
     seen = json.loads(lines.splitlines()[-1])
     assert len(seen["answers"]) == 3
     assert all("\\boxed{" in answer for answer in seen["answers"])
-    for told in seen["told"]:
-        assert (told["applied"], told["beta"]) == ("true", "0.25")
-        assert int(told["tokens"]) >= told["usage"] > 0
+    for sent in seen["headers"]:
+        assert (sent["applied"], sent["beta"]) == ("true", "0.25")
+        assert int(sent["tokens"]) >= sent["usage"] > 0
     assert seen["stream"] == ["true", "0.25"]
 
 
@@ -293,7 +295,7 @@ print(json.dumps([seen, fallback]))
 """
 
 
-async def test_litellm_tells_a_prompt_that_is_too_long(url: str) -> None:
+async def test_litellm_raises_context_window_exceeded_for_a_long_prompt(url: str) -> None:
     local = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "no_proxy": "127.0.0.1"}
     lines = await run([sys.executable, "-c", OVERFLOW, url, ALIAS, QUESTION], local)
     seen, fallback = json.loads(lines.splitlines()[-1])
@@ -311,36 +313,38 @@ from vllm.entrypoints.cli.main import main
 
 sys.exit(main())
 """
-"""The `vllm` command, where its wheel for CPU cannot be imported as it is."""
+"""The `vllm` command with the fixes that its CPU wheel needs to be imported."""
 
 
-async def test_vllm_bench_serve(url: str, http: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """It asks for `ignore_eos`, and measures what β costs all the same."""
+async def test_vllm_bench_serve_measures_requests_with_beta(
+    url: str, http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """The benchmark asks for `ignore_eos` and still measures what β costs."""
     command = [sys.executable, "-c", VLLM, "bench", "serve"]
-    what = ["--backend", "openai-chat", "--base-url", url.removesuffix("/v1"), "--endpoint", "/v1/chat/completions"]
-    what += ["--model", ALIAS, "--tokenizer", str(WEIGHTS), "--dataset-name", "random", "--num-prompts", "4"]
-    what += ["--random-input-len", "30", "--random-output-len", "40", "--max-concurrency", "2", "--disable-tqdm"]
-    what += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "figures.json"]
+    options = ["--backend", "openai-chat", "--base-url", url.removesuffix("/v1"), "--endpoint", "/v1/chat/completions"]
+    options += ["--model", ALIAS, "--tokenizer", str(WEIGHTS), "--dataset-name", "random", "--num-prompts", "4"]
+    options += ["--random-input-len", "30", "--random-output-len", "40", "--max-concurrency", "2", "--disable-tqdm"]
+    options += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "figures.json"]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    await run([*command, *what], offline)
+    await run([*command, *options], offline)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["completed"], figures.get("failed", 0)) == (4, 0)
     proxy = Proxy(None, url.removesuffix("/v1"), http, None)  # type: ignore[arg-type]
     assert await proxy.metric("autotts_beta_not_applied_total") == 0
     assert await proxy.metric("autotts_requests_total", outcome="answered") == 4
     spent = await proxy.metric("autotts_tokens_total", model=MODEL)
-    assert spent >= figures["total_output_tokens"] > 4 * 40 * 2  # what it measures is all branches
+    assert spent >= figures["total_output_tokens"] > 4 * 40 * 2  # it measures the tokens of all branches
 
 
 async def run(command: list[str], environment: dict[str, str]) -> str:
-    """What a command writes. It must end well."""
+    """Return what a command writes to stdout. Fail if it exits with an error."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environment)
     try:
-        out, complaints = await process.communicate()
+        out, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, complaints.decode()[-3000:]
+    assert process.returncode == 0, errors.decode()[-3000:]
     return out.decode()

@@ -1,4 +1,4 @@
-"""The other endpoints: completions and responses under a controller, models, and bytes that pass as they are."""
+"""Completions and responses under a controller, the list of models, and requests forwarded byte for byte."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def post(proxy: Proxy, path: str, body: dict[str, Any], **headers: str) ->
 
 
 def events(page: str) -> list[Any]:
-    """The data of server-sent events, comments left out."""
+    """Return the data of server-sent events without comments."""
     lines = [line.removeprefix("data: ") for line in page.splitlines() if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
@@ -42,7 +42,7 @@ def events(page: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, [PROMPT], [ord(c) for c in PROMPT], [[ord(c) for c in PROMPT]]])
-async def test_a_text_is_gone_on_with_and_billed(proxy: Proxy, prompt: Any) -> None:
+async def test_a_completion_continues_the_prompt_and_bills_all_tokens(proxy: Proxy, prompt: Any) -> None:
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 500, "tts": {"beta": 0.5}}
     status, headers, reply = await post(proxy, "/v1/completions", body)
     assert status == 200, reply
@@ -57,7 +57,7 @@ async def test_a_text_is_gone_on_with_and_billed(proxy: Proxy, prompt: Any) -> N
     assert proxy.backend.requests[0]["prompt"] == [ord(c) for c in PROMPT]
 
 
-async def test_a_closed_text_is_one_that_follows_the_prompt(proxy: Proxy) -> None:
+async def test_a_completion_that_hits_its_cap_ends_with_a_final_answer(proxy: Proxy) -> None:
     body = {"prompt": PROMPT, "tts": {"beta": 0, "max_total_tokens": 260, "controller": "parallel_probe"}}
     _, headers, reply = await post(proxy, "/v1/completions", body)
     assert headers["x-tts-stop"] == "max_tokens"
@@ -66,7 +66,7 @@ async def test_a_closed_text_is_one_that_follows_the_prompt(proxy: Proxy) -> Non
     assert chat.choices[0].text.startswith("<think>")
 
 
-async def test_the_completions_client_streams(proxy: Proxy) -> None:
+async def test_the_openai_client_streams_a_completion_with_usage(proxy: Proxy) -> None:
     stream = await proxy.openai.completions.create(
         model=MODEL,
         prompt=PROMPT,
@@ -103,12 +103,14 @@ async def test_the_completions_client_streams(proxy: Proxy) -> None:
         ({"prompt": [True]}, "prompt"),
     ],
 )
-async def test_what_completions_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str) -> None:
+async def test_completions_a_controller_cannot_serve_are_forwarded_with_a_reason(
+    raw: Raw, fields: dict[str, Any], reason: str
+) -> None:
     await passes(raw, "/v1/completions", {"model": MODEL, "prompt": "hi", **fields}, reason)
 
 
 async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str, param: str | None = None) -> None:
-    """With β the body passes through, for `reason`; if a controller is required it is refused."""
+    """Assert that the body is forwarded for `reason` despite β, and refused if a controller is required."""
     sent = json.dumps(body).encode()
     headers = {"x-tts-beta": "0.5", "content-type": "application/json"}
     async with raw.http.post(raw.url + path, data=sent, headers=headers) as response:
@@ -129,7 +131,7 @@ async def passes(raw: Raw, path: str, body: dict[str, Any], reason: str, param: 
 # Responses
 
 
-async def test_a_response_is_one_the_client_knows(proxy: Proxy) -> None:
+async def test_a_response_has_the_output_items_and_usage_of_the_openai_client(proxy: Proxy) -> None:
     reply = await proxy.openai.responses.create(
         model=MODEL, instructions="Be brief.", input="hi", reasoning={"effort": "medium"}, max_output_tokens=500
     )
@@ -146,7 +148,7 @@ async def test_a_response_is_one_the_client_knows(proxy: Proxy) -> None:
     assert prompt == f"<system>Be brief.<user>hi{ASSISTANT}"
 
 
-async def test_a_response_comes_event_by_event(proxy: Proxy) -> None:
+async def test_a_streamed_response_sends_its_events_in_openais_order(proxy: Proxy) -> None:
     async with proxy.openai.responses.stream(
         model=MODEL, input="hi", extra_body={"tts": {"beta": 0.5, "progress": True}}
     ) as stream:
@@ -169,7 +171,7 @@ async def test_a_response_comes_event_by_event(proxy: Proxy) -> None:
     assert final.usage.output_tokens == proxy.backend.generated
 
 
-async def test_without_progress_a_thought_is_an_item_of_its_own(proxy: Proxy) -> None:
+async def test_a_streamed_response_without_progress_has_a_reasoning_and_a_message_item(proxy: Proxy) -> None:
     stream = await proxy.openai.responses.create(model=f"{MODEL}@0.5", input="hi", stream=True)
     seen = [event async for event in stream]
     added = [event.item.type for event in seen if event.type == "response.output_item.added"]
@@ -178,7 +180,7 @@ async def test_without_progress_a_thought_is_an_item_of_its_own(proxy: Proxy) ->
     assert [item.type for item in seen[-1].response.output] == added
 
 
-async def test_a_response_that_was_cut_is_incomplete(proxy: Proxy) -> None:
+async def test_a_response_cut_by_max_output_tokens_is_incomplete(proxy: Proxy) -> None:
     body = {"input": "hi", "max_output_tokens": 30, "tts": {"beta": 0, "controller": "single"}}
     _, _, reply = await post(proxy, "/v1/responses", body)
     assert (reply["status"], reply["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -207,12 +209,14 @@ async def test_a_response_that_was_cut_is_incomplete(proxy: Proxy) -> None:
         ({"input": None, "prompt": {"id": "p"}}, "prompt", "prompt"),
     ],
 )
-async def test_what_responses_cannot_serve_passes(raw: Raw, fields: dict[str, Any], reason: str, param: str) -> None:
+async def test_responses_a_controller_cannot_serve_are_forwarded_with_a_reason(
+    raw: Raw, fields: dict[str, Any], reason: str, param: str
+) -> None:
     await passes(raw, "/v1/responses", {"model": MODEL, "input": "hi", **fields}, reason, param)
 
 
-def test_items_become_messages() -> None:
-    said = [
+def test_input_items_of_a_response_are_converted_to_messages() -> None:
+    items = [
         {"role": "developer", "content": "Be kind."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one"}]},
         {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
@@ -223,7 +227,7 @@ def test_items_become_messages() -> None:
         },
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "y"}]},
     ]
-    request = ResponsesRequest(input=said, text={"format": {"type": "text"}}, tools=[], store=True)
+    request = ResponsesRequest(input=items, text={"format": {"type": "text"}}, tools=[], store=True)
     assert request.pass_through_reason() is None
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert request.conversation == [
@@ -235,10 +239,10 @@ def test_items_become_messages() -> None:
     ]
 
 
-# As chat is
+# Behaviour shared with chat
 
 
-async def test_all_are_recorded_as_chat_is(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_every_endpoint_records_an_episode_as_chat_does(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     settings = load(upstream=backend.url, store=path, store_text="full", record_fraction=1.0, **SMALL)
     tts = {"beta": 0.5, "controller": "asc"}
@@ -253,14 +257,16 @@ async def test_all_are_recorded_as_chat_is(backend: FakeVLLM, tmp_path: Path) ->
         for reply in replies:
             async with http.get(f"{url}/v1/tts/requests/{reply['id']}") as response:
                 assert response.status == 200
-            status, _, heard = await post(proxy, "/v1/tts/feedback", {"request_id": reply["id"], "correct": True})
-            assert status in (200, 202), heard
+            status, _, reply_to_feedback = await post(
+                proxy, "/v1/tts/feedback", {"request_id": reply["id"], "correct": True}
+            )
+            assert status in (200, 202), reply_to_feedback
     async with Store.open(path) as store:
         kept = await store.episodes()
-    assert [one.request_id for one in kept] == [reply["id"] for reply in replies]
-    assert [one.question for one in kept] == [question_id("hi"), question_id("hi"), question_id(PROMPT)]
-    assert [one.ledger["winner"] for one in kept] == [reply["tts"]["tokens"]["winner"] for reply in replies]
-    chat, answered, text = (one.about for one in kept)
+    assert [record.request_id for record in kept] == [reply["id"] for reply in replies]
+    assert [record.question for record in kept] == [question_id("hi"), question_id("hi"), question_id(PROMPT)]
+    assert [record.ledger["winner"] for record in kept] == [reply["tts"]["tokens"]["winner"] for reply in replies]
+    chat, answered, text = (record.about for record in kept)
     assert chat["chat_template"] == answered["chat_template"] == text["chat_template"] != ""
     assert (answered["sampling"]["max_tokens"], text["sampling"]["prompt"]) == (300, "raw")
 
@@ -268,7 +274,7 @@ async def test_all_are_recorded_as_chat_is(backend: FakeVLLM, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("path", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt"), ("/v1/responses", "input")]
 )
-async def test_all_are_refused_as_chat_is(proxy: Proxy, path: str, param: str) -> None:
+async def test_every_endpoint_refuses_bad_requests_as_chat_does(proxy: Proxy, path: str, param: str) -> None:
     def prompt(text: str) -> Any:
         return [{"role": "user", "content": text}] if param == "messages" else text
 
@@ -295,8 +301,8 @@ async def test_all_are_refused_as_chat_is(proxy: Proxy, path: str, param: str) -
         assert (response.status, (await response.json())["error"]["code"]) == (400, "bad_json")
 
 
-async def test_a_prompt_that_the_upstream_may_shorten_passes(raw: Raw) -> None:
-    """Where `truncation` is `auto`, and only where it does not fit."""
+async def test_a_too_long_prompt_that_the_upstream_may_truncate_is_forwarded(raw: Raw) -> None:
+    """This holds with `truncation: auto`, for prompts that do not fit."""
     body = {"model": MODEL, "input": "x" * 20_000, "truncation": "auto"}
     raw.upstream.pieces = [b'{"tokens": [' + b"1," * 3000 + b'1], "prompt": "x"}']
     async with raw.http.post(f"{raw.url}/v1/responses", json=body, headers={"x-tts-beta": "0.5"}) as response:
@@ -304,11 +310,11 @@ async def test_a_prompt_that_the_upstream_may_shorten_passes(raw: Raw) -> None:
     assert json.loads(raw.upstream.seen[-1].body) == body
 
 
-# What streams tell
+# Streams
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-async def test_rounds_are_told_while_branches_think(proxy: Proxy, name: str) -> None:
+async def test_a_stream_with_progress_sends_one_reasoning_line_per_round(proxy: Proxy, name: str) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "tts": {"beta": 0.5, "progress": True}}
     async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body) as response:
         chunks = events(await response.text())
@@ -322,7 +328,7 @@ async def test_rounds_are_told_while_branches_think(proxy: Proxy, name: str) -> 
     assert chunks[-1] == "[DONE]"
 
 
-async def test_an_error_after_the_first_byte_is_an_event(proxy: Proxy) -> None:
+async def test_an_error_after_the_first_byte_is_sent_as_an_event(proxy: Proxy) -> None:
     proxy.backend.fault = "garbage"
     tts = {"tts": {"beta": 0.5}}
     stream = await proxy.openai.responses.create(model=MODEL, input="hi", stream=True, extra_body=tts)
@@ -337,7 +343,7 @@ async def test_an_error_after_the_first_byte_is_an_event(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
-async def test_a_client_that_leaves_stops_these_too(proxy: Proxy, path: str) -> None:
+async def test_a_disconnect_cancels_the_upstream_calls_of_completions_and_responses(proxy: Proxy, path: str) -> None:
     proxy.backend.fault = "hang"
     body = {"prompt": PROMPT, "stream": True} if "completions" in path else {"input": "hi", "stream": True}
     request = asyncio.create_task(post(proxy, path, {**body, "tts": {"beta": 1, "answer": "boxed"}}))
@@ -346,7 +352,7 @@ async def test_a_client_that_leaves_stops_these_too(proxy: Proxy, path: str) -> 
     await asyncio.wait_for(proxy.backend.idle.wait(), 1)
 
 
-def test_pings_may_not_be_rarer_than_every_15_seconds() -> None:
+def test_a_ping_interval_over_15_seconds_is_refused() -> None:
     with pytest.raises(SettingsError, match="ping_s"):
         load(upstream="http://127.0.0.1:1", ping_s=16)
 
@@ -354,7 +360,7 @@ def test_pings_may_not_be_rarer_than_every_15_seconds() -> None:
 # Models and paths
 
 
-async def test_models_are_listed_with_their_aliases(proxy: Proxy) -> None:
+async def test_models_are_listed_and_retrieved_with_their_beta_aliases(proxy: Proxy) -> None:
     listed = [model.id async for model in proxy.openai.models.list()]
     assert listed == [MODEL, f"{MODEL}@0.25", f"{MODEL}@0.5", f"{MODEL}@0.75", f"{MODEL}@1"]
     for name in (MODEL, f"{MODEL}@0.5", f"{MODEL}@0.3"):
@@ -365,7 +371,7 @@ async def test_models_are_listed_with_their_aliases(proxy: Proxy) -> None:
         assert isinstance(caught.value, NotFoundError) or name.endswith("@2")
 
 
-async def test_aliases_may_be_left_out() -> None:
+async def test_without_model_aliases_the_models_list_is_the_upstreams() -> None:
     async with (
         RawUpstream().serve() as upstream,
         running(load(upstream=upstream.url, model_aliases=False, **SMALL)) as url,
@@ -390,9 +396,7 @@ async def test_aliases_may_be_left_out() -> None:
         ("POST", "/v1/models/x", 405),
     ],
 )
-async def test_other_paths_and_methods_are_told_in_openais_form(
-    proxy: Proxy, method: str, path: str, status: int
-) -> None:
+async def test_unknown_paths_and_methods_get_an_openai_error(proxy: Proxy, method: str, path: str, status: int) -> None:
     async with proxy.http.request(method, proxy.url + path) as response:
         reply = await response.json()
     assert response.status == status
@@ -404,7 +408,7 @@ async def test_other_paths_and_methods_are_told_in_openais_form(
 
 
 class Raw(NamedTuple):
-    """A proxy over an upstream that keeps bytes."""
+    """A proxy over an upstream that records raw requests."""
 
     upstream: RawUpstream
     url: str
@@ -424,7 +428,7 @@ async def raw() -> AsyncIterator[Raw]:
 ODD = b' {\t"model" :\t"fake-model", "n":2.0e0 ,"messages":[{"role":"user","content":"\\u00e9\xc3\xa9 \\/"}]}\n'
 
 
-async def test_a_body_goes_out_as_it_came(raw: Raw) -> None:
+async def test_a_body_is_forwarded_byte_for_byte_with_allowed_headers_only(raw: Raw) -> None:
     headers = {
         "authorization": "Bearer mine",
         "cookie": "a=b",
@@ -446,7 +450,7 @@ async def test_a_body_goes_out_as_it_came(raw: Raw) -> None:
         assert "mine" not in str(seen)
 
 
-async def test_only_what_is_the_proxys_is_taken_out(raw: Raw) -> None:
+async def test_only_the_tts_member_and_the_model_alias_are_removed_from_a_forwarded_body(raw: Raw) -> None:
     body = ODD.replace(b"fake-model", b"fake-model@0.5").replace(b"}\n", b' , "tts": {"answer": "number"} }\n')
     headers = {"content-type": "application/json"}
     async with raw.http.post(f"{raw.url}/v1/chat/completions", data=body, headers=headers) as response:
@@ -471,14 +475,14 @@ async def test_only_what_is_the_proxys_is_taken_out(raw: Raw) -> None:
         ),
     ],
 )
-def test_members_are_changed_and_values_keep_their_bytes(before: bytes, after: bytes) -> None:
+def test_edit_members_changes_members_and_keeps_the_bytes_of_other_values(before: bytes, after: bytes) -> None:
     assert edit_members(before, drop=("tts",), put={"model": "m"}) == after
     assert edit_members(before, drop=(), put={}) is before
     assert edit_members(after, drop=("tts",), put={}) is after
 
 
 class Counted(str):
-    """A name that counts how often any of its kind is compared."""
+    """String that counts how often any instance is compared."""
 
     compared = 0
 
@@ -497,7 +501,7 @@ def test_removing_members_takes_linear_time(count: int) -> None:
     assert Counted.compared <= 4 * count
 
 
-async def test_a_stream_comes_back_byte_for_byte_and_unbuffered(raw: Raw) -> None:
+async def test_a_forwarded_stream_returns_byte_for_byte_and_unbuffered(raw: Raw) -> None:
     pieces = [b": hello\r\n\r\n", b'event: x\ndata: {"a":\n', b"data: 1}\n\n", b"data: [DONE]\n\n", b"\xff\x00tail"]
     raw.upstream.pieces, raw.upstream.status = pieces, 203
     raw.upstream.headers = {"content-type": "text/event-stream", "set-cookie": "a=b", "x-secret": "1", "server": "v"}
@@ -505,7 +509,7 @@ async def test_a_stream_comes_back_byte_for_byte_and_unbuffered(raw: Raw) -> Non
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
     async with raw.http.post(f"{raw.url}/v1/chat/completions", json=body) as response:
         assert response.status == 203
-        assert await response.content.readexactly(len(pieces[0])) == pieces[0]  # the rest is not even made yet
+        assert await response.content.readexactly(len(pieces[0])) == pieces[0]  # the upstream has not sent the rest yet
         raw.upstream.go.set()
         assert await response.content.read() == b"".join(pieces[1:])
     assert response.headers["content-type"] == "text/event-stream"
@@ -513,7 +517,7 @@ async def test_a_stream_comes_back_byte_for_byte_and_unbuffered(raw: Raw) -> Non
     assert not {"set-cookie", "x-secret"} & {name.lower() for name in response.headers}
 
 
-async def test_an_upstreams_error_comes_back_as_it_is(raw: Raw) -> None:
+async def test_an_upstream_error_is_returned_unchanged(raw: Raw) -> None:
     raw.upstream.pieces, raw.upstream.status = [b'{"error" : "slow down"}'], 429
     raw.upstream.headers = {"content-type": "application/problem+json", "retry-after": "7"}
     async with raw.http.post(f"{raw.url}/v1/completions", json={"prompt": "hi"}) as response:

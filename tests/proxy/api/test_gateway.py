@@ -1,4 +1,4 @@
-"""LiteLLM's gateway in front of the proxy, over a real vLLM: β comes through it, and so does the bill."""
+"""LiteLLM's gateway in front of the proxy over a real vLLM: β and the token bill pass through it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ START_S = 240.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """The gateway's URL. Its models are the proxy's, one of them an alias."""
+    """Yield the gateway's URL. Its models are the proxy's, one of them an alias with β."""
     folder = tmp_path_factory.mktemp("gateway")
     async with running(load(upstream=vllm, **EMBEDDED)) as proxy:
         common = {"api_base": f"{proxy}/v1", "api_key": "unused"}
@@ -50,10 +50,10 @@ async def gateway(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
         file = folder / "config.yaml"
         file.write_text(json.dumps(config))  # JSON is YAML
         port = free_port()
-        place = ["--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
+        flags = ["--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                str(COMMAND), *place, stdout=log, stderr=log, env={**LITELLM.environment(), "HOME": str(folder)}
+                str(COMMAND), *flags, stdout=log, stderr=log, env={**LITELLM.environment(), "HOME": str(folder)}
             )
         try:
             await started(process, f"http://127.0.0.1:{port}", folder / "log")
@@ -77,7 +77,7 @@ async def started(process: asyncio.subprocess.Process, url: str, log: Path) -> N
 
 
 async def ask(gateway: str, path: str, body: dict[str, Any], **headers: str) -> tuple[Any, Any]:
-    """Headers and JSON of a reply; of a stream its last object, which has the usage."""
+    """Return the headers and JSON of a reply, or of a stream its last object, which has the usage."""
     async with aiohttp.ClientSession() as http, http.post(f"{gateway}/v1/{path}", json=body, headers=headers) as answer:
         text = await answer.text()
         assert answer.status == 200, text
@@ -99,16 +99,16 @@ async def ask(gateway: str, path: str, body: dict[str, Any], **headers: str) -> 
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_beta_comes_through(
+async def test_beta_from_any_source_passes_through_the_gateway(
     gateway: str, source: str, fields: dict[str, Any], headers: dict[str, str], stream: bool
 ) -> None:
     body: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, **fields}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     answered, reply = await ask(gateway, "chat/completions", body, **headers)
-    told = {name: answered[f"llm_provider-x-tts-{name}"] for name in ("applied", "beta", "beta-source")}
-    assert told == {"applied": "true", "beta": "0.25", "beta-source": source}
-    if stream:  # whose `tts` the gateway drops
+    headers_seen = {name: answered[f"llm_provider-x-tts-{name}"] for name in ("applied", "beta", "beta-source")}
+    assert headers_seen == {"applied": "true", "beta": "0.25", "beta-source": source}
+    if stream:  # the gateway drops the `tts` of a stream
         assert reply["usage"]["completion_tokens"] > 200
         return
     assert "\\boxed{" in reply["choices"][0]["message"]["content"]
@@ -123,13 +123,15 @@ async def test_beta_comes_through(
         ("responses", {"model": "tiny", "input": QUESTION, "reasoning": {"effort": "low"}}),
     ],
 )
-async def test_so_it_does_on_other_endpoints(gateway: str, path: str, fields: dict[str, Any]) -> None:
+async def test_beta_passes_through_the_gateway_on_the_responses_endpoint(
+    gateway: str, path: str, fields: dict[str, Any]
+) -> None:
     answered, reply = await ask(gateway, path, fields)
     assert (answered["llm_provider-x-tts-applied"], answered["llm_provider-x-tts-beta"]) == ("true", "0.25")
     assert reply["usage"]["output_tokens"] > 0
 
 
-async def test_a_beta_that_is_lost_is_told(gateway: str) -> None:
+async def test_the_gateway_forwards_the_reason_why_beta_was_not_applied(gateway: str) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "tts": BETA, "response_format": {"type": "json_object"}}
     answered, _ = await ask(gateway, "chat/completions", {**body, "max_tokens": 20})
     assert (answered["llm_provider-x-tts-applied"], answered["llm_provider-x-tts-reason"]) == (

@@ -1,4 +1,4 @@
-"""The OpenAPI document against what the proxy does, and whatever else may come: never a fault of the proxy's own."""
+"""The proxy conforms to its OpenAPI document, and no generated request makes it fail with a 5xx error."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def document() -> dict[str, Any]:
     return create_app(load(upstream="http://127.0.0.1:1")).openapi()
 
 
-def test_every_route_is_in_the_document_except_its_own_page() -> None:
-    described = {(path, method.upper()) for path, told in document()["paths"].items() for method in told}
+def test_the_openapi_document_has_every_route_but_the_docs_page() -> None:
+    described = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
     assert described == {(route.path.replace(":path", ""), route.method) for route in ROUTES if route.operation}
     assert {route.path for route in ROUTES if not route.operation} == {"/docs", "/docs/{asset}"}
 
 
-async def test_the_document_is_served(proxy: Proxy) -> None:
+async def test_the_openapi_document_is_served(proxy: Proxy) -> None:
     async with proxy.http.get(f"{proxy.url}/openapi.json") as response:
         assert await response.json() == document()
 
 
-async def test_the_page_of_the_document_loads_nothing_from_other_hosts(proxy: Proxy) -> None:
+async def test_the_docs_page_loads_nothing_from_other_hosts(proxy: Proxy) -> None:
     async with proxy.http.get(f"{proxy.url}/docs") as response:
         assert response.status == 200
         page = await response.text()
@@ -97,9 +97,9 @@ async def test_the_page_of_the_document_loads_nothing_from_other_hosts(proxy: Pr
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", [route.path.replace(":path", "") for route in ROUTES if route.operation])
-async def test_the_proxy_does_as_it_is_described(proxy: Proxy, path: str, mode: GenerationMode) -> None:
-    found = [result.ok() for result in schemathesis.openapi.from_dict(document()).get_all_operations()]  # type: ignore[union-attr]
-    (operation,) = [one for one in found if one.path == path]
+async def test_responses_conform_to_the_openapi_document(proxy: Proxy, path: str, mode: GenerationMode) -> None:
+    operations = [result.ok() for result in schemathesis.openapi.from_dict(document()).get_all_operations()]  # type: ignore[union-attr]
+    (operation,) = [candidate for candidate in operations if candidate.path == path]
     checks = [*CHECKS, negative_data_rejection] if "tts/feedback" in path else CHECKS
 
     @bounded
@@ -111,11 +111,11 @@ async def test_the_proxy_does_as_it_is_described(proxy: Proxy, path: str, mode: 
     try:
         await asyncio.to_thread(conforms)
     except Exception as error:
-        if "nsatisfiable" not in type(error).__name__:  # nothing that is wrong can be said to it
+        if "nsatisfiable" not in type(error).__name__:  # no invalid request can be generated for it
             raise
 
 
-# Whatever may come
+# Generated requests
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
@@ -175,18 +175,18 @@ HEADERS = st.fixed_dictionaries(
 )
 
 
-def written(value: Any) -> bytes:
+def encoded(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
 @pytest.mark.parametrize(
     ("path", "bodies"),
     [
-        ("/v1/chat/completions", CHAT.map(written) | JSON.map(written) | st.binary(max_size=50)),
-        ("/v1/tts/feedback", FEEDBACK.map(written) | JSON.map(written) | st.binary(max_size=50)),
+        ("/v1/chat/completions", CHAT.map(encoded) | JSON.map(encoded) | st.binary(max_size=50)),
+        ("/v1/tts/feedback", FEEDBACK.map(encoded) | JSON.map(encoded) | st.binary(max_size=50)),
     ],
 )
-async def test_whatever_comes_is_never_the_proxys_fault(
+async def test_no_generated_request_causes_a_5xx_error(
     proxy: Proxy, path: str, bodies: st.SearchStrategy[bytes]
 ) -> None:
     with requests.Session() as session:

@@ -1,4 +1,4 @@
-"""Several prompts of one text completion: an episode each, and one reply with one bill."""
+"""Several prompts in one text completion: one episode per prompt, one reply and one token bill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BETA = {"beta": 0.5, "controller": "asc@4"}
 
 @pytest_asyncio.fixture
 async def backend() -> AsyncIterator[FakeVLLM]:
-    """Chains that all say 7: which of them a prompt gets depends on who asks first."""
+    """Serve chains that all answer 7, because the order of requests decides which prompt gets which chain."""
     chains = [chain("7", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
     async with FakeVLLM(chains, INTERVAL).serve() as fake:
         yield fake
@@ -46,14 +46,14 @@ async def post(proxy: Proxy, **fields: Any) -> tuple[int, Any, Any]:
 
 
 def prompts_of(proxy: Proxy) -> list[str]:
-    """All prompts the upstream was asked to continue."""
+    """Return all prompts the upstream was asked to continue."""
     asked = [request["prompt"] for request in proxy.backend.requests]
-    lists = [one if isinstance(one[0], list) else [one] for one in asked]
-    return ["".join(map(chr, ids)) for many in lists for ids in many]
+    lists = [prompt if isinstance(prompt[0], list) else [prompt] for prompt in asked]
+    return ["".join(map(chr, ids)) for batch in lists for ids in batch]
 
 
 @pytest.mark.parametrize("kind", ["texts", "ids"])
-async def test_each_prompt_is_an_episode(proxy: Proxy, kind: str) -> None:
+async def test_each_prompt_of_a_batch_runs_its_own_episode(proxy: Proxy, kind: str) -> None:
     prompts: Any = PROMPTS if kind == "texts" else [list(map(ord, prompt)) for prompt in PROMPTS]
     status, headers, reply = await post(proxy, prompt=prompts)
     assert status == 200, reply
@@ -62,13 +62,13 @@ async def test_each_prompt_is_an_episode(proxy: Proxy, kind: str) -> None:
     assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}
     assert reply["id"] == headers["x-request-id"]
     tts = reply["tts"]
-    assert [one["request_id"] for one in tts["prompts"]] == [f"{reply['id']}-{i}" for i in range(3)]
-    assert all(one["votes"]["7"] >= 2 for one in tts["prompts"])
+    assert [part["request_id"] for part in tts["prompts"]] == [f"{reply['id']}-{i}" for i in range(3)]
+    assert all(part["votes"]["7"] >= 2 for part in tts["prompts"])
     for prompt in PROMPTS:
         assert sum(asked.startswith(prompt) for asked in prompts_of(proxy)) > 1
 
 
-async def test_there_is_one_bill(proxy: Proxy) -> None:
+async def test_a_batch_has_one_bill_that_sums_its_prompts(proxy: Proxy) -> None:
     _, headers, reply = await post(proxy)
     parts, tts, usage = reply["tts"]["prompts"], reply["tts"], reply["usage"]
     assert usage["completion_tokens"] == proxy.backend.generated
@@ -88,13 +88,13 @@ async def test_there_is_one_bill(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_requests_total", outcome="answered") == 3
 
 
-async def test_it_is_what_the_prompts_give_alone(proxy: Proxy) -> None:
+async def test_a_batch_gives_the_answers_its_prompts_give_alone(proxy: Proxy) -> None:
     alone = [(await post(proxy, prompt=prompt, seed=5))[2]["choices"][0]["text"] for prompt in PROMPTS]
     _, _, reply = await post(proxy, seed=5)
     assert {choice["text"][-9:] for choice in reply["choices"]} == {text[-9:] for text in alone}
 
 
-async def test_a_stream_has_each_text_under_its_index(proxy: Proxy) -> None:
+async def test_a_streamed_batch_sends_each_text_under_its_index(proxy: Proxy) -> None:
     stream = await proxy.openai.completions.create(
         model=MODEL,
         prompt=PROMPTS,
@@ -122,7 +122,7 @@ async def test_a_stream_has_each_text_under_its_index(proxy: Proxy) -> None:
     assert all(line.startswith("round ") for line in rounds)
 
 
-async def test_a_cap_is_shared_evenly(proxy: Proxy) -> None:
+async def test_a_token_cap_is_shared_evenly_among_prompts(proxy: Proxy) -> None:
     _, _, reply = await post(proxy, tts={"beta": 1, "controller": "self_consistency", "max_total_tokens": 2100})
     parts = reply["tts"]["prompts"]
     assert all(part["tokens"]["total"] <= 700 for part in parts)
@@ -132,14 +132,14 @@ async def test_a_cap_is_shared_evenly(proxy: Proxy) -> None:
     assert "the share of each of 3 prompts in tts.max_total_tokens is 100" in reply["error"]["message"]
 
 
-async def test_a_prompt_that_is_too_long_is_refused_before_any_is_served(proxy: Proxy) -> None:
+async def test_a_too_long_prompt_refuses_the_batch_before_any_is_served(proxy: Proxy) -> None:
     status, _, reply = await post(proxy, prompt=["a", "x" * 3000, "b"])
     assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "context_length_exceeded", "prompt")
     assert proxy.backend.generated == 0
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_failing_upstream_is_told_with_what_was_spent(proxy: Proxy, streamed: bool) -> None:
+async def test_a_failing_upstream_returns_an_error_with_the_tokens_spent(proxy: Proxy, streamed: bool) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "broken", 1
     body = {"model": MODEL, "prompt": PROMPTS, "tts": BETA, "stream": streamed}
     async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
@@ -152,7 +152,7 @@ async def test_a_failing_upstream_is_told_with_what_was_spent(proxy: Proxy, stre
     assert proxy.backend.running == 0
 
 
-async def test_all_end_with_their_client(proxy: Proxy) -> None:
+async def test_a_disconnect_cancels_all_episodes_of_a_batch(proxy: Proxy) -> None:
     proxy.backend.gate.clear()
     session = aiohttp.ClientSession()
     asked = asyncio.create_task(
@@ -167,18 +167,18 @@ async def test_all_end_with_their_client(proxy: Proxy) -> None:
         await proxy.backend.idle.wait()
 
 
-async def test_each_has_its_place(backend: FakeVLLM) -> None:
-    """Where fewer episodes may run at once, prompts wait; where they may not wait, the request is refused."""
+async def test_each_prompt_takes_an_episode_permit_or_the_batch_gets_429(backend: FakeVLLM) -> None:
+    """Prompts wait if fewer episodes may run at once. If they may not wait, the request is refused."""
     settings = load(upstream=backend.url, max_episodes=1, queue=2, **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         assert (await post(proxy))[0] == 200
         status, _, reply = await post(proxy, prompt=[*PROMPTS, "four"])
         assert (status, reply["error"]["code"]) == (429, "queue_full")
-        assert (await post(proxy))[0] == 200  # all places are free again
+        assert (await post(proxy))[0] == 200  # all permits are free again
 
 
-async def test_each_is_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_each_prompt_of_a_batch_is_recorded_as_an_episode(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     settings = load(upstream=backend.url, store=path, store_text="full", **SMALL)
     async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -195,7 +195,7 @@ async def test_each_is_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
         assert len(await store.episodes()) == 3
 
 
-async def test_the_first_error_says_what_all_have_cost() -> None:
+async def test_the_first_error_of_a_batch_carries_the_cost_of_all() -> None:
     async def fail(spent: int) -> int:
         error = UpstreamTimeout("late")
         error.spent = spent
@@ -210,7 +210,7 @@ async def test_the_first_error_says_what_all_have_cost() -> None:
     assert await together([end(3), end(7)], lambda cost: cost) == [3, 7]
 
 
-def test_ids_of_prompts_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_ids_of_a_batch_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = list[object]()
     check = completion_request._is_prompt
 
@@ -231,13 +231,13 @@ def test_ids_of_prompts_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("bad", [True, -1, 1.0, "1", None, [1]])
-def test_a_prompt_with_a_value_that_is_no_id_is_not_served(bad: Any) -> None:
+def test_a_prompt_with_an_invalid_token_id_is_not_served(bad: Any) -> None:
     for prompt in ([1, 2, bad], [[1, 2], [3, bad]]):
         parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompt}).encode())
         assert parsed.pass_through_reason() == PassThroughReason("prompt", "prompt")
 
 
-def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_with_too_many_token_ids_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion_request, "MAX_PROMPT_IDS", 10)
     for prompts, is_served in (([[1] * 5, [2] * 5], True), ([[1] * 5, [2] * 6], False), ([[1] * 10, "text"], True)):
         parsed = parse_request(CompletionRequest, json.dumps({"prompt": prompts}).encode())
@@ -245,7 +245,7 @@ def test_prompts_with_too_many_ids_together_are_not_served(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["texts", "ids"])
-async def test_few_prompts_begin_in_one_turn_of_the_event_loop(
+async def test_only_a_few_prompts_of_a_batch_start_per_event_loop_iteration(
     proxy: Proxy, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, turn, is_over = asyncio.get_running_loop(), 0, False

@@ -1,4 +1,4 @@
-"""Settings: flags before variables, a file, defaults; what is wrong is told by name and place, and no secret shown."""
+"""Settings from flags, variables, a file and defaults, in this order. Errors name the setting and show no secret."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def toml(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_first_to_say_something_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = toml(tmp_path, "interval = 1\nport = 1\nprobe_tokens = 1\nfinalise_tokens = 99")
     monkeypatch.setenv("AUTOTTS_INTERVAL", "2")
     monkeypatch.setenv("AUTOTTS_PORT", "2")
@@ -41,13 +41,15 @@ def test_the_first_to_say_something_wins(tmp_path: Path, monkeypatch: pytest.Mon
     ]
 
 
-def test_a_blank_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blank_variable_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOTTS_STORE", "")
     settings, sources = configure(None, UP, SERVED)
     assert (settings.store, sources["store"]) == (Path("autotts.db"), "default")
 
 
-def test_a_file_here_is_no_business_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_file_is_found_by_name_variable_or_flag_and_ignored_by_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_file() is None
     toml(tmp_path, "interval = 77")
@@ -59,7 +61,7 @@ def test_a_file_here_is_no_business_of_tests(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected_text"),
     [
         ("intervall = 3", "there is no setting 'intervall'; did you mean interval?"),
         ("[store]\npath = 'x'", "store: Input is not a valid path"),
@@ -67,20 +69,22 @@ def test_a_file_here_is_no_business_of_tests(tmp_path: Path, monkeypatch: pytest
         ("interval = x", "Invalid value (at line 1, column 12)"),
     ],
 )
-def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, words: str) -> None:
+def test_an_error_in_the_config_file_names_the_file_and_the_setting(
+    tmp_path: Path, text: str, expected_text: str
+) -> None:
     file = toml(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         configure(file, {})
     assert str(caught.value).startswith(f"{file}: ")
-    assert words in str(caught.value)
+    assert expected_text in str(caught.value)
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_a_missing_config_file_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
         configure(Path("nowhere.toml"), {})
 
 
-def test_a_secret_that_is_wrong_is_not_told(tmp_path: Path) -> None:
+def test_an_invalid_secret_is_not_shown_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         configure(toml(tmp_path, "admin_key = 31337"), {})
     assert "admin_key" in str(caught.value)
@@ -89,26 +93,26 @@ def test_a_secret_that_is_wrong_is_not_told(tmp_path: Path) -> None:
     assert not is_secret("interval")
 
 
-def test_no_record_wins_over_a_store(tmp_path: Path) -> None:
+def test_record_false_disables_the_store(tmp_path: Path) -> None:
     assert configure(toml(tmp_path, "store = 'x.db'"), {"record": False}).settings.store is None
 
 
 @pytest.mark.parametrize("spill", ["s.db", "./s.db", "s.db-wal", "s.db-shm", "s", "notes", "folder", "link"])
-def test_records_wait_in_no_file_that_is_something_else(
+def test_a_spill_path_that_is_used_otherwise_is_refused_and_left_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spill: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").write_text("line one\nline two")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("notes")
-    store = "s.1" if spill == "s" else "s.db"  # for files of several proxies are numbered
+    store = "s.1" if spill == "s" else "s.db"  # the spill files of several proxies are numbered
     monkeypatch.setenv("AUTOTTS_SPILL", spill)
     with pytest.raises(SettingsError, match=rf"^spill: {spill.removeprefix('./')} (is|exists)"):
         load(**UP, store=store)
     assert (tmp_path / "notes").read_text() == "line one\nline two"
 
 
-def test_records_may_wait_in_a_file_that_was_left(tmp_path: Path) -> None:
+def test_an_existing_spill_file_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "spill"
     for content in (b"", b"%08x {}\n" % crc32(b"{}")):
         path.write_bytes(content)
@@ -116,31 +120,36 @@ def test_records_may_wait_in_a_file_that_was_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("days", [0, 36501, 1e12])
-def test_days_that_no_calendar_has_are_refused(days: float) -> None:
+def test_retain_days_outside_its_range_is_refused(days: float) -> None:
     with pytest.raises(SettingsError, match="retain_days"):
         load(**UP, retain_days=days)
 
 
 @pytest.mark.process
-def test_show_masks_and_names_sources(tmp_path: Path) -> None:
+def test_config_show_masks_secrets_and_names_each_source(tmp_path: Path) -> None:
     file = toml(tmp_path, "upstream = 'http://me:hidden@127.0.0.1:1'\nadmin_key = 'hidden'")
     done = autotts("config", "show", "--json", "--config", str(file), "--set", "port=9", AUTOTTS_BETA="0.25")
-    told = json.loads(done.stdout)
+    settings = json.loads(done.stdout)
     assert "hidden" not in done.stdout
-    assert told["upstream"]["value"] == "http://********@127.0.0.1:1/"
-    assert told["admin_key"] == {**told["admin_key"], "value": "********", "source": f"file {file}"}
-    assert (told["port"]["value"], told["port"]["source"]) == (9, "flag")
-    assert (told["beta"]["value"], told["beta"]["source"]) == (0.25, "environment")
-    assert told["store"]["value"] == "autotts.db"
+    assert settings["upstream"]["value"] == "http://********@127.0.0.1:1/"
+    assert settings["admin_key"] == {**settings["admin_key"], "value": "********", "source": f"file {file}"}
+    assert (settings["port"]["value"], settings["port"]["source"]) == (9, "flag")
+    assert (settings["beta"]["value"], settings["beta"]["source"]) == (0.25, "environment")
+    assert settings["store"]["value"] == "autotts.db"
     assert "hidden" not in autotts("config", "show", AUTOTTS_CONFIG=str(file)).stdout
 
 
 @pytest.mark.process
-def test_the_flags_of_serve_are_taken_here_too() -> None:
+def test_config_show_and_check_accept_the_flags_of_serve() -> None:
     flags = ["--port", "9", "--beta", "0.5", "--no-record", "--upstream", "http://127.0.0.1:1"]
-    told = json.loads(autotts("config", "show", "--json", *flags, AUTOTTS_PORT="8").stdout)
-    assert {name for name, one in told.items() if one["source"] == "flag"} == {"port", "beta", "record", "upstream"}
-    assert (told["port"]["value"], told["beta"]["value"], told["store"]["value"]) == (9, 0.5, None)
+    settings = json.loads(autotts("config", "show", "--json", *flags, AUTOTTS_PORT="8").stdout)
+    assert {name for name, setting in settings.items() if setting["source"] == "flag"} == {
+        "port",
+        "beta",
+        "record",
+        "upstream",
+    }
+    assert (settings["port"]["value"], settings["beta"]["value"], settings["store"]["value"]) == (9, 0.5, None)
     done = autotts("config", "check", *flags, "--host", "0.0.0.0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "no API keys are configured" in done.stderr
@@ -152,14 +161,14 @@ def test_the_flags_of_serve_are_taken_here_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["beta", "AUTOTTS_BETA", "autotts_beta", "autotts-beta", " Beta "])
-def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
+def test_a_setting_may_be_given_by_any_spelling_of_its_name(name: str) -> None:
     settings, sources = gather(None, [f"{name}=0.5"], {})
     assert (settings.beta, sources["beta"]) == (0.5, "flag")
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("sets", "status", "words"),
+    ("sets", "status", "expected_text"),
     [
         (["interval=64"], 0, "the settings are valid: 2 of"),
         (["interval=none"], 2, "interval: Input should be a valid integer"),
@@ -170,37 +179,39 @@ def test_a_setting_is_set_by_any_of_its_names(name: str) -> None:
         (["load_waiting=4"], 2, "load_waiting: it must be: requests waiting at the upstream"),
     ],
 )
-def test_check(tmp_path: Path, sets: list[str], status: int, words: str) -> None:
+def test_config_check_reports_valid_settings_or_the_error(
+    tmp_path: Path, sets: list[str], status: int, expected_text: str
+) -> None:
     file = toml(tmp_path, "port = 0")
-    flags = [part for one in sets for part in ("--set", one)]
+    flags = [part for assignment in sets for part in ("--set", assignment)]
     done = autotts("config", "check", "--config", str(file), *flags, AUTOTTS_INTERVALL="4")
     assert done.returncode == status, done.stderr
-    assert words in (done.stderr if status else done.stdout)
+    assert expected_text in (done.stderr if status else done.stdout)
     assert ("AUTOTTS_INTERVALL is not a setting" in done.stdout) is not bool(status)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected_text"),
     [
         ("--max-model-len '512", "embedded_args: the flags cannot be read: No closing quotation"),
         ("--port 9", "embedded_args: the proxy itself sets --port; leave it out"),
         ("--host=0.0.0.0", "the proxy itself sets --host; leave it out"),
     ],
 )
-def test_flags_of_the_embedded_server_that_cannot_be(text: str, words: str) -> None:
+def test_invalid_or_reserved_embedded_args_are_refused(text: str, expected_text: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(embedded_args=text)
-    assert words in str(caught.value)
+    assert expected_text in str(caught.value)
 
 
-def test_flags_of_the_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_args_are_split_into_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().embedded_flags == ()
     monkeypatch.setenv("AUTOTTS_EMBEDDED_ARGS", "--max-model-len 512 --override-generation-config '{\"top_k\": 3}'")
     assert load().embedded_flags == ("--max-model-len", "512", "--override-generation-config", '{"top_k": 3}')
 
 
 @pytest.mark.process
-async def test_serve_goes_by_the_file_and_logs_as_it_says(tmp_path: Path) -> None:
+async def test_serve_uses_the_config_file_and_its_log_format(tmp_path: Path) -> None:
     async with FakeVLLM().serve() as backend:
         toml(tmp_path, f"upstream = '{backend.url}'\nport = 0\nlog = 'json'\nrecord = false")
         serving = await asyncio.create_subprocess_exec(

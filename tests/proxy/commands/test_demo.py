@@ -15,7 +15,7 @@ from tests.proxy.conftest import SMALL, backend
 __all__ = ["backend"]  # a fixture
 
 
-async def test_greedy_decoding_and_a_single_sample_stand_beside_each_beta(
+async def test_the_demo_table_has_rows_for_greedy_decoding_a_single_sample_and_each_beta(
     backend: FakeVLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.fakes.MODEL", "autotts-tiny")

@@ -1,4 +1,4 @@
-"""`autotts requests` and `autotts store info`: what a proxy has served, as its store has it."""
+"""`autotts requests` and `autotts store info`: they show what a proxy has served and stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["backend"]  # a fixture
 
 
 async def served(backend: FakeVLLM, path: Path) -> list[str]:
-    """The ids of three served requests, of which the second got feedback twice."""
+    """Serve three requests, give feedback on the second, and return their ids."""
     ids = []
     async with serving(backend, path) as proxy:
         for beta in ("0", "0.25", "0.5"):
@@ -36,7 +36,7 @@ def listed(path: Path, *more: str) -> Any:
     return json.loads(autotts("requests", "list", "--store", str(path), "--json", *more).stdout)
 
 
-async def test_requests_are_listed_the_latest_first(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_requests_list_shows_the_latest_request_first(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     ids = await served(backend, path)
     rows = listed(path)
@@ -47,12 +47,14 @@ async def test_requests_are_listed_the_latest_first(backend: FakeVLLM, tmp_path:
     assert [row["request"] for row in listed(path, "--limit", "1")] == ids[2:]
     assert listed(path, "--model", "another") == []
     table = autotts("requests", "list", "--store", str(path)).stdout
-    assert all(one in table for one in ids)
+    assert all(request_id in table for request_id in ids)
     assert "correct True" in table
 
 
 @pytest.mark.parametrize("name", ["[/]", "[red]x[/red]", "a[42]"])
-async def test_a_clients_id_is_shown_as_it_is(backend: FakeVLLM, tmp_path: Path, name: str) -> None:
+async def test_a_client_request_id_with_markup_is_listed_unchanged(
+    backend: FakeVLLM, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0, "answer": "boxed"}}
@@ -67,16 +69,16 @@ async def test_a_clients_id_is_shown_as_it_is(backend: FakeVLLM, tmp_path: Path,
 async def test_store_info_shows_requests_and_feedback(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     await served(backend, path)
-    told = json.loads(autotts("store", "info", "--store", str(path), "--json").stdout)
-    assert (told["cells"], told["episodes"], told["stops"]) == ([], 3, {"answered": 3})
-    assert told["feedback"] == {"correct": 2, "score": 1}
-    assert told["oldest"] < told["newest"]
+    info = json.loads(autotts("store", "info", "--store", str(path), "--json").stdout)
+    assert (info["cells"], info["episodes"], info["stops"]) == ([], 3, {"answered": 3})
+    assert info["feedback"] == {"correct": 2, "score": 1}
+    assert info["oldest"] < info["newest"]
     shown = autotts("store", "info", "--store", str(path)).stdout
     assert "served requests: 3 from 20" in shown
     assert "feedback: correct: 2, score: 1" in shown
 
 
-async def test_an_empty_store_says_so(tmp_path: Path) -> None:
+async def test_an_empty_store_is_reported_as_having_no_requests(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True):
         pass

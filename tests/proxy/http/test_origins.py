@@ -1,4 +1,4 @@
-"""A proxy without keys keeps web pages out that it does not know, and lets in every client that is no page."""
+"""A proxy without keys refuses requests of unknown web pages and accepts those of other clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[str]:
 
 
 async def chat(url: str, **headers: str) -> tuple[int, Any, Any]:
-    """Status, headers and JSON of a chat request."""
+    """Send a chat request and return (status, headers, JSON)."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     async with (
         aiohttp.ClientSession() as http,
@@ -40,7 +40,7 @@ async def chat(url: str, **headers: str) -> tuple[int, Any, Any]:
         return response.status, response.headers, await response.json(content_type=None)
 
 
-async def test_a_rebound_name_is_refused_and_told_the_way_out(backend: FakeVLLM) -> None:
+async def test_an_unknown_host_name_is_refused_and_the_error_names_the_settings(backend: FakeVLLM) -> None:
     async with serving(backend) as url:
         status, _, reply = await chat(url, host="evil.example:8400")
         assert (status, reply["error"]["code"], reply["error"]["param"]) == (403, "host_not_allowed", "host")
@@ -54,7 +54,7 @@ async def test_a_rebound_name_is_refused_and_told_the_way_out(backend: FakeVLLM)
     assert len(backend.requests) == 6
 
 
-async def test_pages_of_other_sites_are_refused(backend: FakeVLLM) -> None:
+async def test_requests_with_a_foreign_origin_are_refused(backend: FakeVLLM) -> None:
     async with serving(backend) as url:
         for origin in ("https://evil.example", "null", "file://", "http://localhost.evil.example", "evil", ""):
             status, _, reply = await chat(url, origin=origin)
@@ -66,7 +66,7 @@ async def test_pages_of_other_sites_are_refused(backend: FakeVLLM) -> None:
 
 
 @pytest.mark.parametrize("sent", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
-async def test_bodies_that_a_form_can_send_are_refused(backend: FakeVLLM, sent: str) -> None:
+async def test_content_types_that_a_web_form_can_send_are_refused(backend: FakeVLLM, sent: str) -> None:
     async with serving(backend) as url:
         for path in ("chat/completions", "embeddings", "tts/feedback"):
             async with (
@@ -80,7 +80,7 @@ async def test_bodies_that_a_form_can_send_are_refused(backend: FakeVLLM, sent: 
         assert (await chat(url, content_type="application/vnd.api+json"))[0] == 200
 
 
-async def test_with_keys_nothing_of_that_is_asked(backend: FakeVLLM) -> None:
+async def test_with_keys_host_origin_and_content_type_are_not_checked(backend: FakeVLLM) -> None:
     async with serving(backend, client_keys=f"a={hash_key('secret')}") as url:
         odd = {"host": "tts.example", "origin": "https://evil.example", "content_type": "text/plain"}
         assert (await chat(url, **odd))[0] == 401
@@ -88,7 +88,7 @@ async def test_with_keys_nothing_of_that_is_asked(backend: FakeVLLM) -> None:
 
 
 def refusal(guard: PageGuard, method: str = "GET", **headers: str) -> str | None:
-    """The code a request is refused with, if it is."""
+    """Return the error code if the guard refuses the request, else None."""
     try:
         guard.check(method, [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()])
     except ApiError as error:
@@ -127,11 +127,13 @@ def refusal(guard: PageGuard, method: str = "GET", **headers: str) -> str | None
         ({}, {}, "host_not_allowed"),
     ],
 )
-def test_what_is_let_in(settings: dict[str, Any], headers: dict[str, str], expected: str | None) -> None:
+def test_the_page_guard_accepts_allowed_hosts_and_origins_only(
+    settings: dict[str, Any], headers: dict[str, str], expected: str | None
+) -> None:
     assert refusal(PageGuard(load(upstream="http://127.0.0.1:1", **settings)), **headers) == expected
 
 
-def test_names_and_types() -> None:
+def test_host_names_loopback_addresses_and_json_types_are_recognised() -> None:
     assert [hostname(place) for place in ("A:1", "[::1]:2", "a.", "a@b:1", "[")] == ["a", "::1", "a", "b", ""]
     assert [is_loopback(name) for name in ("localhost", "127.1.2.3", "::1", "0.0.0.0", "local", "")] == [True] * 3 + [
         False
@@ -144,7 +146,7 @@ def test_names_and_types() -> None:
 @pytest.mark.parametrize(
     "given", [{"allowed_origins": "app.example"}, {"allowed_origins": "https://a/b"}, {"allowed_hosts": "http://a"}]
 )
-def test_wrong_lists_are_told_at_start(given: dict[str, str]) -> None:
+def test_invalid_allowed_hosts_and_origins_are_refused_at_start(given: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=next(iter(given))):
         load(**given)
 
@@ -160,7 +162,7 @@ PREFLIGHT = {
 
 
 @pytest.mark.parametrize("has_keys", [True, False])
-async def test_preflights_are_answered_before_anything_is_asked(backend: FakeVLLM, has_keys: bool) -> None:
+async def test_preflight_requests_are_answered_with_and_without_keys(backend: FakeVLLM, has_keys: bool) -> None:
     keys = {"client_keys": f"a={hash_key('secret')}"} if has_keys else {}
     async with (
         serving(backend, allowed_origins=PAGE, **keys) as url,
@@ -183,7 +185,7 @@ async def test_preflights_are_answered_before_anything_is_asked(backend: FakeVLL
             assert (status, headers["access-control-allow-origin"]) == (401, PAGE)  # the page can read why
 
 
-async def test_without_allowed_origins_there_is_no_cors(proxy: Proxy) -> None:
+async def test_without_allowed_origins_no_cors_headers_are_sent(proxy: Proxy) -> None:
     async with proxy.http.options(f"{proxy.url}/v1/chat/completions", headers=PREFLIGHT) as response:
         assert response.status == 405
     status, headers, _ = await chat(proxy.url, origin="http://localhost:3000")

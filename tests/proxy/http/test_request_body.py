@@ -1,4 +1,4 @@
-"""Bodies are decoded within their bound, and reach the upstream as JSON that every reader takes."""
+"""Request bodies are decoded within their size limit and reach the upstream as plain UTF-8 JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST = 4096
 
 
 def gzipped(raw: bytes) -> bytes:
-    """The same bytes at any time, for they name tests."""
+    """Compress to the same bytes at any time, because they are part of test ids."""
     return gzip.compress(raw, mtime=0)
 
 
@@ -82,7 +82,7 @@ async def send(url: str, raw: bytes, encoding: str | None, path: str = "chat/com
         ("zstd", zstd(codecs.BOM_UTF8 + BODY)),
     ],
 )
-async def test_a_body_is_handed_on_decoded(
+async def test_a_compressed_body_is_forwarded_decoded(
     url: str, upstream: RawUpstream, path: str, encoding: str | None, raw: bytes
 ) -> None:
     status, reply = await send(url, raw, encoding, path)
@@ -93,7 +93,9 @@ async def test_a_body_is_handed_on_decoded(
 
 
 @pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, zstd", "compress", "x" * 500])
-async def test_other_encodings_are_named(url: str, upstream: RawUpstream, encoding: str) -> None:
+async def test_an_unsupported_content_encoding_gets_415_and_is_named(
+    url: str, upstream: RawUpstream, encoding: str
+) -> None:
     status, reply = await send(url, BODY, encoding)
     assert (status, reply["error"]["code"]) == (415, "unsupported_encoding")
     assert reply["error"]["param"] == "content-encoding"
@@ -103,7 +105,9 @@ async def test_other_encodings_are_named(url: str, upstream: RawUpstream, encodi
 
 
 @pytest.mark.parametrize("encode", [gzipped, zstd, zstd_of_unknown_size])
-async def test_a_body_that_grows_is_refused(url: str, upstream: RawUpstream, encode: Callable[[bytes], bytes]) -> None:
+async def test_a_body_over_the_limit_after_decoding_gets_413(
+    url: str, upstream: RawUpstream, encode: Callable[[bytes], bytes]
+) -> None:
     encoding = "gzip" if encode is gzipped else "zstd"
     for size in (MOST + 1, 10**7):
         raw = encode(b" " * size)
@@ -129,27 +133,29 @@ async def test_a_body_that_grows_is_refused(url: str, upstream: RawUpstream, enc
         ("zstd", zstd(b"") * (request_body.MOST_MEMBERS + 1)),
     ],
 )
-async def test_what_is_not_so_encoded_is_refused(url: str, upstream: RawUpstream, encoding: str, raw: bytes) -> None:
+async def test_a_body_that_does_not_match_its_content_encoding_gets_400(
+    url: str, upstream: RawUpstream, encoding: str, raw: bytes
+) -> None:
     status, reply = await send(url, raw, encoding)
     assert (status, reply["error"]["code"]) == (400, "bad_encoding")
     assert reply["error"]["message"] == f"the body is not valid {encoding}, which its content-encoding announces"
     assert not upstream.seen
 
 
-def test_a_frame_may_not_ask_for_much_memory() -> None:
+def test_a_zstd_frame_with_a_large_window_is_refused() -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=27)
     made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     with pytest.raises(zstandard.ZstdError, match="too much memory"):
         request_body._unzstd(made.compress(b"a") + made.flush(), MOST)
 
 
-# What is held together
+# Bodies held in memory
 
 LARGE = 300_000
 
 
 class Sending:
-    """A request whose body comes in pieces, each when it is told to go on."""
+    """Request whose body comes in two pieces, the second once `go` is set."""
 
     def __init__(self, key: str, size: int) -> None:
         self.headers: dict[str, str] = {}
@@ -164,7 +170,7 @@ class Sending:
         yield b" "
 
 
-async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> None:
+async def test_large_bodies_share_a_memory_limit_and_small_ones_are_exempt() -> None:
     reader = request_body.BodyReader(2**20, 4 * LARGE)
 
     async def begin(key: str, size: int) -> tuple[Sending, asyncio.Task[bytes]]:
@@ -182,15 +188,15 @@ async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> Non
     first, reading = await begin("a", LARGE)
     second = await begin("a", LARGE - 1)
     assert reader.held == 2 * LARGE - 1
-    assert await refused("a")  # a key has half
+    assert await refused("a")  # a key may hold half of the limit
     small, reading_small = await begin("a", request_body.SMALL - 1)
     small.go.set()
     assert len(await reading_small) == request_body.SMALL
     others = [await begin(key, LARGE) for key in ("b", "c")]
-    assert await refused("d")  # all together have all of it
+    assert await refused("d")  # all keys together hold all of it
     first.go.set()
     assert len(await reading) == LARGE + 1
-    assert await refused("d")  # it is held until its request is over
+    assert await refused("d")  # a body is held until its request is over
     first.held.close()
     others.append(await begin("d", LARGE))
     for sending, task in (second, *others):
@@ -201,7 +207,7 @@ async def test_large_bodies_are_bounded_together_and_small_ones_are_not() -> Non
     assert not reader._by_holder
 
 
-async def test_a_body_alone_is_read_whatever_the_bound() -> None:
+async def test_a_single_body_is_read_even_over_the_shared_limit() -> None:
     reader = request_body.BodyReader(2**20, LARGE)
     for _ in range(2):
         sending = Sending("a", LARGE)

@@ -1,4 +1,4 @@
-"""Requests no controller serves: handed on, and always said so."""
+"""Requests that no controller serves are forwarded, and every reply says so."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"logprobs": 0}, "logprobs"),
     ],
 )
-async def test_what_cannot_be_served_passes_through_and_says_so(
+async def test_a_request_no_controller_serves_is_forwarded_with_the_reason(
     proxy: Proxy, fields: dict[str, Any], reason: str
 ) -> None:
     status, headers, reply = await proxy.ask("0.5", **fields, tts={"answer": "number"})
@@ -60,7 +60,7 @@ async def test_what_cannot_be_served_passes_through_and_says_so(
         {"usage": {"include": True}, "provider": {"order": ["x"]}, "cache_prompt": True, "min_tokens": "0", "n": "1"},
     ],
 )
-async def test_fields_that_ask_for_nothing_are_no_hindrance(proxy: Proxy, fields: dict[str, Any]) -> None:
+async def test_fields_with_neutral_values_keep_beta_applied(proxy: Proxy, fields: dict[str, Any]) -> None:
     _, headers, _ = await proxy.ask("0", **fields)
     assert headers["x-tts-applied"] == "true"
 
@@ -79,11 +79,11 @@ LENIENT: list[dict[str, Any]] = [
     {"stop": ""},
     {"tts": None},
 ]
-"""What vLLM 0.32 takes."""
+"""Unusual fields that vLLM 0.32 accepts."""
 
 
 @pytest.mark.parametrize("fields", LENIENT)
-async def test_what_vllm_takes_is_not_refused_before_it(proxy: Proxy, fields: dict[str, Any]) -> None:
+async def test_lenient_fields_that_vllm_accepts_are_forwarded_unchanged(proxy: Proxy, fields: dict[str, Any]) -> None:
     status, headers, reply = await proxy.ask(None, **fields)
     assert status == 200, reply
     assert headers["x-tts-applied"] == "false"
@@ -92,8 +92,10 @@ async def test_what_vllm_takes_is_not_refused_before_it(proxy: Proxy, fields: di
     assert "tts" not in reply["echo"]
 
 
-@pytest.mark.parametrize("fields", [one for one in LENIENT if "messages" not in one])
-async def test_nor_where_a_controller_serves_it(proxy: Proxy, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [fields for fields in LENIENT if "messages" not in fields])
+async def test_lenient_fields_that_vllm_accepts_are_served_by_a_controller(
+    proxy: Proxy, fields: dict[str, Any]
+) -> None:
     status, headers, reply = await proxy.ask("0", **fields)
     assert (status, headers["x-tts-applied"]) == (200, "true"), reply
     first = proxy.backend.requests[0]
@@ -102,7 +104,7 @@ async def test_nor_where_a_controller_serves_it(proxy: Proxy, fields: dict[str, 
         assert first["logit_bias"] == {"5": 1000, "-1": -1e6, "12345678901": 0}
 
 
-async def test_without_beta_nothing_is_applied(proxy: Proxy) -> None:
+async def test_a_request_without_beta_is_forwarded_or_refused_if_required(proxy: Proxy) -> None:
     _, headers, reply = await proxy.ask(None)
     assert (headers["x-tts-applied"], headers["x-tts-reason"]) == ("false", "no_beta")
     assert reply["id"] == "upstream"
@@ -110,12 +112,12 @@ async def test_without_beta_nothing_is_applied(proxy: Proxy) -> None:
     assert (status, reply["error"]["code"]) == (400, "tts_not_applicable")
 
 
-async def test_an_alias_is_resolved_for_the_upstream(proxy: Proxy) -> None:
+async def test_a_model_alias_is_resolved_before_forwarding(proxy: Proxy) -> None:
     _, headers, reply = await proxy.ask(None, model=f"{MODEL}@0.5", n=2)
     assert (headers["x-tts-reason"], reply["echo"]["model"]) == ("n", MODEL)
 
 
-async def test_only_named_headers_and_paths_go_through(proxy: Proxy) -> None:
+async def test_only_allowed_headers_and_paths_are_forwarded(proxy: Proxy) -> None:
     secret = {"authorization": "Bearer client-secret", "cookie": "a=b", "x-custom": "1"}
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=secret) as response:
@@ -129,7 +131,7 @@ async def test_only_named_headers_and_paths_go_through(proxy: Proxy) -> None:
             assert response.status in (400, 404, 405)
 
 
-async def test_models_health_and_readiness(proxy: Proxy) -> None:
+async def test_models_health_and_ready_follow_the_state_of_the_upstream(proxy: Proxy) -> None:
     assert MODEL in [model.id async for model in proxy.openai.models.list()]
     for path in ("/health", "/ready"):
         async with proxy.http.get(proxy.url + path) as response:
@@ -137,14 +139,14 @@ async def test_models_health_and_readiness(proxy: Proxy) -> None:
     proxy.backend.fault = "no_models"
     async with asyncio.timeout(10):
         status = 200
-        while status == 200:  # until the last look is too old
+        while status == 200:  # until the last health check is too old
             async with proxy.http.get(f"{proxy.url}/ready") as response:
                 status = response.status
     assert status == 503
     assert await proxy.metric("autotts_upstream_up") == 0
 
 
-async def test_a_default_beta_does_not_touch_greedy_requests() -> None:
+async def test_a_default_beta_is_not_applied_to_greedy_requests() -> None:
     async with FakeVLLM().serve() as backend:
         settings = load(upstream=f"{backend.url}/v1/", beta=0.5, upstream_api_key="k", **SMALL)
         async with running(settings) as url, aiohttp.ClientSession() as http:

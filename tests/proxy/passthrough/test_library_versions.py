@@ -30,7 +30,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 @pytest.fixture(params=["tested", "untested"])
 def libraries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a test with the libraries as they are, and with versions that were not tested."""
+    """Run a test with the installed library versions as tested and as untested ones."""
     has_tested_internals.cache_clear()
     if request.param == "untested":
         monkeypatch.setattr(tested_versions, "TESTED", dict.fromkeys(TESTED, "0.0"))
@@ -40,7 +40,7 @@ def libraries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def uses_taps(libraries: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hold a test to the way that its parameter asks for: body taps are used with tested versions only."""
+    """Assert after a test that body taps were used with tested versions and only with those."""
     taps: list[object] = []
 
     class CountedTap(body_tap._BodyTap):
@@ -83,7 +83,7 @@ async def test_a_large_response_is_forwarded_unchanged() -> None:
 
 
 @pytest.mark.usefixtures("uses_taps")
-async def test_a_silent_stream_times_out() -> None:
+async def test_a_stalled_stream_breaks_off_after_the_read_timeout() -> None:
     async with (
         RawUpstream([b"data: 1\n\n", b"data: 2\n\n"], content_type="text/event-stream").serve() as upstream,
         running(load(upstream=upstream.url, **{**SMALL, "read_timeout_s": 0.3})) as url,
@@ -98,7 +98,7 @@ async def test_a_silent_stream_times_out() -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-async def test_an_episode_is_streamed_to_its_end(backend: FakeVLLM) -> None:
+async def test_an_episode_is_streamed_up_to_done(backend: FakeVLLM) -> None:
     async with (
         running(load(upstream=backend.url, **SMALL)) as url,
         aiohttp.ClientSession() as http,
@@ -123,7 +123,7 @@ def test_internals_are_used_only_with_tested_versions(libraries: str, caplog: py
     ]
 
 
-def test_the_packages_bounds_are_the_tested_versions() -> None:
+def test_the_dependency_bounds_in_pyproject_are_the_tested_versions() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     for library, minor in TESTED.items():
         major, number = minor.split(".")

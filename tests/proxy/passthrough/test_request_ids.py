@@ -42,7 +42,7 @@ async def ask(proxy: Proxy, beta: str | None, names: dict[str, str], key: str = 
 @pytest.mark.parametrize("header", ["x-request-id", "X-Request-ID", "x-client-request-id"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("beta", ["0.5", None])
-async def test_a_clients_id_comes_back_beside_the_proxys(
+async def test_a_client_request_id_is_returned_next_to_the_proxys_own(
     proxy: Proxy, header: str, stream: bool, beta: str | None
 ) -> None:
     headers, _ = await ask(proxy, beta, {header: MINE}, stream=stream)
@@ -52,16 +52,16 @@ async def test_a_clients_id_comes_back_beside_the_proxys(
     assert "x-client-request-id" not in headers
 
 
-async def test_it_comes_back_with_errors_too(proxy: Proxy) -> None:
+async def test_a_client_request_id_is_returned_with_errors(proxy: Proxy) -> None:
     headers, _ = await ask(proxy, "2", {"x-request-id": MINE})
     assert headers["x-client-request-id"] == MINE
     async with proxy.http.get(f"{proxy.url}/nothing", headers={"x-request-id": MINE}) as response:
         assert (response.status, response.headers["x-client-request-id"]) == (404, MINE)
 
 
-async def test_it_comes_back_while_the_server_shuts_down() -> None:
+async def test_a_client_request_id_is_returned_during_shutdown() -> None:
     async def nothing(*_: Any) -> Any:
-        raise AssertionError("nothing runs any more")
+        raise AssertionError("called after shutdown")
 
     sent: list[Any] = []
 
@@ -76,48 +76,50 @@ async def test_it_comes_back_while_the_server_shuts_down() -> None:
 
 
 @pytest.mark.parametrize("value", [b"", b"a" * 129, b"a b", "é".encode(), b"a\tb"])
-def test_what_is_too_long_or_not_printable_is_no_id(value: bytes) -> None:
+def test_a_client_request_id_too_long_or_not_printable_is_ignored(value: bytes) -> None:
     assert client_id([(b"x-request-id", value)]) == b""
 
 
-def test_the_first_id_counts() -> None:
+def test_the_first_x_request_id_header_is_used() -> None:
     sent = [(b"x-client-request-id", b"b"), (b"x-request-id", b"a"), (b"x-request-id", b"c")]
     assert client_id(sent) == b"a"
     assert client_id([(b"x-request-id", b"a" * 128)]) == b"a" * 128
 
 
 @pytest.mark.parametrize("unfit", [b"", b"a" * 129, b"a b"])
-def test_an_id_that_is_unfit_leaves_the_other_header(unfit: bytes) -> None:
+def test_an_invalid_x_request_id_falls_back_to_x_client_request_id(unfit: bytes) -> None:
     assert client_id([(b"x-request-id", unfit), (b"x-client-request-id", b"b")]) == b"b"
 
 
 @pytest.mark.process
-async def test_a_served_request_is_found_by_its_clients_id(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_served_request_is_found_by_its_client_request_id(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         headers, body = await ask(proxy, "0.5", {"x-request-id": MINE})
         own = headers["x-request-id"]
-        status, told = await call(proxy, "GET", f"/v1/tts/requests/{MINE.replace('/', '%2F')}")
-        assert (status, told["request"], told["client_request_id"]) == (200, own, MINE)
+        status, record = await call(proxy, "GET", f"/v1/tts/requests/{MINE.replace('/', '%2F')}")
+        assert (status, record["request"], record["client_request_id"]) == (200, own, MINE)
         assert json.loads(body)["id"] == own
-        status, told = await call(proxy, "POST", "/v1/tts/feedback", body={"request_id": MINE, "correct": True})
+        status, _ = await call(proxy, "POST", "/v1/tts/feedback", body={"request_id": MINE, "correct": True})
         assert status in (200, 202)
     async with Store.open(path) as store:
-        assert [one.request_id for one in await store.feedback()] == [own]
-    found = json.loads(autotts("requests", "list", "--store", str(path), "--client-id", MINE, "--json").stdout)
-    assert [(row["request"], row["client_request_id"]) for row in found] == [(own, MINE)]
+        assert [feedback.request_id for feedback in await store.feedback()] == [own]
+    rows = json.loads(autotts("requests", "list", "--store", str(path), "--client-id", MINE, "--json").stdout)
+    assert [(row["request"], row["client_request_id"]) for row in rows] == [(own, MINE)]
     assert autotts("requests", "list", "--store", str(path), "--client-id", "trace/%", "--json").stdout.strip() == "[]"
     assert json.loads(autotts("trace", "show", MINE, "--store", str(path), "--json").stdout)["request"] == own
 
 
-async def test_an_id_of_the_proxys_sent_again_names_nothing_else(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_proxy_request_id_reused_by_a_client_still_names_its_first_request(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     async with serving(backend, tmp_path / "s.db") as proxy:
         for beta in ("0.5", None):
             first, _ = await ask(proxy, beta, {})
             again, _ = await ask(proxy, beta, {"x-request-id": first["x-request-id"]})
             assert again["x-client-request-id"] == first["x-request-id"]
-            _, told = await call(proxy, "GET", f"/v1/tts/requests/{first['x-request-id']}")
-            assert told["request"] == first["x-request-id"]
+            _, record = await call(proxy, "GET", f"/v1/tts/requests/{first['x-request-id']}")
+            assert record["request"] == first["x-request-id"]
 
 
 PIECES = [b'data: {"id":"chatcmpl-of-vllm","choices":[]}\n\n', b'data: {"id":"no"}\n\n', b"data: [DONE]\n\n"]
@@ -132,7 +134,7 @@ PIECES = [b'data: {"id":"chatcmpl-of-vllm","choices":[]}\n\n', b'data: {"id":"no
     ],
 )
 @pytest.mark.parametrize("limits", [{}, {"max_total_tokens": 500}])
-async def test_one_that_passed_through_is_found_by_its_headers_and_its_bodys_id(
+async def test_a_forwarded_request_is_found_by_own_client_and_upstream_id(
     pieces: list[bytes], kind: str, limits: dict[str, int]
 ) -> None:
     async with (
@@ -166,7 +168,7 @@ async def test_one_that_passed_through_is_found_by_its_headers_and_its_bodys_id(
     }
 
 
-async def test_nobody_finds_anothers_request(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_no_id_finds_a_request_of_another_tenant(backend: FakeVLLM, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     lines = [
         api_keys.key_file_entry("alice", "a-key"),
@@ -179,16 +181,16 @@ async def test_nobody_finds_anothers_request(backend: FakeVLLM, tmp_path: Path) 
             headers, body = await ask(proxy, beta, {"x-request-id": "the-same"}, "a-key")
             names = (headers["x-request-id"], "the-same", json.loads(body)["id"])
             for key, status in (("a-key", 200), ("b-key", 404), ("r-key", 200)):
-                found = [(await call(proxy, "GET", f"/v1/tts/requests/{name}", key)) for name in names]
-                assert [one[0] for one in found] == [status] * 3, (key, beta, found)
+                replies = [(await call(proxy, "GET", f"/v1/tts/requests/{name}", key)) for name in names]
+                assert [reply[0] for reply in replies] == [status] * 3, (key, beta, replies)
         mine, _ = await ask(proxy, "0.5", {"x-request-id": "the-same"}, "b-key")
-        _, told = await call(proxy, "GET", "/v1/tts/requests/the-same", "b-key")
-        assert told["request"] == mine["x-request-id"]
-        _, told = await call(proxy, "GET", "/v1/tts/requests/the-same", "a-key")
-        assert told["request"] == headers["x-request-id"]
+        _, record = await call(proxy, "GET", "/v1/tts/requests/the-same", "b-key")
+        assert record["request"] == mine["x-request-id"]
+        _, record = await call(proxy, "GET", "/v1/tts/requests/the-same", "a-key")
+        assert record["request"] == headers["x-request-id"]
 
 
-async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
+async def test_every_log_line_of_a_request_has_its_client_request_id(backend: FakeVLLM) -> None:
     written = io.StringIO()
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -207,7 +209,7 @@ async def test_every_line_of_the_log_has_it(backend: FakeVLLM) -> None:
     assert {line.get("client_request_id") for line in about} == {MINE}
 
 
-def test_no_more_is_remembered_than_the_bound() -> None:
+def test_recent_requests_keeps_only_the_latest_ids() -> None:
     recent = RecentRequests(3)
     for number in range(10):
         recent.add_alias("t", f"name-{number}", f"req-{number}")
@@ -218,7 +220,7 @@ def test_no_more_is_remembered_than_the_bound() -> None:
 
 
 @pytest.mark.vllm
-async def test_vllm_makes_its_id_of_the_proxys(vllm: str) -> None:
+async def test_the_id_in_a_real_vllm_reply_finds_the_forwarded_request(vllm: str) -> None:
     async with running(load(upstream=vllm, **SMALL)) as url, aiohttp.ClientSession() as http:
         for path, fields in (
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
@@ -231,6 +233,6 @@ async def test_vllm_makes_its_id_of_the_proxys(vllm: str) -> None:
                     own, content = response.headers["x-request-id"], await response.text()
                 identity = json.loads(content)["id"] if not stream else content.partition('"id":"')[2].partition('"')[0]
                 async with http.get(f"{url}/v1/tts/requests/{identity}") as response:
-                    told = await response.json()
-                assert (told.get("request"), told.get("upstream_id")) == (own, identity), (path, stream)
+                    record = await response.json()
+                assert (record.get("request"), record.get("upstream_id")) == (own, identity), (path, stream)
                 assert own in identity or path == "/v1/responses"

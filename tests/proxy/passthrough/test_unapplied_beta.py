@@ -1,4 +1,4 @@
-"""A β that is set and not applied is never lost without a trace: it is counted, logged, told, or refused."""
+"""A β that is set but not applied is counted, logged and reported, or the request is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON_FORMAT: dict[str, Any] = {"response_format": {"type": "json_object"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-async def test_it_is_counted_by_reason_and_source(proxy: Proxy) -> None:
+async def test_an_unapplied_beta_is_counted_by_reason_and_source(proxy: Proxy) -> None:
     await proxy.ask("0.5", **JSON_FORMAT)
     await proxy.ask(None, **JSON_FORMAT, model=f"{MODEL}@0.5")
     await proxy.ask("0.5", n=2)
@@ -31,10 +31,12 @@ async def test_it_is_counted_by_reason_and_source(proxy: Proxy) -> None:
     assert await proxy.metric(NAME, reason="n") == 1
     await proxy.ask(None, n=2)
     await proxy.ask("0")
-    assert await proxy.metric(NAME) == 3  # without β nothing is lost, nor where it is applied
+    assert await proxy.metric(NAME) == 3  # neither requests without β nor those with an applied β are counted
 
 
-async def test_the_first_for_each_reason_is_logged(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_first_unapplied_beta_for_each_reason_is_logged(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "proxy.passthrough.unapplied_beta"):
         for _ in range(3):
             await proxy.ask("0.5", **JSON_FORMAT)
@@ -48,14 +50,16 @@ async def test_the_first_for_each_reason_is_logged(proxy: Proxy, caplog: pytest.
     ]
 
 
-async def test_the_access_log_says_why(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_has_the_reason_of_an_unapplied_beta(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "proxy.access"):
         await proxy.ask("0.5", **JSON_FORMAT)
     facts: Any = [record.facts for record in caplog.records if hasattr(record, "facts")][-1]
     assert (facts["applied"], facts["reason"]) == ("false", "structured_output")
 
 
-async def test_a_server_may_refuse_to_lose_it(backend: FakeVLLM) -> None:
+async def test_with_required_set_a_request_whose_beta_cannot_be_applied_gets_400(backend: FakeVLLM) -> None:
     async with (
         running(load(upstream=backend.url, required=True, beta=0.5, **SMALL)) as url,
         aiohttp.ClientSession() as http,
@@ -72,20 +76,22 @@ async def test_a_server_may_refuse_to_lose_it(backend: FakeVLLM) -> None:
         assert not backend.requests
         status, headers, _ = await proxy.ask("0.5", **JSON_FORMAT, tts={"required": False})
         assert (status, headers["x-tts-reason"]) == (200, "structured_output")
-        status, headers, _ = await proxy.ask(None, temperature=0)  # the server's own β is not for greedy requests
+        status, headers, _ = await proxy.ask(
+            None, temperature=0
+        )  # the server's default β is not applied to greedy requests
         assert (status, headers["x-tts-reason"]) == (200, "temperature")
         status, headers, _ = await proxy.ask("0")
         assert (status, headers["x-tts-applied"]) == (200, "true")
 
 
-async def test_a_server_that_refuses_lets_requests_without_beta_pass(backend: FakeVLLM) -> None:
+async def test_with_required_set_a_request_without_beta_is_forwarded(backend: FakeVLLM) -> None:
     async with running(load(upstream=backend.url, required=True, **SMALL)) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         status, headers, _ = await proxy.ask(None, **JSON_FORMAT)
         assert (status, headers["x-tts-reason"]) == (200, "no_beta")
 
 
-async def test_a_reply_tells_who_asked_by_tts(proxy: Proxy) -> None:
+async def test_a_reply_to_a_request_with_tts_reports_the_unapplied_beta(proxy: Proxy) -> None:
     _, _, reply = await proxy.ask(None, **JSON_FORMAT, tts={"beta": 0.5})
     assert reply["tts"] == {
         "applied": False,
@@ -121,7 +127,9 @@ NAMED = [b'event: response.created\ndata: {"type":"response.created"}\n\n', b'ev
         ("chat/completions", [b"[1", b"]"], "application/json", b"[1]"),
     ],
 )
-async def test_bytes_stay_as_they_are_around_it(path: str, pieces: list[bytes], media: str, expected: bytes) -> None:
+async def test_the_inserted_tts_member_leaves_all_other_bytes_unchanged(
+    path: str, pieces: list[bytes], media: str, expected: bytes
+) -> None:
     async with (
         RawUpstream(pieces, content_type=media).serve() as upstream,
         running(load(upstream=upstream.url, **SMALL)) as url,
@@ -131,22 +139,22 @@ async def test_bytes_stay_as_they_are_around_it(path: str, pieces: list[bytes], 
         async with http.post(f"{url}/v1/{path}", json=body) as response:
             raw = await response.read()
         member = raw[raw.find(b'"tts"') : raw.find(b"}", raw.find(b'"tts"')) + 1] or b"TTS"
-        whole = b"".join(pieces)
+        upstream_body = b"".join(pieces)
         kept = raw.replace(member + b",", b"", 1) if member + b"," in raw else raw.replace(member, b"", 1)
-        assert kept == whole
+        assert kept == upstream_body
         assert raw.replace(member, b"TTS", 1).startswith(expected)
         if b"TTS" in expected:
             assert json.loads(b"{" + member + b"}")["tts"]["reason"] == "tools"
 
 
-def test_a_body_without_an_object_is_held_back_within_a_bound() -> None:
+def test_a_body_without_a_json_object_is_held_up_to_a_limit_only() -> None:
     inserter = _MemberInserter({"applied": False}, is_stream=False)
     assert inserter.take(b" " * MAX_HELD_BYTES) == b""
     assert inserter.take(b" x") == b" " * MAX_HELD_BYTES + b" x"
     assert inserter.take(b'{"a": 1}') == b'{"a": 1}'
 
 
-def test_an_error_is_left_as_it_is() -> None:
+def test_an_error_reply_gets_no_tts_member() -> None:
     response = Response(b'{"error": {}}', 400, media_type="application/json")
     assert with_tts_member(response, {"applied": False}) is response
     assert response.body == b'{"error": {}}'

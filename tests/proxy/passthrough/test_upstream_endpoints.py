@@ -1,4 +1,4 @@
-"""vLLM's other endpoints: passed through or named as not served, with errors in one form."""
+"""Other endpoints of vLLM are forwarded or refused by name, with errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("payload", "expected_text"),
     [
         ("Not Found", "Not Found"),
         (FIELDS, "body.prompt: Field required; body.messages: Field required"),
@@ -33,24 +33,24 @@ FIELDS = [
         (["a"], '["a"]'),
     ],
 )
-def test_what_fastapi_says(told: Any, words: str) -> None:
-    assert detail(told) == words
+def test_a_fastapi_error_detail_is_rendered_as_text(payload: Any, expected_text: str) -> None:
+    assert detail(payload) == expected_text
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions"])
 @pytest.mark.parametrize("limits", [{}, {"max_total_tokens": 500}])
 @pytest.mark.parametrize(
-    ("status", "told", "kind", "words"),
+    ("status", "payload", "kind", "expected_text"),
     [
         (404, {"detail": "Not Found"}, "invalid_request_error", "the upstream says: Not Found"),
         (422, {"detail": FIELDS}, "invalid_request_error", "the upstream says: body.prompt: Field required; "),
         (500, {"detail": "it broke"}, "upstream_error", "the upstream says: it broke"),
     ],
 )
-async def test_its_errors_come_back_in_openais_form(
-    path: str, limits: dict[str, int], status: int, told: Any, kind: str, words: str
+async def test_fastapi_errors_of_the_upstream_are_returned_in_openais_form(
+    path: str, limits: dict[str, int], status: int, payload: Any, kind: str, expected_text: str
 ) -> None:
-    body = json.dumps(told).encode()
+    body = json.dumps(payload).encode()
     headers = {"content_type": "application/json", "content_length": str(len(body))}
     async with (
         RawUpstream([body], status, **headers).serve() as upstream,
@@ -61,14 +61,14 @@ async def test_its_errors_come_back_in_openais_form(
         assert (response.status, response.headers["x-tts-applied"]) == (status, "false")
         error = (await response.json())["error"]
     assert (error["type"], error["param"]) == (kind, None)
-    assert error["message"].startswith(words)
+    assert error["message"].startswith(expected_text)
     assert set(error) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(
     "body", [b'{"error": {"message": "no"}, "detail": "x"}', b"{}", b"[1]", b"<html>", b'{"detail', b'{"x": 1}']
 )
-async def test_other_errors_come_back_as_they_are(body: bytes) -> None:
+async def test_upstream_errors_of_other_forms_are_returned_unchanged(body: bytes) -> None:
     headers = {"content_type": "application/json", "content_length": str(len(body))}
     async with (
         RawUpstream([body], 400, **headers).serve() as upstream,
@@ -80,16 +80,18 @@ async def test_other_errors_come_back_as_they_are(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "told", "answered", "words"),
+    ("status", "payload", "answered", "expected_text"),
     [
         (404, {"detail": "Not Found"}, 502, "returned 404 for a path that vLLM serves; check that it is vLLM"),
         (422, {"detail": FIELDS}, 422, "body.prompt: Field required; body.messages: Field required"),
         (400, {"detail": "no", "error": "x"}, 502, "returned status 400 without an error message"),
     ],
 )
-async def test_they_are_read_where_a_controller_serves_too(status: int, told: Any, answered: int, words: str) -> None:
+async def test_fastapi_errors_are_read_when_a_controller_serves_the_request(
+    status: int, payload: Any, answered: int, expected_text: str
+) -> None:
     async with (
-        RawUpstream([json.dumps(told).encode()], status, content_type="application/json").serve() as upstream,
+        RawUpstream([json.dumps(payload).encode()], status, content_type="application/json").serve() as upstream,
         running(load(upstream=upstream.url, **SMALL)) as url,
         aiohttp.ClientSession() as http,
         http.post(
@@ -99,23 +101,23 @@ async def test_they_are_read_where_a_controller_serves_too(status: int, told: An
     ):
         error = (await response.json())["error"]
         assert response.status == answered
-    assert words in error["message"]
+    assert expected_text in error["message"]
 
 
 @pytest.mark.parametrize("path", UNSERVED_PATHS)
-async def test_what_is_not_served_says_what_to_do(proxy: Proxy, path: str) -> None:
+async def test_an_unserved_path_returns_404_with_advice(proxy: Proxy, path: str) -> None:
     async with proxy.http.post(proxy.url + path, json={}) as response:
         error = (await response.json())["error"]
     assert (response.status, error["code"]) == (404, "not_found")
     assert error["message"] == f"POST {path} is not served: {UNSERVED_PATHS[path]}"
 
 
-def test_a_path_is_served_or_not() -> None:
+def test_no_unserved_path_is_also_forwarded() -> None:
     assert not set(UNSERVED_PATHS) & {*POST_PATHS, *GET_PATHS}
 
 
 @pytest.mark.vllm
-async def test_vllms_own_endpoints(vllm: str) -> None:
+async def test_endpoints_of_a_real_vllm_reply_as_if_asked_directly(vllm: str) -> None:
     async with running(load(upstream=vllm, **SMALL)) as url, aiohttp.ClientSession() as http:
 
         async def asked(base: str, method: str, path: str, body: Any = None) -> tuple[int, bytes]:

@@ -1,4 +1,4 @@
-"""Whether Δ suits a model is seen from its traffic, and said once, with the Δ that does."""
+"""An interval too long for the chains of a model is detected from traffic and logged once with a better one."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ def branches(*lengths: int, finish: str | None = "stop") -> list[LiveBranch]:
     return [LiveBranch(ids=[1] * length, finish=finish) for length in lengths]
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "proxy.telemetry.chain_lengths"]
 
 
-def test_short_chains_are_warned_of_once_with_what_suits(caplog: pytest.LogCaptureFixture) -> None:
+def test_chains_short_for_the_interval_are_warned_of_once_with_a_better_interval(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     lengths = ChainLengths()
     lengths.observe("m", 512, branches(*[400] * (MIN_CHAINS - 1)))
-    assert not told(caplog)
+    assert not warnings_of(caplog)
     for _ in range(3):
         lengths.observe("m", 512, branches(400, 410))
-    (line,) = told(caplog)
+    (line,) = warnings_of(caplog)
     assert line.startswith("m: chains have 400 tokens (median of the latest 21) and the interval has 512, ")
     assert line.endswith(
         "only 0.8 times per chain and open few chains at any β; set AUTOTTS_INTERVAL=48 for this model"
     )
     lengths.observe("n", 512, branches(*[400] * MIN_CHAINS))
-    assert len(told(caplog)) == 2
+    assert len(warnings_of(caplog)) == 2
 
 
 @pytest.mark.parametrize(
@@ -52,30 +54,32 @@ def test_short_chains_are_warned_of_once_with_what_suits(caplog: pytest.LogCaptu
         (512, [400] * 20 + [3000] * 60, "stop"),
     ],
 )
-def test_others_are_not(
+def test_chains_that_are_long_enough_or_cut_by_a_limit_are_not_warned_of(
     caplog: pytest.LogCaptureFixture, interval: int, lengths: list[int], finish: str | None
 ) -> None:
     seen = ChainLengths()
     for length in lengths[::-1]:
         seen.observe("m", interval, branches(length, finish=finish))
-    assert not told(caplog)
+    assert not warnings_of(caplog)
 
 
 @pytest.mark.parametrize(("tokens", "interval"), [(30, 16), (230, 32), (400, 48), (4096, 512), (10_000, 1248)])
-def test_a_chain_has_about_eight_of_them(tokens: int, interval: int) -> None:
+def test_the_suggested_interval_is_about_an_eighth_of_a_chain(tokens: int, interval: int) -> None:
     assert suggested_interval(tokens) == interval
 
 
-async def test_the_proxy_sees_it_from_its_traffic(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_proxy_warns_of_short_chains_seen_in_its_traffic(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     settings = load(upstream=proxy.backend.url, **{**SMALL, "interval": 512})
     async with running(settings) as url:
         await proxy._replace(url=url).ask("0.5", tts={"controller": "sc@24", "answer": "boxed"})
-    (line,) = told(caplog)
+    (line,) = warnings_of(caplog)
     assert line.startswith(f"{MODEL}: chains have ")
 
 
-async def test_a_stream_brings_long_reasoning_in_pieces() -> None:
+async def test_long_reasoning_is_streamed_in_pieces_of_at_most_400_characters() -> None:
     async with (
         FakeVLLM([chain("7", 1500)], INTERVAL).serve() as long,
         running(load(upstream=long.url, **SMALL)) as url,
@@ -83,10 +87,10 @@ async def test_a_stream_brings_long_reasoning_in_pieces() -> None:
     ):
         asked = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         extra = {"tts": {"beta": 0, "controller": "single", "answer": "boxed"}}
-        whole = await client.chat.completions.create(**asked, extra_body=extra)  # type: ignore[call-overload]
+        complete = await client.chat.completions.create(**asked, extra_body=extra)  # type: ignore[call-overload]
         chunks = await client.chat.completions.create(**asked, stream=True, extra_body=extra)  # type: ignore[call-overload]
         pieces = [chunk.choices[0].delta.model_extra.get("reasoning", "") async for chunk in chunks]
     pieces = [piece for piece in pieces if piece]
     assert max(map(len, pieces)) == 400
-    assert "".join(pieces) == whole.choices[0].message.model_extra["reasoning"]
+    assert "".join(pieces) == complete.choices[0].message.model_extra["reasoning"]
     assert len(pieces) >= 3

@@ -1,4 +1,4 @@
-"""Log lines: an object each for machines, the request they are about in all of them, no secret in any."""
+"""Log lines: JSON or plain, with the id of the request they are about and without secrets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = "sesame-open"
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """The root logger as pytest has it, afterwards."""
+    """Restore pytest's root logger after a test."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()
@@ -45,7 +45,7 @@ def lines(written: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in written.getvalue().splitlines()]
 
 
-async def test_every_line_about_a_request_names_it(backend: FakeVLLM) -> None:
+async def test_every_log_line_of_a_request_has_its_id_and_no_secret(backend: FakeVLLM) -> None:
     settings = load(upstream=backend.url, admin_key=SECRET, log="json", **SMALL)
     backend.fault = "echo"
     written = logged(settings)
@@ -60,15 +60,15 @@ async def test_every_line_about_a_request_names_it(backend: FakeVLLM) -> None:
             assert response.status == 404
     about = [line for line in lines(written) if line.get("request_id") == named]
     assert {line["level"] for line in about} == {"warning", "info"}
-    *_, told = about
-    assert (told["logger"], told["message"]) == (ACCESS_LOGGER, f"POST /v1/chat/completions {told['status']}")
-    assert {"seconds", "first_byte_s", "complete", "applied"} <= told.keys()
+    *_, access = about
+    assert (access["logger"], access["message"]) == (ACCESS_LOGGER, f"POST /v1/chat/completions {access['status']}")
+    assert {"seconds", "first_byte_s", "complete", "applied"} <= access.keys()
     assert [line["path"] for line in lines(written) if line["logger"] == ACCESS_LOGGER][-1] == "other"
     assert prompt not in written.getvalue()
     assert SECRET not in written.getvalue()
 
 
-def test_secrets_are_masked_in_both_forms() -> None:
+def test_secrets_are_masked_in_json_and_plain_logs() -> None:
     for form in ("json", "plain"):
         settings = load(upstream=f"http://me:{SECRET}@127.0.0.1:1", admin_key="another one", log=form)
         written = logged(settings)
@@ -78,7 +78,7 @@ def test_secrets_are_masked_in_both_forms() -> None:
         assert written.getvalue().count(MASK) == 2
 
 
-def test_lines_for_people_name_the_request_once() -> None:
+def test_plain_log_lines_name_their_request_once() -> None:
     written = logged(load(upstream="http://127.0.0.1:1"))
     token = request_id.set("req-1")
     try:
@@ -92,7 +92,7 @@ def test_lines_for_people_name_the_request_once() -> None:
     assert "GET" not in written.getvalue()
 
 
-def test_lines_in_a_file_are_not_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_log_lines_written_to_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal
     with (tmp_path / "log").open("w") as file:
         configure_logging(load(upstream="http://127.0.0.1:1"), Console(file=file))
@@ -101,7 +101,7 @@ def test_lines_in_a_file_are_not_folded(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING proxy\.some: (word ){100}end", line)
 
 
-def test_a_line_in_a_file_names_its_request_after_the_logger() -> None:
+def test_a_plain_log_line_has_the_request_id_after_the_logger() -> None:
     written = logged(load(upstream="http://127.0.0.1:1"))
     token = request_id.set("req-1")
     try:
@@ -111,7 +111,7 @@ def test_a_line_in_a_file_names_its_request_after_the_logger() -> None:
     assert written.getvalue().endswith("WARNING proxy.some: req-1: it broke\n")
 
 
-def test_an_exception_is_told_without_its_words() -> None:
+def test_an_exception_is_logged_by_type_and_place_without_its_message() -> None:
     written = logged(load(upstream="http://127.0.0.1:1", log="json"))
     try:
         raise ValueError("what a client wrote")
@@ -119,5 +119,5 @@ def test_an_exception_is_told_without_its_words() -> None:
         logging.getLogger("proxy.some").exception("it broke")
     (line,) = lines(written)
     assert (line["error"], line["message"]) == ("ValueError", "it broke")
-    assert "test_an_exception_is_told_without_its_words" in line["at"][-1]
+    assert "test_an_exception_is_logged_by_type_and_place_without_its_message" in line["at"][-1]
     assert "wrote" not in written.getvalue()

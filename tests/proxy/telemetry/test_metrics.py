@@ -1,4 +1,4 @@
-"""What Prometheus is told of requests: by whom, how they ended, what they cost, and what voting would have."""
+"""Metrics of requests: controller, outcome, cost, and the estimated cost of plain voting."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ BUCKETS = {
 
 
 async def series(proxy: Proxy) -> set[tuple[str, frozenset[tuple[str, str]]]]:
-    """Every series there is, histograms by their counts."""
+    """Return every series; histograms by their sums and counts."""
     async with proxy.http.get(f"{proxy.url}/metrics") as response:
         families = list(text_string_to_metric_families(await response.text()))
     return {
@@ -91,7 +91,7 @@ async def series(proxy: Proxy) -> set[tuple[str, frozenset[tuple[str, str]]]]:
     }
 
 
-def test_names_types_and_labels_of_metrics_stay() -> None:
+def test_names_types_and_labels_of_metrics_are_unchanged() -> None:
     metrics = Metrics()
     attributes = [vars(metrics)[name] for name, row in vars(Metrics).items() if hasattr(row, "create")]
     rows = [" ".join([metric._name, metric._type, *metric._labelnames]) for metric in attributes]
@@ -100,7 +100,7 @@ def test_names_types_and_labels_of_metrics_stay() -> None:
     assert exported == [row.split()[0] for row in EXPORTED]
 
 
-def test_buckets_of_histograms_stay() -> None:
+def test_buckets_of_histograms_are_unchanged() -> None:
     metrics = Metrics()
     kept = {
         metric._name: tuple(metric._kwargs["buckets"])
@@ -110,7 +110,7 @@ def test_buckets_of_histograms_stay() -> None:
     assert kept == BUCKETS
 
 
-def test_series_with_fixed_labels_exist_before_they_count() -> None:
+def test_series_with_fixed_labels_start_at_zero() -> None:
     page = Metrics().exposition().decode()
     for line in (
         'autotts_recorder_lost_total{reason="full"} 0.0',
@@ -121,13 +121,13 @@ def test_series_with_fixed_labels_exist_before_they_count() -> None:
         assert line in page
 
 
-def test_metrics_belong_to_an_instance() -> None:
+def test_a_metric_used_on_the_class_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="autotts_requests belongs to an instance of Metrics"):
         Metrics.requests.labels("m", "c", "answered")
     assert Metrics().requests is not Metrics().requests
 
 
-async def test_an_episode_is_counted_every_way(proxy: Proxy) -> None:
+async def test_an_episode_is_counted_in_each_of_its_metrics(proxy: Proxy) -> None:
     status, _, body = await proxy.ask(tts={"controller": "parallel_probe"})
     assert status == 200
     by = {"model": MODEL, "controller": "parallel_probe"}
@@ -143,7 +143,7 @@ async def test_an_episode_is_counted_every_way(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_response_seconds_count", **about) == 1
 
 
-async def test_a_stream_begins_before_it_ends(proxy: Proxy) -> None:
+async def test_the_first_byte_of_a_stream_is_measured_before_its_end(proxy: Proxy) -> None:
     stream = await proxy.openai.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "hi"}], stream=True, extra_headers={"x-tts-beta": "0.5"}
     )
@@ -153,7 +153,7 @@ async def test_a_stream_begins_before_it_ends(proxy: Proxy) -> None:
     assert 0 < first < await proxy.metric("autotts_response_seconds_sum", **about)
 
 
-async def test_voting_is_what_savings_are_measured_by(proxy: Proxy) -> None:
+async def test_saved_tokens_are_estimated_against_voting_with_all_branches(proxy: Proxy) -> None:
     _, _, body = await proxy.ask(tts={"controller": "sc@3", "answer": "boxed"})
     by = {"model": MODEL, "controller": "self_consistency"}
     spent = body["tts"]["tokens"]["total"]
@@ -162,7 +162,7 @@ async def test_voting_is_what_savings_are_measured_by(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_agreement_sum", **by) == pytest.approx(max(body["tts"]["votes"].values()) / 3)
 
 
-async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) -> None:
+async def test_saved_tokens_are_estimated_from_branches_that_ended(proxy: Proxy) -> None:
     environment = LiveEnvironment(
         UpstreamClient(proxy.url, proxy.http), Prompt(MODEL, [1], "", {}), EnvironmentLimits(10, 100, 5)
     )
@@ -180,24 +180,24 @@ async def test_savings_are_an_estimate_from_branches_that_ended(proxy: Proxy) ->
     ("beta", "bucket"),
     [(0, "0"), (0.1, "0"), (0.125, "0.25"), (0.25, "0.25"), (0.3, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1, "1")],
 )
-def test_a_beta_is_counted_under_the_nearest_alias(beta: float, bucket: str) -> None:
+def test_a_beta_is_counted_in_the_bucket_of_the_nearest_alias(beta: float, bucket: str) -> None:
     assert EffectiveBeta(beta, BetaSource.HEADER).bucket == bucket
 
 
-def test_every_alias_and_effort_has_a_bucket_of_its_own() -> None:
+def test_every_alias_and_effort_has_its_own_beta_bucket() -> None:
     for beta in (*ALIAS_BETAS, *EFFORTS.values()):
         assert float(EffectiveBeta(beta, BetaSource.EFFORT).bucket) == beta
 
 
-async def test_a_quarter_is_counted_as_a_quarter(proxy: Proxy) -> None:
+async def test_a_request_for_the_quarter_alias_is_counted_under_beta_0_25(proxy: Proxy) -> None:
     _, _, body = await proxy.ask(None, model=f"{MODEL}@0.25")
     assert await proxy.metric("autotts_tokens_total", beta="0.25") == body["tts"]["tokens"]["total"]
 
 
-async def test_no_client_makes_a_series(proxy: Proxy) -> None:
+async def test_values_chosen_by_clients_create_no_new_series(proxy: Proxy) -> None:
     async def ask(number: int) -> None:
-        asked = (f"asc@{number + 1}", f"nobody{number}")
-        for controller in asked:
+        controllers = (f"asc@{number + 1}", f"nobody{number}")
+        for controller in controllers:
             await proxy.ask(tts={"controller": controller})
         await proxy.ask(model=f"model{number}")
         await proxy.ask(beta="0.5", model=f"{MODEL}@0.{number}")
@@ -205,7 +205,7 @@ async def test_no_client_makes_a_series(proxy: Proxy) -> None:
         async with proxy.http.get(f"{proxy.url}/made/up/{number}") as response:
             assert response.status == 404
 
-    for number in range(10):  # every β there is
+    for number in range(10):  # every bucket of β occurs
         await ask(number)
     known = await series(proxy)
     for number in range(10, 20):
@@ -218,14 +218,14 @@ async def test_no_client_makes_a_series(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(("fault", "outcome"), [("cut", "nonsense"), ("refuse", "refused")])
-async def test_the_upstreams_failures_are_told_apart(proxy: Proxy, fault: str, outcome: str) -> None:
+async def test_upstream_failures_are_counted_by_kind(proxy: Proxy, fault: str, outcome: str) -> None:
     proxy.backend.fault = fault
     await proxy.ask()
     assert await proxy.metric("autotts_upstream_requests_total", model=MODEL, outcome=outcome) > 0
     assert await proxy.metric("autotts_requests_total", outcome="failed") == 1
 
 
-async def test_the_upstreams_health_is_known_to_nobodys_asking(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_upstream_health_is_measured_without_any_request(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_monitor, "CHECK_INTERVAL_S", 0.01)
     async with running(load(upstream=proxy.backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         other = proxy._replace(url=url, http=http)
@@ -235,6 +235,6 @@ async def test_the_upstreams_health_is_known_to_nobodys_asking(proxy: Proxy, mon
                 pass
 
 
-async def test_losses_and_rollbacks_are_there_before_they_happen(proxy: Proxy) -> None:
+async def test_loss_and_rollback_series_are_exported_before_any_event(proxy: Proxy) -> None:
     names = {(name, dict(labels).get("reason")) for name, labels in await series(proxy)}
     assert {("autotts_recorder_lost_total", "full"), ("autotts_rollbacks_total", "quarantined")} <= names

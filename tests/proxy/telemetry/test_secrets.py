@@ -1,4 +1,4 @@
-"""A word that must not get about is put wherever a client or an upstream can put one, and looked for elsewhere."""
+"""A canary word is put wherever a client or an upstream can put text, and must appear nowhere else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.proxy.recording.test_episode_log import until
 __all__ = ["backend"]  # a fixture
 
 CANARY = "zx81canary"
-"""Never sent to the fake's own logs; letters and digits, so that no encoding hides it."""
+"""Letters and digits only, so that no encoding hides it. Never sent to the fake's own logs."""
 HEADERS = ("x-custom", "cookie", "user-agent", "referer", "traceparent", "accept", "x-forwarded-for")
 QUESTION = [{"role": "user", "content": f"{CANARY} what is 3+4?"}]
 BODY: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "tts": {"beta": 0.5, "answer": "boxed"}}
@@ -61,12 +61,12 @@ FAULTS = ("echo", "babble", "refuse", "error_event", "garbage", "cut", "lie", "d
 SPEAKING: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", BODY),
     ("/v1/chat/completions", {**BODY, "stream": True}),
-    ("/v1/completions", {"model": MODEL, "prompt": [ord(one) for one in ASSISTANT + CANARY], "max_tokens": 5}),
+    ("/v1/completions", {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT + CANARY], "max_tokens": 5}),
 ]
 
 
 class Asking:
-    """A client that puts the canary into all it says, and knows where it may come back: to itself."""
+    """Client that puts the canary into everything it sends. Only its own replies may contain the canary."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
@@ -81,8 +81,8 @@ class Asking:
 
 
 async def bystander(proxy: Proxy) -> str:
-    """All that another client is told, of its own mistakes too, headers included."""
-    told = []
+    """Return headers and bodies of all replies to another client, errors included."""
+    replies = []
     for method, path, body in [
         ("GET", "/metrics", None),
         ("GET", "/ready", None),
@@ -96,12 +96,12 @@ async def bystander(proxy: Proxy) -> str:
         ("POST", "/v1/tts/feedback", {"request_id": "x", "correct": True}),
     ]:
         async with proxy.http.request(method, proxy.url + path, json=body) as response:
-            told.append(str(response.headers) + await response.text())
-    return "\n".join(told)
+            replies.append(str(response.headers) + await response.text())
+    return "\n".join(replies)
 
 
 @pytest.mark.parametrize("record_fraction", [0.0, 1.0])
-async def test_what_a_client_says_stays_with_it(
+async def test_text_sent_by_a_client_reaches_no_log_metric_store_or_other_client(
     backend: FakeVLLM,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -111,7 +111,7 @@ async def test_what_a_client_says_stays_with_it(
     caplog.set_level(logging.DEBUG)
 
     async def failing(self: TtsEndpoints, _: Any) -> Any:
-        raise RuntimeError(f"{CANARY} at work")
+        raise RuntimeError(f"{CANARY} failed")
 
     settings = load(
         upstream=backend.url, store=tmp_path / "s.db", record_fraction=record_fraction, record_branches=3, **SMALL
@@ -125,11 +125,11 @@ async def test_what_a_client_says_stays_with_it(
         mine = Asking(proxy)
         status, raw = await mine.chat()
         assert status == 200
-        said = {"request_id": json.loads(raw)["id"]}
+        own = {"request_id": json.loads(raw)["id"]}
         assert (await mine.chat(stream=True))[0] == 200
         for answer in (CANARY, f"\\boxed{{{CANARY}}}"):
-            assert (await mine.send("POST", "/v1/tts/feedback", json={**said, "answer": answer}))[0] in (200, 202)
-        for fields in ({"request_id": CANARY, "correct": True}, {**said, "score": CANARY}, {**said, CANARY: 1}):
+            assert (await mine.send("POST", "/v1/tts/feedback", json={**own, "answer": answer}))[0] in (200, 202)
+        for fields in ({"request_id": CANARY, "correct": True}, {**own, "score": CANARY}, {**own, CANARY: 1}):
             assert (await mine.send("POST", "/v1/tts/feedback", json=fields))[0] in (400, 404)
         for fields in FIELDS:
             assert (await mine.chat(**fields))[0] < 500, fields
@@ -147,25 +147,25 @@ async def test_what_a_client_says_stays_with_it(
                 backend.fault = fault
                 await mine.send("POST", path, json=body)
                 backend.fault = ""
-                assert (await mine.chat())[0] == 200  # so that the upstream is not left alone
+                assert (await mine.chat())[0] == 200  # so that the circuit breaker stays closed
         monkeypatch.setattr(TtsEndpoints, "curve", failing)
         assert (await mine.send("GET", "/v1/tts/curve"))[0] == 500
-        told = await bystander(proxy)
+        replies = await bystander(proxy)
         if record_fraction:
             await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
-            told += await bystander(proxy)
-    assert CANARY not in told
+            replies += await bystander(proxy)
+    assert CANARY not in replies
     logged = "\n".join(logging.Formatter().format(record) for record in caplog.records)
     assert "RuntimeError" in logged
-    found = [line for line in logged.splitlines() if CANARY in line]
-    assert found == []
+    leaks = [line for line in logged.splitlines() if CANARY in line]
+    assert leaks == []
     kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())  # noqa: ASYNC240
     assert CANARY.encode() not in kept
     assert b"chatcmpl-" in kept
 
 
 @pytest.mark.parametrize("place", ["key", "password", "user"])
-async def test_the_upstreams_key_goes_to_the_upstream_alone(
+async def test_the_upstream_credentials_are_sent_to_the_upstream_only(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -178,32 +178,32 @@ async def test_the_upstreams_key_goes_to_the_upstream_alone(
     assert place != "key" or CANARY not in repr(settings)
     async with running(settings) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
-        told = await bystander(proxy)
+        replies = await bystander(proxy)
         for fault in FAULTS:
             backend.fault = fault
             _, headers, body = await proxy.ask("0.5")
-            told += str(headers) + json.dumps(body)
+            replies += str(headers) + json.dumps(body)
             backend.fault = ""
             await proxy.ask("0.5")
-        body = {"model": MODEL, "prompt": [ord(one) for one in ASSISTANT], "max_tokens": 5}
+        body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
         async with http.post(f"{url}/v1/completions", json=body) as response:
-            told += str(response.headers) + await response.text()
+            replies += str(response.headers) + await response.text()
         async with http.get(f"{url}/ready") as response:
             assert (await response.json())["upstream"] == backend.url
         assert {headers.get("Authorization") for headers in backend.headers} == {sent}
         backend.fault = "unavailable"
         for _ in range(6):
             _, headers, reply = await proxy.ask("0.5")
-            told += str(headers) + json.dumps(reply)
-        assert "circuit breaker is open" in told
-    assert CANARY not in told
+            replies += str(headers) + json.dumps(reply)
+        assert "circuit breaker is open" in replies
+    assert CANARY not in replies
     assert CANARY not in caplog.text
     assert "circuit breaker stays open" in caplog.text
     for path in tmp_path.iterdir():  # noqa: ASYNC240
         assert CANARY.encode() not in path.read_bytes(), path.name
 
 
-def test_one_way_to_be_known_to_the_upstream_is_enough() -> None:
+def test_both_an_upstream_key_and_url_credentials_are_refused_without_showing_them() -> None:
     with pytest.raises(SettingsError, match="upstream_api_key") as caught:
         load(upstream=f"http://user:{CANARY}@127.0.0.1:1", upstream_api_key=CANARY)
     assert CANARY not in str(caught.value)

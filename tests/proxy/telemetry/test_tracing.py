@@ -1,4 +1,4 @@
-"""Spans: an episode, its rounds in it, calls to the upstream in those, as OpenTelemetry names them; no text."""
+"""OpenTelemetry spans: episodes contain rounds, rounds contain upstream calls, and no span contains text."""
 
 from __future__ import annotations
 
@@ -61,14 +61,16 @@ async def ask(
 
 
 def within(span: ReadableSpan, parents: list[ReadableSpan]) -> bool:
-    return span.parent is not None and span.parent.span_id in {one.context.span_id for one in parents}
+    return span.parent is not None and span.parent.span_id in {parent.context.span_id for parent in parents}
 
 
-def said(span: ReadableSpan) -> dict[str, object]:
+def attributes(span: ReadableSpan) -> dict[str, object]:
     return dict(span.attributes or {})
 
 
-async def test_an_episode_holds_rounds_and_those_generations(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+async def test_an_episode_span_contains_round_spans_that_contain_generation_spans(
+    backend: FakeVLLM, exporter: InMemorySpanExporter
+) -> None:
     status, reply = await ask(backend, tts={"controller": "parallel_probe"})
     assert status == 200
     finished = list(exporter.get_finished_spans())
@@ -80,7 +82,7 @@ async def test_an_episode_holds_rounds_and_those_generations(backend: FakeVLLM, 
     assert len(finished) == 2 + len(rounds) + len(generations) + len(texts)
     assert {span.name for span in texts} == {"POST /tokenize", "POST /detokenize"}
     assert {span.kind for span in (models, *texts, *generations)} == {SpanKind.CLIENT}
-    assert all(said(span)["http.response.status_code"] == 200 for span in (models, *texts))
+    assert all(attributes(span)["http.response.status_code"] == 200 for span in (models, *texts))
     assert all(within(span, [episode]) for span in rounds)
     assert all(within(span, [episode, *rounds]) for span in (*generations, *texts))
     for span in (episode, models):
@@ -98,28 +100,32 @@ async def test_an_episode_holds_rounds_and_those_generations(backend: FakeVLLM, 
     assert sum(n for n in bought if isinstance(n, int)) == usage["completion_tokens"]
 
 
-async def test_the_upstream_is_told_of_the_spans_it_serves(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
-    """So that vLLM's own belong to the same trace."""
+async def test_each_upstream_call_carries_the_traceparent_of_its_span(
+    backend: FakeVLLM, exporter: InMemorySpanExporter
+) -> None:
+    """vLLM's own spans then belong to the same trace."""
     for beta in ("0.5", None):
         assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
-    told = [header for one in backend.headers if (header := one.get("traceparent"))]
+    parents = [parent for headers in backend.headers if (parent := headers.get("traceparent"))]
     calls = [span for span in exporter.get_finished_spans() if span.name.startswith("text_completion")]
     calls = [span for span in calls if span.kind is SpanKind.CLIENT]
     assert len(calls) > 2
     expected = {f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-01" for span in calls}
-    assert expected <= set(told)
-    assert len(set(told)) == len(told)
+    assert expected <= set(parents)
+    assert len(set(parents)) == len(parents)
 
 
-async def test_without_spans_a_trace_of_the_clients_ends_here(backend: FakeVLLM) -> None:
+async def test_without_tracing_no_traceparent_is_sent_upstream(backend: FakeVLLM) -> None:
     for beta in ("0.5", None):
         assert (await ask(backend, "/v1/completions", beta, seed=3))[0] == 200
     assert backend.headers
-    assert not any("traceparent" in one for one in backend.headers)
+    assert not any("traceparent" in headers for headers in backend.headers)
 
 
 @pytest.mark.parametrize("fault", ["echo", "cut"])
-async def test_a_failure_is_told_by_its_type(backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str) -> None:
+async def test_a_failed_episode_marks_its_spans_with_the_error_type_only(
+    backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str
+) -> None:
     backend.fault = fault
     status, _ = await ask(backend)
     assert status >= 400
@@ -127,8 +133,8 @@ async def test_a_failure_is_told_by_its_type(backend: FakeVLLM, exporter: InMemo
     assert {span.name.split()[0] for span in failed} == {"chat", "text_completion", "round"}
     assert [span.kind for span in failed if span.name == "chat fake-model"] == [SpanKind.SERVER]
     assert all(str(dict(span.attributes or {})["error.type"]).startswith("Upstream") for span in failed[:1])
-    told = "".join(span.to_json() for span in exporter.get_finished_spans())
-    assert PROMPT not in told
+    exported = "".join(span.to_json() for span in exporter.get_finished_spans())
+    assert PROMPT not in exported
     assert not any(span.events for span in exporter.get_finished_spans())
 
 
@@ -141,41 +147,41 @@ async def test_a_failure_is_told_by_its_type(backend: FakeVLLM, exporter: InMemo
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_episode_is_named_by_what_was_asked(
+async def test_an_episode_span_is_named_by_operation_and_model(
     backend: FakeVLLM, exporter: InMemorySpanExporter, path: str, operation: str, api: str | None, stream: bool
 ) -> None:
     status, reply = await ask(backend, path, stream=stream, tts={"answer": "boxed"})
     assert status == 200, reply
     finished = exporter.get_finished_spans()
     (episode,) = [span for span in finished if span.kind is SpanKind.SERVER]
-    about = said(episode)
+    about = attributes(episode)
     assert episode.name == f"{operation} fake-model"
     assert (about["gen_ai.operation.name"], about.get("openai.api.type")) == (operation, api)
     assert (about["url.path"], about["autotts.stop"]) == (path, "answered")
     outside = [span.name for span in finished if span.context.trace_id != episode.context.trace_id]
     assert outside == []
-    told = "".join(span.to_json() for span in finished)
-    assert PROMPT not in told
+    exported = "".join(span.to_json() for span in finished)
+    assert PROMPT not in exported
 
 
-async def test_a_request_that_cannot_be_planned_is_an_episode_that_failed(
+async def test_a_request_that_cannot_be_planned_has_a_failed_episode_span(
     backend: FakeVLLM, exporter: InMemorySpanExporter
 ) -> None:
     status, _ = await ask(backend, tts={"controller": "nobody"})
     assert status == 400
     (episode,) = [span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER]
-    assert (episode.status.is_ok, said(episode)["error.type"]) == (False, "BadRequest")
+    assert (episode.status.is_ok, attributes(episode)["error.type"]) == (False, "BadRequest")
 
 
 @pytest.mark.parametrize(("fault", "status"), [("", 200), ("refuse", 400), ("broken", 500)])
-async def test_what_is_handed_on_is_a_call_to_the_upstream(
+async def test_a_forwarded_request_has_a_client_span_with_its_status(
     backend: FakeVLLM, exporter: InMemorySpanExporter, fault: str, status: int
 ) -> None:
     backend.fault = fault
     assert (await ask(backend, "/v1/completions", None, stream=not fault))[0] == status
     (span,) = [span for span in exporter.get_finished_spans() if span.name == "text_completion"]
     assert span.kind is SpanKind.CLIENT
-    about = said(span)
+    about = attributes(span)
     assert (about["url.path"], about["http.response.status_code"]) == ("/v1/completions", status)
     assert (span.status.is_ok, about.get("error.type")) == (not fault, str(status) if fault else None)
     assert span.parent is not None
@@ -183,7 +189,7 @@ async def test_what_is_handed_on_is_a_call_to_the_upstream(
     assert PROMPT not in span.to_json()
 
 
-async def test_it_lasts_until_the_response_is_over(exporter: InMemorySpanExporter) -> None:
+async def test_the_span_of_a_forwarded_stream_ends_with_the_response(exporter: InMemorySpanExporter) -> None:
     async with (
         RawUpstream([b"data: 1\n\n", b"data: 2\n\n"], content_type="text/event-stream").serve() as raw,
         running(load(upstream=raw.url, **SMALL)) as url,
@@ -199,7 +205,9 @@ async def test_it_lasts_until_the_response_is_over(exporter: InMemorySpanExporte
         assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/models", "text_completion"]
 
 
-async def test_of_checks_there_are_none(backend: FakeVLLM, exporter: InMemorySpanExporter) -> None:
+async def test_health_ready_and_metrics_requests_have_no_spans(
+    backend: FakeVLLM, exporter: InMemorySpanExporter
+) -> None:
     async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         for path in ("/ready", "/health", "/metrics"):
             async with http.get(url + path) as response:
@@ -216,7 +224,7 @@ async def test_of_checks_there_are_none(backend: FakeVLLM, exporter: InMemorySpa
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
     ],
 )
-def test_off_it_imports_nothing(variables: dict[str, str]) -> None:
+def test_without_a_collector_opentelemetry_is_not_imported(variables: dict[str, str]) -> None:
     code = (
         "import sys, proxy.app; from proxy.telemetry import tracing; made = tracing.create_tracer();"
         "assert type(made) is tracing.NoopTracer, made;"
@@ -226,15 +234,17 @@ def test_off_it_imports_nothing(variables: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-async def test_a_collector_is_what_turns_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_setting_a_collector_endpoint_enables_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     made = tracing.create_tracer()
     assert isinstance(made, tracing.OtelTracer)
     await made.close()
 
 
-async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over OTLP as it is on the wire: a real exporter, and a receiver that reads protobuf."""
+async def test_the_spans_of_a_request_are_exported_to_the_collector(
+    backend: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Export over OTLP/HTTP with the real exporter to a receiver that parses protobuf."""
     received: list[ExportTraceServiceRequest] = []
 
     async def take(request: web.Request) -> web.Response:
@@ -249,13 +259,15 @@ async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, mon
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{runner.addresses[0][1]}")
-        status, reply = await ask(backend, tts={"controller": "parallel_probe"})  # what is left is sent as it closes
+        status, reply = await ask(
+            backend, tts={"controller": "parallel_probe"}
+        )  # closing the tracer exports the remaining spans
     finally:
         await runner.cleanup()
     assert status == 200
     resources = [sent for request in received for sent in request.resource_spans]
     for resource in resources:
-        named = {one.key: one.value.string_value for one in resource.resource.attributes}
+        named = {item.key: item.value.string_value for item in resource.resource.attributes}
         assert named["service.name"] == tracing.SERVICE
     sent = [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
     assert {span.trace_id.hex() for span in sent} == {PARENT.split("-")[1]}
@@ -273,7 +285,7 @@ async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, mon
         ("text_completion fake-model", "round"),
     } | (shape & {("text_completion fake-model", "chat fake-model")})
     (episode,) = [span for span in sent if span.name == "chat fake-model"]
-    about = {one.key: one.value for one in episode.attributes}
+    about = {item.key: item.value for item in episode.attributes}
     usage = reply["usage"]
     assert isinstance(usage, dict)
     assert about["gen_ai.response.id"].string_value == reply["id"]
@@ -281,7 +293,9 @@ async def test_a_collector_is_sent_the_spans_of_a_request(backend: FakeVLLM, mon
     assert PROMPT.encode() not in b"".join(request.SerializeToString() for request in received)
 
 
-def test_without_the_extra_it_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_tracing_without_the_otel_extra_logs_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     assert type(tracing.create_tracer()) is tracing.NoopTracer
