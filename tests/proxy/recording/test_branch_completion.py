@@ -1,4 +1,4 @@
-"""What is run to its end in the background: within its budget, when nothing waits, at nobody's cost, counted."""
+"""Sampled branches are completed in the background: within a budget, only when idle, unbilled and counted."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ EVERYTHING = {"controller": "everything@1", "answer": "boxed"}
 
 
 class Silent(FakeVLLM):
-    """A vLLM that may not say how many requests wait, and does not answer what is handed on until `held` is set."""
+    """Fake vLLM that may hide its metrics and answers forwarded chats only once `held` is set."""
 
     def __init__(self, like: FakeVLLM) -> None:
         super().__init__(like.chains, like.interval)
-        self.says_nothing = True
+        self.hides_metrics = True
         self.asked, self.held = asyncio.Event(), asyncio.Event()
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(text="") if self.says_nothing else await super()._metrics(request)
+        return web.Response(text="") if self.hides_metrics else await super()._metrics(request)
 
     async def _chat(self, request: web.Request) -> web.Response:
         self.asked.set()
@@ -50,13 +50,13 @@ class Silent(FakeVLLM):
 
 
 class Looks(list[bool]):
-    """What the finisher found when it looked whether it has to wait."""
+    """Results of the completer's checks whether it has to wait."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.do: Callable[[], object] = lambda: None  # after each
+        self.do: Callable[[], object] = lambda: None  # called after each check
 
-    async def three(self) -> bool:
+    async def has_three(self) -> bool:
         return len(self) >= 3
 
 
@@ -65,8 +65,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     seen, plain = Looks(), BranchCompleter._is_busy
     monkeypatch.setattr("proxy.recording.branch_completion.POLL_S", 0.01)
 
-    async def busy(finisher: BranchCompleter) -> bool:
-        seen.append(await plain(finisher))
+    async def busy(branch_completer: BranchCompleter) -> bool:
+        seen.append(await plain(branch_completer))
         seen.do()
         return seen[-1]
 
@@ -88,18 +88,18 @@ async def vote(proxy: Proxy, **fields: Any) -> str:
 
 
 async def ended(proxy: Proxy, outcome: str, count: int = 1) -> None:
-    async def found() -> bool:
+    async def has_count() -> bool:
         return await proxy.metric("autotts_recordings_total", outcome=outcome) == count
 
-    await until(found)
+    await until(has_count)
 
 
 def in_background(backend: FakeVLLM) -> list[dict[str, Any]]:
-    return [one for one in backend.requests if one.get("priority")]
+    return [request for request in backend.requests if request.get("priority")]
 
 
 @pytest.mark.parametrize(("set_to", "recorded"), [(None, "default"), (0.6, 0.6)])
-async def test_a_recording_at_temperature_0_says_how_its_other_branches_were_sampled(
+async def test_a_recording_at_temperature_0_stores_the_branch_temperature(
     backend: FakeVLLM, tmp_path: Path, set_to: float | None, recorded: float | str
 ) -> None:
     async with recording(backend, tmp_path, branch_temperature=set_to) as proxy:
@@ -109,22 +109,22 @@ async def test_a_recording_at_temperature_0_says_how_its_other_branches_were_sam
     assert made.sampling == {"temperature": 0, "branch_temperature": recorded, "answer": "boxed"}
     assert intern_answers(made).greedy_first
     temperatures = {r.get("temperature") for r in in_background(backend) if "include_stop_str_in_output" not in r}
-    assert temperatures == {set_to}  # the greedy branch had finished
+    assert temperatures == {set_to}  # the greedy branch had already finished
 
 
-async def test_what_runs_past_its_end_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
-    """Branches of `ignore_eos` answer nothing that a replay could reveal."""
+async def test_a_request_with_ignore_eos_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
+    """Branches with `ignore_eos` have no answer that a replay could reveal."""
     async with recording(backend, tmp_path) as proxy:
         await vote(proxy, ignore_eos=True)
         readable = await vote(proxy)
         await ended(proxy, "recorded")
-    assert [one.request for one in await recordings(tmp_path / "s.db")] == [readable]
+    assert [recording.request for recording in await recordings(tmp_path / "s.db")] == [readable]
 
 
-# Whatever fails
+# Failures
 
 
-async def test_one_that_cannot_be_recorded_costs_no_other(
+async def test_a_recording_that_fails_does_not_stop_the_next(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken:
@@ -136,10 +136,10 @@ async def test_one_that_cannot_be_recorded_costs_no_other(
             second = await vote(proxy)
             await ended(proxy, "recorded")
     assert f"{first}: recording failed: IndexError" in caplog.text
-    assert [one.request for one in await recordings(tmp_path / "s.db")] == [second]
+    assert [recording.request for recording in await recordings(tmp_path / "s.db")] == [second]
 
 
-async def test_a_finisher_that_dies_does_not_keep_records_from_being_written(
+async def test_a_crash_of_the_branch_completer_does_not_stop_the_store_writer(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dies(_: BranchCompleter) -> None:
@@ -156,10 +156,10 @@ async def test_a_finisher_that_dies_does_not_keep_records_from_being_written(
     async with recording(backend, tmp_path) as proxy:
         served = await vote(proxy)
     assert closed
-    assert [one.id for one in await episodes(tmp_path / "s.db")] == [served]
+    assert [episode.id for episode in await episodes(tmp_path / "s.db")] == [served]
 
 
-async def test_what_fails_in_the_background_ejects_nothing(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_background_failures_do_not_open_the_circuit_breaker(backend: FakeVLLM, tmp_path: Path) -> None:
     async with recording(backend, tmp_path) as proxy:
         backend.queued = 1
         for _ in range(6):
@@ -171,7 +171,9 @@ async def test_what_fails_in_the_background_ejects_nothing(backend: FakeVLLM, tm
         assert await proxy.metric("autotts_upstream_events_total") == 0
 
 
-async def test_it_waits_while_the_upstream_is_left_alone(backend: FakeVLLM, tmp_path: Path, looks: Looks) -> None:
+async def test_recording_waits_while_the_circuit_breaker_is_open(
+    backend: FakeVLLM, tmp_path: Path, looks: Looks
+) -> None:
     async with recording(backend, tmp_path) as proxy:
         backend.queued = 1
         await vote(proxy)
@@ -182,17 +184,19 @@ async def test_it_waits_while_the_upstream_is_left_alone(backend: FakeVLLM, tmp_
         assert await proxy.metric("autotts_upstream_events_total", event="ejected") == 1
         backend.fault, backend.queued = "", 0
         looks.clear()
-        await until(looks.three)
+        await until(looks.has_three)
         assert all(looks)
         assert not in_background(backend)
 
 
-# What it costs
+# Cost
 
 
 @pytest.mark.parametrize(("branches", "calls"), [(2, 0), (4, 0), (4, 1), (4, 2), (4, 3)])
-async def test_all_that_was_generated_is_counted(backend: FakeVLLM, tmp_path: Path, branches: int, calls: int) -> None:
-    """Also of the call that fails, whichever it is: branches, probes, late probes."""
+async def test_all_tokens_of_a_failed_recording_are_counted(
+    backend: FakeVLLM, tmp_path: Path, branches: int, calls: int
+) -> None:
+    """This includes the call that fails, be it for branches, probes or late probes."""
     async with recording(backend, tmp_path, record_branches=branches) as proxy:
         backend.queued = 1
         await vote(proxy)
@@ -204,13 +208,15 @@ async def test_all_that_was_generated_is_counted(backend: FakeVLLM, tmp_path: Pa
     sent = backend.requests[served:]
     assert len(sent) == calls + 1
     ended_well = [
-        ids for one in sent[:-1] for ids in (one["prompt"] if isinstance(one["prompt"][0], list) else [one["prompt"]])
+        ids
+        for call in sent[:-1]
+        for ids in (call["prompt"] if isinstance(call["prompt"][0], list) else [call["prompt"]])
     ]
     probes = sum("".join(map(chr, ids)).endswith(LEAD) for ids in ended_well)
     assert counted == backend.generated - generated + probes * len(LONGEST_CLOSING + LEAD)
 
 
-async def test_what_ends_well_is_counted_though_another_call_is_cut(backend: FakeVLLM) -> None:
+async def test_a_finished_call_is_counted_in_full_when_another_is_cancelled(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as session:
         prompt = Prompt(MODEL, list(map(ord, ASSISTANT)), ASSISTANT, {}, seed=1)  # a call for each branch
         environment = LiveEnvironment(
@@ -219,28 +225,28 @@ async def test_what_ends_well_is_counted_though_another_call_is_cut(backend: Fak
         backend.fault, backend.fault_after = "hang", 1
         running = asyncio.create_task(environment.execute([branch(), branch()]))
 
-        async def one_is_done() -> bool:
+        async def first_is_done() -> bool:
             return environment.meter.requests == 1 and backend.hanging.is_set()
 
-        await until(one_is_done)
+        await until(first_is_done)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     meter = environment.meter
     assert meter.generated_tokens == backend.generated == INTERVAL
-    assert meter.aborted_tokens == 1  # of the other, what had come
+    assert meter.aborted_tokens == 1  # tokens of the cancelled call that had arrived
     environment.salvage()
     assert meter.billed == INTERVAL + 1
-    assert [len(one.ids) for one in environment.branches] == [INTERVAL, 1]
+    assert [len(part.ids) for part in environment.branches] == [INTERVAL, 1]
 
 
-async def test_a_small_budget_is_kept_hour_by_hour(
+async def test_recording_stays_within_its_token_budget_every_hour(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget, now = 200, [0.0]
     hours: list[int] = []
 
     class TimedWindow(TokenWindow):
-        """A window by a clock that moves on by an hour when tokens do not fit."""
+        """Window with a clock that advances by an hour whenever tokens do not fit."""
 
         def fits(self, tokens: int, _: float) -> bool:
             if super().fits(tokens, now[0]):
@@ -265,7 +271,7 @@ async def test_a_small_budget_is_kept_hour_by_hour(
     assert all(0 < later - earlier <= budget for earlier, later in itertools.pairwise(hours))
 
 
-async def test_a_budget_too_small_for_anything_leaves_all_out(
+async def test_a_token_budget_too_small_for_an_interval_skips_all_recordings(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with recording(backend, tmp_path, record_tokens_per_hour=INTERVAL) as proxy:
@@ -274,16 +280,18 @@ async def test_a_budget_too_small_for_anything_leaves_all_out(
         for _ in range(2):
             await vote(proxy)
         assert not in_background(backend)
-    told = [record.getMessage() for record in caplog.records if "skipped recording" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "skipped recording" in record.getMessage()]
     why = f"AUTOTTS_RECORD_TOKENS_PER_HOUR={INTERVAL} is too small for one interval; raise it"
-    assert told == [f"skipped recording {count} sampled episodes: {why}" for count in (1, 2)]  # at once, and at the end
+    assert messages == [
+        f"skipped recording {count} sampled episodes: {why}" for count in (1, 2)
+    ]  # at the first skip, and at shutdown
 
 
 # When it waits
 
 
 @pytest.mark.parametrize("beta", ["0.5", None])
-async def test_where_nobody_says_what_waits_it_waits_for_all(
+async def test_without_upstream_metrics_recording_waits_for_all_running_requests(
     backend: FakeVLLM, tmp_path: Path, looks: Looks, beta: str | None
 ) -> None:
     silent = Silent(backend)
@@ -292,7 +300,7 @@ async def test_where_nobody_says_what_waits_it_waits_for_all(
         other = asyncio.create_task(proxy.ask(beta, tts=VOTING))
         await (silent.asked if beta is None else silent.hanging).wait()
         await vote(proxy)
-        await until(looks.three)
+        await until(looks.has_three)
         assert all(looks)
         assert not in_background(silent)
         other.cancel()
@@ -308,78 +316,82 @@ async def test_where_nobody_says_what_waits_it_waits_for_all(
         ("0", {"branches_in_flight": 2}, "autotts_calls_waiting"),
     ],
 )
-async def test_it_waits_while_requests_wait_here(
+async def test_recording_waits_while_requests_are_queued_in_the_proxy(
     backend: FakeVLLM, tmp_path: Path, looks: Looks, beta: str | None, settings: dict[str, int], waiting: str
 ) -> None:
     upstream = Silent(backend)
     async with upstream.serve(), recording(upstream, tmp_path, **settings) as proxy:
-        upstream.says_nothing, upstream.queued = False, 1
+        upstream.hides_metrics, upstream.queued = False, 1
         await vote(proxy)
         upstream.fault, upstream.fault_after, upstream.fault_times = "hang", len(upstream.requests), 1
         others = [asyncio.create_task(proxy.ask(beta, tts=VOTING)) for _ in range(2)]
         await until(lambda: proxy.metric(waiting))
         upstream.queued = 0
         looks.clear()
-        await until(looks.three)
+        await until(looks.has_three)
         assert all(looks)
         assert not in_background(upstream)
-        for one in others:
-            one.cancel()
+        for other in others:
+            other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
 
-# How many
+# Limit on pending recordings
 
 
 @pytest.mark.slow
-async def test_more_than_may_wait_are_left_out_and_counted(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_recordings_over_the_pending_limit_are_skipped_and_counted(backend: FakeVLLM, tmp_path: Path) -> None:
     backend.queued = 1
     async with recording(backend, tmp_path) as proxy:
-        await asyncio.gather(*(vote(proxy) for _ in range(1 + MAX_PENDING)))  # one is in hand
+        await asyncio.gather(*(vote(proxy) for _ in range(1 + MAX_PENDING)))  # one is being processed
         assert await proxy.metric("autotts_recordings_total", outcome="skipped") == 0
         await vote(proxy)
         assert await proxy.metric("autotts_recordings_total", outcome="skipped") == 1
 
 
-async def test_those_that_wait_when_the_proxy_ends_are_counted(
+async def test_recordings_pending_at_shutdown_are_counted_as_skipped(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skipped, plain = list[float | None](), BranchCompleter.close
 
-    def close(finisher: BranchCompleter) -> None:
-        plain(finisher)
-        skipped.append(finisher._metrics.registry.get_sample_value("autotts_recordings_total", {"outcome": "skipped"}))
+    def close(branch_completer: BranchCompleter) -> None:
+        plain(branch_completer)
+        skipped.append(
+            branch_completer._metrics.registry.get_sample_value("autotts_recordings_total", {"outcome": "skipped"})
+        )
 
     monkeypatch.setattr(BranchCompleter, "close", close)
     backend.queued = 1
     async with recording(backend, tmp_path) as proxy:
         for _ in range(3):
             await vote(proxy)
-        await backend.looked.wait()  # the first is in hand
+        await backend.looked.wait()  # the first is being processed
     assert skipped == [3]
 
 
-# What it was made with
+# Changes of the chat template
 
 
-async def test_an_episode_of_another_chat_template_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_an_episode_from_before_a_chat_template_change_is_not_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
     async with recording(backend, tmp_path) as proxy:
         await vote(proxy)
         await ended(proxy, "recorded")
-        backend.greeting = "<new>"  # an upstream that was started anew; nobody has looked since
+        backend.greeting = "<new>"  # as after a restart of the upstream; not yet noticed
         background = len(in_background(backend))
         await vote(proxy)
         await ended(proxy, "failed")
-        assert len(in_background(backend)) == background  # nor does it cost anything
+        assert len(in_background(backend)) == background  # nothing is generated for it
         await vote(proxy)
         await ended(proxy, "recorded", 2)
     first, second = await recordings(tmp_path / "s.db")
     assert first.chat_template != second.chat_template
-    kept = {one.id: one.about["chat_template"] for one in await episodes(tmp_path / "s.db")}
+    kept = {episode.id: episode.about["chat_template"] for episode in await episodes(tmp_path / "s.db")}
     assert kept[second.request] == second.chat_template
 
 
-async def test_nor_is_one_during_which_that_changes(backend: FakeVLLM, tmp_path: Path, looks: Looks) -> None:
+async def test_a_chat_template_change_during_recording_fails_the_recording(
+    backend: FakeVLLM, tmp_path: Path, looks: Looks
+) -> None:
     looks.do = lambda: setattr(backend, "greeting", "<new>" if len(looks) > 2 else "")
     async with recording(backend, tmp_path) as proxy:
         await vote(proxy)
@@ -388,14 +400,14 @@ async def test_nor_is_one_during_which_that_changes(backend: FakeVLLM, tmp_path:
     assert await recordings(tmp_path / "s.db") == []
 
 
-async def test_a_branch_that_is_collected_meanwhile_is_refused(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_collecting_across_a_chat_template_change_is_refused_with_502(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path / "s.db") as proxy:
-        told = []
+        replies = []
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 1, **EVERYTHING}}
         for greeting in ("", "<new>", "<new>"):
             backend.greeting = greeting
-            told.append(await call(proxy, "POST", "/v1/chat/completions", ADMIN, body))
-    assert [status for status, _ in told] == [200, 502, 200]
-    assert told[1][1]["error"]["code"] == "upstream_changed"
-    assert len({told[i][1]["tts"]["recording"]["chat_template"] for i in (0, 2)}) == 2
-    assert [one.stop for one in await episodes(tmp_path / "s.db")] == ["answered"] * 3
+            replies.append(await call(proxy, "POST", "/v1/chat/completions", ADMIN, body))
+    assert [status for status, _ in replies] == [200, 502, 200]
+    assert replies[1][1]["error"]["code"] == "upstream_changed"
+    assert len({replies[i][1]["tts"]["recording"]["chat_template"] for i in (0, 2)}) == 2
+    assert [episode.stop for episode in await episodes(tmp_path / "s.db")] == ["answered"] * 3

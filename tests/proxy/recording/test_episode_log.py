@@ -1,4 +1,4 @@
-"""What is kept of served requests: as it was, by whom it may be seen, and what of it may be read."""
+"""The episode log: what it stores of served requests, who may read it, and which texts it keeps."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ async def episodes(path: Path) -> list[ServedEpisode]:
         return await store.episodes()
 
 
-async def until(found: Callable[[], Awaitable[Any]], seconds: float = 30) -> Any:
-    """What `found` gives, as soon as it gives anything."""
+async def until(probe: Callable[[], Awaitable[Any]], seconds: float = 30) -> Any:
+    """Return the first truthy result of `probe`, called repeatedly."""
     async with asyncio.timeout(seconds):
         for _ in repeat(None):
-            if result := await found():
+            if result := await probe():
                 return result
-            await asyncio.sleep(0.02)  # no event tells of what the proxy has written
+            await asyncio.sleep(0.02)  # no event announces what the proxy has written
 
 
 async def call(proxy: Proxy, method: str, path: str, key: str = "", body: Any = None) -> tuple[int, Any]:
@@ -71,7 +71,9 @@ async def call(proxy: Proxy, method: str, path: str, key: str = "", body: Any = 
 
 
 @pytest.mark.parametrize("controller", ["cmc", "short_m_at_k", "asc", "parallel_probe"])
-async def test_an_episode_is_kept_as_it_was(backend: FakeVLLM, tmp_path: Path, controller: str) -> None:
+async def test_a_stored_episode_replays_to_the_same_decisions_and_answer(
+    backend: FakeVLLM, tmp_path: Path, controller: str
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path, store_text="hash") as proxy:
         _, _, body = await proxy.ask("0.5", tts={"controller": controller, "answer": "boxed"}, temperature=0.7)
@@ -100,7 +102,9 @@ async def test_an_episode_is_kept_as_it_was(backend: FakeVLLM, tmp_path: Path, c
     assert about["answers"][state.answer] == kept.answer
 
 
-async def test_one_that_is_cut_or_left_is_kept_too(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_cut_failed_and_cancelled_episodes_are_stored_with_their_stop_reason(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         await proxy.ask("1", tts={"answer": "boxed", "max_total_tokens": 900})
@@ -112,10 +116,10 @@ async def test_one_that_is_cut_or_left_is_kept_too(backend: FakeVLLM, tmp_path: 
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await backend.idle.wait()
-    assert [one.stop for one in await episodes(path)] == ["max_tokens", "upstream_error", "disconnected"]
+    assert [episode.stop for episode in await episodes(path)] == ["max_tokens", "upstream_error", "disconnected"]
 
 
-async def test_a_fault_of_the_proxys_own_is_not_said_to_be_its_clients(
+async def test_an_internal_error_is_stored_with_stop_reason_failed(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def breaks(*_: Any) -> None:
@@ -126,10 +130,10 @@ async def test_a_fault_of_the_proxys_own_is_not_said_to_be_its_clients(
     async with serving(backend, path) as proxy:
         assert (await proxy.ask("0.5"))[0] == 500
         assert await proxy.metric("autotts_stops_total", reason="failed") == 1
-    assert [one.stop for one in await episodes(path)] == ["failed"]
+    assert [episode.stop for episode in await episodes(path)] == ["failed"]
 
 
-async def test_off_the_path_nothing_is_kept_without_a_store(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_without_a_store_no_request_is_kept(backend: FakeVLLM, tmp_path: Path) -> None:
     async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         proxy = Proxy(backend, url, http, None)  # type: ignore[arg-type]
         _, _, body = await proxy.ask("0.5")
@@ -137,46 +141,50 @@ async def test_off_the_path_nothing_is_kept_without_a_store(backend: FakeVLLM, t
         assert (await call(proxy, "GET", "/ready"))[1]["recorder"]["store"] == "off"
 
 
-# Who may see what
+# Access and feedback
 
 
-async def test_a_request_is_for_its_tenant_and_admins(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_request_is_visible_to_its_tenant_and_admins_only(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
         _, mine = await call(proxy, "POST", "/v1/chat/completions", "mine", body)
         where = f"/v1/tts/requests/{mine['id']}"
-        status, told = await call(proxy, "GET", where, "mine")
-        assert (status, told["stop"]) == (200, "answered")
+        status, record = await call(proxy, "GET", where, "mine")
+        assert (status, record["stop"]) == (200, "answered")
         assert (await call(proxy, "GET", where, ADMIN))[0] == 200
         for key in ("other", "", f"{ADMIN}x"):
-            status, told = await call(proxy, "GET", where, key)
-            assert (status, told["error"]["code"]) == (404, "unknown_request")
-        said = {"request_id": mine["id"], "correct": True}
-        assert (await call(proxy, "POST", "/v1/tts/feedback", "other", said))[0] == 404
-        assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", said))[0] in (200, 202)
+            status, reply = await call(proxy, "GET", where, key)
+            assert (status, reply["error"]["code"]) == (404, "unknown_request")
+        feedback = {"request_id": mine["id"], "correct": True}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", "other", feedback))[0] == 404
+        assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", feedback))[0] in (200, 202)
         assert (await call(proxy, "GET", "/v1/tts/requests/chatcmpl-none", "mine"))[0] == 404
     async with Store.open(path) as store:
         (kept,) = await store.feedback()
         assert (kept.request_id, kept.kind, kept.value) == (mine["id"], "correct", "true")
 
 
-async def test_later_feedback_wins_and_earlier_is_kept(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_all_feedback_on_a_request_is_stored_in_order(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path, store_text="hash") as proxy:
         _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
-        for said in ({"correct": True}, {"score": 0.2}, {"answer": "12"}):
-            status, told = await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], **said})
+        for content in ({"correct": True}, {"score": 0.2}, {"answer": "12"}):
+            status, reply = await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], **content})
             assert status in (200, 202)
-            assert told["request_id"] == body["id"]
+            assert reply["request_id"] == body["id"]
         assert await proxy.metric("autotts_feedback_total") == 3
     async with Store.open(path) as store:
         kept = await store.feedback(body["id"])
-    assert [(one.kind, json.loads(one.value)) for one in kept] == [("correct", True), ("score", 0.2), ("answer", "12")]
+    assert [(feedback.kind, json.loads(feedback.value)) for feedback in kept] == [
+        ("correct", True),
+        ("score", 0.2),
+        ("answer", "12"),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("feedback", "expected_text"),
     [
         ({}, "Field required"),
         ({"request_id": "x"}, "one of correct, answer and score"),
@@ -194,34 +202,38 @@ async def test_later_feedback_wins_and_earlier_is_kept(backend: FakeVLLM, tmp_pa
         ([], "must be a JSON object"),
     ],
 )
-async def test_feedback_that_says_nothing_is_refused(backend: FakeVLLM, tmp_path: Path, said: Any, words: str) -> None:
+async def test_invalid_feedback_is_refused_with_400(
+    backend: FakeVLLM, tmp_path: Path, feedback: Any, expected_text: str
+) -> None:
     async with serving(backend, tmp_path / "s.db") as proxy:
-        status, told = await call(proxy, "POST", "/v1/tts/feedback", body=said)
+        status, reply = await call(proxy, "POST", "/v1/tts/feedback", body=feedback)
     assert status == 400
-    assert words in told["error"]["message"]
+    assert expected_text in reply["error"]["message"]
 
 
-async def test_a_request_may_be_named_twice_and_a_score_be_whole(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_feedback_may_give_the_id_twice_and_an_integer_score(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path / "s.db") as proxy:
         _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
-        said = {"id": body["id"], "request_id": body["id"], "score": 1}
-        assert (await call(proxy, "POST", "/v1/tts/feedback", body=said))[0] in (200, 202)
+        feedback = {"id": body["id"], "request_id": body["id"], "score": 1}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", body=feedback))[0] in (200, 202)
 
 
-async def test_feedback_is_of_the_requests_tenant_whoever_gives_it(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_feedback_sent_by_an_admin_is_stored_for_the_tenant_of_the_request(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
         _, mine = await call(proxy, "POST", "/v1/chat/completions", "mine", body)
-        said = {"id": mine["id"], "correct": True}
-        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, said))[0] in (200, 202)
+        feedback = {"id": mine["id"], "correct": True}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, feedback))[0] in (200, 202)
     (kept,) = await episodes(path)
     async with Store.open(path) as store:
-        (heard,) = await store.feedback()
-    assert heard.tenant == kept.tenant != ""
+        (recorded,) = await store.feedback()
+    assert recorded.tenant == kept.tenant != ""
 
 
-async def test_later_feedback_is_later_though_the_clock_is_set_back(
+async def test_feedback_keeps_its_order_when_the_clock_is_set_back(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Clock(datetime):
@@ -240,57 +252,59 @@ async def test_later_feedback_is_later_though_the_clock_is_set_back(
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], "score": score})
     async with Store.open(path) as store:
         kept = await store.feedback(body["id"])
-    assert [json.loads(one.value) for one in kept] == [0.1, 0.9, 0.3, 0.6]
-    assert len({one.created for one in kept}) == 4
+    assert [json.loads(feedback.value) for feedback in kept] == [0.1, 0.9, 0.3, 0.6]
+    assert len({feedback.created for feedback in kept}) == 4
 
 
-async def test_while_the_store_is_away_anothers_request_is_told_as_one_nobody_made(
+async def test_without_the_store_foreign_and_unknown_requests_get_the_same_503(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
     async with serving(backend, tmp_path / "away" / "s.db", spill=tmp_path / "spill") as proxy:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
         _, mine = await call(proxy, "POST", "/v1/chat/completions", "mine", body)
-        said = {"correct": True}
-        assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", {"id": mine["id"], **said}))[0] in (200, 202)
+        content = {"correct": True}
+        assert (await call(proxy, "POST", "/v1/tts/feedback", "mine", {"id": mine["id"], **content}))[0] in (200, 202)
         for request in (mine["id"], "chatcmpl-none"):
-            status, told = await call(proxy, "POST", "/v1/tts/feedback", "other", {"id": request, **said})
-            assert (status, told["error"]["code"]) == (503, "store_away")
+            status, reply = await call(proxy, "POST", "/v1/tts/feedback", "other", {"id": request, **content})
+            assert (status, reply["error"]["code"]) == (503, "store_away")
             assert (await call(proxy, "GET", f"/v1/tts/requests/{request}", "other"))[0] == 503
 
 
-async def test_what_clients_say_reaches_the_watch(
+async def test_feedback_on_a_champion_reaches_the_controller_manager_once_per_request(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[tuple[RolloutStage, bool]] = []
+    observed: list[tuple[RolloutStage, bool]] = []
     monkeypatch.setattr(
         "proxy.rollout.controller_manager.ControllerManager.record_feedback",
-        lambda _, stage, digest, content: heard.append((stage, content)),
+        lambda _, stage, digest, content: observed.append((stage, content)),
     )
     async with serving(backend, tmp_path / "s.db") as proxy:
         _, _, body = await proxy.ask("0.5", tts={"answer": "boxed"})
-        for said in ({"answer": "$7$"}, {"correct": False}):  # the first counts
-            await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], **said})
+        for content in ({"answer": "$7$"}, {"correct": False}):  # only the first counts
+            await call(proxy, "POST", "/v1/tts/feedback", body={"id": body["id"], **content})
         _, _, named = await proxy.ask("0.5", tts={"answer": "boxed", "controller": "asc"})
         await call(proxy, "POST", "/v1/tts/feedback", body={"id": named["id"], "score": 0.1})
         _, _, other = await proxy.ask("0.5", tts={"answer": "boxed"})
         await call(proxy, "POST", "/v1/tts/feedback", body={"id": other["id"], "answer": "8"})
         _, _, another = await proxy.ask("0.5", tts={"answer": "boxed"})
-        with monkeypatch.context() as away:  # whether it is the answer cannot be told: that uses nothing up
+        with monkeypatch.context() as away:  # the answer cannot be compared, so this feedback does not count
             away.setattr("proxy.recording.store_writer.StoreWriter.find", _away)
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "answer": "7"})
         for score in (0.2, 0.9):
             await call(proxy, "POST", "/v1/tts/feedback", body={"id": another["id"], "score": score})
-    assert heard == [(RolloutStage.CHAMPION, said) for said in (True, False, False)]
+    assert observed == [(RolloutStage.CHAMPION, content) for content in (True, False, False)]
 
 
 async def _away(*_: Any) -> None:
     raise RecordsAway("the store is away", code="store_away")
 
 
-# What is told of one
+# Looking up a request
 
 
-async def test_an_episode_that_cannot_be_read_is_told_to_be(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_stored_episode_that_cannot_be_parsed_returns_unreadable_record(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         await proxy.ask("0.5", tts={"answer": "boxed"})
@@ -298,41 +312,41 @@ async def test_an_episode_that_cannot_be_read_is_told_to_be(backend: FakeVLLM, t
     async with Store.open(path) as store:
         await store.add_all([replace(kept, id="bad", request_id="bad", trace="no trace")])
     async with serving(backend, path) as proxy:
-        status, told = await call(proxy, "GET", "/v1/tts/requests/bad", ADMIN)
-    assert (status, told["error"]["code"]) == (500, "unreadable_record")
+        status, reply = await call(proxy, "GET", "/v1/tts/requests/bad", ADMIN)
+    assert (status, reply["error"]["code"]) == (500, "unreadable_record")
 
 
-async def test_a_long_one_is_told_in_a_thread_and_its_answers_in_part(
+async def test_an_episode_is_explained_in_a_thread_and_long_answers_are_shortened(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
     plain = explain
 
-    def told(episode: ServedEpisode) -> Any:
+    def recorded_explain(episode: ServedEpisode) -> Any:
         threads.append(threading.get_ident())
         return plain(episode)
 
-    monkeypatch.setattr("proxy.api.tts.explain", told)
+    monkeypatch.setattr("proxy.api.tts.explain", recorded_explain)
     backend.chains = [chain("7" * 200, 400, ["7" * 200]) for _ in range(4)]
     async with serving(backend, tmp_path / "s.db", store_text="hash") as proxy:
         _, _, body = await proxy.ask("0", tts={"answer": "boxed", "controller": "sc@2"})
-        status, found = await call(proxy, "GET", f"/v1/tts/requests/{body['id']}")
+        status, record = await call(proxy, "GET", f"/v1/tts/requests/{body['id']}")
     assert status == 200
-    assert found["answer"] == "7" * 99 + "…"
-    assert found["answers"] == [found["answer"]]
+    assert record["answer"] == "7" * 99 + "…"
+    assert record["answers"] == [record["answer"]]
     assert threads != [threading.get_ident()]
 
 
-# What may be read
+# Stored texts and deletion
 
 
 @pytest.mark.parametrize("text", ["none", "hash", "full"])
-async def test_only_what_may_be_is_stored(
+async def test_store_text_decides_which_texts_are_stored(
     backend: FakeVLLM, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     path = tmp_path / "s.db"
-    backend.chains = [chain(f"{CANARY}-answer", 100, [f"{CANARY}-hunch", f"{CANARY}-answer"]) for _ in range(4)]
+    backend.chains = [chain(f"{CANARY}-answer", 100, [f"{CANARY}-probe", f"{CANARY}-answer"]) for _ in range(4)]
     async with serving(
         backend, path, store_text=text, record_fraction=1.0, record_branches=4, probe_tokens=60
     ) as proxy:
@@ -347,7 +361,7 @@ async def test_only_what_may_be_is_stored(
                 reply = await response.json()
             assert response.status == 200
         async with proxy.http.post(
-            f"{proxy.url}/v1/tts/feedback", headers=headers, json={"id": reply["id"], "answer": f"{CANARY}-said"}
+            f"{proxy.url}/v1/tts/feedback", headers=headers, json={"id": reply["id"], "answer": f"{CANARY}-feedback"}
         ) as response:
             assert response.status in (200, 202)
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
@@ -358,27 +372,31 @@ async def test_only_what_may_be_is_stored(
             page = await response.text()
     assert CANARY not in page
     assert CANARY not in caplog.text
-    data = b"".join(one.read_bytes() for one in tmp_path.iterdir())  # noqa: ASYNC240
-    words = ("question", "answer", "hunch", "said", "key", "stop")
-    allowed = {"none": (), "hash": ("answer", "hunch", "said"), "full": ("answer", "hunch", "said", "question")}[text]
-    assert {what for what in words if f"{CANARY}-{what}".encode() in data} == set(allowed)
+    data = b"".join(file.read_bytes() for file in tmp_path.iterdir())  # noqa: ASYNC240
+    kinds = ("question", "answer", "probe", "feedback", "key", "stop")
+    allowed = {
+        "none": (),
+        "hash": ("answer", "probe", "feedback"),
+        "full": ("answer", "probe", "feedback", "question"),
+    }[text]
+    assert {kind for kind in kinds if f"{CANARY}-{kind}".encode() in data} == set(allowed)
 
 
 @pytest.mark.parametrize("fault", ["echo", "babble"])
-async def test_an_upstream_that_quotes_the_request_is_not_quoted_in_a_log(
+async def test_a_request_quoted_by_an_upstream_error_is_neither_logged_nor_stored(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
     async with serving(backend, tmp_path / "s.db") as proxy:
-        for after in (0, 2):  # at once, and while the episode runs
+        for after in (0, 2):  # at the first call, and while the episode runs
             backend.fault, backend.fault_after = fault, len(backend.requests) + after
             await proxy.ask("0.5", messages=[{"role": "user", "content": CANARY}], tts={"answer": "boxed"})
     assert "chatcmpl-" in caplog.text
     assert CANARY not in caplog.text
-    assert CANARY not in str([one.about for one in await episodes(tmp_path / "s.db")])
+    assert CANARY not in str([episode.about for episode in await episodes(tmp_path / "s.db")])
 
 
-async def test_what_is_forgotten_is_gone_and_stays_so(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_forgotten_request_is_erased_and_cannot_be_added_again(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path, store_text="full", record_fraction=1.0, record_branches=2) as proxy:
         replies = []
@@ -395,15 +413,17 @@ async def test_what_is_forgotten_is_gone_and_stays_so(backend: FakeVLLM, tmp_pat
         await until(both)
     async with Store.open(path) as store:
         before = await store.episode(replies[0])
-        recorded = [one for cell in await store.summaries() for one in await store.load(cell.cell)]
-        assert {one.request for one in recorded} == set(replies)
+        recorded = [recording for cell in await store.summaries() for recording in await store.load(cell.cell)]
+        assert {recording.request for recording in recorded} == set(replies)
         forgotten = await store.forget(request=replies[0])
         assert tuple(forgotten) == (1, 1, 1, 0, 1)
         assert before is not None
-        await store.add_all([before, *(one for one in recorded if one.request == replies[0])])  # as a file might
+        await store.add_all(
+            [before, *(recording for recording in recorded if recording.request == replies[0])]
+        )  # as an import might
         assert await store.episode(replies[0]) is None
         assert (await store.verify()).bad == []
-    data = b"".join(one.read_bytes() for one in tmp_path.iterdir())  # noqa: ASYNC240
+    data = b"".join(file.read_bytes() for file in tmp_path.iterdir())  # noqa: ASYNC240
     assert f"{CANARY}-one".encode() not in data
     assert f"{CANARY}-two".encode() in data
     async with Store.open(path) as store:
@@ -413,7 +433,7 @@ async def test_what_is_forgotten_is_gone_and_stays_so(backend: FakeVLLM, tmp_pat
         assert await store.episodes() == []
 
 
-async def test_what_is_older_than_it_may_be_goes(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_episodes_older_than_retain_days_are_deleted(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path) as proxy:
         _, _, young = await proxy.ask("0")
@@ -422,23 +442,25 @@ async def test_what_is_older_than_it_may_be_goes(backend: FakeVLLM, tmp_path: Pa
         await store.add_all([replace(kept, id="old", request_id="old", created="2020-01-01T00:00:00.000000+00:00")])
     async with serving(backend, path, retain_days=30):
 
-        async def one_left() -> bool:
+        async def only_one_is_left() -> bool:
             return len(await episodes(path)) == 1
 
-        await until(one_left)
-    assert [one.id for one in await episodes(path)] == [young["id"]]
+        await until(only_one_is_left)
+    assert [episode.id for episode in await episodes(path)] == [young["id"]]
 
 
-# Run to their ends
+# Completed branches
 
 
 async def recordings(path: Path) -> list[Any]:
     async with Store.open(path) as store:
-        return [one for summary in await store.summaries() for one in await store.load(summary.cell)]
+        return [recording for summary in await store.summaries() for recording in await store.load(summary.cell)]
 
 
 @pytest.mark.parametrize("controller", ["cmc", "sc@3", "answer_consistency"])
-async def test_branches_are_run_to_their_ends_afterwards(backend: FakeVLLM, tmp_path: Path, controller: str) -> None:
+async def test_the_branches_of_a_sampled_request_are_completed_and_recorded(
+    backend: FakeVLLM, tmp_path: Path, controller: str
+) -> None:
     path = tmp_path / "s.db"
     settings = {"store_text": "hash", "record_fraction": 1.0, "record_branches": 6}
     async with serving(backend, path, **settings) as proxy:
@@ -446,29 +468,29 @@ async def test_branches_are_run_to_their_ends_afterwards(backend: FakeVLLM, tmp_
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
         assert await proxy.metric("autotts_recording_tokens_total") > 0
         generated = backend.generated
-    (found,) = await recordings(path)
-    assert found.complete
-    assert len(found.branches) == max(6, body["tts"]["branches"])
-    assert (found.origin, found.benchmark, found.request) == (Origin.LIVE, BENCHMARK, body["id"])
-    assert (found.interval, found.sampling) == (INTERVAL, {"temperature": 0.7, "answer": "boxed"})
-    for recorded, written in zip(found.branches, backend.chains, strict=False):
+    (recording,) = await recordings(path)
+    assert recording.complete
+    assert len(recording.branches) == max(6, body["tts"]["branches"])
+    assert (recording.origin, recording.benchmark, recording.request) == (Origin.LIVE, BENCHMARK, body["id"])
+    assert (recording.interval, recording.sampling) == (INTERVAL, {"temperature": 0.7, "answer": "boxed"})
+    for recorded, written in zip(recording.branches, backend.chains, strict=False):
         assert recorded.tokens == written.tokens
-        whole = -(-written.tokens // INTERVAL) - 1
-        hunches = [written.hunch(INTERVAL * (k + 1), INTERVAL) or None for k in range(whole)]
-        assert list(recorded.probes) == hunches
+        full_intervals = -(-written.tokens // INTERVAL) - 1
+        probe_answers = [written.hunch(INTERVAL * (k + 1), INTERVAL) or None for k in range(full_intervals)]
+        assert list(recorded.probes) == probe_answers
         assert all(cost > 0 for cost in recorded.probe_tokens)
         assert recorded.final in ("7", "9")
     (kept,) = await episodes(path)
-    assert generated >= sum(branch.tokens for branch in found.branches)
+    assert generated >= sum(branch.tokens for branch in recording.branches)
     assert sum(kept.ledger.values()) < generated  # the client is not billed for it
 
 
-async def test_what_is_recorded_does_not_depend_on_how_it_went() -> None:
+async def test_the_sampled_share_of_requests_matches_the_record_fraction() -> None:
     shares = [sum(is_sampled(f"req-{i}", share) for i in range(5000)) / 5000 for share in (0.0, 0.02, 0.2, 1.0)]
     assert shares == pytest.approx([0, 0.02, 0.2, 1], abs=0.02)
 
 
-async def test_it_waits_while_requests_do_and_is_of_low_priority(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_recording_waits_for_queued_requests_and_uses_a_low_priority(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     backend.queued = 3
     async with serving(backend, path, record_fraction=1.0, record_branches=4, record_at_once=2) as proxy:
@@ -480,24 +502,26 @@ async def test_it_waits_while_requests_do_and_is_of_low_priority(backend: FakeVL
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
         background = backend.requests[served:]
         assert background
-        assert all(one["priority"] > 0 for one in background)
-        assert all("priority" not in one for one in backend.requests[:served])
-        for one in background:
-            prompts = len(one["prompt"]) if isinstance(one["prompt"][0], list) else 1
-            assert prompts * one.get("n", 1) <= 2
+        assert all(request["priority"] > 0 for request in background)
+        assert all("priority" not in request for request in backend.requests[:served])
+        for request in background:
+            prompts = len(request["prompt"]) if isinstance(request["prompt"][0], list) else 1
+            assert prompts * request.get("n", 1) <= 2
 
 
-async def test_an_upstream_that_takes_no_priority(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_recording_works_with_an_upstream_that_refuses_priorities(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     backend.fault = "no_priority"
     async with serving(backend, path, record_fraction=1.0, record_branches=4) as proxy:
         await proxy.ask("0", tts={"controller": "sc@2", "answer": "boxed"})
         await until(lambda: proxy.metric("autotts_recordings_total", outcome="recorded"))
-    (found,) = await recordings(path)
-    assert found.complete
+    (recording,) = await recordings(path)
+    assert recording.complete
 
 
-async def test_an_upstream_that_fails_costs_the_recording_alone(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_an_upstream_failure_during_recording_leaves_the_served_request_intact(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     path = tmp_path / "s.db"
     async with serving(backend, path, record_fraction=1.0, record_branches=8) as proxy:
         backend.queued = 1
@@ -513,13 +537,16 @@ async def test_an_upstream_that_fails_costs_the_recording_alone(backend: FakeVLL
     assert len(await episodes(path)) == 2
 
 
-def test_nothing_live_is_held_out() -> None:
+def test_live_questions_are_never_put_in_the_held_out_split() -> None:
     questions = [question_id(str(i)) for i in range(500)]
-    assert {live_split(one) for one in questions} == {Split.SEARCH, Split.VALIDATION}
-    assert all(live_split(one) is default_split(one) for one in questions if default_split(one) is not Split.HELD_OUT)
+    assert {live_split(question) for question in questions} == {Split.SEARCH, Split.VALIDATION}
+    kept = [question for question in questions if default_split(question) is not Split.HELD_OUT]
+    assert all(live_split(question) is default_split(question) for question in kept)
 
 
-async def test_a_question_that_is_held_out_already_stays_so(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_live_request_for_a_held_out_question_is_recorded_as_held_out(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     from tests.discovery.store.test_sqlite import some
 
     path = tmp_path / "s.db"
@@ -532,10 +559,10 @@ async def test_a_question_that_is_held_out_already_stays_so(backend: FakeVLLM, t
         assert len(await store.load(Cell(MODEL, BENCHMARK, Split.HELD_OUT))) == 1
 
 
-# How much feedback
+# Feedback limits
 
 
-async def test_a_key_may_give_so_much_feedback_a_minute_and_others_are_not_held_up(
+async def test_a_key_over_its_feedback_limit_gets_429_while_another_key_is_accepted(
     backend: FakeVLLM, tmp_path: Path
 ) -> None:
     file, path = tmp_path / "keys.toml", tmp_path / "s.db"
@@ -549,12 +576,12 @@ async def test_a_key_may_give_so_much_feedback_a_minute_and_others_are_not_held_
         for _ in range(3):
             assert (await call(proxy, "POST", "/v1/tts/feedback", "key-of-alice", ids["alice"]))[0] in (200, 202)
         headers = {"authorization": "Bearer key-of-alice"}
-        for said in (ids["alice"], {"request_id": "unknown", "correct": True}):
-            async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", headers=headers, json=said) as response:
-                told = (await response.json())["error"]
-                assert (response.status, told["code"]) == (429, "rate_limit_exceeded")
+        for feedback in (ids["alice"], {"request_id": "unknown", "correct": True}):
+            async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", headers=headers, json=feedback) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (429, "rate_limit_exceeded")
                 assert 1 <= int(response.headers["retry-after"]) <= 60
-                assert told["message"].startswith(
+                assert error["message"].startswith(
                     "key alice has sent feedback 3 times within a minute, the limit AUTOTTS_"
                 )
         assert (await call(proxy, "POST", "/v1/tts/feedback", "key-of-bob", ids["bob"]))[0] in (200, 202)
@@ -564,19 +591,21 @@ async def test_a_key_may_give_so_much_feedback_a_minute_and_others_are_not_held_
         assert len(await store.feedback()) == 4
 
 
-async def test_callers_without_a_key_share_one_limit_on_feedback(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_callers_without_a_key_share_one_feedback_limit(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path / "s.db", feedback_per_minute=2) as proxy:
-        said = {"request_id": "unknown", "correct": True}
-        statuses = [(await call(proxy, "POST", "/v1/tts/feedback", name, said))[0] for name in ("a", "b", "c", "")]
+        feedback = {"request_id": "unknown", "correct": True}
+        statuses = [(await call(proxy, "POST", "/v1/tts/feedback", name, feedback))[0] for name in ("a", "b", "c", "")]
         assert statuses == [404, 404, 429, 429]
-        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, said))[0] == 404  # whose limit is its own
+        assert (await call(proxy, "POST", "/v1/tts/feedback", ADMIN, feedback))[
+            0
+        ] == 404  # an admin has a limit of its own
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "is_told"), [("full", 0o644, True), ("full", 0o600, False), ("none", 0o644, False)]
+    ("text", "mode", "is_warned"), [("full", 0o644, True), ("full", 0o600, False), ("none", 0o644, False)]
 )
-async def test_a_store_of_texts_that_others_can_read_is_told_of(
-    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, mode: int, is_told: bool
+async def test_a_store_with_texts_readable_by_other_users_is_warned_of(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, mode: int, is_warned: bool
 ) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True):
@@ -584,5 +613,5 @@ async def test_a_store_of_texts_that_others_can_read_is_told_of(
     path.chmod(mode)
     async with serving(backend, path, store_text=text):
         pass
-    assert ("other users can read the store" in caplog.text) == is_told
+    assert ("other users can read the store" in caplog.text) == is_warned
     assert path.stat().st_mode & 0o777 == mode

@@ -1,4 +1,4 @@
-"""Live traffic becomes replay data, on a real vLLM: 200 requests, some of which are run to their ends, and replayed."""
+"""Live traffic becomes replay data on a real vLLM: of 200 requests a sample is completed, recorded and replayed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTROLLER = "cmc"
 
 
 async def served(url: str) -> dict[str, bool]:
-    """Whether each of 200 requests, by its id, was answered rightly."""
+    """Send 200 requests and return by id whether each was answered correctly."""
     right: dict[str, bool] = {}
     free = asyncio.Semaphore(AT_ONCE)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai:
@@ -45,62 +45,64 @@ async def served(url: str) -> dict[str, bool]:
                 )
             right[reply.id] = reply.tts["answer"] == answer
 
-        await asyncio.gather(*(ask(one.question, one.answer) for one in held_back(REQUESTS)))
+        await asyncio.gather(*(ask(problem.question, problem.answer) for problem in held_back(REQUESTS)))
     return right
 
 
 @pytest.mark.timeout(1500)
-async def test_replay_tells_the_truth_about_live(vllm: str, tmp_path: Path) -> None:
+async def test_replayed_recordings_reproduce_the_tokens_and_accuracy_of_live_traffic(vllm: str, tmp_path: Path) -> None:
     path, store = tmp_path / "s.db", str(tmp_path / "s.db")
     given = {"store": path, "record_fraction": SHARE, "record_branches": BRANCHES, "record_at_once": BRANCHES}
     settings = load(upstream=vllm, max_branches=BRANCHES, **given, **{**EMBEDDED, "controller": CONTROLLER})
     async with running(settings) as url:
         right = await served(url)
-        wanted = {one for one in right if is_sampled(one, SHARE)}
+        wanted = {request_id for request_id in right if is_sampled(request_id, SHARE)}
 
         async def finished() -> bool:
             async with Store.open(path) as opened:
-                recorded = [one for cell in await opened.summaries() for one in await opened.load(cell.cell)]
-                return {one.request for one in recorded} == wanted
+                recorded = [
+                    recording for cell in await opened.summaries() for recording in await opened.load(cell.cell)
+                ]
+                return {recording.request for recording in recorded} == wanted
 
         await until(finished, seconds=600)
     assert 20 <= len(wanted) <= 60
     async with Store.open(path) as opened:
         episodes = await opened.episodes()
-        assert {one.request_id for one in episodes} == set(right)
+        assert {episode.request_id for episode in episodes} == set(right)
         assert (await opened.verify()).bad == []
-    problems = {question_id(one.question): one for one in held_back(REQUESTS)}
-    assert {one.question for one in episodes} == set(problems)
+    problems = {question_id(problem.question): problem for problem in held_back(REQUESTS)}
+    assert {episode.question for episode in episodes} == set(problems)
     data = path.read_bytes()
-    assert not [one for one in problems.values() if one.question.encode() in data]  # no text is stored
+    assert not [problem for problem in problems.values() if problem.question.encode() in data]  # no text is stored
 
     questions = tmp_path / "questions.jsonl"
-    lines = [{"question": one.question, "reference": one.answer} for one in problems.values()]
+    lines = [{"question": problem.question, "reference": problem.answer} for problem in problems.values()]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     await autotts("label", "--store", store, "--references", str(questions))
 
     about = ("--recordings", store, "--controllers", CONTROLLER, "--betas", str(BETA), "--shuffles", "20")
     await autotts("evaluate", *about, "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {one["benchmark"] for one in figures} == {"live"}
-    assert {one["split"] for one in figures} <= {"search", "validation"}
-    assert sum(one["episodes"] for one in figures) == 20 * len(wanted)
-    assert not any(one["failures"] for one in figures)
+    assert {row["benchmark"] for row in figures} == {"live"}
+    assert {row["split"] for row in figures} <= {"search", "validation"}
+    assert sum(row["episodes"] for row in figures) == 20 * len(wanted)
+    assert not any(row["failures"] for row in figures)
 
     report, plot = tmp_path / "parity.json", tmp_path / "parity.svg"
     await autotts("parity", "--store", store, "--json", str(report), "--plot", str(plot), code=None)
-    told = json.loads(report.read_text())
+    parity = json.loads(report.read_text())
     assert plot.stat().st_size > 0
-    assert told["decisions"]["agreed"] == told["decisions"]["rounds"] == sum(one.rounds for one in episodes)
-    assert told["reproduced"]["differing"] == []
-    (means,) = told["means"]
-    assert told["checked"]
-    assert told["holds"] == (means["verdict"] != "disagree")  # about one time in ten a right stack's does
+    assert parity["decisions"]["agreed"] == parity["decisions"]["rounds"] == sum(episode.rounds for episode in episodes)
+    assert parity["reproduced"]["differing"] == []
+    (means,) = parity["means"]
+    assert parity["checked"]
+    assert parity["holds"] == (means["verdict"] != "disagree")  # about one run in ten disagrees by chance
     assert (means["controller"], means["beta"], means["recorded"]) == (CONTROLLER, BETA, len(wanted))
     assert means["accuracy"]["live"]["mean"] == pytest.approx(100 * sum(right.values()) / REQUESTS)
     for figure in ("tokens", "accuracy"):
         live, replayed, paired = (means[figure][of] for of in ("live", "replayed", "paired"))
         assert live["low"] <= replayed["high"], means
         assert replayed["low"] <= live["high"], means
-        # One time in twenty a right stack's interval is missed; by as much again, one in ten thousand.
+        # A 95% interval misses the truth in 1 of 20 runs; an interval twice as wide in about 1 of 10,000.
         assert abs(paired["mean"]) <= paired["high"] - paired["low"], means

@@ -1,4 +1,4 @@
-"""What a proxy records, held against its controllers and against replay: all of it must be true."""
+"""Recorded episodes must agree with their controllers and with their replay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REQUESTS = 4
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["none", "full"])
 @pytest.mark.parametrize("controller", ["cmc", "asc@6", "parallel_probe@6", "short_m_at_k@6", "single"])
-async def test_replay_tells_the_truth_about_a_proxy(
+async def test_replay_reproduces_every_decision_of_recorded_episodes(
     backend: FakeVLLM, tmp_path: Path, controller: str, text: str
 ) -> None:
     path = tmp_path / "s.db"
@@ -36,22 +36,22 @@ async def test_replay_tells_the_truth_about_a_proxy(
 
     async def recorded() -> ServedRecords | None:
         async with Store.open(path) as store:
-            found = await load_records(store)
-        return found if len(found.recordings) > len(kept.recordings) else None
+            records = await load_records(store)
+        return records if len(records.recordings) > len(kept.recordings) else None
 
     async with Store.open(path, create=True):
-        pass  # it is there before it is looked at
+        pass  # the store must exist before it is read
     async with serving(backend, path, **settings) as proxy:
         for number in range(REQUESTS):
             backend.opened = 13 * number
             status, _, body = await proxy.ask("0.3", tts={"controller": controller})
             assert status == 200, body
             kept = await until(recorded)
-    told = check_parity(kept)
-    assert told.decisions.rounds == told.decisions.agreed >= 2 * REQUESTS
-    assert told.decisions.unchecked == []
-    assert (told.reproduced.episodes, told.reproduced.differing) == (REQUESTS, [])
-    assert [group.recorded for group in told.groups] == [REQUESTS]
+    report = check_parity(kept)
+    assert report.decisions.rounds == report.decisions.agreed >= 2 * REQUESTS
+    assert report.decisions.unchecked == []
+    assert (report.reproduced.episodes, report.reproduced.differing) == (REQUESTS, [])
+    assert [group.recorded for group in report.groups] == [REQUESTS]
     for episode in kept.episodes:
         why = explain(episode)
         assert why["rounds"][-1]["tokens"] == episode.about["spent"]
@@ -66,32 +66,32 @@ async def read_episodes(path: Path) -> ServedRecords | None:
 
 
 @pytest.mark.parametrize("controller", ["parallel_probe", "self_consistency"])
-async def test_a_request_that_its_limit_cuts_short_is_no_disagreement(
+async def test_a_request_cut_short_by_max_tokens_is_not_a_disagreement(
     backend: FakeVLLM, tmp_path: Path, controller: str
 ) -> None:
     path = tmp_path / "s.db"
 
     async with Store.open(path, create=True):
-        pass  # it is there before it is looked at
+        pass  # the store must exist before it is read
     async with serving(backend, path) as proxy:
         _, headers, _ = await proxy.ask("0.5", max_tokens=5, tts={"controller": controller})
         assert headers["x-tts-stop"] == "max_tokens"
         kept = await until(partial(read_episodes, path))
-    told = check_parity(kept)
-    assert told.decisions.disagreements == []
-    assert [group.left_out for group in told.groups] in ([], [{"cut short": 1}])
+    report = check_parity(kept)
+    assert report.decisions.disagreements == []
+    assert [group.left_out for group in report.groups] in ([], [{"cut short": 1}])
     assert explain(kept.episodes[0])["why"] == (
         "The request's max_tokens cut the first branches before they answered, so no more were opened; "
         "no answer had been given."
     )
 
 
-async def test_a_request_whose_branches_are_all_cut_is_no_disagreement(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_request_whose_branches_are_all_cut_is_not_a_disagreement(backend: FakeVLLM, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     backend.chains = [chain("7", 400, mark=mark) for mark in "abcdefgh"]
 
     async with Store.open(path, create=True):
-        pass  # it is there before it is looked at
+        pass  # the store must exist before it is read
     async with serving(backend, path) as proxy:
         tts = {"controller": "parallel_probe", "answer": "boxed"}
         _, headers, _ = await proxy.ask("0.25", max_tokens=60, tts=tts)

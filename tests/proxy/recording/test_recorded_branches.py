@@ -1,4 +1,4 @@
-"""What is recorded of an episode, replayed, is the episode again, whoever decides in it."""
+"""Replaying the recorded branches of an episode gives the same episode for every controller."""
 
 from __future__ import annotations
 
@@ -69,25 +69,29 @@ def record(
     return recorded_branches.branches(environment, rounds, late or {})
 
 
-hunches = st.lists(st.sampled_from(["", "1", "7", "9"]), min_size=1, max_size=9)
-speaking = st.builds(chain, st.sampled_from(["7", "9", "12"]), st.integers(40, 400), hunches)
-silent = st.builds(lambda length, said: Chain("<think>" + "m" * length, tuple(said)), st.integers(0, 300), hunches)
+probe_answers = st.lists(st.sampled_from(["", "1", "7", "9"]), min_size=1, max_size=9)
+answering = st.builds(chain, st.sampled_from(["7", "9", "12"]), st.integers(40, 400), probe_answers)
+unanswering = st.builds(
+    lambda length, answers: Chain("<think>" + "m" * length, tuple(answers)), st.integers(0, 300), probe_answers
+)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
-    chains=st.lists(speaking | silent, min_size=1, max_size=12),
+    chains=st.lists(answering | unanswering, min_size=1, max_size=12),
     interval=st.integers(3, 90),
     name=st.sampled_from(list(BUILT_IN)),
     beta=st.floats(0, 1),
 )
-def test_a_replayed_recording_is_the_episode_again(chains: list[Chain], interval: int, name: str, beta: float) -> None:
+def test_replaying_recorded_branches_reproduces_the_episode(
+    chains: list[Chain], interval: int, name: str, beta: float
+) -> None:
     environment = scripted(chains, interval)
     _, rounds = play(create(f"everything@{len(chains)}", 1), environment, interval)
     branches = recorded_branches.branches(environment, rounds)
-    assert all(one.complete for one in branches)
-    assert [one.tokens for one in branches] == [one.tokens for one in chains]
+    assert all(recorded.complete for recorded in branches)
+    assert [recorded.tokens for recorded in branches] == [script.tokens for script in chains]
 
     def decide() -> Controller:
         return create(name, beta)
@@ -99,16 +103,16 @@ def test_a_replayed_recording_is_the_episode_again(chains: list[Chain], interval
 
 
 CHAIN = chain("7", 130, ["1", "9", "7"])
-WHOLE = RecordedBranch(["1", "9", "7"], 130, "7", [6, 4, 2], complete=True)
+COMPLETE = RecordedBranch(["1", "9", "7"], 130, "7", [6, 4, 2], complete=True)
 
 
-def test_every_way_to_ask_says_the_same() -> None:
+def test_probing_round_by_round_or_at_once_records_the_same_branch() -> None:
     step = [advance(0), probe(0)]
-    assert record([branch(), probe(0)], step, step, step, chains=[CHAIN]) == [WHOLE]
-    assert record([branch(), probe(0), *step, *step, *step], chains=[CHAIN]) == [WHOLE]
+    assert record([branch(), probe(0)], step, step, step, chains=[CHAIN]) == [COMPLETE]
+    assert record([branch(), probe(0), *step, *step, *step], chains=[CHAIN]) == [COMPLETE]
 
 
-def test_late_probes_fill_gaps_and_no_more() -> None:
+def test_late_probes_fill_gaps_and_replace_nothing() -> None:
     script = ([branch(2), probe(0)], [advance(0, TO_END), branch(), probe(1)])
     early = chain("9", 300, ["2"])
     late = {(0, 1): Probed(0, 0, 6), (0, 2): Probed(0, None, 99), (0, 3): Probed(0, 1, 2)}
@@ -134,26 +138,26 @@ def test_late_probes_fill_gaps_and_no_more() -> None:
         ),
     ],
 )
-def test_a_branch_that_is_not_known_to_its_end_is_censored(
+def test_a_branch_with_unknown_intervals_is_recorded_as_censored(
     script: list[Sequence[object]], expected: RecordedBranch
 ) -> None:
-    (found,) = record(*script, chains=[CHAIN])
-    assert found == expected
-    whole = len(found.probes)
-    if whole:
-        known, _ = play(Scripted([branch(whole), probe(0)]), replayed([found]))
-        assert known.branches[0].tokens == whole * INTERVAL
+    (recorded,) = record(*script, chains=[CHAIN])
+    assert recorded == expected
+    full_intervals = len(recorded.probes)
+    if full_intervals:
+        known, _ = play(Scripted([branch(full_intervals), probe(0)]), replayed([recorded]))
+        assert known.branches[0].tokens == full_intervals * INTERVAL
     with pytest.raises(BranchCensored):
-        play(Scripted([branch(whole + 1)]), replayed([found]))
+        play(Scripted([branch(full_intervals + 1)]), replayed([recorded]))
 
 
-def test_a_chain_that_ends_where_an_interval_does() -> None:
+def test_a_chain_that_ends_on_an_interval_boundary_is_recorded_complete() -> None:
     assert record([branch(), probe(0)], [advance(0), probe(0)], chains=[chain("7", 80, ["1"])]) == [
         RecordedBranch(["1"], 80, "7", [6])
     ]
 
 
-def test_a_chain_that_ends_in_its_first_interval_and_says_nothing() -> None:
+def test_a_chain_that_ends_unanswered_in_its_first_interval_has_no_probes() -> None:
     assert record([branch(), probe(0)], chains=[Chain("hm")]) == [RecordedBranch([], 3, None, [])]
 
 
@@ -175,8 +179,8 @@ class Admin:
 
 
 def _body(controller: str, tts: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    told = {"beta": 1, "controller": controller, "required": True, **(tts or {})}
-    return {"messages": [{"role": "user", "content": "hi"}], "tts": told, **fields}
+    merged = {"beta": 1, "controller": controller, "required": True, **(tts or {})}
+    return {"messages": [{"role": "user", "content": "hi"}], "tts": merged, **fields}
 
 
 @pytest_asyncio.fixture
@@ -188,14 +192,16 @@ async def admin(backend: FakeVLLM) -> AsyncIterator[Admin]:
 
 @pytest.mark.parametrize("key", [{}, {"authorization": "Bearer open"}, {"authorization": "Basic sesame"}])
 @pytest.mark.parametrize("controller", ["everything", "everything@3"])
-async def test_only_admins_record(admin: Admin, controller: str, key: dict[str, str]) -> None:
+async def test_the_recording_controller_is_refused_without_an_admin_key(
+    admin: Admin, controller: str, key: dict[str, str]
+) -> None:
     status, reply = await admin.ask(controller, key)
     assert (status, reply["error"]["code"]) == (403, "admin_only")
     assert "send an admin key" in reply["error"]["message"]
     assert admin.backend.requests == []
 
 
-async def test_without_an_admin_key_nobody_does(backend: FakeVLLM) -> None:
+async def test_the_recording_controller_is_refused_if_no_admin_key_is_set(backend: FakeVLLM) -> None:
     async with running(load(upstream=backend.url, **SMALL)) as url, aiohttp.ClientSession() as http:
         status, reply = await Admin(backend, url, http).ask("everything")
     assert (status, reply["error"]["code"]) == (403, "admin_only")
@@ -203,7 +209,7 @@ async def test_without_an_admin_key_nobody_does(backend: FakeVLLM) -> None:
 
 
 @pytest.mark.parametrize("name", ["everything", "everything@4"])
-def test_it_is_nobodys_default(name: str) -> None:
+def test_the_recording_controller_is_refused_as_default(name: str) -> None:
     with pytest.raises(SettingsError, match=f"controller: {name} is for admins only"):
         load(upstream="http://x", controller=name)
 
@@ -217,48 +223,50 @@ CHAINS = [
 ]
 
 
-async def test_what_is_recorded_live_is_what_the_chains_are(admin: Admin) -> None:
+async def test_branches_recorded_live_equal_the_chains_of_the_upstream(admin: Admin) -> None:
     admin.backend.chains = CHAINS
     status, reply = await admin.ask("everything@5", temperature=0.5, max_tokens=1000)
     assert status == 200, reply
-    told = reply["tts"]["recording"]
-    said = 3  # one digit, a brace and the end token
-    silent = len("}") + 1
+    recording = reply["tts"]["recording"]
+    answered = 3  # tokens: one digit, a brace and the end token
+    unanswered = len("}") + 1
 
     def cost(text: str) -> int:
-        one = next(one for one in CHAINS if one.text.startswith(text))
-        return len(TEMPLATE.suffix("", text)) + (said if one.hunch(len(text), INTERVAL) else silent)
+        script = next(candidate for candidate in CHAINS if candidate.text.startswith(text))
+        return len(TEMPLATE.suffix("", text)) + (answered if script.hunch(len(text), INTERVAL) else unanswered)
 
     environment = ScriptedEnvironment(CHAINS, INTERVAL, cost)
     _, rounds = play(create("everything@5", 1), environment)
-    assert [RecordedBranch(**one) for one in told["branches"]] == recorded_branches.branches(environment, rounds)
-    assert all(one["complete"] for one in told["branches"])
-    assert (told["interval"], told["probe_template"]) == (INTERVAL, TEMPLATE.name)
-    assert told["sampling"] == {"temperature": 0.5, "max_tokens": 1000}
-    assert isinstance(told["chat_template"], str)
+    assert [RecordedBranch(**fields) for fields in recording["branches"]] == recorded_branches.branches(
+        environment, rounds
+    )
+    assert all(fields["complete"] for fields in recording["branches"])
+    assert (recording["interval"], recording["probe_template"]) == (INTERVAL, TEMPLATE.name)
+    assert recording["sampling"] == {"temperature": 0.5, "max_tokens": 1000}
+    assert isinstance(recording["chat_template"], str)
     tokens = reply["tts"]["tokens"]
-    assert tokens["total"] == sum(one["tokens"] + sum(one["probe_tokens"]) for one in told["branches"])
+    assert tokens["total"] == sum(fields["tokens"] + sum(fields["probe_tokens"]) for fields in recording["branches"])
 
 
-async def test_an_answer_is_not_needed(admin: Admin) -> None:
+async def test_chains_without_an_answer_are_recorded(admin: Admin) -> None:
     prose = "Roses are red, violets are blue, " * 3
     admin.backend.chains = [Chain(f"{i} {prose}" + "and " * i) for i in range(4)]
     _, reply = await admin.ask("everything@4")
     assert (reply["tts"]["stop"], reply["tts"]["answer"]) == ("answered", None)
-    assert [(one["tokens"], one["final"], one["complete"]) for one in reply["tts"]["recording"]["branches"]] == [
-        (len(prose) + 4 * i + 3, None, True) for i in range(4)
-    ]
+    assert [
+        (fields["tokens"], fields["final"], fields["complete"]) for fields in reply["tts"]["recording"]["branches"]
+    ] == [(len(prose) + 4 * i + 3, None, True) for i in range(4)]
 
 
 @pytest.mark.parametrize("limit", [16, INTERVAL, INTERVAL + 20])
-async def test_a_short_limit_cuts_no_branch_off_a_recording(admin: Admin, limit: int) -> None:
+async def test_a_short_max_tokens_still_records_all_branches(admin: Admin, limit: int) -> None:
     admin.backend.chains = [chain("7", 400, mark=mark) for mark in "abcd"]
     _, reply = await admin.ask("everything@4", max_tokens=limit)
     assert reply["tts"]["stop"] == "answered"
     assert [branch["tokens"] for branch in reply["tts"]["recording"]["branches"]] == [limit] * 4
 
 
-async def test_a_stream_ends_with_it(admin: Admin) -> None:
+async def test_the_last_event_of_a_stream_has_the_recording(admin: Admin) -> None:
     async with admin.http.post(admin.url, json=_body("everything@2", stream=True), headers=ADMIN) as response:
         events = [line[6:] for line in (await response.text()).splitlines() if line.startswith("data: {")]
     assert len(json.loads(events[-1])["tts"]["recording"]["branches"]) == 2
@@ -268,19 +276,23 @@ async def test_a_stream_ends_with_it(admin: Admin) -> None:
     ("stop", "fault", "tts"),
     [("deadline", "hang", {"deadline_s": 0.3}), ("upstream_error", "cut", {}), ("max_tokens", "", {})],
 )
-async def test_what_is_cut_short_is_censored(admin: Admin, stop: str, fault: str, tts: dict[str, Any]) -> None:
+async def test_a_recording_cut_short_is_returned_as_censored(
+    admin: Admin, stop: str, fault: str, tts: dict[str, Any]
+) -> None:
     admin.backend.chains = [chain("7", 400, ["7"], mark="a")]
     admin.backend.fault, admin.backend.fault_after, admin.backend.fault_times = fault, 4, 1
     cap = {} if fault else {"max_total_tokens": 400}
     status, reply = await admin.ask("everything@1", tts=tts | cap)
     assert status == 200, reply
-    (told,) = reply["tts"]["recording"]["branches"]
+    (recorded,) = reply["tts"]["recording"]["branches"]
     assert reply["tts"]["stop"] == stop
-    assert (told["probes"], told["final"], told["complete"]) == (["7", "7"], None, False)
-    assert told["tokens"] == (2 if fault else 3) * INTERVAL  # under the cap one more, and no probe of it
+    assert (recorded["probes"], recorded["final"], recorded["complete"]) == (["7", "7"], None, False)
+    assert (
+        recorded["tokens"] == (2 if fault else 3) * INTERVAL
+    )  # under the cap one more interval, but no probe after it
 
 
-async def test_what_failed_altogether_says_what_it_cost(admin: Admin) -> None:
+async def test_a_recording_that_fails_entirely_reports_its_tokens(admin: Admin) -> None:
     admin.backend.chains = [chain("7", 400, [""], mark="a")]
     admin.backend.fault, admin.backend.fault_after = "cut", 2
     async with admin.http.post(admin.url, json=_body("everything@1"), headers=ADMIN) as response:

@@ -1,4 +1,4 @@
-"""The connection to the store: closing it while it is being opened."""
+"""The connection to the store can be closed while it is being opened."""
 
 from __future__ import annotations
 

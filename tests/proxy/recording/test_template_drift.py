@@ -1,4 +1,4 @@
-"""Whether the upstream still is what recordings were made with: noticed, soon, and whatever is down meanwhile."""
+"""Template drift: a difference between the upstream and its latest recordings is detected despite outages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest_asyncio.fixture
 async def path(backend: FakeVLLM, tmp_path: Path) -> Path:
-    """A store with a recording."""
+    """Return the path of a store with one recording."""
     async with recording(backend, tmp_path) as proxy:
         await vote(proxy, temperature=0)
         await ended(proxy, "recorded")
@@ -43,11 +43,11 @@ async def path(backend: FakeVLLM, tmp_path: Path) -> Path:
 
 
 async def noticed(proxy: Proxy) -> float:
-    found: float = await until(lambda: proxy.metric("autotts_recording_drift"))
-    return found
+    drift: float = await until(lambda: proxy.metric("autotts_recording_drift"))
+    return drift
 
 
-async def test_another_chat_template_is_noticed(
+async def test_a_changed_chat_template_or_interval_is_detected_as_drift(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "s.db"
@@ -69,21 +69,21 @@ async def test_another_chat_template_is_noticed(
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "expected_text"),
     [
         ({"branch_temperature": 0.3}, "branch temperature 'default' to '0.3'"),
         ({"probe_lead": "So \\boxed{"}, "probe template 'qwen3/2' to 'qwen3/2+"),
     ],
 )
-async def test_what_the_operator_sets_otherwise_is_noticed(
-    backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], words: str
+async def test_a_changed_branch_temperature_or_probe_lead_is_detected_as_drift(
+    backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], expected_text: str
 ) -> None:
     async with serving(backend, path, **settings) as proxy:
         assert await noticed(proxy) == 1
-    assert words in caplog.text
+    assert expected_text in caplog.text
 
 
-async def test_a_model_by_another_name_is_noticed(
+async def test_a_renamed_model_is_detected_as_drift(
     backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.fakes.MODEL", "renamed")
@@ -92,57 +92,59 @@ async def test_a_model_by_another_name_is_noticed(
     assert f"renamed differs from its latest recordings (model '{MODEL}' to 'renamed')" in caplog.text
 
 
-async def in_vain(caplog: pytest.LogCaptureFixture) -> None:
-    async def told() -> bool:
+async def until_comparison_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def is_logged() -> bool:
         return "cannot compare chat templates" in caplog.text
 
-    await until(told)
+    await until(is_logged)
 
 
-async def test_an_upstream_that_is_not_up_yet_is_looked_at_when_it_is(
+async def test_drift_is_checked_once_a_late_upstream_comes_up(
     backend: FakeVLLM, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     backend.greeting, backend.fault = "<new>", "no_models"
     async with serving(backend, path) as proxy:
-        await in_vain(caplog)
+        await until_comparison_failed(caplog)
         backend.fault = ""
         assert await noticed(proxy) == 1
 
 
-async def test_so_is_a_store(backend: FakeVLLM, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_drift_is_checked_once_a_missing_store_appears(
+    backend: FakeVLLM, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     backend.greeting = "<new>"
     away = tmp_path / "away"
     async with serving(backend, away / "s.db", spill=tmp_path / "spill") as proxy:
-        await in_vain(caplog)
+        await until_comparison_failed(caplog)
         (tmp_path / "made").mkdir()
         path.rename(tmp_path / "made" / "s.db")  # noqa: ASYNC240
         (tmp_path / "made").rename(away)
         assert await noticed(proxy) == 1
 
 
-async def test_a_store_that_is_yet_to_be_created_is_not_complained_of(
+async def test_a_store_not_yet_created_is_not_warned_of(
     backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     settings = load(upstream=backend.url, store=tmp_path / "s.db", **SMALL)
     async with upstream_session(settings) as session:
         drift = TemplateDrift(UpstreamClient(backend.url, session), settings, Metrics())
-        assert not await drift._check()  # it is looked at again soon
+        assert not await drift._check()  # the check is repeated soon
         async with Store.open(tmp_path / "s.db", create=True):
             pass
         assert await drift._check()
     assert not [record for record in caplog.records if record.name == "proxy.recording.template_drift"]
 
 
-async def test_an_upstream_that_has_failed_is_looked_at_again(backend: FakeVLLM, path: Path) -> None:
+async def test_drift_is_checked_again_after_upstream_failures(backend: FakeVLLM, path: Path) -> None:
     async with serving(backend, path) as proxy:
         await until(lambda: _compared(proxy))
         backend.greeting, backend.fault = "<new>", "broken"
         for _ in range(5):
             await proxy.ask("0", tts=VOTING)
-        assert await noticed(proxy) == 1  # long before the next look is due
+        assert await noticed(proxy) == 1  # long before the next check is due
 
 
 async def _compared(proxy: Proxy) -> bool:
@@ -150,14 +152,14 @@ async def _compared(proxy: Proxy) -> bool:
         return "autotts_recording_drift{" in await response.text()
 
 
-async def test_a_disk_that_fails_does_not_end_the_watch(
+async def test_a_failed_read_of_the_store_does_not_end_the_drift_check(
     backend: FakeVLLM, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, failures = Store.open, [OSError("the disk is gone")]
 
     @asynccontextmanager
     async def opened(path: Path, **given: Any) -> AsyncIterator[Store]:
-        if failures and not given:  # the recorder gives some
+        if failures and not given:  # the recorder passes options
             raise failures.pop()
         async with plain(path, **given) as store:
             yield store
@@ -169,7 +171,9 @@ async def test_a_disk_that_fails_does_not_end_the_watch(
     assert not failures
 
 
-async def test_one_text_completion_does_not_displace_chats(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_the_recording_of_a_text_completion_does_not_replace_those_of_chats(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
     async with recording(backend, tmp_path) as proxy:
         for _ in range(3):
             await vote(proxy)
@@ -177,27 +181,27 @@ async def test_one_text_completion_does_not_displace_chats(backend: FakeVLLM, tm
         body = {"model": MODEL, "prompt": f"<user>hi{ASSISTANT}", "tts": {"beta": 0, **VOTING}}
         assert (await call(proxy, "POST", "/v1/completions", body=body))[0] == 200
         await ended(proxy, "recorded", 4)
-    found = await recordings(tmp_path / "s.db")
-    assert len({one.version.upstream for one in found}) == 1
-    assert len({one.version for one in found}) == 2
+    made = await recordings(tmp_path / "s.db")
+    assert len({recording.version.upstream for recording in made}) == 1
+    assert len({recording.version for recording in made}) == 2
 
-    class Known:
+    class LabelledRecordings:
         def load(self, _: Cell) -> list[RecordedQuestion]:
-            return [replace(one, reference="7") for one in found]
+            return [replace(recording, reference="7") for recording in made]
 
-    scored = scorable_recordings(Known(), found[0].cell)  # type: ignore[arg-type]
-    assert [("prompt" in one.sampling, len(one.branches)) for one in scored] == [(False, 12)]
+    scored = scorable_recordings(LabelledRecordings(), made[0].cell)  # type: ignore[arg-type]
+    assert [("prompt" in recording.sampling, len(recording.branches)) for recording in scored] == [(False, 12)]
 
 
-async def test_a_prompt_that_is_asked_otherwise_than_chats_is_not_recorded(
+async def test_a_text_completion_with_another_template_ending_is_not_recorded(
     backend: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.episode.plan.PROMPT_TAIL", 40)  # a token is a character here
     async with recording(backend, tmp_path) as proxy:
-        prompt = f"<|start|>assistant{ASSISTANT}"  # as another family's chat template ends
+        prompt = f"<|start|>assistant{ASSISTANT}"  # the end of another family's chat template
         body = {"model": MODEL, "prompt": prompt, "tts": {"beta": 0, **VOTING}}
         assert (await call(proxy, "POST", "/v1/completions", body=body))[0] == 200
         chat = await vote(proxy)
         await ended(proxy, "recorded")
         assert await proxy.metric("autotts_recordings_total") == 1
-    assert [one.request for one in await recordings(tmp_path / "s.db")] == [chat]
+    assert [recording.request for recording in await recordings(tmp_path / "s.db")] == [chat]
