@@ -283,20 +283,38 @@ async def test_the_limits_of_a_key_bind_its_requests_and_no_others(backend: Fake
 @pytest.mark.parametrize(
     ("limits", "settings", "asked", "expected_text", "param"),
     [
-        ({"tokens": 50}, {}, None, "the limit `tokens` of key alice is 50; one interval", None),
-        ({"tokens": 50}, {}, 500, "the limit `tokens` of key alice is 50; one interval", None),
-        ({"tokens_per_minute": 90}, {}, 500, "the limit `tokens_per_minute` of key alice is 90; one interval", None),
+        ({"tokens": 50}, {}, None, "the limit `tokens` of key alice is 50 tokens; this request needs", None),
+        ({"tokens": 50}, {}, 500, "the limit `tokens` of key alice is 50 tokens; this request needs", None),
+        (
+            {"tokens_per_minute": 90},
+            {},
+            500,
+            "the limit `tokens_per_minute` of key alice is 90 tokens; this request needs",
+            None,
+        ),
         (
             {"tokens_per_minute": 200},
             {},
             None,
             "a quarter of the limit `tokens_per_minute` of key alice (200), for a request that sets no "
-            "tts.max_total_tokens, is 50; one interval",
+            "tts.max_total_tokens, is 50 tokens; this request needs",
             None,
         ),
-        ({}, {"max_total_tokens": 50}, None, "the server's limit AUTOTTS_MAX_TOTAL_TOKENS is 50; one", None),
-        ({}, {"tokens_per_minute": 90}, 500, "the server's limit AUTOTTS_TOKENS_PER_MINUTE is 90; one", None),
-        ({"tokens": 500}, {}, 50, "tts.max_total_tokens is 50; one interval", "tts.max_total_tokens"),
+        (
+            {},
+            {"max_total_tokens": 50},
+            None,
+            "the server's limit AUTOTTS_MAX_TOTAL_TOKENS is 50 tokens; this request needs",
+            None,
+        ),
+        (
+            {},
+            {"tokens_per_minute": 90},
+            500,
+            "the server's limit AUTOTTS_TOKENS_PER_MINUTE is 90 tokens; this request needs",
+            None,
+        ),
+        ({"tokens": 500}, {}, 50, "tts.max_total_tokens is 50 tokens; this request needs", "tts.max_total_tokens"),
     ],
 )
 async def test_a_cap_too_small_for_one_interval_is_refused_and_its_setting_is_named(
