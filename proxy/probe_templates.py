@@ -54,7 +54,7 @@ class Template:
         return self.close or "\n\n"
 
     def thinking(self, prompt_tail: str, text: str) -> bool:
-        """Whether a branch is inside its thought. The chat template may have opened it at the end of the prompt."""
+        """Return whether a branch is inside its thought. The chat template may have opened it in the prompt's tail."""
         if not self.opening or self.ending in text:
             return False
         return self.always or self.opening in text or prompt_tail.rstrip().endswith(self.opening)

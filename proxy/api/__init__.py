@@ -1,4 +1,4 @@
 """Endpoints in OpenAI's format: chat completions, completions, responses, and the OpenAPI document.
 
-Imported by app alone.
+Imported by app only.
 """

@@ -1,4 +1,4 @@
-"""Responses to requests that fail: one function turns every exception into an error in OpenAI's form."""
+"""Map every exception to an error response in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from proxy.http.sse import ClientDisconnected
 from proxy.passthrough.forward import UNSERVED_PATHS
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that disconnected. Only the access log shows it."""
+"""nginx's status for a client that disconnected. It appears in the access log only."""
 
 
 class ErrorResponses:
-    """Turn exceptions into responses. `paths` are those that are served, to suggest one for a path that is not."""
+    """Turn exceptions into responses. `paths` lists the served paths, which are suggested for unknown ones."""
 
     def __init__(self, paths: Collection[str]) -> None:
         self._paths = [path for path in paths if path.startswith("/v1/")]
@@ -41,7 +41,7 @@ class ErrorResponses:
         if outcome := _outcome(error):
             request.app.state.service.metrics.requests.labels("", "", outcome).inc()
         headers = {"x-request-id": current_request_id(), **error.headers}
-        if error.spent:  # a client's retry would buy every branch again
+        if error.spent:  # a retry by the client would pay for every branch again
             headers |= {"x-should-retry": "false", "x-tts-tokens": str(error.spent)}
         return JSONResponse(errors.body(error), error.status, headers)
 
@@ -58,9 +58,9 @@ class ErrorResponses:
         return JSONResponse(errors.body(shown), error.status_code, headers)
 
     def _suggested_path(self, path: str) -> str | None:
-        """Return the path of an endpoint that a client asks for under a wrong base URL, or None.
+        """Return the endpoint that a client with a wrong base URL probably means, or None.
 
-        Such paths lack /v1, have it twice, or have the path of another server before it
+        Such paths lack /v1, have it twice, or begin with the path of another server
         (`/openai/deployments/NAME/chat/completions`).
         """
         with_version = f"/v1/{path.strip('/')}"
@@ -68,13 +68,13 @@ class ErrorResponses:
             with_version = with_version.removeprefix("/v1")
         if with_version.startswith("/v1/models/") and with_version != path:
             return with_version
-        ends = [known for known in self._paths if with_version.endswith(known.removeprefix("/v1"))]
-        suggestion = max(ends, key=len, default=path)
+        candidates = [served for served in self._paths if with_version.endswith(served.removeprefix("/v1"))]
+        suggestion = max(candidates, key=len, default=path)
         return None if suggestion == path else suggestion
 
 
 def _outcome(error: ApiError) -> str:
-    """Return the outcome that `error` is counted as; empty where it is counted already, or elsewhere."""
+    """Return the outcome label under which `error` is counted; empty if it is counted elsewhere."""
     if error.is_counted or isinstance(error, TooMany | RecordsAway):
         return ""
     if isinstance(error, Unauthorised | Forbidden):

@@ -1,4 +1,4 @@
-"""Requests that no controller serves: handed to the upstream, within the caller's budget."""
+"""Forward requests that no controller serves to the upstream, within the caller's budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from proxy.types import EffectiveBeta, Model
 
 
 class ForwardEndpoints:
-    """Endpoints of the upstream's own, and generations without a controller."""
+    """Endpoints that the upstream serves, and generation requests that no controller serves."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -57,7 +57,7 @@ class ForwardEndpoints:
         dial: EffectiveBeta | None,
         unserved: PassThroughReason,
     ) -> Response:
-        """Forward a generation, within the caller's budget, and say in the response why no controller served it."""
+        """Forward a generation request within the caller's budget. The response says why no controller served it."""
         service = self._service
         service.unapplied.report(model.id, parsed.tts, dial, unserved)
         is_named = parsed.model is not None or service.settings.model is not None
@@ -101,7 +101,7 @@ class ForwardEndpoints:
         return response
 
     def _remember(self, request: Request, response: Response, model: str, reason: str) -> Response:
-        """Keep a forwarded request findable by all of its ids. Return the response to send."""
+        """Store a forwarded request under all of its ids. Return the response to send."""
         recent = self._service.recent
         tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -116,7 +116,7 @@ class ForwardEndpoints:
 
 @contextmanager
 def counting_disconnects(metrics: Metrics, model: str) -> Iterator[None]:
-    """Count a client that disconnects inside this context, before anything else counts its request."""
+    """Return a context that counts a client's disconnect, because nothing else counts such a request."""
     try:
         yield
     except (ClientDisconnected, asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""GenerationRequest endpoints: served by a controller where β is set and one can serve the request, else forwarded."""
+"""Generation endpoints. A controller serves a request if β is set and it can; other requests are forwarded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RESPONSES: Final = Format(ResponsesRequest, "resp_", responses.to_json, response
 
 
 class GenerationEndpoints:
-    """`/v1/chat/completions`, `/v1/completions` and `/v1/responses`."""
+    """The endpoints `/v1/chat/completions`, `/v1/completions` and `/v1/responses`."""
 
     def __init__(self, service: Service, forwarding: ForwardEndpoints) -> None:
         self._service = service
@@ -99,8 +99,8 @@ class GenerationEndpoints:
             return JSONResponse(form.to_json(parsed, reply), headers=reply_headers(reply.plan, reply.tts))
         news: asyncio.Queue[str] = asyncio.Queue()
         report = news.put_nowait if parsed.tts.progress else None
-        thoughts = progress_and_result(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
-        return StreamedResponse.of(form.stream(parsed, plan, thoughts), early_headers(plan))
+        updates = progress_and_result(lambda: self._serve(slot, plan, report), news, service.settings.ping_s)
+        return StreamedResponse.of(form.stream(parsed, plan, updates), early_headers(plan))
 
     def _resolve_beta(
         self, request: Request, parsed: GenerationRequest, model: Model, alias: float | None
@@ -145,7 +145,7 @@ class GenerationEndpoints:
     async def _generate_each(
         self, request: Request, prompts: Sequence[GenerationRequest], model: Model, dial: EffectiveBeta, name: str
     ) -> Response:
-        """Serve each prompt of a request by an episode of its own, and answer with one response."""
+        """Run one episode for each prompt of a request, and return one response."""
         service, parsed, path = self._service, prompts[0], request.scope["path"]
         slots = service.request_slots.acquire_episodes(request, parsed.tts.max_total_tokens, len(prompts))
         news: asyncio.Queue[PromptNews] = asyncio.Queue()
@@ -176,16 +176,16 @@ class GenerationEndpoints:
         with counting_disconnects(service.metrics, model.id):
             plans = await cancel_on_disconnect(request.receive, plan_all())
         logs.request_id.set(name)
-        tenant, first = request.state.caller.tenant, plans[0].request_id  # both names lead to the first prompt
+        tenant, first = request.state.caller.tenant, plans[0].request_id  # both ids refer to the first prompt
         service.recent.add_alias(tenant, name, first)
         service.recent.add_client_id(tenant, logs.client_request_id.get(), first)
         if not parsed.stream:
             batch = await cancel_on_disconnect(request.receive, service.tracer.episode(plans[0], serve_all()))
             return JSONResponse(completions.batch_to_json(batch), headers=batch.headers)
-        thoughts = progress_and_result(
+        updates = progress_and_result(
             lambda: service.tracer.episode(plans[0], serve_all()), news, service.settings.ping_s
         )
-        events = completions.stream_batch(parsed, name, plans, thoughts)
+        events = completions.stream_batch(parsed, name, plans, updates)
         return StreamedResponse.of(events, {**early_headers(plans[0]), "x-request-id": name})
 
     async def _serve(self, slot: RequestSlot, plan: Plan, report: Callable[[str], None] | None = None) -> Reply:

@@ -1,4 +1,4 @@
-"""Models of the upstream, found by the name in a request."""
+"""Find the upstream's models by the name in a request."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class ModelDirectory:
 
     def __init__(self, engine: UpstreamClient, default: str | None) -> None:
         self._engine = engine
-        self._default = default  # model of requests that name none; None stands for the upstream's first
+        self._default = default  # model of requests that name none; None means the upstream's first model
         self._models: dict[str, Model] = {}
 
     async def refresh(self) -> dict[str, Model]:
-        """Ask the upstream for its models and return them by name. Raises UpstreamError."""
+        """Read the upstream's models and return them by name. Raises UpstreamError."""
         self._models = {model.id: model for model in await self._engine.models()}
         return self._models
 
     async def find(self, name: str | None) -> tuple[Model, float | None]:
-        """Return the model that `name` means, and the β that its alias sets.
+        """Return the model called `name`, and the β that its alias sets, or None.
 
         Raises NotFound, BadRequest or UpstreamError.
         """
@@ -39,5 +39,5 @@ class ModelDirectory:
         if beta is not None:
             return self._models[plain], beta
         hint = f"; set β by a number, as in {plain}@0.5" if plain in self._models else ""
-        message = f"there is no model {name!r}; there are {', '.join(self._models)}{hint}"
+        message = f"there is no model {name!r}; the upstream serves {', '.join(self._models)}{hint}"
         raise NotFound(message, param="model", code="model_not_found")

@@ -20,7 +20,7 @@ class ModelEndpoints:
         self._service = service
 
     async def list_models(self, request: Request) -> Response:
-        """List the upstream's models as it lists them, then their aliases."""
+        """List the upstream's models unchanged, followed by their aliases."""
         engine = self._service.engine
         if not self._service.settings.model_aliases:
             return await forward(engine, request, b"", untouched_headers("endpoint"))
@@ -29,11 +29,15 @@ class ModelEndpoints:
         return JSONResponse({"object": "list", "data": [*cards, *aliases]}, headers=untouched_headers("endpoint"))
 
     async def retrieve_model(self, request: Request) -> Response:
-        """Return one model, or an alias of one with any β. Raises NotFound, BadRequest or UpstreamError."""
+        """Return one model, or its alias with any β. Raises NotFound, BadRequest or UpstreamError."""
         name = request.path_params["model"]
         model, beta = await self._service.models.find(name)
         card = next((card for card in await self._service.engine.model_cards() if card["id"] == model.id), None)
         if card is None:
-            raise NotFound(f"model {name!r} is not served any more", param="model", code="model_not_found")
+            raise NotFound(
+                f"the upstream no longer serves model {name!r}; list its models at /v1/models",
+                param="model",
+                code="model_not_found",
+            )
         shown = card if beta is None else {**alias_card(card, beta), "id": name}
         return JSONResponse(shown, headers=untouched_headers("endpoint"))

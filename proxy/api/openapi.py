@@ -1,7 +1,7 @@
-"""Descriptions of the routes, from which FastAPI writes the OpenAPI document with the models of requests.
+"""Describe the routes for FastAPI, which generates the OpenAPI document from them and the request models.
 
-Requests to fixed paths are dispatched before FastAPI (see `proxy/app.py`), so the signatures made here describe a
-request, and never read one.
+Requests to fixed paths are dispatched before FastAPI (see `proxy/app.py`). So the signatures built here only document
+requests and never parse one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ ERROR: Final[Schema] = {
         }
     },
 }
-"""OpenAI's form of an error. `code` is a text, null, or a number of the upstream's."""
+"""OpenAI's error format. `code` is a string, null, or a number from the upstream, so it has no type here."""
 BETA_PATTERN: Final = r"^(0?\.[0-9]{1,9}|[01])$"
+"""Documented pattern of β in a header."""
 
 
 _OPTIONAL_TEXT: Final[Any] = Annotated[str | None, WithJsonSchema({"type": "string"})]
@@ -52,7 +53,7 @@ class Operation(NamedTuple):
     path: str | None = None  # name of the parameter in the path
     query: tuple[str, ...] = ()  # names of optional parameters
     media: str = "application/json"
-    streams: bool = False  # answers with server-sent events where the request asks for them
+    streams: bool = False  # it can answer with server-sent events
     is_forwarded: bool = False  # the upstream defines body and response
 
     def signature(self, method: str, *, needs_key: bool) -> inspect.Signature:
@@ -74,7 +75,7 @@ class Operation(NamedTuple):
 
     @property
     def responses(self) -> dict[int | str, dict[str, Any]]:
-        """Return the responses by status, and the error that any other status has."""
+        """Responses by status, and the error response for any other status."""
         content: dict[str, Any] = {self.media: {"schema": self.response} if self.media == "application/json" else {}}
         if self.streams:
             content["text/event-stream"] = {}

@@ -1,4 +1,4 @@
-"""Headers of responses that no controller took part in, and the id that every response carries."""
+"""Headers of responses without a controller, and the request id of every response."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from proxy.telemetry import logs
 
 
 def untouched_headers(reason: str) -> dict[str, str]:
-    """Return the headers of a response that no controller took part in, for `reason`."""
+    """Return the headers of a response without a controller. `reason` says why none served the request."""
     return {"x-request-id": current_request_id(), "x-tts-applied": "false", "x-tts-reason": reason}
 
 

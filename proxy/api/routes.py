@@ -1,4 +1,4 @@
-"""The table of routes: path, method, endpoint, who may call it, and what the OpenAPI document says of it."""
+"""Table of routes: path, method, required access, endpoint and its description in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Route(NamedTuple):
     method: str
     access: Access
     endpoint: Callable[[Endpoints], Endpoint]
-    operation: Operation | None  # its description; None for pages that the OpenAPI document leaves out
+    operation: Operation | None  # description; None if the OpenAPI document omits the route
 
 
 _ARRAY: Final = {"type": "array"}
@@ -97,7 +97,7 @@ ROUTES: Final = (
         Access.CLIENT,
         lambda endpoints: endpoints.tts.curve,
         Operation(
-            "Retrieve what β costs and brings on a model",
+            "Retrieve the cost and accuracy of each β on a model",
             response=object_schema("model", model=TEXT),
             query=("model", "controller"),
         ),
@@ -160,7 +160,7 @@ ROUTES: Final = (
         "GET",
         Access.CLIENT,
         lambda endpoints: endpoints.status.metrics,
-        Operation("Retrieve the metrics in Prometheus' text format", media="text/plain"),
+        Operation("Retrieve the metrics in the Prometheus text format", media="text/plain"),
     ),
     *(
         Route(
@@ -183,4 +183,4 @@ ROUTES: Final = (
         for path in GET_PATHS
     ),
 )
-"""Every route. A test holds the app to it, and tries each with no key, a client's key and an admin's."""
+"""All routes. A test compares the app with this table, and calls each route without, with a client and an admin key."""

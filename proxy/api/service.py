@@ -1,4 +1,4 @@
-"""The parts of the proxy that endpoints share, built once for each app."""
+"""Components that the endpoints share, built once per app."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from proxy.upstream.health_monitor import HealthMonitor
 
 
 class Service:
-    """One upstream with its settings, metrics, limits, controllers and records."""
+    """Components of one app: the upstream client, settings, metrics, limits, controllers and records."""
 
     def __init__(
         self,
@@ -74,15 +74,15 @@ class Service:
             self.metrics.keys_broken.set_function(lambda: keyring.is_broken)
 
     def _count_upstream_event(self, event: str) -> None:
-        """Count an event of the circuit breaker, and compare chat templates again soon: the upstream may be another."""
+        """Count an upstream event, and schedule a check of the chat templates: the upstream may have been replaced."""
         self.metrics.upstream_events.labels(event).inc()
         self.drift.report_upstream_failure()
 
     async def _check_upstream(self) -> bool:
-        """Return whether the upstream is healthy and serves a model, by asking it."""
+        """Check whether the upstream is healthy and serves a model, and return the result."""
         try:
-            is_well = await self.engine.is_healthy()
-            self.served = [model.id for model in await self.engine.models(is_check=True)] if is_well else []
+            is_healthy = await self.engine.is_healthy()
+            self.served = [model.id for model in await self.engine.models(is_check=True)] if is_healthy else []
         except UpstreamError:
             self.served = []
         return bool(self.served)

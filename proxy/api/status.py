@@ -20,19 +20,19 @@ DOCS_ASSETS: Final = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 
 
 class StatusEndpoints:
-    """`/health`, `/ready`, `/metrics`, `/openapi.json` and `/docs`."""
+    """The endpoints `/health`, `/ready`, `/metrics`, `/openapi.json` and `/docs`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def health(self, _: Request) -> Response:
-        """Say that the process is alive."""
+        """Report that the process is alive."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Say whether the upstream serves a model. Callers with a key, where there are keys, also learn the details.
+        """Report whether the upstream serves a model. Authenticated callers also get details.
 
-        The upstream is asked once a second at most, however often this is called.
+        The upstream is checked at most once a second, however often this is called.
         """
         service = self._service
         is_up = await service.health_monitor.is_ready() and service.engine.breaker.is_closed
@@ -44,11 +44,11 @@ class StatusEndpoints:
         return JSONResponse(status, HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics(self, _: Request) -> Response:
-        """Return the metrics in Prometheus' text format."""
+        """Return the metrics in the Prometheus text format."""
         return Response(self._service.metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
-        """Return the OpenAPI document, which FastAPI makes of the routes and their models."""
+        """Return the OpenAPI document, which FastAPI generates from the routes and their models."""
         return JSONResponse(request.app.openapi())
 
     async def docs(self, _: Request) -> Response:
@@ -63,7 +63,7 @@ class StatusEndpoints:
         )
 
     async def docs_asset(self, request: Request) -> Response:
-        """Return a script or a style of that page. Raises NotFound."""
+        """Return a script, style or icon of the `/docs` page. Raises NotFound."""
         name = request.path_params["asset"]
         if name not in DOCS_ASSETS:
             raise NotFound(f"there is no file {name!r}", code="not_found")

@@ -1,4 +1,4 @@
-"""Endpoints under `/v1/tts`: why a request ended, feedback, the cost of β, and what each key uses."""
+"""Endpoints under `/v1/tts`: explanations of requests, feedback, the calibration of β, and the usage of keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from proxy.errors import ApiError, NotFound
 from proxy.requests.parsing import parse_feedback_request
 
 SHOWN_CHARS: Final = 100
-"""Characters of an answer that are shown where an episode is explained."""
+"""Maximum characters of an answer in the explanation of an episode."""
 
 
 class TtsEndpoints:
@@ -53,22 +53,23 @@ class TtsEndpoints:
         caller: Caller = request.state.caller
         own = service.recent.resolve(caller.tenant, feedback.request, is_admin=caller.is_admin)
         feedback = feedback.model_copy(update={"request": own})
-        heard = await service.episode_log.record_feedback(caller, feedback)
-        if heard.is_first and heard.satisfied is not None and heard.owner.stage is not None:
-            service.controllers.record_feedback(RolloutStage(heard.owner.stage), heard.owner.digest, heard.satisfied)
-        status = HTTPStatus.OK if heard.is_on_disk else HTTPStatus.ACCEPTED
+        receipt = await service.episode_log.record_feedback(caller, feedback)
+        owner = receipt.owner
+        if receipt.is_first and receipt.satisfied is not None and owner.stage is not None:
+            service.controllers.record_feedback(RolloutStage(owner.stage), owner.digest, receipt.satisfied)
+        status = HTTPStatus.OK if receipt.is_on_disk else HTTPStatus.ACCEPTED
         return JSONResponse(
             {
-                "id": heard.id,
+                "id": receipt.id,
                 "object": "tts.feedback",
                 "request_id": feedback.request,
-                "status": "recorded" if heard.is_on_disk else "queued",
+                "status": "recorded" if receipt.is_on_disk else "queued",
             },
             status,
         )
 
     async def curve(self, request: Request) -> Response:
-        """Return what β costs and brings on a model, as it was calibrated. Raises NotFound."""
+        """Return the calibrated cost and accuracy of each β on a model. Raises NotFound."""
         model, _ = await self._service.models.find(request.query_params.get("model"))
         first = self._service.betas.calibrations.get(model.id)
         if first is None:
@@ -76,13 +77,13 @@ class TtsEndpoints:
         name = request.query_params.get("controller")
         calibration = first if name is None else first.of_name(name)
         if calibration is None:
-            known = ", ".join(other.controller for other in first.all)
-            message = f"model {model.id!r} was calibrated for {known}, not {name!r}"
+            calibrated = ", ".join(other.controller for other in first.all)
+            message = f"model {model.id!r} was calibrated for {calibrated}, not {name!r}"
             raise NotFound(message, param="controller", code="no_calibration")
         return JSONResponse({"model": model.id, **calibration.as_json()})
 
     async def keys(self, _: Request) -> Response:
-        """Return the limits of each key, and what it uses now."""
+        """Return the limits and the current usage of each key."""
         ring = self._service.authenticator.keyring
         return JSONResponse(
             self._service.request_slots.as_json({key.name: key.caps for key in ring.keys} if ring else {})
@@ -90,7 +91,10 @@ class TtsEndpoints:
 
 
 def _explained(episode: ServedEpisode) -> Response:
-    """Return the explanation of an episode. It takes time, and repeats each answer once a round. Raises TraceError."""
+    """Return the explanation of an episode. Raises TraceError.
+
+    This is slow, so it runs in a thread. Answers are clipped because the explanation repeats them in each round.
+    """
     answers = [_clipped(answer) for answer in episode.about.get("answers", ())]
     about = EpisodeDetails(**{**episode.about, "answers": answers})
     answer = None if episode.answer is None else _clipped(episode.answer)

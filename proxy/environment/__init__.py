@@ -1,4 +1,4 @@
-"""The live environment: branches of one request on vLLM, their answers, and whether the task can be voted on.
+"""Live environment of one request: its branches on vLLM, their answers, and whether the task can be voted on.
 
 Imported by recording, episode and api. Imports upstream and what is below it.
 """

@@ -1,8 +1,8 @@
 """Read and compare answers off the event loop, so that no tenant's answers delay another's requests.
 
-Most answers are read in microseconds, on the event loop. Long texts are read in a thread. Client patterns and
-comparisons by math-verify can take seconds. So each tenant runs one of them at a time, within time budgets per episode
-and per tenant. Beyond a budget, answers are compared by their canonical form only, and a metric counts that.
+Most answers are read in microseconds, on the event loop. Long texts are read in a thread. Matching a client's pattern
+and comparing with math-verify can take seconds. So each tenant runs one of these at a time, within time budgets per
+episode and per tenant. Beyond a budget, answers are compared by their canonical form only, and a metric counts that.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ R = TypeVar("R")
 SHORT: Final = 500
 """Maximum number of characters of a text that is read on the event loop."""
 SLOW_THREADS: Final = 4
+"""Number of threads for client patterns and comparisons."""
 WORKERS: Final = 2
 """Number of math-verify processes."""
 EPISODE_S: Final = 4.0
 """Seconds per episode for comparisons by math-verify, and CPU seconds per episode for the client's pattern."""
 TENANT_S: Final = 20.0
-"""Maximum seconds of comparisons that a tenant may have saved up."""
+"""Capacity of a tenant's token bucket, in seconds of comparisons."""
 TENANT_SHARE: Final = 0.5
-"""Seconds of comparisons that a tenant gains per second."""
+"""Refill rate of a tenant's token bucket, in seconds of comparisons per second."""
 KILL_S: Final = 3.0
 """Extra seconds charged for a comparison whose process is killed, because another must be started."""
 WAIT_S: Final = 5.0
@@ -44,7 +45,10 @@ class Grader(Protocol):
         ...
 
     async def compare(self, written: str, others: Sequence[tuple[int, str]]) -> int | None:
-        """Return the label of the first of `others` that is found equal to `written`, or None."""
+        """Return the label of the first answer in `others` that equals `written`, or None.
+
+        `others` are pairs of a label and an answer as it was written.
+        """
         ...
 
 
@@ -169,7 +173,7 @@ class EpisodeGrader:
         return None
 
     def _is_spent(self) -> bool:
-        """Whether a budget for comparisons is spent; if so, count it."""
+        """Return whether a budget for comparisons is used up, and count that in the metrics."""
         if self._judge_budget.left <= 0:
             self._count("judge_episode")
         elif self._lane.budget.left <= 0:

@@ -24,7 +24,7 @@ class BranchAnswers:
         self._limits = generator.limits
 
     async def number(self, answer: Answer | None) -> int | None:
-        """Return the label of an answer. If canonical forms do not decide which it is, the grader does."""
+        """Return the label of an answer. If canonical forms do not decide the label, the grader does."""
         if answer is None:
             return None
         undecided = self.labels.undecided(answer.form)
@@ -36,9 +36,10 @@ class BranchAnswers:
         return await self.grader.read(self._prompt.template.split(self._prompt.tail, text)[1], self._prompt.kind)
 
     async def of_finished(self, branch: LiveBranch) -> Answer | None:
-        """Return the answer of a finished branch, read once. A branch that was cut within its thought has none.
+        """Return the answer of a finished branch, or None. The branch is read only once.
 
-        A reply that a client's stop string cut before its answer is probed for it.
+        A branch that was cut within its thought has no answer. If a client's stop string cut the reply before its
+        answer, the branch is probed.
         """
         if not branch.is_read and branch.finish == "stop":
             branch.answer, branch.is_read = await self.read(branch.text), True
@@ -52,7 +53,7 @@ class BranchAnswers:
         return branch.answer
 
     def may_probe_cut(self) -> bool:
-        """Count another reply that was cut by a stop string; whether it may be probed for its answer."""
+        """Count a reply that was cut by a stop string. Return whether it may be probed for its answer."""
         self.cut_probes += 1
         return self._limits.cut_probes is None or self.cut_probes <= self._limits.cut_probes
 
@@ -62,7 +63,7 @@ class BranchAnswers:
         return None if text is None else await self.grader.read(text, self._prompt.kind)
 
     async def probe(self, ids: Sequence[int], text: str) -> Answer | None:
-        """Probe a branch with these ids and this text on the proxy's own account, not a controller's."""
+        """Probe a branch with these ids and this text. The tokens count as the proxy's, not as a controller's."""
         suffix = await self._generator.suffix(text, lead=True)
         context = [*self._prompt.ids, *ids, *suffix]
         output = await self._generator.generate_one(

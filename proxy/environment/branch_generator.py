@@ -1,4 +1,4 @@
-"""Generates the text of one request's branches and probes on the upstream: contexts, sampling, calls and their bill."""
+"""Generate the branches and probes of one request on the upstream: contexts, sampling, calls and their bill."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from proxy.upstream.detokeniser import CallDecoder, Detokeniser
 OPEN_STREAM_INTERVAL: Final = 8
 """Maximum number of tokens per chunk while it is not confirmed that the task can be voted on."""
 MIN_CHUNKS: Final = 4
-"""Minimum number of chunks in which the tokens of a short call arrive."""
+"""Minimum number of chunks into which the tokens of a short call are split."""
 
 
 class BranchGenerator:
-    """Sends one request's calls to the upstream, bills them, and knows which outputs are in flight."""
+    """Sends one request's calls to the upstream, bills them, and keeps track of the outputs in flight."""
 
     def __init__(
         self, engine: UpstreamClient, prompt: Prompt, limits: EnvironmentLimits, votability: VotabilityState
@@ -53,18 +53,18 @@ class BranchGenerator:
 
     async def suffix(self, text: str, *, lead: bool) -> list[int]:
         """Return ids that close the thought in a branch's `text` and, with `lead`, begin its answer."""
-        make = self.prompt.template.suffix if lead else self.prompt.template.closing
-        return await self.engine.tokenise_suffix(self.prompt.model, make(self.prompt.tail, text))
+        build_suffix = self.prompt.template.suffix if lead else self.prompt.template.closing
+        return await self.engine.tokenise_suffix(self.prompt.model, build_suffix(self.prompt.tail, text))
 
     def is_greedy(self, index: int) -> bool:
-        """Whether branch `index` is generated at temperature 0."""
+        """Return whether branch `index` is generated at temperature 0."""
         return index == 0 and self.prompt.greedy_first
 
     def sampling(self, text: str, index: int, piece: int = 0) -> dict[str, Any]:
-        """Return the sampling of a call that continues branch `index`, whose text is `text`.
+        """Return the sampling parameters of a call that continues branch `index`, whose text is `text`.
 
-        With a client's seed, branches do not share calls, and each call of a branch (`piece` counts them) gets a seed
-        of its own. vLLM would give every prompt of a call the same seed, and thus equal branches.
+        If the client sets a seed, branches do not share calls, and each call of a branch gets its own seed. `piece` is
+        the number of the call. vLLM would give every prompt of a call the same seed, and so generate equal branches.
         """
         sampling = dict(self.prompt.sampling)
         if self.is_greedy(index):
@@ -86,14 +86,14 @@ class BranchGenerator:
         call.stream_interval = self._stream_interval(call.max_tokens)
         ends_in_plain_text = call.suffix_tokens and self.prompt.template in probe_templates.TEMPLATES.values()
         try:
-            if ends_in_plain_text:  # then the server's own text is right
+            if ends_in_plain_text:  # the server's text is then correct
                 await self.engine.generate(self.prompt.model, call)
             else:
                 async with self._decoder.over(call, self.detokeniser):
                     await self.engine.generate(self.prompt.model, call)
         except BaseException as error:
             meter.aborted_tokens += call.generated
-            if call.generated or not isinstance(error, UpstreamError):  # otherwise it had not even begun
+            if call.generated or not isinstance(error, UpstreamError):  # otherwise generation had not begun
                 meter.max_unseen_tokens += call.max_unseen_tokens
             raise
         meter.add(call)
@@ -107,9 +107,10 @@ class BranchGenerator:
         *,
         suffix: int = 0,
     ) -> Output:
-        """Return what follows `context`, in a call of its own. The proxy wrote the last `suffix` tokens of `context`.
+        """Generate one continuation of `context` in its own call, and return it.
 
-        If the call is aborted, the output so far belongs to `owner`.
+        The last `suffix` tokens of `context` come from the proxy. If the call is aborted, its output so far belongs to
+        `owner`.
         """
         call = Call([context], max_tokens, sampling, suffix_tokens=suffix)
         self._in_flight = [(owner, call.outputs[0])]
@@ -133,9 +134,9 @@ class BranchGenerator:
         self._in_flight = []
 
     def take_in_flight(self) -> list[tuple[LiveBranch, Output]]:
-        """Return what aborted calls have generated, with the branches it continues, and forget it.
+        """Return and clear the outputs of aborted calls, each with the branch that it continues.
 
-        Outputs whose text is not decoded yet are left out.
+        Outputs whose text is not decoded yet are dropped.
         """
         outputs = [
             (owner, output) for owner, output in self._in_flight if owner is not None and output.server_text is None
@@ -146,8 +147,8 @@ class BranchGenerator:
     def _stream_interval(self, max_tokens: int) -> int:
         """Return the number of tokens per chunk for a call of up to `max_tokens` per output.
 
-        Tokens that have not arrived when a call is aborted are not billed. Calls are often aborted while votability is
-        not confirmed, and short ones would be aborted before more than their first token has arrived.
+        Tokens that have not arrived when a call is aborted are not billed, so chunks are small where aborts are likely.
+        While votability is not confirmed calls are often aborted, and a short call may have delivered one token only.
         """
         if not self._votability.confirmed:
             return max(1, min(OPEN_STREAM_INTERVAL, max_tokens // MIN_CHUNKS))
@@ -155,6 +156,6 @@ class BranchGenerator:
 
 
 def _derive_seed(seed: int, branch: int, piece: int) -> int:
-    """Return a seed for one call of one branch. A seed used twice would draw the same numbers again."""
+    """Return a seed for one call of one branch. Two calls with the same seed would draw the same numbers."""
     digest = blake2b(f"{seed}/{branch}/{piece}".encode(), digest_size=4).digest()
     return int.from_bytes(digest) & 0x7FFFFFFF

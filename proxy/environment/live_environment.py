@@ -1,6 +1,7 @@
-"""The environment of a live request: it carries out a controller's rounds on vLLM.
+"""Environment of a live request: executes a controller's rounds on vLLM.
 
-A round is sent in as few calls as possible: all branches that run equally long share one, all probes share another.
+A round is sent in as few calls as possible. Branches that advance by the same number of tokens share a call, and so do
+all probes.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from proxy.upstream.client import UpstreamClient
 
 
 class SentBytesExceeded(Exception):
-    """The request has sent the upstream as many bytes as it may."""
+    """The request has sent the upstream as many bytes as the limit allows."""
 
 
 class _Step(NamedTuple):
-    """One action that is being carried out, and where its output lands."""
+    """One action that is being executed, and its output."""
 
     action: Action
     branch: int
     output: Output
     max_tokens: int
-    revealed: int = 0  # tokens the branch was given in this step that had been generated ahead
+    revealed: int = 0  # tokens of this step that had been generated ahead
 
 
 class _ActionResult(NamedTuple):
@@ -52,7 +53,7 @@ class LiveEnvironment:
     """Implements `controllers.Environment` over an UpstreamClient. One object serves one request.
 
     `execute` raises UpstreamError. After it fails or is cancelled, `salvage` keeps what had been generated.
-    With `keeps_all_branches`, every branch is run whatever it says, as recordings and benchmarks need.
+    With `keeps_all_branches`, every branch is run to its end, even if it has no answer, for recordings and benchmarks.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class LiveEnvironment:
 
     @property
     def meter(self) -> TokenMeter:
-        """The count of what the upstream has done for the request."""
+        """Tokens and requests that the upstream has spent on this request."""
         return self._generator.meter
 
     @property
@@ -104,7 +105,7 @@ class LiveEnvironment:
 
     @property
     def votable(self) -> bool:
-        """Whether the task can be voted on, as far as is known."""
+        """Whether the task can be voted on, according to the check so far."""
         return self._votability.votable
 
     @property
@@ -136,7 +137,7 @@ class LiveEnvironment:
         return [await self._fact(results[i]) for i in sorted(results)]
 
     def salvage(self) -> None:
-        """Append to the branches what was generated ahead, and what aborted calls had generated."""
+        """Append to the branches the outputs generated ahead and the partial outputs of aborted calls."""
         unopened = self._check.take_unopened()
         if unopened is not None:
             self.branches.append(unopened)
@@ -147,7 +148,7 @@ class LiveEnvironment:
             self._grow(branch, output)
 
     def discard_in_flight(self) -> None:
-        """Drop what aborted calls had generated, so that `salvage` adds it to no branch."""
+        """Drop the partial outputs of aborted calls, so that `salvage` does not add them."""
         self._generator.take_in_flight()
 
     async def number(self, answer: Answer | None) -> int | None:
@@ -159,12 +160,12 @@ class LiveEnvironment:
         return await self._generator.suffix(self.branches[index].text, lead=lead)
 
     async def extend(self, index: int, suffix: Sequence[int], max_tokens: int, sampling: Mapping[str, Any]) -> Output:
-        """Return what follows branch `index` and `suffix`. The branch's own text is not changed."""
+        """Generate a continuation of branch `index` and `suffix`, and return it. The branch is not changed."""
         context = [*self._generator.context(self.branches[index]), *suffix]
         return await self._generator.generate_one(context, max_tokens, sampling, suffix=len(suffix))
 
     async def probe_at(self, points: Sequence[tuple[int, int]]) -> list[Probed]:
-        """Probe branches where they were after a number of whole intervals. `points` are (branch, intervals)."""
+        """Probe branches at earlier points. `points` are pairs of a branch and a number of whole intervals."""
         contexts: list[list[int]] = []
         suffixes: list[list[int]] = []
         for index, intervals in points:
@@ -180,7 +181,7 @@ class LiveEnvironment:
             for (index, _), suffix, output in probes
         ]
 
-    # One phase: at most one action per branch, all of them concurrently
+    # Phases: at most one action per branch, all executed concurrently
 
     async def _run_phase(self, phase: Sequence[tuple[int, Action, int]], results: dict[int, _ActionResult]) -> None:
         steps: dict[int, _Step] = {}
@@ -225,7 +226,7 @@ class LiveEnvironment:
         await self._check.check_cut(self.branches)
 
     def _reveal(self, branch: LiveBranch, intervals: int) -> int:
-        """Give `branch` up to `intervals` intervals of what was generated ahead. Returns the number of tokens."""
+        """Append to `branch` up to `intervals` intervals generated ahead. Returns the number of tokens."""
         known = len(branch.ids)
         while branch.ahead and intervals > 0 and branch.finish is None:
             self._grow(branch, branch.ahead.popleft())
@@ -236,7 +237,7 @@ class LiveEnvironment:
         return -(-tokens // self.limits.interval)
 
     def _calls(self, steps: Iterable[_Step], suffixes: Mapping[int, list[int]]) -> Iterable[Call]:
-        """Yield the calls that carry `steps`. Each step's output is one of a call's outputs."""
+        """Yield the calls that execute `steps`. The output of each step is an output of one of the calls."""
         groups: dict[tuple[bool, bool, int, bool, bool], list[_Step]] = defaultdict(list)
         for step in steps:
             branch, most = self.branches[step.branch], step.max_tokens
@@ -247,7 +248,7 @@ class LiveEnvironment:
             is_greedy = not is_probe and self._generator.is_greedy(step.branch)
             groups[is_probe, not is_probe and not branch.ids, most, stops, is_greedy].append(step)
         for (is_probe, is_opening, most, *_), group in groups.items():
-            text = self.branches[group[0].branch].text  # all branches of a group may be given the same stop strings
+            text = self.branches[group[0].branch].text  # all branches of a group get the same stop strings
             if is_probe:
                 prompts = [self._context(step) + suffixes[step.branch] for step in group]
                 suffix_tokens = sum(len(suffixes[step.branch]) for step in group)
@@ -267,7 +268,10 @@ class LiveEnvironment:
         return self._generator.context(self.branches[step.branch])
 
     def _checked(self, call: Call, steps: Sequence[_Step]) -> Call:
-        """Wire a call of branches. The first branch to finish is checked when it does, not when its round ends."""
+        """Connect a call with its steps, and check votability when the first branch finishes.
+
+        Otherwise the check would wait for the end of the round.
+        """
         _wire(call, steps)
         texts = {id(step.output): self.branches[step.branch].text for step in steps}
 
@@ -281,7 +285,7 @@ class LiveEnvironment:
     # Results
 
     def _land(self, step: _Step) -> _Step | None:
-        """Append a step's output to its branch. Returns the step that is left to do, if any."""
+        """Append a step's output to its branch. Returns the rest of the step, or None if it is done."""
         if step.action.verb is Verb.PROBE:
             return None
         branch, tokens = self.branches[step.branch], len(step.output.ids)
@@ -302,7 +306,7 @@ class LiveEnvironment:
         return _ActionResult(action, index, max(1, self._intervals(tokens)), tokens, None, branch.finish is not None)
 
     def _grow(self, branch: LiveBranch, output: Output) -> None:
-        """Append `output` to `branch`, and see whether that finishes it."""
+        """Append `output` to `branch`, and mark the branch as finished if that ends it."""
         known = len(branch.text)
         branch.ids += output.ids
         branch.text += output.text
@@ -330,7 +334,10 @@ class LiveEnvironment:
 
 
 def _phases(actions: Sequence[Action], width: int) -> list[list[tuple[int, Action, int]]]:
-    """Split a round into phases of at most one action per branch: (position, action, branch) each."""
+    """Split a round into phases of at most one action per branch. An entry is (position, action, branch).
+
+    `width` is the number of branches before the round.
+    """
     phases: list[list[tuple[int, Action, int]]] = []
     count: dict[int, int] = defaultdict(int)
     for position, action in enumerate(actions):
@@ -348,6 +355,6 @@ def _phases(actions: Sequence[Action], width: int) -> list[list[tuple[int, Actio
 
 
 def _wire(call: Call, steps: Sequence[_Step]) -> Call:
-    """Make the steps' outputs those of `call`, in order."""
+    """Set the outputs of `call` to the outputs of `steps`, in order, and return `call`."""
     call.outputs = [step.output for step in steps]
     return call

@@ -1,8 +1,8 @@
-"""The client's stop strings. They end the reply; the thought before it may contain them.
+"""Apply the client's stop strings. They end the reply, but the thought before it may contain them.
 
-A server that does not know thoughts would cut them in the middle, before there is an answer. So stop strings are sent
-only once the reply has begun. Until then a branch runs in pieces of bounded length, and its text is searched here. It
-is searched afterwards too, because the server cannot see a string that spans two requests.
+The server does not distinguish the thought from the reply, so it would cut the thought. Stop strings are therefore sent
+only once the reply has begun. Until then a branch runs in pieces of bounded length, and its text is searched here.
+Later text is searched here too, because the server cannot see a string that spans two requests.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class StopStrings:
         begin = self._template.reply_at(self._tail, text) if self.strings else None
         if begin is None:
             return None
-        places = [text.find(string, max(begin, known - len(string) + 1)) for string in self.strings]
-        return min((place for place in places if place >= 0), default=None)
+        indices = [text.find(string, max(begin, known - len(string) + 1)) for string in self.strings]
+        return min((index for index in indices if index >= 0), default=None)
 
     def trim(self, text: str) -> str:
         """Return a reply up to the first stop string in it."""
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        return text[: min(places)] if places else text
+        indices = [index for string in self.strings if (index := text.find(string)) >= 0]
+        return text[: min(indices)] if indices else text

@@ -1,4 +1,4 @@
-"""Counts what the upstream does for one request."""
+"""Count the tokens and calls that the upstream spends on one request."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from proxy.types import Call
 
 @dataclass(slots=True)
 class TokenMeter:
-    """Tokens and requests that the upstream has spent on one request, by its own usage reports."""
+    """Tokens and calls that the upstream has spent on one request, according to its usage reports."""
 
     requests: int = 0
-    prompt_tokens: int = 0  # includes the context that every request sends again
-    cached_tokens: int | None = None  # of these, served from the prefix cache; None if the server does not report it
-    first: Call | None = None  # the first call that was made
+    prompt_tokens: int = 0  # includes the context that every call sends again
+    cached_tokens: int | None = None  # prompt tokens from the prefix cache; None if the server does not report them
+    first: Call | None = None  # the first call
     generated_tokens: int = 0
     suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself: the suffixes of probes
-    aborted_tokens: int = 0  # generated in requests that were aborted, as far as they arrived
-    max_unseen_tokens: int = 0  # upper bound on tokens generated in those that did not arrive; they are not billed
+    aborted_tokens: int = 0  # tokens that aborted calls delivered
+    max_unseen_tokens: int = 0  # upper bound on tokens that aborted calls generated but did not deliver; not billed
     sent_bytes: int = 0  # approximate size of all request bodies
 
     @property
     def first_cached(self) -> int | None:
-        """Prompt tokens that were cached before the request came; None if the server does not report it."""
+        """Prompt tokens that were cached before the request arrived; None if the server does not report them."""
         return None if self.first is None else self.first.cached_tokens
 
     @property

@@ -1,7 +1,7 @@
-r"""Signs that a task has an answer to vote on, besides the answer of a probe.
+r"""Detect signs that a task has an answer to vote on, besides the answer of a probe.
 
-A probe that leads into `\boxed{` gets an answer from nearly any text, so that answer alone proves nothing. There must
-be another sign: the question asks for an answer, or the branch's own text works towards one or states the probe's.
+A probe ends in `\boxed{`, which gets an answer from nearly any text. So a probe's answer alone proves nothing. Another
+sign is needed: the question asks for an answer, the branch works towards an answer, or it states the probe's answer.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Final
 from discovery.answers import VOTABLE_TYPES, Answer, FormType
 
 LONGEST: Final = 20_000
-"""Number of characters at the end of a question or a branch's text that are searched for signs."""
+"""Number of characters, from the end of a question or a branch's text, that are searched for signs."""
 
 
 @dataclass(slots=True)
 class VotabilityState:
-    """Knowledge so far about whether one request's task can be voted on."""
+    """What is known so far about whether one request's task can be voted on."""
 
-    votable: bool  # it can, as far as is known
-    confirmed: bool  # it certainly can: the client names an answer kind, or a branch has finished with an answer
+    votable: bool  # the task counts as votable
+    confirmed: bool  # the task is votable: the client names an answer kind, or a branch has finished with an answer
     probe_answered: bool = False  # a probe has given an answer
-    unreadable: int = 0  # number of branches that finished with a reply without an answer
+    unreadable: int = 0  # number of finished branches whose reply has no readable answer
 
 
 _ARITHMETIC: Final = r"\d\s?[+*×÷^=]\s?\d|\d\s[-−/]\s\d"
@@ -59,7 +59,7 @@ _WORKED = re.compile(rf"{_ARITHMETIC}|{_MATHEMATICS}|\b(?:the|final)\sanswer\b",
 
 
 def asks(question: str) -> bool:
-    """Whether a question asks for an answer that can be voted on."""
+    """Return whether a question asks for an answer that can be voted on."""
     text = question[-LONGEST:]
     if _PROSE.search(text) is not None:
         return False
@@ -69,13 +69,13 @@ def asks(question: str) -> bool:
 
 
 def _offers_options(text: str) -> bool:
-    """Whether an option A with a text is followed by an option B.
+    """Return whether an option A with a text is followed by an option B.
 
-    Each label is matched once. A pattern over both labels would search on from every A, which takes seconds in a text
-    with thousands of them.
+    Each label is matched separately. A single pattern for both labels would search from every A, which takes seconds in
+    a text with thousands of them.
     """
     for label, max_chars in _OPTIONS:
-        ends: deque[int] = deque(maxlen=2)  # of the last labels A; two, as the text after the last may be empty
+        ends: deque[int] = deque(maxlen=2)  # of the last two labels A: the text after the very last may be empty
         for match in label.finditer(text):
             if match[1] in "Aa":
                 ends.append(match.end())
@@ -85,13 +85,13 @@ def _offers_options(text: str) -> bool:
 
 
 def works(text: str) -> bool:
-    """Whether a branch's own text works towards an answer. Code never does: its operators mean something else."""
+    """Return whether a branch's text works towards an answer. Text with code never does: its operators differ."""
     text = text[-LONGEST:]
     return "```" not in text and _WORKED.search(text) is not None
 
 
 def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
-    """Whether a probe's answer, together with another sign, shows that the task can be voted on.
+    """Return whether a probe's answer and another sign together show that the task can be voted on.
 
     `asked` is whether the question asks for an answer. `text` is the branch's own text.
     """
@@ -101,7 +101,7 @@ def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
 
 
 def _states(text: str, answer: Answer) -> bool:
-    """Whether a text states a number as its result: `= 7`, `equals **7**`."""
+    """Return whether a text states the number `answer` as its result: `= 7`, `equals **7**`."""
     if answer.form.type is not FormType.NUMBER:
         return False
     written = re.escape(answer.written)

@@ -1,7 +1,7 @@
-"""Finds out with one branch whether a task can be voted on, before more than two branches are opened.
+"""Check with one branch whether a task can be voted on, before more than two branches are opened.
 
-The first interval of that branch is generated ahead and probed. A probe answer counts if there is another sign of an
-answer (`votability.py`). Otherwise the branch is run to its end, alone. If it ends without an answer, the episode ends.
+The first interval of that branch is generated ahead and probed. The probe's answer counts if there is another sign of
+an answer (`votability.py`). Otherwise the branch runs alone to its end. If it has no answer then, the episode ends.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ UNCHECKED_BRANCHES: Final = 2
 """Number of branches that may be opened before it is known whether the task can be voted on."""
 
 MOST_UNREADABLE: Final = 2
-"""Finished branches without a readable answer that a probe's answer outweighs. Small models write some replies so that
-no answer can be read."""
+"""Maximum finished branches without a readable answer that a probe's answer outweighs.
+
+Small models write some replies in a form in which no answer can be read.
+"""
 
 
 class BranchesTruncated(Exception):
-    """The client's token limit cut the branches before they answered; it would cut further branches too."""
+    """The client's token limit cut the branches before they answered, and would cut further branches too."""
 
 
 class NotVotable(Exception):
-    """The first branch to finish gives no answer to vote on."""
+    """Finished branches have no answer, so the task cannot be voted on."""
 
 
 class VotabilityCheck:
@@ -47,20 +49,20 @@ class VotabilityCheck:
         self._unopened: LiveBranch | None = None  # generated ahead, but not opened by the controller yet
 
     def accept(self) -> None:
-        """Take the task as votable, and never end the episode early."""
+        """Treat the task as votable, and never end the episode early."""
         self._state.votable = self._state.confirmed = True
         self._ends_early = False
 
     def take_unopened(self) -> LiveBranch | None:
-        """Return the branch that was generated ahead and not opened yet, if there is one, and forget it."""
+        """Return and clear the branch that was generated ahead but not opened yet, or None."""
         branch, self._unopened = self._unopened, None
         return branch
 
     async def before_opening(self, branches: Sequence[LiveBranch], opening: int) -> None:
-        """Check votability if `opening` more branches would be more than may be opened unchecked.
+        """Check votability if `opening` more branches would exceed UNCHECKED_BRANCHES.
 
-        What is generated ahead becomes the branch's text once the controller asks for it.
-        Raises NotVotable or BranchesTruncated.
+        Output that the check generates ahead is added to the branch when the controller advances it. Raises NotVotable
+        or BranchesTruncated.
         """
         state = self._state
         if opening and self._ends_early:
@@ -69,7 +71,7 @@ class VotabilityCheck:
             return
         running = [branch for branch in branches if branch.finish is None]
         if branches and not running:
-            return  # all were cut by the limit, so nothing can be found out
+            return  # all were cut by the limit, so no branch can be checked
         if running:
             checked = max(running, key=lambda branch: len(branch.ids))
         elif self._unopened is not None:
@@ -86,9 +88,10 @@ class VotabilityCheck:
         state.votable = True
 
     async def check_finished(self, text: str, cut_ids: Sequence[int] | None = None) -> Answer | None:
-        """Check the `text` of a branch that has just finished. Returns its answer if it was read.
+        """Check the `text` of a branch that has just finished. Return its answer if it was read.
 
-        If a stop string cut the branch, `cut_ids` are its ids; it is probed if it gives no answer. Raises NotVotable.
+        If a stop string cut the branch, `cut_ids` are its ids. Such a branch is probed if its text has no answer.
+        Raises NotVotable.
         """
         if self._state.confirmed and cut_ids is None:
             return None
@@ -99,15 +102,15 @@ class VotabilityCheck:
         return answer
 
     async def check_cut(self, branches: Sequence[LiveBranch]) -> None:
-        """Check those of `branches` that a stop string has finished. Raises NotVotable."""
+        """Check the branches that a stop string has finished. Raises NotVotable."""
         for branch in branches:
             if branch.ended_by_stop_string and not branch.is_read and not self._state.confirmed:
                 self._note(await self._answers.of_finished(branch), branch.text)
 
     def _note(self, answer: Answer | None, text: str) -> None:
-        """Take account of a finished branch. Raises NotVotable if it shows that the task cannot be voted on.
+        """Update the state for a finished branch. Raises NotVotable if the task cannot be voted on.
 
-        If a probe has given an answer, up to `MOST_UNREADABLE` finished branches without one do not show that.
+        If a probe has given an answer, up to MOST_UNREADABLE finished branches without an answer are tolerated.
         """
         state = self._state
         if answer is not None:
@@ -120,7 +123,7 @@ class VotabilityCheck:
             raise NotVotable
 
     async def _check_limit(self, branches: Sequence[LiveBranch]) -> None:
-        """Raise BranchesTruncated once it is known that the client's token limit cuts branches before they answer.
+        """Raise BranchesTruncated if the client's token limit cuts branches before they answer.
 
         If the limit is at most one interval, the first branch is generated ahead alone to find out.
         """
@@ -133,7 +136,7 @@ class VotabilityCheck:
             raise BranchesTruncated
 
     def _is_truncated(self, branch: LiveBranch) -> bool:
-        """Whether `branch` has reached the token limit without coming to its end."""
+        """Return whether `branch` has reached the token limit before its end."""
         last = branch.ahead[-1].finish if branch.ahead else branch.finish
         return last != "stop" and len(_with_ahead(branch)[0]) >= self._limits.branch
 
@@ -156,12 +159,12 @@ class VotabilityCheck:
             branch.answer, branch.is_read = answer, branch.is_read or is_cut
 
     async def _probe_vouches(self, branch: LiveBranch) -> bool:
-        """Whether a probe of `branch` gives an answer and there is another sign that the task has one."""
+        """Probe `branch`. Return whether it gives an answer and there is another sign that the task has one."""
         ids, text = _with_ahead(branch)
         return votability.vouches(self._prompt.asks, text, await self._answers.probe(ids, text))
 
     def _has_ended(self, branch: LiveBranch) -> bool:
-        """Whether `branch` cannot be generated further ahead: it has finished or reached a limit."""
+        """Return whether `branch` has finished or reached a limit, so that it cannot be generated further ahead."""
         ahead = sum(len(output.ids) for output in branch.ahead)
         if branch.ahead and branch.ahead[-1].finish == "stop":
             return True

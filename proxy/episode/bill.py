@@ -1,4 +1,4 @@
-"""The bill of tokens: what an episode's tokens were spent on, and the `usage` object of its reply."""
+"""Token bill of an episode: its tokens by purpose, and the `usage` object of its reply."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from proxy.types import Message, Plan
 
 
 def token_bill(environment: LiveEnvironment, state: State, winner: int, final_answer: int) -> dict[str, int]:
-    """Return the tokens by purpose. They add up to all that the upstream was billed for.
+    """Return the tokens by purpose. They add up to all tokens that the upstream reported.
 
-    `winner` is the branch whose text the client reads. `final_answer` is the tokens that were spent on making it
-    answer. Tokens that no fact accounts for were aborted.
+    `winner` is the branch whose text the client reads. `final_answer` is the number of tokens spent on its final
+    answer. Tokens that no fact accounts for count as aborted.
     """
     tokens = state.ledger(winner)
-    if environment.branches[winner].finish == "stop":  # the state does not know a round that was cut after this branch
+    if environment.branches[winner].finish == "stop":  # the state lacks a round that was cut after this branch ended
         tokens["winner"] = len(environment.branches[winner].ids)
     tokens["probe"] += environment.own_probe_tokens
     tokens["finalise"] = final_answer
@@ -25,7 +25,7 @@ def token_bill(environment: LiveEnvironment, state: State, winner: int, final_an
 
 
 def usage(plan: Plan, environment: LiveEnvironment, message: Message) -> dict[str, Any]:
-    """Return OpenAI's usage over all branches and probes. The prompt counts once, though every request re-sends it."""
+    """Return OpenAI's `usage` over all branches and probes. The prompt counts once, though every call re-sends it."""
     meter = environment.meter
     prompt = len(plan.prompt.ids) + meter.suffix_tokens
     completion = meter.generated_tokens + meter.aborted_tokens

@@ -1,4 +1,4 @@
-"""Prometheus metrics of an episode that has ended."""
+"""Update the Prometheus metrics for an ended episode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count_episode(
     reply: Reply | None,
     outcome: str,
 ) -> None:
-    """Count an episode that ended as `outcome`: answered, failed, disconnected, or draining while shutting down.
+    """Count an ended episode. `outcome` is answered, failed, disconnected, or draining (cut by a shutdown).
 
     `reply` is None unless the outcome is "answered".
     """
@@ -49,15 +49,15 @@ def count_episode(
         metrics.agreement.labels(model, controller).observe(state.votes.get(state.answer, 0) / votes)
     saved = estimate_saved_tokens(environment, plan.limits.max_branches, sum(reply.tokens.values()))
     if saved is not None and not plan.records_all:
-        metrics.tokens_saved.labels(*by_beta).inc(max(0.0, saved))  # counters cannot fall, so there are two
+        metrics.tokens_saved.labels(*by_beta).inc(max(0.0, saved))  # a counter cannot decrease, so there are two
         metrics.tokens_overspent.labels(*by_beta).inc(max(0.0, -saved))
 
 
 def estimate_saved_tokens(environment: LiveEnvironment, width: int, spent: int) -> float | None:
     """Return an estimate of the tokens that self-consistency with `width` chains would have cost beyond `spent`.
 
-    Chains are taken to be as long on average as those branches that came to their ends. These are the shorter ones, so
-    the estimate is rather too low. None if no branch came to its end.
+    Chains are assumed to be as long as the finished branches on average. Shorter branches finish more often, so the
+    estimate tends to be too low. The result is None if no branch has finished.
     """
     lengths = [len(branch.ids) for branch in environment.branches if branch.finish == "stop"]
     return width * sum(lengths) / len(lengths) - spent if lengths else None

@@ -1,4 +1,4 @@
-"""Plan a request before its first branch: choose the controller, tokenise the prompt, fix every limit."""
+"""Plan a request before its first branch: choose the controller, tokenise the prompt and compute the limits."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from proxy.upstream.client import TooManyTokens, UpstreamClient
 T = TypeVar("T", int, float)
 
 CONTEXT_EXCEEDED: Final = "context_length_exceeded"
-"""Error code of a prompt that is too long. Gateways recognise it by this, or by how OpenAI's message begins."""
+"""Error code of a prompt that is too long. Gateways recognise this code, or the beginning of OpenAI's message."""
 PROMPT_TAIL = 8
-"""Number of token ids at the prompt's end that are detokenised, to see whether its chat template opened a thought."""
+"""Number of last token ids of the prompt that are detokenised. They show whether the template opened a thought."""
 
 
 class _RequestLimits(NamedTuple):
@@ -55,11 +55,10 @@ async def plan_request(
     salt: str | None = None,
     request_id: str = "",
 ) -> Plan:
-    """Return the plan of a request. Nothing has been generated yet.
+    """Return the plan of a request. Nothing is generated.
 
-    `drift` knows the hash of the chat template; it is None if the request is not recorded. A missing `request_id` is
-    made up. `caps` are the caller's limits.
-    Raises BadRequest or UpstreamError.
+    `caps` are the caller's limits. `drift` provides the hash of the chat template; it is None if the request is not
+    recorded. Without `request_id` a new id is created. Raises BadRequest or UpstreamError.
     """
     started = time.monotonic()
     request_id = request_id or f"chatcmpl-{uuid4().hex}"
@@ -116,7 +115,7 @@ async def plan_request(
 
 @asynccontextmanager
 async def fail_after(seconds: float | None) -> AsyncIterator[None]:
-    """Bound the time that is spent before the first branch. Raises UpstreamTimeout after `seconds`."""
+    """Limit the time before the first branch. Raises UpstreamTimeout after `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -156,9 +155,9 @@ def _last_user_text(conversation: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _recorded_sampling(request: GenerationRequest, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that determines how branches are drawn and read, in the form in which it is recorded.
+    """Return the parameters that determine how branches are sampled and read, as they are recorded.
 
-    Template fields and patterns are the client's own text, so only a hash of them is kept.
+    Template fields and patterns are the client's text, so only their hash is recorded.
     """
     recorded = dict(sampling)
     if request.temperature == 0:
@@ -190,9 +189,9 @@ async def _limits(
     prompt: int,
     template: probe_templates.Template,
 ) -> _RequestLimits:
-    """Return limits under which a branch, its probes and its final answer fit the model's context and the token cap.
+    """Return limits with which a branch, its probes and its final answer fit the model's context and the token cap.
 
-    `prompt` is the prompt's length in tokens. Raises BadRequest if there is no room for one interval and its answer.
+    `prompt` is the prompt's length in tokens. Raises BadRequest if one interval and its answer do not fit.
     """
     close = len(await engine.tokenise_suffix(model.id, template.longest_closing))
     suffix = len(await engine.tokenise_suffix(model.id, template.longest_suffix))

@@ -1,4 +1,4 @@
-"""Compose the one message that the client reads from a finished episode."""
+"""Compose the reply to the client from a finished episode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from proxy.types import LiveBranch, Message, Plan, Reply
 logger = logging.getLogger(__name__)
 
 INTERRUPTED: Final = (Stop.DEADLINE, Stop.MAX_TOKENS, Stop.UPSTREAM_ERROR, Stop.CONTROLLER_ERROR)
-"""Reasons for which an episode ends before its vote. Its message may give an answer that no branch voted for."""
+"""Stop reasons of episodes that end before their vote. The message may give an answer that no branch voted for."""
 GREEDY: Final = {"temperature": 0.0}
+"""Sampling parameters of the final answer."""
 
 
 async def compose_reply(
@@ -32,8 +33,8 @@ async def compose_reply(
 ) -> Reply:
     """Return the reply to an ended episode that has at least one branch. May raise UpstreamError.
 
-    `fallback` is why the baseline decided, if it did. If the upstream does not help within `timeout_s`, or fails once
-    the deadline has passed, the text goes out as it is.
+    `fallback` is the reason why the baseline decided, or None. If the upstream does not answer within `timeout_s`, or
+    fails after the deadline, the reply has the text that was generated so far.
     """
     completed = environment.meter.completed
     index = _select_branch(environment, state, state.answer)
@@ -62,7 +63,7 @@ async def compose_reply(
 
 
 def deadline_error() -> UpstreamTimeout:
-    """Return the error of a request whose deadline passed before there was anything to answer with."""
+    """Return the error of a request whose deadline passed before any token was generated."""
     return UpstreamTimeout(
         "the deadline passed before the first token; retry, or raise tts.deadline_s", param="tts.deadline_s"
     )
@@ -71,9 +72,9 @@ def deadline_error() -> UpstreamTimeout:
 def _select_branch(environment: LiveEnvironment, state: State, answer: int | None) -> int:
     """Return the index of the branch whose text the client reads.
 
-    With an answer, it is the shortest finished branch that has it. If none finished with it, it is the longest branch
-    that leans to it, preferring branches that still run, then those that were not pruned. Without an answer, it is the
-    longest branch that came to its end, else the longest.
+    With an answer, this is the shortest finished branch with that answer. If there is none, it is the longest branch
+    whose latest probe gave that answer: running branches come first, then branches that were not pruned. Without an
+    answer, it is the longest branch that finished, or else the longest branch.
     """
     branches = environment.branches
     if answer is None:
@@ -81,7 +82,7 @@ def _select_branch(environment: LiveEnvironment, state: State, answer: int | Non
     finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.label == answer]
     if finished:
         return min(finished, key=lambda i: len(branches[i].ids))
-    leaning = [i for i, known in enumerate(state.branches) if known.label == state.answer]
+    leaning = [i for i, branch_state in enumerate(state.branches) if branch_state.label == state.answer]
     return max(
         leaning or range(len(branches)),
         key=lambda i: (
@@ -93,9 +94,9 @@ def _select_branch(environment: LiveEnvironment, state: State, answer: int | Non
 
 
 async def _finished_message(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
-    """Return the message of branch `index`, made to answer if it has not finished, and whether it agrees with the vote.
+    """Return the message of branch `index`, and whether it agrees with the vote.
 
-    May raise UpstreamError.
+    A branch that has not finished is made to answer first. May raise UpstreamError.
     """
     branch = environment.branches[index]
     if branch.finish is None:
@@ -111,12 +112,11 @@ async def _finished_message(plan: Plan, environment: LiveEnvironment, index: int
 def _message_as_is(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
     """Return a message without another request to the upstream, and whether the branch agrees with the vote.
 
-    It is the branch's own text, or a statement of the answer that was voted for. Raises UpstreamTimeout if there is
-    neither.
+    The message is the branch's text, or a statement of the voted answer. Raises UpstreamTimeout if there is neither.
     """
     environment.discard_in_flight()
     branch = environment.branches[index]
-    if state.answer is None and not branch.ids:  # then no other branch has a token either
+    if state.answer is None and not branch.ids:  # this is the longest branch, so no branch has a token
         raise deadline_error()
     if state.answer is not None and (branch.finish is None or branch.label != state.answer):
         return _statement(plan, environment, index, state.answer), False
@@ -126,23 +126,23 @@ def _message_as_is(plan: Plan, environment: LiveEnvironment, index: int, state: 
 
 
 def _statement(plan: Plan, environment: LiveEnvironment, index: int, answer: int) -> Message:
-    """Return a message with the reasoning of branch `index` that states the voted answer in the proxy's own words."""
+    """Return a message with the reasoning of branch `index` and a statement of the voted answer by the proxy."""
     template, tail, own = plan.prompt.template, plan.prompt.tail, environment.branches[index].text
     content = template.led(environment.labels.written(answer))
     return Message(content, template.split(tail, own)[0], "stop", 0, own + template.closing(tail, own) + content)
 
 
 async def _gives_answer(environment: LiveEnvironment, content: str, label: int) -> bool:
-    """Whether a reply gives the answer with this label."""
+    """Return whether a reply gives the answer with this label."""
     answer = await environment.grader.read(content, environment.prompt.kind)
     return await environment.number(answer) == label
 
 
 async def _make_answer(plan: Plan, environment: LiveEnvironment, index: int, state: State) -> tuple[Message, bool]:
-    """Make an unfinished branch close its thought and answer. Returns the message, and whether it agrees with the vote.
+    """Make an unfinished branch close its thought and answer. Return the message and whether it agrees with the vote.
 
-    The branch first answers in its own words. If these do not give the voted answer, or the deadline has passed, it is
-    led into the answer. If it still does not agree, the message states the voted answer.
+    The branch first answers freely. If it does not give the voted answer, or the deadline has passed, the probe's
+    suffix leads it into the answer. If it still disagrees, the message states the voted answer.
     """
     template, answer = plan.prompt.template, state.answer
     own = environment.branches[index].text

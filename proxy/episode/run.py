@@ -1,4 +1,4 @@
-"""Run the episode of a planned request, and see to its reply, its metrics and its record."""
+"""Run the episode of a planned request, compose its reply, and update the metrics and the record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROGRESS_VOTES: Final = 5
 PROGRESS_CHARS: Final = 40
 """Maximum number of characters of each answer in a line of progress."""
 COMPOSE_S: Final = 2.0
-"""Seconds past the deadline in which a reply may still be composed. After that the text goes out as it is."""
+"""Seconds after the deadline in which a reply may still be composed. After that the text so far is returned."""
 
 
 async def serve_request(
@@ -45,9 +45,9 @@ async def serve_request(
 ) -> Reply:
     """Run the episode, compose its reply and record it.
 
-    `on_progress` gets a line after each round. `on_spent` gets the tokens spent, once, however the episode ends.
-    Raises ApiError if there is nothing to answer with, or if the server shuts down first. Cancelling it aborts all
-    requests to the upstream; their tokens are counted.
+    `on_progress` is called with a line after each round. `on_spent` is called once with the tokens spent, however the
+    episode ends. Raises ApiError if nothing was generated, or if the server shuts down first. Cancelling it aborts all
+    requests to the upstream, whose tokens are counted.
     """
     environment = LiveEnvironment(
         engine,
@@ -92,7 +92,7 @@ async def serve_request(
 async def _run(
     runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State
 ) -> UpstreamError | None:
-    """Run the episode until the controller or a limit ends it. Returns the error of an upstream that failed."""
+    """Run the episode until the controller or a limit ends it. Return the upstream's error if it failed, or None."""
     try:
         async with asyncio.timeout(plan.remaining_s):
             await runner.run(plan.beta.value, environment, state)
@@ -126,7 +126,7 @@ async def _run(
 
 
 def _is_all_truncated(environment: LiveEnvironment, state: State) -> bool:
-    """Whether the controller ended without an answer because the token limit cut every branch it had not pruned."""
+    """Return whether the episode has no answer because the token limit cut every branch that was not pruned."""
     if state.stop is not Stop.ANSWERED or state.answer is not None or state.votes:
         return False
     branches = zip(environment.branches, state.branches, strict=False)
@@ -137,7 +137,7 @@ def _is_all_truncated(environment: LiveEnvironment, state: State) -> bool:
 async def _compose(
     runner: ControllerRunner, plan: Plan, environment: LiveEnvironment, state: State, failure: UpstreamError | None
 ) -> Reply:
-    """Return the reply from what has been generated. Raises `failure`, or another ApiError, if that is nothing."""
+    """Return the reply. Raises `failure`, or another ApiError, if nothing was generated that can answer."""
     if failure is not None and state.answer is None and not state.finished:
         raise failure
     if not environment.branches:

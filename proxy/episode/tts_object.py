@@ -1,4 +1,4 @@
-"""The `tts` object and the `x-tts-*` headers of a reply: how the answer was found and what it cost."""
+"""Build the `tts` object and the `x-tts-*` headers of a reply: how the answer was found and what it cost."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def tts_object(
 ) -> dict[str, Any]:
     """Return the `tts` object.
 
-    `answer` is read from the reply's message. `agreed` says whether the message gives the answer that was voted for.
-    `tokens` is the bill. `fallback` is why the baseline decided, if it did.
+    `answer` is read from the reply's message. `agreed` says whether the message gives the voted answer. `tokens` is the
+    bill. `fallback` is the reason why the baseline decided, or None.
     """
     meter = environment.meter
     written = {label: environment.labels.written(label) for label in state.votes}

@@ -17,18 +17,21 @@ from proxy.telemetry.logs import ACCESS_LOGGER, client_request_id, request_id
 logger = logging.getLogger(ACCESS_LOGGER)
 
 OTHER = "other"
-"""Label for unknown paths, of which clients may invent any number."""
+"""Metric label for all unknown paths, so that clients cannot create labels at will."""
 CLIENT_IDS: Final = (b"x-request-id", b"x-client-request-id")
-"""Headers in which a client may send its own request id. The first one found counts."""
+"""Headers in which a client may send its own request id. The first one present counts."""
 ECHO: Final = b"x-client-request-id"
 """Header that returns the client's id. The proxy's own id is in x-request-id."""
 _CLIENT_ID: Final = re.compile(rb"[!-~]{1,128}")
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Paths that monitoring requests all the time. They are not logged."""
+"""Paths that monitoring systems poll. Requests to them are not logged."""
 
 
 class AccessLogMiddleware:
-    """ASGI middleware. `paths` are the ones that get labels of their own; the app's state holds the service."""
+    """ASGI middleware that times and logs each request.
+
+    `paths` lists the paths that get metric labels of their own. The service is read from the app's state.
+    """
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
         self._app = app
@@ -39,15 +42,15 @@ class AccessLogMiddleware:
             await self._app(scope, receive, send)
             return
         request_id.set(f"req-{uuid4().hex}")  # the context variable of this request's task
-        named = client_id(scope["headers"])
-        client_request_id.set(named.decode())
+        sent_id = client_id(scope["headers"])
+        client_request_id.set(sent_id.decode())
         service = scope["app"].state.service
         service.tracer.continue_trace(scope["headers"])
         timing = _ResponseTiming(scope["path"] if scope["path"] in self._paths else OTHER, scope["method"])
 
         def sending(message: Message) -> Awaitable[None]:
-            if named and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (ECHO, named)]}
+            if sent_id and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (ECHO, sent_id)]}
             timing.observe(message)
             return send(message)
 
@@ -58,13 +61,13 @@ class AccessLogMiddleware:
 
 
 def client_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the client's id of its request; empty if it sent no valid one.
+    """Return the request id that the client sent, or an empty value if it sent no valid one.
 
     Valid ids are printable ASCII of at most 128 bytes.
     """
-    given = dict(reversed([*headers]))
-    named = (given[name] for name in CLIENT_IDS if name in given)
-    return next((value for value in named if _CLIENT_ID.fullmatch(value)), b"")
+    first_values = dict(reversed([*headers]))  # the first of repeated headers counts
+    candidates = (first_values[name] for name in CLIENT_IDS if name in first_values)
+    return next((value for value in candidates if _CLIENT_ID.fullmatch(value)), b"")
 
 
 class _ResponseTiming:
@@ -80,7 +83,7 @@ class _ResponseTiming:
         self.last: float | None = None  # seconds until its last byte
 
     def observe(self, message: Message) -> None:
-        """Record a part of the response."""
+        """Record an ASGI message of the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = dict(message["headers"])

@@ -1,4 +1,4 @@
-"""Limit open connections, by address and in all, and make room by closing those that wait the longest."""
+"""Limit open connections, per address and in total. A full table evicts the connection that has waited longest."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Final, Protocol
 logger = logging.getLogger(__name__)
 
 SPARE_DESCRIPTORS: Final = 512
-"""File descriptors for the store, logs, sealed processes and everything else that is no HTTP connection."""
+"""File descriptors reserved for the store, logs, sandbox processes and everything else but HTTP connections."""
 _IPV6_SITE: Final = 64
-"""Leading bits of an IPv6 address that belong to one client, who may use any address below them."""
+"""Prefix length of the IPv6 network that counts as one client, because a client can use any address in it."""
 
 
 class Evictable(Protocol):
@@ -25,26 +25,26 @@ class Evictable(Protocol):
 
 
 class Connections:
-    """Open connections. Those that wait for their client, idle or in the midst of a request, may be evicted.
+    """Table of open connections.
 
-    A full table makes room by evicting the connection that has waited longest, so that clients who hold connections
-    without using them cannot keep others out.
+    A connection that waits for its client, between requests or during one, may be evicted. A full table evicts the
+    connection that has waited longest, so that clients with unused connections cannot lock others out.
     """
 
     def __init__(self, most: int, most_per_address: int, on_event: Callable[[str], object] = lambda _: None) -> None:
         self.most = most
         self.most_per_address = most_per_address
         self.on_event = on_event  # called with "evicted" or "refused"
-        self._open: dict[Evictable, str] = {}  # with their addresses
-        self._by_address: Counter[str] = Counter()
-        self._waiting: OrderedDict[Evictable, None] = OrderedDict()  # the longest first
-        self._waiting_at: dict[str, OrderedDict[Evictable, None]] = {}
+        self._open: dict[Evictable, str] = {}  # address of each connection
+        self._by_address: Counter[str] = Counter()  # open connections
+        self._waiting: OrderedDict[Evictable, None] = OrderedDict()  # longest wait first
+        self._waiting_at: dict[str, OrderedDict[Evictable, None]] = {}  # by address, longest wait first
 
     def __len__(self) -> int:
         return len(self._open)
 
     def admit(self, connection: Evictable, address: str) -> bool:
-        """Take in a new connection, which waits. Returns False if there is no room and nothing to evict."""
+        """Add a new connection, as one that waits. Return False if the table is full and nothing can be evicted."""
         address = client_of(address)
         if self._by_address[address] >= self.most_per_address:
             is_room = self._evict(self._waiting_at.get(address))
@@ -60,7 +60,7 @@ class Connections:
         return True
 
     def leave(self, connection: Evictable) -> None:
-        """Forget a connection that is closed. Does nothing if it is forgotten already."""
+        """Remove a closed connection. Does nothing if it has been removed already."""
         self.serve(connection)
         address = self._open.pop(connection, None)
         if address is not None:
@@ -68,14 +68,14 @@ class Connections:
             self._tidy(address)
 
     def wait(self, connection: Evictable) -> None:
-        """Note that a connection waits for its client from now on."""
+        """Mark a connection as waiting for its client. It may be evicted from now on."""
         address = self._open.get(connection)
         if address is not None and connection not in self._waiting:
             self._waiting[connection] = None
             self._waiting_at.setdefault(address, OrderedDict())[connection] = None
 
     def serve(self, connection: Evictable) -> None:
-        """Note that a connection's client waits for its answer: it may not be evicted."""
+        """Mark a connection as serving a request. It may not be evicted."""
         if connection in self._waiting:
             del self._waiting[connection]
             del self._waiting_at[self._open[connection]][connection]
@@ -96,7 +96,7 @@ class Connections:
 
 
 def client_of(address: str) -> str:
-    """Return what stands for a client in counts: an IPv4 address, or the /64 network of an IPv6 address."""
+    """Return the key by which a client's connections are counted: its IPv4 address or its IPv6 /64 network."""
     if ":" not in address:
         return address
     try:
@@ -109,9 +109,9 @@ def client_of(address: str) -> str:
 
 
 def room_for(connections: int, upstream: int) -> int:
-    """Raise this process's limit of open files as far as needed and allowed, and return how many connections fit.
+    """Raise the limit of open files as far as needed and allowed. Return how many client connections fit.
 
-    `upstream` is how many connections to the upstream may be open at the same time.
+    `upstream` is the maximum number of open connections to the upstream.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + upstream + SPARE_DESCRIPTORS
@@ -126,8 +126,8 @@ def room_for(connections: int, upstream: int) -> int:
         return connections
     room = max(1, min(connections, max(soft - upstream - SPARE_DESCRIPTORS, soft // 2)))
     logger.warning(
-        "at most %d connections are accepted, not max_connections=%d: the system allows %d open files; raise it with "
-        "`ulimit -n %d`",
+        "at most %d connections are accepted, not max_connections=%d: the system allows %d open files; raise the limit "
+        "with `ulimit -n %d`",
         room,
         connections,
         soft,

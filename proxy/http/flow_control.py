@@ -1,4 +1,4 @@
-"""Writing of responses: a timeout for clients that do not read, lengths without an end, and lingering closes."""
+"""Write responses: a timeout for clients that do not read, bodies of unknown length, and lingering closes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WriteTimeoutFlow(FlowControl):
 
 
 class UnboundedLength(int):
-    """Content length of a response that ends with its connection: never reached and never exceeded.
+    """Infinite content length, for an HTTP/1.0 response that ends when the connection closes.
 
-    uvicorn would send such a response in chunks, which HTTP/1.0 does not have.
+    Without a length uvicorn would use chunked encoding, which HTTP/1.0 does not have.
     """
 
     def __sub__(self, _: int) -> UnboundedLength:
@@ -46,7 +46,7 @@ class UnboundedLength(int):
 
 
 class ResponseTransport:
-    """Transport that a response writes to. Closing it leaves the client time to read the answer."""
+    """Transport that a response writes to. Its `close` gives the client time to read the response."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write = transport.write

@@ -1,6 +1,6 @@
 """Graceful shutdown: ASGI middleware that counts running requests and refuses new ones during a shutdown.
 
-It also logs unhandled errors, without their messages, which may quote a client.
+It also logs unhandled errors, but not their messages, because those may quote a client's data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proxy.http.access_log import ECHO, client_id
 logger = logging.getLogger(__name__)
 
 STILL_SERVED: Final = ("/health", "/metrics")
-"""Paths that are served during a shutdown too."""
+"""Paths that are served even during a shutdown."""
 READY: Final = "/ready"
 CUT_S: Final = 5.0
 """Seconds that cancelled requests have to clean up."""
@@ -110,7 +110,7 @@ class ShutdownMiddleware:
             if has_begun or not self.is_shut:
                 raise
             await _refusal(scope)(scope, receive, send)
-        except Exception as error:  # the client has its answer; uvicorn would log the message, which may quote it
+        except Exception as error:  # the client got its response; uvicorn would log the message, which may quote it
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("unhandled error in the proxy: %s\n%s", type(error).__name__, frames)
         finally:
@@ -123,6 +123,6 @@ def _refusal(scope: Scope) -> Response:
     error: ApiError = shutting_down_error()
     content = {"ready": False, "draining": True} if scope["path"] == READY else errors.body(error)
     headers = {**error.headers, "x-request-id": f"req-{uuid4().hex}"}
-    if named := client_id(scope.get("headers", ())):
-        headers[ECHO.decode()] = named.decode()
+    if sent_id := client_id(scope.get("headers", ())):
+        headers[ECHO.decode()] = sent_id.decode()
     return Response(json.dumps(content), HTTPStatus.SERVICE_UNAVAILABLE, headers, "application/json")

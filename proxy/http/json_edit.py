@@ -1,4 +1,4 @@
-"""Edit the top-level members of a JSON object without touching the bytes of the values that stay."""
+"""Edit the top-level members of a JSON object. Other values keep their bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def edit_members(raw: bytes, *, drop: Collection[str] = (), put: Mapping[str, Any]) -> bytes:
-    """Return the JSON object `raw` without the members `drop` and with the members `put`, replaced or added.
+    """Return the JSON object `raw` without the members `drop`, and with the members `put` replaced or added.
 
-    `raw` must be an object that `strict.read` accepts. Values that stay keep their bytes; the space between members
-    does not. An object in which nothing changes is returned as it is. Takes time linear in the size of `raw`.
+    `raw` must be an object that `strict_json.read_object` accepts. Unchanged values keep their bytes, but whitespace
+    between members is lost. If nothing changes, `raw` is returned. The time is linear in the size of `raw`.
     """
     if not drop and not put:
         return raw

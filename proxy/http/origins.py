@@ -1,8 +1,8 @@
-"""Protect a proxy without keys from web pages: which hosts, origins and content types it accepts.
+"""Protect a proxy without API keys from web pages, by checking the host, origin and content type of requests.
 
-A browser on the same machine can reach a proxy on loopback. DNS rebinding lets a page read from it under a name of the
-page's own; a form or `fetch` with `text/plain` lets any page send requests. Where clients have keys neither works,
-because a page does not know them.
+A browser on the same machine can reach a proxy on loopback. With DNS rebinding, a page can read from the proxy under
+the page's own host name. With a form, or `fetch` and `text/plain`, any page can send requests. If clients need API keys
+neither attack works, because a page does not know the keys.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class PageGuard:
-    """Refuses requests that a foreign web page may have made, where there are no keys."""
+    """Refuses requests that a foreign web page may have sent. It is off if clients need API keys."""
 
     def __init__(self, settings: Settings) -> None:
         has_keys = settings.keys is not None or settings.client_keys is not None
@@ -56,7 +56,7 @@ class PageGuard:
         self._is_own_page = lru_cache(256)(self._trusts)
 
     def check(self, method: str, headers: RawHeaders) -> None:
-        """Raise Forbidden or UnsupportedMedia, saying the way out, for a request that a page may have made."""
+        """Raise Forbidden or UnsupportedMedia for a request that a foreign page may have sent."""
         if not self.is_on:
             return
         host = content_type = b""
@@ -94,26 +94,27 @@ class PageGuard:
             )
 
     def _knows(self, host: bytes) -> bool:
-        """Whether a Host header names this proxy. An IP address cannot be rebound, so every address will do."""
+        """Return whether a Host header names this proxy. Every IP address is accepted: it cannot be rebound."""
         name = hostname(host.decode("latin-1"))
         if self._takes_any_host or is_loopback(name) or _is_address(name) or name in self._hosts:
             return True
         return any(known.startswith("*.") and name.endswith(known[1:]) for known in self._hosts)
 
     def _trusts(self, origin: bytes, host: bytes) -> bool:
-        """Whether a page of `origin` may ask: one of this host, of this machine, or of an allowed origin."""
+        """Return whether pages of `origin` may send requests: this host's, this machine's and allowed origins."""
         page = origin.decode("latin-1").lower()
         if ANY in self._origins or page in self._origins:
             return True
-        scheme, _, place = page.partition("://")
-        if scheme not in _DEFAULT_PORTS or not place:
+        scheme, _, authority = page.partition("://")
+        if scheme not in _DEFAULT_PORTS or not authority:
             return False
         port = _DEFAULT_PORTS[scheme]
-        return is_loopback(hostname(place)) or place.removesuffix(port) == host.decode().lower().removesuffix(port)
+        own_authority = host.decode().lower()
+        return is_loopback(hostname(authority)) or authority.removesuffix(port) == own_authority.removesuffix(port)
 
 
 def with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Return `app`, answering preflights and marking responses for the allowed origins, if there are any."""
+    """Return `app` with CORS (preflights and response headers) for the allowed origins, if there are any."""
     origins = listed(settings.allowed_origins)
     if not origins:
         return app
@@ -128,20 +129,20 @@ def with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
 
 
 def listed(text: str | None) -> frozenset[str]:
-    """Return the entries of a setting that has commas between them, in lower case."""
+    """Return the entries of a comma-separated setting, in lower case."""
     return frozenset(entry.strip().lower() for entry in (text or "").split(",") if entry.strip())
 
 
-def hostname(place: str) -> str:
-    """Return the name or address of `HOST[:PORT]`, in lower case, without brackets or a final dot."""
+def hostname(authority: str) -> str:
+    """Return the host of `HOST[:PORT]`, in lower case, without brackets or a final dot. Empty if invalid."""
     try:
-        return (urlsplit(f"//{place}").hostname or "").removesuffix(".")
+        return (urlsplit(f"//{authority}").hostname or "").removesuffix(".")
     except ValueError:
         return ""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own: `localhost`, a name below it, 127.0.0.0/8 or ::1."""
+    """Return whether a host is this machine: `localhost`, a subdomain of it, 127.0.0.0/8 or ::1."""
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
@@ -149,7 +150,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_json(content_type: bytes) -> bool:
-    """Whether a content type is JSON's, whatever its parameters."""
+    """Return whether a content type is JSON. Its parameters are ignored."""
     media = content_type.partition(b";")[0].strip().lower()
     return media == _JSON or (media.startswith(b"application/") and media.endswith(b"+json"))
 

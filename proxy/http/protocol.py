@@ -1,9 +1,11 @@
-"""The HTTP/1.1 protocol of one connection: well-formed requests within bounds of size and time, answered in order.
+"""HTTP/1.1 protocol of one connection: uvicorn's httptools protocol, made stricter.
 
-This is uvicorn's httptools protocol, made stricter. llhttp refuses smuggling by framing (two lengths, a length beside
-chunks, an encoding that does not end in `chunked`, folded headers, bare line feeds), but a target may be absolute or
-climb, hosts may be many or none, versions 0.9 and 2.0 pass, heads have no bound, trailers are taken for headers, bodies
-may take for ever, and a request may be answered before an earlier one. None of that reaches the app.
+llhttp refuses request smuggling by framing: two lengths, a length beside chunks, an encoding that does not end in
+`chunked`, folded headers and bare line feeds. It does not refuse the following, so this module does:
+
+- absolute targets and targets with `..`, no Host header or several, HTTP/0.9 and HTTP/2.0;
+- heads of any size, trailers that are treated as headers, bodies that take for ever;
+- a response that overtakes the response to an earlier request.
 """
 
 from __future__ import annotations
@@ -39,18 +41,19 @@ from proxy.tested_versions import has_tested_internals
 logger = logging.getLogger(__name__)
 
 MOST_WAITING: Final = 16
-"""Pipelined requests that may wait for their answers. A connection with more is closed after answering them."""
+"""Maximum number of pipelined requests that wait for a response. A connection with more is closed after them."""
 MOST_PIECES: Final = 4096
-"""Pieces in which a body may arrive unless they have LEAST_PIECE bytes on average, because each piece costs time."""
+"""Pieces in which a body may arrive, whatever their size. Each piece costs time."""
 LEAST_PIECE: Final = 32
+"""Average bytes per piece that a body of more than MOST_PIECES pieces must have."""
 BODY_GRACE_S: Final = 20.0
-"""Seconds before the minimum rate applies to a body."""
+"""Seconds after the head before the minimum rate applies to a body."""
 LINGER_S: Final = 2.0
-"""Seconds for which input is read and dropped after an early answer, so that the client can still read it."""
+"""Seconds for which input is read and dropped after an early response, so that the client can read the response."""
 
 
 def answer(error: ApiError) -> bytes:
-    """Return the bytes of an error response to a request that does not reach the app. The connection then closes."""
+    """Return the bytes of an error response to a request that did not reach the app. It closes the connection."""
     content = json.dumps(errors.body(error)).encode()
     headers = {
         "content-type": "application/json",
@@ -72,7 +75,7 @@ class Stage(Enum):
 
 
 _FAULTS: Final = logging.getLogger("uvicorn.error.edge")
-"""Logger for uvicorn's own messages, errors only. This module logs why requests are refused."""
+"""Logger for uvicorn's own messages. It logs errors only, because this module logs why requests are refused."""
 _FAULTS.setLevel(logging.ERROR)
 
 
@@ -81,8 +84,8 @@ class ConnectionLimits(NamedTuple):
 
     head_s: float = 10.0  # for a head to arrive in full
     body_s: float = 300.0  # for a body to arrive in full
-    body_rate: int = 1024  # bytes a second that a body must come at on average, after BODY_GRACE_S
-    write_s: float = 60.0  # that a client may leave its answer unread
+    body_rate: int = 1024  # minimum bytes per second of a body on average, after BODY_GRACE_S
+    write_s: float = 60.0  # for a client to read pending response bytes
 
 
 class ProtocolContext(NamedTuple):
@@ -90,7 +93,7 @@ class ProtocolContext(NamedTuple):
 
     limits: ConnectionLimits
     connections: Connections
-    on_event: Callable[[str], object]  # called with "slow" and "unread" when a connection is given up
+    on_event: Callable[[str], object]  # called with "slow" or "unread" when a connection is closed for that
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -154,9 +157,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._close_transport()
 
     def _feed(self, data: bytes) -> bytes:
-        """Parse `data` and return what is left to parse: a head that offers a protocol upgrade, without the offer.
+        """Parse `data`. Return the input to parse next: a head with an upgrade offer, without the offer.
 
-        The parser would treat the upgrade as accepted and not parse the request's body.
+        After an offer the parser would treat the upgrade as accepted and not parse the request's body.
         """
         try:
             self.parser.feed_data(data)
@@ -268,7 +271,7 @@ class HttpProtocol(HttpToolsProtocol):
         return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
 
     def _take_back(self) -> bool:
-        """Withdraw the request that is being read from the app. Returns False if there is none or it is answered."""
+        """Withdraw the request that is being read from the app. Return False if none is or its response has begun."""
         if self._stage is not Stage.BODY or self.cycle.response_started:
             return False
         self.cycle.disconnected = True  # the app sees a disconnect
@@ -282,7 +285,7 @@ class HttpProtocol(HttpToolsProtocol):
         return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _end(self) -> None:
-        """Read no more, and close the connection once all requests are answered."""
+        """Stop reading, and close the connection once all requests are answered."""
         self._is_deaf = True
         self._wait(None)
         if self._cycles:
@@ -306,7 +309,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._wait(LINGER_S, self._close_transport)
 
     def _close_transport(self) -> None:
-        """Close the connection once everything is sent, or the client has not read for too long."""
+        """Close the connection once everything is sent, or abort it after `write_s` seconds."""
         self._is_deaf = self._is_closing = True
         self.transport.close()
         self._wait(self._limits.write_s, self.transport.abort)

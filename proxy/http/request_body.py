@@ -1,4 +1,4 @@
-"""Read request bodies: within a size bound, decoded, and without a byte order mark."""
+"""Read request bodies within a size limit, decode them and remove a byte order mark."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from proxy.errors import BadRequest, TooLarge, TooMany, UnsupportedMedia
 from proxy.http.sse import ClientDisconnected
 
 SMALL: Final = 64 * 2**10
-"""Bytes up to which a body is always read, however many others are held."""
+"""Bytes up to which a body is always read, whatever memory other bodies use."""
 MOST_WINDOW: Final = 8 * 2**20
-"""Bytes of memory that a zstd frame may ask for, as RFC 9659 has it for HTTP."""
+"""Maximum window size of a zstd frame in bytes: the limit of RFC 9659 for HTTP."""
 MOST_MEMBERS: Final = 16
-"""Members of a gzip file, and frames of zstd. One is usual, and each costs time even if it is empty."""
+"""Maximum number of gzip members or zstd frames in a body. One is usual, and even an empty one costs time."""
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
@@ -40,10 +40,10 @@ class _Caller(Protocol):
 
 
 class BodyReader:
-    """Reads request bodies, within a bound on the bytes of all bodies that are held at the same time.
+    """Reads request bodies and limits the memory of all bodies that are held at the same time.
 
-    Small bodies are always read, and so is a body that is alone. An API key may use half of the bound, so that one
-    client cannot keep others from sending.
+    Small bodies are always read, and so is a body if no other is held. An API key may use half of the limit, so that
+    one client cannot lock others out.
     """
 
     def __init__(self, most: int, most_together: int) -> None:
@@ -53,7 +53,7 @@ class BodyReader:
         self._by_holder: Counter[str] = Counter()
 
     async def read(self, request: Request) -> bytes:
-        """Return the body of a request, decoded; it counts as held until the request is over.
+        """Return the decoded body of a request. It counts as held until the request ends.
 
         Raises TooLarge, TooMany, UnsupportedMedia, BadRequest or ClientDisconnected.
         """
@@ -131,7 +131,7 @@ async def _decoded(raw: bytes, encoding: str, most: int) -> bytes:
 
 
 def _gunzipped(raw: bytes, most: int) -> bytes:
-    """Return at most `most` + 1 bytes of a gzip file. Raises zlib.error or EOFError."""
+    """Return at most `most` + 1 decoded bytes of a gzip body. Raises zlib.error or EOFError."""
     decoded = b""
     for _ in range(MOST_MEMBERS):
         member = zlib.decompressobj(_GZIP)
@@ -145,9 +145,10 @@ def _gunzipped(raw: bytes, most: int) -> bytes:
 
 
 def _unzstd(raw: bytes, most: int) -> bytes:
-    """Return at most `most` + 1 bytes of zstd frames. Raises ZstdError or EOFError.
+    """Return at most `most` + 1 decoded bytes of zstd frames. Raises ZstdError or EOFError.
 
-    A reader bounds what is decoded but does not tell whether the frame was whole, so a small one is decoded again.
+    `stream_reader` limits the decoded bytes but does not report whether the frame was complete. A frame within the
+    limit is therefore decoded a second time to find out.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW)
     decoded = b""

@@ -1,4 +1,4 @@
-"""Check request heads: refuse those that different HTTP implementations could read differently."""
+"""Check request heads: refuse those that HTTP implementations could interpret differently."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
-"""Bytes that a request's target and headers may have together."""
+"""Maximum bytes of a request's target and headers together."""
 ONCE: Final = (
     *(b"authorization", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"expect"),
 )
-"""Headers that the proxy interprets. Each may occur once, or a gateway on the way could use the other one."""
+"""Headers that the proxy interprets. Each may occur once: of two, a gateway in front could use the other one."""
 ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
-"""Prefixes after which a path ends in a name, which may be percent-encoded. Other paths may not be."""
+"""Path prefixes that are followed by a name, which may be percent-encoded. No other path may be."""
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 MOST_SHOWN: Final = 200
-"""Bytes of a refused request's target that are considered for the log."""
+"""Bytes of a refused request's target that the log message is built from."""
 PARTS: Final = frozenset(
     {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
     | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
     | {"messages", "count_tokens", "version", "tokenizer_info", "ping", "docs"}
 )
-"""Path segments that the log may show: those of the endpoints."""
+"""Path segments that the log may show: the segments of known endpoints."""
 
 _OFFER: Final = (b"upgrade", b"http2-settings")
 _TARGET: Final = re.compile(rb"/[!-~]*")
@@ -95,7 +95,7 @@ def _what_is_wrong(path: str) -> str:
 
 
 def shown_path(target: bytes) -> str:
-    """Return the path of a request for the log. Segments that no endpoint has become `…`: clients may send anything."""
+    """Return a request's path for the log. Unknown segments become `…`, because clients may send anything."""
     parts = target[:MOST_SHOWN].partition(b"?")[0].decode("latin-1").split("/")
     return "/".join(part if part in PARTS else "…" for part in parts)
 
@@ -106,7 +106,7 @@ def too_large() -> HeadTooLarge:
 
 
 def without_upgrade(headers: Headers) -> Headers:
-    """Return a request's headers without its offer to upgrade the protocol, which a server may ignore."""
+    """Return the headers without the offer of a protocol upgrade. A server may ignore such an offer."""
     kept: list[tuple[bytes, bytes]] = []
     for name, value in headers:
         if name == b"connection":
@@ -120,6 +120,6 @@ def without_upgrade(headers: Headers) -> Headers:
 
 
 def rewritten(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
-    """Return the bytes of a request's head."""
+    """Serialise a request head."""
     lines = [b"%b %b HTTP/%b" % (method, target, version.encode()), *(b"%b: %b" % header for header in headers)]
     return b"\r\n".join([*lines, b"", b""])

@@ -1,4 +1,4 @@
-"""Streamed responses and server-sent events, and work that is cancelled when its client disconnects."""
+"""Streamed responses, server-sent events, and cancellation of work whose client disconnects."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ T = TypeVar("T")
 N = TypeVar("N")
 
 PING: Final = b": ping\n\n"
-"""Comment that keeps a stream alive through proxies on the way."""
+"""Server-sent comment. It keeps intermediaries from closing a silent stream."""
 DONE: Final = b"data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_CHARS: Final = 400
-"""Characters of a reply, or of its reasoning, in one chunk."""
+"""Maximum characters of a reply, or of its reasoning, per chunk."""
 WATCH_AFTER_S: Final = 0.05
-"""Seconds after which the client is watched. Most work is shorter, and watching would cost more than it saves."""
+"""Seconds after which the proxy begins to watch for a disconnect. Most work is shorter, and watching costs time."""
 
 
 class ClientDisconnected(Exception):
@@ -37,45 +37,46 @@ class ClientDisconnected(Exception):
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`. If the client leaves, cancel and await `work` and raise ClientDisconnected."""
+    """Return the result of `work`. If the client disconnects, cancel `work`, await it and raise ClientDisconnected."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    gone: asyncio.Task[None] | None = None
-    has_left = False
+    watcher: asyncio.Task[None] | None = None
+    has_disconnected = False
 
-    def leave(_: asyncio.Task[None]) -> None:
-        nonlocal has_left
-        has_left = True
+    def on_disconnect(_: asyncio.Task[None]) -> None:
+        nonlocal has_disconnected
+        has_disconnected = True
         if task is not None:
             task.cancel()
 
     def watch() -> None:
-        nonlocal gone
-        gone = loop.create_task(_disconnected(receive))
-        gone.add_done_callback(leave)
+        nonlocal watcher
+        watcher = loop.create_task(_disconnected(receive))
+        watcher.add_done_callback(on_disconnect)
 
     timer = loop.call_later(WATCH_AFTER_S, watch)
     try:
         return await work
     except asyncio.CancelledError:
-        if has_left and task is not None and not task.uncancel():  # nothing else has cancelled it
+        if has_disconnected and task is not None and not task.uncancel():  # nothing else has cancelled it
             raise ClientDisconnected from None
         raise
     finally:
         timer.cancel()
-        if gone is not None:
-            gone.remove_done_callback(leave)
-            gone.cancel()
+        if watcher is not None:
+            watcher.remove_done_callback(on_disconnect)
+            watcher.cancel()
             with suppress(asyncio.CancelledError, Exception):  # its result is not needed
-                await gone
+                await watcher
 
 
 async def _disconnected(receive: Receive) -> None:
+    """Return once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class StreamedResponse(Response):
-    """Response whose body is sent as it arrives. When the client disconnects, its context is left at once."""
+    """Response whose body is sent as it arrives. When the client disconnects, its context is exited at once."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class StreamedResponse(Response):
         media_type: str | None = "text/event-stream",
     ) -> None:
         self.source = source
-        self.context = context  # of the source; left when the body is complete or cannot be sent
+        self.context = context  # of the source; exited when the body is complete or cannot be sent
         self.status_code = status_code
         self.media_type = media_type
         self.background = None
@@ -138,10 +139,10 @@ def format_event(data: Mapping[str, Any], name: str = "") -> bytes:
 async def progress_and_result(
     serve: Callable[[], Coroutine[Any, Any, T]], news: asyncio.Queue[N], ping_s: float
 ) -> AsyncGenerator[N | T | None]:
-    """Yield the items of `news` as they come, None after each `ping_s` seconds of silence, and last `serve`'s result.
+    """Yield the items of `news` as they arrive, and finally the result of `serve`.
 
-    Raises ApiError, also if the server shuts down before there is a reply, so that the stream can report it. Closing
-    the generator cancels `serve` and waits for it.
+    Yields None after each `ping_s` seconds without an item. Raises ApiError, also if the server shuts down before there
+    is a result, so that the stream can report it. Closing the generator cancels `serve` and waits for it.
     """
     task = asyncio.create_task(serve())
     item: asyncio.Task[N] | None = None

@@ -1,4 +1,4 @@
-"""Requests that no controller serves: forwarded to the upstream, with their request ids and their unapplied β.
+"""Forward requests that no controller serves, with an index of their request ids and a report of unapplied β.
 
 Imported by api and app.
 """

@@ -1,4 +1,4 @@
-"""Forward requests to the upstream unchanged, and its responses back unchanged."""
+"""Forward requests to the upstream and its responses to the client, both unchanged."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ UNSERVED_PATHS: Final[Mapping[str, str]] = MappingProxyType(
         "/server_info": "send the request to the upstream directly",
     }
 )
-"""vLLM's paths that the proxy does not serve, and what to do instead."""
+"""Paths of vLLM that the proxy does not serve, and what clients can do instead."""
 
 _REQUEST_HEADERS: Final = ("content-type", "accept")
 _RESPONSE_HEADERS: Final = ("content-type", "retry-after")
 
 
 MAX_BUFFERED_BYTES: Final = 64 * 2**10
-"""Bytes of a response body that is read whole and sent in one piece, if its length is known."""
+"""Maximum bytes of a response body that is read completely and sent in one piece."""
 
 
 async def forward(
@@ -68,14 +68,14 @@ async def forward(
 ) -> Response:
     """Return the upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
-    `content_type` replaces the request's if the proxy wrote the body itself. `is_stream` says that the body asks for a
+    `content_type` replaces the request's, if the proxy wrote the body itself. `is_stream` says that the body requests a
     stream. With `in_pieces` even a short response is returned as a StreamedResponse.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
         sent["content-type"] = content_type
-    if own := headers.get("x-request-id"):  # vLLM derives its own id from it and logs it
-        sent["x-request-id"] = own
+    if own_id := headers.get("x-request-id"):  # vLLM derives its own id from it and logs it
+        sent["x-request-id"] = own_id
     exchange = AsyncExitStack()
     relayed = engine.relay(request.method, request.scope["path"], body, sent, is_eager=is_stream)
     upstream = await exchange.enter_async_context(relayed)
@@ -97,7 +97,7 @@ async def forward(
 
 
 def as_openai_error(status: int, content: bytes) -> bytes:
-    """Convert the body of an error from FastAPI's form (`{"detail": …}`) to OpenAI's. Others are returned unchanged."""
+    """Convert an error body from FastAPI's format (`{"detail": …}`) to OpenAI's. Return other bodies unchanged."""
     try:
         error = json.loads(content)
     except (ValueError, RecursionError):

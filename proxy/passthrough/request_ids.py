@@ -1,6 +1,6 @@
-"""Recent requests by every id they have: the proxy's, the client's and the upstream's.
+"""Index of recent requests by all of their ids: the proxy's, the client's and the upstream's.
 
-The index is in memory and bounded. Served episodes are in the store as well. Forwarded requests are only here.
+The index is in memory and bounded. Episodes are in the store as well. Forwarded requests are in this index only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, Final, NamedTuple
 from proxy.upstream.body_tap import BodySink, BodySource
 
 MAX_REQUESTS: Final = 10_000
-"""Forwarded requests that are remembered, and likewise the ids that requests have besides the proxy's."""
+"""Maximum number of forwarded requests in the index, and of ids other than the proxy's."""
 ID_SEARCH_BYTES: Final = 4096
-"""Bytes at the beginning of a response in which its id is searched for."""
+"""Bytes at the beginning of a response that are searched for its id."""
 _ID: Final = re.compile(rb'"id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 
 _OWN_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|req-)[0-9a-f]{32}")
@@ -34,7 +34,7 @@ class ForwardedRequest(NamedTuple):
     client_request_id: str | None
 
     def as_json(self, upstream_id: str | None) -> dict[str, Any]:
-        """Return the record as `GET /v1/tts/requests/ID` answers it."""
+        """Return the record in the format of `GET /v1/tts/requests/ID`."""
         return {**self._asdict(), "applied": False, "upstream_id": upstream_id}
 
 
@@ -48,23 +48,23 @@ class RecentRequests:
         self._upstream_ids: OrderedDict[str, str] = OrderedDict()  # by the proxy's id
 
     def add(self, request: ForwardedRequest) -> None:
-        """Remember a request that was forwarded."""
+        """Add a forwarded request."""
         self._forwarded[request.request] = request
         _evict_oldest(self._forwarded, self._max_requests)
 
     def add_alias(self, tenant: str, alias: str, request: str) -> None:
-        """Remember that a tenant's `request` is also known as `alias`. The latest request with an alias keeps it."""
+        """Add another id of a tenant's request. If several requests have the same alias, the latest one keeps it."""
         self._aliases.pop((tenant, alias), None)
         self._aliases[tenant, alias] = request
         _evict_oldest(self._aliases, self._max_requests)
 
     def add_client_id(self, tenant: str, client_id: str, request: str) -> None:
-        """Remember the client's id of `request`, unless it is empty or has the form of the proxy's own ids."""
+        """Add the client's id of `request`, unless it is empty or has the format of the proxy's own ids."""
         if client_id and not _OWN_ID.fullmatch(client_id):
             self.add_alias(tenant, client_id, request)
 
     def note_upstream_id(self, tenant: str, request: str, beginning: bytes) -> None:
-        """Remember the upstream's id of `request`, if the response's `beginning` contains it."""
+        """Add the upstream's id of `request`, if the `beginning` of the response contains it."""
         if match := _ID.search(beginning[:ID_SEARCH_BYTES]):
             upstream_id = match[1].decode()
             self._upstream_ids[request] = upstream_id
@@ -100,7 +100,7 @@ class RecentRequests:
         return next((request for (_, alias), request in reversed(self._aliases.items()) if alias == name), name)
 
     def find(self, request: str) -> ForwardedRequest | None:
-        """Return the forwarded request with this id of the proxy's, or None."""
+        """Return the forwarded request with this proxy id, or None."""
         return self._forwarded.get(request)
 
     def upstream_id(self, request: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Requests that set β but are forwarded without a controller: refuse them, or count, log and report them."""
+"""Handle requests that set β but are forwarded without a controller: refuse them, or count, log and report them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ NO_BETA: Final = PassThroughReason("no_beta", "")
 GREEDY: Final = PassThroughReason("temperature", "temperature")
 """Reason of a greedy request (temperature 0) whose β comes from the server's default only."""
 MAX_HELD_BYTES: Final = 2**16
-"""Bytes of a reply that are held back while its first JSON object is searched for."""
+"""Maximum bytes of a reply that are held back until its first JSON object begins."""
 
 _FIRST_OBJECT: Final = re.compile(rb'\A\s*\{\s*(["}])')
 _FIRST_EVENT: Final = re.compile(rb'^data:\s*\{\s*(["}])', re.MULTILINE)
 
 
 class UnappliedBeta:
-    """Counts, logs and reports requests whose β is not applied, over one proxy's life."""
+    """Counts and logs the requests whose β is not applied, during the lifetime of the proxy."""
 
     def __init__(self, metrics: Metrics, *, is_required: bool) -> None:
         self._metrics = metrics

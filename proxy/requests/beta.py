@@ -1,7 +1,7 @@
-"""Find a request's β: from its header, else body, reasoning effort, model alias, or the server's default.
+"""Resolve a request's β from its header, body, reasoning effort, model alias or the server's default, in that order.
 
-The body sets it as `tts.beta`, or as `tts.target_tokens`, which a calibration turns into β. A body with both is
-refused. The header wins over the body, because gateways set it.
+The body sets β as `tts.beta`, or as `tts.target_tokens`, which a calibration converts to β. A body with both is
+refused. The header overrides the body, because gateways set it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def split_alias(model: str) -> tuple[str, float | None]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether `text` is a number, even if it is not a valid β."""
+    """Return whether `text` is a number, even if it is not a valid β."""
     try:
         float(text)
     except ValueError:
@@ -70,7 +70,7 @@ def resolve(
     """Return the effective β, or None if there is none. Raises BadRequest.
 
     `headers` are all values of the header. `target` returns the β for `tts.target_tokens`. It is called only if no
-    header wins over it.
+    header overrides it.
     """
     if len(headers) > 1:
         raise BadRequest(f"header {HEADER} is sent {len(headers)} times; send it once", param=HEADER, code="bad_beta")

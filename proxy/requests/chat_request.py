@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions."""
+"""Request body of POST /v1/chat/completions."""
 
 from __future__ import annotations
 

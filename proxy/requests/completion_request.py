@@ -1,4 +1,4 @@
-"""The body of POST /v1/completions: a text or token ids to continue, or several of either."""
+"""Request body of POST /v1/completions: one or several prompts, each a text or token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxy.requests import field_table
 from proxy.requests.generation_request import GenerationRequest, PassThroughReason
 
 MAX_PROMPT_IDS: Final = 2**20
-"""Maximum number of token ids in a prompt, and in all prompts of a request together if a controller is to serve it."""
+"""Maximum number of token ids in a prompt, and in all prompts of a request that a controller serves."""
 MAX_PROMPTS: Final = 128
 """Maximum number of prompts in a request that a controller serves."""
 
@@ -60,7 +60,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def _prompts(self) -> Sequence[str | list[int]]:
-        """The prompts; empty if no controller can serve them. They are checked once: there may be a million ids."""
+        """The prompts, or none if no controller can serve them. The check is cached: there may be a million ids."""
         if self._checked_prompts is None:
             self._checked_prompts = _servable_prompts(self.prompt)
         return self._checked_prompts
@@ -77,7 +77,7 @@ class CompletionRequest(GenerationRequest):
 def _servable_prompts(value: Any) -> Sequence[str | list[int]]:
     """Return the prompts in a `prompt` field.
 
-    The result is empty if a prompt is empty, or neither a text nor token ids, or if there are too many prompts or ids.
+    The result is empty if a prompt is empty or is neither text nor token ids, or if there are too many prompts or ids.
     """
     has_several = isinstance(value, list) and value and isinstance(value[0], str | list)
     prompts = value if has_several else [value]

@@ -1,4 +1,4 @@
-"""The body of POST /v1/tts/feedback."""
+"""Request body of POST /v1/tts/feedback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from discovery.answers.redaction import MARK
 
 
 def _comparable(answer: str) -> str:
-    """Return `answer` unchanged. Raises ValueError if no other answer could be compared with it."""
+    """Return `answer` unchanged. Raises ValueError if it cannot be compared with other answers."""
     if canonical(answer) is None:
         raise ValueError("no answer can be read from it; send the bare answer, such as 42")
     if answer.lstrip().startswith(MARK):
@@ -38,8 +38,8 @@ class FeedbackRequest(BaseModel):
 
     @model_validator(mode="after")
     def _check_exactly_one(self) -> FeedbackRequest:
-        given = [name for name in ("correct", "answer", "score") if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "none of them"
+        sent = [name for name in ("correct", "answer", "score") if getattr(self, name) is not None]
+        if len(sent) != 1:
+            got = " and ".join(sent) or "none of them"
             raise ValueError(f"send exactly one of correct, answer and score; got {got}")
         return self

@@ -1,4 +1,4 @@
-"""Tables of request fields: which are forwarded, which need an admin key, and which no controller can serve.
+"""Tables of request fields: those that are forwarded, need an admin key, or cannot be served by a controller.
 
 Clients may send the fields that OpenAI and vLLM define for clients. Fields that control the server rather than the
 answer (its queue, caches or templates) need an admin key. Unknown fields are dropped; vLLM ignores them too.
@@ -54,7 +54,10 @@ ADMINS: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "previous_input_messages": (),
     }
 )
-"""vLLM's fields with which one client could harm another, with their defaults. They need an admin key."""
+"""Fields of vLLM with which a client could harm other clients, with the values that have no effect.
+
+They need an admin key.
+"""
 
 _EVERY_ENDPOINT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
@@ -148,13 +151,13 @@ REASONS: Final[Mapping[str, str]] = MappingProxyType(
         **dict.fromkeys(("modalities", "audio"), MULTIMODAL),
     }
 )
-"""The reason clients see for a field that no controller can serve. For fields not listed it is the field's name."""
+"""Reason in responses for a field that no controller can serve. For other fields the reason is the field's name."""
 
 
 def first_effective_field(fields: Iterable[tuple[str, object]], table: Mapping[str, tuple[Any, ...]]) -> str | None:
     """Return the name of the first field of `table` whose value has an effect, or None.
 
-    Null, an empty list and an empty object never have one, nor do fields that are not in the table.
+    Null, an empty list and an empty object never have an effect. Fields that are not in the table do not either.
     """
     for name, value in fields:
         if name in table and not _is_among(value, (None, [], {}, *table[name])):
@@ -176,7 +179,10 @@ def fields_to_drop(fields: Mapping[str, object], *, is_admin: bool) -> Collectio
 
 
 def _is_among(value: object, values: Iterable[object]) -> bool:
-    """Whether `value` equals one of `values`. True differs from 1, "1" equals 1, and an object's nulls are ignored."""
+    """Return whether `value` equals one of `values`.
+
+    True differs from 1, "1" equals 1, and null members of an object are ignored.
+    """
     if isinstance(value, dict):
         value = {name: member for name, member in value.items() if member is not None}
     return any(_equals(value, other) for other in values)

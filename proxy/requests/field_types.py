@@ -1,4 +1,4 @@
-"""Annotated types of request fields, and bounds on their length that are checked before anything is built."""
+"""Annotated types of request fields. Limits on their length are checked before pydantic builds their items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_OPTIONS: Final = 64
 MAX_NAME: Final = 512
 """Maximum number of characters in a name, such as the model's."""
 _MAX_STOPS: Final = 64
-"""Maximum number of stop strings. The upstream may get up to four of them; the proxy itself searches for more."""
+"""Maximum number of stop strings. Up to four are sent to the upstream; the proxy itself searches for more."""
 
 
 def at_most(limit: int, unit: str) -> BeforeValidator:

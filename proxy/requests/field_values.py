@@ -1,7 +1,8 @@
-"""Refuse values that vLLM accepts and then fails on with status 500, or compiles so long that other requests wait.
+"""Refuse field values that vLLM accepts but cannot serve.
 
-The bounds were found by sending such values to vLLM 0.32. Values that cannot be judged here are left to vLLM. Such a
-failure does not open the circuit breaker, so it does not harm other requests.
+For some values vLLM fails with status 500, and some it compiles for so long that other requests wait. The limits were
+found by sending such values to vLLM 0.32. Values that cannot be checked here are forwarded. If vLLM fails on one, the
+circuit breaker does not open, so other requests are not affected.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ _NUMBER: Final = re.compile(r"[+-]?[0-9]+")
 class _Value(NamedTuple):
     """A value nested in a field."""
 
-    key: str  # its key, or that of the list it is in; empty within a literal
+    key: str  # key of the value, or of the list that contains it; empty within a literal
     value: Any
-    is_literal: bool = False  # it is in a literal of a schema, such as `const` or `enum`
+    is_literal: bool = False  # whether it is inside a literal of a schema, such as `const` or `enum`
 
 
 def check(body: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ def _check_integer(body: Mapping[str, Any], path: str) -> None:
 
 
 def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of each field that constrains the form of a reply: grammars, schemas and choices."""
+    """Yield the path and value of each field that constrains the format of a reply: grammars, schemas and choices."""
     for name, value in _items(body.get("structured_outputs")):
         yield f"structured_outputs.{name}", {name: _parsed(value) if name in _JSON else value}
     for name in _GUIDED:
@@ -121,7 +122,7 @@ def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_packable(value: Any) -> bool:
-    """Whether vLLM can pass `value` to its engine. It does so as MessagePack, whose integers have at most 64 bits."""
+    """Return whether vLLM can send `value` to its engine, as MessagePack with integers of at most 64 bits."""
     try:
         msgspec.msgpack.encode(value)
     except OverflowError:
@@ -227,7 +228,7 @@ def _items(value: object) -> list[tuple[str, Any]]:
 
 
 def _number(digits: str) -> int:
-    """Return the integer in `digits`; if it has 40 digits or more, a number too large for any field."""
+    """Return the integer in `digits`. For 40 digits or more, return a number that is too large for any field."""
     return int(digits) if len(digits) < 40 else 10**40
 
 

@@ -1,6 +1,6 @@
-"""Fields that all generation endpoints share, and the decision whether a controller can serve a request.
+"""Request fields of all generation endpoints, and the decision whether a controller can serve a request.
 
-Each endpoint has a module of its own: `chat_request.py`, `completion_request.py` and `responses_request.py`.
+Each endpoint has its own module: `chat_request.py`, `completion_request.py` and `responses_request.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from proxy.requests.beta import EFFORTS
 from proxy.requests.field_types import MAX_OPTIONS, Biases, Name, PositiveInt32, Seed, Stops, at_most
 
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
-"""Sampling fields that act the same on a branch generated in several requests as on one generated in a single one."""
+"""Sampling fields whose effect on a branch does not depend on the number of calls that generate it."""
 
 
 class PassThroughReason(NamedTuple):
-    """Why no controller can serve a request, so that it is passed through to the upstream."""
+    """Reason why no controller can serve a request, so that it is forwarded to the upstream."""
 
-    reason: str  # as clients see it: `structured_output`, `tools`, or the name of a field
-    field: str  # the request's field that is the cause
+    reason: str  # in responses: `structured_output`, `tools`, or the name of a field
+    field: str  # field of the request that causes it
 
 
 def _parsed_kind(value: object) -> object:
@@ -42,7 +42,7 @@ class TtsOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     beta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
-    target_tokens: PositiveInt32 | None = None  # tokens to spend on average; β is derived from it where none is given
+    target_tokens: PositiveInt32 | None = None  # tokens to spend on average, converted to β; excludes `beta`
     controller: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     max_total_tokens: PositiveInt32 | None = None  # over all branches and probes
     deadline_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
@@ -123,7 +123,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def effort(self) -> str | None:
-        """The reasoning effort, in OpenAI's words such as `low`."""
+        """The reasoning effort as OpenAI names it, such as `low`."""
         return None
 
     @property
@@ -148,7 +148,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        """Fields for the chat template besides the messages."""
+        """Additional fields for the chat template."""
         return {}
 
     def pass_through_reason(self) -> PassThroughReason | None:

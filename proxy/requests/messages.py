@@ -1,4 +1,4 @@
-"""Convert requests' messages and items to the chat messages of the upstream's `/tokenize`, as vLLM itself does."""
+"""Convert messages and items of requests to chat messages for the upstream's `/tokenize`, as vLLM itself does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxy.requests.beta import NO_EFFORT
 
 
 def template_fields(kwargs: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
-    """Return the chat template's variables as vLLM sets them from `chat_template_kwargs` and a reasoning effort.
+    """Return the chat template's variables, as vLLM sets them from `chat_template_kwargs` and a reasoning effort.
 
     The effort overrides the variable `reasoning_effort`, and sets `enable_thinking` unless the client did.
     """
@@ -25,15 +25,15 @@ _ROLES: Final = ("user", "assistant", "system", "developer")
 
 
 def _is_partial(item: object) -> bool:
-    """Whether a Responses item is unfinished, so that vLLM would continue it."""
+    """Return whether a Responses item is unfinished, so that vLLM would continue it."""
     return isinstance(item, dict) and item.get("status") in ("in_progress", "incomplete")
 
 
 def messages_of(items: Sequence[object]) -> list[dict[str, Any]] | None:
-    """Return the items of a Responses request as chat messages, as vLLM makes them; None unless all are text.
+    """Convert the items of a Responses request to chat messages, as vLLM does. Return None unless all are text.
 
     Reasoning and the assistant's text after it become one message. The result is None too if the last item is
-    unfinished: vLLM would continue it, which no controller can.
+    unfinished: vLLM would continue it, but no controller can.
     """
     if not items or _is_partial(items[-1]):
         return None
@@ -68,7 +68,7 @@ def _message(item: object) -> dict[str, Any] | None:
         texts = [part.get("text") for part in content]
         if not all(isinstance(text, str) for text in texts):
             return None
-        takes_first = len(texts) == 1 or item["role"] == "assistant"  # vLLM reads no other part of it
+        takes_first = len(texts) == 1 or item["role"] == "assistant"  # vLLM reads only the first part then
         content = texts[0] if takes_first else [{"type": "text", "text": text} for text in texts]
     elif not isinstance(content, str):
         return None
@@ -76,7 +76,7 @@ def _message(item: object) -> dict[str, Any] | None:
 
 
 def _reasoning_message(item: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a reasoning item as a chat message; its text is that of the first part of its content, else summary."""
+    """Convert a reasoning item to a chat message with the text of the first part of its content or summary."""
     if item.get("encrypted_content"):  # vLLM cannot read it
         return None
     parts = item.get("content") or item.get("summary") or [{"text": ""}]
@@ -85,14 +85,14 @@ def _reasoning_message(item: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with its reasoning under vLLM's newer key, the only one that `/tokenize` reads."""
+    """Return a message with its reasoning under the key `reasoning`, the only one that `/tokenize` reads."""
     if message.get("reasoning_content") is None or message.get("reasoning") is not None:
         return message
     return {**message, "reasoning": message["reasoning_content"]}
 
 
 def why_not_text(items: Sequence[object]) -> str | None:
-    """Return why Responses items are more than text: `field_table.TOOLS` or `field_table.MULTIMODAL`, or None."""
+    """Return why Responses items are not only text: `field_table.TOOLS`, `field_table.MULTIMODAL` or None."""
     if any(str(part_type(item)).endswith(("_call", "_call_output", "_tools")) for item in items):
         return field_table.TOOLS
     parts = [str(part_type(part)) for item in items for part in _parts(item)]

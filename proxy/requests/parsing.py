@@ -1,4 +1,4 @@
-"""Turn a request's bytes into its model. Each error names the first wrong field."""
+"""Parse request bodies into models. Each error names the first invalid field."""
 
 from __future__ import annotations
 

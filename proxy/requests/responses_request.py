@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses."""
+"""Request body of POST /v1/responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxy.requests.generation_request import GenerationRequest, PassThroughReas
 from proxy.requests.messages import messages_of, template_fields, why_not_text
 
 _TEXT_FORMAT: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"format": ({"type": "text"},)})
-"""Members of `text` that change a reply, with the values at which they do not. vLLM ignores `verbosity`."""
+"""Members of `text` that change a reply, with the values that have no effect. vLLM ignores `verbosity`."""
 _IGNORED_INCLUDES: Final = {
     "reasoning.encrypted_content",
     "code_interpreter_call.outputs",
@@ -22,7 +22,7 @@ _IGNORED_INCLUDES: Final = {
     "file_search_call.results",
     "message.input_image.image_url",
 }
-"""Values of `include` that add nothing to a text reply: vLLM does not encrypt reasoning and has none of the others."""
+"""Values of `include` that add nothing to a text reply. vLLM does not encrypt reasoning or support the others."""
 
 
 class Reasoning(BaseModel):

@@ -1,4 +1,4 @@
-"""Parse JSON request bodies that every parser reads alike, within bounds on their structure."""
+"""Parse JSON request bodies strictly, so that every parser reads them alike, and within limits on their structure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_object(raw: bytes) -> dict[str, Any]:
     """
     _check_structure(raw)
     try:
-        body = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)  # parsers keep different ones
+        body = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)  # parsers differ on duplicates
     except ValueError as error:
         raise BadRequest(_describe(str(error)), code="bad_json") from None
     if not isinstance(body, dict):

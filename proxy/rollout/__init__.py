@@ -1,4 +1,4 @@
-"""Choose and run controllers: rollout stages, sandboxed processes, the shadow, and the tests that watch a canary.
+"""Choose and run controllers: rollout stages, sandbox processes, the shadow, and the tests of canaries and costs.
 
 Imported by recording, episode and app.
 """

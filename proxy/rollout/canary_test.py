@@ -1,28 +1,28 @@
-"""A sequential test of whether a canary is worse than the champion: bets on each request.
+"""Sequential test by betting of whether a canary is worse than the champion.
 
-A **metric** is a number per request of which less is better: its tokens, whether its controller failed, whether it
-ended without an answer, whether its client was dissatisfied. Requests are paired as they end, each canary request with
-the latest unpaired champion request. The request id decides at random which controller serves, so under the null
+A **metric** is a number per request, of which less is better: its tokens, whether its controller failed, whether it
+ended without an answer, or whether its client was dissatisfied. Requests are paired as they end: each canary request
+with the latest unpaired champion request. The request id decides at random which controller serves, so under the null
 hypothesis
 
     H0   the canary's mean is at most the champion's mean plus a margin
 
-a pair's difference d (canary minus champion minus margin, in a unit fixed before, clipped to [-1, 1]) has a mean of at
-most 0, whatever came before. A gambler who starts with wealth 1 and stakes the fraction λ of it on d > 0 in every pair
-has, after n pairs,
+the difference d of a pair has a mean of at most 0, whatever happened before. The difference is canary minus champion
+minus margin, in a unit fixed in advance, clipped to [-1, 1]. A gambler starts with wealth 1 and stakes the fraction λ
+of it on d > 0 in every pair. After n pairs the wealth is
 
     K_n(λ) = (1 + λ d_1) … (1 + λ d_n),   0 < λ < 1
 
-which is a non-negative supermartingale. So is the mean wealth of several such gamblers: an e-process. By Ville's
-inequality it ever reaches 1/a with probability at most a, however often it is checked and whenever the test stops. With
-α / 4 for each of four metrics, a canary that is no worse is ever rolled back with probability at most α.
+which is a non-negative supermartingale. The mean wealth of several gamblers is one too, an e-process. By Ville's
+inequality, the probability that it ever reaches 1/a is at most a, however often it is checked and whenever the test
+stops. Each of the four metrics gets α / 4. So a canary that is no worse is rolled back with probability at most α.
 
-A grid of λ works without knowing how far apart the means are or how the values scatter: one λ is nearly the best, and
-the mean log wealth is at most log(len(BETS)) behind it. Source: I. Waudby-Smith and A. Ramdas, "Estimating means of
-bounded random variables by betting", 2023 (JRSS B 86(1), 2024; arXiv:2010.09686).
+A grid of λ needs no knowledge of the means' distance or the values' spread. One λ of the grid is nearly the best, and
+the log of the mean wealth is at most log(len(BETS)) below that gambler's log wealth. Source: I. Waudby-Smith and
+A. Ramdas, "Estimating means of bounded random variables by betting", 2023 (JRSS B 86(1), 2024; arXiv:2010.09686).
 
 The test is about the mean of the clipped difference, so a single extreme reply cannot roll a canary back. It detects
-lasting differences: a canary that did well for long has to do badly for long.
+lasting differences: a canary that did well for a long time must do badly for a long time.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from controllers.rollout_state import RolloutStage
 from proxy.types import CanaryMetric
 
 ALPHA: Final = 0.01
-"""Largest probability that a canary which is no worse is ever rolled back."""
+"""Maximum probability that a canary that is no worse is ever rolled back."""
 BETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
-"""Fractions λ of their wealth that the gamblers stake."""
+"""Fractions λ of the wealth that the gamblers stake, one per gambler."""
 TOKEN_UNIT: Final = 2.0
-"""Token differences of this many times the champion's mean, or more, count as 1."""
+"""Unit of token differences, as a multiple of the champion's mean. Larger differences are clipped to 1."""
 
 
 MARGINS: Final[Mapping[CanaryMetric, float]] = {
@@ -48,12 +48,12 @@ MARGINS: Final[Mapping[CanaryMetric, float]] = {
     CanaryMetric.UNANSWERED: 0.02,
     CanaryMetric.FEEDBACK: 0.05,
 }
-"""How much worse a canary may be, in each metric."""
+"""Margin by which a canary may be worse, in each metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeOutcome:
-    """How a request that a controller decided has ended."""
+    """Outcome of a request that a controller decided."""
 
     tokens: int
     failed: bool  # the controller failed and the baseline took over
@@ -76,7 +76,7 @@ class CanaryTest:
         self._tests = {metric: _PairedTest(MARGINS[metric]) for metric in CanaryMetric}
         self._champion_tokens = 0
         self._champion_requests = 0
-        self._unit = 0.0  # tokens that count 1, fixed before either request of a pair is seen; 0 if not yet
+        self._unit = 0.0  # tokens that count as 1, fixed before either request of a pair is seen; 0 if not fixed yet
 
     def observe(self, stage: RolloutStage, outcome: EpisodeOutcome) -> CanaryFailure | None:
         """Record a request. Return the evidence if the canary has to be rolled back."""
@@ -96,7 +96,7 @@ class CanaryTest:
 
     @property
     def failure(self) -> CanaryFailure | None:
-        """The evidence for rolling the canary back, or None while there is not enough."""
+        """The evidence for a rollback, or None while it is not enough."""
         worst = max(CanaryMetric, key=lambda metric: self._tests[metric].e_value)
         test = self._tests[worst]
         return CanaryFailure(worst, test.e_value, test.pairs) if test.e_value >= self.limit else None

@@ -1,4 +1,4 @@
-"""Choose the controller of each request, and take controllers out of service that fail, overspend or do worse.
+"""Choose the controller of each request, and remove controllers that fail, cost too much or do worse.
 
 A controller that fails three times in five minutes, or costs far more than its calibration, is quarantined. A canary
 that does worse than the champion is rolled back.
@@ -34,8 +34,9 @@ from proxy.types import ChosenController
 logger = logging.getLogger(__name__)
 
 STOPPED: Final = "the controller has been quarantined"
+"""Error message for episodes whose controller is stopped."""
 SHADOWS: Final = 2
-"""Episodes that a shadow compares at a time. Episodes that end meanwhile are skipped."""
+"""Maximum number of episodes that a shadow compares concurrently. Episodes beyond that are skipped."""
 
 
 class ControllerManager:
@@ -61,7 +62,7 @@ class ControllerManager:
         self._registry_tasks: set[asyncio.Task[None]] = set()
 
     async def choose(self, name: str | None, request_id: str) -> ChosenController:
-        """Return the controller of a request that names `name`, or none. Raises UnknownController."""
+        """Return the controller of a request. `name` is the one that the request names. Raises UnknownController."""
         if await self.stages.refresh():
             self._follow_stages()
         return self.stages.current.choose(request_id) if name is None else ChosenController(self.find(name), None)
@@ -89,7 +90,7 @@ class ControllerManager:
         self._follow_stages()
 
     async def close(self) -> None:
-        """End every sandboxed process, after pending changes to the registry are written."""
+        """Write pending changes to the registry, then end every sandbox process."""
         for task in self._shadow_tasks:
             task.cancel()
         await asyncio.gather(*self._shadow_tasks, *self._registry_tasks, return_exceptions=True)
@@ -108,20 +109,20 @@ class ControllerManager:
             self._quarantine(spec, reason)
 
     def record_episode(self, choice: ChosenController, outcome: EpisodeOutcome) -> None:
-        """Record how an episode ended. Rolls the canary back if that proves it worse than the champion."""
+        """Record the outcome of an episode. Rolls the canary back once it has proved worse than the champion."""
         spec, stage = choice
         if stage is None:
             return
         self.metrics.stage_requests.labels(stage, controller_label(spec.name)).inc()
         canary = self._assigned.canary
-        if canary is None or self._assigned.at(stage) != spec:  # nothing to compare, or it began before a change
+        if canary is None or self._assigned.at(stage) != spec:  # no canary, or the stages changed meanwhile
             return
         failure = self._canary_test.observe(stage, outcome)
         if failure is not None:
             self._roll_back(canary, failure)
 
     def record_cost(self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State) -> None:
-        """Record what an episode cost. Quarantines a controller from a file that costs far too much."""
+        """Record the cost of an episode. Quarantines a controller from a file that costs far too much."""
         evidence = self._cost_test.observe(spec, model, tenant, beta, tokens, state)
         if evidence is None or spec.digest in self.quarantined:
             return
@@ -132,11 +133,11 @@ class ControllerManager:
             "; it is quarantined" if evidence.is_proven and spec.is_foreign else "",
         )
         self.metrics.overspending.labels(controller_label(spec.name)).set(1)
-        if evidence.is_proven and spec.is_foreign:  # built-in controllers are for the operator to replace
+        if evidence.is_proven and spec.is_foreign:  # the operator has to replace a built-in controller
             self._quarantine(spec, str(evidence))
 
     def record_feedback(self, stage: RolloutStage, digest: str, satisfied: bool) -> None:
-        """Record whether a client was satisfied. Rolls the canary back if that proves it worse than the champion."""
+        """Record whether a client was satisfied. Rolls the canary back once it has proved worse than the champion."""
         canary, decided = self._assigned.canary, self._assigned.at(stage)
         if canary is None or decided is None or decided.digest != digest:
             return
@@ -206,7 +207,7 @@ class ControllerManager:
         _start(self._registry_tasks, self.stages.change(change))
 
     def _follow_stages(self) -> None:
-        """Bring quarantines, the canary test and the process pools in line with the current stages."""
+        """Update quarantines, the canary test and the process pools to match the current stages."""
         before, now = self._assigned, self.stages.current
         self._assigned = now
         if (before.champion, before.canary) != (now.champion, now.canary):

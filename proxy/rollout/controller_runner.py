@@ -1,6 +1,6 @@
-"""Run the chosen controller in one episode, and the baseline from where it failed.
+"""Run the chosen controller in one episode, with a fallback to the baseline if it fails.
 
-A failing controller costs its client nothing: the baseline goes on from the state that it left.
+The baseline continues from the state that the failed controller left, so no work is lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class ControllerRunner:
-    """Decides in one episode: by the chosen controller or, if that fails or may not run, by the baseline.
+    """Runs one episode with the chosen controller or, if that fails or may not run, with the baseline.
 
     `on_round` is called after each round.
     """
@@ -40,14 +40,14 @@ class ControllerRunner:
     def __init__(
         self, manager: ControllerManager, choice: ChosenController, on_round: Callable[[], None] | None = None
     ) -> None:
-        self.fallback: str | None = None  # why the baseline decides, if it does
+        self.fallback: str | None = None  # reason why the baseline decides; None if it does not
         self.level = manager.sandboxes.level_for(choice.spec)
         self.rounds: list[Round] = []  # as they were executed
         self.decided = 0  # rounds that the controller decided, before any fallback
         self._manager = manager
         self._choice = choice
         self._on_round = on_round
-        self._for_shadow: DecidedEpisode | None = None  # without its rounds, if there is a shadow to compare
+        self._for_shadow: DecidedEpisode | None = None  # without its rounds; None if there is no shadow to compare
         self._beta = 0.0  # of the episode, once it runs
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
@@ -84,7 +84,7 @@ class ControllerRunner:
         await run_episode(timed(create(BASELINE, beta), seconds), environment, state, self._record)
 
     def end(self, state: State, tokens: int, model: str, tenant: str) -> None:
-        """Record the outcome and cost of the episode, also if it ended because its client left."""
+        """Record the outcome and cost of the episode, also if its client disconnected."""
         stop = state.stop
         if self.fallback is None:
             self._manager.record_cost(self._choice.spec, model, tenant, self._beta, tokens, state)

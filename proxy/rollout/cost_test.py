@@ -1,15 +1,15 @@
-"""A sequential test of whether a controller costs far more than its calibration: bets on each request.
+"""Sequential test by betting of whether a controller costs far more than its calibration.
 
-A request's cost is counted in chains: its tokens divided by the mean length of the branches that ended in it. So
-prompts with longer or shorter replies than those of the calibration make no difference. If no branch ended, the length
-is the calibration's, or that of the longest branch if it is longer.
+A request's cost is counted in chains: its tokens divided by the mean length of its finished branches. So prompts with
+longer or shorter replies than in the calibration make no difference. If no branch finished, the chain length is the
+calibration's or that of the longest branch, whichever is larger.
 
-The null hypothesis is that a controller's mean cost, in chains, is at most the allowed cost at the request's β: MARGIN
-times the calibrated cost there, or half of the calibrated cost at the largest β, whichever is more. As in
-`canary_test.py`, the wealth of gamblers who bet against it is an e-process: it ever reaches 1/α with probability
-at most α.
+The null hypothesis is that a controller's mean cost, in chains, is at most the allowed cost at the request's β. The
+allowed cost is MARGIN times the calibrated cost at that β, or half of the calibrated cost at the largest β, whichever
+is larger. As in `canary_test.py`, the wealth of gamblers who bet against the hypothesis is an e-process. The
+probability that it ever reaches 1/α is at most α.
 
-Evidence is kept by tenant. One tenant's prompts may be unlike all others, so if there are several tenants, two of them
+Evidence is kept by tenant. One tenant's prompts may be unlike all others. So if there are several tenants, two of them
 must provide enough evidence.
 """
 
@@ -27,15 +27,15 @@ from discovery.evaluation.calibration import Calibration, Calibrations
 from proxy.rollout.canary_test import BettingProcess
 
 MARGIN: Final = 4.0
-"""How many times the calibrated cost at a request's β a controller may cost on average."""
+"""Allowed mean cost, as a multiple of the calibrated cost at the request's β."""
 ALPHA: Final = 0.001
-"""Largest probability that a controller within its allowed cost is ever quarantined for its cost."""
+"""Maximum probability that a controller within its allowed cost is ever quarantined for its cost."""
 WARN_AT: Final = 10.0
 """E-value at which a warning is logged."""
 LEAST_TOKENS: Final = 256
 """Tokens per request that are always allowed, because probes and the final answer have a fixed cost."""
 TENANTS: Final = 1024
-"""Most tenants per controller whose evidence is kept; the latest ones."""
+"""Maximum number of tenants per controller whose evidence is kept. The least recent tenant is dropped first."""
 
 
 class CostEvidence(NamedTuple):
@@ -66,9 +66,12 @@ class CostTest:
     def observe(
         self, spec: Spec, model: str, tenant: str, beta: float, tokens: int, state: State
     ) -> CostEvidence | None:
-        """Record a request's cost. Return the evidence when it first deserves a warning, and whenever it is proven."""
-        first = self._calibrations.get(model)
-        calibration = None if first is None else first.of_digest(spec.digest)
+        """Record a request's cost.
+
+        Return the evidence when it first reaches WARN_AT, and whenever it is proven. Otherwise return None.
+        """
+        by_model = self._calibrations.get(model)
+        calibration = None if by_model is None else by_model.of_digest(spec.digest)
         if calibration is None or calibration.single.tokens <= 0:
             return None
         chain = chain_length(calibration, state)
@@ -79,15 +82,15 @@ class CostTest:
         while len(tenants) > TENANTS:
             tenants.popitem(last=False)
         process.settle(tokens / chain / allowed - 1)
-        proven = sum(known.e_value >= self._limit for known in tenants.values())
-        is_proven = process.e_value >= self._limit and proven >= min(2, len(tenants))
+        proving_tenants = sum(tenant_process.e_value >= self._limit for tenant_process in tenants.values())
+        is_proven = process.e_value >= self._limit and proving_tenants >= min(2, len(tenants))
         if not is_proven and (process.e_value < WARN_AT or spec.digest in self._warned):
             return None
         self._warned.add(spec.digest)
         return CostEvidence(process.e_value, process.bets, tokens / chain, allowed, is_proven)
 
     def forget(self, digest: str) -> None:
-        """Start anew with a controller whose quarantine was lifted."""
+        """Forget the evidence on a controller whose quarantine was lifted."""
         self._tenants.pop(digest, None)
         self._warned.discard(digest)
 
@@ -95,9 +98,9 @@ class CostTest:
 def allowed_cost(calibration: Calibration, beta: float) -> float:
     """Return the allowed mean cost at `beta`, in chains."""
     betas = [point.beta for point in calibration.points]
-    spent = [point.tokens for point in calibration.points]
-    here = float(np.interp(beta, betas, spent))
-    return max(MARGIN * here, spent[-1] / 2) / calibration.single.tokens
+    costs = [point.tokens for point in calibration.points]
+    calibrated = float(np.interp(beta, betas, costs))
+    return max(MARGIN * calibrated, costs[-1] / 2) / calibration.single.tokens
 
 
 def chain_length(calibration: Calibration, state: State) -> float:

@@ -1,4 +1,4 @@
-"""Count the failures of controllers, and say when one has failed too often."""
+"""Count the failures of controllers, and detect controllers that fail too often."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Final
 from controllers import Boundary, BoundaryViolation, ControllerError, IllegalAction
 
 FAILURES: Final = 3
+"""Number of failures within WINDOW_S seconds that quarantine a controller."""
 WINDOW_S: Final = 300.0
-"""FAILURES failures within WINDOW_S seconds quarantine a controller."""
 RAISED, ILLEGAL, UNSEALED, QUARANTINED = "raised", "illegal", "unsealed", "quarantined"
 DISTURBED = "disturbed"
-"""Reasons for a fallback to the baseline, besides the boundaries of a sandbox."""
+"""Reasons for a fallback to the baseline, in addition to the boundary violations of a sandbox."""
 BLAMELESS: Final = frozenset({UNSEALED, DISTURBED})
-"""Reasons that are the machine's fault, not the controller's."""
+"""Reasons that the machine caused, not the controller."""
 SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
-"""Boundary violations that one event on the machine may cause in several processes at once."""
+"""Boundary violations that one event on the machine can cause in several processes at once."""
 
 
 class FailureCounter:
-    """Recent failures by a controller's digest."""
+    """Recent failures of controllers, by digest."""
 
     def __init__(self) -> None:
         self._failures: dict[str, deque[float]] = {}  # times by the monotonic clock
@@ -29,7 +29,7 @@ class FailureCounter:
     def record(self, digest: str, error: ControllerError) -> str | None:
         """Count a failure. Return a description of the failures if there are too many, or None.
 
-        Processes that were late or died while their decisions ran at the same time may all have met one event, so they
+        One event on the machine can make several concurrent decisions late or kill their processes. These failures
         count once: such a failure counts only if its decision began after the last counted failure.
         """
         now = time.monotonic()
@@ -42,19 +42,19 @@ class FailureCounter:
         return f"{FAILURES} failures in {now - failures[0]:.0f} s"
 
     def forget(self, digest: str) -> None:
-        """Start anew with a controller whose quarantine was lifted."""
+        """Forget the failures of a controller whose quarantine was lifted."""
         self._failures.pop(digest, None)
 
 
 def fallback_reason(error: ControllerError) -> Boundary | str:
-    """Return the reason for a fallback after `error`, as metrics and records name it."""
+    """Return the reason for a fallback after `error`, as it appears in metrics and records."""
     if isinstance(error, BoundaryViolation):
         return error.boundary
     return ILLEGAL if isinstance(error, IllegalAction) else RAISED
 
 
 def _began_at(error: ControllerError, now: float) -> float:
-    """Return when the decision began during which a process was late or died; `now` for other failures."""
+    """Return the start of the decision in which a process was late or died. Return `now` for other failures."""
     if isinstance(error, BoundaryViolation) and error.boundary in SUDDEN and error.asked is not None:
         return error.asked
     return now

@@ -1,4 +1,4 @@
-"""A pool of sandboxed processes that have loaded a controller before an episode needs it."""
+"""Pool of sandbox processes that have loaded a controller before an episode needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
 
 RETIRED: Final = -1
-"""Size of a pool whose controller only running episodes still need."""
+"""Size of a pool whose controller is needed by running episodes only."""
 MAKERS: Final = 2
 """Threads per controller that start processes, so that a slow file delays only its own controller."""
 TAKE_TIMEOUT_S: Final = 5.0
@@ -22,7 +22,7 @@ TAKE_TIMEOUT_S: Final = 5.0
 
 
 class SandboxPool:
-    """Sandboxed processes that have loaded one controller and wait for its next episodes.
+    """Sandbox processes that have loaded one controller and wait for its next episodes.
 
     Each process serves one episode. Threads of `closers`, which pools may share, end the processes.
     """
@@ -56,14 +56,14 @@ class SandboxPool:
         self._start(self._closers, sandbox.close)
 
     def keep(self, size: int) -> None:
-        """Keep `size` processes ready; RETIRED if only running episodes still need the controller."""
+        """Keep `size` processes ready from now on, or none if `size` is RETIRED."""
         self._size, self._stopped = size, ""
         while len(self._ready) > max(0, size):
             self.end(self._ready.pop())
         self._fill()
 
     def stop(self, reason: str) -> None:
-        """Retire, and kill the processes of running episodes, which then raise MachineDisturbed with `reason`."""
+        """Retire the pool and kill the processes of running episodes. These raise MachineDisturbed with `reason`."""
         self.keep(RETIRED)
         self._stopped = reason
         for sandbox in [*self._in_use, *list(self._loading)]:
@@ -97,11 +97,11 @@ class SandboxPool:
         try:
             async with asyncio.timeout(TAKE_TIMEOUT_S):
                 return await waiting
-        except BaseException as error:  # a cancelled request's too
+        except BaseException as error:  # also if the request is cancelled
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                self._put(waiting.result())  # it was ready too late
+                self._put(waiting.result())  # the process was ready too late for this episode
             if isinstance(error, TimeoutError):
                 raise MachineDisturbed(
                     f"no process of {self._spec.name} was ready within {TAKE_TIMEOUT_S:g} s"
@@ -109,7 +109,7 @@ class SandboxPool:
             raise
 
     def _fill(self) -> None:
-        """Start as many processes as are missing from the pool and as episodes wait for."""
+        """Start the processes that the pool lacks and that episodes wait for."""
         wanted = max(0, self._size) + len(self._waiting)
         for _ in range(wanted - len(self._ready) - self._making):
             self._making += 1

@@ -1,4 +1,4 @@
-"""Run controllers from files in sandboxed processes, from one pool for each controller."""
+"""Run controllers from files in sandbox processes, with one pool per controller."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from proxy.telemetry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 CLOSERS: Final = 2
-"""Threads that end sandboxed processes, for all pools."""
+"""Number of threads that end sandbox processes, for all pools."""
 
 
 class Sandboxes:
-    """The sandboxed processes of one proxy."""
+    """The sandbox processes of one proxy."""
 
     def __init__(self, metrics: Metrics, *, decision_s: float, allow_unsandboxed: bool) -> None:
         self._metrics = metrics
@@ -44,7 +44,7 @@ class Sandboxes:
 
     @property
     def lacking(self) -> str | None:
-        """Name of what this machine lacks to sandbox controllers, or None."""
+        """Feature that this machine lacks for sandboxing, or None."""
         return self._proof.lacking
 
     def level_for(self, spec: Spec) -> SandboxLevel:
@@ -66,7 +66,7 @@ class Sandboxes:
                 "NOT SANDBOXED: controllers from files run with all permissions of this process, including its keys"
             )
         elif self.level is SandboxLevel.REFUSED:
-            logger.error("controllers from files are refused, baselines serve: %s", self.lacking)
+            logger.error("controllers from files are refused and the baseline replaces them: %s", self.lacking)
 
     @asynccontextmanager
     async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | RemoteController]:
@@ -75,7 +75,7 @@ class Sandboxes:
         if level is not SandboxLevel.SEALED or not spec.is_foreign:
             if level is SandboxLevel.REFUSED:
                 raise SandboxUnavailable(f"{spec.name}: controllers cannot be sandboxed here: {self.lacking}")
-            yield make(spec, beta)
+            yield make(spec, beta)  # in this process
             return
         pool = self.pool(spec)
         sandbox = await pool.take()

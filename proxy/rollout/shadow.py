@@ -9,7 +9,7 @@ from controllers import Limits, Round, State
 
 
 class DecidedEpisode(NamedTuple):
-    """The rounds of an ended episode, and what its controller was given."""
+    """The rounds of an ended episode, with its β and limits."""
 
     beta: float
     limits: Limits
@@ -17,10 +17,10 @@ class DecidedEpisode(NamedTuple):
 
 
 async def compare_decisions(controller: Any, episode: DecidedEpisode, count: Callable[[bool], None]) -> None:
-    """Ask a remote controller to decide each round, and `count` whether it decides the same.
+    """Let a remote controller decide each round, and call `count` with whether its decision is the same.
 
-    The controller gets the facts of each round as if it had decided it. The comparison stops at the first different
-    decision, because its facts are unknown. Raises ControllerError.
+    The controller gets the facts of each round as if it had decided the round. The comparison stops at the first
+    different decision, because the facts of that decision are unknown. Raises ControllerError.
     """
     state = State(episode.limits)
     for actions, facts in episode.rounds:

@@ -1,4 +1,4 @@
-"""The controllers at each rollout stage. They decide requests that name none, and follow changes of the registry."""
+"""Controllers at each rollout stage, read from the registry. They serve requests that name no controller."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RolloutStages:
 
     def __init__(self, registry: Registry | None, default: Spec, poll_s: float) -> None:
         self.registry = registry
-        self.current = StageAssignment(default)  # as read, or as changed here since
+        self.current = StageAssignment(default)  # as read, with later changes of this process
         self._default = default
         self._poll_s = poll_s
         self._polled_at = float("-inf")  # by the monotonic clock
@@ -97,7 +97,7 @@ class RolloutStages:
         return True
 
     async def change(self, change: Callable[[Registry], RolloutState]) -> None:
-        """Make the same change in the registry. If that fails, `current` holds until the registry changes again."""
+        """Apply a change to the registry. If that fails, `current` stays until the registry file changes again."""
         if self.registry is None:
             return
         try:

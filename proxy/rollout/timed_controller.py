@@ -1,4 +1,4 @@
-"""Controllers whose decisions are measured."""
+"""Wrappers that measure the time of a controller's decisions."""
 
 from __future__ import annotations
 

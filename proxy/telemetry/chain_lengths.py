@@ -1,7 +1,7 @@
-"""Warn if the interval Δ is too long for a model, by the lengths of its chains in live traffic.
+"""Warn if the interval Δ is too long for a model, judged by the lengths of its chains in live traffic.
 
 Controllers decide after each interval. If a chain ends within one or two intervals, they can neither prune it nor open
-more branches in time, so β buys far fewer chains than it should.
+more branches in time. A given β then buys far fewer chains than it should.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from proxy.types import LiveBranch
 logger = logging.getLogger(__name__)
 
 MIN_CHAINS: Final = 20
-"""Chains needed before a model is checked."""
+"""Number of chains that are needed before a model is checked."""
 MAX_CHAINS: Final = 100
-"""Latest chains that are kept."""
+"""Number of latest chains that are kept per model."""
 MIN_INTERVALS: Final = 3
-"""Fewest intervals that a chain should have."""
+"""Minimum number of intervals that a chain should have."""
 GOOD_INTERVALS: Final = 8
-"""Intervals of a chain at the suggested Δ."""
+"""Number of intervals per chain that the suggested Δ aims at."""
 STEP: Final = 16
 """Suggestions are multiples of this many tokens."""
 
@@ -36,7 +36,7 @@ class ChainLengths:
         self._warned: dict[str, int] = {}  # by model: the interval of the last warning
 
     def observe(self, model: str, interval: int, branches: Iterable[LiveBranch]) -> None:
-        """Record an episode's branches. Log a warning once if the model's chains are too short for `interval`.
+        """Record an episode's branches. Warn once if the model's chains are too short for `interval`.
 
         Branches that were cut count only if they were already long enough.
         """

@@ -1,4 +1,4 @@
-"""Log formats: text for people or one JSON object per line. Lines name their request and have secrets redacted."""
+"""Log formats: plain text or one JSON object per line. Lines name their request, and secrets are redacted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from proxy.settings import LogForm, Settings
 
 MASK: Final = "********"
 MIN_SECRET_CHARS: Final = 4
-"""Shorter secrets are not redacted, because that would garble every line."""
+"""Minimum length of a redacted secret. Redacting shorter ones would garble every line."""
 ACCESS_LOGGER: Final = "proxy.access"
-"""Name of the logger with one line per request."""
+"""Name of the logger that writes one line per request."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that is being served, as in its response; empty outside of requests."""
@@ -49,17 +49,17 @@ def configure_logging(settings: Settings, console: Console) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Text for people. A line names the request it is about."""
+    """Plain-text log lines. A line within a request begins with the request id."""
 
     def __init__(self, secrets: Sequence[str] = (), form: str = "%(message)s") -> None:
         super().__init__(form)
         self._secrets = secrets
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        about = request_id.get()
-        if about and about not in record.message:
+        current_id = request_id.get()
+        if current_id and current_id not in record.message:
             record = copy(record)
-            record.message = f"{about}: {record.message}"
+            record.message = f"{current_id}: {record.message}"
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -69,7 +69,7 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: `time`, `level`, `logger`, `message`, `request_id`, `client_request_id` and more facts.
 
-    An exception is logged by its type and traceback, without its message, which may hold a client's text.
+    An exception is logged by its type and traceback, without its message, because that may hold a client's text.
     """
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
@@ -106,7 +106,7 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 
 
 def _secrets(settings: Settings) -> Iterator[str]:
-    """Yield the texts that no line may hold: secret settings and the password in the upstream's address."""
+    """Yield the texts that no log line may contain: secret settings and the password in the upstream's address."""
     for name in Settings.model_fields:
         value = getattr(settings, name)
         if isinstance(value, SecretStr) and len(value.get_secret_value()) >= MIN_SECRET_CHARS:

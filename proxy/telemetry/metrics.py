@@ -1,6 +1,6 @@
-"""Prometheus metrics: one table, the attributes of `Metrics`.
+"""Prometheus metrics. The class attributes of `Metrics` are the table of all metrics.
 
-Labels have few values by construction: served models, controllers, β by its nearest alias, and kinds.
+Every label has few values: served models, controllers, the alias nearest to β, and fixed kinds.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def controller_label(controller: str) -> str:
 
 
 class MetricRow(Generic[M]):
-    """A row of the table. As an attribute of a `Metrics` object it is the metric itself.
+    """Definition of a metric. As an attribute of a `Metrics` object it is the metric itself.
 
-    `initial` are label values that are exported from the start: Prometheus sees no increase from absent to 1.
+    `initial` lists label values that are exported from the start, because Prometheus sees no increase from absent to 1.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Metrics:
     probe_answers = MetricRow(
         Counter,
         "autotts_probe_answers",
-        "Probes by whether they gave an answer: true, false.",
+        "Probes, by whether they gave an answer: true or false.",
         ("model", "controller", "answered"),
     )
     answer_limits = MetricRow(
@@ -168,7 +168,7 @@ class Metrics:
     fallbacks = MetricRow(
         Counter,
         "autotts_fallbacks",
-        "Episodes in which the baseline took over, by why the controller did not decide.",
+        "Episodes in which the baseline took over, by the reason why the controller did not decide.",
         ("controller", "reason"),
     )
     slow_decisions = MetricRow(
@@ -195,8 +195,8 @@ class Metrics:
     shadow_agreement = MetricRow(
         Counter,
         "autotts_shadow_agreement",
-        "Rounds of the champion by whether the shadow would have decided the same: true, false, failed. Episodes for "
-        "which the shadow had no time count as skipped.",
+        "Rounds of the champion, by whether the shadow would have decided the same: true, false or failed. Episodes "
+        "that the shadow had no time to compare count as skipped.",
         ("controller", "agreed"),
     )
     rollbacks = MetricRow(
@@ -226,7 +226,7 @@ class Metrics:
     )
     recorder_queue = MetricRow(Gauge, "autotts_recorder_queue", "Records in memory that are not written yet.")
     recorder_queue_limit = MetricRow(
-        Gauge, "autotts_recorder_queue_limit", "Most records that may wait in memory; 0 if recording is off."
+        Gauge, "autotts_recorder_queue_limit", "Maximum number of records in memory; 0 if recording is off."
     )
     spill_bytes = MetricRow(Gauge, "autotts_recorder_spill_bytes", "Bytes of records in files that wait for the store.")
     store_up = MetricRow(Gauge, "autotts_recorder_store_up", "Whether the store accepts records: 1 or 0.")
@@ -252,7 +252,7 @@ class Metrics:
     feedback = MetricRow(
         Counter,
         "autotts_feedback",
-        "Feedback by kind and by whether the client was satisfied: true, false, unknown.",
+        "Feedback, by kind and by whether the client was satisfied: true, false or unknown.",
         ("kind", "content"),
     )
     recording_drift = MetricRow(
@@ -262,12 +262,12 @@ class Metrics:
         "recordings.",
         ("model",),
     )
-    refusals = MetricRow(Counter, "autotts_refusals", "Requests refused for lack of room, by reason.", ("reason",))
+    refusals = MetricRow(Counter, "autotts_refusals", "Requests refused for lack of capacity, by reason.", ("reason",))
     connections_cut = MetricRow(
         Counter,
         "autotts_connections_cut",
         "Client connections closed by the server: slow (the request took too long), unread (the response was not "
-        "read), evicted (to make room for another), refused (no room).",
+        "read), evicted (to make room for another), refused (too many are open).",
         ("reason",),
         initial=("slow", "unread", "evicted", "refused"),
     )
@@ -276,13 +276,16 @@ class Metrics:
         "autotts_keys_broken",
         "Whether the key file is invalid now, so that the previous keys stay in use: 1 or 0. Alert on 1.",
     )
-    queue = MetricRow(Gauge, "autotts_queue", "Requests that wait for their turn, by kind: episode, passed.", ("kind",))
+    queue = MetricRow(
+        Gauge,
+        "autotts_queue",
+        "Requests that wait for a request slot, by kind: episode, passed (forwarded requests).",
+        ("kind",),
+    )
     load_factor = MetricRow(Gauge, "autotts_load_factor", "Factor applied to β under load; 1 without load shedding.")
     episodes_in_flight = MetricRow(Gauge, "autotts_episodes_in_flight", "Episodes that are running.")
     branches_in_flight = MetricRow(Gauge, "autotts_branches_in_flight", "Branches that the upstream is generating.")
-    calls_waiting = MetricRow(
-        Gauge, "autotts_calls_waiting", "Calls to the upstream that wait for other branches to finish."
-    )
+    calls_waiting = MetricRow(Gauge, "autotts_calls_waiting", "Calls to the upstream that wait for free branch slots.")
     upstream_events = MetricRow(
         Counter,
         "autotts_upstream_events",
@@ -329,5 +332,5 @@ class Metrics:
             self.upstream_requests.labels(model, outcome).inc()
 
     def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

@@ -1,8 +1,8 @@
 """OpenTelemetry tracing: a span for each episode, round and upstream request, exported to a collector.
 
-Tracing is on if OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` is installed; otherwise nothing is imported.
-Spans hold numbers and names, never texts of clients or models. Trace headers go to the upstream, so that vLLM's own
-spans (`--otlp-traces-endpoint`) belong to the same trace.
+Tracing is on if OTEL_EXPORTER_OTLP_ENDPOINT is set and the extra `otel` is installed. Otherwise OpenTelemetry is not
+imported. Spans hold numbers and names, never texts of clients or models. Trace headers are sent to the upstream, so
+that vLLM's own spans (`--otlp-traces-endpoint`) belong to the same trace.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NoopTracer:
     """Tracer that records nothing, and the interface of all tracers."""
 
     def continue_trace(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Make the current task part of the trace that a request's headers name."""
+        """Continue the trace that a request's headers name, in the current task."""
 
     def plan(self, _: str, model: str, leases: ExitStack, work: Coroutine[Any, Any, Plan]) -> Coroutine[Any, Any, Plan]:
         """Await `work`, which plans an episode on `model`, within a new span for the episode.
@@ -71,7 +71,7 @@ class NoopTracer:
         return None
 
     def headers(self) -> Mapping[str, str]:
-        """Return headers that make the receiver's spans children of the current one."""
+        """Return the headers that make the receiver's spans children of the current span."""
         return {}
 
     async def close(self) -> None:
@@ -245,10 +245,10 @@ class TelemetryObserver(UpstreamObserver):
 
 
 def create_tracer() -> NoopTracer:
-    """Return the tracer that OpenTelemetry's environment variables ask for."""
-    named = any(os.environ.get(name) for name in ENDPOINTS)
-    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if not named or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    """Return the tracer that OpenTelemetry's environment variables configure."""
+    has_endpoint = any(os.environ.get(name) for name in ENDPOINTS)
+    is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not has_endpoint or is_disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return NoopTracer()
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

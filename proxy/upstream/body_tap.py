@@ -1,10 +1,10 @@
-"""Pass on the body of an upstream response piece by piece, without waking a task for each piece.
+"""Forward the body of an upstream response piece by piece, without waking a task for each piece.
 
-Waking a task that waits for aiohttp's reader costs more per piece than everything else done with it. While there is
-nothing to read, a tap therefore stands between the connection and aiohttp: a piece is passed on within the step of the
-event loop in which it arrives. aiohttp still parses frames, applies its limits, pools connections and, if the client is
-slower than the upstream, pauses reading. The tap uses internals of aiohttp; with an untested version the body is read
-through aiohttp's public reader.
+Waking a task that waits for aiohttp's reader costs more than the rest of the work on a piece. While there is nothing to
+read, a tap therefore stands between the connection and aiohttp. It forwards a piece within the step of the event loop
+in which the piece arrives. aiohttp still parses frames, applies its limits, pools connections and pauses reading if the
+client is slower than the upstream. The tap uses internals of aiohttp. With an untested version the body is read through
+aiohttp's public reader.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from proxy.tested_versions import has_tested_internals
 from proxy.upstream.eager_task import start_eagerly
 
 BodySink = Callable[[bytes, bool], Awaitable[None]]
-"""Takes a piece of a body, and whether it is the last. The next piece may come once the awaitable is done."""
+"""Function that takes a piece of a body and whether it is the last. Await its result before the next piece."""
 BodySource = Callable[[BodySink], Awaitable[None]]
-"""Sends a body to a sink. If it returns, it has sent the last piece, which may be empty."""
+"""Function that sends a body to a sink. When it returns it has sent the last piece, which may be empty."""
 
 
 async def stream_body(response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
     """Send the body of `response`, of which nothing has been read yet, to `sink`.
 
-    Raises what aiohttp and `sink` raise, and TimeoutError if nothing comes for `idle_timeout_s` seconds. In a stream of
-    events only data counts: comments could keep it alive for ever.
+    Raises what aiohttp and `sink` raise, and TimeoutError if nothing arrives for `idle_timeout_s` seconds. In a stream
+    of server-sent events only data resets that timeout: comments could keep the stream alive for ever.
     """
     if not has_tested_internals("aiohttp"):
         await _stream_plainly(response, sink, idle_timeout_s)
@@ -62,12 +62,12 @@ async def _stream_plainly(response: aiohttp.ClientResponse, sink: BodySink, idle
 
 
 class _BodyTap(asyncio.Protocol):
-    """Protocol of a connection that wraps aiohttp's own and passes on each piece of the body as it arrives."""
+    """Connection protocol that wraps aiohttp's own and forwards each piece of the body as it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse, sink: BodySink, idle_timeout_s: float) -> None:
         connection = response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
-            raise aiohttp.ServerDisconnectedError  # though neither an end nor an error has arrived
+            raise aiohttp.ServerDisconnectedError  # aiohttp has reported neither an end nor an error
         connection.protocol.read_timeout = None  # one timer per piece would cost as much as reading it
         self._loop = asyncio.get_running_loop()
         self._transport = connection.transport
@@ -75,15 +75,15 @@ class _BodyTap(asyncio.Protocol):
         self._content = response.content
         self._sink = sink
         self._idle_timeout_s = idle_timeout_s
-        self._last_data = self._loop.time()  # when anything arrived that counts
+        self._last_data = self._loop.time()  # when data last arrived that resets the idle timeout
         self._is_event_stream = response.content_type == "text/event-stream"
-        self._has_last = False  # the last piece has been passed on
+        self._has_last = False  # whether the last piece has been forwarded
         self._done: asyncio.Future[Awaitable[None] | None] = self._loop.create_future()
 
     async def run(self) -> bool:
-        """Pass on pieces until the last one, an error, or a sink that has to be waited for, and wait for that.
+        """Forward pieces until the last one, an error, or a sink that does not finish at once. Await that sink.
 
-        Returns whether the last piece has been passed on.
+        Returns whether the last piece has been forwarded.
         """
         self._transport.set_protocol(self)
         self._timer = self._loop.call_later(self._idle_timeout_s, self._check_idle)
@@ -130,7 +130,7 @@ class _BodyTap(asyncio.Protocol):
         self._inner.resume_writing()
 
     def _check_idle(self) -> None:
-        """End with TimeoutError if nothing has arrived for too long, else check again when that would be so."""
+        """End with TimeoutError if the idle timeout has passed. Otherwise check again when it would."""
         due = self._last_data + self._idle_timeout_s
         if due > self._loop.time():
             self._timer = self._loop.call_at(due, self._check_idle)

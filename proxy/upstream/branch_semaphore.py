@@ -18,11 +18,11 @@ class _Waiter:
 
     def __init__(self, branches: int) -> None:
         self.branches = branches
-        self.given = asyncio.Event()
+        self.granted = asyncio.Event()
 
 
 class BranchSemaphore:
-    """Slots of one upstream. There is no limit unless one is given."""
+    """Branch slots of one upstream. The default is no limit."""
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit  # branches
@@ -43,22 +43,24 @@ class BranchSemaphore:
         queue.append(call)
         self._serve()
         try:
-            await call.given.wait()
+            await call.granted.wait()
             yield
         finally:
-            if call.given.is_set():
+            if call.granted.is_set():
                 self.taken -= branches
             else:
                 queue.remove(call)
             self._serve()  # a cancelled waiter may have blocked those behind it
 
     def _serve(self) -> None:
-        """Give free slots to the next call. It waits until there are enough, and everybody with it: else many
-        small calls could keep a large one waiting for ever."""
+        """Give free slots to the calls at the front of the queue.
+
+        If the first call does not fit, all others wait too. Otherwise small calls could delay a large one for ever.
+        """
         while queue := self._live or self._background:
             call = queue[0]
             if self.taken and self.taken + call.branches > self.limit:
                 return
             queue.popleft()
             self.taken += call.branches
-            call.given.set()
+            call.granted.set()

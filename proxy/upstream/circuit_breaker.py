@@ -1,13 +1,13 @@
-"""Circuit breaker: decides when no requests go to a failing upstream. No I/O.
+"""Circuit breaker: stops requests to a failing upstream. No I/O.
 
                  5 connections fail in a row, or a health check fails
           closed ────────────────────────────────────────────────────▶ open
              ▲                                                          │ 30 s, longer each time
              └──────────────── the health check passes ──── half-open ◀─┘
 
-A request that the upstream answers with an error, breaks off or never answers may itself be at fault: one client could
-send nothing else. Such a failure is only a suspicion. Five suspicions in a row start a health check
-(`health_check.py`), and only its result decides.
+A failed request (an error, a broken connection, no response) may itself be the cause, and one client could send only
+such requests. Such a failure is therefore only a suspicion. Five suspicions in a row start a health check
+(`health_check.py`), and its result decides.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FAILURES: Final = 5
 OPEN_S: Final = 30.0
 """Seconds that the breaker stays open the first time. The n-th time in a row it stays open n times as long."""
 MAX_OPENINGS: Final = 10
-"""The n at which that stops growing. After MAX_OPENINGS * OPEN_S seconds without opening, the count starts again."""
+"""Largest n. After MAX_OPENINGS * OPEN_S seconds without opening, the count restarts at 1."""
 CHECK_PAUSE_S: Final = 1.0
-"""Seconds between health checks that suspicions start."""
+"""Minimum seconds after a passed health check before suspicions start another one."""
 
 Clock = Callable[[], float]
 
@@ -61,7 +61,7 @@ class Breaker:
 
     @property
     def is_due(self) -> bool:
-        """Whether the open time has passed, so that a health check must decide what follows."""
+        """Whether the open time has passed, so that a health check must decide the next state."""
         return self._state is BreakerState.HALF_OPEN or (
             self._state is BreakerState.OPEN and self._clock() >= self._open_until
         )

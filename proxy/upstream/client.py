@@ -1,9 +1,9 @@
 """Client of one vLLM server, over HTTP only.
 
-A prompt's text becomes token ids once (`tokenise_chat`). After that, branches are continued by their ids: prefix
-caching makes that cheap, and the text stays the same to the token whatever the chat template does. Generation is
-streamed a few dozen tokens at a time, so that what was generated is known when a request is cancelled. Closing the
-connection aborts the request at the server.
+A prompt's text is tokenised once (`tokenise_chat`). After that, branches are continued by their token ids. Prefix
+caching makes that cheap, and the chat template cannot change earlier tokens. Generation is streamed a few dozen tokens
+at a time, so that the generated tokens are known when a request is cancelled. Closing the connection aborts the request
+at the server.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from proxy.upstream.response_body import BYTES_PER_ID, MAX_PAGE_BYTES, MIN_BODY_
 from proxy.upstream.transport import UpstreamTransport
 
 TEXT_BYTES_PER_REQUEST_BYTE: Final = 64
-"""Bytes of text that `/detokenize` may return for each byte of its request."""
+"""Maximum bytes of text that `/detokenize` may return per byte of its request."""
 MAX_MODELS: Final = 10_000
-"""Models that an upstream may list."""
+"""Maximum number of models that an upstream may list."""
 
 
 class TooManyTokens(Exception):
@@ -83,7 +83,7 @@ class UpstreamClient:
         return self._transport.breaker
 
     def for_background(self) -> UpstreamClient:
-        """Return a client of the same upstream for work that no client waits for.
+        """Return a client of the same upstream for background work.
 
         Its failures do not count against the upstream, and its retries do not use up those of other requests.
         """
@@ -161,7 +161,7 @@ class UpstreamClient:
         return await self._tokenise({"model": model, "prompt": text}, max_tokens)
 
     async def tokenise_suffix(self, model: str, text: str) -> list[int]:
-        """Return the token ids of a text of the proxy's own that follows generated ids. Cached."""
+        """Return the token ids of a text that the proxy appends to generated ids. Cached."""
         ids = self._suffix_ids.get((model, text))
         if ids is None:
             ids = self._suffix_ids[model, text] = await self.tokenise_plain(model, text)
@@ -177,8 +177,8 @@ class UpstreamClient:
     ) -> list[int]:
         """Return the ids for a request to `/tokenize`. Raises TooManyTokens if there are far more than `max_tokens`."""
         body = _compact_json(request)
-        likely_most = len(body) if max_tokens is None else min(len(body), max_tokens)  # a token is mostly ≥ 1 byte
-        max_bytes = MIN_BODY_BYTES + BYTES_PER_ID * likely_most
+        likely_tokens = len(body) if max_tokens is None else min(len(body), max_tokens)  # a token is mostly ≥ 1 byte
+        max_bytes = MIN_BODY_BYTES + BYTES_PER_ID * likely_tokens
         try:
             reply = await self._transport.request_json(
                 "POST", "/tokenize", body, max_bytes=max_bytes, is_observed=is_observed
@@ -207,9 +207,10 @@ class UpstreamClient:
     # Generation
 
     async def generate(self, model: str, call: Call) -> None:
-        """Fill `call.outputs`, in the order of the prompts, `n` for each. Cancelling aborts the request upstream.
+        """Generate `call.n` outputs for each prompt and fill `call.outputs` in the order of the prompts.
 
-        Waits until the branch semaphore has room for all branches. Live calls go before calls with a priority.
+        Waits until the branch semaphore has room for all branches. Calls without a priority go first. Cancelling
+        aborts the request upstream.
         """
         async with self.branch_semaphore.hold(len(call.outputs), is_background=call.priority > 0):
             with self.observer.generation(model, call):
@@ -232,7 +233,7 @@ class UpstreamClient:
             if response.content_type == "application/json":  # an error rather than a stream, whatever its status
                 answer = await read_body(response, MAX_PAGE_BYTES, self.read_timeout_s)
                 raise transport.refusal(response.status, transport.parse(answer))
-            async with asyncio.timeout(self.read_timeout_s) as timeout:  # only tokens and ends extend it
+            async with asyncio.timeout(self.read_timeout_s) as timeout:  # only tokens and finished outputs extend it
                 received = 0
                 async for payload in read_events(response, call):
                     chunk = transport.parse(payload)
@@ -253,9 +254,10 @@ class UpstreamClient:
     def relay(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, is_eager: bool = False
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Return a context manager around the upstream's own response, whatever its status. Leaving it aborts it.
+        """Return a context manager around the upstream's unchanged response, whatever its status.
 
-        With `is_eager` the request's body is written at once, as a client that waits for a stream needs it.
+        Leaving it aborts the request. With `is_eager` the request's body is written at once, which brings the first
+        event of a stream earlier.
         """
         payload = EagerPayload if is_eager else aiohttp.BytesPayload
         return self._transport.request(method, path, data=payload(body) if body else None, headers=headers)

@@ -1,7 +1,7 @@
-"""Read vLLM's streamed completions into a Call, within bounds, and check them against the reported usage.
+"""Read vLLM's streamed completions into a Call, within limits, and check them against the reported usage.
 
-Every function raises UpstreamProtocolError for a stream that vLLM would not send. `problem` builds that error, with the
-upstream's name in front.
+Every function raises UpstreamProtocolError for a stream that vLLM would not send. The argument `problem` builds that
+error and prefixes the upstream's name.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from proxy.types import Call, Output
 from proxy.upstream.response_body import BYTES_PER_ID, MIN_BODY_BYTES, ByteAllowance, LineSplitter
 
 BYTES_PER_TOKEN: Final = 4096
-"""Bytes of a stream that a token may take: a chunk of its own, with its text."""
+"""Maximum bytes of a stream per token: each token may come in a chunk of its own, with its text."""
 FINISH_REASONS: Final = ("stop", "length")
-"""Reasons for which a completion may end. With any other one it failed."""
+"""Finish reasons of successful completions. Any other reason is a failure."""
 MAX_TOKEN_ID: Final = 2**31
-"""Token ids, and lengths of models in tokens, are below this."""
+"""Exclusive upper bound of token ids, and of model lengths in tokens."""
 
 Problem = Callable[[str], UpstreamProtocolError]
+"""Builds an error from a description such as "ended a stream early"."""
 
 
 def completion_request(model: str, call: Call, *, takes_priority: bool) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def completion_request(model: str, call: Call, *, takes_priority: bool) -> dict[
 async def read_events(response: aiohttp.ClientResponse, call: Call) -> AsyncIterator[bytes]:
     """Yield the data of each server-sent event until `[DONE]`.
 
-    The bytes that may come are bounded by the prompts' length and by the tokens that `call` has received.
+    The bytes that are accepted are bounded by the prompts' length and the number of tokens received for `call`.
     """
     longest = max(map(len, call.prompts))  # the server sends the prompt's ids back with each completion
     lines = LineSplitter(MIN_BODY_BYTES + BYTES_PER_ID * longest)
@@ -63,9 +64,9 @@ async def read_events(response: aiohttp.ClientResponse, call: Call) -> AsyncIter
 
 
 def add_chunk(call: Call, chunk: Mapping[str, Any], problem: Problem) -> list[Output]:
-    """Add a chunk to the call's outputs and return those that have ended.
+    """Add a chunk to the call's outputs and return the outputs that it finishes.
 
-    Tokens beyond `max_tokens` are kept before the error is raised: they were generated, and so are billed.
+    Tokens beyond `max_tokens` are stored before the error is raised: they were generated, so they are billed.
     """
     ended: list[Output] = []
     longest = 0
@@ -91,7 +92,10 @@ def add_chunk(call: Call, chunk: Mapping[str, Any], problem: Problem) -> list[Ou
 
 
 def finish_call(call: Call, usage: Mapping[str, Any] | None, problem: Problem) -> None:
-    """Check that every completion ended properly and that the reported usage is what arrived. Fill in its tokens."""
+    """Check that every completion ended properly and that the reported usage matches the received tokens.
+
+    Fills in the call's prompt tokens and cached tokens.
+    """
     if usage is None or any(output.finish is None for output in call.outputs):
         raise problem("ended a stream before all completions had finished")
     for output in call.outputs:

@@ -1,11 +1,12 @@
-"""The text of generated token ids that follow other ids.
+"""Decode generated token ids whose prompt ends inside a character.
 
-vLLM decodes a completion incrementally, starting from the end of its prompt. If the prompt's ids end inside a
-character, the first text it sends begins with the text of the whole prompt. Branches are continued by ids, so this
-happens whenever a character is split between two requests. The text of such a request is decoded here from its ids.
+vLLM decodes a completion incrementally, from the end of its prompt. If the prompt's ids end inside a multi-byte
+character, the first text that vLLM sends begins with the text of the whole prompt. Branches are continued by token ids,
+so this happens whenever a character is split between two requests. This module decodes the text of such a completion
+from its ids.
 
-Everywhere else the server's text is right. `seam` tells the two cases apart by the ids a prompt ends in. What it learns
-of an id is cached, so that a seam costs no request once the ids it ends in are known.
+In all other cases the server's text is correct. `Detokeniser.seam` tells the two cases apart by the prompt's last ids.
+The properties of an id are cached, so that known ids cost no request.
 """
 
 from __future__ import annotations
@@ -19,60 +20,63 @@ from typing import Final, NamedTuple, Protocol
 from proxy.types import Call, Output
 
 BROKEN: Final = "\ufffd"
-"""Replacement character; bytes that are no whole character are decoded to it."""
+"""Replacement character U+FFFD. Bytes of an incomplete character are decoded to it."""
 MOST_KNOWN: Final = 2**17
-"""Ids whose ending is cached."""
+"""Maximum number of ids in the cache."""
 MOST_HELD: Final = 3
-"""Tokens an unfinished character can have: UTF-8 has at most four bytes, and a token at least one."""
+"""Maximum tokens of an incomplete character: UTF-8 has at most four bytes, and a token has at least one."""
 MOST_TAIL: Final = 64
-"""Ids before one that ends inside a character that are decoded with it, unless one of them is known to be whole."""
+"""Maximum ids that are decoded before an id that ends inside a character.
+
+Fewer are decoded if one of them is known to end with a complete character.
+"""
 LOOK_AHEAD: Final = 4
-"""Ids at a prompt's end that are looked up together, at least."""
+"""Minimum number of ids at a prompt's end that are looked up together."""
 MOST_LEARNT: Final = 4
-"""Ids that are learnt at a time: many requests that begin at once would otherwise each ask for all of theirs."""
+"""Maximum concurrent lookups of ids, so that many requests that begin together do not flood the upstream."""
 _FOLLOWERS: Final = "aeimnrsty"
-"""Letters that ordinary tokens often merge with."""
+"""Letters that ordinary tokens often merge with. A special token never merges."""
 
 
 class Ending(Enum):
-    """How the text of one id ends."""
+    """How the text of a token id ends."""
 
-    WHOLE = "whole"  # with a whole character, and the id is no special token
+    WHOLE = "whole"  # with a complete character, and the id is not a special token
     INSIDE = "inside"  # possibly inside a character
-    UNKNOWN = "unknown"  # with a whole character, but the server may leave the id out as a special token
+    UNKNOWN = "unknown"  # with a complete character, but the id may be a special token that the server skips
 
 
 class TokenInfo(NamedTuple):
-    """The cached properties of one id."""
+    """Cached properties of a token id."""
 
-    text: str  # its own, special or not
+    text: str  # of the id alone, also if it is special
     ending: Ending
 
 
 class TokenEndings:
-    """Bounded cache of what is known of ids, by model."""
+    """Bounded cache of the properties of token ids, by model. The oldest entry is evicted first."""
 
     def __init__(self, most: int = MOST_KNOWN) -> None:
         self._most = most
         self._known: dict[tuple[str, int], TokenInfo] = {}
-        self.turns = asyncio.Semaphore(MOST_LEARNT)
+        self.turns = asyncio.Semaphore(MOST_LEARNT)  # held during a lookup
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, model: str, token: int) -> TokenInfo | None:
-        """Return the cached properties of an id, None if there are none."""
+        """Return the cached properties of an id, or None."""
         return self._known.get((model, token))
 
     def add(self, model: str, token: int, known: TokenInfo) -> None:
-        """Keep what is known of an id; the oldest entry makes room for it."""
+        """Cache the properties of an id. A full cache evicts its oldest entry."""
         if len(self._known) >= self._most:
             del self._known[next(iter(self._known))]
         self._known[model, token] = known
 
 
 class Tokeniser(Protocol):
-    """The upstream's tokeniser, with the cache that its models' token ids share."""
+    """The upstream's tokeniser, with the cache of token properties of all its models."""
 
     @property
     def token_endings(self) -> TokenEndings:
@@ -86,27 +90,28 @@ class Tokeniser(Protocol):
 
 
 class Seam(NamedTuple):
-    """The end of a prompt after which the server's text cannot be used."""
+    """The end of a prompt that ends inside a character. The server's text after it cannot be used."""
 
-    tail: Sequence[int]  # the prompt's last ids, from one that ends with a whole character
-    given: int  # how many of them are not the completion's own: the text of these is never repeated
+    tail: Sequence[int]  # the prompt's last ids; the first one ends with a complete character
+    given: int  # how many ids of `tail` were not generated; the text of these is never repeated
 
 
 class Detokeniser:
-    """Decodes what one model generates."""
+    """Decodes the ids that one model generates."""
 
     def __init__(self, tokeniser: Tokeniser, model: str) -> None:
         self._tokeniser = tokeniser
         self._model = model
 
     async def seam(self, prompt: Sequence[int], given: int, floor: int = 0) -> Seam | None:
-        """The seam at the end of `prompt`; None where the server decodes what follows correctly.
+        """Return the seam at the end of `prompt`, or None if the server decodes the completion correctly.
 
-        The first `given` ids are the client's or of our own making, the rest are generated. The first `floor` ids are
-        known to end with a whole character.
+        The first `given` ids come from the client or the proxy, and the rest are generated. The first `floor` ids are
+        known to end with a complete character.
 
-        Special tokens may be left out by the server, so ids are looked at backwards until one decides: one that is
-        known to be shown and ends with a whole character, or one that ends inside a character.
+        The server may skip special tokens. The ids are therefore examined backwards, up to one that is certainly not
+        special and ends with a complete character. At an id that ends inside a character, the search goes back up to
+        MOST_TAIL ids further, for the start of the tail.
         """
         start, inside, lowest = len(prompt), -1, floor
         while start > lowest:
@@ -125,10 +130,11 @@ class Detokeniser:
         return Seam(tail, max(0, min(given - start, len(tail))))
 
     async def text(self, seam: Seam, ids: Sequence[int], shown: str, *, skips_special: bool) -> str:
-        """The text that `ids` add after `seam`, without a character that is unfinished at their end.
+        """Return the text that `ids` add after `seam`, without an incomplete character at the end.
 
-        `shown` is what the server sent instead. It is only searched for special tokens that it left out: it has the
-        text of every id of `ids` that it did not leave out, and of the tail's too if it begins with the prompt's text.
+        `shown` is the text that the server sent. It is used only to find out which special tokens the server skipped:
+        it contains the text of every id of `ids` that was not skipped. If it begins with the prompt's text, that holds
+        for the tail's ids too.
         """
         text = await self._added(seam, ids)
         if not skips_special or (shown.endswith(text) and bool(text) == bool(shown)):
@@ -144,50 +150,53 @@ class Detokeniser:
         return await self._added(Seam([*kept[0], *kept[1]], len(kept[0])), ids) if hidden else text
 
     async def visible(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without a character that is unfinished at their end."""
-        text = first = await self._decode(ids)
-        for held in range(1, min(MOST_HELD, len(ids)) + 1):
+        """Return the text of `ids`, without an incomplete character at the end."""
+        text = full_text = await self._decode(ids)
+        for dropped in range(1, min(MOST_HELD, len(ids)) + 1):
             if not text.endswith(BROKEN):
                 return text
-            text = await self._decode(ids[:-held])
-        return first.rstrip(BROKEN) if text.endswith(BROKEN) else text
+            text = await self._decode(ids[:-dropped])
+        return full_text.rstrip(BROKEN) if text.endswith(BROKEN) else text
 
     async def _added(self, seam: Seam, ids: Sequence[int]) -> str:
-        """The text of the tail and `ids`, less what the tail's text had been before."""
+        """Return the text of the tail and `ids`, without the text that the tail alone has."""
         text = await self.visible([*seam.tail, *ids])
-        before = [await self.visible(seam.tail)]
+        prefixes = [await self.visible(seam.tail)]
         if seam.given:
-            before.append(await self._decode(seam.tail[: seam.given]))
-        known = max((len(known) for known in before if text.startswith(known)), default=None)
-        return await self.visible(ids) if known is None else text[known:]
+            prefixes.append(await self._decode(seam.tail[: seam.given]))
+        length = max((len(prefix) for prefix in prefixes if text.startswith(prefix)), default=None)
+        return await self.visible(ids) if length is None else text[length:]
 
     async def _hidden(self, ids: Sequence[int], shown: str) -> set[int]:
-        """Return the members of `ids` that end with a whole character and have left no text in `shown`."""
+        """Return the `ids` that the server skipped: they end with a complete character, which `shown` lacks."""
         texts = {token: (await self._learn(token)).text for token in ids}
         return {token for token, text in texts.items() if text and BROKEN not in text and text not in shown}
 
     async def _look_up(self, prompt: Sequence[int], at: int, lowest: int) -> TokenInfo:
-        """Learn the new id at `at`, and ids before it, often next: the more, the further the walk has come."""
+        """Return the properties of the uncached id at `at`, and cache those of ids before it.
+
+        The search goes on with those ids. The longer it has been, the more of them are looked up together.
+        """
         ahead = max(LOOK_AHEAD, len(prompt) - at)
         await asyncio.gather(*(self._learn(token) for token in {*prompt[max(lowest, at + 1 - ahead) : at + 1]}))
         return await self._learn(prompt[at])
 
     async def _learn(self, token: int) -> TokenInfo:
-        """Return what is known of an id, asking the upstream if that is nothing."""
+        """Return the properties of an id, from the cache or the upstream."""
         endings = self._tokeniser.token_endings
         if (known := endings.get(self._model, token)) is None:
             async with endings.turns:
-                if (known := endings.get(self._model, token)) is None:  # nor has anybody else learnt it meanwhile
+                if (known := endings.get(self._model, token)) is None:  # another task may have cached it meanwhile
                     text = await self._decode([token])
                     known = TokenInfo(text, await self._ending(token, text))
                     endings.add(self._model, token, known)
         return known
 
     async def _ending(self, token: int, text: str) -> Ending:
-        """How `token` ends, whose own text is `text`.
+        """Return how `token` ends, whose text is `text`.
 
-        Special tokens are cut out of a text before anything else, so that each copy comes back as its id. An ordinary
-        token is recognised by copies that merge with the letters beside them.
+        Tokenisers split a text at special tokens first, so every copy of a special token in a text is tokenised to its
+        id. An ordinary token is recognised by copies that merge with adjacent letters into other tokens.
         """
         if text.endswith(BROKEN):
             return Ending.INSIDE
@@ -202,58 +211,60 @@ class Detokeniser:
 
 
 class CallDecoder:
-    """Sees to it that the outputs of an episode's calls have the text of their ids.
+    """Ensures that the outputs of an episode's calls have the text of their ids.
 
-    Whether a prompt's end makes that necessary is found out while the call runs. Until then the server's text is kept
-    apart, as `Output.server_text`, and it stays there if it cannot be used.
+    While a call runs, it is determined whether the prompts end inside a character. Until then the server's text is
+    stored in `Output.server_text` instead of `Output.text`.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        self._prompt = prompt  # of the episode; those of its calls begin with it
-        self._floor: int | None = None  # ids of it, if they are known to end with a whole character; else none
+        self._prompt = prompt  # of the episode; the prompts of its calls begin with it
+        self._floor: int | None = (
+            None  # the prompt's length if it ends with a complete character, else 0; None: unknown
+        )
 
     @asynccontextmanager
     async def over(self, call: Call, detokeniser: Detokeniser) -> AsyncIterator[None]:
-        """Run a call within this. Its outputs are decoded before they are passed to its `on_finish`.
+        """Return a context in which to run `call`. Its outputs are decoded before its `on_finish` gets them.
 
-        With stop strings, the prompts' ends are looked at first: the server looks for them in its own text, so a call
-        whose text cannot be used must do without.
+        A call with stop strings waits until its prompts' ends are examined. The server searches its own text for stop
+        strings, so they are removed from a call whose server text cannot be used.
         """
         seams: dict[int, Seam] = {}  # by the index of the output
 
-        async def find() -> None:
+        async def find_seams() -> None:
             seams.update(await self._seams(call, detokeniser))
             for index, output in enumerate(call.outputs):
                 if index not in seams and output.server_text is not None:
                     output.text, output.server_text = output.server_text, None
 
         async def decode(output: Output) -> None:
-            await finding
+            await seam_search
             seam = next((seam for index, seam in seams.items() if call.outputs[index] is output), None)
             if seam is not None and output.server_text is not None:
                 skips = call.sampling.get("skip_special_tokens", True)
                 output.text = await detokeniser.text(seam, output.text_ids, output.server_text, skips_special=skips)
                 output.server_text = None
-            if notice is not None:
-                await notice(output)
+            if on_finish is not None:
+                await on_finish(output)
 
         for output in call.outputs:
             output.server_text = ""
-        notice, call.on_finish = call.on_finish, decode
-        finding = asyncio.create_task(find())
+        on_finish, call.on_finish = call.on_finish, decode
+        seam_search = asyncio.create_task(find_seams())
         try:
             if "stop" in call.sampling:
-                await finding
+                await seam_search
                 if seams:
                     call.sampling = {name: value for name, value in call.sampling.items() if name != "stop"}
             yield
-            await finding
+            await seam_search
         finally:
-            finding.cancel()
-            await asyncio.gather(finding, return_exceptions=True)
+            seam_search.cancel()
+            await asyncio.gather(seam_search, return_exceptions=True)
 
     async def _seams(self, call: Call, detokeniser: Detokeniser) -> dict[int, Seam]:
-        """The seams at the ends of the call's prompts, by the index of their outputs."""
+        """Return the seams at the ends of the call's prompts, by the index of the outputs."""
         length = len(self._prompt)
         if self._floor is None:
             self._floor = length if await detokeniser.seam(self._prompt, length) is None else 0

@@ -12,7 +12,7 @@ from proxy.tested_versions import has_tested_internals
 
 
 def start_eagerly(work: Awaitable[None]) -> Awaitable[None] | None:
-    """Run `work` until it has to wait. Return the rest as an awaitable, or None if it is done."""
+    """Run `work` until it first waits. Return the rest as an awaitable, or None if `work` is done."""
     steps = work.__await__()
     try:
         awaited = next(steps)
@@ -39,7 +39,7 @@ def _rest(awaited: Any, steps: Generator[Any, Any, None]) -> Generator[Any, Any,
 
 
 class EagerPayload(aiohttp.BytesPayload):
-    """Body of a request whose response is awaited from its first byte on, as that of a stream is."""
+    """Body of a request whose time to first byte matters, as it does for streams."""
 
 
 class EagerClientRequest(aiohttp.ClientRequest):

@@ -29,19 +29,21 @@ POLL_S = 0.25
 FIRST_WAIT_S = 1.0
 LOG: Final = "server.log"
 LONGEST_FOLDER: Final = 68
-"""Characters. vLLM puts sockets with names of 37 characters there, and the kernel accepts paths of 107."""
+"""Maximum characters of the temporary folder's path.
+
+vLLM puts sockets with names of 37 characters into it, and the kernel accepts socket paths of 107 characters.
+"""
 MOST_RESTARTS = 5
-"""Restarts in a row, each after twice the wait before. A healthy start resets the count."""
+"""Maximum number of failed restarts in a row. The wait doubles after each; a healthy start resets the count."""
 
 
 class EmbeddedServer:
-    """`deploy.embedded.server` on a free port of 127.0.0.1.
+    """Child process that runs `deploy.embedded.server` on a free port of 127.0.0.1.
 
-    Use as an async context manager: entering waits until it is healthy, or raises StartError with the one line that
-    says why not; leaving stops it. `args` are further flags of `vllm serve`; they win over the defaults.
+    Use it as an async context manager. Entering waits until the server is healthy, or raises StartError with a one-line
+    reason. Leaving stops the server. `args` are further flags of `vllm serve`; they override the defaults.
 
-    Its log and its temporary files are in a folder of its own, which nobody else can read or put anything into and
-    which is removed with it.
+    The log and temporary files are in a private folder (mode 0700), which is removed when the server stops.
     """
 
     def __init__(
@@ -53,22 +55,22 @@ class EmbeddedServer:
         on_restart: Callable[[], object] = lambda: None,
     ) -> None:
         self.port = port or free_port()
-        self.restarted = asyncio.Event()  # set when it has died and is healthy again
-        self._on_restart = on_restart  # called then
+        self.restarted = asyncio.Event()  # set when the server has died and is healthy again
+        self._on_restart = on_restart  # called when `restarted` is set
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = command or [sys.executable, "-m", "deploy.embedded.server", "--port", str(self.port), *args]
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._folder: Path | None = None  # of its log and temporary files
+        self._folder: Path | None = None  # of the log and temporary files
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child; None while there is none."""
+        """Process id of the child; None while it is not running."""
         return None if self._process is None else self._process.pid
 
     @property
     def watching(self) -> asyncio.Task[None]:
-        """Task that restarts the child; it ends when the restarts are given up."""
+        """Task that restarts the child. It ends after MOST_RESTARTS failures in a row."""
         if self._watcher is None:
             raise RuntimeError("the server has not been started")
         return self._watcher
@@ -180,9 +182,9 @@ class EmbeddedServer:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return the child's environment, with `folder` for its temporary files unless socket paths would be too long."""
-    given = {**os.environ, FOLDER: str(folder)}
-    return given if len(str(folder)) > LONGEST_FOLDER else {**given, "TMPDIR": str(folder)}
+    """Return the child's environment. Temporary files go to `folder` unless socket paths would be too long."""
+    variables = {**os.environ, FOLDER: str(folder)}
+    return variables if len(str(folder)) > LONGEST_FOLDER else {**variables, "TMPDIR": str(folder)}
 
 
 def free_port() -> int:

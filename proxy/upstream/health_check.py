@@ -1,7 +1,7 @@
-"""Health check by requests of the proxy's own: is the upstream down, or did it only fail one client's request?
+"""Health check that tells an upstream that is down from one that failed a single client's request.
 
-The check generates one token, because a server can report that it is healthy while it generates nothing. If that takes
-too long, the server's own counters show whether it is stuck or busy with other requests.
+The check generates one token, because a server can report that it is healthy while it generates nothing. If that times
+out, the server's own counters show whether it is stuck or busy with other requests.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from proxy.errors import UpstreamProtocolError
 from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 
 ANSWER_S: Final = 5.0
-"""Seconds each request of a check may take."""
+"""Timeout in seconds of each request of a check."""
 ATTEMPTS: Final = 2
-"""Attempts of a check that times out."""
+"""Maximum number of attempts if a check times out."""
 COUNTERS: Final = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
-"""vLLM's counters that grow while it works."""
+"""Counters of vLLM that grow while it processes tokens."""
 
 
 def is_failure(status: int) -> bool:
-    """Return whether a status says that the upstream failed. 501 does not: it only names a missing feature."""
+    """Return whether a status means that the upstream failed. 501 does not: it reports a missing feature."""
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
 
 
@@ -56,7 +56,7 @@ class HealthCheck:
             return False
         name = _first_model(status, body)
         if name is None:
-            return True  # it serves no model that could generate
+            return True  # there is no model to generate with
         before = await self._token_count()
         request = {"model": name, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": True}
         try:
@@ -94,7 +94,7 @@ def _is_complete(stream: bytes) -> bool:
 
 
 def _number(line: str) -> float:
-    """Return the value in a line of Prometheus' text format; NaN if there is none."""
+    """Return the value in a line of the Prometheus text format; NaN if there is none."""
     try:
         return float(line.rpartition(" ")[2])
     except ValueError:

@@ -1,4 +1,4 @@
-"""Check the upstream's health every few seconds, for the metrics and the route `/ready`."""
+"""Check the upstream's health every few seconds, for the metrics and for `/ready`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from proxy.telemetry.metrics import Metrics
 CHECK_INTERVAL_S = 5.0
 """Seconds between periodic checks."""
 FRESH_S: Final = 1.0
-"""Seconds for which a result is reused."""
+"""Seconds for which the result of a check is reused."""
 
 Clock = Callable[[], float]
 
 
 class HealthMonitor:
-    """Health of the upstream as a metric and for `/ready`. `check` asks the upstream."""
+    """Runs health checks of the upstream and keeps the latest result. `check` performs one check."""
 
     def __init__(self, check: Callable[[], Awaitable[bool]], metrics: Metrics, clock: Clock = time.monotonic) -> None:
         self._check = check
@@ -43,7 +43,7 @@ class HealthMonitor:
                     await task
 
     async def is_ready(self) -> bool:
-        """Return whether the upstream is healthy, by a check at most FRESH_S old. Callers share a check."""
+        """Return whether the upstream is healthy, by a check at most FRESH_S old. Concurrent callers share a check."""
         if self._clock() - self._checked_at >= FRESH_S:
             if self._under_way is None or self._under_way.done():
                 self._under_way = asyncio.create_task(self._check_once())

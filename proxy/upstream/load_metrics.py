@@ -1,4 +1,4 @@
-"""How busy the upstream is, read from vLLM's own page of metrics."""
+"""Read the upstream's load from vLLM's metrics page."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from typing import Final, NamedTuple
 
 WAITING_GAUGE: Final = ("vllm:num_requests_waiting{", "vllm:num_requests_waiting ")
-"""Beginnings of the lines that count the requests in vLLM's queues."""
+"""Prefixes of the metric lines with the number of requests in vLLM's queues."""
 CACHE_GAUGE: Final = ("vllm:kv_cache_usage_perc{", "vllm:kv_cache_usage_perc ")
-"""Beginnings of the lines that tell which share of the KV cache is in use."""
+"""Prefixes of the metric lines with the share of the KV cache that is in use."""
 
 
 class UpstreamLoad(NamedTuple):
-    """How busy an upstream is. None stands for a value that it does not report."""
+    """Load of an upstream. A value that it does not report is None."""
 
     waiting: int | None  # requests in its queues
     cache: float | None  # share of the KV cache in use, in [0, 1], of the fullest engine
 
 
 def parse_load(page: str) -> UpstreamLoad:
-    """Return the load that a page in Prometheus' text format reports."""
+    """Return the load that a page in the Prometheus text format reports."""
     waiting, cache = _gauges(page, WAITING_GAUGE), _gauges(page, CACHE_GAUGE)
     queued = sum(waiting)
     return UpstreamLoad(int(queued) if waiting and math.isfinite(queued) else None, max(cache) if cache else None)

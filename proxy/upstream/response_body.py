@@ -1,4 +1,4 @@
-"""Read upstream responses within bounds of memory and time, whatever the upstream sends."""
+"""Read upstream responses within limits of memory and time, whatever the upstream sends."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import aiohttp
 from proxy.errors import UpstreamProtocolError
 
 MIN_BODY_BYTES: Final = 2**20
-"""Bytes of a response that are read whatever was requested."""
+"""Bytes of a response that are always accepted, whatever was requested."""
 MAX_PAGE_BYTES: Final = 8 * 2**20
-"""Bytes of a list of models, a page of metrics or an error that are read."""
+"""Maximum bytes of a list of models, a metrics page or an error."""
 BYTES_PER_ID: Final = 16
-"""Bytes that a token id may take in JSON."""
+"""Maximum bytes of a token id in JSON."""
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""A surrogate as JSON escapes it. Text must have surrogates in pairs."""
+"""An escaped UTF-16 surrogate in JSON. Valid text has surrogates in pairs only."""
 
 
 class BodyTooLong(UpstreamProtocolError):
-    """A body has more bytes than are allowed."""
+    """A response body exceeds its size limit."""
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int, seconds: float | None = None) -> bytes:
@@ -84,7 +84,7 @@ class LineSplitter:
 
 
 class ByteAllowance:
-    """Bounds the bytes of a stream by what it delivers: tokens and ends of completions."""
+    """Limits the bytes of a stream in proportion to the tokens and finished completions that it delivers."""
 
     def __init__(self, min_bytes: int, per_token: int) -> None:
         self._left = min_bytes
@@ -92,12 +92,12 @@ class ByteAllowance:
         self._delivered = 0
 
     def spend(self, received: int) -> None:
-        """Count received bytes. Raises UpstreamProtocolError for too many."""
+        """Count received bytes. Raises UpstreamProtocolError if the allowance is exceeded."""
         self._left -= received
         if self._left < 0:
             raise UpstreamProtocolError(f"the upstream sent too many bytes for {self._delivered} tokens")
 
     def earn(self, delivered: int) -> None:
-        """Update the total of tokens and ends that have arrived."""
+        """Raise the allowance. `delivered` is the total of tokens and finished completions so far."""
         self._left += (delivered - self._delivered) * self._per_token
         self._delivered = delivered

@@ -1,8 +1,9 @@
-"""Retry policy: which requests to the upstream are sent again, after which pauses, and how many.
+"""Retry policy: which upstream requests are retried, after which pauses, and how often.
 
-A request is retried only if the upstream did no work for it: it could not be reached, it closed the connection without
-a response, or its status says that the request was not processed. Retries stop when the circuit breaker opens, and a
-budget bounds them to a share of all requests. Health checks are never retried. `transport.py` applies this policy.
+A request is retried only if the upstream did no work for it. That is so if it could not be reached, if it closed the
+connection without a response, or if its status says that the request was not processed. Retries stop when the circuit
+breaker opens, and a budget limits them to a share of all requests. Health checks are never retried. `transport.py`
+applies this policy.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ NO_RESPONSE_ERRORS: Final = (
     aiohttp.ServerDisconnectedError,
     aiohttp.ConnectionTimeoutError,
 )
-"""Errors that aiohttp raises when a request got no response at all."""
+"""Errors that aiohttp raises when a request got no response."""
 RETRY_SHARE: Final = 0.2
-"""Share of all requests that may be retries."""
+"""Maximum retries as a share of all requests."""
 MAX_SAVED_RETRIES: Final = 10.0
-"""Retries that quiet times may save up."""
+"""Maximum number of unused retries that the budget keeps."""
 
 
 class RetryBudget:
-    """Bounds retries to a share of all requests, so that retries alone cannot keep an upstream down."""
+    """Limits retries to a share of all requests, so that retries alone cannot keep an upstream down."""
 
     def __init__(self) -> None:
         self._saved = 1.0
 
     def earn(self) -> None:
-        """Count a request."""
+        """Count a request, which adds RETRY_SHARE of a retry to the budget."""
         self._saved = min(MAX_SAVED_RETRIES, self._saved + RETRY_SHARE)
 
     def spend(self) -> bool:
-        """Return whether a request may be retried. If so, the retry is counted."""
+        """Return whether a request may be retried. If so, take the retry from the budget."""
         if self._saved < 1:
             return False
         self._saved -= 1

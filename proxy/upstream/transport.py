@@ -1,7 +1,7 @@
-"""Sends requests to one upstream: timeouts, retries, the circuit breaker, health checks and error mapping.
+"""Send requests to one upstream, with timeouts, retries, the circuit breaker and health checks.
 
-Foreign errors end here: callers see kinds of UpstreamError only. `retry.py` holds the retry policy, and
-`circuit_breaker.py` decides when no request goes out.
+Errors of aiohttp are mapped here: callers see kinds of UpstreamError only. `retry.py` holds the retry policy, and
+`circuit_breaker.py` decides when requests are refused.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from proxy.upstream.response_body import MAX_PAGE_BYTES, parse_object, read_body
 logger = logging.getLogger(__name__)
 
 CHECK_S: Final = 5.0
-"""Seconds that a check may take, and that a request waits for a health check that is under way."""
+"""Timeout in seconds of a check, and of a request that waits for a running health check."""
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
-"""Errors of a connection that are this machine's fault: it has no room for another one."""
+"""Connection errors caused by this machine, which has no resources for another connection."""
 
 _Send = Callable[[], Awaitable[aiohttp.ClientResponse]]
 
@@ -58,9 +58,9 @@ class UpstreamTransport:
         on_event: Callable[[str], object],
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")  # a password in it is sent as basic authentication
-        self.display_url = _without_user(self._url)  # safe for logs and clients
+        self.display_url = _without_user(self._url)  # without credentials, for logs and clients
         self._session = session
-        self.read_timeout_s = read_timeout_s  # seconds without a byte after which a response is given up
+        self.read_timeout_s = read_timeout_s  # seconds without a byte after which a response times out
         connect = session.timeout.sock_connect
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read_timeout_s)
         self._check_timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=connect, sock_read=read_timeout_s)
@@ -127,10 +127,10 @@ class UpstreamTransport:
         is_observed: bool = True,
         **content: Any,
     ) -> _Exchange:
-        """Return a context manager around the upstream's response; leaving it closes what has not been read.
+        """Return a context manager around the upstream's response. Leaving it closes an unread response.
 
-        A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success` False
-        a success does not close the breaker's count of failures: it does not prove that generation works.
+        A check is not retried, does not count for the circuit breaker and is not observed. With `counts_success=False`
+        a success does not reset the breaker's count of failures: it does not prove that generation works.
         """
         timeout = self._check_timeout if is_check else self._timeout
         url = self._url + path
@@ -148,7 +148,7 @@ class UpstreamTransport:
         is_observed: bool = True,
         max_bytes: int,
     ) -> dict[str, Any]:
-        """Send the JSON `body` and return the JSON object of the response, which may have `max_bytes`."""
+        """Send the JSON `body` and return the JSON object of the response, of at most `max_bytes`."""
         flags = {"is_check": is_check, "counts_success": False, "is_observed": is_observed}
         content: dict[str, Any] = {}
         if body is not None:
@@ -170,7 +170,7 @@ class UpstreamTransport:
         for pause in (*(() if is_check else retry.RETRY_PAUSES_S), None):
             failure: Exception | None = None
             try:
-                async with asyncio.timeout(self.read_timeout_s + CHECK_S):  # bounds a head that comes slowly
+                async with asyncio.timeout(self.read_timeout_s + CHECK_S):  # limits a head that arrives slowly
                     response = await send()
             except retry.NO_RESPONSE_ERRORS as error:
                 failure = error
@@ -192,7 +192,7 @@ class UpstreamTransport:
         return response
 
     async def _wait_for_breaker(self) -> None:
-        """Return if requests may go out now, after a health check if one is due. Raises UpstreamCircuitOpen."""
+        """Run a health check if one is due. Raises UpstreamCircuitOpen unless requests may then go out."""
         if self.breaker.is_due:
             await self.check(CHECK_S)
         if not self.breaker.is_closed:
@@ -200,7 +200,7 @@ class UpstreamTransport:
             raise UpstreamCircuitOpen(message, after=self.breaker.wait_s)
 
     def record_failure(self, error: BaseException | None = None) -> None:
-        """Count a request that failed by `error`, or by the upstream's answer. This may start a health check."""
+        """Count a request that failed with `error` or with an error status. This may start a health check."""
         if isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUT_OF_RESOURCES:
             return
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
@@ -224,7 +224,7 @@ class UpstreamTransport:
         return UpstreamProtocolError(f"upstream {self.display_url} {problem}")
 
     def map_error(self, error: Exception) -> UpstreamError:
-        """Return the UpstreamError for a foreign error."""
+        """Return the UpstreamError that stands for an error of aiohttp or asyncio."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return UpstreamUnreachable(f"upstream {self.display_url} did not accept the connection in time")
         if isinstance(error, TimeoutError):
@@ -234,13 +234,13 @@ class UpstreamTransport:
         return self.protocol_error(f"broke the connection: {type(error).__name__}")
 
     async def raise_for_status(self, response: aiohttp.ClientResponse) -> None:
-        """Raise UpstreamRefused or UpstreamProtocolError for a response with an error's status."""
+        """Raise UpstreamRefused or UpstreamProtocolError for a response with an error status."""
         if response.status >= HTTPStatus.BAD_REQUEST:
             body = await read_body(response, MAX_PAGE_BYTES, self.read_timeout_s)
             raise self.refusal(response.status, self.parse(body))
 
     def parse(self, payload: bytes) -> dict[str, Any]:
-        """Parse a JSON object. Raises UpstreamProtocolError that names the upstream."""
+        """Parse a JSON object. Raises an UpstreamProtocolError that names the upstream."""
         try:
             return parse_object(payload)
         except UpstreamProtocolError as error:
@@ -248,7 +248,7 @@ class UpstreamTransport:
 
     def refusal(self, status: int, reply: Mapping[str, Any]) -> UpstreamError:
         """Return the error that the upstream's JSON `reply` reports."""
-        if "detail" in reply and "error" not in reply:  # FastAPI's own form
+        if "detail" in reply and "error" not in reply:  # FastAPI's error format
             if status == HTTPStatus.NOT_FOUND:
                 return self.protocol_error("returned 404 for a path that vLLM serves; check that it is vLLM")
             return UpstreamRefused(status, detail(reply["detail"]))
@@ -263,7 +263,7 @@ class UpstreamTransport:
 
 
 class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
-    """One request and its response. How it ends is reported to the circuit breaker and the observer."""
+    """One request and its response. Its outcome is reported to the circuit breaker and the observer."""
 
     def __init__(
         self,
@@ -315,7 +315,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
             self._observed.on_end(response.status, None)
 
     def _fail(self, error: BaseException, *, is_counted: bool) -> None:
-        """Report a failure, which may be counted already. Raises a foreign error as a kind of UpstreamError."""
+        """Report a failure, which may be counted already. Raise errors of aiohttp as a kind of UpstreamError."""
         transport, response = self._transport, self._response
         is_foreign = isinstance(error, aiohttp.ClientError | TimeoutError | asyncio.IncompleteReadError)
         is_mappable = is_foreign or isinstance(error, ValueError)
@@ -330,7 +330,7 @@ class _Exchange(AbstractAsyncContextManager[aiohttp.ClientResponse]):
 
 
 def _is_upstream_fault(error: BaseException) -> bool:
-    """Return whether an error in a response that began well says that the upstream failed."""
+    """Return whether an error within a successful response is the upstream's fault."""
     if isinstance(error, UpstreamRefused):
         return is_failure(error.upstream_status)
     return isinstance(error, UpstreamProtocolError)

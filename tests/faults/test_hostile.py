@@ -177,7 +177,7 @@ async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Pat
         finally:
             process.terminate()
             said += (await process.communicate())[1]
-        assert "controllers from files are refused, baselines serve" in " ".join(said.decode().split())
+        assert "controllers from files are refused and the baseline replaces them" in " ".join(said.decode().split())
 
 
 def test_what_is_no_linux_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:

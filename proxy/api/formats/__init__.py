@@ -1,4 +1,4 @@
-"""Formats of the generation endpoints: whole responses and streams of chat completions, completions and Responses.
+"""Formats of the generation endpoints: JSON responses and streams of chat completions, completions and Responses.
 
-Imported by the endpoints of proxy/api alone.
+Imported by the endpoints of proxy/api only.
 """

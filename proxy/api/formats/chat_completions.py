@@ -1,4 +1,4 @@
-"""Format of `/v1/chat/completions`: the whole `chat.completion`, and its chunks."""
+"""Format of `/v1/chat/completions`: the `chat.completion` object and its chunks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def to_json(request: ChatRequest, reply: Reply) -> dict[str, Any]:
 
 
 def stream(request: ChatRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
-    """Stream a reply as `chat.completion.chunk` events. The first, with the role, goes out at once."""
+    """Stream a reply as `chat.completion.chunk` events. The first one, with the role, is sent at once."""
 
     def choice(finish: str | None = None, **delta: Any) -> dict[str, Any]:
         return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}

@@ -14,13 +14,13 @@ from proxy.types import Plan, Reply
 
 
 class ChunkFormat(NamedTuple):
-    """Format of the chunks of one stream: the fields that each chunk repeats, and the choice in each kind of chunk."""
+    """Format of the chunks of one stream: the repeated fields, and the choice in each kind of chunk."""
 
-    head: Mapping[str, Any]
-    first: Mapping[str, Any]
-    progress: Callable[[str], Mapping[str, Any]]  # for a line about a round
-    text: Callable[[Reply], list[dict[str, Any]]]
-    last: Callable[[str], Mapping[str, Any]]  # for a finish reason
+    head: Mapping[str, Any]  # fields that each chunk repeats
+    first: Mapping[str, Any]  # choice of the first chunk
+    progress: Callable[[str], Mapping[str, Any]]  # returns the choice for a line of progress
+    text: Callable[[Reply], list[dict[str, Any]]]  # returns the choices for the reply's text
+    last: Callable[[str], Mapping[str, Any]]  # returns the choice for a finish reason
 
     def chunk(self, choice: Mapping[str, Any], **extra: Any) -> bytes:
         """Return a chunk of one choice as a server-sent event."""
@@ -28,7 +28,7 @@ class ChunkFormat(NamedTuple):
 
 
 async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: ChunkFormat) -> AsyncGenerator[bytes]:
-    """Yield the chunks of one reply: the first at once, progress as it comes, then the text, the bill and `[DONE]`."""
+    """Yield the chunks of one reply: the first at once, progress as it comes, then the text, usage and `[DONE]`."""
     yield chunks.chunk(chunks.first)
     try:
         async with aclosing(news) as items:
@@ -39,7 +39,7 @@ async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: C
                     yield chunks.chunk(chunks.progress(item))
                 else:
                     reply = item
-    except errors.ApiError as error:  # the status is out: an error can only be an event now
+    except errors.ApiError as error:  # the status has been sent, so the error must be an event
         yield format_event(errors.body(error))
         return
     for choice in chunks.text(reply):
@@ -51,10 +51,10 @@ async def stream_chunks(request: GenerationRequest, news: EpisodeNews, chunks: C
 
 
 def chunk_head(plan: Plan, kind: str) -> dict[str, Any]:
-    """Return the fields that all chunks of a reply, and the whole reply, begin with."""
+    """Return the fields at the beginning of a reply and of each of its chunks."""
     return {"id": plan.request_id, "object": kind, "created": plan.created, "model": plan.prompt.model}
 
 
 def reasoning_fields(text: str) -> dict[str, str]:
-    """Return a thought under both names that clients know."""
+    """Return a thought under both field names that clients use."""
     return {"reasoning": text, "reasoning_content": text}

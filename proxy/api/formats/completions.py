@@ -1,4 +1,4 @@
-"""Format of `/v1/completions`: the whole `text_completion` of one prompt or several, and its chunks."""
+"""Format of `/v1/completions`: the `text_completion` object of one or several prompts, and its chunks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from proxy.types import Plan, Reply
 
 
 def to_json(_: CompletionRequest, reply: Reply) -> dict[str, Any]:
-    """Return a `text_completion`: all that the winner wrote after the prompt, with its thought."""
+    """Return a `text_completion` with the winner's whole text after the prompt, including its thought."""
     choice = {"index": 0, "text": reply.message.written, "logprobs": None, "finish_reason": reply.message.finish_reason}
     return {**chunk_head(reply.plan, "text_completion"), "choices": [choice], "usage": reply.usage, "tts": reply.tts}
 
 
 def stream(request: CompletionRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
-    """Stream a reply as `text_completion` chunks. Progress stands beside the text, not in it."""
+    """Stream a reply as `text_completion` chunks. Progress is sent in fields of its own, not in the text."""
 
     def choice(text: str = "", finish: str | None = None, **extra: Any) -> dict[str, Any]:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, **extra}
@@ -39,7 +39,7 @@ def stream(request: CompletionRequest, plan: Plan, news: EpisodeNews) -> AsyncGe
 
 
 def batch_to_json(batch: Batch) -> dict[str, Any]:
-    """Return the `text_completion` of several prompts, a choice each."""
+    """Return the `text_completion` of several prompts, with one choice per prompt."""
     messages = [reply.message for reply in batch.replies]
     choices = [_text_choice(i, message.written, message.finish_reason) for i, message in enumerate(messages)]
     head = {**chunk_head(batch.plan, "text_completion"), "id": batch.request_id}
@@ -49,7 +49,7 @@ def batch_to_json(batch: Batch) -> dict[str, Any]:
 async def stream_batch(
     request: GenerationRequest, request_id: str, plans: Sequence[Plan], news: BatchNews
 ) -> AsyncGenerator[bytes]:
-    """Yield the chunks of several prompts: each text when its episode is over, the bill with the last chunk."""
+    """Yield the chunks of several prompts: each text when its episode ends, and the bill with the last chunk."""
     head = {**chunk_head(plans[0], "text_completion"), "id": request_id}
 
     def chunk(choice: Mapping[str, Any], **extra: Any) -> bytes:

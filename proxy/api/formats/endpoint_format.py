@@ -1,4 +1,4 @@
-"""Format of an endpoint: how its request is read, and how a reply is written whole and as a stream."""
+"""Format of an endpoint: the model of its requests, and its replies as JSON and as a stream."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from proxy.requests.generation_request import GenerationRequest
 from proxy.types import Plan, Reply
 
 EpisodeNews = AsyncGenerator[str | Reply | None]
-"""Lines of progress of one episode, None where a ping is due, and the reply last."""
+"""Yields the lines of progress of one episode, None when a ping is due, and finally the reply."""
 
 
 class PromptNews(NamedTuple):
-    """Progress or the reply of one prompt of several."""
+    """A line of progress or the reply of one prompt in a batch."""
 
     prompt: int  # its index in the request
     content: str | Reply
 
 
 BatchNews = AsyncGenerator[PromptNews | Batch | None]
-"""Progress and replies of several prompts, None where a ping is due, and the whole batch last."""
+"""Yields progress and replies of several prompts, None when a ping is due, and finally the batch."""
 
 
 class Format(NamedTuple):
     """Format of one endpoint."""
 
     model: type[GenerationRequest]  # of the request
-    prefix: str  # of ids of responses
-    to_json: Callable[[Any, Reply], Mapping[str, Any]]  # the whole response to a request
-    stream: Callable[[Any, Plan, EpisodeNews], AsyncGenerator[bytes]]  # the response as server-sent events
+    prefix: str  # of response ids
+    to_json: Callable[[Any, Reply], Mapping[str, Any]]  # returns the response to a request as JSON
+    stream: Callable[[Any, Plan, EpisodeNews], AsyncGenerator[bytes]]  # yields the response as server-sent events

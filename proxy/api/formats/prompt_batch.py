@@ -1,4 +1,4 @@
-"""Several prompts of one text completion: an episode each, and one reply with one bill."""
+"""Batch of several prompts in one text completion: one episode per prompt, and one reply with one bill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from proxy.types import Plan, Reply
 T = TypeVar("T")
 
 BEGUN_TOGETHER: Final = 16
-"""Prompts that begin in one turn of the event loop. Each may take milliseconds that every other request waits for."""
+"""Maximum number of prompts that begin in one turn of the event loop. Each may block the loop for milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +28,17 @@ class Batch:
 
     @property
     def plan(self) -> Plan:
-        """The first prompt's plan, for what all have in common."""
+        """The first prompt's plan, for the fields that all plans share."""
         return self.replies[0].plan
 
     @property
     def finish_reasons(self) -> list[str]:
-        """How each text ended."""
+        """Finish reason of each prompt's text."""
         return [reply.message.finish_reason for reply in self.replies]
 
     @property
     def usage(self) -> Mapping[str, Any]:
-        """OpenAI's usage."""
+        """OpenAI's `usage` object, summed over all prompts."""
         usages = [reply.usage for reply in self.replies]
         details = [usage["prompt_tokens_details"] for usage in usages if usage["prompt_tokens_details"]]
         cached = sum(detail["cached_tokens"] for detail in details) if details else None
@@ -56,20 +56,21 @@ class Batch:
         tokens: Counter[str] = Counter()
         for prompt_object in objects:
             tokens.update(prompt_object["tokens"])
-        stops = {str(one["stop"]): None for one in objects}
-        known = [one["upstream"]["cached_tokens"] for one in objects if one["upstream"]["cached_tokens"] is not None]
-        fallbacks = [one["fallback"] for one in objects if one["fallback"] is not None]
+        stops = {str(tts["stop"]): None for tts in objects}
+        upstream = [tts["upstream"] for tts in objects]
+        cached = [usage["cached_tokens"] for usage in upstream if usage["cached_tokens"] is not None]
+        fallbacks = [tts["fallback"] for tts in objects if tts["fallback"] is not None]
         return {
             **{name: value for name, value in objects[0].items() if name in _COMMON},
-            "branches": sum(one["branches"] for one in objects),
-            "rounds": sum(one["rounds"] for one in objects),
+            "branches": sum(tts["branches"] for tts in objects),
+            "rounds": sum(tts["rounds"] for tts in objects),
             "stop": ",".join(stops),
             "fallback": fallbacks[0] if fallbacks else None,
             "tokens": dict(tokens),
             "upstream": {
-                "requests": sum(one["upstream"]["requests"] for one in objects),
-                "prompt_tokens": sum(one["upstream"]["prompt_tokens"] for one in objects),
-                "cached_tokens": sum(known) if known else None,
+                "requests": sum(usage["requests"] for usage in upstream),
+                "prompt_tokens": sum(usage["prompt_tokens"] for usage in upstream),
+                "cached_tokens": sum(cached) if cached else None,
             },
             "prompts": [{"request_id": reply.plan.request_id, **reply.tts} for reply in self.replies],
         }
@@ -88,11 +89,11 @@ _COMMON = (
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]], cost: Callable[[T], int]) -> list[T]:
-    """Run all of `work` to its end and return the results. Raise the first error, which says what all have cost.
+    """Run all coroutines to their ends and return the results, or raise the first error.
 
-    Cancelling it cancels all.
+    An ApiError carries the cost of all of them. Cancelling this cancels all of them.
     """
-    tasks = [asyncio.create_task(one) for one in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         await asyncio.gather(*tasks, return_exceptions=True)
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Format of `/v1/responses`: the whole Response object, and the events that stream it."""
+"""Format of `/v1/responses`: the Response object, and the events that stream it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,9 @@ async def stream(request: ResponsesRequest, plan: Plan, news: EpisodeNews) -> As
                     summary += item
                 else:
                     reply = item
-    except ApiError as error:  # the status is out: an error can only be an event now
-        in_openai_form = errors.body(error)
-        about = {"code": error.code, "message": error.message, "param": error.param}
-        yield events.event("error", **about, **in_openai_form)
+    except ApiError as error:  # the status has been sent, so the error must be an event
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        yield events.event("error", **fields, **errors.body(error))
         failed = {"code": "server_error", "message": error.message}
         yield events.event("response.failed", response=_response(request, plan, "failed", error=failed))
         return

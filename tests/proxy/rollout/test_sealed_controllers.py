@@ -188,7 +188,7 @@ async def test_without_a_seal_files_are_refused_and_baselines_serve(
         async with proxy.http.get(f"{proxy.url}/ready") as response:
             assert response.status == 200
             assert (await response.json())["sandbox"] == {"level": "refused", "lacking": "no landlock"}
-        assert "controllers from files are refused, baselines serve: no landlock" in caplog.text
+        assert "controllers from files are refused and the baseline replaces them: no landlock" in caplog.text
 
 
 @pytest.mark.usefixtures("unsealable")
