@@ -147,7 +147,7 @@ async def test_a_calibration_of_another_controller_is_not_used(backend: FakeVLLM
         proxy = Proxy(backend, url, http, openai)
         status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000})
         check_error(reply, 400, status, param="tts.target_tokens", code="no_calibration")
-        assert "calibrated for asc, and cmc serves" in reply["error"]["message"]
+        assert "calibrated for asc, but cmc serves" in reply["error"]["message"]
         status, _, reply = await proxy.ask(None, tts={"target_tokens": 1000, "controller": "asc"})
         assert (status, reply["tts"]["controller"]) == (200, "asc")
 
