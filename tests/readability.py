@@ -1,6 +1,6 @@
-"""Measure how readable the project is: `python -m tests.readability [FOLDER ...]` lists what breaks a rule.
+"""Check readability rules: `python -m tests.readability [FOLDER ...]` lists the violations.
 
-Each rule is a function that returns its violations as lines of text, so that a test can ask for none.
+Each rule is a function that returns its violations as lines of text. A test requires that there are none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_README_LINES: Final = 150
 RIDDLES: Final = ("The same", "Those", "Of ", "As ", "What ")
 """Beginnings of docstrings that make no sense without the line above them."""
 VAGUE: Final = frozenset({"one", "found", "told", "words", "said", "whole"})
-"""Local names that say nothing of what they hold. A comprehension on one line may use them."""
+"""Local names that do not describe their value. Comprehensions on one line may use them."""
 
 
 def modules() -> Iterator[Path]:
@@ -30,13 +30,13 @@ def modules() -> Iterator[Path]:
 
 
 def crowded_folders() -> list[str]:
-    """Return the folders that hold more modules than a reader takes in at once."""
+    """Return the folders with more than MAX_MODULES modules."""
     counts = Counter(path.parent for path in modules() if path.name != "__init__.py")
     return [f"{folder}: {count} modules" for folder, count in counts.items() if count > MAX_MODULES]
 
 
 def repeated_classes() -> list[str]:
-    """Return the class names that several modules define."""
+    """Return the class names that are defined more than once."""
     places = defaultdict(list)
     for path in modules():
         for node in ast.walk(_tree(path)):
@@ -46,7 +46,7 @@ def repeated_classes() -> list[str]:
 
 
 def riddles() -> list[str]:
-    """Return the docstrings whose first line cannot be read alone."""
+    """Return the docstrings whose first line depends on the line above it."""
     lines = []
     for path in modules():
         for node in ast.walk(_tree(path)):
@@ -58,7 +58,7 @@ def riddles() -> list[str]:
 
 
 def long_files() -> list[str]:
-    """Return the files over the limit whose docstring gives no reason."""
+    """Return the files longer than MAX_LINES whose docstring gives no reason."""
     lines = []
     for path in modules():
         count = len((ROOT / path).read_text().splitlines())
@@ -68,7 +68,7 @@ def long_files() -> list[str]:
 
 
 def long_readme() -> list[str]:
-    """Return the length of README.md if it is over the limit."""
+    """Return the length of README.md if it exceeds MAX_README_LINES."""
     count = len((ROOT / "README.md").read_text().splitlines())
     return [f"README.md: {count} lines"] if count > MAX_README_LINES else []
 

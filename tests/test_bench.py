@@ -1,4 +1,4 @@
-"""The bench runs to its end: every part once, as small as it can be. Its figures are not looked at."""
+"""Every part of the benchmarks runs to its end at its smallest size. The figures are not checked."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_a_quick_run_measures_every_part() -> None:
 
 
 @pytest.mark.process
-def test_an_unknown_part_is_refused_with_the_parts_there_are() -> None:
+def test_an_unknown_part_is_refused_and_the_error_lists_all_parts() -> None:
     command = [sys.executable, "-m", "tests.bench", "nonsense"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 2
-    assert "no part nonsense; there are answers, replay" in ran.stderr
+    assert "unknown part nonsense; use answers, replay" in ran.stderr
 
 
 def test_a_ratio_is_the_median_of_paired_ratios_with_its_spread() -> None:

@@ -1,4 +1,4 @@
-"""The bench's own load and backend: what is measured with them is only as true as they are."""
+"""The load generator and the backend of the benchmarks. Errors in them would make the figures wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nb\r\n, whole on
 
 
 class Says(asyncio.Protocol):
-    """The same to everybody, once, and closes."""
+    """Server that sends the same response to every connection and closes it."""
 
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
@@ -34,7 +34,7 @@ class Says(asyncio.Protocol):
 
 @asynccontextmanager
 async def serving(protocol: Callable[[], asyncio.Protocol]) -> AsyncIterator[str]:
-    """The URL of a server, for as long as the context."""
+    """Run a server and yield its URL."""
     async with await asyncio.get_running_loop().create_server(protocol, "127.0.0.1") as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
@@ -48,14 +48,14 @@ async def serving(protocol: Callable[[], asyncio.Protocol]) -> AsyncIterator[str
         (CHUNKED, b"hello, whole one"),
     ],
 )
-def test_an_answer_is_whole_with_its_last_byte(reply: bytes, body: bytes, size: int) -> None:
+def test_a_response_is_complete_with_its_last_byte(reply: bytes, body: bytes, size: int) -> None:
     reader = Reader()
-    said = [reader.feed(reply[at : at + size]) for at in range(0, len(reply), size)]
-    assert said == [False] * (len(said) - 1) + [True]
+    complete = [reader.feed(reply[at : at + size]) for at in range(0, len(reply), size)]
+    assert complete == [False] * (len(complete) - 1) + [True]
     assert reader.body == body
 
 
-def test_who_keeps_a_connection() -> None:
+def test_connections_are_kept_as_http_version_and_header_say() -> None:
     assert framing(b"HTTP/1.1 200 OK").kept
     assert framing(b"HTTP/1.0 200 OK\r\nConnection: keep-alive").kept
     assert not framing(b"HTTP/1.0 200 OK").kept
@@ -74,7 +74,7 @@ async def test_a_stream_of_the_backend_has_forty_events() -> None:
 @pytest.mark.parametrize(
     "reply", [OK + b"connection: close\r\ncontent-length: 2\r\n\r\n{}", b"HTTP/1.0 200 OK\r\n\r\n{}"]
 )
-async def test_a_server_that_closes_is_connected_to_again(reply: bytes) -> None:
+async def test_the_generator_reconnects_if_the_server_closes(reply: bytes) -> None:
     async with serving(lambda: Says(reply)) as url:
         answers, _ = await load(url, BODY, 2, 1, lambda: repeat(True, 3))
     assert len(answers) == 6
@@ -84,12 +84,12 @@ async def test_a_server_that_closes_is_connected_to_again(reply: bytes) -> None:
     ("reply", "body", "why"),
     [
         (b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", BODY, "503"),
-        (OK + b"content-length: 5\r\n\r\nhell", BODY, "cut"),
-        (CHUNKED[:-5], BODY, "cut"),
-        (CHUNKED, STREAM, "without its end"),
+        (OK + b"content-length: 5\r\n\r\nhell", BODY, "before the response was complete"),
+        (CHUNKED[:-5], BODY, "before the response was complete"),
+        (CHUNKED, STREAM, "did not end with"),
     ],
 )
-async def test_a_broken_answer_is_no_answer(reply: bytes, body: dict[str, object], why: str) -> None:
+async def test_broken_responses_are_errors(reply: bytes, body: dict[str, object], why: str) -> None:
     with pytest.raises(BrokenAnswer, match=why):
         async with serving(lambda: Says(reply)) as url:
             await load(url, body, 1, 0, lambda: repeat(True, 1))

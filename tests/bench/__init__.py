@@ -1,1 +1,1 @@
-"""Performance, as ratios and medians within one run. Never part of the tests: `make bench`."""
+"""Benchmarks: ratios and medians measured within one run. `make bench` runs them; they are not part of the tests."""

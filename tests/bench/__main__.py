@@ -1,9 +1,9 @@
-"""Run every bench, or the named parts, print one table and write it to `tests/bench/report.md`.
+"""Run all benchmarks, or the named parts; print a table and write it to `tests/bench/report.md`.
 
     python -m tests.bench [--quick] [--peers] [PART ...]
 
-`--quick` runs every part once, as small as it can be: it shows that the bench works, and its figures mean nothing.
-`--peers` also measures other proxies. Parts run one after the other, each with an event loop of its own.
+`--quick` runs every part once at its smallest size. It shows that the benchmarks work; its figures mean nothing.
+`--peers` also measures other proxies. Parts run one after the other, each in its own event loop.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from tests.bench.peers import PEERS
 from tests.bench.rows import Row, Size
 
 REPORT: Final = Path(__file__).with_name("report.md")
-HEADINGS: Final = ("bench", "measured", "beside", "ratio", "spread")
-Beside = tuple[str, ...]
-"""A line of the table of peers."""
+HEADINGS: Final = ("benchmark", "measured", "compared with", "ratio", "spread")
+PeerRow = tuple[str, ...]
+"""Row of the table that compares proxies."""
 
 
 def machine() -> str:
-    """Return the processor, its cores and the Python that runs this."""
+    """Return the processor, its number of cores and the Python version."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 async def _answer_rows(size: Size) -> list[Row]:
-    return [*answers.rows(size), answers.vouched(), *[row async for row in answers.mixed(size)]]
+    return [*answers.rows(size), answers.votability(), *[row async for row in answers.mixed(size)]]
 
 
 async def _live_rows(size: Size) -> list[Row]:
@@ -73,28 +73,28 @@ def run(parts: Sequence[str], size: Size, *, with_peers: bool = False) -> None:
     """Run `parts`, print their rows, and write the report unless the run is quick."""
     rows: list[Row] = []
     skipped: list[str] = []
-    peers: list[Beside] = []
+    peers: list[PeerRow] = []
     began = time.monotonic()
     for part in parts:
         started = time.monotonic()
         if part == "edge" and with_peers:
-            taken = asyncio.run(edge.measured(size, PEERS))
-            found = edge.rows(taken)
-            peers = edge.side_by_side(taken)
+            measured = asyncio.run(edge.measured(size, PEERS))
+            part_rows = edge.rows(measured)
+            peers = edge.peer_rows(measured)
         else:
-            found = list(PARTS[part](size))
-        rows += found
-        if not found:
+            part_rows = list(PARTS[part](size))
+        rows += part_rows
+        if not part_rows:
             skipped.append(part)
-        sys.stderr.write(f"{part}: {len(found)} rows in {time.monotonic() - started:.0f} s\n")
+        sys.stderr.write(f"{part}: {len(part_rows)} rows in {time.monotonic() - started:.0f} s\n")
     minutes = (time.monotonic() - began) / 60
     console = Console(width=180)
     console.print(_table(machine(), HEADINGS, rows))
     if peers:
-        console.print(_table("Pass-throughs to a backend that does nothing", edge.HEADINGS, peers))
+        console.print(_table("Forwarding to a backend that does no work", edge.HEADINGS, peers))
         console.print(edge.CAPTION)
     if skipped:
-        console.print(f"not measured, for the public recordings are not beside the project: {', '.join(skipped)}")
+        console.print(f"not measured, because the public recordings are not in ../shared: {', '.join(skipped)}")
     console.print(f"{len(rows)} rows of {', '.join(parts)} in {minutes:.1f} minutes")
     if not size.is_quick:
         REPORT.write_text(_report(parts, rows, peers, skipped, minutes), "utf-8")
@@ -102,23 +102,23 @@ def run(parts: Sequence[str], size: Size, *, with_peers: bool = False) -> None:
 
 
 def _report(
-    parts: Sequence[str], rows: Sequence[Row], peers: Sequence[Beside], skipped: Sequence[str], minutes: float
+    parts: Sequence[str], rows: Sequence[Row], peers: Sequence[PeerRow], skipped: Sequence[str], minutes: float
 ) -> str:
     """Return the report as Markdown."""
     lines = [
-        "# Bench report",
+        "# Benchmark report",
         "",
         f"Written by `make bench` on {date.today().isoformat()}: {machine()}.",
         f"Parts: {', '.join(parts)}, in {minutes:.0f} minutes.",
-        "Figures are medians. Ratios compare two things measured by turns in one run. The spread is the lowest and the",
-        "highest ratio, or the lowest and the highest figure.",
+        "Figures are medians. Each ratio compares two measurements that alternate within one run. The spread gives the",
+        "lowest and the highest ratio, or the lowest and the highest figure.",
         "",
         *_markdown(HEADINGS, rows),
     ]
     if peers:
         lines += ["", "## Peers", "", *_markdown(edge.HEADINGS, peers), "", edge.CAPTION]
     if skipped:
-        lines += ["", f"Not measured, for the public recordings are not beside the project: {', '.join(skipped)}."]
+        lines += ["", f"Not measured, because the public recordings are not in `../shared`: {', '.join(skipped)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -141,10 +141,10 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
-    parser.add_argument("--quick", action="store_true", help="run every part once, as small as it can be")
+    parser.add_argument("--quick", action="store_true", help="run every part once at its smallest size")
     parser.add_argument("--peers", action="store_true", help="also measure other proxies")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"part to run: {', '.join(PARTS)} (default: all)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     run(options.parts or list(PARTS), Size(options.quick), with_peers=options.peers)

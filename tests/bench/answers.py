@@ -1,4 +1,4 @@
-"""Answers: what bringing one to its canonical form takes, and what tasks cost of which some have no answer."""
+"""Answers: time to compute a canonical form, and tokens of tasks with and without an answer to vote on."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ TIMES = 20
 
 
 def rows(size: Size) -> Iterator[Row]:
-    """Yield the row of canonical forms."""
+    """Yield the benchmark of canonical forms."""
     spellings = [one for group in SAME.values() for spelled in group for one in spelled]
     spellings += [one for group in DIFFERENT.values() for pair in group for one in pair]
-    whole = [one for one in spellings if one.strip("-+").isdigit()]
+    integers = [spelling for spelling in spellings if spelling.strip("-+").isdigit()]
     spellings, times = spellings[:: size.pick(1, 20)], size.pick(TIMES, 2)
-    taken, plain = _median(spellings, times), _median(whole, times)
+    taken, plain = _median(spellings, times), _median(integers, times)
     yield Row(
-        f"canonical form, nothing remembered: {len(spellings)} answers of the tests' table",
+        f"canonical form without a cache: {len(spellings)} answers of the test tables",
         f"{taken * 1e6:.0f} µs (median)",
-        f"{plain * 1e6:.1f} µs for whole numbers",
+        f"{plain * 1e6:.1f} µs for integers",
         f"{taken / plain:.0f}",
     )
 
 
-def vouched() -> Row:
-    """Return how often a probe's answer and the signs beside it are wrong about a task."""
+def votability() -> Row:
+    """Return the error rate of the votability check, which judges a task by its question and a probe's answer."""
     wrong = sum(vouches(asks(question), text, probed(answer)) for question, text, answer in PROSE)
     missed = sum(not vouches(asks(question), text, probed(answer)) for question, text, answer in TASKS)
     return Row(
-        "votability by a probe and its signs, the probe always answering",
-        f"{wrong} of {len(PROSE)} prose tasks vouched for",
+        "errors of the votability check if every probe returns an answer",
+        f"{wrong} of {len(PROSE)} prose tasks taken as votable",
         f"{missed} of {len(TASKS)} votable tasks missed",
         f"{(wrong + missed) / (len(PROSE) + len(TASKS)):.3f}",
     )
 
 
 async def mixed(size: Size) -> AsyncIterator[Row]:
-    """Tokens of a set of tasks half of which are prose, beside the same set with every task taken to have an answer.
+    """Yield the tokens of prose tasks and of votable tasks: with the votability check, and with all taken as votable.
 
-    What a model writes is scripted (`tests/fakes.py`): costs are counts of tokens, not times.
+    The model's output is scripted (`tests/fakes.py`), so costs are counts of tokens, not times.
     """
     prose = [
         Chain(f"{mark * 40} and so on. " * length) for mark, length in zip("pqrstuvw", range(6, 30, 3), strict=True)
@@ -62,22 +62,22 @@ async def mixed(size: Size) -> AsyncIterator[Row]:
     ]
     for controller in ("cmc", "parallel_probe", "self_consistency")[: size.pick(3, 1)]:
         for name, chains in (("prose", prose[: size.pick(8, 1)]), ("votable", tasks[: size.pick(8, 1)])):
-            found_out = [await _cost(one, controller, "auto") for one in chains]
-            told = [await _cost(one, controller, "boxed") for one in chains]
+            checked = [await _cost(script, controller, "auto") for script in chains]
+            declared = [await _cost(script, controller, "boxed") for script in chains]
+            most = max(tokens / script.tokens for (tokens, _), script in zip(checked, chains, strict=True))
             yield Row(
-                f"tokens of a request, β=1, {controller}: {len(chains)} {name} tasks",
-                f"{statistics.fmean(tokens for tokens, _ in found_out):,.0f} under `auto`",
-                f"{statistics.fmean(tokens for tokens, _ in told):,.0f} under `boxed`",
-                f"{sum(t for t, _ in found_out) / sum(t for t, _ in told):.3f}; at most "
-                f"{max(tokens / one.tokens for (tokens, _), one in zip(found_out, chains, strict=True)):.1f} chains",
+                f"tokens per request at β = 1, {controller}: {len(chains)} {name} tasks",
+                f"{statistics.fmean(tokens for tokens, _ in checked):,.0f} with `auto`",
+                f"{statistics.fmean(tokens for tokens, _ in declared):,.0f} with `boxed`",
+                f"{sum(t for t, _ in checked) / sum(t for t, _ in declared):.3f}; at most {most:.1f} chains",
             )
 
 
-async def _cost(one: Chain, controller: str, kind: str) -> tuple[int, str]:
-    """Tokens of a request whose branches all write `one`, and why it stopped."""
+async def _cost(script: Chain, controller: str, kind: str) -> tuple[int, str]:
+    """Return the tokens of a request whose branches all produce `script`, and why the episode stopped."""
     body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"controller": controller, "answer": kind}}
     async with (
-        FakeVLLM([one], INTERVAL).serve() as backend,
+        FakeVLLM([script], INTERVAL).serve() as backend,
         running(load(upstream=backend.url, **SMALL)) as url,
         aiohttp.ClientSession() as http,
         http.post(f"{url}/v1/chat/completions", json=body, headers={"x-tts-beta": "1"}) as response,
@@ -87,11 +87,12 @@ async def _cost(one: Chain, controller: str, kind: str) -> tuple[int, str]:
 
 
 def _median(spellings: list[str], times: int) -> float:
-    """Median over the answers of the median seconds each takes."""
+    """Return the median over answers of each answer's median time, in seconds."""
     return statistics.median(statistics.median(_seconds(written) for _ in range(times)) for written in spellings)
 
 
 def _seconds(written: str) -> float:
+    """Return the seconds that the canonical form of an answer takes without caches."""
     canonical.cache_clear()
     normalize_expression.cache_clear()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Discovery: how many candidates a minute the whole cascade judges."""
+"""Discovery: candidates that the evaluation cascade judges per minute, and the score of the shipped controller."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHUFFLES: Final = 20
 
 
 def rows(size: Size) -> Iterator[Row]:
-    """Yield the rows of discovery, none where the public recordings are not beside the project."""
+    """Yield the benchmarks of discovery; none if the public recordings are missing."""
     file = FILE.with_name("aime24.json.xz")
     if not file.exists():
         return
@@ -41,39 +41,39 @@ def rows(size: Size) -> Iterator[Row]:
         known = cascade.judge(baselines(), [])
         search, sealed = (_minute(cascade, known, explorer, size) for explorer in ("grammar", "llm"))
     yield Row(
-        f"cascade, candidates a minute: Qwen3-1.7B aime24, {size.pick(SHUFFLES, 1)} shuffles, two workers",
-        f"{search:.0f} from the grammar",
-        f"{sealed:.0f} sealed, as those of a model are",
+        f"cascade, candidates per minute: Qwen3-1.7B aime24, {size.pick(SHUFFLES, 1)} shuffles, two workers",
+        f"{search:.0f} unsandboxed, from the grammar explorer",
+        f"{sealed:.0f} sandboxed, like those of the LLM explorer",
         f"{sealed / search:.2f}",
     )
     yield _validation(size)
 
 
 def _validation(size: Size) -> Row:
-    """What was discovered and is shipped beside CMC, on questions no search has seen."""
+    """Compare the shipped discovered controller with CMC on questions that no search has seen."""
     files = sorted(FILE.parents[1].glob("*/aime25.json.xz"))[: size.pick(4, 1)]
     shuffles = size.pick(10, 1)
     cells = {release_cell(file): [intern_answers(recorded) for recorded in read_release(file)] for file in files}
     with TrialPool(cells, ReplayRules(probe_tokens=20), WORKERS) as arena:
         trial = TrialSettings(FINAL_BETAS, range(shuffles))
-        found, cmc = (mean_afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
+        shipped, cmc = (mean_afs(arena.measure(parse_spec(name), trial)) for name in (SHIPPED, "cmc"))
     return Row(
         f"AFS on aime25, {len(files)} models, {shuffles} shuffles: {SHIPPED}",
-        f"{found:.2f}, sealed",
+        f"{shipped:.2f}, sandboxed",
         f"{cmc:.2f} cmc",
-        f"{found - cmc:+.2f} points",
+        f"{shipped - cmc:+.2f} points",
     )
 
 
 def _minute(cascade: Cascade, known: list[CandidateVerdict], explorer: str, size: Size) -> float:
-    """Candidates of a search, judged as `explorer`'s; what it proposes follows from what came of the last."""
+    """Return the candidates per minute of a short grammar search whose candidates are judged as those of `explorer`."""
     grammar = Grammar(batch=size.pick(8, 2))
     pairs: list[tuple[Candidate, CandidateVerdict]] = []
     began = time.perf_counter()
     for step in range(size.pick(STEPS, 1)):
         standings = [ScoredCandidate(candidate, verdict.score, (), verdict.failure) for candidate, verdict in pairs]
         proposed = grammar.propose(ExplorerContext(0, step, standings))
-        as_theirs = [replace(candidate, explorer=explorer) for candidate in proposed]
-        verdicts = cascade.judge(as_theirs, [*known, *(verdict for _, verdict in pairs)])
+        relabelled = [replace(candidate, explorer=explorer) for candidate in proposed]
+        verdicts = cascade.judge(relabelled, [*known, *(verdict for _, verdict in pairs)])
         pairs += zip(proposed, verdicts, strict=True)
     return 60 * len(pairs) / (time.perf_counter() - began)

@@ -1,7 +1,7 @@
-"""The yardstick: CMC as the paper describes it, as one bare loop over plain lists, and nothing else.
+"""Reference for replay speed: CMC, as its paper describes it, in one bare loop over plain lists.
 
-It knows no actions, no facts, no state and no legality, cannot run live, and keeps no figures but the two it is
-checked by. What the general runner needs beyond it is the price of generality.
+The loop has no actions, facts, state or legality checks, cannot run live, and returns only the two figures that are
+compared. The additional time of the general runner is the cost of its generality.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from discovery.data.recordings import BranchRow, Recording
 
 @cache
 def confidence(first: int, second: int) -> float:
-    """1 - BetaCDF(1/2; first + 1, second + 1)."""
-    throws = first + second + 1
-    return sum(comb(throws, k) for k in range(first + 1)) / 2**throws if first else 0.0
+    """Return 1 - BetaCDF(1/2; first + 1, second + 1)."""
+    trials = first + second + 1
+    return sum(comb(trials, k) for k in range(first + 1)) / 2**trials if first else 0.0
 
 
 def forwards(recording: Recording) -> list[BranchRow]:
-    """The rows of a recording, probes in the order they were made in."""
+    """Return the rows of a recording with probes in the order in which they were made."""
     return [row._replace(probes=row.probes[::-1]) for row in recording.rows]
 
 
 def play(rows: Sequence[BranchRow], order: Sequence[int], delta: int, b: float) -> tuple[int, int]:
-    """(answer's number in the recording, tokens) of one episode."""
+    """Play one episode of CMC at β = `b`; return the number of its answer in the recording, and its tokens."""
     first, most, warm_up = max(2, round(2 + 6 * b)), min(64, round(4 + 60 * b)), max(2, round(2 + 8 * b))
     patience, size, alpha = max(3, round(3 + 9 * b)), max(2, round(2 + 6 * b)), 0.70 - 0.40 * b
     threshold, slack, trend = 0.85 + 0.12 * b, 0.04 - 0.03 * b, 0.04 - 0.03 * b
@@ -59,7 +59,7 @@ def play(rows: Sequence[BranchRow], order: Sequence[int], delta: int, b: float) 
 
     def open_one() -> None:
         row = rows[order[len(chains)]]
-        chains.append(row.probes)  # first first, see `forwards`
+        chains.append(row.probes)  # earliest probe first, see `forwards`
         rests.append(max(0, row.tokens - delta * len(row.probes)))
         finals.append(row.final)
         at.append(0)

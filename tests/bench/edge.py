@@ -1,4 +1,4 @@
-"""The pass-through beside the bare one, both before a backend that does nothing; servers and load are processes."""
+"""Forwarding: the proxy compared with a minimal FastAPI proxy. Servers and the load generator are processes."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ ROUNDS: Final = 3
 LOAD: Final = ("--seconds", "2", "--alone", "400", "--each", "8", "--warm", "1")
 QUICK_LOAD: Final = ("--seconds", "0.3", "--alone", "20", "--each", "1", "--warm", "0")
 PEER_LOAD: Final = ("--seconds", "2", "--alone", "30", "--each", "1", "--warm", "0")
-"""Of what is known to be slow: two hundred of its streams take seconds. The first round warms it."""
+"""Smaller load for peers, whose two hundred streams take seconds. The first round is a warm-up."""
 LIMIT_S: Final = 90
-"""One server's round, or its coming up, takes no longer."""
+"""Time limit of one round on a server, and of its start."""
 
 
 class Measured(NamedTuple):
-    """What each server did."""
+    """Figures of each server."""
 
     direct: Figures
     bare: Figures
     proxy: Figures
-    rounds: Sequence[Sequence[Figures]]  # of direct, bare and proxy, the medians of which are above
-    peers: Mapping[str, Figures | str]  # by name; in words where it could not be measured
+    rounds: Sequence[
+        Sequence[Figures]
+    ]  # figures of direct, bare and proxy by round; the fields above are their medians
+    peers: Mapping[str, Figures | str]  # by name; a text says why a peer could not be measured
 
 
 class ServerFailed(Exception):
-    """It did not come up, or did not answer as it should."""
+    """A server did not start, or returned an invalid response."""
 
 
 async def measured(size: Size, peers: Sequence[Peer] = ()) -> Measured:
-    """Medians over rounds in which servers take turns; peers come after, alone, so that they are in nobody's way."""
+    """Measure the servers in turn for several rounds, then each peer alone so that it slows down no other server."""
     load = QUICK_LOAD if size.is_quick else LOAD
     async with _own("-m", "tests.bench.null", "backend") as backend:
         async with (
@@ -53,13 +55,13 @@ async def measured(size: Size, peers: Sequence[Peer] = ()) -> Measured:
             rounds = [
                 [await _measure(url, load) for url in (backend, bare, proxy)] for _ in range(size.pick(ROUNDS, 1))
             ]
-        direct, plain, ours = (_median(taken) for taken in zip(*rounds, strict=True))
-        return Measured(direct, plain, ours, rounds, {str(peer): await _beside(peer, backend) for peer in peers})
+        direct, plain, ours = (_median(figures) for figures in zip(*rounds, strict=True))
+        return Measured(direct, plain, ours, rounds, {str(peer): await _measure_peer(peer, backend) for peer in peers})
 
 
-def rows(taken: Measured) -> list[Row]:
-    """The pass-through's lines of the table."""
-    direct, plain, ours, rounds, _ = taken
+def rows(results: Measured) -> list[Row]:
+    """Return the benchmarks of forwarding."""
+    direct, plain, ours, rounds, _ = results
     rates = [mine.rate / other.rate for _, other, mine in rounds]
     added = [mine.alone_ms - other.alone_ms for other, _, mine in rounds]
     of_direct = [mine.streams / other.streams for other, _, mine in rounds]
@@ -67,14 +69,14 @@ def rows(taken: Measured) -> list[Row]:
     first = [mine.first_ms - other.first_ms for other, _, mine in rounds]
     return [
         Row(
-            f"pass-through, {CONNECTIONS} connections",
+            f"forwarding, {CONNECTIONS} connections",
             f"{ours.rate:,.0f} /s",
             f"bare FastAPI: {plain.rate:,.0f} /s; direct: {direct.rate:,.0f} /s",
             f"{ours.rate / plain.rate:.2f}",
             spread(rates),
         ),
         Row(
-            "pass-through, one connection, p50",
+            "forwarding, one connection, p50",
             f"{ours.alone_ms:.2f} ms",
             f"direct: {direct.alone_ms:.2f} ms; bare FastAPI: {plain.alone_ms:.2f} ms",
             f"{ours.alone_ms - direct.alone_ms:+.2f} ms",
@@ -93,8 +95,8 @@ def rows(taken: Measured) -> list[Row]:
 
 
 def _streams(name: str, ours: Figures, other: Figures, ratios: str) -> Row:
-    beside, ratio = f"{name}: {other.streams:,.0f} /s", f"{ours.streams / other.streams:.2f}"
-    return Row(f"{STREAMS} SSE streams", f"{ours.streams:,.0f} /s", beside, ratio, ratios)
+    compared, ratio = f"{name}: {other.streams:,.0f} /s", f"{ours.streams / other.streams:.2f}"
+    return Row(f"{STREAMS} SSE streams", f"{ours.streams:,.0f} /s", compared, ratio, ratios)
 
 
 HEADINGS: Final = (
@@ -102,20 +104,20 @@ HEADINGS: Final = (
     f"requests/s, {CONNECTIONS} connections",
     f"streams/s, {STREAMS} at once",
     "first byte, p50",
-    "events a stream",
+    "events per stream",
 )
 CAPTION: Final = (
-    "Who sends fewer than forty events asked the backend for a whole reply, which it has at once, and cut that up."
+    "A proxy with fewer than forty events per stream requested a complete reply from the backend and split it itself."
 )
 
 
-def side_by_side(taken: Measured) -> list[tuple[str, ...]]:
-    """A line a server, under HEADINGS."""
-    named = {"direct": taken.direct, "bare FastAPI": taken.bare, "this proxy": taken.proxy, **taken.peers}
-    return [(name, *_told(figures)) for name, figures in named.items()]
+def peer_rows(results: Measured) -> list[tuple[str, ...]]:
+    """Return one row per server, with the columns of HEADINGS."""
+    named = {"direct": results.direct, "bare FastAPI": results.bare, "this proxy": results.proxy, **results.peers}
+    return [(name, *_cells(figures)) for name, figures in named.items()]
 
 
-def _told(figures: Figures | str) -> tuple[str, ...]:
+def _cells(figures: Figures | str) -> tuple[str, ...]:
     if isinstance(figures, str):
         return (figures,)
     return (
@@ -126,12 +128,12 @@ def _told(figures: Figures | str) -> tuple[str, ...]:
     )
 
 
-def _median(taken: Sequence[Figures]) -> Figures:
-    return Figures(*(statistics.median(column) for column in zip(*taken, strict=True)))
+def _median(rounds: Sequence[Figures]) -> Figures:
+    return Figures(*(statistics.median(column) for column in zip(*rounds, strict=True)))
 
 
-async def _beside(peer: Peer, backend: str) -> Figures | str:
-    """A peer's figures, or why there are none."""
+async def _measure_peer(peer: Peer, backend: str) -> Figures | str:
+    """Return the figures of a peer, or why it could not be measured."""
     port = free_port()
     try:
         await peer.install()
@@ -143,7 +145,7 @@ async def _beside(peer: Peer, backend: str) -> Figures | str:
 
 @asynccontextmanager
 async def _own(*module: str, upstream: str | None = None) -> AsyncIterator[str]:
-    """The URL of a server of this project that runs as long as the context."""
+    """Run a server of this project and yield its URL."""
     port = free_port()
     if module[-1] == "serve":
         arguments = ["--port", str(port), "--upstream", str(upstream), "--no-record"]
@@ -162,13 +164,13 @@ async def _served(
     process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet, env=environment, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
-        await _up(url, process)
+        await _wait_until_ready(url, process)
         yield url
     finally:
-        await _ended(process)
+        await _terminate(process)
 
 
-async def _up(url: str, process: asyncio.subprocess.Process) -> None:
+async def _wait_until_ready(url: str, process: asyncio.subprocess.Process) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + LIMIT_S
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as http:
@@ -180,27 +182,28 @@ async def _up(url: str, process: asyncio.subprocess.Process) -> None:
             except (aiohttp.ClientError, TimeoutError):
                 pass
             await asyncio.sleep(0.1)
-    raise ServerFailed("it does not come up")
+    raise ServerFailed("the server did not start")
 
 
-async def _measure(url: str, how: Sequence[str]) -> Figures:
+async def _measure(url: str, load: Sequence[str]) -> Figures:
+    """Run the load generator on a server, with the options `load`. Raises ServerFailed."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.bench.generator", url, *how, stdout=pipe, stderr=pipe
+        sys.executable, "-m", "tests.bench.generator", url, *load, stdout=pipe, stderr=pipe
     )
     try:
-        told, wrong = await asyncio.wait_for(process.communicate(), LIMIT_S)
+        output, errors = await asyncio.wait_for(process.communicate(), LIMIT_S)
     except TimeoutError:
-        raise ServerFailed(f"not answered within {LIMIT_S} s") from None
+        raise ServerFailed(f"no response within {LIMIT_S} s") from None
     finally:
-        await _ended(process)
+        await _terminate(process)
     if process.returncode:
-        raise ServerFailed((told or wrong).decode().strip().rpartition("\n")[2])
-    return Figures(**json.loads(told))
+        raise ServerFailed((output or errors).decode().strip().rpartition("\n")[2])
+    return Figures(**json.loads(output))
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
-    """Asked to, or else made to."""
+async def _terminate(process: asyncio.subprocess.Process) -> None:
+    """End a process: by SIGTERM, or after ten seconds by SIGKILL."""
     if process.returncode is None:
         process.terminate()
         try:

@@ -1,9 +1,9 @@
-"""The load: a process that asks one server over many connections and says in a line of JSON how it was served.
+"""Load generator: requests one server over many connections and prints the measured figures as one line of JSON.
 
 python -m tests.bench.generator URL --seconds 2 --alone 400 --each 8 --warm 1
 
-It reads no more of HTTP than it takes to see that an answer is 200 and whole. A client library would be slower than
-what it is to measure.
+It parses only as much HTTP as is needed to see that a response has status 200 and is complete. A client library would
+be slower than the servers it measures.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ STREAMS: Final = 200
 BODY: Final[dict[str, Any]] = {"model": "null", "messages": [{"role": "user", "content": "hi"}]}
 
 Turns = Iterator[bool]
-"""One is drawn before each request; when there is none left, nothing is asked any more."""
+"""Iterator that allows one request per item; the connection stops when it is exhausted."""
 
 
 class Figures(NamedTuple):
-    """Of one server."""
+    """Figures of one server."""
 
-    rate: float  # requests a second, over fifty connections
-    alone_ms: float  # a request, one at a time, p50
-    streams: float  # streams a second, two hundred at once
-    first_ms: float  # a stream's first byte, p50
-    events: float  # a stream, p50
+    rate: float  # requests per second over fifty connections
+    alone_ms: float  # duration of a request, one at a time, p50
+    streams: float  # streams per second, two hundred at once
+    first_ms: float  # time to the first byte of a stream, p50
+    events: float  # events per stream, p50
 
 
 class Answer(NamedTuple):
-    """One that came whole; seconds count from when its request was written."""
+    """A complete response; times are measured from when its request was written."""
 
-    first: float  # seconds to the first byte of its body
-    whole: float  # seconds to its last
+    first: float  # seconds to the first byte of the body
+    whole: float  # seconds to the last byte
     events: int
 
 
 class Framing(NamedTuple):
-    """How an answer's end is known."""
+    """How the end of a response is detected."""
 
-    length: float  # bytes of the body; infinite where chunks or the server's closing tell
+    length: float  # bytes of the body; infinite if chunks or the closed connection mark the end
     chunked: bool
-    kept: bool  # the connection, for another request
+    kept: bool  # the connection stays open for another request
 
 
 class BrokenAnswer(Exception):
-    """It is not 200, or not whole."""
+    """A response has another status than 200, or is incomplete."""
 
 
 @lru_cache(64)
 def framing(head: bytes) -> Framing:
-    """Of the answer with this head. Raises BrokenAnswer."""
+    """Parse the head of a response. Raises BrokenAnswer."""
     first, *lines = head.lower().split(b"\r\n")
     version, _, status = first.partition(b" ")
     if not status.startswith(b"200"):
@@ -76,15 +76,15 @@ def framing(head: bytes) -> Framing:
 
 
 class Reader:
-    """One answer, as its bytes arrive."""
+    """Incremental parser of one response."""
 
     def __init__(self) -> None:
         self.framing: Framing | None = None
         self.body = bytearray()
-        self._rest = b""  # what is not understood yet, of the head or of a chunk
+        self._rest = b""  # incomplete head or chunk
 
     def feed(self, data: bytes) -> bool:
-        """Whether the answer is whole. Raises BrokenAnswer."""
+        """Parse more bytes; return whether the response is complete. Raises BrokenAnswer."""
         if self._rest:
             data = self._rest + data
         if self.framing is None:
@@ -115,7 +115,7 @@ class Reader:
 
 
 class Connection(asyncio.Protocol):
-    """Asks again as soon as it is answered."""
+    """Connection that sends the next request as soon as a response is complete."""
 
     def __init__(self, request: bytes, answers: list[Answer]) -> None:
         self._request, self._answers = request, answers
@@ -123,46 +123,46 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._turns: Turns
         self._over: asyncio.Future[bool]
-        self._reader: Reader | None = None  # of the answer that is waited for
+        self._reader: Reader | None = None  # of the response in progress
         self._began = self._first = 0.0
 
     async def run(self, turns: Turns) -> bool:
-        """Ask at every turn; true if the server closes before they are used up. Raises BrokenAnswer."""
+        """Send a request for each turn; return True if the server closes the connection before. Raises BrokenAnswer."""
         self._turns, self._over = turns, asyncio.get_running_loop().create_future()
         self._ask()
         return await self._over
 
     def close(self) -> None:
-        """Nothing is asked any more."""
+        """Close the connection."""
         self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
-        self._transport = transport  # type: ignore[assignment]  # of a stream, as always
+        """Keep the transport of the open connection."""
+        self._transport = transport  # type: ignore[assignment]  # TCP transports are of the subtype
 
     def data_received(self, data: bytes) -> None:
-        """A piece of an answer."""
+        """Parse received bytes."""
         if self._reader is None:
             return
         try:
-            whole = self._reader.feed(data)
+            is_complete = self._reader.feed(data)
         except (BrokenAnswer, ValueError) as error:
             self._fail(str(error))
             return
         if not self._first and self._reader.body:
             self._first = time.perf_counter() - self._began
-        if whole:
+        if is_complete:
             self._answered(self._reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The server closed, which may be how an answer ends."""
+        """Handle the closed connection, which may mark the end of a response."""
         reader = self._reader
         if reader is None:
             return
         if exc is None and reader.framing and not reader.framing.chunked and reader.framing.length == float("inf"):
             self._answered(reader)
         else:
-            self._fail("cut")
+            self._fail("the connection closed before the response was complete")
 
     def _ask(self) -> None:
         if self._transport.is_closing():
@@ -174,13 +174,13 @@ class Connection(asyncio.Protocol):
             self._over.set_result(False)
 
     def _answered(self, reader: Reader) -> None:
-        whole = time.perf_counter() - self._began
+        duration = time.perf_counter() - self._began
         self._reader = None
         if self._streams and not reader.body.endswith(b"data: [DONE]\n\n"):
-            self._fail("a stream without its end")
+            self._fail("the stream did not end with [DONE]")
             return
         events = reader.body.count(b"data: {") if self._streams else 0
-        self._answers.append(Answer(self._first, whole, events))
+        self._answers.append(Answer(self._first, duration, events))
         if reader.framing and not reader.framing.kept:
             self._transport.close()
         self._ask()
@@ -194,25 +194,25 @@ class Connection(asyncio.Protocol):
 async def load(
     url: str, body: dict[str, Any], connections: int, warm: int, turns: Callable[[], Turns]
 ) -> tuple[list[Answer], float]:
-    """Every answer, and the seconds from the first request to the last answer; each connection has its own `turns`."""
-    place = urlsplit(url)
-    where = place.hostname or "", place.port or 80
-    request, answers = _request(place.netloc, body), list[Answer]()
+    """Return every response, and the seconds from first request to last response. Connections have their own turns."""
+    parts = urlsplit(url)
+    address = parts.hostname or "", parts.port or 80
+    request, answers = _request(parts.netloc, body), list[Answer]()
     loop = asyncio.get_running_loop()
 
-    async def opened() -> Connection:
-        return (await loop.create_connection(lambda: Connection(request, answers), *where))[1]
+    async def connect() -> Connection:
+        return (await loop.create_connection(lambda: Connection(request, answers), *address))[1]
 
-    async def ask(number: int, turns: Turns) -> None:
+    async def send(number: int, turns: Turns) -> None:
         while await running[number].run(turns):
-            running[number] = await opened()
+            running[number] = await connect()
 
-    running = list(await asyncio.gather(*(opened() for _ in range(connections))))
+    running = list(await asyncio.gather(*(connect() for _ in range(connections))))
     try:
-        await asyncio.gather(*(ask(number, repeat(True, warm)) for number in range(connections)))
+        await asyncio.gather(*(send(number, repeat(True, warm)) for number in range(connections)))
         answers.clear()
         began = time.perf_counter()
-        await asyncio.gather(*(ask(number, turns()) for number in range(connections)))
+        await asyncio.gather(*(send(number, turns()) for number in range(connections)))
         return answers, time.perf_counter() - began
     finally:
         for connection in running:
@@ -231,14 +231,14 @@ def _until(end: float) -> Turns:
 
 
 async def measure(url: str, seconds: float, alone: int, each: int, warm: int) -> Figures:
-    """Requests one at a time, then over fifty connections; then two hundred streams at once, `each` times over."""
-    one, _ = await load(url, BODY, 1, warm, lambda: repeat(True, alone))
+    """Measure single requests, then fifty connections for `seconds`, then two hundred streams at once, `each` times."""
+    single, _ = await load(url, BODY, 1, warm, lambda: repeat(True, alone))
     many, took = await load(url, BODY, CONNECTIONS, warm, lambda: _until(time.perf_counter() + seconds))
     rate = len(many) / took
     streams, took = await load(url, BODY | {"stream": True}, STREAMS, warm, lambda: repeat(True, each))
     return Figures(
         rate,
-        1000 * statistics.median(answer.whole for answer in one),
+        1000 * statistics.median(answer.whole for answer in single),
         len(streams) / took,
         1000 * statistics.median(answer.first for answer in streams),
         statistics.median(answer.events for answer in streams),
@@ -246,16 +246,16 @@ async def measure(url: str, seconds: float, alone: int, each: int, warm: int) ->
 
 
 def main() -> None:
-    """One line of JSON; or what is wrong, and a status of 1."""
+    """Print the figures as one line of JSON, or the error with exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.generator")
     parser.add_argument("url")
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--alone", type=int, default=400)
     parser.add_argument("--each", type=int, default=8)
     parser.add_argument("--warm", type=int, default=1)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        figures = uvloop.run(measure(asked.url, asked.seconds, asked.alone, asked.each, asked.warm))
+        figures = uvloop.run(measure(options.url, options.seconds, options.alone, options.each, options.warm))
     except (BrokenAnswer, OSError) as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(1)

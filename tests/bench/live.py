@@ -1,4 +1,4 @@
-"""The live path: what the proxy and its rounds cost beside plain vLLM."""
+"""Live path: throughput of the proxy and of its rounds, compared with plain vLLM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = held_back(1, lengths=(14, 16))[0].question
 
 
 class Lockstep:
-    """All branches one interval at a time, to their ends: the most rounds an episode can have."""
+    """Controller that advances all branches by one interval per round, which gives the most rounds possible."""
 
     def __init__(self, beta: float = 1) -> None: ...
 
@@ -37,36 +37,37 @@ class Lockstep:
 
 
 async def rows(vllm: str, proxy: str, http: aiohttp.ClientSession, size: Size) -> list[Row]:
-    """Return every row; each compares things measured by turns."""
+    """Return the benchmarks of the live path; compared measurements alternate."""
     engine = UpstreamClient(vllm, http)
     ids = await engine.tokenise_chat({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]})
-    raw, through, stepped = await _by_turns(
+    raw, through, stepped = await _alternate(
         lambda: _raw(engine, ids),
         lambda: _through(http, proxy),
         lambda: _stepped(engine, ids),
         repeats=size.pick(REPEATS, 1),
     )
-    direct, passed = await _by_turns(
+    direct, forwarded = await _alternate(
         lambda: _completion(http, vllm, ids), lambda: _completion(http, proxy, ids), repeats=size.pick(200, 5)
     )
     decision = await _decision(size.pick(20, 1))
     return [
         _row(f"SC@{BRANCHES} through the proxy, tokens/s", through, raw, "one raw request, n=16"),
         _row(f"lockstep x{BRANCHES}, Δ={INTERVAL}, tokens/s", stepped, raw, "one raw request, n=16"),
-        _row("pass-through of one token, p50 ms", passed, direct, "direct", 1000),
-        Row("a decision of cmc at β = 1, p50 µs", f"{1e6 * decision:,.0f}", "", ""),
+        _row("forwarding of a one-token completion, p50 ms", forwarded, direct, "direct", 1000),
+        Row("decision of cmc at β = 1, p50 µs", f"{1e6 * decision:,.0f}", "", ""),
     ]
 
 
-def _row(bench: str, measured: Sequence[float], beside: Sequence[float], what: str, scale: float = 1) -> Row:
-    mine, other = (scale * statistics.median(figures) for figures in (measured, beside))
+def _row(bench: str, measured: Sequence[float], compared: Sequence[float], name: str, scale: float = 1) -> Row:
+    """Return a row of two alternating measurements; `name` describes the second one."""
+    mine, other = (scale * statistics.median(figures) for figures in (measured, compared))
     digits = 0 if mine > 100 else 2
-    ratios = median_ratio(measured, beside)
-    return Row(bench, f"{mine:,.{digits}f}", f"{other:,.{digits}f} {what}", *ratios)
+    ratios = median_ratio(measured, compared)
+    return Row(bench, f"{mine:,.{digits}f}", f"{other:,.{digits}f} {name}", *ratios)
 
 
-async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int) -> list[list[float]]:
-    """Measure by turns, so that a disturbance meets all alike; the first turn is a warm-up and is dropped."""
+async def _alternate(*measures: Callable[[], Awaitable[float]], repeats: int) -> list[list[float]]:
+    """Alternate measurements, so that disturbances affect all of them. The first turn is a warm-up and is dropped."""
     taken: list[list[float]] = [[] for _ in measures]
     for turn in range(repeats + 1):
         for figures, measure in zip(taken, measures, strict=True):
@@ -77,7 +78,7 @@ async def _by_turns(*measures: Callable[[], Awaitable[float]], repeats: int) -> 
 
 
 async def _raw(engine: UpstreamClient, ids: list[int]) -> float:
-    """Tokens/s of one plain request for all branches."""
+    """Return the tokens/s of one plain request for all branches."""
     call = Call([ids], LIMIT, {}, n=BRANCHES)
     started = time.perf_counter()
     await engine.generate(MODEL, call)
@@ -85,10 +86,10 @@ async def _raw(engine: UpstreamClient, ids: list[int]) -> float:
 
 
 async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
-    """Tokens/s of a self-consistency episode, from request to reply."""
+    """Return the tokens/s of a self-consistency episode, from request to reply."""
     beta = 4 / 6
     if SelfConsistency(beta).samples != BRANCHES:
-        raise RuntimeError(f"β = {beta} no longer means {BRANCHES} samples")
+        raise RuntimeError(f"β = {beta} no longer gives {BRANCHES} samples; change it here")
     body = {
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": LIMIT,
@@ -101,7 +102,7 @@ async def _through(http: aiohttp.ClientSession, proxy: str) -> float:
 
 
 async def _stepped(engine: UpstreamClient, ids: list[int]) -> float:
-    """Tokens/s of branches that all stop at every interval."""
+    """Return the tokens/s of branches that all stop after every interval."""
     environment = LiveEnvironment(
         engine, Prompt(MODEL, ids, "", {}, kind=parse_kind("boxed")), EnvironmentLimits(INTERVAL, LIMIT, 8)
     )
@@ -112,7 +113,7 @@ async def _stepped(engine: UpstreamClient, ids: list[int]) -> float:
 
 
 async def _completion(http: aiohttp.ClientSession, url: str, ids: list[int]) -> float:
-    """Seconds of a one-token completion."""
+    """Return the seconds of a one-token completion."""
     body = {"model": MODEL, "prompt": ids, "max_tokens": 1}
     started = time.perf_counter()
     async with http.post(f"{url}/v1/completions", json=body) as response:
@@ -121,7 +122,7 @@ async def _completion(http: aiohttp.ClientSession, url: str, ids: list[int]) -> 
 
 
 async def _decision(episodes: int) -> float:
-    """Median seconds of one decision, over the episodes of a crowd of scripted chains."""
+    """Return the median seconds of one decision, over episodes of 64 scripted chains."""
     from tests.fakes import ScriptedEnvironment, chain
 
     taken: list[float] = []

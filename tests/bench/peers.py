@@ -1,4 +1,4 @@
-"""Other people's proxies as plain pass-throughs, to be measured beside ours; each has an environment of its own."""
+"""Other proxies that are measured as plain forwarders. Each is installed in its own virtual environment."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ ROOT: Final = Path(sys.prefix) / "peers"
 
 
 class PeerMissing(Exception):
-    """It cannot be installed here."""
+    """A peer cannot be installed."""
 
 
 class Peer(NamedTuple):
     """A proxy from PyPI."""
 
     name: str
-    installs: tuple[tuple[str, ...], ...]  # what pip is asked for, one call after another; the last is for itself
-    serve: Callable[[Path, int, str], list[str]]  # its command, by its environment, its port and the URL behind it
+    installs: tuple[
+        tuple[str, ...], ...
+    ]  # arguments of pip, one tuple per call; the last call installs the peer itself
+    serve: Callable[
+        [Path, int, str], list[str]
+    ]  # returns the command, from the environment's folder, the port and the backend's URL
     variables: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -31,15 +35,15 @@ class Peer(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where its environment is."""
+        """Folder of its virtual environment."""
         return ROOT / self.name.lower()
 
     def environment(self) -> dict[str, str]:
-        """Its variables; of ours none but where programs are, so that nobody's keys change what it does."""
+        """Return its environment variables. Only PATH is inherited, so that API keys of the user have no effect."""
         return {"PATH": os.environ["PATH"], "HOME": str(self.folder), **self.variables}
 
     async def install(self) -> None:
-        """Unless it is there already. Raises PeerMissing."""
+        """Install the peer unless this version is installed already. Raises PeerMissing."""
         stamp = self.folder / "installed"
         if stamp.exists() and stamp.read_text() == repr(self.installs):
             return
@@ -54,24 +58,24 @@ class Peer(NamedTuple):
 async def _run(*command: str) -> None:
     quiet, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=pipe)
-    _, wrong = await process.communicate()
+    _, errors = await process.communicate()
     if process.returncode:
-        lines = wrong.decode(errors="replace").strip().splitlines() or ["no word why"]
-        why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-        raise PeerMissing(f"not installed: {why}")
+        lines = errors.decode(errors="replace").strip().splitlines() or ["no error message"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise PeerMissing(f"not installed: {reason}")
 
 
 def _litellm(folder: Path, port: int, backend: str) -> list[str]:
     model = {"model": "openai/null", "api_base": f"{backend}/v1", "api_key": "unused"}
     config = folder / "config.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": "null", "litellm_params": model}]}))  # JSON is YAML
-    place = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
-    return [str(folder / "bin" / "litellm"), "--config", str(config), *place, "--telemetry", "False"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    return [str(folder / "bin" / "litellm"), "--config", str(config), *address, "--telemetry", "False"]
 
 
 def _optillm(folder: Path, port: int, backend: str) -> list[str]:
-    place = ["--host", "127.0.0.1", "--port", str(port), "--base-url", f"{backend}/v1"]
-    return [str(folder / "bin" / "optillm"), *place, "--approach", "none", "--log", "error"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--base-url", f"{backend}/v1"]
+    return [str(folder / "bin" / "optillm"), *address, "--approach", "none", "--log", "error"]
 
 
 OPTILLM_IMPORTS: Final = (
@@ -87,7 +91,7 @@ OPTILLM_IMPORTS: Final = (
     "sympy==1.14.0",
     "z3-solver==4.15.4.0",
 )
-"""What its server imports. It asks for ten times as much, torch among it, and is no faster or slower with that."""
+"""Packages that optillm's server imports. Its full requirements, with torch, are ten times as large and as fast."""
 
 PEERS: Final = (
     Peer(
@@ -97,8 +101,8 @@ PEERS: Final = (
         {
             "LITELLM_MODE": "PRODUCTION",
             "LITELLM_LOG": "ERROR",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it would ask the network for prices
-            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # nobody but this machine reaches it
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise it downloads prices
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # only this machine can reach it
         },
     ),
     Peer(
@@ -111,7 +115,7 @@ PEERS: Final = (
 
 
 def main(names: Sequence[str]) -> int:
-    """Install the named proxies, all if none is named; say which cannot be."""
+    """Install the named peers, or all. Print why one cannot be installed, and return exit status 1 then."""
     status = 0
     for peer in PEERS:
         if not names or peer.name in names:

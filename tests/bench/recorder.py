@@ -1,4 +1,4 @@
-"""The recorder: how many records a second it acknowledges, and what a request waits for it."""
+"""Recorder: records acknowledged per second, and the time it adds to a request."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ REQUESTS = 40
 TURNS = 10
 INTERVAL = 40
 HERE = Path(__file__).parent
-"""Where the store of the bench lies: on the disk the project is on, not in memory."""
+"""Folder of the store: on disk, because the temporary folder may be in memory."""
 
 
 async def rows(size: Size) -> list[Row]:
-    """Return every row."""
+    """Return the benchmarks of the recorder."""
     return [await _acknowledged(size.pick(EACH, 5)), await _added(size.pick(TURNS, 1), size.pick(REQUESTS, 4))]
 
 
 async def _acknowledged(each: int) -> Row:
-    """Episodes of six rounds with eight branches, each producer waiting for one to be on disk before the next."""
+    """Measure episodes of six rounds with eight branches; each producer waits until one is on disk before the next."""
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         async with _recording(Path(folder) / "bench.db") as recorder:
             await _produce(recorder, "warm", 10)
@@ -48,7 +48,7 @@ async def _acknowledged(each: int) -> Row:
             await asyncio.gather(*(_produce(recorder, str(number), each) for number in range(PRODUCERS)))
             seconds = time.perf_counter() - began
     rate = PRODUCERS * each / seconds
-    return Row("episodes acknowledged, SQLite FULL", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
+    return Row("episodes acknowledged, SQLite synchronous=FULL", f"{rate:,.0f} /s", f"{PRODUCERS} producers", "")
 
 
 @asynccontextmanager
@@ -87,7 +87,7 @@ _ROUNDS = _rounds()
 
 
 async def _added(turns: int, requests: int) -> Row:
-    """Requests to two proxies by turns, one of which records."""
+    """Measure requests to two proxies in turn, of which one records."""
     chains = [chain("7", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
     settings = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "record_fraction": 0.0}
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
@@ -95,15 +95,15 @@ async def _added(turns: int, requests: int) -> Row:
             off = load(upstream=backend.url, **settings)
             on = load(upstream=backend.url, store=Path(folder) / "bench.db", **settings)
             async with running(off) as plain, running(on) as recording:
-                times = await _by_turns([partial(_ask, http, url) for url in (plain, recording)], turns, requests)
-    plain_ms, recording_ms = (1000 * statistics.median(one) for one in times)
-    beside = f"{plain_ms:.2f} ms without"
+                times = await _alternate([partial(_ask, http, url) for url in (plain, recording)], turns, requests)
+    plain_ms, recording_ms = (1000 * statistics.median(seconds) for seconds in times)
+    without = f"{plain_ms:.2f} ms without"
     added = f"{recording_ms - plain_ms:+.2f} ms"
-    return Row("a request with the recorder on, p50", f"{recording_ms:.2f} ms", beside, added)
+    return Row("request with recording, p50", f"{recording_ms:.2f} ms", without, added)
 
 
-async def _by_turns(asks: Sequence[Callable[[], Awaitable[None]]], turns: int, requests: int) -> list[list[float]]:
-    """Seconds of each request; a turn is many, for what is written after one request weighs on the next."""
+async def _alternate(asks: Sequence[Callable[[], Awaitable[None]]], turns: int, requests: int) -> list[list[float]]:
+    """Return the seconds of each request. A turn has many requests, because writes after one slow down the next."""
     times: list[list[float]] = [[] for _ in asks]
     for turn in range(turns + 1):
         for ask, mine in zip(asks, times, strict=True):

@@ -1,4 +1,4 @@
-"""Replay: the general runner beside a bare loop, traces, two cores beside one, memory. Needs the public recordings."""
+"""Replay: the general runner compared with a bare loop; traces; two cores; memory. Needs the public recordings."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ FILE: Final = Path(__file__).parents[3] / "shared" / "replay" / "autotts" / "Qwe
 SHUFFLES: Final = 100
 QUICK: Final = 10  # shuffles of a quick run
 BLOCK: Final = 10
-"""Shuffles timed at a stretch, before it is the other's turn."""
+"""Shuffles that are timed before the other measurement takes its turn."""
 MEASURED: Final = "CMC β=1, Qwen3-1.7B aime25, 100 shuffles"
 
 
 def rows(size: Size) -> Iterator[Row]:
-    """Yield the rows of replay, none where the public recordings are not beside the project."""
+    """Yield the benchmarks of replay; none if the public recordings are missing."""
     if not FILE.exists():
         return
     recorded = read_release(FILE)
-    recordings = [intern_answers(one) for one in recorded]
+    recordings = [intern_answers(question) for question in recorded]
     yield _runner(recordings, size)
     yield _traces(recordings, size)
     yield _cores(recorded, size)
@@ -42,7 +42,7 @@ def rows(size: Size) -> Iterator[Row]:
 
 
 def _runner(recordings: Sequence[Recording], size: Size) -> Row:
-    """The evaluator's way beside the bare loop; both must give the same figures."""
+    """Compare the evaluator with the bare loop; both must give the same figures."""
     forwards = [cmc_loop.forwards(recording) for recording in recordings]
     general: list[JobResult] = []
     bare: list[tuple[bool, int]] = []
@@ -53,26 +53,27 @@ def _runner(recordings: Sequence[Recording], size: Size) -> Row:
                 label, spent = cmc_loop.play(mine, shuffled_order(recording.branches, shuffle), recording.interval, 1.0)
                 bare.append((label == recording.reference, spent))
 
-    for block in _blocks(size)[:1]:  # warm up: every branch's plain rows, every table
+    for block in _blocks(size)[:1]:  # warm-up: fills the caches of rows and facts
         _general(recordings, block, ReplayRules())
         loop(block)
     bare.clear()
-    took, beside = _alternate(lambda block: general.extend(_general(recordings, block, ReplayRules())), loop, size)
-    assert sum(int(one.outcomes[0].sum()) for one in general) == sum(right for right, _ in bare)
-    assert sum(int(one.outcomes[2].sum()) for one in general) == sum(spent for _, spent in bare)
+    took, loop_took = _alternate(lambda block: general.extend(_general(recordings, block, ReplayRules())), loop, size)
+    assert sum(int(result.outcomes[0].sum()) for result in general) == sum(right for right, _ in bare)
+    assert sum(int(result.outcomes[2].sum()) for result in general) == sum(spent for _, spent in bare)
     episodes = size.pick(SHUFFLES, QUICK) * len(recordings)
     return Row(
         f"evaluator / bare loop: {MEASURED}",
-        f"{sum(took) / episodes * 1e3:.2f} ms an episode",
-        f"{sum(beside) / episodes * 1e3:.2f} ms, figures identical",
-        *median_ratio(took, beside),
+        f"{sum(took) / episodes * 1e3:.2f} ms per episode",
+        f"{sum(loop_took) / episodes * 1e3:.2f} ms, figures identical",
+        *median_ratio(took, loop_took),
     )
 
 
 def _traces(recordings: Sequence[Recording], size: Size) -> Row:
+    """Compare evaluation with and without traces."""
     with tempfile.TemporaryDirectory() as folder:
         traced = ReplayRules(traces=Path(folder))
-        took, beside = _alternate(
+        took, untraced_took = _alternate(
             lambda block: _general(recordings, block, traced),
             lambda block: _general(recordings, block, ReplayRules()),
             size,
@@ -81,34 +82,34 @@ def _traces(recordings: Sequence[Recording], size: Size) -> Row:
     episodes = size.pick(SHUFFLES, QUICK) * len(recordings)
     return Row(
         f"traces on / off: {MEASURED}",
-        f"{sum(took) / episodes * 1e3:.2f} ms, {written / episodes / 1e3:.1f} kB an episode",
-        f"{sum(beside) / episodes * 1e3:.2f} ms",
-        *median_ratio(took, beside),
+        f"{sum(took) / episodes * 1e3:.2f} ms, {written / episodes / 1e3:.1f} kB per episode",
+        f"{sum(untraced_took) / episodes * 1e3:.2f} ms",
+        *median_ratio(took, untraced_took),
     )
 
 
 def _cores(recorded: Sequence[RecordedQuestion], size: Size) -> Row:
-    """Everything `evaluate` does once the file is read, on one core and on two."""
+    """Measure `evaluate` after reading the file, on one core and on two."""
     times: dict[EngineName, list[float]] = {EngineName.LOCAL: [], EngineName.PROCESS: []}
     for _ in range(size.pick(3, 1)):
         for name, spent in times.items():
             specs = [Spec("cmc"), Spec("parallel_probe")]
             shuffles = size.pick(SHUFFLES, QUICK)
-            evaluation = Evaluation(_Held(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], shuffles)
+            evaluation = Evaluation(_InMemorySource(recorded), [release_cell(FILE)], specs, [0.0, 0.5, 1.0], shuffles)
             began = time.perf_counter()
             evaluation.run(make_engine(name, 2))
             spent.append(time.perf_counter() - began)
-    one, two = times.values()
+    local, pool = times.values()
     return Row(
         "--engine local / process, two workers: cmc and parallel_probe at three β",
-        f"{statistics.median(one):.1f} s",
-        f"{statistics.median(two):.1f} s",
-        *median_ratio(one, two),
+        f"{statistics.median(local):.1f} s",
+        f"{statistics.median(pool):.1f} s",
+        *median_ratio(local, pool),
     )
 
 
-class _Held:
-    """A source of recordings that have been read."""
+class _InMemorySource:
+    """Source of recordings that are in memory already."""
 
     def __init__(self, recorded: Sequence[RecordedQuestion]) -> None:
         self._recorded = list(recorded)
@@ -138,12 +139,12 @@ print(before, peak())
 
 
 def _memory(size: Size) -> Row:
-    """Peak memory of a process that reads and scores one model and benchmark, beside one that only imports."""
+    """Compare the peak memory of a process after imports and after scoring one model and benchmark."""
     command = [sys.executable, "-c", MEMORY, str(FILE), str(size.pick(20, 1))]
     before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     return Row(
-        "memory: one model and benchmark, read and scored",
-        f"{(after - before) / 1024:.0f} MiB more",
+        "memory to read and score one model and benchmark",
+        f"{(after - before) / 1024:.0f} MiB in addition",
         f"{before / 1024:.0f} MiB for imports",
         f"{after / before:.2f}",
     )
@@ -154,18 +155,18 @@ def _blocks(size: Size) -> list[range]:
 
 
 def _general(recordings: Sequence[Recording], block: range, rules: ReplayRules) -> list[JobResult]:
-    """What the local engine does for these shuffles."""
+    """Run the jobs of these shuffles as the local engine does."""
     split_up = make_jobs([Spec("cmc")], [1.0], release_cell(FILE), block.stop)
     return [run_job(job, recordings, rules) for job in split_up if job.shuffles.start >= block.start]
 
 
 def _alternate(
-    measured: Callable[[range], object], beside: Callable[[range], object], size: Size
+    first: Callable[[range], object], second: Callable[[range], object], size: Size
 ) -> tuple[list[float], list[float]]:
-    """Seconds of both for each block, turn by turn."""
+    """Run two functions on each block in turn; return the seconds of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for block in _blocks(size):
-        for run, spent in zip((measured, beside), times, strict=True):
+        for run, spent in zip((first, second), times, strict=True):
             began = time.perf_counter()
             run(block)
             spent.append(time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""One line of the bench's table, how large a run is, and how a spread is written."""
+"""Rows of the benchmark table, the size of a run, and the formatting of ratios and spreads."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     bench: str
     measured: str
-    beside: str
+    compared: str  # the same figure of what it is compared with
     ratio: str
-    spread: str = ""  # of the ratio or of the figure, lowest to highest, where it was taken several times
+    spread: str = ""  # lowest to highest ratio or figure; empty if measured once
 
 
 class Size(NamedTuple):
-    """How much a part of the bench does."""
+    """Size of a benchmark run."""
 
     is_quick: bool = False
 
     def pick(self, full: int, quick: int) -> int:
-        """Return the number of repetitions."""
+        """Return `full`, or `quick` in a quick run."""
         return quick if self.is_quick else full
 
 
-def median_ratio(measured: Sequence[float], beside: Sequence[float]) -> tuple[str, str]:
+def median_ratio(measured: Sequence[float], compared: Sequence[float]) -> tuple[str, str]:
     """Return the median of paired ratios and their spread."""
-    ratios = [mine / other for mine, other in zip(measured, beside, strict=True)]
+    ratios = [mine / other for mine, other in zip(measured, compared, strict=True)]
     return f"{statistics.median(ratios):.2f}", spread(ratios)
 
 
 def spread(figures: Sequence[float], digits: int = 2) -> str:
-    """Return the lowest and the highest of several figures."""
+    """Return the lowest and the highest of several figures as text; empty for a single figure."""
     return f"{min(figures):,.{digits}f} to {max(figures):,.{digits}f}" if len(figures) > 1 else ""

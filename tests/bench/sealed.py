@@ -1,4 +1,4 @@
-"""Sealed controllers: decisions a second in replay, how long a live one takes, starting and killing a child."""
+"""Sandboxed controllers: decisions per second in replay, latency of live decisions, start and kill of a process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.bench.rows import Row, Size, spread
 from tests.discovery.evaluation.test_evaluate import question
 
 EPISODES: Final = 8
-"""Live ones at once."""
+"""Concurrent live episodes."""
 ROUND_S: Final = 0.005
-"""What a round of a live episode takes, here spent asleep."""
+"""Simulated duration of a live round."""
 TIMES: Final = 100
 
 
 def rows(size: Size) -> Iterator[Row]:
-    """Yield the rows of the sandbox. They start event loops of their own, so none may be running."""
+    """Yield the benchmarks of the sandbox. They start event loops, so the caller must not run one."""
     if FILE.exists():
         recordings = [intern_answers(recorded) for recorded in read_release(FILE)]
         for beta in (0.0, 0.5, 1.0):
@@ -47,16 +47,16 @@ def rows(size: Size) -> Iterator[Row]:
 
 
 def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int) -> Row:
-    """Whole jobs, audit included, by turns with the same controller in this process."""
+    """Measure whole jobs, audit included, in turn with the same controller in this process."""
     speeds: dict[Sealing, list[float]] = {Sealing.ALL: [], Sealing.NONE: []}
     for start in range(0, times * block, block):
         job = Job(Spec("cmc"), beta, release_cell(FILE), range(start, start + block))
-        for sealing, found in speeds.items():
+        for sealing, rates in speeds.items():
             played = run_job(job, recordings, ReplayRules(sealing=sealing))
-            found.append(int(played.outcomes[3].sum()) / played.seconds)
-    sealed, here = (statistics.median(found) for found in speeds.values())
+            rates.append(int(played.outcomes[3].sum()) / played.seconds)
+    sealed, here = (statistics.median(rates) for rates in speeds.values())
     return Row(
-        f"sealed decisions a second, 64 episodes a message: CMC β={beta:g}, Qwen3-1.7B aime25",
+        f"sandboxed decisions per second, 64 episodes per message: CMC β={beta:g}, Qwen3-1.7B aime25",
         f"{sealed:,.0f} (median of {times})",
         f"{here:,.0f} in this process",
         f"{sealed / here:.2f}",
@@ -65,7 +65,7 @@ def _replay(recordings: Sequence[Recording], beta: float, times: int, block: int
 
 
 class _Slow:
-    """An environment whose rounds take a while, as they do live."""
+    """Environment whose rounds take as long as live ones."""
 
     def __init__(self, environment: ReplayEnvironment) -> None:
         self._environment = environment
@@ -88,7 +88,7 @@ class _Timed:
 
 
 async def _live(spawner: SandboxSpawner, times: int) -> Row:
-    """CMC at β = 1, each episode in a child of its own."""
+    """Measure decisions of CMC at β = 1, with each episode in its own process."""
     recording = intern_answers(question(0, branches=64))
     taken: list[float] = []
 
@@ -97,14 +97,14 @@ async def _live(spawner: SandboxSpawner, times: int) -> Row:
         timed = _Timed(SandboxedController(worker, 1.0), taken)
         await run_episode(timed, environment, State(Limits(recording.interval)))
 
-    for _ in range(times):  # as the proxy does: children are made and ended elsewhere
+    for _ in range(times):  # like the proxy, start and end processes outside the measured time
         workers = [_loaded(spawner) for _ in range(EPISODES)]
         await asyncio.gather(*map(episode, workers))
         for worker in workers:
             worker.close()
     cuts = statistics.quantiles(taken, n=100)
     return Row(
-        f"a sealed live decision, {EPISODES} episodes running: CMC β=1",
+        f"live sandboxed decision, {EPISODES} concurrent episodes: CMC β=1",
         f"{1e3 * cuts[49]:.2f} ms p50, {1e3 * cuts[98]:.2f} ms p99",
         f"{len(taken)} decisions, slowest {1e3 * max(taken):.1f} ms",
         "",
@@ -118,10 +118,10 @@ def _loaded(spawner: SandboxSpawner, source: str | None = None) -> SandboxHandle
 
 
 def _start(spawner: SandboxSpawner, times: int) -> Row:
-    """From asking for a child to one that has loaded its controller."""
+    """Measure starting a process, loading its controller and ending it."""
     taken = _measure(lambda: _loaded(spawner).close(), times)
     return Row(
-        "a sealed child, from nothing to loaded and ended",
+        "sandbox process: start, load and end",
         f"{1e3 * statistics.median(taken):.2f} ms (median)",
         f"slowest of {times}: {1e3 * max(taken):.1f} ms",
         "",
@@ -129,7 +129,7 @@ def _start(spawner: SandboxSpawner, times: int) -> Row:
 
 
 def _kill(spawner: SandboxSpawner, times: int) -> Row:
-    """How long after its deadline a child that loops for ever is dead and reaped."""
+    """Measure how long after its deadline a process in an endless loop is killed and reaped."""
     source = "class L:\n    def __init__(self, beta): ...\n    def decide(self, state):\n        while True: pass\n"
 
     def loop() -> None:
@@ -138,12 +138,12 @@ def _kill(spawner: SandboxSpawner, times: int) -> Row:
             controller.decide(State(Limits(10)))
         except BoundaryViolation:
             return
-        raise RuntimeError("it came back")
+        raise RuntimeError("the endless loop returned")
 
     over = [1e3 * (taken - HARD_S) for taken in _measure(loop, times)]
     return Row(
-        f"a looping child is dead, past its deadline of {1e3 * HARD_S:.0f} ms",
-        f"{statistics.median(over):.1f} ms (median, its start included)",
+        f"kill of a looping process, after its deadline of {1e3 * HARD_S:.0f} ms",
+        f"{statistics.median(over):.1f} ms (median, including its start)",
         f"slowest of {len(over)}: {max(over):.1f} ms",
         "",
     )
