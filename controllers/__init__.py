@@ -1,4 +1,4 @@
-"""The language of controllers: what a controller sees and what it may do. No network, no clock, no randomness.
+"""The controller API: the state that a controller sees and the actions it may take. No network, clock or randomness.
 
 A controller file imports from here and from the standard library only:
 

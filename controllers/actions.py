@@ -1,7 +1,7 @@
 """Actions, which controllers decide on, and facts, which environments reply with.
 
-They are immutable and hold only ints, so equal ones are interned: the same few recur, and creating one costs more than
-the rest of a step.
+They are immutable and hold only ints, so equal ones are interned: few distinct ones occur, and creating one costs more
+than the rest of a step.
 """
 
 from __future__ import annotations

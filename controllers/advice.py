@@ -1,6 +1,6 @@
 """Static checks of controller files, with messages for their authors.
 
-They are advice and no security boundary: the sandbox enforces what a file may do (`controllers/sandbox/`).
+They are advice, not a security boundary: the sandbox enforces what a file may do (`controllers/sandbox/`).
 """
 
 from __future__ import annotations

@@ -20,6 +20,6 @@ class Environment(Protocol):
         earlier action of the round costs nothing: it repeats the final label (zero intervals and tokens).
 
         Labels are numbered from 0 by their first reveal in the episode, in the order of the facts.
-        Raises whatever the implementation's boundary raises; the state is then as it was before the round.
+        Exceptions of the implementation are propagated; the state is then as it was before the round.
         """
         ...

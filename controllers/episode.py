@@ -75,7 +75,7 @@ def _decide(controller: Any, state: State) -> Sequence[Action]:
 
 
 def complaint(controller: object, error: BaseException) -> str:
-    """Return the message about a controller that raised. An IllegalAction needs no addition."""
+    """Return the message for an error that a controller raised; that of an IllegalAction is used as it is."""
     if isinstance(error, ControllerError):
         return str(error)
     return f"{type(controller).__name__} raised {type(error).__name__}: {error}"

@@ -6,9 +6,9 @@ ControllersError
 ├── ControllerError      the controller is at fault
 │   ├── IllegalAction    an action is not allowed; the state is unchanged
 │   ├── BadController    its file cannot be read, or its constructor fails
-│   └── BoundaryViolation          it violated a boundary of its sandbox and was killed
-├── SandboxUnavailable             this machine cannot seal a process, so no controller from a file runs
-├── MachineDisturbed            the machine ended a sandbox process, or gave it no time; the controller is not at fault
+│   └── BoundaryViolation   it violated a boundary of its sandbox and was killed
+├── SandboxUnavailable   this machine cannot sandbox a process, so no controller from a file runs
+├── MachineDisturbed     the machine killed a sandbox process or gave it no processor time
 └── BadFact              the environment is at fault: its facts do not match the actions
 """
 
@@ -46,7 +46,7 @@ class Boundary(StrEnum):
     DEAD = "dead"  # it exited, crashed, or used up its processor time
     CALL = "call"  # the kernel killed it for a forbidden system call
     FRAME = "frame"  # it sent an invalid answer
-    UNASKED = "unasked"  # it computed between an answer and the next question
+    UNASKED = "unasked"  # it computed although no decision was requested
 
 
 class BoundaryViolation(ControllerError):
@@ -56,7 +56,7 @@ class BoundaryViolation(ControllerError):
         super().__init__(boundary, message, asked)  # all arguments, so that it can be pickled
         self.boundary = boundary
         self.message = message
-        self.asked = asked  # time of the question by the monotonic clock; None if there was none
+        self.asked = asked  # monotonic time when the decision was requested; None if none was
 
     def __str__(self) -> str:
         return f"{self.message} ({self.boundary})"
@@ -69,7 +69,7 @@ class SandboxUnavailable(ControllersError):
 class MachineDisturbed(ControllersError):
     """A sandbox process could not decide because of the machine: it was killed from outside, or was given no time.
 
-    The controller is not at fault. The state is unchanged, and another process may be asked.
+    The controller is not at fault. The state is unchanged, and another process may decide instead.
     """
 
 

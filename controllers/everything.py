@@ -15,7 +15,7 @@ class Everything:
 
     def decide(self, state: State) -> list[Action]:
         behind = (i for i in state.active if state.branches[i].probed < state.branches[i].intervals)
-        moves = [probe(i) for i in behind]  # the cap had cut the round between its step and its probe
+        moves = [probe(i) for i in behind]  # the token limit ended the last round before these probes
         for i in state.active:
             moves += (advance(i), probe(i))
         for i in range(state.width, min(self.samples, state.limits.max_branches)):

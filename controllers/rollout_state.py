@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class RolloutStage(StrEnum):
     """Rollout stages. Each has at most one controller."""
 
-    SHADOW = "shadow"  # decides afterwards on the champion's rounds; nobody gets its answers
+    SHADOW = "shadow"  # decides on the champion's recorded rounds; its answers are never returned
     CANARY = "canary"  # serves a share of the requests that name no controller
     CHAMPION = "champion"  # serves the others
 
@@ -100,7 +100,7 @@ class RolloutState:
             return replace(self, canary=None, share=0.0)
         return replace(self, shadow=None) if digest == self.shadow else self
 
-    # As JSON
+    # JSON
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON that `parse` reads."""

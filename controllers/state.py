@@ -76,7 +76,7 @@ class Branch:
 
     @property
     def active(self) -> bool:
-        """Neither finished nor pruned."""
+        """Whether it is neither finished nor pruned."""
         return not (self.finished or self.pruned)
 
     def __repr__(self) -> str:
@@ -85,7 +85,7 @@ class Branch:
 
 
 class State:
-    """All that a controller sees of its episode. It alone decides which actions are legal and what they cost.
+    """Everything a controller sees of its episode. Only this class decides which actions are legal and what they cost.
 
     It holds no text, no question and no reference answer. Labels are ints, numbered from 0 by first reveal.
     The caller owns it: after a failure, `leader()` is the best answer so far.

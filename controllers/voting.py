@@ -1,4 +1,4 @@
-"""Counting votes. `votes` maps a label to its count, in the order the labels were first seen."""
+"""Vote counting. `votes` maps a label to its count, in the order the labels were first seen."""
 
 from __future__ import annotations
 

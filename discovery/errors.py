@@ -2,7 +2,7 @@
 
 DiscoveryError
 ├── BadRecording         a file is malformed; the message names the record and the reason
-├── RecordingsNotFound   there are no recordings, or none of what was asked for
+├── RecordingsNotFound   there are no recordings, or none that match the request
 ├── EngineError          jobs cannot be run with the selected engine
 ├── FileWriteError       a file cannot be written
 ├── StoreError           the store cannot be opened, read or written
@@ -10,14 +10,14 @@ DiscoveryError
 │   └── UnstorableValue  no column can hold a value
 ├── TraceError           a file of traces cannot be written or read
 ├── BranchCensored       a replay needed more of a branch than was recorded
-├── UnknownAnswerKind    there is no such kind of answers
+├── UnknownAnswerKind    an answer kind does not exist
 ├── ExplorerError        an explorer cannot propose a candidate
 │   └── BudgetExhausted  the budget allows no further call
 ├── DamagedLog           a hash-chained log is unreadable or was changed
 ├── HistoryError         the record of a run is damaged, or belongs to another run
 ├── GateError            a finalist cannot be judged; a rejected finalist is not an error
 ├── PromotionError       the registry refuses a change and stays as it was
-└── CollectError         collecting cannot go on; what is in the file is valid
+└── CollectError         collecting cannot continue; the file stays valid
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class BadRecording(DiscoveryError):
 
 
 class RecordingsNotFound(DiscoveryError):
-    """There are no recordings at a path, or none of what was asked for."""
+    """There are no recordings at a path, or none that match the request."""
 
 
 class EngineError(DiscoveryError):
@@ -65,7 +65,7 @@ class BranchCensored(DiscoveryError):
 
 
 class UnknownAnswerKind(DiscoveryError):
-    """There is no such kind of answers."""
+    """An answer kind does not exist."""
 
 
 class ExplorerError(DiscoveryError):
@@ -85,7 +85,7 @@ class HistoryError(DiscoveryError):
 
 
 class GateError(DiscoveryError):
-    """A finalist cannot be judged: recordings are missing or are not those that a verdict needs."""
+    """A finalist cannot be judged: recordings are missing or unsuitable for a verdict."""
 
 
 class PromotionError(DiscoveryError):
@@ -93,7 +93,7 @@ class PromotionError(DiscoveryError):
 
 
 class CollectError(DiscoveryError):
-    """Collecting cannot go on; the message says what to do. What is in the file is valid."""
+    """Collecting cannot continue; the message says what to do. The file stays valid."""
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Check readability rules: `python -m tests.readability [FOLDER ...]` lists the violations.
 
-Each rule is a function that returns its violations as lines of text. A test requires that there are none.
+Each rule is a function that returns its violations as lines of text, so that callers can require that there are none.
 """
 
 from __future__ import annotations

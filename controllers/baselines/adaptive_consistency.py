@@ -58,11 +58,10 @@ class AdaptiveWaves:
 def gain(first: int, second: int, sampled: int, left: int) -> float:
     """Return the expected gain in the winner's share of votes from `left` more chains, in [0, 1].
 
-    `first` and `second` are the two highest counts of votes among `sampled` chains. The difference of their shares has
-    a mean d and a variance of (p + q - d²) / n; what `left` more chains will move its estimate by has the standard
-    deviation s, that variance times left / (sampled + left), root taken. If the runner-up overtakes, choosing it gains
-    the difference: E[max(0, -D)] for D normal with mean d and deviation s, s·φ(d/s) - d·Φ(-d/s). Shares are smoothed by
-    one vote each.
+    `first` and `second` are the two highest vote counts among `sampled` chains, p and q their shares, smoothed by one
+    vote each. The difference of the shares has mean d = p - q and variance v = (p + q - d²) / n, n = sampled + 2. After
+    `left` more chains its estimate D is normal with mean d and variance s² = v · left / (sampled + left). If the
+    runner-up overtakes, choosing it gains -D. The expected gain is E[max(0, -D)] = s·φ(d/s) - d·Φ(-d/s).
     """
     total = sampled + 2
     p, q = (first + 1) / total, (second + 1) / total

@@ -1,4 +1,4 @@
-"""Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860): sample chain by chain until the majority looks safe."""
+"""Adaptive-Consistency (Aggarwal et al., arXiv 2305.11860): sample chains until the majority is likely to hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdaptiveConsistency:
 
     def decide(self, state: State) -> list[Action]:
         active = state.active
-        if active:  # the cap had shortened it
+        if active:  # the token limit ended its previous run early
             return [advance(i, TO_END) for i in active]
         sure = confidence(*top_two(state.votes)) >= THRESHOLD
         if sure or state.width >= self.samples or not state.room:

@@ -71,7 +71,7 @@ class CMC:
             self._observe()
             self.window.append(self.average)
             self.stepped = True
-            actions = self._look_and_step(state) if warm else self._step(state)
+            actions = self._prune_and_step(state) if warm else self._step(state)
             if actions:
                 return actions
 
@@ -93,7 +93,7 @@ class CMC:
         return self.round >= self.warm_up and len(state.finished) >= self.min_finished and settled
 
     def _fall_back(self, state: State) -> Sequence[Action]:
-        """No finished chain has an answer: probe the running ones, then answer with their plurality."""
+        """Probe the running chains, then answer with their plurality, because no finished chain has an answer."""
         return _unprobed(state) or [answer(state.leader())]
 
     def _stalled(self, state: State) -> bool:
@@ -116,7 +116,7 @@ class CMC:
         self.blind = True
         return [steps[i][0] for i in state.active]
 
-    def _look_and_step(self, state: State) -> Sequence[Action]:
+    def _prune_and_step(self, state: State) -> Sequence[Action]:
         """Advance every running chain, agreeing ones faster, and prune persistent deviants."""
         branches, winner, disagreements = state.branches, self.winner, self.disagreements
         alone, agreeing = _steps(1), _steps(self.burst)

@@ -1,4 +1,4 @@
-"""Early-stopping self-consistency (Li et al., arXiv 2401.10480): sample in windows until one agrees as a whole."""
+"""Early-stopping self-consistency (Li et al., arXiv 2401.10480): sample in windows until all answers of one agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EarlyStopping:
         self.window = 0  # first chain of the present window
 
     def decide(self, state: State) -> list[Action]:
-        if state.active:  # the cap had shortened them
+        if state.active:  # the token limit ended their previous run early
             return [advance(i, TO_END) for i in state.active]
         labels = {chain.label for chain in state.branches[self.window :]}
         more = min(WINDOW, self.samples - state.width, state.room)

@@ -5,9 +5,9 @@ with the second interval. Warm-up and stability count the votes before the prese
 chain opened first. Voting before or after pruning is the same, because pruned chains did not vote for the consensus.
 Chains without a readable answer vote for "none": while "none" leads, the episode does not stop.
 
-A chain is probed only if its answer can matter. Until deviations count, only the consensus matters: as many chains are
-probed as should settle it, and the others if they do not. Once the finished chains alone settle the consensus for good,
-the final vote is known, and a chain that cannot be pruned before it is not probed any more. No decision changes.
+A chain is probed only if its answer can matter; no decision changes. Until deviations count, only the consensus
+matters: first as many chains are probed as should decide it, then the others if needed. Once the finished chains alone
+decide the consensus for good, the final vote is known, and chains that cannot be pruned before it are not probed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from controllers.voting import top_two
 
 
 class ParallelProbe:
-    """Width, stability, patience and warm-up grow with β; β = 1 is the published 64 chains, 40, 7 and 15 votes."""
+    """Width, stability, patience and warm-up grow with β; β = 1 has the published values 64, 40, 7 and 15."""
 
     def __init__(self, beta: float, samples: int | None = None) -> None:
         check_beta(beta)
@@ -42,19 +42,19 @@ class ParallelProbe:
             return [action for i in range(min(self.width, state.room)) for action in (branch(2), probe(i))]
         self.silent = [i for i in self.silent if state.branches[i].active]
         if self.silent and not self._settled(state):
-            asked = [i for i in self.silent if state.branches[i].probed < state.branches[i].intervals]
+            unprobed = [i for i in self.silent if state.branches[i].probed < state.branches[i].intervals]
             self.silent = []
-            if asked:  # otherwise the cap had kept them from advancing
-                return [probe(i) for i in asked]
+            if unprobed:  # otherwise the token limit kept them from advancing
+                return [probe(i) for i in unprobed]
         self._vote(state)
         strays = self._strays(state)
         running = [i for i in state.active if i not in strays]
         if not running or (self.consensus is not None and self.confirmed >= self.stable):
             return [answer(state.leader() if self.consensus is None else self.consensus)]
-        asked = self._to_ask(state, running)
-        self.silent = [i for i in running if i not in asked]
+        probed = self._to_probe(state, running)
+        self.silent = [i for i in running if i not in probed]
         steps = _steps(state.width)
-        moves = [action for i in running for action in (steps[i] if i in asked else steps[i][:1])]
+        moves = [action for i in running for action in (steps[i] if i in probed else steps[i][:1])]
         return [prune(i) for i in strays] + moves
 
     def _counts(self, state: State) -> Counter[int | None]:
@@ -81,13 +81,13 @@ class ParallelProbe:
         """Return the running chains that have used up their patience."""
         if self.votes <= self.warm_up:
             return []
-        asked = [i for i in state.active if i not in self.silent]
-        for i in asked:
+        probed = [i for i in state.active if i not in self.silent]
+        for i in probed:
             deviates = state.branches[i].label != self.consensus
             self.deviations[i] = self.deviations.get(i, 0) + 1 if deviates else 0
-        return [i for i in asked if self.deviations[i] >= self.patience]
+        return [i for i in probed if self.deviations[i] >= self.patience]
 
-    def _to_ask(self, state: State, running: list[int]) -> list[int]:
+    def _to_probe(self, state: State, running: list[int]) -> list[int]:
         """Return the running chains to probe for the next vote."""
         voting = len(running) + len(state.finished)
         if self.votes < self.warm_up:

@@ -1,4 +1,4 @@
-"""One chain, run to its end, as a model replies by itself."""
+"""One chain that runs to its end, as without test-time scaling."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class Single:
     def decide(self, state: State) -> list[Action]:
         if not state.width:
             return [branch(TO_END)]
-        if state.branches[0].active:  # the cap had shortened it
+        if state.branches[0].active:  # the token limit ended its previous run early
             return [advance(0, TO_END)]
         return [answer(state.leader())]

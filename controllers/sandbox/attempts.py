@@ -1,4 +1,4 @@
-"""Attempts of a sandbox process to break out. The kernel refuses each one, or it has escaped."""
+"""Attempts of a sandbox process to break out. The kernel must refuse each one; otherwise the process has escaped."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def call_x32() -> None:
 
 
 def raise_limit() -> None:
-    import resource  # there is none on other systems, where this module only has to load
+    import resource  # missing on other systems, where this module is only imported
 
     try:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except ValueError as error:  # what this function makes of EPERM
+    except ValueError as error:  # Python's error for EPERM here
         raise PermissionError(errno.EPERM, str(error)) from None
 
 

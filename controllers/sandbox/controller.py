@@ -20,7 +20,7 @@ from controllers.state import Limits, State
 T = TypeVar("T")
 
 EPISODES_PER_PROCESS: Final = 64
-"""Most episodes that share a process, and a message."""
+"""Maximum number of episodes that share a process and its messages."""
 
 
 class _EpisodeEncoder:
@@ -30,7 +30,7 @@ class _EpisodeEncoder:
         self._number = number
         self._beta = beta
         self._codes = codes
-        self._rounds = 0  # that the process knows
+        self._rounds = 0  # rounds that the process knows
         self._asked: Sequence[Action] = ()
 
     def turn(self, state: State) -> list[int]:
@@ -39,9 +39,7 @@ class _EpisodeEncoder:
             return frames.encode_begin(self._number, self._beta, state.limits)
         self._rounds += 1
         if state.rounds != self._rounds:
-            raise ControllerError(
-                "a sealed controller sees its episode from the first round to the last, or not at all"
-            )
+            raise ControllerError("a sandboxed controller must see every round of its episode")
         return frames.encode_turn(self._number, self._asked, state.last, self._codes)
 
     def take(self, decision: Decision) -> Sequence[Action]:
@@ -76,7 +74,7 @@ class SandboxedController:
 
 
 class _SuspendingController:
-    """Controller of one of many episodes in a process. Deciding suspends the episode until all have asked."""
+    """Controller of one of many episodes in a process. Deciding suspends its episode until all episodes wait."""
 
     def __init__(self, number: int, beta: float, codes: frames.FactCodes) -> None:
         self._encoder = _EpisodeEncoder(number, beta, codes)
@@ -168,14 +166,14 @@ class _EpisodeBatch(Generic[T]):
 
     def apply_decisions(self) -> None:
         """Continue every episode with its controller's decision."""
-        asked, self.waiting = self.waiting, []
+        suspended, self.waiting = self.waiting, []
         decisions: Sequence[Decision] = ()
-        if asked and self._violation is None:
+        if suspended and self._violation is None:
             try:
                 decisions = self._handle.finish()
             except BoundaryViolation as error:
                 self._violation = error
-        for at, (number, place, episode, _) in enumerate(asked):
+        for at, (number, place, episode, _) in enumerate(suspended):
             if self._violation is None:
                 self._continue(number, place, episode, partial(episode.send, decisions[at]))
             else:

@@ -5,15 +5,15 @@
     owner    = LOAD, number, name, source                → process: number, text (empty, or a complaint)
              | STEP, number, {fact}, turn of several …   → process: number, decisions in the same order
     turn     = seat, BEGIN, β's bits, limits             the first of an episode: it has no rounds yet
-             | seat, FACTS, {code}                       the round was carried out as it was asked for
-             | seat, ROUND, {action}, {code}             the cap cut it short
-    decision = {action} | -1, complaint
-    {x}      = how many, then each
+             | seat, FACTS, {code}                       the round was carried out as decided
+             | seat, ROUND, {action}, {code}             the token limit shortened it
+    decision = {action} | -1, complaint               a complaint is an error message, as text
+    {x}      = the number of items, then each item
     action   = one number: verb, branch, and intervals or label
-    fact     = four numbers; it is sent once, and its code from then on is how many were sent before it
-    text     = how many, {code point}
+    fact     = four numbers; it is sent once, and its code is the number of facts sent before it
+    text     = {code point}
 
-`number` counts the frames, so that an answer to another question is detected. An owner trusts no answer:
+`number` counts the frames, so that a reply to another request is detected. An owner trusts no reply:
 `decode_decision` builds well-formed actions or raises, and the owner's state checks whether they are legal.
 """
 
@@ -113,7 +113,7 @@ class FactCodes:
 
     def _add(self, fact: Fact) -> int:
         known = self._codes.get(id(fact))
-        if known is not None:  # it came twice among those that were new
+        if known is not None:  # the fact occurs twice among the new ones
             return known
         code = self._codes[id(fact)] = len(self._sent)
         self._sent.append(fact)
@@ -138,10 +138,10 @@ def decode_facts(numbers: Sequence[int], at: int, facts: list[Fact]) -> int:
     return end
 
 
-def encode_turn(seat: int, asked: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
-    """Encode a later turn: `last` holds the actions carried out of those `asked`, and their facts."""
+def encode_turn(seat: int, decided: Sequence[Action], last: Round, codes: FactCodes) -> list[int]:
+    """Encode a later turn. `last` has the actions that were carried out, of those `decided`, and their facts."""
     actions, facts = last
-    if actions is asked or list(actions) == list(asked):
+    if actions is decided or list(actions) == list(decided):
         return [seat, FACTS, len(facts), *codes.codes_of(facts)]
     return [seat, ROUND, len(actions), *map(encode_action, actions), len(facts), *codes.codes_of(facts)]
 
@@ -155,18 +155,18 @@ def decode_begin(numbers: Sequence[int], at: int) -> tuple[float, Limits, int]:
 
 
 def decode_turn(
-    numbers: Sequence[int], at: int, asked: Sequence[Action], known: Sequence[Fact]
+    numbers: Sequence[int], at: int, decided: Sequence[Action], known: Sequence[Fact]
 ) -> tuple[Sequence[Action], list[Fact], int]:
     """Return the actions and facts of the later turn at `at`, and the position of the next turn."""
     kind, at = numbers[at + 1], at + 2
     if kind == ROUND:
         end = at + 1 + numbers[at]
-        asked, at = [decode_action(number) for number in numbers[at + 1 : end]], end
+        decided, at = [decode_action(number) for number in numbers[at + 1 : end]], end
     end = at + 1 + numbers[at]
-    return asked, list(map(known.__getitem__, numbers[at + 1 : end])), end
+    return decided, list(map(known.__getitem__, numbers[at + 1 : end])), end
 
 
-# Decisions, from the child
+# Decisions, from the process
 
 
 def encode_action(action: Action) -> int:

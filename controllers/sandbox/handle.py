@@ -26,7 +26,7 @@ T = TypeVar("T")
 LOAD_S: Final = 2.0
 """Seconds of processor time a controller's file may take to run."""
 UNASKED_S: Final = 0.1
-"""Seconds of processor time a process may use between an answer and the next question."""
+"""Seconds of processor time a process may use between a reply and the next request."""
 NICE: Final = 5
 """Added to the niceness of processes that decide live, so that their owner runs first."""
 IDLE_S: Final = 0.005
@@ -49,7 +49,7 @@ class _NotSealed(Exception):
 
 
 class _Unasked(Exception):
-    """The process has computed between an answer and the next question."""
+    """The process computed between a reply and the next request."""
 
 
 _ENDS: Final = (OSError, BadFrame, _Late, _NotSealed, _Unasked)
@@ -60,7 +60,7 @@ class SandboxHandle:
     """One sandbox process.
 
     `reap` waits for the end of a killed process and returns its wait status, or None if it is unknown. A process timed
-    by the wall clock has a low priority and is stopped between an answer and the next question.
+    by the wall clock has a low priority and is stopped between a reply and the next request.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SandboxHandle:
         self._channel = channel
         self._sealed = False  # the process has said that it is sealed
         self._number = 0  # of the latest frame
-        self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it cannot be asked any more
+        self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it can no longer decide
         self._idle: ProcessUsage | None = None  # usage at the latest answer; None while it decides
         self._pending: _Pending[list[Decision]]  # started by `begin`
         channel.setblocking(False)
@@ -93,7 +93,7 @@ class SandboxHandle:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs and can be asked."""
+        """Whether the process runs and can decide."""
         return self._ended is None and self._handle >= 0 and not is_ready(self._handle, select.POLLIN)
 
     def load(self, spec: Spec) -> None:
@@ -130,7 +130,7 @@ class SandboxHandle:
         return decisions
 
     def kill(self, why: str) -> None:
-        """Kill the process without waiting for its end. Later questions raise MachineDisturbed(`why`)."""
+        """Kill the process without waiting for its end. Later requests raise MachineDisturbed(`why`)."""
         if self._ended is None:
             self._ended = MachineDisturbed(why)
         self._signal(signal.SIGKILL)
@@ -180,7 +180,7 @@ class SandboxHandle:
             yield from self._await_seal()
         idle, self._idle = self._idle, None
         if idle is not None and (unasked_s := self._meter.read().since(idle).cpu) > UNASKED_S:
-            raise _Unasked(f"it computed for {unasked_s:.2f} s without being asked")
+            raise _Unasked(f"it computed for {unasked_s:.2f} s while no decision was requested")
         self._number += 1
         if self.clock is Clock.WALL:
             self._signal(signal.SIGCONT)
@@ -196,7 +196,7 @@ class SandboxHandle:
             self._signal(signal.SIGSTOP)
         self._idle = self._meter.read()
         if not reply or reply[0] != self._number:
-            raise BadFrame("it answered another question")
+            raise BadFrame("it replied to another request")
         return parse(reply)
 
     def _await_seal(self) -> Generator[int, None, None]:
@@ -322,7 +322,7 @@ class _Pending(Generic[T]):
     def __init__(self, exchange: Exchange[T], deadline: Deadline, died_idle: bool) -> None:
         self.exchange = exchange
         self.deadline = deadline
-        self.died_idle = died_idle  # the process had ended before it was asked
+        self.died_idle = died_idle  # the process had ended before the request was sent
         self.event = 0  # awaited event of `select.poll`; 0 before it has started
         self.reply: T  # set at the end
 

@@ -1,4 +1,4 @@
-"""Waiting for a descriptor, in a thread or in an event loop."""
+"""Wait for a descriptor to become ready, in a thread or in an event loop."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def is_ready(descriptor: int, event: int, seconds: float = 0.0) -> bool:
-    """Wait at most so long until a descriptor can be read from, or written to; whether it can."""
+    """Wait up to `seconds` until `event` is possible on a descriptor; return whether it is."""
     waiting = select.poll()
     waiting.register(descriptor, event)
     return bool(waiting.poll(max(0.0, seconds) * 1000))
 
 
 async def wait_ready(descriptor: int, event: int, seconds: float) -> bool:
-    """Do the same as `is_ready` without blocking the event loop."""
+    """Wait like `is_ready`, without blocking the event loop."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bool] = loop.create_future()
     reading = event == select.POLLIN

@@ -1,7 +1,7 @@
-"""The sandbox process: it keeps a copy of each episode's state, calls the controller and answers its owner.
+"""The sandbox process: it keeps a copy of each episode's state, calls the controller and replies to its owner.
 
-Nothing here protects anything: the controller shares this process and may change all of it. It can spoil its own copies
-and its own answers only.
+This code protects nothing: the controller shares the process and can change everything in it. It can corrupt only its
+own copies and replies.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def serve() -> None:
 
 
 def only_built_in_imports() -> None:
-    """Let later imports raise ImportError. Otherwise they would be killed for opening a file."""
+    """Let later imports of other modules raise ImportError. Otherwise opening their files would kill the process."""
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()

@@ -1,4 +1,4 @@
-"""Proof that a seal holds: sandbox processes try to break it."""
+"""Proof that the sandbox works: sandbox processes try to break out."""
 
 from __future__ import annotations
 

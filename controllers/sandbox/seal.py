@@ -1,4 +1,4 @@
-"""Seal a process: the kernel takes its rights away before it reads foreign code. Linux on x86-64 and arm64 only.
+"""Seal a process: the kernel removes its permissions before it reads foreign code. Linux on x86-64 and arm64 only.
 
 There are four layers, and most hold if the others fail: no privileges, no files, limited resources, and only the system
 calls that a computation needs. `ctypes` calls the kernel, because Python has no functions for most of this.

@@ -30,7 +30,7 @@ PROVE_EVERY: Final = 100
 PATIENCE_S: Final = 10.0
 """Seconds the zygote may take for an order, and a process for an attempt to break out."""
 ADVICE: Final = (
-    "run `autotts doctor` for details, or --allow-unsandboxed to run controllers from files with all your rights"
+    "run `autotts doctor` for details, or --allow-unsandboxed to run controllers from files with all your permissions"
 )
 ROOT: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append({root!r}); from controllers.sandbox.zygote import main; main({descriptor})"

@@ -2,7 +2,7 @@
 
 Input is one JSON line per pair, a list of two texts; output is one JSON line, true or false. A comparison of model
 output may never end or use all memory. It therefore runs in this process: with limits, without the caller's
-environment, and ready to be killed.
+environment, and its caller can kill it.
 
 Only math-verify's LaTeX parser is used, because its parser of plain expressions evaluates them as Python.
 """
@@ -16,7 +16,7 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 1 << 30  # bytes
-LAST_RESORT_S = 30  # in case the caller has died
+LAST_RESORT_S = 30  # ends this process if its parent has died
 DIGITS = 30
 TINY = 1e-6  # math-verify rounds to twelve decimal places, too few for numbers below this
 TOLERANCE = 1e-12  # relative to the larger number

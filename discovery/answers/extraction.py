@@ -153,7 +153,7 @@ def _auto(text: str) -> Answer | None:
 
 
 def _lone(text: str) -> Answer | None:
-    """Read a text that consists of nothing but its answer."""
+    """Read a text that consists only of an answer."""
     if len(text) > LONGEST_LONE or (match := _LONE.fullmatch(text)) is None:
         return None
     answer = _answer(match["inner"])

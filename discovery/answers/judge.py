@@ -66,26 +66,26 @@ class Judge:
         self.close()
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two answers are equal; also False if that cannot be determined in time. Blocks."""
+        """Return whether two answers are equal; also False if that cannot be determined in time. Blocks."""
         return self.compare(first, second).equal
 
     def compare(self, first: str, second: str, *, wait_s: float | None = None) -> EqualityResult:
-        """Compare two answers. Blocks until the result, after at most `wait_s` seconds until a worker is free.
+        """Compare two answers, blocking. Waits at most `wait_s` seconds until a worker is free.
 
-        `wait_s` None waits for a worker without limit.
+        If `wait_s` is None, it waits for a worker without limit.
         """
         pair = (first, second) if first <= second else (second, first)
         deadline = None if wait_s is None else time.monotonic() + wait_s
         with self._lock:
-            if (finding := self._remembered(pair)) is not None:
-                return finding
+            if (result := self._cached(pair)) is not None:
+                return result
             while not self._idle:
                 left = None if deadline is None else deadline - time.monotonic()
                 if (left is not None and left <= 0) or self._is_closed:
                     return EqualityResult(False, waited=True)
                 self._freed.wait(left)
-            if (finding := self._remembered(pair)) is not None:  # another thread has compared the pair meanwhile
-                return finding
+            if (result := self._cached(pair)) is not None:  # another thread has compared the pair meanwhile
+                return result
             if self._is_closed:
                 return EqualityResult(False, waited=True)
             worker = self._idle.pop()
@@ -112,7 +112,7 @@ class Judge:
                 else:
                     worker.kill()  # the thread that uses it stops it
 
-    def _remembered(self, pair: tuple[str, str]) -> EqualityResult | None:
+    def _cached(self, pair: tuple[str, str]) -> EqualityResult | None:
         known = self._known.get(pair)
         if known is not None:
             self._known.move_to_end(pair)
@@ -138,20 +138,20 @@ class Judge:
                 self._known[pair] = reply == b"true"
                 _shorten(self._known)
             for idle in (worker, *self._idle):
-                idle.launch()  # what was killed loads again while nobody waits for it
+                idle.launch()  # killed workers are restarted now, while no comparison waits for them
         return EqualityResult(reply == b"true", seconds, reply is None)
 
 
 class _Worker:
-    """One process that compares answers, asked by one thread at a time."""
+    """One process that compares answers; only one thread at a time uses it."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
-        self.is_ready = False  # it has loaded what it needs
+        self.is_ready = False  # it has loaded its libraries
 
     def launch(self) -> None:
-        """Begin to load, unless that has been done."""
+        """Start the process unless it runs; it loads its libraries in the background."""
         if self._process is not None:
             if self._process.poll() is None:
                 return
@@ -166,14 +166,14 @@ class _Worker:
         )
 
     def start(self, seconds: float) -> bool:
-        """Be ready within so many seconds, or say that it is not; it goes on loading then."""
+        """Wait up to `seconds` until the process is ready; return whether it is. Otherwise it continues to load."""
         self.launch()
         if not self.is_ready:
             self.is_ready = self.converse(b"", seconds) == b"ready"
         return self.is_ready
 
     def converse(self, question: bytes, seconds: float) -> bytes | None:
-        """The line that answers `question`; None if none came in time."""
+        """Send `question` and return the line it is answered with; None if there is none within `seconds`."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return None
@@ -184,7 +184,9 @@ class _Worker:
                 process.stdin.write(question)
                 while not line.endswith(b"\n"):
                     left = self._left(seconds, start, meter.read())
-                    if not select.select([process.stdout], [], [], max(0.0, left))[0]:  # past the end: once more
+                    if not select.select([process.stdout], [], [], max(0.0, left))[
+                        0
+                    ]:  # at the deadline, check once more
                         if left <= 0:
                             return None
                         continue
@@ -192,24 +194,24 @@ class _Worker:
                     if not data:
                         return None
                     line += data
-        except (OSError, ValueError):  # it has ended, or was stopped meanwhile
+        except (OSError, ValueError):  # the process has ended or was stopped
             return None
         return line.strip()
 
     def _left(self, seconds: float, start: ProcessUsage, now: ProcessUsage) -> float:
-        """Seconds until one has to look again; none if the time is up."""
+        """Return the seconds until the next check; 0 or less if the time is up."""
         used = now.since(start)
-        if self._clock is Clock.WALL or not now.cpu:  # which is not known everywhere
+        if self._clock is Clock.WALL or not now.cpu:  # some systems do not report processor time
             return seconds - used.wall
         return 0.0 if used.wall >= BACKSTOP_S else seconds - used.cpu
 
     def kill(self) -> None:
-        """End the process; a question that is being asked then ends unanswered."""
+        """Kill the process; a running comparison then ends without a result."""
         if (process := self._process) is not None:
             process.kill()
 
     def stop(self) -> None:
-        """Kill the process and clear up after it."""
+        """Kill the process and release its resources."""
         process, self._process, self.is_ready = self._process, None, False
         if process is not None:
             process.kill()

@@ -124,7 +124,7 @@ def _might_equal(left: CanonicalForm, right: CanonicalForm) -> bool:
 
 
 def _might_be(form: CanonicalForm, other: CanonicalForm) -> bool:
-    """Whether `form` might equal `other`, if it is one that was not understood."""
+    """Return whether a `form` of type OTHER might equal `other`; other types need only be mathematical."""
     if form.type is not FormType.OTHER:
         return form.type in _MATHEMATICAL
     if "..." in form.text:

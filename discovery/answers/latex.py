@@ -1,4 +1,4 @@
-r"""LaTeX and Unicode with what carries no meaning taken out: spacing, sizes, fonts, the many ways to write one sign."""
+r"""Normalization of LaTeX and Unicode: remove spacing, sizes and fonts, and write every symbol in one way."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def stated_choice(text: str) -> StatedAnswer | None:
 
 
 def _introduced(text: str) -> tuple[StatedAnswer | None, bool]:
-    """The answer after the last lead that an answer may follow, and whether what follows could not be read."""
+    """Return the answer after the last introduction such as "the answer is", and whether that text was unreadable."""
     leads = deque(_LEADS.finditer(text), maxlen=MOST_STATED)
     for lead in reversed(leads):
         clause = _CLAUSE.match(text, lead.end())

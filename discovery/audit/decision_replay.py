@@ -44,7 +44,7 @@ EpisodeRun = Callable[[Decider], Coroutine[Any, Any, T]]
 """Runs an episode under the controller it is given; it suspends only while a sandboxed controller decides."""
 
 BASELINE_SPEC: Final = Spec(BASELINE)
-NO_FITTING_ACTION: Final = "nothing that fits under the cap"
+NO_FITTING_ACTION: Final = "no action within the token limit"
 """Shown for a decision where no action fits under the token limit."""
 
 
@@ -58,7 +58,7 @@ class Disagreement(NamedTuple):
 
 
 class UncheckedController(NamedTuple):
-    """A controller that cannot be asked again."""
+    """A controller whose decisions cannot be replayed."""
 
     controller: str
     digest: str
@@ -78,7 +78,7 @@ class DecisionReport:
     unchecked: Sequence[UncheckedController]
 
 
-# Who decided
+# Controllers
 
 
 ControllerKey = tuple[str, str]
@@ -86,7 +86,7 @@ ControllerKey = tuple[str, str]
 
 
 class KnownControllers(NamedTuple):
-    """The controllers of some episodes: those that can be asked, and why others cannot."""
+    """The controllers of some episodes: those that can be replayed, and why others cannot."""
 
     known: Mapping[ControllerKey, Spec]
     missing: Mapping[ControllerKey, str]
@@ -150,13 +150,13 @@ def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[Epis
         return run_together(workers, beta, limits, episodes)
 
 
-# What they decide now
+# Decisions
 
 
-def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -> DecisionReport:
+def replay_decisions(episodes: Iterable[ServedEpisode], controllers: KnownControllers) -> DecisionReport:
     """Decide every round of episodes again: by the controller for those it decided, by the baseline for the rest.
 
-    Each episode has its controller to itself, as it had when it was served. Raises TraceError, ControllerError,
+    Each episode gets its own controller object, as when it was served. Raises TraceError, ControllerError,
     SandboxUnavailable.
     """
     count = rounds = agreed = unreached = 0
@@ -168,11 +168,11 @@ def replay_decisions(episodes: Iterable[ServedEpisode], who: KnownControllers) -
             continue
         count += 1
         for part in _parts(episode):
-            spec = BASELINE_SPEC if part.by_baseline else who.known.get(controller_key(episode))
+            spec = BASELINE_SPEC if part.by_baseline else controllers.known.get(controller_key(episode))
             if spec is None:
-                unchecked[*controller_key(episode), who.missing[controller_key(episode)]] += 1
+                unchecked[*controller_key(episode), controllers.missing[controller_key(episode)]] += 1
                 continue
-            same, disagreement = part.ask(spec)
+            same, disagreement = part.replay(spec)
             agreed += same
             rounds += same + (disagreement is not None)
             if disagreement is not None:
@@ -205,11 +205,11 @@ def _parts(episode: ServedEpisode) -> list[_DecisionSegment]:
 
 
 class _DecisionDiffersError(Exception):
-    """The controller decided other actions than were played."""
+    """The controller decided on other actions than the recorded ones."""
 
 
 class _ReplayCompleteError(Exception):
-    """All rounds that were to be decided have been."""
+    """All rounds of the segment have been decided again."""
 
 
 class _DecisionSegment:
@@ -223,25 +223,25 @@ class _DecisionSegment:
         self._rounds = rounds
         self._start = self._at = start
         self._until = until
-        self._ends = ends  # the episode ended by the token limit, when this controller was asked once more
+        self._ends = ends  # the episode ended at the token limit, which took one more decision of this controller
 
     @property
     def decisions(self) -> int:
         """Number of decisions."""
         return self._until - self._start + self._ends
 
-    def ask(self, spec: Spec) -> tuple[int, Disagreement | None]:
-        """Return how many decisions `spec` takes as they were taken, and the first it does not."""
+    def replay(self, spec: Spec) -> tuple[int, Disagreement | None]:
+        """Return how many recorded decisions `spec` repeats, and the first one that it does not."""
         episode = self._episode
         limits = self._beginning().limits
         try:
-            (asked,) = run_under_controller(spec, episode.beta, limits, [self._follow])
+            (differing,) = run_under_controller(spec, episode.beta, limits, [self._follow])
         except BadFact as error:
             raise TraceError(f"{episode.request_id}: round {self._at} is impossible: {error}") from None
-        right = self._at - self._start
-        if asked is None:
-            return right + self._ends, None
-        return right, Disagreement(episode.request_id, self._at, asked, self._played)
+        repeated = self._at - self._start
+        if differing is None:
+            return repeated + self._ends, None
+        return repeated, Disagreement(episode.request_id, self._at, differing, self._played)
 
     async def execute(self, actions: Sequence[Action]) -> Sequence[Fact]:
         """Return the facts of the next round. Raises _DecisionDiffersError if `actions` are not the round's."""

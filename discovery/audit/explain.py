@@ -183,13 +183,13 @@ def _ballots(votes: Mapping[int, int], name: LabelName) -> list[Ballot]:
     return [Ballot(label=label, answer=name(label), count=count) for label, count in ranked]
 
 
-# What was given up
+# Pruned branches
 
 
 class _Standing(NamedTuple):
     """A branch's standing among the others."""
 
-    asked: bool  # whether it was probed
+    probed: bool
     label: int | None  # its latest
     leader: int | None
     votes: Mapping[int, int]  # of finished branches, or else of running ones
@@ -204,14 +204,15 @@ def _standings(state: State) -> dict[int, _Standing]:
 
 
 def _votes(state: State) -> tuple[Mapping[int, int], str]:
-    """Return the votes that `State.leader` is based on: of finished branches, or else the latest answers of branches
-    kept.
+    """Return the votes that `State.leader` is based on, and which branches voted, in text.
+
+    These are the finished branches, or if none of them has an answer, the probed ones that were not pruned.
     """
     if state.votes:
         return dict(state.votes), format_branch_count(len(state.finished), "finished")
-    kept = [branch for branch in state.branches if not branch.pruned]
-    asked = sum(branch.finished or branch.probed > 0 for branch in kept)
-    return tally(branch.label for branch in kept), format_branch_count(asked, "asked")
+    unpruned = [branch for branch in state.branches if not branch.pruned]
+    probed = sum(branch.finished or branch.probed > 0 for branch in unpruned)
+    return tally(branch.label for branch in unpruned), format_branch_count(probed, "probed")
 
 
 def format_branch_count(count: int, which: str) -> str:
@@ -237,17 +238,17 @@ def _pruned(state: State, index: int, before: Mapping[int, _Standing], name: Lab
 
 def _describe_standing(standing: _Standing, name: LabelName) -> str:
     """Return a text such as `its latest answer was 9, given by 1 of 5 finished branches; 7 led with 4`."""
-    asked, label, leader, votes, of = standing
+    probed, label, leader, votes, of = standing
     led = "nothing led" if leader is None else f"{name(leader)} led with {votes[leader]}"
     if label is None:
-        status = "its latest answer could not be read" if asked else "it had not been probed"
+        status = "its latest answer could not be read" if probed else "it had not been probed"
         return f"{status}; {led}" + ("" if leader is None else f" of {of}")
     if label == leader:
         return f"its latest answer was {name(label)}, which led with {votes[label]} of {of}"
     return f"its latest answer was {name(label)}, given by {votes.get(label, 0)} of {of}; {led}"
 
 
-# Why it stopped
+# Reason of the end
 
 
 def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | None, name: LabelName) -> str:
@@ -301,7 +302,7 @@ def _margin(state: State, name: LabelName) -> str:
     return f" ({votes.get(state.answer, 0)} of {of}; {behind})"
 
 
-# What self-consistency would have cost
+# Estimated cost of self-consistency
 
 
 def consistency_estimates(lengths: Sequence[tuple[int, bool]]) -> list[ConsistencyEstimate] | None:

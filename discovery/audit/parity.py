@@ -1,8 +1,8 @@
 """Parity: whether replay agrees with live traffic, checked on served episodes and what was recorded of them.
 
-Three checks. Shown the same facts, does a controller decide as it did (`decision_replay`)? Opened in live order, do the
-recorded branches give live's answer at live's tokens? And do means over shuffled orders, which evaluations use, agree
-with those of live traffic? The first two are exact; the third has intervals.
+There are three checks. (1) Shown the same facts, a controller decides as it did live (`decision_replay`). (2) Opened in
+the live order, the recorded branches give the live answer at the live cost. (3) Means over shuffled orders, which
+evaluations use, agree with the means of live traffic. The first two are exact; the third uses intervals.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from discovery.store.records import is_surer
 BOTH_SIDES: Final = 2.5
 """Percent beyond each end of an interval."""
 SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
-"""Ends of episodes that measure their controllers and may be recorded.
+"""Stop reasons of the episodes that are compared.
 
-A deadline cuts the costly ones; replays, which are not cut, cannot stand for them.
+Episodes that ended by a deadline are left out: it cuts mainly costly ones, and replay has no deadline.
 """
 
 
 class KnownAnswer(NamedTuple):
-    """An answer taken to be right, and how it is known."""
+    """A reference answer and its source."""
 
     answer: str
     source: LabelSource
@@ -90,7 +90,7 @@ async def load_records(store: Store) -> ServedRecords:
 
 
 def check_parity(served: ServedRecords, given: Sequence[Spec] = (), shuffles: int = 20) -> ParityReport:
-    """Compare served episodes with what their controllers decide now, and with replays in `shuffles` orders.
+    """Compare served episodes with the decisions of their controllers now, and with replays in `shuffles` orders.
 
     `given` are controllers from files.
 
@@ -118,7 +118,7 @@ class _Pair(NamedTuple):
 
     @property
     def replay_limits(self) -> Limits:
-        """Live's limits, with at most as many branches as were recorded."""
+        """The live limits, with at most as many branches as were recorded."""
         return replace(self.limits, max_branches=min(self.limits.max_branches, self.recording.branches))
 
 
@@ -146,7 +146,7 @@ def _left_out(episode: ServedEpisode) -> str | None:
 
 
 class _Truth:
-    """Knows which answers are right. Compares answers as the proxy does, and redacted ones by their hashes."""
+    """Reference answers. Compares answers as the proxy does, and redacted ones by their hashes."""
 
     def __init__(self, references: Mapping[str, KnownAnswer], judge: Judge) -> None:
         self._references = references
@@ -292,7 +292,7 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
 
 
 def _question(episode: ServedEpisode) -> str:
-    """Return what intervals are drawn over: the question, or the request if its question was not kept."""
+    """Return the unit of resampling: the question, or the request if its question was not kept."""
     return episode.question or episode.request_id
 
 

@@ -1,4 +1,4 @@
-"""Replays the stored rounds of served episodes, as the states that their controllers saw."""
+"""Replay the stored rounds of served episodes into the states that their controllers saw."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from discovery.store.records import ServedEpisode
 
 
 def limits_of(episode: ServedEpisode) -> Limits:
-    """Return an episode's limits. If they are unknown, return limits under which its rounds are legal. Raises
-    TraceError.
-    """
+    """Return an episode's limits; if they are unknown, limits under which its rounds are legal. Raises TraceError."""
     known = episode.about.get("limits") or {"interval": 1, "max_branches": max(1, episode.branches)}
     try:
         return Limits(**known)  # type: ignore[arg-type]

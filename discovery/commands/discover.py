@@ -160,24 +160,24 @@ def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> N
 def load_search_split(
     path: Path, models: Sequence[str], benchmarks: Sequence[str], answers: AnswerComparison
 ) -> tuple[dict[Cell, list[Recording]], str]:
-    """Return the search split's recordings by cell, and how answers are compared, in words. Raises DiscoveryError."""
+    """Return the search split's recordings by cell, and a text on how answers are compared. Raises DiscoveryError."""
     source = open_source(path)
     cells = select_cells(source.cells(), models, benchmarks, Split.SEARCH)
     with Judge(clock=Clock.CPU) as judge:
         by_cell = {cell: read_scorable_cell(source, cell, answers, judge) for cell in cells}
-    compared = " and ".join(sorted({how for _, how in by_cell.values()}))
+    compared = " and ".join(sorted({comparison for _, comparison in by_cell.values()}))
     return {cell: recordings for cell, (recordings, _) in by_cell.items()}, compared
 
 
 def _digester(cascade: Cascade, arena: TrialPool) -> Digester:
-    """Traces of a candidate, in words."""
+    """Return a function that describes a candidate's traces as text."""
 
-    def tell(candidate: Candidate) -> str:
+    def digest(candidate: Candidate) -> str:
         with tempfile.TemporaryDirectory(prefix="autotts-") as folder:
             cascade.measure(candidate, TrialSettings((0.5, 1.0), range(2)), traces=Path(folder))
             return digest_traces(trace_files(Path(folder)), arena.cells)
 
-    return tell
+    return digest
 
 
 class SearchProgressBar:

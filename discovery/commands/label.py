@@ -120,5 +120,5 @@ def _remarks(report: LabelReport) -> list[str]:
     if report.feedback.of >= MIN_CALIBRATION_ANSWERS:
         remarks.append(f"feedback: confidence is estimated from {report.feedback.of:,} questions with a reference")
     if report.unheard:
-        remarks.append(f"feedback: of {report.unheard:,} requests it bears on no answer that is known")
+        remarks.append(f"feedback: for {report.unheard:,} requests it concerns no known answer")
     return remarks

@@ -108,7 +108,7 @@ def _select(place: Path, served: ServedRecords, controller: str | None, beta: fl
     return replace(served, episodes=chosen)
 
 
-# For people
+# Output
 
 
 def _show(report: ParityReport) -> None:
@@ -117,15 +117,15 @@ def _show(report: ParityReport) -> None:
     _show_reproduced(console, report.reproduced)
     if not report.groups:
         text = "means: nothing to compare, because no branches of served requests were completed"
-        _say(console, f"{text} (set AUTOTTS_RECORD_FRACTION to have some completed)", "yellow")
+        _print(console, f"{text} (set AUTOTTS_RECORD_FRACTION to have some completed)", "yellow")
         return
     console.print(_means(report.groups))
     for group in report.groups:
         for text in _remarks(group):
-            _say(console, f"{group.controller}, β = {group.beta:g}, {group.model}: {text}")
+            _print(console, f"{group.controller}, β = {group.beta:g}, {group.model}: {text}")
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
+def _print(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text)), style=style, soft_wrap=True)
 
 
@@ -135,10 +135,10 @@ def _show_decisions(console: Console, report: DecisionReport) -> None:
     )
     if report.unreached:
         text += f"; {report.unreached:,} more follow a differing round"
-    _say(console, text, _colour(report.agreed == report.rounds and report.rounds > 0))
+    _print(console, text, _colour(report.agreed == report.rounds and report.rounds > 0))
     for controller in report.unchecked:
         label = f"not replayed: {controller.controller} ({controller.digest[:12]}), {controller.episodes:,} episodes"
-        _say(console, f"{label}: {controller.why}", "yellow")
+        _print(console, f"{label}: {controller.why}", "yellow")
     if report.disagreements:
         table = _table("decisions that differ", report.disagreements, ("request", "round", "replayed", "served"))
         for request, number, asked, played in report.disagreements[:SHOWN]:
@@ -152,7 +152,7 @@ def _show_reproduced(console: Console, report: ReproductionReport) -> None:
         f"reproduced: {same:,} of {report.episodes:,} recorded episodes match in tokens and answer when replayed in "
         "their own branch order"
     )
-    _say(console, text, _colour(not report.differing) if report.episodes else "yellow")
+    _print(console, text, _colour(not report.differing) if report.episodes else "yellow")
     if report.differing:
         headings = ("request", "live tokens", "replayed", "live answer", "replayed")
         table = _table("episodes that differ", report.differing, headings)

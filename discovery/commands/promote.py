@@ -158,7 +158,7 @@ def discovery_card(file: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    """Parse a JSON file. Raises PromotionError, naming the file."""
+    """Parse a JSON file. Raises PromotionError, which names the file."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:

@@ -49,11 +49,11 @@ def list_requests(
 ) -> None:
     """List the latest requests with their cost and feedback."""
 
-    async def look(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
+    async def read(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
         latest = await opened.latest(limit, model, client_id)
         return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
-    rows = [_figures(episode, feedback) for episode, feedback in with_store(place, look)]
+    rows = [_figures(episode, feedback) for episode, feedback in with_store(place, read)]
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return

@@ -113,10 +113,10 @@ def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool 
 def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
     """Show recordings by model, benchmark and split, and the served requests with their feedback."""
 
-    async def look(opened: Store) -> tuple[list[CellSummary], ServedSummary]:
+    async def read(opened: Store) -> tuple[list[CellSummary], ServedSummary]:
         return await opened.summaries(), await opened.served()
 
-    cells, served = with_store(place, look)
+    cells, served = with_store(place, read)
     if as_json:
         figures = [
             cell_summary.cell._asdict() | dict(zip(cell_summary._fields[1:], cell_summary[1:], strict=True))
@@ -207,15 +207,15 @@ def prune(
     if not (by_model or by_benchmark or origin or corrupt):
         raise StoreError("prune: say what to drop with --models, --benchmarks, --origin or --corrupt")
 
-    def picks(model: str, benchmark: str, came: str) -> bool:
+    def is_selected(model: str, benchmark: str, recorded_by: str) -> bool:
         return (
             bool(by_model or by_benchmark or origin)
             and (not by_model or model in by_model)
             and (not by_benchmark or benchmark in by_benchmark)
-            and (origin is None or came == origin)
+            and (origin is None or recorded_by == origin)
         )
 
-    removed = with_store(place, lambda opened: opened.prune(picks, corrupt))
+    removed = with_store(place, lambda opened: opened.prune(is_selected, corrupt))
     wide_console().print(
         f"{place}: dropped {removed.recordings} recordings, {removed.branches} branches, {removed.questions} questions",
         highlight=False,

@@ -149,19 +149,19 @@ def _show_served(episode: ServedEpisode, as_json: bool) -> None:
         sys.stdout.write(json.dumps(explanation, indent=2) + "\n")
         return
     console = wide_console()
-    _say(console, _heading(explanation))
+    _print(console, _heading(explanation))
     console.print(_rounds("rounds", explanation["rounds"]))
     if any(one["votes"] or one["leaning"] for one in explanation["rounds"]):
         console.print(_vote_course(explanation["rounds"], console.width))
     if explanation["pruned"]:
         console.print(_pruned_table(explanation["pruned"]))
-    _say(console, _bill(explanation))
+    _print(console, _bill(explanation))
     if explanation["estimates"]:
-        _say(console, _estimates(explanation["estimates"]))
-    _say(console, explanation["why"], style="bold")
+        _print(console, _estimates(explanation["estimates"]))
+    _print(console, explanation["why"], style="bold")
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
+def _print(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text)), style=style, soft_wrap=True)
 
 
@@ -218,7 +218,7 @@ def _estimates(estimates: Sequence[ConsistencyEstimate]) -> str:
     return f"Estimated tokens of self-consistency, from {rests}: {least}{costs} chains."
 
 
-# Both
+# Replayed and served episodes
 
 
 def _rounds(title: str, rounds: Iterable[RoundSummary]) -> Table:

@@ -1,9 +1,9 @@
 """Collect complete recordings by requesting them from a running proxy, as any client would.
 
-One request records one branch, which is on disk before the next request takes its slot. Whatever happens, a finished
-branch is neither lost nor paid for twice. Several processes may collect into one file; they share the work.
+One request records one branch, which is on disk before the next request takes its slot. A finished branch is therefore
+never lost and never paid for twice. Several processes may collect into one file; they share the work.
 
-Under a budget, each request states the most it may cost, the proxy keeps to that, and so much is reserved for it.
+With a budget, each request states its maximum cost, which the proxy enforces. That amount is reserved for the request.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class CollectionClient:
         return True
 
     def _line(self, question: Question, part: int, model: str, recording: Any) -> RecordingLine:
-        """Return a reply's recording with what the proxy does not know of it.
+        """Return a reply's recording, completed by the fields that the proxy does not know.
 
         Raises CollectError if the reply is from another model, and BadRecording, TypeError or KeyError if the recording
         is invalid.

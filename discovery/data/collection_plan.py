@@ -10,9 +10,9 @@ from discovery.data.importers import RecordingLine
 PROBE_TOKENS: Final = 64
 """Upper bound on a probe's tokens, for the reserve of a branch."""
 MIN_INTERVAL: Final = 32
-"""Tokens between probes, assumed as long as the proxy's interval is unknown."""
+"""Tokens between probes that are assumed until the proxy's interval is known."""
 CLOSING_TOKENS: Final = 1024
-"""Tokens that the proxy keeps back of a request's cap to close its reply, beside an eighth of the cap."""
+"""Tokens of a request's limit that the proxy reserves to close its reply, in addition to an eighth of the limit."""
 
 BranchKey = tuple[str, int]
 """A branch: the `question_id` of its question, and its number among that question's branches."""
@@ -23,9 +23,9 @@ class CollectionPlan:
     """Questions' branches to record, and how they are requested."""
 
     model: str  # empty: the only one the proxy serves
-    benchmark: str  # what the questions belong to
+    benchmark: str  # name of the questions' benchmark
     branches: int  # per question
-    answer: str = "auto"  # how answers are read
+    answer: str = "auto"  # answer kind by which answers are extracted
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None  # per branch
@@ -40,12 +40,12 @@ class CollectionPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that tell one plan's branches from another's; stored in their `sampling`."""
+        """The settings that distinguish the branches of two plans; stored in their `sampling`."""
         return self.sampling | ({} if self.answer == "auto" else {"answer": self.answer})
 
     @property
     def identity(self) -> list[Any]:
-        """The values that tell this plan from others collected into the same file."""
+        """The values that distinguish this plan from others in the same file."""
         return [self.model, self.benchmark, self.settings]
 
     def reserved_tokens(self, interval: int | None) -> int:

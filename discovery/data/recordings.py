@@ -31,11 +31,11 @@ class Split(StrEnum):
 
     SEARCH = "search"  # explorers may learn from it
     VALIDATION = "validation"  # candidates are chosen on it
-    HELD_OUT = "held-out"  # the promotion gate alone looks at it
+    HELD_OUT = "held-out"  # only the promotion gate reads it
 
 
 class LabelSource(StrEnum):
-    """How a reference answer is known, surest first."""
+    """Source of a reference answer, most reliable first."""
 
     REFERENCE = "reference"
     FEEDBACK = "feedback"

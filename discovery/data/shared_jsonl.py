@@ -1,6 +1,6 @@
 """A file of JSON lines that several processes append to, and claims by which they share the work.
 
-Any process may be killed at any time. A line is written completely or not at all, and a dead process's claims are free.
+Any process may be killed at any time. A line is written completely or not at all, and a dead process's claims end.
 """
 
 from __future__ import annotations

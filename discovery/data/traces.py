@@ -1,8 +1,8 @@
 """Traces: every round of every episode with its actions and facts, in NumPy columns. A file holds one job's episodes.
 
-Each distinct fact is stored once and has a number. An episode is a sequence of these numbers; a round that begins like
-an earlier round refers to it instead of repeating it. A fact says which action it answers, except how far a branch was
-asked to run when it finished earlier. That, and the actions that bring no fact, are in columns of their own.
+Each distinct fact is stored once and has a number. An episode is a sequence of these numbers. A round that begins like
+an earlier round refers to it instead of repeating it. A fact determines its action, except for the requested intervals
+of a branch that finished before them. These intervals, and actions without facts, have their own columns.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class TraceWriter:
         facts: list[Fact] = []
         starts: list[int] = []
         repeated: list[int] = []
-        model: Sequence[Fact] = ()  # the last large round, which the next one may begin like
+        model: Sequence[Fact] = ()  # the last large round; the next one may begin with the same facts
         for number, (actions, round_facts) in enumerate(rounds):
             same = 0
             if round_facts[: len(model)] == model:

@@ -2,9 +2,9 @@
 
 A cell's curve has one point per β: mean tokens and accuracy. AFS is the mean accuracy over budgets drawn log-uniformly
 between the cost of one chain and that of SC@64 (64 chains), so that each doubling of the budget counts the same. Tokens
-and accuracy are interpolated linearly between neighbouring β (a mix of the two would achieve that). Beyond β = 1
-nothing is gained, and a budget below that of β = 0 buys one chain. Cells count equally. This is the score of the paper
-(arXiv 2605.08083), re-implemented from its description.
+and accuracy are interpolated linearly between neighbouring β (a mix of the two would achieve that). Beyond β = 1 the
+accuracy is constant. A budget below that of β = 0 gets the accuracy of one chain. Cells count equally. This is the
+score of the paper (arXiv 2605.08083), re-implemented from its description.
 """
 
 from __future__ import annotations

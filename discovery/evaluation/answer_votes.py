@@ -203,10 +203,10 @@ def is_any_of(answer: str, others: Iterable[str], judge: Judge) -> bool:
 def estimated_confidence(vote: BranchVote) -> float:
     """Estimate a vote's confidence from its counts: the share of the leader, times the confidence that it leads at all.
 
-    That an answer leads is soon certain and says little of whether it is right. On the public recordings votes are
-    right at least as often as this estimate (0.75 where it is 0.70, for Qwen3-1.7B's votes of 16 branches; 0.67 and
-    0.59 for 3 branches), except for the smallest model (0.52 and 0.59; 0.39 and 0.50). The confidence of the lead alone
-    is 0.98.
+    A few votes make it certain which answer leads, but not that it is right. On the public recordings, votes are right
+    at least as often as estimated. For Qwen3-1.7B the shares are 0.75 right and 0.70 estimated with 16 branches, 0.67
+    and 0.59 with 3. The smallest model is the exception: 0.52 and 0.59, 0.39 and 0.50. The confidence of the lead
+    alone is 0.98.
     """
     return lead_confidence(vote.first, vote.second) * rule_of_succession(vote.first, vote.branches)
 
@@ -214,7 +214,7 @@ def estimated_confidence(vote: BranchVote) -> float:
 def rule_of_succession(right: float, of: int) -> float:
     """Return Laplace's estimate of the chance that the next trial succeeds when `right` of `of` did.
 
-    It is never certain, and one half without trials: a single voter is believed, but not beyond doubt.
+    It is never 0 or 1, and one half without trials, so a single vote gives limited confidence.
     """
     return (right + 1) / (of + 2)
 

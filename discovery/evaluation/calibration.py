@@ -1,7 +1,7 @@
 """Calibration: what β costs and gains on each model, with intervals, and whether it pays at all.
 
-On small models a controller may gain nothing over self-consistency, or over one chain, that costs less. A calibration
-says so, and how far β is worth turning up.
+On small models a controller may be no better than self-consistency, or one chain, at lower cost. A calibration shows
+this, and up to which β additional tokens pay off.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Calibration:
 
     @property
     def advice(self) -> str:
-        """The recommended use of β, in words."""
+        """The recommended use of β, as text."""
         if self.pays:
             return "yes: all of β"
         return f"yes: β up to {self.map.cap:g}" if self.map.arm is Arm.CONTROLLER else "no: one chain serves best"

@@ -69,7 +69,7 @@ class Evaluation:
 
     @property
     def work(self) -> int:
-        """Passes over a cell's questions that the evaluation takes."""
+        """Number of passes over a cell's questions."""
         return len(self.cells) * len(self.specs) * len(self.betas) * self.shuffles
 
     def run(self, engine: Engine, on_progress: Callable[[int], None] = lambda done: None) -> list[Score]:
@@ -99,9 +99,7 @@ class Evaluation:
     def _batches(
         self, judge: Judge, graded: dict[Cell, QuestionGrading], branches: dict[Cell, list[int]]
     ) -> Iterator[RecordingBatch]:
-        """Yield one batch per cell, read when it is asked for. Notes its grading in `graded` and branch counts in
-        `branches`.
-        """
+        """Yield one batch per cell, read on demand; add its grading to `graded` and branch counts to `branches`."""
         for cell in self.cells:
             recorded = scorable_recordings(self.source, cell, self.weights, self.version)
             weights = [_weight(item, self.weights) for item in recorded]

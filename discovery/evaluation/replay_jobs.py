@@ -1,7 +1,7 @@
 """Evaluation jobs: episodes of controller × β × cell × shuffle, replayed by the same runner that serves requests.
 
-An episode yields a column of integers, so sums, and all figures made of them, do not depend on which process ran it or
-in which order: engines agree to the bit.
+An episode yields a column of integers. Sums of integers do not depend on the process or the order of execution, so all
+engines give identical figures.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ OUTCOME_COLUMNS: Final = ("right", "failed", "tokens", "rounds", "branches", "cr
 SHUFFLES_A_JOB: Final = 10
 """Shuffles per job: small enough for workers to finish together, large enough for overhead not to matter."""
 SANDBOXES_PER_JOB: Final = 2
-"""Sandbox processes that play a job: while one decides, the other's actions are executed."""
+"""Sandbox processes per job: while one decides, the actions of the other are executed."""
 AUDITED: Final = 32
-"""One of this many episodes, and at least LEAST per job, is played again, alone in a process of its own."""
+"""One in this many episodes, and at least LEAST per job, is audited: played again, alone in its own process."""
 LEAST: Final = 4
 TRIES: Final = 3
 """Attempts at work that the machine disturbs."""
@@ -153,7 +153,7 @@ def run_job(job: Job, recordings: Sequence[Recording], rules: ReplayRules) -> Jo
 
 
 def retry_disturbed(work: Callable[[], T]) -> T:
-    """Do work that can be repeated, again if the machine disturbed it. Raises MachineDisturbed if all attempts fail."""
+    """Do repeatable work, again if the machine disturbed it. Raises MachineDisturbed if all attempts fail."""
     for _ in range(TRIES - 1):
         with suppress(MachineDisturbed):
             return work()
@@ -197,7 +197,7 @@ class _JobRunner:
 
     def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_EpisodeResult]:
         """Play all episodes; if a process was late or died, play them again with nothing beside them."""
-        episodes = [self._seated(at, keep=at in kept) for at in every]
+        episodes = [self._sandboxed_episode(at, keep=at in kept) for at in every]
         try:
             played = self._together(episodes, SANDBOXES_PER_JOB)
         except BoundaryViolation as error:  # while loading
@@ -213,10 +213,12 @@ class _JobRunner:
 
         Returns what was different, or None.
         """
-        again = self._together([self._seated(at, keep=True, far=True) for at in audited], len(audited), share=1)
+        again = self._together(
+            [self._sandboxed_episode(at, keep=True, high_limits=True) for at in audited], len(audited), share=1
+        )
         for at, second in zip(audited, again, strict=True):
             if second.sudden:
-                (second,) = self._together([self._seated(at, keep=True, far=True)], 1, share=1)
+                (second,) = self._together([self._sandboxed_episode(at, keep=True, high_limits=True)], 1, share=1)
             question, shuffle = self.episodes[at]
             where = f"question {question}, shuffle {shuffle}: alone in its process, under a token limit,"
             if second.sudden:
@@ -231,23 +233,23 @@ class _JobRunner:
         return None
 
     def _together(
-        self, episodes: Sequence[Episode[_EpisodeResult]], children: int, share: int = EPISODES_PER_PROCESS
+        self, episodes: Sequence[Episode[_EpisodeResult]], processes: int, share: int = EPISODES_PER_PROCESS
     ) -> list[_EpisodeResult]:
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
         with ExitStack() as stack:
             workers: list[SandboxHandle] = []
-            for _ in range(children):
+            for _ in range(processes):
                 worker = spawner().spawn(clock=Clock.CPU)
                 stack.callback(worker.close)
                 worker.load(self._job.spec)
                 workers.append(worker)
             return run_together(workers, self._job.beta, limits, episodes, share)
 
-    def _seated(self, at: int, keep: bool, far: bool = False) -> Episode[_EpisodeResult]:
-        return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, far)
+    def _sandboxed_episode(self, at: int, keep: bool, high_limits: bool = False) -> Episode[_EpisodeResult]:
+        return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, high_limits)
 
-    def _limits(self, recording: Recording, far: bool = False) -> Limits:
-        branch, cap = FAR if far else (None, None)
+    def _limits(self, recording: Recording, high_limits: bool = False) -> Limits:
+        branch, cap = FAR if high_limits else (None, None)
         return Limits(recording.interval, min(self._rules.max_branches, recording.branches), branch, max_tokens=cap)
 
     async def _play(
@@ -256,16 +258,16 @@ class _JobRunner:
         question: int,
         shuffle: int,
         keep: bool = False,
-        far: bool = False,
+        high_limits: bool = False,
     ) -> _EpisodeResult:
         """Play one episode.
 
-        With `keep`, keep its rounds even if no traces are written. With `far`, set token limits that are never reached
-        instead of none.
+        With `keep`, keep its rounds even if no traces are written. With `high_limits`, set token limits that are never
+        reached instead of none.
         """
         recording = self._recordings[question]
         environment = ReplayEnvironment(recording, branch_order(recording, shuffle), self._rules.probe_tokens)
-        state = State(self._limits(recording, far))
+        state = State(self._limits(recording, high_limits))
         rounds: list[Round] = []
         on_round = (lambda _, played: rounds.append(played)) if keep or self._rules.traces is not None else None
         failure, sudden = None, False
@@ -301,6 +303,6 @@ def _wrong(column: Sequence[int]) -> list[int]:
 
 
 def _reply_branch(state: State) -> int | None:
-    """The branch whose text a client would read: the shortest that finished with the answer."""
+    """Return the branch whose text a client would receive: the shortest that finished with the answer."""
     agreeing = [i for i in state.finished if state.branches[i].label == state.answer and state.answer is not None]
     return min(agreeing, key=lambda i: state.branches[i].tokens, default=None)

@@ -62,7 +62,7 @@ class ScoreSet:
 
     @property
     def answers(self) -> str:
-        """How answers were compared, in words; empty if unknown."""
+        """How answers were compared, as text; empty if unknown."""
         gradings = [score.grading for side in self.sides for score in side.scores if score.grading is not None]
         return " and ".join(sorted({grading.answers for grading in gradings}))
 
@@ -71,10 +71,10 @@ def score_controllers(evaluation: Evaluation, engine: Engine) -> ScoreSet:
     """Score all controllers and keep the baselines of their cells. Raises what `Evaluation.run` raises."""
     baselines: dict[Cell, CellBaseline] = {}
 
-    def noting(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:
+    def with_baselines(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:
         return engine((_with_baseline_noted(batch, baselines) for batch in batches), rules)
 
-    all_scores = evaluation.run(noting)
+    all_scores = evaluation.run(with_baselines)
     anchors = {cell: baseline.anchor for cell, baseline in baselines.items()}
     sides = []
     for spec in evaluation.specs:

@@ -1,9 +1,10 @@
 """Scores of an evaluation: each controller at each β on each cell, with intervals.
 
-Uncertainty comes from the questions: they are few, and shuffles of the same branches add none. Intervals are therefore
-bootstrapped over questions, each with all its shuffles, and two controllers are compared on the same resample.
+The uncertainty comes from the small number of questions, not from shuffles of the same branches. Intervals are
+therefore bootstrapped over questions, each with all its shuffles. Two controllers are compared on the same resample.
 
-Questions may have weights below one, by how their reference answers are known. Without weights, sums are of integers.
+Questions may have weights below 1 that depend on the source of their reference answers. Without weights, sums are of
+integers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COVERAGE: Final = 95.0
 
 @dataclass(frozen=True)
 class QuestionGrading:
-    """How the reference answers of a cell's questions are known, and the questions' weights."""
+    """Sources of the reference answers of a cell's questions, and the questions' weights."""
 
     sources: Sequence[LabelSource]  # (questions,)
     weights: Sequence[float]  # (questions,), above 0

@@ -1,7 +1,7 @@
 """Export of what explorers may see of recordings: only the search split, without readable questions or answers.
 
-Scoring needs to know which answers are the same and which is right, not what they say. The export therefore replaces
-answers by tokens and questions by salted hashes.
+Scoring only needs to know which answers are equal and which is right. The export therefore replaces answers by opaque
+tokens, and questions by salted hashes.
 """
 
 from __future__ import annotations

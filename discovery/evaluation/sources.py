@@ -14,7 +14,7 @@ from discovery.store import Store
 
 
 class RecordingSource(Protocol):
-    """Recordings whose cells are known at once and that are read when asked for."""
+    """Source of recordings: lists its cells immediately and reads recordings on demand."""
 
     def cells(self) -> Sequence[Cell]:
         """Return the available cells, in a stable order."""
@@ -39,7 +39,7 @@ class ReleaseFolderSource:
 
 
 class FileSource:
-    """A file of the generic format. It is read at once, because only its lines name their cells."""
+    """A file of the generic format. It is read immediately, because only its lines name their cells."""
 
     def __init__(self, path: Path) -> None:
         self._questions: dict[Cell, list[RecordedQuestion]] = {}
@@ -89,7 +89,7 @@ def select_cells(
 ) -> list[Cell]:
     """Return the selected cells. An empty list of models or benchmarks selects all of them.
 
-    Raises RecordingsNotFound, naming what is missing.
+    Raises RecordingsNotFound, which names the missing model, benchmark or cell.
     """
     for kind, wanted, available in (
         ("model", models, {cell.model for cell in cells}),

@@ -1,8 +1,8 @@
 """Ledger of a sealed split: one line for every finalist ever judged on it, in the order they were judged.
 
 Each judgement spends a part of the error rate that a split allows over its lifetime, so no line is ever removed. The
-lines form a hash chain, and a file that is not as it was written is refused. A judgement that the machine disturbed
-has a line as well; it spends nothing unless there were too many of them.
+lines form a hash chain, and a modified file is refused. A judgement that the machine disturbed has a line as well. It
+spends nothing unless there were too many of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Ledger:
         self._log = HashChainedLog(path, _CHAIN)
 
     def judgements(self) -> list[Judgement]:
-        """Return all judgements. Raises GateError, naming file and line, if the file is not as it was written."""
+        """Return all judgements. Raises GateError, which names file and line, if the file was modified."""
         try:
             return self._log.verify(self._lines())
         except DamagedLog as error:
@@ -84,7 +84,7 @@ class Ledger:
     def next_k(self, questions: Sequence[str]) -> int:
         """Return the position of the next judgement among those on any of these questions, from 1.
 
-        A split that was extended shares questions with the old one, so its count goes on.
+        An extended split shares questions with the old one, so its count continues.
         """
         lines = self._on_questions(questions)
         return 1 + len(lines) - min(FREE_DISTURBANCES, sum(line.verdict == DISTURBED for line in lines))
@@ -108,7 +108,7 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from judging meanwhile; wait until none is. Raises FileWriteError."""
+        """Lock the ledger, so that only one process judges at a time. Waits for the lock. Raises FileWriteError."""
         lock = self._path.with_name(f"{self._path.name}.lock")
         try:
             descriptor = open_lock(lock)

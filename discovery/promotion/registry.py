@@ -126,7 +126,7 @@ class Registry:
         return matching[0]
 
     def audit(self) -> list[Mapping[str, Any]]:
-        """Return every change, the latest last. Raises PromotionError if the audit log is not as it was written."""
+        """Return every change, the latest last. Raises PromotionError if the audit log was modified."""
         lines, missing = self._audit_lines(self._load()[1])
         try:
             return self._audit_log.verify([*lines, *missing])

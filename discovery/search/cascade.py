@@ -48,7 +48,7 @@ class CandidateVerdict:
 
 
 class CascadePlan(NamedTuple):
-    """How much each candidate is tried."""
+    """How thoroughly each candidate is tried."""
 
     betas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
     shuffles: int = 4

@@ -125,6 +125,6 @@ _CHAIN: Final[ChainFormat[Event]] = ChainFormat(
 
 
 def _as_json(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `body` as it will be read back from JSON."""
+    """Return `body` with the types that it will have when it is read from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(body))
     return plain

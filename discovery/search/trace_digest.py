@@ -1,6 +1,6 @@
 """Digest of a controller's traces: its worst episodes as short texts and tables, for explorers to learn from.
 
-The actions come from the traces; which label is correct comes from the recordings, replayed beside them. A digest
+The actions come from the traces. The recordings, replayed along with them, give the correct label. A digest
 shows labels as letters and marks the correct one. It contains no question, no answer text, and no name of a model or
 benchmark.
 """
@@ -89,7 +89,7 @@ class StudiedEpisode:
 def digest_traces(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Recording]], most: int = 6) -> str:
     """Describe up to `most` of a controller's worst and most wasteful episodes in at most LONGEST characters.
 
-    `traces` are one controller's files, as written with `Rules(traces=…)`. `recordings` are the cells they belong to.
+    `traces` are one controller's files, as written with `ReplayRules(traces=…)`. `recordings` are their cells.
     Episodes in which the controller itself failed are left out.
 
     Raises TraceError, and RecordingsNotFound if a question of the traces is not among the recordings.
@@ -138,7 +138,7 @@ def _cell(trace: Trace) -> Cell:
 
 
 def _replay(path: Path, trace: Trace, at: int, episode: TracedEpisode, recording: Recording) -> StudiedEpisode | None:
-    """Replay an episode's rounds beside its recording and return its figures; None if it has no answer."""
+    """Replay an episode's rounds along with its recording; return its figures, or None if it has no answer."""
     environment = ReplayEnvironment(recording, branch_order(recording, episode.shuffle))
     showed: set[int] = set()
     pruned: set[int] = set()

@@ -35,7 +35,7 @@ class TrialSettings:
 
 
 class TrialPool:
-    """SandboxHandle processes over the recordings of some cells. A context manager: leaving it ends the processes."""
+    """Pool of worker processes on the recordings of some cells. Leaving its context ends the processes."""
 
     def __init__(
         self, cells: Mapping[Cell, Sequence[Recording]], rules: ReplayRules, workers: int | None = None
@@ -48,7 +48,7 @@ class TrialPool:
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="autotts-")
-        self._shelves = {
+        self._mapped = {
             cell: write_mapped(recordings, Path(self._folder.name, str(number)))
             for number, (cell, recordings) in enumerate(self.cells.items())
         }
@@ -71,7 +71,7 @@ class TrialPool:
         jobs = [Job(spec, beta, cell, trial.shuffles) for cell in self.cells for beta in trial.betas]
         try:
             waiting = [
-                self._pool.submit(_play, job, self._shelves[cell], trial.every, rules or self.rules)
+                self._pool.submit(_play, job, self._mapped[cell], trial.every, rules or self.rules)
                 for job, cell in zip(jobs, cells, strict=True)
             ]
         except BrokenProcessPool:
@@ -108,13 +108,13 @@ class PendingTrial:
         return curves(self.scores, self._anchors)
 
 
-def _play(job: Job, shelf: Path, every: int, rules: ReplayRules) -> JobResult:
-    return run_job(job, _recordings(shelf)[::every], rules)
+def _play(job: Job, path: Path, every: int, rules: ReplayRules) -> JobResult:
+    return run_job(job, _recordings(path)[::every], rules)
 
 
 @lru_cache(maxsize=64)
-def _recordings(shelf: Path) -> list[Recording]:
-    return load_mapped(shelf)
+def _recordings(path: Path) -> list[Recording]:
+    return load_mapped(path)
 
 
 def describe_failures(all_scores: Iterable[Score]) -> str:

@@ -24,7 +24,7 @@ from discovery.data.atomic_files import PRIVATE
 from discovery.errors import StoreError
 
 RETRY_S: Final = 0.01
-"""Seconds between attempts at what SQLite does not itself wait for."""
+"""Seconds between retries of operations for which SQLite does not wait."""
 LOG, INDEX = "-wal", "-shm"
 """Endings of the names of the files that SQLite keeps beside a store."""
 

@@ -26,7 +26,7 @@ def encode_item(item: StoreItem) -> bytes:
 
 
 def decode_item(line: bytes) -> StoreItem:
-    """Return the item that `encode_item` made `line` of. Raises ValueError for anything else."""
+    """Return the item that `encode_item` encoded as `line`. Raises ValueError if it is no such line."""
     try:
         kind, content = parse_json(line, finite=True)
         item: StoreItem = _ADAPTERS[kind][1].validate_python(content)

@@ -26,9 +26,9 @@ class EpisodeDetails(TypedDict, total=False):
     decided: int  # rounds decided by the controller, before the baseline took over
     limits: Mapping[str, int | None]  # fields of `controllers.Limits`
     spent: int  # tokens its rounds cost; the ledger also counts tokens spent outside rounds
-    seconds: float  # from the request to its reply
+    seconds: float  # duration from request to reply
     answers: Sequence[str]  # by label
-    answer_kind: str  # how they were read
+    answer_kind: str  # answer kind by which they were extracted
     text: str  # the question's text, stored only if the operator allows it
     reply: str | None  # the text sent to the client, stored only if the operator allows it
     usage: Mapping[str, Any]  # as sent to the client
@@ -64,7 +64,7 @@ class ServedEpisode:
     question: str | None = None  # `question_id`, if known
     created: str = field(default_factory=lambda: utc_now())
     sandbox: SandboxLevel = SandboxLevel.TRUSTED  # isolation of its controller
-    tenant: str = ""  # who sent the request; empty for a caller without a key
+    tenant: str = ""  # hash of the tenant; empty for a caller without a key
     about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
     trace: str = ""  # its rounds, as `discovery.data.packed_rounds` packs them
 
@@ -83,7 +83,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Label:
-    """An answer taken to be right, and how it is known."""
+    """A reference answer of a question, and its source."""
 
     question: str  # `question_id`
     source: LabelSource
@@ -122,9 +122,9 @@ class TriedCandidate(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchRun:
-    """A run of `autotts discover`, as far as its record goes."""
+    """A run of `autotts discover`, up to the last event of its history."""
 
-    id: str  # the last hash of its record
+    id: str  # the last hash of its history
     explorer: str
     seed: int
     settings: Mapping[str, Any]

@@ -12,7 +12,7 @@ from discovery.store.schema import COLUMNS, NUMBERS
 
 T = TypeVar("T")
 REPAIR_HINT: Final = "restore the store from a backup, or remove corrupt rows with `autotts store prune --corrupt`"
-"""Advice about a corrupt row; the end of every message about one."""
+"""What to do about a corrupt row; the end of every message about one."""
 
 
 def row_fault(table: str, row: Sequence[Any]) -> str:
@@ -28,7 +28,7 @@ def row_fault(table: str, row: Sequence[Any]) -> str:
 
 
 def read_rows(store: object, table: str, rows: Iterable[Sequence[Any]], read: Callable[[Sequence[Any]], T]) -> list[T]:
-    """Return what `read` makes of each row without its checksum.
+    """Return the result of `read` for each row, given without its checksum.
 
     Raises CorruptRow at the first row that was changed or cannot be read.
     """

@@ -123,7 +123,7 @@ LIVE: Final[Migration] = (
         checksum TEXT NOT NULL
     )""",
     "CREATE INDEX provenance_of ON provenance (request_id)",
-    # Answers taken to be right, one per question and source; which of them counts is decided when they are read.
+    # Reference answers, one per question and source. Readers decide which of them counts.
     """CREATE TABLE labels (
         id TEXT PRIMARY KEY,
         question_id TEXT NOT NULL,

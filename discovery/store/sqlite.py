@@ -105,7 +105,7 @@ class Store:
                 writes.close()
                 await asyncio.shield(task)
                 if store.is_moved:
-                    with suppress(sqlite3.Error):  # then the log stays, and no new store is made beside it
+                    with suppress(sqlite3.Error):  # then the log stays, which prevents a new store of the same name
                         await truncate_log(writing)
 
     # Writing
@@ -166,7 +166,7 @@ class Store:
         await self.write(work)
 
     async def forget(self, *, request: str | None = None, tenant: str | None = None) -> ForgottenCounts:
-        """Remove everything that came of a request, or of a tenant's requests so far; it cannot be added again.
+        """Remove all data derived from a request, or from a tenant's requests so far. It cannot be added again.
 
         Its bytes are erased too. Labels counted from it are removed, and so are questions that nothing else refers to.
         Raises StoreError, also if bytes remain because another process still reads them.
@@ -182,7 +182,7 @@ class Store:
         return await self._write_and_erase(work)
 
     async def expire(self, before: str) -> ForgottenCounts:
-        """Remove episodes and feedback older than `before`, a stored time, and all else that came of those requests.
+        """Remove episodes and feedback older than `before`, a stored time, and other data derived from those requests.
 
         Their bytes are erased too. Bytes that another process still reads are erased by the next call.
         """
@@ -191,7 +191,7 @@ class Store:
         return removed
 
     async def _write_and_erase(self, work: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
-        """Do `work`, which removes rows, and leave none of their bytes in the file or its log. Raises StoreError."""
+        """Do `work`, which removes rows, and erase their bytes from the file and its log. Raises StoreError."""
         result = await self.write(work)
         try:
             await self._writes.connection.execute_fetchall("VACUUM")

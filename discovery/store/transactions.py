@@ -96,7 +96,7 @@ async def is_served(connection: aiosqlite.Connection, request: str) -> bool:
 async def drop_served(
     connection: aiosqlite.Connection, where: str, value: str, requests: Iterable[str] = ()
 ) -> ForgottenCounts:
-    """Remove the episodes and feedback that `where` selects, and everything else that came of their requests.
+    """Remove the episodes and feedback that `where` selects, and other data derived from their requests.
 
     `requests` names further requests to remove. Labels counted from any of it are removed too; they are recounted from
     what is left when labels are next computed.

@@ -1,4 +1,4 @@
-"""Explorers: programs that propose new controllers. All share one interface and see only what a context shows."""
+"""Explorers: programs that propose new controllers. All implement one interface and see only what a context holds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Candidate:
 
 
 class ScoredCandidate(NamedTuple):
-    """A candidate with its rounded result on the search split, which is all an explorer may know of it."""
+    """A candidate with its rounded result on the search split, the only facts that explorers may know about it."""
 
     candidate: Candidate
     score: float | None  # AFS minus the latency charge, in points, two decimals; None if it failed

@@ -146,7 +146,7 @@ class Agent:
         return f"ended with status {process.returncode}" if in_time else f"was killed after {self._timeout_s:g} s"
 
     def _environment(self, workspace: Path) -> dict[str, str]:
-        """Return the environment of the command, which holds only what it is meant to have."""
+        """Return the environment of the command, which has only the variables that it needs or that were named."""
         given = {name: os.environ[name] for name in self._variables if name in os.environ}
         own = {"HOME": str(workspace), "TMPDIR": str(workspace / "tmp"), "LANG": "C.UTF-8"}
         path = f"{Path(sys.prefix, 'bin')}:{os.environ.get('PATH', os.defpath)}"

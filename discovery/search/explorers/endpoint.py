@@ -154,9 +154,9 @@ class Endpoint:
         if given.usd is None:
             return
         spent = 0.0
-        for asked, response in self._transcript.exchanges():
-            bill = self.bill(asked, response)
-            spent += given.worst_case(asked) if bill.unknown else bill.cost.usd
+        for past_request, response in self._transcript.exchanges():
+            bill = self.bill(past_request, response)
+            spent += given.worst_case(past_request) if bill.unknown else bill.cost.usd
         most = given.worst_case(request)
         if spent + most > given.usd:
             raise BudgetExhausted(

@@ -88,10 +88,10 @@ def test_while_no_branch_has_finished_probed_branches_are_counted() -> None:
     explanation = explain(episode)
     assert [one["why"] for one in explanation["pruned"]] == [
         "it had not been probed; nothing led",
-        "its latest answer was 9, given by 1 of 3 asked branches; 7 led with 2",
-        "its latest answer was 7, which led with 2 of 3 asked branches",
+        "its latest answer was 9, given by 1 of 3 probed branches; 7 led with 2",
+        "its latest answer was 7, which led with 2 of 3 probed branches",
     ]
-    assert explanation["why"] == "The controller answered 7 (1 of 1 asked branch; no other was given)."
+    assert explanation["why"] == "The controller answered 7 (1 of 1 probed branch; no other was given)."
     assert explanation["estimates"] is None
 
 

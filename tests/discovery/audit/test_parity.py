@@ -468,7 +468,7 @@ def test_the_parity_command_reports_writes_files_and_refuses_bad_arguments(tmp_p
     for arguments, message in (
         (
             ["--controller", "asc"],
-            "no episodes of that controller and β; there are cmc at 0.3, self_consistency at 0.5",
+            "no episodes of that controller and β; the store has cmc at 0.3, self_consistency at 0.5",
         ),
         (["--beta", "0.9"], "no episodes of that controller and β"),
         (["--beta", "2"], "--beta must be a decimal number from 0 to 1"),

@@ -592,7 +592,7 @@ def test_the_label_command_prints_text_and_json(place: Path, asking: Path, tmp_p
     assert done.exit_code == 0, done.output
     for words in ("1 of 1", "21 to 100 %", "of 2 votes 0 are too close", "vote counts alone", "1 belong to questions"):
         assert words in done.output
-    assert "of 1 requests it bears on no answer" in done.output
+    assert "for 1 requests it concerns no known answer" in done.output
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["questions"] == {"reference": 1, "feedback": 0, "consensus": 1, "none": 0}
     assert figures["written"] == {"reference": 1, "feedback": 0, "consensus": 2}
