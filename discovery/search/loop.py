@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import getsource
+from shlex import quote
 from sys import modules
 from typing import Any, Final
 
@@ -137,7 +138,7 @@ class SearchLoop:
         """
         leaders = [one for one in self.context().leaders if one.candidate.explorer != BASELINE][:FINALISTS]
         if not leaders:
-            raise ExplorerError("every candidate failed; see the reasons with `autotts history show`")
+            raise ExplorerError(self._no_finalist())
         fresh = range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles)
         tried = {
             one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, TrialSettings(FINAL_BETAS, fresh)))
@@ -156,6 +157,20 @@ class SearchLoop:
                 },
             )
         return Finalist(best, curves, self._lineage(best))
+
+    def _no_finalist(self) -> str:
+        """Return why there is no candidate to choose, and what to do."""
+        verdicts = [verdict for one, verdict in read_pairs(self.history) if one.explorer != BASELINE]
+        if not verdicts:
+            return "no candidate was tried; search longer"
+        reasons = f"see the reasons with `autotts history show {quote(str(self.history.path.parent))}`"
+        dropped = sum(verdict.few is not None for verdict in verdicts)
+        if not dropped:
+            return f"all {len(verdicts)} candidates failed; {reasons}"
+        return (
+            f"no candidate was scored on all questions: {dropped} of {len(verdicts)} were dropped after a few "
+            f"questions, the others failed before; {reasons}, then search longer or record more questions"
+        )
 
     def _ask_explorer(self) -> list[Candidate]:
         """Return the explorer's next candidates; none if the budget is exhausted. Raises ExplorerError."""

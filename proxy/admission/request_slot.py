@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from proxy.admission.token_budget import (
     EpisodeCaps,
     Reservation,
     TokenBudgets,
+    TokenLimit,
     request_limit,
     retry_after,
 )
@@ -38,6 +40,8 @@ from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
 from proxy.upstream.body_tap import BodySink, BodySource
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="RequestSlot")
 
@@ -123,6 +127,7 @@ class RequestSlots:
         self._max_branches = settings.max_branches
         self._common = Caps(settings.max_branches, settings.max_total_tokens, settings.tokens_per_minute)
         self._metrics = metrics
+        self._warned: set[str] = set()  # sources of caps that a warning has named
         for kind, queue in (("episode", self.episodes), ("passed", self.passthrough)):
             metrics.queue.labels(kind).set_function(lambda queue=queue: queue.waiting)  # type: ignore[misc]
 
@@ -158,8 +163,22 @@ class RequestSlots:
             request,
             self.passthrough,
             caller,
-            bound.max_tokens,
+            TokenLimit(bound.max_tokens, "as many as it may generate"),
+            "set a smaller max_tokens",
             lambda permit, reservation: PassthroughSlot(permit, reservation, caps, bound, count),
+        )
+
+    def warn_of_cut(self, caps: EpisodeCaps) -> None:
+        """Log that a cap ended an episode early, once per key, if the cap is only a share of a minute's tokens."""
+        source = caps.share_source
+        if source is None or source in self._warned:
+            return
+        self._warned.add(source)
+        logger.warning(
+            "a request ended early, at its cap of %s tokens: %s; set the key's limit `tokens`, or tts.max_total_tokens "
+            "in requests, to choose the cap",
+            caps.tokens,
+            source,
         )
 
     def _branches(self, caller: Caller) -> int:
@@ -171,7 +190,8 @@ class RequestSlots:
             request,
             self.episodes,
             caller,
-            caps.tokens,
+            TokenLimit(caps.tokens, caps.source),
+            "set tts.max_total_tokens or the key's limit `tokens`" if caller.key else "set tts.max_total_tokens",
             lambda permit, reservation: RequestSlot(permit, reservation, caps),
         )
 
@@ -180,17 +200,20 @@ class RequestSlots:
         request: Request,
         queue: FairQueue,
         caller: Caller,
-        tokens: int | None,
+        limit: TokenLimit,
+        advice: str,
         make: Callable[[Permit, Reservation], T],
     ) -> T:
-        """Reserve `tokens` and a permit, and make a slot of them that is released with the request's leases."""
+        """Reserve the tokens of `limit` and a permit, and make a slot that is released with the request's leases.
+
+        `advice` ends the message of a refusal: it says how the request could reserve fewer tokens.
+        """
         now = time.monotonic()
         self.budgets.forget(now)
         try:
-            reservation = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, tokens, now)
+            reservation = self.budgets.reserve(caller.holder, caller.caps.tokens_per_minute, limit.tokens, now)
         except BudgetExceeded as error:
-            budget = f"key {caller.key}" if error.holder else "all keys together"
-            message = f"{tokens} tokens exceed what {budget} may still spend this minute; retry later or ask for less"
+            message = f"{self._budget_state(error.holder, now)}; {_reserves(limit)}; retry later, or {advice}"
             raise self._refuse("tokens_per_minute", message, error.after_s) from None
         share = 2 if caller.key else 1
         try:
@@ -206,6 +229,16 @@ class RequestSlots:
         leases: ExitStack = request.state.leases
         leases.callback(slot.release)
         return slot
+
+    def _budget_state(self, holder: str, now: float) -> str:
+        """Return why a budget has no room. The numbers of the common budget are for admins only."""
+        if not holder:
+            return "the requests of all clients leave too little of the server's limit AUTOTTS_TOKENS_PER_MINUTE"
+        window = self.budgets.windows[holder]
+        return (
+            f"key {holder} has spent {window.spent(now)} of its {window.cap} tokens of this minute, and its running "
+            f"requests have reserved {window.reserved}"
+        )
 
     def _refuse(self, reason: str, message: str, after_s: float) -> TooMany:
         self._metrics.refusals.labels(reason).inc()
@@ -250,6 +283,11 @@ class LeaseResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.leases:
             await self.response(scope, receive, send)
+
+
+def _reserves(limit: TokenLimit) -> str:
+    """Return how many tokens a request reserves and what decides that."""
+    return f"this request would reserve {limit.tokens} ({limit.source.rstrip(',')})"
 
 
 def _is_event_stream(response: Response) -> bool:

@@ -19,6 +19,9 @@ SHARE: Final = 4
 """A request without a cap may use a quarter of the minute's tokens, so that one request cannot take them all."""
 
 
+_SHARE_SOURCE: Final = "a quarter of"
+
+
 class Caps(NamedTuple):
     """Limits of one budget holder or of the whole server. None means no limit."""
 
@@ -53,6 +56,12 @@ class EpisodeCaps(NamedTuple):
     tokens: int | None = None
     source: str = ""  # the name of what set `tokens`, for error messages
 
+    @property
+    def share_source(self) -> str | None:
+        """The part of `source` about a quarter of a minute's tokens; None if `tokens` does not derive from one."""
+        _, found, rest = self.source.partition(_SHARE_SOURCE)
+        return found + rest.rstrip(",") if found else None
+
 
 def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
     """Return the smallest of a request's own limit, the caps of its `key` and those of the server, with its source."""
@@ -72,7 +81,7 @@ def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> T
             return TokenLimit(tokens, source)
     minutes = [(bound, source) for bound, source in bounds[3:] if bound is not None]
     minute, source = min(minutes)
-    return TokenLimit(tokens, f"a quarter of {source} ({minute}), for a request that sets no tts.max_total_tokens,")
+    return TokenLimit(tokens, f"{_SHARE_SOURCE} {source} ({minute}), for a request that sets no tts.max_total_tokens,")
 
 
 def limit_below(caps: Caps, needed: int) -> str | None:

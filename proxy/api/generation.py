@@ -198,7 +198,8 @@ class GenerationEndpoints:
                 async with fail_after(plan.remaining_s):
                     await stack.enter_async_context(slot)
             parts = service.engine, service.grading, service.controllers, service.metrics, service.episode_log
-            return await serve_request(*parts, plan, report, slot.settle)
+            warn = partial(service.request_slots.warn_of_cut, slot.caps)
+            return await serve_request(*parts, plan, report, slot.settle, warn)
 
 
 def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:

@@ -42,12 +42,14 @@ async def serve_request(
     plan: Plan,
     on_progress: Callable[[str], None] | None = None,
     on_spent: Callable[[int], None] | None = None,
+    on_capped: Callable[[], None] | None = None,
 ) -> Reply:
     """Run the episode, compose its reply and record it.
 
     `on_progress` is called with a line after each round. `on_spent` is called once with the tokens spent, however the
-    episode ends. Raises ApiError if nothing was generated, or if the server shuts down first. Cancelling it aborts all
-    requests to the upstream, whose tokens are counted.
+    episode ends. `on_capped` is called if the token cap of the request ends the episode. Raises ApiError if nothing was
+    generated, or if the server shuts down first. Cancelling it aborts all requests to the upstream, whose tokens are
+    counted.
     """
     environment = LiveEnvironment(
         engine,
@@ -64,6 +66,8 @@ async def serve_request(
     try:
         with metrics.episodes_in_flight.track_inprogress():
             failure = await _run(runner, plan, environment, state)
+            if on_capped is not None and state.stop is Stop.MAX_TOKENS and environment.cutoff is None:
+                on_capped()
             composed = await _compose(runner, plan, environment, state, failure)
             if plan.records_all:
                 await episode_log.drift.confirm(plan, plan.started)

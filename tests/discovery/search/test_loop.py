@@ -305,9 +305,25 @@ def test_an_explorer_that_cannot_pay_the_next_call_ends_it_orderly(
 def test_where_nobody_got_through_there_is_no_finalist(tmp_path: Path, arenas: tuple[TrialPool, TrialPool]) -> None:
     run = started(tmp_path / RECORD, Given([written(FALLING), written("import os\n")]), Remembering(arenas))
     run.search(SearchLimits(1))
-    with pytest.raises(ExplorerError, match="every candidate failed; see the reasons with `autotts history show`"):
+    advice = f"see the reasons with `autotts history show {tmp_path}`"
+    with pytest.raises(ExplorerError, match=f"all 2 candidates failed; {advice}"):
         run.choose_finalist()
     assert [event.kind for event in run.history.events][-1] == "judged"
+
+
+def test_candidates_dropped_after_a_few_questions_are_not_reported_as_failed(
+    tmp_path: Path, arenas: tuple[TrialPool, TrialPool]
+) -> None:
+    cascade = Cascade(*arenas, PLAN._replace(few=2, behind=-100.0))
+    run = started(tmp_path / RECORD, Given([written(GOOD), written("import os\n")]), cascade)
+    run.search(SearchLimits(1))
+    expected = "no candidate was scored on all questions: 1 of 2 were dropped after a few questions, the others failed"
+    with pytest.raises(ExplorerError, match=expected):
+        run.choose_finalist()
+    empty = started(tmp_path / "empty.jsonl", Given(), cascade)
+    empty.search(SearchLimits(0))
+    with pytest.raises(ExplorerError, match="no candidate was tried; search longer"):
+        empty.choose_finalist()
 
 
 # What is found, and what is known of it

@@ -355,7 +355,11 @@ async def test_a_key_over_its_tokens_per_minute_gets_429_with_retry_after(backen
             "rate_limit_error",
             "rate_limit_exceeded",
         )
-        assert "key alice" in reply["error"]["message"]
+        assert reply["error"]["message"] == (
+            f"key alice has spent {spent} of its 1500 tokens of this minute, and its running requests have reserved 0; "
+            "this request would reserve 900 (tts.max_total_tokens); retry later, or set tts.max_total_tokens or the "
+            "key's limit `tokens`"
+        )
         assert 1 <= int(headers["retry-after"]) <= 60
         assert 600 < spent <= 1500
         assert (await ask(http, url, BOB, "1"))[0] == 200
@@ -363,6 +367,52 @@ async def test_a_key_over_its_tokens_per_minute_gets_429_with_retry_after(backen
             budget = (await response.json())["keys"]["alice"]
         assert (budget["spent"], budget["reserved"], budget["episodes"]) == (spent, 0, 0)
         assert budget["limits"]["tokens_per_minute"] == 1500
+
+
+async def test_a_refusal_names_the_quarter_that_a_request_without_a_cap_would_reserve(
+    backend: FakeVLLM, tmp_path: Path
+) -> None:
+    file = keyed(tmp_path / "keys.toml", tokens_per_minute=4000)
+    async with (
+        running(load(upstream=backend.url, keys=file, tokens_per_minute=6000, **SMALL)) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        for _ in range(20):
+            status, _, reply = await ask(http, url, ALICE, "1")
+            if status != 200:
+                break
+        assert status == 429
+        assert (
+            "this request would reserve 1000 (a quarter of the limit `tokens_per_minute` of key alice (4000), for a "
+            "request that sets no tts.max_total_tokens); retry later, or set tts.max_total_tokens or"
+        ) in reply["error"]["message"]
+        for _ in range(20):
+            status, _, reply = await ask(http, url, BOB, "1")
+            if status != 200:
+                break
+        assert status == 429
+        assert reply["error"]["message"] == (
+            "the requests of all clients leave too little of the server's limit AUTOTTS_TOKENS_PER_MINUTE; "
+            "this request would reserve 1500 (a quarter of the server's limit AUTOTTS_TOKENS_PER_MINUTE (6000), "
+            "for a request that sets no tts.max_total_tokens); retry later, or set tts.max_total_tokens or the key's "
+            "limit `tokens`"
+        )
+
+
+async def test_the_first_request_of_a_key_that_a_quarter_of_its_minute_cuts_is_logged(
+    backend: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = keyed(tmp_path / "keys.toml", tokens_per_minute=4000)
+    async with running(load(upstream=backend.url, keys=file, **SMALL)) as url, aiohttp.ClientSession() as http:
+        for fields in ({"tts": {"max_total_tokens": 700}}, {}, {}):
+            _, _, reply = await ask(http, url, ALICE, "1", **fields)
+            assert reply["tts"]["stop"] == "max_tokens"
+    expected = (
+        "a request ended early, at its cap of 1000 tokens: a quarter of the limit `tokens_per_minute` of key alice "
+        "(4000), for a request that sets no tts.max_total_tokens; set the key's limit `tokens`, or "
+        "tts.max_total_tokens in requests, to choose the cap"
+    )
+    assert [line.getMessage() for line in caplog.records if "ended early" in line.getMessage()] == [expected]
 
 
 async def test_a_disconnect_charges_the_generated_tokens_and_releases_the_reservation(
