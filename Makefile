@@ -44,7 +44,8 @@ soak: $(VENV)/embedded $(VENV)/dev $(VENV)/real-model
 	SOAK_CYCLES=300 SOAK_LOCKED_S=30 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies or locked_for_long" $(ARGS)
 	SOAK_VERDICTS=10 $(BIN)/python -m pytest tests/discovery/evaluation/test_busy_machine.py -k verdict $(ARGS)
-	SOAK_SEAMS=2000 $(BIN)/python -m pytest tests/proxy/upstream/test_vllm_seams.py $(ARGS)
+	SOAK_SEAMS=2000 SOAK_REQUESTS=200 $(BIN)/python -m pytest tests/proxy/upstream/test_vllm_seams.py \
+	  tests/proxy/recording/test_live_replay.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

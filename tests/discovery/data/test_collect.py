@@ -502,7 +502,7 @@ async def test_elapsed_seconds_are_measured_by_the_given_clock(questions: Sequen
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (None, "AUTOTTS_ADMIN_KEY is not set: recording is for admins"),
+        (None, "AUTOTTS_ADMIN_KEY is not set: recording needs the admin key"),
         ("", "AUTOTTS_ADMIN_KEY is not set"),
         ("schlüssel", "AUTOTTS_ADMIN_KEY has characters that are not allowed in an HTTP header"),
         ("open", "the proxy returns 403: controller everything@1 is for admins"),

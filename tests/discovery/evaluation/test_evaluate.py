@@ -727,7 +727,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--recordings", "lines.jsonl", "--plot", "p.gif"], "must end in .png or .svg"),
         (["--json", "no/f.json"], "there is no folder"),
         (["--controllers", "asc@99"], "asc@99 opens 99 branches"),
-        (["--labels", "hearsay"], "--labels: 'hearsay' is none of reference, feedback, consensus"),
+        (["--labels", "hearsay"], "--labels: unknown source 'hearsay'; use reference, feedback, consensus"),
         (["--labels", ","], "--labels is empty"),
         (["--labels", "feedback,feedback=0.5"], "--labels names feedback twice"),
         (["--labels", "feedback=0"], "'feedback=0': the weight must be above 0 and at most 1, or 'confidence'"),
@@ -763,7 +763,8 @@ def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> No
         "m b search: answer comparison: canonical; correct answers: 3 from reference, 3 from feedback\n" in done.stdout
     )
     unknown, versions = done.stderr.splitlines()
-    assert "does not count, 3 by consensus" in unknown
+    assert "recordings were left out" in unknown
+    assert "3 by consensus" in unknown
     assert f"version {newer[0].version.digest} is scored" in versions
     asked += ["--labels", "reference,feedback=0.8,consensus=confidence", "--version", older[0].version.digest]
     done = autotts(*asked, "--json", "-", folder=tmp_path)

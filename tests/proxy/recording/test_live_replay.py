@@ -1,9 +1,10 @@
-"""Live traffic becomes replay data on a real vLLM: of 200 requests a sample is completed, recorded and replayed."""
+"""Live traffic becomes replay data on a real vLLM: a sample of the requests is completed, recorded and replayed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.proxy.test_loop import autotts
 pytestmark = pytest.mark.vllm
 
 MODEL = "autotts-tiny"
-REQUESTS = 200
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "80"))
 SHARE = 0.2
 BRANCHES = 16
 BETA = 0.1
@@ -31,7 +32,7 @@ CONTROLLER = "cmc"
 
 
 async def served(url: str) -> dict[str, bool]:
-    """Send 200 requests and return by id whether each was answered correctly."""
+    """Send the requests and return by id whether each was answered correctly."""
     right: dict[str, bool] = {}
     free = asyncio.Semaphore(AT_ONCE)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as openai:
@@ -66,7 +67,8 @@ async def test_replayed_recordings_reproduce_the_tokens_and_accuracy_of_live_tra
                 return {recording.request for recording in recorded} == wanted
 
         await until(finished, seconds=600)
-    assert 20 <= len(wanted) <= 60
+    mean = REQUESTS * SHARE
+    assert mean / 4 <= len(wanted) <= 2 * mean  # by chance outside in fewer than 1 of 1,000 runs
     async with Store.open(path) as opened:
         episodes = await opened.episodes()
         assert {episode.request_id for episode in episodes} == set(right)
