@@ -1,6 +1,6 @@
-"""Stand-ins written by hand: a scripted environment, and a vLLM that speaks the same HTTP and writes what it is told.
+"""Hand-written fakes: a scripted environment, a vLLM with the same HTTP interface, and a raw upstream.
 
-Both run the same `Chain`s, so a controller can be held to the same episode over either.
+The environment and the vLLM run the same `Chain`s, so a controller must play the same episode over either.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ EOS = 0
 
 @dataclass(frozen=True)
 class Chain:
-    """What one branch would write, a token a character, and what it says when probed after each interval."""
+    """The text of one branch, one token per character, and its probe answers after each interval."""
 
     text: str
-    hunches: tuple[str, ...] = ("",)  # the last one holds from then on
+    hunches: tuple[str, ...] = ("",)  # probe answers; the last one repeats
 
     @property
     def tokens(self) -> int:
-        """Characters and the end token."""
+        """Number of characters plus the end token."""
         return len(self.text) + 1
 
     def hunch(self, tokens: int, interval: int) -> str:
@@ -43,14 +43,14 @@ class Chain:
 
 
 def chain(answer: str, length: int, hunches: Sequence[str] = ("",), mark: str = "a") -> Chain:
-    """A chain of `length` tokens that ends in `answer`. `mark` tells it from others of the same answer."""
+    """Return a chain of `length` tokens that ends in `answer`. `mark` distinguishes chains of equal answers."""
     close = f"</think>\n\nIt is \\boxed{{{answer}}}"
     thought = "<think>" + mark * (length - 1 - len("<think>") - len(close))
     return Chain(thought + close, tuple(hunches))
 
 
 class ScriptedEnvironment:
-    """An environment without I/O: it never suspends. `probe_cost` tells what asking a branch of some text costs."""
+    """An environment without I/O that never suspends. `probe_cost` maps a branch's text to the cost of a probe."""
 
     def __init__(self, chains: Sequence[Chain], interval: int, probe_cost: Callable[[str], int] = lambda _: 0) -> None:
         self.chains = chains
@@ -91,7 +91,7 @@ class ScriptedEnvironment:
 
 
 def episode(interval: int = 10, **limits: Any) -> State:
-    """A fresh state with small limits."""
+    """Return a fresh state with small limits."""
     return State(Limits(interval, **limits))
 
 
@@ -99,7 +99,7 @@ class FakeVLLM:
     """The part of vLLM's HTTP interface the proxy uses. Ids are code points; generation follows `chains` in order.
 
     `fault` makes /v1/completions misbehave: "refuse", "garbage", "cut", "hang", "lie", "error_event", "foreign",
-    "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error told with
+    "no_priority", "unavailable" (503), "drop" (closed before an answer), "error_body" (an error with
     status 200), "echo" (an error that quotes the prompt), "babble" (the prompt where JSON should be), "broken" (500),
     "unmade" (501), "more" (ten times the tokens it may write), "short" and "shorter" (ended for its length after one
     token or two), "aborted" and "odd" (ended for another reason).
@@ -114,29 +114,29 @@ class FakeVLLM:
         self.generated = 0
         self.running = 0
         self.branches = 0  # in flight
-        self.most_branches = 0  # that ever were
+        self.most_branches = 0  # maximum of `branches`
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fault = ""
         self.fault_after = 0
         self.fault_times = 0
         self.spares_text = False  # requests whose prompt is a text are served whatever `fault` says
-        self.growth = 0  # tokens that its counters grow by each time somebody asks for them
+        self.growth = 0  # tokens added to the counters at each read of /metrics
         self.counted = 0
         self.health_checks = 0
-        self.queued = 0  # requests it says are in its queue
-        self.cache = 0.0  # share of its KV cache it says is in use
-        self.looked = asyncio.Event()  # somebody has asked for that while there were some
-        self.is_polite = False  # tells of requests it cannot read with status 400, as vLLM does; set it before `serve`
-        self.babble: Any = None  # what it says at the end of a stream
-        self.usage: dict[str, Any] = {}  # what of its usage is made up
-        self.is_well = True  # what it says of itself
-        self.greeting = ""  # what its chat template begins a conversation with
-        self.hanging = asyncio.Event()  # a request hangs now
+        self.queued = 0  # queued requests that /metrics reports
+        self.cache = 0.0  # share of the KV cache that /metrics reports as used
+        self.looked = asyncio.Event()  # /metrics was read while `queued` was above 0
+        self.is_polite = False  # invalid requests get status 400, as in vLLM; set before `serve`
+        self.babble: Any = None  # extra event at the end of a stream
+        self.usage: dict[str, Any] = {}  # overrides of the reported usage
+        self.is_well = True  # /health returns 200, else 503
+        self.greeting = ""  # text with which the chat template begins
+        self.hanging = asyncio.Event()  # set while a request hangs
         self.gate = asyncio.Event()  # requests wait until it is set
         self.gate.set()
-        self.busy = asyncio.Event()  # one has begun
-        self.idle = asyncio.Event()  # none runs
+        self.busy = asyncio.Event()  # a request has begun
+        self.idle = asyncio.Event()  # no request runs
         self.idle.set()
         self.url = ""
 
@@ -247,7 +247,7 @@ class FakeVLLM:
             error = {"message": "Got priority 9 but Priority scheduling is not enabled.", "code": 400}
             return web.json_response({"error": error}, status=400)
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
-        if isinstance(body["prompt"], str):  # the health check's, which belongs to no chain
+        if isinstance(body["prompt"], str):  # a health check, which belongs to no chain
             written = [([ord("7")], "length")]
         else:
             written = [self._write(prompt, body) for prompt in prompts for _ in range(body.get("n", 1))]
@@ -318,14 +318,14 @@ class FakeVLLM:
         return ids, "stop" if ids[-1] == EOS else "length"
 
     def _speak(self, text: str, most: int) -> tuple[list[int], str]:
-        """The answer to a probe, or the end of a reply that is being closed."""
+        """Return the answer to a probe, or the end of a reply that is being closed."""
         context = text.removesuffix(LEAD)
         closings = ("", LONGEST_CLOSING, "\n\n")  # as `probing.closing` may have chosen
         thoughts = [context.removesuffix(closing) for closing in closings]
         thought, chain = next((t, c) for t in thoughts for c in self.chains if c.text.startswith(t))
         hunch = chain.hunch(len(thought), self.interval)
-        said = f"{hunch}}}" if text.endswith(LEAD) else f"So \\boxed{{{hunch}}}"
-        ids = [*map(ord, said), EOS][:most]
+        reply = f"{hunch}}}" if text.endswith(LEAD) else f"So \\boxed{{{hunch}}}"
+        ids = [*map(ord, reply), EOS][:most]
         return ids, "stop" if ids[-1] == EOS else "length"
 
     def _find(self, text: str) -> Chain:
@@ -335,14 +335,14 @@ class FakeVLLM:
 @web.middleware
 async def _politely(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
-        answered: web.StreamResponse = await handler(request)
-        return answered
+        response: web.StreamResponse = await handler(request)
+        return response
     except web.HTTPException as error:
         status, message = error.status, error.reason
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         status, message = 400, "this cannot be read"
-    told = {"message": message, "type": "BadRequestError", "param": None, "code": status}
-    return web.json_response({"error": told}, status=status)
+    body = {"message": message, "type": "BadRequestError", "param": None, "code": status}
+    return web.json_response({"error": body}, status=status)
 
 
 def _choice(index: int, ids: Sequence[int], finish: str | None) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class Scripted:
 
 
 class Eager:
-    """A controller over another that asks every chain after every step, whether the other wants to know or not."""
+    """Wrapper of a controller that probes every chain after every step."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
@@ -392,7 +392,7 @@ class Eager:
 
 
 class Seen(NamedTuple):
-    """A request as it came over the wire."""
+    """A request as received."""
 
     method: str
     path: str
@@ -401,9 +401,9 @@ class Seen(NamedTuple):
 
 
 class RawUpstream:
-    """An upstream that keeps requests byte for byte and answers with bytes it is given, a piece at a time.
+    """An upstream that records requests byte for byte and replies with the given pieces of bytes.
 
-    After each piece it waits for `go`, which a test that wants to see them one by one clears.
+    After each piece it waits for `go`; clear it to receive pieces one by one.
     """
 
     def __init__(self, pieces: Sequence[bytes] = (), status: int = 200, **headers: str) -> None:
@@ -414,7 +414,7 @@ class RawUpstream:
         self.go = asyncio.Event()
         self.go.set()
         self.url = ""
-        self.close: Callable[[], Awaitable[None]]  # nobody answers from then on
+        self.close: Callable[[], Awaitable[None]]  # afterwards connections are refused
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[RawUpstream]:

@@ -1,4 +1,4 @@
-"""Tests that what is written about the project is true of it."""
+"""Check the documents against the code: settings, metrics, links, files, commands and tables."""
 
 from __future__ import annotations
 
@@ -41,30 +41,32 @@ def test_generated_tables_are_up_to_date(name: str) -> None:
     assert in_page(text(table.page), name).splitlines() == table.make(), f"run {COMMAND}"
 
 
-def test_writing_a_table_changes_nothing_but_the_table() -> None:
+def test_writing_a_generated_table_changes_only_the_table() -> None:
     page = "before\n<!-- generated: x -->\n\nold\n\n<!-- end -->\nafter"
     assert with_table(page, "x", ["| new |"]) == page.replace("old", "| new |")
     with pytest.raises(LookupError, match="generated: y"):
         with_table(page, "y", [])
 
 
-def test_the_command_says_that_all_tables_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checking_the_generated_tables_prints_nothing_when_they_are_up_to_date(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([]) == 0
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
-def test_every_folder_says_what_it_holds(folder: Path) -> None:
+def test_every_package_folder_has_a_docstring(folder: Path) -> None:
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
-def test_every_setting_is_in_the_manual() -> None:
+def test_the_manual_lists_every_setting_in_order() -> None:
     listed = [line.split("`")[1] for line in SETTINGS]
     assert listed == [f"AUTOTTS_{name.upper()}" for name in Settings.model_fields]
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_defaults_in_the_manual_are_those_of_the_settings(name: str) -> None:
+def test_defaults_in_the_manual_equal_those_of_the_settings(name: str) -> None:
     row = next(line for line in SETTINGS if line.startswith(f"| `AUTOTTS_{name.upper()}` |"))
     *_, cell, _ = row.split("|")
     written = re.findall(r"`([^`]*)`", cell)
@@ -77,7 +79,7 @@ def test_defaults_in_the_manual_are_those_of_the_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-def test_settings_and_metrics_that_documents_name_exist(document: Path) -> None:
+def test_settings_and_metrics_named_in_documents_exist(document: Path) -> None:
     content = re.sub(r"<!-- generated.*?<!-- end -->", "", document.read_text(), flags=re.DOTALL)
     known = {f"AUTOTTS_{name.upper()}" for name in Settings.model_fields}
     known |= {"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"}
@@ -93,7 +95,7 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-def test_links_of_documents_lead_somewhere(document: Path) -> None:
+def test_links_in_documents_have_existing_targets(document: Path) -> None:
     for link in re.findall(r"\]\(([^) ]+)\)", document.read_text()):
         if "://" in link:
             continue
@@ -104,7 +106,7 @@ def test_links_of_documents_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-def test_files_that_documents_name_exist(document: Path) -> None:
+def test_files_named_in_documents_exist(document: Path) -> None:
     paths = re.findall(r"`((?:controllers|discovery|proxy|deploy|tests|docs)/[\w./-]*)`", document.read_text())
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
 
@@ -116,32 +118,32 @@ def inline_code(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-def test_commands_that_documents_name_exist(document: Path) -> None:
+def test_commands_and_options_named_in_documents_exist(document: Path) -> None:
     for span in inline_code(document):
-        program, *words = span.split()
-        if program == "make" and words:
-            assert words[0] in make_targets(), span
-        if program == "autotts" and words:
-            options = command_options(words)
-            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, span
+        program, *arguments = span.split()
+        if program == "make" and arguments:
+            assert arguments[0] in make_targets(), span
+        if program == "autotts" and arguments:
+            options = command_options(arguments)
+            assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= options, span
 
 
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
 
 
-def test_contributing_names_every_verb_of_make() -> None:
+def test_contributing_names_every_make_target() -> None:
     assert (
         make_targets() - {span.split()[1] for span in inline_code(ROOT / "CONTRIBUTING.md") if span[:5] == "make "}
         == set()
     )
 
 
-def command_options(words: list[str]) -> set[str]:
-    """Return the options of the command that words begin with. Raises KeyError if there is no such command."""
+def command_options(arguments: list[str]) -> set[str]:
+    """Return the options of the command that the arguments begin with. Raises KeyError if there is no such command."""
     command = get_command(app)
     options = {option for parameter in command.params for option in parameter.opts}
-    for word in words:
+    for word in arguments:
         commands = getattr(command, "commands", None)
         if commands is None or word.startswith("-"):
             break
@@ -157,21 +159,21 @@ def table_names(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/beta.md"])
-def test_every_controller_stands_in_the_tables(page: str) -> None:
+def test_tables_list_every_controller(page: str) -> None:
     names = {*BUILT_IN, *discovered()}
     assert names - table_names(page) == (ADMIN_ONLY if page == "README.md" else set())
 
 
-def test_every_explorer_and_answer_kind_stands_in_the_tables() -> None:
+def test_tables_list_every_explorer_and_answer_kind() -> None:
     assert {name.value for name in ExplorerName} - table_names("docs/discovery.md") == set()
     assert {method.value for method in ExtractionMethod} - table_names("docs/answers.md") == set()
 
 
-def test_the_api_page_has_the_options_and_stop_reasons_of_requests() -> None:
+def test_the_api_page_lists_every_request_option_and_stop_reason() -> None:
     assert {*TtsOptions.model_fields, *map(str, Stop)} - table_names("docs/api.md") == set()
 
 
-def test_the_api_page_has_every_route() -> None:
+def test_the_api_page_lists_every_route() -> None:
     endpoints = text("docs/api.md").partition("\n## Endpoints\n")[2].partition("\n### ")[0]
     listed = {span.rpartition(" ")[2].partition("?")[0] for span in re.findall(r"`([^`]+)`", endpoints)}
     paths = {route.path.replace("{model:path}", "NAME").replace("{request_id:path}", "ID") for route in ROUTES}
@@ -191,7 +193,7 @@ def error_codes() -> set[str]:
     return {code for code in calls if isinstance(code, str)}
 
 
-def test_the_api_page_has_every_error_code() -> None:
+def test_the_api_page_lists_exactly_the_error_codes_of_the_proxy() -> None:
     codes = error_codes()
     assert "bad_beta" in codes
     errors = text("docs/api.md").partition("\n## Errors\n")[2].partition("\n## ")[0]
@@ -201,18 +203,18 @@ def test_the_api_page_has_every_error_code() -> None:
     assert codes == listed
 
 
-def test_the_readme_is_a_landing_page() -> None:
+def test_the_readme_keeps_its_limits_of_lines_and_columns() -> None:
     lines = text("README.md").splitlines()
     assert len(lines) <= MAX_README_LINES
     assert [line for line in lines if len(line) > MAX_README_COLUMNS] == []
 
 
-def test_the_readme_leads_to_every_page_of_the_manual() -> None:
+def test_the_readme_links_to_every_page_of_the_manual() -> None:
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {"docs/index.md"}
     assert pages - set(re.findall(r"\]\(([^)#]+)", text("README.md"))) == set()
 
 
-def test_the_top_level_holds_what_was_agreed() -> None:
+def test_the_top_level_holds_only_the_expected_files_and_folders() -> None:
     agreed = {"proxy", "discovery", "controllers", "tests", "deploy", "docs", "README.md", "pyproject.toml"}
     usual = {"ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"}
     shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and "egg-info" not in path.name}
@@ -221,6 +223,6 @@ def test_the_top_level_holds_what_was_agreed() -> None:
     assert shown <= agreed | usual | made
 
 
-def test_the_version_stands_once() -> None:
+def test_the_readme_does_not_repeat_the_version() -> None:
     version = tomllib.loads(text("pyproject.toml"))["project"]["version"]
     assert version not in text("README.md")

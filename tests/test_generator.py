@@ -17,7 +17,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nb\r\n, whole one\r\n0\r\n\r\n"
 
 
-class Says(asyncio.Protocol):
+class FixedReply(asyncio.Protocol):
     """Server that sends the same response to every connection and closes it."""
 
     def __init__(self, reply: bytes) -> None:
@@ -75,7 +75,7 @@ async def test_a_stream_of_the_backend_has_forty_events() -> None:
     "reply", [OK + b"connection: close\r\ncontent-length: 2\r\n\r\n{}", b"HTTP/1.0 200 OK\r\n\r\n{}"]
 )
 async def test_the_generator_reconnects_if_the_server_closes(reply: bytes) -> None:
-    async with serving(lambda: Says(reply)) as url:
+    async with serving(lambda: FixedReply(reply)) as url:
         answers, _ = await load(url, BODY, 2, 1, lambda: repeat(True, 3))
     assert len(answers) == 6
 
@@ -91,5 +91,5 @@ async def test_the_generator_reconnects_if_the_server_closes(reply: bytes) -> No
 )
 async def test_broken_responses_are_errors(reply: bytes, body: dict[str, object], why: str) -> None:
     with pytest.raises(BrokenAnswer, match=why):
-        async with serving(lambda: Says(reply)) as url:
+        async with serving(lambda: FixedReply(reply)) as url:
             await load(url, body, 1, 0, lambda: repeat(True, 1))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a pre-trained model nobody here trained: sums asked live through the proxy at several β.
+"""Tests on SmolLM2-135M-Instruct, a pre-trained public model: sums asked live through the proxy at several β.
 
-`make real-model` builds the model and prints the tables; tests of this folder are skipped where it is not built.
+`make real-model` builds the model and prints the tables; without it, tests of this folder are skipped.
 """

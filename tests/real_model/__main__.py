@@ -1,8 +1,8 @@
-"""Print what β buys on SmolLM2-135M-Instruct over greedy decoding and over a single sample.
+"""Print the gain and cost of β on SmolLM2-135M-Instruct against greedy decoding and a single sample.
 
     python -m tests.real_model [--sums 60] [--betas 0,0.3,0.6,1] [--controllers cmc,parallel_probe] [--votability]
 
-The exit status is 1 where a bill is not within its stated bound, or a sum is called not votable.
+The exit status is 1 if a bill exceeds its stated bound or a sum is classified as not votable.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _table(measured: list[study.Measured], sums: int) -> Table:
 
 
 def main() -> int:
-    """Build the model if it is not there, and run."""
+    """Build the model if it is missing, then run the study."""
     parser = argparse.ArgumentParser(prog="python -m tests.real_model")
     parser.add_argument("--sums", type=int, default=60, help="how many sums each row asks")
     parser.add_argument("--betas", default="0,0.3,0.6,1", help="β of the rows, joined by commas")

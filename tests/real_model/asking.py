@@ -1,4 +1,4 @@
-"""Ask the real model through the proxy, and read what vLLM's and the proxy's own counters say it took."""
+"""Ask the real model through the proxy, and read the token counters of vLLM and of the proxy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.real_model.model import NAME, server
 
 INTERVAL: Final = 16
 CONCURRENCY: Final = 4
-"""Requests under way at once."""
+"""Concurrent requests."""
 EXAMPLES: Final = 6
 SETTLED_S: Final = 30.0
-"""Seconds in which vLLM must have ended what was aborted."""
+"""Seconds within which vLLM must have ended aborted requests."""
 
 Message = Mapping[str, str]
 
@@ -62,7 +62,7 @@ def draw_sums(count: int) -> tuple[list[Message], list[Sum]]:
 
 
 class Reply(NamedTuple):
-    """What one request brought and cost."""
+    """The text and the cost of one reply."""
 
     text: str
     generated: int  # completion tokens billed, over all branches and probes
@@ -78,7 +78,7 @@ class Reply(NamedTuple):
 
 
 class RealModel:
-    """The proxy over the served model."""
+    """Client of the proxy in front of the served model."""
 
     def __init__(self, url: str, vllm: str, http: aiohttp.ClientSession) -> None:
         self.url = url
@@ -112,7 +112,7 @@ class RealModel:
         return list(await asyncio.gather(*map(ask, conversations)))
 
     async def generated(self) -> int:
-        """Return the tokens vLLM has generated so far, once it has nothing left to do."""
+        """Return the tokens vLLM has generated so far, once it is idle."""
         async with asyncio.timeout(SETTLED_S):
             while await self._metric(self.vllm, "vllm:num_requests_running", "vllm:num_requests_waiting"):
                 pass
@@ -130,7 +130,7 @@ class RealModel:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[RealModel]:
-    """Serve the model and the proxy over it."""
+    """Serve the model and a proxy in front of it."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with (
         server() as vllm,

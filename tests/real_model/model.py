@@ -29,7 +29,7 @@ FLAGS: Final = (
 
 
 def is_built() -> bool:
-    """Return whether the model is there."""
+    """Return whether the model has been built."""
     return (FOLDER / "model.safetensors").exists()
 
 

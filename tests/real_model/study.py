@@ -1,4 +1,4 @@
-"""What β buys on the real model and what it costs, with intervals; and whether prose and tasks are told apart."""
+"""Measure the gain and cost of β on the real model with intervals, and how well prose and tasks are distinguished."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Measured(NamedTuple):
     right: NDArray[np.float64]  # (questions,) 1 where the reply is right
     replies: Sequence[Reply]
     generated: int  # tokens by vLLM's own counter
-    unseen: int  # the most of them that may go unbilled, as the proxy's metric says
+    unseen: int  # upper bound of unbilled tokens, from the proxy's metric
 
     @property
     def billed(self) -> int:
@@ -40,12 +40,12 @@ class Measured(NamedTuple):
 
     @property
     def is_within_bound(self) -> bool:
-        """Whether what was generated is what was billed, and no more beside it than the metric allows."""
+        """Whether the generated tokens exceed the billed ones by no more than the metric allows."""
         return self.billed <= self.generated <= self.billed + self.unseen
 
     @property
     def not_votable(self) -> int:
-        """Requests that ended because nothing could be voted on."""
+        """Number of requests that ended as not votable."""
         return sum(reply.stop == "not_votable" for reply in self.replies)
 
     def cells(self, greedy: Measured) -> tuple[str, ...]:
@@ -101,24 +101,24 @@ async def rows(
 
 
 class Sorted(NamedTuple):
-    """How prose and tasks were told apart, and what that cost."""
+    """Replies to prose and tasks, with error rates of the votability check and its cost."""
 
     prose: Sequence[Reply]
     tasks: Sequence[Reply]
 
     @property
     def voted_prose(self) -> int:
-        """Prose prompts for which more branches were opened than it takes to see that they are prose."""
+        """Number of prose prompts for which a third branch was opened."""
         return sum(reply.branches > UNVOTED for reply in self.prose)
 
     @property
     def missed_tasks(self) -> int:
-        """Tasks that ended before a third branch was opened, as if they were prose."""
+        """Number of tasks that ended as prose before a third branch was opened."""
         return sum(reply.stop == "not_votable" and reply.branches <= UNVOTED for reply in self.tasks)
 
     @property
     def unreadable_tasks(self) -> int:
-        """Tasks that were voted on and ended because two replies stated no answer that can be read."""
+        """Number of tasks that were voted on and ended because two replies had no readable answer."""
         return sum(reply.stop == "not_votable" and reply.branches > UNVOTED for reply in self.tasks)
 
     def lines(self) -> Iterator[str]:

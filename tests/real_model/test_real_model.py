@@ -1,4 +1,4 @@
-"""A pre-trained model through the proxy: bills, votes and greedy decoding. `make soak` runs it."""
+"""A pre-trained model behind the proxy: billing, voting and greedy decoding. `make soak` runs these tests."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ async def test_sums_are_voted_on_and_billed_within_the_bound(
     assert min(reply.branches for reply in row.replies) > 1
 
 
-async def test_at_temperature_0_and_beta_0_the_reply_is_the_models_greedy_one(model: RealModel) -> None:
+async def test_at_temperature_0_and_beta_0_the_reply_equals_greedy_decoding(model: RealModel) -> None:
     turns, sums = draw_sums(SUMS)
     greedy = await study.measure(model, "", sums, turns, None, temperature=0)
     single = await study.measure(model, "", sums, turns, 0, tts={"controller": "single"}, temperature=0)
     assert [reply.text for reply in single.replies] == [reply.text for reply in greedy.replies]
 
 
-async def test_prose_is_not_voted_on_and_costs_little_more_than_its_reply(model: RealModel) -> None:
+async def test_most_prose_is_not_voted_on_and_most_tasks_are(model: RealModel) -> None:
     apart = await study.tell_apart(model, 0.3, "cmc")
     assert apart.voted_prose <= len(apart.prose) // 4
-    assert apart.missed_tasks <= len(apart.tasks) // 2  # replies this model ends early, without an answer
+    assert apart.missed_tasks <= len(apart.tasks) // 2  # this model ends some replies early, without an answer

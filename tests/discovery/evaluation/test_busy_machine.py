@@ -1,4 +1,4 @@
-"""Replay on a machine that is busy, or kills processes: what comes out is the same, and nobody is accused for it."""
+"""Replay on a busy machine or with killed processes: results stay the same and no controller is blamed."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ THOROUGH: Final = HONEST.format(
     first="""if state.rounds == 1 and state.limits.max_tokens is not None:
             for _ in range({steps}): pass"""
 )
-"""It decides the same under a cap, after having counted for a while."""
+"""Decides like HONEST, but under a token cap it first counts for a while."""
 
 
 @contextmanager
 def busy(count: int = BUSY) -> Iterator[None]:
-    """A machine on which so many other processes compute."""
+    """Run `count` processes that compute all the time."""
     with ExitStack() as stack:
         for _ in range(count):
             spin = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
@@ -74,21 +74,21 @@ def played(source: str = HONEST.format(first="pass")) -> JobResult:
 
 
 def steps(seconds: float) -> int:
-    """How many steps of the loop take so long here, on a processor of one's own."""
+    """Return how many loop iterations take `seconds` of processor time on this machine."""
     code = f"import time\nat = time.process_time()\nfor _ in range({10**6}): pass\nprint(time.process_time() - at)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(seconds / float(done.stdout) * 10**6)
 
 
-def test_a_decision_is_as_long_as_it_computes_however_busy_the_machine_is() -> None:
-    """The audit's children, and four processes more, share two processors."""
+def test_a_slow_decision_within_its_processor_time_passes_on_a_busy_machine() -> None:
+    """The sandbox processes of the audit and four busy processes share two processors."""
     with busy():
-        found = played(THOROUGH.format(steps=steps(0.1)))
-    assert found.failures == []
-    assert np.array_equal(found.outcomes, played().outcomes)
+        result = played(THOROUGH.format(steps=steps(0.1)))
+    assert result.failures == []
+    assert np.array_equal(result.outcomes, played().outcomes)
 
 
-def test_a_controller_that_is_late_alone_is_reported_as_late() -> None:
+def test_a_controller_that_is_late_only_under_a_token_limit_is_reported_as_late() -> None:
     messages = {failure.message for failure in played(THOROUGH.format(steps=10**9)).failures}
     assert len(messages) == 1
     (message,) = messages
@@ -104,7 +104,7 @@ Kill = Callable[..., None]
 
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
-    """Kill the children of those numbers, in the order in which they are first asked; as they decide, or before."""
+    """Kill the processes with the given numbers, counted in the order of first use, while or before they decide."""
 
     def some(*numbers: int, idle: bool = False) -> None:
         begin, seen = SandboxHandle.begin, dict[SandboxHandle, int]()
@@ -118,7 +118,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
             begin(self, turns, most)
             if dies and not idle:
                 os.kill(self.process, signal.SIGKILL)
-                monkeypatch.setattr(handles, "IDLE_S", 0.0)  # it has been asked, and stood still
+                monkeypatch.setattr(handles, "IDLE_S", 0.0)  # the process has its request and stands still
 
         monkeypatch.setattr(SandboxHandle, "begin", begin_and_die)
 
@@ -126,27 +126,27 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
 
 
 AUDITED: Final = 4
-PASS, AUDIT, ALONE = 0, 1, 1 + AUDITED  # numbers of the first child of each; one child has a seat for all episodes
+PASS, AUDIT, ALONE = 0, 1, 1 + AUDITED  # numbers of the first process of each; one process plays all episodes
 
 
 @pytest.mark.parametrize("idle", [True, False])
 @pytest.mark.parametrize("number", [PASS, AUDIT])
-def test_a_process_that_is_killed_from_outside_changes_nothing(kill: Kill, number: int, idle: bool) -> None:
+def test_a_process_killed_from_outside_changes_no_result(kill: Kill, number: int, idle: bool) -> None:
     honest = played()
     kill(number, idle=idle)
-    found = played()
-    assert found.failures == []
-    assert np.array_equal(found.outcomes, honest.outcomes)
+    result = played()
+    assert result.failures == []
+    assert np.array_equal(result.outcomes, honest.outcomes)
 
 
-def test_a_controller_that_always_dies_alone_is_reported(kill: Kill) -> None:
+def test_a_controller_whose_process_dies_twice_in_the_audit_is_reported(kill: Kill) -> None:
     kill(AUDIT, ALONE)
     messages = {failure.message for failure in played().failures}
     assert len(messages) == 1
     assert "alone in its process, under a token limit, it failed twice: it was killed by SIGKILL" in messages.pop()
 
 
-def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) -> None:
+def test_processes_killed_every_time_raise_machine_disturbed(kill: Kill) -> None:
     kill(*range(100), idle=True)
     with pytest.raises(MachineDisturbed, match="killed from outside"):
         played()
@@ -155,17 +155,17 @@ def test_a_machine_that_always_disturbs_is_an_error_not_a_failure(kill: Kill) ->
 # Verdicts
 
 
-def test_a_verdict_is_the_same_on_a_busy_machine(tmp_path: Path) -> None:
+def test_a_gate_verdict_is_the_same_on_a_busy_machine(tmp_path: Path) -> None:
     def verdict(name: str) -> gate.GateReport:
         return run(FEW, Spec("first", FIRST), tmp_path / name, shuffles=2)
 
     idle = verdict("idle")
     with busy():
-        found = [verdict(str(number)) for number in range(VERDICTS)]
-    assert [replace(one, created="") for one in found] == [replace(idle, created="")] * VERDICTS
+        reports = [verdict(str(number)) for number in range(VERDICTS)]
+    assert [replace(one, created="") for one in reports] == [replace(idle, created="")] * VERDICTS
 
 
-def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
+def test_a_disturbed_gate_verdict_spends_no_judgement_until_it_happens_too_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger"
@@ -173,10 +173,10 @@ def test_a_verdict_the_machine_disturbed_is_no_look_unless_it_happens_too_often(
     def disturbed(*_: object) -> ScoreSet:
         raise MachineDisturbed("it was killed")
 
-    def disturb(words: str) -> None:
+    def disturb(message: str) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(gate, "score_controllers", disturbed)
-            with pytest.raises(GateError, match=words):
+            with pytest.raises(GateError, match=message):
                 quickly("single", path)
 
     assert quickly("asc@4", path).k == 1

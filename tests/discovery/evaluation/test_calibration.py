@@ -1,4 +1,4 @@
-"""Calibration: what β costs and brings, whether it pays, and β by what it costs."""
+"""Calibration: cost and accuracy of each β, the recommended map, and the β for a token budget."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def calibrated(source: Given, *names: str, **changes: Any) -> Calibrations:
 
 
 def question(number: int, right: float, branches: int = 16) -> RecordedQuestion:
-    """Chains of one length that end right so often, and wrong in the same way else; probes say how they end."""
+    """Return chains of one length that end in 7 with probability `right`, otherwise in 8; probes agree."""
     rng = np.random.default_rng(number)
     finals = ["7" if rng.random() < right else "8" for _ in range(branches)]
     chains = [RecordedBranch([final] * 9, 950, final, []) for final in finals]
     return RecordedQuestion(question_id(str(number)), "m", "b", 100, chains, "7")
 
 
-def test_points_are_those_of_the_evaluator() -> None:
-    found = calibrated(VARIED)["m"]
-    assert (found.controller, found.digest) == ("cmc", Spec("cmc").digest)
-    assert [point.beta for point in found.points] == [0, 0.5, 1]
-    for point in found.points:
+def test_calibration_points_equal_the_figures_of_the_evaluator() -> None:
+    calibration = calibrated(VARIED)["m"]
+    assert (calibration.controller, calibration.digest) == ("cmc", Spec("cmc").digest)
+    assert [point.beta for point in calibration.points] == [0, 0.5, 1]
+    for point in calibration.points:
         cells = scores("cmc", source=VARIED, betas=[point.beta], shuffles=5)
         for column, scale, at, low, high in (
             ("tokens", 1, point.tokens, point.tokens_low, point.tokens_high),
@@ -66,57 +66,57 @@ def test_points_are_those_of_the_evaluator() -> None:
             assert at == pytest.approx(values.mean())
             assert low == pytest.approx(at - half, abs=half / 2)
             assert high == pytest.approx(at + half, abs=half / 2)
-        assert point.gain == pytest.approx(point.accuracy - found.single.accuracy)
+        assert point.gain == pytest.approx(point.accuracy - calibration.single.accuracy)
 
 
-def test_one_chain_is_the_mean_of_chains() -> None:
+def test_the_single_chain_baseline_is_the_mean_of_all_chains() -> None:
     chains = [(b.tokens, b.final == "7") for one in VARIED.recordings for b in one.branches]
-    found = calibrated(VARIED)["m"].single
-    assert (found.tokens, found.accuracy) == pytest.approx(tuple(np.mean(chains, axis=0) * (1, 100)))
+    single = calibrated(VARIED)["m"].single
+    assert (single.tokens, single.accuracy) == pytest.approx(tuple(np.mean(chains, axis=0) * (1, 100)))
 
 
-def test_models_are_calibrated_apart() -> None:
+def test_each_model_is_calibrated_separately() -> None:
     others = [RecordedQuestion(**{**vars(one), "model": "n"}) for one in VARIED.recordings[:3]]
-    found = calibrated(Given(*VARIED.recordings, *others))
-    assert list(found) == ["m", "n"]
-    assert found["m"] == calibrated(VARIED)["m"]
+    by_model = calibrated(Given(*VARIED.recordings, *others))
+    assert list(by_model) == ["m", "n"]
+    assert by_model["m"] == calibrated(VARIED)["m"]
 
 
-def test_voting_on_chains_that_are_mostly_right_pays() -> None:
-    found = calibrated(Given(*(question(i, 0.7) for i in range(12))), "self_consistency")["m"]
-    assert found.pays
-    assert found.map == BetaMap(Arm.CONTROLLER, 1)
-    assert found.points[-1].gains
+def test_voting_on_mostly_correct_chains_is_worth_its_tokens() -> None:
+    calibration = calibrated(Given(*(question(i, 0.7) for i in range(12))), "self_consistency")["m"]
+    assert calibration.pays
+    assert calibration.map == BetaMap(Arm.CONTROLLER, 1)
+    assert calibration.points[-1].gains
 
 
 @pytest.mark.parametrize("name", ["cmc", "self_consistency"])
-def test_where_chains_are_all_alike_nothing_pays(name: str) -> None:
-    found = calibrated(Given(*(question(i, i % 2) for i in range(12))), name)["m"]
-    assert not found.pays
-    assert found.map == BetaMap(Arm.SINGLE, 0)
-    assert found.single.accuracy == 50
+def test_with_identical_chains_the_recommended_map_is_one_chain(name: str) -> None:
+    calibration = calibrated(Given(*(question(i, i % 2) for i in range(12))), name)["m"]
+    assert not calibration.pays
+    assert calibration.map == BetaMap(Arm.SINGLE, 0)
+    assert calibration.single.accuracy == 50
 
 
-def test_one_question_pays_for_nothing() -> None:
-    found = calibrated(Given(question(1, 0.7)))["m"]
-    assert (found.pays, found.points[0].low, found.points[0].gain_half) == (False, None, None)
-    assert "NaN" not in json.dumps(found.as_json())
+def test_one_question_gives_no_interval_and_never_pays() -> None:
+    calibration = calibrated(Given(question(1, 0.7)))["m"]
+    assert (calibration.pays, calibration.points[0].low, calibration.points[0].gain_half) == (False, None, None)
+    assert "NaN" not in json.dumps(calibration.as_json())
 
 
 def point(beta: float, tokens: float, accuracy: float, half: float = 2.0) -> CalibrationPoint:
     return CalibrationPoint(beta, tokens, None, None, accuracy, None, None, accuracy - 50, half)
 
 
-def test_the_recommended_map_follows_from_the_points() -> None:
+def test_a_point_is_worth_its_tokens_only_above_the_rivals_curve() -> None:
     rival = [(1000.0, 50.0), (8000.0, 60.0), (64000.0, 66.0)]
     assert is_worth_its_tokens(point(0, 3000, 55), rival)
-    assert not is_worth_its_tokens(point(0, 5000, 55), rival)  # 4,500 bring as much
-    assert is_worth_its_tokens(point(1, 10**6, 67), rival)  # nothing else does
-    assert not is_worth_its_tokens(point(0, 100, 51.9), rival)  # within what chance may bring
+    assert not is_worth_its_tokens(point(0, 5000, 55), rival)  # 4,500 tokens of the rival reach the same accuracy
+    assert is_worth_its_tokens(point(1, 10**6, 67), rival)  # the rival never reaches it
+    assert not is_worth_its_tokens(point(0, 100, 51.9), rival)  # within the error of chance
     assert is_worth_its_tokens(point(0, 10**6, 53), [])
 
 
-def test_a_dial_that_does_not_pay_is_capped_or_left() -> None:
+def test_the_recommended_map_caps_beta_or_uses_one_chain_when_beta_does_not_pay() -> None:
     rival = [(1000.0, 50.0), (8000.0, 60.0)]
     points = [point(0, 3000, 55), point(0.5, 5000, 57), point(1, 9000, 58)]
     assert recommend_map(points, rival, False) == BetaMap(Arm.CONTROLLER, 0.5)
@@ -130,28 +130,28 @@ def dial(*tokens: float) -> Calibration:
     return Calibration("cmc", Spec("cmc").digest, points, SingleChain(100, 50), True, BetaMap(Arm.CONTROLLER, 1))
 
 
-def test_tokens_find_their_beta() -> None:
-    one = dial(1000, 3000, 5000)
-    assert [one.beta_for(tokens) for tokens in (1, 1000, 2000, 3000, 4500, 5000, 10**9)] == [
+def test_a_token_budget_is_mapped_to_the_beta_that_costs_it() -> None:
+    linear_dial = dial(1000, 3000, 5000)
+    assert [linear_dial.beta_for(tokens) for tokens in (1, 1000, 2000, 3000, 4500, 5000, 10**9)] == [
         *(0, 0, 0.25, 0.5, 0.875, 1, 1)
     ]
-    found = [dial(1000, 4000, 3500, 4000, 8000).beta_for(tokens) for tokens in range(0, 9000, 250)]
-    assert found == sorted(found)
+    betas = [dial(1000, 4000, 3500, 4000, 8000).beta_for(tokens) for tokens in range(0, 9000, 250)]
+    assert betas == sorted(betas)
     assert dial(1000, 4000, 3500, 4000, 8000).beta_for(4000) == 0.25
     assert dial(1000).beta_for(5000) == 0
 
 
 def test_a_calibration_file_is_read_back_unchanged(tmp_path: Path) -> None:
-    found = calibrated(VARIED)
-    write_calibrations(found, tmp_path / "c.json")
-    assert read_calibrations(tmp_path / "c.json") == found
-    told = json.loads((tmp_path / "c.json").read_text())["m"]
-    assert list(told) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
-    assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(told["points"][0])
+    by_model = calibrated(VARIED)
+    write_calibrations(by_model, tmp_path / "c.json")
+    assert read_calibrations(tmp_path / "c.json") == by_model
+    body = json.loads((tmp_path / "c.json").read_text())["m"]
+    assert list(body) == ["controller", "digest", "points", "single", "pays", "map", "answers"]
+    assert {"beta", "tokens", "tokens_low", "tokens_high", "accuracy", "low", "high"} <= set(body["points"][0])
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"points": []}, "m.points: "),
         ({"pays": "perhaps"}, "m.pays: "),
@@ -159,20 +159,20 @@ def test_a_calibration_file_is_read_back_unchanged(tmp_path: Path) -> None:
         ({"map": {"arm": "leg", "cap": 1}}, "m.map.arm: "),
     ],
 )
-def test_an_invalid_calibration_file_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_an_invalid_calibration_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"m": {**dial(1, 2).as_json(), **change}}))
-    with pytest.raises(DiscoveryError, match=f"{path}: not a calibration: {words}"):
+    with pytest.raises(DiscoveryError, match=f"{path}: not a calibration: {message}"):
         read_calibrations(path)
     with pytest.raises(DiscoveryError, match="No such file"):
         read_calibrations(tmp_path / "d.json")
 
 
-def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Path) -> None:
-    found = calibrated(VARIED, "asc", "self_consistency", "cmc")
-    write_calibrations(found, tmp_path / "c.json")
+def test_calibrating_several_controllers_equals_calibrating_each_alone(tmp_path: Path) -> None:
+    by_model = calibrated(VARIED, "asc", "self_consistency", "cmc")
+    write_calibrations(by_model, tmp_path / "c.json")
     first = read_calibrations(tmp_path / "c.json")["m"]
-    assert first == found["m"]
+    assert first == by_model["m"]
     for name in ("asc", "self_consistency", "cmc"):
         (alone,) = calibrated(VARIED, name).values()
         together = first.of_name(name)
@@ -183,7 +183,7 @@ def test_several_controllers_are_calibrated_as_each_would_be_alone(tmp_path: Pat
     assert first.of_name("esc") is None
 
 
-def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
+def test_the_calibrate_command_shows_a_table_for_each_controller(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("".join(format_recording_line(varied(i)) for i in range(4)))
     status, output = verb(tmp_path, "--controllers", "cmc,asc")
     assert status == 0, output
@@ -192,15 +192,15 @@ def test_the_verb_shows_a_table_for_each_controller(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pays", "best", "words"),
+    ("pays", "best", "advice"),
     [
         (True, BetaMap(Arm.CONTROLLER, 1), "yes: all of β"),
         (False, BetaMap(Arm.CONTROLLER, 0.75), "yes: β up to 0.75"),
         (False, BetaMap(Arm.SINGLE, 0), "no: one chain serves best"),
     ],
 )
-def test_the_advice_is_printed_once(pays: bool, best: BetaMap, words: str) -> None:
-    assert replace(dial(1, 2), pays=pays, map=best).advice == words
+def test_the_advice_states_how_far_beta_pays(pays: bool, best: BetaMap, advice: str) -> None:
+    assert replace(dial(1, 2), pays=pays, map=best).advice == advice
 
 
 def verb(folder: Path, *more: str) -> tuple[int, str]:
@@ -209,7 +209,7 @@ def verb(folder: Path, *more: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
+def test_the_calibrate_command_ignores_held_out_questions_by_default(tmp_path: Path) -> None:
     lines = [format_recording_line(varied(i)) for i in range(4)]
     held = [format_recording_line(varied(i, split=Split.HELD_OUT, benchmark="h")) for i in range(4, 8)]
     (tmp_path / "r.jsonl").write_text("".join(lines + held))
@@ -227,7 +227,7 @@ def test_the_verb_leaves_held_out_questions_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("origin", "how"), [(Origin.IMPORTED, "exact"), (Origin.COLLECTED, "canonical")])
-def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
+def test_the_calibrate_command_reports_how_answers_are_compared(tmp_path: Path, origin: Origin, how: str) -> None:
     (tmp_path / "r.jsonl").write_text("".join(format_recording_line(varied(i, origin=origin)) for i in range(4)))
     status, output = verb(tmp_path)
     assert (status, f"answer comparison: {how}\n" in output) == (0, True)
@@ -235,6 +235,6 @@ def test_the_verb_says_how_answers_are_compared(tmp_path: Path, origin: Origin, 
 
 
 @pytest.mark.parametrize("more", [["--controllers", ""], ["--betas", ","]])
-def test_the_verb_takes_some_controllers_and_betas(tmp_path: Path, more: list[str]) -> None:
+def test_the_calibrate_command_refuses_empty_controllers_or_betas(tmp_path: Path, more: list[str]) -> None:
     (tmp_path / "r.jsonl").write_text(format_recording_line(varied(1)))
     assert verb(tmp_path, *more)[0] == 2

@@ -1,4 +1,4 @@
-"""The evaluator: what it says of controllers, failing ones too; engines that agree; traces that hold all of it."""
+"""The evaluator: scores, failing controllers, label weights, agreement between engines, traces and the command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CELL = Cell("m", "b", Split.SEARCH)
 
 
 class Given:
-    """A source of given recordings."""
+    """Recording source that holds the given recordings."""
 
     def __init__(self, *recordings: RecordedQuestion) -> None:
         self.recordings = recordings
@@ -65,7 +65,7 @@ class Given:
 
 
 def question(number: int, branches: int = 16, benchmark: str = "b", **changes: Any) -> RecordedQuestion:
-    """Chains of varied length, two thirds of which come round to 7."""
+    """Return a question with chains of varied length, two thirds of which end in 7."""
     rng = np.random.default_rng(number)
     chains = []
     for _ in range(branches):
@@ -94,12 +94,12 @@ def without_time(score: Score) -> dict[str, Any]:
     return {key: value for key, value in score.as_json().items() if key not in ("seconds", "decisions_per_s")}
 
 
-def columns(found: Sequence[Score]) -> list[Any]:
-    return [score.outcomes.tolist() for score in found]
+def columns(measured: Sequence[Score]) -> list[Any]:
+    return [score.outcomes.tolist() for score in measured]
 
 
 @pytest.mark.parametrize(
-    ("names", "branches", "allowed", "words"),
+    ("names", "branches", "allowed", "message"),
     [
         (("sc",), 16, 64, "m b search: only 16 branches are recorded, 64 are allowed: sc at β = 1 opened all of them"),
         (("sc@16", "single"), 16, 64, None),
@@ -108,34 +108,34 @@ def columns(found: Sequence[Score]) -> list[Any]:
     ],
 )
 def test_scores_limited_by_recordings_are_reported(
-    caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, words: str | None
+    caplog: pytest.LogCaptureFixture, names: tuple[str, ...], branches: int, allowed: int, message: str | None
 ) -> None:
     source = Given(*(question(i, branches) for i in range(4)))
-    found = scores(*names, source=source, rules=ReplayRules(max_branches=allowed))
-    told = [record.getMessage() for record in caplog.records if "are recorded" in record.getMessage()]
-    assert len(told) == (words is not None)
-    assert words is None or told[0].startswith(words)
-    assert {score.as_json()["recorded_branches"] for score in found} == {branches}
-    assert [score.beta for score in found if score.limited] == ([] if words is None else [1.0])
+    measured = scores(*names, source=source, rules=ReplayRules(max_branches=allowed))
+    warnings = [record.getMessage() for record in caplog.records if "are recorded" in record.getMessage()]
+    assert len(warnings) == (message is not None)
+    assert message is None or warnings[0].startswith(message)
+    assert {score.as_json()["recorded_branches"] for score in measured} == {branches}
+    assert [score.beta for score in measured if score.limited] == ([] if message is None else [1.0])
 
 
 def test_cells_are_pooled_by_model_and_over_all() -> None:
     other = [replace(one, model="n") for one in SOURCE.recordings[:3]]
-    found = scores("cmc", "asc", source=Given(*SOURCE.recordings, *other))
-    together = pool_scores(found)
+    measured = scores("cmc", "asc", source=Given(*SOURCE.recordings, *other))
+    together = pool_scores(measured)
     assert [(one.cell.model, one.controller, one.beta) for one in together] == [
         (model, name, beta) for model in ("m", "all") for name in ("cmc", "asc") for beta in (0.0, 1.0)
     ]
-    for one in together:
+    for pooled in together:
         parts = [
             score
-            for score in found
-            if (score.controller, score.beta) == (one.controller, one.beta)
-            and one.cell.model in (score.cell.model, "all")
+            for score in measured
+            if (score.controller, score.beta) == (pooled.controller, pooled.beta)
+            and pooled.cell.model in (score.cell.model, "all")
         ]
         right = np.concatenate([score.per_question("right") for score in parts])
-        assert one.accuracy == pytest.approx(100 * right.mean())
-        assert one.outcomes.shape[-1] == (10 if one.cell.model == "m" else 13)
+        assert pooled.accuracy == pytest.approx(100 * right.mean())
+        assert pooled.outcomes.shape[-1] == (10 if pooled.cell.model == "m" else 13)
     assert pool_scores(scores("cmc", source=Given(*SOURCE.recordings[:6]))) == []
 
 
@@ -147,7 +147,7 @@ def test_rows_over_several_models_have_no_standard_error(capsys: pytest.CaptureF
     assert "all (20 over all models)" in rows[-1]
 
 
-def test_figures_are_those_of_the_episodes() -> None:
+def test_reported_figures_equal_those_of_replayed_episodes() -> None:
     score = scores("cmc", betas=[0.5], cells=[CELL])[0]
     right, tokens, paths, rounds, width = 0, 0, [], 0, 0
     for recorded in SOURCE.load(CELL):
@@ -210,21 +210,21 @@ class Mine:
 
 @pytest.mark.process
 @pytest.mark.parametrize("engine", [EngineName.PROCESS, EngineName.RAY])
-def test_engines_agree_to_the_bit(engine: EngineName, tmp_path: Path) -> None:
+def test_every_engine_gives_exactly_the_same_scores(engine: EngineName, tmp_path: Path) -> None:
     if engine is EngineName.RAY:
         pytest.importorskip("ray", reason="the extra `ray` is not installed")
     names = ["cmc", "self_consistency@8", "parallel_probe"]
     here, there = scores(*names), scores(*names, engine=engine)
     assert [without_time(score) for score in there] == [without_time(score) for score in here]
-    for one, other in zip(here, there, strict=True):
-        assert (one.outcomes == other.outcomes).all()
+    for local, remote in zip(here, there, strict=True):
+        assert (local.outcomes == remote.outcomes).all()
     assert paired_differences(here) == paired_differences(there)
 
 
-def test_shuffles_are_the_same_for_every_controller_and_run() -> None:
-    one, two, again = scores("cmc", "asc@16", betas=[1.0]), scores("asc@16", "cmc", betas=[1.0]), scores("cmc")
-    assert without_time(one[0]) == without_time(two[1])
-    assert without_time(one[0]) == without_time(again[1])
+def test_branch_orders_are_the_same_for_every_controller_and_run() -> None:
+    first, second, third = scores("cmc", "asc@16", betas=[1.0]), scores("asc@16", "cmc", betas=[1.0]), scores("cmc")
+    assert without_time(first[0]) == without_time(second[1])
+    assert without_time(first[0]) == without_time(third[1])
 
 
 FAULTY = {
@@ -235,7 +235,7 @@ FAULTY = {
     "nothing": "        return None",
     "loops": "        while True:\n            try: pass\n            except Exception: pass",
 }
-WORDS = {
+FAILURE_MESSAGES = {
     "raises": "Mine raised ValueError: no idea",
     "exits": "Mine raised SystemExit: bye",
     "illegal": "CONTINUE: there is no branch 3; 1 are open",
@@ -256,12 +256,12 @@ def test_a_faulty_controller_is_a_scored_failure(tmp_path: Path, fault: str) -> 
         "    def decide(self, state):\n"
         "        if not state.width: return [branch()]\n" + FAULTY[fault]
     )
-    found = scores(str(path), "single", betas=[1.0], cells=[CELL])
-    figures = found[0].as_json()
+    measured = scores(str(path), "single", betas=[1.0], cells=[CELL])
+    figures = measured[0].as_json()
     assert (figures["accuracy"], figures["episodes"], figures["failures"]) == (0, 42, 42)
-    assert WORDS[fault] in figures["failure"]
+    assert FAILURE_MESSAGES[fault] in figures["failure"]
     assert figures["tokens"] == pytest.approx(100, rel=0.2)
-    assert found[1].as_json()["failures"] == 0
+    assert measured[1].as_json()["failures"] == 0
 
 
 @pytest.mark.process
@@ -285,7 +285,7 @@ def test_only_complete_recordings_with_a_reference_are_scored() -> None:
 
 
 def versions(*changes: dict[str, Any], origin: Origin = Origin.LIVE) -> Given:
-    """Two questions of each version, the last of which is the newest."""
+    """Return two questions of each version; the last version is the newest."""
     return Given(*(question(2 * i + j, origin=origin, **one) for i, one in enumerate(changes) for j in range(2)))
 
 
@@ -294,7 +294,7 @@ COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (HOT, r"sampling \{\}\); \w{12} \(2: sampling {\"temperature\": 0.9}\)"),
         ({"interval": 50}, r"interval 100\); \w{12} \(2: interval 50\)"),
@@ -302,11 +302,11 @@ COOL: dict[str, Any] = {"sampling": {"temperature": 0.6}}
         ({"chat_template": "c"}, r"chat template unknown\); \w{12} \(2: chat template c\)"),
     ],
 )
-def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], words: str) -> None:
+def test_imported_recordings_of_two_versions_are_not_mixed(change: dict[str, Any], message: str) -> None:
     source = versions({}, change, origin=Origin.IMPORTED)
     first = source.recordings[0].version.digest
-    words = rf"recordings of 2 versions cannot be scored together: {first} \(2: {words}; choose one with"
-    with pytest.raises(RecordingsNotFound, match=words):
+    message = rf"recordings of 2 versions cannot be scored together: {first} \(2: {message}; choose one with"
+    with pytest.raises(RecordingsNotFound, match=message):
         scores("single", source=source)
     mixed = Given(
         *versions({}, origin=Origin.COLLECTED).recordings, *versions(change, origin=Origin.IMPORTED).recordings
@@ -320,8 +320,8 @@ def test_the_newest_version_of_collected_recordings_is_scored(origin: Origin, ca
     source = versions(HOT, {}, COOL, origin=origin)
     older = [source.recordings[i].version.digest for i in (0, 2)]
     newest = source.recordings[-1].version.digest
-    found = scores("single", source=source)
-    assert columns(found) == columns(scores("single", source=Given(*source.recordings[4:])))
+    measured = scores("single", source=source)
+    assert columns(measured) == columns(scores("single", source=Given(*source.recordings[4:])))
     (line,) = (record.getMessage() for record in caplog.records)
     assert f"version {newest} is scored; left out: {older[0]} (2: sampling" in line
     assert f"; {older[1]} (2: sampling {{}})" in line
@@ -330,12 +330,12 @@ def test_the_newest_version_of_collected_recordings_is_scored(origin: Origin, ca
 def test_one_request_with_other_sampling_does_not_exclude_the_rest() -> None:
     usual = versions({"chat_template": "old"}, HOT, HOT, origin=Origin.LIVE).recordings
     odd = versions(COOL, origin=Origin.LIVE).recordings[:1]
-    found = scores("single", source=Given(*usual, *odd))
-    assert columns(found) == columns(scores("single", source=Given(*usual[2:])))
+    measured = scores("single", source=Given(*usual, *odd))
+    assert columns(measured) == columns(scores("single", source=Given(*usual[2:])))
 
 
 @pytest.mark.parametrize("origin", Origin)
-def test_another_version_can_be_asked_for(origin: Origin) -> None:
+def test_an_older_version_can_be_selected_by_its_digest(origin: Origin) -> None:
     source = versions(HOT, COOL, origin=origin)
     first, second = (one.version.digest for one in source.recordings[::2])
     older = scores("single", source=source, version=first[:5])
@@ -346,8 +346,8 @@ def test_another_version_can_be_asked_for(origin: Origin) -> None:
         scores("single", source=source, version="zz")
 
 
-def test_a_version_is_named_by_enough_of_its_digest() -> None:
-    source = versions(*({"interval": 50 + i} for i in range(17)))  # two digests at least begin alike
+def test_an_ambiguous_digest_prefix_of_a_version_is_refused() -> None:
+    source = versions(*({"interval": 50 + i} for i in range(17)))  # at least two digests share their first digit
     begins = [one.version.digest[0] for one in source.recordings[::2]]
     twice = next(digit for digit in begins if begins.count(digit) > 1)
     with pytest.raises(RecordingsNotFound, match=rf"{begins.count(twice)} versions begin with '{twice}'; versions: "):
@@ -363,18 +363,22 @@ def test_a_newest_version_that_cannot_be_scored_is_reported(caplog: pytest.LogCa
     assert caplog.text == ""
 
 
-def test_branches_of_one_question_are_scored_together_whoever_asked_it() -> None:
-    whole = [question(i, origin=Origin.LIVE, request=f"r {i}") for i in range(3)]
+def test_branches_of_one_question_from_several_requests_are_scored_together() -> None:
+    complete = [question(i, origin=Origin.LIVE, request=f"r {i}") for i in range(3)]
     parts = [
-        replace(one, request=f"r {one.request} {at}", branches=one.branches[at::2]) for one in whole for at in (0, 1)
+        replace(recorded, request=f"r {recorded.request} {at}", branches=recorded.branches[at::2])
+        for recorded in complete
+        for at in (0, 1)
     ]
     (here,) = scores("self_consistency@16", betas=[1.0], source=Given(*parts))
-    (there,) = scores("self_consistency@16", betas=[1.0], source=Given(*whole))
+    (there,) = scores("self_consistency@16", betas=[1.0], source=Given(*complete))
     assert here.outcomes.shape == there.outcomes.shape == (len(OUTCOME_COLUMNS), 7, 3)
-    assert here.per_question("tokens") == pytest.approx(there.per_question("tokens"))  # all branches of each
+    assert here.per_question("tokens") == pytest.approx(
+        there.per_question("tokens")
+    )  # both use all branches of each question
 
 
-# How right answers are known
+# Label sources and weights
 
 FEEDBACK, CONSENSUS = LabelSource.FEEDBACK, LabelSource.CONSENSUS
 MIXED = Given(
@@ -404,29 +408,29 @@ def test_consensus_labels_are_scored_only_on_request(caplog: pytest.LogCaptureFi
 ALL: Weights = dict.fromkeys(LabelSource, 1.0)
 
 
-def test_weights_of_one_change_no_bit() -> None:
+def test_label_weights_of_1_change_no_score() -> None:
     plain = Given(*(replace(one, label_source=LabelSource.REFERENCE) for one in MIXED.recordings))
     sure = Given(*(replace(one, confidence=1.0) for one in MIXED.recordings))
     names = ["cmc", "self_consistency@8"]
     expected = scores(*names, source=plain)
     for source, weights in ((MIXED, ALL), (sure, dict.fromkeys(LabelSource, None))):
-        found = scores(*names, source=source, weights=weights)
-        for one, other in zip(found, expected, strict=True):
-            told = without_time(other) | {"label_sources": {"reference": 3, "feedback": 3, "consensus": 3}}
-            assert without_time(one) == told
-            assert one.error == other.error
-        assert paired_differences(found) == paired_differences(expected)
+        measured = scores(*names, source=source, weights=weights)
+        for score, reference in zip(measured, expected, strict=True):
+            figures = without_time(reference) | {"label_sources": {"reference": 3, "feedback": 3, "consensus": 3}}
+            assert without_time(score) == figures
+            assert score.error == reference.error
+        assert paired_differences(measured) == paired_differences(expected)
 
 
-def test_a_question_counts_for_its_weight() -> None:
+def test_a_question_counts_in_proportion_to_its_weight() -> None:
     weights: Weights = {LabelSource.REFERENCE: 1.0, FEEDBACK: 0.5, CONSENSUS: None}
     of_each = np.array([1.0] * 3 + [0.5] * 3 + [0.25, 0.5, 0.75])
     (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=weights)
     (plain,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
     figures = score.as_json()
     for name in ("tokens", "rounds", "branches", *TOKEN_KINDS):
-        told = figures["tokens_by_kind"] if name in TOKEN_KINDS else figures
-        assert told[name] == pytest.approx((of_each * plain.per_question(name)).sum() / of_each.sum())
+        values = figures["tokens_by_kind"] if name in TOKEN_KINDS else figures
+        assert values[name] == pytest.approx((of_each * plain.per_question(name)).sum() / of_each.sum())
     assert score.accuracy == pytest.approx(100 * (of_each * plain.per_question("right")).sum() / of_each.sum())
     assert score.accuracy != plain.accuracy
     assert (figures["episodes"], figures["failures"]) == (63, 0)
@@ -443,7 +447,7 @@ def repeated(score: Score, times: Sequence[int]) -> Score:
     return replace(score, outcomes=np.repeat(score.outcomes, times, axis=-1))
 
 
-def test_a_weight_counts_as_being_there_more_often() -> None:
+def test_an_integer_weight_equals_repeating_the_question() -> None:
     (score,) = scores("cmc", betas=[1.0], source=MIXED, weights=ALL)
     times = [4, 4, 4, 2, 2, 2, 1, 2, 3]
     weighted, more = graded(score, [one / 4 for one in times]), repeated(score, times)
@@ -457,27 +461,27 @@ def test_a_weight_counts_as_being_there_more_often() -> None:
     )
 
 
-def test_intervals_are_of_weighted_questions() -> None:
+def test_paired_intervals_use_the_weights_of_questions() -> None:
     names, weights = ("self_consistency@1", "self_consistency@16"), [1.0] * 3 + [0.5] * 3 + [0.25] * 3
-    found = [graded(one, weights) for one in scores(*names, betas=[1.0], source=MIXED, weights=ALL)]
-    (one,) = paired_differences(found)
-    gained = 100 * (found[1].per_question("right") - found[0].per_question("right"))
-    assert one.accuracy == pytest.approx(np.average(gained, weights=weights))
-    assert one.low < one.accuracy < one.high
-    assert one.tokens == pytest.approx(found[1].mean("tokens") / found[0].mean("tokens"))
+    measured = [graded(one, weights) for one in scores(*names, betas=[1.0], source=MIXED, weights=ALL)]
+    (difference,) = paired_differences(measured)
+    gained = 100 * (measured[1].per_question("right") - measured[0].per_question("right"))
+    assert difference.accuracy == pytest.approx(np.average(gained, weights=weights))
+    assert difference.low < difference.accuracy < difference.high
+    assert difference.tokens == pytest.approx(measured[1].mean("tokens") / measured[0].mean("tokens"))
     assert paired_interval(gained, np.full(9, 0.5)) == pytest.approx(paired_interval(gained))
-    assert (one.low, one.high) != paired_interval(gained)
+    assert (difference.low, difference.high) != paired_interval(gained)
     assert paired_interval(np.array([5.0, 5.0, 5.0]), np.array([1.0, 0.1, 0.2])) == pytest.approx((5, 5))
 
 
-def test_a_weighted_interval_covers_as_often_as_it_says() -> None:
+def test_a_weighted_interval_has_its_stated_coverage() -> None:
     rng = np.random.default_rng(8)
     hits = 0
     for _ in range(60):
         weights = rng.uniform(0.2, 1, 60)
         low, high = paired_interval(rng.normal(0.3, 1.0, 60), weights)
         hits += low <= 0.3 <= high
-    assert 50 <= hits <= 60  # as above
+    assert 50 <= hits <= 60  # 57 are expected
 
 
 @pytest.mark.parametrize(
@@ -489,7 +493,7 @@ def test_a_weighted_interval_covers_as_often_as_it_says() -> None:
         ("reference,feedback", dict(DEFAULT_WEIGHTS)),
     ],
 )
-def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) -> None:
+def test_label_weights_are_parsed_from_text(text: str, weights: Weights) -> None:
     assert parse_weights(text) == weights
 
 
@@ -498,7 +502,7 @@ def test_labels_are_asked_for_by_name_and_weight(text: str, weights: Weights) ->
 
 @pytest.mark.parametrize("how", AnswerComparison)
 @pytest.mark.parametrize("hidden", ["answers", "reference", "both", "one"])
-def test_veiled_answers_are_graded_by_equality(how: AnswerComparison, hidden: str) -> None:
+def test_redacted_answers_are_graded_by_equality(how: AnswerComparison, hidden: str) -> None:
     spelled = ["7.0", "$7$", "8", "007", "9", "8"]
     hide = {"answers": range(6), "reference": (), "both": range(6), "one": [2]}[hidden]
     finals = [redacted(one) if at in hide else one for at, one in enumerate(spelled)]
@@ -513,19 +517,19 @@ def test_veiled_answers_are_graded_by_equality(how: AnswerComparison, hidden: st
     assert score.accuracy == 100
 
 
-def test_what_cannot_be_read_is_no_answer_beside_veiled_ones_either() -> None:
+def test_unreadable_answers_beside_redacted_ones_are_no_answer() -> None:
     finals = [redacted("7"), "[placeholder]", "7", None]
     recorded = RecordedQuestion("q", "m", "b", 100, [RecordedBranch([], 10, final) for final in finals], "8")
     assert regrade(recorded).finals.tolist() == [0, NO_ANSWER, 0, NO_ANSWER]
     assert regrade(recorded).reference == intern_answers(recorded).reference == NO_ANSWER
 
 
-def test_more_chains_than_were_recorded_are_refused() -> None:
+def test_a_controller_with_more_chains_than_recorded_is_refused() -> None:
     with pytest.raises(RecordingsNotFound, match="asc@17 opens 17 branches, but m b search has 16 per question"):
         scores("asc@17", rules=ReplayRules(max_branches=64))
 
 
-def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
+def test_canonical_comparison_grades_answers_as_the_proxy_does() -> None:
     chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
     source = Given(RecordedQuestion("q", "m", "b", 100, chains, " 7 "))
     exact, canonical = (
@@ -544,7 +548,7 @@ def test_answers_can_be_read_as_the_proxy_reads_them() -> None:
         ([Origin.IMPORTED, Origin.LIVE], 100, "canonical"),
     ],
 )
-def test_models_spell_answers_in_many_ways_and_published_tables_in_one(
+def test_the_default_comparison_is_exact_only_for_imported_recordings(
     origins: Sequence[Origin], accuracy: float, how: str
 ) -> None:
     chains = [RecordedBranch([], 10, answer) for answer in ("7.0", "007", "8", "$7$", "8")]
@@ -554,32 +558,38 @@ def test_models_spell_answers_in_many_ways_and_published_tables_in_one(
     assert (score.accuracy, score.as_json()["answers"]) == (accuracy, how)
 
 
-def test_cells_that_are_not_there_are_named() -> None:
+def test_missing_cells_are_refused_with_the_available_ones() -> None:
     cells = [CELL, Cell("n", "c", Split.HELD_OUT)]
     assert select_cells(cells, ["n"], [], None) == cells[1:]
     assert select_cells(cells, [], [], Split.SEARCH) == cells[:1]
-    for models, benchmarks, split, words in (
+    for models, benchmarks, split, message in (
         (["x"], [], None, "no recordings of model 'x'; available: m, n"),
         ([], ["x"], None, "no recordings of benchmark 'x'; available: b, c"),
         ([], [], Split.VALIDATION, "no recordings of split 'validation'; available: held-out, search"),
         (["m"], ["c"], None, "models, benchmarks and split; available: m b search; n c held-out"),
     ):
-        with pytest.raises(RecordingsNotFound, match=words):
+        with pytest.raises(RecordingsNotFound, match=message):
             select_cells(cells, models, benchmarks, split)
 
 
-def test_a_difference_is_paired_by_question() -> None:
-    found = scores("self_consistency@1", "self_consistency@16", betas=[1.0])
-    (one,) = paired_differences(found)
-    assert (one.controller, one.against, one.questions) == ("self_consistency@16", "self_consistency@1", 10)
-    wins = np.concatenate([found[2 * i + 1].per_question("right") - found[2 * i].per_question("right") for i in (0, 1)])
-    assert one.accuracy == pytest.approx(100 * wins.mean())
-    assert one.low < one.accuracy < one.high
-    assert one.tokens == pytest.approx(16, rel=0.2)
-    assert paired_differences(found[:1]) == []
+def test_paired_differences_are_computed_per_question() -> None:
+    measured = scores("self_consistency@1", "self_consistency@16", betas=[1.0])
+    (difference,) = paired_differences(measured)
+    assert (difference.controller, difference.against, difference.questions) == (
+        "self_consistency@16",
+        "self_consistency@1",
+        10,
+    )
+    wins = np.concatenate(
+        [measured[2 * i + 1].per_question("right") - measured[2 * i].per_question("right") for i in (0, 1)]
+    )
+    assert difference.accuracy == pytest.approx(100 * wins.mean())
+    assert difference.low < difference.accuracy < difference.high
+    assert difference.tokens == pytest.approx(16, rel=0.2)
+    assert paired_differences(measured[:1]) == []
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
+def test_a_paired_interval_has_its_stated_coverage() -> None:
     rng = np.random.default_rng(7)
     hits = 0
     for _ in range(60):
@@ -588,22 +598,26 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 50 <= hits <= 60  # 57 are expected; fewer than 50 come up in a run of ten thousand
 
 
-def test_the_frontier_holds_the_points_that_no_other_beats() -> None:
+def test_the_pareto_frontier_holds_the_points_that_no_other_dominates() -> None:
     assert pareto_frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
 
 
-def test_mapped_recordings_are_equal_and_read_only(tmp_path: Path) -> None:
+def test_memory_mapped_recordings_are_equal_and_read_only(tmp_path: Path) -> None:
     recordings = [intern_answers(one) for one in SOURCE.recordings]
     taken = load_mapped(write_mapped(recordings, tmp_path / "shelf"))
-    for one, other in zip(recordings, taken, strict=True):
-        assert one.rows == other.rows
-        assert (one.question, one.answers, one.reference) == (other.question, other.answers, other.reference)
-        assert not other.probes.flags.owndata
+    for recording, mapped in zip(recordings, taken, strict=True):
+        assert recording.rows == mapped.rows
+        assert (recording.question, recording.answers, recording.reference) == (
+            mapped.question,
+            mapped.answers,
+            mapped.reference,
+        )
+        assert not mapped.probes.flags.owndata
         with pytest.raises(ValueError, match="read-only"):
-            other.probes[0] = 1
+            mapped.probes[0] = 1
 
 
-def test_traces_hold_every_round(tmp_path: Path) -> None:
+def test_traces_reproduce_every_round_and_final_state(tmp_path: Path) -> None:
     rules = ReplayRules(16, traces=tmp_path)
     plain, traced = scores("cmc", "asc@16"), scores("cmc", "asc@16", rules=rules)
     assert [without_time(one) for one in plain] == [without_time(one) for one in traced]
@@ -657,7 +671,7 @@ def autotts(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """A file of the generic format."""
+    """Return a JSON Lines file with all recordings of SOURCE."""
     from discovery.data.importers import format_recording_line
 
     path = tmp_path / "lines.jsonl"
@@ -666,7 +680,7 @@ def lines(tmp_path: Path) -> Path:
 
 
 @pytest.mark.process
-def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) -> None:
+def test_import_evaluate_trace_and_export_work_on_the_command_line(tmp_path: Path, lines: Path) -> None:
     done = autotts("import", "jsonl", "lines.jsonl", "--store", "s.db", folder=tmp_path)
     assert (done.returncode, done.stdout) == (
         0,
@@ -713,7 +727,7 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--controllers", "cmcc"], "there is no controller 'cmcc'; there are single"),
         (["--controllers", "none.py"], "none.py: No such file or directory"),
@@ -738,19 +752,19 @@ def test_the_command_line_from_import_to_picture(tmp_path: Path, lines: Path) ->
         (["--version", "zz"], "m b search: no version 'zz' can be scored; versions: "),
     ],
 )
-def test_bad_arguments_are_one_line_and_leave_nothing(
-    tmp_path: Path, lines: Path, arguments: list[str], words: str
+def test_invalid_arguments_of_evaluate_give_one_line_and_leave_no_file(
+    tmp_path: Path, lines: Path, arguments: list[str], message: str
 ) -> None:
     before = sorted(tmp_path.iterdir())
     done = autotts("evaluate", "--recordings", "lines.jsonl", *arguments, folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.process
-def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> None:
+def test_the_evaluate_command_reports_label_sources_and_versions(tmp_path: Path) -> None:
     from discovery.data.importers import format_recording_line
 
     newer = [replace(one, origin=Origin.LIVE, request=f"r {at}", **COOL) for at, one in enumerate(MIXED.recordings)]
@@ -777,9 +791,9 @@ def test_the_command_line_says_how_right_answers_are_known(tmp_path: Path) -> No
 
 
 @pytest.mark.process
-def test_a_file_that_breaks_off_imports_nothing(tmp_path: Path, lines: Path) -> None:
-    whole = lines.read_bytes()
-    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
+def test_a_truncated_file_imports_nothing(tmp_path: Path, lines: Path) -> None:
+    content = lines.read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(content[: len(content) // 2])
     done = autotts("import", "jsonl", "lines.jsonl", "cut.jsonl", "--store", "s.db", folder=tmp_path)
     assert (done.returncode, done.stderr.strip().count("\n")) == (2, 0)
     assert "cut.jsonl:" in done.stderr

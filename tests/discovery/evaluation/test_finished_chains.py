@@ -46,7 +46,7 @@ def score(path: Path, controller: str) -> Score:
 
 
 def losses(controller: str) -> dict[str, float]:
-    """Points lost against self-consistency with 64 chains, by model, mean of two benchmarks."""
+    """Return the points lost against self-consistency with 64 chains by model, mean of two benchmarks."""
     lost: dict[str, list[float]] = {}
     for path in FILES:
         difference = score(path, "sc@64").accuracy - score(path, controller).accuracy
@@ -55,11 +55,11 @@ def losses(controller: str) -> dict[str, float]:
 
 
 def ratio(controller: str, figure: str) -> float:
-    """Mean over models and benchmarks of a figure, as a share of that of 64 chains."""
+    """Return a figure relative to self-consistency with 64 chains, mean over models and benchmarks."""
     return fmean(score(path, controller).mean(figure) / score(path, "sc@64").mean(figure) for path in FILES)
 
 
-def test_adaptive_consistency_loses_nothing_at_three_tenths_of_the_tokens() -> None:
+def test_adaptive_consistency_loses_at_most_a_tenth_of_a_point_at_30_percent_of_the_tokens() -> None:
     lost = losses("adaptive_consistency")
     assert fmean(lost.values()) <= 0.1
     assert max(lost.values()) <= 1.5
@@ -67,5 +67,5 @@ def test_adaptive_consistency_loses_nothing_at_three_tenths_of_the_tokens() -> N
     assert ratio("adaptive_consistency", "critical_path") <= 1.7
 
 
-def test_stopping_at_the_shortest_chains_harms_some_models() -> None:
+def test_short_m_at_k_loses_over_three_points_on_some_model() -> None:
     assert max(losses("short_m_at_k").values()) > 3

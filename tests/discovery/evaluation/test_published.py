@@ -1,6 +1,6 @@
-"""The published figures on the public recordings, to the printed digit. Skipped where the recordings are not beside us.
+"""Reproduce the published figures on the public recordings. Skipped where the recordings are not available.
 
-Every cell of the AutoTTS paper's Table 1 that the recordings cover comes out, but for two rows: ASC on Qwen3-4B was run
+Every cell of the AutoTTS paper's Table 1 that the recordings cover is reproduced, except two rows: ASC on Qwen3-4B ran
 with at most 40 chains, and Parallel-Probe on Qwen3-1.7B with settings nobody published.
 """
 
@@ -28,7 +28,7 @@ from tests.fakes import Eager
 FOLDER = Path(__file__).parents[4] / "shared" / "replay"
 SHUFFLES = 100
 FEWER = 40
-"""Shuffles where two gradings are compared, not a figure with a printed one."""
+"""Shuffles for comparisons of two gradings, which need no match with a printed figure."""
 
 pytestmark = [
     pytest.mark.xdist_group("published"),  # so that one worker reads the recordings
@@ -41,7 +41,7 @@ pytestmark = [
 
 MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B")
 BENCHMARKS = ("aime24", "aime25")
-METHODS = {  # what the table calls it: our name and β
+METHODS = {  # name in the table: (controller, β)
     "SC@64": ("self_consistency", 1.0),
     "ASC": ("asc", 1.0),
     "ESC": ("esc", 1.0),
@@ -49,7 +49,7 @@ METHODS = {  # what the table calls it: our name and β
     "AutoTTS b=0.5": ("cmc", 0.5),
     "AutoTTS b=1.0": ("cmc", 1.0),
 }
-OTHERWISE = {("Qwen3-4B", "ASC"): ("asc@40", 1.0)}  # as the row was really run
+OTHERWISE = {("Qwen3-4B", "ASC"): ("asc@40", 1.0)}  # the settings the row was really run with
 UNPUBLISHED = {("Qwen3-1.7B", "Parallel-Probe")}  # settings unknown
 PRINTED = [(model, method) for model in MODELS for method in METHODS if (model, method) not in UNPUBLISHED]
 EVERY_DAY = ("Qwen3-1.7B", "aime25")
@@ -77,7 +77,7 @@ def measure(model: str, benchmark: str, controller: str, beta: float, shuffles: 
 
 
 def printed(model: str, benchmark: str, controller: str, beta: float) -> tuple[str, str]:
-    """As the table prints it: percent, and thousands of tokens, cut to whole tokens before they are rounded."""
+    """Return percent and thousands of tokens as the table prints them, truncated to whole tokens before rounding."""
     accuracy, tokens = measure(model, benchmark, controller, beta)
     return f"{accuracy:.1f}", f"{int(tokens) / 1000:.1f}"
 
@@ -92,13 +92,13 @@ def table() -> dict[tuple[str, str], dict[str, str]]:
     ("model", "benchmark", "method"),
     with_soak(*((model, benchmark, method) for model, method in PRINTED for benchmark in BENCHMARKS)),
 )
-def test_the_table_comes_out_as_printed(model: str, benchmark: str, method: str) -> None:
+def test_each_cell_of_the_published_table_is_reproduced_as_printed(model: str, benchmark: str, method: str) -> None:
     row = table()[model, method]
     ours = printed(model, benchmark, *OTHERWISE.get((model, method), METHODS[method]))
     assert ours == (row[f"{benchmark}_acc"], row[f"{benchmark}_ktokens"])
 
 
-def test_no_row_of_the_table_is_left_out() -> None:
+def test_every_row_of_the_published_table_is_listed_here() -> None:
     assert {*PRINTED, *UNPUBLISHED} == set(table())
 
 
@@ -111,7 +111,7 @@ def test_no_row_of_the_table_is_left_out() -> None:
         ("Qwen3-1.7B", "aime25", "parallel_probe", ("44.4", "776.6")),
     ),
 )
-def test_two_rows_were_run_otherwise_and_with_the_settings_of_the_rest_give_this(
+def test_the_two_deviating_rows_under_the_common_settings_give_these_figures(
     model: str, benchmark: str, controller: str, figures: tuple[str, str]
 ) -> None:
     assert printed(model, benchmark, controller, 1.0) == figures
@@ -133,12 +133,14 @@ def test_two_rows_were_run_otherwise_and_with_the_settings_of_the_rest_give_this
         ("Qwen3-8B", "cmc", 1.0, 85.77, 467_428),  # 467,435 elsewhere, for a reason not found; the table has 467.4k
     ],
 )
-def test_figures_known_to_the_token(model: str, controller: str, beta: float, accuracy: float, tokens: int) -> None:
+def test_unrounded_figures_are_reproduced_to_the_token(
+    model: str, controller: str, beta: float, accuracy: float, tokens: int
+) -> None:
     measured = measure(model, "aime24", controller, beta)
     assert (round(measured[0], 2), round(measured[1])) == (accuracy, tokens)
 
 
-# Answers read as the proxy reads them
+# Answers compared as the proxy compares them
 
 
 @cache
@@ -158,7 +160,7 @@ LOWER = {  # accuracy in points where reading answers lowers a figure, and why
 @pytest.mark.parametrize(
     ("model", "benchmark"), with_soak(*((model, benchmark) for model in MODELS for benchmark in BENCHMARKS))
 )
-def test_reading_answers_costs_no_figure_anything(model: str, benchmark: str) -> None:
+def test_canonical_grading_lowers_no_accuracy_but_the_listed_ones(model: str, benchmark: str) -> None:
     path = FOLDER / "autotts" / model / f"{benchmark}.json.xz"
     for controller, beta in [*METHODS.values(), ("short_m_at_k@24", 1.0)]:
         job = Job(parse_spec(controller), beta, release_cell(path), range(FEWER))
@@ -171,7 +173,7 @@ def test_reading_answers_costs_no_figure_anything(model: str, benchmark: str) ->
 @pytest.mark.soak
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("controller", "beta"), [("cmc", 1.0), ("parallel_probe", 0.5), ("parallel_probe", 1.0)])
-def test_asking_only_what_matters_changes_no_decision(model: str, controller: str, beta: float) -> None:
+def test_lazy_probing_changes_no_decision_on_public_recordings(model: str, controller: str, beta: float) -> None:
     asked = eagerly = 0
     for recording in regraded(FOLDER / "autotts" / model / "aime24.json.xz"):
         lazy, probes = _episode(recording, create(controller, beta))
@@ -182,7 +184,7 @@ def test_asking_only_what_matters_changes_no_decision(model: str, controller: st
 
 
 def _episode(recording: Recording, controller: Controller) -> tuple[object, int]:
-    """What came of it, and how many probes it took."""
+    """Play an episode. Return `(outcome, number of probes)`."""
     environment, state = (
         ReplayEnvironment(recording, shuffled_order(recording.branches, 0)),
         State(Limits(recording.interval)),

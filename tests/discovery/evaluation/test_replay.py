@@ -1,4 +1,4 @@
-"""Replay: what recordings are, what probes cost, and where a recording ends."""
+"""Replay of recordings: immutability, probe costs, and the ends of recordings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def recording_of(branches: list[RecordedBranch]) -> Recording:
     return intern_answers(RecordedQuestion("q", "m", "b", 10, branches, "7"))
 
 
-def test_a_recording_cannot_be_changed() -> None:
+def test_the_arrays_of_a_recording_are_read_only() -> None:
     recording = recording_of([RecordedBranch(["1", None], 25, "7")])
     assert recording.answers == ("1", "7")
     with pytest.raises(ValueError, match="read-only"):
         recording.probes[0] = 3
 
 
-def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
+def test_a_probe_costs_its_recorded_tokens_or_the_configured_price() -> None:
     recording = recording_of([RecordedBranch(["7"], 25, "7", [4])])
     for supposed, spent in ((None, 14), (9, 19)):
         state = State(Limits(10))
@@ -33,13 +33,13 @@ def test_a_probe_costs_what_was_recorded_or_what_is_supposed() -> None:
         assert state.spent == spent
 
 
-def test_more_branches_than_recorded_is_an_error_of_the_environment() -> None:
+def test_opening_more_branches_than_recorded_raises_branch_censored() -> None:
     recording = recording_of([RecordedBranch(["1"], 25, "7")])
     with pytest.raises(BranchCensored, match="only 1 branches"):
         run_sync(run_episode(Scripted([branch(), branch()]), ReplayEnvironment(recording, [0]), State(Limits(10))))
 
 
-def test_past_the_end_of_a_censored_branch_is_an_error_of_the_environment() -> None:
+def test_advancing_past_the_end_of_a_censored_branch_raises_branch_censored() -> None:
     recording = recording_of([RecordedBranch(["1", "7"], 25, None, complete=False)])
     state = State(Limits(10))
     script = Scripted([branch(2), probe(0)], [advance(0)])

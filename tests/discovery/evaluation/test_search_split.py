@@ -1,4 +1,4 @@
-"""What explorers may see: the search split alone, and of that nothing that can be read."""
+"""The export for explorers: only the search split, with every readable text removed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from discovery.evaluation.search_split import export_search_split, salted_id, se
 from discovery.evaluation.sources import open_source
 from tests.discovery.evaluation.test_evaluate import Given, question, scores
 
-WORDS = {str(number): f"answer-number-{'x' * number}!" for number in range(7)}
+ANSWER_WORDS = {str(number): f"answer-number-{'x' * number}!" for number in range(7)}
 
 
 def worded(number: int, **changes: Any) -> RecordedQuestion:
-    """A question whose answers are words no other part of a recording holds; 7 is seven's."""
+    """Return a question whose answers are words that occur nowhere else in a recording."""
     text = f"What is the meaning of {number}?"
     plain = question(number, **changes)
 
     def word(answer: str | None) -> str | None:
-        return None if answer in (None, "11") else WORDS.get(answer or "", f"seven+{answer}")
+        return None if answer in (None, "11") else ANSWER_WORDS.get(answer or "", f"seven+{answer}")
 
     branches = [
         RecordedBranch([word(one) for one in b.probes], b.tokens, word(b.final), list(b.probe_tokens))
@@ -41,7 +41,7 @@ def worded(number: int, **changes: Any) -> RecordedQuestion:
 
 QUESTIONS = (
     *(worded(i) for i in range(6)),
-    worded(6, reference="99"),  # no branch says so
+    worded(6, reference="99"),  # no branch gives this answer
     worded(7, reference=None),
     worded(8, split=Split.VALIDATION),
     worded(9, split=Split.HELD_OUT),
@@ -54,7 +54,7 @@ def written(path: Path, questions: Sequence[RecordedQuestion] = QUESTIONS) -> Pa
     return path
 
 
-def test_only_the_search_split_is_shown_and_read() -> None:
+def test_only_the_search_split_is_listed_and_can_be_loaded() -> None:
     source = search_split_of(Given(*QUESTIONS))
     assert source.cells() == [Cell("m", "b", Split.SEARCH), Cell("m", "c", Split.SEARCH)]
     assert len(source.load(source.cells()[0])) == 8
@@ -63,45 +63,48 @@ def test_only_the_search_split_is_shown_and_read() -> None:
             source.load(Cell("m", "b", split))
 
 
-def columns(found: Sequence[Score]) -> list[Any]:
-    return [(score.cell, score.beta, score.outcomes.tolist()) for score in found]
+def columns(measured: Sequence[Score]) -> list[Any]:
+    return [(score.cell, score.beta, score.outcomes.tolist()) for score in measured]
 
 
 @pytest.mark.parametrize("controller", ["cmc", "asc@16"])
-def test_the_export_replays_as_the_original(tmp_path: Path, controller: str) -> None:
+def test_the_export_gives_the_same_scores_as_the_original(tmp_path: Path, controller: str) -> None:
     path = written(tmp_path / "all.jsonl")
     assert export_search_split(path, tmp_path / "search.jsonl") == 11
     both = [search_split_of(open_source(one)) for one in (path, tmp_path / "search.jsonl")]
     original, exported = (
-        scores(controller, source=Given(*(q for c in one.cells() for q in one.load(c)))) for one in both
+        scores(controller, source=Given(*(q for c in opened.cells() for q in opened.load(c)))) for opened in both
     )
     assert columns(exported) == columns(original)
     assert sum(score.accuracy for score in original) > 0
 
 
-def test_nothing_can_be_read_in_the_export(tmp_path: Path) -> None:
+def test_the_export_contains_no_question_answer_or_id(tmp_path: Path) -> None:
     export_search_split(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
     text = (tmp_path / "search.jsonl").read_text()
-    for one in QUESTIONS:
-        answers = {answer for branch in one.branches for answer in (*branch.probes, branch.final)}
-        for word in (one.question, one.question[:12], one.text, one.reference, *answers):
+    for recorded in QUESTIONS:
+        answers = {answer for branch in recorded.branches for answer in (*branch.probes, branch.final)}
+        for word in (recorded.question, recorded.question[:12], recorded.text, recorded.reference, *answers):
             assert word is None or word not in text
     assert "held-out" not in text
     assert "meaning" not in text
     for line in map(json.loads, text.splitlines()):
-        said = [line.get("reference"), *(a for b in line["branches"] for a in (*b["probes"], b.get("final")))]
-        assert all(answer is None or (answer[0] == "a" and answer[1:].isdigit()) for answer in said)
+        answers_in_line = [
+            line.get("reference"),
+            *(a for b in line["branches"] for a in (*b["probes"], b.get("final"))),
+        ]
+        assert all(answer is None or (answer[0] == "a" and answer[1:].isdigit()) for answer in answers_in_line)
         assert "question" not in line
 
 
-def test_the_first_answer_has_no_number_of_its_own(tmp_path: Path) -> None:
+def test_answer_numbers_in_the_export_do_not_reveal_their_order(tmp_path: Path) -> None:
     export_search_split(written(tmp_path / "all.jsonl"), tmp_path / "search.jsonl")
     exported = read_jsonl(tmp_path / "search.jsonl")
     assert len({one.branches[0].final for one in exported}) > 1
     assert len({one.reference for one in exported}) > 2
 
 
-def test_a_salt_gives_the_same_file_and_none_another(tmp_path: Path) -> None:
+def test_one_salt_gives_the_same_export_and_no_salt_a_different_one(tmp_path: Path) -> None:
     path = written(tmp_path / "all.jsonl")
     texts = []
     for salt in ("s", "s", None, None):
@@ -112,7 +115,7 @@ def test_a_salt_gives_the_same_file_and_none_another(tmp_path: Path) -> None:
     assert salted_id(QUESTIONS[0].question, "s") in texts[0]
 
 
-def test_answers_can_be_the_same_as_the_proxy_reads_them(tmp_path: Path) -> None:
+def test_canonically_equal_answers_get_one_number_in_the_export(tmp_path: Path) -> None:
     chains = [RecordedBranch([], 10, answer, []) for answer in ("7.0", "007", "8", "$7$", "8")]
     given = RecordedQuestion(question_id("q"), "m", "b", 100, chains, " 7 ")
     export_search_split(
@@ -125,19 +128,19 @@ def test_answers_can_be_the_same_as_the_proxy_reads_them(tmp_path: Path) -> None
 
 
 def hidden(recorded: RecordedQuestion) -> RecordedQuestion:
-    """The recording as one made of a request where no text may be kept."""
+    """Return the recording as one of a live request whose text may not be stored."""
     branches = [
-        one._replace(
-            probes=[None if answer is None else redacted(answer) for answer in one.probes],
-            final=None if one.final is None else redacted(one.final),
+        branch._replace(
+            probes=[None if answer is None else redacted(answer) for answer in branch.probes],
+            final=None if branch.final is None else redacted(branch.final),
         )
-        for one in recorded.branches
+        for branch in recorded.branches
     ]
     return replace(recorded, branches=branches, text=None, origin=Origin.LIVE, request=f"request {recorded.question}")
 
 
 @pytest.mark.parametrize("answers", AnswerComparison)
-def test_the_export_of_live_recordings_replays_as_they_do_and_names_no_request(
+def test_the_export_of_live_recordings_gives_the_same_scores_and_names_no_request(
     tmp_path: Path, answers: AnswerComparison
 ) -> None:
     live = [replace(hidden(one), label_source=LabelSource.FEEDBACK, confidence=0.5) for one in QUESTIONS[:6]]

@@ -1,4 +1,4 @@
-"""The gate: its statistics alone, by simulation; each condition; planted finalists; the ledger."""
+"""The gate: its statistics by simulation, each condition, planted finalists, the ledger and the command."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from tests.discovery.evaluation.test_evaluate import Given
 
 NOISES = 200
 
-# The test alone
+# The statistical test
 
 
-def exactly(differences: Sequence[float]) -> float:
-    """The sign-flip p by its definition."""
+def enumerated_p(differences: Sequence[float]) -> float:
+    """Return the sign-flip p-value by enumerating all flips."""
     flips = itertools.product((1, -1), repeat=len(differences))
     sums = [sum(sign * one for sign, one in zip(signs, differences, strict=True)) for signs in flips]
     return sum(one >= sum(differences) - 1e-12 for one in sums) / len(sums)
@@ -63,41 +63,43 @@ def exactly(differences: Sequence[float]) -> float:
     ("differences", "p"),
     [([1, 2, 3], 1 / 8), ([1, 1, 1, -1], 5 / 16), ([1], 1 / 2), ([-1], 1), ([0, 0], 1), ([0, 1, 0, 2], 1 / 4)],
 )
-def test_the_test_is_exact_on_few_questions(differences: list[float], p: float) -> None:
-    assert sign_flip_p(np.array(differences, float)) == p == exactly(differences)
+def test_the_sign_flip_p_is_exact_on_few_questions(differences: list[float], p: float) -> None:
+    assert sign_flip_p(np.array(differences, float)) == p == enumerated_p(differences)
 
 
-def test_the_test_is_exact_whatever_the_differences() -> None:
+def test_the_sign_flip_p_is_exact_with_ties_and_rounding() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
-        differences = rng.integers(-3, 5, 9) / 10  # many ties, and sums that adding in another order makes differ
-        assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)))
+        differences = rng.integers(-3, 5, 9) / 10  # many ties, and sums that depend on the order of addition
+        assert sign_flip_p(differences) == pytest.approx(enumerated_p(list(differences)))
 
 
 @pytest.mark.slow
-def test_draws_come_close_to_all_flips_and_never_to_nothing() -> None:
+def test_the_sampled_p_is_close_to_the_exact_one_and_never_zero() -> None:
     differences = np.random.default_rng(2).normal(0.4, 1, 16)
-    assert sign_flip_p(differences) == pytest.approx(exactly(list(differences)), abs=0.01)
+    assert sign_flip_p(differences) == pytest.approx(enumerated_p(list(differences)), abs=0.01)
     assert sign_flip_p(np.ones(60)) == 1 / 20_001
     assert sign_flip_p(np.ones(60), sequential_alpha(40, 0.05)) < sequential_alpha(
         40, 0.05
-    )  # as many draws as it takes
+    )  # more draws where the level needs them
 
 
-def test_all_levels_together_spend_alpha() -> None:
+def test_the_levels_of_all_judgements_sum_to_alpha() -> None:
     levels = [sequential_alpha(k, 0.05) for k in range(1, 10_000)]
     assert 0.0499 < sum(levels) < 0.05
     assert levels == sorted(levels, reverse=True)
 
 
 def noises(rng: np.random.Generator, finalists: int, questions: int = 12) -> NDArray[np.float64]:
-    """Differences of finalists no better than the champion, on the same questions: of unequal weight."""
+    """Return differences of finalists that are no better than the champion, on shared questions of unequal weight."""
     hard = rng.gamma(0.7, 5, questions)
-    shared = rng.choice([-1, 1], questions) * (rng.random(questions) < 0.3)  # what finalists of one search share
+    shared = rng.choice([-1, 1], questions) * (
+        rng.random(questions) < 0.3
+    )  # the part shared by finalists of one search
     return hard * (shared + rng.normal(0, 1, (finalists, questions)))
 
 
-def test_noise_is_promoted_no_more_often_than_stated() -> None:
+def test_finalists_without_an_effect_pass_no_more_often_than_alpha() -> None:
     rng = np.random.default_rng(3)
     first = ever = 0
     for _ in range(NOISES):
@@ -109,7 +111,7 @@ def test_noise_is_promoted_no_more_often_than_stated() -> None:
 
 
 @pytest.mark.slow
-def test_power_grows_with_the_effect_and_is_what_is_said_of_it() -> None:
+def test_power_at_the_detectable_difference_is_about_80_percent() -> None:
     rng = np.random.default_rng(4)
     drawn = rng.normal(0, 1, (60, 60))
     alpha = sequential_alpha(1, 0.05)
@@ -123,13 +125,13 @@ def test_power_grows_with_the_effect_and_is_what_is_said_of_it() -> None:
     assert 0.65 < power[2] < 0.95
 
 
-def test_too_few_questions_notice_nothing() -> None:
+def test_with_too_few_questions_no_difference_is_detectable() -> None:
     assert detectable_difference(np.ones(1), 0.05) is None
-    assert detectable_difference(np.array([1.0, 2, 3, 4]), 0.03) is None  # 1 in 16 is the least p
+    assert detectable_difference(np.array([1.0, 2, 3, 4]), 0.03) is None  # the smallest possible p is 1/16
     assert detectable_difference(np.array([1.0, 2, 3, 4, 5, 6]), 0.03) is not None
 
 
-def test_bounds_are_those_of_questions() -> None:
+def test_bootstrap_bounds_match_the_normal_approximation() -> None:
     differences = np.random.default_rng(5).normal(1, 2, 100)
     half = 1.645 * differences.std() / 10
     assert bootstrap_bounds(differences) == pytest.approx(
@@ -139,22 +141,22 @@ def test_bounds_are_those_of_questions() -> None:
     assert bootstrap_bounds(np.ones(1)) == (-math.inf, math.inf)
 
 
-def test_a_question_of_many_models_is_one_and_cells_count_equally() -> None:
-    one, two, three = (Cell(model, "b", Split.HELD_OUT) for model in "mno")
-    values = {one: np.array([1.0, 3]), two: np.array([5.0, 3])}
-    questions = {one: ["p", "q"], two: ["q", "p"], three: ["r"]}
+def test_a_question_of_several_models_is_averaged_and_cells_have_equal_weight() -> None:
+    first, second, third = (Cell(model, "b", Split.HELD_OUT) for model in "mno")
+    values = {first: np.array([1.0, 3]), second: np.array([5.0, 3])}
+    questions = {first: ["p", "q"], second: ["q", "p"], third: ["r"]}
     assert list(question_values(values, questions)) == [2, 4]
-    pooled = question_values({**values, three: np.array([9.0])}, questions)
+    pooled = question_values({**values, third: np.array([9.0])}, questions)
     assert len(pooled) == 3
     assert pooled.mean() == pytest.approx((2 + 4 + 9) / 3)
 
 
-def test_the_cheapest_tokens_of_an_accuracy() -> None:
+def test_the_cheapest_tokens_for_an_accuracy_are_interpolated() -> None:
     line = [(10.0, 50.0), (20.0, 60.0), (40.0, 55.0), (80.0, 65.0)]
     assert [cheapest_at_accuracy(line, accuracy) for accuracy in (40, 50, 55, 60, 61, 66)] == [10, 10, 15, 20, 64, None]
 
 
-# Each condition, on scores made by hand
+# Each condition, on constructed scores
 
 BETAS = (0.0, 0.5, 1.0)
 TOKENS = (1000, 4000, 16000)
@@ -163,7 +165,7 @@ QUESTIONS = 12
 
 
 def score(name: str, at: int, model: str, accuracy: NDArray[np.float64], path: int, failures: int) -> Score:
-    """One controller at one β: percent by question, the same path in every episode."""
+    """Return the score of one controller at one β: `accuracy` is the percentage right by question."""
     outcomes = np.zeros((len(OUTCOME_COLUMNS), SHUFFLES, len(accuracy)), np.int64)
     outcomes[OUTCOME_COLUMNS.index("right")] = np.arange(SHUFFLES)[:, None] < accuracy
     outcomes[OUTCOME_COLUMNS.index("tokens")] = TOKENS[at]
@@ -176,7 +178,7 @@ def score(name: str, at: int, model: str, accuracy: NDArray[np.float64], path: i
 def side(
     name: str, gains: Mapping[str, Any], path: int = 1000, failures: int = 0, questions: int = QUESTIONS
 ) -> ControllerScores:
-    """A controller that has so many points more than 50 in each model, the same for all or a list by β."""
+    """Return scores whose accuracy is 50 plus the gain of each model; a gain may be a list by β."""
     scores = []
     for (model, gain), at in itertools.product(gains.items(), range(len(BETAS))):
         of_beta = np.broadcast_to(gain[at] if isinstance(gain, list) else gain, questions)
@@ -225,17 +227,17 @@ CONDITIONS: dict[str, tuple[dict[str, Any], GateVerdict, list[str]]] = {
 
 
 @pytest.mark.parametrize("what", CONDITIONS)
-def test_each_condition_can_fail_alone(what: str) -> None:
+def test_each_gate_condition_can_fail_and_decides_the_verdict(what: str) -> None:
     changes, verdict, names = CONDITIONS[what]
     report = judged(**{"gains": {"m": SPREAD, "n": SPREAD[::-1]}, **changes})
     assert (failed(report), report.verdict) == (names, verdict)
 
 
-def test_a_report_says_what_it_rests_on() -> None:
+def test_a_gate_report_contains_its_effect_p_conditions_and_headlines() -> None:
     report = judged({"m": SPREAD, "n": 2 * SPREAD})
     given = measured({"m": SPREAD, "n": 2 * SPREAD})
-    whole = [mean_afs(list(one.curves.values())) for one in given.sides]
-    assert report.delta_afs == pytest.approx(whole[0] - whole[1])
+    areas = [mean_afs(list(one.curves.values())) for one in given.sides]
+    assert report.delta_afs == pytest.approx(areas[0] - areas[1])
     assert report.interval is not None
     assert report.interval[0] < report.delta_afs < report.interval[1]
     assert (report.p, report.alpha, report.k) == (2**-12, sequential_alpha(1, 0.05), 1)
@@ -244,15 +246,17 @@ def test_a_report_says_what_it_rests_on() -> None:
     ]
     assert report.cells[0].finalist[1] == pytest.approx({"beta": 0.5, "tokens": 4000, "accuracy": 55, "path": 1000})
     assert report.headlines.accuracy == pytest.approx(7.5)
-    assert report.headlines.savings == pytest.approx(75)  # β = 0 is as accurate already
+    assert report.headlines.savings == pytest.approx(75)  # β = 0 is already as accurate
     assert report_of(json.loads(json.dumps(report.as_json()))) == report
 
 
-def test_the_bound_on_the_path_is_in_tokens() -> None:
-    assert judged({"m": SPREAD}, path=1350).verdict is GateVerdict.PROMOTE  # 1.25 × 1,000 and an interval of 100
+def test_a_critical_path_at_its_bound_is_promoted() -> None:
+    assert (
+        judged({"m": SPREAD}, path=1350).verdict is GateVerdict.PROMOTE
+    )  # the bound is 1.25 × 1,000 plus one interval of 100
 
 
-def test_a_card_says_where_a_controller_comes_from() -> None:
+def test_a_card_contains_lineage_run_verdict_and_curve() -> None:
     card = card_of(judged({"m": SPREAD}), ["parent", "grandparent"], run="r1")
     assert (card["lineage"], card["run"], card["gate"]["verdict"]) == (["parent", "grandparent"], "r1", "promote")
     assert card["curve"]["m b"][0]["tokens"] == 1000
@@ -260,7 +264,7 @@ def test_a_card_says_where_a_controller_comes_from() -> None:
 
 
 @pytest.mark.parametrize("gain", [20, 0, -20])
-def test_one_question_decides_nothing_good(gain: float) -> None:
+def test_one_question_never_promotes(gain: float) -> None:
     report = judged({"m": gain}, questions=1)
     assert report.verdict is (GateVerdict.UNDECIDED if gain > 0 else GateVerdict.REJECT)
     assert (report.mde, report.interval, report.cells[0].low) == (None, None, None)
@@ -268,7 +272,7 @@ def test_one_question_decides_nothing_good(gain: float) -> None:
     assert "Infinity" not in json.dumps(report.as_json())
 
 
-def test_no_variance_is_no_hindrance() -> None:
+def test_a_gain_without_variance_is_promoted() -> None:
     report = judged({"m": 20})
     assert (report.verdict, report.mde) == (GateVerdict.PROMOTE, 0)
 
@@ -312,7 +316,7 @@ SHORTER, LONGER = 0.95, 0.05
 
 
 def question(number: int, model: str, split: Split, shorter: float, longer: float) -> RecordedQuestion:
-    """Sixteen chains, of which the shorter ones are right so often, and the longer ones so often."""
+    """Return sixteen chains; short ones are right with probability `shorter`, long ones with `longer`."""
     rng = np.random.default_rng([number, *model.encode(), *split.encode()])
     chains = []
     for _ in range(16):
@@ -360,7 +364,7 @@ def test_a_better_finalist_is_promoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) -> None:
+def test_a_finalist_better_only_on_the_search_split_is_rejected(tmp_path: Path) -> None:
     finalist = Spec("first", FIRST)
     assert run(OVERFITTED, finalist, tmp_path / "search", Split.SEARCH).verdict is GateVerdict.PROMOTE
     report = run(OVERFITTED, finalist, tmp_path / "ledger")
@@ -369,7 +373,7 @@ def test_what_is_better_on_the_search_split_alone_is_rejected(tmp_path: Path) ->
 
 
 @pytest.mark.process
-def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path: Path) -> None:
+def test_a_finalist_without_an_effect_is_not_promoted_and_the_detectable_effect_is_reported(tmp_path: Path) -> None:
     report = run(GOOD, Spec("last", LAST), tmp_path / "ledger")
     assert report.verdict is not GateVerdict.PROMOTE
     assert "significant" in failed(report)
@@ -378,7 +382,7 @@ def test_noise_is_not_promoted_and_what_could_have_been_noticed_is_said(tmp_path
 
 
 @pytest.mark.process
-def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path) -> None:
+def test_a_finalist_that_fails_or_violates_the_static_check_is_rejected(tmp_path: Path) -> None:
     body = FIRST + "        print()\n"
     report = run(GOOD, Spec("first", body), tmp_path / "ledger", shuffles=1)
     assert "static" in failed(report)
@@ -393,7 +397,7 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("finalist", "changes", "words"),
+    ("finalist", "changes", "message"),
     [
         (Spec("self_consistency"), {}, "self_consistency is identical to the champion"),
         (Spec("first", FIRST), {"rules": ReplayRules(16, sealing=Sealing.NONE)}, "can only be judged in the sandbox"),
@@ -402,15 +406,15 @@ def test_a_finalist_that_fails_or_is_advised_against_is_rejected(tmp_path: Path)
         (Spec("single"), {"champion": Spec("no", FIRST + "    raise ValueError\n")}, "champion no failed"),
     ],
 )
-def test_what_cannot_be_judged_spends_nothing(
-    tmp_path: Path, finalist: Spec, changes: dict[str, Any], words: str
+def test_a_comparison_that_cannot_be_judged_spends_no_judgement(
+    tmp_path: Path, finalist: Spec, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(GateError, match=words):
+    with pytest.raises(GateError, match=message):
         run(GOOD, finalist, tmp_path / "ledger", shuffles=1, **changes)
     assert Ledger(tmp_path / "ledger").judgements() == []
 
 
-def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
+def test_questions_with_consensus_labels_are_not_judged(tmp_path: Path) -> None:
     voted = [replace(one, label_source=LabelSource.CONSENSUS) for one in recorded(Split.HELD_OUT, LONGER, SHORTER, 40)]
     both = Given(*GOOD.recordings, *voted[20:40], *voted[60:])
     alone = run(GOOD, Spec("single"), tmp_path / "alone", shuffles=1)
@@ -421,10 +425,12 @@ def test_nobody_is_judged_by_a_vote(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger").judgements() == []
 
 
-def test_spelling_decides_nothing_of_what_was_recorded_here(tmp_path: Path) -> None:
+def test_collected_recordings_are_judged_by_canonical_answers(tmp_path: Path) -> None:
     spelled = [
-        replace(one, branches=[b._replace(final=f" {b.final}.0") for b in one.branches], origin=Origin.COLLECTED)
-        for one in GOOD.recordings
+        replace(
+            recording, branches=[b._replace(final=f" {b.final}.0") for b in recording.branches], origin=Origin.COLLECTED
+        )
+        for recording in GOOD.recordings
     ]
     report, plain = (
         run(source, Spec("single"), tmp_path / name, shuffles=1)
@@ -443,12 +449,14 @@ def quickly(name: str, ledger: Path, source: Given = FEW, **changes: Any) -> Gat
     return run(source, Spec(name), ledger, shuffles=1, **changes)
 
 
-def test_every_finalist_is_counted_and_none_is_judged_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_finalist_takes_the_next_level_and_is_judged_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ledger"
     reports = [quickly(name, path) for name in ("single", "asc@4", "esc@8")]
     assert [one.k for one in reports] == [1, 2, 3]
     assert [one.alpha for one in reports] == [sequential_alpha(k, 0.05) for k in (1, 2, 3)]
-    assert quickly("single", path, champion=Spec("asc@8")).k == 4  # another champion is another question
+    assert quickly("single", path, champion=Spec("asc@8")).k == 4  # another champion is another comparison
     monkeypatch.setattr(gate, "score_controllers", None)  # nothing is scored again
     assert quickly("asc@4", path) == reports[1]
     lines = Ledger(path).judgements()
@@ -457,7 +465,7 @@ def test_every_finalist_is_counted_and_none_is_judged_twice(tmp_path: Path, monk
     assert [one.who for one in lines] == ["me"] * 4
 
 
-def test_a_split_that_has_grown_is_no_new_split(tmp_path: Path) -> None:
+def test_adding_questions_to_a_split_does_not_reset_its_judgements(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     grown = Given(*recorded(Split.HELD_OUT, SHORTER, LONGER, questions=4))
     other = Given(*recorded(Split.VALIDATION, SHORTER, LONGER, questions=3))
@@ -485,7 +493,7 @@ def order(folder: Path, finalist: str = "asc@4") -> GateJob:
 
 
 @pytest.mark.process
-def test_who_dies_before_the_report_has_spent(tmp_path: Path) -> None:
+def test_a_gate_killed_before_its_report_has_spent_its_judgement(tmp_path: Path) -> None:
     given = order(tmp_path)
     dying = (
         "import os, sys; from discovery.promotion import gate; from discovery.promotion.verdict import GateReport\n"
@@ -503,7 +511,7 @@ def test_who_dies_before_the_report_has_spent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "dropped", "nonsense", "binary"])
-def test_a_corrupt_ledger_is_refused_by_name(tmp_path: Path, harm: str) -> None:
+def test_a_corrupt_ledger_is_refused_by_name_and_left_unchanged(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "ledger"
     for name in ("single", "asc@4", "esc@8"):
         quickly(name, path)
@@ -521,11 +529,11 @@ def test_a_corrupt_ledger_is_refused_by_name(tmp_path: Path, harm: str) -> None:
     assert path.read_bytes() == harmed[harm]
 
 
-# The verb
+# The command
 
 
 @pytest.mark.process
-def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
+def test_the_gate_command_judges_in_another_process(tmp_path: Path) -> None:
     given = order(tmp_path)
     file = tmp_path / "first.py"
     file.write_text(FIRST)
@@ -553,40 +561,42 @@ def test_the_verb_judges_in_another_process(tmp_path: Path) -> None:
     assert done.exit_code == 2
 
 
-def test_the_verb_shows_whatever_a_controller_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gate_command_prints_markup_in_messages_literally(capsys: pytest.CaptureFixture[str]) -> None:
     for report in (judged({"m": SPREAD}, failures=1), judged({"m": 20}, questions=1), judged({"m": -SPREAD})):
         marked = replace(report.conditions[1], words="[/red] [link")
         _show(replace(report, name="[/x]", conditions=[marked]))
-        told = capsys.readouterr().out
-        assert "[/red] [link" in told
-        assert f"[/x]: {report.verdict}" in told
+        output = capsys.readouterr().out
+        assert "[/red] [link" in output
+        assert f"[/x]: {report.verdict}" in output
 
 
-def test_an_order_is_carried_out_in_one_process_too(tmp_path: Path) -> None:
+def test_a_gate_job_can_run_in_the_same_process(tmp_path: Path) -> None:
     given = order(tmp_path)
     assert gate.main(given.options) == 0
     assert json.loads(given.report.read_text())["verdict"] in list(GateVerdict)
 
 
-def test_who_is_slower_is_told_what_the_faster_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slower_of_two_concurrent_judgements_returns_the_report_of_the_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ledger"
-    told: list[GateReport] = []
+    reports: list[GateReport] = []
 
     def meanwhile(*arguments: Any) -> ScoreSet:
         monkeypatch.setattr(gate, "score_controllers", score_controllers)
-        told.append(quickly("single", path))
+        reports.append(quickly("single", path))
         return score_controllers(*arguments)
 
     monkeypatch.setattr(gate, "score_controllers", meanwhile)
-    assert quickly("single", path) == told[0]
+    assert quickly("single", path) == reports[0]
     assert len(Ledger(path).judgements()) == 1
 
 
-@pytest.mark.parametrize(("change", "words"), [({"finalist": "nobody"}, "nobody"), ({"shuffles": "x"}, "--shuffles")])
-def test_a_bad_order_is_told_in_a_line(
-    tmp_path: Path, change: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("change", "message"), [({"finalist": "nobody"}, "nobody"), ({"shuffles": "x"}, "--shuffles")])
+def test_an_invalid_gate_job_is_reported_in_one_line(
+    tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gate.main(replace(order(tmp_path), **change).options) == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1

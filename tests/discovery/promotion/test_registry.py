@@ -1,4 +1,4 @@
-"""The registry: its moves, its files, and what is left of it when a change is cut short anywhere."""
+"""The registry: moves between stages, its files, and consistency after interrupted changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "installed")
 
 
-# The moves
+# Moves between stages
 
 
 def test_a_controller_moves_through_the_stages_and_back() -> None:
@@ -58,7 +58,7 @@ def test_a_controller_moves_through_the_stages_and_back() -> None:
     assert back.roll_back().champion is None
 
 
-def test_a_stage_has_one_holder_and_a_controller_one_stage() -> None:
+def test_a_stage_holds_one_controller_and_a_controller_one_stage() -> None:
     both = (
         RolloutState()
         .promote(A, RolloutStage.SHADOW, 0)
@@ -70,12 +70,12 @@ def test_a_stage_has_one_holder_and_a_controller_one_stage() -> None:
     assert swapped.stages == {RolloutStage.SHADOW: None, RolloutStage.CANARY: B, RolloutStage.CHAMPION: None}
 
 
-def test_a_rollback_without_a_champion_drops_the_canary_alone() -> None:
+def test_a_rollback_without_a_champion_drops_only_the_canary() -> None:
     installed = RolloutState().promote(A, RolloutStage.SHADOW, 0).promote(B, RolloutStage.CANARY, 0.1).roll_back()
     assert installed.stages == {RolloutStage.SHADOW: A, RolloutStage.CANARY: None, RolloutStage.CHAMPION: None}
 
 
-def test_a_rollback_passes_over_the_quarantined_and_takes_its_champion_from_the_shadows() -> None:
+def test_a_rollback_skips_quarantined_controllers_and_may_take_one_from_the_shadow_stage() -> None:
     three = (
         RolloutState()
         .promote(A, RolloutStage.CHAMPION, 0)
@@ -96,7 +96,7 @@ def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() ->
 
 
 @pytest.mark.parametrize(
-    ("move", "words"),
+    ("move", "message"),
     [
         (lambda installed: installed.promote(A, RolloutStage.SHADOW, 0), "aaaaaaaaaaaa is the champion"),
         (lambda installed: installed.promote(C, RolloutStage.CANARY, 0.1), "is quarantined because it failed; --force"),
@@ -106,12 +106,14 @@ def test_a_quarantined_controller_loses_its_stage_unless_it_is_the_champion() ->
         (lambda _: RolloutState().roll_back(), "neither a canary nor a champion"),
     ],
 )
-def test_moves_that_are_not_possible(move: Callable[[RolloutState], RolloutState], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_an_impossible_move_is_refused_with_the_reason(
+    move: Callable[[RolloutState], RolloutState], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         move(RolloutState(champion=A, quarantined=frozenset({C})))
 
 
-def test_a_registry_is_read_as_it_was_written() -> None:
+def test_a_rollout_state_survives_a_round_trip_through_json() -> None:
     installed = RolloutState(7, A, B, 0.5, C, (None, A), frozenset({"d" * 64}))
     assert RolloutState.parse(json.loads(json.dumps(installed.as_json()))) == installed
 
@@ -134,28 +136,28 @@ def test_a_registry_is_read_as_it_was_written() -> None:
         ("quarantined", [None]),
     ],
 )
-def test_what_is_no_registry(field: str, value: object) -> None:
+def test_an_invalid_rollout_state_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"."):
         RolloutState.parse({**RolloutState(champion=C).as_json(), field: value})
 
 
-def test_a_request_draws_the_same_lot_everywhere() -> None:
+def test_the_lot_of_a_request_is_deterministic_and_uniform() -> None:
     lots = [lot(f"chatcmpl-{number}") for number in range(2000)]
     assert lot("chatcmpl-0") == lots[0]
     assert all(0 <= one < 1 for one in lots)
     assert 0.27 < sum(one < 0.3 for one in lots) / 2000 < 0.33
 
 
-def test_names() -> None:
+def test_invalid_controller_names_are_refused_with_the_reason() -> None:
     assert name_problem("mine_2") is None
     assert "built-in" in str(name_problem("cmc"))
     assert "letters" in str(name_problem("../x"))
 
 
-# The folder
+# The registry folder
 
 
-def test_what_is_installed_is_read_again(registry: Registry) -> None:
+def test_an_installed_controller_is_read_back_from_the_folder(registry: Registry) -> None:
     assert (registry.read(), registry.stamp(), registry.audit()) == (RolloutState(), None, [])
     after = registry.install(spec(1), CARD, RolloutStage.CANARY, 0.25, ME)
     stamp = registry.stamp()
@@ -172,12 +174,12 @@ def test_what_is_installed_is_read_again(registry: Registry) -> None:
     assert registry.roll_back(ME).champion is None
 
 
-def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
-    one, two = spec(1).digest, spec(2).digest
+def test_the_audit_log_records_who_when_action_and_stage_changes(registry: Registry) -> None:
+    first, second = spec(1).digest, spec(2).digest
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, FORCED)
-    registry.promote(one, RolloutStage.CANARY, 0.5, ME)
-    registry.drop_canary(one, ChangeCause("watcher", "tokens", NOON))
+    registry.promote(first, RolloutStage.CANARY, 0.5, ME)
+    registry.drop_canary(first, ChangeCause("watcher", "tokens", NOON))
     audit = registry.audit()
     assert [(line["who"], line["action"], line["forced"], line["version"]) for line in audit] == [
         ("me", "install as champion", False, 1),
@@ -186,29 +188,33 @@ def test_the_audit_says_who_when_why_and_what(registry: Registry) -> None:
         ("watcher", "drop canary", False, 4),
     ]
     assert [(line["before"], line["after"]) for line in audit[1:]] == [
-        ({"champion": one}, {"champion": two}),
-        ({"canary": None}, {"canary": one}),
-        ({"canary": one}, {"canary": None}),
+        ({"champion": first}, {"champion": second}),
+        ({"canary": None}, {"canary": first}),
+        ({"canary": first}, {"canary": None}),
     ]
     assert audit[0]["when"] == "2026-11-24T12:00:00+00:00"
-    assert registry.card(two)["forced"] is True
+    assert registry.card(second)["forced"] is True
 
 
-def test_a_line_that_was_changed_is_found(registry: Registry) -> None:
+def test_a_changed_line_of_the_audit_log_is_refused(registry: Registry) -> None:
     for number in range(3):
         registry.install(spec(number), CARD, RolloutStage.SHADOW, 0, ME)
-    told = registry.audit_path.read_text()
-    for changed in (told.replace('"me"', '"us"', 1), told.split("\n", 2)[0] + "\n" + told.split("\n", 2)[2], "x\n"):
+    content = registry.audit_path.read_text()
+    for changed in (
+        content.replace('"me"', '"us"', 1),
+        content.split("\n", 2)[0] + "\n" + content.split("\n", 2)[2],
+        "x\n",
+    ):
         registry.audit_path.write_text(changed)
         with pytest.raises(PromotionError, match=r"audit\.jsonl: .*restore it from a copy, or move it away"):
             registry.audit()
-    registry.audit_path.unlink()  # the way out
+    registry.audit_path.unlink()  # the remedy the message names
     registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
     assert [line["version"] for line in registry.audit()] == [3, 4]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "\xff"])
-def test_a_registry_that_is_none_is_named_and_so_is_the_way_out(registry: Registry, text: str) -> None:
+def test_a_corrupt_registry_file_is_refused_with_a_remedy_that_works(registry: Registry, text: str) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     registry.file.write_bytes(text.encode("latin-1"))
     for attempt in (registry.read, registry.audit, lambda: registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)):
@@ -219,7 +225,7 @@ def test_a_registry_that_is_none_is_named_and_so_is_the_way_out(registry: Regist
     assert len(registry.audit()) == 2
 
 
-def test_a_controller_that_is_not_what_was_installed(registry: Registry) -> None:
+def test_a_controller_file_changed_after_its_installation_is_refused(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME)
     path = registry.folder / f"{spec(1).digest}.py"
@@ -234,11 +240,11 @@ def test_a_controller_that_is_not_what_was_installed(registry: Registry) -> None
         registry.spec(spec(1).digest)
     path.unlink()
     assert registry.read() == before
-    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)  # the way out
+    registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)  # the remedy the message names
     assert registry.spec(spec(1).digest) == spec(1)
 
 
-def test_a_card_that_is_none(registry: Registry) -> None:
+def test_an_invalid_card_is_refused(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.CHAMPION, 0, ME)
     path = registry.folder / f"{spec(1).digest}.json"
     for text in ("", "[]", '{"name": "cmc"}'):
@@ -248,19 +254,21 @@ def test_a_card_that_is_none(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "ab", "ffff", "zz"])
-def test_a_prefix_that_stands_for_nobody_or_for_several(registry: Registry, prefix: str) -> None:
+def test_a_digest_prefix_with_no_or_several_matches_is_refused(registry: Registry, prefix: str) -> None:
     registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
     with pytest.raises(PromotionError, match=r"matches . digests"):
         registry.find(prefix)
 
 
-def test_what_cannot_be_installed(registry: Registry, tmp_path: Path) -> None:
-    for wrong, words in (
+def test_built_in_controllers_invalid_names_and_unwritable_folders_are_refused(
+    registry: Registry, tmp_path: Path
+) -> None:
+    for wrong, message in (
         (Spec("cmc"), "is built in"),
         (Spec("cmc", "# x"), "built-in"),
         (Spec("a b", "#"), "name the"),
     ):
-        with pytest.raises(PromotionError, match=words):
+        with pytest.raises(PromotionError, match=message):
             registry.install(wrong, CARD, RolloutStage.SHADOW, 0, ME)
     assert not registry.folder.exists()
     (tmp_path / "file").write_text("")
@@ -268,11 +276,11 @@ def test_what_cannot_be_installed(registry: Registry, tmp_path: Path) -> None:
         Registry(tmp_path / "file").install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
 
 
-# Cut short
+# Interrupted changes
 
 
 def consistent(registry: Registry) -> RolloutState:
-    """What is installed, all of it readable and the audit up to it."""
+    """Return the rollout state after checking that its files are readable and its audit log is complete."""
     installed = registry.read()
     for holder in installed.stages.values():
         assert holder is None or registry.spec(holder).digest == holder
@@ -281,7 +289,9 @@ def consistent(registry: Registry) -> RolloutState:
     return installed
 
 
-def test_a_failure_at_any_step_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_failure_at_any_step_leaves_the_old_or_the_new_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps, outcomes = 0, []
     for at in range(1000):
         registry = Registry(tmp_path / str(at))
@@ -293,22 +303,22 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new(tmp_path: Path, monkeyp
                 new, failed = registry.install(spec(2), CARD, RolloutStage.CHAMPION, 0, ME), False
             except PromotionError:
                 new, failed = old.promote(spec(2).digest, RolloutStage.CHAMPION, 0), True
-        found = consistent(registry)
-        assert found in (old, new)
-        assert failed or found == new
-        outcomes.append((failed, found == new))
-        assert registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME).version == found.version + 1
+        state = consistent(registry)
+        assert state in (old, new)
+        assert failed or state == new
+        outcomes.append((failed, state == new))
+        assert registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME).version == state.version + 1
         consistent(registry)
         assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
         steps = count[0]
         if at >= steps:
             break
-    assert steps >= 8  # writing and naming three files, the audit, and the folder twice
+    assert steps >= 8  # write and rename three files, the audit log, and sync the folder twice
     assert {(True, False), (True, True), (False, True)} == set(outcomes)
 
 
 def _fail(patch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Have step `at` of all that reaches the disk fail; how many steps there were is counted."""
+    """Make disk operation number `at` fail, and return a list with the number of operations so far."""
     count = [0]
 
     def failing(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,11 +335,11 @@ def _fail(patch: pytest.MonkeyPatch, at: int) -> list[int]:
     return count
 
 
-def test_half_a_line_of_the_audit_is_taken_back(registry: Registry) -> None:
+def test_a_torn_line_of_the_audit_log_is_removed_by_the_next_change(registry: Registry) -> None:
     registry.install(spec(1), CARD, RolloutStage.SHADOW, 0, ME)
-    whole = registry.audit_path.read_bytes()
+    complete = registry.audit_path.read_bytes()
     registry.install(spec(2), CARD, RolloutStage.SHADOW, 0, ME)
-    registry.audit_path.write_bytes(whole + b'{"when": "2026')
+    registry.audit_path.write_bytes(complete + b'{"when": "2026')
     assert len(registry.audit()) == 2
     registry.install(spec(3), CARD, RolloutStage.SHADOW, 0, ME)
     assert [json.loads(line)["version"] for line in registry.audit_path.read_text().splitlines()] == [1, 2, 3]
@@ -350,7 +360,7 @@ for number in range(10**6):
 
 
 @pytest.mark.process
-def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: Registry) -> None:
+def test_a_writer_killed_at_any_time_leaves_a_consistent_registry(registry: Registry) -> None:
     registry.install(spec(8), CARD, RolloutStage.SHADOW, 0, ME)
     chance = random.Random(6)
     torn = 0
@@ -366,13 +376,13 @@ def test_a_writer_killed_anywhere_leaves_a_registry_that_can_be_read(registry: R
         torn += len(registry.audit_path.read_text().splitlines()) != registry.read().version
         torn += any(path.name.startswith(".") for path in registry.folder.iterdir())
         assert consistent(registry).version >= acknowledged
-    assert torn  # some of them did hit it at work
+    assert torn  # some kills hit a change in progress
     registry.install(spec(9), CARD, RolloutStage.SHADOW, 0, ME)
     assert not [path for path in registry.folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.process
-def test_writers_at_once_take_turns(registry: Registry) -> None:
+def test_concurrent_writers_are_serialized(registry: Registry) -> None:
     command = [sys.executable, "-c", WRITER.replace("10**6", "20"), str(registry.folder)]
     writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     for writer in writers:
@@ -382,16 +392,16 @@ def test_writers_at_once_take_turns(registry: Registry) -> None:
         assert writer.stdin is not None
         writer.stdin.close()
         writer.stdin = None
-    said = [writer.communicate()[0] for writer in writers]
-    assert sorted(int(line) for one in said for line in one.split()) == list(range(1, 61))
+    outputs = [writer.communicate()[0] for writer in writers]
+    assert sorted(int(line) for one in outputs for line in one.split()) == list(range(1, 61))
     assert consistent(registry).version == 60
 
 
-# What a promotion needs
+# Requirements of a promotion
 
 
 @pytest.mark.parametrize(
-    ("report", "words"),
+    ("report", "message"),
     [
         (None, "needs a passed gate"),
         ({"digest": A, "verdict": "promote"}, "the report is about aaaaaaaaaaaa"),
@@ -400,13 +410,13 @@ def test_writers_at_once_take_turns(registry: Registry) -> None:
         ({"digest": spec(1).digest}, "verdict is None"),
     ],
 )
-def test_without_a_passed_gate_only_force_installs(
-    registry: Registry, tmp_path: Path, report: dict[str, Any] | None, words: str
+def test_without_a_passed_gate_only_a_forced_installation_succeeds(
+    registry: Registry, tmp_path: Path, report: dict[str, Any] | None, message: str
 ) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     card = card_of(spec(1), None if report is None else path)
-    with pytest.raises(PromotionError, match=words):
+    with pytest.raises(PromotionError, match=message):
         install(registry, spec(1), card, RolloutStage.SHADOW, 0, ME)
     assert registry.read() == RolloutState()
     install(registry, spec(1), card, RolloutStage.SHADOW, 0, FORCED)
@@ -414,7 +424,7 @@ def test_without_a_passed_gate_only_force_installs(
     assert registry.audit()[-1]["forced"] is True
 
 
-def test_with_one_it_is_on_the_card(registry: Registry, tmp_path: Path) -> None:
+def test_a_passed_gate_report_is_stored_on_the_card(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"digest": spec(1).digest, "verdict": "promote", "headline": "better by 2"}))
     install(registry, spec(1), card_of(spec(1), path), RolloutStage.CANARY, 0.1, ME)
@@ -423,7 +433,7 @@ def test_with_one_it_is_on_the_card(registry: Registry, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7"])
-def test_a_report_that_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_gate_report_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
     with pytest.raises(PromotionError, match=r"report\.json"):

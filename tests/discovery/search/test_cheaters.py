@@ -1,4 +1,4 @@
-"""Controllers that would rather have a high score than deserve it, and honest ones, which the sandbox must not harm."""
+"""The sandbox against controllers that cheat for a score, and its transparency for honest controllers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mine:
         {cheat}
         return [advance(i) for i in state.active] or [answer(state.leader())]
 """
-CHEATS = {  # what they do at the top of their file, and in each decision
+CHEATS = {  # code at the top of the file, and in each decision
     "peeks at its callers": (
         "import sys",
         "frame = sys._getframe()\n"
@@ -80,7 +80,7 @@ CHEATS = {  # what they do at the top of their file, and in each decision
     ),
 }
 HARMLESS = {"peeks at its callers", "makes its tokens cost nothing", "patches the clock it is timed by"}
-"""They decide as the honest one does, and get what that gets."""
+"""Cheats without effect: these controllers decide and score as the honest one."""
 
 
 def spec(cheat: str | None = None) -> Spec:
@@ -99,12 +99,12 @@ def honest() -> Score:
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_no_cheater_gets_more_than_it_deserves(cheat: str, honest: Score) -> None:
+def test_no_cheat_scores_above_the_honest_controller(cheat: str, honest: Score) -> None:
     score = play_it(cheat)
     assert honest.failures == []
     if cheat in HARMLESS:
         assert np.array_equal(score.outcomes, honest.outcomes)
-    elif cheat == "raises when it would lose":  # the others are as they were, and what it left is lost
+    elif cheat == "raises when it would lose":  # other episodes are unchanged, failed ones count as wrong
         left = score.column("failed") == 1
         assert 0 < left.sum() < left.size
         assert score.column("right")[left].sum() == 0
@@ -115,22 +115,22 @@ def test_no_cheater_gets_more_than_it_deserves(cheat: str, honest: Score) -> Non
 
 
 @pytest.mark.parametrize("cheat", ["memorises the order of questions", "spends only when it is evaluated"])
-def test_what_depends_on_more_than_the_episode_is_told(cheat: str) -> None:
+def test_decisions_that_depend_on_other_episodes_or_the_audit_are_reported(cheat: str) -> None:
     message = play_it(cheat).failures[0].message
     assert "alone in its process, under a token limit, it decided otherwise" in message
 
 
-def test_out_of_the_sandbox_some_of_them_would_win() -> None:
-    """That peeking and forging free tokens are worth sealing against."""
+def test_some_cheats_would_succeed_outside_the_sandbox() -> None:
+    """Shows that sealing matters: without it, peeking and forging tokens raise the score."""
     cheats = [spec("peeks at its callers"), spec("makes its tokens cost nothing")]
     unsealed = ReplayRules(16, sealing=Sealing.NONE)
-    found = [scores(cheat, betas=[1.0], cells=[CELL], rules=unsealed)[0] for cheat in cheats]
+    measured = [scores(cheat, betas=[1.0], cells=[CELL], rules=unsealed)[0] for cheat in cheats]
     honest = play_it(None)
-    assert found[0].accuracy > honest.accuracy
-    assert found[1].mean("tokens") < honest.mean("tokens")
+    assert measured[0].accuracy > honest.accuracy
+    assert measured[1].mean("tokens") < honest.mean("tokens")
 
 
-# Honest ones
+# Honest controllers
 
 CAREFUL = """
 from __future__ import annotations
@@ -175,13 +175,13 @@ def traced(spec: Spec, folder: Path, sealing: Sealing) -> list[dict[str, object]
 
 
 @pytest.mark.parametrize("spec", HONEST_ONES, ids=lambda spec: spec.name)
-def test_honest_controllers_play_the_same_episodes_sealed(spec: Spec, tmp_path: Path) -> None:
+def test_honest_controllers_play_the_same_episodes_sealed_and_unsealed(spec: Spec, tmp_path: Path) -> None:
     sealed, plain = (traced(spec, tmp_path / how, how) for how in (Sealing.ALL, Sealing.NONE))
     assert sealed == plain
     assert len(sealed) == len(SOURCE.cells())
 
 
-def test_engines_agree_on_what_is_sealed() -> None:
+def test_engines_give_the_same_scores_for_a_sealed_controller() -> None:
     local, process = (scores(Spec("careful", CAREFUL), betas=[1.0], engine=engine) for engine in ENGINES)
     assert [one.outcomes.tolist() for one in local] == [one.outcomes.tolist() for one in process]
 
@@ -189,7 +189,7 @@ def test_engines_agree_on_what_is_sealed() -> None:
 @pytest.mark.no_cover
 @pytest.mark.skipif(not (FOLDER / "autotts").is_dir(), reason="the public recordings are not beside the project")
 @pytest.mark.parametrize("spec", HONEST_ONES, ids=lambda spec: spec.name)
-def test_they_do_on_public_recordings(spec: Spec) -> None:
+def test_honest_controllers_score_the_same_sealed_and_unsealed_on_public_recordings(spec: Spec) -> None:
     path = FOLDER / "autotts" / "Qwen3-1.7B" / "aime25.json.xz"
     recordings = [intern_answers(recorded) for recorded in read_release(path)]
     job = Job(spec, 0.5, release_cell(path), range(17))

@@ -1,4 +1,4 @@
-"""Explorers: what a model, an agent or a folder proposes, what that costs, and what none of them can reach."""
+"""Explorers: proposals of a model, an agent or a folder, their cost, and their confinement."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ CONTEXT = ExplorerContext(7, 3, [ScoredCandidate(PARENT, 50.0)])
 # A scripted endpoint
 
 
-def said(source: str, note: str = "waves") -> str:
-    """A reply as it was asked for."""
+def reply_with(source: str, note: str = "waves") -> str:
+    """Return a reply in the requested format."""
     return f"NOTE: {note}\n\n```python\n{source}```\n"
 
 
@@ -76,7 +76,7 @@ class ScriptedEndpoint:
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
 
     def close(self) -> None:
-        """End it; what is asked afterwards finds nobody."""
+        """Stop the server; later connections are refused."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -124,7 +124,7 @@ def server() -> Iterator[ScriptedEndpoint]:
 
 
 class Waits:
-    """A sleep that only notes for how long it was asked to."""
+    """A fake sleep that records the requested seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -155,7 +155,7 @@ def usd(prompt: int, completion: int) -> float:
     return (prompt * 3.0 + completion * 15.0) / 1e6
 
 
-def test_all_are_explorers(tmp_path: Path, server: ScriptedEndpoint) -> None:
+def test_each_explorer_has_its_name(tmp_path: Path, server: ScriptedEndpoint) -> None:
     explorers: list[Explorer] = [llm(server), Files(tmp_path), Agent(["true"], tmp_path)]
     assert [one.name for one in explorers] == ["llm", "files", "agent"]
 
@@ -164,9 +164,9 @@ def test_all_are_explorers(tmp_path: Path, server: ScriptedEndpoint) -> None:
 
 
 @pytest.mark.process
-def test_a_good_reply_is_a_candidate(server: ScriptedEndpoint) -> None:
-    (one,) = llm(server, completion(said(GOOD))).propose(CONTEXT)
-    assert one == Candidate(
+def test_a_valid_reply_becomes_a_candidate_with_its_cost(server: ScriptedEndpoint) -> None:
+    (candidate,) = llm(server, completion(reply_with(GOOD))).propose(CONTEXT)
+    assert candidate == Candidate(
         name="llm-0003",
         source=GOOD,
         explorer="llm",
@@ -183,13 +183,13 @@ def test_a_good_reply_is_a_candidate(server: ScriptedEndpoint) -> None:
     assert server.keys == [f"Bearer {SECRET}"]
 
 
-def test_settings_reach_the_request(server: ScriptedEndpoint) -> None:
+def test_settings_are_sent_in_the_request(server: ScriptedEndpoint) -> None:
     changes: dict[str, Any] = {
         "temperature": None,
         "limit": "max_completion_tokens",
         "extra": {"reasoning": {"effort": "low"}},
     }
-    llm(server, completion(said(GOOD)), **changes).propose(CONTEXT)
+    llm(server, completion(reply_with(GOOD)), **changes).propose(CONTEXT)
     (request,) = server.requests
     assert (request["max_completion_tokens"], request["reasoning"]) == (4000, {"effort": "low"})
     assert "temperature" not in request
@@ -197,60 +197,60 @@ def test_settings_reach_the_request(server: ScriptedEndpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "words"),
+    ("first", "expected"),
     [
-        (said(BROKEN), "SyntaxError"),
-        (said(MALICIOUS), "line 1: import os"),
-        (said(PARENT.source), "the file is identical to base, which was already tried"),
+        (reply_with(BROKEN), "SyntaxError"),
+        (reply_with(MALICIOUS), "line 1: import os"),
+        (reply_with(PARENT.source), "the file is identical to base, which was already tried"),
         ("I cannot do that.", "holds 0 ```python blocks"),
-        (said(GOOD) + said(GOOD), "holds 2 ```python blocks"),
-        (said(GOOD).removesuffix("```\n"), "holds 0 ```python blocks"),
-        (said(GOOD + "#" * LARGEST + "\n"), f"more than {LARGEST} bytes"),
+        (reply_with(GOOD) + reply_with(GOOD), "holds 2 ```python blocks"),
+        (reply_with(GOOD).removesuffix("```\n"), "holds 0 ```python blocks"),
+        (reply_with(GOOD + "#" * LARGEST + "\n"), f"more than {LARGEST} bytes"),
         (None, "holds 0 ```python blocks"),
     ],
     ids=["broken", "malicious", "duplicate", "none", "two", "cut off", "too long", "empty"],
 )
-def test_what_is_wrong_is_repaired_once(server: ScriptedEndpoint, first: str | None, words: str) -> None:
-    explorer = llm(server, completion(first, (1000, 200)), completion(said(GOOD, "mended"), (1300, 100)))
-    (one,) = explorer.propose(CONTEXT)
-    assert (one.source, one.note) == (GOOD, "mended")
-    assert one.cost == Cost(2300, 300, usd(1000, 200) + usd(1300, 100))
-    assert one.genome == {"model": "m", "calls": 2, "unknown": 0, "repaired": True}
+def test_an_invalid_reply_is_repaired_once(server: ScriptedEndpoint, first: str | None, expected: str) -> None:
+    explorer = llm(server, completion(first, (1000, 200)), completion(reply_with(GOOD, "mended"), (1300, 100)))
+    (candidate,) = explorer.propose(CONTEXT)
+    assert (candidate.source, candidate.note) == (GOOD, "mended")
+    assert candidate.cost == Cost(2300, 300, usd(1000, 200) + usd(1300, 100))
+    assert candidate.genome == {"model": "m", "calls": 2, "unknown": 0, "repaired": True}
     repair = server.requests[1]["messages"]
     assert [message["role"] for message in repair] == ["system", "user", "assistant", "user"]
     assert repair[2]["content"] == (first or "(nothing)")
-    assert words.replace("`", "'") in repair[3]["content"].replace("`", "'")
+    assert expected.replace("`", "'") in repair[3]["content"].replace("`", "'")
 
 
-def test_what_is_wrong_still_is_proposed_as_it_is(server: ScriptedEndpoint) -> None:
-    (one,) = llm(server, completion(said(MALICIOUS)), completion(said(MALICIOUS))).propose(CONTEXT)
-    assert one.source == MALICIOUS
-    assert advise(one.source)
+def test_a_reply_still_invalid_after_the_repair_is_proposed_unchanged(server: ScriptedEndpoint) -> None:
+    (first,) = llm(server, completion(reply_with(MALICIOUS)), completion(reply_with(MALICIOUS))).propose(CONTEXT)
+    assert first.source == MALICIOUS
+    assert advise(first.source)
     assert len(server.requests) == 2
-    (two,) = llm(server, completion("no"), completion("I will not.")).propose(CONTEXT)
-    assert two.source == "I will not."
-    assert two.cost.prompt_tokens == 2000
+    (second,) = llm(server, completion("no"), completion("I will not.")).propose(CONTEXT)
+    assert second.source == "I will not."
+    assert second.cost.prompt_tokens == 2000
 
 
-def test_a_thought_and_odd_characters_do_no_harm(server: ScriptedEndpoint) -> None:
-    reply = f"<think>a draft\n{said(BROKEN)}</think>\n" + said(GOOD, "see `this` \ud800\u202e")
-    (one,) = llm(server, completion(reply.replace("\n", "\r\n"))).propose(CONTEXT)
-    assert (one.source, one.note) == (GOOD, "see 'this' ??")
+def test_thinking_blocks_and_odd_characters_in_a_reply_are_tolerated(server: ScriptedEndpoint) -> None:
+    reply = f"<think>a draft\n{reply_with(BROKEN)}</think>\n" + reply_with(GOOD, "see `this` \ud800\u202e")
+    (candidate,) = llm(server, completion(reply.replace("\n", "\r\n"))).propose(CONTEXT)
+    assert (candidate.source, candidate.note) == (GOOD, "see 'this' ??")
 
 
-def test_a_rate_limit_is_waited_out_as_asked_within_bounds(server: ScriptedEndpoint) -> None:
+def test_a_rate_limit_waits_the_requested_seconds_up_to_a_maximum(server: ScriptedEndpoint) -> None:
     waits = Waits()
     busy = {"error": {"message": "slow down"}}
     turns: list[Turn] = [(429, {"retry-after": "7"}, busy), (429, {"retry-after": "86400"}, busy), (429, {}, busy)]
-    (one,) = llm(server, *turns, completion(said(GOOD)), waits=waits).propose(CONTEXT)
+    (candidate,) = llm(server, *turns, completion(reply_with(GOOD)), waits=waits).propose(CONTEXT)
     assert waits.seconds == [7, endpoint.LONGEST_WAIT_S, 4]
-    assert one.genome["calls"] == 4
-    assert (one.genome["unknown"], one.note) == (0, "waves")  # who is turned away pays nothing
-    assert one.cost == Cost(1000, 200, usd(1000, 200))
+    assert candidate.genome["calls"] == 4
+    assert (candidate.genome["unknown"], candidate.note) == (0, "waves")  # rate-limited calls cost nothing
+    assert candidate.cost == Cost(1000, 200, usd(1000, 200))
 
 
 @pytest.mark.parametrize("fault", ["cut", "garbage", "hang", "500", "error in a 200", "503 with usage"])
-def test_a_failing_endpoint_is_tried_again(server: ScriptedEndpoint, fault: str) -> None:
+def test_a_failing_call_is_retried_and_its_unknown_cost_noted(server: ScriptedEndpoint, fault: str) -> None:
     usage = completion("", (50, 7))["usage"]
     turns: dict[str, Turn] = {
         "500": (500, {}, {"error": {"message": "oh"}}),
@@ -259,47 +259,47 @@ def test_a_failing_endpoint_is_tried_again(server: ScriptedEndpoint, fault: str)
     }
     waits = Waits()
     timeout = 0.2 if fault == "hang" else 10
-    explorer = llm(server, turns.get(fault, fault), completion(said(GOOD)), waits=waits, timeout_s=timeout)
-    (one,) = explorer.propose(CONTEXT)
+    explorer = llm(server, turns.get(fault, fault), completion(reply_with(GOOD)), waits=waits, timeout_s=timeout)
+    (candidate,) = explorer.propose(CONTEXT)
     assert waits.seconds == [1]
-    assert one.source == GOOD
+    assert candidate.source == GOOD
     if fault == "503 with usage":
-        assert one.cost == Cost(1050, 207, usd(1000, 200) + usd(50, 7))
-        assert (one.genome["unknown"], one.note) == (0, "waves")
+        assert candidate.cost == Cost(1050, 207, usd(1000, 200) + usd(50, 7))
+        assert (candidate.genome["unknown"], candidate.note) == (0, "waves")
     else:
-        assert one.cost == Cost(1000, 200, usd(1000, 200))
-        assert (one.genome["unknown"], one.note) == (1, "waves (1 of 2 calls of unknown cost)")
+        assert candidate.cost == Cost(1000, 200, usd(1000, 200))
+        assert (candidate.genome["unknown"], candidate.note) == (1, "waves (1 of 2 calls of unknown cost)")
 
 
-def test_missing_usage_is_said(server: ScriptedEndpoint) -> None:
-    (one,) = llm(server, completion(said(GOOD), None)).propose(CONTEXT)
-    assert one.cost == Cost()
-    assert one.genome["unknown"] == 1
-    assert one.note == "waves (1 of 1 calls of unknown cost)"
-    odd = completion(said(GOOD)) | {"usage": {"prompt_tokens": "many", "completion_tokens": -1}}
+def test_a_reply_without_usage_is_noted_as_of_unknown_cost(server: ScriptedEndpoint) -> None:
+    (candidate,) = llm(server, completion(reply_with(GOOD), None)).propose(CONTEXT)
+    assert candidate.cost == Cost()
+    assert candidate.genome["unknown"] == 1
+    assert candidate.note == "waves (1 of 1 calls of unknown cost)"
+    odd = completion(reply_with(GOOD)) | {"usage": {"prompt_tokens": "many", "completion_tokens": -1}}
     assert llm(server, odd).propose(CONTEXT)[0].genome["unknown"] == 1
 
 
-def test_it_gives_up_in_the_end(server: ScriptedEndpoint) -> None:
+def test_the_explorer_gives_up_after_its_retries_or_a_refusal(server: ScriptedEndpoint) -> None:
     waits = Waits()
     with pytest.raises(ExplorerError, match="m: the endpoint returned status 500, oh, after 3 calls"):
         llm(server, *[(500, {}, {"error": {"message": "oh"}})] * 3, waits=waits, retries=2).propose(CONTEXT)
     assert waits.seconds == [1, 2]
     with pytest.raises(ExplorerError, match="the endpoint returned status 404, no such model, after 1 calls"):
         llm(server, (404, {}, {"error": {"message": "no such model"}}), waits=waits).propose(CONTEXT)
-    assert waits.seconds == [1, 2]  # what was refused is not asked again
+    assert waits.seconds == [1, 2]  # a refused request is not retried
     server.close()
     with pytest.raises(ExplorerError, match="APIConnectionError"):
         llm(server, waits=waits, retries=0).propose(CONTEXT)
 
 
 @pytest.mark.slow
-def test_models_are_drawn_by_weight_and_by_the_context(server: ScriptedEndpoint) -> None:
+def test_models_are_drawn_by_weight_from_the_context_seed(server: ScriptedEndpoint) -> None:
     prices = dict.fromkeys("abc", (1.0, 1.0))
     explorer = llm(server, models={"a": 3, "b": 1, "c": 0}, prices=prices)
     drawn = []
     for step in range(60):
-        server.turns = [completion(said(GOOD))]
+        server.turns = [completion(reply_with(GOOD))]
         drawn.append(explorer.propose(replace(CONTEXT, step=step))[0].genome["model"])
     assert set(drawn) == {"a", "b"}
     assert 30 < drawn.count("a") < 57
@@ -307,21 +307,21 @@ def test_models_are_drawn_by_weight_and_by_the_context(server: ScriptedEndpoint)
     assert drawn == expected
 
 
-def test_several_proposals_a_step(server: ScriptedEndpoint) -> None:
-    turns = [completion(said(GOOD)), completion(said(GOOD)), completion(said(GOOD + "# b\n"))]
-    one, two = llm(server, *turns, proposals=2).propose(CONTEXT)
-    assert (one.name, two.name) == ("llm-0003", "llm-0003-1")
-    assert two.source == GOOD + "# b\n"  # the first try was a duplicate of its sibling
-    assert (one.cost.prompt_tokens, two.cost.prompt_tokens) == (1000, 2000)
+def test_several_proposals_per_step_are_distinct_and_keep_what_succeeded(server: ScriptedEndpoint) -> None:
+    turns = [completion(reply_with(GOOD)), completion(reply_with(GOOD)), completion(reply_with(GOOD + "# b\n"))]
+    first, second = llm(server, *turns, proposals=2).propose(CONTEXT)
+    assert (first.name, second.name) == ("llm-0003", "llm-0003-1")
+    assert second.source == GOOD + "# b\n"  # the first attempt duplicated the other proposal
+    assert (first.cost.prompt_tokens, second.cost.prompt_tokens) == (1000, 2000)
     refused: Turn = (401, {}, {"error": {"message": "no"}})
-    assert len(llm(server, completion(said(GOOD)), refused, proposals=3).propose(CONTEXT)) == 1
+    assert len(llm(server, completion(reply_with(GOOD)), refused, proposals=3).propose(CONTEXT)) == 1
 
 
 # Money
 
 
-def test_the_budget_holds_in_the_worst_case(server: ScriptedEndpoint) -> None:
-    explorer = llm(server, completion(said(GOOD)))
+def test_a_call_whose_worst_case_exceeds_the_budget_is_not_made(server: ScriptedEndpoint) -> None:
+    explorer = llm(server, completion(reply_with(GOOD)))
     explorer.propose(CONTEXT)
     request = server.requests[0]
     size = sum(len(message["content"].encode()) for message in request["messages"])
@@ -330,28 +330,30 @@ def test_the_budget_holds_in_the_worst_case(server: ScriptedEndpoint) -> None:
     with pytest.raises(ExplorerError, match=r"the budget is .* USD; up to 0\.0000 are spent, and one more call can"):
         llm(server, usd=most * 0.999).propose(CONTEXT)
     assert len(server.requests) == 1
-    assert llm(server, completion(said(GOOD)), usd=most).propose(CONTEXT)
+    assert llm(server, completion(reply_with(GOOD)), usd=most).propose(CONTEXT)
 
 
-def test_the_budget_is_of_all_calls_failed_and_unknown_ones_too(server: ScriptedEndpoint, tmp_path: Path) -> None:
-    llm(server, completion(said(GOOD))).propose(CONTEXT)
+def test_failed_calls_and_calls_of_unknown_cost_count_against_the_budget(
+    server: ScriptedEndpoint, tmp_path: Path
+) -> None:
+    llm(server, completion(reply_with(GOOD))).propose(CONTEXT)
     most = settings(server.url).worst_case(server.requests[0])
     failing: Turn = (500, {}, {})
-    for first, left in ((completion(said(BROKEN)), usd(1000, 200)), (failing, most), ((429, {}, {}), 0.0)):
+    for first, left in ((completion(reply_with(BROKEN)), usd(1000, 200)), (failing, most), ((429, {}, {}), 0.0)):
         path = tmp_path / f"{left}.jsonl"
         bound = most + left + (0.001 if first is not failing else 0) - 1e-9
-        explorer = llm(server, first, completion(said(GOOD)), path=path, usd=bound)
+        explorer = llm(server, first, completion(reply_with(GOOD)), path=path, usd=bound)
         if left == 0:
             assert explorer.propose(CONTEXT)
         else:
             with pytest.raises(ExplorerError, match="the budget is"):
                 explorer.propose(CONTEXT)
-            with pytest.raises(ExplorerError, match="the budget is"):  # a new process knows of it
+            with pytest.raises(ExplorerError, match="the budget is"):  # a new process counts the spent calls
                 llm(server, path=path, usd=bound).propose(replace(CONTEXT, step=99))
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"models": {}}, "models"),
         ({"models": {"m": 0}}, "not all 0"),
@@ -362,8 +364,8 @@ def test_the_budget_is_of_all_calls_failed_and_unknown_ones_too(server: Scripted
         ({"modles": {}}, "modles"),
     ],
 )
-def test_settings_that_make_no_sense(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words) as raised:
+def test_invalid_settings_are_refused_without_showing_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as raised:
         LLMSettings(**({"base_url": "http://x/v1", "models": {"m": 1}, "api_key": SECRET} | changes))
     assert SECRET not in str(raised.value)
 
@@ -371,12 +373,12 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], words: str) -> Non
 # Transcripts
 
 
-def test_a_run_is_played_again_without_key_or_endpoint(
+def test_a_transcript_replays_a_run_without_key_or_endpoint(
     server: ScriptedEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "calls.jsonl"
-    turns: list[Turn] = [(429, {"retry-after": "9"}, {}), "cut", completion(said(BROKEN)), "garbage"]
-    turns += [completion(said(GOOD), None), completion(said(GOOD + "# 2\n"), (7, 8))]
+    turns: list[Turn] = [(429, {"retry-after": "9"}, {}), "cut", completion(reply_with(BROKEN)), "garbage"]
+    turns += [completion(reply_with(GOOD), None), completion(reply_with(GOOD + "# 2\n"), (7, 8))]
     explorer = llm(server, *turns, path=path, proposals=2)
     made = explorer.propose(CONTEXT)
     assert [one.genome["calls"] for one in made] == [5, 1]
@@ -396,24 +398,28 @@ def test_a_run_is_played_again_without_key_or_endpoint(
             again.propose(other)
 
 
-def test_a_step_that_failed_is_tried_anew_when_it_is_resumed(server: ScriptedEndpoint, tmp_path: Path) -> None:
+def test_a_failed_step_is_retried_on_resume_and_keeps_its_earlier_calls(
+    server: ScriptedEndpoint, tmp_path: Path
+) -> None:
     path = tmp_path / "calls.jsonl"
     failing: Turn = (500, {}, {"error": {"message": "oh"}})
     tries: list[list[Turn]] = [[failing, failing], [failing, (401, {}, {})]]
     for turns in tries:
         with pytest.raises(ExplorerError):
             llm(server, *turns, path=path, retries=1).propose(CONTEXT)
-    made = llm(server, failing, completion(said(GOOD)), path=path, retries=1).propose(CONTEXT)
+    made = llm(server, failing, completion(reply_with(GOOD)), path=path, retries=1).propose(CONTEXT)
     assert (made[0].source, made[0].genome["calls"], made[0].genome["unknown"]) == (GOOD, 6, 4)
     assert llm(server, path=path, api_key=None).propose(CONTEXT) == made
 
 
-def test_the_key_is_nowhere(server: ScriptedEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not in the transcript, a candidate, an error or a log, even if the endpoint says it back."""
+def test_the_api_key_is_never_stored_logged_or_returned(
+    server: ScriptedEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The key is in no transcript, candidate, error or log, even if the endpoint echoes it."""
     caplog.set_level("DEBUG")
     path = tmp_path / "calls.jsonl"
     echo: Turn = (429, {"retry-after": "0"}, {"error": {"message": f"key {SECRET}", SECRET: [SECRET]}})
-    made = llm(server, echo, completion(said(GOOD + f"# {SECRET}\n", SECRET)), path=path).propose(CONTEXT)
+    made = llm(server, echo, completion(reply_with(GOOD + f"# {SECRET}\n", SECRET)), path=path).propose(CONTEXT)
     assert made[0].note == "[key]"
     wrong: Turn = (401, {}, {"error": {"message": f"Incorrect API key provided: {SECRET}"}})
     with pytest.raises(ExplorerError, match=r"Incorrect API key provided: \[key\]") as raised:
@@ -421,7 +427,7 @@ def test_the_key_is_nowhere(server: ScriptedEndpoint, tmp_path: Path, caplog: py
     assert "POST" in caplog.text
     assert SECRET not in caplog.text
     named: Turn = (429, {"x-request-id": SECRET}, {})
-    llm(server, named, completion(said(GOOD)), path=path).propose(replace(CONTEXT, step=10))
+    llm(server, named, completion(reply_with(GOOD)), path=path).propose(replace(CONTEXT, step=10))
     given = settings(server.url)
     for text in (path.read_text(), repr(made), str(raised.value), repr(given), given.model_dump_json()):
         assert SECRET not in text
@@ -437,7 +443,7 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert given() == SecretStr(SECRET)
 
 
-def test_a_key_no_header_can_carry_is_not_sent(server: ScriptedEndpoint) -> None:
+def test_a_key_that_is_no_valid_header_value_is_refused(server: ScriptedEndpoint) -> None:
     for key in (SECRET + "\n", SECRET + "é"):
         with pytest.raises(ExplorerError, match="has characters that are not allowed") as raised:
             llm(server, api_key=SecretStr(key)).propose(CONTEXT)
@@ -445,25 +451,25 @@ def test_a_key_no_header_can_carry_is_not_sent(server: ScriptedEndpoint) -> None
     assert server.requests == []
 
 
-def test_what_a_local_server_takes_for_a_key_may_stand_in_a_file(server: ScriptedEndpoint) -> None:
-    (one,) = llm(server, completion(said(GOOD)), api_key=SecretStr("state")).propose(CONTEXT)
-    assert one.source == GOOD
+def test_a_short_dummy_key_that_occurs_in_a_source_is_not_redacted_there(server: ScriptedEndpoint) -> None:
+    (candidate,) = llm(server, completion(reply_with(GOOD)), api_key=SecretStr("state")).propose(CONTEXT)
+    assert candidate.source == GOOD
 
 
-def test_a_transcript_survives_a_crash_and_tells_a_broken_line(tmp_path: Path) -> None:
+def test_a_transcript_ignores_a_torn_line_and_refuses_a_broken_one(tmp_path: Path) -> None:
     path, request = tmp_path / "calls.jsonl", {"model": "m"}
     first, second = (exchange_key(1, 2, call, request) for call in (0, 1))
     assert first != second
     assert len({exchange_key(*one, request) for one in ((1, 2, 0), (2, 1, 0), (1, 20, 0), (12, 0, 0))}) == 4
     Transcript(path).record(first, request, {"status": 200})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"key": "half')
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"key": "half')
     transcript = Transcript(path)
     assert transcript.replay(first) == {"status": 200}
     assert transcript.replay(second) is None
     transcript.record(second, request, {"status": 500})
     assert [response for _, response in Transcript(path).exchanges()] == [{"status": 200}, {"status": 500}]
-    path.write_bytes(b"nonsense\n" + whole)
+    path.write_bytes(b"nonsense\n" + complete)
     with pytest.raises(HistoryError, match="line 1 is not a recorded exchange"):
         Transcript(path)
     with pytest.raises(ExplorerError, match="no call is made without a transcript"):
@@ -473,10 +479,10 @@ def test_a_transcript_survives_a_crash_and_tells_a_broken_line(tmp_path: Path) -
 # Files
 
 
-def test_files_are_proposed_once_in_order(tmp_path: Path) -> None:
+def test_files_are_proposed_once_in_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text(GOOD)
     (tmp_path / "a x.py").write_text(BROKEN)
-    (tmp_path / "c.py").write_text(GOOD)  # the same again
+    (tmp_path / "c.py").write_text(GOOD)  # a duplicate of b.py
     (tmp_path / "d.txt").write_text(GOOD)
     (tmp_path / "e.py").mkdir()
     made = Files(tmp_path).propose(CONTEXT)
@@ -487,7 +493,7 @@ def test_files_are_proposed_once_in_order(tmp_path: Path) -> None:
     assert [one.name for one in Files(tmp_path).propose(known)] == ["a_x"]
 
 
-def test_files_that_cannot_be_read_are_candidates_that_fail(tmp_path: Path) -> None:
+def test_unreadable_files_become_failing_candidates_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "long.py").write_text(GOOD + "#" * LARGEST)
     (tmp_path / "odd.py").write_bytes(b"# \xff\n" + GOOD.encode())
     (tmp_path / f"{'n' * 99}.py").write_text(GOOD)
@@ -500,7 +506,7 @@ def test_files_that_cannot_be_read_are_candidates_that_fail(tmp_path: Path) -> N
         Files(tmp_path / "gone").propose(CONTEXT)
 
 
-def test_what_is_no_file_holds_no_explorer_up(tmp_path: Path) -> None:
+def test_special_files_become_failing_candidates_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "zero.py").symlink_to("/dev/zero")
     (tmp_path / "nul.py").write_bytes(GOOD.encode() + b"\0")
@@ -510,7 +516,7 @@ def test_what_is_no_file_holds_no_explorer_up(tmp_path: Path) -> None:
     assert all(advise(one.source) for one in (nul, pipe, zero))
 
 
-def test_a_reply_with_half_a_character_is_a_file_like_any_other() -> None:
+def test_a_reply_with_a_lone_surrogate_becomes_a_valid_candidate() -> None:
     draft = _read("NOTE: \ud83d\n```python\n" + GOOD + "# \ud83d\n```\n", {})
     assert Candidate("x", draft.source, "llm").digest
     assert draft.note == "?"
@@ -537,16 +543,21 @@ def log(root: Path, step: int = 3) -> str:
 
 @pytest.mark.process
 @linux
-def test_an_agent_is_told_what_explorers_are_told(root: Path, tmp_path: Path) -> None:
+def test_the_workspace_of_an_agent_holds_the_task_standings_and_digests(root: Path, tmp_path: Path) -> None:
     search = tmp_path / "export.jsonl"
     search.write_text('{"anonymous": 1}\n')
     other = ScoredCandidate(Candidate("o/../x", GOOD + "# other\n", "llm", note="idea"), None, failure="it fell")
     context = replace(CONTEXT, standings=[*CONTEXT.standings, other], digests={PARENT.digest: "had it `` lost it"})
     script = f"printf '%s' '{GOOD}' > {{workspace}}/candidate.py; echo 'all `new`' > NOTE.txt; test -w $TMPDIR; pwd"
-    (one,) = shell(root, script, search=search).propose(context)
-    assert one.cost.seconds > 0
-    assert (one.name, one.source, one.explorer, one.note) == ("agent-0003", GOOD, "agent", "all 'new'")
-    assert one.parent == PARENT.digest
+    (candidate,) = shell(root, script, search=search).propose(context)
+    assert candidate.cost.seconds > 0
+    assert (candidate.name, candidate.source, candidate.explorer, candidate.note) == (
+        "agent-0003",
+        GOOD,
+        "agent",
+        "all 'new'",
+    )
+    assert candidate.parent == PARENT.digest
     workspace = root / "step-0003"
     assert log(root) == f"{workspace}\n"
     assert sorted(str(path.relative_to(workspace)) for path in workspace.rglob("*") if path.is_file()) == [
@@ -575,7 +586,7 @@ def test_an_agent_is_told_what_explorers_are_told(root: Path, tmp_path: Path) ->
         *("mount -t tmpfs none tmp", "mknod x c 1 3", "cat /etc/shadow", "echo x > /usr/x"),
     ],
 )
-def test_an_agent_reaches_nothing_outside_even_as_root(root: Path, tmp_path: Path, deed: str) -> None:
+def test_an_agent_reaches_nothing_outside_its_workspace_even_as_root(root: Path, tmp_path: Path, deed: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     store = outside / "held-out.db"
@@ -583,17 +594,17 @@ def test_an_agent_reaches_nothing_outside_even_as_root(root: Path, tmp_path: Pat
     deed = deed.format(store=store, outside=outside, pid=os.getpid())
     with pytest.raises(ExplorerError, match=r"the agent ended with status 0 without a readable candidate\.py"):
         shell(root, f"{deed} && echo it went || echo it did not").propose(CONTEXT)
-    words = log(root)
-    assert "it did not" in words
-    assert "the secret" not in words
+    output = log(root)
+    assert "it did not" in output
+    assert "the secret" not in output
     assert store.read_text() == "the secret"
     assert list(outside.iterdir()) == [store]
 
 
 @pytest.mark.process
 @linux
-def test_the_same_deeds_go_where_they_may(root: Path, tmp_path: Path) -> None:
-    """What fails above fails for being outside: the same commands in the workspace, and on a readable folder."""
+def test_an_agent_may_use_its_workspace_and_read_readable_folders(root: Path, tmp_path: Path) -> None:
+    """The commands refused above succeed inside the workspace, and reading succeeds in a readable folder."""
     extra = tmp_path / "extra"
     extra.mkdir()
     (extra / "given").write_text("a gift\n")
@@ -622,7 +633,7 @@ def test_an_agent_has_no_privileges_and_a_clean_environment(root: Path, monkeypa
 
 @pytest.mark.process
 @linux
-def test_an_agent_is_killed_in_time_with_its_children(root: Path) -> None:
+def test_an_agent_is_killed_at_its_timeout_with_its_children(root: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ExplorerError, match=r"the agent was killed after 0\.5 s without a readable candidate\.py"):
         shell(root, "sleep 300 & echo $!; echo $$; sleep 300", timeout_s=0.5).propose(CONTEXT)
@@ -633,14 +644,14 @@ def test_an_agent_is_killed_in_time_with_its_children(root: Path) -> None:
 
 @pytest.mark.process
 @linux
-def test_what_an_agent_leaves_running_ends_with_it(root: Path) -> None:
-    (one,) = shell(root, "sleep 300 & echo $!; echo '# here' > candidate.py").propose(CONTEXT)
-    assert one.source == "# here\n"
+def test_processes_an_agent_leaves_behind_end_with_it(root: Path) -> None:
+    (candidate,) = shell(root, "sleep 300 & echo $!; echo '# here' > candidate.py").propose(CONTEXT)
+    assert candidate.source == "# here\n"
     assert _is_gone(int(log(root)))
 
 
 def _is_gone(process: int, patience_s: float = 5) -> bool:
-    """Whether a process has ended; one that waits to be reaped has."""
+    """Return whether a process has ended; a zombie counts as ended."""
     ends = time.monotonic() + patience_s
     while time.monotonic() < ends:
         try:
@@ -657,7 +668,7 @@ def _is_gone(process: int, patience_s: float = 5) -> bool:
 @pytest.mark.parametrize(
     "trick", ["ln -s {secret}", "mkfifo", "mkdir", "head -c 70000 /dev/zero >", "printf '\\377' >"]
 )
-def test_what_is_no_file_of_its_own_is_not_taken(root: Path, tmp_path: Path, trick: str) -> None:
+def test_a_candidate_that_is_not_a_readable_regular_file_is_refused(root: Path, tmp_path: Path, trick: str) -> None:
     secret = tmp_path / "secret.py"
     secret.write_text(GOOD)
     with pytest.raises(ExplorerError, match=r"without a readable candidate\.py"):
@@ -666,7 +677,7 @@ def test_what_is_no_file_of_its_own_is_not_taken(root: Path, tmp_path: Path, tri
 
 @pytest.mark.process
 @linux
-def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path) -> None:
+def test_a_workspace_left_by_an_earlier_run_is_replaced(root: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
     shell(root, f"ln -s {tmp_path}/kept link; ln -s {tmp_path} folder; echo > candidate.py").propose(CONTEXT)
     with pytest.raises(ExplorerError, match=r"without a readable candidate\.py"):
@@ -677,14 +688,14 @@ def test_a_workspace_is_new_whatever_a_run_left_there(root: Path, tmp_path: Path
 
 @pytest.mark.process
 @linux
-def test_a_command_that_is_not_there(root: Path) -> None:
+def test_a_missing_command_or_search_file_is_reported(root: Path) -> None:
     with pytest.raises(ExplorerError, match=r"was not started, because it cannot be confined: .*No such file"):
         Agent(["no-such-command"], root).propose(CONTEXT)
     with pytest.raises(ExplorerError, match="the agent's workspace"):
         Agent(["true"], root, search=root / "gone").propose(CONTEXT)
 
 
-def test_without_landlock_nothing_is_started(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_landlock_no_agent_is_started(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> int:
         raise OSError(38, "Function not implemented")
 
@@ -699,8 +710,8 @@ def test_without_landlock_nothing_is_started(root: Path, monkeypatch: pytest.Mon
 @pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["_LANDLOCK_CREATE", "_LANDLOCK_RESTRICT", "_NO_NEW_PRIVS"])
-def test_a_launcher_that_cannot_confine_starts_nothing(tmp_path: Path, name: str) -> None:
-    """Each call the launcher needs, replaced by one no kernel has."""
+def test_a_launcher_that_cannot_confine_does_not_start_the_command(tmp_path: Path, name: str) -> None:
+    """Each system call the launcher needs is replaced by a number that no kernel has."""
     code = f"""
 import sys
 from controllers.sandbox import seal
@@ -716,7 +727,7 @@ confine.main(sys.argv[1:])
 
 
 @linux
-def test_an_old_landlock_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_landlock_version_below_the_minimum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     old: Callable[..., int] = lambda *_: confine.OLDEST - 1  # noqa: E731
     monkeypatch.setattr(seal, "_call", old)
     with pytest.raises(OSError, match="Landlock version 2 is too old"):
@@ -726,7 +737,7 @@ def test_an_old_landlock_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.process
 @linux
 @pytest.mark.parametrize("arguments", ["", "w", "-- x", "w --", "w --read -- x", "w y z -- x"])
-def test_a_launcher_is_told_its_usage(arguments: str) -> None:
+def test_a_launcher_with_invalid_arguments_exits_with_refused(arguments: str) -> None:
     command = [sys.executable, "-m", "discovery.search.explorers.confine", *arguments.split()]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == confine.REFUSED

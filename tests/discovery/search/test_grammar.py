@@ -1,4 +1,4 @@
-"""The grammar: every controller it can write is sound, and what it proposes follows from what it is shown alone."""
+"""The grammar: every controller it can emit is valid, and proposals depend only on the context."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BETAS = [at / 8 for at in range(9)]
 
 
 def numbered(parts: dict[str, str], seed: int) -> dict[str, Any]:
-    """A genome of these components whose numbers are anywhere they may be, every third at an end."""
+    """Return a genome of these components with random numbers in their bounds, a third of them at a bound."""
     rng, genome = random.Random(seed), dict[str, Any](genome_of(parts))
     for name, kind in space(genome).items():
         if isinstance(kind, FloatDistribution):
@@ -55,17 +55,17 @@ def made(source: str) -> Factory:
     return load(source, "mine")
 
 
-# What it writes
+# Emitted files
 
 
-def test_there_are_as_many_structures_as_components_allow() -> None:
+def test_the_components_give_432_distinct_files() -> None:
     assert len(COMBINATIONS) == 432
     assert len({emit(genome_of(parts)) for parts in COMBINATIONS}) == 432
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("widen", PARTS["widen"])
-def test_every_structure_is_a_file_that_can_be_used(widen: str) -> None:
+def test_every_structure_gives_a_valid_file(widen: str) -> None:
     for number, parts in enumerate(one for one in COMBINATIONS if one["widen"] == widen):
         check_file(numbered(parts, number))
 
@@ -73,7 +73,7 @@ def test_every_structure_is_a_file_that_can_be_used(widen: str) -> None:
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(genome=GENOMES)
-def test_any_numbers_make_a_file_that_can_be_used(genome: Genome) -> None:
+def test_any_numbers_give_a_valid_file(genome: Genome) -> None:
     check_file(genome)
 
 
@@ -90,7 +90,7 @@ def check_file(genome: Genome) -> None:
 
 
 @pytest.mark.process
-def test_files_are_as_the_formatter_would_have_them(tmp_path: Path) -> None:
+def test_emitted_files_pass_the_formatter_and_linter(tmp_path: Path) -> None:
     ruff = Path(sys.executable).with_name("ruff")
     if not ruff.exists():
         pytest.skip("ruff is not installed")
@@ -106,13 +106,13 @@ def test_files_are_as_the_formatter_would_have_them(tmp_path: Path) -> None:
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(genome=GENOMES)
-def test_each_number_follows_beta_one_way_and_within_its_bounds(genome: Genome) -> None:
+def test_each_knob_is_monotone_in_beta_and_within_its_bounds(genome: Genome) -> None:
     controllers = [made(emit(genome))(beta) for beta in BETAS]
     for knob in knobs(genome):
         values = [getattr(controller, knob.name) for controller in controllers]
         assert values == sorted(values, reverse=knob.falls), knob.name
         assert all(isinstance(value, int) for value in values) or not knob.is_integer
-        slack = 0.51 if knob.is_integer else 0.0005 * knob.high  # what rounding takes
+        slack = 0.51 if knob.is_integer else 0.0005 * knob.high  # tolerance for rounding
         assert knob.low - slack <= values[0]
         assert values[-1] <= knob.high + slack
         assert [values[0], values[-1]] == pytest.approx(knob.span(genome)[:2], rel=0.002, abs=slack)
@@ -120,19 +120,19 @@ def test_each_number_follows_beta_one_way_and_within_its_bounds(genome: Genome) 
 
 @settings(max_examples=200, deadline=None)
 @given(share=st.tuples(st.floats(0.4, 1.0), st.floats(0.4, 1.0)))
-def test_no_more_than_all_votes_are_ever_asked_for(share: tuple[float, float]) -> None:
+def test_the_required_share_of_votes_never_exceeds_1(share: tuple[float, float]) -> None:
     genome = genome_of({"stop": "share"}, share=(*share, 1.0))
     assert all(made(emit(genome))(beta).share <= 1 for beta in BETAS)  # type: ignore[attr-defined]
 
 
-def test_a_number_that_falls_falls() -> None:
+def test_a_falling_knob_reverses_its_span() -> None:
     knob = Knob("weariness", "how soon it stops", 1, 9, falls=True)
     genome = {"weariness.lo": 2.0, "weariness.hi": 7.0, "weariness.g": 1.5}
     assert knob.span(genome) == (7.0, 2.0, 1.5)
     assert knob._replace(falls=False).span(genome) == (2.0, 7.0, 1.5)
 
 
-# What its controllers do
+# Behaviour of emitted controllers
 
 
 def run(genome: Genome, beta: float, chains: list[Chain], **limits: int) -> State:
@@ -151,7 +151,9 @@ def run(genome: Genome, beta: float, chains: list[Chain], **limits: int) -> Stat
     cap=st.integers(INTERVAL, 4000),
     width=st.integers(1, 64),
 )
-def test_each_ends_within_any_limits(genome: Genome, beta: float, seed: int, cap: int, width: int) -> None:
+def test_each_emitted_controller_ends_within_any_token_and_branch_limits(
+    genome: Genome, beta: float, seed: int, cap: int, width: int
+) -> None:
     limits = {"max_tokens": cap, "branch_tokens": 500, "probe_tokens": 3, "max_branches": width}
     state = run(genome, beta, crowd(seed), **limits)
     assert state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
@@ -161,30 +163,30 @@ def test_each_ends_within_any_limits(genome: Genome, beta: float, seed: int, cap
 
 @settings(max_examples=100, deadline=None)
 @given(genome=GENOMES, beta=st.floats(0, 1))
-def test_each_ends_when_no_chain_says_anything(genome: Genome, beta: float) -> None:
+def test_each_emitted_controller_ends_without_an_answer_when_no_chain_gives_one(genome: Genome, beta: float) -> None:
     state = run(genome, beta, [Chain("<think>hm" * (i + 1)) for i in range(64)])
     assert (state.stop, state.answer) == (Stop.ANSWERED, None)
 
 
 @settings(max_examples=100, deadline=None)
 @given(genome=GENOMES, beta=st.floats(0, 1), seed=st.integers(0, 1000))
-def test_each_says_what_all_chains_say(genome: Genome, beta: float, seed: int) -> None:
+def test_each_emitted_controller_answers_what_all_chains_answer(genome: Genome, beta: float, seed: int) -> None:
     state = run(genome, beta, crowd(seed, right=1.0))
     assert state.stop is Stop.ANSWERED
-    if genome["depth"] == "whole":  # else they may all stand still before one knows what to say
+    if genome["depth"] == "whole":  # with other depths all chains may stop before one has an answer
         assert (state.labels, state.answer) == (1, 0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(genome=GENOMES, beta=st.floats(0, 1), seed=st.integers(0, 1000))
-def test_the_same_chains_make_the_same_episode(genome: Genome, beta: float, seed: int) -> None:
+def test_an_emitted_controller_replays_to_the_same_episode(genome: Genome, beta: float, seed: int) -> None:
     first, second = (run(genome, beta, crowd(seed)) for _ in range(2))
     assert (first.spent, first.rounds, first.answer) == (second.spent, second.rounds, second.answer)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("genome", [*CLASSICS[1:], numbered(COMBINATIONS[-1], 5)], ids=lambda _: "")
-def test_sealed_they_do_the_same(genome: Genome) -> None:
+def test_emitted_controllers_play_the_same_sealed_and_unsealed(genome: Genome) -> None:
     recordings = [intern_answers(question(number)) for number in range(3)]
     job = Job(Spec("mine", emit(genome)), 0.7, CELL, range(2))
     open_, sealed = (run_job(job, recordings, ReplayRules(sealing=how)) for how in (Sealing.NONE, Sealing.ALL))
@@ -192,31 +194,31 @@ def test_sealed_they_do_the_same(genome: Genome) -> None:
     assert (open_.outcomes == sealed.outcomes).all()
 
 
-# What it proposes
+# Proposals
 
 BASE = ScoredCandidate(Candidate("cmc", "class CMC: ...\n", "baseline"), 50.0)
 
 
-def told(candidates: list[Candidate], step: int) -> list[ScoredCandidate]:
-    """How they did, by their text alone; one of five failed."""
-    found = []
+def with_scores(candidates: list[Candidate], step: int) -> list[ScoredCandidate]:
+    """Return scores that depend only on the source and step; one in five failed."""
+    scored = []
     for candidate in candidates:
         chance = random.Random(f"{candidate.source} {step}")
         failed = chance.random() < 0.2
-        found.append(ScoredCandidate(candidate, None if failed else round(chance.uniform(40, 70), 2)))
-    return found
+        scored.append(ScoredCandidate(candidate, None if failed else round(chance.uniform(40, 70), 2)))
+    return scored
 
 
 def search(grammar: Grammar, steps: int, seed: int = 0) -> list[list[Candidate]]:
-    """What is proposed in so many steps after the baselines."""
+    """Return the batches proposed in `steps` steps after the baselines."""
     standings, proposed = [BASE], []
     for step in range(1, steps + 1):
         proposed.append(grammar.propose(ExplorerContext(seed, step, standings)))
-        standings += told(proposed[-1], step)
+        standings += with_scores(proposed[-1], step)
     return proposed
 
 
-def test_it_begins_with_the_classics() -> None:
+def test_the_first_batch_holds_the_classics_and_later_ones_have_the_batch_size() -> None:
     first, *later = search(Grammar(batch=3), 3)
     assert [one.source for one in first] == [emit(genome) for genome in CLASSICS]
     assert [len(batch) for batch in later] == [3, 3]
@@ -225,7 +227,7 @@ def test_it_begins_with_the_classics() -> None:
     assert all(part in one.note for one in first for part in PARTS)
 
 
-def test_every_so_many_steps_it_draws_structures_and_else_refines_the_best() -> None:
+def test_batches_refine_the_leader_except_every_few_steps_that_draw_new_structures() -> None:
     standings: list[ScoredCandidate] = [BASE]
     for step in range(1, 8):
         context = ExplorerContext(0, step, standings)
@@ -236,35 +238,35 @@ def test_every_so_many_steps_it_draws_structures_and_else_refines_the_best() -> 
         elif leader is not None:
             assert all(one.parent is None and "line" not in one.genome for one in batch)
             assert len({tuple(one.genome[part] for part in PARTS) for one in batch}) > 1
-        standings += told(batch, step)
+        standings += with_scores(batch, step)
 
 
 def check_refined(leader: Candidate, batch: list[Candidate]) -> None:
-    """The same components, other numbers, all where they may be."""
+    """Check that a batch keeps the leader's components and has other numbers within their bounds."""
     assert len({one.digest for one in batch} | {leader.digest}) == len(batch) + 1
-    for one in batch:
-        assert one.parent == leader.digest
-        assert [one.genome[part] for part in PARTS] == [leader.genome[part] for part in PARTS]
-        assert one.genome["line"] == leader.genome.get("line", leader.digest)
-        for name, kind in space(one.genome).items():
-            assert kind._contains(kind.to_internal_repr(one.genome[name])), name
-        check_file(one.genome)
+    for refined in batch:
+        assert refined.parent == leader.digest
+        assert [refined.genome[part] for part in PARTS] == [leader.genome[part] for part in PARTS]
+        assert refined.genome["line"] == leader.genome.get("line", leader.digest)
+        for name, kind in space(refined.genome).items():
+            assert kind._contains(kind.to_internal_repr(refined.genome[name])), name
+        check_file(refined.genome)
 
 
-def test_it_follows_from_seed_step_and_standings() -> None:
+def test_proposals_are_determined_by_seed_step_and_standings() -> None:
     assert search(Grammar(batch=3), 5) == search(Grammar(batch=3), 5)
     assert search(Grammar(batch=3), 3)[1:] != search(Grammar(batch=3), 3, seed=1)[1:]
 
 
-def test_nothing_is_kept_between_steps_that_the_record_does_not_hold() -> None:
-    """One explorer over all steps, and a new one at each that is shown what was read back from JSON."""
+def test_the_grammar_keeps_no_state_between_steps_beyond_the_record() -> None:
+    """A new explorer with standings read back from JSON proposes the same as one kept over all steps."""
     grammar, standings = Grammar(batch=3), [BASE]
     for step in range(1, 8):
         context = ExplorerContext(5, step, standings)
         proposed = grammar.propose(context)
         read = [one._replace(candidate=read_again(one.candidate)) for one in standings]
         assert Grammar(batch=3).propose(replace(context, standings=read)) == proposed
-        standings = [*standings, *told(proposed, step)]
+        standings = [*standings, *with_scores(proposed, step)]
 
 
 def read_again(candidate: Candidate) -> Candidate:
@@ -280,8 +282,8 @@ print(*(one.digest for batch in search(Grammar(batch=3), 4) for one in batch))
 
 
 @pytest.mark.process
-def test_another_process_proposes_the_same() -> None:
-    """Whatever the order of its sets."""
+def test_another_process_proposes_the_same_candidates() -> None:
+    """Proposals do not depend on the hash seed."""
     digests = [one.digest for batch in search(Grammar(batch=3), 4) for one in batch]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONHASHSEED": "17"}
     done = subprocess.run(
@@ -290,7 +292,7 @@ def test_another_process_proposes_the_same() -> None:
     assert done.stdout.split() == digests
 
 
-def test_where_all_have_failed_it_goes_on_drawing() -> None:
+def test_when_all_candidates_failed_new_structures_are_drawn() -> None:
     standings = [BASE, *(ScoredCandidate(one, None, failure="no") for one in search(Grammar(), 1)[0])]
     for step in (2, 3):
         batch = Grammar(batch=3).propose(ExplorerContext(0, step, standings))
@@ -298,7 +300,7 @@ def test_where_all_have_failed_it_goes_on_drawing() -> None:
         assert all(one.parent is None for one in batch)
 
 
-def test_where_all_do_the_same_it_goes_on() -> None:
+def test_when_all_scores_are_equal_proposals_continue() -> None:
     standings = [BASE]
     for step in range(1, 9):
         batch = Grammar(batch=2).propose(ExplorerContext(0, step, standings))

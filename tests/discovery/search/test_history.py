@@ -1,4 +1,4 @@
-"""The record of a run: what was changed is named, what was cut is dropped, and no run is mixed with another."""
+"""The record of a run: changed lines are reported, torn lines dropped, and runs are never mixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BODIES: list[dict[str, Any]] = [
 
 
 def recorded(path: Path) -> History:
-    """A run of four events."""
+    """Return the history of a run with four events."""
     history = History.begin(path, SETTINGS)
     for kind, body in zip(("proposed", "judged", "proposed"), BODIES, strict=True):
         history.append(kind, body)
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "history.jsonl"
 
 
-def test_what_was_recorded_is_read_again(path: Path) -> None:
+def test_recorded_events_are_read_back_with_the_same_head(path: Path) -> None:
     history = recorded(path)
     again = History.read(path)
     assert again.events == history.events
@@ -51,13 +51,13 @@ def test_each_line_holds_the_hash_of_the_one_before(path: Path) -> None:
     assert len({line["hash"] for line in lines}) == 4
 
 
-def test_the_same_events_have_the_same_head(path: Path, tmp_path: Path) -> None:
+def test_equal_events_give_equal_heads(path: Path, tmp_path: Path) -> None:
     first, second = recorded(path), recorded(tmp_path / "other.jsonl")
     assert first.head == second.head
     assert path.read_bytes() == second.path.read_bytes()
     third = History.begin(tmp_path / "third.jsonl", dict(reversed(SETTINGS.items())))
-    assert third.head == first.events[0].hash  # the order of names says nothing
-    assert third.append("judged", BODIES[0]).hash != first.events[1].hash  # the kind does
+    assert third.head == first.events[0].hash  # the order of keys does not matter
+    assert third.append("judged", BODIES[0]).hash != first.events[1].hash  # the kind matters
 
 
 def changed(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], None]:
@@ -82,7 +82,7 @@ def doubled(lines: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("harm", "message"),
     [
         (
             changed(1, lambda line: line.replace(b'"seed": 3', b'"seed": 4')),
@@ -119,49 +119,51 @@ def doubled(lines: list[bytes]) -> None:
         (doubled, "line 3 does not follow line 2; a line was changed, moved or removed"),
     ],
 )
-def test_what_was_changed_is_named_by_its_line(path: Path, harm: Callable[[list[bytes]], None], words: str) -> None:
+def test_a_changed_line_is_refused_with_its_number(
+    path: Path, harm: Callable[[list[bytes]], None], message: str
+) -> None:
     recorded(path)
     lines = path.read_bytes().split(b"\n")
     harm(lines)
     path.write_bytes(b"\n".join(lines))
     harmed = path.read_bytes()
     for read in (History.read, lambda path: History.resume(path, SETTINGS)):
-        with pytest.raises(HistoryError, match=words) as raised:
+        with pytest.raises(HistoryError, match=message) as raised:
             read(path)
         assert str(path) in str(raised.value)
     assert path.read_bytes() == harmed
 
 
-def test_any_changed_byte_is_noticed(path: Path) -> None:
-    """But for the white space of JSON, which says nothing: then what is read is what was written."""
+def test_any_changed_byte_is_refused_unless_it_is_white_space(path: Path) -> None:
+    """Either reading fails, or only JSON white space changed and the events are equal."""
     history = recorded(path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     noticed = 0
-    for at in range(0, len(whole) - 1, 3):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in range(0, len(complete) - 1, 3):
+        path.write_bytes(complete[:at] + bytes([complete[at] ^ 1]) + complete[at + 1 :])
         try:
             assert History.read(path).events == history.events
         except HistoryError:
             noticed += 1
-    assert noticed > 0.3 * len(whole)
+    assert noticed > 0.3 * len(complete)
 
 
-def test_a_cut_last_line_is_dropped_when_a_run_is_resumed_and_only_then(path: Path) -> None:
+def test_a_torn_last_line_is_ignored_on_reading_and_removed_on_resume(path: Path) -> None:
     recorded(path)
-    whole = path.read_bytes()
-    begins = whole.rindex(b"\n", 0, -1) + 1
-    for end in range(begins + 1, len(whole)):
-        path.write_bytes(whole[:end])
+    complete = path.read_bytes()
+    begins = complete.rindex(b"\n", 0, -1) + 1
+    for end in range(begins + 1, len(complete)):
+        path.write_bytes(complete[:end])
         assert len(History.read(path).events) == 3
-        assert path.read_bytes() == whole[:end]  # whoever only looks changes nothing
+        assert path.read_bytes() == complete[:end]  # reading changes nothing
         assert len(History.resume(path, SETTINGS).events) == 3
-        assert path.read_bytes() == whole[:begins]
+        assert path.read_bytes() == complete[:begins]
     resumed = History.resume(path, SETTINGS)
     resumed.append("proposed", BODIES[2])
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
-def test_a_cut_line_that_is_not_the_last_is_no_accident(path: Path) -> None:
+def test_a_torn_line_before_the_last_is_refused(path: Path) -> None:
     recorded(path)
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], lines[1][:-9], *lines[2:]]))
@@ -169,7 +171,7 @@ def test_a_cut_line_that_is_not_the_last_is_no_accident(path: Path) -> None:
         History.resume(path, SETTINGS)
 
 
-def test_a_run_that_never_got_to_its_first_event_begins(path: Path) -> None:
+def test_a_run_torn_in_its_first_event_starts_again(path: Path) -> None:
     recorded(path)
     first = path.read_bytes().split(b"\n")[0] + b"\n"
     for end in (0, 1, len(first) - 1):
@@ -179,7 +181,7 @@ def test_a_run_that_never_got_to_its_first_event_begins(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"seed": 4}, "the run began with seed = 3, not 4"),
         ({"explorer": "llm"}, "the run began with explorer = grammar, not llm"),
@@ -188,33 +190,35 @@ def test_a_run_that_never_got_to_its_first_event_begins(path: Path) -> None:
         ({"answers": "exact"}, "the run began with answers = None, not exact"),
     ],
 )
-def test_other_settings_are_refused_by_name(path: Path, change: dict[str, Any], words: str) -> None:
+def test_resuming_with_other_settings_is_refused_with_the_setting_named(
+    path: Path, change: dict[str, Any], message: str
+) -> None:
     recorded(path)
     with path.open("ab") as file:
         file.write(b'{"kind": "cut')
-    whole = path.read_bytes()
-    with pytest.raises(HistoryError, match=words):
+    before = path.read_bytes()
+    with pytest.raises(HistoryError, match=message):
         History.resume(path, SETTINGS | change)
-    assert path.read_bytes() == whole  # not even what was cut is dropped
+    assert path.read_bytes() == before  # even the torn line is kept
     fewer = {name: value for name, value in SETTINGS.items() if name != "seed"}
     with pytest.raises(HistoryError, match="the run began with seed = 3, not None"):
         History.resume(path, fewer)
 
 
-def test_settings_are_compared_as_they_are_read(path: Path) -> None:
+def test_settings_are_compared_after_a_round_trip_through_json(path: Path) -> None:
     recorded(path)
     assert History.resume(path, SETTINGS | {"betas": (0.0, 0.5, 1.0)}).head == History.read(path).head
 
 
-def test_a_run_is_not_begun_over_another(path: Path) -> None:
+def test_a_new_run_does_not_overwrite_a_recorded_one(path: Path) -> None:
     recorded(path)
-    whole = path.read_bytes()
+    before = path.read_bytes()
     with pytest.raises(HistoryError, match="a run is recorded there; continue it with --resume"):
         History.begin(path, SETTINGS)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == before
 
 
-def test_where_nothing_can_be_read_or_written_is_said(tmp_path: Path) -> None:
+def test_unreadable_and_unwritable_paths_are_reported(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="No such file or directory; name the folder of a recorded run"):
         History.read(tmp_path / "none.jsonl")
     (tmp_path / "file").write_text("")
@@ -225,10 +229,10 @@ def test_where_nothing_can_be_read_or_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").mkdir()
     with pytest.raises(HistoryError, match="Is a directory"):
         history.append("judged", {})
-    assert len(history.events) == 1  # what is not on disk did not happen
+    assert len(history.events) == 1  # an event that is not on disk is not in memory
 
 
-def test_what_utf8_cannot_hold_is_recorded_all_the_same(path: Path) -> None:
+def test_a_lone_surrogate_is_recorded_and_read_back(path: Path) -> None:
     history = History.begin(path, SETTINGS)
     history.append("judged", {"failure": "Mine raised ValueError: \ud800"})
     assert History.read(path).events == history.events

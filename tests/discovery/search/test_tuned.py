@@ -1,4 +1,4 @@
-"""Tuning: only numbers change, and only those of the constructor; generations follow from the record alone."""
+"""Tuning: only numbers of the constructor change, and generations depend only on the record."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def standing(candidate: Candidate, score: float | None) -> ScoredCandidate:
     return ScoredCandidate(candidate, score)
 
 
-def test_the_constructors_numbers_are_found() -> None:
+def test_the_tunable_numbers_of_the_constructor_are_found() -> None:
     assert sorted(spot.value for spot in spots_of(SOURCE)) == sorted(VALUES)
     assert spots_of("def f(:") == []
     huge = SOURCE.replace("30", f"0x{'f' * 400}", 1).replace("1.5", "1e308", 1)
-    assert len(spots_of(huge)) == len(VALUES) - 2  # numbers that cannot be multiplied are left alone
+    assert len(spots_of(huge)) == len(VALUES) - 2  # numbers too large to scale are left out
 
 
 @given(factors=st.lists(st.floats(-9, 9), min_size=5, max_size=5))
-def test_nothing_but_numbers_changes(factors: list[float]) -> None:
+def test_varying_a_file_changes_only_its_numbers(factors: list[float]) -> None:
     spots = spots_of(SOURCE)
     made = varied(SOURCE, spots, np.array(factors))
     assert advise(made) == []
     again = spots_of(made)
     kept = [spot.is_integer for spot in again if spot.value not in (0, 1)]
-    assert len(kept) <= len(spots)  # one that came to be 1 is a number no more
+    assert len(kept) <= len(spots)  # 0 and 1 are not tuned
     for old, new in zip(ast.walk(ast.parse(SOURCE)), ast.walk(ast.parse(made)), strict=True):
         assert type(old) is type(new)
         if isinstance(old, ast.Constant) and isinstance(new, ast.Constant):
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_tunes_between_proposals_and_when_there_are_no_more(tmp_path: Path) -> None:
+def test_proposals_of_the_explorer_are_tuned_between_and_after_its_batches(tmp_path: Path) -> None:
     tuned = Tuned(Files(folder(tmp_path)), batch=4)
     baseline = standing(Candidate("cmc", "x", BASELINE), 59.0)
     (first,) = tuned.propose(ExplorerContext(3, 1, [baseline]))
@@ -77,7 +77,7 @@ def test_it_tunes_between_proposals_and_when_there_are_no_more(tmp_path: Path) -
         made = tuned.propose(ExplorerContext(3, step, standings))
         assert made == Tuned(Files(tmp_path), batch=4).propose(
             ExplorerContext(3, step, standings)
-        )  # nothing is remembered
+        )  # no state between steps
         assert len(made) == 4
         assert {one.explorer for one in made} == {"files"}
         assert all(one.parent in {other.candidate.digest for other in standings} for one in made)
@@ -87,7 +87,7 @@ def test_it_tunes_between_proposals_and_when_there_are_no_more(tmp_path: Path) -
     assert roots == {first.digest}
 
 
-def test_a_file_without_numbers_is_left_to_its_author(tmp_path: Path) -> None:
+def test_a_file_without_tunable_numbers_is_not_varied(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
     )
@@ -97,12 +97,12 @@ def test_a_file_without_numbers_is_left_to_its_author(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_generations_climb(seed: int) -> None:
-    """Towards a hill none of the first can stand on."""
+def test_generations_approach_the_optimum(seed: int) -> None:
+    """The optimum is out of reach of the first generation."""
     top = np.array([0.6, -0.4, 0.3])
-    told: list[tuple[Vector, float]] = []
+    scored: list[tuple[Vector, float]] = []
     for step in range(30):
-        for child in next_generation([0.0] * 3, told, 100 * seed + step, 6, 0.15):
-            told.append((child, -float(((child - top) ** 2).sum())))
-    assert max(score for _, score in told[:6]) < -0.1
-    assert max(score for _, score in told) > -0.01
+        for child in next_generation([0.0] * 3, scored, 100 * seed + step, 6, 0.15):
+            scored.append((child, -float(((child - top) ** 2).sum())))
+    assert max(score for _, score in scored[:6]) < -0.1
+    assert max(score for _, score in scored) > -0.01

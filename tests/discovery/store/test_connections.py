@@ -1,4 +1,4 @@
-"""Only SQLite opens and closes a store's file, and no file of a store in use is removed or replaced."""
+"""Store files: locks survive other work on the path, and no file of a store in use is removed or replaced."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def episode(name: str) -> ServedEpisode:
 
 
 def locks(path: Path) -> set[str]:
-    """The bytes of a file that this process holds POSIX locks on.
+    """Return the byte ranges of a file on which this process holds POSIX locks.
 
-    The kernel gives /proc/locks a page at a time, and lines are left out when others lock meanwhile: it is read thrice.
+    The kernel returns /proc/locks in pages and may omit lines while other locks change, so it is read three times.
     """
     status = path.stat()
     name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
@@ -119,7 +119,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("by", ["name", "symbolic link", "hard link"])
 @pytest.mark.parametrize("work", OTHERS)
-async def test_nothing_done_to_an_open_store_drops_its_locks(tmp_path: Path, work: str, by: str) -> None:
+async def test_no_operation_on_the_path_of_an_open_store_drops_its_locks(tmp_path: Path, work: str, by: str) -> None:
     path = named = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add([RecordedQuestion(question_id("q"), "m", "b", 500, [RecordedBranch(["7"], 900, "7")], "7")])
@@ -142,7 +142,7 @@ async def test_nothing_done_to_an_open_store_drops_its_locks(tmp_path: Path, wor
     assert stored(path) >= {"e", "after"}
 
 
-def test_a_database_is_known_without_being_changed(tmp_path: Path) -> None:
+def test_a_database_file_is_recognised_without_being_changed(tmp_path: Path) -> None:
     names = ("s.db", "s.db-wal", "s.db-shm", "s.db-journal")
     for name in ("text", "empty", "x-wal"):
         (tmp_path / name).write_text("" if name == "empty" else "line one\n" * 200)
@@ -157,7 +157,7 @@ def test_a_database_is_known_without_being_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["s.db", "s.db-wal", "s.db-shm", "link", "other"])
-async def test_no_output_replaces_a_store(tmp_path: Path, name: str) -> None:
+async def test_no_output_file_may_replace_a_store(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to("s.db")
     async with Store.open(tmp_path / "s.db", create=True) as store:
         if name == "other":
@@ -170,10 +170,10 @@ async def test_no_output_replaces_a_store(tmp_path: Path, name: str) -> None:
     assert stored(tmp_path / "s.db") == {"e", "f"}
 
 
-# Files that are no stores, and new ones
+# Files that are not stores, and new stores
 
 
-async def test_a_foreign_database_stays_as_it_is(tmp_path: Path) -> None:
+async def test_a_database_of_another_program_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE mine (x)")
@@ -185,7 +185,7 @@ async def test_a_foreign_database_stays_as_it_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["other.db"]
 
 
-async def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
+async def test_special_files_are_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match="not a regular file"):
         async with Store.open(tmp_path / "pipe", create=True):
@@ -196,7 +196,7 @@ async def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
             pass
 
 
-async def test_an_empty_file_becomes_a_store_only_where_one_may_be_made(tmp_path: Path) -> None:
+async def test_an_empty_file_becomes_a_store_only_with_create(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     path.touch()
     with pytest.raises(StoreError, match="not a store"):
@@ -208,22 +208,22 @@ async def test_an_empty_file_becomes_a_store_only_where_one_may_be_made(tmp_path
 
 
 @pytest.mark.parametrize("name", ["a b?c#d%41&mode=memory.db", "ü.db"])
-async def test_names_with_characters_special_to_sqlite_work(tmp_path: Path, name: str) -> None:
+async def test_file_names_with_characters_special_to_sqlite_work(tmp_path: Path, name: str) -> None:
     async with Store.open(tmp_path / name, create=True) as store:
         await store.add_all([episode("e")])
     assert os.listdir(tmp_path) == [name]
     assert stored(tmp_path / name) == {"e"}
 
 
-async def test_a_new_store_and_its_log_are_private(tmp_path: Path) -> None:
+async def test_a_new_store_and_its_log_have_mode_600(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add_all([episode("e")])
-        found = modes(tmp_path)
-    assert found == {"s.db": 0o600, "s.db-wal": 0o600, "s.db-shm": 0o600}
+        file_modes = modes(tmp_path)
+    assert file_modes == {"s.db": 0o600, "s.db-wal": 0o600, "s.db-shm": 0o600}
 
 
-async def test_an_old_stores_permissions_stay(tmp_path: Path) -> None:
+async def test_an_existing_store_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     for mode in (0o640, 0o600):
         async with Store.open(path, create=True):
@@ -231,8 +231,8 @@ async def test_an_old_stores_permissions_stay(tmp_path: Path) -> None:
         path.chmod(mode)
         async with Store.open(path, create=True) as store:
             await store.add_all([episode("e")])
-            found = modes(tmp_path)
-        assert found == {"s.db": mode, "s.db-wal": mode, "s.db-shm": mode}
+            file_modes = modes(tmp_path)
+        assert file_modes == {"s.db": mode, "s.db-wal": mode, "s.db-shm": mode}
 
 
 async def test_a_store_can_be_read_while_another_process_writes(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ async def test_a_store_can_be_read_while_another_process_writes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("statement", ["UPDATE autotts_store SET version = 'x'", "DELETE FROM autotts_store"])
-async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, statement: str) -> None:
+async def test_a_store_without_a_valid_version_is_refused(tmp_path: Path, statement: str) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True):
         pass
@@ -258,7 +258,7 @@ async def test_a_store_that_does_not_say_its_version_is_refused(tmp_path: Path, 
             pass
 
 
-# Stores that are moved
+# Moved stores
 
 
 async def test_a_moved_store_keeps_the_records_of_its_log(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ async def test_a_moved_store_keeps_the_records_of_its_log(tmp_path: Path) -> Non
     assert (stored(aside), stored(path)) == ({"e"}, {"new"})
 
 
-async def test_a_store_that_is_replaced_by_a_backup_corrupts_none_of_both(tmp_path: Path) -> None:
+async def test_replacing_an_open_store_by_a_backup_corrupts_neither(tmp_path: Path) -> None:
     path, backup = tmp_path / "s.db", tmp_path / "backup.db"
     async with Store.open(backup, create=True) as store:
         await store.add_all([episode(f"old {number}") for number in range(500)])
@@ -286,13 +286,13 @@ async def test_a_store_that_is_replaced_by_a_backup_corrupts_none_of_both(tmp_pa
     assert stored(path) == {f"old {number}" for number in range(500)} | {"new"}
 
 
-async def test_no_store_is_made_beside_the_log_of_another(tmp_path: Path) -> None:
+async def test_no_store_is_created_beside_the_log_of_a_moved_one(tmp_path: Path) -> None:
     path, aside = tmp_path / "s.db", tmp_path / "aside.db"
     async with Store.open(path, create=True) as store:
         await store.add_all([episode("e")])
         log = (tmp_path / "s.db-wal").read_bytes()
     path.rename(aside)
-    (tmp_path / "s.db-wal").write_bytes(log)  # as a kill would leave it
+    (tmp_path / "s.db-wal").write_bytes(log)  # the state after a kill
     with pytest.raises(StoreError, match=r"the store is gone, but its log s\.db-wal remains and holds records"):
         async with Store.open(path, create=True):
             pass
@@ -304,7 +304,7 @@ async def test_no_store_is_made_beside_the_log_of_another(tmp_path: Path) -> Non
     assert stored(path) == {"e"}
 
 
-async def test_a_moved_store_that_another_still_uses_shares_nothing_with_the_new_one(tmp_path: Path) -> None:
+async def test_a_moved_store_in_use_shares_no_records_with_a_new_one(tmp_path: Path) -> None:
     path, aside = tmp_path / "s.db", tmp_path / "aside.db"
     async with Store.open(path, create=True) as slow:
         await slow.add_all([episode("a")])

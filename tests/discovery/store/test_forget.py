@@ -1,4 +1,4 @@
-"""What is forgotten, or too old: all of it goes, its bytes too, and it does not come back."""
+"""Erasure and expiry: all rows and bytes of forgotten or old data are removed, and they do not come back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD, THEN = "2020-01-01T00:00:00.000000+00:00", "2021-01-01T00:00:00.000000+00:0
 
 @pytest.fixture(autouse=True)
 def plain_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections begin without `secure_delete`: some builds of SQLite have it by default, and hide that we do not."""
+    """Open connections without `secure_delete`, which some builds of SQLite enable by default."""
     connect = sqlite3.connect
 
     def plainly(*about: Any, **how: Any) -> sqlite3.Connection:
@@ -44,8 +44,8 @@ def episode(name: str, tenant: str = "t", question: str | None = None, **changes
     return replace(made, tenant=tenant, about=about, **changes)  # type: ignore[arg-type]
 
 
-def said(name: str, **changes: Any) -> Feedback:
-    return replace(Feedback(f"f{name}", name, "answer", f'"secret-{name}-said"', tenant="t"), **changes)
+def feedback_on(name: str, **changes: Any) -> Feedback:
+    return replace(Feedback(f"f{name}", name, "answer", f'"secret-{name}-feedback"', tenant="t"), **changes)
 
 
 def recorded(name: str) -> RecordedQuestion:
@@ -58,11 +58,11 @@ def labelled(question: str, *sources: LabelSource) -> list[Label]:
 
 
 async def put(store: Store, *names: str, **changes: Any) -> None:
-    """Requests, with all that may come of one."""
-    for one in names:
+    """Store requests with episode, feedback, recording and labels."""
+    for name in names:
         heard = {key: value for key, value in changes.items() if key in ("tenant", "created")}
-        await store.add_all([episode(one, **changes), said(one, **heard), recorded(one)])
-        await store.set_labels(labelled(f"q{one}", *LabelSource))
+        await store.add_all([episode(name, **changes), feedback_on(name, **heard), recorded(name)])
+        await store.set_labels(labelled(f"q{name}", *LabelSource))
 
 
 async def counted(store: Store) -> dict[str, int]:
@@ -71,7 +71,7 @@ async def counted(store: Store) -> dict[str, int]:
 
 
 def holding(folder: Path, word: str) -> list[str]:
-    """The files that have `word` in them."""
+    """Return the names of the files that contain `word`."""
     return [one.name for one in folder.iterdir() if word.encode() in one.read_bytes()]
 
 
@@ -89,8 +89,8 @@ async def test_forgotten_data_and_its_bytes_are_removed_for_good(tmp_path: Path,
         assert await store.forget(**which) == ALL
         assert holding(tmp_path, "secret-a-") == []  # while the store is open
         assert await counted(store) == ONE
-        late = said("a", id="later", tenant="A")  # said after it was forgotten
-        await store.add_all([*was[0], *was[1], recorded("a"), late])  # as a spill file might have them
+        late = feedback_on("a", id="later", tenant="A")  # feedback that arrives after the erasure
+        await store.add_all([*was[0], *was[1], recorded("a"), late])  # a spill file may still hold them
         assert await counted(store) == ONE
         assert [one.id for one in await store.episodes()] == ["b"]
         assert [one.id for one in await store.feedback()] == ["fb"]
@@ -99,20 +99,20 @@ async def test_forgotten_data_and_its_bytes_are_removed_for_good(tmp_path: Path,
     assert holding(tmp_path, "secret-b-") == ["s.db"]
 
 
-async def test_an_old_episode_of_a_forgotten_tenant_is_not_taken_though_it_was_never_there(tmp_path: Path) -> None:
+async def test_an_earlier_episode_of_a_forgotten_tenant_is_not_added_later(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.forget(tenant="A")
-        await store.add_all([episode("a", "A", created=OLD), said("a", tenant="A", created=OLD)])
+        await store.add_all([episode("a", "A", created=OLD), feedback_on("a", tenant="A", created=OLD)])
         assert await counted(store) == {}
-        await store.add_all([episode("b", "A")])  # who was forgotten may go on
+        await store.add_all([episode("b", "A")])  # new requests of the tenant are accepted
         assert await counted(store) == {"episodes": 1}
 
 
 async def test_forgetting_leaves_other_tenants_data(tmp_path: Path) -> None:
-    """Of a question that others asked too only what was counted goes: a client's answer may stand in it."""
+    """For questions that other tenants asked too, only derived labels are removed; a client's answer may be in them."""
     async with Store.open(tmp_path / "s.db", create=True) as store:
         served = [episode("a", "A", "q"), episode("b", "B", "q"), episode("c", "B", "p"), episode("d", "B", "other")]
-        heard = [said("a", tenant="A"), said("b", tenant="B"), said("c", id="of A", tenant="A")]
+        heard = [feedback_on("a", tenant="A"), feedback_on("b", tenant="B"), feedback_on("c", id="of A", tenant="A")]
         await store.add_all([*served, *heard])
         sources = list(LabelSource)
         await store.set_labels([*labelled("q", *sources), *labelled("p", *sources), *labelled("other", *sources)])
@@ -128,7 +128,7 @@ async def test_expired_episodes_are_removed_with_their_recordings(tmp_path: Path
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await put(store, "a", created=OLD)
         await put(store, "b")
-        await store.add_all([said("a", id="later")])  # young, of an old episode
+        await store.add_all([feedback_on("a", id="later")])  # recent feedback on an old episode
         assert await store.expire(THEN) == ForgottenCounts(1, 2, 1, 3, 1)
         assert holding(tmp_path, "secret-a-") == []
         assert await counted(store) == ONE
@@ -137,13 +137,13 @@ async def test_expired_episodes_are_removed_with_their_recordings(tmp_path: Path
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    """Another process's, reading one state of the store from when it says BEGIN."""
+    """Yield a second connection, which reads one snapshot of the store after BEGIN."""
     connection = sqlite3.connect(tmp_path / "s.db", isolation_level=None)
     yield connection
     connection.close()
 
 
-async def test_bytes_that_a_reader_keeps_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
+async def test_bytes_kept_in_the_log_by_a_reader_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=10) as store:
         await put(store, "a", created=OLD)
         await put(store, "b")
@@ -154,7 +154,7 @@ async def test_bytes_that_a_reader_keeps_are_reported(tmp_path: Path, reader: sq
                 with pytest.raises(StoreError, match="rows were removed, but their bytes remain in the log because"):
                     await store.forget(request="b")
             else:
-                assert (await store.expire(THEN)).episodes == 1  # it is called again by itself
+                assert (await store.expire(THEN)).episodes == 1  # expiry runs again periodically
             assert await store.episode(names) is None
             assert holding(tmp_path, f"secret-{names}-") != []
             reader.execute("COMMIT")
@@ -162,7 +162,7 @@ async def test_bytes_that_a_reader_keeps_are_reported(tmp_path: Path, reader: sq
             assert holding(tmp_path, f"secret-{names}-") == []
 
 
-async def test_bytes_that_a_writer_keeps_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
+async def test_bytes_kept_in_the_file_by_a_writer_are_reported(tmp_path: Path, reader: sqlite3.Connection) -> None:
     async with Store.open(tmp_path / "s.db", create=True, wait_ms=0) as store:
         await put(store, "a")
         begin = store._writes.connection.execute_fetchall
@@ -180,7 +180,7 @@ async def test_bytes_that_a_writer_keeps_are_reported(tmp_path: Path, reader: sq
         assert await counted(store) == {}
 
 
-async def test_the_recordings_of_an_episode_that_is_pruned_go_too(tmp_path: Path) -> None:
+async def test_pruning_a_corrupt_episode_removes_its_recordings(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await put(store, "a", "b")
@@ -194,7 +194,7 @@ async def test_the_recordings_of_an_episode_that_is_pruned_go_too(tmp_path: Path
 # Opening
 
 
-async def test_a_new_store_is_waited_for_while_another_process_makes_it(
+async def test_opening_waits_while_another_process_creates_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "s.db"
@@ -223,7 +223,7 @@ async def test_a_new_store_is_waited_for_while_another_process_makes_it(
 
 
 @pytest.mark.process
-def test_the_command_line(tmp_path: Path) -> None:
+def test_the_forget_command_erases_one_request_tenant_or_anonymous_data(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
 
     async def fill() -> None:
@@ -233,7 +233,7 @@ def test_the_command_line(tmp_path: Path) -> None:
             await store.add_all([replace(episode("e", "E"), question=question_id("e"))])
 
     asyncio.run(fill())
-    for arguments, code, words in (
+    for arguments, code, message in (
         (["--request-id", "a"], 0, "erased 1 episodes, 1 feedback entries, 1 recordings, 3 labels, and 1 questions"),
         (["--request-id", "a"], 2, "s.db: nothing is recorded of a"),
         (["--tenant", "nobody"], 2, "s.db: nothing is recorded of nobody"),
@@ -244,13 +244,13 @@ def test_the_command_line(tmp_path: Path) -> None:
         (["--anonymous", "--tenant", "E"], 2, "exactly one of"),
     ):
         done = autotts("store", "forget", "--store", "s.db", *arguments, folder=tmp_path)
-        assert (done.returncode, words in " ".join((done.stdout + done.stderr).split())) == (code, True), done
+        assert (done.returncode, message in " ".join((done.stdout + done.stderr).split())) == (code, True), done
     assert [holding(tmp_path, f"secret-{one}-") for one in "abc"] == [[], [], []]
     assert holding(tmp_path, "secret-e-") == ["s.db"]
 
 
 def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a proxy that has ended; of one that runs it is told."""
+    """The spill file of a stopped proxy is erased; that of a running proxy is reported."""
     monkeypatch.delenv("AUTOTTS_SPILL", raising=False)
     path = tmp_path / "s.db"
     write(path, [episode("c")])
@@ -260,17 +260,19 @@ def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.Mo
         spill.append([encode_item(one) for one in items] + [b"[]"])
         return spill
 
-    spilled(episode("a", "A"), said("a", tenant="A"), recorded("a"), episode("b", "B")).close()
-    running = spilled(episode("d", "A"), replace(episode("e"), branches=2**70))  # it took the file over
+    spilled(episode("a", "A"), feedback_on("a", tenant="A"), recorded("a"), episode("b", "B")).close()
+    running = spilled(episode("d", "A"), replace(episode("e"), branches=2**70))  # a running proxy holds the spill file
     with pytest.raises(StoreError, match=r"s\.db\.spill: a running proxy holds it"):
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
     running.close()
-    with pytest.raises(RecordingsNotFound, match="nothing is recorded of A"):  # it was forgotten before
+    with pytest.raises(
+        RecordingsNotFound, match="nothing is recorded of A"
+    ):  # the store's rows were erased by the first attempt
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == holding(tmp_path, "secret-d-") == []
     assert (holding(tmp_path, "secret-b-"), holding(tmp_path, "spill")) == (["s.db"], [])
     assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
     spilled(episode("f", "F")).close()
-    forget(tenant="F", place=path)  # it was nowhere else
+    forget(tenant="F", place=path)  # only the spill file held it
     assert holding(tmp_path, "secret-f-") == []

@@ -1,4 +1,4 @@
-"""The store: all or nothing, once, found again as it was; and what is told of stores that are not."""
+"""The store: atomic and idempotent writes, unchanged reads, migrations, and errors for files that are not stores."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_any_recording_is_loaded_unchanged(
     async def go() -> None:
         async with Store.open(tmp_path_factory.mktemp("any") / "s.db", create=True) as store:
             await store.add(given)
-            for one in given:
-                assert one in await store.load(Cell(one.model, one.benchmark, one.split))
+            for recording in given:
+                assert recording in await store.load(Cell(recording.model, recording.benchmark, recording.split))
 
     asyncio.run(go())
 
 
-async def test_a_second_import_adds_nothing(tmp_path: Path) -> None:
+async def test_importing_a_recording_twice_adds_nothing(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some()])
         assert await store.add([some(), some("p")]) == AddedCounts(1, 1, 2)
@@ -71,7 +71,7 @@ async def test_a_second_import_adds_nothing(tmp_path: Path) -> None:
 
 
 def collected(branches: Sequence[int], **changes: Any) -> RecordedQuestion:
-    """Recorded here, a branch a number; two of one number are equal."""
+    """Return a collected recording with one branch per number; equal numbers give equal branches."""
     made = [RecordedBranch(["7"], 500 + number, "7", [9]) for number in branches]
     return some(branches=made, **({"origin": Origin.COLLECTED, "chat_template": "t"} | changes))
 
@@ -81,10 +81,10 @@ async def test_a_continued_collection_replaces_the_earlier_recording(tmp_path: P
         await store.add([collected(range(5)), collected([1], text="p", question=question_id("p"))])
         assert await store.add([collected(range(8))]) == AddedCounts(0, 0, 3)
         assert [one for one in await store.load(CELL) if one.text == "q"] == [collected(range(8))]
-        for known in (range(8), range(5), [7, 0]):  # in whatever order
+        for known in (range(8), range(5), [7, 0]):  # in any order
             assert await store.add([collected(known)]) == AddedCounts(0, 0, 0)
-        assert await store.add([collected([0, 0])]) == AddedCounts(0, 1, 2)  # two that are equal are two
-        assert await store.add([collected([*range(8), 0, 9])]) == AddedCounts(0, 0, 0)  # both of those, and no more
+        assert await store.add([collected([0, 0])]) == AddedCounts(0, 1, 2)  # two equal branches count twice
+        assert await store.add([collected([*range(8), 0, 9])]) == AddedCounts(0, 0, 0)  # all of them are known already
         assert [len(one.branches) for one in await store.load(CELL)] == [1, 10]
         assert (await store.verify()).bad == []
 
@@ -110,21 +110,23 @@ async def test_recordings_of_other_settings_are_not_replaced(tmp_path: Path, cha
         assert await store.add([collected(range(2), **change)]) == AddedCounts(
             0, *((1, 2) if "request" in change else (0, 0))
         )
-        assert await store.add([collected([7, 8])]) == AddedCounts(0, 1, 2)  # others, of the same
+        assert await store.add([collected([7, 8])]) == AddedCounts(0, 1, 2)  # other branches of the same settings
 
 
-async def test_a_store_that_has_branches_twice_has_them_once_when_they_are_added_again(tmp_path: Path) -> None:
+async def test_duplicate_branches_in_a_store_are_merged_when_added_again(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add([collected(range(5)), collected(range(4, 9), chat_template="u")])
-    change(path, "UPDATE provenance SET chat_template = 't'")  # as an earlier program has left it
+    change(path, "UPDATE provenance SET chat_template = 't'")  # the state an earlier version may have left
     async with Store.open(path) as store:
         await store.add([collected(range(9))])
         assert (await store.verify()).rows["recordings"] == 1
 
 
 @pytest.mark.parametrize("source", LabelSource)
-async def test_only_references_are_certain(tmp_path: Path, source: LabelSource) -> None:
+async def test_imported_labels_keep_their_source_and_references_are_stored_with_the_question(
+    tmp_path: Path, source: LabelSource
+) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add([some(label_source=source)])
         assert [one.source for one in await store.labels()] == ([] if source is LabelSource.REFERENCE else [source])
@@ -153,10 +155,10 @@ async def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
 
 
 ASKED = ServedEpisode("e", "r", "m", "cmc", "d", 0.5, 3, 4, {}, "answered")
-"""What there is feedback on."""
+"""The episode that feedback refers to."""
 
 
-async def test_many_writers_share_a_transaction_and_one_that_fails_spoils_none(tmp_path: Path) -> None:
+async def test_concurrent_writes_share_transactions_and_a_failing_one_affects_no_other(tmp_path: Path) -> None:
     async def fail(connection: aiosqlite.Connection) -> None:
         await connection.execute("DELETE FROM feedback")
         raise RuntimeError("mine alone")
@@ -201,7 +203,7 @@ async def test_closing_completes_queued_writes(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         await store.add_all([ASKED])
         waiting = [asyncio.ensure_future(store.add_all([Feedback(str(i), "r", "score", "1")])) for i in range(600)]
-        await asyncio.sleep(0)  # they are queued
+        await asyncio.sleep(0)  # the writes are queued
     await asyncio.gather(*waiting)
     async with Store.open(tmp_path / "s.db") as store:
         assert (await store.verify()).rows["feedback"] == 600
@@ -240,7 +242,7 @@ def writer(path: Path, name: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.process
-async def test_two_processes_killed_at_work_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+async def test_two_killed_writers_lose_no_acknowledged_write(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     acknowledged: set[str] = set()
     processes = [writer(path, name) for name in "ab"]
@@ -271,7 +273,7 @@ def change(path: Path, statement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statement", "words"),
+    ("statement", "message"),
     [
         ("UPDATE branches SET tokens = tokens + 1 WHERE number = 1", "/1 of branches has a wrong checksum"),
         ("UPDATE questions SET reference = '8' WHERE body = 'q'", "of questions has a wrong checksum"),
@@ -279,13 +281,13 @@ def change(path: Path, statement: str) -> None:
         ("DELETE FROM branches WHERE number = 0", "has 1 of its 2 branches"),
     ],
 )
-async def test_a_row_that_was_changed_is_not_loaded(tmp_path: Path, statement: str, words: str) -> None:
+async def test_a_changed_row_is_refused_and_can_be_pruned(tmp_path: Path, statement: str, message: str) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add([some(), some("sound", benchmark="other")])
     change(path, statement)
     async with Store.open(path) as store:
-        with pytest.raises(CorruptRow, match=words) as caught:
+        with pytest.raises(CorruptRow, match=message) as caught:
             await store.load(CELL)
         assert str(path) in str(caught.value)
         assert "autotts store prune --corrupt" in str(caught.value)
@@ -305,7 +307,7 @@ async def test_prune_removes_only_the_selected_recordings(tmp_path: Path) -> Non
         assert await store.load(CELL) == [some(), some("p")]
 
 
-async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+async def test_a_store_of_a_newer_version_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True, migrations=[*MIGRATIONS, ["CREATE TABLE later (x INTEGER)"]]):
         pass
@@ -316,7 +318,7 @@ async def test_a_store_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: Path) -> None:
+async def test_an_older_store_is_migrated_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True) as store:
         await store.add([some()])
@@ -334,7 +336,7 @@ async def test_an_older_store_is_brought_up_to_date_or_left_as_it_was(tmp_path: 
             pass
 
 
-async def test_the_first_version_gets_the_sandbox_column(tmp_path: Path) -> None:
+async def test_a_store_of_the_first_version_gets_the_sandbox_column(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with Store.open(path, create=True, migrations=[FIRST]) as store:
         await store.add([some()])
@@ -347,7 +349,7 @@ async def test_the_first_version_gets_the_sandbox_column(tmp_path: Path) -> None
         assert (await store.verify()).bad == []
 
 
-async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
+async def test_a_search_is_stored_once_with_all_its_candidates(tmp_path: Path) -> None:
     tried = [
         TriedCandidate("d1", "one", "llm", None, 53.2, "", 0.01, "class One: ..."),
         TriedCandidate("d2", "two", "llm", "d1", None, "it raised", 0.02, "class Two: ..."),
@@ -358,8 +360,10 @@ async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
         assert (await store._read("SELECT explorer, seed, settings, candidates FROM runs")) == [
             ("llm", 7, '{"shuffles":4}', 2)
         ]
-        found = await store._read("SELECT name, score, failure, usd FROM candidates WHERE run_id = 'hash' ORDER BY id")
-        assert found == [("one", 53.2, "", 0.01), ("two", None, "it raised", 0.02)]
+        candidates = await store._read(
+            "SELECT name, score, failure, usd FROM candidates WHERE run_id = 'hash' ORDER BY id"
+        )
+        assert candidates == [("one", 53.2, "", 0.01), ("two", None, "it raised", 0.02)]
         verified = await store.verify()
         assert (verified.rows["runs"], verified.rows["candidates"], verified.bad) == (1, 2, [])
     change(tmp_path / "s.db", "UPDATE candidates SET score = 99 WHERE name = 'one'")
@@ -372,22 +376,22 @@ async def test_a_search_is_kept_whole_and_once(tmp_path: Path) -> None:
 async def test_files_that_are_not_stores_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello, I am a text")
     change(tmp_path / "other.db", "CREATE TABLE mine (x INTEGER)")
-    for name, words in (
+    for name, message in (
         ("none.db", "there is no store"),
         ("text", "not a store"),
         ("other.db", "not a store of this program"),
         (".", "is a folder"),
     ):
-        with pytest.raises(StoreError, match=words):
+        with pytest.raises(StoreError, match=message):
             async with Store.open(tmp_path / name):
                 pass
     with pytest.raises(StoreError, match="there is no folder"):
         async with Store.open(tmp_path / "no" / "s.db", create=True):
             pass
-    assert sorted(os.listdir(tmp_path)) == ["other.db", "text"]  # nothing was made
+    assert sorted(os.listdir(tmp_path)) == ["other.db", "text"]  # no file was created
 
 
-async def test_reading_cannot_write(tmp_path: Path) -> None:
+async def test_a_read_cannot_change_the_store(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         with pytest.raises(StoreError, match="readonly"):
             await store._read("DELETE FROM feedback")
