@@ -1,4 +1,4 @@
-"""Fixtures every folder may use, and the tiers of tests.
+"""Fixtures for all folders, and the tiers of tests.
 
 A test without a mark is a unit test: it starts no process and takes well under a second. The marks `vllm`, `process`,
 `slow` and `soak` name the other tiers; pyproject.toml says what each means. `make check` runs the unit tests, `make
@@ -25,7 +25,7 @@ from controllers.sandbox.spawner import spawner
 from proxy.upstream.embedded import EmbeddedServer
 
 MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
-"""Fixtures whose tests belong to a tier by using them."""
+"""Fixtures that put the tests that use them into a tier."""
 
 SERIAL: Final = "serial"
 """Group of tests that one worker runs, one after another, so that a run starts one vLLM and only one test uses it."""
@@ -35,7 +35,7 @@ STARTS_PROCESS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", 
 ASKED_BY_OPENAI: Final = ("uname", "lsb_release")
 """Programs that the client `openai` runs once, for a header."""
 ASSUMED: Final = prove(lambda _: AttemptResult(REFUSED << 8, "assumed in a unit test"))
-"""What a proxy believes of the sandbox in a unit test: proving it would start a process."""
+"""Proof of the sandbox that a unit test assumes, because proving it would start a process."""
 
 _forbidden_in: str | None = None
 """Id of the running test, if it must not start a process."""
@@ -98,7 +98,7 @@ def _spawn_unless_refused(path: bytes, args: Sequence[Any], passfds: Sequence[in
 
 
 class _FasterPolling:
-    """The module asyncio as uvicorn sees it. Its servers poll and sleep 0.1 s at a time to end; here a tenth of it."""
+    """Stand-in for asyncio in uvicorn, whose servers poll every 0.1 s while they stop; here every 0.01 s."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio, name)
@@ -116,14 +116,14 @@ multiprocessing.util.spawnv_passfds = _spawn_unless_refused
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests see the settings they give, whatever AUTOTTS_* the machine has."""
+    """Remove AUTOTTS_* variables, so that tests see only the settings they give."""
     for name in [name for name in os.environ if name.startswith("AUTOTTS_")]:
         monkeypatch.delenv(name)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def vllm() -> AsyncIterator[str]:
-    """The URL of a real vLLM for CPU with the embedded model, one for the whole run."""
+    """Yield the URL of a real vLLM for CPU with the embedded model, shared by the whole run."""
     pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
     async with EmbeddedServer() as server:
         yield server.url

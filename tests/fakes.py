@@ -31,22 +31,22 @@ class Chain:
     """The text of one branch, one token per character, and its probe answers after each interval."""
 
     text: str
-    hunches: tuple[str, ...] = ("",)  # probe answers; the last one repeats
+    probe_answers: tuple[str, ...] = ("",)  # after each interval; the last one repeats
 
     @property
     def tokens(self) -> int:
         """Number of characters plus the end token."""
         return len(self.text) + 1
 
-    def hunch(self, tokens: int, interval: int) -> str:
-        return self.hunches[min(max(tokens // interval, 1), len(self.hunches)) - 1]
+    def probe_answer(self, tokens: int, interval: int) -> str:
+        return self.probe_answers[min(max(tokens // interval, 1), len(self.probe_answers)) - 1]
 
 
-def chain(answer: str, length: int, hunches: Sequence[str] = ("",), mark: str = "a") -> Chain:
+def chain(answer: str, length: int, probe_answers: Sequence[str] = ("",), mark: str = "a") -> Chain:
     """Return a chain of `length` tokens that ends in `answer`. `mark` distinguishes chains of equal answers."""
     close = f"</think>\n\nIt is \\boxed{{{answer}}}"
     thought = "<think>" + mark * (length - 1 - len("<think>") - len(close))
-    return Chain(thought + close, tuple(hunches))
+    return Chain(thought + close, tuple(probe_answers))
 
 
 class ScriptedEnvironment:
@@ -74,8 +74,8 @@ class ScriptedEnvironment:
             chain, at = self.chains[action.branch], self.at[action.branch]
             if at == chain.tokens:
                 return Probed(action.branch, self._label(read_answer(chain.text)), 0)
-            hunch = read_answer(LEAD + chain.hunch(at, self.interval) + "}")
-            return Probed(action.branch, self._label(hunch), self.probe_cost(chain.text[:at]))
+            probe_answer = read_answer(LEAD + chain.probe_answer(at, self.interval) + "}")
+            return Probed(action.branch, self._label(probe_answer), self.probe_cost(chain.text[:at]))
         return None
 
     def _advance(self, index: int, intervals: int) -> Advanced:
@@ -120,7 +120,7 @@ class FakeVLLM:
         self.fault = ""
         self.fault_after = 0
         self.fault_times = 0
-        self.spares_text = False  # requests whose prompt is a text are served whatever `fault` says
+        self.spares_text = False  # `fault` does not apply to requests whose prompt is a text
         self.growth = 0  # tokens added to the counters at each read of /metrics
         self.counted = 0
         self.health_checks = 0
@@ -323,8 +323,8 @@ class FakeVLLM:
         closings = ("", LONGEST_CLOSING, "\n\n")  # as `probing.closing` may have chosen
         thoughts = [context.removesuffix(closing) for closing in closings]
         thought, chain = next((t, c) for t in thoughts for c in self.chains if c.text.startswith(t))
-        hunch = chain.hunch(len(thought), self.interval)
-        reply = f"{hunch}}}" if text.endswith(LEAD) else f"So \\boxed{{{hunch}}}"
+        probe_answer = chain.probe_answer(len(thought), self.interval)
+        reply = f"{probe_answer}}}" if text.endswith(LEAD) else f"So \\boxed{{{probe_answer}}}"
         ids = [*map(ord, reply), EOS][:most]
         return ids, "stop" if ids[-1] == EOS else "length"
 

@@ -70,9 +70,9 @@ async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 def _recorded(chain: Chain) -> RecordedBranch:
     """A chain as a collector would have recorded it: probed after each whole interval but the one it ends in."""
     cuts = range(INTERVAL, chain.tokens, INTERVAL)
-    hunches = [_written(LEAD + chain.hunch(at, INTERVAL) + "}") for at in cuts]
+    probe_answers = [_written(LEAD + chain.probe_answer(at, INTERVAL) + "}") for at in cuts]
     costs = [len(TEMPLATE.suffix("", chain.text[:at])) + SAID for at in cuts]
-    return RecordedBranch(hunches, chain.tokens, _written(chain.text), costs)
+    return RecordedBranch(probe_answers, chain.tokens, _written(chain.text), costs)
 
 
 def _written(text: str) -> str | None:

@@ -50,8 +50,8 @@ def crowd(seed: int, right: float = 0.6) -> list[Chain]:
     for i in range(64):
         label = "7" if rng.random() < right else str(rng.randint(10, 14))
         length = rng.randint(60, 480)
-        hunches = [""] * (length // INTERVAL // 2) + [label] * (length // INTERVAL + 1)
-        chains.append(chain(label, length, hunches, mark=chr(ord("a") + i % 26)))
+        probe_answers = [""] * (length // INTERVAL // 2) + [label] * (length // INTERVAL + 1)
+        chains.append(chain(label, length, probe_answers, mark=chr(ord("a") + i % 26)))
     return chains
 
 
@@ -294,8 +294,8 @@ def test_controllers_that_probe_lazily_decide_as_with_every_probe(name: str, bet
 def wavering(seed: int) -> Chain:
     """Return a long chain whose probes mostly give 7, with other and unreadable answers in between."""
     rng = random.Random(seed)
-    hunches = [rng.choice(["", "7", "7", "7", "8", "12"]) for _ in range(200)]
-    return chain(rng.choice(["7", "7", "8"]), rng.randint(300, 1900), hunches, mark=chr(ord("a") + seed % 26))
+    probe_answers = [rng.choice(["", "7", "7", "7", "8", "12"]) for _ in range(200)]
+    return chain(rng.choice(["7", "7", "8"]), rng.randint(300, 1900), probe_answers, mark=chr(ord("a") + seed % 26))
 
 
 def test_parallel_probe_reaches_no_consensus_while_most_chains_give_no_answer() -> None:

@@ -257,22 +257,24 @@ def test_a_process_reports_the_failure_of_its_controller(owner: socket.socket, s
 
 
 @pytest.fixture(scope="module")
-def nest() -> Iterator[SandboxSpawner]:
+def sandbox_spawner() -> Iterator[SandboxSpawner]:
     made = SandboxSpawner()
     yield made
     made.close()
 
 
-def controller(nest: SandboxSpawner, source: str, hard_s: float = 5.0) -> SandboxedController:
-    worker = nest.spawn(hard_s)
+def controller(sandbox_spawner: SandboxSpawner, source: str, hard_s: float = 5.0) -> SandboxedController:
+    worker = sandbox_spawner.spawn(hard_s)
     worker.load(Spec("mine", source))
     return SandboxedController(worker, 0.5)
 
 
 @linux
 @pytest.mark.parametrize("waits", [True, False])
-async def test_a_sandboxed_controller_plays_an_episode_like_any_controller(nest: SandboxSpawner, waits: bool) -> None:
-    sealed = controller(nest, STEPPING)
+async def test_a_sandboxed_controller_plays_an_episode_like_any_controller(
+    sandbox_spawner: SandboxSpawner, waits: bool
+) -> None:
+    sealed = controller(sandbox_spawner, STEPPING)
     state = State(Limits(10, branch_tokens=200, max_tokens=150))  # a cap cuts its rounds short
     if waits:
         await run_episode(sealed, ScriptedEnvironment(CHAINS, 10), state)
@@ -303,8 +305,8 @@ class ScriptedEnvironmentOf:
 
 
 @linux
-def test_a_sandboxed_controller_that_joins_mid_episode_is_refused(nest: SandboxSpawner) -> None:
-    sealed, state = controller(nest, STEPPING), State(LIMITS)
+def test_a_sandboxed_controller_that_joins_mid_episode_is_refused(sandbox_spawner: SandboxSpawner) -> None:
+    sealed, state = controller(sandbox_spawner, STEPPING), State(LIMITS)
     state.apply([branch()], [Advanced(0, 1, 10, False)])
     state.apply([advance(0)], [Advanced(0, 1, 10, False)])
     with pytest.raises(ControllerError, match="must see every round of its episode"):
@@ -313,8 +315,8 @@ def test_a_sandboxed_controller_that_joins_mid_episode_is_refused(nest: SandboxS
 
 
 @linux
-def test_a_file_that_fails_to_load_is_reported_and_its_process_ended(nest: SandboxSpawner) -> None:
-    worker = nest.spawn()
+def test_a_file_that_fails_to_load_is_reported_and_its_process_ended(sandbox_spawner: SandboxSpawner) -> None:
+    worker = sandbox_spawner.spawn()
     with pytest.raises(BadController, match=r"mine\.py: ModuleNotFoundError: No module named 'json'"):
         worker.load(Spec("mine", "import json"))
     assert not worker.alive
@@ -330,10 +332,10 @@ def test_a_boundary_violation_survives_pickling() -> None:
 
 
 @linux
-def test_every_allowed_module_can_be_imported_in_the_sandbox(nest: SandboxSpawner) -> None:
+def test_every_allowed_module_can_be_imported_in_the_sandbox(sandbox_spawner: SandboxSpawner) -> None:
     allowed = "math, statistics, collections, itertools, dataclasses, typing, heapq, bisect, functools"
     lines = f"import {allowed}\nimport controllers.voting, controllers.dial, collections.abc\n"
-    sealed = controller(nest, lines + STEPPING)
+    sealed = controller(sandbox_spawner, lines + STEPPING)
     assert len(sealed.decide(State(LIMITS))) == 3
     sealed.close()
 
@@ -358,8 +360,8 @@ def test_hashes_and_random_numbers_are_equal_in_every_process() -> None:
 
 
 @linux
-async def test_cancelling_a_decision_ends_its_process(nest: SandboxSpawner) -> None:
-    sealed = controller(nest, HEAD + "        while True: pass", hard_s=60)
+async def test_cancelling_a_decision_ends_its_process(sandbox_spawner: SandboxSpawner) -> None:
+    sealed = controller(sandbox_spawner, HEAD + "        while True: pass", hard_s=60)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)
     deciding.cancel()
@@ -372,13 +374,13 @@ async def test_cancelling_a_decision_ends_its_process(nest: SandboxSpawner) -> N
 @linux
 @pytest.mark.parametrize("later", [True, False])
 async def test_a_slow_decision_is_counted_and_a_late_one_is_a_boundary_violation(
-    nest: SandboxSpawner, later: bool
+    sandbox_spawner: SandboxSpawner, later: bool
 ) -> None:
     busy = (
         HEAD
         + "        n = 10**6 * (4 if state.rounds == 0 else 10**6)\n        while n: n -= 1\n        return [branch()]"
     )
-    sealed, state = controller(nest, busy, hard_s=3.0 if later else 5.0), State(LIMITS)
+    sealed, state = controller(sandbox_spawner, busy, hard_s=3.0 if later else 5.0), State(LIMITS)
     if later:
         await sealed.decide_later(state)
         assert sealed.handle.slow == 1  # four million steps take longer than 50 ms anywhere
@@ -395,12 +397,12 @@ async def test_a_slow_decision_is_counted_and_a_late_one_is_a_boundary_violation
 
 
 @linux
-def test_a_process_that_exits_fails_its_current_and_later_episodes(nest: SandboxSpawner) -> None:
+def test_a_process_that_exits_fails_its_current_and_later_episodes(sandbox_spawner: SandboxSpawner) -> None:
     source = STEPPING.replace(
         "        if not", "        if state.rounds == 2: (lambda f: f(f))(lambda f: exit_now())\n        if not"
     )
     source = "import posix\ndef exit_now(): posix._exit(3)\n" + source
-    workers = [nest.spawn(5.0), nest.spawn(5.0)]
+    workers = [sandbox_spawner.spawn(5.0), sandbox_spawner.spawn(5.0)]
     for worker in workers:
         worker.load(Spec("mine", source))
 
@@ -443,8 +445,8 @@ def state_of(process: int) -> str:
 
 @linux
 @pytest.mark.parametrize("later", [True, False])
-async def test_a_live_process_is_stopped_between_requests(nest: SandboxSpawner, later: bool) -> None:
-    sealed, state = controller(nest, RESTLESS), State(LIMITS)
+async def test_a_live_process_is_stopped_between_requests(sandbox_spawner: SandboxSpawner, later: bool) -> None:
+    sealed, state = controller(sandbox_spawner, RESTLESS), State(LIMITS)
     process = sealed.handle.process
     while state_of(process) != "T":  # stopped once its file is loaded
         pass
@@ -459,8 +461,8 @@ async def test_a_live_process_is_stopped_between_requests(nest: SandboxSpawner, 
 
 
 @linux
-def test_a_process_that_is_stopped_between_200_requests_keeps_working(nest: SandboxSpawner) -> None:
-    sealed, state = controller(nest, STEPPING), State(LIMITS)
+def test_a_process_that_is_stopped_between_200_requests_keeps_working(sandbox_spawner: SandboxSpawner) -> None:
+    sealed, state = controller(sandbox_spawner, STEPPING), State(LIMITS)
     for _ in range(200):
         decided = sealed.decide(state)
         state.apply(decided, [Advanced(at, 1, 10, False) for at in range(len(decided))])
@@ -469,9 +471,9 @@ def test_a_process_that_is_stopped_between_200_requests_keeps_working(nest: Sand
 
 
 @linux
-def test_computing_between_two_requests_is_a_boundary_violation(nest: SandboxSpawner) -> None:
+def test_computing_between_two_requests_is_a_boundary_violation(sandbox_spawner: SandboxSpawner) -> None:
     """A replay process is never stopped, so it can compute while its owner does not read."""
-    worker = nest.spawn(5.0, Clock.CPU)
+    worker = sandbox_spawner.spawn(5.0, Clock.CPU)
     worker.load(Spec("mine", RESTLESS))
     sealed, state = SandboxedController(worker, 0.5), State(LIMITS)
     decided = sealed.decide(state)
@@ -484,9 +486,9 @@ def test_computing_between_two_requests_is_a_boundary_violation(nest: SandboxSpa
 
 
 @linux
-def test_live_processes_run_at_lower_priority_than_their_owner(nest: SandboxSpawner) -> None:
+def test_live_processes_run_at_lower_priority_than_their_owner(sandbox_spawner: SandboxSpawner) -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
-    live, replayed = nest.spawn(), nest.spawn(clock=Clock.CPU)
+    live, replayed = sandbox_spawner.spawn(), sandbox_spawner.spawn(clock=Clock.CPU)
     assert os.getpriority(os.PRIO_PROCESS, live.process) == min(19, mine + handles.NICE)
     assert os.getpriority(os.PRIO_PROCESS, replayed.process) == mine
     for worker in (live, replayed):
@@ -494,11 +496,11 @@ def test_live_processes_run_at_lower_priority_than_their_owner(nest: SandboxSpaw
 
 
 @linux
-def test_a_process_that_cannot_be_sealed_is_not_the_controllers_fault(nest: SandboxSpawner) -> None:
-    process, channel, zygote = nest._fork(SPAWN, ALL_LAYERS)
+def test_a_process_that_cannot_be_sealed_is_not_the_controllers_fault(sandbox_spawner: SandboxSpawner) -> None:
+    process, channel, zygote = sandbox_spawner._fork(SPAWN, ALL_LAYERS)
     ours, theirs = socket.socketpair()
     theirs.sendall(frames.pack(frames.encode_text("landlock: no such thing")))
-    worker = SandboxHandle(process, ours, lambda child: nest._reap(child, zygote))
+    worker = SandboxHandle(process, ours, lambda child: sandbox_spawner._reap(child, zygote))
     with theirs, channel, pytest.raises(MachineDisturbed, match="sandbox process: landlock: no such thing"):
         worker.load(Spec("cmc"))
 
@@ -584,17 +586,19 @@ def test_a_dead_zygote_is_replaced_and_closing_old_processes_leaves_the_new_one_
 
 
 @linux
-def test_an_impossible_request_does_not_end_the_zygote(nest: SandboxSpawner) -> None:
-    worker = nest.spawn()
-    assert nest._zygote is not None
-    assert nest._reap(os.getpid(), nest._zygote.pid) is None  # the test process is not a child of the zygote
+def test_an_impossible_request_does_not_end_the_zygote(sandbox_spawner: SandboxSpawner) -> None:
+    worker = sandbox_spawner.spawn()
+    assert sandbox_spawner._zygote is not None
+    assert (
+        sandbox_spawner._reap(os.getpid(), sandbox_spawner._zygote.pid) is None
+    )  # the test process is not a child of the zygote
     worker.load(Spec("cmc"))
     worker.close()
 
 
 @linux
-def test_an_idle_process_killed_from_outside_raises_machine_disturbed(nest: SandboxSpawner) -> None:
-    sealed = controller(nest, STEPPING)
+def test_an_idle_process_killed_from_outside_raises_machine_disturbed(sandbox_spawner: SandboxSpawner) -> None:
+    sealed = controller(sandbox_spawner, STEPPING)
     os.kill(sealed.handle.process, signal.SIGKILL)
     wait_for_end(sealed.handle)
     assert not sealed.handle.alive
@@ -605,8 +609,8 @@ def test_an_idle_process_killed_from_outside_raises_machine_disturbed(nest: Sand
 
 
 @linux
-async def test_an_answer_that_is_ready_is_accepted_after_a_stalled_event_loop(nest: SandboxSpawner) -> None:
-    sealed = controller(nest, STEPPING, hard_s=0.2)
+async def test_an_answer_that_is_ready_is_accepted_after_a_stalled_event_loop(sandbox_spawner: SandboxSpawner) -> None:
+    sealed = controller(sandbox_spawner, STEPPING, hard_s=0.2)
     deciding = asyncio.create_task(sealed.decide_later(State(LIMITS)))
     await asyncio.sleep(0)  # the request has been sent
     asked = time.monotonic()
@@ -618,11 +622,11 @@ async def test_an_answer_that_is_ready_is_accepted_after_a_stalled_event_loop(ne
 
 
 @linux
-async def test_a_large_answer_that_waits_for_its_reader_is_not_late(nest: SandboxSpawner) -> None:
+async def test_a_large_answer_that_waits_for_its_reader_is_not_late(sandbox_spawner: SandboxSpawner) -> None:
     """The process blocks until its owner reads; that time does not count against it."""
     wide = Limits(10, 1 << 14)
     source = HEAD + "        return [branch()] * 100_000"
-    sealed = controller(nest, source, hard_s=0.2)
+    sealed = controller(sandbox_spawner, source, hard_s=0.2)
     deciding = asyncio.create_task(sealed.decide_later(State(wide)))
     await asyncio.sleep(0)
     asked = time.monotonic()
@@ -634,7 +638,7 @@ async def test_a_large_answer_that_waits_for_its_reader_is_not_late(nest: Sandbo
 
 
 @linux
-async def test_a_process_without_processor_time_raises_machine_disturbed(nest: SandboxSpawner) -> None:
+async def test_a_process_without_processor_time_raises_machine_disturbed(sandbox_spawner: SandboxSpawner) -> None:
     """A sandbox process that gets no processor time raises MachineDisturbed, not a boundary violation.
 
     It shares one processor with a process that has three hundred times its weight.
@@ -650,7 +654,7 @@ async def test_a_process_without_processor_time_raises_machine_disturbed(nest: S
     ended: list[Exception] = []
     try:
         while len(ended) < 8 and not any(isinstance(error, MachineDisturbed) for error in ended):
-            sealed = controller(nest, HEAD + "        while True: pass", hard_s=0.25)
+            sealed = controller(sandbox_spawner, HEAD + "        while True: pass", hard_s=0.25)
             os.sched_setaffinity(sealed.handle.process, {here})
             os.sched_setscheduler(sealed.handle.process, os.SCHED_IDLE, os.sched_param(0))
             with pytest.raises((BoundaryViolation, MachineDisturbed)) as caught:
@@ -721,11 +725,11 @@ def test_every_attempt_succeeds_in_an_unsealed_process(monkeypatch: pytest.Monke
 
 @linux
 @pytest.mark.parametrize("wait", ["posix.read(3, 1)", "lock.acquire()"])
-def test_a_sleeping_process_is_late_by_either_clock(nest: SandboxSpawner, wait: str) -> None:
+def test_a_sleeping_process_is_late_by_either_clock(sandbox_spawner: SandboxSpawner, wait: str) -> None:
     """A sleeping process uses no processor time, but nothing kept it from running."""
     source = f"import posix, _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n{HEAD}        {wait}"
     for clock in Clock:
-        worker = nest.spawn(0.2, clock)
+        worker = sandbox_spawner.spawn(0.2, clock)
         worker.load(Spec("mine", source))
         with pytest.raises(BoundaryViolation) as crossed:
             SandboxedController(worker, 0.5).decide(State(LIMITS))

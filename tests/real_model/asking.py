@@ -34,7 +34,7 @@ class Sum(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The question as a user would put it."""
+        """The question, worded as a user would ask it."""
         return f"What is {self.left} + {self.right}?"
 
     @property

@@ -940,14 +940,14 @@ async def test_a_changed_proxy_is_noticed_at_the_first_branch(questions: Sequenc
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        (lambda one: "{}\n", BadRecording, r"out.jsonl:2: model: Field required"),
+        (lambda recording: "{}\n", BadRecording, r"out.jsonl:2: model: Field required"),
         (
-            lambda one: format_recording_line(one),
+            lambda recording: format_recording_line(recording),
             CollectError,
             r"out.jsonl:2 was not collected \(it has no part\); name another file",
         ),
         (
-            lambda one: format_recording_line(replace(one, interval=9), 1),
+            lambda recording: format_recording_line(replace(recording, interval=9), 1),
             CollectError,
             r"out.jsonl:2 differs from what is in",
         ),

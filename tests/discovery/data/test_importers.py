@@ -183,7 +183,7 @@ recordings = st.builds(
     chat_template=st.text(max_size=5),
     request=st.text(max_size=5),
     confidence=st.floats(0, 1),
-).map(lambda one: one if one.reference is not None else replace(one, confidence=1.0))
+).map(lambda drawn: drawn if drawn.reference is not None else replace(drawn, confidence=1.0))
 
 
 @settings(deadline=None)

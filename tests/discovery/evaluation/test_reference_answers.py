@@ -316,7 +316,7 @@ def test_calibrated_confidence_is_monotone_and_each_step_matches_its_own_answers
 def test_calibration_needs_a_minimum_number_of_answers_and_one_answer_moves_it_little() -> None:
     half = [(0.5, number % 2 == 0) for number in range(MIN_CALIBRATION_ANSWERS)]
     assert calibrate_confidence([*half, (0.9, True)])(0.95) == 2 / 3
-    assert calibrate_confidence([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # one step of all
+    assert calibrate_confidence([*half, (0.9, False)])(0.95) == pytest.approx(11 / 23)  # all answers form one step
     assert calibrate_confidence([(0.9, True)] * MIN_CALIBRATION_ANSWERS)(0.1) == 21 / 22
     assert calibrate_confidence(half[1:])(0.95) == 0.95  # too few to calibrate
 

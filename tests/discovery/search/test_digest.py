@@ -127,7 +127,7 @@ def test_losing_a_correct_answer_that_was_seen_is_reported(tmp_path: Path) -> No
 
 
 def test_stopping_before_the_correct_answer_is_seen_is_reported(tmp_path: Path) -> None:
-    """It answers with the first probe of one branch; others would have been right."""
+    """The controller answers with the first probe of one branch; all chains would have ended right."""
     decide = """
         if self.round == 1: return [branch()]
         if self.round == 2: return [probe(0)]

@@ -476,7 +476,7 @@ async def test_the_branches_of_a_sampled_request_are_completed_and_recorded(
     for recorded, written in zip(recording.branches, backend.chains, strict=False):
         assert recorded.tokens == written.tokens
         full_intervals = -(-written.tokens // INTERVAL) - 1
-        probe_answers = [written.hunch(INTERVAL * (k + 1), INTERVAL) or None for k in range(full_intervals)]
+        probe_answers = [written.probe_answer(INTERVAL * (k + 1), INTERVAL) or None for k in range(full_intervals)]
         assert list(recorded.probes) == probe_answers
         assert all(cost > 0 for cost in recorded.probe_tokens)
         assert recorded.final in ("7", "9")

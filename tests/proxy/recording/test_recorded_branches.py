@@ -233,7 +233,7 @@ async def test_branches_recorded_live_equal_the_chains_of_the_upstream(admin: Ad
 
     def cost(text: str) -> int:
         script = next(candidate for candidate in CHAINS if candidate.text.startswith(text))
-        return len(TEMPLATE.suffix("", text)) + (answered if script.hunch(len(text), INTERVAL) else unanswered)
+        return len(TEMPLATE.suffix("", text)) + (answered if script.probe_answer(len(text), INTERVAL) else unanswered)
 
     environment = ScriptedEnvironment(CHAINS, INTERVAL, cost)
     _, rounds = play(create("everything@5", 1), environment)
