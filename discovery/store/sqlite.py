@@ -321,9 +321,19 @@ class Store:
         episodes = await self._select("episodes", rows.episode_from_row, latest, (request,))
         return episodes[0] if episodes else None
 
-    async def latest(self, limit: int, model: str | None = None, client_id: str | None = None) -> list[ServedEpisode]:
-        """Return the episodes that ended last, latest first, of a model or with a client's own request id."""
+    async def latest(
+        self, limit: int, model: str | None = None, client_id: str | None = None, without_controller: str | None = None
+    ) -> list[ServedEpisode]:
+        """Return the episodes that ended last, latest first, of a model or with a client's own request id.
+
+        Episodes of the controller `without_controller`, or of that name with `@N`, are left out.
+        """
         conditions: list[tuple[str, str]] = []
+        if without_controller is not None:
+            conditions += [
+                ("controller <> ?", without_controller),
+                ("controller NOT GLOB ?", f"{without_controller}@*"),
+            ]
         if model is not None:
             conditions.append(("model = ?", model))
         if client_id is not None:

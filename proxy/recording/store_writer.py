@@ -77,7 +77,7 @@ class StoreWriter:
         metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0
         self._max_queue = settings.recorder_queue
-        self._holds_text = settings.store_text is not StoreText.NONE
+        self._store_text = settings.store_text
         self._retain = None if settings.retain_days is None else timedelta(days=settings.retain_days)
         self._queue: deque[QueuedRecord] = deque()
         self._owners: OrderedDict[str, RequestOwner] = OrderedDict()
@@ -123,7 +123,8 @@ class StoreWriter:
         """Start writing, whether or not the store can be opened."""
         if self.path is None:
             return
-        if self._holds_text and is_readable_by_others(self.path):
+        logger.info("recording to %s (text: %s)", self.path.absolute(), self._store_text)
+        if self._store_text is not StoreText.NONE and is_readable_by_others(self.path):
             logger.warning("%s: other users can read the store, which holds request texts; run `chmod 600`", self.path)
 
         def report(problem: str) -> None:

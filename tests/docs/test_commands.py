@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from typer.testing import CliRunner
 
+from deploy.embedded.task import held_back
 from proxy.cli import app
 from proxy.settings import Settings
 from tests.docs.blocks import Block, fenced_blocks, shell_commands
@@ -126,6 +127,14 @@ async def test_a_reply_has_the_headers_and_fields_that_the_api_page_shows(shop: 
     assert [list(tts[name]) for name in ("tokens", "upstream")] == [
         list(expected[name]) for name in ("tokens", "upstream")
     ]
+
+
+def test_the_questions_of_the_quickstart_are_ones_that_the_embedded_model_knows() -> None:
+    (block,) = (block for block in BLOCKS if block.page == "docs/quickstart.md" and block.language == "text")
+    lines = [json.loads(line) for line in block.code.splitlines()]
+    assert len(lines) == 5
+    answers = {problem.question: problem.answer for problem in held_back(40, seed=7, lengths=(5, 8))}
+    assert {line["question"]: line["reference"] for line in lines}.items() <= answers.items()
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=lambda b: b.place)

@@ -11,7 +11,7 @@ import pytest
 from discovery.store import Store
 from tests.fakes import MODEL, FakeVLLM
 from tests.proxy.conftest import backend
-from tests.proxy.recording.test_episode_log import call, serving
+from tests.proxy.recording.test_episode_log import ADMIN, call, serving
 from tests.proxy.test_cli import autotts
 
 pytestmark = pytest.mark.process
@@ -49,6 +49,19 @@ async def test_requests_list_shows_the_latest_request_first(backend: FakeVLLM, t
     table = autotts("requests", "list", "--store", str(path)).stdout
     assert all(request_id in table for request_id in ids)
     assert "correct True" in table
+
+
+async def test_requests_that_only_record_branches_are_listed_with_all(backend: FakeVLLM, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    async with serving(backend, path) as proxy:
+        for controller in ("everything@1", "everything", "asc@2"):
+            body = {
+                "messages": [{"role": "user", "content": "hi"}],
+                "tts": {"beta": 0, "answer": "boxed", "controller": controller},
+            }
+            assert (await call(proxy, "POST", "/v1/chat/completions", ADMIN, body))[0] == 200
+    assert [row["controller"] for row in listed(path)] == ["asc@2"]
+    assert [row["controller"] for row in listed(path, "--all")] == ["asc@2", "everything", "everything@1"]
 
 
 @pytest.mark.parametrize("name", ["[/]", "[red]x[/red]", "a[42]"])
