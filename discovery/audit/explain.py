@@ -264,7 +264,8 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
         text = f"{_REFUSED.get(refused, f'A round was refused ({refused})')}; {best}"
     elif stop is Stop.MAX_TOKENS:
         cap, spent = limits.get("max_tokens"), about.get("spent", state.spent)
-        under = "" if cap is None else f" of {cap:,} tokens, {spent:,} of which were spent"
+        reserve = "the token cap of the request less what its reply may cost"
+        under = "" if cap is None else f" of {cap:,} tokens ({reserve}), {spent:,} of which were spent"
         text = f"None of the requested actions fitted under the limit{under}; {best}"
     elif stop is Stop.NOT_VOTABLE:
         text = "The first branch to finish gave no answer that could be voted on"

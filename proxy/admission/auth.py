@@ -117,6 +117,8 @@ class Authenticator:
             return
         has_admin = self._admin_key or (self.keyring and any(key.is_admin for key in self.keyring.keys))
         advice = "send an admin key as the bearer token" if has_admin else "start the proxy with AUTOTTS_ADMIN_KEY"
+        if not has_admin and self.keyring is not None:
+            advice += ", or add `admin = true` to a key of its key file"
         raise Forbidden(f"{target} is for admins only; {advice}", code="admin_only")
 
     def _salt(self, tenant: str) -> str | None:

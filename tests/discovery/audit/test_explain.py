@@ -106,7 +106,8 @@ def test_a_branch_that_finishes_in_the_round_that_prunes_it_is_not_listed_as_pru
         (
             "max_tokens",
             None,
-            "fitted under the limit of 9,000 tokens, 589 of which were spent; the best answer so far was 7 ",
+            "fitted under the limit of 9,000 tokens (the token cap of the request less what its reply may cost), "
+            "589 of which were spent; the best answer so far was 7 ",
         ),
         (
             "deadline",

@@ -16,10 +16,10 @@ import pytest_asyncio
 from openai import AsyncOpenAI, AuthenticationError
 
 from proxy.admission import api_keys
-from proxy.admission.auth import Access, Authenticator, check_host
+from proxy.admission.auth import Access, Authenticator, Caller, check_host
 from proxy.api.routes import ROUTES
 from proxy.app import create_app
-from proxy.errors import SettingsError
+from proxy.errors import Forbidden, SettingsError
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
 from proxy.upstream.client import UpstreamClient
@@ -541,3 +541,21 @@ async def test_get_endpoints_of_the_upstream_are_served_to_a_key(
 ) -> None:
     async with http.get(url + path, headers=bearer(ALICE)) as response:
         assert response.status < 500
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "is_admin", "advice"),
+    [
+        (False, False, "start the proxy with AUTOTTS_ADMIN_KEY"),
+        (True, False, "start the proxy with AUTOTTS_ADMIN_KEY, or add `admin = true` to a key of its key file"),
+        (True, True, "send an admin key as the bearer token"),
+    ],
+)
+def test_a_refusal_of_an_admin_route_says_how_to_get_an_admin_key(
+    tmp_path: Path, has_keys: bool, is_admin: bool, advice: str
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(api_keys.key_file_entry("alice", ALICE, admin=is_admin))
+    callers = Authenticator(load(upstream="http://127.0.0.1:1", keys=file if has_keys else None))
+    with pytest.raises(Forbidden, match=f"/v1/tts/keys is for admins only; {advice}$"):
+        callers.require_admin(Caller("tenant", False), "/v1/tts/keys")
