@@ -12,6 +12,7 @@ import multiprocessing.util
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import hypothesis
@@ -27,6 +28,8 @@ from proxy.upstream.embedded import EmbeddedServer
 MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
 """Fixtures that put the tests that use them into a tier."""
 
+FAULTS: Final = Path(__file__).parent / "faults"
+"""Folder whose tests are all slow: they wait for timeouts, retries and restarts."""
 SERIAL: Final = "serial"
 """Group of tests that one worker runs, one after another, so that a run starts one vLLM and only one test uses it."""
 MAY_START_PROCESSES: Final = ("process", "vllm", "soak")
@@ -47,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for fixture, mark in MARK_OF_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
+        if item.path.is_relative_to(FAULTS):
+            item.add_marker("slow")
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group(SERIAL))
     if getattr(config.option, "loadgroup", False):

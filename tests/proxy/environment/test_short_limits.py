@@ -7,6 +7,8 @@ import pytest
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, Proxy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("answer", [None, "boxed", "code"])
 @pytest.mark.parametrize("controller", SERVED)

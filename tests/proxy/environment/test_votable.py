@@ -24,6 +24,8 @@ from proxy.upstream.client import UpstreamClient
 from tests.fakes import Chain, chain
 from tests.proxy.conftest import INTERVAL, SERVED, SMALL, Proxy
 
+pytestmark = pytest.mark.slow
+
 POEM = "Roses are red, violets are blue, " * 12 + "and that is all."
 CODE = "Here you are:\n\n```python\n" + "print('x')\n" * 20 + "```\nRun it with Python."
 TOOL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": [' + "2, " * 60 + "3]}}</tool_call>"

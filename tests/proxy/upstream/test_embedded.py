@@ -21,6 +21,8 @@ from proxy.upstream import embedded
 from proxy.upstream.embedded import EmbeddedServer, free_port
 from tests.fakes import FakeVLLM
 
+pytestmark = pytest.mark.process
+
 SERVER = """
 import http.server, sys
 class Healthy(http.server.BaseHTTPRequestHandler):
