@@ -1,6 +1,6 @@
-"""One suite for every environment: the same controller on the same chains sees the same facts, plays the same episode.
+"""One suite for all environments: the same controller on the same chains sees the same facts and episode.
 
-A new environment joins by adding itself to ENVIRONMENTS: a context that gives an environment over given chains.
+To test a new environment, add to ENVIRONMENTS a context manager that yields an environment for given chains.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from tests.fakes import LONGEST_CLOSING, MODEL, Chain, FakeVLLM, Scripted, Scrip
 
 INTERVAL = 40
 PROBE = 12
-SAID = 3  # one digit, a brace and the end token
+ANSWER_TOKENS = 3  # one digit, a brace and the end token
 TEMPLATE = TEMPLATES[Family.QWEN3]
-PROBE_COST = len(TEMPLATE.longest_suffix) + SAID
+PROBE_COST = len(TEMPLATE.longest_suffix) + ANSWER_TOKENS
 
 Factory = Callable[[Sequence[Chain]], AbstractAsyncContextManager[Environment]]
 
 
 @asynccontextmanager
 async def scripted(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
-    yield ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda text: len(TEMPLATE.suffix("", text)) + SAID)
+    yield ScriptedEnvironment(chains, INTERVAL, probe_cost=lambda text: len(TEMPLATE.suffix("", text)) + ANSWER_TOKENS)
 
 
 @asynccontextmanager
@@ -68,10 +68,10 @@ async def replayed(chains: Sequence[Chain]) -> AsyncIterator[Environment]:
 
 
 def _recorded(chain: Chain) -> RecordedBranch:
-    """A chain as a collector would have recorded it: probed after each whole interval but the one it ends in."""
+    """Return a chain as a collector records it: probed after each interval but the last."""
     cuts = range(INTERVAL, chain.tokens, INTERVAL)
     probe_answers = [_written(LEAD + chain.probe_answer(at, INTERVAL) + "}") for at in cuts]
-    costs = [len(TEMPLATE.suffix("", chain.text[:at])) + SAID for at in cuts]
+    costs = [len(TEMPLATE.suffix("", chain.text[:at])) + ANSWER_TOKENS for at in cuts]
     return RecordedBranch(probe_answers, chain.tokens, _written(chain.text), costs)
 
 
@@ -103,7 +103,7 @@ async def play(factory: Factory, controller: object, chains: Sequence[Chain] = C
     return state, [Round(list(r.actions), list(r.facts)) for r in rounds]
 
 
-async def test_opening_runs_the_first_interval(environment: Factory) -> None:
+async def test_opening_branches_runs_their_first_interval(environment: Factory) -> None:
     state, rounds = await play(environment, Scripted([branch(2), branch(2)], [branch(TO_END)], [branch()]))
     assert [fact for round_ in rounds for fact in round_.facts] == [
         Advanced(0, 2, 80, False),
@@ -115,7 +115,7 @@ async def test_opening_runs_the_first_interval(environment: Factory) -> None:
     assert state.answer == 0
 
 
-async def test_facts_come_in_action_order_and_labels_by_first_reveal(environment: Factory) -> None:
+async def test_facts_are_in_action_order_and_labels_in_order_of_first_reveal(environment: Factory) -> None:
     _, rounds = await play(
         environment,
         Scripted([branch(), branch(), branch()], [probe(2), advance(1), probe(0)], [advance(0), probe(0), advance(2)]),
@@ -136,7 +136,7 @@ async def test_actions_of_one_branch_run_in_list_order(environment: Factory) -> 
     _, rounds = await play(
         environment, Scripted([branch(), probe(0), advance(0), probe(0), advance(0), probe(0), advance(0)])
     )
-    in_answer = PROBE_COST - len(LONGEST_CLOSING) + len("\n\n")  # the thought is closed by then
+    in_answer = PROBE_COST - len(LONGEST_CLOSING) + len("\n\n")  # the reasoning is closed by then
     assert rounds[0].facts == [
         Advanced(0, 1, 40, False),
         Probed(0, 0, PROBE_COST),
@@ -148,17 +148,17 @@ async def test_actions_of_one_branch_run_in_list_order(environment: Factory) -> 
     ]
 
 
-async def test_what_a_round_finds_finished_is_free(environment: Factory) -> None:
+async def test_actions_on_a_finished_branch_cost_nothing(environment: Factory) -> None:
     _, rounds = await play(environment, Scripted([branch(4), advance(0), probe(0)]))
     assert rounds[0].facts == [Advanced(0, 4, 130, True, 0), Advanced(0, 0, 0, True, 0), Probed(0, 0, 0)]
 
 
-async def test_a_prune_brings_no_fact(environment: Factory) -> None:
+async def test_a_prune_yields_no_fact(environment: Factory) -> None:
     _, rounds = await play(environment, Scripted([branch(), branch()], [prune(0), advance(1)]))
     assert rounds[1].facts == [Advanced(1, 1, 30, True, 0)]
 
 
-def crowd(seed: int) -> list[Chain]:
+def many_chains(seed: int) -> list[Chain]:
     lengths = [60 + (seed * 31 + i * 47) % 240 for i in range(64)]
     answers = ["7" if (seed + i) % 3 else "8" for i in range(64)]
     return [
@@ -170,8 +170,8 @@ def crowd(seed: int) -> list[Chain]:
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(list(BUILT_IN)), beta=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
-async def test_every_controller_plays_the_same_episode_everywhere(name: str, beta: float, seed: int) -> None:
-    episodes = [await play(factory, create(name, beta), crowd(seed)) for factory in ENVIRONMENTS.values()]
+async def test_every_controller_plays_the_same_episode_in_every_environment(name: str, beta: float, seed: int) -> None:
+    episodes = [await play(factory, create(name, beta), many_chains(seed)) for factory in ENVIRONMENTS.values()]
     first, first_rounds = episodes[0]
     for state, rounds in episodes[1:]:
         assert rounds == first_rounds

@@ -1,4 +1,4 @@
-"""The embedded model's task, files and launcher; what it is good for is measured by its `study`, not here."""
+"""The embedded model's task, files and launcher. Its quality is measured by its `study`, not here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deploy.embedded import server, task
 from deploy.embedded.task import ArithmeticOperation, Chain, OperationKind, held_back, problems
 
 
-def test_a_problem_reads_as_the_readme_shows_it() -> None:
+def test_a_problem_is_worded_as_in_the_readme_and_has_its_answer() -> None:
     steps = (
         ArithmeticOperation(OperationKind.ADD, 5),
         ArithmeticOperation(OperationKind.MULTIPLY, 3),
@@ -31,7 +31,7 @@ def test_halving_undoes_doubling() -> None:
         assert ArithmeticOperation(OperationKind.HALVE)(value) * 2 % task.MODULUS == value
 
 
-def test_what_is_held_back_is_never_trained_on() -> None:
+def test_held_back_problems_are_not_among_the_training_problems() -> None:
     trained = {problem.question for problem in islice(problems("train"), 3000)}
     held = held_back(500) + held_back(500, seed=1)
     assert not trained & {problem.question for problem in held}
@@ -39,7 +39,7 @@ def test_what_is_held_back_is_never_trained_on() -> None:
     assert {problem.length for problem in held} == set(range(4, 17))
 
 
-def test_the_committed_model_is_small_and_whole() -> None:
+def test_the_committed_model_is_complete_and_under_5_mib() -> None:
     files = {path.name: path.stat().st_size for path in server.MODEL.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= set(files)
     assert sum(files.values()) < 5 * 2**20
@@ -47,12 +47,12 @@ def test_the_committed_model_is_small_and_whole() -> None:
     assert config["architectures"] == ["Qwen3ForCausalLM"]
 
 
-def test_a_machine_without_avx2_is_told_what_to_do(
+def test_on_a_cpu_without_avx2_the_server_exits_with_advice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server, "_has_avx2", lambda: False)
     assert server.main([]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "AVX2" in said
-    assert "--upstream" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "AVX2" in stderr
+    assert "--upstream" in stderr

@@ -1,4 +1,4 @@
-"""A real Prometheus: it scrapes the proxy, evaluates the rules, and tells when the upstream is gone."""
+"""A real Prometheus scrapes the proxy, evaluates the rules and alerts when the upstream is down."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def promtool(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_rules_and_config_are_well_formed() -> None:
+def test_promtool_accepts_rules_and_config() -> None:
     assert "SUCCESS" in promtool("check", "rules", DEPLOY / "rules.yml")
     assert "1 rule files found" in promtool("check", "config", DEPLOY / "prometheus.yml")
 
 
-def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
+def test_every_alert_has_a_passing_test_that_fires_and_one_that_does_not() -> None:
     assert "SUCCESS" in promtool("test", "rules", HERE / "rules.test.yml")
     groups = yaml.safe_load((DEPLOY / "rules.yml").read_text())["groups"]
     alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
     tested: dict[str, set[bool]] = {}
     for test in yaml.safe_load((HERE / "rules.test.yml").read_text())["tests"]:
-        for one in test["alert_rule_test"]:
-            tested.setdefault(one["alertname"], set()).add(bool(one["exp_alerts"]))
+        for case in test["alert_rule_test"]:
+            tested.setdefault(case["alertname"], set()).add(bool(case["exp_alerts"]))
     assert tested == {alert: {True, False} for alert in alerts}
 
 
 class Prometheus:
-    """A running one, by its HTTP API."""
+    """Client of the HTTP API of a running Prometheus."""
 
     def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
         self.url = url
@@ -72,19 +72,19 @@ class Prometheus:
             return (await response.json())["data"]
 
     async def value(self, query: str) -> float | None:
-        found = (await self.ask("query", query=query))["result"]
-        return float(found[0]["value"][1]) if found else None
+        result = (await self.ask("query", query=query))["result"]
+        return float(result[0]["value"][1]) if result else None
 
     async def alerts(self) -> dict[str, str]:
-        """The state of each alert that is not at rest."""
-        return {one["labels"]["alertname"]: one["state"] for one in (await self.ask("alerts"))["alerts"]}
+        """Return the state of each pending or firing alert by its name."""
+        return {alert["labels"]["alertname"]: alert["state"] for alert in (await self.ask("alerts"))["alerts"]}
 
-    async def until(self, what: Callable[[], Any]) -> None:
-        """Return once what `what` gives, asked again and again, is true."""
+    async def until(self, holds: Callable[[], Any]) -> None:
+        """Wait until `holds`, called repeatedly, returns a true value."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
-                    if await what():
+                    if await holds():
                         return
                 except aiohttp.ClientError:
                     pass
@@ -93,7 +93,7 @@ class Prometheus:
 
 @asynccontextmanager
 async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
-    """One with the configuration and rules as they are deployed, but in a hurry."""
+    """Run Prometheus with the deployed configuration and rules, but with short intervals."""
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "400ms"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [target.removeprefix("http://")]
@@ -117,7 +117,7 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
         await process.wait()
 
 
-async def test_it_scrapes_the_proxy_and_tells_when_the_upstream_is_gone(
+async def test_prometheus_scrapes_the_proxy_and_alerts_while_the_upstream_is_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health_monitor, "CHECK_INTERVAL_S", 0.1)
@@ -132,8 +132,8 @@ async def test_it_scrapes_the_proxy_and_tells_when_the_upstream_is_gone(
                     return response.status
 
             async def is_up() -> bool:
-                found = (await server.ask("targets"))["activeTargets"]
-                return [one["health"] for one in found] == ["up"]
+                targets = (await server.ask("targets"))["activeTargets"]
+                return [target["health"] for target in targets] == ["up"]
 
             async def is_counted() -> bool:
                 assert await chat() == 200
@@ -147,10 +147,10 @@ async def test_it_scrapes_the_proxy_and_tells_when_the_upstream_is_gone(
 
             backend.is_well = False
 
-            async def is_told() -> bool:
+            async def is_firing() -> bool:
                 return (await server.alerts()).get("AutoTTSUpstreamDown") == "firing"
 
-            await server.until(is_told)
+            await server.until(is_firing)
             backend.is_well = True
 
             async def is_over() -> bool:

@@ -1,4 +1,4 @@
-"""What rules and the board ask for is what the proxy tells: metrics, recorded rules and labels by name."""
+"""Prometheus rules and the Grafana board query only metrics, recorded rules and labels that exist."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SCRAPED = {"instance", "job"}
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
 
-def told() -> dict[str, set[str]]:
-    """Labels of each series by its name."""
+def known_series() -> dict[str, set[str]]:
+    """Return the labels of each exported or recorded series by its name."""
     series: dict[str, set[str]] = {"up": set()}
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
@@ -35,18 +35,18 @@ def told() -> dict[str, set[str]]:
                 series[f"{metric._name}{suffix}"] = labels
     for rule in RULES:
         if "record" in rule:
-            series[rule["record"]] = {label for by in bys(rule["expr"]) for label in by}
+            series[rule["record"]] = {label for group in grouping_labels(rule["expr"]) for label in group}
     return series
 
 
-def bys(query: str) -> list[set[str]]:
-    """The labels that are kept, or matched on, each time some are."""
+def grouping_labels(query: str) -> list[set[str]]:
+    """Return the labels of each `by` or `on` clause of a query."""
     groups = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query)
     return [{name for name in re.split(r"[,\s]+", group) if name} for group in groups]
 
 
-def wrong(query: str, series: Mapping[str, set[str]]) -> Iterator[str]:
-    """What a query asks for that there is not."""
+def unknown_names(query: str, series: Mapping[str, set[str]]) -> Iterator[str]:
+    """Yield the metrics and labels of a query that do not exist."""
     names = re.findall(r"\b(autotts[_:][\w:]+|up(?=\{))(?:\{([^}]*)\})?", query)
     if not names:
         yield "no metric"
@@ -59,20 +59,20 @@ def wrong(query: str, series: Mapping[str, set[str]]) -> Iterator[str]:
         for label in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', '""', matchers)):
             if label not in series[name] | SCRAPED:
                 yield f"label {label} of {name}"
-    yield from (f"label {label}" for by in bys(query) for label in by - known)
+    yield from (f"label {label}" for group in grouping_labels(query) for label in group - known)
 
 
 def queries() -> dict[str, str]:
-    found = {f"rule {rule.get('alert') or rule['record']}": rule["expr"] for rule in RULES}
+    queries_by_name = {f"rule {rule.get('alert') or rule['record']}": rule["expr"] for rule in RULES}
     for panel in BOARD["panels"]:
         for target in panel.get("targets", ()):
-            found[f"panel {panel['title']} {target['refId']}"] = target["expr"]
-    return found
+            queries_by_name[f"panel {panel['title']} {target['refId']}"] = target["expr"]
+    return queries_by_name
 
 
 @pytest.mark.parametrize("query", [pytest.param(query, id=name) for name, query in queries().items()])
-def test_what_is_asked_for_is_there(query: str) -> None:
-    assert list(wrong(query, told())) == []
+def test_every_metric_and_label_of_a_query_exists(query: str) -> None:
+    assert list(unknown_names(query, known_series())) == []
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_what_is_asked_for_is_there(query: str) -> None:
         "sum(x)",
     ],
 )
-def test_what_is_not_there_is_noticed(query: str) -> None:
-    assert list(wrong(query, told()))
+def test_a_query_with_an_unknown_metric_or_label_is_detected(query: str) -> None:
+    assert list(unknown_names(query, known_series()))
 
 
-def test_labels_of_annotations_and_legends_are_kept_by_their_queries() -> None:
-    series = told()
+def test_labels_in_annotations_and_legends_are_kept_by_their_queries() -> None:
+    series = known_series()
     for rule in RULES:
         for label in re.findall(r"\$labels\.(\w+)", rule.get("annotations", {}).get("summary", "")):
             names = re.findall(r"\bautotts[_:][\w:]+|\bup\b", rule["expr"])
@@ -98,31 +98,31 @@ def test_labels_of_annotations_and_legends_are_kept_by_their_queries() -> None:
     for panel in BOARD["panels"]:
         for target in panel.get("targets", ()):
             for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
-                kept = bys(target["expr"])
-                assert any(label in by for by in kept) or (not kept and names_of(label, target, series)), target
+                kept = grouping_labels(target["expr"])
+                assert any(label in group for group in kept) or (not kept and has_label(label, target, series)), target
 
 
-def names_of(label: str, target: Mapping[str, Any], series: Mapping[str, set[str]]) -> bool:
-    """Whether every series of a query that sums nothing has the label."""
+def has_label(label: str, target: Mapping[str, Any], series: Mapping[str, set[str]]) -> bool:
+    """Return whether every series of a query without aggregation has the label."""
     names = re.findall(r"\bautotts[_:][\w:]+", target["expr"])
     return all(label in series[name] | SCRAPED for name in names)
 
 
-def test_the_board_is_about_everything_an_operator_asks() -> None:
+def test_the_board_has_its_six_rows_and_unique_panel_ids() -> None:
     rows = [panel["title"] for panel in BOARD["panels"] if panel["type"] == "row"]
     assert rows == ["Spend", "Answers", "Latency", "Upstream", "Recorder", "Controllers"]
     idents = [panel["id"] for panel in BOARD["panels"]]
     assert len(set(idents)) == len(idents)
 
 
-def test_no_metric_is_told_that_nobody_looks_at() -> None:
-    asked = set(re.findall(r"\bautotts_\w+", " ".join(queries().values())))
-    told_ = {name for name in told() if name.startswith("autotts_")}
+def test_every_exported_metric_is_used_by_a_rule_or_panel() -> None:
+    queried = set(re.findall(r"\bautotts_\w+", " ".join(queries().values())))
+    exported = {name for name in known_series() if name.startswith("autotts_")}
     suffix = re.compile("_(bucket|sum|count)$")
-    assert {suffix.sub("", name) for name in told_} - {suffix.sub("", name) for name in asked} == set()
+    assert {suffix.sub("", name) for name in exported} - {suffix.sub("", name) for name in queried} == set()
 
 
-def test_no_panel_lies_on_another() -> None:
+def test_no_panels_of_the_board_overlap() -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in BOARD["panels"]:
         at = panel["gridPos"]
@@ -131,7 +131,7 @@ def test_no_panel_lies_on_another() -> None:
             assert taken.setdefault(cell, panel["title"]) == panel["title"]
 
 
-def test_provisioning_names_what_the_board_asks() -> None:
+def test_the_provisioned_data_source_is_the_one_of_the_board() -> None:
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     asked = {panel["datasource"]["uid"] for panel in BOARD["panels"] if "datasource" in panel}
     assert asked == {source["uid"] for source in sources}

@@ -12,7 +12,7 @@ _FENCED: Final = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTAL
 
 
 class Block(NamedTuple):
-    """A fenced block and where it stands."""
+    """A fenced code block and its place."""
 
     page: str  # relative to the project
     line: int  # of its first line of code
@@ -21,7 +21,7 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The place as editors open it."""
+        """The place in the form `page:line` that editors open."""
         return f"{self.page}:{self.line}"
 
 
@@ -42,8 +42,8 @@ def shell_commands(code: str) -> Iterator[str]:
     for line in code.splitlines():
         command += f"\n{line}" if command else line
         if _is_complete(command):
-            if words := shlex.split(command, comments=True):
-                yield _without_comment(command) if words else command
+            if parts := shlex.split(command, comments=True):
+                yield _without_comment(command) if parts else command
             command = ""
     if command.strip():
         raise ValueError(f"this command has no end: {command}")

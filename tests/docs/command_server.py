@@ -1,4 +1,4 @@
-"""A server that forks `autotts` from one process that has imported everything, so that commands start in no time.
+"""A server that forks `autotts` commands from a process that has imported everything, so that they start fast.
 
 `python -m tests.docs.command_server SOCKET` serves until it is terminated. `PROGRAM` takes the place of `autotts`: it
 sends its arguments, folder, environment and open files over the socket, and ends with the status that comes back.
@@ -34,7 +34,7 @@ sys.exit(struct.unpack("i", answer)[0] if answer else "the command ended without
 def main(path: str) -> None:
     """Import the project, listen, and fork a process for each command."""
     import_all()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the commands' processes
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the processes of commands
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(path)
         listening.listen()
@@ -49,7 +49,7 @@ def main(path: str) -> None:
 
 
 def import_all() -> None:
-    """Import the modules that commands use, but for programs that run when they are imported."""
+    """Import the modules that commands use, except programs that run on import."""
     for package in ("discovery", "proxy"):
         parent = importlib.import_module(package)
         for module in pkgutil.walk_packages(parent.__path__, f"{package}."):

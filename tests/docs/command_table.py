@@ -1,6 +1,6 @@
-"""How the commands of the manual are tested: as they are, changed, or not at all and why.
+"""How the commands of the manual are tested: unchanged, changed, or not run for a stated reason.
 
-A command that no table names runs as it is and must end with status 0. Only `PROGRAMS` may run so.
+A command in no table runs unchanged and must exit with status 0. Only programs in `PROGRAMS` may run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Code blocks and commands are found in pages as readers see them."""
+"""Code blocks and shell commands are parsed from Markdown pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.docs.blocks import Block, fenced_blocks, shell_commands
 
 
-def test_blocks_have_their_language_and_line(tmp_path: Path) -> None:
+def test_fenced_blocks_have_their_language_and_line(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("text\n\n```sh\none\ntwo\n```\n\n```\nplain\n```\n")
     assert list(fenced_blocks(page, tmp_path)) == [
@@ -28,10 +28,10 @@ def test_blocks_have_their_language_and_line(tmp_path: Path) -> None:
         ("a > '#b'", ["a > '#b'"]),
     ],
 )
-def test_commands_of_several_lines_stay_together(code: str, commands: list[str]) -> None:
+def test_shell_commands_over_several_lines_stay_together(code: str, commands: list[str]) -> None:
     assert list(shell_commands(code)) == commands
 
 
-def test_a_command_without_an_end_is_refused() -> None:
+def test_a_command_with_an_unclosed_quotation_raises_value_error() -> None:
     with pytest.raises(ValueError, match="has no end"):
         list(shell_commands("a 'b\nc\n"))

@@ -36,7 +36,7 @@ MADE: Final[Mapping[str, tuple[str, ...]]] = {
     "docs/quickstart.md": ("mine.jsonl",),
     "docs/collecting.md": ("mine.jsonl",),
 }
-"""Files of the workshop that the commands of a page make themselves."""
+"""Files of the workshop that the commands of a page create themselves."""
 IMPORTING: Final = ("docs/discovery.md", "docs/promotion.md", "docs/calibration.md", "docs/recording.md")
 """Pages whose commands need the recordings that a command of another page imports."""
 SHELL_PAGES: Final = sorted({block.page for block in BLOCKS if block.language in SHELL})
@@ -54,18 +54,18 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worksh
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
-def test_every_block_names_its_language(block: Block) -> None:
+def test_every_code_block_names_a_known_language(block: Block) -> None:
     assert block.language in LANGUAGES
 
 
 @pytest.mark.parametrize("place", COMMANDS)
-def test_every_command_is_run_or_listed(place: str) -> None:
+def test_every_command_is_run_or_listed_as_not_run(place: str) -> None:
     for command in COMMANDS[place]:
-        words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-        assert command in NOT_RUN or words[0] in PROGRAMS, command
+        parts = [part for part in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", part)]
+        assert command in NOT_RUN or parts[0] in PROGRAMS, command
 
 
-def test_no_entry_of_the_tables_is_left_over() -> None:
+def test_every_table_entry_matches_a_command_of_the_manual() -> None:
     commands = [command for block in COMMANDS.values() for command in block]
     assert set(NOT_RUN) - set(commands) == set()
     run = [command for command in commands if command not in NOT_RUN]
@@ -73,7 +73,7 @@ def test_no_entry_of_the_tables_is_left_over() -> None:
     assert [start for start in STATUSES if not any(command.startswith(start) for command in run)] == []
 
 
-def test_files_that_the_tables_name_exist() -> None:
+def test_the_test_files_named_by_the_tables_exist() -> None:
     named = [path for reason in NOT_RUN.values() for path in re.findall(r"tests/[\w/]+(?:\.py)?", reason)]
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []
@@ -83,7 +83,7 @@ def test_files_that_the_tables_name_exist() -> None:
 @one_worker
 @pytest.mark.process
 @pytest.mark.parametrize("page", SHELL_PAGES)
-async def test_the_commands_of_a_page_run(shop: Workshop, page: str, tmp_path: Path) -> None:
+async def test_the_commands_of_a_page_run_with_their_expected_status(shop: Workshop, page: str, tmp_path: Path) -> None:
     folder = shop.copy(tmp_path / "page", MADE.get(page, ()))
     commands = ["autotts import jsonl mine.jsonl"] if page in IMPORTING else []
     commands += [command for block in BLOCKS if block.page == page for command in COMMANDS.get(block.place, ())]
@@ -96,7 +96,7 @@ async def test_the_commands_of_a_page_run(shop: Workshop, page: str, tmp_path: P
 @loops
 @one_worker
 @pytest.mark.process
-async def test_the_snippets_run(shop: Workshop, tmp_path: Path) -> None:
+async def test_the_python_snippets_run_and_print_an_answer(shop: Workshop, tmp_path: Path) -> None:
     paths = []
     for number, block in enumerate(SNIPPETS):
         path = tmp_path / f"{number}-{Path(block.page).stem}-{block.line}.py"
@@ -138,12 +138,12 @@ def test_the_questions_of_the_quickstart_are_ones_that_the_embedded_model_knows(
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=lambda b: b.place)
-def test_json_can_be_read(block: Block) -> None:
+def test_json_blocks_are_valid_json(block: Block) -> None:
     assert json.loads(block.code)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=lambda b: b.place)
-def test_toml_holds_settings_or_keys(block: Block, tmp_path: Path) -> None:
+def test_toml_blocks_are_valid_settings_or_key_files(block: Block, tmp_path: Path) -> None:
     content = tomllib.loads(block.code)
     assert content
     if not content.keys() <= Settings.model_fields.keys():
@@ -155,7 +155,7 @@ def test_toml_holds_settings_or_keys(block: Block, tmp_path: Path) -> None:
 
 
 def _script(shop: Workshop, commands: list[str]) -> str:
-    """Return a script that says each command, runs it and stops at the first with a status it may not have."""
+    """Return a script that prints and runs each command and stops at the first with an unexpected status."""
     lines = ["set -uo pipefail", 'curl() { command curl --fail-with-body --silent --show-error "$@"; }']
     for command in commands:
         changed = command

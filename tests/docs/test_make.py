@@ -1,4 +1,4 @@
-"""The verbs of the Makefile that the manual promises something of, and the wheel that README has built."""
+"""The make targets that the manual describes, and the wheel that README builds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def dry_run(*arguments: str, environment: Path) -> str:
-    """Return the commands that make would run where nothing is set up yet."""
+    """Return the commands that make would run in a fresh checkout."""
     command = ["make", "--dry-run", "--no-print-directory", *arguments, f"VENV={environment}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
 
@@ -50,8 +50,8 @@ def test_make_docs_installs_neither_torch_nor_vllm(tmp_path: Path) -> None:
     assert "mkdocs build --quiet --strict" in commands
 
 
-async def test_make_run_serves_an_upstream(tmp_path: Path) -> None:
-    """`make run UPSTREAM=…`, with this environment in place of one that make would set up."""
+async def test_make_run_with_an_upstream_starts_the_proxy_without_installing(tmp_path: Path) -> None:
+    """Run `make run UPSTREAM=…` with this environment instead of one that make sets up."""
     environment = Path(sys.executable).parent.parent
     async with FakeVLLM().serve() as backend:
         process = await asyncio.create_subprocess_exec(
@@ -79,7 +79,7 @@ async def test_make_run_serves_an_upstream(tmp_path: Path) -> None:
     assert "Traceback" not in rest.decode()
 
 
-def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
+def test_the_wheel_contains_all_modules_and_data_files(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "__pycache__", "*.db*")
     shutil.copytree(ROOT, tree, ignore=ignored)

@@ -1,4 +1,4 @@
-"""The manual as a site: every link and anchor leads somewhere, and every page is in the menu."""
+"""The manual as a site: every link and anchor resolves, and every page is built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_manual_builds_without_a_warning(tmp_path: Path) -> None:
+def test_the_manual_builds_without_warnings_and_with_every_page(tmp_path: Path) -> None:
     done = build(CONFIG, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
@@ -39,7 +39,7 @@ def test_the_manual_builds_without_a_warning(tmp_path: Path) -> None:
     assert not (tmp_path / "site" / "site").exists(), "the configuration is published"
 
 
-def test_nothing_is_loaded_from_other_servers(tmp_path: Path) -> None:
+def test_built_pages_load_nothing_from_other_servers(tmp_path: Path) -> None:
     assert build(CONFIG, tmp_path / "site").returncode == 0
     for page in (tmp_path / "site").glob("*.html"):
         loaded = re.findall(r'<(?:script|img)[^>]* src="([^"]*)"|<link[^>]* href="([^"]*)"', page.read_text())
@@ -47,18 +47,18 @@ def test_nothing_is_loaded_from_other_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "expected_text"),
     [
         ("[gone](gone.md)", "gone.md"),
         ("[no such part](index.md#nowhere)", "nowhere"),
         ("[outside](../README.md)", "README.md"),
     ],
 )
-def test_a_broken_link_is_an_error(tmp_path: Path, text: str, complaint: str) -> None:
+def test_a_broken_link_fails_the_build(tmp_path: Path, text: str, expected_text: str) -> None:
     (tmp_path / "docs" / "site").mkdir(parents=True)
     (tmp_path / "docs" / "index.md").write_text(f"# Home\n\n{text}\n")
     config = CONFIG.read_text()
     (tmp_path / "docs" / "site" / "mkdocs.yml").write_text(config[: config.index("nav:")] + "nav: [index.md]\n")
     done = build(tmp_path / "docs" / "site" / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0
-    assert complaint in done.stderr
+    assert expected_text in done.stderr

@@ -32,7 +32,7 @@ QUESTIONS: Final = 12  # of each split
 
 
 class Workshop(NamedTuple):
-    """A prepared folder to copy, and what stands for the names that commands use."""
+    """A prepared folder to copy, and the values for the names that commands use."""
 
     folder: Path
     url: str  # of the running proxy
@@ -41,7 +41,7 @@ class Workshop(NamedTuple):
     digest: str  # of the folder's mine.py
 
     def substituted(self, code: str) -> str:
-        """Return a command or a snippet with the names of the manual replaced by what there is here."""
+        """Return a command or snippet with the names of the manual replaced by the values of this workshop."""
         names = {
             "http://127.0.0.1:8400": self.url,
             "http://gpu-machine:8000": self.upstream,

@@ -1,4 +1,4 @@
-"""The tester: it hardly ever accuses a canary that is no worse, and soon accuses one that is."""
+"""The canary test rarely rejects a canary that is no worse, and soon rejects one that is worse."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ REQUESTS = 500
 SCATTER = 0.6  # standard deviation of a request's tokens, in their mean
 
 Draw = Callable[[random.Random], tuple[EpisodeOutcome, bool | None]]
-"""A request, and whether its client was content, if it said so."""
+"""Draws a request's outcome and its client's feedback, None without feedback."""
 
 
 def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.05, unhappy: float = 0.3) -> Draw:
-    """Requests whose tokens are lognormal, one in three of which somebody judges."""
+    """Return a source of requests with lognormal tokens, one in three of which has feedback."""
     variance = math.log(1 + SCATTER**2)
 
     def draw(chance: random.Random) -> tuple[EpisodeOutcome, bool | None]:
@@ -37,7 +37,7 @@ def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.
 def ends(
     streams: int, share: float, canary: Draw, champion: Draw, most: int = REQUESTS
 ) -> Iterator[tuple[int, CanaryFailure]]:
-    """After how many requests, and why, each canary was rolled back that was."""
+    """Yield for each canary that was rolled back (after how many requests, the failure)."""
     for seed in range(streams):
         chance, test = random.Random(seed), CanaryTest()
         for number in range(1, most + 1):
@@ -53,31 +53,31 @@ def ends(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_one_that_is_the_same_is_left_alone(share: float) -> None:
+def test_a_canary_equal_to_the_champion_is_almost_never_rejected(share: float) -> None:
     assert len(list(ends(200, share, requests(), requests()))) <= 0.02 * 200
 
 
 @pytest.mark.slow
-def test_one_that_is_worse_by_the_margin_is_left_alone() -> None:
+def test_a_canary_worse_by_the_margin_is_almost_never_rejected() -> None:
     canary = requests(tokens=3300, failing=0.03, unanswered=0.07, unhappy=0.35)
     assert len(list(ends(200, 0.5, canary, requests()))) <= 0.02 * 200
 
 
-@pytest.mark.parametrize(("tokens", "accused"), [(1080, False), (1200, True)])
-def test_what_the_margin_allows_is_allowed_for_ever(tokens: int, accused: bool) -> None:
+@pytest.mark.parametrize(("tokens", "is_rejected"), [(1080, False), (1200, True)])
+def test_constant_extra_tokens_are_rejected_only_beyond_the_margin(tokens: int, is_rejected: bool) -> None:
     test = CanaryTest()
     for _ in range(5000):
         test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True))
         test.observe(RolloutStage.CANARY, EpisodeOutcome(tokens, False, True))
-    assert (test.failure is not None) == accused
+    assert (test.failure is not None) == is_rejected
 
 
-def test_one_that_is_better_is_left_alone() -> None:
+def test_a_better_canary_is_never_rejected() -> None:
     assert not list(ends(50, 0.5, requests(tokens=1500, failing=0, unanswered=0, unhappy=0), requests()))
 
 
 @pytest.mark.slow
-def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
+def test_checking_after_each_of_5000_requests_rejects_no_more_often() -> None:
     assert len(list(ends(50, 0.5, requests(), requests(), most=5000))) <= 0.02 * 50
 
 
@@ -91,18 +91,20 @@ def test_looking_after_each_of_many_requests_accuses_no_more() -> None:
         (requests(unhappy=0.8), 0.5, 800, CanaryMetric.FEEDBACK),
     ],
 )
-def test_one_that_is_worse_is_found_out(canary: Draw, share: float, within: int, quality: CanaryMetric) -> None:
-    found = list(ends(50, share, canary, requests(), most=within))
-    assert len(found) >= 0.95 * 50
-    assert sum(failure.metric is quality for _, failure in found) >= 0.95 * 50
+def test_a_worse_canary_is_rejected_for_the_metric_that_is_worse(
+    canary: Draw, share: float, within: int, quality: CanaryMetric
+) -> None:
+    rollbacks = list(ends(50, share, canary, requests(), most=within))
+    assert len(rollbacks) >= 0.95 * 50
+    assert sum(failure.metric is quality for _, failure in rollbacks) >= 0.95 * 50
 
 
-def test_one_that_fails_beside_a_champion_that_never_does() -> None:
-    found = list(ends(50, 0.5, requests(failing=0.2), requests(failing=0), most=400))
-    assert len(found) >= 0.95 * 50
+def test_a_failing_canary_is_rejected_next_to_a_champion_without_failures() -> None:
+    rollbacks = list(ends(50, 0.5, requests(failing=0.2), requests(failing=0), most=400))
+    assert len(rollbacks) >= 0.95 * 50
 
 
-def test_one_monstrous_reply_proves_nothing() -> None:
+def test_a_single_huge_reply_does_not_reject_a_canary() -> None:
     test = CanaryTest()
     for _ in range(20):
         assert test.observe(RolloutStage.CHAMPION, EpisodeOutcome(1000, False, True)) is None
@@ -111,12 +113,12 @@ def test_one_monstrous_reply_proves_nothing() -> None:
     assert test.observe(RolloutStage.CANARY, EpisodeOutcome(10**9, False, True)) is None
 
 
-def test_a_canary_alone_is_compared_with_nobody() -> None:
+def test_a_canary_is_not_rejected_without_requests_of_the_champion() -> None:
     test = CanaryTest()
     assert all(test.observe(RolloutStage.CANARY, EpisodeOutcome(10**6, True, False)) is None for _ in range(1000))
 
 
-def test_the_failure_stays_and_says_why() -> None:
+def test_the_failure_is_kept_with_its_metric_e_value_and_pairs() -> None:
     test = CanaryTest()
     failures = []
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""Controllers that cost more than they were calibrated to: who is warned of, who is quarantined, and who is not."""
+"""Controllers that cost more than their calibration are warned of or quarantined; others are not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAIN = 1000
 
 
 def calibrated(spec: Spec, *chains: float, single: float = CHAIN) -> Calibration:
-    """At β of 0 to 1, equally far apart, so many chains."""
+    """Return a calibration that allows `chains[i]` chains at evenly spaced β from 0 to 1."""
     points = tuple(
         CalibrationPoint(at / (len(chains) - 1), count * single, None, None, 50, None, None, 0, None)
         for at, count in enumerate(chains)
@@ -37,7 +37,7 @@ def calibrated(spec: Spec, *chains: float, single: float = CHAIN) -> Calibration
 
 
 def episode(*tokens: int, ended: bool = True) -> State:
-    """Branches of such lengths."""
+    """Return a state with branches of the given lengths."""
     state = State(Limits(10))
     state.apply(
         [branch()] * len(tokens),
@@ -47,19 +47,19 @@ def episode(*tokens: int, ended: bool = True) -> State:
 
 
 def observed(spending: CostTest, chains: float, tenant: str = "t", beta: float = 0.0, chain: int = CHAIN) -> str:
-    found = spending.observe(MINE, "m", tenant, beta, round(chains * chain), episode(chain))
-    return "" if found is None else "proven" if found.is_proven else "warned"
+    overspending = spending.observe(MINE, "m", tenant, beta, round(chains * chain), episode(chain))
+    return "" if overspending is None else "proven" if overspending.is_proven else "warned"
 
 
-def test_what_is_allowed_follows_the_calibration() -> None:
+def test_the_allowed_cost_is_interpolated_from_the_calibration() -> None:
     calibration = calibrated(MINE, 1, 4, 16)
-    assert allowed_cost(calibration, 0) == 8  # half of what all of β costs
+    assert allowed_cost(calibration, 0) == 8  # half of the cost at β = 1
     assert allowed_cost(calibration, 0.5) == MARGIN * 4
     assert allowed_cost(calibration, 0.75) == MARGIN * 10
     assert allowed_cost(calibration, 1) == MARGIN * 16
 
 
-def test_a_chain_is_as_long_as_those_that_ended() -> None:
+def test_the_chain_length_is_the_mean_of_ended_branches_or_the_calibrated_one() -> None:
     calibration = calibrated(MINE, 1, 4)
     assert chain_length(calibration, episode(300, 500)) == 400
     assert chain_length(calibration, episode(300, ended=False)) == CHAIN
@@ -67,39 +67,39 @@ def test_a_chain_is_as_long_as_those_that_ended() -> None:
     assert chain_length(calibration, State(Limits(10))) == CHAIN
 
 
-def test_one_that_spends_all_is_warned_of_and_then_proven() -> None:
+def test_a_controller_that_overspends_is_warned_of_once_and_then_proven() -> None:
     spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
-    found = [observed(spending, 64) for _ in range(20)]
-    assert found.count("warned") == 1
-    assert found.index("warned") < found.index("proven") < 20
+    outcomes = [observed(spending, 64) for _ in range(20)]
+    assert outcomes.count("warned") == 1
+    assert outcomes.index("warned") < outcomes.index("proven") < 20
     spending.forget(MINE.digest)
     assert observed(spending, 64) == ""
 
 
-def test_honest_ones_are_left_alone() -> None:
-    """Their costs scatter widely; and the longer replies of other prompts are not their fault."""
+def test_controllers_within_their_calibration_are_never_proven_to_overspend() -> None:
+    """Their costs scatter widely, and longer replies to other prompts do not count against them."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         spending = CostTest({"m": calibrated(MINE, 2, 8, 32)})
         costs = rng.gamma(0.5, 4, 400)  # two chains on average
         lengths = rng.integers(100, 100 * CHAIN, 400)
-        found = {observed(spending, cost, chain=int(length)) for cost, length in zip(costs, lengths, strict=True)}
-        assert "proven" not in found
+        outcomes = {observed(spending, cost, chain=int(length)) for cost, length in zip(costs, lengths, strict=True)}
+        assert "proven" not in outcomes
 
 
-def test_short_replies_cost_more_than_their_chains() -> None:
+def test_short_replies_with_a_fixed_overhead_are_not_warned_of() -> None:
     spending = CostTest({"m": calibrated(MINE, 1, 2)})
     assert {observed(spending, 25, chain=10) for _ in range(100)} == {""}  # 250 tokens, probes and the closing
 
 
-def test_one_tenant_alone_quarantines_nothing_where_there_are_several() -> None:
+def test_overspending_on_one_tenant_is_proven_only_with_a_second_tenant() -> None:
     spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
     observed(spending, 1, "other")
     assert "proven" not in {observed(spending, 64) for _ in range(50)}
     assert "proven" in {observed(spending, 64, "other") for _ in range(50)}
 
 
-def test_what_was_not_calibrated_is_not_judged() -> None:
+def test_a_controller_without_calibration_is_not_tested() -> None:
     spending = CostTest({"m": calibrated(Spec("mine", "another text"), 1, 2)})
     assert {observed(spending, 64) for _ in range(50)} == {""}
     assert CostTest({}).observe(MINE, "m", "t", 0, 10**9, episode(1)) is None
@@ -108,8 +108,8 @@ def test_what_was_not_calibrated_is_not_judged() -> None:
 SPENDER = LOCKSTEP.format(later="").replace("2 + round(6 * beta)", "8")
 
 
-def file_of(folder: Path, *found: Calibration) -> Path:
-    first, *others = found
+def file_of(folder: Path, *calibrations: Calibration) -> Path:
+    first, *others = calibrations
     path = folder / "calibration.json"
     write_calibrations({"fake-model": Calibration(**{**vars(first), "others": tuple(others)})}, path)
     return path
@@ -117,13 +117,13 @@ def file_of(folder: Path, *found: Calibration) -> Path:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chains of the fake are short, and count all the same."""
+    """Let the short chains of the fake count."""
     monkeypatch.setattr("proxy.rollout.cost_test.LEAST_TOKENS", 0)
 
 
 @pytest.mark.process
 @pytest.mark.usefixtures("short")
-async def test_a_file_that_spends_all_is_quarantined(
+async def test_an_overspending_controller_file_is_quarantined(
     serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = file_of(tmp_path, calibrated(Spec("mine", SPENDER), 0.25, 0.5, 1))
@@ -141,7 +141,7 @@ async def test_a_file_that_spends_all_is_quarantined(
 
 @pytest.mark.process
 @pytest.mark.usefixtures("short")
-async def test_one_that_came_with_the_program_is_warned_of(
+async def test_an_overspending_built_in_controller_is_warned_of_but_not_quarantined(
     serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = file_of(tmp_path, calibrated(Spec("self_consistency"), 0.1, 0.1))

@@ -1,4 +1,4 @@
-"""Promotion behind the proxy: stages followed without a restart, a canary's share, a shadow that costs nothing."""
+"""Promotion with a running proxy: stage changes without restart, the share of a canary, shadows without cost."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ pytestmark = pytest.mark.process
 ME = ChangeCause("me", "a test", datetime(2026, 11, 24, tzinfo=UTC), forced=True)
 DEFAULT = "self_consistency"
 FAILING = LOCKSTEP.format(later=FAULTS["raised"])
-DEAR = HONEST.replace("2 + round(6 * beta)", "4 + round(12 * beta)")
-OTHERWISE = LOCKSTEP.format(later="if state.rounds == 2: return [advance(0)]")
+EXPENSIVE = HONEST.replace("2 + round(6 * beta)", "4 + round(12 * beta)")
+DISAGREEING = LOCKSTEP.format(later="if state.rounds == 2: return [advance(0)]")
 
 Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 
 class HeldVLLM(FakeVLLM):
-    """One that writes nothing until it may."""
+    """Fake vLLM that generates nothing until `may` is set."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -58,14 +58,14 @@ class HeldVLLM(FakeVLLM):
         return await super()._generate(request, body)
 
     async def waiting(self, count: int) -> None:
-        """Until so many requests are held."""
+        """Wait until `count` requests are held."""
         async with self.came:
             await self.came.wait_for(lambda: self.running == count)
 
 
 @pytest_asyncio.fixture
 async def backend() -> AsyncIterator[HeldVLLM]:
-    """Chains that all say 7, equally long."""
+    """Serve chains of equal length that all answer 7."""
     chains = [chain("7", 200, ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
     fake = HeldVLLM(chains, INTERVAL)
     async with fake.serve():
@@ -79,7 +79,7 @@ def registry(tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def serve(backend: HeldVLLM, registry: Registry) -> Serve:
-    """A proxy that looks at the registry before every request."""
+    """Return a context that runs a proxy which reads the registry before every request."""
 
     @asynccontextmanager
     async def with_registry(**settings: Any) -> AsyncIterator[Proxy]:
@@ -101,7 +101,7 @@ def install(registry: Registry, name: str, source: str, stage: RolloutStage, sha
 
 
 async def decider(proxy: Proxy, **fields: Any) -> tuple[str, str | None]:
-    """Who decided for a request, and at which stage."""
+    """Send a request and return (its controller, its stage)."""
     status, headers, reply = await proxy.ask("0.5", **fields)
     assert status == 200, reply
     assert headers["x-tts-controller"] == reply["tts"]["controller"]
@@ -109,18 +109,18 @@ async def decider(proxy: Proxy, **fields: Any) -> tuple[str, str | None]:
 
 
 async def until(proxy: Proxy, name: str, least: float, **labels: str) -> None:
-    """Until a metric has come so far."""
+    """Wait until a metric is at least `least`."""
     while await proxy.metric(name, **labels) < least:
         pass
 
 
-async def test_an_empty_registry_leaves_the_configured_controller(serve: Serve) -> None:
+async def test_with_an_empty_registry_the_configured_controller_decides(serve: Serve) -> None:
     async with serve() as proxy:
         assert await decider(proxy) == (DEFAULT, "champion")
         assert await proxy.metric("autotts_stage_requests_total", stage="champion", controller=DEFAULT) == 1
 
 
-async def test_the_champion_decides_where_nobody_is_named(serve: Serve, registry: Registry) -> None:
+async def test_the_champion_decides_for_requests_that_name_no_controller(serve: Serve, registry: Registry) -> None:
     digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         status, headers, reply = await proxy.ask("0.5")
@@ -135,7 +135,9 @@ async def test_the_champion_decides_where_nobody_is_named(serve: Serve, registry
         assert (status, reply["error"]["message"][-6:]) == (400, ", mine")
 
 
-async def test_a_canary_has_its_share_by_the_request_id(serve: Serve, registry: Registry) -> None:
+async def test_requests_are_assigned_to_the_canary_by_id_according_to_its_share(
+    serve: Serve, registry: Registry
+) -> None:
     install(registry, "mine", HONEST, RolloutStage.CANARY, share=0.4)
     async with serve() as proxy:
         replies = [reply for _, _, reply in await asyncio.gather(*(proxy.ask("0") for _ in range(40)))]
@@ -148,14 +150,14 @@ async def test_a_canary_has_its_share_by_the_request_id(serve: Serve, registry: 
         assert counted == expected.count("canary")
 
 
-async def test_stages_change_under_a_running_proxy(serve: Serve, registry: Registry) -> None:
+async def test_a_running_proxy_follows_promotions_and_rollbacks(serve: Serve, registry: Registry) -> None:
     async with serve() as proxy:
         assert await decider(proxy) == (DEFAULT, "champion")
         one = install(registry, "one", HONEST, RolloutStage.CANARY, share=1.0)
         assert await decider(proxy) == ("one", "canary")
         registry.promote(one, RolloutStage.CHAMPION, 0, ME)
         assert await decider(proxy) == ("one", "champion")
-        install(registry, "two", DEAR, RolloutStage.CHAMPION)
+        install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
         assert await decider(proxy) == ("two", "champion")
         registry.roll_back(ME)
         assert await decider(proxy) == ("one", "champion")
@@ -164,7 +166,7 @@ async def test_stages_change_under_a_running_proxy(serve: Serve, registry: Regis
         assert await proxy.metric("autotts_fallbacks_total") == 0
 
 
-async def test_running_episodes_finish_under_what_they_began_with(
+async def test_running_episodes_finish_with_the_controller_they_began_with(
     serve: Serve, backend: HeldVLLM, registry: Registry
 ) -> None:
     one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
@@ -172,7 +174,7 @@ async def test_running_episodes_finish_under_what_they_began_with(
         backend.may.clear()
         first = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(1)
-        two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
+        two = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
         second = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(2)
         backend.may.set()
@@ -182,7 +184,7 @@ async def test_running_episodes_finish_under_what_they_began_with(
         assert [tts["stop"] for tts in replies] == ["answered", "answered"]
 
 
-async def test_a_registry_that_cannot_be_read_changes_nothing(
+async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_once(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
@@ -194,7 +196,7 @@ async def test_a_registry_that_cannot_be_read_changes_nothing(
         assert caplog.text.count("registry.json: ") == 1
         assert "keeping champion one" in caplog.text
         registry.file.write_bytes(sound)
-        two = install(registry, "two", DEAR, RolloutStage.CHAMPION)
+        two = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
         (registry.folder / f"{two}.py").write_text("# another\n")
         assert await decider(proxy) == ("one", "champion")
         assert f"{two}.py: the content does not match the hash in its name" in caplog.text
@@ -204,18 +206,18 @@ async def test_a_registry_that_cannot_be_read_changes_nothing(
 
 
 async def until_refused(url: str) -> None:
-    """Until nothing listens any more."""
+    """Wait until the proxy no longer listens."""
     async with aiohttp.ClientSession() as http:
         with suppress(aiohttp.ClientError):
             while (await http.get(f"{url}/health")).status:
                 pass
 
 
-# The watcher
+# The canary test
 
 
 async def ask_until_rolled_back(proxy: Proxy, most: int, beta: str = "0") -> int:
-    """How many requests it took."""
+    """Send requests until a rollback and return their number."""
     for number in range(1, most + 1):
         await proxy.ask(beta)
         if await proxy.metric("autotts_rollbacks_total"):
@@ -223,24 +225,24 @@ async def ask_until_rolled_back(proxy: Proxy, most: int, beta: str = "0") -> int
     raise AssertionError(f"{most} requests, and no rollback")
 
 
-async def test_a_canary_that_keeps_failing_is_rolled_back(
+async def test_a_failing_canary_is_rolled_back_and_audited(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(failure_counter, "WINDOW_S", -1.0)  # it is never quarantined
+    monkeypatch.setattr(failure_counter, "WINDOW_S", -1.0)  # no controller is ever quarantined
     digest = install(registry, "mine", FAILING, RolloutStage.CANARY)
     async with serve() as proxy:
         assert await ask_until_rolled_back(proxy, 200) > 10
         assert await proxy.metric("autotts_rollbacks_total", reason="failures") == 1
         assert [await decider(proxy) for _ in range(10)] == [(DEFAULT, "champion")] * 10
-    assert registry.read().canary is None  # the proxy ends once the registry has been told
+    assert registry.read().canary is None  # the proxy ends only once the registry is written
     line = registry.audit()[-1]
     assert (line["who"], line["action"], line["before"]) == ("watcher", "drop canary", {"canary": digest})
     assert line["why"].startswith("failures: e-value ")
-    told = [record for record in caplog.records if "is rolled back: failures" in record.getMessage()]
-    assert [record.levelno for record in told] == [logging.ERROR]
+    messages = [record for record in caplog.records if "is rolled back: failures" in record.getMessage()]
+    assert [record.levelno for record in messages] == [logging.ERROR]
 
 
-async def test_a_canary_is_not_accused_of_what_an_earlier_one_did(
+async def test_a_canary_promoted_again_is_tested_from_the_start(
     serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failure_counter, "WINDOW_S", -1.0)
@@ -257,14 +259,16 @@ async def test_a_canary_is_not_accused_of_what_an_earlier_one_did(
 
 @pytest.fixture
 def lock(registry: Registry) -> Iterator[int]:
-    """Somebody is changing the registry, for as long as this descriptor is open."""
+    """Yield a descriptor that tests lock to block changes of the registry."""
     registry.folder.mkdir()
     held = os.open(registry.folder, os.O_RDONLY)
     yield held
     os.close(held)
 
 
-async def test_a_proxy_that_ends_waits_until_the_registry_knows(serve: Serve, registry: Registry, lock: int) -> None:
+async def test_shutdown_waits_until_a_quarantine_is_written_to_the_registry(
+    serve: Serve, registry: Registry, lock: int
+) -> None:
     digest = install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(serve())
@@ -281,9 +285,11 @@ async def test_a_proxy_that_ends_waits_until_the_registry_knows(serve: Serve, re
     assert registry.read().canary is None
 
 
-async def test_a_canary_that_spends_too_much_is_rolled_back(serve: Serve, registry: Registry) -> None:
+async def test_a_canary_that_spends_more_tokens_than_the_champion_is_rolled_back(
+    serve: Serve, registry: Registry
+) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
-    install(registry, "two", DEAR, RolloutStage.CANARY)
+    install(registry, "two", EXPENSIVE, RolloutStage.CANARY)
     async with serve() as proxy:
         await ask_until_rolled_back(proxy, 400)
         assert await proxy.metric("autotts_rollbacks_total", reason="tokens") == 1
@@ -291,7 +297,7 @@ async def test_a_canary_that_spends_too_much_is_rolled_back(serve: Serve, regist
     assert registry.read().champion == Spec("one", HONEST).digest
 
 
-async def test_a_canary_like_the_champion_stays(serve: Serve, registry: Registry) -> None:
+async def test_a_canary_equal_to_the_champion_is_not_rolled_back(serve: Serve, registry: Registry) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
     canary = install(registry, "two", HONEST + "# 2\n", RolloutStage.CANARY)
     async with serve() as proxy:
@@ -301,7 +307,7 @@ async def test_a_canary_like_the_champion_stays(serve: Serve, registry: Registry
     assert registry.read().canary == canary
 
 
-async def test_three_failures_quarantine_a_canary_for_good(serve: Serve, registry: Registry) -> None:
+async def test_three_failures_quarantine_a_canary_in_the_registry(serve: Serve, registry: Registry) -> None:
     digest = install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
     async with serve() as proxy:
         assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(3)] == ["raised"] * 3
@@ -313,7 +319,9 @@ async def test_three_failures_quarantine_a_canary_for_good(serve: Serve, registr
     assert [line["action"] for line in registry.audit()] == ["install as canary", "quarantine"]
 
 
-async def test_a_quarantine_outlives_the_proxy_until_it_is_lifted(serve: Serve, registry: Registry) -> None:
+async def test_a_quarantine_in_the_registry_holds_until_the_controller_is_promoted_again(
+    serve: Serve, registry: Registry
+) -> None:
     digest = install(registry, "mine", HONEST, RolloutStage.CHAMPION)
     registry.quarantine(digest, ME)
     async with serve() as proxy:
@@ -325,7 +333,7 @@ async def test_a_quarantine_outlives_the_proxy_until_it_is_lifted(serve: Serve, 
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
 
 
-async def test_a_registry_that_cannot_be_changed_keeps_no_failing_canary(
+async def test_a_failing_canary_is_dropped_even_if_the_registry_cannot_be_written(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(registry, "mine", FAILING, RolloutStage.CANARY, share=1.0)
@@ -338,10 +346,10 @@ async def test_a_registry_that_cannot_be_changed_keeps_no_failing_canary(
     assert "cannot write the registry" in caplog.text
 
 
-# The shadow
+# Shadow controllers
 
 
-async def test_a_shadow_that_agrees_costs_no_tokens(serve: Serve, registry: Registry) -> None:
+async def test_an_agreeing_shadow_is_counted_every_round_and_costs_no_tokens(serve: Serve, registry: Registry) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
     install(registry, "two", HONEST + "# 2\n", RolloutStage.SHADOW)
     async with serve() as proxy:
@@ -352,9 +360,9 @@ async def test_a_shadow_that_agrees_costs_no_tokens(serve: Serve, registry: Regi
         assert await proxy.metric("autotts_stage_requests_total") == 1
 
 
-async def test_a_shadow_is_asked_until_it_would_have_done_otherwise(serve: Serve, registry: Registry) -> None:
+async def test_a_shadow_is_asked_until_its_first_disagreement(serve: Serve, registry: Registry) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
-    install(registry, "two", OTHERWISE, RolloutStage.SHADOW)
+    install(registry, "two", DISAGREEING, RolloutStage.SHADOW)
     async with serve() as proxy:
         _, _, reply = await proxy.ask("1")
         await until(proxy, "autotts_shadow_agreement_total", 1, controller="two", agreed="false")
@@ -363,7 +371,7 @@ async def test_a_shadow_is_asked_until_it_would_have_done_otherwise(serve: Serve
         assert reply["usage"]["completion_tokens"] == proxy.backend.generated
 
 
-async def test_a_shadow_of_a_built_in_champion(serve: Serve, registry: Registry) -> None:
+async def test_a_shadow_is_compared_with_a_built_in_champion(serve: Serve, registry: Registry) -> None:
     install(registry, "two", HONEST, RolloutStage.SHADOW)
     async with serve() as proxy:
         await proxy.ask("0", tts={"controller": "cmc"})
@@ -372,7 +380,7 @@ async def test_a_shadow_of_a_built_in_champion(serve: Serve, registry: Registry)
         assert await proxy.metric("autotts_shadow_agreement_total", controller="two", agreed="false") == 1
 
 
-async def test_a_failing_shadow_is_quarantined_and_no_client_notices(serve: Serve, registry: Registry) -> None:
+async def test_a_failing_shadow_is_quarantined_without_effect_on_replies(serve: Serve, registry: Registry) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
     digest = install(registry, "two", FAILING, RolloutStage.SHADOW)
     async with serve() as proxy:
@@ -385,7 +393,7 @@ async def test_a_failing_shadow_is_quarantined_and_no_client_notices(serve: Serv
     assert registry.read().quarantined == {digest}
 
 
-async def test_a_proxy_that_ends_takes_its_shadow_along(serve: Serve, registry: Registry) -> None:
+async def test_an_endless_shadow_does_not_keep_the_proxy_from_shutting_down(serve: Serve, registry: Registry) -> None:
     install(registry, "one", HONEST, RolloutStage.CHAMPION)
     install(registry, "two", LOCKSTEP.format(later="while True: pass"), RolloutStage.SHADOW)
     async with serve(decision_s=60.0) as proxy:
@@ -394,7 +402,7 @@ async def test_a_proxy_that_ends_takes_its_shadow_along(serve: Serve, registry: 
         assert await proxy.metric("autotts_shadow_agreement_total", controller="two", agreed="skipped") == 1
 
 
-# The verbs
+# Commands
 
 
 def autotts(*arguments: str) -> tuple[int, str, str]:
@@ -402,47 +410,47 @@ def autotts(*arguments: str) -> tuple[int, str, str]:
     return done.exit_code, " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
 
-def test_from_a_file_to_champion_and_back(tmp_path: Path) -> None:
+def test_commands_promote_a_file_to_champion_list_it_and_roll_it_back(tmp_path: Path) -> None:
     folder, file, report = str(tmp_path / "installed"), tmp_path / "mine.py", tmp_path / "report.json"
     file.write_text(HONEST)
     digest = Spec("mine", HONEST).digest
-    status, _, words = autotts("promote", str(file), "--registry", folder, "--as", "shadow")
-    assert (status, words) == (2, "autotts: mine: needs a passed gate; give --report FILE, or use --force")
+    status, _, stderr = autotts("promote", str(file), "--registry", folder, "--as", "shadow")
+    assert (status, stderr) == (2, "autotts: mine: needs a passed gate; give --report FILE, or use --force")
     report.write_text(json.dumps({"digest": digest, "verdict": "promote", "headline": "2 points better"}))
-    status, told, words = autotts(
+    status, stdout, stderr = autotts(
         "promote", str(file), "--registry", folder, "--as", "shadow", "--report", str(report), "--who", "ada"
     )
-    assert (status, words) == (0, "")
-    assert f"mine ({digest[:12]}) is shadow" in told
-    status, told, _ = autotts("promote", digest[:8], "--registry", folder, "--as", "canary", "--share", "0.2")
-    assert (status, "is canary for 20% of the requests" in told) == (0, True)
+    assert (status, stderr) == (0, "")
+    assert f"mine ({digest[:12]}) is shadow" in stdout
+    status, stdout, _ = autotts("promote", digest[:8], "--registry", folder, "--as", "canary", "--share", "0.2")
+    assert (status, "is canary for 20% of the requests" in stdout) == (0, True)
     assert autotts("promote", digest[:8], "--registry", folder, "--as", "champion", "--why", "it is good")[0] == 0
-    status, told, _ = autotts("controllers", "--registry", folder, "--json")
-    figures = json.loads(told)
+    status, stdout, _ = autotts("controllers", "--registry", folder, "--json")
+    figures = json.loads(stdout)
     assert (figures["champion"], figures["cards"][digest]["headline"]) == (digest, "2 points better")
     assert figures["audit"][0]["who"] == "ada"
     assert figures["audit"][-1]["why"] == "it is good"
-    status, told, _ = autotts("rollback", "--registry", folder)
-    assert "the configured controller is the champion" in told
-    status, told, _ = autotts("controllers", "--registry", folder)
-    assert all(words in told for words in ("2 points better", "version 4", "rollback", "it is good"))
-    status, _, words = autotts("rollback", "--registry", folder)
-    assert (status, "neither a canary nor a champion" in words) == (2, True)
+    status, stdout, _ = autotts("rollback", "--registry", folder)
+    assert "the configured controller is the champion" in stdout
+    status, stdout, _ = autotts("controllers", "--registry", folder)
+    assert all(text in stdout for text in ("2 points better", "version 4", "rollback", "it is good"))
+    status, _, stderr = autotts("rollback", "--registry", folder)
+    assert (status, "neither a canary nor a champion" in stderr) == (2, True)
 
 
-def test_force_is_loud_and_recorded(tmp_path: Path) -> None:
+def test_a_forced_promotion_prints_a_warning_and_is_audited(tmp_path: Path) -> None:
     folder, file = str(tmp_path / "installed"), tmp_path / "mine.py"
     file.write_text(HONEST)
-    status, _, words = autotts("promote", str(file), "--registry", folder, "--as", "champion", "--force")
+    status, _, stderr = autotts("promote", str(file), "--registry", folder, "--as", "champion", "--force")
     assert status == 0
-    assert words.startswith("FORCED: ")
+    assert stderr.startswith("FORCED: ")
     registry = Registry(Path(folder))
     assert registry.audit()[-1]["forced"] is True
     assert registry.card(Spec("mine", HONEST).digest)["forced"] is True
 
 
-def test_a_report_is_for_a_file(tmp_path: Path) -> None:
-    status, _, words = autotts(
+def test_promoting_a_digest_with_a_report_is_refused(tmp_path: Path) -> None:
+    status, _, stderr = autotts(
         "promote", "abcd", "--registry", str(tmp_path), "--as", "shadow", "--report", str(tmp_path / "report.json")
     )
-    assert (status, "--report is only for files" in words) == (2, True)
+    assert (status, "--report is only for files" in stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""Pools of sealed processes: whom they serve, what holds them up, and what they leave behind."""
+"""Pools of sandbox processes: which episodes get a process, what delays them, and what remains after a stop."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ async def make() -> AsyncIterator[Make]:
     made: list[SandboxPool] = []
     enders = ThreadPoolExecutor(1)
 
-    def make_one(source: str, size: int) -> SandboxPool:
+    def make_pool(source: str, size: int) -> SandboxPool:
         made.append(SandboxPool(Spec("mine", source), size, 5.0, enders))
         made[-1].keep(size)
         return made[-1]
 
-    yield make_one
+    yield make_pool
     for pool in made:
         pool.stop("the test is over")
         await pool.close()
@@ -49,14 +49,14 @@ async def until(holds: Callable[[], bool]) -> None:
         for _ in repeat(None):
             if holds():
                 return
-            await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
+            await asyncio.sleep(0.01)  # no event announces what threads and other processes have done
 
 
 async def filled(pool: SandboxPool, size: int) -> None:
     await until(lambda: len(pool._ready) == size)
 
 
-async def test_a_file_that_loads_slowly_holds_up_nobody_else(make: Make) -> None:
+async def test_a_controller_that_loads_slowly_does_not_delay_other_pools(make: Make) -> None:
     slow = make(SLOW, 16)
     assert len(slow._work) == 16
     assert await asyncio.to_thread(lambda: 7) == 7
@@ -65,7 +65,7 @@ async def test_a_file_that_loads_slowly_holds_up_nobody_else(make: Make) -> None
     assert slow._making >= 14  # two threads, and two seconds of processor time each
 
 
-async def test_a_waiting_episode_is_given_the_next_process_whoever_it_was_made_for(make: Make) -> None:
+async def test_waiting_episodes_get_the_next_ready_process(make: Make) -> None:
     pool = make(HONEST, 2)
     workers = await asyncio.gather(*(pool.take() for _ in range(4)))
     assert len({worker.process for worker in workers}) == 4
@@ -75,7 +75,7 @@ async def test_a_waiting_episode_is_given_the_next_process_whoever_it_was_made_f
         pool.end(worker)
 
 
-async def test_an_episode_that_has_left_wastes_no_process(make: Make) -> None:
+async def test_the_process_of_a_cancelled_episode_is_ended_and_later_episodes_get_one(make: Make) -> None:
     pool = make(HONEST, 0)
     taking = asyncio.create_task(pool.take())
     await asyncio.sleep(0)
@@ -84,7 +84,7 @@ async def test_an_episode_that_has_left_wastes_no_process(make: Make) -> None:
     with pytest.raises(asyncio.CancelledError):
         await taking
     assert not pool._waiting
-    await until(lambda: not pool._work)  # it is made, and ended
+    await until(lambda: not pool._work)  # the process is created and ended
     assert not pool._ready
     pool.keep(1)
     await filled(pool, 1)
@@ -93,7 +93,7 @@ async def test_an_episode_that_has_left_wastes_no_process(make: Make) -> None:
     pool.end(await taking)
 
 
-async def test_a_process_that_was_handed_over_too_late_is_kept(make: Make) -> None:
+async def test_a_process_given_to_a_cancelled_episode_returns_to_the_pool(make: Make) -> None:
     pool = make(HONEST, 1)
     await filled(pool, 1)
     worker = await pool.take()
@@ -102,27 +102,27 @@ async def test_a_process_that_was_handed_over_too_late_is_kept(make: Make) -> No
     taking = asyncio.create_task(pool.take())
     await asyncio.sleep(0)
     pool._put(worker)
-    taking.cancel()  # before it sees what it was given
+    taking.cancel()  # before it sees the process it was given
     with pytest.raises(asyncio.CancelledError):
         await taking
     assert list(pool._ready) == [worker]
     pool.end(spare)
 
 
-async def test_what_is_wrong_with_a_file_is_told_to_every_episode(make: Make) -> None:
+async def test_a_controller_that_cannot_load_raises_bad_controller_for_every_episode(make: Make) -> None:
     pool = make("import json", 2)
     for _ in range(2):
         with pytest.raises(BadController, match="No module named 'json'"):
             await pool.take()
 
 
-async def test_an_episode_waits_only_so_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_for_a_process_times_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "TAKE_TIMEOUT_S", 0.01)
     with pytest.raises(MachineDisturbed, match=r"no process of mine was ready within 0\.01 s"):
         await make(SLOW, 0).take()
 
 
-async def test_dead_processes_are_replaced_not_handed_out(make: Make) -> None:
+async def test_dead_processes_are_replaced_and_never_handed_out(make: Make) -> None:
     pool = make(HONEST, 3)
     await filled(pool, 3)
     dead = list(pool._ready)
@@ -133,11 +133,11 @@ async def test_dead_processes_are_replaced_not_handed_out(make: Make) -> None:
     assert worker not in dead
     assert worker.alive
     await filled(pool, 3)
-    assert all(one.alive for one in pool._ready)
+    assert all(ready.alive for ready in pool._ready)
     pool.end(worker)
 
 
-async def test_a_stopped_pool_leaves_no_process(make: Make) -> None:
+async def test_a_stopped_pool_ends_all_its_processes(make: Make) -> None:
     pool = make(HONEST, 2)
     await filled(pool, 2)
     taken: list[SandboxHandle] = [await pool.take()]
@@ -151,7 +151,7 @@ async def test_a_stopped_pool_leaves_no_process(make: Make) -> None:
         await taken[0].decide_later([[0]], 1)
 
 
-async def test_an_episode_that_waits_for_a_stopped_pool_is_told(make: Make) -> None:
+async def test_stopping_a_pool_raises_in_the_episodes_that_wait_for_it(make: Make) -> None:
     pool = make(SLOW, 0)
     waiting = asyncio.create_task(pool.take())
     await asyncio.sleep(0)

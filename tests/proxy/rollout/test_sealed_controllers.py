@@ -1,4 +1,4 @@
-"""Controllers from files behind the proxy: sealed or refused, and when they fail the baseline goes on unnoticed."""
+"""Controllers from files run sealed or are refused, and a baseline continues the episode when they fail."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Serve = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 @pytest.fixture
 def serve(backend: FakeVLLM, tmp_path: Path) -> Serve:
-    """A proxy whose default controller is the file of a given text."""
+    """Return a context that runs a proxy whose default controller is a file with the given source."""
 
     @asynccontextmanager
     async def with_source(source: str, **settings: Any) -> AsyncIterator[Proxy]:
@@ -77,11 +77,11 @@ def serve(backend: FakeVLLM, tmp_path: Path) -> Serve:
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The static check is advice: here files come as if it were not there."""
+    """Disable the static check, which is only advice."""
     monkeypatch.setattr("controllers.loading.advise", lambda source: [])
 
 
-async def test_a_file_decides_in_a_sealed_process(serve: Serve) -> None:
+async def test_a_controller_from_a_file_decides_in_a_sealed_process(serve: Serve) -> None:
     async with serve(HONEST) as proxy:
         status, headers, reply = await proxy.ask("1")
         assert status == 200, reply
@@ -97,7 +97,7 @@ async def test_a_file_decides_in_a_sealed_process(serve: Serve) -> None:
             assert (await response.json())["sandbox"] == {"level": "sealed", "lacking": None}
 
 
-async def test_many_at_once_and_by_name(serve: Serve) -> None:
+async def test_concurrent_requests_may_name_a_controller_from_a_file(serve: Serve) -> None:
     async with serve(HONEST, sandbox_pool=2) as proxy:
         replies = await asyncio.gather(*(proxy.ask("0.5", tts={"controller": "mine"}) for _ in range(8)))
         assert [(status, headers["x-tts-branches"]) for status, headers, _ in replies] == [(200, "5")] * 8
@@ -107,19 +107,19 @@ async def test_many_at_once_and_by_name(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_the_baseline_goes_on_where_a_controller_failed(serve: Serve, fault: str) -> None:
+async def test_the_baseline_continues_the_episode_of_a_failed_controller(serve: Serve, fault: str) -> None:
     decision_s = 2.0 if fault == "late" else 5.0
     async with serve(LOCKSTEP.format(later=FAULTS[fault]), decision_s=decision_s) as proxy:
         status, headers, reply = await proxy.ask("1")
         assert status == 200, reply
         assert (headers["x-tts-stop"], headers["x-tts-fallback"]) == ("answered", fault)
-        assert headers["x-tts-branches"] == "8"  # what it had opened is what the baseline went on with
+        assert headers["x-tts-branches"] == "8"  # the baseline continues the branches already open
         assert reply["choices"][0]["message"]["content"] == "It is \\boxed{7}"
         assert reply["usage"]["completion_tokens"] == proxy.backend.generated
         assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason=fault) == 1
 
 
-async def test_a_stream_says_so_in_its_last_chunk(serve: Serve) -> None:
+async def test_the_last_chunk_of_a_stream_has_the_fallback_reason(serve: Serve) -> None:
     async with serve(LOCKSTEP.format(later=FAULTS["raised"])) as proxy:
         stream = await proxy.openai.chat.completions.create(
             model="fake-model",
@@ -142,19 +142,21 @@ async def test_three_failures_quarantine_a_controller(serve: Serve, caplog: pyte
         assert "x-tts-fallback" not in (await proxy.ask("0", tts={"controller": "cmc"}))[1]
 
 
-async def test_failures_far_apart_do_not(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failures_outside_the_window_do_not_quarantine_a_controller(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(failure_counter, "WINDOW_S", 0.0)
     async with serve(LOCKSTEP.format(later=FAULTS["illegal"])) as proxy:
         assert [(await proxy.ask("0"))[1]["x-tts-fallback"] for _ in range(5)] == ["illegal"] * 5
 
 
-async def test_a_file_that_does_not_load_is_a_failing_controller(serve: Serve) -> None:
+async def test_a_controller_file_that_does_not_load_falls_back(serve: Serve) -> None:
     async with serve(HONEST + "\nraise SystemExit(3)") as proxy:
         status, headers, _ = await proxy.ask("0")
         assert (status, headers["x-tts-fallback"]) == (200, "raised")
 
 
-async def test_a_client_that_leaves_takes_the_sealed_process_along(serve: Serve) -> None:
+async def test_a_disconnect_ends_the_sealed_process_of_the_request(serve: Serve) -> None:
     async with serve(LOCKSTEP.format(later="while True: pass"), decision_s=60.0) as proxy:
         asking = asyncio.create_task(proxy.ask("1"))
         while await proxy.metric("autotts_episodes_in_flight") == 0 or not proxy.backend.opened:
@@ -169,7 +171,7 @@ async def test_a_client_that_leaves_takes_the_sealed_process_along(serve: Serve)
 
 @pytest.fixture
 def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which no proof succeeds."""
+    """Simulate a machine on which the sandbox cannot be proven."""
     spawner = SandboxSpawner()
     spawner.proof = Proof(reason="no landlock")
     for module in (spawners, sandboxes):
@@ -177,7 +179,7 @@ def unsealable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unsealable")
-async def test_without_a_seal_files_are_refused_and_baselines_serve(
+async def test_without_a_sandbox_controller_files_fall_back_to_the_baseline(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(HONEST) as proxy:
@@ -192,7 +194,7 @@ async def test_without_a_seal_files_are_refused_and_baselines_serve(
 
 
 @pytest.mark.usefixtures("unsealable")
-async def test_only_an_operators_word_runs_them_unsealed_and_it_is_loud(
+async def test_allow_unsandboxed_runs_controllers_unsealed_and_logs_a_warning(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(HONEST, allow_unsandboxed=True) as proxy:
@@ -203,23 +205,25 @@ async def test_only_an_operators_word_runs_them_unsealed_and_it_is_loud(
         assert "NOT SANDBOXED" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "words"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file with")])
-def test_names_that_clients_could_not_tell_apart(tmp_path: Path, name: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected_text"), [("cmc.py", "built-in controller cmc"), ("a b.py", "name the file with")]
+)
+def test_ambiguous_or_invalid_controller_file_names_are_refused(tmp_path: Path, name: str, expected_text: str) -> None:
     (tmp_path / name).write_text(HONEST)
-    with pytest.raises(SettingsError, match=words):
+    with pytest.raises(SettingsError, match=expected_text):
         load(upstream="http://127.0.0.1:1", controller=str(tmp_path / name))
 
 
-async def test_what_serve_takes_by_name_a_request_may_name(proxy: Proxy) -> None:
+async def test_every_controller_that_serve_accepts_by_name_may_be_named_by_a_request(proxy: Proxy) -> None:
     for name in (*SERVED, *discovered()):
         assert load(upstream="http://127.0.0.1:1", controller=name).controller == name
         status, headers, reply = await proxy.ask("0.5", tts={"controller": name, "answer": "boxed"})
         assert (status, headers["x-tts-controller"]) == (200, name), reply
-        assert headers.get("x-tts-fallback") in (None, "unsealed")  # where the kernel cannot seal
+        assert headers.get("x-tts-fallback") in (None, "unsealed")  # unsealed where the kernel cannot seal
 
 
 @pytest.mark.parametrize("name", ["lockstep", "lockstep_lead@8", "nothing"])
-async def test_the_message_names_the_same_controllers_in_both_places(proxy: Proxy, name: str) -> None:
+async def test_an_unknown_controller_gets_the_same_message_in_settings_and_requests(proxy: Proxy, name: str) -> None:
     status, _, reply = await proxy.ask("0.5", tts={"controller": name})
     assert (status, reply["error"]["code"]) == (400, "unknown_controller")
     with pytest.raises(SettingsError) as caught:
@@ -228,11 +232,11 @@ async def test_the_message_names_the_same_controllers_in_both_places(proxy: Prox
     assert "lockstep_lead" in reply["error"]["message"]
 
 
-# Events that are nobody's fault
+# Process deaths
 
 
 def children() -> list[int]:
-    """Process ids of all sealed children."""
+    """Return the process ids of all sandbox processes."""
     zygote = spawners.spawner()._zygote
     assert zygote is not None
     return [int(number) for number in Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read_text().split()]
@@ -250,12 +254,12 @@ async def until(holds: Callable[..., bool]) -> None:
         for _ in repeat(None):
             if holds():
                 return
-            await asyncio.sleep(0.01)  # no event tells what threads and other processes have done
+            await asyncio.sleep(0.01)  # no event announces what threads and other processes have done
 
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> list[SandboxPool]:
-    """The pool of the default controller, once it is made."""
+    """Return a list that holds the pool of the default controller once it is created."""
     made: list[SandboxPool] = []
 
     def make(*about: Any) -> SandboxPool:
@@ -267,9 +271,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> list[SandboxPool]:
 
 
 async def asking_at_once(proxy: Proxy, pool: list[SandboxPool], count: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
-    """Requests whose controllers all decide, for ever, when this returns."""
+    """Start requests and return once all their controllers are in an endless decision."""
     asked = [asyncio.create_task(proxy.ask("0")) for _ in range(count)]
-    third = 3  # a file, the opening round, and the one that never ends
+    third = 3  # the third message: after the file and the opening round, the endless decision
     await until(lambda: [worker._number for worker in pool[0]._in_use] == [third] * count)
     began = {worker: worker._meter.read() for worker in pool[0]._in_use}
     await until(lambda: all(worker._meter.read().since(start).cpu > IDLE_S for worker, start in began.items()))
@@ -279,7 +283,7 @@ async def asking_at_once(proxy: Proxy, pool: list[SandboxPool], count: int) -> l
 ENDLESS = LOCKSTEP.format(later="while True: pass")
 
 
-async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: list[SandboxPool]) -> None:
+async def test_processes_that_die_together_count_as_one_failure(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
         asked = await asking_at_once(proxy, pool, 4)
         for process in children():
@@ -289,9 +293,7 @@ async def test_processes_that_die_at_once_are_one_failure(serve: Serve, pool: li
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 0
 
 
-async def test_processes_that_die_one_after_the_other_are_as_many_failures(
-    serve: Serve, pool: list[SandboxPool]
-) -> None:
+async def test_processes_that_die_one_after_another_count_separately(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=0) as proxy:
         for _ in range(3):
             (asked,) = await asking_at_once(proxy, pool, 1)
@@ -301,7 +303,9 @@ async def test_processes_that_die_one_after_the_other_are_as_many_failures(
         assert await proxy.metric("autotts_controller_quarantined", controller="mine") == 1
 
 
-async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve, pool: list[SandboxPool]) -> None:
+async def test_the_death_of_the_zygote_is_not_counted_against_a_controller(
+    serve: Serve, pool: list[SandboxPool]
+) -> None:
     async with serve(ENDLESS, decision_s=60.0, sandbox_pool=2) as proxy:
         asked = await asking_at_once(proxy, pool, 4)
         zygote = spawners.spawner()._zygote
@@ -313,7 +317,7 @@ async def test_the_end_of_the_zygote_is_no_failure_of_a_controller(serve: Serve,
         assert await proxy.metric("autotts_fallbacks_total", controller="mine", reason="disturbed") == 4
 
 
-async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list[SandboxPool]) -> None:
+async def test_processes_that_died_idle_are_not_given_to_requests(serve: Serve, pool: list[SandboxPool]) -> None:
     async with serve(HONEST, sandbox_pool=3) as proxy:
         for _ in range(4):
             await until(lambda: len(pool[0]._ready) == 3)
@@ -324,8 +328,8 @@ async def test_processes_that_died_idle_are_passed_over(serve: Serve, pool: list
             assert "x-tts-fallback" not in (await proxy.ask("0"))[1]
 
 
-async def test_no_process_of_a_quarantined_controller_goes_on(serve: Serve, pool: list[SandboxPool]) -> None:
-    """Those of other requests are ended too, in the middle of their decisions."""
+async def test_quarantine_ends_all_running_processes_of_a_controller(serve: Serve, pool: list[SandboxPool]) -> None:
+    """Processes of other requests are also ended, in the middle of their decisions."""
     source = LOCKSTEP.format(later="if self.most == 8: raise ValueError\n        while True: pass")
     async with serve(source, decision_s=60.0, sandbox_pool=2) as proxy:
         asked = await asking_at_once(proxy, pool, 2)

@@ -1,4 +1,4 @@
-"""What an upstream sends is given on piece by piece, whatever the loop and the connection, and whatever goes wrong."""
+"""A body from the upstream is passed on piece by piece on every event loop and connection, also on errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Runs a test's coroutine on each kind of loop; what a callback of the loop raises fails the test."""
+    """Run a test's coroutine on each kind of event loop. An error in a callback of the loop fails the test."""
     raised: list[Any] = []
     with asyncio.Runner(loop_factory=request.param) as runner:
         runner.get_loop().set_exception_handler(lambda _, context: raised.append(context))
@@ -37,7 +37,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
 
 @pytest.fixture(params=[True, False], ids=["tap", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def reader_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the body through a tap, or through aiohttp's public reader as with an untested version."""
     monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: request.param)
 
@@ -47,7 +47,7 @@ def chunk(data: bytes) -> bytes:
 
 
 class Exchange(NamedTuple):
-    """A response that has begun, and what its server has of the connection."""
+    """A response that has begun, and the server's end of its connection."""
 
     response: aiohttp.ClientResponse
     reader: asyncio.StreamReader
@@ -60,21 +60,21 @@ class Exchange(NamedTuple):
         return self.response.connection.transport
 
     async def stream(self, sink: BodySink) -> asyncio.Task[None]:
-        """Who pours its body, and has begun to."""
+        """Start a task that streams the body to `sink`."""
         streaming = asyncio.create_task(stream_body(self.response, sink, LONG_S))
         await asyncio.sleep(0)
         return streaming
 
 
 class Upstream(NamedTuple):
-    """A server that says what a test has it say."""
+    """A server scripted by a test."""
 
     session: aiohttp.ClientSession
     url: str
     connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
     async def begin(self, head: bytes = CHUNKED) -> Exchange:
-        """A request over a new connection, and `head` in answer to it."""
+        """Send a request over a new connection and answer it with `head`."""
         asking = self.ask()
         return await self.answer(asking, *await self.connections.get(), head)
 
@@ -120,14 +120,14 @@ async def upstream(authority: trustme.CA | None = None) -> AsyncIterator[Upstrea
 
 
 class Client:
-    """Takes what is poured; while `is_slow` it has to be waited for, until it is told to `go`."""
+    """Sink that collects pieces. While `is_slow`, it accepts the next one only once `go` is set."""
 
     def __init__(self) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
         self.is_slow = False
         self.has_last = False
         self.go = asyncio.Event()
-        self.tasks: list[asyncio.Task[Any] | None] = []  # that ran when a piece came
+        self.tasks: list[asyncio.Task[Any] | None] = []  # current task at each piece
 
     def hand(self, piece: bytes, is_last: bool) -> Awaitable[None]:
         assert not self.has_last
@@ -142,42 +142,42 @@ class Client:
 
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
-def test_each_piece_is_passed_on_as_it_comes_and_the_connection_is_reused(run: Run, is_secure: bool) -> None:
+def test_each_piece_is_passed_on_at_once_and_the_connection_is_reused(run: Run, is_secure: bool) -> None:
     async def work() -> None:
-        async with upstream(trustme.CA() if is_secure else None) as there:
+        async with upstream(trustme.CA() if is_secure else None) as server:
             client = Client()
-            first = await there.begin()
+            first = await server.begin()
             plain = first.transport.get_protocol()
             streaming = await first.stream(client.hand)
             for piece in (b"one", b"two", b"3" * 100_000):
                 first.server.write(chunk(piece))
-                got = b""
-                while len(got) < len(piece):
-                    got += await client.pieces.get()
-                assert got == piece
+                received = b""
+                while len(received) < len(piece):
+                    received += await client.pieces.get()
+                assert received == piece
             transport = first.transport
             assert transport.get_protocol() is not plain
             first.server.write(END)
             await streaming
             assert client.has_last
             assert transport.get_protocol() is plain
-            assert set(client.tasks) == {None}  # no task was woken to give them on
+            assert set(client.tasks) == {None}  # no task was woken to pass them on
 
-            again = await there.answer(there.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
+            again = await server.answer(server.ask(), first.reader, first.server, CHUNKED + chunk(b"again") + END)
             client = Client()
             await stream_body(again.response, client.hand, LONG_S)
             assert client.pieces.get_nowait() == b"again"
-            assert there.connections.empty()
+            assert server.connections.empty()
 
     run(work())
 
 
-def test_after_the_last_piece_another_request_may_use_the_connection(run: Run) -> None:
-    """Not only when the task that waits for the end has been woken: until then another request may have taken it."""
+def test_the_tap_is_removed_with_the_last_piece(run: Run) -> None:
+    """The tap is removed before the streaming task wakes up, because another request may use the connection."""
 
     async def work() -> None:
-        async with upstream() as there:
-            exchange, protocols = await there.begin(), list[object]()
+        async with upstream() as server:
+            exchange, protocols = await server.begin(), list[object]()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
 
             async def hand(_: bytes, is_last: bool) -> None:
@@ -192,11 +192,11 @@ def test_after_the_last_piece_another_request_may_use_the_connection(run: Run) -
     run(work())
 
 
-def test_what_came_with_the_head_is_passed_on_too(run: Run) -> None:
+def test_body_pieces_received_with_the_head_are_passed_on(run: Run) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             client = Client()
-            exchange = await there.begin(CHUNKED + chunk(b"a") + chunk(b"b") + END)
+            exchange = await server.begin(CHUNKED + chunk(b"a") + chunk(b"b") + END)
             await stream_body(exchange.response, client.hand, LONG_S)
             assert client.pieces.get_nowait() == b"ab"
             assert client.pieces.empty()
@@ -204,12 +204,12 @@ def test_what_came_with_the_head_is_passed_on_too(run: Run) -> None:
     run(work())
 
 
-@pytest.mark.usefixtures("way")
-def test_a_body_may_end_with_its_connection(run: Run) -> None:
+@pytest.mark.usefixtures("reader_kind")
+def test_a_body_without_length_ends_when_the_connection_closes(run: Run) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             client = Client()
-            exchange = await there.begin(UNTIL_CLOSED)
+            exchange = await server.begin(UNTIL_CLOSED)
             streaming = await exchange.stream(client.hand)
             exchange.server.write(b"all")
             assert await client.pieces.get() == b"all"
@@ -223,15 +223,17 @@ def test_a_body_may_end_with_its_connection(run: Run) -> None:
 @pytest.mark.parametrize(
     ("is_tested", "rest"),
     [(True, b"5\r\nhalf"), (True, b"not a length\r\n"), (False, b"5\r\nhalf")],
-    ids=["tap-cut", "tap-garbage", "plain-cut"],  # aiohttp's own reader takes garbage for silence
+    ids=["tap-cut", "tap-garbage", "plain-cut"],  # aiohttp's own reader ignores garbage
 )
-def test_a_body_that_breaks_off_raises(run: Run, monkeypatch: pytest.MonkeyPatch, is_tested: bool, rest: bytes) -> None:
+def test_a_body_that_breaks_off_raises_client_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, is_tested: bool, rest: bytes
+) -> None:
     monkeypatch.setattr(body_tap, "has_tested_internals", lambda _: is_tested)
 
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             client = Client()
-            exchange = await there.begin()
+            exchange = await server.begin()
             streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"one"))
             assert await client.pieces.get() == b"one"
@@ -245,26 +247,26 @@ def test_a_body_that_breaks_off_raises(run: Run, monkeypatch: pytest.MonkeyPatch
     run(work())
 
 
-def test_what_aiohttps_reader_raises_is_raised(run: Run) -> None:
+def test_an_error_set_on_aiohttps_reader_is_raised(run: Run) -> None:
     async def work() -> None:
-        async with upstream() as there:
-            exchange = await there.begin()
+        async with upstream() as server:
+            exchange = await server.begin()
             streaming = await exchange.stream(Client().hand)
-            exchange.response.content.set_exception(aiohttp.ClientPayloadError("it means nothing"))
+            exchange.response.content.set_exception(aiohttp.ClientPayloadError("invalid payload"))
             exchange.server.write(chunk(b"one"))
-            with pytest.raises(aiohttp.ClientPayloadError, match="it means nothing"):
+            with pytest.raises(aiohttp.ClientPayloadError, match="invalid payload"):
                 await streaming
             exchange.response.close()
 
     run(work())
 
 
-def test_a_slow_client_pauses_the_upstream_and_loses_nothing(run: Run) -> None:
+def test_a_slow_client_pauses_the_upstream_without_losing_bytes(run: Run) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             client = Client()
             client.is_slow = True
-            exchange = await there.begin()
+            exchange = await server.begin()
             streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"first"))
             assert await client.pieces.get() == b"first"
@@ -274,7 +276,7 @@ def test_a_slow_client_pauses_the_upstream_and_loses_nothing(run: Run) -> None:
             exchange.server.write(END)
             flushing = asyncio.create_task(exchange.server.drain())
             held = exchange.response.content
-            for _ in range(10_000):  # it reads ahead, but not for ever
+            for _ in range(10_000):  # it reads ahead, but not without limit
                 await asyncio.sleep(0)
             assert not flushing.done()
             assert held.total_bytes > 2**16
@@ -285,19 +287,19 @@ def test_a_slow_client_pauses_the_upstream_and_loses_nothing(run: Run) -> None:
             client.go.set()
             await streaming
             await flushing
-            got = 0
+            received = 0
             while not client.pieces.empty():
-                got += len(client.pieces.get_nowait())
-            assert got == 2**16 * count
+                received += len(client.pieces.get_nowait())
+            assert received == 2**16 * count
 
     run(work())
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("reader_kind")
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_what_the_sink_raises_is_raised(run: Run, is_slow: bool) -> None:
+def test_an_error_of_the_sink_is_raised_and_the_tap_removed(run: Run, is_slow: bool) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             come = asyncio.Event()
             go = asyncio.Event()
 
@@ -307,7 +309,7 @@ def test_what_the_sink_raises_is_raised(run: Run, is_slow: bool) -> None:
                     await go.wait()
                 raise OSError("gone")
 
-            exchange = await there.begin()
+            exchange = await server.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
             streaming = await exchange.stream(hand)
             exchange.server.write(chunk(b"one"))
@@ -324,10 +326,10 @@ def test_what_the_sink_raises_is_raised(run: Run, is_slow: bool) -> None:
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_cancelling_removes_the_tap(run: Run, is_slow: bool) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             client = Client()
             client.is_slow = is_slow
-            exchange = await there.begin()
+            exchange = await server.begin()
             transport, plain = exchange.transport, exchange.transport.get_protocol()
             streaming = await exchange.stream(client.hand)
             exchange.server.write(chunk(b"one"))
@@ -341,12 +343,12 @@ def test_cancelling_removes_the_tap(run: Run, is_slow: bool) -> None:
     run(work())
 
 
-@pytest.mark.usefixtures("way")
-def test_only_silence_times_out(run: Run) -> None:
+@pytest.mark.usefixtures("reader_kind")
+def test_only_a_stalled_body_times_out(run: Run) -> None:
     async def work() -> None:
-        async with upstream() as there:
+        async with upstream() as server:
             loop, client = asyncio.get_running_loop(), Client()
-            exchange = await there.begin()
+            exchange = await server.begin()
             began, idle_s = loop.time(), 0.5
             streaming = asyncio.create_task(stream_body(exchange.response, client.hand, idle_s))
             while (last := loop.time()) < began + 2 * idle_s:
@@ -360,7 +362,7 @@ def test_only_silence_times_out(run: Run) -> None:
     run(work())
 
 
-async def test_a_response_that_cannot_be_sent_closes_its_source() -> None:
+async def test_a_streamed_response_that_cannot_be_sent_closes_its_exit_stack() -> None:
     left: list[str] = []
 
     async def send(_: object) -> None:
@@ -369,17 +371,17 @@ async def test_a_response_that_cannot_be_sent_closes_its_source() -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request"}
 
-    async def poured(_: BodySink) -> None:
-        left.append("poured")
+    async def stream(_: BodySink) -> None:
+        left.append("streamed")
 
     opened = AsyncExitStack()
     opened.callback(left.append, "left")
     with pytest.raises(OSError, match="gone"):
-        await StreamedResponse(poured, opened)({"type": "http"}, receive, send)
+        await StreamedResponse(stream, opened)({"type": "http"}, receive, send)
     assert left == ["left"]
 
 
-# Work that is begun at once
+# Eager tasks
 
 
 def test_start_eagerly_runs_until_it_has_to_wait(run: Run) -> None:
@@ -438,10 +440,10 @@ def test_an_eager_body_is_written_by_the_requesting_task(run: Run, is_eager: boo
                 await asyncio.sleep(0)
                 await super().write_with_length(*args)
 
-        async with upstream() as there:
-            asking = asyncio.create_task(there.session.post(there.url, data=Body(b"?")))
-            reader, writer = await there.connections.get()
-            answered = await there.answer(asking, reader, writer, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        async with upstream() as server:
+            asking = asyncio.create_task(server.session.post(server.url, data=Body(b"?")))
+            reader, writer = await server.connections.get()
+            answered = await server.answer(asking, reader, writer, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
             assert await answered.response.read() == b"ok"
             assert (writers == [asking]) == is_eager
 

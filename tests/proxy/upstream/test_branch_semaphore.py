@@ -1,4 +1,4 @@
-"""Branches in flight: never more than there may be, in the order they came, nothing kept by what has gone."""
+"""Branch semaphore: the limit on branches in flight, first come first served, and slots freed by every exit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = ["backend"]  # a fixture
 
 
 class Held:
-    """A call that holds slots, or waits for them, until it is told to go."""
+    """A call that waits for slots and then holds them until `go` is set."""
 
     def __init__(self, branch_semaphore: BranchSemaphore, branches: int, is_background: bool) -> None:
         self.branches = branches
         self.is_background = is_background
         self.has_slots = False
-        self.was_there = False
+        self.had_slots = False
         self.go = asyncio.Event()
         self.task = asyncio.create_task(self._stay(branch_semaphore))
 
     async def _stay(self, branch_semaphore: BranchSemaphore) -> None:
         async with branch_semaphore.hold(self.branches, is_background=self.is_background):
-            self.has_slots = self.was_there = True
+            self.has_slots = self.had_slots = True
             try:
                 await self.go.wait()
             finally:
@@ -63,10 +63,10 @@ async def settle() -> None:
     ),
     st.booleans(),
 )
-def test_no_more_are_in_flight_than_may_be_and_nobody_is_forgotten(
+def test_branches_in_flight_stay_within_the_limit_and_every_call_is_served(
     most: int, moves: list[tuple[Any, Any]], at_once: bool
 ) -> None:
-    """With `at_once` the loop does not run between moves."""
+    """With `at_once` the event loop does not run between moves."""
 
     async def play() -> None:
         branch_semaphore = BranchSemaphore(most)
@@ -74,15 +74,15 @@ def test_no_more_are_in_flight_than_may_be_and_nobody_is_forgotten(
         cancelled: set[Held] = set()
 
         def check() -> None:
-            there = [call for call in calls if call.has_slots]
-            assert sum(call.branches for call in there) <= most or len(there) == 1
+            holding = [call for call in calls if call.has_slots]
+            assert sum(call.branches for call in holding) <= most or len(holding) == 1
             if at_once:
                 return
-            assert branch_semaphore.taken == sum(call.branches for call in there)
+            assert branch_semaphore.taken == sum(call.branches for call in holding)
             waiting = [call for call in calls if not call.task.done() and not call.has_slots]
             assert branch_semaphore.waiting == len(waiting)
             for kind in (False, True):
-                waits = [call.was_there for call in calls if call.is_background is kind and call not in cancelled]
+                waits = [call.had_slots for call in calls if call.is_background is kind and call not in cancelled]
                 assert waits == sorted(waits, reverse=True)  # first come, first served
             line = sorted(waiting, key=lambda call: call.is_background)
             if line:
@@ -110,13 +110,13 @@ def test_no_more_are_in_flight_than_may_be_and_nobody_is_forgotten(
                     call.go.set()
         await settle()
         assert all(call.task.done() for call in calls)
-        assert all(call.was_there for call in calls if call not in cancelled)
+        assert all(call.had_slots for call in calls if call not in cancelled)
         assert (branch_semaphore.taken, branch_semaphore.waiting) == (0, 0)
 
     asyncio.run(play())
 
 
-async def test_what_nobody_waits_for_comes_last() -> None:
+async def test_background_calls_are_served_after_live_ones() -> None:
     branch_semaphore = BranchSemaphore(1)
     first, background, live = (Held(branch_semaphore, 1, kind) for kind in (False, True, False))
     await settle()
@@ -131,7 +131,7 @@ async def test_what_nobody_waits_for_comes_last() -> None:
     await background.task
 
 
-async def test_a_call_that_fails_lets_go(backend: FakeVLLM) -> None:
+async def test_a_failed_call_releases_its_slots(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as http:
         engine = UpstreamClient(backend.url, http, branch_semaphore=BranchSemaphore(2))
         backend.fault = "cut"
@@ -142,7 +142,7 @@ async def test_a_call_that_fails_lets_go(backend: FakeVLLM) -> None:
         assert (engine.branch_semaphore.taken, engine.branch_semaphore.waiting) == (0, 0)
 
 
-async def test_recordings_are_generated_after_what_is_waited_for(backend: FakeVLLM) -> None:
+async def test_low_priority_calls_are_generated_after_live_ones(backend: FakeVLLM) -> None:
     async with aiohttp.ClientSession() as http:
         engine = UpstreamClient(backend.url, http, branch_semaphore=BranchSemaphore(1))
         backend.gate.clear()
@@ -158,7 +158,7 @@ async def test_recordings_are_generated_after_what_is_waited_for(backend: FakeVL
 
 @pytest_asyncio.fixture
 async def narrow(backend: FakeVLLM) -> AsyncIterator[Proxy]:
-    """A proxy that has no more than five branches in flight."""
+    """Run a proxy with at most five branches in flight."""
     async with (
         running(load(upstream=backend.url, branches_in_flight=5, **SMALL)) as url,
         aiohttp.ClientSession() as http,
@@ -167,24 +167,24 @@ async def narrow(backend: FakeVLLM) -> AsyncIterator[Proxy]:
         yield Proxy(backend, url, http, openai)
 
 
-async def test_requests_together_stay_within_the_bound(narrow: Proxy) -> None:
-    said = {"controller": "self_consistency@4", "answer": "boxed"}
+async def test_concurrent_requests_stay_within_the_limit_of_branches_in_flight(narrow: Proxy) -> None:
+    tts = {"controller": "self_consistency@4", "answer": "boxed"}
 
     async def is_full() -> bool:
         return await narrow.metric("autotts_calls_waiting") == 11 and narrow.backend.branches > 0
 
     narrow.backend.gate.clear()
-    asked = [asyncio.create_task(narrow.ask("1", tts=said)) for _ in range(12)]
+    asked = [asyncio.create_task(narrow.ask("1", tts=tts)) for _ in range(12)]
     await until(is_full)
     assert await narrow.metric("autotts_episodes_in_flight") == 12
     narrow.backend.gate.set()
-    assert [(await one)[0] for one in asked] == [200] * 12
-    assert narrow.backend.most_branches == 4  # two such calls are more than five
+    assert [(await request)[0] for request in asked] == [200] * 12
+    assert narrow.backend.most_branches == 4  # two calls of four branches exceed five
     assert await narrow.metric("autotts_branches_in_flight") == 0
     assert await narrow.metric("autotts_calls_waiting") == 0
 
 
-async def test_a_heavier_call_goes_alone_and_others_wait_and_leave(narrow: Proxy) -> None:
+async def test_a_call_over_the_limit_runs_alone_while_others_wait_time_out_or_cancel(narrow: Proxy) -> None:
     async def waiting(calls: int) -> bool:
         return await narrow.metric("autotts_calls_waiting") == calls
 
@@ -195,11 +195,11 @@ async def test_a_heavier_call_goes_alone_and_others_wait_and_leave(narrow: Proxy
     small = {"controller": "self_consistency@2", "answer": "boxed"}
     late, leaving = (asyncio.create_task(narrow.ask("1", tts=small)) for _ in range(2))
     await until(lambda: waiting(2))
-    status, _, told = await narrow.ask("1", tts={**small, "deadline_s": 0.1})
-    assert status == 504, told
+    status, _, reply = await narrow.ask("1", tts={**small, "deadline_s": 0.1})
+    assert status == 504, reply
     leaving.cancel()
     await until(lambda: waiting(1))
     narrow.backend.gate.set()
-    assert [(await one)[0] for one in (wide, late)] == [200, 200]
+    assert [(await request)[0] for request in (wide, late)] == [200, 200]
     assert narrow.backend.most_branches == 9
     assert await narrow.metric("autotts_branches_in_flight") == 0

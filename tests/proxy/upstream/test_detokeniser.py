@@ -48,12 +48,12 @@ async def run_out(env: LiveEnvironment, count: int, probes: bool = False) -> Non
 
 
 def plain(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A text as a server shows it that is asked for all of it at once."""
+    """Decode ids as a server does in a single request."""
     return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def random_texts(rng: random.Random, tokenizer: Tokenizer, *, marks: bool) -> list[list[int]]:
-    """Ids of texts of up to 30 characters, each with another first id; with `marks`, special tokens stand in some."""
+    """Return ids of texts of up to 30 characters with distinct first ids. With `marks`, some have special tokens."""
     texts = []
     for first in "abcdefghijklmnopqrstuvwxyz":
         letters = [rng.choice(LETTERS) for _ in range(rng.randint(0, 30))]
@@ -65,7 +65,7 @@ def random_texts(rng: random.Random, tokenizer: Tokenizer, *, marks: bool) -> li
 @KINDS
 @pytest.mark.parametrize("marks", [False, True])
 @pytest.mark.parametrize("interval", [1, 2, 3, 5, 9])
-async def test_a_text_cut_anywhere_is_the_text_in_one(
+async def test_text_generated_in_intervals_equals_the_text_decoded_at_once(
     make: Callable[[], Tokenizer], marks: bool, interval: int
 ) -> None:
     tokenizer = make()
@@ -77,13 +77,15 @@ async def test_a_text_cut_anywhere_is_the_text_in_one(
         await run_out(env, len(texts))
         begun = plain(prompt, tokenizer)
         expected = sorted(plain([*prompt, *text], tokenizer).removeprefix(begun) for text in texts)
-        assert sorted(one.text for one in env.branches) == expected
+        assert sorted(part.text for part in env.branches) == expected
     assert any("SECRET" in text for text in backend.shown)  # the server sent the prompt
 
 
 @KINDS
 @pytest.mark.parametrize("letter", ["é", "€", "漢", "😀", " 😀", BROKEN])
-async def test_a_prompt_that_ends_inside_a_character(make: Callable[[], Tokenizer], letter: str) -> None:
+async def test_a_prompt_that_ends_inside_a_character_does_not_garble_the_branch(
+    make: Callable[[], Tokenizer], letter: str
+) -> None:
     tokenizer = make()
     head = ids_of(tokenizer, "SECRET:x")
     halves = ids_of(tokenizer, "SECRET:x" + letter)[len(head) :]
@@ -93,14 +95,14 @@ async def test_a_prompt_that_ends_inside_a_character(make: Callable[[], Tokenize
         async with environment(backend, 1) as env:
             await run_out(env, 1)
         if letter == BROKEN and cut < len(halves):
-            continue  # as a prompt's text half a replacement character cannot be told from all of it
+            continue  # in a prompt, half a replacement character looks like a complete one
         is_begun = cut < len(halves)
         assert env.branches[0].text.strip() == f"{letter.strip() if is_begun else ''}the sea", cut
 
 
 @KINDS
 @pytest.mark.parametrize("skips", [True, False])
-async def test_special_tokens_between_half_a_character_and_the_next_request(
+async def test_special_tokens_after_half_a_character_do_not_leak_the_prompt(
     make: Callable[[], Tokenizer], skips: bool
 ) -> None:
     tokenizer = make()
@@ -116,7 +118,9 @@ async def test_special_tokens_between_half_a_character_and_the_next_request(
 
 
 @KINDS
-async def test_probes_and_closings_of_a_branch_that_ends_inside_a_character(make: Callable[[], Tokenizer]) -> None:
+async def test_a_branch_that_ends_inside_a_character_is_probed_and_closed_correctly(
+    make: Callable[[], Tokenizer],
+) -> None:
     tokenizer = make()
     prompt = ids_of(tokenizer, "SECRET:")
     half = ids_of(tokenizer, "so 4 😀")[:-1]
@@ -147,7 +151,7 @@ async def test_a_stop_string_of_the_prompt_does_not_end_a_branch(make: Callable[
         assert env.branches[0].finish == "stop"
 
 
-async def test_text_that_is_still_to_be_decoded_is_not_kept() -> None:
+async def test_text_of_a_failed_detokenisation_is_not_kept() -> None:
     tokenizer = byte_level()
     half = ids_of(tokenizer, "a😀")[:-1]
     backend = DictatedVLLM(tokenizer, ids_of(tokenizer, "SECRET:"), [[*half, *ids_of(tokenizer, "the sea")]])
@@ -165,7 +169,7 @@ async def _refused(*_: object, **__: object) -> str:
     raise UpstreamRefused(400, "not now")
 
 
-async def test_seams_between_whole_characters_cost_nothing_once_their_ids_are_known() -> None:
+async def test_seams_between_complete_characters_need_no_call_once_their_ids_are_known() -> None:
     tokenizer = byte_level()
     text = ids_of(tokenizer, "the sea, 4 on 4 " * 20)
     backend = DictatedVLLM(tokenizer, ids_of(tokenizer, "SECRET:"), [text])
@@ -178,7 +182,7 @@ async def test_seams_between_whole_characters_cost_nothing_once_their_ids_are_kn
         assert backend.decoded == asked <= len(set(text)) + len(set(backend.prompt))
 
 
-async def test_ordinary_tokens_are_told_from_special_ones() -> None:
+async def test_token_endings_are_learnt_for_ordinary_and_special_tokens() -> None:
     tokenizer = byte_level()
     backend = DictatedVLLM(tokenizer, ids_of(tokenizer, "SECRET:"), [[1]])
     async with environment(backend, 3) as env:
@@ -193,7 +197,7 @@ async def test_ordinary_tokens_are_told_from_special_ones() -> None:
         assert await detokeniser.seam(ids_of(tokenizer, "the😀"), 0) is None  # the emoji is complete
 
 
-async def test_what_many_ask_at_once_is_not_asked_of_the_upstream_as_often() -> None:
+async def test_concurrent_seams_share_the_decoding_of_the_same_tokens() -> None:
     tokenizer = byte_level()
     prompt = ids_of(tokenizer, "4 on 4 : 7")
     backend = DictatedVLLM(tokenizer, prompt, [[1]])
@@ -203,7 +207,7 @@ async def test_what_many_ask_at_once_is_not_asked_of_the_upstream_as_often() -> 
         assert backend.decoded <= MOST_LEARNT * len(env.engine.token_endings)
 
 
-def test_the_cache_is_bounded() -> None:
+def test_the_cache_of_token_endings_is_bounded() -> None:
     endings = TokenEndings(most=3)
     for token in range(5):
         endings.add(MODEL, token, TokenInfo("x", Ending.WHOLE))

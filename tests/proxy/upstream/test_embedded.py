@@ -1,4 +1,4 @@
-"""The child process: started, watched, stopped, and what is said when it cannot be. Its command is a stand-in here."""
+"""The process of the embedded server: start, restart, stop and errors, with a stand-in command."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def alive(pid: int) -> bool:
 
 
 def folder_and_log(temporary: Path) -> tuple[Path, Path]:
-    """The folder of the one server that runs, and the one file in it."""
+    """Return the temporary folder of the running server and the log file in it."""
     (folder,) = [path for path in temporary.iterdir() if path.is_dir()]
     (log,) = folder.iterdir()
     return folder, log
@@ -57,7 +57,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-async def test_it_runs_as_long_as_the_context() -> None:
+async def test_the_server_runs_as_long_as_its_context() -> None:
     async with stand_in(SERVER) as server:
         pid = server.pid
         assert pid is not None
@@ -67,19 +67,19 @@ async def test_it_runs_as_long_as_the_context() -> None:
     assert server.pid is None
 
 
-async def test_its_last_words_are_the_error() -> None:
+async def test_the_last_line_of_a_server_that_exits_at_start_is_the_error() -> None:
     with pytest.raises(StartError, match=r"^this CPU has no AVX2$"):
         async with stand_in("import sys; print('noise', flush=True); sys.exit('this CPU has no AVX2')"):
             pass
 
 
-async def test_a_silent_end_is_an_error_too() -> None:
+async def test_a_server_that_exits_without_output_raises_start_error() -> None:
     with pytest.raises(StartError, match="exited without a message"):
         async with stand_in("pass"):
             pass
 
 
-async def test_a_server_that_does_not_come_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_not_healthy_in_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
     server = stand_in("import time; time.sleep(60)")
     with pytest.raises(StartError, match=r"not healthy within 0\.2 s"):
@@ -87,7 +87,7 @@ async def test_a_server_that_does_not_come_up_is_stopped(monkeypatch: pytest.Mon
     assert server.pid is None
 
 
-async def test_one_that_does_not_stop_when_told_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.2)
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
     async with stand_in(stubborn) as server:
@@ -96,13 +96,13 @@ async def test_one_that_does_not_stop_when_told_is_killed(monkeypatch: pytest.Mo
     assert not alive(pid)
 
 
-async def test_a_program_that_is_not_there() -> None:
+async def test_a_missing_program_raises_start_error() -> None:
     with pytest.raises(StartError, match="cannot start"):
         async with EmbeddedServer(["/nowhere/python"]):
             pass
 
 
-async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_at_start_raises_start_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device", "/tmp/x")
 
@@ -114,12 +114,14 @@ async def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder with a path that is short enough for sockets in it."""
+    """Yield a folder whose path is short enough for sockets in it."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
 
 
-async def test_its_files_are_where_nobody_else_can_put_a_link(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_files_of_the_server_are_in_a_private_temporary_folder(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     precious = temporary / "precious"
     precious.write_text("keep")
@@ -130,20 +132,20 @@ async def test_its_files_are_where_nobody_else_can_put_a_link(temporary: Path, m
         async with server:
             folder, log = folder_and_log(temporary)
             assert (mode(folder), mode(log)) == (0o700, 0o600)
-            assert log.read_text().strip() == str(folder)  # what it makes itself goes there too
+            assert log.read_text().strip() == str(folder)  # the server's own temporary files go there too
     finally:
         os.umask(before)
     assert precious.read_text() == "keep"
     assert not folder.exists()
 
 
-def test_a_folder_too_deep_for_sockets_is_not_the_childs_temporary_folder() -> None:
+def test_a_folder_too_deep_for_sockets_is_not_set_as_tmpdir() -> None:
     short, deep = Path("/tmp/autotts-12345678"), Path("/", "d" * 80, "autotts-12345678")
     assert embedded._environment(short)["TMPDIR"] == str(short)
     assert embedded._environment(deep).get("TMPDIR") == os.environ.get("TMPDIR")
 
 
-async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_killed_server_is_restarted_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.01)
     calls: list[str] = []
     async with stand_in(SERVER, lambda: calls.append("restarted")) as server:
@@ -158,7 +160,7 @@ async def test_a_server_that_dies_comes_back(monkeypatch: pytest.MonkeyPatch) ->
             assert response.status == 200
 
 
-async def test_one_that_never_comes_back_is_left_alone(
+async def test_a_server_that_keeps_failing_to_restart_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.001)
@@ -174,17 +176,17 @@ async def test_one_that_never_comes_back_is_left_alone(
 
 
 @pytest.mark.vllm
-async def test_further_flags_reach_vllm() -> None:
+async def test_extra_flags_are_passed_to_vllm() -> None:
     pytest.importorskip("vllm", reason="the extra `embedded` is not installed; `make test` installs it")
     with pytest.raises(StartError, match=r"unrecognized arguments: --no-such-flag"):
         async with EmbeddedServer(args=("--no-such-flag",)):
             pass
 
 
-async def test_a_restart_closes_the_breaker_of_a_server_that_runs() -> None:
+async def test_a_restart_of_the_embedded_server_closes_the_circuit_breaker() -> None:
     async with FakeVLLM().serve() as backend:
         server = Server(load(upstream=backend.url))
-        server.take_restart()  # before it runs there is nothing to close
+        server.take_restart()  # before the server runs this does nothing
         with listen("127.0.0.1", 0) as listening:
             task = asyncio.create_task(server.serve(sockets=[listening]))
             await server.up.wait()

@@ -1,4 +1,4 @@
-"""Looks at whether the upstream is well: how often it is asked, and who learns what."""
+"""Health monitor: how often the upstream is checked, and who sees the details."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.proxy.conftest import SMALL
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """Clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -26,8 +26,8 @@ class Clock:
         return self.now
 
 
-class Looks:
-    """Answers looks, and counts them."""
+class CountedCheck:
+    """Health check that counts its calls."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,31 +41,31 @@ class Looks:
         return self.is_well
 
 
-async def test_a_look_stands_for_a_second() -> None:
-    clock, looks = Clock(), Looks()
-    health_monitor = HealthMonitor(looks, Metrics(), clock)
+async def test_a_health_check_is_reused_until_it_is_stale() -> None:
+    clock, health_check = Clock(), CountedCheck()
+    health_monitor = HealthMonitor(health_check, Metrics(), clock)
     assert [await health_monitor.is_ready() for _ in range(100)] == [True] * 100
-    assert looks.count == 1
-    looks.is_well = False
+    assert health_check.count == 1
+    health_check.is_well = False
     clock.now += FRESH_S
     assert not await health_monitor.is_ready()
-    assert looks.count == 2
+    assert health_check.count == 2
 
 
-async def test_whoever_asks_at_once_shares_a_look() -> None:
-    looks = Looks()
-    health_monitor = HealthMonitor(looks, Metrics(), Clock())
-    looks.gate.clear()
+async def test_concurrent_callers_share_a_health_check() -> None:
+    health_check = CountedCheck()
+    health_monitor = HealthMonitor(health_check, Metrics(), Clock())
+    health_check.gate.clear()
     asking = [asyncio.create_task(health_monitor.is_ready()) for _ in range(100)]
     await asyncio.sleep(0)
-    asking[0].cancel()  # and may leave
+    asking[0].cancel()  # a caller may leave
     await asyncio.sleep(0)
-    looks.gate.set()
+    health_check.gate.set()
     assert await asyncio.gather(*asking[1:]) == [True] * 99
-    assert looks.count == 1
+    assert health_check.count == 1
 
 
-async def test_many_questions_without_a_key_ask_the_upstream_once(tmp_path: Path) -> None:
+async def test_ready_requests_share_checks_and_show_details_only_with_a_key(tmp_path: Path) -> None:
     key = api_keys.generate_key()
     file = tmp_path / "keys.toml"
     file.write_text(api_keys.key_file_entry("alice", key) + "\n")
@@ -77,13 +77,13 @@ async def test_many_questions_without_a_key_ask_the_upstream_once(tmp_path: Path
 
         async def ready(**headers: str) -> dict[str, object]:
             async with http.get(f"{url}/ready", headers=headers) as response:
-                told: dict[str, object] = await response.json()
-                return told
+                reply: dict[str, object] = await response.json()
+                return reply
 
         answers = await asyncio.gather(*(ready() for _ in range(50)))
         assert answers == [{"ready": True}] * 50
         assert backend.health_checks <= 2
         assert await ready(authorization="Bearer wrong") == {"ready": True}
-        told = await ready(authorization=f"Bearer {key}")
-        assert told["upstream"] == backend.url
-        assert told.keys() > {"ready", "models", "sandbox", "recorder"}
+        details = await ready(authorization=f"Bearer {key}")
+        assert details["upstream"] == backend.url
+        assert details.keys() > {"ready", "models", "sandbox", "recorder"}

@@ -29,15 +29,15 @@ pytestmark = pytest.mark.vllm
 
 MODEL = server.SERVED_MODEL_NAME
 SEAMS = int(os.environ.get("SOAK_SEAMS", "60"))
-"""Requests that each of the random tests makes of branches that are gone on with."""
+"""Number of requests that continue a branch, in each random test."""
 SECRET = "SECRET: \\boxed{4711}"
 LETTERS = "é£ßж€漢字語😀🎉𝄞🀄ghj"
-"""Characters of 1 to 4 bytes, none of which the secret has."""
+"""Characters of 1 to 4 bytes that do not occur in the secret."""
 ROUNDS = 20
 
 
 class DictatingEngine(UpstreamClient):
-    """Has the model write given ids, a token a request."""
+    """Client that makes the model write given ids, one token per request."""
 
     def __init__(self, *args: Any, prompt: list[int], texts: list[list[int]]) -> None:
         super().__init__(*args)
@@ -62,13 +62,15 @@ def tokenizer() -> Tokenizer:
 
 
 def texts_in(env: LiveEnvironment, rounds: list[Round]) -> list[str]:
-    """Every text that comes of an episode."""
+    """Return every text of an episode: branches, probes and answers."""
     recorded = recorded_branches.branches(env, rounds)
-    answers = [answer for one in recorded for answer in (*one.probes, one.final) if answer is not None]
-    return [*(one.text for one in env.branches), *answers]
+    answers = [answer for part in recorded for answer in (*part.probes, part.final) if answer is not None]
+    return [*(part.text for part in env.branches), *answers]
 
 
-async def test_texts_cut_at_random_are_the_texts_in_one(vllm: str, tokenizer: Tokenizer) -> None:
+async def test_text_generated_one_token_per_request_equals_the_text_decoded_at_once(
+    vllm: str, tokenizer: Tokenizer
+) -> None:
     rng = random.Random(1)
     prompt = ids_of(tokenizer, SECRET)
     seams = 0
@@ -83,10 +85,10 @@ async def test_texts_cut_at_random_are_the_texts_in_one(vllm: str, tokenizer: To
             for _ in range(ROUNDS - 1):
                 rounds.append(await played(env, [move for i in range(len(texts)) for move in (advance(i), probe(i))]))
                 seams += 2 * len(texts)
-            for one, ids, text in zip(env.branches, texts, letters, strict=True):
-                assert one.ids == ids
-                assert one.text == tokenizer.decode(ids).rstrip(BROKEN)
-                assert text.startswith(one.text[1:])
+            for part, ids, text in zip(env.branches, texts, letters, strict=True):
+                assert part.ids == ids
+                assert part.text == tokenizer.decode(ids).rstrip(BROKEN)
+                assert text.startswith(part.text[1:])
             assert not any("SECRET" in text or "4711" in text for text in texts_in(env, rounds))
 
 
@@ -95,7 +97,7 @@ async def played(env: LiveEnvironment, actions: list[Any]) -> Round:
     return Round(actions, facts)
 
 
-async def test_bytes_drawn_at_random_bring_no_text_of_the_prompt(vllm: str, tokenizer: Tokenizer) -> None:
+async def test_random_bytes_after_a_cut_character_leak_no_text_of_the_prompt(vllm: str, tokenizer: Tokenizer) -> None:
     count, interval = 40, 3
     cut = ids_of(tokenizer, "\N{GRINNING FACE}")[:2]
     prompt = [*ids_of(tokenizer, SECRET), *cut]
@@ -113,18 +115,18 @@ async def test_bytes_drawn_at_random_bring_no_text_of_the_prompt(vllm: str, toke
             for _ in range(ROUNDS):
                 rounds.append(await played(env, [advance(i) for i in range(count)]))
                 seams += count
-            whole = [tokenizer.decode([*cut, *one.ids], skip_special_tokens=True) for one in env.branches]
-            for one, text in zip(env.branches, whole, strict=True):
-                assert one.text.replace(BROKEN, "") == text.replace(BROKEN, "")
+            decoded = [tokenizer.decode([*cut, *part.ids], skip_special_tokens=True) for part in env.branches]
+            for part, text in zip(env.branches, decoded, strict=True):
+                assert part.text.replace(BROKEN, "") == text.replace(BROKEN, "")
             assert not any(letter in text for text in texts_in(env, rounds) for letter in SECRET)
 
 
 @pytest.mark.parametrize("stop", [None, ["zzz", "4711"]])
 @pytest.mark.parametrize("controller", ["cmc", "parallel_probe", "answer_consistency", "self_consistency"])
-async def test_replies_hold_nothing_of_their_prompt(vllm: str, controller: str, stop: list[str] | None) -> None:
+async def test_replies_contain_no_text_of_their_prompt(vllm: str, controller: str, stop: list[str] | None) -> None:
     question = held_back(1)[0].question
-    told = f"SECRET: the vault code is \\boxed{{4711}}. {question}"
-    messages = [{"role": "system", "content": told[:40]}, {"role": "user", "content": question}]
+    secret_prompt = f"SECRET: the vault code is \\boxed{{4711}}. {question}"
+    messages = [{"role": "system", "content": secret_prompt[:40]}, {"role": "user", "content": question}]
     shared = {
         "seed": 11,
         "temperature": 1,
@@ -135,8 +137,8 @@ async def test_replies_hold_nothing_of_their_prompt(vllm: str, controller: str, 
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("chat/completions", {"messages": messages, "max_tokens": 64}),
         ("chat/completions", {"messages": messages, "max_tokens": 64, "stream": True}),
-        ("completions", {"prompt": told, "max_tokens": 200}),
-        ("completions", {"prompt": told, "stream": True}),
+        ("completions", {"prompt": secret_prompt, "max_tokens": 200}),
+        ("completions", {"prompt": secret_prompt, "stream": True}),
     ]
     async with running(load(upstream=vllm, **EMBEDDED)) as url, aiohttp.ClientSession() as http:
         for path, body in bodies:
