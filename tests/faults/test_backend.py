@@ -1,4 +1,4 @@
-"""A failing backend: what is repeated and how often, when it is left alone and for how long, what it may say."""
+"""A failing upstream: retries and their budget, the circuit breaker and its health checks, and invalid replies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["backend", "proxy"]  # fixtures
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """Clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -80,7 +80,7 @@ def test_five_failed_connections_in_a_row_open_the_breaker(clock: Clock) -> None
     assert breaker.is_due
 
 
-def test_suspicions_alone_never_open_it(clock: Clock) -> None:
+def test_suspicions_with_passed_health_checks_never_open_the_breaker(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(100):
         assert [breaker.suspect() for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
@@ -90,7 +90,7 @@ def test_suspicions_alone_never_open_it(clock: Clock) -> None:
         clock.now += CHECK_PAUSE_S
 
 
-def test_health_checks_for_suspicions_have_a_rate(clock: Clock) -> None:
+def test_health_checks_for_suspicions_are_rate_limited(clock: Clock) -> None:
     breaker = Breaker(clock)
     calls = 0
     for _ in range(1000):
@@ -101,25 +101,25 @@ def test_health_checks_for_suspicions_have_a_rate(clock: Clock) -> None:
     assert calls == 20
 
 
-def test_a_success_ends_a_row_of_suspicions(clock: Clock) -> None:
+def test_a_success_resets_the_count_of_suspicions(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(100):
         assert not any(breaker.suspect() for _ in range(FAILURES - 1))
         breaker.succeed()
 
 
-def test_a_health_check_decides_when_the_time_is_over(clock: Clock) -> None:
+def test_after_the_wait_a_health_check_closes_or_reopens_the_breaker(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(FAILURES):
         breaker.suspect()
     breaker.begin_check()
-    assert breaker.is_closed  # nobody waits for a check of suspicions
+    assert breaker.is_closed  # requests do not wait for this check
     assert breaker.end_check(is_up=False)
     for times in (2, 3):
         clock.now += breaker.wait_s
         breaker.begin_check()
         assert (breaker.state, breaker.is_due) == (BreakerState.HALF_OPEN, True)
-        assert not breaker.suspect()  # what was sent before tells nothing
+        assert not breaker.suspect()  # results of earlier requests are ignored
         assert not breaker.fail_to_connect()
         assert breaker.end_check(is_up=False)
         assert breaker.wait_s == times * OPEN_S
@@ -129,7 +129,7 @@ def test_a_health_check_decides_when_the_time_is_over(clock: Clock) -> None:
     assert breaker.is_closed
 
 
-def test_openings_grow_to_a_bound_and_are_forgotten(clock: Clock) -> None:
+def test_the_wait_of_the_breaker_grows_to_a_limit_and_is_reset(clock: Clock) -> None:
     breaker = Breaker(clock)
     open_by_connections(breaker)
     for _ in range(3 * MAX_OPENINGS):
@@ -145,7 +145,7 @@ def test_openings_grow_to_a_bound_and_are_forgotten(clock: Clock) -> None:
     assert breaker.wait_s == OPEN_S
 
 
-def test_a_restart_closes_it_and_forgets_the_past(clock: Clock) -> None:
+def test_a_reset_closes_the_breaker_and_resets_its_wait(clock: Clock) -> None:
     breaker = Breaker(clock)
     for _ in range(3):
         open_by_connections(breaker)
@@ -155,7 +155,7 @@ def test_a_restart_closes_it_and_forgets_the_past(clock: Clock) -> None:
     assert breaker.wait_s == OPEN_S
 
 
-def test_a_fifth_of_the_requests_may_be_repeated() -> None:
+def test_the_retry_budget_allows_a_fifth_of_the_requests() -> None:
     budget = RetryBudget()
     repeats = 0
     for _ in range(1000):
@@ -181,7 +181,7 @@ class Upstream:
         return call
 
     async def fail(self, times: int = FAILURES) -> None:
-        """Have so many requests fail, and the health check that follows come to its end."""
+        """Make `times` requests fail, then wait for the health check that follows."""
         for _ in range(times):
             with pytest.raises(UpstreamError):
                 await self.generate()
@@ -189,20 +189,20 @@ class Upstream:
 
     @property
     def checks(self) -> int:
-        """Health checks that got as far as generating."""
+        """Number of health checks that generated a token."""
         return sum(request["prompt"] == "1" for request in self.fake.requests)
 
 
 @pytest_asyncio.fixture
 async def upstream(backend: FakeVLLM, clock: Clock) -> AsyncIterator[Upstream]:
     async with aiohttp.ClientSession() as http:
-        over = Upstream(backend, http, Breaker(clock))
-        yield over
-        await over.engine.close()
+        client = Upstream(backend, http, Breaker(clock))
+        yield client
+        await client.engine.close()
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "drop"])
-async def test_what_nothing_came_of_is_repeated(upstream: Upstream, fault: str) -> None:
+async def test_a_request_that_fails_before_any_output_is_retried(upstream: Upstream, fault: str) -> None:
     upstream.fake.fault, upstream.fake.fault_times = fault, 1
     call = await upstream.generate()
     assert len(call.outputs[0].ids) == 20
@@ -210,14 +210,14 @@ async def test_what_nothing_came_of_is_repeated(upstream: Upstream, fault: str) 
 
 
 @pytest.mark.parametrize("fault", ["cut", "garbage", "lie", "error_event", "refuse", "error_body", "foreign"])
-async def test_what_something_came_of_is_not(upstream: Upstream, fault: str) -> None:
+async def test_a_request_that_fails_after_some_output_is_not_retried(upstream: Upstream, fault: str) -> None:
     upstream.fake.fault = fault
     with pytest.raises(UpstreamProtocolError if fault in ("cut", "garbage", "lie", "foreign") else UpstreamRefused):
         await upstream.generate()
     assert (len(upstream.fake.requests), upstream.events) == (1, [])
 
 
-async def test_repeats_stay_within_their_share(upstream: Upstream) -> None:
+async def test_retries_stay_within_the_retry_budget(upstream: Upstream) -> None:
     for number in range(100):
         upstream.fake.fault = "unavailable" if number % 2 else ""
         try:
@@ -229,7 +229,7 @@ async def test_repeats_stay_within_their_share(upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "broken", "drop", "error_event", "error_body", "cut", "garbage"])
-async def test_an_upstream_that_fails_our_own_request_too_is_left_alone(
+async def test_an_upstream_that_also_fails_the_health_check_opens_the_breaker(
     upstream: Upstream, clock: Clock, fault: str
 ) -> None:
     upstream.fake.fault = fault
@@ -252,7 +252,9 @@ async def test_an_upstream_that_fails_our_own_request_too_is_left_alone(
 
 
 @pytest.mark.parametrize("fault", ["broken", "error_event", "error_body", "cut", "garbage", "drop", "lie", "foreign"])
-async def test_requests_that_fail_by_themselves_eject_nobody(upstream: Upstream, fault: str) -> None:
+async def test_failing_requests_with_a_passed_health_check_keep_the_breaker_closed(
+    upstream: Upstream, fault: str
+) -> None:
     upstream.fake.fault, upstream.fake.spares_text = fault, True
     for _ in range(20):
         await upstream.fail(1)
@@ -263,7 +265,7 @@ async def test_requests_that_fail_by_themselves_eject_nobody(upstream: Upstream,
     await upstream.generate()
 
 
-async def test_the_health_check_tells_a_busy_upstream_from_a_stuck_one(
+async def test_the_health_check_passes_a_busy_upstream_and_fails_a_stuck_one(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health_check, "ANSWER_S", 0.2)
@@ -277,7 +279,7 @@ async def test_the_health_check_tells_a_busy_upstream_from_a_stuck_one(
             assert await check.is_up()
 
 
-async def test_an_upstream_that_is_slow_once_passes_the_health_check(
+async def test_the_health_check_retries_once_after_a_timeout(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health_check, "ANSWER_S", 0.3)
@@ -289,7 +291,7 @@ async def test_an_upstream_that_is_slow_once_passes_the_health_check(
         assert not await check.is_up()
 
 
-async def test_an_upstream_that_is_not_well_fails_the_health_check(upstream: Upstream) -> None:
+async def test_an_unhealthy_modelless_or_absent_upstream_fails_the_health_check(upstream: Upstream) -> None:
     async with aiohttp.ClientSession() as http:
         check = HealthCheck(upstream.fake.url, http)
         assert await check.is_up()
@@ -300,7 +302,7 @@ async def test_an_upstream_that_is_not_well_fails_the_health_check(upstream: Ups
         assert not await HealthCheck(f"http://127.0.0.1:{free_port()}", http).is_up()
 
 
-async def test_this_machines_lack_of_descriptors_is_not_the_upstreams_fault(upstream: Upstream) -> None:
+async def test_running_out_of_file_descriptors_does_not_open_the_breaker(upstream: Upstream) -> None:
     key: Any = ConnectionKey("h", 80, False, True, None, None, None)
     for _ in range(2 * FAILURES):
         upstream.engine._transport.record_failure(
@@ -314,7 +316,7 @@ async def test_this_machines_lack_of_descriptors_is_not_the_upstreams_fault(upst
     assert not upstream.engine.breaker.is_closed
 
 
-async def test_a_restart_is_as_good_as_a_health_check(upstream: Upstream) -> None:
+async def test_a_reset_lets_requests_through_without_a_health_check(upstream: Upstream) -> None:
     upstream.fake.fault = "broken"
     await upstream.fail()
     with pytest.raises(UpstreamCircuitOpen):
@@ -324,7 +326,7 @@ async def test_a_restart_is_as_good_as_a_health_check(upstream: Upstream) -> Non
     await upstream.generate()
 
 
-async def test_nobody_waits_for_a_health_check_without_an_end(
+async def test_requests_wait_for_a_pending_health_check_only_for_a_limited_time(
     upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.fake.fault = "broken"
@@ -342,7 +344,7 @@ async def test_nobody_waits_for_a_health_check_without_an_end(
     await upstream.generate()
 
 
-async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
+async def test_failures_followed_by_a_success_do_not_open_the_breaker(upstream: Upstream) -> None:
     for _ in range(FAILURES):
         upstream.fake.fault = "broken"
         for _ in range(FAILURES - 1):
@@ -353,7 +355,7 @@ async def test_one_odd_request_ejects_nobody(upstream: Upstream) -> None:
     assert (upstream.events, upstream.checks) == ([], 0)
 
 
-async def test_what_it_was_not_made_for_says_nothing_of_it(upstream: Upstream) -> None:
+async def test_unsupported_requests_are_not_counted_as_failures(upstream: Upstream) -> None:
     upstream.fake.fault = "unmade"
     for _ in range(2 * FAILURES):
         with pytest.raises(UpstreamRefused):
@@ -361,7 +363,7 @@ async def test_what_it_was_not_made_for_says_nothing_of_it(upstream: Upstream) -
     assert upstream.events == []
 
 
-async def test_silence_counts_and_is_not_repeated(
+async def test_a_timeout_counts_as_a_failure_and_is_not_retried(
     upstream: Upstream, backend: FakeVLLM, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health_check, "ANSWER_S", 0.2)
@@ -377,7 +379,7 @@ async def test_silence_counts_and_is_not_repeated(
         assert len(backend.requests) == FAILURES + upstream.checks
 
 
-async def test_a_cancelled_request_tells_nothing(upstream: Upstream) -> None:
+async def test_cancelled_requests_are_not_counted_as_failures(upstream: Upstream) -> None:
     upstream.fake.fault = "hang"
     for _ in range(2 * FAILURES):
         upstream.fake.hanging.clear()
@@ -388,7 +390,7 @@ async def test_a_cancelled_request_tells_nothing(upstream: Upstream) -> None:
     assert (upstream.events, upstream.checks) == ([], 0)
 
 
-async def test_whoever_waits_for_a_health_check_may_leave(upstream: Upstream, clock: Clock) -> None:
+async def test_a_request_waiting_for_a_health_check_may_be_cancelled_alone(upstream: Upstream, clock: Clock) -> None:
     upstream.fake.fault = "broken"
     await upstream.fail()
     clock.now += OPEN_S
@@ -403,23 +405,23 @@ async def test_whoever_waits_for_a_health_check_may_leave(upstream: Upstream, cl
     assert leaving.cancelled()
 
 
-async def test_nobody_there(clock: Clock) -> None:
+async def test_refused_connections_open_the_breaker(clock: Clock) -> None:
     async with aiohttp.ClientSession() as http:
         engine = UpstreamClient(f"http://127.0.0.1:{free_port()}", http, breaker=Breaker(clock))
-        for _ in range(FAILURES - 1):  # one of which is repeated
+        for _ in range(FAILURES - 1):  # one of them is retried
             with pytest.raises(UpstreamUnreachable):
                 await engine.tokenise_suffix(MODEL, "x")
         with pytest.raises(UpstreamCircuitOpen):
             await engine.tokenise_suffix(MODEL, "x")
 
 
-async def test_a_backend_that_writes_more_than_it_may_is_cut(upstream: Upstream) -> None:
+async def test_an_upstream_that_sends_too_many_tokens_is_cut_off(upstream: Upstream) -> None:
     upstream.fake.fault = "more"
     call = Call([[ord(char) for char in ASSISTANT]], 20, {}, n=3)
     with pytest.raises(UpstreamProtocolError, match="20"):
         await upstream.engine.generate(MODEL, call)
     received = [len(output.ids) for output in call.outputs]
-    assert max(received) == 21  # the first piece was of one token, the second of as many as there may be
+    assert max(received) == 21  # the first piece has one token, the second 20, the maximum
     assert sum(received) <= 3 * 21
 
 
@@ -432,20 +434,20 @@ LIES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("lie", LIES)
-async def test_what_it_says_it_has_counted_must_be_what_there_is(upstream: Upstream, lie: dict[str, Any]) -> None:
+async def test_a_false_usage_of_the_upstream_raises_protocol_error(upstream: Upstream, lie: dict[str, Any]) -> None:
     upstream.fake.usage = lie
     with pytest.raises(UpstreamProtocolError):
         await upstream.generate()
 
 
 @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None}])
-async def test_what_is_cached_need_not_be_told(upstream: Upstream, details: Any) -> None:
+async def test_the_count_of_cached_tokens_is_optional(upstream: Upstream, details: Any) -> None:
     upstream.fake.usage = {"prompt_tokens_details": details}
     call = await upstream.generate()
     assert (call.prompt_tokens, call.cached_tokens) == (len(ASSISTANT), None)
 
 
-async def test_prompts_are_counted_once_each(upstream: Upstream) -> None:
+async def test_each_prompt_of_a_call_is_counted_once(upstream: Upstream) -> None:
     prompt = [ord(char) for char in ASSISTANT]
     for call in (Call([prompt], 5, {}, n=4), Call([prompt, [*prompt, ord("<")]], 5, {})):
         await upstream.engine.generate(MODEL, call)
@@ -455,7 +457,7 @@ async def test_prompts_are_counted_once_each(upstream: Upstream) -> None:
 # Through the proxy
 
 
-async def test_one_clients_requests_stop_nobody_elses(proxy: Proxy) -> None:
+async def test_failing_requests_of_one_client_do_not_block_others(proxy: Proxy) -> None:
     proxy.backend.fault, proxy.backend.spares_text = "broken", True
     poison = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
     for _ in range(4 * FAILURES):
@@ -468,7 +470,7 @@ async def test_one_clients_requests_stop_nobody_elses(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_upstream_events_total", event="ejected") == 0
 
 
-async def test_clients_that_leave_or_have_no_time_are_not_held_against_it(proxy: Proxy) -> None:
+async def test_disconnects_and_deadlines_are_not_counted_as_upstream_failures(proxy: Proxy) -> None:
     proxy.backend.fault = "hang"
     body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5, "stream": True}
     for _ in range(2 * FAILURES):
@@ -477,12 +479,12 @@ async def test_clients_that_leave_or_have_no_time_are_not_held_against_it(proxy:
         await proxy.backend.idle.wait()
     for _ in range(2 * FAILURES):
         await proxy.ask("0.5", tts={"deadline_s": 0.05})
-    assert not any(request["prompt"] == "1" for request in proxy.backend.requests)  # no health check was called for
+    assert not any(request["prompt"] == "1" for request in proxy.backend.requests)  # no health check was triggered
     proxy.backend.fault = ""
     assert (await proxy.ask("0.5"))[0] == 200
 
 
-async def test_an_upstream_that_breaks_on_every_request_is_left_alone(proxy: Proxy) -> None:
+async def test_an_upstream_that_fails_every_request_gets_no_more_of_them(proxy: Proxy) -> None:
     proxy.backend.fault = "broken"
     body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5}
     async with asyncio.timeout(10):
@@ -494,7 +496,7 @@ async def test_an_upstream_that_breaks_on_every_request_is_left_alone(proxy: Pro
     assert len(proxy.backend.requests) < 20 * FAILURES
 
 
-async def test_a_cap_holds_and_all_that_came_is_billed(proxy: Proxy) -> None:
+async def test_the_token_cap_holds_and_all_received_tokens_are_billed(proxy: Proxy) -> None:
     proxy.backend.fault = "more"
     status, headers, reply = await proxy.ask("1", tts={"answer": "boxed", "max_total_tokens": 500})
     spent = reply["tts"]["tokens"]["total"] if status == 200 else int(headers["x-tts-tokens"])
@@ -502,9 +504,7 @@ async def test_a_cap_holds_and_all_that_came_is_billed(proxy: Proxy) -> None:
     assert await proxy.metric("autotts_tokens_total") == spent
 
 
-async def test_a_list_of_models_that_does_not_come_keeps_nobody_waiting(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_ready_returns_503_when_the_list_of_models_hangs(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "CHECK_S", 0.2)
     async with running(load(upstream=proxy.backend.url, **{**SMALL, "read_timeout_s": 600})) as url:
         proxy.backend.fault = "models_hang"
@@ -512,7 +512,7 @@ async def test_a_list_of_models_that_does_not_come_keeps_nobody_waiting(
             assert response.status == 503
 
 
-async def test_clients_are_told_when_to_come_back(proxy: Proxy) -> None:
+async def test_an_open_breaker_returns_503_with_retry_after(proxy: Proxy) -> None:
     proxy.backend.fault = "unavailable"
     async with asyncio.timeout(10):
         code = ""
@@ -553,9 +553,9 @@ CHUNKS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("said", [*CHUNKS, *({"choices": [], "usage": usage} for usage in USAGES)])
-async def test_whatever_a_backend_says_it_is_a_clear_error(proxy: Proxy, said: Any) -> None:
-    proxy.backend.babble = said
+@pytest.mark.parametrize("payload", [*CHUNKS, *({"choices": [], "usage": usage} for usage in USAGES)])
+async def test_a_malformed_upstream_chunk_gives_a_clear_error(proxy: Proxy, payload: Any) -> None:
+    proxy.backend.babble = payload
     status, _, reply = await proxy.ask("0.5", tts={"answer": "boxed"})
     assert status in (400, 502)
     assert reply["error"]["type"] in ("upstream_error", "invalid_request_error")

@@ -1,4 +1,4 @@
-"""A client that leaves takes everything with it that was done for it, whatever was being done, within a second."""
+"""A disconnect cancels all work for the client within a second, at every stage of a request."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.proxy.recording.test_episode_log import until
 __all__ = ["backend", "proxy"]  # fixtures
 
 BRANCHES: dict[str, Any] = {"tts": {"beta": 1, "controller": "self_consistency"}}
-LONG = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]  # none finishes: one is made to close
+LONG = [chain("7", 1500, ["7"], mark=chr(97 + i)) for i in range(26)]  # no chain finishes, so one has to be closed
 
 
-async def leave_while_it_hangs(proxy: Proxy, **fields: Any) -> None:
-    """Ask, and leave once the upstream hangs. Everything there must have been aborted within a second."""
+async def disconnect_while_upstream_hangs(proxy: Proxy, **fields: Any) -> None:
+    """Send a request, disconnect once the upstream hangs, and assert that its calls end within a second."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
 
     async def ask() -> None:
@@ -53,21 +53,23 @@ async def leave_while_it_hangs(proxy: Proxy, **fields: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 1, 3])
-async def test_while_branches_run(proxy: Proxy, stream: bool, after: int) -> None:
+async def test_a_disconnect_while_branches_run_cancels_their_upstream_calls(
+    proxy: Proxy, stream: bool, after: int
+) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "hang", after
-    await leave_while_it_hangs(proxy, stream=stream, tts={"beta": 0.5, "controller": "cmc"})
+    await disconnect_while_upstream_hangs(proxy, stream=stream, tts={"beta": 0.5, "controller": "cmc"})
     assert await proxy.metric("autotts_episodes_in_flight") == 0
     assert await proxy.metric("autotts_requests_total", outcome="disconnected") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_while_many_branches_run(proxy: Proxy, stream: bool) -> None:
+async def test_a_disconnect_while_many_branches_run_cancels_all_upstream_calls(proxy: Proxy, stream: bool) -> None:
     proxy.backend.fault = "hang"
-    await leave_while_it_hangs(proxy, stream=stream, **BRANCHES)
+    await disconnect_while_upstream_hangs(proxy, stream=stream, **BRANCHES)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_while_the_reply_is_being_closed(proxy: Proxy, stream: bool) -> None:
+async def test_a_disconnect_while_the_answer_is_closed_cancels_its_upstream_call(proxy: Proxy, stream: bool) -> None:
     proxy.backend.chains = LONG
     tts = {"beta": 0, "controller": "parallel_probe"}
     status, _, _ = await proxy.ask("0", tts=tts)
@@ -75,13 +77,13 @@ async def test_while_the_reply_is_being_closed(proxy: Proxy, stream: bool) -> No
     requests = len(proxy.backend.requests)
     proxy.backend.opened = 0
     proxy.backend.fault, proxy.backend.fault_after = "hang", 2 * requests - 1
-    await leave_while_it_hangs(proxy, stream=stream, tts=tts)
+    await disconnect_while_upstream_hangs(proxy, stream=stream, tts=tts)
     assert len(proxy.backend.requests) == 2 * requests
     assert await proxy.metric("autotts_requests_total", outcome="disconnected") == 1
 
 
 class Mute(FakeVLLM):
-    """Says nothing to who asks it for ids."""
+    """Fake vLLM that never answers a tokenize request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Mute(FakeVLLM):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_while_it_is_planned(stream: bool) -> None:
+async def test_a_disconnect_during_tokenisation_cancels_the_call(stream: bool) -> None:
     mute = Mute()
     async with (
         mute.serve(),
@@ -112,10 +114,10 @@ async def test_while_it_is_planned(stream: bool) -> None:
         async with asyncio.timeout(1):
             await mute.left.wait()
             while not await proxy.metric("autotts_requests_total", model=MODEL, outcome="disconnected"):
-                pass  # asking is what gives way to the server
+                pass  # each request yields to the server
 
 
-async def test_while_it_is_passed_through(proxy: Proxy) -> None:
+async def test_a_disconnect_cancels_a_forwarded_request(proxy: Proxy) -> None:
     proxy.backend.fault = "hang"
     body = {"model": MODEL, "prompt": [ord(char) for char in ASSISTANT], "max_tokens": 5, "stream": True}
     async with aiohttp.ClientSession() as http, http.post(f"{proxy.url}/v1/completions", json=body) as response:
@@ -126,11 +128,11 @@ async def test_while_it_is_passed_through(proxy: Proxy) -> None:
         await proxy.backend.idle.wait()
 
 
-# A client that stays and does not read
+# A client that does not read
 
 
 class Endless(RawUpstream):
-    """Streams chunks of a completion for as long as anybody takes them."""
+    """Streams chunks of a completion for as long as they are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class Endless(RawUpstream):
 
 
 async def stay_without_reading(url: str, body: dict[str, Any]) -> asyncio.StreamWriter:
-    """Ask for a chat completion and never read a byte of it."""
+    """Request a chat completion and never read a byte of it."""
     where = urlsplit(url)
     _, writer = await asyncio.open_connection(where.hostname, where.port, limit=1024)
     data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **body}).encode()
@@ -159,15 +161,15 @@ async def stay_without_reading(url: str, body: dict[str, Any]) -> asyncio.Stream
     return writer
 
 
-async def held(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
-    """What all requests together hold now."""
+async def totals(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """Return what all requests together have reserved and spent."""
     async with http.get(f"{url}/v1/tts/keys", headers={"authorization": "Bearer admin"}) as response:
         reply = await response.json()
-    told: dict[str, Any] = reply["all"]
-    return told
+    totals: dict[str, Any] = reply["all"]
+    return totals
 
 
-async def test_a_passed_stream_nobody_reads_is_given_up() -> None:
+async def test_a_forwarded_stream_that_is_not_read_is_closed_and_charged() -> None:
     async with (
         Endless().serve() as upstream,
         running(load(upstream=upstream.url, admin_key="admin", tokens_per_minute=10_000, write_s=0.2, **SMALL)) as url,
@@ -179,17 +181,17 @@ async def test_a_passed_stream_nobody_reads_is_given_up() -> None:
             await upstream.left.wait()
 
         async def is_free() -> bool:
-            return bool((await held(http, url))["passed"] == 0)
+            return bool((await totals(http, url))["passed"] == 0)
 
         await until(is_free)
-        now = await held(http, url)
+        now = await totals(http, url)
         assert (now["reserved"], now["spent"]) == (0, 50)
         async with http.get(f"{url}/metrics") as response:
             assert 'autotts_connections_cut_total{reason="unread"} 1.0' in await response.text()
         writer.close()
 
 
-async def test_a_served_stream_nobody_reads_is_given_up() -> None:
+async def test_a_served_stream_that_is_not_read_is_closed() -> None:
     ended = asyncio.Event()
     events: list[str] = []
 

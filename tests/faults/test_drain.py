@@ -1,4 +1,4 @@
-"""SIGTERM: what runs comes to its end, nothing new is begun, what was served is written down, and the exit is clean."""
+"""Graceful shutdown on SIGTERM: running requests finish, new ones are refused, and all records are written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Served(NamedTuple):
-    """A proxy in a process of its own."""
+    """A proxy in its own process."""
 
     process: asyncio.subprocess.Process
     url: str
@@ -86,11 +86,13 @@ async def serving(backend: FakeVLLM, tmp_path: Path, **variables: str) -> AsyncI
 
 async def stops(tmp_path: Path) -> list[str]:
     async with Store.open(tmp_path / "s.db") as store:
-        return [one.stop for one in await store.episodes()]
+        return [episode.stop for episode in await store.episodes()]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_runs_ends_and_nothing_new_begins(backend: FakeVLLM, tmp_path: Path, stream: bool) -> None:
+async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
+    backend: FakeVLLM, tmp_path: Path, stream: bool
+) -> None:
     async with serving(backend, tmp_path) as served:
         backend.gate.clear()
         asking = asyncio.create_task(served.ask(stream=stream))
@@ -115,7 +117,7 @@ async def test_what_runs_ends_and_nothing_new_begins(backend: FakeVLLM, tmp_path
     assert await stops(tmp_path) == ["answered"]
 
 
-async def test_what_does_not_end_in_time_is_cut_and_written_down(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_request_that_outlasts_the_shutdown_is_cut_and_recorded(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
         backend.fault = "hang"
         asking = asyncio.create_task(served.ask())
@@ -123,14 +125,14 @@ async def test_what_does_not_end_in_time_is_cut_and_written_down(backend: FakeVL
         served.process.send_signal(signal.SIGTERM)
         status, headers, reply = await asking
         assert (status, reply["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
-        assert headers["x-should-retry"] == "false"  # else it would buy all that again
+        assert headers["x-should-retry"] == "false"  # a retry would spend these tokens again
         assert int(headers["x-tts-tokens"]) > 0
         assert await served.end() == 0
         await backend.idle.wait()
     assert await stops(tmp_path) == ["draining"]
 
 
-async def test_what_has_cost_nothing_may_be_asked_again(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_request_cut_by_the_shutdown_before_any_token_may_be_retried(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
         backend.gate.clear()
         asking = asyncio.create_task(served.ask())
@@ -150,7 +152,7 @@ async def test_what_has_cost_nothing_may_be_asked_again(backend: FakeVLLM, tmp_p
         ("/v1/responses", {"input": "hi"}),
     ],
 )
-async def test_a_stream_that_is_cut_ends_with_the_error(
+async def test_a_stream_cut_by_the_shutdown_ends_with_an_error_event(
     backend: FakeVLLM, tmp_path: Path, path: str, fields: dict[str, Any]
 ) -> None:
     async with serving(backend, tmp_path, AUTOTTS_DRAIN_S="0.2") as served:
@@ -160,18 +162,20 @@ async def test_a_stream_that_is_cut_ends_with_the_error(
             await backend.hanging.wait()
             served.process.send_signal(signal.SIGTERM)
             lines = (await response.text()).splitlines()
-        told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
         if path == "/v1/responses":
-            assert told[-1]["response"]["status"] == "failed"
-            told.pop()
-        assert told[-1]["error"]["code"] == "draining"
+            assert events[-1]["response"]["status"] == "failed"
+            events.pop()
+        assert events[-1]["error"]["code"] == "draining"
         assert await served.end() == 0
         await backend.idle.wait()
     assert await stops(tmp_path) == ["draining"]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-async def test_with_nothing_running_it_ends_at_once(backend: FakeVLLM, tmp_path: Path, sign: signal.Signals) -> None:
+async def test_an_idle_proxy_exits_at_once_with_status_0(
+    backend: FakeVLLM, tmp_path: Path, sign: signal.Signals
+) -> None:
     async with serving(backend, tmp_path) as served:
         assert (await served.ask())[0] == 200
         served.process.send_signal(sign)
@@ -179,7 +183,7 @@ async def test_with_nothing_running_it_ends_at_once(backend: FakeVLLM, tmp_path:
     assert await stops(tmp_path) == ["answered"]
 
 
-async def test_a_second_signal_does_not_wait(backend: FakeVLLM, tmp_path: Path) -> None:
+async def test_a_second_signal_ends_the_shutdown_at_once(backend: FakeVLLM, tmp_path: Path) -> None:
     async with serving(backend, tmp_path) as served:
         backend.fault = "hang"
         asking = asyncio.create_task(served.ask())
@@ -199,7 +203,7 @@ async def runs(backend: FakeVLLM) -> bool:
     return backend.running > 0
 
 
-async def test_a_gate_counts_what_runs() -> None:
+async def test_the_shutdown_middleware_counts_and_cancels_running_requests() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.Event().wait()
 

@@ -1,4 +1,4 @@
-"""The HTTP edge, spoken to by raw sockets: one answer a request, and nothing reaches another route."""
+"""The HTTP protocol over raw sockets: each request gets one answer, and none reaches another route."""
 
 from __future__ import annotations
 
@@ -79,16 +79,16 @@ def get(target: bytes = b"/health", *headers: bytes, host: bytes = HOST) -> byte
     return b"GET " + target + b" HTTP/1.1\r\n" + host + b"".join(headers) + b"\r\n"
 
 
-async def speak(url: str, *said: bytes, seconds: float = 20) -> list[Answer]:
-    """All answers to what is said on one connection, which then says no more; it must end by itself."""
+async def speak(url: str, *pieces: bytes, seconds: float = 20) -> list[Answer]:
+    """Send `pieces` on one connection and return all answers. The server must close the connection."""
     where = urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     try:
         async with asyncio.timeout(seconds):
-            for one in said:
-                writer.write(one)
+            for piece in pieces:
+                writer.write(piece)
                 await writer.drain()
-            answers = [found async for found in read_answers(reader)]
+            answers = [answer async for answer in read_answers(reader)]
     finally:
         writer.close()
     return answers
@@ -118,18 +118,21 @@ BAD_HTTP = (400, "bad_http")
 REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "CL.TE": (post(b"Content-Length: 6\r\n", CHUNKED, body=b"0\r\n\r\n" + SMUGGLED), BAD_HTTP),
     "TE.CL": (post(CHUNKED, b"Content-Length: 4\r\n", body=b"5c\r\n" + SMUGGLED + b"\r\n0\r\n\r\n"), BAD_HTTP),
-    "TE.TE, the second is none": (post(CHUNKED, b"Transfer-Encoding: x\r\n", body=b"0\r\n\r\n" + SMUGGLED), BAD_HTTP),
+    "TE.TE, the second is invalid": (
+        post(CHUNKED, b"Transfer-Encoding: x\r\n", body=b"0\r\n\r\n" + SMUGGLED),
+        BAD_HTTP,
+    ),
     "TE.TE, twice": (post(CHUNKED, CHUNKED, body=b"0\r\n\r\n" + SMUGGLED), BAD_HTTP),
     "TE with a blank before its colon": (post(b"Transfer-Encoding : chunked\r\n", body=b"0\r\n\r\n"), BAD_HTTP),
     "TE after a vertical tab": (post(b"Transfer-Encoding:\x0bchunked\r\n", body=b"0\r\n\r\n"), BAD_HTTP),
-    "TE of a kind there is not": (post(b"Transfer-Encoding: xchunked\r\n", body=b"0\r\n\r\n" + SMUGGLED), BAD_HTTP),
+    "TE of an unknown kind": (post(b"Transfer-Encoding: xchunked\r\n", body=b"0\r\n\r\n" + SMUGGLED), BAD_HTTP),
     "TE in HTTP/1.0": (post(CHUNKED, body=b"0\r\n\r\n" + SMUGGLED, version=b"1.0"), (400, "bad_header")),
     "two lengths": (post(b"Content-Length: 0\r\nContent-Length: 60\r\n", body=SMUGGLED), BAD_HTTP),
     "one length twice": (post(b"Content-Length: 0\r\nContent-Length: 0\r\n", body=SMUGGLED), BAD_HTTP),
     "a list of lengths": (post(b"Content-Length: 0, 60\r\n", body=SMUGGLED), BAD_HTTP),
     "a length with a sign": (post(b"Content-Length: +2\r\n", body=b"{}"), BAD_HTTP),
     "a length beyond 64 bits": (post(b"Content-Length: 18446744073709551617\r\n", body=SMUGGLED), BAD_HTTP),
-    "a chunk size that is none": (post(CHUNKED, body=b"zz\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
+    "an invalid chunk size": (post(CHUNKED, body=b"zz\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
     "a chunk longer than its size": (post(CHUNKED, body=b"1\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
     "a chunk size beyond 64 bits": (post(CHUNKED, body=b"fffffffffffffffff\r\n{}\r\n0\r\n\r\n"), BAD_HTTP),
     "5,000 chunks of one byte": (post(CHUNKED, body=in_chunks(b"{" + b" " * 5000 + b"}", 1)), BAD_HTTP),
@@ -140,9 +143,9 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "NUL in the path": (get(b"/v1/models\x00/health"), BAD_HTTP),
     "NUL in a header": (get(b"/health", b"X-A: b\x00c\r\n"), BAD_HTTP),
     "a header without a name": (get(b"/health", b": x\r\n"), BAD_HTTP),
-    "bytes that are no ASCII in the path": (get("/health/é".encode()), BAD_HTTP),
+    "non-ASCII bytes in the path": (get("/health/é".encode()), BAD_HTTP),
     "lower-case methods": (sized().replace(b"POST", b"post"), BAD_HTTP),
-    "a method there is not": (sized().replace(b"POST", b"EVIL"), BAD_HTTP),
+    "an unknown method": (sized().replace(b"POST", b"EVIL"), BAD_HTTP),
     "HTTP/0.9": (b"GET /health\r\n\r\n", (400, "bad_version")),
     "HTTP/2.0": (get().replace(b"HTTP/1.1", b"HTTP/2.0"), (400, "bad_version")),
     "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", BAD_HTTP),
@@ -155,12 +158,12 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "a target of a star": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", (400, "bad_target")),
     "a fragment": (get(b"/health#/v1/models"), (400, "bad_target")),
     "a path that begins with two slashes": (get(b"//evil/v1/models"), (400, "bad_path")),
-    "a path that climbs": (sized(target=b"/v1/chat/../../tokenize"), (400, "bad_path")),
-    "a path that climbs in code": (sized(target=b"/v1/chat/%2e%2e/%2E%2E/tokenize"), (400, "bad_path")),
-    "a slash in code": (sized(target=b"/v1%2fchat%2fcompletions"), (400, "bad_path")),
-    "a letter in code": (sized(target=b"/%74okenize"), (400, "bad_path")),
-    "a name that climbs in code": (get(b"/v1/tts/requests/%2e%2e/%2e%2e/%2e%2e/metrics"), (400, "bad_path")),
-    "a name with a line feed in code": (get(b"/v1/tts/requests/a%0ab"), (400, "bad_path")),
+    "a path with parent folders": (sized(target=b"/v1/chat/../../tokenize"), (400, "bad_path")),
+    "an encoded path with parent folders": (sized(target=b"/v1/chat/%2e%2e/%2E%2E/tokenize"), (400, "bad_path")),
+    "an encoded slash": (sized(target=b"/v1%2fchat%2fcompletions"), (400, "bad_path")),
+    "an encoded letter": (sized(target=b"/%74okenize"), (400, "bad_path")),
+    "an encoded name with parent folders": (get(b"/v1/tts/requests/%2e%2e/%2e%2e/%2e%2e/metrics"), (400, "bad_path")),
+    "a name with an encoded line feed": (get(b"/v1/tts/requests/a%0ab"), (400, "bad_path")),
     "a backslash": (get(b"/v1\\models"), (400, "bad_path")),
     "5,000 headers": (get(b"/health", *(b"X-%d: y\r\n" % i for i in range(5000))), (431, "head_too_large")),
     "a header of 1 MB": (get(b"/health", b"X-A: " + b"y" * 2**20 + b"\r\n"), (431, "head_too_large")),
@@ -170,10 +173,10 @@ REFUSED: dict[str, tuple[bytes, tuple[int, str | None]]] = {
 }
 
 
-async def test_what_is_refused_is_answered_once_and_reaches_nothing(proxy: Proxy) -> None:
+async def test_an_invalid_request_gets_one_error_and_never_reaches_the_upstream(proxy: Proxy) -> None:
     assert len(REFUSED) >= 32
-    for case, (said, (status, code)) in REFUSED.items():
-        answers = await speak(proxy.url, said)
+    for case, (raw_request, (status, code)) in REFUSED.items():
+        answers = await speak(proxy.url, raw_request)
         assert [answer.status for answer in answers] == [status], case
         (answer,) = answers
         error = json.loads(answer.body)["error"]
@@ -190,26 +193,26 @@ async def test_what_is_refused_is_answered_once_and_reaches_nothing(proxy: Proxy
     [
         ("no Host", "GET /health"),
         ("CL.TE", "POST /v1/chat/completions"),
-        ("a path that climbs", "POST /v1/chat/../../tokenize"),
-        ("a letter in code", "POST /…"),
+        ("a path with parent folders", "POST /v1/chat/../../tokenize"),
+        ("an encoded letter", "POST /…"),
         ("5,000 headers", "GET /health"),
-        ("a method there is not", "a request"),
+        ("an unknown method", "a request"),
     ],
 )
-async def test_what_was_refused_and_why_is_logged_and_nothing_that_was_written(
+async def test_a_refused_request_is_logged_with_its_reason_and_without_client_text(
     proxy: Proxy, caplog: pytest.LogCaptureFixture, case: str, shown: str
 ) -> None:
     caplog.set_level(logging.INFO)
-    said, _ = REFUSED[case]
-    (answer,) = await speak(proxy.url, said)
+    raw_request, _ = REFUSED[case]
+    (answer,) = await speak(proxy.url, raw_request)
     code = json.loads(answer.body)["error"]["code"]
-    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    (line,) = warned
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (line,) = warnings
     assert re.fullmatch(rf"refused {re.escape(shown)} from 127\.0\.0\.1:\d+: .+ \({code}\)", line)
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "expected_text"),
     [
         (b"/v1/models/", "the path ends in a slash; remove it"),
         (b"/v1/chat/completions/", "the path ends in a slash; remove it"),
@@ -218,22 +221,24 @@ async def test_what_was_refused_and_why_is_logged_and_nothing_that_was_written(
         (b"/v1/%6dodels", "encoded or unusual characters"),
     ],
 )
-async def test_what_is_wrong_with_a_path_is_said(proxy: Proxy, target: bytes, words: str) -> None:
+async def test_an_invalid_path_is_explained_in_the_error(proxy: Proxy, target: bytes, expected_text: str) -> None:
     (answer,) = await speak(proxy.url, get(target))
     assert answer.status == 400
-    assert words in json.loads(answer.body)["error"]["message"]
+    assert expected_text in json.loads(answer.body)["error"]["message"]
 
 
-def test_the_log_shows_the_parts_of_all_endpoints() -> None:
+def test_logged_paths_show_known_parts_and_hide_all_others() -> None:
     assert {part for route in ROUTES for part in route.path.split("/") if "{" not in part} <= PARTS
     assert shown_path(b"/v1/tts/requests/secret/metrics?secret=1") == "/v1/tts/requests/…/metrics"
     assert len(shown_path(b"/a" * 10_000)) <= MOST_SHOWN
 
 
-async def test_however_it_is_cut_into_pieces(proxy: Proxy) -> None:
-    for case in ("CL.TE", "two Hosts", "a path that climbs", "5,000 headers", "bare line feeds"):
-        said, (status, _) = REFUSED[case]
-        answers = await speak(proxy.url, *(said[at : at + 97] for at in range(0, min(len(said), 6000), 97)))
+async def test_an_invalid_request_is_refused_however_it_is_cut_into_pieces(proxy: Proxy) -> None:
+    for case in ("CL.TE", "two Hosts", "a path with parent folders", "5,000 headers", "bare line feeds"):
+        raw_request, (status, _) = REFUSED[case]
+        answers = await speak(
+            proxy.url, *(raw_request[at : at + 97] for at in range(0, min(len(raw_request), 6000), 97))
+        )
         assert [answer.status for answer in answers] == [status], case
         assert proxy.backend.requests == []
 
@@ -241,7 +246,7 @@ async def test_however_it_is_cut_into_pieces(proxy: Proxy) -> None:
 CLOSE = b"Connection: close\r\n"
 
 
-async def test_requests_sent_at_once_are_answered_in_order(proxy: Proxy) -> None:
+async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
     last = get(b"/v1/models", CLOSE)
     answers = await speak(proxy.url, sized() + get() + get(b"/v1/nothing") + last)
     assert [answer.status for answer in answers] == [200, 200, 404, 200]
@@ -250,7 +255,7 @@ async def test_requests_sent_at_once_are_answered_in_order(proxy: Proxy) -> None
 
 
 @pytest.mark.parametrize("bad", ["CL.TE", "bare line feeds", "no Host", "5,000 headers", "HTTP/0.9"])
-async def test_what_follows_a_request_never_answers_for_it(proxy: Proxy, bad: str) -> None:
+async def test_an_invalid_request_behind_a_served_one_does_not_replace_its_answer(proxy: Proxy, bad: str) -> None:
     proxy.backend.gate.clear()
     served = json.dumps({**json.loads(BODY), "tts": {"beta": 0}}).encode()
 
@@ -265,19 +270,19 @@ async def test_what_follows_a_request_never_answers_for_it(proxy: Proxy, bad: st
     assert json.loads(answers[0].body)["object"] == "chat.completion"
 
 
-async def test_after_the_last_request_nothing_is_read(proxy: Proxy) -> None:
+async def test_nothing_is_read_after_a_request_with_connection_close(proxy: Proxy) -> None:
     answers = await speak(proxy.url, get(b"/health", CLOSE) + SMUGGLED)
     assert [answer.status for answer in answers] == [200]
 
 
 @pytest.mark.parametrize("size", [1, 64])
-async def test_small_chunks_are_read_if_they_are_few_or_not_too_small(proxy: Proxy, size: int) -> None:
+async def test_a_chunked_body_with_few_or_not_too_small_chunks_is_read(proxy: Proxy, size: int) -> None:
     padded = BODY + b" " * (4096 * size - len(BODY) + (size > 1) * 102_400)
     (answer,) = await speak(proxy.url, post(CHUNKED, CLOSE, body=in_chunks(padded, size)))
     assert answer.status == 200
 
 
-async def test_trailers_are_no_headers(proxy: Proxy) -> None:
+async def test_trailers_of_a_chunked_body_are_not_used_as_headers(proxy: Proxy) -> None:
     chunk = b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
     trailers = b"X-Tts-Beta: 0.5\r\nAuthorization: Bearer b\r\nHost: evil\r\n\r\n"
     (answer,) = await speak(proxy.url, post(CHUNKED, CLOSE, body=chunk + trailers))
@@ -293,37 +298,37 @@ OFFERS = [
 
 @pytest.mark.parametrize("offer", OFFERS)
 @pytest.mark.parametrize("pieces", [1, 7, 10**6])
-async def test_an_offer_of_another_protocol_is_ignored(proxy: Proxy, offer: tuple[bytes, ...], pieces: int) -> None:
+async def test_an_upgrade_to_another_protocol_is_ignored(proxy: Proxy, offer: tuple[bytes, ...], pieces: int) -> None:
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
-    said = (
+    raw_request = (
         post(b"Content-Length: %d\r\n" % len(BODY), *offer)
         + get(b"/health", *offer)
         + post(*offer, CHUNKED, body=chunked)
         + get(b"/health", CLOSE)
     )
-    answers = await speak(proxy.url, *(said[at : at + pieces] for at in range(0, len(said), pieces)))
+    answers = await speak(proxy.url, *(raw_request[at : at + pieces] for at in range(0, len(raw_request), pieces)))
     assert [answer.status for answer in answers] == [200] * 4
     echoes = [json.loads(answers[number].body)["echo"] for number in (0, 2)]
     assert echoes == [json.loads(BODY)] * 2
     assert "upgrade" not in answers[0].headers
 
 
-@pytest.mark.parametrize("case", ["CL.TE", "two lengths", "two keys", "a path that climbs"])
-async def test_an_offer_hides_nothing(proxy: Proxy, case: str) -> None:
-    said, (status, _) = REFUSED[case]
-    line, _, rest = said.partition(b"\r\n")
+@pytest.mark.parametrize("case", ["CL.TE", "two lengths", "two keys", "a path with parent folders"])
+async def test_an_upgrade_header_does_not_hide_an_invalid_request(proxy: Proxy, case: str) -> None:
+    raw_request, (status, _) = REFUSED[case]
+    line, _, rest = raw_request.partition(b"\r\n")
     answers = await speak(proxy.url, line + b"\r\n" + b"".join(OFFERS[0]) + rest)
     assert [answer.status for answer in answers] == [status]
     assert proxy.backend.requests == []
 
 
-def test_only_the_offer_is_taken_out() -> None:
+def test_without_upgrade_removes_only_the_upgrade_headers() -> None:
     headers = [(b"host", b"a"), (b"connection", b"Upgrade, Close"), (b"upgrade", b"h2c"), (b"x-upgrade", b"")]
     assert without_upgrade(headers) == [(b"host", b"a"), (b"connection", b"Close"), (b"x-upgrade", b"")]
 
 
 @pytest.mark.process
-async def test_curl_may_offer_http_2(proxy: Proxy) -> None:
+async def test_curl_with_http2_upgrade_is_answered(proxy: Proxy) -> None:
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")
@@ -334,7 +339,7 @@ async def test_curl_may_offer_http_2(proxy: Proxy) -> None:
     assert json.loads(out)["echo"] == json.loads(BODY)
 
 
-async def test_http_1_0_is_answered_without_chunks(proxy: Proxy) -> None:
+async def test_an_http_1_0_client_gets_a_stream_without_chunked_encoding(proxy: Proxy) -> None:
     where = urlsplit(proxy.url)
     body = json.dumps({**json.loads(BODY), "stream": True, "tts": {"beta": 0.5}}).encode()
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
@@ -350,7 +355,7 @@ async def test_http_1_0_is_answered_without_chunks(proxy: Proxy) -> None:
     assert json.loads(answer.body)["echo"] == json.loads(BODY)
 
 
-async def test_when_a_client_that_asked_twice_leaves_all_is_aborted(proxy: Proxy) -> None:
+async def test_a_disconnect_with_a_pipelined_request_cancels_the_upstream_calls(proxy: Proxy) -> None:
     proxy.backend.fault = "hang"
     body = json.dumps({**json.loads(BODY), "tts": {"beta": 0.5}}).encode()
     where = urlsplit(proxy.url)
@@ -364,18 +369,18 @@ async def test_when_a_client_that_asked_twice_leaves_all_is_aborted(proxy: Proxy
         await proxy.backend.idle.wait()
 
 
-async def test_a_connection_takes_only_so_many_unanswered_requests(proxy: Proxy) -> None:
+async def test_a_connection_accepts_a_limited_number_of_pipelined_requests(proxy: Proxy) -> None:
     answers = await speak(proxy.url, get() * (edge.MOST_WAITING + 9))
     assert {answer.status for answer in answers} == {200}
     assert edge.MOST_WAITING <= len(answers) < edge.MOST_WAITING + 9
 
 
-# Time and room
+# Timeouts and connection limits
 
 
 @asynccontextmanager
 async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[Proxy]:
-    """A proxy with other settings."""
+    """Run a proxy with other settings."""
     given: dict[str, Any] = {**SMALL, **settings}
     async with (
         running(load(upstream=backend.url, **given)) as url,
@@ -386,7 +391,7 @@ async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[Proxy]:
 
 
 @pytest.mark.parametrize(
-    ("said", "statuses", "message"),
+    ("raw_request", "statuses", "message"),
     [
         (b"", [], ""),
         (b"\r\n\r\n", [], ""),
@@ -395,9 +400,11 @@ async def serving(backend: FakeVLLM, **settings: Any) -> AsyncIterator[Proxy]:
         (post(CHUNKED, body=b"ff\r\n{"), [408], "the body took longer than 0.1 s"),
     ],
 )
-async def test_what_does_not_come_to_its_end(backend: FakeVLLM, said: bytes, statuses: list[int], message: str) -> None:
+async def test_an_unfinished_head_or_body_gets_408(
+    backend: FakeVLLM, raw_request: bytes, statuses: list[int], message: str
+) -> None:
     async with serving(backend, head_s=0.1, body_s=0.1) as proxy:
-        answers = await speak(proxy.url, said)
+        answers = await speak(proxy.url, raw_request)
         assert [answer.status for answer in answers] == statuses
         assert all(json.loads(answer.body)["error"]["message"] == message for answer in answers)
         assert backend.requests == []
@@ -405,7 +412,7 @@ async def test_what_does_not_come_to_its_end(backend: FakeVLLM, said: bytes, sta
 
 
 class Clock:
-    """The time of a fake event loop, whose timers are called by `turn`."""
+    """Fake event loop whose time moves and whose timers run when `turn` is called."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -420,7 +427,7 @@ class Clock:
         return SimpleNamespace(cancel=lambda: self.timers.remove(timer) if timer in self.timers else None)
 
     def turn(self, until: float) -> None:
-        """Call what is due until then, in order."""
+        """Run the timers due until then, in order, and move the time."""
         while self.timers and min(self.timers, key=itemgetter(0))[0] <= until:
             timer = min(self.timers, key=itemgetter(0))
             self.timers.remove(timer)
@@ -438,7 +445,7 @@ class Clock:
 
 
 class Wire:
-    """A transport that keeps what is written."""
+    """Transport that keeps what is written to it."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -467,10 +474,10 @@ class Wire:
 
 
 def connect(clock: Clock, limits: ConnectionLimits) -> tuple[HttpProtocol, Wire]:
-    """A connection in a loop of its own time."""
+    """Return a connection in a fake event loop."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise AssertionError("the app is never begun")
+        raise AssertionError("the app must not be called")
 
     config = uvicorn.Config(app, log_config=None)
     config.load()
@@ -492,7 +499,7 @@ def connect(clock: Clock, limits: ConnectionLimits) -> tuple[HttpProtocol, Wire]
         (0, 400.0, 1, 300, "the body took longer than 300 s"),
     ],
 )
-def test_a_body_keeps_a_rate_and_ends_in_time(
+def test_a_body_below_the_minimum_rate_or_over_the_time_limit_gets_408(
     rate: int, every_s: float, piece: int, refused_after_s: float, message: str
 ) -> None:
     clock = Clock()
@@ -510,7 +517,7 @@ def test_a_body_keeps_a_rate_and_ends_in_time(
     assert wire.closed
 
 
-def test_a_body_is_not_late_while_the_app_does_not_read() -> None:
+def test_the_body_timeout_is_paused_while_the_app_does_not_read() -> None:
     clock = Clock()
     protocol, wire = connect(clock, ConnectionLimits())
     protocol.data_received(post(b"Content-Length: 8000000\r\n", body=b" " * 70_000))
@@ -522,7 +529,7 @@ def test_a_body_is_not_late_while_the_app_does_not_read() -> None:
     assert wire.written.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_head_has_a_time_whatever_comes_of_it() -> None:
+def test_a_head_that_keeps_growing_gets_408_at_the_time_limit() -> None:
     clock = Clock()
     protocol, wire = connect(clock, ConnectionLimits())
     protocol.data_received(b"GET /health HTTP/1.1\r\n")
@@ -533,15 +540,15 @@ def test_a_head_has_a_time_whatever_comes_of_it() -> None:
     assert wire.written.startswith(b"HTTP/1.1 408 ")
 
 
-async def test_a_client_without_a_key_is_closed_at_once(backend: FakeVLLM) -> None:
+async def test_a_client_without_a_key_gets_401_and_is_disconnected_at_once(backend: FakeVLLM) -> None:
     async with serving(backend, client_keys=f"a={'0' * 64}") as proxy:
-        for said in (post(b"Content-Length: 8000000\r\n", body=b"{"), sized(), get(b"/v1/models")):
+        for raw_request in (post(b"Content-Length: 8000000\r\n", body=b"{"), sized(), get(b"/v1/models")):
             async with asyncio.timeout(edge.LINGER_S * 5):
-                (answer,) = await speak(proxy.url, said)
+                (answer,) = await speak(proxy.url, raw_request)
             assert (answer.status, answer.headers["connection"]) == (401, "close")
 
 
-async def test_an_answer_before_the_body_has_come_leaves_the_connection_open(proxy: Proxy) -> None:
+async def test_an_answer_before_the_body_arrives_keeps_the_connection_open(proxy: Proxy) -> None:
     where = urlsplit(proxy.url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     answers = read_answers(reader)
@@ -557,19 +564,19 @@ async def test_an_answer_before_the_body_has_come_leaves_the_connection_open(pro
         writer.close()
 
 
-async def test_full_tables_evict_those_who_wait_the_longest(backend: FakeVLLM) -> None:
+async def test_a_full_connection_table_evicts_the_longest_waiting_connections(backend: FakeVLLM) -> None:
     async with serving(backend, max_connections=4) as proxy:
         where = urlsplit(proxy.url)
         opened = []
 
-        async def opening(said: bytes) -> asyncio.StreamReader:
+        async def opening(raw_request: bytes) -> asyncio.StreamReader:
             reader, writer = await asyncio.open_connection(where.hostname, where.port)
             opened.append(writer)
-            writer.write(said)
+            writer.write(raw_request)
             await writer.drain()
             return reader
 
-        waiting = [await opening(said) for said in (b"", b"GET /", sized()[:-5], get())]
+        waiting = [await opening(raw_request) for raw_request in (b"", b"GET /", sized()[:-5], get())]
         assert (await waiting[3].readline()).startswith(b"HTTP/1.1 200")
         for reader in waiting:
             newcomer = await opening(get())
@@ -582,7 +589,7 @@ async def test_full_tables_evict_those_who_wait_the_longest(backend: FakeVLLM) -
         assert backend.requests == []
 
 
-async def test_a_request_that_is_served_is_not_evicted(backend: FakeVLLM) -> None:
+async def test_a_connection_with_a_running_request_is_not_evicted(backend: FakeVLLM) -> None:
     backend.gate.clear()
     async with serving(backend, max_connections=2) as proxy:
         body = json.dumps({**json.loads(BODY), "tts": {"beta": 0}}).encode()
@@ -600,7 +607,7 @@ async def test_a_request_that_is_served_is_not_evicted(backend: FakeVLLM) -> Non
 
 
 class Seat:
-    """A connection that may be evicted."""
+    """Connection that records whether it was evicted."""
 
     def __init__(self) -> None:
         self.is_evicted = False
@@ -609,7 +616,7 @@ class Seat:
         self.is_evicted = True
 
 
-def test_an_address_makes_room_for_itself_alone() -> None:
+def test_an_address_over_its_limit_evicts_only_its_own_connections() -> None:
     events: list[str] = []
     table = Connections(5, 2, events.append)
     mine, theirs = [Seat() for _ in range(3)], [Seat() for _ in range(4)]
@@ -633,14 +640,14 @@ def test_an_address_makes_room_for_itself_alone() -> None:
     assert not table._waiting_at
 
 
-def test_addresses_of_one_client_are_counted_as_one() -> None:
+def test_addresses_of_the_same_network_count_as_one_client() -> None:
     assert client_of("2001:db8:1:2:3:4:5:6") == client_of("2001:db8:1:2::1") != client_of("2001:db8:1:3::1")
     assert client_of("::ffff:10.0.0.1") == client_of("10.0.0.1") != client_of("10.0.0.2")
     assert client_of("fe80::1%eth0") == client_of("fe80::2")
     assert client_of("") == ""
 
 
-def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_raises_the_soft_limit_of_open_files_up_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [256, 20_000]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: now.__setitem__(slice(None), limits))
@@ -662,7 +669,7 @@ DUPLICATES = [
 
 @pytest.mark.parametrize("body", [*DUPLICATES, b'{"messages": ' + b'[{"a":' * 5000 + b"1" + b"}]" * 5000 + b"}"])
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/completions"])
-async def test_bodies_that_mean_two_things_or_go_deep(proxy: Proxy, body: bytes, path: bytes) -> None:
+async def test_a_body_with_duplicate_keys_or_deep_nesting_gets_400(proxy: Proxy, body: bytes, path: bytes) -> None:
     (answer,) = await speak(proxy.url, post(b"Content-Length: %d\r\n" % len(body), CLOSE, body=body, target=path))
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (400, "bad_json")
     assert proxy.backend.requests == []
@@ -672,11 +679,11 @@ FINE = [b"/", b"/v1/models", b"/v1/models/org%2Fname", b"/v1/models/org/name@0.5
 
 
 @pytest.mark.parametrize("target", FINE)
-def test_targets_that_are_fine(target: bytes) -> None:
+def test_valid_targets_are_accepted(target: bytes) -> None:
     check_target(target)
 
 
-def test_heads_that_are_fine() -> None:
+def test_valid_heads_are_accepted_up_to_the_header_limit() -> None:
     for host in (b"proxy", b"proxy:8400", b"127.0.0.1:1", b"[::1]:8400"):
         check_head("1.1", b"/", [(b"host", host), *[(b"x", b"y")] * (MOST_HEADERS - 1)])
     with pytest.raises(ApiError):

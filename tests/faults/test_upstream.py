@@ -1,4 +1,4 @@
-"""A backend that is absent, silent, dying or lying: a clear error, or the best answer so far; nothing left running."""
+"""An upstream that is absent, silent, dying or lying gives a clear error or the best answer so far."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ FAULTS = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_fault_from_the_start_is_told(proxy: Proxy, fault: str, stream: bool) -> None:
+async def test_an_upstream_fault_from_the_start_returns_a_clear_error(proxy: Proxy, fault: str, stream: bool) -> None:
     proxy.backend.fault = fault
     body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0.5}}
-    expected, words, kind = FAULTS[fault]
+    expected, message, kind = FAULTS[fault]
     async with proxy.http.post(f"{proxy.url}/v1/chat/completions", json={**body, "stream": stream}) as response:
         text = await response.text()
         if stream and response.status == 200:
             assert "[DONE]" not in text
         else:
             assert response.status == expected
-    assert words in text
+    assert message in text
     assert kind in text
     assert "Traceback" not in text
     assert proxy.backend.running == 0
@@ -45,7 +45,7 @@ async def test_a_fault_from_the_start_is_told(proxy: Proxy, fault: str, stream: 
 
 
 @pytest.mark.parametrize("fault", ["cut", "lie", "error_event", "garbage"])
-async def test_a_backend_that_fails_midway_leaves_the_best_so_far(proxy: Proxy, fault: str) -> None:
+async def test_an_upstream_fault_midway_returns_the_best_answer_so_far(proxy: Proxy, fault: str) -> None:
     await proxy.ask("0.5", tts={"answer": "boxed"})
     requests = len(proxy.backend.requests)
     proxy.backend.fault, proxy.backend.fault_after = fault, requests + requests - 2
@@ -56,7 +56,7 @@ async def test_a_backend_that_fails_midway_leaves_the_best_so_far(proxy: Proxy, 
     assert reply["tts"]["tokens"]["total"] == sum(v for k, v in reply["tts"]["tokens"].items() if k != "total")
 
 
-async def test_when_tokens_were_spent_in_vain_the_client_is_told_not_to_retry(proxy: Proxy) -> None:
+async def test_a_failure_that_spent_tokens_tells_the_client_not_to_retry(proxy: Proxy) -> None:
     proxy.backend.fault, proxy.backend.fault_after = "cut", 1
     status, headers, _ = await proxy.ask("0.5", tts={"controller": "cmc"})
     assert status == 502
@@ -64,13 +64,13 @@ async def test_when_tokens_were_spent_in_vain_the_client_is_told_not_to_retry(pr
     assert int(headers["x-tts-tokens"]) > 0
 
 
-async def test_a_backend_without_models(proxy: Proxy) -> None:
+async def test_an_upstream_without_models_returns_502(proxy: Proxy) -> None:
     proxy.backend.fault = "no_models"
     status, _, reply = await proxy.ask("0.5")
     assert (status, reply["error"]["type"]) == (502, "upstream_error")
 
 
-async def test_nobody_listens() -> None:
+async def test_an_unreachable_upstream_returns_502_and_is_not_ready() -> None:
     settings = load(upstream=f"http://127.0.0.1:{free_port()}", **SMALL)
     chat = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
     async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -82,7 +82,7 @@ async def test_nobody_listens() -> None:
             assert response.status == 503
 
 
-async def test_a_backend_that_accepts_and_says_nothing() -> None:
+async def test_an_upstream_that_never_answers_returns_504() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         settings = load(upstream=f"http://127.0.0.1:{mute.getsockname()[1]}", **{**SMALL, "read_timeout_s": 0.2})
         async with running(settings) as url, aiohttp.ClientSession() as http:
@@ -92,7 +92,7 @@ async def test_a_backend_that_accepts_and_says_nothing() -> None:
                 assert "sent no data in time" in (await response.json())["error"]["message"]
 
 
-async def test_a_pass_through_that_breaks_off_does_not_end_well(proxy: Proxy) -> None:
+async def test_a_forwarded_stream_that_breaks_off_has_no_done_event(proxy: Proxy) -> None:
     proxy.backend.fault = "cut"
     body = {"model": "fake-model", "prompt": [ord(c) for c in ASSISTANT], "max_tokens": 5}
     async with proxy.http.post(f"{proxy.url}/v1/completions", json=body) as response:
