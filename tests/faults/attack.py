@@ -1,8 +1,8 @@
-"""Every attack in `hostile/`, made for real: `python -m tests.faults.attack [--open]` prints what became of each.
+"""Run every attack in `hostile/` for real: `python -m tests.faults.attack [--open]` prints the outcome of each.
 
-An attack is a controller file; most only define `attack(state)`, which returns what it got hold of, and are given the
-body below. `--open` leaves the seal off: for the test that shows that the suite can fail, in a container of its own.
-Start it with `AUTOTTS_UPSTREAM_API_KEY=canary` in its environment, for attacks to look for.
+An attack is a controller file. Most define only `attack(state)`, which returns what it got hold of, and `BODY` is
+appended. `--open` leaves the seal off, for the test that shows that the suite can fail; run it in a container only.
+Set `AUTOTTS_UPSTREAM_API_KEY=canary` in the environment: attacks look for it.
 """
 
 from __future__ import annotations
@@ -51,38 +51,38 @@ class Hostile:
             return [branch(), branch(TO_END)]
         if not self.tried:
             self.tried = True
-            found = attack(state)
-            if found:
-                raise RuntimeError(f"ESCAPED: {found}")
+            obtained = attack(state)
+            if obtained:
+                raise RuntimeError(f"ESCAPED: {obtained}")
         return [answer(state.leader())]
 """
 
 
 class Outcome(NamedTuple):
-    """What became of an attack."""
+    """The outcome of an attack."""
 
-    how: str  # "escaped", a boundary that was crossed, "illegal", "raised", or "harmless": it ended as honest ones do
-    words: str
-    late_s: float  # by how much it outlived its deadline
+    how: str  # "escaped", the boundary that was crossed, "illegal", "raised", or "harmless" (ended normally)
+    message: str
+    late_s: float  # time by which it exceeded its deadline
 
 
 def attacks() -> dict[str, str]:
-    """The source of every attack by its name."""
-    found = {}
+    """Return the source of every attack by its name."""
+    sources = {}
     for path in sorted(FOLDER.glob("*.py")):
         source = path.read_text()
         if path.stem == "raw_call":
             if platform.machine() == "x86_64":
                 for name, (number, *arguments) in X86_64.items():
                     filled = source.replace("39, ()", f"{number}, {tuple(arguments)!r}")
-                    found[f"raw {name}"] = filled + BODY
+                    sources[f"raw {name}"] = filled + BODY
         else:
-            found[path.stem] = source if "class Hostile" in source or "class Endless:" in source else source + BODY
-    return found
+            sources[path.stem] = source if "class Hostile" in source or "class Endless:" in source else source + BODY
+    return sources
 
 
 async def make(spawner: SandboxSpawner, name: str, source: str) -> Outcome:
-    """Play an episode under an attack, timed as live ones are; on a machine too busy for that, as replayed ones."""
+    """Run an episode under an attack with wall-clock deadlines, or with CPU-time ones on a busy machine."""
     try:
         return await _make(spawner, name, source, Clock.WALL)
     except MachineDisturbed:
@@ -110,19 +110,19 @@ async def _make(spawner: SandboxSpawner, name: str, source: str, clock: Clock) -
         chains = [chain("7", 60, ["7"]), chain("8", 90, ["8"], mark="b")]
         controller = TimedController(SandboxedController(worker, 0.5))
         await run_episode(controller, ScriptedEnvironment(chains, 10), State(Limits(10)))
-        how, words = "harmless", ""
+        how, message = "harmless", ""
     except BoundaryViolation as error:
-        how, words = str(error.boundary), str(error)
+        how, message = str(error.boundary), str(error)
     except IllegalAction as error:
-        how, words = "illegal", str(error)
+        how, message = "illegal", str(error)
     except ControllerError as error:
         if isinstance(error.__cause__, MachineDisturbed):  # the runner wraps what the timed controller raises
             raise error.__cause__ from None
-        how, words = "escaped" if "ESCAPED" in str(error) else "raised", str(error)
+        how, message = "escaped" if "ESCAPED" in str(error) else "raised", str(error)
     finally:
         took = time.monotonic() - began
         worker.close()
-    return Outcome(how, words, max(0.0, took - allowed))
+    return Outcome(how, message, max(0.0, took - allowed))
 
 
 async def main() -> None:

@@ -1,6 +1,6 @@
-"""A scripted upstream that misbehaves on demand, and clients that attack a proxy in front of it.
+"""A scripted upstream that misbehaves on demand, and clients that attack the proxy in front of it.
 
-The processes of `tests.faults.noisy_neighbour`; nothing here measures anything.
+`tests.faults.noisy_neighbour` starts them as processes and does the measuring.
 
     python -m tests.faults.attackers upstream
     python -m tests.faults.attackers ATTACK TARGET
@@ -94,7 +94,7 @@ class Upstream(FakeVLLM):
         elif DOUBTFUL in text:
             self.opened += 1
             written = "It is \\boxed{\\log_2 8}" if self.opened % 2 else "It is \\boxed{\\frac{\\log 8}{\\log 2}}"
-        elif ASSISTANT not in text:  # no chat: the proxy's own health check
+        elif ASSISTANT not in text:  # not a chat but the proxy's own health check
             written = "1"
         else:
             return super()._write(prompt, body)
@@ -106,7 +106,7 @@ class Upstream(FakeVLLM):
 
 
 def chains() -> list[Chain]:
-    """Chains that mostly say 7, of several lengths."""
+    """Return chains of several lengths that mostly answer 7."""
     return [chain("7" if i % 4 else "9", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
 
 
@@ -141,7 +141,7 @@ Attack = Callable[[Target], Awaitable[None]]
 async def _post_all(
     target: Target, bodies: Iterator[bytes], at_once: int, path: str = "/v1/chat/completions", **headers: str
 ) -> None:
-    """Post `bodies` for ever, `at_once` at a time."""
+    """Post `bodies`, `at_once` at a time, until cancelled, and print the counts of statuses."""
     sent = {"authorization": f"Bearer {target.token}", "content-type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     statuses: Counter[int | str] = Counter()
@@ -179,7 +179,7 @@ async def break_upstream(target: Target) -> None:
 
 
 async def unknown_fields(target: Target) -> None:
-    """Send 40,000 fields that nobody knows."""
+    """Send 40,000 unknown fields."""
     many: dict[str, Any] = {f"u{i}": 0 for i in range(40_000)}
     await _post_all(target, _forever(chat(**many)), 2)
 
@@ -193,7 +193,7 @@ async def invalid_lists(target: Target) -> None:
 
 
 async def stalled_loop(target: Target) -> None:
-    """Stop the whole proxy for longer than a decision may take, again and again, while sealed decisions run."""
+    """Repeatedly stop the whole proxy for longer than a decision may take, while sealed decisions run."""
 
     async def stall() -> None:
         while True:
@@ -289,7 +289,7 @@ async def spinning_children(target: Target) -> None:
 
 
 async def feedback_flood(target: Target) -> None:
-    """Send feedback as fast as it is taken."""
+    """Send feedback as fast as it is accepted."""
     body = json.dumps({"request_id": "tts-0", "correct": True}).encode()
     await _post_all(target, _forever(body), 8, "/v1/tts/feedback")
 

@@ -1,4 +1,4 @@
-"""System calls to try from a sealed process, with arguments an unprivileged one would succeed with where it could."""
+"""System calls to try from a sealed process, with arguments that would work in an unprivileged process if possible."""
 
 from __future__ import annotations
 
@@ -80,4 +80,4 @@ X86_64: Final[dict[str, tuple[Any, ...]]] = {
     "x32 open": (X32 | 2, b"/etc/passwd", 0),
     "x32 fork": (X32 | 57,),
 }
-"""By name: the number, and the arguments."""
+"""The number and the arguments of each system call by its name."""

@@ -134,13 +134,13 @@ def _code(reply: bytes) -> str:
 
 
 class Outcome(NamedTuple):
-    """What an attack did."""
+    """The effect of one attack on the victim and the proxy."""
 
     attack: str
     victim: Victim
     memory_mib: tuple[int, int]  # resident before, and the highest since
     attacker: str  # statuses it was answered with
-    restarts: bool  # the proxy died
+    died: bool  # the proxy exited
 
     @property
     def health_p99_s(self) -> float:
@@ -173,10 +173,10 @@ async def _read_line(process: asyncio.subprocess.Process) -> bytes:
     return b"" if process.stdout is None else (await process.stdout.readline()).strip()
 
 
-def _memory_mib(pid: int, what: str) -> int:
+def _memory_mib(pid: int, field_name: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(rf"{what}:\s+(\d+) kB", lines)
-    return int(found[1]) // 1024 if found else 0
+    match = re.search(rf"{field_name}:\s+(\d+) kB", lines)
+    return int(match[1]) // 1024 if match else 0
 
 
 async def measure(attack: str, seconds: float, folder: Path) -> Outcome:
@@ -245,7 +245,7 @@ def show(outcomes: list[Outcome]) -> None:
             f"{len(victim.served_s)} of {victim.asked}{fallbacks}",
             ", ".join(f"{1e3 * each:.0f}" for each in (statistics.median(served), max(served))),
             ", ".join(f"{count} × {kind}" for kind, count in victim.failures.items()) or "none",
-            "died" if outcome.restarts else " → ".join(map(str, outcome.memory_mib)),
+            "died" if outcome.died else " → ".join(map(str, outcome.memory_mib)),
             outcome.attacker,
         )
     Console(width=170).print(table)

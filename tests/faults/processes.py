@@ -1,4 +1,4 @@
-"""Runs `autotts` commands in processes of their own, forked from one that has everything imported already."""
+"""Run `autotts` commands in processes forked from one that has already imported everything."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ URL: Final = re.compile(r"listens on (http://\S+)")
 
 
 async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until `holds` is true. No event tells of what another process has done, so it is asked repeatedly."""
+    """Wait until `holds` returns true. It is polled, because no event announces what another process has done."""
     async with asyncio.timeout(seconds):
         for _ in repeat(None):
             if holds():
@@ -81,7 +81,7 @@ class Command:
 
     @property
     def output(self) -> str:
-        """Everything it has printed, on either stream."""
+        """Everything the command has printed, on either stream."""
         return self._out.read_text(errors="replace")
 
     @property
@@ -94,7 +94,7 @@ class Command:
 
     @property
     def deleted(self) -> list[str]:
-        """The files it has open whose names are gone."""
+        """The open files of the command whose names were deleted."""
         links = []
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             with suppress(OSError):
@@ -104,9 +104,9 @@ class Command:
     async def url(self) -> str:
         """The address `serve` listens on."""
         await until(lambda: URL.search(self.output) is not None or self.status is not None, 180)
-        found = URL.search(self.output)
-        assert found is not None, self.output
-        return found[1]
+        match = URL.search(self.output)
+        assert match is not None, self.output
+        return match[1]
 
     async def ended(self, seconds: float = 120) -> int:
         """The exit status, once there is one."""
@@ -146,7 +146,7 @@ class Forker:
 
 @contextmanager
 def forking(folder: Path) -> Iterator[Forker]:
-    """A Forker for the folder; what it started and still runs at the end is killed."""
+    """Yield a Forker for the folder. At the end, commands that still run are killed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTOTTS_")}
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", FORKER]
@@ -155,8 +155,8 @@ def forking(folder: Path) -> Iterator[Forker]:
         try:
             yield forker
         finally:
-            for one in forker.started:
-                if one.status is None:
+            for command_run in forker.started:
+                if command_run.status is None:
                     with suppress(ProcessLookupError):
-                        os.kill(one.pid, signal.SIGKILL)
+                        os.kill(command_run.pid, signal.SIGKILL)
             process.communicate()

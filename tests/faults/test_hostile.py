@@ -1,4 +1,4 @@
-"""Hostile controllers against the seal: every attack in `hostile/`, by two users; a suite that can fail; refusals."""
+"""Hostile controllers against the sandbox: every attack as two users, a run without the seal, and missing layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", r
 ROOT = Path(__file__).parents[2]
 NOBODY = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-    # it is to start a Python that may lie where only root looks: reading is all it keeps
+    # the only capability it keeps is reading, to start a Python that only root may read
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 ]
 CONTAINER = [
@@ -35,7 +35,7 @@ CONTAINER = [
 USERS = {"this user": [], "nobody": NOBODY}
 SUITE = [sys.executable, "-m", "tests.faults.attack"]
 
-# How an attack of a kind may end, by the beginning of its name. Anything else than what is named is a hole.
+# Outcomes allowed for an attack, by the prefix of its name. Any other outcome is a hole in the sandbox.
 ENDS = {
     "raw ": {"call"},
     "frame_": {"frame", "late", "illegal", "call", "raised"},
@@ -67,27 +67,27 @@ def suite(*command: str) -> dict[str, Any]:
         [*command], capture_output=True, text=True, timeout=250, check=False, cwd=ROOT, env=environment
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_no_attack_gets_through(user: str) -> None:
+def test_no_attack_escapes_the_sandbox(user: str) -> None:
     if user == "nobody":
         needs("setpriv")
-    found = suite(*USERS[user], *SUITE)
-    assert found["user"] == (65534 if user == "nobody" else os.geteuid())
-    outcomes = found["outcomes"]
-    assert {name: one["words"] for name, one in outcomes.items() if one["how"] == "escaped"} == {}
-    for name, one in outcomes.items():
+    result = suite(*USERS[user], *SUITE)
+    assert result["user"] == (65534 if user == "nobody" else os.geteuid())
+    outcomes = result["outcomes"]
+    assert {name: outcome["message"] for name, outcome in outcomes.items() if outcome["how"] == "escaped"} == {}
+    for name, outcome in outcomes.items():
         for beginning, ends in ENDS.items():
             if name.startswith(beginning):
-                assert one["how"] in ends, (name, one)
+                assert outcome["how"] in ends, (name, outcome)
                 break
-    assert found["grown_kib"] < 64 * 1024  # whatever was announced, nothing large was taken in
+    assert result["grown_kib"] < 64 * 1024  # no attack made the process read anything large
 
 
-def test_there_are_enough_of_them() -> None:
+def test_the_suite_has_at_least_100_attacks() -> None:
     names = attacks()
     assert len(names) >= 100
     assert len(list(FOLDER.glob("*.py"))) >= 60
@@ -96,19 +96,19 @@ def test_there_are_enough_of_them() -> None:
 
 
 def test_without_the_seal_the_suite_reports_escapes() -> None:
-    """In a container of its own: namespaces, an empty /tmp, no network, and a user without rights."""
+    """Run the suite in a container with namespaces, an empty /tmp, no network and an unprivileged user."""
     needs("setpriv", "unshare", "mount")
     if ROOT.is_relative_to("/tmp"):
-        pytest.skip("the checkout is in /tmp, which this puts out of sight")
+        pytest.skip("the checkout is in /tmp, which the container hides")
     outcomes = suite(*CONTAINER, *NOBODY, *SUITE, "--open")["outcomes"]
-    escaped = {name for name, one in outcomes.items() if one["how"] == "escaped"}
+    escaped = {name for name, outcome in outcomes.items() if outcome["how"] == "escaped"}
     assert len(escaped) >= 80
     expected = {"environ_own", "file_read", "file_write", "socket_tcp", "process_fork", "process_shell", "thread"}
     expected |= {"signal_parent", "memory_executable", "memory_mapped", "memory_owner", "limit_memory", "proc_maps"}
     assert expected <= escaped
 
 
-# Where a layer is missing
+# Missing layers of the sandbox
 
 LAYERS = ("landlock", "seccomp")
 CONTROLLER = "class Mine:\n    def __init__(self, beta): ...\n    def decide(self, state): ...\n"
@@ -121,19 +121,19 @@ def without(layer: str, *command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_doctor_names_the_missing_layer(layer: str) -> None:
+def test_doctor_fails_and_names_the_missing_layer(layer: str) -> None:
     command = without(layer, sys.executable, "-m", "proxy.cli", "doctor", "--json")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["sealed"]) == (1, False)
-    assert layer in found["lacking"]
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["sealed"]) == (1, False)
+    assert layer in report["lacking"]
     other = "seccomp" if layer == "landlock" else "landlock"
-    assert all(trial["held"] for trial in found["layers"][other])
-    assert not any(trial["held"] for trial in found["layers"][layer])
+    assert all(trial["held"] for trial in report["layers"][other])
+    assert not any(trial["held"] for trial in report["layers"][layer])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_evaluate_refuses_rather_than_run_unsealed(layer: str, tmp_path: Path) -> None:
+def test_evaluate_refuses_controller_files_without_a_complete_sandbox(layer: str, tmp_path: Path) -> None:
     from discovery.data.importers import format_recording_line
     from tests.discovery.evaluation.test_evaluate import question
 
@@ -150,7 +150,7 @@ def test_evaluate_refuses_rather_than_run_unsealed(layer: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Path) -> None:
+async def test_serve_falls_back_to_baselines_and_names_the_missing_layer(layer: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CONTROLLER)
     async with FakeVLLM([chain("7", 100)], 40).serve() as backend, aiohttp.ClientSession() as http:
         url = f"http://127.0.0.1:{(port := free_port())}"
@@ -159,11 +159,11 @@ async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Pat
         environment = {**os.environ, "AUTOTTS_FINALISE_TOKENS": "60", "AUTOTTS_PROBE_TOKENS": "8", "COLUMNS": "200"}
         serving = asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT, env=environment)
         process = await serving
-        said = b""
+        stderr = b""
         try:
             assert process.stderr is not None
-            while not said.rpartition(b"\n")[0].endswith(b"total_tokens)"):
-                said += await process.stderr.readline()
+            while not stderr.rpartition(b"\n")[0].endswith(b"total_tokens)"):
+                stderr += await process.stderr.readline()
             body = {"messages": [{"role": "user", "content": "hi"}], "tts": {"beta": 0}}
             async with http.post(f"{url}/v1/chat/completions", json=body) as response:
                 assert response.status == 200
@@ -176,11 +176,11 @@ async def test_the_proxy_serves_baselines_and_says_why(layer: str, tmp_path: Pat
                 assert "autotts_sandbox_level 0.0" in await response.text()
         finally:
             process.terminate()
-            said += (await process.communicate())[1]
-        assert "controllers from files are refused and the baseline replaces them" in " ".join(said.decode().split())
+            stderr += (await process.communicate())[1]
+        assert "controllers from files are refused and the baseline replaces them" in " ".join(stderr.decode().split())
 
 
-def test_what_is_no_linux_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawning_a_sandbox_on_another_system_than_linux_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from controllers import SandboxUnavailable
     from controllers.sandbox.spawner import SandboxSpawner
 

@@ -1,4 +1,4 @@
-"""Upstreams that lie: whatever they send is a clear error within bounds of memory, time and calls."""
+"""Hostile upstreams: whatever they send gives a clear error within limits of memory, time and calls."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = ["backend", "proxy"]  # fixtures
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
 STREAM = HEAD.replace(b"application/json", b"text/event-stream")
-MANY = 2**16
-"""Bytes of a piece of what never ends."""
+PIECE_BYTES = 2**16
+"""Size of one piece of an endless body."""
 
 
 class Liar:
-    """Answers every request with `head`, and then with `piece`, time and again, until it is cut off."""
+    """Upstream that answers with `head` and then repeats `piece` until the connection is closed."""
 
     def __init__(self, head: bytes, piece: bytes = b"", pause_s: float = 0.0) -> None:
         self.head = head
@@ -93,8 +93,8 @@ ASKS: dict[str, Ask] = {
 
 
 @asynccontextmanager
-async def over(liar: Liar, **settings: Any) -> AsyncIterator[UpstreamClient]:
-    """An engine over a liar."""
+async def client_of(liar: Liar, **settings: Any) -> AsyncIterator[UpstreamClient]:
+    """Serve `liar` and yield a client of it."""
     async with liar.serve(), aiohttp.ClientSession(auto_decompress=False) as http:
         engine = UpstreamClient(liar.url, http, **settings)
         yield engine
@@ -105,26 +105,28 @@ async def over(liar: Liar, **settings: Any) -> AsyncIterator[UpstreamClient]:
 @pytest.mark.parametrize(
     ("status", "beginning", "piece"),
     [
-        (b"200 OK", b'{"tokens": [1', b", 1" * MANY),
-        (b"200 OK", b'{"prompt": "', b"x" * MANY),
-        (b"200 OK", b'{"data": [{"id": "m"}', b', {"id": "m"}' * MANY),
-        (b"200 OK", b"[" * 100_000, b"[" * MANY),
-        (b"500 Internal Server Error", b'{"error": {"message": "', b"x" * MANY),
-        (b"400 Bad Request", b'{"error": {"message": "', b"x" * MANY),
+        (b"200 OK", b'{"tokens": [1', b", 1" * PIECE_BYTES),
+        (b"200 OK", b'{"prompt": "', b"x" * PIECE_BYTES),
+        (b"200 OK", b'{"data": [{"id": "m"}', b', {"id": "m"}' * PIECE_BYTES),
+        (b"200 OK", b"[" * 100_000, b"[" * PIECE_BYTES),
+        (b"500 Internal Server Error", b'{"error": {"message": "', b"x" * PIECE_BYTES),
+        (b"400 Bad Request", b'{"error": {"message": "', b"x" * PIECE_BYTES),
     ],
 )
-async def test_a_body_that_never_ends_is_cut(asked: str, status: bytes, beginning: bytes, piece: bytes) -> None:
+async def test_an_endless_body_raises_protocol_error_within_the_size_limit(
+    asked: str, status: bytes, beginning: bytes, piece: bytes
+) -> None:
     liar = Liar(HEAD.replace(b"200 OK", status) + beginning, piece)
-    async with over(liar) as engine:
+    async with client_of(liar) as engine:
         with pytest.raises(UpstreamProtocolError, match="bytes"):
             await ASKS[asked](engine)
     assert liar.sent < 2 * MAX_PAGE_BYTES
 
 
 @pytest.mark.parametrize("asked", ASKS)
-async def test_an_announced_size_is_refused_before_it_comes(asked: str) -> None:
-    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 314572800\r\n\r\n"), b"x" * MANY)
-    async with over(liar) as engine:
+async def test_a_too_large_content_length_is_refused_before_the_body_is_read(asked: str) -> None:
+    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 314572800\r\n\r\n"), b"x" * PIECE_BYTES)
+    async with client_of(liar) as engine:
         with pytest.raises(UpstreamProtocolError, match="announced 314572800 bytes"):
             await ASKS[asked](engine)
 
@@ -135,38 +137,38 @@ CHUNK = b'data: {"choices": [{"index": 0, "token_ids": [], "text": "", "finish_r
 @pytest.mark.parametrize(
     "piece",
     [
-        b"x" * MANY,  # a line without an end
+        b"x" * PIECE_BYTES,  # a line without an end
         b": ping\n\n" * 1000,
-        b"\n" * MANY,
+        b"\n" * PIECE_BYTES,
         CHUNK * 100,
-        CHUNK.replace(b'"text": ""', b'"text": "' + b"x" * MANY + b'"'),
+        CHUNK.replace(b'"text": ""', b'"text": "' + b"x" * PIECE_BYTES + b'"'),
         b'data: {"choices": []}\n\n' * 100,
         b'data: {"choices": [' + b",".join([b"{}"] * 1000) + b"]}\n\n",
         b"event: x\nid: y\nretry: 5\n\n" * 100,
     ],
 )
-async def test_a_stream_that_brings_nothing_is_cut(piece: bytes) -> None:
+async def test_an_endless_stream_without_tokens_raises_protocol_error(piece: bytes) -> None:
     liar = Liar(STREAM, piece)
-    async with over(liar) as engine:
+    async with client_of(liar) as engine:
         with pytest.raises(UpstreamProtocolError):
             await generate(engine)
     assert liar.sent < 8 * MIN_BODY_BYTES
 
 
 @pytest.mark.parametrize("piece", [b": ping\n\n", CHUNK, b"x", b"\n"])
-async def test_a_stream_that_only_keeps_itself_alive_is_silent(piece: bytes) -> None:
+async def test_a_stream_of_keep_alive_events_only_times_out(piece: bytes) -> None:
     liar = Liar(STREAM, piece, pause_s=0.01)
-    async with over(liar, read_timeout_s=0.2) as engine:
+    async with client_of(liar, read_timeout_s=0.2) as engine:
         with pytest.raises(UpstreamTimeout):
             await generate(engine)
 
 
-async def test_tokens_with_too_much_text_are_cut() -> None:
+async def test_tokens_with_too_much_text_raise_protocol_error() -> None:
     text = "x" * MIN_BODY_BYTES
     chunks = [{"choices": [{"index": 0, "token_ids": [5], "text": text, "finish_reason": None}]}] * 20
     liar = Liar(STREAM, b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
     call = Call([[1, 2, 3]], 20, {})
-    async with over(liar) as engine:
+    async with client_of(liar) as engine:
         with pytest.raises(UpstreamProtocolError, match="too many bytes"):
             await engine.generate(MODEL, call)
     assert len(call.outputs[0].text) < 4 * MIN_BODY_BYTES
@@ -180,26 +182,26 @@ CHUNKED = b"\r\ntransfer-encoding: chunked\r\n\r\n"
 @pytest.mark.parametrize(
     ("beginning", "piece"),
     [
-        (b"5;", b"x" * 1000),  # an extension of a chunk
-        (b"", b"0" * 1000),  # the size of one
+        (b"5;", b"x" * 1000),  # a chunk extension
+        (b"", b"0" * 1000),  # a chunk size
         (b"2\r\n{}\r\n0\r\n", b"a: b\r\n" * 100),  # trailers
         (b"2\r\n{}\r\n0\r\na: ", b"b" * 1000),
         (b"FFFFFFFFFFFFFFFFFFFF\r\n", b"x" * 1000),
     ],
 )
-async def test_chunks_that_never_come_to_an_end_are_given_up(
+async def test_an_endless_chunk_header_or_trailer_raises_an_error(
     asked: str, head: bytes, beginning: bytes, piece: bytes
 ) -> None:
     liar = Liar(head.replace(b"\r\n\r\n", CHUNKED) + beginning, piece, pause_s=0.001)
-    async with over(liar, read_timeout_s=0.3) as engine:
+    async with client_of(liar, read_timeout_s=0.3) as engine:
         with pytest.raises(UpstreamError):
             await ASKS[asked](engine)
 
 
 @pytest.mark.parametrize("asked", ["tokenise", "detokenise", "models"])
-async def test_a_body_that_drips_is_given_up(asked: str) -> None:
+async def test_a_body_that_arrives_too_slowly_times_out(asked: str) -> None:
     liar = Liar(HEAD + b'{"tokens": [', b"1,", pause_s=0.01)
-    async with over(liar, read_timeout_s=0.2) as engine:
+    async with client_of(liar, read_timeout_s=0.2) as engine:
         with pytest.raises(UpstreamTimeout):
             await ASKS[asked](engine)
 
@@ -208,19 +210,19 @@ async def test_a_body_that_drips_is_given_up(asked: str) -> None:
     "piece",
     [
         b"a: b\r\n",
-        b"a: " + b"b" * MANY + b"\r\n",
+        b"a: " + b"b" * PIECE_BYTES + b"\r\n",
         b"HTTP/1.1 102 Processing\r\n\r\n",
         b"x",
     ],
 )
 @pytest.mark.parametrize("pause_s", [0, 0.01])
-async def test_a_head_that_never_ends_is_given_up(
+async def test_an_endless_response_head_raises_an_error(
     piece: bytes, pause_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "CHECK_S", 0.1)
     is_informational = piece.startswith(b"HTTP")
     liar = Liar(b"" if is_informational else b"HTTP/1.1 200 OK\r\n", piece, pause_s)
-    async with over(liar, read_timeout_s=0.3) as engine:
+    async with client_of(liar, read_timeout_s=0.3) as engine:
         with pytest.raises(UpstreamError):
             await ASKS["tokenise"](engine)
         assert liar.asked <= 1 + len(retry.RETRY_PAUSES_S)
@@ -230,16 +232,16 @@ async def test_a_head_that_never_ends_is_given_up(
 @pytest.mark.parametrize(
     "header", [b"content-encoding: gzip", b"content-encoding: br", b"content-encoding: identity, x"]
 )
-async def test_encoded_content_is_refused_before_it_is_read(asked: str, header: bytes) -> None:
-    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + header + b"\r\n\r\n"), b"\x1f\x8b" * MANY)
-    async with over(liar) as engine:
+async def test_a_content_encoding_is_refused_before_the_body_is_read(asked: str, header: bytes) -> None:
+    liar = Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + header + b"\r\n\r\n"), b"\x1f\x8b" * PIECE_BYTES)
+    async with client_of(liar) as engine:
         with pytest.raises(UpstreamProtocolError, match="content-encoding"):
             await ASKS[asked](engine)
 
 
 @pytest.mark.parametrize("status", [b"101 Switching Protocols", b"600 What", b"999 No"])
-async def test_statuses_that_there_are_not(status: bytes) -> None:
-    async with over(Liar(HEAD.replace(b"200 OK", status))) as engine:
+async def test_an_invalid_http_status_raises_an_error(status: bytes) -> None:
+    async with client_of(Liar(HEAD.replace(b"200 OK", status))) as engine:
         with pytest.raises(UpstreamError):
             await ASKS["models"](engine)
         with pytest.raises(UpstreamError):
@@ -251,12 +253,12 @@ IDS: list[Any] = [[-1], [2**31], [2**40], [10**30], [True], [1.0], ["1"], [None]
 
 
 @pytest.mark.parametrize("ids", IDS)
-async def test_ids_that_are_none(ids: Any) -> None:
-    async with over(Liar(HEAD + json.dumps({"tokens": ids}).encode())) as engine:
+async def test_invalid_token_ids_raise_protocol_error(ids: Any) -> None:
+    async with client_of(Liar(HEAD + json.dumps({"tokens": ids}).encode())) as engine:
         with pytest.raises(UpstreamProtocolError):
             await ASKS["tokenise"](engine)
     chunk = {"choices": [{"index": 0, "token_ids": ids, "text": "x", "finish_reason": "length"}]}
-    async with over(Liar(STREAM + b"data: " + json.dumps(chunk).encode() + b"\n\n")) as engine:
+    async with client_of(Liar(STREAM + b"data: " + json.dumps(chunk).encode() + b"\n\n")) as engine:
         with pytest.raises(UpstreamProtocolError):
             await generate(engine)
 
@@ -265,15 +267,15 @@ LENGTHS = ["NaN", "Infinity", "1e999", "-1", "1e30", '"x"', str(2**31), str(10**
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-async def test_lengths_of_models_that_are_none(length: str) -> None:
-    async with over(Liar(HEAD + b'{"data": [{"id": "m", "max_model_len": %s}]}' % length.encode())) as engine:
+async def test_an_invalid_max_model_len_raises_protocol_error(length: str) -> None:
+    async with client_of(Liar(HEAD + b'{"data": [{"id": "m", "max_model_len": %s}]}' % length.encode())) as engine:
         with pytest.raises(UpstreamProtocolError):
             await engine.models()
 
 
-async def test_too_many_models() -> None:
+async def test_too_many_models_raise_protocol_error() -> None:
     cards = [{"id": str(i)} for i in range(MAX_MODELS + 1)]
-    async with over(Liar(HEAD + json.dumps({"data": cards}).encode())) as engine:
+    async with client_of(Liar(HEAD + json.dumps({"data": cards}).encode())) as engine:
         with pytest.raises(UpstreamProtocolError, match="models"):
             await engine.models()
 
@@ -282,26 +284,26 @@ async def test_too_many_models() -> None:
     "page",
     [b"vllm:num_requests_waiting 1e308\n" * 3, b"vllm:num_requests_waiting NaN\n", b"\xff\xfe" * 100, b"vllm:num_req"],
 )
-async def test_pages_of_metrics_that_tell_nothing(page: bytes) -> None:
+async def test_an_unreadable_metrics_page_gives_no_load(page: bytes) -> None:
     for kind in (b"text/plain", b"text/plain; charset=unicode_escape", b"text/plain; charset=nonsense"):
-        async with over(Liar(HEAD.replace(b"application/json", kind) + page)) as engine:
+        async with client_of(Liar(HEAD.replace(b"application/json", kind) + page)) as engine:
             assert (await engine.read_load()).waiting is None
 
 
-async def test_a_page_of_metrics_that_never_ends_tells_nothing() -> None:
+async def test_an_endless_metrics_page_gives_no_load() -> None:
     liar = Liar(HEAD, b"vllm:num_requests_waiting 1\n" * 1000)
-    async with over(liar) as engine:
+    async with client_of(liar) as engine:
         assert (await engine.read_load()).waiting is None
     assert liar.sent < 2 * MAX_PAGE_BYTES
 
 
 @pytest.mark.parametrize("payload", [b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 10**5, b'{"a": %s}' % (b"9" * 10**5)])
-def test_json_that_is_none(payload: bytes) -> None:
+def test_invalid_or_deep_json_raises_protocol_error(payload: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
         parse_object(payload)
 
 
-def test_lines_are_those_of_the_whole_however_it_is_cut() -> None:
+def test_line_splitter_returns_the_same_lines_however_the_data_is_cut() -> None:
     rng = random.Random(1)
     for _ in range(300):
         data = bytes(rng.choice(b"ab\n") for _ in range(rng.randrange(200)))
@@ -313,7 +315,7 @@ def test_lines_are_those_of_the_whole_however_it_is_cut() -> None:
         assert taken == data.split(b"\n")[:-1]
 
 
-def test_a_line_may_be_so_long_and_no_longer() -> None:
+def test_a_line_over_the_limit_raises_protocol_error() -> None:
     lines = LineSplitter(10)
     assert lines.take(b"x" * 10) == []
     assert lines.take(b"\n" + b"y" * 10) == [b"x" * 10]
@@ -321,7 +323,7 @@ def test_a_line_may_be_so_long_and_no_longer() -> None:
         lines.take(b"y")
 
 
-def test_what_a_bill_holds_is_not_copied_for_each_piece() -> None:
+def test_the_reply_meter_extends_its_buffer_in_place() -> None:
     for is_stream in (False, True):
         bill = BoundedReplyMeter(TokenBound(max_tokens=100, completions=1), is_stream=is_stream)
         held = bill._held
@@ -335,7 +337,7 @@ def test_what_a_bill_holds_is_not_copied_for_each_piece() -> None:
 
 
 async def relay(liar: Liar, **settings: Any) -> tuple[int, bytes]:
-    """What a client gets whose request is handed on to `liar`, as far as it comes."""
+    """Forward a request to `liar` and return the status and the part of the body that arrives."""
     async with (
         liar.serve(),
         running(load(upstream=liar.url, **{**SMALL, **settings})) as url,
@@ -349,20 +351,20 @@ async def relay(liar: Liar, **settings: Any) -> tuple[int, bytes]:
         return response.status, content
 
 
-async def test_chunks_without_an_end_are_not_waited_for_on_behalf_of_a_client() -> None:
+async def test_a_forwarded_response_with_an_endless_chunk_header_is_cut_off() -> None:
     for head in (HEAD, STREAM):
         liar = Liar(head.replace(b"\r\n\r\n", CHUNKED) + b"8\r\ndata: 1\n\r\n5;", b"x", pause_s=0.01)
         assert await relay(liar, read_timeout_s=0.3) == (200, b"data: 1\n")
 
 
 @pytest.mark.parametrize("piece", [b": ping\n\n", b"\n", b"event: x\n\n"])
-async def test_a_stream_that_is_handed_on_may_not_only_keep_itself_alive(piece: bytes) -> None:
+async def test_a_forwarded_stream_of_keep_alive_events_only_is_cut_off(piece: bytes) -> None:
     status, content = await relay(Liar(STREAM + b"data: 1\n\n", piece, pause_s=0.01), read_timeout_s=0.3)
     assert status == 200
-    assert content.startswith(b"data: 1\n\n" + piece)  # and it comes to an end
+    assert content.startswith(b"data: 1\n\n" + piece)  # and the stream ends
 
 
-async def test_a_stream_that_brings_something_goes_on_for_longer_than_a_silence() -> None:
+async def test_a_forwarded_stream_with_data_may_last_longer_than_the_read_timeout() -> None:
     liar = Liar(STREAM, b"data: 1\n\n", pause_s=0.02)
     status, content = 0, b""
     async with (
@@ -379,7 +381,7 @@ async def test_a_stream_that_brings_something_goes_on_for_longer_than_a_silence(
     assert content.count(b"data: 1\n\n") > 10
 
 
-async def test_a_short_body_that_drips_is_given_up() -> None:
+async def test_a_forwarded_short_body_that_arrives_too_slowly_gets_504() -> None:
     head = HEAD.replace(b"\r\n\r\n", b"\r\ncontent-length: 60000\r\n\r\n")
     status, content = await relay(Liar(head, b"x", pause_s=0.01), read_timeout_s=0.3)
     assert status == 504
@@ -387,7 +389,7 @@ async def test_a_short_body_that_drips_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("lie", [b"content-encoding: gzip", b"transfer-encoding: gzip, chunked"])
-async def test_encoded_content_is_not_handed_on(lie: bytes) -> None:
+async def test_a_forwarded_response_with_a_content_encoding_gets_502(lie: bytes) -> None:
     status, content = await relay(Liar(HEAD.replace(b"\r\n\r\n", b"\r\n" + lie + b"\r\n\r\n") + b"\x1f\x8b"))
     assert status == 502
     assert json.loads(content)["error"]["type"] == "upstream_error"
@@ -395,7 +397,7 @@ async def test_encoded_content_is_not_handed_on(lie: bytes) -> None:
 
 @pytest.mark.parametrize("fault", ["short", "shorter", "aborted", "odd"])
 @pytest.mark.parametrize("controller", ["self_consistency", "parallel_probe", "cmc", "single"])
-async def test_ends_that_bring_nothing_end_the_episode(proxy: Proxy, fault: str, controller: str) -> None:
+async def test_completions_that_end_wrongly_end_the_episode_with_502(proxy: Proxy, fault: str, controller: str) -> None:
     proxy.backend.fault = fault
     status, _, reply = await proxy.ask("1", tts={"controller": controller, "answer": "boxed"})
     assert (status, reply["error"]["type"]) == (502, "upstream_error")
@@ -403,14 +405,14 @@ async def test_ends_that_bring_nothing_end_the_episode(proxy: Proxy, fault: str,
 
 
 @pytest.mark.parametrize("text", ["x" * 300_000, "é" * 100_000])
-async def test_a_prompt_far_beyond_the_model_is_not_read_to_its_end(proxy: Proxy, text: str) -> None:
+async def test_a_prompt_far_beyond_the_context_gets_400(proxy: Proxy, text: str) -> None:
     status, _, reply = await proxy.ask("0.5", messages=[{"role": "user", "content": text}])
     assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
     assert "2000" in reply["error"]["message"]
 
 
 class Commenting(FakeVLLM):
-    """A vLLM that answers completions with nothing but comments, for ever."""
+    """Fake vLLM that answers completions with an endless stream of comments."""
 
     pause_s = 0.0
 
@@ -430,12 +432,12 @@ class Commenting(FakeVLLM):
     [(0.02, 504, "sent no data in time"), (0, 502, "sent too many bytes for 0 tokens")],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_an_episode_of_comments_alone_ends(
+async def test_an_episode_that_receives_only_comments_ends_with_an_error(
     controller: str, pause_s: float, status: int, problem: str, streamed: bool
 ) -> None:
     commenting = Commenting([chain("7", 100)])
     commenting.pause_s = pause_s
-    timeout_s = 0.4 if pause_s else 60  # what comes without a pause is cut by its bytes
+    timeout_s = 0.4 if pause_s else 60  # a stream without pauses is cut by its size
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "hi"}],
@@ -449,7 +451,7 @@ async def test_an_episode_of_comments_alone_ends(
         http.post(f"{url}/v1/chat/completions", json=body) as response,
     ):
         content = await response.read()
-        await commenting.idle.wait()  # and no request is left at the upstream
+        await commenting.idle.wait()  # no request is left at the upstream
     *_, last = (line for line in content.decode().splitlines() if line.startswith("data: {" if streamed else "{"))
     error = json.loads(last.removeprefix("data: "))["error"]
     assert (response.status, error["type"]) == (200 if streamed else status, "upstream_error")

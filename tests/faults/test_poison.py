@@ -1,4 +1,4 @@
-"""Records that nothing can read or store: each is dropped and counted, and keeps nothing else back."""
+"""Unreadable or unstorable records are dropped and counted, and do not block other records."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def recording(name: str, **changes: Any) -> RecordedQuestion:
 
 
 def changed(item: ServedEpisode | Feedback | RecordedQuestion, **members: Any) -> bytes:
-    """The line of an item with members replaced by JSON texts, whatever these are."""
+    """Return the line of an item with members replaced by raw JSON texts, valid or not."""
     kind, content = json.loads(encode_item(item))
     marks = {f"{name}-mark": text for name, text in members.items()}
     for name in members:
         content[name] = f"{name}-mark"
     text = json.dumps([kind, content])
-    for mark, told in marks.items():
-        text = text.replace(json.dumps(mark), told)
+    for mark, replacement in marks.items():
+        text = text.replace(json.dumps(mark), replacement)
     return text.encode()
 
 
@@ -128,7 +128,7 @@ def waiting(path: Path, *lines: bytes) -> None:
 
 def ids(path: Path, table: str = "episodes") -> set[str]:
     with closing(sqlite3.connect(path)) as connection:
-        return {one for (one,) in connection.execute(f"SELECT id FROM {table}")}
+        return {row_id for (row_id,) in connection.execute(f"SELECT id FROM {table}")}
 
 
 async def read_back(path: Path) -> StoreWriter:
@@ -142,7 +142,7 @@ async def read_back(path: Path) -> StoreWriter:
 
 
 @pytest.mark.parametrize("name", POISON)
-async def test_a_line_that_nothing_reads_is_dropped_and_counted(tmp_path: Path, name: str) -> None:
+async def test_an_unreadable_spilled_line_is_dropped_and_counted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "s.db"
     waiting(tmp_path / "s.db.spill", encode_item(episode("good")), POISON[name], encode_item(episode("later")))
     recorder = await read_back(path)
@@ -151,7 +151,7 @@ async def test_a_line_that_nothing_reads_is_dropped_and_counted(tmp_path: Path, 
     assert os.listdir(tmp_path) == ["s.db"]
 
 
-async def test_a_group_of_nothing_but_such_lines_does_not_stop_the_next(tmp_path: Path) -> None:
+async def test_a_group_of_unreadable_lines_does_not_block_the_next_record(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     waiting(tmp_path / "s.db.spill", *(list(POISON.values()) * 12), encode_item(episode("good")))
     recorder = await read_back(path)
@@ -161,7 +161,7 @@ async def test_a_group_of_nothing_but_such_lines_does_not_stop_the_next(tmp_path
         await store.forget(request="good")
 
 
-def test_forgetting_drops_what_nothing_reads_and_says_how_much(
+def test_forget_drops_unreadable_spilled_lines_and_reports_their_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "s.db"
@@ -175,10 +175,10 @@ def test_forgetting_drops_what_nothing_reads_and_says_how_much(
     forget(request="good", place=path)
     assert f"{len(POISON)} records in spill files cannot be read" in capsys.readouterr().out
     assert ids(path) == {"mine", "other"}
-    assert [one.name for one in tmp_path.iterdir()] == ["s.db"]
+    assert [file.name for file in tmp_path.iterdir()] == ["s.db"]
 
 
-async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None:
+async def test_unusual_values_that_rows_can_hold_break_no_store_command(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     odd = [
         changed(episode("nul"), tenant='"a\\u0000b"'),
@@ -195,17 +195,17 @@ async def test_odd_values_that_rows_hold_stop_no_command(tmp_path: Path) -> None
         assert (await store.verify()).bad == []
         assert (await update_labels(store, [], 0.2, 2)).unheard == 3
         assert len(await store.episodes()) == 5
-        assert [len(await store.load(one.cell)) for one in await store.summaries()] == [1]
+        assert [len(await store.load(summary.cell)) for summary in await store.summaries()] == [1]
 
 
-def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
+def test_an_overlong_spilled_line_is_skipped_and_chunks_are_limited_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spilling, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(spilling, "CHUNK_BYTES", 2000)
     path = tmp_path / "spill"
     content = b"x" * 10_000
-    path.write_bytes(b"".join(b"%08x %b\n" % (crc32(one), one) for one in (b"first", content, b"last")))
+    path.write_bytes(b"".join(b"%08x %b\n" % (crc32(line), line) for line in (b"first", content, b"last")))
     spill = SpillFiles(path, 0)
     spill.adopt()
     lines, bad = list[bytes](), 0
@@ -217,11 +217,11 @@ def test_a_line_longer_than_any_is_passed_over_in_bounded_memory(
     assert spill.append([b"y" * 900] * 8) == 0  # no room
     roomy = SpillFiles(tmp_path / "other", 1 << 20)
     assert roomy.append([b"y" * 900] * 8) == 8
-    assert len(roomy.read(256).lines) == 3  # of 8: the chunk is bounded in bytes too
+    assert len(roomy.read(256).lines) == 3  # of 8, because a chunk is also limited in bytes
     roomy.close()
 
 
-def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path) -> None:
+def test_a_foreign_file_among_spill_files_does_not_block_the_others(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("my thesis")
     (tmp_path / "spill.1").symlink_to("spill")
     waiting(tmp_path / "left", encode_item(episode("good")))
@@ -233,7 +233,7 @@ def test_a_foreign_file_among_those_that_wait_keeps_no_other_back(tmp_path: Path
     spill.close()
 
 
-# Rows
+# Rows of the store
 
 
 def template(folder: Path) -> Path:
@@ -254,8 +254,8 @@ def template(folder: Path) -> Path:
     return path
 
 
-def spoilt(path: Path, table: str) -> Iterator[str]:
-    """Spoil one value of a table's first row after the other, each in a fresh copy; tell what was done."""
+def with_bad_values(path: Path, table: str) -> Iterator[str]:
+    """Replace one value after another in a table's first row, each in a fresh copy, and yield a description."""
     values: list[Any] = ["[" * 50_000, "NaN", '{"a":NaN}', "a\x00b", 2**62, None]
     expressions = ["X'FF'", "CAST(X'FF' AS TEXT)"]
     source = path.read_bytes()
@@ -277,10 +277,10 @@ def spoilt(path: Path, table: str) -> Iterator[str]:
 
 
 async def use(store: Store) -> None:
-    """Read all there is, as commands do."""
+    """Read everything in a store, as commands do."""
     for summary in await store.summaries():
-        for one in await store.load(summary.cell):
-            format_recording_line(one).encode()
+        for recorded in await store.load(summary.cell):
+            format_recording_line(recorded).encode()
     json.dumps(await store.served())
     await store.episodes()
     await store.latest(10)
@@ -293,27 +293,27 @@ async def use(store: Store) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", COLUMNS)
-def test_a_row_of_any_value_stops_no_command(tmp_path: Path, table: str) -> None:
-    """Reading may say that a row is corrupt; verifying, forgetting and pruning go on, and then all is well."""
+def test_a_row_with_a_bad_value_breaks_no_store_command(tmp_path: Path, table: str) -> None:
+    """Reading may raise CorruptRow; verifying, forgetting and pruning work, and then the store is sound."""
     path = tmp_path / "s.db"
     shutil.copy(template(tmp_path), path)
 
-    async def go(what: str) -> None:
+    async def go(description: str) -> None:
         async with Store.open(path) as store:
             with suppress(CorruptRow):
                 await use(store)
             await store.verify()
             await store.forget(request="other")
             await store.prune(corrupt=True)
-            assert (await store.verify()).bad == [], what
+            assert (await store.verify()).bad == [], description
             await use(store)
             await store.add([recording("new", request="")])
 
-    for what in spoilt(path, table):
-        asyncio.run(go(what))
+    for description in with_bad_values(path, table):
+        asyncio.run(go(description))
 
 
-# Files of lines
+# Files of JSON lines
 
 
 @pytest.mark.parametrize(
@@ -329,20 +329,20 @@ def test_a_row_of_any_value_stops_no_command(tmp_path: Path, table: str) -> None
         format_recording_line(recording("q")).replace("900", "1e999"),
     ],
 )
-def test_no_line_of_recordings_is_worse_than_refused(tmp_path: Path, text: str) -> None:
+def test_a_malformed_recording_line_raises_bad_recording(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(BadRecording, match=r"x\.jsonl"):
         read_jsonl(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("text", [DEEP, "[NaN]", "[1e999]", "9" * 5000, '[{"question": "\\ud800"}]'])
-def test_no_file_of_the_release_is_worse_than_refused(tmp_path: Path, text: str) -> None:
+def test_a_malformed_release_file_raises_bad_recording(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(BadRecording, match=r"x\.json"):
         read_release(tmp_path / "x.json")
 
 
-def test_no_line_of_a_record_is_worse_than_refused(tmp_path: Path) -> None:
+def test_a_deeply_nested_line_of_history_or_transcript_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_text(DEEP + "\n")
     with pytest.raises(HistoryError, match="line 1"):
@@ -353,7 +353,7 @@ def test_no_line_of_a_record_is_worse_than_refused(tmp_path: Path) -> None:
         parse_json(DEEP)
 
 
-def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_stored_as_null(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     odd = episode("odd", about={"sampling": {"x": float("inf"), "y": [float("nan"), 1.5]}, "usage": {}})
 
@@ -364,13 +364,13 @@ def test_numbers_json_does_not_have_are_stored_as_null(tmp_path: Path) -> None:
                 await store.add_all([replace(episode("bad"), beta=float("nan"))])
             return await store.episode("odd")
 
-    found = asyncio.run(go())
-    assert found is not None
-    assert found.about["sampling"] == {"x": None, "y": [None, 1.5]}
-    assert item_lines.decode_item(encode_item(odd)) == found
+    stored = asyncio.run(go())
+    assert stored is not None
+    assert stored.about["sampling"] == {"x": None, "y": [None, 1.5]}
+    assert item_lines.decode_item(encode_item(odd)) == stored
 
 
-async def test_what_a_row_cannot_hold_is_not_taken_for_a_failing_store(tmp_path: Path) -> None:
+async def test_an_item_no_row_can_hold_raises_unstorable_value(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
         for item in (episode("a", tenant=None), episode("b", trace="\ud800"), replace(episode("c"), rounds=2**70)):
             with pytest.raises(StoreError) as caught:

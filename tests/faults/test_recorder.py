@@ -1,4 +1,4 @@
-"""The recorder while its store is down, locked, full, slow or gone: nothing acknowledged is lost, and nobody waits."""
+"""The store writer while its store is down, locked, full, slow or gone: no acknowledged record is lost."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from tests.proxy.conftest import SMALL, Proxy, backend
 __all__ = ["backend"]  # a fixture
 
 CYCLES = int(os.environ.get("SOAK_CYCLES", "6"))
-"""How often a writer is killed; `make soak` does it 300 times."""
+"""Number of times a writer is killed; `make soak` uses 300."""
 LOCKED_S = int(os.environ.get("SOAK_LOCKED_S", "3"))
-"""How long the store is locked in the longest test; `make soak` locks it for 30 seconds."""
+"""Seconds the store is locked in the longest test; `make soak` uses 30."""
 
 
 def episode(name: str, **about: Any) -> ServedEpisode:
@@ -63,7 +63,7 @@ async def serving(backend: Any, path: Path, **settings: Any) -> AsyncIterator[Pr
 
 
 async def answered(proxy: Proxy, count: int = 1) -> set[str]:
-    """Ids of requests that are all answered."""
+    """Send requests, assert that all are answered and return their ids."""
     ids = set()
     for _ in range(count):
         status, _, body = await proxy.ask("0", tts={"answer": "boxed"})
@@ -72,8 +72,8 @@ async def answered(proxy: Proxy, count: int = 1) -> set[str]:
     return ids
 
 
-def left(path: Path, *names: str) -> bytes:
-    """A file that a proxy left, of some episodes; what is in it."""
+def leave_spill(path: Path, *names: str) -> bytes:
+    """Write a spill file with episodes, as left by a proxy, and return its content."""
     spill = SpillFiles(path, 1 << 30)
     assert spill.append([encode_item(episode(name)) for name in names])
     spill.close()
@@ -81,16 +81,16 @@ def left(path: Path, *names: str) -> bytes:
 
 
 def waiting_in(path: Path) -> list[str]:
-    """The ids in files that are left."""
+    """Return the ids of the records in spill files."""
     spill = SpillFiles(path, 0)
     spill.adopt()
-    lines = [one for file in spill._files for one in file.chunk(file.begin, file.size).lines]
+    lines = [line for file in spill._files for line in file.chunk(file.begin, file.size).lines]
     spill.close()
-    return [json.loads(one)[1]["id"] for one in lines]
+    return [json.loads(line)[1]["id"] for line in lines]
 
 
 def drained(spill: SpillFiles, most: int) -> Iterator[Sequence[bytes]]:
-    """All that waits, up to `most` lines at a time; none of it waits any more."""
+    """Yield all waiting lines, up to `most` at a time, and drop them."""
     while spill.size:
         chunk = spill.read(most)
         yield chunk.lines
@@ -98,7 +98,7 @@ def drained(spill: SpillFiles, most: int) -> Iterator[Sequence[bytes]]:
 
 
 class Turnstile:
-    """A store that takes as many transactions as it is told to, and then waits."""
+    """Makes the store wait before each transaction for a pass."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int = 0) -> None:
         self.seen: list[str] = []  # ids, in the order in which the store was given them
@@ -109,7 +109,7 @@ class Turnstile:
         async def add_all(store: Store, items: list[StoreItem]) -> list[RecordedQuestion]:
             self.entered.release()
             await self.passes.acquire()
-            self.seen += [one.id for one in items if not isinstance(one, RecordedQuestion)]
+            self.seen += [item.id for item in items if not isinstance(item, RecordedQuestion)]
             return await plain(store, items)
 
         monkeypatch.setattr(Store, "add_all", add_all)
@@ -135,7 +135,7 @@ async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
         for _ in repeat(None):
             if holds():
                 return
-            await asyncio.sleep(0.01)  # no event tells of what another process or thread has done
+            await asyncio.sleep(0.01)  # no event announces what another process or thread has done
 
 
 def stored(path: Path) -> set[str]:
@@ -150,7 +150,7 @@ def stored(path: Path) -> set[str]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[sqlite3.Connection]:
-    """The store held by another writer."""
+    """Lock the store as another writer does."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -165,7 +165,7 @@ def counted(recorder: StoreWriter, name: str, **labels: str) -> float:
     return recorder.metrics.registry.get_sample_value(f"autotts_recorder_{name}", labels) or 0
 
 
-async def test_what_is_put_is_stored_and_found_before_and_after(tmp_path: Path) -> None:
+async def test_a_record_is_found_before_and_after_it_is_stored(tmp_path: Path) -> None:
     async with recording(tmp_path / "s.db") as recorder:
         kept = putting(recorder, "a", "b")
         before = await recorder.find("a")
@@ -173,22 +173,24 @@ async def test_what_is_put_is_stored_and_found_before_and_after(tmp_path: Path) 
         assert before is not None
         await until(lambda: recorder.as_json()["store"] == "up")
         await until(lambda: recorder.spill is not None and not recorder.spill.size)
-        found = await recorder.find("a")
-        assert found is not None
-        assert (found.id, found.answer) == (before.id, before.answer)
+        stored_record = await recorder.find("a")
+        assert stored_record is not None
+        assert (stored_record.id, stored_record.answer) == (before.id, before.answer)
         assert await recorder.find("nobody") is None
         assert await recorder.owner("a") == RequestOwner("t", None, "d")
     assert stored(tmp_path / "s.db") == {"a", "b"}
 
 
-async def test_a_locked_store_holds_nobody_up_and_is_caught_up_with(tmp_path: Path) -> None:
+async def test_records_go_to_the_spill_file_while_the_store_is_locked_and_are_stored_later(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with recording(path) as recorder:
         await asyncio.gather(*putting(recorder, "before"))
         await until(lambda: recorder.as_json()["store"] == "up")
         with locked(path):
             during = [str(i) for i in range(1000)]
-            assert all(await asyncio.gather(*putting(recorder, *during)))  # to the file, for the store is locked
+            assert all(
+                await asyncio.gather(*putting(recorder, *during))
+            )  # to the spill file, because the store is locked
             assert stored(path) <= {"before"}
             assert recorder.spill is not None
             assert recorder.spill.size > 0
@@ -196,12 +198,12 @@ async def test_a_locked_store_holds_nobody_up_and_is_caught_up_with(tmp_path: Pa
         await until(lambda: recorder.spill is not None and not recorder.spill.size)
         assert counted(recorder, "records_total", outcome="spilled") >= 1000 - GROUP
         assert recorder.lost == 0
-    assert os.listdir(tmp_path) == ["s.db"]  # the file is gone, and WAL's too
+    assert os.listdir(tmp_path) == ["s.db"]  # the spill file and the WAL are gone
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-async def test_no_request_notices_that_the_store_is_locked_for_long(tmp_path: Path, backend: Any) -> None:
+async def test_requests_are_answered_while_the_store_is_locked_for_long(tmp_path: Path, backend: Any) -> None:
     path = tmp_path / "s.db"
     ids = set()
     async with serving(backend, path) as proxy:
@@ -219,7 +221,7 @@ async def test_no_request_notices_that_the_store_is_locked_for_long(tmp_path: Pa
 
 
 @pytest.mark.slow
-async def test_no_request_notices_that_the_store_is_away_at_first(tmp_path: Path, backend: Any) -> None:
+async def test_requests_are_answered_while_the_store_is_missing_at_first(tmp_path: Path, backend: Any) -> None:
     path = tmp_path / "away" / "s.db"
     async with serving(backend, path, spill=tmp_path / "spill") as proxy:
         ids = await answered(proxy, 20)
@@ -230,15 +232,15 @@ async def test_no_request_notices_that_the_store_is_away_at_first(tmp_path: Path
         assert await proxy.metric("autotts_recorder_lost_total") == 0
 
 
-async def test_nobody_waits_for_a_store_that_never_acknowledges(
+async def test_feedback_gets_202_without_waiting_for_a_stalled_store(
     tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the clock of who waits: each wait for a record, with a limit, is over at once, as if its time had passed."""
+    """Every wait for a record times out at once, as if its time had passed."""
     waits: list[float] = []
     plain = asyncio.wait
 
     async def wait(awaited: Any, **named: Any) -> Any:
-        if all(type(one) is asyncio.Future for one in awaited):  # and not a task
+        if all(type(future) is asyncio.Future for future in awaited):  # and not a task
             waits.append(named["timeout"])
             named["timeout"] = 0
         return await plain(awaited, **named)
@@ -248,16 +250,18 @@ async def test_nobody_waits_for_a_store_that_never_acknowledges(
         (request,) = await answered(proxy)
         await turnstile.entered.acquire()
         monkeypatch.setattr("proxy.recording.episode_log.asyncio.wait", wait)
-        said = {"request_id": request, "correct": True}
-        async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", json=said) as response:
-            assert response.status == 202  # and not yet on disk
+        feedback = {"request_id": request, "correct": True}
+        async with proxy.http.post(f"{proxy.url}/v1/tts/feedback", json=feedback) as response:
+            assert response.status == 202  # accepted but not yet on disk
         monkeypatch.undo()
         assert turnstile.seen == []
-        assert [one for one in waits if one <= 0.01] == waits != []
+        assert [wait_s for wait_s in waits if wait_s <= 0.01] == waits != []
         turnstile.open()
 
 
-async def test_a_store_that_is_not_there_at_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_records_are_stored_once_a_missing_store_appears(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "away" / "s.db"
     async with recording(path, spill=tmp_path / "spill") as recorder:
         assert all(await asyncio.gather(*putting(recorder, *map(str, range(300)))))
@@ -265,12 +269,12 @@ async def test_a_store_that_is_not_there_at_first(tmp_path: Path, caplog: pytest
         path.parent.mkdir()
         await until(lambda: path.exists() and recorder.as_json()["store"] == "up")
         await until(lambda: len(stored(path)) == 300)
-        await until(lambda: recorder.spill is not None and not recorder.spill.size)  # they are counted by then
+        await until(lambda: recorder.spill is not None and not recorder.spill.size)  # the records are counted by then
         assert counted(recorder, "records_total", outcome="recovered") == 300
     assert "there is no folder" in caplog.text
 
 
-async def test_a_store_that_is_taken_away_and_brought_back(tmp_path: Path) -> None:
+async def test_records_go_to_a_new_store_when_the_file_is_moved_away(tmp_path: Path) -> None:
     path, aside = tmp_path / "s.db", tmp_path / "aside.db"
     async with recording(path, spill=tmp_path / "spill") as recorder:
         await asyncio.gather(*putting(recorder, "before"))
@@ -281,11 +285,11 @@ async def test_a_store_that_is_taken_away_and_brought_back(tmp_path: Path) -> No
         path.rename(aside)
         assert all(await asyncio.gather(*putting(recorder, "during")))
         await until(lambda: recorder.as_json()["store"] == "up")
-        await until(lambda: stored(path) == {"during"})  # a new one was begun
+        await until(lambda: stored(path) == {"during"})  # a new store was created
     assert "before" in stored(aside)
 
 
-async def test_a_store_that_is_none_is_left_as_it_is(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_store_is_left_unchanged_and_records_are_spilled(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     path.write_text("my diary")
     async with recording(path) as recorder:
@@ -296,7 +300,9 @@ async def test_a_store_that_is_none_is_left_as_it_is(tmp_path: Path) -> None:
         await until(lambda: (tmp_path / "other.db").exists() and stored(tmp_path / "other.db") == {"a"})
 
 
-async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_records_are_acknowledged_from_the_spill_file_while_the_store_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, go_on, plain = tmp_path / "s.db", asyncio.Event(), Store.add_all
     async with recording(path) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
@@ -314,7 +320,7 @@ async def test_a_store_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         await until(lambda: len(stored(path)) == 20)
 
 
-async def test_a_store_that_is_just_being_opened_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lookup_waits_for_a_store_that_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, plain = asyncio.Event(), Store.open
 
     @asynccontextmanager
@@ -334,19 +340,19 @@ async def test_a_store_that_is_just_being_opened_is_waited_for(tmp_path: Path, m
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a megabyte."""
+    """Mount a disk of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
     if done.returncode:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(f"no disk can be made here: {done.stderr.decode().strip()}")
+        give_up(f"cannot mount a disk here: {done.stderr.decode().strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.process
-async def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
+async def test_records_are_spilled_while_the_disk_of_the_store_is_full(small_disk: Path, tmp_path: Path) -> None:
     path, filler = small_disk / "s.db", small_disk / "filler"
     async with recording(path, spill=tmp_path / "spill") as recorder:
         await asyncio.gather(*putting(recorder, "before"))
@@ -361,7 +367,9 @@ async def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-async def test_no_request_notices_that_the_disk_is_full(small_disk: Path, tmp_path: Path, backend: Any) -> None:
+async def test_requests_are_answered_while_the_disk_is_full_and_none_is_lost(
+    small_disk: Path, tmp_path: Path, backend: Any
+) -> None:
     path, filler = small_disk / "s.db", small_disk / "filler"
     async with serving(backend, path, spill=tmp_path / "spill") as proxy:
         ids = await answered(proxy)
@@ -375,19 +383,19 @@ async def test_no_request_notices_that_the_disk_is_full(small_disk: Path, tmp_pa
 
 
 @pytest.mark.process
-async def test_two_full_disks_keep_what_fits_in_memory_and_count_the_rest(
+async def test_with_store_and_spill_disks_full_the_queue_is_kept_and_further_records_are_counted_lost(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, filler = small_disk / "s.db", small_disk / "filler"
-    async with recording(path, recorder_queue=50) as recorder:  # the file is beside the store
+    async with recording(path, recorder_queue=50) as recorder:  # the spill file is on the same disk as the store
         await asyncio.gather(*putting(recorder, "before"))
         await until(lambda: recorder.as_json()["store"] == "up")
         fill(filler)
         kept = putting(recorder, *map(str, range(200)))
-        lost = [one for one in kept if one.done() and not one.result()]
+        lost = [future for future in kept if future.done() and not future.result()]
         assert len(lost) == 150
         assert recorder.lost == counted(recorder, "lost_total", reason="full") == 150
-        assert not [one for one in kept if one.done() and one.result()]
+        assert not [future for future in kept if future.done() and future.result()]
         assert "RECORDS ARE LOST" in caplog.text
         filler.unlink()
         outcomes = await asyncio.gather(*kept)
@@ -401,7 +409,7 @@ def fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
-async def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+async def test_records_over_the_spill_limit_stay_in_the_queue_or_are_counted_lost(tmp_path: Path) -> None:
     path = tmp_path / "away" / "s.db"
     async with recording(path, spill=tmp_path / "spill", spill_bytes=3000, recorder_queue=20) as recorder:
         outcomes = []
@@ -413,19 +421,21 @@ async def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
         assert 0 < recorder.spill.size <= 3000
         assert recorder.waiting == 20
         path.parent.mkdir()
-        kept_names = {str(n) for n, one in enumerate(await asyncio.gather(*outcomes)) if one}
+        kept_names = {str(n) for n, is_kept in enumerate(await asyncio.gather(*outcomes)) if is_kept}
         await until(lambda: stored(path) == kept_names)
         assert len(kept_names) + recorder.lost == 100
 
 
-async def test_what_cannot_be_written_stops_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unwritable_record_is_counted_lost_and_others_are_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken() -> ServedEpisode:
         raise RuntimeError("no such thing")
 
     path = tmp_path / "s.db"
     async with recording(path) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
-        bad = episode("bad", tenant="\ud800")  # no text any encoding knows
+        bad = episode("bad", tenant="\ud800")  # a lone surrogate, which cannot be encoded
         kept = [recorder.put("bad", lambda: bad), recorder.put("worse", broken), *putting(recorder, "good")]
         assert await asyncio.gather(*kept) == [False, False, True]
         assert recorder.lost == counted(recorder, "lost_total", reason="unwritable") == 2
@@ -433,22 +443,22 @@ async def test_what_cannot_be_written_stops_nothing_else(tmp_path: Path, caplog:
     assert stored(path) == {"good"}
 
 
-async def test_closing_writes_what_waits(tmp_path: Path) -> None:
+async def test_closing_stores_all_waiting_records(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     async with recording(path) as recorder:
         kept = putting(recorder, *map(str, range(2000)))
-    assert all(one.result() for one in kept)
+    assert all(future.result() for future in kept)
     assert len(stored(path)) == 2000
     assert not recorder.put("late", lambda: episode("late")).result()
     assert counted(recorder, "lost_total", reason="closed") == 1
 
 
 @pytest.mark.parametrize("fit", [GROUP, 300])
-async def test_closing_leaves_in_the_file_what_the_store_does_not_take_in_time(
+async def test_closing_spills_the_records_that_a_slow_store_does_not_take_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: int
 ) -> None:
     path = tmp_path / "s.db"
-    limit = len(left(tmp_path / "like", *map(str, range(fit))))
+    limit = len(leave_spill(tmp_path / "like", *map(str, range(fit))))
     monkeypatch.setattr("proxy.recording.store_writer.FLUSH_S", 2)
     turnstile = Turnstile(monkeypatch)
     async with recording(path, spill_bytes=limit) as recorder:
@@ -457,12 +467,14 @@ async def test_closing_leaves_in_the_file_what_the_store_does_not_take_in_time(
         await turnstile.entered.acquire()
         kept += putting(recorder, *map(str, range(3, 300)))
     turnstile.open()
-    assert [one.result() for one in kept] == [True] * fit + [False] * (300 - fit)
+    assert [future.result() for future in kept] == [True] * fit + [False] * (300 - fit)
     assert recorder.lost == counted(recorder, "lost_total", reason="closed") == 300 - fit
     assert waiting_in(tmp_path / "s.db.spill") == [str(i) for i in range(fit)]
 
 
-async def test_closing_waits_for_what_still_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_waits_for_a_running_write_of_the_spill_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     is_writing, go_on, plain = threading.Event(), threading.Event(), SpillFiles.append
 
     def append(spill: SpillFiles, lines: list[bytes]) -> int:
@@ -489,7 +501,7 @@ async def test_closing_waits_for_what_still_writes_the_file(tmp_path: Path, monk
     assert waiting_in(tmp_path / "spill") == ["a"]
 
 
-async def test_what_no_file_takes_stops_nothing_else(tmp_path: Path) -> None:
+async def test_a_record_that_cannot_be_spilled_is_counted_lost_and_others_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "away" / "s.db"
     async with recording(path, spill=tmp_path / "spill") as recorder:
         bad = episode("bad", tenant="\ud800")
@@ -504,11 +516,11 @@ async def test_what_no_file_takes_stops_nothing_else(tmp_path: Path) -> None:
         await until(lambda: path.exists() and stored(path) == {"a", "b"})
 
 
-async def test_a_file_that_cannot_be_read_is_left_and_stops_nothing_else(
+async def test_an_unreadable_spill_file_is_kept_and_new_records_are_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "s.db"
-    data = left(tmp_path / "s.db.spill", "old")
+    data = leave_spill(tmp_path / "s.db.spill", "old")
 
     def read(spill: SpillFiles, most: int) -> None:
         raise OSError(5, "Input/output error")
@@ -524,7 +536,7 @@ async def test_a_file_that_cannot_be_read_is_left_and_stops_nothing_else(
         await until(lambda: stored(path) == {"old", "new"})
 
 
-async def test_what_nobody_foresaw_is_tried_again(
+async def test_an_unexpected_error_of_the_writer_is_retried_and_its_text_not_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, failures = StoreWriter._write_group, [RuntimeError("a client's text"), MemoryError()]
@@ -542,7 +554,9 @@ async def test_what_nobody_foresaw_is_tried_again(
     assert "a client's text" not in caplog.text
 
 
-async def test_a_slow_store_is_relieved_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_queue_half_full_behind_a_slow_store_is_spilled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "s.db"
     turnstile = Turnstile(monkeypatch)
     async with recording(path, recorder_queue=100) as recorder:
@@ -559,30 +573,30 @@ async def test_a_slow_store_is_relieved_by_the_file(tmp_path: Path, monkeypatch:
         assert recorder.lost == 0
 
 
-async def test_what_comes_while_the_file_is_read_does_not_wait_and_comes_after(
+async def test_records_put_while_a_spill_file_is_read_are_spilled_and_stored_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, old = tmp_path / "s.db", [str(i) for i in range(4 * GROUP)]
-    left(tmp_path / "s.db.spill", *old)
+    leave_spill(tmp_path / "s.db.spill", *old)
     turnstile = Turnstile(monkeypatch)
     async with recording(path) as recorder:
         await turnstile.entered.acquire()
-        said = Feedback("said", "0", "correct", "true", tenant="t")
-        kept = [*putting(recorder, "new"), recorder.put("0", lambda: said, hurry=True)]
+        feedback = Feedback("feedback", "0", "correct", "true", tenant="t")
+        kept = [*putting(recorder, "new"), recorder.put("0", lambda: feedback, hurry=True)]
         turnstile.passes.release()
         assert await asyncio.gather(*kept) == [True, True]
         assert stored(path) == set(old[:GROUP])
         turnstile.open()
         await until(lambda: recorder.spill is not None and not recorder.spill.size)
-        assert turnstile.seen == [*old, "new", "said"]
+        assert turnstile.seen == [*old, "new", "feedback"]
         assert counted(recorder, "records_total", outcome="recovered") == len(old) + 2
 
 
-async def test_nothing_of_the_file_goes_before_it_is_in_the_store(
+async def test_a_spill_file_is_removed_only_after_its_records_are_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "s.db.spill"
-    data = left(path, "a", "b")
+    data = leave_spill(path, "a", "b")
     turnstile = Turnstile(monkeypatch)
     async with recording(tmp_path / "s.db") as recorder:
         await turnstile.entered.acquire()
@@ -592,9 +606,11 @@ async def test_nothing_of_the_file_goes_before_it_is_in_the_store(
     assert not path.exists()
 
 
-async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_damaged_or_unwritable_spilled_record_is_counted_lost_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, failures, plain = tmp_path / "s.db", 4, Store.add_all
-    huge = replace(episode("huge"), branches=2**70)  # a line can hold it, and no row
+    huge = replace(episode("huge"), branches=2**70)  # fits into a line, but not into a row
     spill = SpillFiles(tmp_path / "s.db.spill", 1 << 20)
     assert spill.append(
         [encode_item(episode("a")), b"{}", encode_item(huge), encode_item(episode("b")), encode_item(episode("c"))]
@@ -620,20 +636,20 @@ async def test_each_loss_on_the_way_back_is_counted_once(tmp_path: Path, monkeyp
         assert recorder.lost == 3
 
 
-async def test_a_recording_whose_episode_is_not_there_is_not_told_to_be_kept(tmp_path: Path) -> None:
+async def test_a_recording_without_its_episode_is_not_acknowledged(tmp_path: Path) -> None:
     def made(request: str) -> RecordedQuestion:
-        whole = RecordedBranch(["7"], 40, "7", [6])
-        return RecordedQuestion(request, "m", "live", 40, [whole], origin=Origin.LIVE, request=request)
+        branch = RecordedBranch(["7"], 40, "7", [6])
+        return RecordedQuestion(request, "m", "live", 40, [branch], origin=Origin.LIVE, request=request)
 
     async with recording(tmp_path / "s.db") as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
-        kept = [*putting(recorder, "a"), *(recorder.put(one, lambda one=one: made(one)) for one in ("a", "b"))]  # type: ignore[misc]
+        kept = [*putting(recorder, "a"), *(recorder.put(name, lambda name=name: made(name)) for name in ("a", "b"))]  # type: ignore[misc]
         assert await asyncio.gather(*kept) == [True, True, False]
         assert counted(recorder, "records_total", outcome="stored") == 2
         assert recorder.lost == 0
 
 
-async def test_gauges_say_how_it_stands(tmp_path: Path) -> None:
+async def test_gauges_show_store_state_spill_size_and_queue(tmp_path: Path) -> None:
     path = tmp_path / "away" / "s.db"
     async with recording(path, spill=tmp_path / "spill") as recorder:
         assert all(await asyncio.gather(*putting(recorder, "a", "b")))
@@ -643,7 +659,7 @@ async def test_gauges_say_how_it_stands(tmp_path: Path) -> None:
         await until(lambda: counted(recorder, "store_up") == 1 and counted(recorder, "spill_bytes") == 0)
 
 
-async def test_each_trouble_is_complained_of_once(
+async def test_each_store_and_spill_problem_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -664,14 +680,14 @@ async def test_each_trouble_is_complained_of_once(
         async with recording(path, spill=tmp_path / "spill") as recorder:
             (kept,) = putting(recorder, "a")
             await until(lambda: min(attempts) > 5)
-            told = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
-            assert sorted(one.partition(":")[0] for one in told) == [FILE, STORE]
+            messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+            assert sorted(message.partition(":")[0] for message in messages) == [FILE, STORE]
             path.parent.mkdir()
             assert await kept
             await until(lambda: "all waiting records are written" in caplog.text)
 
 
-async def test_a_file_beside_the_store_that_is_none_is_left_as_it_is(
+async def test_a_foreign_file_at_the_spill_path_is_left_unchanged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "s.db.spill").write_text("line one\nmy thesis")
@@ -681,7 +697,7 @@ async def test_a_file_beside_the_store_that_is_none_is_left_as_it_is(
     assert (tmp_path / "s.db.spill").read_text() == "line one\nmy thesis"
 
 
-async def test_what_a_peer_leaves_is_taken_over_when_the_store_is_back(tmp_path: Path) -> None:
+async def test_a_spill_file_left_by_a_peer_is_stored_when_the_store_is_back(tmp_path: Path) -> None:
     path, spill = tmp_path / "away" / "s.db", tmp_path / "spill"
     async with recording(path, spill=spill) as recorder:
         assert all(await asyncio.gather(*putting(recorder, "a")))
@@ -692,14 +708,14 @@ async def test_what_a_peer_leaves_is_taken_over_when_the_store_is_back(tmp_path:
         await until(lambda: not list(tmp_path.glob("spill*")))
 
 
-async def test_the_longest_that_is_kept_can_be_reckoned_with(tmp_path: Path) -> None:
+async def test_records_are_stored_with_the_longest_retention(tmp_path: Path) -> None:
     async with recording(tmp_path / "s.db", retain_days=36500) as recorder:
         await until(lambda: recorder.as_json()["store"] == "up")
         assert await asyncio.gather(*putting(recorder, "a")) == [True]
     assert stored(tmp_path / "s.db") == {"a"}
 
 
-async def test_off(tmp_path: Path) -> None:
+async def test_without_a_store_nothing_is_recorded_or_counted_lost(tmp_path: Path) -> None:
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1"), Metrics())
     await recorder.open()
     assert putting(recorder, "a")[0].result() is False
@@ -707,10 +723,10 @@ async def test_off(tmp_path: Path) -> None:
     await recorder.close()
 
 
-# The file
+# The spill file
 
 
-def test_half_a_line_and_a_damaged_one_are_left_out(tmp_path: Path) -> None:
+def test_incomplete_and_damaged_lines_of_a_spill_file_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "spill"
     spill = SpillFiles(path, 1 << 20)
     assert spill.append([b"one", b"two", b"three"])
@@ -726,18 +742,18 @@ def test_half_a_line_and_a_damaged_one_are_left_out(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_process_has_a_file_of_its_own_and_the_next_takes_over(tmp_path: Path) -> None:
-    one, two = SpillFiles(tmp_path / "spill", 1000), SpillFiles(tmp_path / "spill", 1000)
-    assert one.append([b"1"])
-    assert two.append([b"2"])
+def test_each_process_has_its_own_spill_file_and_another_adopts_it(tmp_path: Path) -> None:
+    first, second = SpillFiles(tmp_path / "spill", 1000), SpillFiles(tmp_path / "spill", 1000)
+    assert first.append([b"1"])
+    assert second.append([b"2"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spill", "spill.1"]
-    two.close()
-    one.adopt()
-    assert [line for chunk in drained(one, 9) for line in chunk] == [b"1", b"2"]
+    second.close()
+    first.adopt()
+    assert [line for chunk in drained(first, 9) for line in chunk] == [b"1", b"2"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+def test_lines_that_do_not_fit_into_the_spill_limit_are_not_written(tmp_path: Path) -> None:
     spill = SpillFiles(tmp_path / "spill", 31)
     assert spill.append([b"x" * 10])
     assert spill.append([b"y" * 10]) == 0
@@ -746,7 +762,9 @@ def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
     spill.close()
 
 
-def test_what_was_appended_is_synced_and_a_new_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appended_lines_and_a_new_spill_file_are_synced_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     for name in ("fdatasync", "fsync"):
         plain = getattr(os, name)
@@ -766,19 +784,19 @@ def test_what_was_appended_is_synced_and_a_new_name_too(tmp_path: Path, monkeypa
 
 async def test_the_store_is_synced_with_each_transaction(tmp_path: Path) -> None:
     async with Store.open(tmp_path / "s.db", create=True) as store:
-        found = await store._writes.connection.execute_fetchall("PRAGMA synchronous")
-        assert [tuple(row) for row in found] == [(2,)]  # FULL
+        rows = await store._writes.connection.execute_fetchall("PRAGMA synchronous")
+        assert [tuple(row) for row in rows] == [(2,)]  # FULL
 
 
-@pytest.mark.parametrize("one", [episode("e"), Feedback("f", "r", "correct", "true", tenant="t")])
-def test_an_item_is_one_line_and_found_again(one: StoreItem) -> None:
+@pytest.mark.parametrize("item", [episode("e"), Feedback("f", "r", "correct", "true", tenant="t")])
+def test_an_encoded_item_is_one_line_and_decodes_to_itself(item: StoreItem) -> None:
     from discovery.store.item_lines import decode_item
 
-    assert b"\n" not in encode_item(one)
-    assert decode_item(encode_item(one)) == one
+    assert b"\n" not in encode_item(item)
+    assert decode_item(encode_item(item)) == item
 
 
-# Killed
+# Killed writers
 
 STARTER = """
 import asyncio, json, os, signal, sys
@@ -794,13 +812,13 @@ store_connection.BUSY_TIMEOUT_MS = 50
 async def main(path, name):
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=Path(path)), Metrics())
     await recorder.open()
-    async def one(name):
+    async def write(name):
         for i in range(10**6):
             identity = f"{name}-{i}"
             made = ServedEpisode(identity, identity, "m", "cmc", "d", 0.5, 3, 4, {"winner": 5}, "answered")
             if await recorder.put(identity, lambda: made):
                 print(identity, flush=True)
-    await asyncio.gather(*(one(f"{name}.{k}") for k in range(16)))
+    await asyncio.gather(*(write(f"{name}.{k}") for k in range(16)))
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
@@ -810,11 +828,11 @@ for line in sys.stdin:
         asyncio.run(main(path, name))
     print(pid, flush=True)
 """
-"""Forks writers, each of which says to a file what was acknowledged: nothing has to be imported anew."""
+"""Forks writers that log acknowledged ids to a file. Forking avoids repeated imports."""
 
 
 class Writer:
-    """A process that writes records till it is killed."""
+    """Process that writes records until it is killed."""
 
     def __init__(self, starter: subprocess.Popen[str], path: Path, name: str) -> None:
         self._out = path.with_name(f"{name}.out")
@@ -827,8 +845,8 @@ class Writer:
 
     @property
     def acknowledged(self) -> set[str]:
-        said = self._out.read_text()
-        return set(said[: said.rfind("\n") + 1].split())
+        output = self._out.read_text()
+        return set(output[: output.rfind("\n") + 1].split())
 
     async def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -856,10 +874,10 @@ async def all_in(path: Path, acknowledged: set[str]) -> None:
 
 @pytest.mark.process
 @pytest.mark.timeout(60 + 10 * CYCLES)
-async def test_a_proxy_killed_while_it_writes_loses_nothing_it_acknowledged(
+async def test_a_writer_killed_while_writing_loses_no_acknowledged_record(
     tmp_path: Path, starter: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every other time the store is locked, so that the file is written; now and then before it is let go again."""
+    """In every second cycle the store is locked, so that the spill file is used; in every fourth until the kill."""
     caplog.set_level(logging.CRITICAL)
     path, acknowledged = tmp_path / "s.db", set()
     async with Store.open(path, create=True):
@@ -883,10 +901,10 @@ async def test_a_proxy_killed_while_it_writes_loses_nothing_it_acknowledged(
 
 @pytest.mark.process
 @pytest.mark.timeout(60 + 10 * CYCLES)
-async def test_a_proxy_killed_while_it_reads_back_loses_nothing_that_waited(
+async def test_a_writer_killed_while_reading_spill_files_loses_no_record(
     tmp_path: Path, starter: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At any time from its start on; of many files, for each is removed as soon as it is read."""
+    """The kill comes at a random time after the start, with many spill files, each removed once it is read."""
     caplog.set_level(logging.CRITICAL)
     path, acknowledged, draw = tmp_path / "s.db", set(), random.Random(6)
     spill = path.with_name("s.db.spill")
@@ -894,7 +912,7 @@ async def test_a_proxy_killed_while_it_reads_back_loses_nothing_that_waited(
         for number, place in enumerate(candidate_paths(spill)):
             if not place.exists():
                 names = [f"old-{cycle}-{number}-{i}" for i in range(20)]
-                left(place, *names)
+                leave_spill(place, *names)
                 acknowledged |= set(names)
         writer = Writer(starter, path, str(cycle))
         try:

@@ -1,4 +1,4 @@
-"""Every command that touches a store, beside proxies that record in it: nothing is lost, nothing corrupted."""
+"""Every store command, run beside proxies that record into the store, loses and corrupts nothing."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from tests.proxy.conftest import SMALL, backend
 __all__ = ["backend"]  # a fixture
 
 ROUNDS = int(os.environ.get("SOAK_CYCLES", "6")) // 6
-"""How often proxies are ended beside every command; `make soak` does it 50 times."""
+"""Number of rounds of all commands beside proxies that are ended; `make soak` uses 50."""
 STORE: Final = "s.db"
 ADMIN: Final = "admin-key-of-this-test"
 CLIENTS: Final = 2
-"""Of each proxy, at once."""
+"""Concurrent clients of each proxy."""
 PATIENCE_S: Final = 180
 """How long a busy machine may take for one step."""
 
 SERVING: Final = {"serve", "demo", "config show", "config check"}
-"""Commands that are a proxy themselves, or look at its settings only."""
+"""Commands that run a proxy themselves or only show its settings."""
 
 
 def recorded(number: int, split: Split) -> RecordedQuestion:
@@ -56,7 +56,7 @@ def recorded(number: int, split: Split) -> RecordedQuestion:
 
 
 class Load:
-    """Clients of one proxy, which ask and give feedback until it is gone."""
+    """Clients of one proxy that send requests and feedback until it ends."""
 
     def __init__(self, proxy: Command, url: str, http: aiohttp.ClientSession) -> None:
         self.proxy = proxy
@@ -71,7 +71,7 @@ class Load:
         self._tasks = [asyncio.create_task(self._ask(number)) for number in range(CLIENTS)]
 
     async def end(self) -> None:
-        """Stop the clients. Raises what they met that is not the proxy's end."""
+        """Stop the clients. Raises their errors, except those caused by the end of the proxy."""
         for task in self._tasks:
             task.cancel()
         for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
@@ -89,7 +89,7 @@ class Load:
         with suppress(aiohttp.ClientError, ConnectionError):
             while True:
                 status, reply = await self._post("/v1/chat/completions", body)
-                if status >= 500:  # it is ending, or the upstream is slow on a busy machine
+                if status >= 500:  # the proxy is ending, or the upstream is slow on a busy machine
                     await asyncio.sleep(0.05)
                     continue
                 assert status == 200, reply
@@ -106,17 +106,17 @@ class Load:
             return response.status, await response.json(content_type=None)
 
     async def counted(self) -> int:
-        """How many records the proxy has written to the store, by its own count."""
+        """Return the number of records written to the store, by the proxy's own metrics."""
         async with self._http.get(f"{self.url}/metrics") as response:
             families = text_string_to_metric_families(await response.text())
             samples = [sample for family in families for sample in family.samples]
-        in_store = [one for one in samples if one.labels.get("outcome") in (STORED, RECOVERED)]
-        return sum(int(one.value) for one in in_store if one.name == "autotts_recorder_records_total")
+        in_store = [sample for sample in samples if sample.labels.get("outcome") in (STORED, RECOVERED)]
+        return sum(int(sample.value) for sample in in_store if sample.name == "autotts_recorder_records_total")
 
 
 @asynccontextmanager
 async def loaded(forker: Forker, upstream: str, count: int) -> AsyncIterator[list[Load]]:
-    """Proxies on one store, each with clients."""
+    """Run proxies on one store, each with clients."""
     given = {**SMALL, "read_timeout_s": 60, "record_fraction": 0.2, "record_branches": 4, "admin_key": ADMIN}
     flags = ["--port=0", f"--upstream={upstream}", f"--store={STORE}", *(f"--set={k}={v}" for k, v in given.items())]
     proxies = [forker.start("serve", *flags) for _ in range(count)]
@@ -154,7 +154,7 @@ def begin(folder: Path) -> None:
 
 
 def commands(url: str, request: str, gone: str) -> Iterator[list[str]]:
-    """Every command that touches a store, with arguments by which it succeeds; `gone` is forgotten."""
+    """Yield every store command with arguments with which it succeeds. Request `gone` is forgotten."""
     few = ["--shuffles=2", "--max-branches=8", "--models=m", "--benchmarks=b"]
     yield ["import", "jsonl", "lines.jsonl", f"--store={STORE}"]
     yield ["import", "autotts-release", "release", f"--store={STORE}"]
@@ -181,18 +181,18 @@ def commands(url: str, request: str, gone: str) -> Iterator[list[str]]:
 
 
 def rows(path: Path, statement: str) -> list[Any]:
-    """What a statement gives, through SQLite."""
+    """Return the rows that an SQL statement selects."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute(statement).fetchall()
 
 
-def heard(path: Path) -> set[str]:
-    """The requests on which there is feedback in the store."""
+def requests_with_feedback(path: Path) -> set[str]:
+    """Return the requests with feedback in the store."""
     return {request for (request,) in rows(path, "SELECT request_id FROM feedback")}
 
 
 async def read_back(path: Path) -> None:
-    """Have what waits in files written to the store."""
+    """Write the records in spill files to the store."""
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1", store=path), Metrics())
     await recorder.open()
     try:
@@ -204,7 +204,7 @@ async def read_back(path: Path) -> None:
 
 
 async def run(forker: Forker, arguments: list[str]) -> None:
-    """Run a command that succeeds, or says that a busy proxy keeps it from erasing what it removed."""
+    """Run a command. It must succeed, or report that a busy proxy prevents it from erasing removed rows."""
     done = forker.start(*arguments, AUTOTTS_ADMIN_KEY=ADMIN)
     status = await done.ended(PATIENCE_S)
     is_busy = arguments[:2] in (["store", "prune"], ["store", "forget"]) and "run the command again" in done.output
@@ -212,19 +212,21 @@ async def run(forker: Forker, arguments: list[str]) -> None:
 
 
 async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *signals: signal.Signals) -> None:
-    """Run every command beside `count` proxies, end each by its signal, and look at what is left."""
+    """Run every command beside `count` proxies, end each by its signal, and check the store."""
     path = folder / STORE
     begin(folder)
     await run(forker, ["import", "jsonl", "lines.jsonl", f"--store={STORE}"])
     async with loaded(forker, upstream, count) as loads:
-        await until(lambda: len(loads[-1].accepted & heard(path)) >= 2, PATIENCE_S)
-        request, gone = sorted(loads[-1].accepted & heard(path))[:2]
+        await until(lambda: len(loads[-1].accepted & requests_with_feedback(path)) >= 2, PATIENCE_S)
+        request, gone = sorted(loads[-1].accepted & requests_with_feedback(path))[:2]
         for arguments in commands(loads[0].url, request, gone):
             await run(forker, arguments)
             for load in loads:
                 await load.more()
                 assert load.proxy.deleted == [], arguments
-        counted = sum([await load.counted() for load in loads])  # not what waits in files: that is counted twice
+        counted = sum(
+            [await load.counted() for load in loads]
+        )  # without records in spill files, which are counted twice
         for ended, (load, number) in enumerate(zip(loads, signals, strict=True)):
             await load.proxy.signal(number)
             await run(forker, ["store", "info", f"--store={STORE}"])
@@ -235,11 +237,11 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
     assert rows(path, "PRAGMA integrity_check") == [("ok",)]
     async with Store.open(path) as store:
         assert (await store.verify()).bad == []
-    served = {one for (one,) in rows(path, "SELECT request_id FROM episodes")}
+    served = {request_id for (request_id,) in rows(path, "SELECT request_id FROM episodes")}
     for load, number in zip(loads, signals, strict=True):
         expected = (load.acknowledged if number is signal.SIGKILL else load.accepted) - {gone}
         assert len(load.accepted) > len(list(commands("", "", "")))
-        assert expected <= served & heard(path)
+        assert expected <= served & requests_with_feedback(path)
     live = rows(path, "SELECT COUNT(*) FROM provenance WHERE request_id <> ''")[0][0]
     forgotten = 3  # at most: an episode, its feedback, its recording
     assert counted <= len(rows(path, "SELECT 1 FROM episodes UNION ALL SELECT 1 FROM feedback")) + live + forgotten
@@ -247,7 +249,7 @@ async def go_round(forker: Forker, folder: Path, upstream: str, count: int, *sig
 
 @pytest.mark.process
 @pytest.mark.timeout(120 + 240 * ROUNDS)
-async def test_commands_beside_proxies_lose_and_corrupt_nothing(tmp_path: Path, backend: Any) -> None:
+async def test_store_commands_beside_proxies_lose_and_corrupt_nothing(tmp_path: Path, backend: Any) -> None:
     kill, end = signal.SIGKILL, signal.SIGTERM
     endings = itertools.cycle([(end, kill), (kill,), (end,), (kill, end), (kill, kill)])
     with forking(tmp_path) as forker:
@@ -258,15 +260,19 @@ async def test_commands_beside_proxies_lose_and_corrupt_nothing(tmp_path: Path, 
             await go_round(forker, folder, backend.url, len(signals), *signals)
 
 
-def test_every_command_that_takes_a_store_is_run_beside_a_proxy() -> None:
+def test_every_command_with_a_store_option_is_among_those_run_beside_a_proxy() -> None:
     named = {"store", "place", "recordings"}
 
     def walk(command: Any, name: str) -> Iterator[str]:
         for sub, child in getattr(command, "commands", {}).items():
             yield from walk(child, f"{name} {sub}".strip())
-        if not hasattr(command, "commands") and named & {one.name for one in command.params}:
+        if not hasattr(command, "commands") and named & {param.name for param in command.params}:
             yield name
 
-    run = {" ".join(itertools.takewhile(lambda part: not part.startswith("-"), one)) for one in commands("", "r", "g")}
-    missing = [name for name in walk(get_command(app), "") if not any(f"{one} ".startswith(f"{name} ") for one in run)]
+    run = {
+        " ".join(itertools.takewhile(lambda part: not part.startswith("-"), args)) for args in commands("", "r", "g")
+    }
+    missing = [
+        name for name in walk(get_command(app), "") if not any(f"{verb} ".startswith(f"{name} ") for verb in run)
+    ]
     assert set(missing) - SERVING == set()
