@@ -57,6 +57,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.process
 async def test_the_server_runs_as_long_as_its_context() -> None:
     async with stand_in(SERVER) as server:
         pid = server.pid
@@ -67,18 +68,21 @@ async def test_the_server_runs_as_long_as_its_context() -> None:
     assert server.pid is None
 
 
+@pytest.mark.process
 async def test_the_last_line_of_a_server_that_exits_at_start_is_the_error() -> None:
     with pytest.raises(StartError, match=r"^this CPU has no AVX2$"):
         async with stand_in("import sys; print('noise', flush=True); sys.exit('this CPU has no AVX2')"):
             pass
 
 
+@pytest.mark.process
 async def test_a_server_that_exits_without_output_raises_start_error() -> None:
     with pytest.raises(StartError, match="exited without a message"):
         async with stand_in("pass"):
             pass
 
 
+@pytest.mark.process
 async def test_a_server_not_healthy_in_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
     server = stand_in("import time; time.sleep(60)")
@@ -87,6 +91,7 @@ async def test_a_server_not_healthy_in_time_is_stopped(monkeypatch: pytest.Monke
     assert server.pid is None
 
 
+@pytest.mark.process
 async def test_a_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.2)
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
@@ -96,6 +101,7 @@ async def test_a_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.Monke
     assert not alive(pid)
 
 
+@pytest.mark.process
 async def test_a_missing_program_raises_start_error() -> None:
     with pytest.raises(StartError, match="cannot start"):
         async with EmbeddedServer(["/nowhere/python"]):
@@ -119,6 +125,7 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.process
 async def test_the_files_of_the_server_are_in_a_private_temporary_folder(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +152,7 @@ def test_a_folder_too_deep_for_sockets_is_not_set_as_tmpdir() -> None:
     assert embedded._environment(deep).get("TMPDIR") == os.environ.get("TMPDIR")
 
 
+@pytest.mark.process
 async def test_a_killed_server_is_restarted_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "FIRST_WAIT_S", 0.01)
     calls: list[str] = []
@@ -160,6 +168,7 @@ async def test_a_killed_server_is_restarted_and_reported(monkeypatch: pytest.Mon
             assert response.status == 200
 
 
+@pytest.mark.process
 async def test_a_server_that_keeps_failing_to_restart_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
