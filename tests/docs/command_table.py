@@ -8,20 +8,20 @@ from __future__ import annotations
 from typing import Final
 
 PROGRAMS: Final = frozenset({"autotts", "curl", "export"})
-"""Programs whose commands run as they are written, unless a table below says otherwise."""
+"""Programs whose commands run unchanged, unless a table below says otherwise."""
 
 NOT_RUN: Final = {
     "make run": "starts the embedded model; tests/proxy/test_cli.py runs `autotts serve` with it",
     'make run ARGS="--port 9000 --beta 0.5"': "starts the embedded model; tests/docs/test_make.py has its dry run",
     "make run UPSTREAM=http://gpu-machine:8000": "tests/docs/test_make.py runs it",
-    "make test": "is what runs this test",
+    "make test": "runs these tests itself",
     "make demo": "takes minutes on the embedded model; tests/proxy/commands/test_demo.py has its table",
     "pip install .": "installs packages; the environment of the tests was made by `pip install --editable .`",
     "pip install build": "installs packages; the extra `dev` has it",
     "python -m build --wheel": "tests/docs/test_make.py builds one",
     "pip install dist/autotts_proxy-*.whl": "installs packages; tests/docs/test_make.py looks into the wheel",
     "vllm serve Qwen/Qwen3-8B --reasoning-parser qwen3 --enable-prompt-tokens-details": "needs a GPU and the model",
-    'export PATH="$PWD/.venv/bin:$PATH"': "the tests have a path of their own",
+    'export PATH="$PWD/.venv/bin:$PATH"': "the tests set their own PATH",
     "python -m tests.faults.attack": "takes minutes; tests/faults/test_hostile.py makes the same attacks",
     "autotts import jsonl ../shared/replay/boinf/aime202*.jsonl.xz --store boinf.db": "needs the public recordings",
     "autotts evaluate --recordings boinf.db --controllers sc@64,asc,adaptive_consistency,short_m_at_k,cmc --betas 1 "
@@ -49,13 +49,13 @@ CHANGED: Final = {
     "--as canary": "--as canary --force",
     "--as champion": "--as champion --force",
 }
-"""Parts of commands that are written differently for the test, so that it is quick, or because a verdict on made-up
-recordings does not let a controller pass."""
+"""Parts of commands that the test replaces, to be quick or because no controller passes the gate on made-up
+recordings."""
 
 STATUSES: Final = {
     "autotts gate": (0, 1),  # any verdict on made-up recordings
     "autotts parity": (0, 1, 3),  # made-up episodes need not agree with replay, nor be comparable
     "autotts store forget --tenant": (0, 2),  # the store may hold nothing of that tenant
-    "autotts store forget --anonymous": (0, 2),  # nor of requests without a key
+    "autotts store forget --anonymous": (0, 2),  # the store may hold nothing without a key
 }
-"""Statuses with which a command may end, by its beginning; others must end with 0."""
+"""Allowed exit statuses of commands by their beginning. All other commands must exit with 0."""

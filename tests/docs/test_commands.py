@@ -42,7 +42,7 @@ IMPORTING: Final = ("docs/discovery.md", "docs/promotion.md", "docs/calibration.
 SHELL_PAGES: Final = sorted({block.page for block in BLOCKS if block.language in SHELL})
 
 loops = pytest.mark.asyncio(loop_scope="session")
-one_worker = pytest.mark.xdist_group("manual")  # so that a run prepares one workshop
+one_worker = pytest.mark.xdist_group("manual")  # so that a parallel run prepares one workshop only
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

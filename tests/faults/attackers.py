@@ -122,7 +122,7 @@ async def run_upstream() -> None:
 
 
 class Target(NamedTuple):
-    """What an attacker knows."""
+    """The knowledge of an attacker."""
 
     host: str
     port: int

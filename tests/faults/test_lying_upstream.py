@@ -325,11 +325,11 @@ def test_a_line_over_the_limit_raises_protocol_error() -> None:
 
 def test_the_reply_meter_extends_its_buffer_in_place() -> None:
     for is_stream in (False, True):
-        bill = BoundedReplyMeter(TokenBound(max_tokens=100, completions=1), is_stream=is_stream)
-        held = bill._held
+        meter = BoundedReplyMeter(TokenBound(max_tokens=100, completions=1), is_stream=is_stream)
+        held = meter._held
         for _ in range(1000):
-            bill.feed(b"x")
-        assert bill._held is held
+            meter.feed(b"x")
+        assert meter._held is held
         assert len(held) == 1000
 
 

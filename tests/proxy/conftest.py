@@ -1,4 +1,4 @@
-"""A proxy over the fake vLLM, both real servers on loopback, and clients of it."""
+"""Fixtures: a proxy over the fake vLLM, both real servers on loopback, and clients of the proxy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ INTERVAL = 40
 SMALL = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "ping_s": 0.05, "read_timeout_s": 5}
 
 SERVED = [name for name in BUILT_IN if name not in ADMIN_ONLY]
-"""Controllers that anybody may name."""
+"""Controllers that any client may name."""
 
 
 class Proxy(NamedTuple):
-    """A running proxy: what is behind it and how to ask it."""
+    """A running proxy, the fake vLLM behind it, and clients to send requests with."""
 
     backend: FakeVLLM
     url: str
@@ -31,7 +31,7 @@ class Proxy(NamedTuple):
     openai: AsyncOpenAI
 
     async def ask(self, beta: str | None = "0.5", raw: bytes | None = None, **fields: Any) -> tuple[int, Any, Any]:
-        """Status, headers and JSON of a chat request; `fields` override its body."""
+        """Send a chat request and return (status, headers, JSON). `fields` override its body."""
         body = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}], **fields}
         headers = {} if beta is None else {"x-tts-beta": beta}
         sent: dict[str, Any] = {"json": body} if raw is None else {"data": io.BytesIO(raw)}
@@ -40,7 +40,7 @@ class Proxy(NamedTuple):
             return response.status, response.headers, await response.json(content_type=None)
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that carry `labels`."""
+        """Return the sum of a metric's samples that carry `labels`."""
         from prometheus_client.parser import text_string_to_metric_families
 
         async with self.http.get(f"{self.url}/metrics") as response:
@@ -51,7 +51,7 @@ class Proxy(NamedTuple):
 
 @pytest_asyncio.fixture
 async def backend() -> AsyncIterator[FakeVLLM]:
-    """Chains that mostly say 7, of several lengths."""
+    """Serve chains of several lengths that mostly answer 7."""
     chains = [chain("7" if i % 4 else "9", 100 + 17 * (i % 7), ["", "7"], mark=chr(97 + i % 26)) for i in range(64)]
     async with FakeVLLM(chains, INTERVAL).serve() as fake:
         yield fake

@@ -1,4 +1,4 @@
-"""Asks who is at the other end of its channel."""
+"""Asks for the credentials of the other end of its channel."""
 
 import socket
 

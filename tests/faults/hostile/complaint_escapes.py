@@ -1,4 +1,4 @@
-"""Complains in control characters."""
+"""Raises an error whose message contains control characters."""
 
 
 def attack(state):

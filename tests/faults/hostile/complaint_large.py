@@ -1,4 +1,4 @@
-"""Complains at length."""
+"""Raises an error with a message of 8 MiB."""
 
 
 def attack(state):

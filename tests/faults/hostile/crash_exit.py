@@ -1,4 +1,4 @@
-"""Leaves without a word."""
+"""Exits without a message."""
 
 import os
 

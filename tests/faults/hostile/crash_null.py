@@ -1,4 +1,4 @@
-"""Reads where nothing is."""
+"""Reads from a null pointer."""
 
 import ctypes
 

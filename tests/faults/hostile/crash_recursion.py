@@ -1,4 +1,4 @@
-"""Calls itself for ever, having lifted the interpreter's own limit."""
+"""Recurses without end after raising the interpreter's recursion limit."""
 
 import sys
 

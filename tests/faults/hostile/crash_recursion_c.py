@@ -1,4 +1,4 @@
-"""Has C code call itself for ever."""
+"""Makes C code recurse without end."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Takes references that are not its own."""
+"""Releases references that it does not own."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Looks through its callers for whoever knows the question."""
+"""Searches the frames of its callers for objects that hold the question or the settings."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Looks through every object of its process for whoever knows the question."""
+"""Searches all objects of its process for those that hold the question or the settings."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Asks the C library for a key, whatever Python was told."""
+"""Reads a key with the C library's `getenv`, past Python's `os.environ`."""
 
 import ctypes
 

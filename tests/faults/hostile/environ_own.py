@@ -1,4 +1,4 @@
-"""Reads the environment it was started with."""
+"""Reads its initial environment from /proc."""
 
 
 def attack(state):

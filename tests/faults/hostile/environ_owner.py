@@ -1,4 +1,4 @@
-"""Climbs to its owner and reads the keys there."""
+"""Reads the key from the environment of its ancestor processes."""
 
 import os
 

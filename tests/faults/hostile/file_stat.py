@@ -1,4 +1,4 @@
-"""Asks what a file is."""
+"""Reads the metadata of a file."""
 
 import os
 

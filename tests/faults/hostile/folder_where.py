@@ -1,4 +1,4 @@
-"""Asks which folder it is in."""
+"""Asks for its working directory."""
 
 import os
 

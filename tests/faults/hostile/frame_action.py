@@ -1,4 +1,4 @@
-"""Decides on what only looks like an action."""
+"""Returns an object that only looks like an action."""
 
 
 class Looks:

@@ -1,4 +1,4 @@
-"""Answers before it is asked."""
+"""Sends a decision before it is asked for one."""
 
 import os
 import struct

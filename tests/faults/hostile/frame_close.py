@@ -1,4 +1,4 @@
-"""Closes its end."""
+"""Closes its end of the channel."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Announces more than it sends, and waits."""
+"""Announces a longer frame than it sends, and waits."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Decides on a list that is longer than it says."""
+"""Returns a list of actions with a false length."""
 
 
 class Liar(list):

@@ -1,4 +1,4 @@
-"""Answers nothing."""
+"""Sends an empty frame."""
 
 import os
 import struct

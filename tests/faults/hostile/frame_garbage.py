@@ -1,4 +1,4 @@
-"""Sends what means nothing."""
+"""Sends meaningless bytes over the channel."""
 
 import os
 

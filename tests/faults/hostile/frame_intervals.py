@@ -1,4 +1,4 @@
-"""Advances by less than nothing."""
+"""Sends an advance by a negative number of intervals."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Claims more actions than there could be."""
+"""Claims to send more actions than are possible."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Answers for episodes it does not have."""
+"""Sends decisions for more episodes than it has."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Claims fewer actions than none."""
+"""Claims to send a negative number of actions."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Answers another question."""
+"""Sends a reply with the number of another request."""
 
 import os
 import struct

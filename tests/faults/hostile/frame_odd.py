@@ -1,4 +1,4 @@
-"""Announces a frame of no whole number of numbers."""
+"""Sends a frame whose size is not a multiple of 8 bytes."""
 
 import os
 import struct

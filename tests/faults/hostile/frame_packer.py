@@ -1,4 +1,4 @@
-"""Replaces what packs its frames by something a thousand times as large."""
+"""Replaces the function that packs its frames by one that makes frames of 4 MiB."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Reads what it was not given, for ever."""
+"""Reads from the channel without end."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Uses a verb there is not."""
+"""Sends an action of an unknown kind."""
 
 import os
 import struct

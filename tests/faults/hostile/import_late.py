@@ -1,4 +1,4 @@
-"""Puts back the way modules are found, and imports one."""
+"""Restores the import machinery and imports a module."""
 
 import importlib.machinery
 import sys

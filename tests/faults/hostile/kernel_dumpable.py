@@ -1,4 +1,4 @@
-"""Makes itself readable by others."""
+"""Makes its memory readable by other processes."""
 
 import ctypes
 

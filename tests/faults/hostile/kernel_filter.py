@@ -1,4 +1,4 @@
-"""Takes its filter of system calls off."""
+"""Removes its system call filter."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Never comes back from raising: its error's text has no end."""
+"""Raises an error whose message never stops being computed."""
 
 
 class Endless(Exception):

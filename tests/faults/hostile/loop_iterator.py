@@ -1,4 +1,4 @@
-"""Looks for something true in an iterator that has no end."""
+"""Searches an endless iterator for a true value."""
 
 
 def attack(state):

@@ -1,4 +1,4 @@
-"""Waits for a lock nobody will open."""
+"""Waits for a lock that is never released."""
 
 import _thread
 

@@ -1,4 +1,4 @@
-"""Never comes back, and swallows whatever is thrown at it."""
+"""Loops forever and catches every exception."""
 
 
 def attack(state):

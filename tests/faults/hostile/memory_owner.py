@@ -10,8 +10,8 @@ class Vector(ctypes.Structure):
 
 def attack(state):
     buffer = ctypes.create_string_buffer(8)
-    here = Vector(ctypes.addressof(buffer), 8)
-    there = Vector(id(state), 8)  # forked from it, so it lies there too
+    local = Vector(ctypes.addressof(buffer), 8)
+    remote = Vector(id(state), 8)  # forked from it, so it lies remote too
     libc = ctypes.CDLL(None)
-    read = libc.process_vm_readv(os.getppid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    read = libc.process_vm_readv(os.getppid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
     return read == 8 and "read"

@@ -1,4 +1,4 @@
-"""Asks the kernel for chance."""
+"""Reads random bytes from the kernel."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Makes one system call past Python and the C library; the suite fills in which, and with what."""
+"""Makes one raw system call; the suite fills in its number and arguments."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Has itself woken."""
+"""Sets an alarm signal."""
 
 import _signal as signal
 

@@ -1,4 +1,4 @@
-"""Sees whether it may signal everyone."""
+"""Checks whether it may signal all processes."""
 
 import os
 

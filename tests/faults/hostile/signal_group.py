@@ -1,4 +1,4 @@
-"""Sees whether it may signal its group."""
+"""Checks whether it may signal its process group."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Sees whether it may signal its parent."""
+"""Checks whether it may signal its parent."""
 
 import os
 

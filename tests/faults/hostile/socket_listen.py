@@ -1,4 +1,4 @@
-"""Listens."""
+"""Listens on a TCP socket."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Looks a host up."""
+"""Resolves a host name."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Talks to the kernel about networks."""
+"""Opens a netlink socket."""
 
 import socket
 

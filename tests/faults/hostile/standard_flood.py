@@ -1,4 +1,4 @@
-"""Floods where errors are written."""
+"""Floods its standard output and error."""
 
 import os
 

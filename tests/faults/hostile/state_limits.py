@@ -1,4 +1,4 @@
-"""Gives itself other limits, and opens branches by them."""
+"""Raises the limits in its copy of the state and opens that many branches."""
 
 import dataclasses
 

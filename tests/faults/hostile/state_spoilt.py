@@ -1,4 +1,4 @@
-"""Spoils its copy of the state, so that all looks free and finished."""
+"""Changes its copy of the state, so that all branches look free and finished."""
 
 
 def attack(state):

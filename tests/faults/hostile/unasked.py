@@ -1,4 +1,4 @@
-"""Answer, and go on computing."""
+"""Computes forever after its decision is sent."""
 
 import sys
 

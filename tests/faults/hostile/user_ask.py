@@ -1,4 +1,4 @@
-"""Asks who it is."""
+"""Asks for its user id."""
 
 import os
 

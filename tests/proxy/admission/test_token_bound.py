@@ -180,9 +180,9 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "total_tokens": 45, "compl
 PLAIN = TokenBound(max_tokens=500, adds_usage=True, shows_tokens=True)
 
 
-def read(bill: BoundedReplyMeter, pieces: Sequence[bytes], *, finish: bool = True) -> bytes:
-    output = b"".join(bill.feed(piece) for piece in pieces)
-    return output + (bill.finish() if finish else b"")
+def read(meter: BoundedReplyMeter, pieces: Sequence[bytes], *, finish: bool = True) -> bytes:
+    output = b"".join(meter.feed(piece) for piece in pieces)
+    return output + (meter.finish() if finish else b"")
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
@@ -201,22 +201,22 @@ def test_only_a_usage_event_the_proxy_asked_for_is_removed_from_a_stream(
     first = b": ping\n\n" + sse(delta("a"), delta("é\n\ndata: "), {"choices": [], "usage": None})
     after = b"event: x\nid: 7\ndata: {not json\n\n\n" + sse(None) + b"data: tail"
     stream = (first + sse(USAGE) + after).replace(b"\n", line)
-    bill = BoundedReplyMeter(PLAIN._replace(adds_usage=has_asked), is_stream=True)
-    assert read(bill, cut(stream, places)) == (stream if not has_asked else (first + after).replace(b"\n", line))
-    assert bill.cost == 42
+    meter = BoundedReplyMeter(PLAIN._replace(adds_usage=has_asked), is_stream=True)
+    assert read(meter, cut(stream, places)) == (stream if not has_asked else (first + after).replace(b"\n", line))
+    assert meter.cost == 42
 
 
 def test_a_usage_event_without_a_final_blank_line_is_read() -> None:
-    bill = BoundedReplyMeter(PLAIN, is_stream=True)
-    assert read(bill, [sse(delta("a")), sse(USAGE).rstrip()]) == sse(delta("a"))
-    assert bill.cost == 42
+    meter = BoundedReplyMeter(PLAIN, is_stream=True)
+    assert read(meter, [sse(delta("a")), sse(USAGE).rstrip()]) == sse(delta("a"))
+    assert meter.cost == 42
 
 
 def test_the_usage_of_a_responses_stream_is_read_from_its_completed_event() -> None:
     last = {"type": "response.completed", "response": {"usage": {"output_tokens": 9}, "metadata": {}}}
     stream = sse({"type": "response.created", "response": {"usage": None}}, last)
-    bill = BoundedReplyMeter(TokenBound(max_tokens=500, adds_usage=True), is_stream=True)
-    assert (read(bill, [stream]), bill.cost) == (stream, 9)
+    meter = BoundedReplyMeter(TokenBound(max_tokens=500, adds_usage=True), is_stream=True)
+    assert (read(meter, [stream]), meter.cost) == (stream, 9)
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=9), st.booleans())
@@ -225,9 +225,9 @@ def test_the_usage_of_a_plain_reply_is_read_at_any_position(places: list[int], b
     rest = {"choices": [{"text": '"completion_tokens": 1'}], "tools": [{"usage": {"output_tokens": 1}}]}
     more = {"prompt_token_ids": list(range(2000)), "completion_tokens": 2}
     reply = json.dumps({**more, **rest, **usage} if behind else {**usage, **rest, **more}).encode()
-    bill = BoundedReplyMeter(PLAIN, is_stream=False)
-    assert read(bill, cut(reply, places)) == reply
-    assert bill.cost == 42
+    meter = BoundedReplyMeter(PLAIN, is_stream=False)
+    assert read(meter, cut(reply, places)) == reply
+    assert meter.cost == 42
 
 
 def test_a_reply_without_usage_costs_its_shown_text_or_its_bound() -> None:
@@ -239,9 +239,9 @@ def test_a_reply_without_usage_costs_its_shown_text_or_its_bound() -> None:
         (PLAIN._replace(shows_tokens=False), True, 500),
         (PLAIN, False, 500),
     ):
-        bill = BoundedReplyMeter(bound, is_stream=is_stream)
-        read(bill, [shown], finish=False)
-        assert bill.cost == cost
+        meter = BoundedReplyMeter(bound, is_stream=is_stream)
+        read(meter, [shown], finish=False)
+        assert meter.cost == cost
 
 
 @pytest.mark.parametrize("tokens", [None, -1, "9", 1.5, True, [], 10**30])
@@ -251,29 +251,29 @@ def test_an_invalid_usage_costs_the_bound(usage: Any, tokens: Any) -> None:
         usage = dict.fromkeys(usage, tokens)
     for is_stream in (False, True):
         chunk = {"choices": [], "usage": usage}
-        bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=is_stream)
-        read(bill, [sse(chunk) if is_stream else json.dumps(chunk).encode()])
-        assert bill.cost == 500
+        meter = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=is_stream)
+        read(meter, [sse(chunk) if is_stream else json.dumps(chunk).encode()])
+        assert meter.cost == 500
 
 
 def test_beam_search_costs_its_bound() -> None:
-    bill = BoundedReplyMeter(PLAIN._replace(is_usage_complete=False), is_stream=False)
-    read(bill, [json.dumps(USAGE).encode()])
-    assert bill.cost == 500
+    meter = BoundedReplyMeter(PLAIN._replace(is_usage_complete=False), is_stream=False)
+    read(meter, [json.dumps(USAGE).encode()])
+    assert meter.cost == 500
 
 
 def test_a_usage_on_a_choice_event_is_not_taken_as_the_total() -> None:
-    bill = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=True)
-    assert read(bill, [both := sse(delta("a", usage={"completion_tokens": 1}))]) == both
-    assert bill.cost == 500
+    meter = BoundedReplyMeter(PLAIN._replace(shows_tokens=False), is_stream=True)
+    assert read(meter, [both := sse(delta("a", usage={"completion_tokens": 1}))]) == both
+    assert meter.cost == 500
 
 
 def test_an_event_too_long_to_hold_is_forwarded_and_costs_the_bound() -> None:
     for is_stream in (False, True):
-        bill = BoundedReplyMeter(PLAIN, is_stream=is_stream)
+        meter = BoundedReplyMeter(PLAIN, is_stream=is_stream)
         long = [b"data: " + b"x" * (MAX_HELD_BYTES // 2)] * 3
-        assert read(bill, [*long, sse(USAGE)]) == b"".join(long) + sse(USAGE)
-        assert (bill.cost, bill._held) == (500, bytearray())
+        assert read(meter, [*long, sse(USAGE)]) == b"".join(long) + sse(USAGE)
+        assert (meter.cost, meter._held) == (500, bytearray())
 
 
 def test_the_last_reported_tokens_are_read_from_the_end_of_a_reply() -> None:

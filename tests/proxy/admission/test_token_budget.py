@@ -142,15 +142,15 @@ class Budgets(RuleBasedStateMachine):
         last: list[Any] = [] if ends in ("no usage", "cut") else [{"choices": [], **usage}]
         events = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in [*chunks, *last])
         plain = json.dumps({"choices": chunks, **(usage if last else {})}).encode()
-        bill = BoundedReplyMeter(bound._replace(max_tokens=reserve.tokens), is_stream=is_stream)
+        meter = BoundedReplyMeter(bound._replace(max_tokens=reserve.tokens), is_stream=is_stream)
         reply = events if is_stream else plain
         for at in range(0, len(reply) if is_stream or ends != "cut" else 1, size):
-            bill.feed(reply[at : at + size])
+            meter.feed(reply[at : at + size])
         if ends != "cut":
-            bill.finish()
-        assert 0 <= bill.cost <= reserve.tokens
-        assert bill.cost >= generated or ends == "wrong usage"
-        self.settle(reserve, bill.cost)
+            meter.finish()
+        assert 0 <= meter.cost <= reserve.tokens
+        assert meter.cost >= generated or ends == "wrong usage"
+        self.settle(reserve, meter.cost)
 
     @rule(reserve=consumes(running), share=st.floats(0, 1))
     def fail(self, reserve: Reservation | None, share: float) -> None:

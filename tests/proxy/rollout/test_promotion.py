@@ -153,9 +153,9 @@ async def test_requests_are_assigned_to_the_canary_by_id_according_to_its_share(
 async def test_a_running_proxy_follows_promotions_and_rollbacks(serve: Serve, registry: Registry) -> None:
     async with serve() as proxy:
         assert await decider(proxy) == (DEFAULT, "champion")
-        one = install(registry, "one", HONEST, RolloutStage.CANARY, share=1.0)
+        digest = install(registry, "one", HONEST, RolloutStage.CANARY, share=1.0)
         assert await decider(proxy) == ("one", "canary")
-        registry.promote(one, RolloutStage.CHAMPION, 0, ME)
+        registry.promote(digest, RolloutStage.CHAMPION, 0, ME)
         assert await decider(proxy) == ("one", "champion")
         install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
         assert await decider(proxy) == ("two", "champion")
@@ -169,17 +169,20 @@ async def test_a_running_proxy_follows_promotions_and_rollbacks(serve: Serve, re
 async def test_running_episodes_finish_with_the_controller_they_began_with(
     serve: Serve, backend: HeldVLLM, registry: Registry
 ) -> None:
-    one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    first_digest = install(registry, "one", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         backend.may.clear()
         first = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(1)
-        two = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
+        second_digest = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
         second = asyncio.create_task(proxy.ask("0.5"))
         await backend.waiting(2)
         backend.may.set()
         replies = [(await first)[2]["tts"], (await second)[2]["tts"]]
-        assert [(tts["controller_digest"], tts["branches"]) for tts in replies] == [(one[:12], 5), (two[:12], 10)]
+        assert [(tts["controller_digest"], tts["branches"]) for tts in replies] == [
+            (first_digest[:12], 5),
+            (second_digest[:12], 10),
+        ]
         assert [tts["fallback"] for tts in replies] == [None, None]
         assert [tts["stop"] for tts in replies] == ["answered", "answered"]
 
@@ -187,7 +190,7 @@ async def test_running_episodes_finish_with_the_controller_they_began_with(
 async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_once(
     serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = install(registry, "one", HONEST, RolloutStage.CHAMPION)
+    first_digest = install(registry, "one", HONEST, RolloutStage.CHAMPION)
     async with serve() as proxy:
         assert await decider(proxy) == ("one", "champion")
         sound = registry.file.read_bytes()
@@ -196,13 +199,13 @@ async def test_an_unreadable_registry_keeps_the_previous_champion_and_is_logged_
         assert caplog.text.count("registry.json: ") == 1
         assert "keeping champion one" in caplog.text
         registry.file.write_bytes(sound)
-        two = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
-        (registry.folder / f"{two}.py").write_text("# another\n")
+        second_digest = install(registry, "two", EXPENSIVE, RolloutStage.CHAMPION)
+        (registry.folder / f"{second_digest}.py").write_text("# another\n")
         assert await decider(proxy) == ("one", "champion")
-        assert f"{two}.py: the content does not match the hash in its name" in caplog.text
+        assert f"{second_digest}.py: the content does not match the hash in its name" in caplog.text
         registry.roll_back(ME)
         assert await decider(proxy) == ("one", "champion")
-        assert registry.read().champion == one
+        assert registry.read().champion == first_digest
 
 
 async def until_refused(url: str) -> None:
