@@ -24,7 +24,7 @@ CONSEQUENCES: Final[Mapping[str, str]] = MappingProxyType(
         "clients; put a reverse proxy in front that sets them",
     }
 )
-"""What happens with a version that was not tested, for the log."""
+"""Consequence of a version that was not tested, for the log."""
 
 
 @cache

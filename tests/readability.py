@@ -74,16 +74,11 @@ def long_readme() -> list[str]:
 
 
 def vague_names() -> list[str]:
-    """Return the local variables and parameters with a vague name."""
+    """Return the local variables and parameters with a vague name. Fields of classes are not local."""
     lines = []
     for path in modules():
         tree = _tree(path)
-        allowed = {
-            id(name)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.comprehension) and node.target.end_lineno == node.iter.end_lineno
-            for name in ast.walk(node.target)
-        }
+        allowed = {id(name) for node in ast.walk(tree) for name in _allowed_targets(node)}
         for node in ast.walk(tree):
             if isinstance(node, ast.arg) and node.arg in VAGUE:
                 lines.append(f"{path}:{node.lineno}: parameter {node.arg}")
@@ -91,6 +86,14 @@ def vague_names() -> list[str]:
                 is_vague = node.id in VAGUE and id(node) not in allowed
                 lines += [f"{path}:{node.lineno}: {node.id}"] if is_vague else []
     return lines
+
+
+def _allowed_targets(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the names that a comprehension on one line binds, and the fields that a class declares."""
+    if isinstance(node, ast.comprehension) and node.target.end_lineno == node.iter.end_lineno:
+        yield from ast.walk(node.target)
+    if isinstance(node, ast.ClassDef):
+        yield from (field.target for field in node.body if isinstance(field, ast.AnnAssign))
 
 
 RULES: Final[Mapping[str, Callable[[], list[str]]]] = {

@@ -231,8 +231,8 @@ def _accuracy(measured: ScoreSet, terms: GateTerms) -> Condition:
 
 def _losing(cells: Sequence[CellReport], terms: GateTerms) -> Condition:
     """Check that no cell loses more than allowed, significantly."""
-    lost = [one for one in cells if one.delta_afs < -terms.losing and one.high is not None and one.high < 0]
-    worst = min(lost or cells, key=lambda one: one.delta_afs)
+    lost = [cell for cell in cells if cell.delta_afs < -terms.losing and cell.high is not None and cell.high < 0]
+    worst = min(lost or cells, key=lambda cell: cell.delta_afs)
     text = f"{worst.model} {worst.benchmark}: ΔAFS {worst.delta_afs:+.2f}"
     return Condition("cells", not lost, True, worst.delta_afs, -terms.losing, text)
 

@@ -122,10 +122,10 @@ class SearchLoop:
         context = ExplorerContext(self._seed, self.steps, standings)
         if self._digester is None:
             return context
-        best = [one.candidate for one in context.leaders[:2]]
-        for one in best:
-            if one.digest not in self._digests:
-                self._digests[one.digest] = self._digester(one)
+        best = [leader.candidate for leader in context.leaders[:2]]
+        for candidate in best:
+            if candidate.digest not in self._digests:
+                self._digests[candidate.digest] = self._digester(candidate)
         # only the current leaders, because a resumed run has no digests of earlier ones
         return ExplorerContext(
             self._seed, self.steps, standings, {one.digest: self._digests[one.digest] for one in best}
@@ -144,7 +144,7 @@ class SearchLoop:
             one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, TrialSettings(FINAL_BETAS, fresh)))
             for one in leaders
         }
-        best = max((one.candidate for one in leaders), key=lambda one: tried[one.digest])
+        best = max((leader.candidate for leader in leaders), key=lambda candidate: tried[candidate.digest])
         curves = self._cascade.measure(best, TrialSettings(FINAL_BETAS, fresh), sealed=True)
         if self.history.events[-1].kind != "chosen":  # otherwise a finished run was resumed, which ends as before
             self.history.append(

@@ -99,8 +99,8 @@ def digest_traces(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Rec
         return "No episode ended with an answer."
     cells = {cell: number for number, cell in enumerate(dict.fromkeys(one.cell for one in studied), 1)}
     text = _overview(studied, len(cells))
-    for number, one in enumerate(_worst(studied, most), 1):
-        section = "\n\n" + _describe(one, f"Episode {number} (cell {cells[one.cell]}, β = {one.beta:g})")
+    for number, episode in enumerate(_worst(studied, most), 1):
+        section = "\n\n" + _describe(episode, f"Episode {number} (cell {cells[episode.cell]}, β = {episode.beta:g})")
         if len(text) + len(section) > LONGEST:
             break
         text += section
@@ -296,7 +296,7 @@ def _rounds(trace: Trace, episode: StudiedEpisode) -> tuple[list[str], str]:
 
 def _votes(votes: Mapping[int, int], correct: int | None, most: int = 4) -> str:
     """List labels by count with the correct one marked: `A 5, C+ 2 …`."""
-    ranked = sorted(votes.items(), key=lambda one: -one[1])
+    ranked = sorted(votes.items(), key=lambda item: -item[1])
     texts = [f"{_letter(label)}{'+' * (label == correct)} {count}" for label, count in ranked[:most]]
     return (", ".join(texts) or "–") + (" …" if len(ranked) > most else "")
 

@@ -12,7 +12,7 @@ from discovery.store.schema import COLUMNS, NUMBERS
 
 T = TypeVar("T")
 REPAIR_HINT: Final = "restore the store from a backup, or remove corrupt rows with `autotts store prune --corrupt`"
-"""What to do about a corrupt row; the end of every message about one."""
+"""Way out of a corrupt row, with which every message about one ends."""
 
 
 def row_fault(table: str, row: Sequence[Any]) -> str:

@@ -58,9 +58,9 @@ class EpisodeCaps(NamedTuple):
 
     @property
     def share_source(self) -> str | None:
-        """The part of `source` about a quarter of a minute's tokens; None if `tokens` does not derive from one."""
-        _, found, rest = self.source.partition(_SHARE_SOURCE)
-        return found + rest.rstrip(",") if found else None
+        """Part of `source` about a quarter of a minute's tokens; None if `tokens` does not derive from one."""
+        _, separator, rest = self.source.partition(_SHARE_SOURCE)
+        return separator + rest.rstrip(",") if separator else None
 
 
 def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:

@@ -19,7 +19,7 @@ LONGEST: Final = 20_000
 
 @dataclass(slots=True)
 class VotabilityState:
-    """What is known so far about whether one request's task can be voted on."""
+    """Evidence so far on whether the task of one request can be voted on."""
 
     votable: bool  # the task counts as votable
     confirmed: bool  # the task is votable: the client names an answer kind, or a branch has finished with an answer

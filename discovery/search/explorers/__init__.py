@@ -67,8 +67,8 @@ class ExplorerContext:
     @property
     def leaders(self) -> list[ScoredCandidate]:
         """Candidates that did not fail, best first; ties are broken by age, oldest first."""
-        scored = [one for one in self.standings if one.score is not None]
-        return sorted(scored, key=lambda one: -(one.score or 0.0))
+        scored = [candidate for candidate in self.standings if candidate.score is not None]
+        return sorted(scored, key=lambda candidate: -(candidate.score or 0.0))
 
 
 class Explorer(Protocol):

@@ -63,8 +63,8 @@ _DESCRIPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
 
 def _fill(text: str) -> str:
     """Wrap a docstring's text into lines."""
-    words, lines = text.split(), [""]
-    for word in words:
+    lines = [""]
+    for word in text.split():
         if len(lines[-1]) + len(word) > 110:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + word

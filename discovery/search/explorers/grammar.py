@@ -61,7 +61,7 @@ class Grammar:
 
     def _refine(self, context: ExplorerContext, mine: Sequence[ScoredCandidate]) -> list[Candidate]:
         """Return the next CMA-ES generation over the best genome's numbers, rebuilt from the earlier ones."""
-        leader = max((one for one in mine if one.score is not None), key=lambda one: one.score or 0.0)
+        leader = max((own for own in mine if own.score is not None), key=lambda own: own.score or 0.0)
         lineage = leader.candidate.genome.get("line") or leader.candidate.digest
         genome = {name: value for name, value in leader.candidate.genome.items() if name in space(_bare(leader))}
         numbers = [name for name, kind in space(genome).items() if isinstance(kind, FloatDistribution)]
