@@ -52,7 +52,7 @@ class Proof:
 
     @property
     def sealed(self) -> bool:
-        """Whether every required layer holds, alone and together with the others."""
+        """Whether every required layer refused its attempts, alone and together with the others."""
         return bool(self.trials) and self.lacking is None
 
     @property
@@ -66,7 +66,7 @@ class Proof:
         return None
 
     def of(self, layer: Layer) -> list[Trial]:
-        """Return the trials of one layer: no other applied layer could have refused the attempt."""
+        """Return the trials of a layer alone, in which no other layer could have refused the attempt."""
         base = Layer.PRIVILEGES if layer is not Layer.PRIVILEGES else Layer(0)
         return [trial for trial in self.trials if trial.layers in (layer, layer | base)]
 
@@ -96,4 +96,6 @@ def _judge(outcome: AttemptResult) -> tuple[bool, str]:
         return True, f"refused, {outcome.message}"
     if code == NOT_SEALED:
         return False, outcome.message
-    return False, "it could" if code == ESCAPED else f"nothing is proven, {outcome.message or f'it left with {code}'}"
+    if code == ESCAPED:
+        return False, "the attempt succeeded"
+    return False, f"inconclusive, {outcome.message or f'exit status {code}'}"

@@ -258,8 +258,12 @@ def _why(episode: ServedEpisode, stop: Stop | None, state: State, answer: str | 
     margin = _margin(state, name)
     best = "no answer had been given" if answer is None else f"the best answer so far was {answer}{margin}"
     if stop is Stop.ANSWERED:
-        who = "The controller" if fallback is None else "The baseline"
-        text = f"{who} ended it without an answer{margin}" if answer is None else f"{who} answered {answer}{margin}"
+        decider = "The controller" if fallback is None else "The baseline"
+        text = (
+            f"{decider} ended it without an answer{margin}"
+            if answer is None
+            else f"{decider} answered {answer}{margin}"
+        )
     elif (refused := about.get("refused")) is not None:
         text = f"{_REFUSED.get(refused, f'A round was refused ({refused})')}; {best}"
     elif stop is Stop.MAX_TOKENS:

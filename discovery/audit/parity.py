@@ -237,12 +237,12 @@ def _groups(
 ) -> Iterable[ParityGroup]:
     """Yield a group for each controller, β and model with recordings."""
     for key in sorted({_group_key(pair.episode) for pair in pairs}):
-        served = [one for one in episodes if _group_key(one) == key]
+        served = [episode for episode in episodes if _group_key(episode) == key]
         yield _group(served, [pair for pair in pairs if _group_key(pair.episode) == key], truth, shuffles)
 
 
 def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Truth, shuffles: int) -> ParityGroup:
-    live = [one for one in served if _left_out(one) is None]
+    live = [episode for episode in served if _left_out(episode) is None]
     spec, beta = pairs[0].spec, pairs[0].episode.beta
     orders = [(pair, branch_order(pair.recording, seed)) for pair in pairs for seed in range(shuffles)]
     widest = Limits(1, max(pair.replay_limits.max_branches for pair in pairs))
@@ -251,27 +251,27 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
     )
     by_pair = [replays[at : at + shuffles] for at in range(0, len(replays), shuffles)]
     tokens = _compared(
-        [(_question(one), one.about["spent"]) for one in live],
+        [(_question(episode), episode.about["spent"]) for episode in live],
         [
-            _Row(_question(pair.episode), pair.episode.about["spent"], [one.tokens for one in played])
+            _Row(_question(pair.episode), pair.episode.about["spent"], [replay.tokens for replay in played])
             for pair, played in zip(pairs, by_pair, strict=True)
         ],
     )
-    known = [one for one in live if truth.source(one.question) is not None]
+    known = [episode for episode in live if truth.source(episode.question) is not None]
     rows = [
         _Row(
             _question(pair.episode),
             100 * truth.is_right(pair.recording.question, pair.episode.answer),
-            [100 * (one.answer in pair.right) for one in played],
+            [100 * (replay.answer in pair.right) for replay in played],
         )
         for pair, played in zip(pairs, by_pair, strict=True)
         if pair.right is not None
     ]
-    right = [(_question(one), 100 * truth.is_right(one.question, one.answer)) for one in known]
+    right = [(_question(episode), 100 * truth.is_right(episode.question, episode.answer)) for episode in known]
     exhausted = [
-        one.width == pair.recording.branches < pair.limits.max_branches
+        replay.width == pair.recording.branches < pair.limits.max_branches
         for pair, played in zip(pairs, by_pair, strict=True)
-        for one in played
+        for replay in played
     ]
     return ParityGroup(
         controller=spec.name,
@@ -280,11 +280,11 @@ def _group(served: Sequence[ServedEpisode], pairs: Sequence[_Pair], truth: _Trut
         model=pairs[0].episode.model,
         episodes=len(live),
         recorded=len(pairs),
-        stops=_counted(one.stop for one in live),
-        left_out=_counted(why for one in served if (why := _left_out(one)) is not None),
-        labels=_counted(str(truth.source(one.question)) for one in known),
-        finalise=_average(one.ledger.get("finalise", 0) for one in live),
-        aborted=_average(one.ledger.get("aborted", 0) for one in live),
+        stops=_counted(episode.stop for episode in live),
+        left_out=_counted(why for episode in served if (why := _left_out(episode)) is not None),
+        labels=_counted(str(truth.source(episode.question)) for episode in known),
+        finalise=_average(episode.ledger.get("finalise", 0) for episode in live),
+        aborted=_average(episode.ledger.get("aborted", 0) for episode in live),
         exhausted=_average(exhausted),
         tokens=tokens,
         accuracy=_compared(right, rows, percent=True) if rows else None,
@@ -342,8 +342,9 @@ def _mean(values: Sequence[tuple[str, float]], percent: bool) -> MeanInterval:
 def _paired(rows: Sequence[_Row]) -> MeanInterval:
     """Return the mean of live less replayed, every question counting the same, with the interval expected by chance.
 
-    If replay agrees with live, the live order is as good as any shuffled one. So which of the orders was live is drawn
-    anew for every request. This is valid for few questions too, and where nearly all answers are right.
+    If replay agrees with live, the live order is as good as any shuffled one. For the interval, every request therefore
+    gets a random one of its orders as the live one. This is valid even for few questions and if nearly all answers are
+    right.
     """
     count = Counter(row.question for row in rows)
     weights = np.array([1 / (len(count) * count[row.question]) for row in rows])

@@ -46,8 +46,8 @@ def label(
     """Label questions from references, feedback and votes, and report how far these agree."""
     if json_to not in (None, "-"):
         check_writable_path(Path(json_to), "--json")
-    given = [] if references is None else read_questions(references)
-    report = asyncio.run(_fill(place, given, min_margin, min_branches))
+    questions = [] if references is None else read_questions(references)
+    report = asyncio.run(_fill(place, questions, min_margin, min_branches))
     figures = json.dumps(report.as_json(), indent=2) + "\n"
     if json_to == "-":
         sys.stdout.write(figures)

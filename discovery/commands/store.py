@@ -184,12 +184,15 @@ def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = Fa
     """Erase everything recorded of a request or a tenant permanently, including the bytes on disk."""
     if (bool(request), bool(tenant), anonymous).count(True) != 1:
         raise StoreError("forget: give exactly one of --request-id ID, --tenant HASH and --anonymous")
-    gone = with_store(place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant))
-    if not any(gone):
+    erased = with_store(
+        place, lambda opened: opened.forget(request=request or None, tenant=None if request else tenant)
+    )
+    if not any(erased):
         raise RecordingsNotFound(f"{place}: nothing is recorded of {request or tenant or 'requests without a key'}")
     wide_console().print(
-        f"{place}: erased {gone.episodes} episodes, {gone.feedback} feedback entries, {gone.recordings} recordings, "
-        f"{gone.labels} labels, and {gone.questions} questions without other recordings",
+        f"{place}: erased {erased.episodes} episodes, {erased.feedback} feedback entries, "
+        f"{erased.recordings} recordings, {erased.labels} labels, and "
+        f"{erased.questions} questions without other recordings",
         highlight=False,
     )
 

@@ -151,7 +151,7 @@ def _show_served(episode: ServedEpisode, as_json: bool) -> None:
     console = wide_console()
     _print(console, _heading(explanation))
     console.print(_rounds("rounds", explanation["rounds"]))
-    if any(one["votes"] or one["leaning"] for one in explanation["rounds"]):
+    if any(item["votes"] or item["leaning"] for item in explanation["rounds"]):
         console.print(_vote_course(explanation["rounds"], console.width))
     if explanation["pruned"]:
         console.print(_pruned_table(explanation["pruned"]))
@@ -178,7 +178,7 @@ def _bill(explanation: Explanation) -> str:
 
 def _vote_course(rounds: Sequence[RoundSummary], width: int) -> Table:
     """Return a table of the votes over time: one row per answer, with a bar per round and the final count."""
-    names = {one["label"]: _clipped(one["answer"]) for at in rounds for one in (*at["votes"], *at["leaning"])}
+    names = {item["label"]: _clipped(item["answer"]) for at in rounds for item in (*at["votes"], *at["leaning"])}
     columns = min(len(rounds), WIDEST, max(LEAST, (width - max(map(len, names.values())) - BESIDE) // 2))
     sampled = [rounds[-1 - at * len(rounds) // columns] for at in range(columns)][::-1]
     series = {
@@ -194,7 +194,7 @@ def _vote_course(rounds: Sequence[RoundSummary], width: int) -> Table:
 
 
 def _count(ballots: Iterable[Ballot], label: int) -> int:
-    return next((one["count"] for one in ballots if one["label"] == label), 0)
+    return next((item["count"] for item in ballots if item["label"] == label), 0)
 
 
 def _bars(counts: Sequence[int], most: int) -> str:
@@ -213,7 +213,7 @@ def _estimates(estimates: Sequence[ConsistencyEstimate]) -> str:
     rests = format_branch_count(first["finished"], "finished")
     if first["unfinished"]:
         rests += f" and {first['unfinished']} unfinished ones"
-    costs = ", ".join(f"{one['estimated_tokens']:,} with {one['chains']}" for one in estimates)
+    costs = ", ".join(f"{item['estimated_tokens']:,} with {item['chains']}" for item in estimates)
     least = "at least " if first["at_least"] else ""
     return f"Estimated tokens of self-consistency, from {rests}: {least}{costs} chains."
 
@@ -241,7 +241,7 @@ def _actions(entry: RoundSummary) -> str:
 
 def _votes(ballots: Sequence[Ballot], most: int = 4) -> str:
     """List answers with their counts, highest first: `3: 12, 0: 2 …`."""
-    text = ", ".join(f"{_clipped(one['answer'])}: {one['count']}" for one in ballots[:most])
+    text = ", ".join(f"{_clipped(item['answer'])}: {item['count']}" for item in ballots[:most])
     return text + (" …" if len(ballots) > most else "")
 
 

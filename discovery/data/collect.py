@@ -73,7 +73,7 @@ class CollectionProgress:
 
 
 class Collector:
-    """Carries out one plan, once."""
+    """Records the branches of one plan. An object can be used only once."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Collector:
         self._in_flight: dict[BranchKey, str] = {}  # the slot of each branch
         self._elsewhere = 0  # other processes' branches in flight when the budget was last checked
         self._refused: dict[str, str] = {}  # the message by question
-        self._is_version_known = False  # a reply has shown how the proxy records now
+        self._is_version_known = False  # a reply of this run has shown the current version
         self._availability = asyncio.Lock()  # held by the branch that polls for the proxy
         self._began = timing.clock()
         self._progress = CollectionProgress(len(self._wanted))
@@ -186,7 +186,7 @@ class Collector:
         return self._plan.reserved_tokens(None if version is None else version.interval)
 
     async def _collect(self, key: BranchKey) -> None:
-        """Record one branch, or note why it was given up."""
+        """Record one branch, or the reason why it was skipped."""
         question, part = key
         try:
             result = await self._request(key)
@@ -207,7 +207,7 @@ class Collector:
             self._claims.give_back(self._name(key))
 
     def _refuse(self, question: str, message: str) -> None:
-        """Give up all branches of a question. Raises CollectError if the first questions are all refused alike."""
+        """Skip all branches of a question. Raises CollectError if the first questions all get the same error."""
         if question in self._refused:
             return
         self._refused[question] = message
@@ -275,7 +275,7 @@ async def collect(
     timing: RetryTiming = DEFAULT_TIMING,
     on_change: Callable[[CollectionProgress], None] = lambda _: None,
 ) -> CollectionProgress:
-    """Carry out `plan` with the proxy at `url`, whose admin key is `key`, and append branches to `out`.
+    """Collect the branches of `plan` from the proxy at `url`, whose admin key is `key`, and append branches to `out`.
 
     `budget` limits the tokens of all branches in `out` of this model and these settings, and of failed requests for
     them, which are recorded in `out`.lost. It is never exceeded, except by requests of a killed process.

@@ -92,17 +92,17 @@ class CollectionFile:
 
     def _check_question(self, recorded: RecordedQuestion, where: str) -> None:
         """Raise CollectError if a question's reference or split has changed since a branch of it was recorded."""
-        asked = self._questions.get(recorded.question)
-        if asked is None:
+        current = self._questions.get(recorded.question)
+        if current is None:
             return
-        split = asked.split or default_split(asked.question)
+        split = current.split or default_split(current.question)
         for name, known, now in (
-            ("reference", recorded.reference, asked.reference),
+            ("reference", recorded.reference, current.reference),
             ("split", recorded.split.value, split.value),
         ):
             if known != now:
                 raise CollectError(
-                    f"question {asked.id}: its {name} is now {now!r}, but {known!r} in {where}; "
+                    f"question {current.id}: its {name} is now {now!r}, but {known!r} in {where}; "
                     "set it back, correct all its lines there, or collect into another file"
                 )
 

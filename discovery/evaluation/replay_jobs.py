@@ -178,7 +178,7 @@ class _JobRunner:
         """Play every episode with the controller in sandbox processes, and audit some.
 
         An audited episode is played again, alone. If it then decides otherwise, or is late or dies twice, all episodes
-        fail: what the controller does depends on more than the episode.
+        fail, because the controller depends on more than the episode.
         """
         every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
@@ -196,7 +196,7 @@ class _JobRunner:
         ]
 
     def _play_all(self, every: Sequence[int], kept: Set[int]) -> list[_EpisodeResult]:
-        """Play all episodes; if a process was late or died, play them again with nothing beside them."""
+        """Play all episodes; if a process was late or died, play them all again in a single process."""
         episodes = [self._sandboxed_episode(at, keep=at in kept) for at in every]
         try:
             played = self._together(episodes, SANDBOXES_PER_JOB)
@@ -235,6 +235,7 @@ class _JobRunner:
     def _together(
         self, episodes: Sequence[Episode[_EpisodeResult]], processes: int, share: int = EPISODES_PER_PROCESS
     ) -> list[_EpisodeResult]:
+        """Run episodes in so many new sandbox processes, up to `share` at a time in each."""
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
         with ExitStack() as stack:
             workers: list[SandboxHandle] = []

@@ -196,10 +196,10 @@ def judge(measured: ScoreSet, terms: GateTerms, about: JudgementContext) -> Gate
 
 
 def _verdict(conditions: Sequence[Condition]) -> GateVerdict:
-    failed = [one for one in conditions if not one.held]
+    failed = [condition for condition in conditions if not condition.held]
     if not failed:
         return GateVerdict.PROMOTE
-    return GateVerdict.REJECT if any(one.final for one in failed) else GateVerdict.UNDECIDED
+    return GateVerdict.REJECT if any(condition.final for condition in failed) else GateVerdict.UNDECIDED
 
 
 def _pooled(values: Mapping[Cell, NDArray[np.float64]], measured: ScoreSet) -> NDArray[np.float64]:
@@ -241,7 +241,7 @@ def _path(measured: ScoreSet, terms: GateTerms) -> Condition:
     """Check the p95 critical path, averaged over cells, at the β where it exceeds its limit most."""
     finalist, champion = ([side.curves[cell].points for cell in measured.baselines] for side in measured.sides)
     interval = np.mean([baseline.interval for baseline in measured.baselines.values()])
-    paths, allowed = (np.array([[one.path for one in points] for points in side]) for side in (finalist, champion))
+    paths, allowed = (np.array([[point.path for point in points] for points in side]) for side in (finalist, champion))
     mean, bound = paths.mean(axis=0), terms.slowdown * allowed.mean(axis=0) + interval
     at = int(np.argmax(mean - bound))
     text = f"{mean[at]:,.0f} tokens at β = {finalist[0][at].beta:g}, {bound[at]:,.0f} allowed"

@@ -83,13 +83,14 @@ class Cascade:
         Raises EngineError, SandboxUnavailable.
         """
         verdicts: dict[int, CandidateVerdict] = {}
-        seen = {one.fingerprint: one.digest for one in reversed(known) if one.fingerprint}  # the first of each
+        # reversed, so that the first verdict of each fingerprint counts
+        seen = {earlier.fingerprint: earlier.digest for earlier in reversed(known) if earlier.fingerprint}
         remaining: dict[int, CandidateVerdict] = {}
         for at, candidate in enumerate(candidates):
             verdict = self._check(candidate, seen)
             (verdicts if verdict.failure else remaining)[at] = verdict
             seen.setdefault(verdict.fingerprint, candidate.digest)
-        best = max((one.few for one in known if one.few is not None), default=None)
+        best = max((earlier.few for earlier in known if earlier.few is not None), default=None)
         if self._plan.few > 1:
             for at, outcome in self._run_trials(candidates, remaining, self._plan.some):
                 if isinstance(outcome, str):

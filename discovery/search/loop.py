@@ -128,7 +128,7 @@ class SearchLoop:
                 self._digests[candidate.digest] = self._digester(candidate)
         # only the current leaders, because a resumed run has no digests of earlier ones
         return ExplorerContext(
-            self._seed, self.steps, standings, {one.digest: self._digests[one.digest] for one in best}
+            self._seed, self.steps, standings, {candidate.digest: self._digests[candidate.digest] for candidate in best}
         )
 
     def choose_finalist(self, shuffles: int = FINAL_SHUFFLES) -> Finalist:
@@ -136,13 +136,15 @@ class SearchLoop:
 
         Raises ExplorerError if no candidate was scored.
         """
-        leaders = [one for one in self.context().leaders if one.candidate.explorer != BASELINE][:FINALISTS]
+        leaders = [leader for leader in self.context().leaders if leader.candidate.explorer != BASELINE][:FINALISTS]
         if not leaders:
             raise ExplorerError(self._no_finalist())
         fresh = range(FIRST_FINAL_SHUFFLE, FIRST_FINAL_SHUFFLE + shuffles)
         tried = {
-            one.candidate.digest: mean_afs(self._cascade.measure(one.candidate, TrialSettings(FINAL_BETAS, fresh)))
-            for one in leaders
+            leader.candidate.digest: mean_afs(
+                self._cascade.measure(leader.candidate, TrialSettings(FINAL_BETAS, fresh))
+            )
+            for leader in leaders
         }
         best = max((leader.candidate for leader in leaders), key=lambda candidate: tried[candidate.digest])
         curves = self._cascade.measure(best, TrialSettings(FINAL_BETAS, fresh), sealed=True)
@@ -152,7 +154,7 @@ class SearchLoop:
                 {
                     "digest": best.digest,
                     "afs": round(mean_afs(curves), 6),
-                    "tried": {digest: round(found, 6) for digest, found in tried.items()},
+                    "tried": {digest: round(afs, 6) for digest, afs in tried.items()},
                     "curve": mean_curve(curves),
                 },
             )

@@ -94,10 +94,10 @@ def digest_traces(traces: Sequence[Path], recordings: Mapping[Cell, Sequence[Rec
 
     Raises TraceError, and RecordingsNotFound if a question of the traces is not among the recordings.
     """
-    studied = [one for path in sorted(traces) for one in _study(path, recordings, -(-LOOKED_AT // len(traces)))]
+    studied = [episode for path in sorted(traces) for episode in _study(path, recordings, -(-LOOKED_AT // len(traces)))]
     if not studied:
         return "No episode ended with an answer."
-    cells = {cell: number for number, cell in enumerate(dict.fromkeys(one.cell for one in studied), 1)}
+    cells = {cell: number for number, cell in enumerate(dict.fromkeys(episode.cell for episode in studied), 1)}
     text = _overview(studied, len(cells))
     for number, episode in enumerate(_worst(studied, most), 1):
         section = "\n\n" + _describe(episode, f"Episode {number} (cell {cells[episode.cell]}, β = {episode.beta:g})")

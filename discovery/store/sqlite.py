@@ -388,7 +388,9 @@ class Store:
         counts = {
             table: await transactions.fetch_number(self._reading, f"SELECT COUNT(*) FROM {table}") for table in COLUMNS
         }
-        messages = [f"{describe_row(table, row.key)}: {row.fault}" for table, found in bad.items() for row in found]
+        messages = [
+            f"{describe_row(table, row.key)}: {row.fault}" for table, bad_rows in bad.items() for row in bad_rows
+        ]
         return VerificationReport(counts, messages)
 
     async def _select(

@@ -38,10 +38,10 @@ class Grammar:
 
     def propose(self, context: ExplorerContext) -> list[Candidate]:
         """Return the classics first, then in turn new structures and refinements of the best genome."""
-        mine = [one for one in context.standings if one.candidate.explorer == self.name]
+        mine = [standing for standing in context.standings if standing.candidate.explorer == self.name]
         if not mine:
             return [self._candidate(context, at, genome, {}) for at, genome in enumerate(CLASSICS)]
-        if context.step % REFINED_EVERY and any(one.score is not None for one in mine):
+        if context.step % REFINED_EVERY and any(standing.score is not None for standing in mine):
             return self._refine(context, mine)
         return self._draw(context, mine)
 
@@ -55,7 +55,7 @@ class Grammar:
                 seed=context.rng.getrandbits(32), multivariate=True, group=True, constant_liar=True
             )
             study = optuna.create_study(direction="maximize", sampler=sampler)
-            study.add_trials([_as_trial(one, worst) for one in mine])
+            study.add_trials([_as_trial(standing, worst) for standing in mine])
             genomes = [_draw(study.ask()) for _ in range(self.batch)]
         return [self._candidate(context, at, genome, {}) for at, genome in enumerate(genomes)]
 
@@ -67,12 +67,12 @@ class Grammar:
         numbers = [name for name, kind in space(genome).items() if isinstance(kind, FloatDistribution)]
         if len(numbers) < 2:
             return self._draw(context, mine)
-        bred = [one for one in mine if one.candidate.genome.get("line") == lineage]
+        bred = [standing for standing in mine if standing.candidate.genome.get("line") == lineage]
         start = bred[0].candidate.genome["start"] if bred else _to_unit(genome, numbers)
         seed = context.rng.getrandbits(31)
         bounds = np.tile([0.0, 1.0], (len(numbers), 1))
         worst = failure_score(mine)
-        earlier = [(_unit(one, numbers), _value(one, worst)) for one in bred]
+        earlier = [(_unit(standing, numbers), _value(standing, worst)) for standing in bred]
         children = [
             _from_unit(genome, numbers, vector)
             for vector in next_generation(start, earlier, seed, self.batch, SIGMA, bounds)
