@@ -167,7 +167,7 @@ def _fields(node: ast.ClassDef) -> int:
 
 
 def _mentions(tree: ast.AST, word: str) -> bool:
-    """Whether a name, attribute or string contains `word`. `ast.unparse` is not used: it may recurse too deeply."""
+    """Return whether a name, attribute or string contains `word`. `ast.unparse` could recurse too deeply for this."""
     for node in ast.walk(tree):
         text = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
         if isinstance(text, str) and word in text:
@@ -176,7 +176,7 @@ def _mentions(tree: ast.AST, word: str) -> bool:
 
 
 def _is_init_false(tree: ast.AST) -> bool:
-    """Whether a call has the argument `init=False`."""
+    """Return whether a call has the argument `init=False`."""
     return any(
         isinstance(node, ast.keyword)
         and node.arg == "init"

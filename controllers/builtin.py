@@ -51,7 +51,7 @@ def create(name: str, beta: float) -> Controller:
 
 
 def is_admin_only(name: str) -> bool:
-    """Whether only admins may name the controller `name` or `name@N`."""
+    """Return whether only admins may name the controller `name` or `name@N`."""
     plain = name.partition("@")[0]
     return ALIAS_BETAS.get(plain, plain) in ADMIN_ONLY
 

@@ -45,7 +45,7 @@ class AdaptiveWaves:
         return [branch()] * wave if wave > 0 else [answer(state.leader())]
 
     def _settled(self, state: State, unfinished: int, sampled: int, most: int) -> bool:
-        """Whether to stop now, however the `unfinished` chains of the wave vote."""
+        """Return whether to stop now, however the `unfinished` chains of the wave vote."""
         first, second = top_two(state.votes)
         second += unfinished  # worst case: all of them vote for the runner-up
         if unfinished and first <= second:

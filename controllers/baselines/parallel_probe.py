@@ -64,7 +64,7 @@ class ParallelProbe:
         return Counter(chain.label for i, chain in chains if not chain.pruned and i not in silent)
 
     def _settled(self, state: State) -> bool:
-        """Whether the consensus stays the same whatever the unprobed chains would answer."""
+        """Return whether the consensus stays the same whatever the unprobed chains would answer."""
         first, second = top_two(self._counts(state))
         return first > second + len(self.silent)
 

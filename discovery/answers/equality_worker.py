@@ -34,7 +34,7 @@ def read(text: str) -> list[object]:
 
 
 def same(first: str, second: str) -> bool:
-    """Whether two answers are equal, to twelve digits where they are numbers."""
+    """Return whether two answers are equal, to twelve digits where they are numbers."""
     left, right = read(first), read(second)
     if not left or not right:
         return False
@@ -44,7 +44,7 @@ def same(first: str, second: str) -> bool:
 
 
 def _differ(left: object, right: object) -> bool:
-    """Whether values that agree to twelve places differ after all, as 1/2004! and 1/2006! do."""
+    """Return whether values that agree to twelve places differ after all, as 1/2004! and 1/2006! do."""
     if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
         return any(map(_differ, left, right))
     if isinstance(left, sympy.Tuple | sympy.Interval) and isinstance(right, sympy.Tuple | sympy.Interval):

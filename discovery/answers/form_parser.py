@@ -358,7 +358,7 @@ def _literal(text: str) -> CanonicalForm | None:
 
 
 def _is_range(text: str) -> bool:
-    """Whether text like `5-10` is a range or a score.
+    """Return whether text like `5-10` is a range or a score.
 
     `1911 - 648`, with spaces and decreasing from a large number, is a difference that was not computed.
     """

@@ -106,7 +106,7 @@ class Labels:
 
 
 def _might_equal(left: CanonicalForm, right: CanonicalForm) -> bool:
-    """Whether two different forms might be equal, so that math-verify should decide."""
+    """Return whether two different forms might be equal, so that math-verify should decide."""
     if left.exact and right.exact:
         return False
     if FormType.OTHER in (left.type, right.type):
@@ -135,5 +135,5 @@ def _might_be(form: CanonicalForm, other: CanonicalForm) -> bool:
 
 
 def _states(equation: CanonicalForm, value: CanonicalForm) -> bool:
-    """Whether an equation contains the variable of `value`, as `2x + 4y = 3` does for `y = …`."""
+    """Return whether an equation contains the variable of `value`, as `2x + 4y = 3` does for `y = …`."""
     return equation.shape == EQUATION and value.shape == "#" and bool(value.name) and value.name in equation.text

@@ -96,7 +96,7 @@ def _joined(text: str) -> str:
 
 
 def balanced(text: str) -> bool:
-    """Whether braces and brackets are balanced. Intervals may close with the other bracket: `[0, 1)`."""
+    """Return whether braces and brackets are balanced. Intervals may close with the other bracket: `[0, 1)`."""
     curly = round_ = 0
     for match in _BRACE.finditer(text):
         sign = match[0]

@@ -22,5 +22,5 @@ def redacted(answer: str) -> str:
 
 
 def is_redacted(answer: str) -> bool:
-    """Whether an answer is a complete hash as returned by `redacted`, not only text that begins like one."""
+    """Return whether an answer is a complete hash as returned by `redacted`, not only text that begins like one."""
     return _REDACTED.fullmatch(answer) is not None

@@ -154,7 +154,7 @@ class ExpressionParser(ExpressionBuilder):
         return total
 
     def starts_factor(self) -> bool:
-        """Whether the next token can follow a factor without an operator: `2x`, but not `2 3`."""
+        """Return whether the next token can follow a factor without an operator: `2x`, but not `2 3`."""
         token = self.tokens[self.at]
         if token.kind == "number":
             return self.tokens[self.at - 1].text in (")", "}", "]")
@@ -197,7 +197,7 @@ class ExpressionParser(ExpressionBuilder):
         return base
 
     def is_mixed(self, token: _Token) -> bool:
-        r"""Whether a number begins a mixed fraction, as in `3\frac{1}{2}` and `3 1/2`.
+        r"""Return whether a number begins a mixed fraction, as in `3\frac{1}{2}` and `3 1/2`.
 
         `3\frac{x}{2}` and `3\frac{5}{2}` are products.
         """

@@ -81,7 +81,7 @@ def _imports(genome: Genome) -> list[str]:
 
 
 def has_whole_votes(genome: Genome) -> bool:
-    """Whether votes are whole numbers."""
+    """Return whether votes are whole numbers."""
     return bool(genome["weight"] == "plain" and genome["pool"] == "finished")
 
 

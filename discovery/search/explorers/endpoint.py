@@ -276,7 +276,7 @@ def _usage(response: Response) -> tuple[int, int] | None:
 
 
 def _refused(response: Response) -> bool:
-    """Whether the endpoint refused the request, which costs nothing."""
+    """Return whether the endpoint refused the request, which costs nothing."""
     status = response.get("status")
     return isinstance(status, int) and HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
 

@@ -74,12 +74,12 @@ def knobs(genome: Genome) -> list[Knob]:
 
 
 def probes_running(genome: Genome) -> bool:
-    """Whether running chains are probed."""
+    """Return whether running chains are probed."""
     return bool(genome["pool"] == "all" or genome["prune"] == "deviant" or genome["pace"] == "lead")
 
 
 def has_horizon(genome: Genome) -> bool:
-    """Whether chains may be stopped before their end without being pruned."""
+    """Return whether chains may be stopped before their end without being pruned."""
     return bool(genome["depth"] == "horizon")
 
 
