@@ -44,7 +44,7 @@ async def run_episode(
 ) -> State:
     """Run `controller` until `state` stops, and return it.
 
-    Raises IllegalAction for an illegal action, ControllerError if `decide` raises, and whatever `execute` raises. The
+    Raises IllegalAction for an illegal action, ControllerError if `decide` raises, and the exceptions of `execute`. The
     state is then as after the last complete round. The caller may `end` it, or let another controller continue.
     """
     later: Callable[[State], Awaitable[Sequence[Action]]] | None = getattr(controller, "decide_later", None)

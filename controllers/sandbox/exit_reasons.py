@@ -33,7 +33,7 @@ def explain_late(deadline: Deadline, usage: ProcessUsage) -> BoundaryViolation |
 
 
 def explain_exit(
-    status: int | None, gone: bool, idle: bool, cpu_s: float, asked: float
+    status: int | None, gone: bool, idle: bool, cpu_s: float, requested_at: float
 ) -> BoundaryViolation | MachineDisturbed:
     """Explain the end of a process that closed its channel."""
     if status is None:
@@ -41,12 +41,14 @@ def explain_exit(
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGSYS:
-            return BoundaryViolation(Boundary.CALL, "the kernel killed it at a system call it may not make", asked)
+            return BoundaryViolation(
+                Boundary.CALL, "the kernel killed it at a system call it may not make", requested_at
+            )
         if number == signal.SIGKILL and not gone:
-            return BoundaryViolation(Boundary.DEAD, "it closed its channel", asked)
+            return BoundaryViolation(Boundary.DEAD, "it closed its channel", requested_at)
         if number == signal.SIGKILL and cpu_s > CPU_S - 1:
-            return BoundaryViolation(Boundary.DEAD, f"it has used up its {CPU_S} s of processor time", asked)
+            return BoundaryViolation(Boundary.DEAD, f"it has used up its {CPU_S} s of processor time", requested_at)
         if number == signal.SIGKILL and idle:
             return MachineDisturbed("a sealed process was killed from outside while it was idle")
-        return BoundaryViolation(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", asked)
-    return BoundaryViolation(Boundary.DEAD, f"it exited with status {os.waitstatus_to_exitcode(status)}", asked)
+        return BoundaryViolation(Boundary.DEAD, f"it was killed by {signal.Signals(number).name}", requested_at)
+    return BoundaryViolation(Boundary.DEAD, f"it exited with status {os.waitstatus_to_exitcode(status)}", requested_at)

@@ -81,7 +81,7 @@ class SandboxHandle:
         self._handle = os.pidfd_open(process)
         self._meter = ProcessUsageReader(process)
         self._channel = channel
-        self._sealed = False  # the process has said that it is sealed
+        self._sealed = False  # the process has confirmed that it is sealed
         self._number = 0  # of the latest frame
         self._ended: BoundaryViolation | MachineDisturbed | None = None  # why it can no longer decide
         self._idle: ProcessUsage | None = None  # usage at the latest answer; None while it decides

@@ -41,7 +41,7 @@ class _RunningEpisode:
     def __init__(self, controller: Controller, state: State) -> None:
         self.controller = controller
         self.state = state
-        self.asked: Sequence[Action] = ()
+        self.decided: Sequence[Action] = ()
 
 
 def serve() -> None:
@@ -102,15 +102,15 @@ def _turn(
             return at
     else:
         episode = episodes[numbers[at]]
-        actions, brought, at = decode_turn(numbers, at, episode.asked, facts)
-        episode.state.apply(actions, brought)
+        actions, round_facts, at = decode_turn(numbers, at, episode.decided, facts)
+        episode.state.apply(actions, round_facts)
     try:
-        episode.asked = episode.controller.decide(episode.state)
+        episode.decided = episode.controller.decide(episode.state)
     except BaseException as error:  # foreign code
         reply += encode_complaint(complaint(episode.controller, error))
         return at
     try:
-        reply += encode_actions(episode.asked)
+        reply += encode_actions(episode.decided)
     except BaseException as error:  # foreign objects
         reply += encode_complaint(f"{type(episode.controller).__name__} did not return a list of actions: {error}")
     return at

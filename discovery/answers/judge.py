@@ -43,7 +43,7 @@ class Judge:
 
     Workers start on first use and are replaced when they are killed. Results are cached, and a text that timed out is
     not compared again. Use it as a context manager, or `close` it. With `Clock.CPU` the timeout is in processor time,
-    so that results do not depend on the load of the machine; use that where nobody waits for the answer.
+    so that results do not depend on the load of the machine; use it where latency does not matter.
     """
 
     def __init__(self, seconds: float = 1.0, workers: int = 1, clock: Clock = Clock.WALL) -> None:

@@ -59,7 +59,7 @@ class Labels:
         return self._classes[label].written
 
     def undecided(self, form: CanonicalForm) -> list[tuple[int, str]]:
-        """Return the labels that `form` might have as far as forms can tell, each with its first answer's text.
+        """Return the labels that `form` might have, judged by forms alone, each with its first answer's text.
 
         Empty if the label is known. Compare with them in this order.
         """
@@ -94,7 +94,7 @@ class Labels:
         return label
 
     def _possible(self, form: CanonicalForm) -> Iterator[tuple[int, str]]:
-        """Yield the classes that `form` might belong to, as far as forms can tell."""
+        """Yield the classes that `form` might belong to, judged by forms alone."""
         for label, known in enumerate(self._classes):
             if self._joins(form, known) and form.text != known.form.text and _might_equal(form, known.form):
                 yield label, known.written

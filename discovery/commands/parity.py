@@ -141,8 +141,8 @@ def _show_decisions(console: Console, report: DecisionReport) -> None:
         _print(console, f"{label}: {controller.why}", "yellow")
     if report.disagreements:
         table = _table("decisions that differ", report.disagreements, ("request", "round", "replayed", "served"))
-        for request, number, asked, played in report.disagreements[:SHOWN]:
-            _row(table, request, str(number), _clipped(asked), _clipped(played))
+        for request, number, replayed, served_actions in report.disagreements[:SHOWN]:
+            _row(table, request, str(number), _clipped(replayed), _clipped(served_actions))
         console.print(table)
 
 

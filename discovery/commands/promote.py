@@ -153,8 +153,8 @@ def card_of(spec: Spec, report: Path | None, forced: bool = False) -> Card:
 
 def discovery_card(file: Path) -> dict[str, Any]:
     """Return the card that `autotts discover` wrote beside a controller's file; empty if there is none."""
-    beside = file.with_suffix(".json")
-    return {"discovery": _json(beside)} if beside.is_file() else {}
+    card_file = file.with_suffix(".json")
+    return {"discovery": _json(card_file)} if card_file.is_file() else {}
 
 
 def _json(path: Path) -> Any:

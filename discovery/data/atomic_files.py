@@ -87,7 +87,7 @@ def check_writable_path(path: Path, option: str) -> None:
 
 
 def is_database_file(path: Path) -> bool:
-    """Return whether `path` is an SQLite database, or the log, index or journal of one beside it.
+    """Return whether `path` is an SQLite database, or the log, index or journal of one.
 
     The database is opened by SQLite alone and without locking, because closing any descriptor of a file drops the locks
     that this process may hold on it.
@@ -124,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def last_line_end(descriptor: int) -> int:
-    """Return the offset after the last line end of an open file. What follows was being written when a process died."""
+    """Return the offset after the last line end of an open file. Later bytes are of an incomplete line."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         begin = max(0, end - BLOCK)

@@ -1,4 +1,4 @@
-"""The file that branches are collected into, and beside it the tokens that were lost to failures."""
+"""The file that branches are collected into, and a second file with the tokens of failed requests."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from discovery.data.recordings import Recording
 
 
 def write_mapped(recordings: Sequence[Recording], path: Path) -> Path:
-    """Write `recordings` to `path`, and their index beside it; return `path`. They must not have been replayed yet."""
+    """Write `recordings` to `path` and an index to a second file; return `path`. They must not have been replayed."""
     buffers: list[pickle.PickleBuffer] = []
     index = pickle.dumps(list(recordings), protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]

@@ -43,7 +43,7 @@ class LabelSource(StrEnum):
 
 
 class Origin(StrEnum):
-    """Where a recording comes from."""
+    """Origin of a recording."""
 
     IMPORTED = "imported"
     COLLECTED = "collected"

@@ -155,7 +155,7 @@ def calibrate(
     shuffles: int,
     answers: AnswerComparison = AnswerComparison.AUTO,
 ) -> Calibrations:
-    """Evaluate controllers, and self-consistency beside them, on some cells. Raises what `Evaluation.run` raises."""
+    """Evaluate controllers and self-consistency on some cells. Raises the errors of `Evaluation.run`."""
     played = list({spec.digest: spec for spec in (*specs, RIVAL)}.values())
     measured = score_controllers(
         Evaluation(source, cells, played, sorted(set(betas)), shuffles, answers, rules), engine

@@ -36,7 +36,7 @@ class RecordingBatch(NamedTuple):
 
 
 Engine = Callable[[Iterable[RecordingBatch], ReplayRules], Iterator[tuple[Job, JobResult]]]
-"""Runs batches as they come and yields each job's result in the order of the jobs. At most one batch is read ahead.
+"""Runs batches and yields the results in the order of the jobs. It reads at most one batch ahead.
 
 Closing the iterator stops jobs that have not run yet.
 """

@@ -99,7 +99,7 @@ class LabelChanges:
     """Labels that have changed, and the report on them."""
 
     labels: Sequence[Label]
-    gone: Sequence[Label]
+    removed: Sequence[Label]
     report: LabelReport
 
 
@@ -113,8 +113,8 @@ async def update_labels(
     inputs = await load_inputs(store)
     with Judge(clock=Clock.CPU) as judge:
         changes = compute_labels(inputs, references, min_margin, min_branches, judge)
-    if changes.labels or changes.gone:
-        await store.set_labels(changes.labels, changes.gone)
+    if changes.labels or changes.removed:
+        await store.set_labels(changes.labels, changes.removed)
     return changes.report
 
 
@@ -200,16 +200,16 @@ def compute_labels(
         for label in inputs.labels
         if label.source is not LabelSource.REFERENCE and is_any_of(label.answer, refuted.get(label.question, ()), judge)
     }
-    labels, gone = _changes(inputs.labels, wanted, invalid)
+    labels, removed = _changes(inputs.labels, wanted, invalid)
     contradicted = [
         question
         for question, answer in known.items()
         if question in own and not are_same_answer(own[question], answer, judge)
     ]
     report = LabelReport(
-        effective=_effective(inputs, wanted, gone),
+        effective=_effective(inputs, wanted, removed),
         written=_count_by_source(labels),
-        removed=_count_by_source(gone),
+        removed=_count_by_source(removed),
         unknown=len(given) - len(known),
         contradicted=len(contradicted),
         unheard=inputs.unheard,
@@ -224,7 +224,7 @@ def compute_labels(
             for low, high in pairwise(MARGIN_BINS)
         ],
     )
-    return LabelChanges(labels, gone, report)
+    return LabelChanges(labels, removed, report)
 
 
 def _answers_by_question(source: LabelSource, labels: Iterable[Label]) -> dict[str, str]:
@@ -259,10 +259,10 @@ def _is_equal(label: Label, other: Label | None) -> bool:
     return other is not None and replace(label, created=other.created) == other
 
 
-def _effective(inputs: LabelInputs, wanted: Iterable[Label], gone: Iterable[Label]) -> dict[LabelSource | None, int]:
+def _effective(inputs: LabelInputs, wanted: Iterable[Label], removed: Iterable[Label]) -> dict[LabelSource | None, int]:
     """Return how many questions have a label from each source, counting the surest of each question's labels."""
     labels = {(label.source, label.question) for label in (*inputs.labels, *wanted)}
-    labels -= {(label.source, label.question) for label in gone}
+    labels -= {(label.source, label.question) for label in removed}
     labels |= {(label.source, question) for question, label in inputs.questions.items() if label is not None}
     surest: dict[str, LabelSource] = {}
     for source, question in labels:

@@ -68,7 +68,7 @@ class ScoreSet:
 
 
 def score_controllers(evaluation: Evaluation, engine: Engine) -> ScoreSet:
-    """Score all controllers and keep the baselines of their cells. Raises what `Evaluation.run` raises."""
+    """Score all controllers and keep the baselines of their cells. Raises the errors of `Evaluation.run`."""
     baselines: dict[Cell, CellBaseline] = {}
 
     def with_baselines(batches: Iterable[RecordingBatch], rules: ReplayRules) -> Iterator[tuple[Job, JobResult]]:

@@ -2,7 +2,7 @@
 
 Only this module opens the sealed split, in a process that no explorer shares (`python -m discovery.promotion.gate`).
 The outcome is written to the ledger before anyone sees it, because every judgement spends part of the split's error
-rate, even one that nobody reads.
+rate, even if its result is never read.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ORIGIN: Final = ""
 DISTURBED: Final = "disturbed"
 """Stands for the verdict if the machine disturbed the judgement; no result was reported."""
 FREE_DISTURBANCES: Final = 3
-"""Disturbed judgements on a split that do not count. All later ones count, so that nobody gains by causing them."""
+"""Disturbed judgements on a split that do not count. All later ones count, so that there is no gain in causing them."""
 ID_DIGITS: Final = 16
 """Digits of a question's id that are kept."""
 

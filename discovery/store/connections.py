@@ -26,7 +26,7 @@ from discovery.errors import StoreError
 RETRY_S: Final = 0.01
 """Seconds between retries of operations for which SQLite does not wait."""
 LOG, INDEX = "-wal", "-shm"
-"""Endings of the names of the files that SQLite keeps beside a store."""
+"""Suffixes of the files that SQLite keeps in the folder of a store."""
 
 Identity = tuple[int, int]
 

@@ -152,15 +152,15 @@ class Store:
 
         return await self.write(work)
 
-    async def set_labels(self, labels: Sequence[Label], gone: Sequence[Label] = ()) -> None:
-        """Replace the labels that questions have from the same source, and remove the labels `gone`.
+    async def set_labels(self, labels: Sequence[Label], removed: Sequence[Label] = ()) -> None:
+        """Replace the labels that questions have from the same source, and remove the labels `removed`.
 
         Questions that have been forgotten meanwhile get no label.
         """
 
         async def work(connection: aiosqlite.Connection) -> None:
             known = set(await fetch_all(connection, "SELECT id FROM questions UNION SELECT question_id FROM episodes"))
-            for row in map(rows.label_row, (*gone, *labels)):
+            for row in map(rows.label_row, (*removed, *labels)):
                 await delete_rows(connection, "labels WHERE id = ?", row[0])
             kept = [label for label in labels if (label.question,) in known]
             await insert_rows(connection, "labels", map(rows.label_row, kept))
