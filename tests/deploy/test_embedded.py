@@ -26,7 +26,7 @@ def test_a_problem_is_worded_as_in_the_readme_and_has_its_answer() -> None:
     assert chain.answer() == 1  # 12, 10, 5, 12, 1
 
 
-def test_halving_is_the_inverse_of_doubling() -> None:
+def test_halving_undoes_doubling() -> None:
     for value in range(task.MODULUS):
         assert ArithmeticOperation(OperationKind.HALVE)(value) * 2 % task.MODULUS == value
 

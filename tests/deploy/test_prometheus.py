@@ -33,7 +33,7 @@ PROMETHEUS, PROMTOOL = (shutil.which(name, path=PLACES) for name in ("prometheus
 pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(
-        not (PROMETHEUS and PROMTOOL), reason="Prometheus is not installed; `make test` fetches it on systems with apt"
+        not (PROMETHEUS and PROMTOOL), reason="prometheus is not here; `make test` fetches it where there is apt"
     ),
 ]
 
@@ -153,7 +153,7 @@ async def test_prometheus_scrapes_the_proxy_and_alerts_while_the_upstream_is_dow
             await server.until(is_firing)
             backend.is_well = True
 
-            async def is_resolved() -> bool:
+            async def is_over() -> bool:
                 return not await server.alerts()
 
-            await server.until(is_resolved)
+            await server.until(is_over)

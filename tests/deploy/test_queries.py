@@ -21,7 +21,7 @@ RULES = [
     rule for group in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"] for rule in group["rules"]
 ]
 SCRAPED = {"instance", "job"}
-"""Labels that Prometheus adds to every series."""
+"""Labels Prometheus adds."""
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
 
@@ -133,7 +133,7 @@ def test_no_panels_of_the_board_overlap() -> None:
 
 def test_the_provisioned_data_source_is_the_one_of_the_board() -> None:
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    used = {panel["datasource"]["uid"] for panel in BOARD["panels"] if "datasource" in panel}
-    assert used == {source["uid"] for source in sources}
+    asked = {panel["datasource"]["uid"] for panel in BOARD["panels"] if "datasource" in panel}
+    assert asked == {source["uid"] for source in sources}
     providers = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/autotts.yml").read_text())["providers"]
     assert [provider["type"] for provider in providers] == ["file"]
