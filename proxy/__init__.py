@@ -1,1 +1,1 @@
-"""The live side: an OpenAI-compatible server that runs a controller for each request over a vLLM backend."""
+"""OpenAI-compatible server that runs a test-time-compute controller for each request against a vLLM upstream."""

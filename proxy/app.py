@@ -1,4 +1,4 @@
-"""The ASGI app: wiring, life span and dispatch. The endpoints are in `proxy/api`."""
+"""ASGI app: wiring, lifespan and dispatch. The endpoints are in `proxy/api`."""
 
 from __future__ import annotations
 
@@ -92,16 +92,16 @@ class _App(FastAPI):
 
 
 class _RawRoute(APIRoute):
-    """A route that FastAPI describes in the OpenAPI document, and whose requests the endpoint reads itself."""
+    """Route that FastAPI describes in the OpenAPI document but whose requests it does not parse."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint
 
 
 class DirectDispatch:
-    """An ASGI app around FastAPI's. Requests for a known method and path go to their endpoint directly.
+    """ASGI app that wraps FastAPI's and sends requests for a known method and path to their endpoint directly.
 
-    Routing and middleware of the framework cost more than forwarding a request does as a whole.
+    The framework's routing and middleware cost more than forwarding a request.
     """
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[tuple[str, str], Endpoint], failures: ErrorResponses) -> None:
@@ -178,14 +178,14 @@ def _calibrations(settings: Settings) -> Calibrations:
 
 
 def upstream_session(settings: Settings) -> aiohttp.ClientSession:
-    """A session for requests to the upstream, with as many connections as branches need."""
+    """Return a session for requests to the upstream, without a limit on connections."""
     key = settings.upstream_api_key
-    headers = {"accept-encoding": "identity"}  # bodies are handed on as they come
+    headers = {"accept-encoding": "identity"}  # bodies are forwarded without decoding
     if key is not None:
         headers["authorization"] = f"Bearer {key.get_secret_value()}"
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-        cookie_jar=aiohttp.DummyCookieJar(),  # what one client's request was given is not sent with another's
+        cookie_jar=aiohttp.DummyCookieJar(),  # cookies of one client's response must not be sent with another's request
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
         headers=headers,
         auto_decompress=False,

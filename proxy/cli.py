@@ -1,4 +1,4 @@
-"""The command line `autotts`. Commands import the live side only where they need it, so that the others start fast."""
+"""Command line `autotts`. Commands import the server only if they need it, so that the others start fast."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from proxy.upstream.embedded import EmbeddedServer
 
 BAD_INPUT = 2
-"""Exit status for wrong input, and for what the machine cannot do."""
+"""Exit status for invalid input, and for tasks that the machine cannot do."""
 
 console = Console(stderr=True)
 
 
 class CommandGroup(TyperGroup):
-    """A command group that reports errors in one line."""
+    """Command group that reports errors in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Errors of the project end it with status `BAD_INPUT`."""
@@ -142,7 +142,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's event loop, which is twice as fast; None where it is not installed."""
+    """Return uvloop's event loop, which is twice as fast, or None if uvloop is not installed."""
     try:
         import uvloop
     except ImportError:
@@ -168,8 +168,8 @@ async def _serve(settings: Settings) -> None:
 
         def begin() -> None:
             gc.collect()
-            gc.freeze()  # objects made at start stay for good; scanning them again and again takes a fifth of a core
-            gc.set_threshold(10_000)  # reference counting frees nearly all that a request makes
+            gc.freeze()  # objects made at start are permanent; scanning them repeatedly takes a fifth of a core
+            gc.set_threshold(10_000)  # reference counting frees nearly all objects of a request
             if settings.log is LogForm.JSON:
                 logging.getLogger("proxy").info("listening on %s", url)
             else:
@@ -225,7 +225,7 @@ _Upstream = AbstractAsyncContextManager["EmbeddedServer | None"]
 def _upstream(
     settings: Settings, say: Callable[[str], None], on_restart: Callable[[], object] = lambda: None
 ) -> tuple[Settings, _Upstream]:
-    """Return settings that name an upstream, and a context in which it runs: that of the embedded model by default."""
+    """Return settings with an upstream, and a context in which it runs. By default that is the embedded model."""
     if settings.upstream is not None:
         if settings.embedded_args:
             say("AUTOTTS_EMBEDDED_ARGS is ignored: with an upstream no embedded model is started")

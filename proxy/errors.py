@@ -1,23 +1,23 @@
-"""Errors of the proxy, by the boundary they come from, and their form for clients.
+"""Errors of the proxy, and their format for clients.
 
 ProxyError
-├── SettingsError              a setting is wrong
-├── StartError                 the machine: a port is taken, the embedded model does not start
-├── ApiError                   sent to the client: status, type, code, param
-│   ├── BadRequest             400, the request is wrong; also HeadTooLarge, TooSlow, TooLarge, UnsupportedMedia
-│   ├── Unauthorised           401, the API key is missing or unknown
-│   ├── Forbidden              403, this caller may not do that
-│   ├── NotFound               404, no such model or path
-│   ├── TooMany                429, over a limit
-│   ├── RecordsAway            503, the store is unavailable
-│   ├── TooManyConnections     503, no connection is free
-│   └── ShuttingDownError      503, the server is shutting down
-└── UpstreamError              the upstream failed; sent to the client with its `status`
-    ├── UpstreamUnreachable    502, nothing answers
-    ├── UpstreamTimeout        504, no byte in time
-    ├── UpstreamCircuitOpen    503, the circuit breaker is open
-    ├── UpstreamProtocolError  502, the response breaks the protocol
-    └── UpstreamRefused        the upstream answered with an error of its own
+├── SettingsError              a setting is invalid
+├── StartError                 the machine: a port is in use, or the embedded model does not start
+└── ApiError                   sent to the client: status, type, code, param
+    ├── BadRequest             400, invalid request; also HeadTooLarge, TooSlow, TooLarge, UnsupportedMedia
+    ├── Unauthorised           401, the API key is missing or unknown
+    ├── Forbidden              403, the caller lacks permission
+    ├── NotFound               404, unknown model, path or request id
+    ├── TooMany                429, a limit is exceeded
+    ├── RecordsAway            503, the store is unavailable
+    ├── TooManyConnections     503, too many connections are open
+    ├── ShuttingDownError      503, the server is shutting down
+    └── UpstreamError          502 by default, the upstream failed
+        ├── UpstreamUnreachable    502, no connection to the upstream
+        ├── UpstreamTimeout        504, no data in time
+        ├── UpstreamCircuitOpen    503, the circuit breaker is open
+        ├── UpstreamProtocolError  502, an invalid response
+        └── UpstreamRefused        the upstream returned an error; 4xx keep their status
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from math import ceil
 from typing import Any, Final
 
 MOST_MESSAGE: Final = 2000
-"""Characters of an error's message. Messages quote requests, which may be megabytes long."""
+"""Maximum characters of an error message. Messages quote requests, which may be megabytes long."""
 MOST_PARAM: Final = 200
-"""Characters of the name of a field at fault, which may be a key that a client made up."""
+"""Maximum characters of a field name in an error. It may be any key that a client sends."""
 
 
 class ProxyError(Exception):
@@ -39,15 +39,15 @@ class ProxyError(Exception):
 
 
 class SettingsError(ProxyError):
-    """A setting is wrong; the message names it."""
+    """A setting is invalid; the message names it."""
 
 
 class StartError(ProxyError):
-    """The proxy cannot start; the message is one line that says what to do."""
+    """The proxy cannot start; the message is one line."""
 
 
 class ApiError(ProxyError):
-    """An error in the form that OpenAI clients know."""
+    """An error that is sent to the client in OpenAI's format."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     type = "server_error"
@@ -57,8 +57,8 @@ class ApiError(ProxyError):
         super().__init__(self.message)
         self.param = None if param is None else clipped(param, MOST_PARAM)
         self.code = code
-        self.is_counted = False  # in the metrics
-        self.spent = 0  # tokens that the request had cost; a client must not retry it blindly
+        self.is_counted = False  # whether the request is already counted in the metrics
+        self.spent = 0  # tokens that the request had cost; if not 0, clients are asked not to retry
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -67,7 +67,7 @@ class ApiError(ProxyError):
 
 
 class BadRequest(ApiError):
-    """The request is wrong; `param` names the field."""
+    """The request is invalid; `param` names the field."""
 
     status = HTTPStatus.BAD_REQUEST
     type = "invalid_request_error"
@@ -85,7 +85,7 @@ class Unauthorised(ApiError):
 
 
 class TooMany(ApiError):
-    """A limit is reached; `after` is the number of seconds until a retry makes sense."""
+    """A limit is exceeded; `after` is the number of seconds until a retry makes sense."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "rate_limit_error"
@@ -100,14 +100,14 @@ class TooMany(ApiError):
 
 
 class Forbidden(ApiError):
-    """The caller may not do that."""
+    """The caller lacks permission for the request."""
 
     status = HTTPStatus.FORBIDDEN
     type = "permission_error"
 
 
 class NotFound(ApiError):
-    """There is no such model, or no such path."""
+    """The model, path or request id is unknown."""
 
     status = HTTPStatus.NOT_FOUND
     type = "invalid_request_error"
@@ -130,7 +130,7 @@ class ShuttingDownError(ApiError):
 
 
 class TooManyConnections(ApiError):
-    """No connection is free."""
+    """Too many connections are open."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -152,7 +152,7 @@ class TooSlow(BadRequest):
 
 
 class TooLarge(BadRequest):
-    """The body is over the limit."""
+    """The body exceeds its size limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
@@ -180,11 +180,11 @@ class UpstreamError(ApiError):
 
 
 class UpstreamUnreachable(UpstreamError):
-    """Nothing answers at the upstream's address."""
+    """No connection to the upstream can be made."""
 
 
 class UpstreamTimeout(UpstreamError):
-    """The upstream sent nothing in time."""
+    """The upstream sent no data in time."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
 
@@ -204,18 +204,18 @@ class UpstreamCircuitOpen(UpstreamError):
 
 
 class UpstreamProtocolError(UpstreamError):
-    """The response breaks the protocol: a cut stream, invalid JSON, or usage that does not add up."""
+    """The upstream's response is invalid: a cut stream, invalid JSON, or usage that does not add up."""
 
 
 class UpstreamRefused(UpstreamError):
-    """The upstream answered with an error of its own. A 4xx keeps its status, for the request caused it."""
+    """The upstream returned an error. A 4xx status is kept, because the request caused it; 401 and 403 are not."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="upstream_refused")
         self.upstream_status = status
         if 400 <= status < 500 and status not in (401, 403):
-            is_known = status in {known.value for known in HTTPStatus}
-            self.status = HTTPStatus(status) if is_known else HTTPStatus.BAD_REQUEST
+            is_standard = status in {standard.value for standard in HTTPStatus}
+            self.status = HTTPStatus(status) if is_standard else HTTPStatus.BAD_REQUEST
             self.type = "invalid_request_error"
 
     @property
@@ -232,12 +232,12 @@ def clipped(text: str, most: int) -> str:
 
 
 def body(error: ApiError) -> Mapping[str, Any]:
-    """Return the error as a JSON object in OpenAI's form."""
+    """Return the error as a JSON object in OpenAI's format."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def detail(value: object) -> str:
-    """Return the text of FastAPI's `detail`, which is a text or a list of problems by field."""
+    """Return the text of FastAPI's `detail`, which is a string or a list of problems by field."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, dict) and "msg" in item for item in value):

@@ -1,7 +1,7 @@
-r"""The text of a probe, which asks a branch what it would answer now, for each family of models.
+r"""Texts of probes for each model family. A probe makes a branch give its current answer.
 
-A probe closes the thought in the model's own form, leads into an answer, and lets the model write a few greedy tokens.
-It never enters the branch's own context: the branch continues from where it was.
+A probe closes the thought in the model's format, leads into an answer, and lets the model generate a few greedy tokens.
+It is not added to the branch's context, so the branch continues from where it was.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any, Final
 from discovery.answers import boxed
 
 LEAD: Final = "The final answer is \\boxed{"
+"""Text that leads into the answer, in most families."""
 
-# A closing brace followed by more text ends the answer. One at the message's end needs no stop. vLLM accepts four.
+# A closing brace followed by more text ends the answer. At the end of a message no stop string is needed.
+# vLLM accepts at most four.
 _STOPS: Final = ("}\n", "}.", "}$", "} ")
 
 
 class Family(StrEnum):
-    """A family of models that mark their thoughts alike."""
+    """A family of models that mark their thoughts in the same way."""
 
-    AUTO = "auto"  # recognised by the end of the prompt that the chat template makes
-    QWEN3 = "qwen3"  # <think> … </think>, opened by the template or by the model; if neither opens it, as plain
-    DEEPSEEK_R1 = "deepseek-r1"  # the same marks, and an answer under a heading
-    GPT_OSS = "gpt-oss"  # harmony format: the thought has a channel of its own
+    AUTO = "auto"  # recognised by the end of the prompt, which the chat template writes
+    QWEN3 = "qwen3"  # <think> … </think>, opened by the template or by the model; treated as plain if neither does
+    DEEPSEEK_R1 = "deepseek-r1"  # <think> … </think>, and an answer under a heading
+    GPT_OSS = "gpt-oss"  # harmony format: the thought has its own channel
     PLAIN = "plain"  # no thought
 
 
@@ -36,10 +38,10 @@ class Template:
     """How to probe models of one family, and how to split their text into thought and reply."""
 
     name: str  # with its version; recordings made with different templates are not comparable
-    opening: str  # begins a thought; empty if there are none
-    ending: str  # ends it, as it appears in the model's text
-    close: str  # appended by a probe to end it
-    lead: str = LEAD  # begins the answer; it ends with an open brace
+    opening: str  # mark that begins a thought; empty if the models have no thoughts
+    ending: str  # mark that ends a thought, as it appears in the model's text
+    close: str  # text that a probe appends to end a thought
+    lead: str = LEAD  # text that begins the answer; it ends with an opening brace
     always: bool = False  # a thought is open until `ending`, even without `opening`
     special: bool = False  # the marks are special tokens, which servers omit from text unless asked
 
@@ -60,7 +62,7 @@ class Template:
         return self.always or self.opening in text or prompt_tail.rstrip().endswith(self.opening)
 
     def reply_at(self, prompt_tail: str, text: str) -> int | None:
-        """Return the index at which the reply begins; None while the branch is in its thought or may still open one."""
+        """Return the index at which the reply begins. None if the branch is in its thought or may still open one."""
         if self.ending and self.ending in text:
             thought_end = text.rindex(self.ending) + len(self.ending)
             reply = text[thought_end:].lstrip("\n")
@@ -70,13 +72,13 @@ class Template:
         return 0
 
     def closing(self, prompt_tail: str, text: str) -> str:
-        """Return the text that ends the thought; if none is open, at most a paragraph break."""
+        """Return the text that ends an open thought. If none is open, return a paragraph break or nothing."""
         if self.thinking(prompt_tail, text):
             return self.close
         return "" if text.endswith("\n\n") or not text else "\n\n"
 
     def suffix(self, prompt_tail: str, text: str) -> str:
-        """Return the text that a probe appends to a branch whose own text so far is `text`."""
+        """Return the text that a probe appends to a branch with this `text`."""
         return self.closing(prompt_tail, text) + self.lead
 
     def split(self, prompt_tail: str, text: str) -> tuple[str | None, str]:
@@ -87,7 +89,7 @@ class Template:
         return (self._without_marks(text), "") if text and self.thinking(prompt_tail, text) else (None, text)
 
     def answered(self, continuation: str) -> str | None:
-        """Return a probe's text with its lead; None if the model did not reach the closing brace."""
+        """Return the lead and the probe's continuation, or None if the model did not reach the closing brace."""
         text = self.lead + continuation
         return None if boxed(text) is None else text
 
@@ -126,7 +128,7 @@ TEMPLATES: Final[Mapping[Family, Template]] = MappingProxyType(
 def template_for(family: Family, prompt_tail: str, *, close: str | None = None, lead: str | None = None) -> Template:
     """Return the template of `family`, with `close` and `lead` replaced if given.
 
-    AUTO is resolved by the end of the prompt. A template with replaced texts has a name of its own.
+    AUTO is resolved by the end of the prompt. A template with replaced texts gets its own name.
     """
     if family is Family.AUTO:
         family = _detect_family(prompt_tail)
@@ -145,5 +147,5 @@ def _detect_family(prompt_tail: str) -> Family:
 
 
 def sampling() -> Mapping[str, Any]:
-    """Return the sampling of a probe. It is greedy, so that equal probes give equal answers."""
+    """Return the sampling parameters of a probe. Probes are greedy, so that equal probes give equal answers."""
     return MappingProxyType({"temperature": 0.0, "stop": list(_STOPS), "include_stop_str_in_output": True})

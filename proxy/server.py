@@ -1,4 +1,4 @@
-"""The HTTP server around the app: its socket, its connection limits, and a graceful shutdown on signals."""
+"""HTTP server that runs the app: socket, connection limits, and graceful shutdown on signals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from proxy.settings import Settings
 logger = logging.getLogger(__name__)
 
 CLOSE_S: Final = 5
-"""Seconds that connections have to close once no request runs."""
+"""Seconds that connections have to close after the last request."""
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that handles signals itself.
+    """Uvicorn server that handles signals itself.
 
-    uvicorn would raise them again before the embedded model is stopped.
+    Uvicorn would raise them again before the embedded model is stopped.
     """
 
     def __init__(self, settings: Settings, on_up: Callable[[], None] = lambda: None) -> None:
@@ -67,12 +67,12 @@ class Server(uvicorn.Server):
         self._on_up()
 
     def take_restart(self) -> None:
-        """Forget the state of an upstream that has restarted."""
+        """Reset the circuit breaker after a restart of the upstream."""
         if self.up.is_set():
             self._app.state.service.engine.reset()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Shut down: refuse new requests, let running ones end, then exit. A second signal exits at once."""
+        """Refuse new requests, wait for running ones and exit. A second signal exits at once."""
         if self._draining is None:
             self.gate.shut()
             self._draining = asyncio.get_running_loop().create_task(self._drain())
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises StartError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The event loop turns Nagle's delay off only where the protocol is named: 40 ms a response otherwise.
+    # The event loop disables Nagle's algorithm only if the protocol is given. Otherwise each response takes 40 ms more.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,4 +1,4 @@
-"""Paths of spill files, and how to tell a spill file from other files. Settings are checked by them at start."""
+"""Paths of spill files, and the detection of files of other kinds. Used by the recorder and to check settings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Final
 from discovery.data.atomic_files import is_database_file
 
 MAX_FILES: Final = 64
-"""Proxies that may share a spill path. Each has its own file."""
+"""Maximum number of proxies that share a spill path. Each has its own file."""
 LINE_BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
 """Beginning of every line: the CRC of its content."""
 BEGIN_BYTES: Final = 9
 
 
 def candidate_paths(path: Path) -> Iterator[Path]:
-    """Yield the paths at which the spill files for `path` may be."""
+    """Yield the possible paths of the spill files for `path`."""
     yield path
     for number in range(1, MAX_FILES):
         yield path.with_name(f"{path.name}.{number}")

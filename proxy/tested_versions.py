@@ -1,7 +1,7 @@
-"""Versions of the libraries whose internals the proxy uses, and the check that guards each use.
+"""Tested versions of the libraries whose internals the proxy uses, and the check before each use.
 
-The fast paths replace aiohttp's response protocol and extend uvicorn's HTTP protocol through private parts. With a
-version that was not tested, the callers use the library's public interface instead.
+The fast paths replace aiohttp's response protocol and extend uvicorn's HTTP protocol, both through private attributes.
+With a version that was not tested, the callers use the library's public interface instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Types that several folders of the proxy share: plans, prompts, upstream calls, branches and replies.
 
-This module imports nothing of the proxy but probe templates, so that no folder imports another for its types alone.
+Of the proxy, this module imports probe templates only, so that no folder must import another just for its types.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from discovery.data.recordings import question_id
 from proxy import probe_templates
 
 STREAM_INTERVAL = 64
-"""Tokens per chunk of a vLLM stream. Fewer cost CPU; with more, more tokens go uncounted when a request is aborted."""
+"""Tokens per chunk of a vLLM stream. Smaller chunks cost CPU; larger ones leave more tokens uncounted in an abort."""
 BYTES_SENT_PER_ID: Final = 6
 """Approximate bytes of a token id in a request: five digits and a comma."""
 ALIAS_BETAS: Final = (0.25, 0.5, 0.75, 1.0)
 """β of the aliases listed for each model. Clients may use any other β in an alias as well."""
 BETA_BUCKETS: Final = (0.0, *ALIAS_BETAS)
-"""Values of β that metrics distinguish. Each reasoning effort has one of its own."""
+"""Values of β that metrics distinguish."""
 
 
 class Model(NamedTuple):
@@ -47,7 +47,7 @@ class Output:
     text: str = ""
     finish: str | None = None  # "stop" or "length"; None while it runs or if it was aborted
     ended_by_token: bool = False  # ended by an end-of-reply token: the last of `ids`, without text
-    server_text: str | None = None  # server's text if it may contain the prompt's; `text` is decoded from `ids`
+    server_text: str | None = None  # the server's text while it may contain the prompt's; None if `text` is final
 
     @property
     def text_ids(self) -> list[int]:
@@ -64,12 +64,12 @@ class Call:
     sampling: Mapping[str, Any]
     n: int = 1
     priority: int = 0  # larger is served later, if the server schedules by priority
-    salt: str | None = None  # restricts it to a part of the prefix cache
+    salt: str | None = None  # restricts the call to a part of the prefix cache
     suffix_tokens: int = 0  # prompt tokens that the proxy wrote itself
     stream_interval: int = STREAM_INTERVAL  # tokens per chunk of an output
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
-    cached_tokens: int | None = None  # as the server reports it: for one prompt only, even if there are several
+    cached_tokens: int | None = None  # as the server reports them: for one prompt only, even if there are several
     on_finish: Callable[[Output], Awaitable[None]] | None = (
         None  # awaited for each output that ends; may raise to abort the call
     )
@@ -89,7 +89,7 @@ class Call:
 
     @property
     def max_unseen_tokens(self) -> int:
-        """Upper bound on tokens that have been generated and not arrived, if the call is aborted now."""
+        """Upper bound on tokens that have been generated but have not arrived, if the call is aborted now."""
         running = (output for output in self.outputs if output.finish is None)
         return sum(min(self.stream_interval, self.max_tokens - len(output.ids)) for output in running)
 
@@ -111,7 +111,7 @@ class UpstreamObserver:
     """Receives events about requests to the upstream. This base class ignores them all."""
 
     def request(self, method: str, path: str) -> ObservedRequest | None:
-        """Called when a request begins that is neither a generation nor a health check; None if it is not followed."""
+        """Observe a request that is neither a generation nor a health check. Return None to ignore its end."""
         return None
 
     def generation(self, model: str, call: Call) -> AbstractContextManager[object]:
@@ -123,12 +123,12 @@ class UpstreamObserver:
         return nullcontext()
 
     def headers(self) -> Mapping[str, str]:
-        """Return headers to send with a generation; called inside its context."""
+        """Return headers to send with a generation. Called inside the context of `generation`."""
         return {}
 
 
 class BetaSource(StrEnum):
-    """Where a request's β comes from."""
+    """Source of a request's β."""
 
     HEADER = "header"
     BODY = "body"
@@ -139,7 +139,7 @@ class BetaSource(StrEnum):
 
 
 class EffectiveBeta(NamedTuple):
-    """The β a request runs with, and where it comes from."""
+    """The β that a request runs with, and its source."""
 
     value: float  # in [0, 1]
     source: BetaSource
@@ -151,7 +151,7 @@ class EffectiveBeta(NamedTuple):
         return self.source is not BetaSource.DEFAULT
 
     def scaled(self, factor: float) -> EffectiveBeta:
-        """Return β multiplied by the load-shedding `factor`; unchanged if that is 1 or more."""
+        """Return β multiplied by the load-shedding `factor`. It is unchanged if the factor is 1 or more."""
         return self if factor >= 1 else self._replace(value=self.value * factor, requested=self.value)
 
     @property
@@ -171,7 +171,7 @@ class EffectiveBeta(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt as the engine takes it, with everything by which its branches are generated and read."""
+    """A prompt as token ids, with all parameters for generating and reading its branches."""
 
     model: str
     ids: Sequence[int]
@@ -182,7 +182,7 @@ class Prompt(NamedTuple):
     seed: int | None = None
     kind: AnswerKind = AUTO
     template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
-    salt: str | None = None  # restricts it to its tenant's part of the upstream's prefix cache
+    salt: str | None = None  # restricts the prompt to its tenant's part of the upstream's prefix cache
     asks: bool = False  # the question asks for an answer that can be voted on
 
 
@@ -199,7 +199,7 @@ class EnvironmentLimits(NamedTuple):
 
 @dataclass(slots=True)
 class LiveBranch:
-    """A branch's own text. What the controller knows of it is in `controllers.State`."""
+    """Tokens, text and answer of a branch. The controller's view of it is in `controllers.State`."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -209,7 +209,7 @@ class LiveBranch:
     is_read: bool = False
     ended_by_stop_string: bool = False  # it was ended by one of the client's stop strings
     label: int | None = None  # the number of its answer, once a fact has revealed it
-    ahead: deque[Output] = field(default_factory=deque)  # intervals generated that the controller has not asked for yet
+    ahead: deque[Output] = field(default_factory=deque)  # intervals generated before the controller advanced the branch
 
 
 class ChosenController(NamedTuple):
@@ -220,7 +220,7 @@ class ChosenController(NamedTuple):
 
 
 class CanaryMetric(StrEnum):
-    """A quality of episodes that the canary test compares. It is also the reason of a rollback."""
+    """Quality of episodes that the canary test compares. In a rollback it is the reason."""
 
     TOKENS = "tokens"
     FAILURES = "failures"
@@ -229,11 +229,11 @@ class CanaryMetric(StrEnum):
 
 
 class Provenance(NamedTuple):
-    """Who asked which question, and how branches were drawn, as far as it may be recorded."""
+    """Tenant, question and sampling parameters of a request, for its record."""
 
     tenant: str
     text: str  # the question's text
-    sampling: Mapping[str, Any]  # everything beyond the model itself that determines how a branch is drawn
+    sampling: Mapping[str, Any]  # all parameters that determine how a branch is sampled, except for the model
     chat_template: str  # hash of the chat template; empty if unknown
 
     @property
@@ -243,15 +243,15 @@ class Provenance(NamedTuple):
 
 
 class FinalAnswerLimits(NamedTuple):
-    """Limits, in tokens, for making an unfinished branch answer."""
+    """Limits in tokens on the final answer of an unfinished branch."""
 
-    free: int  # for an answer in its own words
-    led: int  # after the probe's lead, if time or tokens are short
+    free: int  # for a free answer
+    led: int  # for an answer after the probe's lead
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything about a request that is fixed before its first branch."""
+    """All decisions about a request that are made before its first branch."""
 
     request_id: str
     created: int  # seconds since the epoch
@@ -280,7 +280,7 @@ class Plan:
 
     @property
     def ignores_eos(self) -> bool:
-        """Whether branches run to their token limit, as benchmarks ask. Such branches have no answer."""
+        """Whether branches run to their token limit, for benchmarks. Such branches have no answer."""
         return bool(self.prompt.sampling.get("ignore_eos"))
 
     @property
@@ -305,13 +305,13 @@ class Reply:
 
     plan: Plan
     message: Message
-    tokens: Mapping[str, int]  # by purpose; they add up to what the upstream was billed for
+    tokens: Mapping[str, int]  # by purpose; they add up to all tokens of the upstream except the prompt
     usage: Mapping[str, Any]
     tts: Mapping[str, Any]
 
     @property
     def finish_reasons(self) -> list[str]:
-        """Why the text ended, as a list of one."""
+        """Finish reason of the text, in a list of one."""
         return [self.message.finish_reason]
 
 
@@ -320,7 +320,7 @@ class RequestResult(Protocol):
 
     @property
     def finish_reasons(self) -> list[str]:
-        """Why each text ended."""
+        """Finish reason of each text."""
 
     @property
     def usage(self) -> Mapping[str, Any]:

@@ -40,7 +40,7 @@ _LINE: Final = re.compile(r"line (\d+)")
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 KEYS_VARIABLE: Final = "AUTOTTS_CLIENT_KEYS"
 SETTLE_S: Final = 0.5
-"""Seconds that a file must be unchanged before keys missing from it count as removed."""
+"""Seconds for which a file must be unchanged before keys missing from it count as removed."""
 
 Hash = Annotated[str, Field(pattern=rf"^{_HASH.pattern}$")]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -64,7 +64,7 @@ class _KeyEntry(BaseModel):
 
 
 class _FileVersion(NamedTuple):
-    """Metadata of a file that changes when the file does."""
+    """Metadata of a file that differ between its versions."""
 
     modified_ns: int
     size: int
@@ -125,7 +125,7 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
 
 
 def parse_key_list(text: str) -> tuple[Key, ...]:
-    """Return the keys of the variable. Raises SettingsError without repeating its text, which may hold a real key."""
+    """Return the keys of the variable. Raises SettingsError, which never quotes the text: it may hold a real key."""
     hashes: dict[str, tuple[str, ...]] = {}
     seen: set[str] = set()
     for number, entry in enumerate(filter(str.strip, re.split(r"[,\n]", text)), 1):
@@ -152,7 +152,7 @@ def load_keyring(path: Path | None, key_list: SecretStr | None, needed: int = 0)
 
 
 def too_small_warning(needed: int) -> str:
-    """Return the second half of a warning about a limit."""
+    """Return the end of a warning about a limit that is less than `needed` tokens."""
     return (
         f"is less than the approximately {needed} tokens that one interval and its answer need; "
         "with β, only short replies can be served"
@@ -193,14 +193,14 @@ def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
 
 
 def _entry_error(path: Path, text: str, name: str, problem: str) -> SettingsError:
-    """Return an error with the line on which an entry begins. It never repeats the entry, which may hold a real key."""
+    """Return an error with the line on which an entry begins. It never quotes the entry, which may hold a real key."""
     begin = re.compile(rf"""^[\s\[{{,]*["']?{re.escape(name)}["']?\s*[\]:=.]""")
     line = next((number for number, line in enumerate(text.splitlines(), 1) if begin.match(line)), 1)
     return SettingsError(f"keys: {path}, line {line}: {name}: {problem}")
 
 
 class Keyring:
-    """The keys of a file, reread when it changes, and `fixed` keys.
+    """The keys of a file, which is reread when it changes, and the `fixed` keys of the variable.
 
     If the file becomes invalid, the previous keys stay valid and the error is logged once. A file that is being written
     in place may be incomplete: keys missing from it count as removed once it is unchanged for SETTLE_S seconds.
@@ -247,11 +247,11 @@ class Keyring:
 
     def find(self, token: str) -> Key | None:
         """Return the key that `token` belongs to, or None. The time it takes does not reveal a match."""
-        given = hash_key(token)
+        token_hash = hash_key(token)
         match = None
         for key in self.keys:
             for digest in key.hashes:
-                if compare_digest(digest, given):
+                if compare_digest(digest, token_hash):
                     match = key
         return match
 

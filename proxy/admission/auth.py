@@ -1,4 +1,4 @@
-"""Authentication and authorisation: identify a request's tenant, its limits, and whether it comes from an admin."""
+"""Authentication and authorisation: identify the tenant of a request, its limits and whether it is an admin."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from proxy.settings import Settings
 logger = logging.getLogger(__name__)
 
 FIXED_TOKENS: Final = 34
-"""Tokens of the fixed texts around two probes and a final answer, for most model families."""
+"""Approximate tokens of the fixed texts around two probes and a final answer, in most model families."""
 
 
 class Access(StrEnum):
-    """Who may call a route."""
+    """Access that a route requires."""
 
     ANYONE = "anyone"
     CLIENT = "client"  # anyone with a key, or anyone at all if no keys are configured
@@ -54,7 +54,7 @@ class Caller(NamedTuple):
 
     @property
     def holder(self) -> str:
-        """Name under which its budgets and queue places are counted."""
+        """Name under which its token budgets and its places in the queue are counted."""
         return self.key or self.tenant
 
 
@@ -72,7 +72,7 @@ class Authenticator:
         self._secret = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
 
     def identify(self, request: Request) -> Caller:
-        """Return the caller that makes `request`. If no keys are configured, each bearer token is its own tenant.
+        """Return the sender of `request`. If no keys are configured, each bearer token is its own tenant.
 
         Raises Unauthorised if keys are configured and the request has none of them.
         """
@@ -122,12 +122,12 @@ class Authenticator:
         raise Forbidden(f"{target} is for admins only; {advice}", code="admin_only")
 
     def _salt(self, tenant: str) -> str | None:
-        """Return a salt that only this proxy can compute, so that response times reveal no other tenant's prompts."""
+        """Return the tenant's cache salt. Only this proxy can compute it, so cache hits reveal no other's prompts."""
         return None if self.keyring is None else digest(self._secret, tenant.encode(), "sha256").hex()
 
 
 def min_request_tokens(settings: Settings) -> int:
-    """Return about how many tokens one interval and its answer need. `proxy.episode.run` computes it exactly."""
+    """Return about how many tokens one interval and its answer need. `proxy.episode.plan` computes it exactly."""
     texts = settings.interval + 2 * settings.probe_tokens + FIXED_TOKENS
     return texts + max(settings.probe_tokens, min(settings.finalise_tokens, texts // 3))
 

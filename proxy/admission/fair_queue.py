@@ -1,6 +1,6 @@
-"""A fair queue: a fixed number of requests run at a time, and the holders of waiting requests take turns.
+"""Fair queue: a fixed number of requests run at a time, and holders (API keys) with waiting requests take turns.
 
-A request is decided on at once: it runs, waits, or is refused. Its permit is released once, however the request ends.
+A request runs, waits or is refused at once. Its permit is released exactly once, however the request ends.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections import Counter, OrderedDict, deque
 from typing import Final
 
 INITIAL_MEAN_S: Final = 1.0
-"""Assumed seconds of a request while none has ended."""
+"""Assumed seconds of a request until the first one has ended."""
 MEAN_WEIGHT: Final = 0.2
 """Weight of the latest request in the moving average of request times."""
 
 
 class QueueFull(Exception):
-    """There is no room for a request, not even to wait."""
+    """A request can neither run nor wait: the queue is full."""
 
     def __init__(self, after_s: float, *, own: bool) -> None:
         super().__init__(after_s)
@@ -61,7 +61,7 @@ class FairQueue:
         self.taken: Counter[str] = Counter()  # granted permits, by holder
         self.in_flight = 0  # granted permits
         self.mean_s = INITIAL_MEAN_S  # moving average of how long permits are held
-        self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder; the first holder is next
+        self._waiting: OrderedDict[str, deque[Permit]] = OrderedDict()  # by holder, in the order of their turns
 
     @property
     def waiting(self) -> int:
@@ -73,9 +73,9 @@ class FairQueue:
         return len(self._waiting.get(holder, ()))
 
     def enter(self, holder: str, limit: int | None = None, *, share: int = 1) -> Permit:
-        """Return a permit for a request of `holder`, which may have `limit` at a time. It may still have to wait.
+        """Return a permit for a request of `holder`, which may not be granted yet. Raises QueueFull.
 
-        A holder may fill 1/`share` of the queue, rounded up. Raises QueueFull.
+        The holder may have `limit` granted permits at a time, and may fill 1/`share` of the queue, rounded up.
         """
         permit = Permit(self, holder, limit)
         if not self._waiting and self.in_flight < self.places and self._may_run(holder, limit):
@@ -101,7 +101,7 @@ class FairQueue:
                 del self.taken[holder]
         else:
             self._remove(permit)
-        self._grant_next()  # a permit that only waited may have blocked those of its holder behind it
+        self._grant_next()  # a removed permit may have blocked later ones of its holder
 
     def _remove(self, permit: Permit) -> None:
         queue = self._waiting[permit.holder]
@@ -134,7 +134,7 @@ class FairQueue:
         permit.granted.set()
 
     def _after_s(self, holder: str, limit: int | None) -> float:
-        """Return the estimated seconds until the requests ahead of this one have had their turn."""
+        """Return the estimated seconds until the requests ahead of this one have run."""
         ahead, places = self.waiting + 1, self.places
         if limit is not None and limit < places and not self._may_run(holder, limit):
             ahead, places = self.waiting_of(holder) + 1, limit

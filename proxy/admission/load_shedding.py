@@ -3,7 +3,7 @@
     factor  1 ┤─────────╮
               │          ╲
     least     ┤           ╰────────
-              └─────────┬─┬────────  waiting requests, or share of the KV cache in use; the worse of them counts
+              └─────────┬─┬────────  waiting requests, or share of the KV cache in use; the lower factor applies
                     low ┘ └ high
 
 Requests with `tts.required`, and recordings, keep their β. They still count against the budgets of their key.
@@ -26,7 +26,7 @@ IDLE_S: Final = 5.0
 FRESH_S: Final = 3.0
 """Seconds for which the result of a poll is used."""
 WAIT_S: Final = 0.25
-"""Seconds that a request waits for a poll if the last result is too old."""
+"""Maximum seconds that a request waits for a poll if the last result is too old."""
 
 
 class Watermarks(NamedTuple):
@@ -36,7 +36,7 @@ class Watermarks(NamedTuple):
     high: float
 
     def share(self, reading: float | None) -> float:
-        """Return how far `reading` is from low to high, from 0 to 1. An unknown reading counts as low."""
+        """Return the position of `reading` between low (0) and high (1). An unknown reading counts as low."""
         if reading is None or reading <= self.low:
             return 0.0
         return min(1.0, (reading - self.low) / (self.high - self.low)) if self.high > self.low else 1.0
@@ -71,7 +71,7 @@ class LoadShedding:
         return self._waiting is not None or self._cache is not None
 
     async def beta_factor(self) -> float:
-        """Return the factor for β now, from `load_factor` to 1. It is 1 if the load is unknown."""
+        """Return the current factor for β, from `load_factor` to 1. It is 1 if the load is unknown."""
         if not self.is_on:
             return 1.0
         now = self._asked_at = asyncio.get_running_loop().time()

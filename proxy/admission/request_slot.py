@@ -1,4 +1,4 @@
-"""Request slots: a place among the running requests and the tokens reserved for it, or an immediate refusal."""
+"""Request slots: a permit to run and a reservation of tokens for one request."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound="RequestSlot")
 
 _NOTHING_GENERATED: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
-"""Statuses of upstream failures before which it has generated nothing."""
+"""Statuses of upstream failures that mean that nothing was generated."""
 
 
 class RequestSlot:
-    """The place and tokens of one request. `async with` waits for the place. It is released once, settled or not."""
+    """The permit and reserved tokens of one request. `async with` waits for the permit and releases the slot."""
 
     def __init__(self, permit: Permit, reservation: Reservation, caps: EpisodeCaps) -> None:
         self.caps = caps
@@ -69,13 +69,13 @@ class RequestSlot:
         self._reservation.settle(cost, time.monotonic())
 
     def release(self) -> None:
-        """Free the place, and the reserved tokens that are neither settled nor due."""
+        """Charge the tokens that are due, unless the slot is settled, and free the rest and the permit."""
         self.settle(self.due)
         self._permit.release()
 
 
 class PassthroughSlot(RequestSlot):
-    """The slot of a forwarded request. Once it is sent, its whole bound is due until the reply shows a lower cost."""
+    """Slot of a forwarded request. Once the request is sent, its bound is due until the reply shows a lower cost."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class PassthroughSlot(RequestSlot):
         self._count: Callable[[int, str], object] | None = count  # called once with the cost and its kind
 
     async def metered(self, response: Awaitable[Response]) -> Response:
-        """Await the upstream's `response` and return it such that its end settles the cost."""
+        """Await the upstream's `response`, and return it wrapped so that its end settles the cost."""
         self.due = self._bound.max_tokens or 0
         try:
             answered = await response
@@ -118,7 +118,7 @@ class PassthroughSlot(RequestSlot):
 
 
 class RequestSlots:
-    """Hands out the slots of one proxy. Needs a running event loop."""
+    """Creates the request slots of one proxy. It needs a running event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.episodes = FairQueue(settings.max_episodes, settings.queue)
@@ -132,7 +132,7 @@ class RequestSlots:
             metrics.queue.labels(kind).set_function(lambda queue=queue: queue.waiting)  # type: ignore[misc]
 
     def acquire_episode(self, request: Request, max_tokens: int | None) -> RequestSlot:
-        """Return a slot for an episode whose request limits its own tokens to `max_tokens`. Raises TooMany."""
+        """Return a slot for an episode. `max_tokens` is the request's own limit. Raises TooMany."""
         caller: Caller = request.state.caller
         limit = request_limit(max_tokens, caller.key, caller.caps, self._common)
         return self._acquire_episode(request, caller, EpisodeCaps(self._branches(caller), *limit))
@@ -146,12 +146,12 @@ class RequestSlots:
         return [self._acquire_episode(request, caller, caps) for _ in range(count)]
 
     def token_bound(self, request: Request, parsed: GenerationRequest, model: Model) -> TokenBound:
-        """Return how much a forwarded request may generate. Raises BadRequest if that exceeds the caller's limits."""
+        """Return the token bound of a forwarded request. Raises BadRequest if it exceeds the caller's limits."""
         caller: Caller = request.state.caller
         return bound_request(parsed, caller.caps.within(self._common), model.max_length, caller.key, caller.caps)
 
     def acquire_passthrough(self, request: Request, model: str, bound: TokenBound | None) -> PassthroughSlot:
-        """Return a slot for a forwarded request; without `bound` it generates nothing. Raises TooMany."""
+        """Return a slot for a forwarded request. Without `bound` the request generates nothing. Raises TooMany."""
         caller: Caller = request.state.caller
 
         def count(tokens: int, kind: str) -> None:
@@ -251,14 +251,14 @@ class RequestSlots:
 
         def usage(holder: str, caps: Caps) -> dict[str, Any]:
             window = self.budgets.windows.get(holder)
-            nothing = None if caps.tokens_per_minute is None else 0  # tokens are counted only under a cap
+            unused = None if caps.tokens_per_minute is None else 0  # tokens are counted only under a cap
             return {
                 "limits": caps._asdict(),
                 "episodes": self.episodes.taken[holder],
                 "passed": self.passthrough.taken[holder],
                 "waiting": self.episodes.waiting_of(holder) + self.passthrough.waiting_of(holder),
-                "spent": nothing if window is None else window.spent(now),
-                "reserved": nothing if window is None else window.reserved,
+                "spent": unused if window is None else window.spent(now),
+                "reserved": unused if window is None else window.reserved,
             }
 
         common = self.budgets.common
@@ -274,7 +274,7 @@ class RequestSlots:
 
 
 class LeaseResponse(Response):
-    """A response that releases what its request holds once it is sent, however that ends."""
+    """Response that releases the leases of its request once it is sent or has failed."""
 
     def __init__(self, response: Response, leases: ExitStack) -> None:
         self.response = response
@@ -295,7 +295,7 @@ def _is_event_stream(response: Response) -> bool:
 
 
 def _metered(source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
-    """Wrap `source` so that `meter` reads the whole reply. It settles the slot at the end, however the reply ends."""
+    """Wrap `source` so that `meter` reads the reply and the slot is settled at its end, also after an error."""
 
     async def metered(sink: BodySink) -> None:
         def read(piece: bytes, is_last: bool) -> Awaitable[None]:

@@ -1,7 +1,7 @@
-"""The upper bound on the tokens that a forwarded request can generate, and the body fields that enforce it.
+"""Upper bound on the tokens that a forwarded request can generate, and the body fields that enforce it.
 
-The bound is the number of completions (prompts times `n`) times the tokens of each. A request that asks for more than
-its caps is refused; one that sets no limit gets one. By vLLM's source, no other field makes it generate more.
+The bound is the number of completions (prompts times `n`) times the tokens of each. A request for more than its caps is
+refused, and a request without a limit gets one. According to vLLM's source, no other field makes it generate more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proxy.requests.generation_request import GenerationRequest
 from proxy.requests.responses_request import ResponsesRequest
 
 DEFAULT_MAX_TOKENS: Final = 16
-"""Tokens of a text completion without a limit, the default of vLLM and OpenAI."""
+"""Limit of a text completion that sets none, in tokens: the default of vLLM and OpenAI."""
 _LIMIT_FIELDS: Final[Mapping[type[GenerationRequest], tuple[str, ...]]] = MappingProxyType(
     {
         ChatRequest: ("max_completion_tokens", "max_tokens"),
@@ -28,7 +28,7 @@ _LIMIT_FIELDS: Final[Mapping[type[GenerationRequest], tuple[str, ...]]] = Mappin
 )
 """Fields that limit the tokens of a completion, by type of request. The first is set if the request has none."""
 _CLIENT_TOOLS: Final = ("function", "custom")
-"""Types of tools that the client runs. With others the upstream generates again, as often as the model asks."""
+"""Types of tools that the client runs. Other tools make the upstream generate again, as often as the model asks."""
 _TRANSPARENT_FIELDS: Final = frozenset(
     {
         *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "stream", "stream_options"),
@@ -41,27 +41,28 @@ _TRANSPARENT_FIELDS: Final = frozenset(
 
 
 class TokenBound(NamedTuple):
-    """How much one request can generate, and how the reply shows what it did generate."""
+    """Token bound of one request, and how its actual tokens can be read from the reply."""
 
     max_tokens: int | None = None  # None without a cap
     completions: int = 1
     put: Mapping[str, Any] = MappingProxyType({})  # members of the body that enforce the bound
-    adds_usage: bool = False  # the proxy asked for the stream's usage, so the client must not see it
+    adds_usage: bool = False  # the proxy requested the stream's usage chunk, which must not reach the client
     is_usage_complete: bool = True  # the reported usage counts all generated tokens
-    shows_tokens: bool = False  # the stream shows all generated tokens as text, about when they are generated
+    shows_tokens: bool = False  # the stream shows all generated tokens as text, soon after they are generated
 
 
 UNBOUNDED: Final = TokenBound()
+"""Bound of a request whose caller has no token caps."""
 GENERATES_NOTHING: Final = TokenBound(max_tokens=0)
 """Bound of a request that generates no tokens."""
 
 
 class _CallerCaps(NamedTuple):
-    """The caps of a request, and which of them belong to its key."""
+    """Caps of a request, and the part of them that its key sets."""
 
-    all: Caps
-    key: str
-    own: Caps
+    all: Caps  # of the key and the server together
+    key: str  # name of the key, for error messages
+    own: Caps  # of the key
 
     def check(self, reason: str, param: str, each: int, completions: int) -> None:
         """Raise BadRequest, naming the cap and its source, if `completions` of `each` tokens do not fit."""
@@ -108,14 +109,14 @@ def bound_request(
 def _limit_each(
     request: GenerationRequest, caps: _CallerCaps, model_length: int, completions: int, put: dict[str, Any]
 ) -> int:
-    """Return the most tokens of one completion. If the body has to set that limit, add it to `put`.
+    """Return the maximum tokens of one completion. If the body does not limit them to that, add the limit to `put`.
 
     Raises BadRequest.
     """
     names = _LIMIT_FIELDS[type(request)]
-    given: list[tuple[int, str]] = [(value, name) for name in names if (value := getattr(request, name)) is not None]
-    if given:
-        each, name = max(given)
+    limits: list[tuple[int, str]] = [(value, name) for name in names if (value := getattr(request, name)) is not None]
+    if limits:
+        each, name = max(limits)
         each = max(1, each)  # vLLM generates one token even for a limit of 0
         caps.check(f"{name} is {each}", name, each, completions)
         return each
@@ -148,7 +149,7 @@ def _count_prompts(request: CompletionRequest) -> int:
     prompt, embeddings = request.prompt, (request.model_extra or {}).get("prompt_embeds")
     is_ids = isinstance(prompt, list) and all(type(item) is int for item in prompt)
     lists = [[prompt] if is_ids else prompt, embeddings]
-    return max(1, sum(len(given) if isinstance(given, list) else given is not None for given in lists))
+    return max(1, sum(len(value) if isinstance(value, list) else value is not None for value in lists))
 
 
 def _check_tools(request: GenerationRequest) -> None:

@@ -1,9 +1,10 @@
-"""Token budgets of API keys and of the whole server: reserved before a request begins, settled by its cost. No I/O.
+"""Token budgets of API keys and of the whole server. No I/O.
 
     room ──reserve──▶ reserved ──settle──▶ spent ──a minute──▶ room
 
-Spent and reserved tokens together never exceed a cap, whatever requests ask for and however they fail: a request's
-reservation is its own hard cap, so it cannot cost more. Callers pass the time in seconds. It must never go backwards.
+Tokens are reserved before a request begins and settled by its cost. Spent and reserved tokens together never exceed a
+cap, whatever requests ask for and however they fail: the reservation of a request is its hard cap, so it cannot cost
+more. Callers pass the time in seconds. It must never go backwards.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Final, NamedTuple
 
 MINUTE_S: Final = 60.0
 GRAIN_S: Final = 1.0
-"""Seconds of settlements that share one entry. The entry expires as if all of them had come at its end."""
+"""Seconds of settlements that share one entry. The entry expires as if all of them had been at its end."""
 SHARE: Final = 4
-"""A request without a cap may use a quarter of the minute's tokens, so that one request cannot take them all."""
+"""Divisor of the minute's tokens that gives the cap of a request without one, so that it cannot take them all."""
 
 
 _SHARE_SOURCE: Final = "a quarter of"
@@ -32,10 +33,10 @@ class Caps(NamedTuple):
 
     def within(self, other: Caps) -> Caps:
         """Return the stricter of both limits in each field."""
-        return Caps(*(smaller(mine, theirs) for mine, theirs in zip(self, other, strict=True)))
+        return Caps(*(smaller(first, second) for first, second in zip(self, other, strict=True)))
 
     def cap(self, requested: int | None) -> int | None:
-        """Return the tokens that a request may spend which asks for at most `requested`. They fit into a minute."""
+        """Return the maximum tokens of a request whose own limit is `requested`. They fit into a minute's cap."""
         minute, bound = self.tokens_per_minute, smaller(requested, self.tokens)
         if minute is None:
             return bound
@@ -50,11 +51,11 @@ class TokenLimit(NamedTuple):
 
 
 class EpisodeCaps(NamedTuple):
-    """Limits of one episode, by its request, its key and the server."""
+    """Limits of one episode: the strictest of its request, its key and the server."""
 
     branches: int
     tokens: int | None = None
-    source: str = ""  # the name of what set `tokens`, for error messages
+    source: str = ""  # name of the setting or field that sets `tokens`, for error messages
 
     @property
     def share_source(self) -> str | None:
@@ -64,7 +65,7 @@ class EpisodeCaps(NamedTuple):
 
 
 def request_limit(requested: int | None, key: str, own: Caps, common: Caps) -> TokenLimit:
-    """Return the smallest of a request's own limit, the caps of its `key` and those of the server, with its source."""
+    """Return the smallest of a request's own limit, its key's caps and the server's caps, with its source."""
     tokens = own.within(common).cap(requested)
     if tokens is None:
         return TokenLimit(None)
@@ -102,16 +103,16 @@ def smaller(first: int | None, second: int | None) -> int | None:
 
 
 class BudgetExceeded(Exception):
-    """A reservation does not fit now."""
+    """A reservation does not fit into the budget now."""
 
     def __init__(self, holder: str, after_s: float) -> None:
         super().__init__(holder)
         self.holder = holder
-        self.after_s = after_s  # seconds until it fits at the earliest, if no other request takes the room
+        self.after_s = after_s  # seconds until it fits at the earliest, if no other request is admitted meanwhile
 
 
 class TokenWindow:
-    """A cap on tokens within any `span_s` seconds: a sliding window over what was spent."""
+    """Sliding window that caps the tokens spent within any `span_s` seconds."""
 
     def __init__(self, cap: int, span_s: float = MINUTE_S) -> None:
         self.cap = cap  # tokens; may be changed at any time
@@ -135,7 +136,10 @@ class TokenWindow:
         return self.room(now) >= tokens
 
     def after_s(self, tokens: int, now: float) -> float:
-        """Return the seconds until `tokens` fit, as far as settled tokens decide. Reservations may end at any time."""
+        """Return the seconds until `tokens` fit.
+
+        If settled tokens alone do not decide that, return GRAIN_S, because reservations may end at any time.
+        """
         missing = tokens - self.room(now)
         for end, settled in self._entries:
             if missing <= 0:
@@ -146,7 +150,7 @@ class TokenWindow:
         return 0.0 if missing <= 0 else GRAIN_S
 
     def reserve(self, tokens: int) -> None:
-        """Set `tokens` aside. The caller must have checked that they fit."""
+        """Reserve `tokens`. The caller must have checked that they fit."""
         self.reserved += tokens
 
     def settle(self, reserved: int, cost: int, now: float) -> None:
@@ -162,12 +166,12 @@ class TokenWindow:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is reserved and no settled tokens are remembered."""
+        """Whether nothing is reserved and no settled tokens are in the window."""
         return not self.reserved and not self._entries
 
 
 class Reservation:
-    """Tokens set aside for one request. Only the first call of `settle` counts."""
+    """Tokens reserved for one request. Only the first call of `settle` counts."""
 
     def __init__(self, windows: tuple[TokenWindow, ...], tokens: int) -> None:
         self.tokens = tokens
@@ -181,16 +185,16 @@ class Reservation:
 
 
 class TokenBudgets:
-    """The token windows of each budget holder, and one that all holders share."""
+    """The token window of each budget holder, and one that all holders share."""
 
     def __init__(self, tokens_per_minute: int | None) -> None:
         self.common = None if tokens_per_minute is None else TokenWindow(tokens_per_minute)
         self.windows: dict[str, TokenWindow] = {}  # by holder
 
     def reserve(self, holder: str, per_minute: int | None, tokens: int | None, now: float) -> Reservation:
-        """Set `tokens` aside in the holder's window and in the common one, in both or in neither.
+        """Reserve `tokens` in the holder's window and in the common one, in both or in neither.
 
-        `tokens` is None only where neither window has a cap. Raises BudgetExceeded.
+        `tokens` is None only if neither window has a cap. Raises BudgetExceeded.
         """
         own = self._window(holder, per_minute)
         windows = {name: window for name, window in ((holder, own), ("", self.common)) if window is not None}
@@ -221,14 +225,14 @@ class TokenBudgets:
 
 
 class RateLimit:
-    """A cap on how often each holder may do something within a minute."""
+    """Limit on the number of uses per minute and holder."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._windows: dict[str, TokenWindow] = {}
 
     def take(self, holder: str, now: float) -> None:
-        """Count one use. Raises BudgetExceeded if the holder has used up its minute."""
+        """Count one use. Raises BudgetExceeded if the holder has reached the limit."""
         window = self._windows.setdefault(holder, TokenWindow(self.per_minute))
         if window.room(now) < 1:
             raise BudgetExceeded(holder, window.after_s(1, now))

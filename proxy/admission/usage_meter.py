@@ -1,4 +1,4 @@
-"""Meter the tokens of forwarded replies: by the reported usage, or else by an upper bound or estimate."""
+"""Meter the tokens of forwarded replies by the reported usage or, without it, by an upper bound or an estimate."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import jiter
 from proxy.admission.token_bound import TokenBound
 
 TAIL_BYTES: Final = 4096
-"""Bytes at the end of a reply in which its usage usually stands."""
+"""Bytes at the end of a reply that usually contain its usage."""
 TAIL_PIECES: Final = 64
-"""Pieces at the end of a reply that are kept to read its usage."""
+"""Number of last pieces of a reply that are kept to read its usage."""
 PASSED_THROUGH: Final = "passed_through"
 ESTIMATED: Final = "passed_through_estimated"
 """Kinds of tokens in the metrics."""
 EVENT_END: Final = b"\n\n"
-"""End of an event as vLLM writes it."""
+"""End of a server-sent event as vLLM writes it."""
 _REPORTED: Final = re.compile(rb'"(?:completion|output)_tokens"\s{0,9}:\s{0,9}(\d{1,9})(?!\d)')
 _EVENT_END: Final = re.compile(rb"\n\r?\n")
-"""End of an event as any server may write it."""
+"""End of a server-sent event as any server may write it."""
 MAX_HELD_BYTES: Final = 2**22
-"""Longest reply, or event of a stream, that is parsed. Longer ones are forwarded unread and charged by the bound."""
+"""Maximum bytes of a reply, or of a stream's event, that is parsed. Longer ones are charged by the bound."""
 UNSEEN_TOKENS: Final = 16
-"""Tokens of each completion that may have been generated but not received when a stream is cut."""
+"""Tokens per completion that may have been generated but not received when a stream is cut."""
 
 
 def last_reported_tokens(tail: bytes) -> int | None:
     """Return the last completion token count in the end of a reply, or None.
 
-    It does not check where the number stands, so it is good enough for metrics but not for billing.
+    It does not check where the number is, so it is good enough for metrics but not for billing.
     """
     counts = _REPORTED.findall(tail)
     return int(counts[-1]) if counts else None
@@ -51,7 +51,7 @@ class UnboundedReplyMeter:
 
     @property
     def charge(self) -> tuple[int, str]:
-        """Tokens so far, and the kind of tokens they are counted as."""
+        """Tokens so far, and their kind in the metrics."""
         reported = last_reported_tokens(b"".join(self._tail)[-TAIL_BYTES:])
         return (max(0, self._events - 2), ESTIMATED) if reported is None else (reported, PASSED_THROUGH)
 
@@ -63,16 +63,16 @@ class UnboundedReplyMeter:
         return data
 
     def finish(self) -> bytes:
-        """Return what was held back at the end of the reply: nothing."""
+        """Return no bytes: this meter holds nothing back."""
         return b""
 
 
 class BoundedReplyMeter:
     """Meters the reply to a request with a bound.
 
-    A reply is charged by its usage, wherever that stands. Without usage (the client disconnects, the stream breaks) it
-    is charged by its bound, which is never too little. If the bound says that the stream shows every token as text, it
-    is charged by that text, one token per byte. No charge exceeds the bound, whatever the usage says.
+    A reply is charged by its usage, wherever that is. Without usage (the client disconnects, the stream breaks) it is
+    charged by its bound, which is never too little. If `TokenBound.shows_tokens` says that the stream shows every token
+    as text, it is charged by that text instead, one token per byte. No charge exceeds the bound.
     """
 
     def __init__(self, bound: TokenBound, *, is_stream: bool) -> None:
@@ -96,11 +96,11 @@ class BoundedReplyMeter:
 
     @property
     def charge(self) -> tuple[int, str]:
-        """The cost, and the kind of tokens it is counted as."""
+        """The cost, and its kind in the metrics."""
         return self.cost, PASSED_THROUGH
 
     def feed(self, data: bytes) -> bytes:
-        """Read a piece of the reply and return the bytes that the client gets now."""
+        """Read a piece of the reply and return the bytes to send to the client now."""
         if self._is_unreadable:
             return data
         before = len(self._held)
@@ -112,7 +112,7 @@ class BoundedReplyMeter:
         return passed if self._hides_usage else data
 
     def finish(self) -> bytes:
-        """Read the end of the reply and return the bytes that the client still gets."""
+        """Read the end of the reply and return the remaining bytes for the client."""
         held, self._held = bytes(self._held), bytearray()
         if not self._is_stream:
             self._read(held)
@@ -132,7 +132,7 @@ class BoundedReplyMeter:
         return b"".join(kept)
 
     def _read_event(self, event: bytes) -> bool:
-        """Read an event of a stream. Return whether it is the usage that the client did not ask for."""
+        """Read an event of a stream. Return whether it is the usage chunk that the client did not request."""
         if not self._shows_tokens and b'"usage"' not in event:
             return False
         lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
@@ -170,8 +170,8 @@ def _count_tokens(choices: Any) -> int:
     """Return an upper bound on the tokens that a chunk shows: one per byte of text, at least one per choice."""
     if not isinstance(choices, list):
         return 0
-    texts = [_texts(choice) for choice in choices if isinstance(choice, dict)]
-    return sum(max(1, sum(len(text.encode()) for text in ones)) for ones in texts)
+    texts_by_choice = [_texts(choice) for choice in choices if isinstance(choice, dict)]
+    return sum(max(1, sum(len(text.encode()) for text in texts)) for texts in texts_by_choice)
 
 
 def _texts(choice: dict[str, Any]) -> list[str]:

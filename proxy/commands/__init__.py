@@ -1,4 +1,4 @@
-"""Commands of `autotts` that belong to the live side: config, demo, keys and forget.
+"""Commands of `autotts` that belong to the proxy: config, demo, keys and forget.
 
-Imported by cli alone.
+Imported by cli only.
 """

@@ -1,4 +1,4 @@
-"""`autotts config`: the settings that `autotts serve` would use, and where each comes from."""
+"""Command `autotts config`: show and check the settings that `autotts serve` would use, with their sources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MASK: Final = "********"
 OF_OTHERS: Final = frozenset({"AUTOTTS_CONFIG", "AUTOTTS_EXPLORER_API_KEY"})
-"""Variables with the prefix that belong to other programs."""
+"""Variables with the prefix AUTOTTS_ that are not settings of the proxy."""
 
 File = Annotated[
     Path | None,
@@ -34,7 +34,7 @@ Sets = Annotated[
 ]
 
 Flags = Mapping[str, object]
-"""Settings by name, from flags; None means not given."""
+"""Settings from flags, by name. None means that the flag was not given."""
 P = ParamSpec("P")
 
 configuring = typer.Typer(name="config", no_args_is_help=True, help="The proxy's settings, and where they come from.")
@@ -63,31 +63,31 @@ def _flags(
         bool | None, typer.Option("--allow-anonymous", help="listen beyond loopback without keys")
     ] = None,
 ) -> Flags:
-    """Return the settings that have flags of their own."""
-    given = dict(locals())
-    return {**given, "beta": None if beta is None else parse_beta(beta, "--beta")}
+    """Return the settings that have their own flags."""
+    values = dict(locals())
+    return {**values, "beta": None if beta is None else parse_beta(beta, "--beta")}
 
 
 def with_flags(verb: Callable[Concatenate[Flags, P], None]) -> Callable[..., None]:
     """Wrap a command so that it accepts the flags of `serve` and gets their settings as its first argument."""
-    flags, own = (signature(one, eval_str=True).parameters for one in (_flags, verb))
+    flags, own = (signature(function, eval_str=True).parameters for function in (_flags, verb))
 
     @wraps(verb)
-    def taking(**given: Any) -> None:
-        from_flags = {name: given.pop(name) for name in flags}
-        verb(_flags(**from_flags), **given)  # type: ignore[call-arg]
+    def with_settings(**arguments: Any) -> None:
+        from_flags = {name: arguments.pop(name) for name in flags}
+        verb(_flags(**from_flags), **arguments)  # type: ignore[call-arg]
 
     parameters = [*flags.values(), *list(own.values())[1:]]
-    taking.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    taking.__annotations__ = {one.name: one.annotation for one in parameters}
-    return taking
+    with_settings.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_settings
 
 
 class SettingRow(NamedTuple):
     """One setting in the table."""
 
     name: str
-    value: Any  # as JSON has it; a secret is masked
+    value: Any  # a JSON value; secrets are masked
     source: str
     meaning: str
 
@@ -165,7 +165,7 @@ def _masked(value: Any, secret: bool) -> Any:
     if secret:
         return MASK if value else value
     if isinstance(value, list):
-        return [_masked(one, False) for one in value]
+        return [_masked(item, False) for item in value]
     if not isinstance(value, str) or "://" not in value or "@" not in value:
         return value
     parts = urlsplit(value)

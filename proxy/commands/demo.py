@@ -1,4 +1,4 @@
-"""`autotts demo`: accuracy and tokens by β on the embedded model, asked as any client asks."""
+"""Command `autotts demo`: measure accuracy and tokens by β on the embedded model, through the public API."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from discovery.evaluation.plot import Panel, PlotPoint, draw_frontiers
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CONCURRENCY = 4
-"""Concurrent requests in every row. Latencies are comparable with each other only."""
+"""Number of concurrent requests in every row. Latencies are therefore comparable between rows only."""
 
 
 class DemoSetting(NamedTuple):
-    """One row of the table."""
+    """Settings of one row of the table."""
 
     name: str
     beta: float
-    controller: str | None  # None for the server's own
-    temperature: float | None = None  # None for the model's own default
+    controller: str | None  # None for the server's default
+    temperature: float | None = None  # None for the model's default
 
 
 class AnsweredRequest(NamedTuple):
-    """One answered request."""
+    """Outcome and cost of one request."""
 
     right: bool
     tokens: int  # spent beyond the prompt, over all branches and probes
@@ -47,11 +47,11 @@ SETTINGS = (
     DemoSetting("single sample", 0.0, "single"),
     *(DemoSetting(f"β = {beta:g}", beta, None) for beta in BETAS),
 )
-"""The rows of the table: what costs one branch with and without sampling, then the controller at each β."""
+"""Rows of the table: a single branch without and with sampling, then the controller at each β."""
 
 
 async def run(base_url: str, problems: int, plot: Path) -> None:
-    """Ask every problem in every row, print the table and write the plot."""
+    """Send every problem with the settings of every row, print the table and write the plot."""
     console = Console()
     questions = held_back(problems)
     rows: dict[DemoSetting, list[AnsweredRequest]] = {}
@@ -73,10 +73,10 @@ async def _ask_all(
 
     async def ask(problem: Problem) -> AnsweredRequest:
         async with gate:
-            asked = await _ask(client, setting, problem)
+            answered = await _ask(client, setting, problem)
         if callable(done):
             done()
-        return asked
+        return answered
 
     return list(await asyncio.gather(*map(ask, questions)))
 
@@ -97,36 +97,36 @@ async def _ask(client: AsyncOpenAI, setting: DemoSetting, problem: Problem) -> A
     return AnsweredRequest(right, int(headers["x-tts-tokens"]), int(headers["x-tts-branches"]), seconds)
 
 
-def accuracy(asked: Sequence[AnsweredRequest]) -> tuple[float, float]:
-    """Return the accuracy in percent and its standard error in points."""
-    share = statistics.fmean(one.right for one in asked)
-    return 100 * share, 100 * math.sqrt(share * (1 - share) / len(asked))
+def accuracy(answered: Sequence[AnsweredRequest]) -> tuple[float, float]:
+    """Return the accuracy in percent and its standard error in percentage points."""
+    share = statistics.fmean(request.right for request in answered)
+    return 100 * share, 100 * math.sqrt(share * (1 - share) / len(answered))
 
 
 def table(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Table:
-    """Return the rows as a table. Every figure is a mean, except for the median latency."""
+    """Return the rows as a table. Every figure is a mean, except that the latency is a median."""
     shown = Table(title=f"{len(next(iter(rows.values())))} held-back problems, embedded model")
     for heading in ("", "accuracy %", "tokens", "branches", "latency s (p50)"):
         shown.add_column(heading, justify="right")
-    for setting, asked in rows.items():
-        percent, error = accuracy(asked)
+    for setting, answered in rows.items():
+        percent, error = accuracy(answered)
         shown.add_row(
             setting.name,
             f"{percent:.1f} ± {error:.1f}",
-            f"{statistics.fmean(one.tokens for one in asked):,.0f}",
-            f"{statistics.fmean(one.branches for one in asked):.1f}",
-            f"{statistics.median(one.seconds for one in asked):.2f}",
+            f"{statistics.fmean(request.tokens for request in answered):,.0f}",
+            f"{statistics.fmean(request.branches for request in answered):.1f}",
+            f"{statistics.median(request.seconds for request in answered):.2f}",
         )
     return shown
 
 
 def panel(rows: dict[DemoSetting, list[AnsweredRequest]]) -> Panel:
-    """Return the rows as lines of a plot: the controller by β, beside greedy and a single sample."""
+    """Return the rows as lines of a plot: the controller by β, with greedy and a single sample for comparison."""
     lines: dict[str, list[PlotPoint]] = {"controller, by β": []}
-    for setting, asked in rows.items():
-        spent = statistics.fmean(one.tokens for one in asked)
+    for setting, answered in rows.items():
+        tokens = statistics.fmean(request.tokens for request in answered)
         if setting.controller is None:
-            lines["controller, by β"].append(PlotPoint(spent, *accuracy(asked), setting.name))
+            lines["controller, by β"].append(PlotPoint(tokens, *accuracy(answered), setting.name))
         else:
-            lines[setting.name] = [PlotPoint(spent, *accuracy(asked))]
+            lines[setting.name] = [PlotPoint(tokens, *accuracy(answered))]
     return lines

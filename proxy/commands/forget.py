@@ -1,6 +1,6 @@
-"""`autotts store forget`, including records that wait in spill files.
+"""Command `autotts store forget`: delete a tenant's or a request's records, including those in spill files.
 
-Those are written to the store first, because only the store knows the tenant of a record.
+Spilled records are written to the store first, because only the store knows the tenant of a record.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def forget(
     finally:
         if held:
             raise StoreError(
-                f"{', '.join(map(str, held))}: a running proxy holds it, and its records were not deleted; run the "
-                "command again when the proxy has written them to the store"
+                f"{', '.join(map(str, held))}: a running proxy uses this spill file, so its records were not deleted; "
+                "run the command again when the proxy has written them to the store"
             )
 
 
 async def _read_back(place: Path, spill: Path) -> tuple[list[Path], int]:
-    """Write all records in the spill files at `spill` into the store at `place`, as a proxy does when it starts.
+    """Write all records in the spill files at `spill` to the store at `place`, as a proxy does when it starts.
 
-    Return the files that a proxy holds, and the number of records dropped because they cannot be read. Raises
+    Return the files that a running proxy has locked, and the number of unreadable records, which are dropped. Raises
     StoreError.
     """
     waiting = SpillFiles(spill, 0)

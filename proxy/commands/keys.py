@@ -1,4 +1,4 @@
-"""`autotts keys`: create API keys for clients. A key is shown once; afterwards only its hash is known."""
+"""Command `autotts keys`: create and list API keys of clients. A key is shown once; only its hash is stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def new(
 
 
 @keysmith.command("list")
-def listing(file: Annotated[Path, typer.Argument(help="the file", envvar="AUTOTTS_KEYS")]) -> None:
+def listing(file: Annotated[Path, typer.Argument(help="key file", envvar="AUTOTTS_KEYS")]) -> None:
     """List the keys of a file: owner, tenant as in the store, and limits."""
     from proxy.admission import api_keys
 

@@ -1,10 +1,10 @@
-"""Measure the embedded model over its held-back problems, through a running server. It is no command of `autotts`.
+"""Measure the embedded model on its held-back problems, through a running server. This is not an `autotts` command.
 
     python -m deploy.embedded.server --port 8001 &
     python -m proxy.commands.study --url http://127.0.0.1:8001
 
-Prints the accuracy of one greedy answer, of one sample, and of the majority of k samples (self-consistency, SC@k); the
-accuracy of an answer probed from a thought that is cut early; and how long thoughts are.
+Prints the accuracy of a greedy answer, of one sample, and of the majority of k samples (self-consistency, SC@k). Also
+prints the accuracy of probes in a thought that is cut early, and the lengths of thoughts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUBSETS = 200
 
 @dataclass(frozen=True, slots=True)
 class SampledReply:
-    """One completion: its answer, and how many tokens it took."""
+    """Answer and number of tokens of one completion."""
 
     answer: str | None
     tokens: int
@@ -77,7 +77,7 @@ def majority(answers: Sequence[str | None], truth: str) -> float:
 
 
 class Study:
-    """Ask a server the problems, a few at a time."""
+    """Sends the problems to a server, a few at a time."""
 
     def __init__(self, engine: UpstreamClient, model: str, samples: int, probed: int, at_once: int) -> None:
         self._engine = engine
@@ -105,11 +105,11 @@ class Study:
     async def _probe(self, prompt: list[int], thought: list[int], suffix: list[int]) -> list[str]:
         """Return the answers of probes at each of DEPTHS. The last depth is the end of the thought."""
         cuts = [thought[: max(1, round(depth * len(thought)))] for depth in DEPTHS]
-        asked = (self._complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
-        return [output.text for [output] in await asyncio.gather(*asked)]
+        probes = (self._complete(prompt + cut + suffix, 8, temperature=0, stop=["}"]) for cut in cuts)
+        return [output.text for [output] in await asyncio.gather(*probes)]
 
-    async def _complete(self, prompt: list[int], most: int, n: int = 1, **sampling: object) -> list[Output]:
-        call = Call([prompt], most, sampling, n=n)
+    async def _complete(self, prompt: list[int], max_tokens: int, n: int = 1, **sampling: object) -> list[Output]:
+        call = Call([prompt], max_tokens, sampling, n=n)
         await self._engine.generate(self._model, call)
         return call.outputs
 
@@ -148,7 +148,7 @@ def _accuracies(outcomes: Sequence[StudiedProblem]) -> Table:
 
 def _probe_accuracies(outcomes: Sequence[StudiedProblem]) -> Table:
     table = Table("share of the thought", *(f"{depth:.0%}" for depth in DEPTHS), title="Accuracy of a probe, %")
-    for name, against in (("right", _is_true), ("what its branch says in the end", _is_kept)):
+    for name, against in (("right", _is_true), ("equal to the branch's final answer", _is_kept)):
         branches = [(outcome, branch) for outcome in outcomes for branch in range(len(outcome.probes))]
         row = (statistics.fmean(against(*branch, depth) for branch in branches) for depth in range(len(DEPTHS)))
         table.add_row(name, *(f"{100 * value:.0f}" for value in row))
@@ -166,11 +166,13 @@ def _is_kept(outcome: StudiedProblem, branch: int, depth: int) -> float:
 def _lengths(outcomes: Sequence[StudiedProblem]) -> Table:
     tokens = [branch.tokens for outcome in outcomes for branch in outcome.samples]
     points = (0.05, 0.25, 0.5, 0.75, 0.95)
-    table = Table("least", *(f"{point:.0%}" for point in points), "most", "mean", "no answer", title="Tokens a branch")
+    columns = ("min", *(f"{point:.0%}" for point in points), "max", "mean", "no answer")
+    table = Table(*columns, title="Tokens per branch")
     ordered = sorted(tokens)
     quantiles = (str(ordered[round(point * (len(ordered) - 1))]) for point in points)
-    silent = statistics.fmean(branch.answer is None for outcome in outcomes for branch in outcome.samples)
-    table.add_row(str(ordered[0]), *quantiles, str(ordered[-1]), f"{statistics.fmean(tokens):.0f}", f"{silent:.2%}")
+    unanswered = statistics.fmean(branch.answer is None for outcome in outcomes for branch in outcome.samples)
+    mean = f"{statistics.fmean(tokens):.0f}"
+    table.add_row(str(ordered[0]), *quantiles, str(ordered[-1]), mean, f"{unanswered:.2%}")
     return table
 
 
@@ -194,11 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8001")
     parser.add_argument("--model", default="autotts-tiny")
     parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="which held-back problems")
-    parser.add_argument("--samples", type=int, default=48, help="branches a problem; at least 32 for SC@32")
-    parser.add_argument("--probed", type=int, default=4, help="branches a problem that are probed at every depth")
+    parser.add_argument("--seed", type=int, default=0, help="seed that selects the held-back problems")
+    parser.add_argument("--samples", type=int, default=48, help="branches per problem; at least 32 for SC@32")
+    parser.add_argument("--probed", type=int, default=4, help="branches per problem that are probed at every depth")
     parser.add_argument("--at-once", type=int, default=3, help="problems in flight")
-    parser.add_argument("--width", type=int, default=120, help="columns of the tables")
+    parser.add_argument("--width", type=int, default=120, help="width of the tables in characters")
     asyncio.run(_main(parser.parse_args(argv)))
     return 0
 

@@ -1,12 +1,12 @@
 """Complete the branches of sampled episodes in the background, so that served traffic can be replayed.
 
-A served episode is censored: nobody knows how a pruned branch, or one that ran when the vote was settled, would have
-ended. Episodes are sampled by their id alone, never by what happened in them. Every branch of a sampled episode is run
-to its end and probed after each interval. More branches are opened up to a fixed number, because the number that a
-controller opens depends on what the first ones said, so its branches are not representative.
+A served episode is censored: the ends of pruned branches, and of branches that ran when the vote was settled, are
+unknown. Episodes are sampled by their id only, never by what happened in them. Every branch of a sampled episode is run
+to its end and probed after each interval. More branches are opened, up to a fixed number. The number that a controller
+opens depends on the first answers, so its branches alone are not representative.
 
-Completion uses only spare capacity: at low priority, a few branches at a time, none while requests wait here or at the
-upstream, and within a token budget per hour.
+Completion uses spare capacity only. It runs a few branches at a time, at low priority and within a token budget per
+hour, and pauses while requests wait in the proxy or at the upstream.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ logger = logging.getLogger(__name__)
 BENCHMARK: Final = "live"
 """Benchmark name of questions from served traffic."""
 PRIORITY: Final = 1_000_000
-"""vLLM priority of background calls. Larger values run later, if vLLM schedules by priority."""
+"""Priority of background calls at vLLM. Larger values run later, if vLLM schedules by priority."""
 MAX_PENDING: Final = 64
-"""Episodes that may wait for completion. Further sampled episodes are skipped."""
+"""Maximum number of episodes that wait for completion. Further sampled episodes are skipped."""
 POLL_S: Final = 0.25
 """Seconds between checks for spare capacity."""
 HOUR_S: Final = 3600.0
 WARN_EVERY_S: Final = 60.0
-"""Seconds between log lines about skipped episodes."""
+"""Minimum seconds between log lines about skipped episodes."""
 
 
 @dataclass
 class PendingEpisode:
-    """A sampled episode as it was when its answer was sent."""
+    """A sampled episode, in its state when the answer was sent."""
 
     plan: Plan
     environment: LiveEnvironment
@@ -88,12 +88,12 @@ class BranchCompleter:
         self._logged_at = float("-inf")
 
     def wants(self, plan: Plan, state: State) -> bool:
-        """Return whether an episode is to be completed: it was sampled and its branches suit a recording."""
+        """Return whether an episode should be completed: it was sampled and its branches suit a recording."""
         settings = self._settings
         ended = state.stop in (Stop.ANSWERED, Stop.MAX_TOKENS)
         readable = plan.prompt.kind.is_probeable and not plan.prompt.stop  # a stop string is the client's text
-        readable = readable and self._drift.has_usual_probe(plan)  # otherwise it would be a version of its own
-        if plan.records_all or plan.ignores_eos:  # the client gets the recording itself, or there are no answers
+        readable = readable and self._drift.has_usual_probe(plan)  # otherwise it would create a version of its own
+        if plan.records_all or plan.ignores_eos:  # the client gets the recording, or there are no answers
             return False
         return bool(settings.store and ended and readable and is_sampled(plan.request_id, settings.record_fraction))
 
@@ -132,7 +132,7 @@ class BranchCompleter:
     async def next(self) -> RecordedQuestion | None:
         """Wait for the next pending episode and return its recording, or None if that failed."""
         pending = await self._pending.get()
-        outcome, recording = "skipped", None  # unless it ends before the proxy does
+        outcome, recording = "skipped", None  # this outcome stays if a shutdown cancels the completion
         try:
             recording = await self._complete(pending)
             outcome = "recorded"
@@ -192,7 +192,7 @@ class BranchCompleter:
         return late
 
     async def _wait_for_capacity(self, pending: PendingEpisode, branches: int) -> None:
-        """Wait until the budget holds an interval of `branches` and the upstream has spare capacity."""
+        """Wait until the budget allows one interval of `branches` and the upstream has spare capacity."""
         self._settle(pending)
         needed = branches * _interval_cost(pending.plan)
         while True:
@@ -201,20 +201,20 @@ class BranchCompleter:
             await asyncio.sleep(POLL_S)
 
     def _max_parallel(self, plan: Plan) -> int:
-        """Return how many branches may run at a time. One interval of all of them must fit into the hourly budget."""
+        """Return how many branches may run concurrently. One interval of all of them must fit the hourly budget."""
         return min(self._settings.record_at_once, self._settings.record_tokens_per_hour // _interval_cost(plan))
 
     def _settle(self, pending: PendingEpisode) -> None:
-        """Charge the tokens that an episode has cost since the last call."""
+        """Charge the tokens that an episode has spent since the last call."""
         spent = pending.environment.meter.billed - pending.settled
         pending.settled += spent
         self._window.settle(0, spent, time.monotonic())
         self._metrics.recording_tokens.labels(pending.plan.prompt.model).inc(spent)
 
     async def _is_busy(self) -> bool:
-        """Return whether requests wait here or at the upstream, or the circuit breaker is open.
+        """Return whether requests wait in the proxy or at the upstream, or the circuit breaker is open.
 
-        If the upstream does not report its queue, it counts as busy while any request is served.
+        If the upstream does not report its queue, it counts as busy while any request is being served.
         """
         queues, engine = (self._slots.episodes, self._slots.passthrough), self._engine
         if any(queue.waiting for queue in (*queues, engine.branch_semaphore)) or not engine.breaker.is_closed:
@@ -224,7 +224,7 @@ class BranchCompleter:
 
 
 def _interval_cost(plan: Plan) -> int:
-    """Return the most tokens that one interval of a branch and the probe after it can cost."""
+    """Return the maximum tokens of one interval of a branch and the probe after it."""
     return plan.environment_limits.interval + plan.limits.probe_tokens
 
 

@@ -1,4 +1,4 @@
-"""Record served requests: the episode of each, recordings of sampled ones, and the feedback of clients."""
+"""Record served requests: their episodes, recordings of sampled episodes, and clients' feedback."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ from proxy.types import Plan, Reply
 from proxy.upstream.client import UpstreamClient
 
 ACKNOWLEDGE_S: Final = 0.01
-"""How long a feedback response waits for the feedback to be on disk."""
+"""Maximum seconds that a feedback response waits until the feedback is on disk."""
 NO_REQUEST: Final = ""
-"""Id of a request that does not exist. It stands in for another tenant's request, so that both get the same answer."""
+"""Id of a request that does not exist.
+
+It is looked up in place of another tenant's request, so that the response does not reveal that the request exists.
+"""
 
 
 class FeedbackReceipt(NamedTuple):
     """The result of recording feedback."""
 
     id: str
-    owner: RequestOwner  # of the request it is about
+    owner: RequestOwner  # of the rated request
     satisfied: bool | None  # whether the client was satisfied; None if unknown
-    is_first: bool  # the first feedback on its request that says so
+    is_first: bool  # whether it is the first feedback on its request that says whether the client was satisfied
     is_on_disk: bool
 
 
@@ -62,7 +65,7 @@ class EpisodeLog:
         self._metrics = metrics
         self._text = settings.store_text
         self._completing: asyncio.Task[None] | None = None
-        self._rated: OrderedDict[str, None] = OrderedDict()  # requests with feedback that says whether they did well
+        self._rated: OrderedDict[str, None] = OrderedDict()  # requests with feedback of known satisfaction
         self._feedback_at = datetime.now(UTC)  # time of the latest feedback
         self._feedback_rate = RateLimit(settings.feedback_per_minute)
 
@@ -93,7 +96,7 @@ class EpisodeLog:
     ) -> None:
         """Queue the record of an ended episode and, if it was sampled, the completion of its branches.
 
-        `outcome` says why it ended if its state does not.
+        `outcome` is the reason why it ended, for episodes without a stop reason in their state.
         """
         if not self.writer.is_on:
             return
@@ -128,7 +131,8 @@ class EpisodeLog:
         if owner is None:
             raise _unknown(feedback.request)
         kind, value, satisfied = await self._rate(feedback)
-        self._feedback_at = max(datetime.now(UTC), self._feedback_at + timedelta(microseconds=1))  # clocks are set back
+        earliest = self._feedback_at + timedelta(microseconds=1)  # keeps the order if the clock is set back
+        self._feedback_at = max(datetime.now(UTC), earliest)
         created = self._feedback_at.isoformat(timespec="microseconds")
         record = Feedback(uuid4().hex, feedback.request, kind, json.dumps(value), created, owner.tenant)
         kept = self.writer.put(feedback.request, lambda: record, hurry=True)
@@ -175,12 +179,14 @@ class EpisodeLog:
         return "answer", redacted(answer) if self._text is StoreText.NONE else answer, satisfied
 
 
-def _same(answer: str, given: str) -> bool:
-    """Return whether two answers are equal by their canonical text. `given` may be redacted."""
-    if is_redacted(given):
-        return redacted(answer) == given
-    mine, theirs = canonical(answer), canonical(given)
-    return answer.strip() == given.strip() or (mine is not None and theirs is not None and mine.text == theirs.text)
+def _same(answer: str, recorded: str) -> bool:
+    """Return whether two answers are equal by their canonical text. `recorded` may be redacted."""
+    if is_redacted(recorded):
+        return redacted(answer) == recorded
+    form, recorded_form = canonical(answer), canonical(recorded)
+    if answer.strip() == recorded.strip():
+        return True
+    return form is not None and recorded_form is not None and form.text == recorded_form.text
 
 
 def _unknown(request: str) -> NotFound:
@@ -196,7 +202,7 @@ def _episode(
     stop: str,
     text: StoreText,
 ) -> Callable[[], ServedEpisode]:
-    """Return a function that makes the record of an episode in a thread, from what is known of the episode now."""
+    """Return a function that builds the record of an episode. It can run in a thread later, because it uses copies."""
     seconds = round(time.monotonic() - plan.started, 6)
     created = datetime.now(UTC).isoformat(timespec="microseconds")
     answers = [environment.labels.written(label) for label in range(len(environment.labels))]
@@ -219,8 +225,8 @@ def _episode(
     )
     if environment.cutoff is not None:
         about["refused"] = environment.cutoff
-    if named := logs.client_request_id.get():
-        about["client_request_id"] = named
+    if client_id := logs.client_request_id.get():
+        about["client_request_id"] = client_id
     if text is StoreText.FULL:
         about["text"] = plan.provenance.text
         about["reply"] = None if reply is None else reply.message.content

@@ -1,6 +1,6 @@
-"""Make, encode and decode records in threads. A record that fails is logged and left out; the others go on.
+"""Build, encode and decode records in threads. A record that fails is logged and skipped.
 
-Logged errors name only the type of an exception, because its message may hold a client's text.
+Logged errors contain only the type of an exception, because its message may contain a client's text.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ V = TypeVar("V")
 logger = logging.getLogger(__name__)
 
 SLICE: Final = 32
-"""Records converted at a time: the event loop stands still while Python runs in another thread."""
+"""Number of records that are converted per thread call. The event loop is blocked while Python code runs in it."""
 
 
 class QueuedRecord(NamedTuple):
     """A record that waits to be written."""
 
     request: str
-    make: Callable[[], StoreItem]  # called in a thread, because it takes too long for the event loop
-    kept: asyncio.Future[bool]  # whether the record is on disk (True) or lost (False)
+    make: Callable[[], StoreItem]  # called in a thread, because it is too slow for the event loop
+    kept: asyncio.Future[bool]  # True once the record is on disk, False if it was lost
 
 
 async def convert_all(convert: Callable[[T], V], values: Sequence[T]) -> list[V]:
@@ -40,7 +40,7 @@ async def convert_all(convert: Callable[[T], V], values: Sequence[T]) -> list[V]
 
 
 def make_item(record: QueuedRecord) -> StoreItem | None:
-    """Return the item of a record, or None if it cannot be made."""
+    """Build the item of a record. Return None if that fails."""
     try:
         return record.make()
     except Exception as error:  # any failure must not stop the records after this one
@@ -49,7 +49,7 @@ def make_item(record: QueuedRecord) -> StoreItem | None:
 
 
 def encode_line(item: StoreItem) -> bytes | None:
-    """Return the line of an item for a spill file, or None if it cannot be encoded."""
+    """Encode an item as a line of a spill file. Return None if that fails."""
     try:
         line = encode_item(item)
     except Exception as error:  # for example a text with lone surrogates
@@ -62,7 +62,7 @@ def encode_line(item: StoreItem) -> bytes | None:
 
 
 def decode_line(line: bytes) -> StoreItem | None:
-    """Return the item of a line of a spill file, or None if it cannot be decoded."""
+    """Decode a line of a spill file. Return None if that fails."""
     try:
         return decode_item(line)
     except Exception as error:  # any failure must not stop the records after this one

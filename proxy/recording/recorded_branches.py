@@ -1,4 +1,4 @@
-"""Turn the facts of an episode into recorded branches that replay can run again."""
+"""Convert the facts of an episode to recorded branches that can be replayed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from discovery.answers import Labels
 from discovery.data.recordings import RecordedBranch
 
 ProbesByInterval = Mapping[tuple[int, int], Probed]
-"""Probe results by (branch, intervals it had run)."""
+"""Probe results by (branch, number of intervals that it had run)."""
 
 _NO_PROBES: Final[ProbesByInterval] = MappingProxyType({})
 
 
 class HasLabels(Protocol):
-    """An environment that knows the answers of its labels."""
+    """An environment that maps labels to answers."""
 
     @property
     def labels(self) -> Labels: ...
 
 
 class _Progress:
-    """How far a branch has run."""
+    """Progress of a branch: its intervals, tokens and end."""
 
     __slots__ = ("finished", "intervals", "label", "tokens")
 
@@ -39,10 +39,10 @@ class _Progress:
 def branches(
     environment: HasLabels, rounds: Sequence[Round], late: ProbesByInterval = _NO_PROBES
 ) -> list[RecordedBranch]:
-    """Return the branches of an episode, in the order they were opened.
+    """Return the branches of an episode, in the order in which they were opened.
 
-    A branch has one probe for each complete interval after which it went on. `late` holds probes that no round has. A
-    branch with a missing probe, or without an end, is censored: its probes stop at the gap.
+    A branch has one probe after each interval but its last. `late` holds probes that are in no round. A branch that has
+    not finished or lacks a probe is censored: its probes stop at the first gap.
     """
 
     def answer(label: int | None) -> str | None:
@@ -78,7 +78,7 @@ def probes_by_interval(rounds: Sequence[Round]) -> dict[tuple[int, int], Probed]
 
 
 def _progress_of_branches(rounds: Sequence[Round]) -> list[_Progress]:
-    """Return how far each branch ran, in the order they were opened."""
+    """Return the progress of each branch, in the order in which they were opened."""
     progress: dict[int, _Progress] = defaultdict(_Progress)
     for fact in _facts(rounds):
         if isinstance(fact, Advanced):

@@ -1,7 +1,7 @@
-"""Spill files: records wait in them while the store is unavailable. A file is removed once all of it is read back.
+"""Spill files, which hold records while the store is unavailable. A file is removed once it is read back completely.
 
-When `append` returns, the lines are on disk. A line is the CRC of its content and the content, so a line that a kill
-left half written is detected and dropped. All methods block, and only one thread may call them at a time.
+When `append` returns, the lines are on disk. A line is the CRC of its content and the content, so a line that is
+incomplete after a crash is detected and dropped. All methods block, and only one thread may call them at a time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from discovery.data.atomic_files import PRIVATE, is_database_file, last_line_end
 from proxy.spill_paths import BEGIN_BYTES, candidate_paths, is_spill_line
 
 LINE_BYTES: Final = BEGIN_BYTES + 1
-"""Bytes of a line besides its content."""
+"""Bytes of a line in addition to its content."""
 MAX_LINE_BYTES: Final = 64 * 2**20
-"""Most bytes of a line's content. A longer line counts as damaged."""
+"""Maximum bytes of a line's content. A longer line counts as damaged."""
 CHUNK_BYTES: Final = 32 * 2**20
 """Bytes after which a chunk ends, even if it has few lines."""
 
@@ -30,18 +30,18 @@ CHUNK_BYTES: Final = 32 * 2**20
 class SpillChunk(NamedTuple):
     """Consecutive lines of a file."""
 
-    lines: Sequence[bytes]  # intact ones, without their CRC
+    lines: Sequence[bytes]  # content of the intact lines, without their CRC
     damaged: int  # number of damaged lines
     file: _File
-    end: int  # bytes from the file's beginning
+    end: int  # offset in the file, in bytes
 
 
 class SpillFiles:
-    """The files at `path`, `path.1`, … that no other process holds. All methods raise OSError."""
+    """The files at `path`, `path.1`, … that this process has locked. All methods raise OSError."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path = path
-        self.limit = limit  # bytes, all files together
+        self.limit = limit  # total bytes of all files
         self._files: list[_File] = []
 
     @property
@@ -50,7 +50,7 @@ class SpillFiles:
         return sum(file.size - file.begin for file in self._files)
 
     def adopt(self) -> None:
-        """Take over the files of processes that have ended. One that fails does not stop the others."""
+        """Take over the files of processes that have ended. A file that fails does not affect the others."""
         held = {file.path for file in self._files}
         errors: list[OSError] = []
         for path in candidate_paths(self.path):
@@ -66,7 +66,7 @@ class SpillFiles:
             raise errors[0]
 
     def append(self, lines: Sequence[bytes]) -> int:
-        """Append as many of `lines` as there is room for, and return how many. They must not contain newlines."""
+        """Append as many of `lines` as the limit allows, and return how many. They must not contain newlines."""
         room = self.limit - sum(file.size for file in self._files)
         sizes = accumulate(LINE_BYTES + len(line) for line in lines)
         fit = lines[: sum(1 for _ in takewhile(lambda size: size <= room, sizes))]
@@ -81,7 +81,7 @@ class SpillFiles:
         return len(fit)
 
     def read(self, max_lines: int) -> SpillChunk:
-        """Return the first lines, at most `max_lines` of one file. They stay in the file until they are dropped."""
+        """Return the first lines of one file, at most `max_lines`. They stay in the file until `drop` is called."""
         file = next(file for file in self._files if file.size > file.begin)
         return file.chunk(file.begin, max_lines)
 
@@ -105,15 +105,15 @@ class _File:
         self.path = path
         self._descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
-        self.begin = 0  # of the first line that is not read back
+        self.begin = 0  # offset of the first line that is not read back
 
     @classmethod
     def hold(cls, path: Path) -> _File | None:
-        """Open or create the file at `path` and lock it. Return None if another process holds it.
+        """Open or create the file at `path` and lock it. Return None if another process has locked it.
 
         Raises FileExistsError if it is not a spill file.
         """
-        if is_database_file(path):  # it may be the store itself, whose locks would be lost by closing it
+        if is_database_file(path):  # closing a file of the store would release SQLite's locks
             raise _foreign(path)
         with ExitStack() as undo:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PRIVATE)
@@ -123,7 +123,7 @@ class _File:
             except BlockingIOError:
                 return None
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
-                return None  # its holder has removed it
+                return None  # the process that had locked it has removed it
             if not is_spill_line(os.pread(descriptor, BEGIN_BYTES, 0)):
                 raise _foreign(path)
             os.ftruncate(descriptor, last_line_end(descriptor))
@@ -144,14 +144,14 @@ class _File:
         self.size += len(data)
 
     def chunk(self, begin: int, max_lines: int) -> SpillChunk:
-        """Return at most `max_lines` lines from `begin` on. Damaged lines are left out and counted."""
+        """Return at most `max_lines` lines from `begin` on. Damaged lines are counted and skipped."""
         lines: list[bytes] = []
         damaged, end = 0, begin
         with open(os.dup(self._descriptor), "rb") as reader:
             reader.seek(end)
             while len(lines) < max_lines and end < self.size and end - begin < CHUNK_BYTES:
                 line = reader.readline(MAX_LINE_BYTES + LINE_BYTES)
-                end = end + len(line) if line else self.size  # it was truncated by someone else
+                end = end + len(line) if line else self.size  # no line: the file was truncated from outside
                 check, _, content = line.rstrip(b"\n").partition(b" ")
                 if check == b"%08x" % crc32(content):
                     lines.append(content)

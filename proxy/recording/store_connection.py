@@ -1,7 +1,7 @@
 """Keep one connection to the store open: reopen it after a failure, and remove expired records.
 
-The store may be down, locked, full or slow at any time. A transaction that takes too long is left to end by itself, and
-its records are written elsewhere meanwhile.
+The store may be down, locked, full or slow at any time. A transaction that takes too long keeps running in the
+background, and its records are written elsewhere.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from discovery.store import Store, StoreItem
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_MS: Final = 1000
-"""How long to wait for another process's transaction."""
+"""Maximum milliseconds to wait for another process's transaction."""
 TRANSACTION_TIMEOUT_S: Final = 2.0
-"""How long a transaction may take before the store counts as failed."""
+"""Maximum seconds of a transaction before the store counts as failed."""
 RETRY_S: Final = 0.5
 """Seconds between attempts to open the store."""
 EXPIRY_S: Final = 3600.0
@@ -31,15 +31,15 @@ EXPIRY_S: Final = 3600.0
 
 STORED: Final = "stored"
 DROPPED: Final = "dropped"
-"""Outcome of a recording whose request is not in the store: it was forgotten, or lost itself."""
+"""Outcome of a recording whose request is not in the store, because it was forgotten or lost."""
 UNWRITABLE: Final = "unwritable"
 
 
 class StoreConnection:
-    """The connection of one proxy to its store. Needs a running event loop.
+    """The connection of one proxy to its store. It needs a running event loop.
 
-    `report` gets the text of each failure. `on_change` is called when the connection is lost (False), and when the
-    store is opened and hourly after that (True).
+    `report` is called with the text of each failure. `on_change` is called with False when the connection is lost, and
+    with True when the store is opened and every hour after that.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StoreConnection:
         on_change: Callable[[bool], None],
     ) -> None:
         self.store: Store | None = None  # None while the store cannot be used
-        self.tried = asyncio.Event()  # the first attempt to open it has ended
+        self.tried = asyncio.Event()  # set when the first attempt to open the store has ended
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
         self._retain = retain
@@ -61,7 +61,7 @@ class StoreConnection:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a transaction is still running that took too long."""
+        """Whether a transaction that took too long is still running."""
         return self._slow is not None
 
     async def run(self) -> None:
@@ -86,7 +86,7 @@ class StoreConnection:
             await asyncio.wait({self.closed}, timeout=RETRY_S)
 
     def close(self) -> None:
-        """Write nothing more to the store and let `run` end."""
+        """Stop writing to the store and let `run` end."""
         self.closed.set_result(None)
         self._failed.set()
         self.store = None
@@ -108,16 +108,16 @@ class StoreConnection:
             self._fail(f"{self._path}: a transaction takes longer than {TRANSACTION_TIMEOUT_S:g} s")
             return None
         try:
-            left_out = set(map(id, task.result()))
+            dropped = set(map(id, task.result()))
         except Exception as error:
             if isinstance(error, StoreError) and not isinstance(error, UnstorableValue):
                 self._fail(str(error))
                 return None
-            return await self._write_each(items, outcome, error)  # one of the items is at fault
+            return await self._write_each(items, outcome, error)  # at least one item cannot be stored
         if store.is_moved:
             self._fail(f"{self._path}: the store has been moved or removed")
             return None
-        return [DROPPED if id(item) in left_out else outcome for item in items]
+        return [DROPPED if id(item) in dropped else outcome for item in items]
 
     async def _write_each(self, items: Sequence[StoreItem], outcome: str, error: Exception) -> list[str] | None:
         if len(items) == 1:
@@ -125,14 +125,14 @@ class StoreConnection:
             return [UNWRITABLE]
         outcomes: list[str] = []
         for item in items:
-            alone = await self.write([item], outcome)
-            if alone is None:
+            item_outcome = await self.write([item], outcome)
+            if item_outcome is None:
                 return None
-            outcomes += alone
+            outcomes += item_outcome
         return outcomes
 
     async def _maintain(self, store: Store) -> None:
-        """Remove expired records now and then. Return when the store fails."""
+        """Remove expired records every EXPIRY_S seconds. Return when the store fails."""
         while not self._failed.is_set():
             self._on_change(True)
             if self._retain is not None:
@@ -142,14 +142,14 @@ class StoreConnection:
                 await asyncio.wait_for(self._failed.wait(), EXPIRY_S)
 
     def _fail(self, reason: str) -> None:
-        """Give the store up, so that `run` closes and reopens it."""
+        """Mark the store as failed, so that `run` closes and reopens it."""
         self.store = None
         self._failed.set()
         self._report(reason)
         self._on_change(False)
 
     def _end_slow(self, task: asyncio.Task[list[RecordedQuestion]]) -> None:
-        """Take note that a slow transaction has ended. Its records were written to a file anyway."""
+        """Clear a slow transaction that has ended. Its records have been written to the spill file meanwhile."""
         self._slow = None
         if not task.cancelled() and (error := task.exception()) is not None:
             self._report(str(error))

@@ -1,9 +1,9 @@
 """Write records to the store, off the request path.
 
-A record is put into a bounded queue, and the request goes on. One task writes the queued records, many in each
+A request puts its record into a bounded queue and does not wait. One task writes the queued records, many in each
 transaction. While the store is unavailable (down, locked, full or slow), records go to a spill file, which is read back
-once the store is available. The order is kept: nothing passes the records in the spill file. Records that fit into
-neither stay in the queue. Only records that arrive when the queue is full are lost; they are counted and logged.
+once the store is available. The order is kept: no record overtakes the records in the spill file. If the spill file is
+full too, records stay in the queue. Records that arrive at a full queue are lost, counted and logged.
 """
 
 from __future__ import annotations
@@ -32,35 +32,40 @@ from proxy.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 Destination = Callable[[Sequence[StoreItem]], Awaitable[Sequence[str | None] | None]]
-"""Writes items and returns the outcome of each (None from the first that found no room), or None if it is down."""
+"""Function that writes items and returns the outcome of each, or None if nothing could be written.
+
+If not all items fit, the outcomes are None from the first item that does not.
+"""
 
 logger = logging.getLogger(__name__)
 
 GROUP: Final = 256
-"""Most records in one transaction."""
+"""Maximum number of records in one transaction."""
 ENOUGH: Final = 32
+"""Number of records that are written without waiting for more."""
 LINGER_S: Final = 0.1
-"""Fewer than ENOUGH records wait LINGER_S for more, because a transaction of one costs as much as one of many."""
+"""Seconds that fewer records wait for more, because a transaction of one costs as much as one of many."""
 FIRST_OPEN_S: Final = 10.0
-"""How long a reader waits for the store to be opened for the first time."""
+"""Maximum seconds that a reader waits until the store is opened for the first time."""
 FLUSH_S: Final = 10.0
 """Seconds to write queued records at shutdown. After half of them they go to the spill file."""
 LOSS_LOG_S: Final = 60.0
-"""Seconds between log lines about lost records."""
+"""Minimum seconds between log lines about lost records."""
 RECENT: Final = 20_000
-"""Requests whose owner is remembered without the store."""
+"""Number of recent requests whose owner is known without the store."""
 
 SPILLED, RECOVERED = "spilled", "recovered"
 """Outcomes of records that are, or were, in the spill file."""
 STORE: Final = "the store is unavailable"
 FILE: Final = "the spill file is unavailable"
+"""Kinds of problems, as they are logged."""
 
 
 class RequestOwner(NamedTuple):
-    """The tenant of a request, and the controller that decided in it."""
+    """The tenant of a request, and the controller that served it."""
 
     tenant: str
-    stage: str | None
+    stage: str | None  # rollout stage; None if the request named its controller
     digest: str  # of the controller
 
 
@@ -83,17 +88,17 @@ class StoreWriter:
         self._owners: OrderedDict[str, RequestOwner] = OrderedDict()
         self._connection: StoreConnection | None = None  # once open
         self._tasks: list[asyncio.Task[None]] = []
-        self._file_thread = ThreadPoolExecutor(1, "spill")  # one at a time, even if nobody waits for the previous one
+        self._file_thread = ThreadPoolExecutor(1, "spill")  # one call at a time, even if its caller was cancelled
         self._look_for_files = True  # other processes may have left spill files
-        self._work = asyncio.Event()  # there may be something to write
+        self._work = asyncio.Event()  # there may be records to write
         self._hurry = asyncio.Event()  # write at once, without waiting for more records
         self._is_closing = False  # no more records are accepted
         self._loss_logged_at = -LOSS_LOG_S
-        self._problems: dict[str, str] = {}  # logged problems, until all is well again
+        self._problems: dict[str, str] = {}  # logged problems by kind, until all records are written again
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is recorded."""
+        """Whether requests are recorded."""
         return self.path is not None
 
     @property
@@ -107,7 +112,7 @@ class StoreWriter:
 
     @property
     def _can_recover(self) -> bool:
-        """Whether records wait in the spill file and the store is available for them."""
+        """Whether records wait in the spill file and the store is available."""
         return self._is_store_up and self.spill is not None and self.spill.size > 0
 
     def as_json(self) -> dict[str, object]:
@@ -146,7 +151,7 @@ class StoreWriter:
         self._connection.close()
         await asyncio.wait({writing}, timeout=FLUSH_S / 2)
         writing.cancel()
-        if self._connection.is_stuck:  # it may never end
+        if self._connection.is_stuck:  # the transaction may never end
             connecting.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.spill is not None:
@@ -160,9 +165,9 @@ class StoreWriter:
     def put(
         self, request: str, make: Callable[[], StoreItem], owner: RequestOwner | None = None, *, hurry: bool = False
     ) -> asyncio.Future[bool]:
-        """Queue the record that `make` returns. The result is whether it got to disk (True) or was lost (False).
+        """Queue the record that `make` builds. The returned future is True once it is on disk, False if it was lost.
 
-        `owner`, if given, is remembered for `request`. With `hurry` the record does not wait for others.
+        `owner` is stored as the owner of `request`, if given. With `hurry` the record does not wait for others.
         """
         kept: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         record = QueuedRecord(request, make, kept)
@@ -208,13 +213,13 @@ class StoreWriter:
 
     async def owner(self, request: str) -> RequestOwner | None:
         """Return the owner of a request, or None if it is unknown. Raises RecordsAway."""
-        known = self._owners.get(request)
-        if known is None and self.is_on and (episode := await self.find(request)) is not None:
-            known = RequestOwner(episode.tenant, episode.about.get("stage"), episode.digest)
-        return known
+        owner = self._owners.get(request)
+        if owner is None and self.is_on and (episode := await self.find(request)) is not None:
+            owner = RequestOwner(episode.tenant, episode.about.get("stage"), episode.digest)
+        return owner
 
     def _settle(self, outcome: str, record: QueuedRecord | None = None) -> None:
-        """Count the outcome of a record, and tell its sender if it is given."""
+        """Count the outcome of a record, and resolve its future if the record is given."""
         is_kept = outcome in (STORED, SPILLED, RECOVERED)
         if record is not None and not record.kept.done():
             record.kept.set_result(is_kept)
@@ -243,7 +248,7 @@ class StoreWriter:
             while self._look_for_files or self._queue or self._can_recover:
                 try:
                     is_done = await self._write_pending(connection)
-                except Exception as error:  # retried, whatever it is; its message may hold a client's text
+                except Exception as error:  # retry after any error; its message may hold a client's text
                     logger.error("cannot write records, retrying: %s", type(error).__name__)
                     is_done = False
                 self._update_gauges()
@@ -253,7 +258,7 @@ class StoreWriter:
                     await asyncio.wait({connection.closed}, timeout=store_connection.RETRY_S)
 
     async def _write_pending(self, connection: StoreConnection) -> bool:
-        """Adopt left files, recover a group of spilled records and write the queue. Return whether any was done."""
+        """Adopt spill files, recover a group of spilled records and write the queue. Return whether any was done."""
         is_done, self._look_for_files = self._look_for_files, False
         if is_done and self.spill is not None:
             await self._in_file_thread(self.spill.adopt)
@@ -280,7 +285,7 @@ class StoreWriter:
         return False
 
     def _destinations(self, connection: StoreConnection) -> Sequence[Destination]:
-        """Return where a group may go, in order of preference. A queue too long for a slow store spills first."""
+        """Return the destinations of a group, in order of preference. A long queue goes to the spill file first."""
         if self.spill is not None and self.spill.size:
             return [self._spill]
         destinations: list[Destination] = [connection.write, self._spill]
@@ -298,12 +303,12 @@ class StoreWriter:
         return None if outcomes[:1] == [None] else outcomes
 
     async def _recover(self, connection: StoreConnection) -> bool:
-        """Move a group from the spill file to the store. Return whether that worked and there was one."""
+        """Move a group of records from the spill file to the store. Return whether records were moved."""
         spill = self.spill
         if spill is None or not self._can_recover:
             return False
         chunk = await self._in_file_thread(lambda: spill.read(GROUP))
-        if chunk is None:  # unreadable: the file stays as it is until files are looked for again
+        if chunk is None:  # unreadable: the file is kept and tried again when spill files are next adopted
             await self._in_file_thread(spill.close)
             return False
         items = [item for item in await convert_all(decode_line, chunk.lines) if item is not None]
@@ -316,7 +321,7 @@ class StoreWriter:
         return True
 
     async def _in_file_thread(self, work: Callable[[], T]) -> T | None:
-        """Return the result of `work` on the spill file, or None if it fails."""
+        """Run `work` on the spill file in its thread. Return its result, or None if it fails."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._file_thread, work)
         except OSError as error:

@@ -1,7 +1,7 @@
-"""Detect that the upstream's model, chat template or settings differ from those that recordings were made with.
+"""Detect that the upstream's model, chat template or settings differ from those of the recordings.
 
-The upstream does not return a chat template over HTTP, but it renders a conversation with it. The hash of the rendered
-text identifies the template. Dates are left out, because some templates insert the current date.
+The upstream does not return its chat template over HTTP, but it renders a conversation with it. The hash of the
+rendered text identifies the template. Dates are removed first, because some templates insert the current date.
 """
 
 from __future__ import annotations
@@ -32,37 +32,38 @@ CONVERSATION: Final = tuple(
     {"role": role, "content": content}
     for role, content in (("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4"), ("user", "3 + 3?"))
 )
+"""Conversation that is rendered to identify the template."""
 POLL_S: Final = 300.0
 """Seconds between checks of the upstream."""
 RETRY_S: Final = 3.0
 """Seconds between checks while the upstream or the store is unavailable, and after a failure."""
 MAX_MODELS: Final = 100
-"""Models checked each time, by three requests each. Other models are checked when they are requested."""
+"""Maximum number of models per check, with three requests each. Other models are checked when they are requested."""
 _TAIL: Final = 8
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8} \d{4}|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 
 
 class ModelFingerprint(NamedTuple):
-    """The settings that a model's requests use now."""
+    """Current settings of a model's requests."""
 
     model: str
     chat_template: str
     probe_template: str
     interval: int
-    branch_temperature: float | str  # for requests at temperature 0; DEFAULT_TEMPERATURE is the model's own
+    branch_temperature: float | str  # for requests at temperature 0; DEFAULT_TEMPERATURE means the model's default
 
-    def changes_since(self, made: Sequence[Version]) -> list[str]:
-        """Describe how the settings differ from those of recordings. `made` are their versions, the latest first."""
-        if not made:
+    def changes_since(self, versions: Sequence[Version]) -> list[str]:
+        """Describe how the settings differ from those of recordings, whose `versions` begin with the latest."""
+        if not versions:
             return []
-        known = made[0]
-        drawn = (json.loads(version.sampling).get("branch_temperature") for version in made)
+        latest = versions[0]
+        temperatures = (json.loads(version.sampling).get("branch_temperature") for version in versions)
         pairs = (
-            ("model", known.model, self.model),
-            ("chat template", known.chat_template, self.chat_template),
-            ("probe template", known.probe_template, self.probe_template),
-            ("interval", known.interval, self.interval),
-            ("branch temperature", next(filter(None, drawn), None), self.branch_temperature),
+            ("model", latest.model, self.model),
+            ("chat template", latest.chat_template, self.chat_template),
+            ("probe template", latest.probe_template, self.probe_template),
+            ("interval", latest.interval, self.interval),
+            ("branch temperature", next(filter(None, temperatures), None), self.branch_temperature),
         )
         return [f"{name} {str(before)!r} to {str(now)!r}" for name, before, now in pairs if before and before != now]
 
@@ -72,7 +73,7 @@ class _NotMadeYet(Exception):
 
 
 class TemplateDrift:
-    """The fingerprints of the upstream's models, compared with the recordings in the store."""
+    """Fingerprints of the upstream's models, which are compared with the recordings in the store."""
 
     def __init__(self, engine: UpstreamClient, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
@@ -82,7 +83,7 @@ class TemplateDrift:
         self._fingerprints: dict[str, ModelFingerprint] = {}  # by model
         self._checked_at: dict[str, float] = {}  # by model; times of the monotonic clock
         self._warned: set[ModelFingerprint] = set()
-        self._problem = ""  # why nothing could be compared, as last logged
+        self._problem = ""  # latest problem that prevented a comparison
         self._failed = asyncio.Event()  # the upstream has failed since the last check
         self._task: asyncio.Task[None] | None = None
 
@@ -93,9 +94,9 @@ class TemplateDrift:
         return self._fingerprints[model].chat_template
 
     async def confirm(self, plan: Plan, since: float) -> None:
-        """Check that a plan's chat template is still its model's. A check `since` that monotonic time is not repeated.
+        """Check that the model's chat template is still the plan's. Raises UpstreamError if not, or if that fails.
 
-        Raises UpstreamError if it has changed, or cannot be checked.
+        The upstream is not asked again if it was checked after `since`, a time of the monotonic clock.
         """
         model = plan.prompt.model
         if model not in self._fingerprints or self._checked_at[model] < since:
@@ -104,12 +105,12 @@ class TemplateDrift:
             raise UpstreamError("the model's chat template has changed meanwhile", code="upstream_changed")
 
     def has_usual_probe(self, plan: Plan) -> bool:
-        """Return whether a plan probes its branches with the template of the model's usual conversations."""
-        known = self._fingerprints.get(plan.prompt.model)
-        return known is not None and known.probe_template == plan.prompt.template.name
+        """Return whether a plan uses the probe template that the model's other conversations use."""
+        fingerprint = self._fingerprints.get(plan.prompt.model)
+        return fingerprint is not None and fingerprint.probe_template == plan.prompt.template.name
 
     def report_upstream_failure(self) -> None:
-        """Check again soon, because the upstream may come back with another model or template."""
+        """Schedule a check soon, because the upstream may come back with another model or template."""
         self._failed.set()
 
     def open(self) -> None:
@@ -147,11 +148,11 @@ class TemplateDrift:
             wait_s = POLL_S if await self._check() else RETRY_S
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), wait_s)
-                await asyncio.sleep(RETRY_S)  # failures come in groups, and it is not back at once
+                await asyncio.sleep(RETRY_S)  # failures come in groups, and a restart takes time
             self._failed.clear()
 
     async def _check(self) -> bool:
-        """Refresh and compare. Return whether that worked."""
+        """Update the fingerprints and compare them. Return whether that worked."""
         problem = ""
         try:
             await self.refresh()
@@ -166,7 +167,7 @@ class TemplateDrift:
         return not problem
 
     async def _compare(self) -> None:
-        """Warn of models whose latest recordings were made with other settings. Raises StoreError."""
+        """Warn about models whose latest recordings were made with other settings. Raises StoreError."""
         path = self._settings.store
         if path is None:
             return
@@ -186,13 +187,13 @@ class TemplateDrift:
                     )
 
     async def _of_others(self, store: Store) -> list[Version]:
-        """Return the versions of models that are no longer served, because one of them may have been renamed."""
+        """Return the versions of models that are not served now, because the model may have been renamed."""
         models = {summary.cell.model for summary in await store.summaries()} - self._fingerprints.keys()
         return [version for model in sorted(models) for version in await store.versions(model)]
 
 
 async def _rendered(engine: UpstreamClient, model: str) -> Sequence[int]:
-    """Return the ids of the conversation, or of as much of it as the template accepts; none if it accepts nothing."""
+    """Return the ids of the longest end of the conversation that the template accepts. Empty if it accepts none."""
     for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[-1:]):
         with suppress(UpstreamRefused):
             return await engine.tokenise_chat({"model": model, "messages": list(messages)})

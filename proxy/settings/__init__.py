@@ -1,4 +1,4 @@
-"""Settings of the proxy: the model, its sources, and checks.
+"""Settings of the proxy: their definitions, sources and checks.
 
 Imported by every folder of the proxy above it. Imports spill paths, probe templates and errors.
 """

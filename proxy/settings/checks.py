@@ -22,12 +22,12 @@ def check_controller(settings: Settings) -> None:
         raise SettingsError(f"controller: {error}") from None
     if not spec.is_foreign and is_admin_only(spec.name):
         raise SettingsError(f"controller: {spec.name} is for admins only; name another controller")
-    if spec.is_foreign and (wrong := name_problem(spec.name)):
-        raise SettingsError(f"controller: {wrong}")
+    if spec.is_foreign and (problem := name_problem(spec.name)):
+        raise SettingsError(f"controller: {problem}")
 
 
 def check_upstream(settings: Settings) -> None:
-    """Raise SettingsError if the upstream gets two kinds of credentials."""
+    """Raise SettingsError if two kinds of credentials are set for the upstream."""
     has_user = settings.upstream is not None and (settings.upstream.username or settings.upstream.password)
     if has_user and settings.upstream_api_key is not None:
         raise SettingsError(
@@ -51,7 +51,7 @@ def check_files(settings: Settings) -> None:
 
 
 def _is_store_file(path: Path, store: Path) -> bool:
-    """Return whether a path leads to a store, or to its log, index or journal, under any name."""
+    """Return whether a path is the store or its log, index or journal, also through a link."""
     store_files = [Path(f"{store.resolve()}{end}") for end in DATABASE_FILES]
     return path.resolve() in store_files or any(
         path.exists() and file.exists() and path.samefile(file) for file in store_files
@@ -59,7 +59,7 @@ def _is_store_file(path: Path, store: Path) -> bool:
 
 
 def check_spill_file(settings: Settings) -> None:
-    """Raise SettingsError if something other than a spill file lies at `spill`, which is overwritten and removed."""
+    """Raise SettingsError if `spill` is an existing file of another kind, because spill files are overwritten."""
     if settings.spill is None or settings.store is None:
         return
     try:

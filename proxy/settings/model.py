@@ -1,4 +1,4 @@
-"""Model of the settings: each with its unit, bounds, default and description."""
+"""Definitions of the settings: type, bounds, default and description of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tokens = Annotated[int, Field(ge=1)]
 def _check_rising(text: str) -> str:
     low, _, high = text.partition(":")
     if float(low) > float(high):
-        raise ValueError("the value at which β begins to shrink comes first")
+        raise ValueError("the first value, at which β begins to shrink, is larger than the second; swap them")
     return text
 
 
@@ -37,12 +37,12 @@ def _check_vllm_flags(text: str) -> str:
         raise ValueError(f"the flags cannot be read: {error}") from None
     for flag in flags:
         if flag.partition("=")[0] in _RESERVED_FLAGS:
-            raise ValueError(f"the proxy itself sets {flag.partition('=')[0]}; leave it out")
+            raise ValueError(f"the proxy itself sets {flag.partition('=')[0]}; remove it")
     return text
 
 
 class StoreText(StrEnum):
-    """Text of requests that the store keeps."""
+    """Text of requests that is stored."""
 
     NONE = "none"  # hashes of questions, and answers as numbers
     HASH = "hash"  # answers, and hashes of questions
@@ -93,7 +93,9 @@ class Settings(BaseSettings):
     )
     max_branches: int = Field(64, ge=1, description="branches that one request may open")
     max_total_tokens: Tokens | None = Field(None, description="tokens that one request may spend, over all branches")
-    deadline_s: Seconds | None = Field(None, description="seconds before a request is answered with what it has")
+    deadline_s: Seconds | None = Field(
+        None, description="seconds after which a request is answered with what it has generated"
+    )
 
     decision_s: Seconds = Field(
         0.25, description="seconds a sandboxed controller may take for a decision before it is killed"
@@ -113,8 +115,8 @@ class Settings(BaseSettings):
 
     admin_key: SecretStr | None = Field(
         None,
-        description="bearer token of admins, who may see every request and record branches; without it nobody is an "
-        "admin",
+        description="bearer token of admins, who may see every request and record branches; without it there are no "
+        "admins",
     )
 
     keys: Path | None = Field(
@@ -148,9 +150,8 @@ class Settings(BaseSettings):
     branches_in_flight: int = Field(
         1024,
         ge=1,
-        description="branches generated at the same time, over all requests; others wait. vLLM itself runs 256 "
-        "to 1024, "
-        "set by its `--max-num-seqs`",
+        description="branches generated at the same time, over all requests; others wait. vLLM runs 256 to 1024, set "
+        "by its `--max-num-seqs`",
     )
     queue: int = Field(
         1024, ge=0, description="requests of each kind that may wait; further ones are refused with status 429"
@@ -165,11 +166,10 @@ class Settings(BaseSettings):
 
     load_waiting: Watermarks | None = Field(
         None,
-        description="requests waiting at the upstream at which β begins to shrink, and at which it stops shrinking: "
-        "`4:32`",
+        description="numbers of requests waiting at the upstream at which β begins and stops to shrink: `4:32`",
     )
     load_cache: Watermarks | None = Field(
-        None, description="share of its KV cache in use at which β begins to shrink, and at which it stops: `0.8:0.95`"
+        None, description="shares of the KV cache in use at which β begins and stops to shrink: `0.8:0.95`"
     )
     load_factor: Beta = Field(0.25, description="factor applied to β under full load")
 
@@ -192,10 +192,10 @@ class Settings(BaseSettings):
     )
     spill: Path | None = Field(
         None,
-        description="file for records while the store cannot be written, used for nothing else; by default it lies "
-        "beside the store",
+        description="file for records while the store cannot be written; by default it is next to the store. It must "
+        "not be used for anything else",
     )
-    spill_bytes: int = Field(256 * 2**20, ge=0, description="largest size of that file, in bytes")
+    spill_bytes: int = Field(256 * 2**20, ge=0, description="maximum bytes of all spill files together")
     record_fraction: float = Field(
         0.02,
         ge=0,
@@ -229,22 +229,20 @@ class Settings(BaseSettings):
 
     connect_timeout_s: Seconds = Field(5, description="seconds for connecting to the upstream")
     read_timeout_s: Seconds = Field(
-        600, description="seconds without a byte after which an upstream response is given up"
+        600, description="seconds without a byte after which an upstream response times out"
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body, in bytes")
     max_sent_bytes: int = Field(
         2 * 2**30,
         ge=1024,
-        description="bytes that one request may send upstream. Each interval sends the text of its branch "
-        "again. At the "
-        "limit the request is answered with what it has",
+        description="bytes that one request may send upstream. Each interval sends the text of its branch again. At "
+        "the limit the request is answered with what it has generated",
     )
     max_bodies_bytes: int = Field(
         512 * 2**20,
         ge=2**20,
-        description="bytes of request bodies above 64 KiB held at the same time, of which one key may use "
-        "half; further "
-        "ones are refused",
+        description="bytes of request bodies above 64 KiB held at the same time; further ones are refused. One key may "
+        "use half",
     )
     head_s: Seconds = Field(10, description="seconds for the head of a request to arrive")
     body_s: Seconds = Field(300, description="seconds for the body of a request to arrive")
@@ -254,17 +252,20 @@ class Settings(BaseSettings):
         description="average bytes per second at which a body must arrive, after its first 20 s; 0 sets no minimum",
     )
     write_s: Seconds = Field(
-        60, description="seconds a client may leave its response unread before the connection is closed"
+        60, description="seconds after which a connection whose client does not read its response is closed"
     )
     keep_alive_s: Seconds = Field(75, description="seconds that an idle connection is kept open")
     max_connections: int = Field(
         8192,
         ge=1,
-        description="open client connections; beyond that the connection that has been idle, or sending its request, "
-        "the longest is closed",
+        description="open client connections; beyond that the connection that has been idle or sending its request "
+        "longest is closed",
     )
     max_connections_per_address: int = Field(
-        4096, ge=1, description="open connections of one client address (an IPv6 /64 network counts as one); likewise"
+        4096,
+        ge=1,
+        description="open connections of one client address (an IPv6 /64 network counts as one); beyond that its "
+        "longest idle connection is closed",
     )
     drain_s: float = Field(
         60, ge=0, allow_inf_nan=False, description="seconds that running requests have to end after SIGTERM"

@@ -17,20 +17,20 @@ from proxy.settings import checks
 from proxy.settings.model import Settings, is_secret
 
 EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
-"""Defaults for the embedded model. Its chains have a few hundred tokens, too few for CMC's schedule."""
+"""Defaults for the embedded model. Its chains have a few hundred tokens, which is too short for CMC's schedule."""
 
 
 SERVED: Final = {"store": Path("autotts.db")}
-"""Defaults of `autotts serve`, which records by default."""
+"""Defaults of `autotts serve`, which records requests by default."""
 PREFIX: Final = "AUTOTTS_"
 FILE: Final = Path("autotts.toml")
-"""File of settings that is read if it exists and no other is named."""
+"""Settings file that is read if it exists and no other file is named."""
 FLAG, ENVIRONMENT, EMBEDDED_DEFAULT, DEFAULT = "flag", "environment", "embedded default", "default"
-"""Sources of a setting, besides a file."""
+"""Sources of a setting, in addition to a file."""
 
 
 class Configured(NamedTuple):
-    """Settings, and the source of each."""
+    """The settings with their sources."""
 
     settings: Settings
     sources: Mapping[str, str]  # by setting: FLAG, ENVIRONMENT, `file NAME`, EMBEDDED_DEFAULT or DEFAULT
@@ -49,10 +49,10 @@ def find_file(named: Path | None = None) -> Path | None:
 
 
 def configure(file: Path | None, flags: Mapping[str, object], defaults: Mapping[str, object] = {}) -> Configured:
-    """Return settings from `flags`, the environment, a TOML file and `defaults`, the first source first.
+    """Return settings from `flags`, the environment, a TOML file and `defaults`. Earlier sources override later ones.
 
-    A flag that is None was not given. `defaults` come before the model's own. Raises SettingsError, which names the
-    setting, its source and the problem.
+    A flag that is None was not given. `defaults` override the defaults of the model. Raises SettingsError, which names
+    the setting, its source and the problem.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     _refuse_unknown(given, "")
@@ -116,7 +116,7 @@ def _one_line(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def _problem(error: ErrorDetails) -> str:
-    """Return the problem of a value, or the form that it must have."""
+    """Return the problem of a value. For a wrong format, that is the description of the setting."""
     name = str(error["loc"][0]) if error["loc"] else ""
     field = Settings.model_fields.get(name)
     if error["type"] == "string_pattern_mismatch" and field is not None and field.description:
@@ -125,7 +125,7 @@ def _problem(error: ErrorDetails) -> str:
 
 
 def _message(place: tuple[str, ...], problem: str, value: object, sources: Mapping[str, str]) -> str:
-    """Return the message about one wrong value: its source, name and problem, and the value unless it is secret."""
+    """Return the message about an invalid value: source, name, problem, and the value unless it is secret."""
     name = place[0] if place else ""
     source = sources.get(name, DEFAULT)
     where = f"{source.removeprefix('file ')}: " if source.startswith("file ") else ""

@@ -194,8 +194,8 @@ def test_config_check_reports_valid_settings_or_the_error(
     ("text", "expected_text"),
     [
         ("--max-model-len '512", "embedded_args: the flags cannot be read: No closing quotation"),
-        ("--port 9", "embedded_args: the proxy itself sets --port; leave it out"),
-        ("--host=0.0.0.0", "the proxy itself sets --host; leave it out"),
+        ("--port 9", "embedded_args: the proxy itself sets --port; remove it"),
+        ("--host=0.0.0.0", "the proxy itself sets --host; remove it"),
     ],
 )
 def test_invalid_or_reserved_embedded_args_are_refused(text: str, expected_text: str) -> None:
