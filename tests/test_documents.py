@@ -182,15 +182,26 @@ def test_the_api_page_lists_every_route() -> None:
 
 def error_codes() -> set[str]:
     """Return the `code` of every error that the proxy's source makes."""
-    calls = (
-        keyword.value.value
+    values = (
+        value
         for path in (ROOT / "proxy").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        for keyword in node.keywords
-        if keyword.arg == "code" and isinstance(keyword.value, ast.Constant)
+        for value in _values_of_code(node)
     )
-    return {code for code in calls if isinstance(code, str)}
+    constants = (part for value in values for part in (value, *_branches(value)) if isinstance(part, ast.Constant))
+    return {constant.value for constant in constants if isinstance(constant.value, str)}
+
+
+def _values_of_code(node: ast.AST) -> list[ast.expr]:
+    """Return the expressions that `node`, if it is a call, passes as the argument `code`."""
+    if isinstance(node, ast.Call):
+        return [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+    return []
+
+
+def _branches(value: ast.expr) -> list[ast.expr]:
+    """Return the alternatives of a conditional expression."""
+    return [value.body, value.orelse] if isinstance(value, ast.IfExp) else []
 
 
 def test_the_api_page_lists_exactly_the_error_codes_of_the_proxy() -> None:

@@ -242,8 +242,11 @@ class RequestSlots:
 
     def _refuse(self, reason: str, message: str, after_s: float) -> TooMany:
         self._metrics.refusals.labels(reason).inc()
-        code = "queue_full" if reason == "queue_full" else "rate_limit_exceeded"
-        return TooMany(message, after=retry_after(after_s), code=code)
+        return TooMany(
+            message,
+            after=retry_after(after_s),
+            code="queue_full" if reason == "queue_full" else "rate_limit_exceeded",
+        )
 
     def as_json(self, callers: Mapping[str, Caps]) -> dict[str, Any]:
         """Return running requests and the last minute's tokens, in total and for each of `callers` by key name."""

@@ -176,7 +176,7 @@ def test_a_setting_may_be_given_by_any_spelling_of_its_name(name: str) -> None:
         (["calibration=/nowhere.json"], 2, "/nowhere.json"),
         (["intervals=3"], 2, "there is no setting 'intervals'; did you mean interval?"),
         (["allowed_origins=app.example.org/"], 2, "allowed_origins: it must be: origins of web pages that may call"),
-        (["load_waiting=4"], 2, "load_waiting: it must be: requests waiting at the upstream"),
+        (["load_waiting=4"], 2, "load_waiting: it must be: numbers of requests waiting at the upstream"),
     ],
 )
 def test_config_check_reports_valid_settings_or_the_error(
