@@ -25,7 +25,8 @@ run: $(if $(UPSTREAM),$(VENV)/proxy,$(VENV)/embedded)
 demo: $(VENV)/embedded
 	$(BIN)/autotts demo $(ARGS)
 
-# Unit tests: no vLLM, no processes, no coverage.
+# Unit tests: no vLLM, no processes, no coverage. One worker more than cores, because tests also wait for sockets.
+check: WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 check: $(VENV)/dev
 	$(PYTEST) -m "not (vllm or process or slow)" $(ARGS)
 

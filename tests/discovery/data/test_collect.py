@@ -44,6 +44,8 @@ from proxy.settings import load
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM, chain
 
+pytestmark = pytest.mark.slow
+
 INTERVAL = 40
 SETTINGS = {"interval": INTERVAL, "finalise_tokens": 60, "probe_tokens": 8, "read_timeout_s": 30, "admin_key": "sesame"}
 CHAINS = [chain("7" if i % 3 else "9", 100 + 7 * i, ["", "7"], mark=chr(97 + i % 26)) for i in range(60)]

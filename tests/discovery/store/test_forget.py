@@ -262,7 +262,7 @@ def test_forgetting_covers_the_spill_file(tmp_path: Path, monkeypatch: pytest.Mo
 
     spilled(episode("a", "A"), feedback_on("a", tenant="A"), recorded("a"), episode("b", "B")).close()
     running = spilled(episode("d", "A"), replace(episode("e"), branches=2**70))  # a running proxy holds the spill file
-    with pytest.raises(StoreError, match=r"s\.db\.spill: a running proxy holds it"):
+    with pytest.raises(StoreError, match=r"s\.db\.spill: a running proxy uses this spill file"):
         forget(tenant="A", place=path)
     assert holding(tmp_path, "secret-a-") == ["s.db.spill"]
     running.close()

@@ -21,6 +21,8 @@ from tests.fakes import ASSISTANT, MODEL, FakeVLLM
 from tests.proxy.conftest import SMALL, Proxy, backend
 from tests.proxy.recording.test_episode_log import until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["backend"]  # a fixture
 
 CANARY = "zx81canary"

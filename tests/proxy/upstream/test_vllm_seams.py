@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from typing import Any
 
 import aiohttp
@@ -147,4 +148,4 @@ async def test_replies_contain_no_text_of_their_prompt(vllm: str, controller: st
                 assert response.status == 200, text
                 assert "SECRET" not in text
                 assert "vault" not in text
-                assert "4711" not in text
+                assert "4711" not in re.sub(r"\"created\":\d+", "", text)  # a time may hold these digits
