@@ -16,6 +16,7 @@ NOT_RUN: Final = {
     "make run UPSTREAM=http://gpu-machine:8000": "tests/docs/test_make.py runs it",
     "make test": "runs these tests itself",
     "make demo": "takes minutes on the embedded model; tests/proxy/commands/test_demo.py has its table",
+    'make real-model ARGS="--sums 60 --controllers cmc"': "takes minutes; tests/real_model has its parts",
     "pip install .": "installs packages; the environment of the tests was made by `pip install --editable .`",
     "pip install build": "installs packages; the extra `dev` has it",
     "python -m build --wheel": "tests/docs/test_make.py builds one",
