@@ -40,7 +40,7 @@ coverage: $(VENV)/embedded $(VENV)/dev
 
 # Long tests: those marked `soak`, and many repetitions of tests that the suite repeats only a few times. These kill a proxy
 # while it writes, run commands while proxies exit, judge on a busy machine, and split characters between two requests.
-soak: $(VENV)/embedded $(VENV)/dev $(VENV)/real-model
+soak: $(VENV)/dev $(VENV)/real-model
 	$(PYTEST) -m soak $(ARGS)
 	SOAK_CYCLES=300 SOAK_LOCKED_S=30 $(BIN)/python -m pytest tests/faults/test_recorder.py tests/faults/test_store_in_use.py \
 	  -k "killed or beside_proxies or locked_for_long" $(ARGS)

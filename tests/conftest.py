@@ -25,9 +25,6 @@ from controllers.sandbox.proof import AttemptResult, prove
 from controllers.sandbox.spawner import spawner
 from proxy.upstream.embedded import EmbeddedServer
 
-MARK_OF_FIXTURE: Final = {"vllm": "vllm"}
-"""Fixtures that put the tests that use them into a tier."""
-
 FAULTS: Final = Path(__file__).parent / "faults"
 """Folder whose tests are all slow: they wait for timeouts, retries and restarts."""
 SERIAL: Final = "serial"
@@ -47,9 +44,8 @@ _forbidden_in: str | None = None
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by mark and xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for fixture, mark in MARK_OF_FIXTURE.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(mark)
+        if "vllm" in getattr(item, "fixturenames", ()):
+            item.add_marker("vllm")
         if item.path.is_relative_to(FAULTS):
             item.add_marker("slow")
         if item.get_closest_marker("vllm"):

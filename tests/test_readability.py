@@ -1,4 +1,4 @@
-"""The project keeps the rules of style that a script can check, and the script finds what breaks them."""
+"""The project follows the rules of `tests/readability.py`, and that script finds every kind of violation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from tests import readability
 
-BROKEN = '''
+# The docstrings and names in this text are examples of what the rules reject.
+UNREADABLE_MODULE = '''
 """What a module holds."""
 
 LIMIT = 1
@@ -33,20 +34,20 @@ def test_no_file_breaks_a_rule_of_style(rule: str) -> None:
 
 
 @pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def unreadable_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose files break every rule."""
     folder = tmp_path / "proxy"
     folder.mkdir()
     for number in range(readability.MAX_MODULES + 1):
-        (folder / f"m{number}.py").write_text(BROKEN if number < 2 else "")
+        (folder / f"m{number}.py").write_text(UNREADABLE_MODULE if number < 2 else "")
     (folder / "long.py").write_text("x = 1\n" * (readability.MAX_LINES + 1))
     (tmp_path / "README.md").write_text("line\n" * (readability.MAX_README_LINES + 1))
     monkeypatch.setattr(readability, "ROOT", tmp_path)
     return tmp_path
 
 
-@pytest.mark.usefixtures("broken")
-def test_what_breaks_a_rule_is_listed_with_its_place() -> None:
+@pytest.mark.usefixtures("unreadable_project")
+def test_every_violation_is_listed_with_its_place() -> None:
     assert readability.crowded_folders() == ["proxy: 17 modules"]
     assert readability.repeated_classes() == ["proxy/m0.py:8, proxy/m1.py:8: class Plan"]
     assert [line.partition(": ")[0] for line in readability.riddles()] == [

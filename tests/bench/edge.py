@@ -34,9 +34,8 @@ class Measured(NamedTuple):
     direct: Figures
     bare: Figures
     proxy: Figures
-    rounds: Sequence[
-        Sequence[Figures]
-    ]  # figures of direct, bare and proxy by round; the fields above are their medians
+    # Figures of direct, bare and proxy by round. The fields above are their medians.
+    rounds: Sequence[Sequence[Figures]]
     peers: Mapping[str, Figures | str]  # by name; a text says why a peer could not be measured
 
 

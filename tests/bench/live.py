@@ -16,6 +16,7 @@ from proxy.environment.live_environment import LiveEnvironment
 from proxy.types import Call, EnvironmentLimits, Prompt
 from proxy.upstream.client import UpstreamClient
 from tests.bench.rows import Row, Size, median_ratio
+from tests.fakes import ScriptedEnvironment, chain
 
 MODEL = "autotts-tiny"
 INTERVAL = 64
@@ -27,8 +28,6 @@ QUESTION = held_back(1, lengths=(14, 16))[0].question
 
 class Lockstep:
     """Controller that advances all branches by one interval per round, which gives the most rounds possible."""
-
-    def __init__(self, beta: float = 1) -> None: ...
 
     def decide(self, state: State) -> Sequence[Action]:
         if not state.width:
@@ -123,8 +122,6 @@ async def _completion(http: aiohttp.ClientSession, url: str, ids: list[int]) -> 
 
 async def _decision(episodes: int) -> float:
     """Return the median seconds of one decision, over episodes of 64 scripted chains."""
-    from tests.fakes import ScriptedEnvironment, chain
-
     taken: list[float] = []
 
     class Timed:

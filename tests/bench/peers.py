@@ -22,12 +22,10 @@ class Peer(NamedTuple):
     """A proxy from PyPI."""
 
     name: str
-    installs: tuple[
-        tuple[str, ...], ...
-    ]  # arguments of pip, one tuple per call; the last call installs the peer itself
-    serve: Callable[
-        [Path, int, str], list[str]
-    ]  # returns the command, from the environment's folder, the port and the backend's URL
+    # Arguments of pip, one tuple per call. The last call installs the peer itself.
+    installs: tuple[tuple[str, ...], ...]
+    # Returns the command that serves, given the environment's folder, the port and the backend's URL.
+    serve: Callable[[Path, int, str], list[str]]
     variables: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -91,7 +89,8 @@ OPTILLM_IMPORTS: Final = (
     "sympy==1.14.0",
     "z3-solver==4.15.4.0",
 )
-"""Packages that optillm's server imports. Its full requirements, with torch, are ten times as large and as fast."""
+"""Packages that optillm's server imports. Its full requirements, with torch, are ten times as large; its speed is
+the same with them."""
 
 PEERS: Final = (
     Peer(

@@ -12,7 +12,7 @@ class Row(NamedTuple):
 
     bench: str
     measured: str
-    compared: str  # the same figure of what it is compared with
+    compared: str  # the same figure of the reference
     ratio: str
     spread: str = ""  # lowest to highest ratio or figure; empty if measured once
 

@@ -20,9 +20,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from proxy.settings import EMBEDDED, PREFIX, SERVED, Settings
 from proxy.telemetry.metrics import Metrics
+from tests.readability import PACKAGES, ROOT
 
-ROOT: Final = Path(__file__).parents[2]
-PACKAGES: Final = ("controllers", "discovery", "proxy", "deploy")
 RULES: Final = ROOT / "deploy" / "prometheus" / "rules.yml"
 COMMAND: Final = "python -m tests.docs.generated --write"
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeVLLM
-
-ROOT = Path(__file__).parents[2]
+from tests.readability import PACKAGES, ROOT
 
 pytestmark = [
     pytest.mark.process,
@@ -88,11 +87,7 @@ def test_the_wheel_contains_all_modules_and_data_files(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "dist").glob("autotts_proxy-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in ("controllers", "discovery", "proxy", "deploy")
-        for path in (ROOT / package).rglob("*.py")
-    }
+    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert modules - names == set()
     assert "deploy/embedded/model/config.json" in names
     assert any(name.startswith("controllers/discovered/") and name.endswith(".json") for name in names)

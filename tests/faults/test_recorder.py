@@ -426,9 +426,7 @@ async def test_records_over_the_spill_limit_stay_in_the_queue_or_are_counted_los
         assert len(kept_names) + recorder.lost == 100
 
 
-async def test_an_unwritable_record_is_counted_lost_and_others_are_stored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_unwritable_record_is_counted_lost_and_others_are_stored(tmp_path: Path) -> None:
     def broken() -> ServedEpisode:
         raise RuntimeError("no such thing")
 
@@ -715,7 +713,7 @@ async def test_records_are_stored_with_the_longest_retention(tmp_path: Path) -> 
     assert stored(tmp_path / "s.db") == {"a"}
 
 
-async def test_without_a_store_nothing_is_recorded_or_counted_lost(tmp_path: Path) -> None:
+async def test_without_a_store_nothing_is_recorded_or_counted_lost() -> None:
     recorder = StoreWriter(load(upstream="http://127.0.0.1:1"), Metrics())
     await recorder.open()
     assert putting(recorder, "a")[0].result() is False
