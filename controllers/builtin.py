@@ -35,12 +35,14 @@ BUILT_IN: Final = MappingProxyType[str, type[Controller]](
         "everything": Everything,
     }
 )
-ALIAS_BETAS: Final = MappingProxyType({"sc": "self_consistency"})
+ALIASES: Final = MappingProxyType({"sc": "self_consistency"})
+"""Other names of built-in controllers."""
 PINNABLE: Final = frozenset({"self_consistency", "asc", "esc", "parallel_probe", "short_m_at_k", "everything"})
 """Controllers that accept a number of chains, as in `asc@64`."""
 ADMIN_ONLY: Final = frozenset({"everything"})
 """Controllers that spend tokens regardless of the answer. Live, only admins may name them."""
-MOST_CHAINS: Final = 1024
+MOST_PINNED_CHAINS: Final = 1024
+"""Largest N of `NAME@N`."""
 BASELINE: Final = "short_m_at_k"
 """Fallback when a controller fails. It continues the open branches and votes once enough have finished."""
 
@@ -53,7 +55,7 @@ def create(name: str, beta: float) -> Controller:
 def is_admin_only(name: str) -> bool:
     """Return whether only admins may name the controller `name` or `name@N`."""
     plain = name.partition("@")[0]
-    return ALIAS_BETAS.get(plain, plain) in ADMIN_ONLY
+    return ALIASES.get(plain, plain) in ADMIN_ONLY
 
 
 def find(name: str) -> Factory:
@@ -62,7 +64,7 @@ def find(name: str) -> Factory:
     Raises UnknownController, which lists the existing names.
     """
     plain, at, number = name.partition("@")
-    plain = ALIAS_BETAS.get(plain, plain)
+    plain = ALIASES.get(plain, plain)
     made: Any = BUILT_IN.get(plain)
     if made is None:
         raise UnknownController(f"there is no controller {name!r}; there are {', '.join(BUILT_IN)}")
@@ -70,6 +72,6 @@ def find(name: str) -> Factory:
         return made  # type: ignore[no-any-return]
     if plain not in PINNABLE:
         raise UnknownController(f"{name}: {plain} takes no number of chains; {', '.join(sorted(PINNABLE))} do")
-    if not (number.isascii() and number.isdigit() and len(number) <= 4 and 1 <= int(number) <= MOST_CHAINS):
-        raise UnknownController(f"{name}: the number of chains must be from 1 to {MOST_CHAINS}, not {number!r}")
+    if not (number.isascii() and number.isdigit() and len(number) <= 4 and 1 <= int(number) <= MOST_PINNED_CHAINS):
+        raise UnknownController(f"{name}: the number of chains must be from 1 to {MOST_PINNED_CHAINS}, not {number!r}")
     return partial(made, samples=int(number))

@@ -8,6 +8,9 @@ from typing import Final
 
 from controllers.errors import BetaError
 
+MOST_CHAINS: Final = 64
+"""Chains at β = 1, unless a number is pinned."""
+
 # A plain decimal in ASCII: float() would also take nan, 1e400, 1_000 and full-width digits.
 _DECIMAL: Final = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})", re.ASCII)
 
@@ -29,9 +32,6 @@ def check_beta(beta: float) -> float:
 def linear(low: float, high: float, beta: float) -> float:
     """Interpolate linearly from `low` at β = 0 to `high` at β = 1."""
     return low + (high - low) * beta
-
-
-MOST_CHAINS: Final = 64
 
 
 def chains(beta: float, pinned: int | None) -> int:

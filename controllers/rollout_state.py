@@ -13,7 +13,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Final
 
-from controllers.builtin import ALIAS_BETAS, BUILT_IN
+from controllers.builtin import ALIASES, BUILT_IN
 
 FORMAT: Final = 1
 """Version of the registry's file format."""
@@ -152,7 +152,7 @@ def name_problem(name: str) -> str | None:
     """Return the problem with the name of a controller file; None if it is valid. Clients and metrics show the name."""
     if not _NAME.fullmatch(name):
         return f"{name!r}: name the file with letters, digits, - and _, at most 64 characters"
-    if name in BUILT_IN or name in ALIAS_BETAS:
+    if name in BUILT_IN or name in ALIASES:
         return f"there is a built-in controller {name}; give the file another name"
     return None
 

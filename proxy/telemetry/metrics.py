@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from controllers.builtin import ALIAS_BETAS
+from controllers.builtin import ALIASES
 from proxy.errors import (
     UpstreamCircuitOpen,
     UpstreamError,
@@ -45,7 +45,7 @@ _FAILURES: Final = {
 def controller_label(controller: str) -> str:
     """Return a controller's name as a label. `asc@40` becomes `asc`, because clients may send any number."""
     plain = controller.partition("@")[0]
-    return ALIAS_BETAS.get(plain, plain)
+    return ALIASES.get(plain, plain)
 
 
 class MetricRow(Generic[M]):
