@@ -11,37 +11,42 @@ from rich.table import Table
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
 from discovery.commands.console import split_names, wide_console
+from discovery.commands.options import (
+    Answers,
+    Benchmarks,
+    Betas,
+    EngineChoice,
+    MaxBranches,
+    Models,
+    RecordingsPath,
+    Shuffles,
+    Workers,
+)
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.calibration import Arm, Calibrations, calibrate, write_calibrations
 from discovery.evaluation.engines import EngineName, make_engine
-from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
+from discovery.evaluation.evaluate import AnswerComparison
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.sources import open_source, select_cells
 
 
 def calibrate_command(
-    recordings: Annotated[
-        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
-    ],
+    recordings: RecordingsPath,
     out: Annotated[Path, typer.Option(help="file to write the calibration to (.json)")],
     controllers: Annotated[
         str, typer.Option(help="controllers to calibrate: names and FILE.py, separated by commas")
     ] = "cmc",
-    betas: Annotated[str, typer.Option(help="values of β, separated by commas")] = "0,0.25,0.5,0.75,1",
-    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")] = 100,
-    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
-    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    betas: Betas = "0,0.25,0.5,0.75,1",
+    shuffles: Shuffles = 100,
+    models: Models = "",
+    benchmarks: Benchmarks = "",
     split: Annotated[Split | None, typer.Option(help="split of the questions (default: all but held-out)")] = None,
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
-    max_branches: Annotated[int, typer.Option(min=1, help="maximum branches per episode")] = 64,
-    engine: Annotated[
-        EngineName, typer.Option(help="where episodes run: in this process, in worker processes, or on Ray")
-    ] = EngineName.PROCESS,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="workers for --engine process and ray (default: one per core)")
-    ] = None,
+    answers: Answers = AnswerComparison.AUTO,
+    max_branches: MaxBranches = 64,
+    engine: EngineChoice = EngineName.PROCESS,
+    workers: Workers = None,
 ) -> None:
     """Measure the cost and accuracy of each β on each model."""
     specs = [parse_spec(text) for text in split_names(controllers)]

@@ -19,11 +19,12 @@ from rich.table import Table
 from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.commands.console import split_names, wide_console
+from discovery.commands.options import Answers, Models, ProbeTokens, RecordingsPath
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import trace_files
 from discovery.errors import ExplorerError
-from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison, read_scorable_cell
+from discovery.evaluation.evaluate import AnswerComparison, read_scorable_cell
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.search_split import export_search_split
 from discovery.evaluation.sources import open_source, select_cells
@@ -47,9 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def discover(
-    recordings: Annotated[
-        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
-    ],
+    recordings: RecordingsPath,
     explorer: Annotated[ExplorerName, typer.Option(help="explorer that proposes candidates")] = ExplorerName.GRAMMAR,
     out: Annotated[Path, typer.Option(help="folder for the history, the best controller and its card")] = Path("run"),
     rounds: Annotated[int | None, typer.Option(min=1, help="stop after this many proposals")] = None,
@@ -58,15 +57,13 @@ def discover(
         float | None, typer.Option(min=0, help="stop when proposals have cost this much, in USD")
     ] = None,
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
-    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
+    models: Models = "",
     benchmarks: Annotated[
         str, typer.Option(help="benchmarks, separated by commas (default: all of the search split)")
     ] = "",
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
+    answers: Answers = AnswerComparison.AUTO,
     shuffles: Annotated[int, typer.Option(min=1, help="branch orders per candidate")] = 4,
-    probe_tokens: Annotated[
-        int | None, typer.Option(min=0, help="tokens charged per probe (default: as recorded)")
-    ] = None,
+    probe_tokens: ProbeTokens = None,
     latency: Annotated[float, typer.Option(min=0, help="points subtracted per doubling of the critical path")] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, help="worker processes (default: one per core)")] = None,
     folder: Annotated[Path | None, typer.Option(help="for --explorer files: folder of the candidates")] = None,

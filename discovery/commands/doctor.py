@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -14,12 +14,13 @@ from controllers.sandbox.proof import Proof, Trial
 from controllers.sandbox.seal import Layer
 from controllers.sandbox.spawner import spawner
 from discovery.commands.console import wide_console
+from discovery.commands.options import AsJson
 
 NOT_SEALED = 1
 """Exit status if this machine cannot sandbox controllers."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Test the sandbox: try every break-out it must prevent, and report the results."""
     proof = spawner().check()
     if as_json:

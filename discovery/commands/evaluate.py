@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,24 @@ from controllers.dial import parse_beta
 from controllers.errors import BetaError, SandboxUnavailable, UnknownController
 from controllers.loading import Spec, parse_spec
 from discovery.commands.console import split_names, wide_console
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.commands.options import (
+    Answers,
+    Benchmarks,
+    Betas,
+    EngineChoice,
+    JsonTarget,
+    MaxBranches,
+    Models,
+    ProbeTokens,
+    RecordingsPath,
+    Shuffles,
+    Workers,
+    check_json_target,
+    output_figures,
+)
 from discovery.data.recordings import Cell, LabelSource, Split
 from discovery.evaluation.engines import EngineName, make_engine
-from discovery.evaluation.evaluate import ANSWERS_HELP, DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights
+from discovery.evaluation.evaluate import DEFAULT_WEIGHTS, AnswerComparison, Evaluation, Weights
 from discovery.evaluation.plot import Panel, PlotPoint, check_plot, draw_frontiers
 from discovery.evaluation.replay_jobs import ReplayRules, Sealing
 from discovery.evaluation.scores import POOLED, Difference, Score, paired_differences, pool_scores
@@ -32,21 +45,19 @@ CONFIDENCE: Final = "confidence"
 
 
 def evaluate(
-    recordings: Annotated[
-        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
-    ],
+    recordings: RecordingsPath,
     controllers: Annotated[
         str,
         typer.Option(
             help="controllers, separated by commas: names, NAME@N for N chains, or files (cmc,asc@64,mine.py)"
         ),
     ] = "cmc",
-    betas: Annotated[str, typer.Option(help="values of β, separated by commas")] = "0,0.5,1",
-    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")] = 100,
-    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
-    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    betas: Betas = "0,0.5,1",
+    shuffles: Shuffles = 100,
+    models: Models = "",
+    benchmarks: Benchmarks = "",
     split: Annotated[Split | None, typer.Option(help="split of the questions (default: all)")] = None,
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = AnswerComparison.AUTO,
+    answers: Answers = AnswerComparison.AUTO,
     labels: Annotated[
         str,
         typer.Option(help="sources of correct answers and their weights, such as feedback=0.8,consensus=confidence"),
@@ -54,16 +65,10 @@ def evaluate(
     version: Annotated[
         str, typer.Option(help="use recordings of the model version with this digest prefix (default: the newest)")
     ] = "",
-    probe_tokens: Annotated[
-        int | None, typer.Option(min=0, help="tokens charged per probe (default: as recorded)")
-    ] = None,
-    max_branches: Annotated[int, typer.Option(min=1, help="maximum branches per episode")] = 64,
-    engine: Annotated[
-        EngineName, typer.Option(help="where episodes run: in this process, in worker processes, or on Ray")
-    ] = EngineName.LOCAL,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="workers for --engine process and ray (default: one per core)")
-    ] = None,
+    probe_tokens: ProbeTokens = None,
+    max_branches: MaxBranches = 64,
+    engine: EngineChoice = EngineName.LOCAL,
+    workers: Workers = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="run built-in controllers in the sandbox too")] = False,
     allow_unsandboxed: Annotated[
         bool,
@@ -71,12 +76,7 @@ def evaluate(
             "--allow-unsandboxed", help="run controllers from files without the sandbox, with all your permissions"
         ),
     ] = False,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", help="write the figures as JSON to FILE, or to standard output with -"
-        ),
-    ] = None,
+    json_to: JsonTarget = None,
     traces: Annotated[Path | None, typer.Option(help="folder to write traces to: every round of every episode")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="file to write the plot of accuracy over tokens to (.png or .svg)")
@@ -94,8 +94,7 @@ def evaluate(
     weights = parse_weights(labels)
     if plot is not None:
         check_plot(plot)
-    if json_to not in (None, "-"):
-        check_writable_path(Path(json_to), "--json")
+    check_json_target(json_to)
     source = open_source(recordings)
     cells = select_cells(source.cells(), split_names(models), split_names(benchmarks), split)
     rules = ReplayRules(max_branches, probe_tokens, traces, _sealing(specs, sandbox, allow_unsandboxed))
@@ -103,13 +102,7 @@ def evaluate(
     with _progress(evaluation.work) as advance:
         scored = evaluation.run(make_engine(engine, workers), advance)
     figures = json.dumps([score.as_json() for score in scored], indent=2, ensure_ascii=False) + "\n"
-    if json_to == "-":
-        sys.stdout.write(figures)
-    else:
-        _show(scored)
-    if json_to not in (None, "-"):
-        with atomic_write(Path(json_to)) as file:
-            file.write(figures.encode())
+    output_figures(figures, json_to, lambda: _show(scored))
     if plot is not None:
         draw_frontiers(_panels(scored), plot)
 

@@ -15,11 +15,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from discovery.commands.console import wide_console
+from discovery.commands.options import (
+    Answers,
+    Benchmarks,
+    Betas,
+    EngineChoice,
+    MaxBranches,
+    Models,
+    RecordingsPath,
+    Shuffles,
+    Workers,
+)
 from discovery.data.atomic_files import check_writable_path
 from discovery.data.recordings import Split
 from discovery.errors import GateError
 from discovery.evaluation.engines import EngineName
-from discovery.evaluation.evaluate import ANSWERS_HELP, AnswerComparison
 from discovery.promotion.gate import GateJob
 from discovery.promotion.verdict import GateReport, GateTerms, GateVerdict, report_of
 from discovery.store.records import utc_now
@@ -29,31 +39,25 @@ COLOURS = {GateVerdict.PROMOTE: "green", GateVerdict.REJECT: "red", GateVerdict.
 
 def gate(
     file: Annotated[str, typer.Argument(help="finalist: FILE.py or a name", metavar="FILE")],
-    recordings: Annotated[
-        Path, typer.Option(help="replay store, or folder of the AutoTTS release such as ../shared/replay/autotts")
-    ],
+    recordings: RecordingsPath,
     ledger: Annotated[Path, typer.Option(help="file that keeps every judgement on these recordings permanently")],
     champion: Annotated[str, typer.Option(help="champion to beat: a name or FILE.py")] = "cmc",
     split: Annotated[Split, typer.Option(help="split of the questions")] = Split.HELD_OUT,
     report: Annotated[Path | None, typer.Option(help="file to write the report to (.json)")] = None,
-    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
-    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
-    betas: Annotated[str, typer.Option(help="values of β, separated by commas")] = GateJob.betas,
-    shuffles: Annotated[int, typer.Option(min=1, max=10_000, help="branch orders per question")] = 100,
-    answers: Annotated[AnswerComparison, typer.Option(help=ANSWERS_HELP)] = GateJob.answers,
-    max_branches: Annotated[int, typer.Option(min=1, help="maximum branches per episode")] = 64,
+    models: Models = "",
+    benchmarks: Benchmarks = "",
+    betas: Betas = GateJob.betas,
+    shuffles: Shuffles = 100,
+    answers: Answers = GateJob.answers,
+    max_branches: MaxBranches = 64,
     beta: Annotated[
         float, typer.Option(min=0, max=1, help="deployed β, at which accuracy must not drop")
     ] = GateTerms.beta,
     margin: Annotated[
         float, typer.Option(min=0, help="points that accuracy may drop at the deployed β")
     ] = GateTerms.margin,
-    engine: Annotated[
-        EngineName, typer.Option(help="where episodes run: in this process, in worker processes, or on Ray")
-    ] = EngineName.PROCESS,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="workers for --engine process and ray (default: one per core)")
-    ] = None,
+    engine: EngineChoice = EngineName.PROCESS,
+    workers: Workers = None,
 ) -> None:
     """Compare a controller with the champion on questions that no explorer has seen."""
     if report is not None:

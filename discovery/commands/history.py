@@ -15,6 +15,7 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 from discovery.commands.discover import RECORD
+from discovery.commands.options import AsJson
 from discovery.errors import HistoryError
 from discovery.evaluation.plot import PlotPoint, check_plot, draw_frontiers
 from discovery.search.cascade import CandidateVerdict
@@ -37,7 +38,7 @@ def _history() -> None:
 def show(
     path: RunPath,
     name: Annotated[str, typer.Argument(help="name or digest prefix of a candidate (default: list all)")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every candidate with its verdict, or show one in full. All hashes are checked."""
     recorded = _read(path)

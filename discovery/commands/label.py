@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,7 @@ import typer
 from rich.table import Table
 
 from discovery.commands.console import wide_console
-from discovery.commands.store import DEFAULT, Place
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.data.questions import Question, read_questions
 from discovery.data.recordings import LabelSource
 from discovery.evaluation.answer_votes import MIN_BRANCHES, MIN_CALIBRATION_ANSWERS, MIN_MARGIN, Agreement
@@ -23,7 +21,7 @@ from discovery.store import Store
 
 
 def label(
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     references: Annotated[
         Path | None, typer.Option(help="file of JSON lines: a question and its reference answer")
     ] = None,
@@ -36,26 +34,14 @@ def label(
     min_branches: Annotated[
         int, typer.Option(min=1, help="branches of one model that are needed for a vote")
     ] = MIN_BRANCHES,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", help="write the figures as JSON to FILE, or to standard output with -"
-        ),
-    ] = None,
+    json_to: JsonTarget = None,
 ) -> None:
     """Label questions from references, feedback and votes, and report how far these agree."""
-    if json_to not in (None, "-"):
-        check_writable_path(Path(json_to), "--json")
+    check_json_target(json_to)
     questions = [] if references is None else read_questions(references)
     report = asyncio.run(_fill(place, questions, min_margin, min_branches))
     figures = json.dumps(report.as_json(), indent=2) + "\n"
-    if json_to == "-":
-        sys.stdout.write(figures)
-    else:
-        _show(place, report)
-    if json_to not in (None, "-"):
-        with atomic_write(Path(json_to)) as file:
-            file.write(figures.encode())
+    output_figures(figures, json_to, lambda: _show(place, report))
 
 
 async def _fill(place: Path, references: Sequence[Question], min_margin: float, min_branches: int) -> LabelReport:

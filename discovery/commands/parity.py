@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +28,7 @@ from discovery.audit.parity_report import (
     ReproductionReport,
 )
 from discovery.commands.console import split_names, wide_console
-from discovery.commands.store import DEFAULT, Place
-from discovery.data.atomic_files import atomic_write, check_writable_path
+from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
 from discovery.store import Store
@@ -47,19 +45,14 @@ COLOUR: Final = {ParityVerdict.AGREE: "green", ParityVerdict.DISAGREE: "red", Pa
 
 
 def parity_command(
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     controllers: Annotated[
         str, typer.Option(help="files of controllers that served requests, separated by commas: mine.py,other.py")
     ] = "",
     controller: Annotated[str | None, typer.Option(help="check only episodes of this controller")] = None,
     beta: Annotated[str | None, typer.Option(help="check only episodes at this β")] = None,
     shuffles: Annotated[int, typer.Option(min=1, max=1000, help="branch orders per recording")] = 20,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", help="write the figures as JSON to FILE, or to standard output with -"
-        ),
-    ] = None,
+    json_to: JsonTarget = None,
     plot: Annotated[Path | None, typer.Option(help="file to write the plot of means to (.png or .svg)")] = None,
 ) -> None:
     """Compare served episodes with replay. Exit status 1 if they disagree, 3 if there is nothing to check."""
@@ -67,19 +60,12 @@ def parity_command(
     beta_value = None if beta is None else parse_beta(beta, "--beta")
     if plot is not None:
         check_plot(plot)
-    if json_to not in (None, "-"):
-        check_writable_path(Path(json_to), "--json")
+    check_json_target(json_to)
     served = _select(place, asyncio.run(_records(place)), controller, beta_value)
     with Console(stderr=True).status("replaying decisions and episodes…"):
         report = check_parity(served, specs, shuffles)
     figures = json.dumps(report.as_json(), indent=2) + "\n"
-    if json_to == "-":
-        sys.stdout.write(figures)
-    else:
-        _show(report)
-    if json_to not in (None, "-"):
-        with atomic_write(Path(json_to), private=True) as file:  # the file contains answers
-            file.write(figures.encode())
+    output_figures(figures, json_to, lambda: _show(report), private=True)  # the file contains answers
     if plot is not None and report.groups:
         draw_intervals(_panels(report.groups), plot)
     if not report.holds:

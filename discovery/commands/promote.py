@@ -16,6 +16,7 @@ from controllers.loading import Spec, read
 from controllers.rollout_state import RolloutStage, RolloutState
 from discovery.commands.console import wide_console
 from discovery.commands.gate import judge_in_subprocess
+from discovery.commands.options import AsJson
 from discovery.data.safe_json import parse_json
 from discovery.errors import PromotionError
 from discovery.promotion.gate import GateJob
@@ -82,7 +83,7 @@ def rollback(registry: Folder, why: Why = "", who: Who = "unknown") -> None:
     wide_console().print(f"{registry}: {champion} is the champion; there is no canary", highlight=False, markup=False)
 
 
-def controllers(registry: Folder, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+def controllers(registry: Folder, as_json: AsJson = False) -> None:
     """List the installed controllers by stage, their cards, and the latest changes."""
     opened = Registry(registry)
     installed, audit = opened.read(), opened.audit()[-TAIL:]

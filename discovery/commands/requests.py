@@ -12,7 +12,8 @@ from rich.text import Text
 
 from controllers.sandbox.frames import printable
 from discovery.commands.console import wide_console
-from discovery.commands.store import DEFAULT, AsJson, Place, with_store
+from discovery.commands.options import DEFAULT_STORE, AsJson, Place
+from discovery.commands.store import with_store
 from discovery.store import Feedback, ServedEpisode, Store
 
 HEADINGS = (
@@ -42,7 +43,7 @@ def _requests() -> None:
 
 @requests.command("list")
 def list_requests(
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="maximum number of requests, latest first")] = 20,
     model: Annotated[str | None, typer.Option(help="only requests to this model")] = None,
     client_id: Annotated[

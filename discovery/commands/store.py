@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from discovery.commands.console import split_names, wide_console
+from discovery.commands.options import DEFAULT_STORE, AsJson, Benchmarks, Models, Place
 from discovery.data.atomic_files import atomic_write, check_writable_path
 from discovery.data.importers import format_recording_line, read_jsonl, read_release, release_files
 from discovery.data.recordings import Origin, RecordedQuestion, Split, default_split
@@ -32,9 +33,6 @@ CORRUPT = 1
 importing = typer.Typer(name="import", no_args_is_help=True, help="Import recordings into a replay store.")
 store = typer.Typer(name="store", no_args_is_help=True, help="Inspect and maintain a replay store.")
 
-Place = Annotated[Path, typer.Option("--store", envvar="AUTOTTS_STORE", help="file of the store")]
-DEFAULT = Path("autotts.db")
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Request = Annotated[str, typer.Option("--request-id", help="forget everything recorded of this request")]
 Tenant = Annotated[str, typer.Option(help="forget everything recorded of this tenant, given by its hash")]
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="forget everything recorded of requests without a key")]
@@ -52,7 +50,7 @@ class SplitBy(StrEnum):
 @importing.command("autotts-release")
 def import_release(
     paths: Annotated[list[Path], typer.Argument(help="files MODEL/BENCHMARK.json[.xz], or folders of such files")],
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     split: Annotated[
         SplitBy | None, typer.Option(help="split of the questions (default: as in the release; aime24 is search)")
     ] = None,
@@ -65,7 +63,7 @@ def import_release(
 @importing.command("jsonl")
 def import_jsonl(
     paths: Annotated[list[Path], typer.Argument(help="files of JSON lines, plain or .xz")],
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     split: Annotated[
         SplitBy | None, typer.Option(help="split of the questions (default: as given in each line, else by hash)")
     ] = None,
@@ -110,7 +108,7 @@ def with_store(place: Path, work: Callable[[Store], Awaitable[T]], create: bool 
 
 
 @store.command()
-def info(place: Place = DEFAULT, as_json: AsJson = False) -> None:
+def info(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Show recordings by model, benchmark and split, and the served requests with their feedback."""
 
     async def read(opened: Store) -> tuple[list[CellSummary], ServedSummary]:
@@ -144,7 +142,7 @@ def _requests(served: ServedSummary) -> str:
 
 
 @store.command()
-def verify(place: Place = DEFAULT, as_json: AsJson = False) -> None:
+def verify(place: Place = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Check that no row is corrupt; exit status 1 if one is."""
     checked = with_store(place, Store.verify)
     if as_json:
@@ -162,9 +160,9 @@ def verify(place: Place = DEFAULT, as_json: AsJson = False) -> None:
 @store.command()
 def export(
     to: Annotated[Path, typer.Argument(help="file to write (JSON lines)")],
-    place: Place = DEFAULT,
-    models: Annotated[str, typer.Option(help="models, separated by commas (default: all)")] = "",
-    benchmarks: Annotated[str, typer.Option(help="benchmarks, separated by commas (default: all)")] = "",
+    place: Place = DEFAULT_STORE,
+    models: Models = "",
+    benchmarks: Benchmarks = "",
     split: Annotated[Split | None, typer.Option(help="split of the questions (default: all)")] = None,
 ) -> None:
     """Export recordings to a file that `autotts import jsonl` reads."""
@@ -180,7 +178,9 @@ def export(
     wide_console().print(f"{to}: {count} recordings", highlight=False)
 
 
-def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = False, place: Place = DEFAULT) -> None:
+def forget(
+    request: Request = "", tenant: Tenant = "", anonymous: Anonymous = False, place: Place = DEFAULT_STORE
+) -> None:
     """Erase everything recorded of a request or a tenant permanently, including the bytes on disk."""
     if (bool(request), bool(tenant), anonymous).count(True) != 1:
         raise StoreError("forget: give exactly one of --request-id ID, --tenant HASH and --anonymous")
@@ -199,7 +199,7 @@ def forget(request: Request = "", tenant: Tenant = "", anonymous: Anonymous = Fa
 
 @store.command()
 def prune(
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     models: Annotated[str, typer.Option(help="drop recordings of these models")] = "",
     benchmarks: Annotated[str, typer.Option(help="drop recordings of these benchmarks")] = "",
     origin: Annotated[Origin | None, typer.Option(help="drop recordings of this origin")] = None,

@@ -27,7 +27,7 @@ from discovery.audit.explain import (
     summarise_round,
 )
 from discovery.commands.console import wide_console
-from discovery.commands.store import DEFAULT, AsJson, Place
+from discovery.commands.options import DEFAULT_STORE, AsJson, Place
 from discovery.data.traces import Trace, read_trace, trace_files
 from discovery.errors import TraceError
 from discovery.store import ServedEpisode, Store
@@ -63,7 +63,7 @@ def show(
         int | None, typer.Option(min=0, help="position of the question in its benchmark (default: list all questions)")
     ] = None,
     shuffle: Annotated[int, typer.Option(min=0, help="branch order to show")] = 0,
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Show one episode round by round, or list the questions of trace files."""

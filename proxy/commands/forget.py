@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from discovery.commands.console import wide_console
-from discovery.commands.store import DEFAULT, Anonymous, Place, Request, Tenant
+from discovery.commands.options import DEFAULT_STORE, Place
+from discovery.commands.store import Anonymous, Request, Tenant
 from discovery.commands.store import forget as forgetting
 from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
@@ -25,7 +26,7 @@ def forget(
     request: Request = "",
     tenant: Tenant = "",
     anonymous: Anonymous = False,
-    place: Place = DEFAULT,
+    place: Place = DEFAULT_STORE,
     spill: Annotated[
         Path | None, typer.Option(envvar="AUTOTTS_SPILL", help="spill file of waiting records; default: STORE.spill")
     ] = None,
