@@ -81,7 +81,6 @@ class _App(FastAPI):
 
     def __init__(self, settings: Settings, **options: object) -> None:
         self.settings = settings
-        self.endpoints: Mapping[tuple[str, str], Endpoint]
         self.endpoints = {(route.method, route.path): _endpoint(route) for route in ROUTES}
         self.failures = ErrorResponses([route.path for route in ROUTES])
         super().__init__(**options)  # type: ignore[arg-type]

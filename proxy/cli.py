@@ -124,7 +124,7 @@ def demonstrate(
     controller: Annotated[str | None, typer.Option(help="controller to use")] = None,
 ) -> None:
     """Ask the embedded model the same problems at several β and print accuracy and tokens."""
-    _run(_demo(problems, plot, controller=controller))
+    _run(_demo(problems, plot, controller))
 
 
 def main() -> None:
@@ -206,13 +206,13 @@ async def _example_model(settings: Settings) -> str | None:
     return settings.model or next(iter(models), None)
 
 
-async def _demo(problems: int, plot: Path, **given: Any) -> None:
+async def _demo(problems: int, plot: Path, controller: str | None) -> None:
     from discovery.evaluation.plot import check_plot
     from proxy.commands import demo
     from proxy.server import running
     from proxy.settings import load
 
-    settings = load(**given)
+    settings = load(controller=controller)
     check_plot(plot)
     ready, upstream = _upstream(settings, console.print)
     async with upstream, running(ready) as url:

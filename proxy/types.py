@@ -70,9 +70,8 @@ class Call:
     outputs: list[Output] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int | None = None  # as the server reports them: for one prompt only, even if there are several
-    on_finish: Callable[[Output], Awaitable[None]] | None = (
-        None  # awaited for each output that ends; may raise to abort the call
-    )
+    on_finish: Callable[[Output], Awaitable[None]] | None = None
+    """Awaited for each output that ends. It may raise to abort the call."""
 
     def __post_init__(self) -> None:
         self.outputs = [Output() for _ in range(len(self.prompts) * self.n)]

@@ -40,11 +40,11 @@ class BetaDefaults:
             reason = f"model {model!r} was calibrated for {calibrated}, {wanted}"
         raise BadRequest(f"{reason}; set tts.beta instead", param="tts.target_tokens", code="no_calibration")
 
-    def is_single(self, dial: EffectiveBeta, request: GenerationRequest, model: Model) -> bool:
+    def is_single(self, beta: EffectiveBeta, request: GenerationRequest, model: Model) -> bool:
         """Return whether to generate one branch only: the client wants no reasoning, or β does not pay on the model."""
-        if dial.source is BetaSource.EFFORT and request.effort == NO_EFFORT:
+        if beta.source is BetaSource.EFFORT and request.effort == NO_EFFORT:
             return True
-        return not dial.is_from_client and self._map(model.id).arm is Arm.SINGLE
+        return not beta.is_from_client and self._map(model.id).arm is Arm.SINGLE
 
     def _map(self, model: str) -> BetaMap:
         """Return the useful range of β on a model with the champion; the full range if it was not calibrated."""

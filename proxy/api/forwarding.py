@@ -54,12 +54,12 @@ class ForwardEndpoints:
         parsed: GenerationRequest,
         raw: bytes,
         model: Model,
-        dial: EffectiveBeta | None,
+        beta: EffectiveBeta | None,
         unserved: PassThroughReason,
     ) -> Response:
         """Forward a generation request within the caller's budget. The response says why no controller served it."""
         service = self._service
-        service.unapplied.report(model.id, parsed.tts, dial, unserved)
+        service.unapplied.report(model.id, parsed.tts, beta, unserved)
         is_named = parsed.model is not None or service.settings.model is not None
         bound = service.request_slots.token_bound(request, parsed, model)
         put = {**bound.put, **({"model": model.id} if is_named and parsed.model != model.id else {})}
@@ -68,10 +68,17 @@ class ForwardEndpoints:
             drop.append("tts")
         body = edit_members(raw, drop=drop, put=put)
         content_type = None if "json" in request.headers.get("content-type", "") else "application/json"
-        about = untouched_headers(unserved.reason), model.id, content_type, bound
-        response = await self._forward(request, body, *about, is_stream=bool(parsed.stream))
+        response = await self._forward(
+            request,
+            body,
+            untouched_headers(unserved.reason),
+            model.id,
+            content_type,
+            bound,
+            is_stream=bool(parsed.stream),
+        )
         if "tts" in parsed.model_fields_set:
-            response = with_tts_member(response, unapplied_tts(dial, unserved))
+            response = with_tts_member(response, unapplied_tts(beta, unserved))
         return self._remember(request, response, model.id, unserved.reason)
 
     async def _forward(
@@ -91,8 +98,11 @@ class ForwardEndpoints:
 
         async def work() -> Response:
             await slot.__aenter__()
-            about = service.engine, request, body, headers, content_type
-            return await slot.metered(forward(*about, is_stream=is_stream, in_pieces=bool(slot.caps.tokens)))
+            in_pieces = bool(slot.caps.tokens)
+            forwarding = forward(
+                service.engine, request, body, headers, content_type, is_stream=is_stream, in_pieces=in_pieces
+            )
+            return await slot.metered(forwarding)
 
         with counting_disconnects(service.metrics, model):
             response = await cancel_on_disconnect(request.receive, work())
@@ -105,8 +115,8 @@ class ForwardEndpoints:
         recent = self._service.recent
         tenant, own, client_id = request.state.caller.tenant, current_request_id(), logs.client_request_id.get()
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
-        about = request.scope["path"], model, reason, response.status_code, client_id or None
-        recent.add(ForwardedRequest(own, tenant, created, *about))
+        path, status = request.scope["path"], response.status_code
+        recent.add(ForwardedRequest(own, tenant, created, path, model, reason, status, client_id or None))
         recent.add_client_id(tenant, client_id, own)
         if isinstance(response, StreamedResponse):
             return response.with_source(recent.noting_upstream_id(response.source, tenant, own))

@@ -68,31 +68,32 @@ class GenerationEndpoints:
         if is_recording:
             service.authenticator.require_admin(caller, f"controller {parsed.tts.controller}")
         model, alias = await service.models.find(parsed.model)
-        dial = self._resolve_beta(request, parsed, model, alias)
-        unserved = _why_unserved(parsed, dial)
-        if dial is None or unserved is not None:
-            why = NO_BETA if dial is None or unserved is None else unserved
-            return await self._forwarding.generate(request, parsed, raw, model, dial, why)
-        if parsed.tts.controller is None and service.betas.is_single(dial, parsed, model):
+        effective_beta = self._resolve_beta(request, parsed, model, alias)
+        if effective_beta is None:
+            return await self._forwarding.generate(request, parsed, raw, model, None, NO_BETA)
+        unserved = _why_unserved(parsed, effective_beta)
+        if unserved is not None:
+            return await self._forwarding.generate(request, parsed, raw, model, effective_beta, unserved)
+        if parsed.tts.controller is None and service.betas.is_single(effective_beta, parsed, model):
             parsed = parsed.with_controller("single")
         if not (parsed.tts.required or is_recording):
-            dial = dial.scaled(await service.load_shedding.beta_factor())
+            effective_beta = effective_beta.scaled(await service.load_shedding.beta_factor())
         name = f"{form.prefix}{uuid4().hex}"
         prompts = parsed.split_by_prompt()
         if len(prompts) > 1:
-            return await self._generate_each(request, prompts, model, dial, name)
+            return await self._generate_each(request, prompts, model, effective_beta, name)
         slot = service.request_slots.acquire_episode(request, parsed.tts.max_total_tokens)
-        planning = self._plan(request, parsed, model, dial, slot, name)
+        planning = self._plan(request, parsed, model, effective_beta, slot, name)
         try:
             with counting_disconnects(service.metrics, model.id):
-                within = request.scope["path"], model.id, request.state.leases
-                plan = await cancel_on_disconnect(request.receive, service.tracer.plan(*within, planning))
+                traced = service.tracer.plan(request.scope["path"], model.id, request.state.leases, planning)
+                plan = await cancel_on_disconnect(request.receive, traced)
         except BadRequest as error:
             if error.code != CONTEXT_EXCEEDED or not parsed.truncates:
                 raise
             slot.release()
-            why = PassThroughReason("truncation", "truncation")
-            return await self._forwarding.generate(request, parsed, raw, model, dial, why)
+            unserved = PassThroughReason("truncation", "truncation")
+            return await self._forwarding.generate(request, parsed, raw, model, effective_beta, unserved)
         service.recent.add_client_id(caller.tenant, logs.client_request_id.get(), plan.request_id)
         if not parsed.stream:
             reply = await cancel_on_disconnect(request.receive, self._serve(slot, plan))
@@ -122,7 +123,7 @@ class GenerationEndpoints:
         request: Request,
         parsed: GenerationRequest,
         model: Model,
-        dial: EffectiveBeta,
+        effective_beta: EffectiveBeta,
         slot: RequestSlot,
         name: str,
     ) -> Coroutine[Any, Any, Plan]:
@@ -135,7 +136,7 @@ class GenerationEndpoints:
             slot.caps,
             model,
             parsed,
-            dial,
+            effective_beta,
             tenant=caller.tenant,
             drift=service.drift if is_kept else None,
             salt=caller.salt or parsed.cache_salt,
@@ -143,7 +144,12 @@ class GenerationEndpoints:
         )
 
     async def _generate_each(
-        self, request: Request, prompts: Sequence[GenerationRequest], model: Model, dial: EffectiveBeta, name: str
+        self,
+        request: Request,
+        prompts: Sequence[GenerationRequest],
+        model: Model,
+        effective_beta: EffectiveBeta,
+        name: str,
     ) -> Response:
         """Run one episode for each prompt of a request, and return one response."""
         service, parsed, path = self._service, prompts[0], request.scope["path"]
@@ -151,7 +157,7 @@ class GenerationEndpoints:
         news: asyncio.Queue[PromptNews] = asyncio.Queue()
 
         def planning(index: int) -> Coroutine[Any, Any, Plan]:
-            return self._plan(request, prompts[index], model, dial, slots[index], f"{name}-{index}")
+            return self._plan(request, prompts[index], model, effective_beta, slots[index], f"{name}-{index}")
 
         async def plan_all() -> list[Plan]:
             plans = [await service.tracer.plan(path, model.id, request.state.leases, planning(0))]
@@ -197,18 +203,26 @@ class GenerationEndpoints:
             with counting_disconnects(service.metrics, plan.prompt.model):
                 async with fail_after(plan.remaining_s):
                     await stack.enter_async_context(slot)
-            parts = service.engine, service.grading, service.controllers, service.metrics, service.episode_log
-            warn = partial(service.request_slots.warn_of_cut, slot.caps)
-            return await serve_request(*parts, plan, report, slot.settle, warn)
+            return await serve_request(
+                service.engine,
+                service.grading,
+                service.controllers,
+                service.metrics,
+                service.episode_log,
+                plan,
+                report,
+                slot.settle,
+                partial(service.request_slots.warn_of_cut, slot.caps),
+            )
 
 
 def _put_line(news: asyncio.Queue[PromptNews], index: int, line: str) -> None:
     news.put_nowait(PromptNews(index, line))
 
 
-def _why_unserved(parsed: GenerationRequest, dial: EffectiveBeta | None) -> PassThroughReason | None:
-    """Return why no controller serves a request, or None."""
+def _why_unserved(parsed: GenerationRequest, effective_beta: EffectiveBeta) -> PassThroughReason | None:
+    """Return why no controller serves a request that has a β, or None."""
     unserved = parsed.pass_through_reason()
-    if unserved is None and parsed.temperature == 0 and dial is not None and not dial.is_from_client:
+    if unserved is None and parsed.temperature == 0 and not effective_beta.is_from_client:
         return GREEDY
     return unserved

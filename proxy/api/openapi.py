@@ -21,7 +21,8 @@ from proxy.requests import beta
 
 Schema = Mapping[str, Any]
 
-ANY: Final[Schema] = {"type": "object"}
+ARRAY: Final[Schema] = {"type": "array"}
+OBJECT: Final[Schema] = {"type": "object"}
 TEXT: Final[Schema] = {"type": "string"}
 _NULLABLE: Final[Schema] = {"type": ["string", "null"]}
 ERROR: Final[Schema] = {
@@ -48,7 +49,7 @@ class Operation(NamedTuple):
 
     summary: str
     body: type[BaseModel] | None = None  # model of the request's JSON
-    response: Schema = ANY  # of a JSON response
+    response: Schema = OBJECT  # of a JSON response
     statuses: tuple[HTTPStatus, ...] = (HTTPStatus.OK,)  # that responses of this schema have
     path: str | None = None  # name of the parameter in the path
     query: tuple[str, ...] = ()  # names of optional parameters

@@ -13,7 +13,7 @@ from proxy.admission.auth import Access
 from proxy.api.forwarding import ForwardEndpoints
 from proxy.api.generation import GenerationEndpoints
 from proxy.api.models import ModelEndpoints
-from proxy.api.openapi import TEXT, Operation, object_schema
+from proxy.api.openapi import ARRAY, OBJECT, TEXT, Operation, object_schema
 from proxy.api.service import Service
 from proxy.api.status import StatusEndpoints
 from proxy.api.tts import TtsEndpoints
@@ -47,9 +47,6 @@ class Route(NamedTuple):
     operation: Operation | None  # description; None if the OpenAPI document omits the route
 
 
-_ARRAY: Final = {"type": "array"}
-_OBJECT: Final = {"type": "object"}
-
 ROUTES: Final = (
     Route(
         "/v1/chat/completions",
@@ -59,7 +56,7 @@ ROUTES: Final = (
         Operation(
             "Create a chat completion, with a controller where β is set",
             ChatRequest,
-            object_schema("id", "choices", id=TEXT, choices=_ARRAY, usage=_OBJECT, tts=_OBJECT),
+            object_schema("id", "choices", id=TEXT, choices=ARRAY, usage=OBJECT, tts=OBJECT),
             streams=True,
         ),
     ),
@@ -82,7 +79,7 @@ ROUTES: Final = (
         "GET",
         Access.CLIENT,
         lambda endpoints: endpoints.models.list_models,
-        Operation("List the models and their aliases", response=object_schema("data", data=_ARRAY)),
+        Operation("List the models and their aliases", response=object_schema("data", data=ARRAY)),
     ),
     Route(
         "/v1/models/{model:path}",

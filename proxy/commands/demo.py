@@ -6,7 +6,8 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,22 +61,21 @@ async def run(base_url: str, problems: int, plot: Path) -> None:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             for setting in SETTINGS:
                 task = progress.add_task(setting.name, total=len(questions))
-                rows[setting] = await _ask_all(client, setting, questions, lambda task=task: progress.advance(task))
+                rows[setting] = await _ask_all(client, setting, questions, partial(progress.advance, task))
     console.print(table(rows))
     draw_frontiers({"What β buys on the embedded model (bars: standard error)": panel(rows)}, plot)
     console.print(f"picture: {plot}", highlight=False)
 
 
 async def _ask_all(
-    client: AsyncOpenAI, setting: DemoSetting, questions: Sequence[Problem], done: object
+    client: AsyncOpenAI, setting: DemoSetting, questions: Sequence[Problem], on_answer: Callable[[], object]
 ) -> list[AnsweredRequest]:
     gate = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(problem: Problem) -> AnsweredRequest:
         async with gate:
             answered = await _ask(client, setting, problem)
-        if callable(done):
-            done()
+        on_answer()
         return answered
 
     return list(await asyncio.gather(*map(ask, questions)))

@@ -43,10 +43,8 @@ def messages_of(items: Sequence[object]) -> list[dict[str, Any]] | None:
         if message is None:
             return None
         last = messages[-1] if messages else {}
-        continues_last = last.get("role") == message["role"] == "assistant" and not last.keys() & message.keys() - {
-            "role"
-        }
-        if continues_last:
+        is_assistant = last.get("role") == message["role"] == "assistant"
+        if is_assistant and last.keys() & message.keys() == {"role"}:
             last.update(message)
         else:
             messages.append(message)

@@ -16,10 +16,8 @@ from proxy.errors import SettingsError
 from proxy.settings import checks
 from proxy.settings.model import Settings, is_secret
 
-EMBEDDED = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
+EMBEDDED: Final = {"interval": 32, "finalise_tokens": 48, "probe_tokens": 8, "controller": "parallel_probe"}
 """Defaults for the embedded model. Its chains have a few hundred tokens, which is too short for CMC's schedule."""
-
-
 SERVED: Final = {"store": Path("autotts.db")}
 """Defaults of `autotts serve`, which records requests by default."""
 PREFIX: Final = "AUTOTTS_"

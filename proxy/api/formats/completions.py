@@ -18,22 +18,18 @@ from proxy.types import Plan, Reply
 
 def to_json(_: CompletionRequest, reply: Reply) -> dict[str, Any]:
     """Return a `text_completion` with the winner's whole text after the prompt, including its thought."""
-    choice = {"index": 0, "text": reply.message.written, "logprobs": None, "finish_reason": reply.message.finish_reason}
+    choice = _text_choice(0, reply.message.written, reply.message.finish_reason)
     return {**chunk_head(reply.plan, "text_completion"), "choices": [choice], "usage": reply.usage, "tts": reply.tts}
 
 
 def stream(request: CompletionRequest, plan: Plan, news: EpisodeNews) -> AsyncGenerator[bytes]:
     """Stream a reply as `text_completion` chunks. Progress is sent in fields of its own, not in the text."""
-
-    def choice(text: str = "", finish: str | None = None, **extra: Any) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, **extra}
-
     chunks = ChunkFormat(
         chunk_head(plan, "text_completion"),
-        choice(),
-        lambda line: choice(**reasoning_fields(line)),
-        lambda reply: [choice(piece) for piece in split_text(reply.message.written)],
-        lambda finish: choice(finish=finish),
+        _text_choice(0),
+        lambda line: {**_text_choice(0), **reasoning_fields(line)},
+        lambda reply: [_text_choice(0, piece) for piece in split_text(reply.message.written)],
+        lambda finish: _text_choice(0, finish=finish),
     )
     return stream_chunks(request, news, chunks)
 

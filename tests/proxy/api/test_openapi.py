@@ -8,14 +8,12 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openai import AsyncOpenAI
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -28,14 +26,11 @@ from schemathesis.specs.openapi.checks import (
 
 from proxy.api.routes import ROUTES
 from proxy.app import create_app
-from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
-from tests.proxy.conftest import INTERVAL, SMALL, Proxy, backend
+from tests.proxy.conftest import INTERVAL, Proxy
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["backend"]  # a fixture
 
 EXAMPLES = 25
 CHECKS = [
@@ -55,16 +50,12 @@ bounded = settings(
 
 
 @pytest_asyncio.fixture
-async def proxy(backend: FakeVLLM) -> AsyncIterator[Proxy]:
-    fake = FakeVLLM(backend.chains, INTERVAL)
-    fake.is_polite = True
-    async with (
-        fake.serve(),
-        running(load(upstream=fake.url, **SMALL)) as url,
-        aiohttp.ClientSession() as http,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai,
-    ):
-        yield Proxy(fake, url, http, openai)
+async def backend(backend: FakeVLLM) -> AsyncIterator[FakeVLLM]:
+    """Serve the same chains, but refuse invalid requests as vLLM does."""
+    polite = FakeVLLM(backend.chains, INTERVAL)
+    polite.is_polite = True
+    async with polite.serve():
+        yield polite
 
 
 def document() -> dict[str, Any]:

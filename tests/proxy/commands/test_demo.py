@@ -10,9 +10,7 @@ from proxy.commands import demo
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import FakeVLLM
-from tests.proxy.conftest import SMALL, backend
-
-__all__ = ["backend"]  # a fixture
+from tests.proxy.conftest import SMALL
 
 
 async def test_the_demo_table_has_rows_for_greedy_decoding_a_single_sample_and_each_beta(

@@ -10,13 +10,10 @@ import pytest
 
 from discovery.store import Store
 from tests.fakes import MODEL, FakeVLLM
-from tests.proxy.conftest import backend
 from tests.proxy.recording.test_episode_log import ADMIN, call, serving
 from tests.proxy.test_cli import autotts
 
 pytestmark = pytest.mark.process
-
-__all__ = ["backend"]  # a fixture
 
 
 async def served(backend: FakeVLLM, path: Path) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import AsyncIterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +18,7 @@ from deploy.embedded.task import held_back
 from proxy.requests.field_table import ADMINS, CHAT, FORWARDED, RESPONSES, TEXT
 from proxy.server import running
 from proxy.settings import EMBEDDED, load
+from tests.proxy.requests.test_field_table import fields_of_vllm
 
 loops = pytest.mark.asyncio(loop_scope="module")
 
@@ -98,15 +97,8 @@ def fields_of(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_every_field_has_one_row(name: str) -> None:
     """Fields of vLLM, of the OpenAI client, and of the proxy's own tables."""
-    source = find_spec("vllm")
-    if source is None or source.origin is None:
-        pytest.skip("vLLM is not installed")
     endpoint = ENDPOINTS[name]
-    path = Path(source.origin).parent / "entrypoints" / "openai" / endpoint.module / "protocol.py"
-    made = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
-    classes = [one for one in ast.parse(path.read_text()).body if isinstance(one, ast.ClassDef) and one.name in made]
-    members = {ast.unparse(m.target) for one in classes for m in one.body if isinstance(m, ast.AnnAssign)}
-    known = {field for field in members if not field.startswith("_")} | set(endpoint.made.__annotations__)
+    known = fields_of_vllm(endpoint.module) | set(endpoint.made.__annotations__)
     listed = fields_of(name)
     assert len(listed) == len(set(listed))
     assert known <= set(listed)
