@@ -39,7 +39,7 @@ from proxy.requests.generation_request import GenerationRequest
 from proxy.settings import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.types import Model
-from proxy.upstream.body_tap import BodySink, BodySource
+from proxy.upstream.body_tap import BodySink, BodySource, convert_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -300,22 +300,20 @@ def _is_event_stream(response: Response) -> bool:
 def _metered(source: BodySource, slot: PassthroughSlot, meter: BoundedReplyMeter | UnboundedReplyMeter) -> BodySource:
     """Wrap `source` so that `meter` reads the reply and the slot is settled at its end, also after an error."""
 
-    async def metered(sink: BodySink) -> None:
-        def read(piece: bytes, is_last: bool) -> Awaitable[None]:
-            passed = meter.feed(piece)
-            if is_last:
-                passed += meter.finish()
-                slot.settle(*meter.charge)
-            return sink(passed, is_last) if passed or is_last else _nothing()
+    def read(piece: bytes, is_last: bool) -> bytes:
+        passed = meter.feed(piece)
+        if is_last:
+            passed += meter.finish()
+            slot.settle(*meter.charge)
+        return passed
 
+    read_source = convert_pieces(source, read)
+
+    async def metered(sink: BodySink) -> None:
         try:
-            await source(read)
+            await read_source(sink)
         except BaseException:
             slot.settle(*meter.charge)
             raise
 
     return metered
-
-
-async def _nothing() -> None:
-    pass

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable
 from typing import Any, Final, NamedTuple
 
-from proxy.upstream.body_tap import BodySink, BodySource
+from proxy.upstream.body_tap import BodySource, convert_pieces
 
 MAX_REQUESTS: Final = 10_000
 """Maximum number of forwarded requests in the index, and of ids other than the proxy's."""
@@ -74,19 +73,16 @@ class RecentRequests:
     def noting_upstream_id(self, source: BodySource, tenant: str, request: str) -> BodySource:
         """Return `source` wrapped so that the upstream's id is noted from its first piece."""
 
-        async def wrapped(sink: BodySink) -> None:
-            is_noted = False
+        is_noted = False
 
-            def take(piece: bytes, is_last: bool) -> Awaitable[None]:
-                nonlocal is_noted
-                if not is_noted and piece:
-                    is_noted = True
-                    self.note_upstream_id(tenant, request, piece)
-                return sink(piece, is_last)
+        def note(piece: bytes, _: bool) -> bytes:
+            nonlocal is_noted
+            if not is_noted and piece:
+                is_noted = True
+                self.note_upstream_id(tenant, request, piece)
+            return piece
 
-            await source(take)
-
-        return wrapped
+        return convert_pieces(source, note)
 
     def resolve(self, tenant: str, name: str, *, is_admin: bool = False) -> str:
         """Return the proxy's id of the tenant's request called `name`, or `name` itself if it is unknown.

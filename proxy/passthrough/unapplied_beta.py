@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from starlette.responses import Response
@@ -15,7 +15,7 @@ from proxy.http.sse import StreamedResponse
 from proxy.requests.generation_request import PassThroughReason, TtsOptions
 from proxy.telemetry.metrics import Metrics
 from proxy.types import EffectiveBeta
-from proxy.upstream.body_tap import BodySink, BodySource
+from proxy.upstream.body_tap import BodySource, convert_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +128,8 @@ class _MemberInserter:
 
 
 def _inserting(source: BodySource, inserter: _MemberInserter) -> BodySource:
-    async def wrapped(sink: BodySink) -> None:
-        def take(piece: bytes, is_last: bool) -> Awaitable[None]:
-            ready = inserter.take(piece)
-            if is_last:
-                ready += inserter.flush()
-            return sink(ready, is_last) if ready or is_last else _nothing()
+    def insert(piece: bytes, is_last: bool) -> bytes:
+        ready = inserter.take(piece)
+        return ready + inserter.flush() if is_last else ready
 
-        await source(take)
-
-    return wrapped
-
-
-async def _nothing() -> None:
-    pass
+    return convert_pieces(source, insert)

@@ -61,6 +61,23 @@ async def _stream_plainly(response: aiohttp.ClientResponse, sink: BodySink, idle
     await sink(b"", True)
 
 
+def convert_pieces(source: BodySource, convert: Callable[[bytes, bool], bytes]) -> BodySource:
+    """Return `source` with each piece replaced by `convert(piece, is_last)`. An empty result is sent only if last."""
+
+    async def converted(sink: BodySink) -> None:
+        def take(piece: bytes, is_last: bool) -> Awaitable[None]:
+            ready = convert(piece, is_last)
+            return sink(ready, is_last) if ready or is_last else _nothing()
+
+        await source(take)
+
+    return converted
+
+
+async def _nothing() -> None:
+    pass
+
+
 class _BodyTap(asyncio.Protocol):
     """Connection protocol that wraps aiohttp's own and forwards each piece of the body as it arrives."""
 
