@@ -69,7 +69,7 @@ async def forward(
     """Return the upstream's response to `body` at the request's path, with `headers` added. Raises UpstreamError.
 
     `content_type` replaces the request's, if the proxy wrote the body itself. `is_stream` says that the body requests a
-    stream. With `in_pieces` even a short response is returned as a StreamedResponse.
+    stream. With `in_pieces` even a short response is returned as a StreamedResponse, unless it is an error.
     """
     sent = {name: value for name in _REQUEST_HEADERS if (value := request.headers.get(name))}
     if content_type is not None:
@@ -81,13 +81,12 @@ async def forward(
     upstream = await exchange.enter_async_context(relayed)
     kept = {name: value for name in _RESPONSE_HEADERS if (value := upstream.headers.get(name))}
     length = upstream.content_length
-    if upstream.status >= HTTPStatus.BAD_REQUEST and length is not None and length <= MAX_BUFFERED_BYTES:
-        async with exchange, asyncio.timeout(engine.read_timeout_s):
-            content = as_openai_error(upstream.status, await upstream.read())
-        return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
-    if not in_pieces and length is not None and length <= MAX_BUFFERED_BYTES:
+    is_error = upstream.status >= HTTPStatus.BAD_REQUEST
+    if (is_error or not in_pieces) and length is not None and length <= MAX_BUFFERED_BYTES:
         async with exchange, asyncio.timeout(engine.read_timeout_s):
             content = await upstream.read()
+        if is_error:
+            content = as_openai_error(upstream.status, content)
         return Response(content, upstream.status, {"cache-control": "no-cache", **kept, **headers})
 
     async def source(sink: BodySink) -> None:

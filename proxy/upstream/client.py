@@ -241,8 +241,8 @@ class UpstreamClient:
                         raise transport.refusal(response.status, chunk)
                     usage = chunk.get("usage") or usage
                     ended = add_chunk(call, chunk, transport.protocol_error)
-                    if call.progress > received:
-                        received = call.progress
+                    if (progress := call.progress) > received:  # computed once: it counts all outputs
+                        received = progress
                         timeout.reschedule(asyncio.get_running_loop().time() + self.read_timeout_s)
                     for output in ended:
                         if call.on_finish is not None:
