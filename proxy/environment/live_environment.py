@@ -114,7 +114,7 @@ class LiveEnvironment:
         return self._answers.own_probe_tokens
 
     def record_cutoff(self, reason: str) -> None:
-        """Record that the proxy, not the controller, ended the episode, and why: see `About.refused`."""
+        """Record why the proxy, not the controller, ended the episode. The store has it as `refused`."""
         self.cutoff = reason
 
     def continue_in_background(self, engine: UpstreamClient, priority: int) -> None:

@@ -37,7 +37,7 @@ async def compose_reply(
     fails after the deadline, the reply has the text that was generated so far.
     """
     completed = environment.meter.completed
-    index = _select_branch(environment, state, state.answer)
+    index = _select_branch(environment, state)
     try:
         async with asyncio.timeout(timeout_s):
             message, agreed = await _finished_message(plan, environment, index, state)
@@ -69,20 +69,20 @@ def deadline_error() -> UpstreamTimeout:
     )
 
 
-def _select_branch(environment: LiveEnvironment, state: State, answer: int | None) -> int:
+def _select_branch(environment: LiveEnvironment, state: State) -> int:
     """Return the index of the branch whose text the client reads.
 
     With an answer, this is the shortest finished branch with that answer. If there is none, it is the longest branch
     whose latest probe gave that answer: running branches come first, then branches that were not pruned. Without an
     answer, it is the longest branch that finished, or else the longest branch.
     """
-    branches = environment.branches
+    branches, answer = environment.branches, state.answer
     if answer is None:
         return max(range(len(branches)), key=lambda i: (branches[i].finish == "stop", len(branches[i].ids)))
     finished = [i for i, branch in enumerate(branches) if branch.finish is not None and branch.label == answer]
     if finished:
         return min(finished, key=lambda i: len(branches[i].ids))
-    leaning = [i for i, branch_state in enumerate(state.branches) if branch_state.label == state.answer]
+    leaning = [i for i, branch_state in enumerate(state.branches) if branch_state.label == answer]
     return max(
         leaning or range(len(branches)),
         key=lambda i: (

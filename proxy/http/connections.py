@@ -34,7 +34,7 @@ class Connections:
     def __init__(self, most: int, most_per_address: int, on_event: Callable[[str], object] = lambda _: None) -> None:
         self.most = most
         self.most_per_address = most_per_address
-        self.on_event = on_event  # called with "evicted" or "refused"
+        self._on_event = on_event  # called with "evicted" or "refused"
         self._open: dict[Evictable, str] = {}  # address of each connection
         self._by_address: Counter[str] = Counter()  # open connections
         self._waiting: OrderedDict[Evictable, None] = OrderedDict()  # longest wait first
@@ -52,7 +52,7 @@ class Connections:
             is_room = len(self._open) < self.most or self._evict(self._waiting)
         if not is_room:
             self._tidy(address)
-            self.on_event("refused")
+            self._on_event("refused")
             return False
         self._open[connection] = address
         self._by_address[address] += 1
@@ -86,7 +86,7 @@ class Connections:
         oldest = next(iter(waiting))
         self.leave(oldest)
         oldest.evict()
-        self.on_event("evicted")
+        self._on_event("evicted")
         return True
 
     def _tidy(self, address: str) -> None:

@@ -22,16 +22,19 @@ from proxy.settings import Settings
 
 ANY: Final = "*"
 EXPOSED: Final = (
-    *(
-        "retry-after",
-        "x-request-id",
-        "x-client-request-id",
-        "x-should-retry",
-        "x-tts-applied",
-        "x-tts-beta",
-        "x-tts-beta-source",
-    ),
-    *("x-tts-branches", "x-tts-controller", "x-tts-fallback", "x-tts-reason", "x-tts-rounds", "x-tts-stop"),
+    "retry-after",
+    "x-request-id",
+    "x-client-request-id",
+    "x-should-retry",
+    "x-tts-applied",
+    "x-tts-beta",
+    "x-tts-beta-source",
+    "x-tts-branches",
+    "x-tts-controller",
+    "x-tts-fallback",
+    "x-tts-reason",
+    "x-tts-rounds",
+    "x-tts-stop",
     "x-tts-tokens",
 )
 """Response headers that a page of an allowed origin may read."""

@@ -15,7 +15,12 @@ MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
 """Maximum bytes of a request's target and headers together."""
 ONCE: Final = (
-    *(b"authorization", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"expect"),
+    b"authorization",
+    b"content-type",
+    b"content-length",
+    b"content-encoding",
+    b"transfer-encoding",
+    b"expect",
 )
 """Headers that the proxy interprets. Each may occur once: of two, a gateway in front could use the other one."""
 ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")

@@ -26,8 +26,6 @@ MAX_OPENINGS: Final = 10
 CHECK_PAUSE_S: Final = 1.0
 """Minimum seconds after a passed health check before suspicions start another one."""
 
-Clock = Callable[[], float]
-
 
 class BreakerState(Enum):
     """State of a circuit breaker."""
@@ -40,7 +38,7 @@ class BreakerState(Enum):
 class Breaker:
     """Circuit breaker of one upstream."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures = 0  # failed connections in a row
         self._suspicions = 0  # failed requests in a row

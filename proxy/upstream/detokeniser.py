@@ -219,9 +219,8 @@ class CallDecoder:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._prompt = prompt  # of the episode; the prompts of its calls begin with it
-        self._floor: int | None = (
-            None  # the prompt's length if it ends with a complete character, else 0; None: unknown
-        )
+        # The prompt's length if it ends with a complete character, else 0. None until that has been examined.
+        self._floor: int | None = None
 
     @asynccontextmanager
     async def over(self, call: Call, detokeniser: Detokeniser) -> AsyncIterator[None]:

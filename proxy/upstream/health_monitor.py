@@ -15,13 +15,13 @@ CHECK_INTERVAL_S = 5.0
 FRESH_S: Final = 1.0
 """Seconds for which the result of a check is reused."""
 
-Clock = Callable[[], float]
-
 
 class HealthMonitor:
     """Runs health checks of the upstream and keeps the latest result. `check` performs one check."""
 
-    def __init__(self, check: Callable[[], Awaitable[bool]], metrics: Metrics, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, check: Callable[[], Awaitable[bool]], metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._check = check
         self._metrics = metrics
         self._clock = clock

@@ -15,9 +15,7 @@ from proxy.http.origins import PageGuard, hostname, is_json, is_loopback
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, FakeVLLM
-from tests.proxy.conftest import SMALL, Proxy, backend, proxy
-
-__all__ = ["backend", "proxy"]  # fixtures
+from tests.proxy.conftest import SMALL, Proxy
 
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 JSON = "application/json"

@@ -21,11 +21,9 @@ from proxy.server import running
 from proxy.settings import load
 from proxy.telemetry import logs
 from tests.fakes import MODEL, FakeVLLM, RawUpstream
-from tests.proxy.conftest import SMALL, Proxy, backend, proxy
+from tests.proxy.conftest import SMALL, Proxy
 from tests.proxy.recording.test_episode_log import call, serving
 from tests.proxy.test_cli import autotts
-
-__all__ = ["backend", "proxy"]  # fixtures
 
 MINE = "trace/7c9e-[42]"
 

@@ -76,9 +76,7 @@ async def test_with_required_set_a_request_whose_beta_cannot_be_applied_gets_400
         assert not backend.requests
         status, headers, _ = await proxy.ask("0.5", **JSON_FORMAT, tts={"required": False})
         assert (status, headers["x-tts-reason"]) == (200, "structured_output")
-        status, headers, _ = await proxy.ask(
-            None, temperature=0
-        )  # the server's default β is not applied to greedy requests
+        status, headers, _ = await proxy.ask(None, temperature=0)  # greedy, so the default β is not applied
         assert (status, headers["x-tts-reason"]) == (200, "temperature")
         status, headers, _ = await proxy.ask("0")
         assert (status, headers["x-tts-applied"]) == (200, "true")

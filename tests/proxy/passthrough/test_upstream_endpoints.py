@@ -13,9 +13,7 @@ from proxy.passthrough.forward import GET_PATHS, POST_PATHS, UNSERVED_PATHS
 from proxy.server import running
 from proxy.settings import load
 from tests.fakes import MODEL, RawUpstream
-from tests.proxy.conftest import SMALL, Proxy, backend, proxy
-
-__all__ = ["backend", "proxy"]  # fixtures
+from tests.proxy.conftest import SMALL, Proxy
 
 FIELDS = [
     {"type": "missing", "loc": ["body", "prompt"], "msg": "Field required", "input": {}},

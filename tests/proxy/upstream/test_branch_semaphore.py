@@ -20,10 +20,8 @@ from proxy.types import Call
 from proxy.upstream.branch_semaphore import BranchSemaphore
 from proxy.upstream.client import UpstreamClient
 from tests.fakes import ASSISTANT, MODEL, FakeVLLM
-from tests.proxy.conftest import SMALL, Proxy, backend
+from tests.proxy.conftest import SMALL, Proxy
 from tests.proxy.recording.test_episode_log import until
-
-__all__ = ["backend"]  # a fixture
 
 
 class Held:
