@@ -1,4 +1,4 @@
-"""Endpoints in OpenAI's format: chat completions, completions, responses, and the OpenAPI document.
+"""Endpoints of the proxy: generation, models, status, feedback and forwarding, and their OpenAPI document.
 
 Imported by app only.
 """

@@ -144,7 +144,7 @@ async def test_extra_fields_that_clients_send_by_default_keep_beta_applied(url: 
         again = [
             {"role": "user", "content": QUESTION},
             *response.parse().output,
-            *[{"role": "user", "content": "Sure?"}],
+            {"role": "user", "content": "Sure?"},
         ]
         items: Any = [item if isinstance(item, dict) else item.model_dump(exclude_none=True) for item in again]
         second = await client.responses.with_raw_response.create(model=ALIAS, input=items)
@@ -204,9 +204,8 @@ async def test_langchain_gets_tts_replies_from_chat_and_responses(url: str) -> N
         seen.append(response)
 
     hooks = {"response": [see]}
-    async with httpx.AsyncClient(
-        timeout=60, event_hooks=hooks
-    ) as http:  # LangChain's own client is cached forever and never closed
+    # LangChain's own client is cached forever and never closed.
+    async with httpx.AsyncClient(timeout=60, event_hooks=hooks) as http:
         common: dict[str, Any] = {"model": ALIAS, "base_url": url, "api_key": "unused", "max_retries": 0}
         for fields in ({}, {"use_responses_api": True}):
             chat = ChatOpenAI(**common, **fields, http_async_client=http)
