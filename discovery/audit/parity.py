@@ -43,12 +43,10 @@ from discovery.data.recordings import LabelSource, Origin, RecordedQuestion, Rec
 from discovery.errors import BranchCensored
 from discovery.evaluation.paired_statistics import bootstrap_bounds, wilson_interval
 from discovery.evaluation.replay import ReplayEnvironment, branch_order
-from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
+from discovery.evaluation.scores import BLOCK, BOTH_SIDES, RESAMPLES, SEED
 from discovery.store import ServedEpisode, Store
 from discovery.store.records import is_surer
 
-BOTH_SIDES: Final = 2.5
-"""Percent beyond each end of an interval."""
 SERVED: Final = frozenset({Stop.ANSWERED, Stop.MAX_TOKENS})
 """Stop reasons of the episodes that are compared.
 

@@ -28,13 +28,11 @@ from discovery.evaluation.evaluate import AnswerComparison, Evaluation
 from discovery.evaluation.paired_statistics import bootstrap_bounds
 from discovery.evaluation.replay_jobs import ReplayRules
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy, score_controllers
-from discovery.evaluation.scores import Score
+from discovery.evaluation.scores import BOTH_SIDES, Score
 from discovery.evaluation.sources import RecordingSource
 
 RIVAL: Final = Spec("self_consistency")
 """The controller that others must beat on cost."""
-BOTH_SIDES: Final = 2.5
-"""Percent beyond each end of an interval."""
 
 Beta = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discovery.data.recordings import Cell
-from discovery.evaluation.scores import BLOCK, RESAMPLES, SEED
+from discovery.evaluation.scores import SEED, paired_interval
 
 EXACT: Final = 14
 """Up to this many questions, all sign flips are enumerated."""
@@ -93,13 +93,7 @@ def bootstrap_bounds(differences: NDArray[np.float64], tail: float = ONE_SIDED) 
 
     The bounds are infinite for a single question.
     """
-    if differences.size < 2:
-        return -math.inf, math.inf
-    generator = np.random.default_rng(SEED)
-    blocks = (generator.integers(0, differences.size, (BLOCK, differences.size)) for _ in range(RESAMPLES // BLOCK))
-    means = np.concatenate([differences[drawn].mean(axis=1) for drawn in blocks])
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    return (-math.inf, math.inf) if differences.size < 2 else paired_interval(differences, tail=tail)
 
 
 def detectable_difference(differences: NDArray[np.float64], alpha: float) -> float | None:

@@ -26,8 +26,8 @@ RESAMPLES: Final = 10_000
 BLOCK: Final = 500
 """Resamples drawn at once, to bound memory."""
 SEED: Final = 0
-COVERAGE: Final = 95.0
-"""Coverage of intervals, in percent."""
+BOTH_SIDES: Final = 2.5
+"""Percent beyond each end of a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -297,16 +297,16 @@ def _sum(score: Score, name: str) -> float:
 
 
 def paired_interval(
-    differences: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+    differences: NDArray[np.float64], weights: NDArray[np.float64] | None = None, tail: float = BOTH_SIDES
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of paired differences: (questions,).
 
-    Questions are drawn with equal probability; each counts by its weight in the mean of a resample.
+    Questions are drawn with equal probability; each counts by its weight in the mean of a resample. `tail` percent of
+    these means are beyond each end.
     """
     generator = np.random.default_rng(SEED)
     blocks = (generator.integers(0, differences.size, (BLOCK, differences.size)) for _ in range(RESAMPLES // BLOCK))
     means = np.concatenate([_means(differences, weights, drawn) for drawn in blocks])
-    tail = (100 - COVERAGE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
 
@@ -319,13 +319,3 @@ def _means(
         means: NDArray[np.float64] = differences[drawn].mean(axis=1)
         return means
     return (weights * differences)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)  # type: ignore[no-any-return]
-
-
-def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of (tokens, accuracy) points that no other beats in both, by rising tokens."""
-    best, kept = float("-inf"), []
-    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[at][1] > best:
-            best = points[at][1]
-            kept.append(at)
-    return kept

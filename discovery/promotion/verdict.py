@@ -24,9 +24,7 @@ from discovery.evaluation.paired_statistics import (
     sign_flip_p,
 )
 from discovery.evaluation.score_set import ControllerScores, ScoreSet, cheapest_at_accuracy
-
-BOTH_SIDES: Final = 2.5
-"""Percent beyond each end of a 95 % interval."""
+from discovery.evaluation.scores import BOTH_SIDES
 
 
 class GateVerdict(StrEnum):

@@ -43,7 +43,6 @@ from discovery.evaluation.scores import (
     Score,
     paired_differences,
     paired_interval,
-    pareto_frontier,
     pool_scores,
 )
 from discovery.evaluation.sources import select_cells
@@ -596,10 +595,6 @@ def test_a_paired_interval_has_its_stated_coverage() -> None:
         low, high = paired_interval(rng.normal(0.3, 1.0, 60))
         hits += low <= 0.3 <= high
     assert 50 <= hits <= 60  # 57 are expected; fewer than 50 come up in a run of ten thousand
-
-
-def test_the_pareto_frontier_holds_the_points_that_no_other_dominates() -> None:
-    assert pareto_frontier([(10, 50), (20, 40), (20, 60), (30, 60), (5, 10)]) == [4, 0, 2]
 
 
 def test_memory_mapped_recordings_are_equal_and_read_only(tmp_path: Path) -> None:
