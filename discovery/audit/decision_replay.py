@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Final, NamedTuple, TypeVar
@@ -28,14 +27,11 @@ from controllers import (
 from controllers.builtin import BASELINE, find
 from controllers.episode import RemoteController
 from controllers.loading import Spec, discovered, make, parse_spec
-from controllers.sandbox.controller import run_together
-from controllers.sandbox.deadline import Clock
-from controllers.sandbox.handle import SandboxHandle
 from controllers.sandbox.spawner import spawner
 from discovery.audit.served_episodes import controller_rounds, replay_states, stop_of
 from discovery.data.packed_rounds import unpack_rounds
 from discovery.errors import TraceError
-from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed
+from discovery.evaluation.replay_jobs import SANDBOXES_PER_JOB, retry_disturbed, run_sandboxed
 from discovery.store import ServedEpisode
 
 T = TypeVar("T")
@@ -136,18 +132,8 @@ def run_under_controller(spec: Spec, beta: float, limits: Limits, episodes: Sequ
     """
     if not spec.is_foreign:
         return [run_sync(episode(make(spec, beta))) for episode in episodes]
-    return retry_disturbed(lambda: _run_sealed(spec, beta, limits, episodes))
-
-
-def _run_sealed(spec: Spec, beta: float, limits: Limits, episodes: Sequence[EpisodeRun[T]]) -> list[T]:
-    with ExitStack() as stack:
-        workers: list[SandboxHandle] = []
-        for _ in range(min(SANDBOXES_PER_JOB, len(episodes))):
-            worker = spawner().spawn(clock=Clock.CPU)
-            stack.callback(worker.close)
-            worker.load(spec)
-            workers.append(worker)
-        return run_together(workers, beta, limits, episodes)
+    processes = min(SANDBOXES_PER_JOB, len(episodes))
+    return retry_disturbed(lambda: run_sandboxed(spec, beta, limits, episodes, processes))
 
 
 # Decisions

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from discovery.audit.decision_replay import (
-    DecisionReport,
-)
+from discovery.audit.decision_replay import DecisionReport
 from discovery.evaluation.paired_statistics import TIE
 
-LEAST: Final = 10
+MIN_QUESTIONS: Final = 10
 """Recorded questions that are needed for a verdict on means."""
 
 
@@ -63,7 +61,7 @@ class LiveReplayComparison:
     def verdict(self) -> ParityVerdict:
         """Whether the intervals overlap, and the paired one contains 0."""
         slack = TIE * max(1.0, abs(self.live.mean), abs(self.replayed.mean))
-        if min(self.live.questions, self.replayed.questions, self.paired.questions) < LEAST:
+        if min(self.live.questions, self.replayed.questions, self.paired.questions) < MIN_QUESTIONS:
             return ParityVerdict.TOO_LITTLE
         agrees = _overlap(self.live, self.replayed, slack) and _overlap(self.paired, MeanInterval(0, 0, 0, 0), slack)
         return ParityVerdict.AGREE if agrees else ParityVerdict.DISAGREE

@@ -105,7 +105,7 @@ class Evaluation:
             weights = [_weight(item, self.weights) for item in recorded]
             answers = self.answers.resolve(recorded)
             graded[cell] = QuestionGrading([item.label_source for item in recorded], weights, answers)
-            recordings = [_interned(item, answers, judge) for item in recorded]
+            recordings = [intern_compared(item, answers, judge) for item in recorded]
             branches[cell] = [recording.branches for recording in recordings]
             most = min(branches[cell])
             for spec in self.specs:
@@ -126,7 +126,7 @@ def read_scorable_cell(
     """
     scored = scorable_recordings(source, cell)
     answers = answers.resolve(scored)
-    return [_interned(recorded, answers, judge) for recorded in scored], answers
+    return [intern_compared(recorded, answers, judge) for recorded in scored], answers
 
 
 def scorable_recordings(
@@ -165,7 +165,8 @@ def pool_recordings(recorded: Sequence[RecordedQuestion]) -> list[RecordedQuesti
     ]
 
 
-def _interned(recorded: RecordedQuestion, answers: AnswerComparison, judge: Judge | None) -> Recording:
+def intern_compared(recorded: RecordedQuestion, answers: AnswerComparison, judge: Judge | None) -> Recording:
+    """Return the recording that replay runs, with answers numbered as `answers` compares them; it is not `AUTO`."""
     return intern_answers(recorded) if answers is AnswerComparison.EXACT else regrade(recorded, judge)
 
 

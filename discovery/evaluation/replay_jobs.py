@@ -53,14 +53,14 @@ SHUFFLES_A_JOB: Final = 10
 """Shuffles per job: small enough for workers to finish together, large enough for overhead not to matter."""
 SANDBOXES_PER_JOB: Final = 2
 """Sandbox processes per job: while one decides, the actions of the other are executed."""
-AUDITED: Final = 32
-"""One in this many episodes, and at least LEAST per job, is audited: played again, alone in its own process."""
-LEAST: Final = 4
+EPISODES_PER_AUDIT: Final = 32
+"""One in this many episodes, and at least `MIN_AUDITED` per job, is audited: played again, alone in its own process."""
+MIN_AUDITED: Final = 4
 TRIES: Final = 3
 """Attempts at work that the machine disturbs."""
 SUDDEN: Final = frozenset({Boundary.LATE, Boundary.DEAD})
 """Boundaries that are tested again, alone, before a controller is blamed for crossing them."""
-FAR: Final = (1 << 30, 1 << 50)
+UNREACHABLE_LIMITS: Final = (1 << 30, 1 << 50)
 """Token limits of a branch and of an episode that are never reached."""
 
 
@@ -115,7 +115,7 @@ class JobResult:
 class _EpisodeResult(NamedTuple):
     """The result of an episode."""
 
-    column: list[int]  # a figure for each of COLUMNS
+    column: list[int]  # a figure for each of OUTCOME_COLUMNS
     failure: str | None
     sudden: bool  # whether it failed because its process was late or died
     state: State
@@ -160,6 +160,29 @@ def retry_disturbed(work: Callable[[], T]) -> T:
     return work()
 
 
+def run_sandboxed(
+    spec: Spec,
+    beta: float,
+    limits: Limits,
+    episodes: Sequence[Episode[T]],
+    processes: int,
+    share: int = EPISODES_PER_PROCESS,
+) -> list[T]:
+    """Run episodes in so many new sandbox processes of one controller, up to `share` at a time in each.
+
+    No episode may have wider limits than `limits`. Raises ControllerError if the controller does not load,
+    SandboxUnavailable and MachineDisturbed.
+    """
+    with ExitStack() as stack:
+        workers: list[SandboxHandle] = []
+        for _ in range(processes):
+            worker = spawner().spawn(clock=Clock.CPU)
+            stack.callback(worker.close)
+            worker.load(spec)
+            workers.append(worker)
+        return run_together(workers, beta, limits, episodes, share)
+
+
 class _JobRunner:
     """Plays the episodes of a job: one after the other in this process, or together in sandbox processes."""
 
@@ -182,7 +205,7 @@ class _JobRunner:
         """
         every = range(len(self.episodes))
         drawn = random.Random(f"{self._job.spec.digest} {self._job.beta} {self._job.shuffles}")
-        audited = drawn.sample(every, k=min(len(every), max(LEAST, len(every) // AUDITED)))
+        audited = drawn.sample(every, k=min(len(every), max(MIN_AUDITED, len(every) // EPISODES_PER_AUDIT)))
         try:
             played = self._play_all(every, set(audited))
             fault = self._audit([at for at in audited if played[at].failure is None], played)
@@ -237,20 +260,13 @@ class _JobRunner:
     ) -> list[_EpisodeResult]:
         """Run episodes in so many new sandbox processes, up to `share` at a time in each."""
         limits = Limits(1, max(self._limits(recording).max_branches for recording in self._recordings))
-        with ExitStack() as stack:
-            workers: list[SandboxHandle] = []
-            for _ in range(processes):
-                worker = spawner().spawn(clock=Clock.CPU)
-                stack.callback(worker.close)
-                worker.load(self._job.spec)
-                workers.append(worker)
-            return run_together(workers, self._job.beta, limits, episodes, share)
+        return run_sandboxed(self._job.spec, self._job.beta, limits, episodes, processes, share)
 
     def _sandboxed_episode(self, at: int, keep: bool, high_limits: bool = False) -> Episode[_EpisodeResult]:
         return lambda remote: self._play(lambda: remote, *self.episodes[at], keep, high_limits)
 
     def _limits(self, recording: Recording, high_limits: bool = False) -> Limits:
-        branch, cap = FAR if high_limits else (None, None)
+        branch, cap = UNREACHABLE_LIMITS if high_limits else (None, None)
         return Limits(recording.interval, min(self._rules.max_branches, recording.branches), branch, max_tokens=cap)
 
     async def _play(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,9 +17,9 @@ from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.data.atomic_files import atomic_write
 from discovery.data.importers import format_recording_line
-from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split, intern_answers
+from discovery.data.recordings import Cell, RecordedBranch, RecordedQuestion, Recording, Split
 from discovery.errors import DiscoveryError, RecordingsNotFound
-from discovery.evaluation.evaluate import AnswerComparison, pool_recordings, regrade
+from discovery.evaluation.evaluate import AnswerComparison, intern_compared, pool_recordings
 from discovery.evaluation.sources import RecordingSource, open_source
 
 
@@ -60,13 +60,10 @@ def export_search_split(
     with Judge(clock=Clock.CPU) as judge, atomic_write(to) as file:
         for cell in source.cells():
             loaded = source.load(cell)
-            to_recording: Callable[[RecordedQuestion], Recording] = (
-                intern_answers
-                if answers.resolve(loaded) is AnswerComparison.EXACT
-                else lambda item: regrade(item, judge)
-            )
+            comparison = answers.resolve(loaded)
             for recorded in pool_recordings(loaded):  # an answer's token differs between recordings
-                file.write(format_recording_line(_opaque(recorded, to_recording(recorded), salted)).encode())
+                interned = intern_compared(recorded, comparison, judge)
+                file.write(format_recording_line(_opaque(recorded, interned, salted)).encode())
                 written += 1
         if not written:
             raise RecordingsNotFound(f"{recordings}: holds no recordings of the {Split.SEARCH} split")

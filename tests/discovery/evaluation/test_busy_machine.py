@@ -21,7 +21,7 @@ from controllers.sandbox import handle as handles
 from controllers.sandbox.handle import SandboxHandle
 from discovery.data.recordings import Cell, Recording, Split, intern_answers
 from discovery.errors import GateError
-from discovery.evaluation.replay_jobs import Job, JobResult, ReplayRules, run_job
+from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, ReplayRules, run_job
 from discovery.evaluation.score_set import ScoreSet
 from discovery.promotion import gate
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
@@ -125,8 +125,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
     return some
 
 
-AUDITED: Final = 4
-PASS, AUDIT, ALONE = 0, 1, 1 + AUDITED  # numbers of the first process of each; one process plays all episodes
+PASS, AUDIT, ALONE = 0, 1, 1 + MIN_AUDITED  # numbers of the first process of each; one process plays all episodes
 
 
 @pytest.mark.parametrize("idle", [True, False])
