@@ -194,9 +194,10 @@ class Collector:
                 self._open[key] = None
             elif isinstance(result, RecordingLine):
                 self._is_version_known = True
-                self._file.add(format_recording_line(result.recorded(), result.part))
+                recorded = result.recorded()
+                self._file.add(format_recording_line(recorded, result.part))
                 self._progress.mine += 1
-                self._progress.tokens += branch_cost(result.recorded().branches[0])
+                self._progress.tokens += branch_cost(recorded.branches[0])
             elif result.is_about_question:
                 self._refuse(question, result.message)
             else:

@@ -173,9 +173,7 @@ class Recording:
 
     question: str  # `question_id` of its text
     interval: int  # tokens between probes, Δ
-    answers: tuple[
-        str, ...
-    ]  # the distinct answers, as first written; the arrays hold their numbers, NO_ANSWER for none
+    answers: tuple[str, ...]  # distinct, as first written; the arrays hold their numbers, NO_ANSWER for none
     reference: int  # number of the reference answer; NO_ANSWER if no branch ever gave it
     starts: NDArray[np.int32]  # (b + 1,) first probe of each branch
     probes: NDArray[np.int32]  # (sum of probes,)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from typing_extensions import TypedDict  # the one pydantic takes on Python 3.11
 
 from controllers.sandbox.proof import SandboxLevel
-from discovery.data.recordings import (
-    Cell,
-    LabelSource,
-    RecordedQuestion,
-)
+from discovery.data.recordings import Cell, LabelSource, RecordedQuestion
+
+
+def utc_now() -> str:
+    """Return the current time in UTC, in the format that is stored."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 class EpisodeDetails(TypedDict, total=False):
@@ -62,7 +63,7 @@ class ServedEpisode:
     stop: str
     answer: str | None = None
     question: str | None = None  # `question_id`, if known
-    created: str = field(default_factory=lambda: utc_now())
+    created: str = field(default_factory=utc_now)
     sandbox: SandboxLevel = SandboxLevel.TRUSTED  # isolation of its controller
     tenant: str = ""  # hash of the tenant; empty for a caller without a key
     about: EpisodeDetails = field(default_factory=lambda: EpisodeDetails())
@@ -77,7 +78,7 @@ class Feedback:
     request_id: str
     kind: str  # "correct", "answer" or "score"
     value: str  # as JSON
-    created: str = field(default_factory=lambda: utc_now())
+    created: str = field(default_factory=utc_now)
     tenant: str = ""
 
 
@@ -90,7 +91,7 @@ class Label:
     answer: str
     confidence: float  # that it is right, from 0 to 1
     margin: float | None = None  # share of the votes by which the answer leads; None if it was not counted here
-    created: str = field(default_factory=lambda: utc_now())
+    created: str = field(default_factory=utc_now)
 
 
 StoreItem = ServedEpisode | Feedback | RecordedQuestion
@@ -129,7 +130,7 @@ class SearchRun:
     seed: int
     settings: Mapping[str, Any]
     tried: Sequence[TriedCandidate]
-    created: str = field(default_factory=lambda: utc_now())
+    created: str = field(default_factory=utc_now)
 
 
 class AddedCounts(NamedTuple):
@@ -165,11 +166,6 @@ class VerificationReport(NamedTuple):
 
     rows: Mapping[str, int]  # row counts by table
     bad: Sequence[str]  # one message for each bad row
-
-
-def utc_now() -> str:
-    """Return the current time in UTC, in the format that is stored."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def is_surer(source: LabelSource, other: LabelSource) -> bool:

@@ -162,7 +162,7 @@ COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         ),
         "feedback": ("id", "request_id", "kind", "value", "created", "tenant"),
         "runs": ("id", "explorer", "seed", "settings", "candidates", "created"),
-        "candidates": (*("id", "run_id", "digest", "name", "explorer", "parent", "score", "failure", "usd", "source"),),
+        "candidates": ("id", "run_id", "digest", "name", "explorer", "parent", "score", "failure", "usd", "source"),
         "provenance": ("recording_id", "chat_template", "request_id"),
         "labels": ("id", "question_id", "source", "answer", "confidence", "margin", "created"),
         "forgotten": ("id", "created"),

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from io import StringIO
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from proxy.server import running
 from proxy.settings import load
 from proxy.upstream.embedded import free_port
 from tests.fakes import MODEL, FakeVLLM, chain
+from tests.faults.processes import until
 
 pytestmark = pytest.mark.slow
 
@@ -121,14 +121,6 @@ async def verb(url: str, asked: Path, out: Path, *arguments: str, key: str | Non
         if process.returncode is None:
             process.kill()
             await process.communicate()
-
-
-async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        for _ in repeat(None):
-            if holds():
-                return
-            await asyncio.sleep(0.01)  # no event reports what another process has done
 
 
 def content(path: Path) -> bytes:
