@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from discovery.answers.algebra import ExpressionParser, NotAnExpression, Number, Sum, TooHard
+from discovery.answers.algebra.arithmetic import reduced
 
 _LETTER = re.compile(r"\\?[a-zA-Z]")
 
@@ -79,9 +80,5 @@ def solve(left: str, right: str) -> Solved | None:
     rest = {other: factor for other, factor in difference.items() if other != monomial}
     if not slope or any(name == variable for other in rest for name, _ in other):
         return None
-    value: Sum = {other: _ratio(Fraction(-factor) / slope) for other, factor in rest.items()}
+    value: Sum = {other: reduced(Fraction(-factor) / slope) for other, factor in rest.items()}
     return Solved(variable, slope > 0, parser.to_expression(value).text)
-
-
-def _ratio(number: Fraction) -> Number:
-    return number.numerator if number.denominator == 1 else number

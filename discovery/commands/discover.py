@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import tempfile
@@ -20,6 +19,7 @@ from controllers.sandbox.deadline import Clock
 from discovery.answers import Judge
 from discovery.commands.console import split_names, wide_console
 from discovery.commands.options import Answers, Models, ProbeTokens, RecordingsPath
+from discovery.commands.store import with_store
 from discovery.data.atomic_files import atomic_write
 from discovery.data.recordings import Cell, Recording, Split
 from discovery.data.traces import trace_files
@@ -37,7 +37,7 @@ from discovery.search.loop import Digester, Finalist, SearchLimits, SearchLoop, 
 from discovery.search.prompt import SYSTEM, USER, join_blocks
 from discovery.search.trace_digest import digest_traces
 from discovery.search.trial_pool import TrialPool, TrialSettings
-from discovery.store import SearchRun, Store, TriedCandidate
+from discovery.store import SearchRun, TriedCandidate
 
 RECORD, CONTEXT = "history.jsonl", "context.md"
 PROBE_TOKENS = 20
@@ -146,12 +146,7 @@ def store_search(run: SearchLoop, place: Path, settings: Mapping[str, Any]) -> N
         for candidate, verdict in read_pairs(run.history)
     ]
     search = SearchRun(run.history.head, str(settings["explorer"]), int(settings["seed"]), settings, tried)
-
-    async def write() -> None:
-        async with Store.open(place, create=True) as opened:
-            await opened.add_search(search)
-
-    asyncio.run(write())
+    with_store(place, lambda opened: opened.add_search(search), create=True)
 
 
 def load_search_split(

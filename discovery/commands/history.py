@@ -18,7 +18,7 @@ from discovery.commands.discover import RECORD
 from discovery.commands.options import AsJson
 from discovery.errors import HistoryError
 from discovery.evaluation.plot import PlotPoint, check_plot, draw_frontiers
-from discovery.search.cascade import CandidateVerdict
+from discovery.search.cascade import BASELINE, CandidateVerdict
 from discovery.search.explorers import Candidate
 from discovery.search.history import History
 from discovery.search.loop import read_pairs
@@ -79,7 +79,7 @@ def plot(path: RunPath, to: Annotated[Path, typer.Option(help="file to write the
     check_plot(to)
     scored = [(candidate, verdict) for candidate, verdict in read_pairs(_read(path)) if verdict.score is not None]
     best = sorted(scored, key=lambda pair: -(pair[1].score or 0.0))[:4]
-    shown = [pair for pair in scored if pair in best or pair[0].explorer == "baseline"]
+    shown = [pair for pair in scored if pair in best or pair[0].explorer == BASELINE]
     lines = {
         f"{candidate.name} ({verdict.score:.2f})": [
             PlotPoint(tokens, accuracy, 0.0, f"β = {beta:g}") for beta, tokens, accuracy in verdict.curve

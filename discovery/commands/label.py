@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +11,11 @@ from rich.table import Table
 
 from discovery.commands.console import wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
-from discovery.data.questions import Question, read_questions
+from discovery.commands.store import with_store
+from discovery.data.questions import read_questions
 from discovery.data.recordings import LabelSource
 from discovery.evaluation.answer_votes import MIN_BRANCHES, MIN_CALIBRATION_ANSWERS, MIN_MARGIN, Agreement
 from discovery.evaluation.reference_answers import LabelReport, update_labels
-from discovery.store import Store
 
 
 def label(
@@ -39,14 +37,9 @@ def label(
     """Label questions from references, feedback and votes, and report how far these agree."""
     check_json_target(json_to)
     questions = [] if references is None else read_questions(references)
-    report = asyncio.run(_fill(place, questions, min_margin, min_branches))
+    report = with_store(place, lambda store: update_labels(store, questions, min_margin, min_branches))
     figures = json.dumps(report.as_json(), indent=2) + "\n"
     output_figures(figures, json_to, lambda: _show(place, report))
-
-
-async def _fill(place: Path, references: Sequence[Question], min_margin: float, min_branches: int) -> LabelReport:
-    async with Store.open(place) as store:
-        return await update_labels(store, references, min_margin, min_branches)
 
 
 def _show(place: Path, report: LabelReport) -> None:

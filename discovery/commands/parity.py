@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,9 +28,9 @@ from discovery.audit.parity_report import (
 )
 from discovery.commands.console import split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
+from discovery.commands.store import with_store
 from discovery.errors import RecordingsNotFound
 from discovery.evaluation.plot import PlotInterval, PlotRows, check_plot, draw_intervals
-from discovery.store import Store
 
 SHOWN: Final = 10
 """Maximum disagreements shown."""
@@ -61,7 +60,7 @@ def parity_command(
     if plot is not None:
         check_plot(plot)
     check_json_target(json_to)
-    served = _select(place, asyncio.run(_records(place)), controller, beta_value)
+    served = _select(place, with_store(place, load_records), controller, beta_value)
     with Console(stderr=True).status("replaying decisions and episodes…"):
         report = check_parity(served, specs, shuffles)
     figures = json.dumps(report.as_json(), indent=2) + "\n"
@@ -70,11 +69,6 @@ def parity_command(
         draw_intervals(_panels(report.groups), plot)
     if not report.holds:
         raise typer.Exit(DISAGREES if report.checked else UNCHECKED)
-
-
-async def _records(place: Path) -> ServedRecords:
-    async with Store.open(place) as store:
-        return await load_records(store)
 
 
 def _select(place: Path, served: ServedRecords, controller: str | None, beta: float | None) -> ServedRecords:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from discovery.audit.explain import (
 )
 from discovery.commands.console import wide_console
 from discovery.commands.options import DEFAULT_STORE, AsJson, Place
+from discovery.commands.store import with_store
 from discovery.data.traces import Trace, read_trace, trace_files
 from discovery.errors import TraceError
 from discovery.store import ServedEpisode, Store
@@ -126,15 +126,14 @@ def _episode(read: Trace, at: int) -> Table:
 def _find(request: str, place: Path) -> ServedEpisode:
     """Return the episode of a request. Raises TraceError, or StoreError if the store cannot be read."""
 
-    async def find() -> ServedEpisode | None:
-        async with Store.open(place) as store:
-            return await store.episode(request) or next(iter(await store.latest(1, client_id=request)), None)
+    async def find(opened: Store) -> ServedEpisode | None:
+        return await opened.episode(request) or next(iter(await opened.latest(1, client_id=request)), None)
 
     if not place.exists():
         raise TraceError(
             f"{request}: not a file or folder, and the store {place} does not exist; name a store with --store"
         )
-    episode = asyncio.run(find())
+    episode = with_store(place, find)
     if episode is None:
         raise TraceError(
             f"{request}: not a file or folder, and not a request in the store {place}; use the x-request-id of the "

@@ -33,12 +33,9 @@ from discovery.promotion.verdict import (
     GateReport,
     GateTerms,
     JudgementContext,
-    card_of,
     judge,
     report_of,
 )
-
-__all__ = ["GateJob", "GateReport", "GateTerms", "card_of", "run_gate"]
 
 BAD_INPUT = 2
 """Exit status if nothing could be judged."""

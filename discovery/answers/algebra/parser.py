@@ -131,7 +131,7 @@ class ExpressionParser(ExpressionBuilder):
                 sign = -sign if self.take().text == "-" else sign
             term = self.product()
             if sign < 0:
-                term = {monomial: -factor for monomial, factor in term.items()}
+                term = scale(term, -1)
             total = term if total is None else add(total, term)
             if self.peek() not in ("+", "-"):
                 self.depth -= 1

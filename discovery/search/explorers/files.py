@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
 
 from controllers.errors import BadController
 from controllers.loading import read_source
 from discovery.errors import ExplorerError
 from discovery.search.explorers import Candidate, ExplorerContext
-from discovery.search.prompt import clean
-
-NAME: Final = 64
-"""Maximum characters of a candidate's name."""
+from discovery.search.prompt import NAME, clean
 
 
 class Files:

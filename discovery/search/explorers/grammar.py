@@ -21,7 +21,6 @@ from discovery.search.explorers.controller_writer import emit
 from discovery.search.explorers.evolution import failure_score, next_generation
 from discovery.search.explorers.genome import CLASSICS, PARTS, Genome, space
 
-"""Bounds of the exponent of β."""
 SIGMA: Final = 0.12
 """Standard deviation of a lineage's first generation, as a fraction of a number's range."""
 REFINED_EVERY: Final = 3

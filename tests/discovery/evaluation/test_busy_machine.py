@@ -25,6 +25,7 @@ from discovery.evaluation.replay_jobs import MIN_AUDITED, Job, JobResult, Replay
 from discovery.evaluation.score_set import ScoreSet
 from discovery.promotion import gate
 from discovery.promotion.ledger import DISTURBED, FREE_DISTURBANCES, Ledger
+from discovery.promotion.verdict import GateReport
 from tests.discovery.evaluation.test_evaluate import question
 from tests.discovery.promotion.test_gate import FEW, FIRST, quickly, run
 
@@ -155,7 +156,7 @@ def test_processes_killed_every_time_raise_machine_disturbed(kill: Kill) -> None
 
 
 def test_a_gate_verdict_is_the_same_on_a_busy_machine(tmp_path: Path) -> None:
-    def verdict(name: str) -> gate.GateReport:
+    def verdict(name: str) -> GateReport:
         return run(FEW, Spec("first", FIRST), tmp_path / name, shuffles=2)
 
     idle = verdict("idle")
