@@ -17,6 +17,11 @@ LINE_BEGIN: Final = re.compile(rb"[0-9a-f]{8} ")
 BEGIN_BYTES: Final = 9
 
 
+def default_path(store: Path) -> Path:
+    """Return the path of the spill files of a store for which no other path is set."""
+    return store.with_name(f"{store.name}.spill")
+
+
 def candidate_paths(path: Path) -> Iterator[Path]:
     """Yield the possible paths of the spill files for `path`."""
     yield path

@@ -19,7 +19,7 @@ from discovery.errors import StoreError, UnstorableValue
 from discovery.store import Store
 from discovery.store.item_lines import decode_item
 from proxy.recording.spill_file import SpillFiles
-from proxy.spill_paths import candidate_paths
+from proxy.spill_paths import candidate_paths, default_path
 
 
 def forget(
@@ -32,7 +32,7 @@ def forget(
     ] = None,
 ) -> None:
     """Delete all data of a request or of a tenant for good. The bytes are overwritten, and late records are refused."""
-    held, dropped = asyncio.run(_read_back(place, spill or place.with_name(f"{place.name}.spill")))
+    held, dropped = asyncio.run(_read_back(place, spill or default_path(place)))
     if dropped:
         message = f"{dropped} records in spill files cannot be read, so their tenant is unknown: they were dropped"
         wide_console().print(message, highlight=False, soft_wrap=True)

@@ -83,7 +83,7 @@ class SpillFiles:
     def read(self, max_lines: int) -> SpillChunk:
         """Return the first lines of one file, at most `max_lines`. They stay in the file until `drop` is called."""
         file = next(file for file in self._files if file.size > file.begin)
-        return file.chunk(file.begin, max_lines)
+        return file.chunk(max_lines)
 
     def drop(self, chunk: SpillChunk) -> None:
         """Mark a chunk as read back. A file that is read to its end is removed."""
@@ -143,13 +143,13 @@ class _File:
             raise
         self.size += len(data)
 
-    def chunk(self, begin: int, max_lines: int) -> SpillChunk:
-        """Return at most `max_lines` lines from `begin` on. Damaged lines are counted and skipped."""
+    def chunk(self, max_lines: int) -> SpillChunk:
+        """Return at most `max_lines` of the lines that are not read back. Damaged lines are counted and skipped."""
         lines: list[bytes] = []
-        damaged, end = 0, begin
+        damaged, end = 0, self.begin
         with open(os.dup(self._descriptor), "rb") as reader:
             reader.seek(end)
-            while len(lines) < max_lines and end < self.size and end - begin < CHUNK_BYTES:
+            while len(lines) < max_lines and end < self.size and end - self.begin < CHUNK_BYTES:
                 line = reader.readline(MAX_LINE_BYTES + LINE_BYTES)
                 end = end + len(line) if line else self.size  # no line: the file was truncated from outside
                 check, _, content = line.rstrip(b"\n").partition(b" ")

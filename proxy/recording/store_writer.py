@@ -28,6 +28,7 @@ from proxy.recording.record_conversion import QueuedRecord, convert_all, decode_
 from proxy.recording.spill_file import SpillFiles
 from proxy.recording.store_connection import DROPPED, STORED, UNWRITABLE, StoreConnection
 from proxy.settings import Settings, StoreText
+from proxy.spill_paths import default_path
 from proxy.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -76,8 +77,7 @@ class StoreWriter:
         self.path = settings.store
         self.spill: SpillFiles | None = None
         if self.path is not None:
-            place = settings.spill or self.path.with_name(f"{self.path.name}.spill")
-            self.spill = SpillFiles(place, settings.spill_bytes)
+            self.spill = SpillFiles(settings.spill or default_path(self.path), settings.spill_bytes)
         self.metrics = metrics
         metrics.recorder_queue_limit.set(settings.recorder_queue if self.is_on else 0)
         self.lost = 0

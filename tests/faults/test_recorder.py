@@ -84,7 +84,7 @@ def waiting_in(path: Path) -> list[str]:
     """Return the ids of the records in spill files."""
     spill = SpillFiles(path, 0)
     spill.adopt()
-    lines = [line for file in spill._files for line in file.chunk(file.begin, file.size).lines]
+    lines = [line for file in spill._files for line in file.chunk(file.size).lines]
     spill.close()
     return [json.loads(line)[1]["id"] for line in lines]
 
