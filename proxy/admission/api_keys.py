@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 KEY_PREFIX: Final = "sk-autotts-"
 """Prefix of every key, so that secret scanners recognise it."""
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_NAME_ADVICE: Final = "use 1 to 64 letters, digits, - and _"
 _LINE: Final = re.compile(r"line (\d+)")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -98,7 +99,7 @@ def generate_key() -> str:
 def key_file_entry(name: str, token: str, *, admin: bool = False) -> str:
     """Return the line for a key in a TOML key file. Raises SettingsError for an invalid name."""
     if not NAME.fullmatch(name):
-        raise SettingsError(f"keys: invalid name {name!r}; use 1 to 64 letters, digits, - and _")
+        raise SettingsError(f"keys: invalid name {name!r}; {_NAME_ADVICE}")
     return f'{name} = {{ sha256 = "{hash_key(token)}"{", admin = true" if admin else ""} }}'
 
 
@@ -177,7 +178,7 @@ def _parse(path: Path, text: str) -> Mapping[str, Any]:
 
 def _parse_entry(path: Path, text: str, name: str, value: object) -> Key:
     if not NAME.fullmatch(name):
-        raise _entry_error(path, text, name, "invalid name; use 1 to 64 letters, digits, - and _")
+        raise _entry_error(path, text, name, f"invalid name; {_NAME_ADVICE}")
     try:
         entry = _KeyEntry.model_validate(value)
     except ValidationError as error:
@@ -217,25 +218,30 @@ class Keyring:
     @property
     def keys(self) -> tuple[Key, ...]:
         """The current keys. Rereads the file if it has changed."""
-        version = self._stat()
-        if version == self._version:
-            return self._keys
-        try:
-            keys = self._read()
-        except SettingsError as error:
-            self._version, self._is_broken = version, True
-            logger.error("%s; keeping the previous keys", error)
-            return self._keys
-        if self._stat() != version or self._may_be_partial(version, keys):
-            return self._keys  # the next request checks the file again
-        self._version, self._keys, self._is_broken = version, keys, False
-        logger.info("keys: reloaded %s: %d keys", self._path, len(self._keys))
+        self._refresh()
         return self._keys
 
     @property
     def is_broken(self) -> bool:
         """Whether the file is invalid now, so that the previous keys are in use."""
-        return self.keys is not None and self._is_broken
+        self._refresh()
+        return self._is_broken
+
+    def _refresh(self) -> None:
+        """Reread the file if it has changed."""
+        version = self._stat()
+        if version == self._version:
+            return
+        try:
+            keys = self._read()
+        except SettingsError as error:
+            self._version, self._is_broken = version, True
+            logger.error("%s; keeping the previous keys", error)
+            return
+        if self._stat() != version or self._may_be_partial(version, keys):
+            return  # the next request checks the file again
+        self._version, self._keys, self._is_broken = version, keys, False
+        logger.info("keys: reloaded %s: %d keys", self._path, len(self._keys))
 
     def _may_be_partial(self, version: _FileVersion | None, keys: tuple[Key, ...]) -> bool:
         """Return whether `keys` lack a current key because the file is still being written in place."""

@@ -18,8 +18,6 @@ GRAIN_S: Final = 1.0
 """Seconds of settlements that share one entry. The entry expires as if all of them had been at its end."""
 SHARE: Final = 4
 """Divisor of the minute's tokens that gives the cap of a request without one, so that it cannot take them all."""
-
-
 _SHARE_SOURCE: Final = "a quarter of"
 
 

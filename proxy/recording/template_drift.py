@@ -68,7 +68,7 @@ class ModelFingerprint(NamedTuple):
         return [f"{name} {str(before)!r} to {str(now)!r}" for name, before, now in pairs if before and before != now]
 
 
-class _NotMadeYet(Exception):
+class _StoreNotCreated(Exception):
     """The store does not exist yet, so there is nothing to compare with."""
 
 
@@ -157,7 +157,7 @@ class TemplateDrift:
         try:
             await self.refresh()
             await self._compare()
-        except _NotMadeYet:
+        except _StoreNotCreated:
             return False
         except Exception as error:  # any failure: the next check may work
             problem = error.logged if isinstance(error, UpstreamError) else f"{type(error).__name__}: {error}"
@@ -173,7 +173,7 @@ class TemplateDrift:
             return
         if not path.exists() or not path.stat().st_size:
             if path.parent.is_dir():
-                raise _NotMadeYet
+                raise _StoreNotCreated
             raise StoreError(f"{path}: folder {path.parent} does not exist")
         async with Store.open(path) as store:
             for model, fingerprint in self._fingerprints.items():

@@ -40,8 +40,6 @@ BETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Fractions λ of the wealth that the gamblers stake, one per gambler."""
 TOKEN_UNIT: Final = 2.0
 """Unit of token differences, as a multiple of the champion's mean. Larger differences are clipped to 1."""
-
-
 MARGINS: Final[Mapping[CanaryMetric, float]] = {
     CanaryMetric.TOKENS: 0.1 / TOKEN_UNIT,  # a tenth of the champion's mean
     CanaryMetric.FAILURES: 0.01,

@@ -47,7 +47,7 @@ class ControllerRunner:
         self._manager = manager
         self._choice = choice
         self._on_round = on_round
-        self._for_shadow: DecidedEpisode | None = None  # without its rounds; None if there is no shadow to compare
+        self._has_shadow = False  # whether a shadow is to be compared with this episode
         self._beta = 0.0  # of the episode, once it runs
 
     async def run(self, beta: float, environment: Environment, state: State) -> None:
@@ -60,8 +60,8 @@ class ControllerRunner:
         if spec.digest in manager.quarantined:
             self.fallback = QUARANTINED
         else:
-            if self._choice.stage is RolloutStage.CHAMPION and manager.stages.current.shadow is not None:
-                self._for_shadow = DecidedEpisode(beta, state.limits, ())
+            is_champion = self._choice.stage is RolloutStage.CHAMPION
+            self._has_shadow = is_champion and manager.stages.current.shadow is not None
             try:
                 async with manager.sandboxes.controller(spec, beta) as controller:
                     seconds = decision_seconds.labels(controller_label(spec.name))
@@ -91,8 +91,8 @@ class ControllerRunner:
         if self.fallback not in BLAMELESS:
             failed = self.fallback is not None or stop is Stop.CONTROLLER_ERROR
             self._manager.record_episode(self._choice, EpisodeOutcome(tokens, failed, stop is Stop.ANSWERED))
-        if self._for_shadow is not None and self.decided:
-            self._manager.compare_shadow(self._for_shadow._replace(rounds=self.rounds[: self.decided]))
+        if self._has_shadow and self.decided:
+            self._manager.compare_shadow(DecidedEpisode(self._beta, state.limits, self.rounds[: self.decided]))
 
     def _record(self, _: State, executed: Round) -> None:
         self.rounds.append(Round(tuple(executed.actions), executed.facts))

@@ -72,9 +72,9 @@ class Sandboxes:
     async def controller(self, spec: Spec, beta: float) -> AsyncIterator[Controller | RemoteController]:
         """Yield a new controller for one episode. Raises ControllerError, SandboxUnavailable or MachineDisturbed."""
         level = self.level_for(spec)
-        if level is not SandboxLevel.SEALED or not spec.is_foreign:
-            if level is SandboxLevel.REFUSED:
-                raise SandboxUnavailable(f"{spec.name}: controllers cannot be sandboxed here: {self.lacking}")
+        if level is SandboxLevel.REFUSED:
+            raise SandboxUnavailable(f"{spec.name}: controllers cannot be sandboxed here: {self.lacking}")
+        if level is not SandboxLevel.SEALED:
             yield make(spec, beta)  # in this process
             return
         pool = self.pool(spec)
