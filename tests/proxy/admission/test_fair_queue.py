@@ -23,23 +23,23 @@ from tests.proxy.conftest import SMALL
 
 
 async def test_holders_are_served_in_turn_however_many_requests_each_has() -> None:
-    admission = FairQueue(1, 100)
+    fair_queue = FairQueue(1, 100)
     order: list[str] = []
-    places = [admission.enter(holder) for holder in "aaaaaabbc"]
+    permits = [fair_queue.enter(holder) for holder in "aaaaaabbc"]
 
-    async def stay(place: Permit) -> None:
-        async with place:
-            order.append(place.holder)
+    async def stay(permit: Permit) -> None:
+        async with permit:
+            order.append(permit.holder)
 
-    await asyncio.gather(*map(stay, places))
+    await asyncio.gather(*map(stay, permits))
     assert "".join(order) == "aabcabaaa"
-    assert (admission.in_flight, admission.waiting) == (0, 0)
+    assert (fair_queue.in_flight, fair_queue.waiting) == (0, 0)
 
 
 async def test_a_holder_at_its_own_limit_does_not_delay_others() -> None:
-    admission = FairQueue(3, 10)
-    first, second, third = (admission.enter("a", 1) for _ in range(3))
-    other = admission.enter("b", 2)
+    fair_queue = FairQueue(3, 10)
+    first, second, third = (fair_queue.enter("a", 1) for _ in range(3))
+    other = fair_queue.enter("b", 2)
     assert first.granted.is_set()
     assert other.granted.is_set()
     assert not second.granted.is_set()
@@ -47,39 +47,39 @@ async def test_a_holder_at_its_own_limit_does_not_delay_others() -> None:
     first.release()
     assert second.granted.is_set()
     assert not third.granted.is_set()
-    assert admission.in_flight == 2
+    assert fair_queue.in_flight == 2
 
 
 async def test_a_full_queue_raises_queue_full_and_one_holder_cannot_fill_it_alone() -> None:
-    admission = FairQueue(1, 4)
-    admission.enter("a")
+    fair_queue = FairQueue(1, 4)
+    fair_queue.enter("a")
     for _ in range(2):
-        admission.enter("a", share=2)
+        fair_queue.enter("a", share=2)
     with pytest.raises(QueueFull) as caught:
-        admission.enter("a", share=2)
+        fair_queue.enter("a", share=2)
     assert caught.value.own
-    admission.enter("b", share=2)
-    admission.enter("c", share=2)
+    fair_queue.enter("b", share=2)
+    fair_queue.enter("c", share=2)
     with pytest.raises(QueueFull) as caught:
-        admission.enter("d", share=2)
+        fair_queue.enter("d", share=2)
     assert not caught.value.own
     assert caught.value.after_s > 0
-    assert admission.waiting == 4
+    assert fair_queue.waiting == 4
 
 
 async def test_a_request_cancelled_while_waiting_leaves_the_queue() -> None:
-    admission = FairQueue(1, 10)
-    first, second, third = (admission.enter("a") for _ in range(3))
+    fair_queue = FairQueue(1, 10)
+    first, second, third = (fair_queue.enter("a") for _ in range(3))
 
-    async def stay(place: Permit) -> None:
-        async with place:
+    async def stay(permit: Permit) -> None:
+        async with permit:
             await asyncio.Event().wait()
 
     task = asyncio.create_task(stay(second))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert admission.waiting == 1
+    assert fair_queue.waiting == 1
     first.release()
     assert third.granted.is_set()
     assert not second.granted.is_set()
@@ -94,7 +94,7 @@ async def test_a_request_cancelled_while_waiting_leaves_the_queue() -> None:
 )
 def test_no_limit_is_exceeded_and_no_free_permit_is_withheld(places: int, queue: int, moves: list[Any]) -> None:
     async def play() -> None:
-        admission = FairQueue(places, queue)
+        fair_queue = FairQueue(places, queue)
         permits: list[Permit] = []
         for move in moves:
             if isinstance(move, int):
@@ -102,23 +102,23 @@ def test_no_limit_is_exceeded_and_no_free_permit_is_withheld(places: int, queue:
                     permits.pop(move % len(permits)).release()
             else:
                 try:
-                    permits.append(admission.enter(*move))
+                    permits.append(fair_queue.enter(*move))
                 except QueueFull:
-                    assert admission.waiting >= queue
-            given = [place for place in permits if place.granted.is_set()]
-            waiting = [place for place in permits if not place.granted.is_set()]
-            assert admission.in_flight == admission.taken.total() == len(given) <= places
-            assert admission.waiting == len(waiting) <= queue
+                    assert fair_queue.waiting >= queue
+            given = [permit for permit in permits if permit.granted.is_set()]
+            waiting = [permit for permit in permits if not permit.granted.is_set()]
+            assert fair_queue.in_flight == fair_queue.taken.total() == len(given) <= places
+            assert fair_queue.waiting == len(waiting) <= queue
             for holder in "abc":
-                own = sum(place.holder == holder for place in given)
-                assert admission.taken[holder] == own
-                first = next((place for place in waiting if place.holder == holder), None)
+                own = sum(permit.holder == holder for permit in given)
+                assert fair_queue.taken[holder] == own
+                first = next((permit for permit in waiting if permit.holder == holder), None)
                 if first is not None and len(given) < places:
                     assert first.limit is not None
                     assert own >= first.limit
-        for place in permits:
-            place.release()
-        assert (admission.in_flight, admission.waiting, dict(admission.taken)) == (0, 0, {})
+        for permit in permits:
+            permit.release()
+        assert (fair_queue.in_flight, fair_queue.waiting, dict(fair_queue.taken)) == (0, 0, {})
 
     asyncio.run(play())
 

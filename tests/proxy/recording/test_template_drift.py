@@ -29,7 +29,7 @@ __all__ = ["backend"]  # a fixture
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.recording.template_drift.RETRY_S", 0.02)
 
 

@@ -19,7 +19,7 @@ Draw = Callable[[random.Random], tuple[EpisodeOutcome, bool | None]]
 """Draws a request's outcome and its client's feedback, None without feedback."""
 
 
-def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.05, unhappy: float = 0.3) -> Draw:
+def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.05, dissatisfied: float = 0.3) -> Draw:
     """Return a source of requests with lognormal tokens, one in three of which has feedback."""
     variance = math.log(1 + SCATTER**2)
 
@@ -29,7 +29,7 @@ def requests(tokens: float = 3000, failing: float = 0.02, unanswered: float = 0.
             failed=chance.random() < failing,
             answered=chance.random() >= unanswered,
         )
-        return outcome, chance.random() >= unhappy if chance.random() < 1 / 3 else None
+        return outcome, chance.random() >= dissatisfied if chance.random() < 1 / 3 else None
 
     return draw
 
@@ -42,10 +42,10 @@ def ends(
         chance, test = random.Random(seed), CanaryTest()
         for number in range(1, most + 1):
             stage = RolloutStage.CANARY if chance.random() < share else RolloutStage.CHAMPION
-            outcome, content = (canary if stage is RolloutStage.CANARY else champion)(chance)
+            outcome, satisfied = (canary if stage is RolloutStage.CANARY else champion)(chance)
             failure = test.observe(stage, outcome)
-            if content is not None:
-                failure = test.record_feedback(stage, content)
+            if satisfied is not None:
+                failure = test.record_feedback(stage, satisfied)
             if failure is not None:
                 yield number, failure
                 break
@@ -59,7 +59,7 @@ def test_a_canary_equal_to_the_champion_is_almost_never_rejected(share: float) -
 
 @pytest.mark.slow
 def test_a_canary_worse_by_the_margin_is_almost_never_rejected() -> None:
-    canary = requests(tokens=3300, failing=0.03, unanswered=0.07, unhappy=0.35)
+    canary = requests(tokens=3300, failing=0.03, unanswered=0.07, dissatisfied=0.35)
     assert len(list(ends(200, 0.5, canary, requests()))) <= 0.02 * 200
 
 
@@ -73,7 +73,7 @@ def test_constant_extra_tokens_are_rejected_only_beyond_the_margin(tokens: int, 
 
 
 def test_a_better_canary_is_never_rejected() -> None:
-    assert not list(ends(50, 0.5, requests(tokens=1500, failing=0, unanswered=0, unhappy=0), requests()))
+    assert not list(ends(50, 0.5, requests(tokens=1500, failing=0, unanswered=0, dissatisfied=0), requests()))
 
 
 @pytest.mark.slow
@@ -82,21 +82,21 @@ def test_checking_after_each_of_5000_requests_rejects_no_more_often() -> None:
 
 
 @pytest.mark.parametrize(
-    ("canary", "share", "within", "quality"),
+    ("canary", "share", "within", "metric"),
     [
         (requests(tokens=6000), 0.5, 300, CanaryMetric.TOKENS),
         (requests(tokens=6000), 0.1, 800, CanaryMetric.TOKENS),
         (requests(failing=0.22), 0.5, 500, CanaryMetric.FAILURES),
         (requests(unanswered=0.35), 0.5, 500, CanaryMetric.UNANSWERED),
-        (requests(unhappy=0.8), 0.5, 800, CanaryMetric.FEEDBACK),
+        (requests(dissatisfied=0.8), 0.5, 800, CanaryMetric.FEEDBACK),
     ],
 )
 def test_a_worse_canary_is_rejected_for_the_metric_that_is_worse(
-    canary: Draw, share: float, within: int, quality: CanaryMetric
+    canary: Draw, share: float, within: int, metric: CanaryMetric
 ) -> None:
     rollbacks = list(ends(50, share, canary, requests(), most=within))
     assert len(rollbacks) >= 0.95 * 50
-    assert sum(failure.metric is quality for _, failure in rollbacks) >= 0.95 * 50
+    assert sum(failure.metric is metric for _, failure in rollbacks) >= 0.95 * 50
 
 
 def test_a_failing_canary_is_rejected_next_to_a_champion_without_failures() -> None:

@@ -46,8 +46,8 @@ def episode(*tokens: int, ended: bool = True) -> State:
     return state
 
 
-def observed(spending: CostTest, chains: float, tenant: str = "t", beta: float = 0.0, chain: int = CHAIN) -> str:
-    overspending = spending.observe(MINE, "m", tenant, beta, round(chains * chain), episode(chain))
+def observed(cost_test: CostTest, chains: float, tenant: str = "t", beta: float = 0.0, chain: int = CHAIN) -> str:
+    overspending = cost_test.observe(MINE, "m", tenant, beta, round(chains * chain), episode(chain))
     return "" if overspending is None else "proven" if overspending.is_proven else "warned"
 
 
@@ -68,40 +68,40 @@ def test_the_chain_length_is_the_mean_of_ended_branches_or_the_calibrated_one() 
 
 
 def test_a_controller_that_overspends_is_warned_of_once_and_then_proven() -> None:
-    spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
-    outcomes = [observed(spending, 64) for _ in range(20)]
+    cost_test = CostTest({"m": calibrated(MINE, 1, 8, 32)})
+    outcomes = [observed(cost_test, 64) for _ in range(20)]
     assert outcomes.count("warned") == 1
     assert outcomes.index("warned") < outcomes.index("proven") < 20
-    spending.forget(MINE.digest)
-    assert observed(spending, 64) == ""
+    cost_test.forget(MINE.digest)
+    assert observed(cost_test, 64) == ""
 
 
 def test_controllers_within_their_calibration_are_never_proven_to_overspend() -> None:
     """Their costs scatter widely, and longer replies to other prompts do not count against them."""
     rng = np.random.default_rng(0)
     for _ in range(50):
-        spending = CostTest({"m": calibrated(MINE, 2, 8, 32)})
+        cost_test = CostTest({"m": calibrated(MINE, 2, 8, 32)})
         costs = rng.gamma(0.5, 4, 400)  # two chains on average
         lengths = rng.integers(100, 100 * CHAIN, 400)
-        outcomes = {observed(spending, cost, chain=int(length)) for cost, length in zip(costs, lengths, strict=True)}
+        outcomes = {observed(cost_test, cost, chain=int(length)) for cost, length in zip(costs, lengths, strict=True)}
         assert "proven" not in outcomes
 
 
 def test_short_replies_with_a_fixed_overhead_are_not_warned_of() -> None:
-    spending = CostTest({"m": calibrated(MINE, 1, 2)})
-    assert {observed(spending, 25, chain=10) for _ in range(100)} == {""}  # 250 tokens, probes and the closing
+    cost_test = CostTest({"m": calibrated(MINE, 1, 2)})
+    assert {observed(cost_test, 25, chain=10) for _ in range(100)} == {""}  # 250 tokens, probes and the final answer
 
 
 def test_overspending_on_one_tenant_is_proven_only_with_a_second_tenant() -> None:
-    spending = CostTest({"m": calibrated(MINE, 1, 8, 32)})
-    observed(spending, 1, "other")
-    assert "proven" not in {observed(spending, 64) for _ in range(50)}
-    assert "proven" in {observed(spending, 64, "other") for _ in range(50)}
+    cost_test = CostTest({"m": calibrated(MINE, 1, 8, 32)})
+    observed(cost_test, 1, "other")
+    assert "proven" not in {observed(cost_test, 64) for _ in range(50)}
+    assert "proven" in {observed(cost_test, 64, "other") for _ in range(50)}
 
 
 def test_a_controller_without_calibration_is_not_tested() -> None:
-    spending = CostTest({"m": calibrated(Spec("mine", "another text"), 1, 2)})
-    assert {observed(spending, 64) for _ in range(50)} == {""}
+    cost_test = CostTest({"m": calibrated(Spec("mine", "another text"), 1, 2)})
+    assert {observed(cost_test, 64) for _ in range(50)} == {""}
     assert CostTest({}).observe(MINE, "m", "t", 0, 10**9, episode(1)) is None
 
 

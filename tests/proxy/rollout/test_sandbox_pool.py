@@ -30,10 +30,10 @@ Make = Callable[[str, int], SandboxPool]
 @pytest.fixture
 async def make() -> AsyncIterator[Make]:
     made: list[SandboxPool] = []
-    enders = ThreadPoolExecutor(1)
+    closers = ThreadPoolExecutor(1)
 
     def make_pool(source: str, size: int) -> SandboxPool:
-        made.append(SandboxPool(Spec("mine", source), size, 5.0, enders))
+        made.append(SandboxPool(Spec("mine", source), size, 5.0, closers))
         made[-1].keep(size)
         return made[-1]
 
@@ -41,7 +41,7 @@ async def make() -> AsyncIterator[Make]:
     for pool in made:
         pool.stop("the test is over")
         await pool.close()
-    enders.shutdown()
+    closers.shutdown()
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -67,12 +67,12 @@ async def test_a_controller_that_loads_slowly_does_not_delay_other_pools(make: M
 
 async def test_waiting_episodes_get_the_next_ready_process(make: Make) -> None:
     pool = make(HONEST, 2)
-    workers = await asyncio.gather(*(pool.take() for _ in range(4)))
-    assert len({worker.process for worker in workers}) == 4
+    sandboxes = await asyncio.gather(*(pool.take() for _ in range(4)))
+    assert len({sandbox.process for sandbox in sandboxes}) == 4
     await filled(pool, 2)
     assert not pool._waiting
-    for worker in workers:
-        pool.end(worker)
+    for sandbox in sandboxes:
+        pool.end(sandbox)
 
 
 async def test_the_process_of_a_cancelled_episode_is_ended_and_later_episodes_get_one(make: Make) -> None:
@@ -96,16 +96,16 @@ async def test_the_process_of_a_cancelled_episode_is_ended_and_later_episodes_ge
 async def test_a_process_given_to_a_cancelled_episode_returns_to_the_pool(make: Make) -> None:
     pool = make(HONEST, 1)
     await filled(pool, 1)
-    worker = await pool.take()
+    sandbox = await pool.take()
     await filled(pool, 1)
     spare = pool._ready.pop()
     taking = asyncio.create_task(pool.take())
     await asyncio.sleep(0)
-    pool._put(worker)
+    pool._put(sandbox)
     taking.cancel()  # before it sees the process it was given
     with pytest.raises(asyncio.CancelledError):
         await taking
-    assert list(pool._ready) == [worker]
+    assert list(pool._ready) == [sandbox]
     pool.end(spare)
 
 
@@ -126,15 +126,15 @@ async def test_dead_processes_are_replaced_and_never_handed_out(make: Make) -> N
     pool = make(HONEST, 3)
     await filled(pool, 3)
     dead = list(pool._ready)
-    for worker in dead:
-        os.kill(worker.process, signal.SIGKILL)
-        assert select.select([worker._handle], [], [], 30)[0]
-    worker = await pool.take()
-    assert worker not in dead
-    assert worker.alive
+    for sandbox in dead:
+        os.kill(sandbox.process, signal.SIGKILL)
+        assert select.select([sandbox._handle], [], [], 30)[0]
+    sandbox = await pool.take()
+    assert sandbox not in dead
+    assert sandbox.alive
     await filled(pool, 3)
     assert all(ready.alive for ready in pool._ready)
-    pool.end(worker)
+    pool.end(sandbox)
 
 
 async def test_a_stopped_pool_ends_all_its_processes(make: Make) -> None:
@@ -145,7 +145,7 @@ async def test_a_stopped_pool_ends_all_its_processes(make: Make) -> None:
     taken += pool._ready
     pool.stop("quarantined")
     assert not pool._ready
-    await until(lambda: not any(worker.alive for worker in taken))
+    await until(lambda: not any(sandbox.alive for sandbox in taken))
     pool.end(taken[0])
     with pytest.raises(MachineDisturbed, match="quarantined"):
         await taken[0].decide_later([[0]], 1)
