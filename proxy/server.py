@@ -16,7 +16,7 @@ import uvicorn
 
 from proxy.app import create_app
 from proxy.errors import StartError
-from proxy.http.connections import Connections, room_for
+from proxy.http.connections import Connections, connection_capacity
 from proxy.http.graceful_shutdown import ShutdownMiddleware
 from proxy.http.protocol import ConnectionLimits, ProtocolContext, protocol_class
 from proxy.settings import Settings
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         def count(event: str) -> None:
             app.state.service.metrics.connections_cut.labels(event).inc()
 
-        room = room_for(settings.max_connections, settings.branches_in_flight + settings.max_passed)
+        room = connection_capacity(settings.max_connections, settings.branches_in_flight + settings.max_passed)
         self.connections = Connections(room, settings.max_connections_per_address, count)
         limits = ConnectionLimits(settings.head_s, settings.body_s, settings.body_rate, settings.write_s)
         self._on_up = on_up

@@ -45,13 +45,13 @@ class Connections:
 
     def admit(self, connection: Evictable, address: str) -> bool:
         """Add a new connection, as one that waits. Return False if the table is full and nothing can be evicted."""
-        address = client_of(address)
+        address = client_key(address)
         if self._by_address[address] >= self.most_per_address:
             is_room = self._evict(self._waiting_at.get(address))
         else:
             is_room = len(self._open) < self.most or self._evict(self._waiting)
         if not is_room:
-            self._tidy(address)
+            self._forget_idle_address(address)
             self._on_event("refused")
             return False
         self._open[connection] = address
@@ -65,7 +65,7 @@ class Connections:
         address = self._open.pop(connection, None)
         if address is not None:
             self._by_address[address] -= 1
-            self._tidy(address)
+            self._forget_idle_address(address)
 
     def wait(self, connection: Evictable) -> None:
         """Mark a connection as waiting for its client. It may be evicted from now on."""
@@ -89,13 +89,13 @@ class Connections:
         self._on_event("evicted")
         return True
 
-    def _tidy(self, address: str) -> None:
+    def _forget_idle_address(self, address: str) -> None:
         if self._by_address[address] <= 0:
             del self._by_address[address]
             self._waiting_at.pop(address, None)
 
 
-def client_of(address: str) -> str:
+def client_key(address: str) -> str:
     """Return the key by which a client's connections are counted: its IPv4 address or its IPv6 /64 network."""
     if ":" not in address:
         return address
@@ -108,7 +108,7 @@ def client_of(address: str) -> str:
     return str(ipaddress.IPv6Network((parsed, _IPV6_SITE), strict=False))
 
 
-def room_for(connections: int, upstream: int) -> int:
+def connection_capacity(connections: int, upstream: int) -> int:
     """Raise the limit of open files as far as needed and allowed. Return how many client connections fit.
 
     `upstream` is the maximum number of open connections to the upstream.

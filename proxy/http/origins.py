@@ -55,8 +55,8 @@ class PageGuard:
         self._origins = listed(settings.allowed_origins)
         is_public = settings.allow_anonymous and not is_loopback(settings.host)
         self._takes_any_host = ANY in self._hosts or (is_public and not self._hosts)
-        self._is_known = lru_cache(256)(self._knows)
-        self._is_own_page = lru_cache(256)(self._trusts)
+        self._is_known = lru_cache(256)(self._names_this_proxy)
+        self._is_own_page = lru_cache(256)(self._is_trusted_page)
 
     def check(self, method: str, headers: RawHeaders) -> None:
         """Raise Forbidden or UnsupportedMedia for a request that a foreign page may have sent."""
@@ -96,14 +96,14 @@ class PageGuard:
                 code="unsupported_media_type",
             )
 
-    def _knows(self, host: bytes) -> bool:
+    def _names_this_proxy(self, host: bytes) -> bool:
         """Return whether a Host header names this proxy. Every IP address is accepted: it cannot be rebound."""
         name = hostname(host.decode("latin-1"))
         if self._takes_any_host or is_loopback(name) or _is_address(name) or name in self._hosts:
             return True
         return any(known.startswith("*.") and name.endswith(known[1:]) for known in self._hosts)
 
-    def _trusts(self, origin: bytes, host: bytes) -> bool:
+    def _is_trusted_page(self, origin: bytes, host: bytes) -> bool:
         """Return whether pages of `origin` may send requests: this host's, this machine's and allowed origins."""
         page = origin.decode("latin-1").lower()
         if ANY in self._origins or page in self._origins:

@@ -31,9 +31,9 @@ from proxy.http.request_head import (
     MOST_HEAD_BYTES,
     MOST_HEADERS,
     check_head,
-    rewritten,
-    shown_path,
-    too_large,
+    head_too_large,
+    redacted_path,
+    serialise_head,
     without_upgrade,
 )
 from proxy.tested_versions import has_tested_internals
@@ -52,7 +52,7 @@ LINGER_S: Final = 2.0
 """Seconds for which input is read and dropped after an early response, so that the client can read the response."""
 
 
-def answer(error: ApiError) -> bytes:
+def error_response(error: ApiError) -> bytes:
     """Return the bytes of an error response to a request that did not reach the app. It closes the connection."""
     content = json.dumps(errors.body(error)).encode()
     headers = {
@@ -107,11 +107,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._on_event = context.on_event
         self._cycles: list[RequestResponseCycle] = []  # possibly unanswered, in order
         self._stage = Stage.IDLE
-        self._loose = 0  # bytes since the parser last completed anything
+        self._bytes_since_progress = 0  # bytes since the parser last completed anything
         self._is_deaf = False  # drop further input
-        self._is_offer = False  # the current head offers a protocol upgrade
+        self._offers_upgrade = False  # the current head offers a protocol upgrade
         self._is_closing = False  # send no further answers
-        self._wrong: ApiError | None = None  # in the message that is being read
+        self._parse_error: ApiError | None = None  # in the message that is being read
         self._timer: asyncio.TimerHandle | None = None
         self._body_began = 0.0  # by the loop's clock
         self._body_bytes = 0
@@ -124,7 +124,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._table.admit(self, self.client[0] if self.client else ""):
             self._wait(self._limits.head_s)
         else:
-            transport.write(answer(_full()))
+            transport.write(error_response(_table_full_error()))
             self._close_transport()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -140,20 +140,20 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._stage is Stage.IDLE and self._timer is None:
             self._wait(self._limits.head_s)
-        self._loose += len(data)
+        self._bytes_since_progress += len(data)
         self._unset_keepalive_if_required()
         try:
             while data:
                 data = self._feed(data)
         except httptools.HttpParserError:
-            self._refuse(self._wrong or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
-        if not self._is_deaf and self._loose > MOST_HEAD_BYTES:
-            self._refuse(too_large())
+            self._refuse(self._parse_error or BadRequest("the request is not well-formed HTTP/1.1", code="bad_http"))
+        if not self._is_deaf and self._bytes_since_progress > MOST_HEAD_BYTES:
+            self._refuse(head_too_large())
 
     def evict(self) -> None:
         """Close the connection at once and refuse the request that is being read, if any."""
-        if self._stage is Stage.HEAD or self._take_back():
-            self.transport.write(answer(_full()))
+        if self._stage is Stage.HEAD or self._withdraw_request():
+            self.transport.write(error_response(_table_full_error()))
         self._close_transport()
 
     def _feed(self, data: bytes) -> bytes:
@@ -164,9 +164,9 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._is_offer = False
+            self._offers_upgrade = False
             version, method = self.parser.get_http_version(), self.parser.get_method()
-            head = rewritten(method, self.url, version, without_upgrade(self.headers))
+            head = serialise_head(method, self.url, version, without_upgrade(self.headers))
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             return head + data[offer.args[0] :]
@@ -176,7 +176,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._stage = Stage.HEAD
-        self._loose = 0
+        self._bytes_since_progress = 0
         self._wait(self._limits.head_s)
         super().on_message_begin()
 
@@ -184,19 +184,19 @@ class HttpProtocol(HttpToolsProtocol):
         if self._stage is not Stage.HEAD:  # ignore trailers: the head has been checked already
             return
         if len(self.headers) == MOST_HEADERS:
-            self._wrong = too_large()
-            raise self._wrong
+            self._parse_error = head_too_large()
+            raise self._parse_error
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         try:
             check_head(self.parser.get_http_version(), self.url, self.headers)
         except ApiError as error:
-            self._wrong = error
+            self._parse_error = error
             raise
-        self._loose = 0
+        self._bytes_since_progress = 0
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
-            self._is_offer = True
+            self._offers_upgrade = True
             return
         self._cycles = self._unanswered()
         super().on_headers_complete()
@@ -213,20 +213,20 @@ class HttpProtocol(HttpToolsProtocol):
         self._wait(min(BODY_GRACE_S, self._limits.body_s))
 
     def on_body(self, body: bytes) -> None:
-        self._loose = 0
+        self._bytes_since_progress = 0
         self._body_bytes += len(body)
         self._pieces += 1
         if self._pieces > MOST_PIECES and self._body_bytes < LEAST_PIECE * self._pieces:
             problem = f"the body arrives in pieces of less than {LEAST_PIECE} bytes; send larger ones"
-            self._wrong = BadRequest(problem, code="bad_http")
-            raise self._wrong
+            self._parse_error = BadRequest(problem, code="bad_http")
+            raise self._parse_error
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._is_offer:
+        if self._offers_upgrade:
             return
         self._stage = Stage.IDLE
-        self._loose = 0
+        self._bytes_since_progress = 0
         self._wait(None)
         super().on_message_complete()
         if not self.cycle.response_complete:
@@ -249,28 +249,28 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer the current request with `error`, after all earlier ones, unless it is answered already."""
-        logger.warning("refused %s: %s (%s)", self._what_is_read(), error.message, error.code)
+        logger.warning("refused %s: %s (%s)", self._describe_request(), error.message, error.code)
         if self._stage is Stage.BODY and self.cycle.response_complete:
             self._close()
             return
-        self._take_back()
+        self._withdraw_request()
         self._cycles = self._unanswered()
         if self._cycles:
             self._end()
         else:
-            self.transport.write(answer(error))
+            self.transport.write(error_response(error))
             self._close()
 
-    def _what_is_read(self) -> str:
+    def _describe_request(self) -> str:
         """Describe the current request for the log: method and path, as far as they are known, and sender."""
         host, port = self.client or ("unknown", 0)
         sender = f"from {host}:{port}"
         if self._stage is Stage.IDLE or not self.url:
             return f"a request {sender}"
         method = self.parser.get_method().decode("latin-1")
-        return f"{method if method in METHODS else '…'} {shown_path(self.url)} {sender}"
+        return f"{method if method in METHODS else '…'} {redacted_path(self.url)} {sender}"
 
-    def _take_back(self) -> bool:
+    def _withdraw_request(self) -> bool:
         """Withdraw the request that is being read from the app. Return False if none is or its response has begun."""
         if self._stage is not Stage.BODY or self.cycle.response_started:
             return False
@@ -323,12 +323,12 @@ class HttpProtocol(HttpToolsProtocol):
     # Time
 
     def _wait(self, seconds: float | None, then: Callable[[], object] | None = None) -> None:
-        """Replace the timer: call `then`, or `_late`, after `seconds`; None only cancels it."""
+        """Replace the timer: call `then`, or `_on_timeout`, after `seconds`; None only cancels it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._late)
+        self._timer = None if seconds is None else self.loop.call_later(seconds, then or self._on_timeout)
 
-    def _late(self) -> None:
+    def _on_timeout(self) -> None:
         self._timer = None
         if self._stage is Stage.IDLE:
             if not self._unanswered():
@@ -360,7 +360,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(TooSlow(message, code="too_slow"))
 
 
-def _full() -> TooManyConnections:
+def _table_full_error() -> TooManyConnections:
     return TooManyConnections("too many connections are open; retry", code="too_many_connections")
 
 

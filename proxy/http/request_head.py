@@ -14,7 +14,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 MOST_HEADERS: Final = 100
 MOST_HEAD_BYTES: Final = 32 * 2**10
 """Maximum bytes of a request's target and headers together."""
-ONCE: Final = (
+SINGLE_HEADERS: Final = (
     b"authorization",
     b"content-type",
     b"content-length",
@@ -23,20 +23,20 @@ ONCE: Final = (
     b"expect",
 )
 """Headers that the proxy interprets. Each may occur once: of two, a gateway in front could use the other one."""
-ENCODED: Final = ("/v1/models/", "/v1/tts/requests/")
+NAME_PREFIXES: Final = ("/v1/models/", "/v1/tts/requests/")
 """Path prefixes that are followed by a name, which may be percent-encoded. No other path may be."""
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 MOST_SHOWN: Final = 200
 """Bytes of a refused request's target that the log message is built from."""
-PARTS: Final = frozenset(
+KNOWN_SEGMENTS: Final = frozenset(
     {"", ".", "..", "v1", "chat", "completions", "responses", "models", "tts", "curve", "feedback", "keys", "requests"}
     | {"openapi.json", "health", "ready", "metrics", "embeddings", "score", "rerank", "tokenize", "detokenize"}
     | {"messages", "count_tokens", "version", "tokenizer_info", "ping", "docs"}
 )
 """Path segments that the log may show: the segments of known endpoints."""
 
-_OFFER: Final = (b"upgrade", b"http2-settings")
+_UPGRADE_HEADERS: Final = (b"upgrade", b"http2-settings")
 _TARGET: Final = re.compile(rb"/[!-~]*")
 _PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~@:!$&'()*+,;=-]*)+")
 _NAME: Final = re.compile(r"(?:[A-Za-z0-9._~@:!$&'()*+,;=/-]|%[0-9A-Fa-f]{2})+")
@@ -46,7 +46,7 @@ _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5
 def check_head(version: str, target: bytes, headers: Headers) -> None:
     """Raise BadRequest if a request's head is ambiguous or invalid."""
     if len(headers) > MOST_HEADERS or len(target) + sum(len(n) + len(v) + 4 for n, v in headers) > MOST_HEAD_BYTES:
-        raise too_large()
+        raise head_too_large()
     names = [name for name, _ in headers]
     if version not in ("1.0", "1.1"):
         raise BadRequest("unsupported HTTP version; use HTTP/1.1", code="bad_version")
@@ -59,7 +59,7 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
         raise BadRequest(
             "a request must have exactly one Host header of the form NAME or NAME:PORT", param="host", code="bad_host"
         )
-    for name in ONCE:
+    for name in SINGLE_HEADERS:
         if names.count(name) > 1:
             raise BadRequest(
                 f"{name.decode()} is given more than once; send it once", param=name.decode(), code="bad_header"
@@ -73,21 +73,21 @@ def check_target(target: bytes) -> None:
         raise BadRequest("the request target must be a path; this server is not a forward proxy", code="bad_target")
     path = target.partition(b"?")[0].decode()
     if not _is_plain(path):
-        raise BadRequest(_what_is_wrong(path), code="bad_path")
+        raise BadRequest(_path_problem(path), code="bad_path")
 
 
 def _is_plain(path: str) -> bool:
-    below = next((prefix for prefix in ENCODED if path.startswith(prefix)), None)
+    below = next((prefix for prefix in NAME_PREFIXES if path.startswith(prefix)), None)
     if below is None:
-        is_spelt_well = _PATH.fullmatch(path) is not None
+        is_valid = _PATH.fullmatch(path) is not None
     else:
         name = path.removeprefix(below)
         path = below + unquote(name, errors="replace")
-        is_spelt_well = bool(_NAME.fullmatch(name)) and path.isprintable() and not {"\\", "\ufffd"} & set(path)
-    return is_spelt_well and (path == "/" or not {"", ".", ".."} & set(path[1:].split("/")))
+        is_valid = bool(_NAME.fullmatch(name)) and path.isprintable() and not {"\\", "\ufffd"} & set(path)
+    return is_valid and (path == "/" or not {"", ".", ".."} & set(path[1:].split("/")))
 
 
-def _what_is_wrong(path: str) -> str:
+def _path_problem(path: str) -> str:
     """Return the error message about a path that is not plain. The path itself is never quoted."""
     parts = path[1:].split("/")
     if len(parts) > 1 and not parts[-1] and _is_plain(path.rstrip("/")):
@@ -99,13 +99,13 @@ def _what_is_wrong(path: str) -> str:
     return "the path has encoded or unusual characters; send the path without percent-encoding"
 
 
-def shown_path(target: bytes) -> str:
+def redacted_path(target: bytes) -> str:
     """Return a request's path for the log. Unknown segments become `…`, because clients may send anything."""
     parts = target[:MOST_SHOWN].partition(b"?")[0].decode("latin-1").split("/")
-    return "/".join(part if part in PARTS else "…" for part in parts)
+    return "/".join(part if part in KNOWN_SEGMENTS else "…" for part in parts)
 
 
-def too_large() -> HeadTooLarge:
+def head_too_large() -> HeadTooLarge:
     limits = f"{MOST_HEADERS} headers and {MOST_HEAD_BYTES} bytes"
     return HeadTooLarge(f"the request head is too large; at most {limits} are allowed", code="head_too_large")
 
@@ -116,15 +116,15 @@ def without_upgrade(headers: Headers) -> Headers:
     for name, value in headers:
         if name == b"connection":
             tokens = (token.strip() for token in value.split(b","))
-            value = b", ".join(token for token in tokens if token.lower() not in _OFFER)
+            value = b", ".join(token for token in tokens if token.lower() not in _UPGRADE_HEADERS)
             if not value:
                 continue
-        if name not in _OFFER:
+        if name not in _UPGRADE_HEADERS:
             kept.append((name, value))
     return kept
 
 
-def rewritten(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
+def serialise_head(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
     """Serialise a request head."""
     lines = [b"%b %b HTTP/%b" % (method, target, version.encode()), *(b"%b: %b" % header for header in headers)]
     return b"\r\n".join([*lines, b"", b""])

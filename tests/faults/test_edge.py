@@ -25,15 +25,15 @@ from uvicorn.server import ServerState
 from proxy.api.routes import ROUTES
 from proxy.errors import ApiError
 from proxy.http import protocol as edge
-from proxy.http.connections import SPARE_DESCRIPTORS, Connections, client_of, room_for
+from proxy.http.connections import SPARE_DESCRIPTORS, Connections, client_key, connection_capacity
 from proxy.http.protocol import ConnectionLimits, HttpProtocol, ProtocolContext
 from proxy.http.request_head import (
+    KNOWN_SEGMENTS,
     MOST_HEADERS,
     MOST_SHOWN,
-    PARTS,
     check_head,
     check_target,
-    shown_path,
+    redacted_path,
     without_upgrade,
 )
 from proxy.server import running
@@ -228,9 +228,9 @@ async def test_an_invalid_path_is_explained_in_the_error(proxy: Proxy, target: b
 
 
 def test_logged_paths_show_known_parts_and_hide_all_others() -> None:
-    assert {part for route in ROUTES for part in route.path.split("/") if "{" not in part} <= PARTS
-    assert shown_path(b"/v1/tts/requests/secret/metrics?secret=1") == "/v1/tts/requests/…/metrics"
-    assert len(shown_path(b"/a" * 10_000)) <= MOST_SHOWN
+    assert {part for route in ROUTES for part in route.path.split("/") if "{" not in part} <= KNOWN_SEGMENTS
+    assert redacted_path(b"/v1/tts/requests/secret/metrics?secret=1") == "/v1/tts/requests/…/metrics"
+    assert len(redacted_path(b"/a" * 10_000)) <= MOST_SHOWN
 
 
 async def test_an_invalid_request_is_refused_however_it_is_cut_into_pieces(proxy: Proxy) -> None:
@@ -641,22 +641,22 @@ def test_an_address_over_its_limit_evicts_only_its_own_connections() -> None:
 
 
 def test_addresses_of_the_same_network_count_as_one_client() -> None:
-    assert client_of("2001:db8:1:2:3:4:5:6") == client_of("2001:db8:1:2::1") != client_of("2001:db8:1:3::1")
-    assert client_of("::ffff:10.0.0.1") == client_of("10.0.0.1") != client_of("10.0.0.2")
-    assert client_of("fe80::1%eth0") == client_of("fe80::2")
-    assert client_of("") == ""
+    assert client_key("2001:db8:1:2:3:4:5:6") == client_key("2001:db8:1:2::1") != client_key("2001:db8:1:3::1")
+    assert client_key("::ffff:10.0.0.1") == client_key("10.0.0.1") != client_key("10.0.0.2")
+    assert client_key("fe80::1%eth0") == client_key("fe80::2")
+    assert client_key("") == ""
 
 
 def test_room_for_raises_the_soft_limit_of_open_files_up_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [256, 20_000]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: now.__setitem__(slice(None), limits))
-    assert room_for(8192, 2048) == 8192
+    assert connection_capacity(8192, 2048) == 8192
     assert now == [8192 + 2048 + SPARE_DESCRIPTORS, 20_000]
-    assert room_for(100, 100) == 100
+    assert connection_capacity(100, 100) == 100
     assert now[0] == 8192 + 2048 + SPARE_DESCRIPTORS
     now[:] = [1024, 4096]
-    assert room_for(8192, 2048) == 2048
+    assert connection_capacity(8192, 2048) == 2048
     assert now == [4096, 4096]
 
 
