@@ -182,7 +182,7 @@ class Prompt(NamedTuple):
     kind: AnswerKind = AUTO
     template: probe_templates.Template = probe_templates.TEMPLATES[probe_templates.Family.QWEN3]
     salt: str | None = None  # restricts the prompt to its tenant's part of the upstream's prefix cache
-    asks: bool = False  # the question asks for an answer that can be voted on
+    asks_for_answer: bool = False  # the question asks for an answer that can be voted on
 
 
 class EnvironmentLimits(NamedTuple):

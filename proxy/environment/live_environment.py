@@ -216,9 +216,9 @@ class LiveEnvironment:
                 for step in steps.values()
             ]
             await self._generator.generate_all(calls, owners)
-            landed, steps = steps, {}
-            for position, step in landed.items():
-                rest = self._land(step)
+            sent, steps = steps, {}
+            for position, step in sent.items():
+                rest = self._append_output(step)
                 if rest is None:
                     results[position] = self._result(step, suffixes)
                 else:
@@ -252,27 +252,29 @@ class LiveEnvironment:
             if is_probe:
                 prompts = [self._context(step) + suffixes[step.branch] for step in group]
                 suffix_tokens = sum(len(suffixes[step.branch]) for step in group)
-                yield _wire(Call(prompts, most, probe_templates.sampling(), suffix_tokens=suffix_tokens), group)
+                yield _connect_outputs(
+                    Call(prompts, most, probe_templates.sampling(), suffix_tokens=suffix_tokens), group
+                )
             elif self.prompt.seed is not None:
                 for step in group:
                     sampling = self._generator.sampling(text, step.branch, self.branches[step.branch].pieces)
-                    yield self._checked(Call([self._context(step)], most, sampling), [step])
+                    yield self._with_check(Call([self._context(step)], most, sampling), [step])
             else:
                 sampling = self._generator.sampling(text, group[0].branch)
                 if is_opening:
-                    yield self._checked(Call([self.prompt.ids], most, sampling, n=len(group)), group)
+                    yield self._with_check(Call([self.prompt.ids], most, sampling, n=len(group)), group)
                 else:
-                    yield self._checked(Call([self._context(step) for step in group], most, sampling), group)
+                    yield self._with_check(Call([self._context(step) for step in group], most, sampling), group)
 
     def _context(self, step: _Step) -> list[int]:
         return self._generator.context(self.branches[step.branch])
 
-    def _checked(self, call: Call, steps: Sequence[_Step]) -> Call:
+    def _with_check(self, call: Call, steps: Sequence[_Step]) -> Call:
         """Connect a call with its steps, and check votability when the first branch finishes.
 
         Otherwise the check would wait for the end of the round.
         """
-        _wire(call, steps)
+        _connect_outputs(call, steps)
         texts = {id(step.output): self.branches[step.branch].text for step in steps}
 
         async def check(output: Output) -> None:
@@ -284,7 +286,7 @@ class LiveEnvironment:
 
     # Results
 
-    def _land(self, step: _Step) -> _Step | None:
+    def _append_output(self, step: _Step) -> _Step | None:
         """Append a step's output to its branch. Returns the rest of the step, or None if it is done."""
         if step.action.verb is Verb.PROBE:
             return None
@@ -354,7 +356,7 @@ def _phases(actions: Sequence[Action], width: int) -> list[list[tuple[int, Actio
     return phases
 
 
-def _wire(call: Call, steps: Sequence[_Step]) -> Call:
+def _connect_outputs(call: Call, steps: Sequence[_Step]) -> Call:
     """Set the outputs of `call` to the outputs of `steps`, in order, and return `call`."""
     call.outputs = [step.output for step in steps]
     return call

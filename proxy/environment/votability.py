@@ -58,7 +58,7 @@ _ABOUT = re.compile(_SUBJECT, re.IGNORECASE)
 _WORKED = re.compile(rf"{_ARITHMETIC}|{_MATHEMATICS}|\b(?:the|final)\sanswer\b", re.IGNORECASE)
 
 
-def asks(question: str) -> bool:
+def asks_for_answer(question: str) -> bool:
     """Return whether a question asks for an answer that can be voted on."""
     text = question[-LONGEST:]
     if _PROSE.search(text) is not None:
@@ -84,23 +84,23 @@ def _offers_options(text: str) -> bool:
     return False
 
 
-def works(text: str) -> bool:
+def works_towards_answer(text: str) -> bool:
     """Return whether a branch's text works towards an answer. Text with code never does: its operators differ."""
     text = text[-LONGEST:]
     return "```" not in text and _WORKED.search(text) is not None
 
 
-def vouches(asked: bool, text: str, answer: Answer | None) -> bool:
+def is_votable(asked: bool, text: str, answer: Answer | None) -> bool:
     """Return whether a probe's answer and another sign together show that the task can be voted on.
 
     `asked` is whether the question asks for an answer. `text` is the branch's own text.
     """
     if answer is None or answer.form.type not in VOTABLE_TYPES:
         return False
-    return asked or works(text) or _states(text[-LONGEST:], answer)
+    return asked or works_towards_answer(text) or _states_number(text[-LONGEST:], answer)
 
 
-def _states(text: str, answer: Answer) -> bool:
+def _states_number(text: str, answer: Answer) -> bool:
     """Return whether a text states the number `answer` as its result: `= 7`, `equals **7**`."""
     if answer.form.type is not FormType.NUMBER:
         return False

@@ -80,7 +80,7 @@ class VotabilityCheck:
             checked = self._unopened = LiveBranch()
             await self._run_ahead(checked, branches)
         if not state.votable and not self._has_ended(checked) and self._prompt.kind.is_probeable:
-            state.votable = state.probe_answered = await self._probe_vouches(checked)
+            state.votable = state.probe_answered = await self._probe_shows_votable(checked)
         while not state.votable and not self._has_ended(checked):
             await self._run_ahead(checked, branches)
         if not state.votable and self._ends_early and self._is_truncated(checked):
@@ -158,10 +158,10 @@ class VotabilityCheck:
             answer = await self.check_finished(text[:cut], ids if is_cut else None)
             branch.answer, branch.is_read = answer, branch.is_read or is_cut
 
-    async def _probe_vouches(self, branch: LiveBranch) -> bool:
+    async def _probe_shows_votable(self, branch: LiveBranch) -> bool:
         """Probe `branch`. Return whether it gives an answer and there is another sign that the task has one."""
         ids, text = _with_ahead(branch)
-        return votability.vouches(self._prompt.asks, text, await self._answers.probe(ids, text))
+        return votability.is_votable(self._prompt.asks_for_answer, text, await self._answers.probe(ids, text))
 
     def _has_ended(self, branch: LiveBranch) -> bool:
         """Return whether `branch` has finished or reached a limit, so that it cannot be generated further ahead."""

@@ -101,7 +101,7 @@ async def plan_request(
             kind=request.tts.answer,
             template=template,
             salt=salt,
-            asks=votability.asks(_last_user_text(request.conversation) or text),
+            asks_for_answer=votability.asks_for_answer(_last_user_text(request.conversation) or text),
         ),
         environment_limits=limits.environment,
         limits=limits.episode,

@@ -10,7 +10,7 @@ import aiohttp
 
 from discovery.answers.algebra import normalize_expression
 from discovery.answers.forms import canonical
-from proxy.environment.votability import asks, vouches
+from proxy.environment.votability import asks_for_answer, is_votable
 from proxy.server import running
 from proxy.settings import load
 from tests.bench.rows import Row, Size
@@ -39,8 +39,8 @@ def rows(size: Size) -> Iterator[Row]:
 
 def votability() -> Row:
     """Return the error rate of the votability check, which judges a task by its question and a probe's answer."""
-    wrong = sum(vouches(asks(question), text, probed(answer)) for question, text, answer in PROSE)
-    missed = sum(not vouches(asks(question), text, probed(answer)) for question, text, answer in TASKS)
+    wrong = sum(is_votable(asks_for_answer(question), text, probed(answer)) for question, text, answer in PROSE)
+    missed = sum(not is_votable(asks_for_answer(question), text, probed(answer)) for question, text, answer in TASKS)
     return Row(
         "errors of the votability check if every probe returns an answer",
         f"{wrong} of {len(PROSE)} prose tasks taken as votable",

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from discovery.answers import Answer, parse_kind, read_answer
-from proxy.environment.votability import LONGEST, asks, vouches, works
+from proxy.environment.votability import LONGEST, asks_for_answer, is_votable, works_towards_answer
 
 PROSE = [  # question, start of a branch's reply, answer of a probe that leads into a box
     ("Write a short story about a dragon.", "Once upon a time, 3 dragons lived in a cave.", "3"),
@@ -48,18 +48,22 @@ def probed(answer: str) -> Answer | None:
 
 
 def test_tasks_are_votable_and_prose_is_not() -> None:
-    wrong = [question for question, text, answer in PROSE if vouches(asks(question), text, probed(answer))]
-    missed = [question for question, text, answer in TASKS if not vouches(asks(question), text, probed(answer))]
+    wrong = [
+        question for question, text, answer in PROSE if is_votable(asks_for_answer(question), text, probed(answer))
+    ]
+    missed = [
+        question for question, text, answer in TASKS if not is_votable(asks_for_answer(question), text, probed(answer))
+    ]
     assert (wrong, missed) == ([], [])
 
 
 def test_a_probe_answer_that_is_a_mere_word_does_not_count() -> None:
-    assert not vouches(True, "2 + 2 = 4", None)
-    assert not vouches(True, "2 + 2 = 4", probed(r"\text{a short story}"))
+    assert not is_votable(True, "2 + 2 = 4", None)
+    assert not is_votable(True, "2 + 2 = 4", probed(r"\text{a short story}"))
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "is_vouched"),
+    ("text", "answer", "expected"),
     [
         ("the total = 7 so far", "7", True),
         ("the total = 70 so far", "7", False),
@@ -73,14 +77,14 @@ def test_a_probe_answer_that_is_a_mere_word_does_not_count() -> None:
         ("the answer is near", "7", True),
     ],
 )
-def test_a_branch_s_own_text_is_a_sign(text: str, answer: str, is_vouched: bool) -> None:
-    assert vouches(False, text, probed(answer)) is is_vouched
+def test_a_branch_s_own_text_is_a_sign(text: str, answer: str, expected: bool) -> None:
+    assert is_votable(False, text, probed(answer)) is expected
 
 
 def test_signs_are_searched_at_the_end_of_long_texts() -> None:
-    assert not works("2 + 2 = 4" + "x" * LONGEST)
-    assert works("x" * 10 * LONGEST + "2 + 2 = 4")
-    assert not asks("How many?" + "x" * LONGEST)
+    assert not works_towards_answer("2 + 2 = 4" + "x" * LONGEST)
+    assert works_towards_answer("x" * 10 * LONGEST + "2 + 2 = 4")
+    assert not asks_for_answer("How many?" + "x" * LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_signs_are_searched_at_the_end_of_long_texts() -> None:
     ],
 )
 def test_options_are_a_label_a_with_text_before_a_label_b(question: str, is_asked: bool) -> None:
-    assert asks(question) is is_asked
+    assert asks_for_answer(question) is is_asked
 
 
 @pytest.mark.parametrize("unit", ["A." + "\n" * 10, "\n" * 8 + "A. ", "(A)", "(A", "\n" * 9, "(A) \n"])
@@ -110,7 +114,7 @@ def test_many_option_labels_are_searched_in_linear_time(unit: str) -> None:
         costs = []
         for _ in range(3):
             started = time.process_time()
-            asks(text)
+            asks_for_answer(text)
             costs.append(time.process_time() - started)
         return min(costs)
 
