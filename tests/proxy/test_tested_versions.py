@@ -124,7 +124,7 @@ def test_internals_are_used_only_with_tested_versions(libraries: str, caplog: py
 
 
 def test_the_dependency_bounds_in_pyproject_are_the_tested_versions() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for library, minor in TESTED.items():
         major, number = minor.split(".")
         assert f"{library}>={minor},<{major}.{int(number) + 1}" in project["dependencies"]
