@@ -11,11 +11,9 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from controllers.dial import parse_beta
 from controllers.loading import parse_spec
-from controllers.sandbox.frames import printable
 from discovery.audit.decision_replay import DecisionReport
 from discovery.audit.parity import ServedRecords, check_parity, load_records
 from discovery.audit.parity_report import (
@@ -26,7 +24,7 @@ from discovery.audit.parity_report import (
     ParityVerdict,
     ReproductionReport,
 )
-from discovery.commands.console import split_names, wide_console
+from discovery.commands.console import add_plain_row, print_plain, split_names, wide_console
 from discovery.commands.options import DEFAULT_STORE, JsonTarget, Place, check_json_target, output_figures
 from discovery.commands.store import with_store
 from discovery.errors import RecordingsNotFound
@@ -97,16 +95,12 @@ def _show(report: ParityReport) -> None:
     _show_reproduced(console, report.reproduced)
     if not report.groups:
         text = "means: nothing to compare, because no branches of served requests were completed"
-        _print(console, f"{text} (set AUTOTTS_RECORD_FRACTION to have some completed)", "yellow")
+        print_plain(console, f"{text} (set AUTOTTS_RECORD_FRACTION to have some completed)", "yellow")
         return
     console.print(_means(report.groups))
     for group in report.groups:
         for text in _remarks(group):
-            _print(console, f"{group.controller}, β = {group.beta:g}, {group.model}: {text}")
-
-
-def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(printable(text)), style=style, soft_wrap=True)
+            print_plain(console, f"{group.controller}, β = {group.beta:g}, {group.model}: {text}")
 
 
 def _show_decisions(console: Console, report: DecisionReport) -> None:
@@ -115,14 +109,14 @@ def _show_decisions(console: Console, report: DecisionReport) -> None:
     )
     if report.unreached:
         text += f"; {report.unreached:,} more follow a differing round"
-    _print(console, text, _colour(report.agreed == report.rounds and report.rounds > 0))
+    print_plain(console, text, _colour(report.agreed == report.rounds and report.rounds > 0))
     for controller in report.unchecked:
         label = f"not replayed: {controller.controller} ({controller.digest[:12]}), {controller.episodes:,} episodes"
-        _print(console, f"{label}: {controller.why}", "yellow")
+        print_plain(console, f"{label}: {controller.why}", "yellow")
     if report.disagreements:
         table = _table("decisions that differ", report.disagreements, ("request", "round", "replayed", "served"))
         for request, number, replayed, served_actions in report.disagreements[:SHOWN]:
-            _row(table, request, str(number), _clipped(replayed), _clipped(served_actions))
+            add_plain_row(table, request, str(number), _clipped(replayed), _clipped(served_actions))
         console.print(table)
 
 
@@ -132,29 +126,22 @@ def _show_reproduced(console: Console, report: ReproductionReport) -> None:
         f"reproduced: {same:,} of {report.episodes:,} recorded episodes match in tokens and answer when replayed in "
         "their own branch order"
     )
-    _print(console, text, _colour(not report.differing) if report.episodes else "yellow")
+    print_plain(console, text, _colour(not report.differing) if report.episodes else "yellow")
     if report.differing:
         headings = ("request", "live tokens", "replayed", "live answer", "replayed")
         table = _table("episodes that differ", report.differing, headings)
         for request, spent, replayed, *answers in report.differing[:SHOWN]:
             tokens = "?" if spent is None else f"{spent:,}", f"{replayed:,}"
-            _row(table, request, *tokens, *("none" if answer is None else _clipped(answer) for answer in answers))
+            add_plain_row(
+                table, request, *tokens, *("none" if answer is None else _clipped(answer) for answer in answers)
+            )
         console.print(table)
 
 
 def _means(groups: Sequence[ParityGroup]) -> Table:
     table = Table(title="means with 95 % intervals over questions, each counted once", title_justify="left")
     left_aligned = ("controller", "model", "", "verdict")
-    for heading in (
-        left_aligned[0],
-        "β",
-        *left_aligned[1:3],
-        "live",
-        "replayed",
-        "live - replayed",
-        "questions",
-        left_aligned[3],
-    ):
+    for heading in ("controller", "β", "model", "", "live", "replayed", "live - replayed", "questions", "verdict"):
         table.add_column(heading, justify="left" if heading in left_aligned else "right")
     for group in groups:
         figures: list[tuple[str, LiveReplayComparison | None, str]] = [
@@ -164,11 +151,13 @@ def _means(groups: Sequence[ParityGroup]) -> Table:
         for name, figure, format_spec in figures:
             about = group.controller, f"{group.beta:g}", group.model, name
             if figure is None:
-                _row(table, *about, "", "", "", "", "no correct answers known")
+                add_plain_row(table, *about, "", "", "", "", "no correct answers known")
                 continue
             live, replayed, paired, verdict = figure.live, figure.replayed, figure.paired, figure.verdict
             spans = _span(live, format_spec), _span(replayed, format_spec), _span(paired, f"+{format_spec}")
-            _row(table, *about, *spans, f"{live.questions} / {paired.questions}", str(verdict), style=COLOUR[verdict])
+            add_plain_row(
+                table, *about, *spans, f"{live.questions} / {paired.questions}", str(verdict), style=COLOUR[verdict]
+            )
     return table
 
 
@@ -217,10 +206,6 @@ def _table(title: str, rows: Sequence[object], headings: Sequence[str]) -> Table
     for heading in headings:
         table.add_column(heading)
     return table
-
-
-def _row(table: Table, *cells: str, style: str = "") -> None:
-    table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
 
 
 def _panels(groups: Sequence[ParityGroup]) -> dict[str, PlotRows]:

@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from controllers.sandbox.frames import printable
-from discovery.commands.console import wide_console
+from discovery.commands.console import add_plain_row, wide_console
 from discovery.commands.options import DEFAULT_STORE, AsJson, Place
 from discovery.commands.store import with_store
 from discovery.store import Feedback, ServedEpisode, Store
@@ -77,7 +75,7 @@ def list_requests(
         names = [row["request"], *([row["client_request_id"] or ""] if has_names else []), row["model"]]
         about = (f"{row['beta']:g}", row["stop"], str(row["branches"]), f"{row['tokens']:,}", feedback)
         cells = (row["created"][:19], *names, row["controller"], *about)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        add_plain_row(table, *cells)
     console = wide_console()
     console.print(table)
     if not rows:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +24,7 @@ from discovery.audit.explain import (
     format_branch_count,
     summarise_round,
 )
-from discovery.commands.console import wide_console
+from discovery.commands.console import add_plain_row, print_plain, wide_console
 from discovery.commands.options import DEFAULT_STORE, AsJson, Place
 from discovery.commands.store import with_store
 from discovery.data.traces import Trace, read_trace, trace_files
@@ -148,20 +147,16 @@ def _show_served(episode: ServedEpisode, as_json: bool) -> None:
         sys.stdout.write(json.dumps(explanation, indent=2) + "\n")
         return
     console = wide_console()
-    _print(console, _heading(explanation))
+    print_plain(console, _heading(explanation))
     console.print(_rounds("rounds", explanation["rounds"]))
     if any(item["votes"] or item["leaning"] for item in explanation["rounds"]):
         console.print(_vote_course(explanation["rounds"], console.width))
     if explanation["pruned"]:
         console.print(_pruned_table(explanation["pruned"]))
-    _print(console, _bill(explanation))
+    print_plain(console, _bill(explanation))
     if explanation["estimates"]:
-        _print(console, _estimates(explanation["estimates"]))
-    _print(console, explanation["why"], style="bold")
-
-
-def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(printable(text)), style=style, soft_wrap=True)
+        print_plain(console, _estimates(explanation["estimates"]))
+    print_plain(console, explanation["why"], style="bold")
 
 
 def _heading(explanation: Explanation) -> str:
@@ -188,7 +183,7 @@ def _vote_course(rounds: Sequence[RoundSummary], width: int) -> Table:
     title = "answers by votes" + ("" if len(ranked) <= ANSWERS else f", the first {ANSWERS} of {len(ranked)}")
     table = _table(title, "answer", *BY_ROUND)
     for label in ranked[:ANSWERS]:
-        _row(table, names[label], *(f"{_bars(counts, most)} {counts[-1]}" for counts in series[label]))
+        add_plain_row(table, names[label], *(f"{_bars(counts, most)} {counts[-1]}" for counts in series[label]))
     return table
 
 
@@ -203,7 +198,7 @@ def _bars(counts: Sequence[int], most: int) -> str:
 def _pruned_table(pruned: Sequence[PrunedBranch]) -> Table:
     table = _table("pruned branches", "round", "branch", "tokens", "state when pruned")
     for branch in pruned:
-        _row(table, str(branch["round"]), str(branch["branch"]), f"{branch['tokens']:,}", branch["why"])
+        add_plain_row(table, str(branch["round"]), str(branch["branch"]), f"{branch['tokens']:,}", branch["why"])
     return table
 
 
@@ -224,7 +219,7 @@ def _rounds(title: str, rounds: Iterable[RoundSummary]) -> Table:
     table = _table(title, "round", "actions", "finished", "running", "votes", "leaning", "tokens")
     for entry in rounds:
         counts = str(entry["finished"]), str(entry["running"]), _votes(entry["votes"]), _votes(entry["leaning"])
-        _row(table, str(entry["number"]), _actions(entry), *counts, f"{entry['tokens']:,}")
+        add_plain_row(table, str(entry["number"]), _actions(entry), *counts, f"{entry['tokens']:,}")
     return table
 
 
@@ -253,8 +248,3 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in LEFT else "right")
     return table
-
-
-def _row(table: Table, *cells: str) -> None:
-    """Add a row of plain text, because answers are untrusted model output."""
-    table.add_row(*(Text(printable(cell)) for cell in cells))

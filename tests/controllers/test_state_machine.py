@@ -147,7 +147,7 @@ class Episodes(RuleBasedStateMachine):
             self.state.end(reason)
 
     @invariant()
-    def the_books_agree(self) -> None:
+    def state_agrees_with_the_facts(self) -> None:
         state = self.state
         assert [b.tokens for b in state.branches] == self.tokens
         assert state.spent == self.spent <= CAP
